@@ -1,0 +1,334 @@
+"""The network: a pre-norm Transformer with rotary positions and SwiGLU.
+
+What is unusual: attention takes `masks.Labels` instead of a mask and is
+bidirectional for masked diffusion; the network never sees the time t, since
+the best denoiser does not need it (LLaDA, arXiv 2502.09992, eq. 11); and the
+forward pass stops at the hidden states, because the loss only projects the
+masked positions onto the vocabulary.
+
+A weight is declared once, in `Transformer` or `Blocks`: shape, logical axes
+and initial scale. Everything else derives from that. Outside this file
+parameters are a plain tree of arrays: `init` makes one, `shapes` and `axes`
+describe it, `bind` turns it back into a module inside jit.
+
+Letters: B batch, L length, D embed, H heads, G kv heads, K head dim, F mlp,
+V vocab, N layers.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from maskdiff.attention import attend
+from maskdiff.mesh import BATCH_AXES, shard
+
+REMAT_POLICIES = {
+  # What the backward pass finds saved from a layer, besides its input.
+  'none': None,  # everything: no rematerialisation
+  'minimal': jax.checkpoint_policies.save_only_these_names(
+    'q', 'k', 'v', 'attended', 'gate', 'up'
+  ),
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  vocab_size: int
+  embed: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp: int
+  tie_embeddings: bool
+  rope_theta: float
+  norm_eps: float
+  dtype: str  # of activations and matrix products; parameters are float32
+  remat: str  # a key of REMAT_POLICIES
+  attention: str  # one of attention.IMPLEMENTATIONS
+
+
+def weight(rngs, shape, axes, std):
+  """Declares a parameter drawn from a normal cut at 3 standard deviations."""
+  value = std * jax.random.truncated_normal(rngs.params(), -3, 3, shape)
+  return nnx.Param(value, axes=axes)
+
+
+def scale(shape, axes):
+  """Declares the gain of a normalisation, which starts at 1."""
+  return nnx.Param(jnp.ones(shape), axes=axes)
+
+
+class Blocks(nnx.Module):
+  """The weights of all N layers, stacked on a leading axis."""
+
+  def __init__(self, c, rngs):
+    N, D, H, G = c.layers, c.embed, c.heads, c.kv_heads
+    K, F = c.head_dim, c.mlp
+    into, out = D**-0.5, (2 * N) ** -0.5
+    vector = ('layers', 'embed')
+    kv = ('layers', 'embed', 'kv_heads', 'head_dim')
+    self.norm1 = scale((N, D), vector)
+    self.q = weight(
+      rngs, (N, D, H, K), ('layers', 'embed', 'heads', 'head_dim'), into
+    )
+    self.k = weight(rngs, (N, D, G, K), kv, into)
+    self.v = weight(rngs, (N, D, G, K), kv, into)
+    self.o = weight(
+      rngs,
+      (N, H, K, D),
+      ('layers', 'heads', 'head_dim', 'embed'),
+      out * (H * K) ** -0.5,
+    )
+    self.norm2 = scale((N, D), vector)
+    self.gate = weight(rngs, (N, D, F), ('layers', 'embed', 'mlp'), into)
+    self.up = weight(rngs, (N, D, F), ('layers', 'embed', 'mlp'), into)
+    self.down = weight(
+      rngs, (N, F, D), ('layers', 'mlp', 'embed'), out * F**-0.5
+    )
+
+
+class Transformer(nnx.Module):
+  def __init__(self, config, rngs):
+    c = self.config = config
+    self.embed = weight(
+      rngs, (c.vocab_size, c.embed), ('vocab', 'embed'), c.embed**-0.5
+    )
+    self.blocks = Blocks(c, rngs)
+    self.norm = scale((c.embed,), ('embed',))
+    if not c.tie_embeddings:
+      self.head = weight(
+        rngs, (c.embed, c.vocab_size), ('embed', 'vocab'), c.embed**-0.5
+      )
+
+  def __call__(self, tokens, labels):
+    """Returns the final hidden states.
+
+    Args:
+      tokens: [B, L] int32.
+      labels: masks.Labels of the same positions.
+
+    Returns:
+      [B, L, D] in the compute dtype, after the last normalisation.
+    """
+    c = self.config
+    x = lookup(self.embed[...], tokens, c.dtype)
+    x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
+    rotation = rope(labels.pos, c.head_dim, c.rope_theta)
+    # Matrices are cast before the scan, so that what a mesh gathers for each
+    # layer is already in the compute dtype.
+    layers = jax.tree.map(
+      lambda w: w.astype(c.dtype) if w.ndim > 2 else w,
+      nnx.to_pure_dict(nnx.state(self.blocks)),
+    )
+
+    def layer(x, weights):
+      return block(c, weights, x, labels, rotation), None
+
+    if c.remat != 'none':
+      layer = jax.checkpoint(
+        layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False
+      )
+    x, _ = jax.lax.scan(layer, x, layers)
+    return rms_norm(x, self.norm[...], c.norm_eps)
+
+  def vocabulary(self):
+    """Returns the output projection, [D, V] float32."""
+    tied = self.config.tie_embeddings
+    return self.embed[...].T if tied else self.head[...]
+
+  def logits(self, hidden):
+    """Projects hidden states [..., D] onto the vocabulary, [..., V] float32."""
+    head = self.vocabulary().astype(hidden.dtype)
+    return jnp.einsum(
+      '...d,dv->...v', hidden, head, preferred_element_type=jnp.float32
+    )
+
+
+def block(c, w, x, labels, rotation):
+  """One layer.
+
+  Args:
+    c: TransformerConfig.
+    w: the layer's weights: norm1 q k v o norm2 gate up down, as in Blocks
+      without the leading axis.
+    x: [B, L, D].
+    labels: masks.Labels.
+    rotation: from `rope`.
+
+  Returns:
+    [B, L, D], like x.
+  """
+  h = rms_norm(x, w['norm1'], c.norm_eps)
+  q = rotate(jnp.einsum('bld,dhk->blhk', h, w['q']), rotation)
+  k = rotate(jnp.einsum('bld,dgk->blgk', h, w['k']), rotation)
+  v = jnp.einsum('bld,dgk->blgk', h, w['v'])
+  q = checkpoint_name(shard(q, 'batch', 'length', 'heads', 'head_dim'), 'q')
+  # Keys and values are whole along the length: every query may see them.
+  k = checkpoint_name(shard(k, 'batch', None, 'kv_heads', 'head_dim'), 'k')
+  v = checkpoint_name(shard(v, 'batch', None, 'kv_heads', 'head_dim'), 'v')
+  attended = attend(q, k, v, labels, c.attention)
+  attended = shard(attended, 'batch', 'length', 'heads', 'head_dim')
+  attended = checkpoint_name(attended, 'attended')
+  x = x + jnp.einsum('blhk,hkd->bld', attended, w['o'])
+  x = shard(x, 'batch', 'length', 'embed')
+
+  h = rms_norm(x, w['norm2'], c.norm_eps)
+  gate = checkpoint_name(jnp.einsum('bld,df->blf', h, w['gate']), 'gate')
+  up = checkpoint_name(jnp.einsum('bld,df->blf', h, w['up']), 'up')
+  inner = shard(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
+  x = x + jnp.einsum('blf,fd->bld', inner, w['down'])
+  return shard(x, 'batch', 'length', 'embed')
+
+
+def rms_norm(x, gain, eps):
+  """x / rms(x) * gain along the last axis, computed in float32, like x."""
+  f = x.astype(jnp.float32)
+  f *= jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
+  return (f * gain).astype(x.dtype)
+
+
+def rope(pos, head_dim, theta):
+  """Cosines and sines of rotary position embedding (arXiv 2104.09864).
+
+  Args:
+    pos: [B, L] int32.
+    head_dim: K.
+    theta: base of the wavelengths.
+
+  Returns:
+    A pair of [B, L, 1, K/2] float32.
+  """
+  frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  angle = pos[:, :, None, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x, rotation):
+  """Rotates pairs (i, i + K/2) of the last axis in float32; x is [B, L, H, K].
+
+  This is the rotate-half convention of Llama and LLaDA.
+  """
+  cos, sin = rotation
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return out.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table, tokens, dtype):
+  """Rows of the embedding table in `dtype`, [B, L, D].
+
+  About half of the tokens of a batch are the mask, so the gradient of its row
+  is a sum over thousands of positions: it is added up in float32 whatever the
+  compute dtype.
+
+  Args:
+    table: [V, D] float32.
+    tokens: [B, L] int32.
+    dtype: of the result.
+  """
+  return shard(table.astype(dtype), None, None)[tokens]
+
+
+def _lookup_forward(table, tokens, dtype):
+  # The residual only tells the backward pass the size of the table.
+  return lookup(table, tokens, dtype), (tokens, jnp.zeros_like(table[:, :0]))
+
+
+def _lookup_backward(dtype, residuals, d_rows):
+  del dtype
+  tokens, table = residuals
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = 1 if mesh.empty else mesh.shape['tensor']
+  size = table.shape[0] // parts  # vocabulary rows of this part
+
+  def add_up(tokens, d_rows, part):
+    local = tokens - part * size
+    local = jnp.where(local < 0, size, local)  # out of range: dropped
+    zeros = jnp.zeros((size, d_rows.shape[-1]), jnp.float32)
+    return zeros.at[local].add(d_rows.astype(jnp.float32), mode='drop')
+
+  def on_device(tokens, d_rows):
+    d_table = add_up(tokens, d_rows, jax.lax.axis_index('tensor'))
+    d_table = jax.lax.psum_scatter(
+      d_table, 'fsdp', scatter_dimension=1, tiled=True
+    )
+    return jax.lax.psum(d_table, ('replica', 'sequence'))
+
+  if mesh.empty:
+    return add_up(tokens, d_rows, 0), None
+  rows = P(BATCH_AXES, 'sequence')
+  d_table = jax.shard_map(
+    on_device,
+    in_specs=(rows, P(BATCH_AXES, 'sequence', None)),
+    out_specs=P('tensor', 'fsdp'),
+    check_vma=False,  # the sum over `tensor` is by construction, not by psum
+  )(tokens, d_rows)
+  return d_table, None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def init(config, key):
+  """Returns freshly drawn parameters: a dict tree of float32 arrays."""
+  return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
+
+
+@functools.lru_cache(maxsize=8)
+def _declaration(config):
+  module = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
+  return nnx.split(module)
+
+
+def shapes(config):
+  """The parameter tree with ShapeDtypeStructs for arrays."""
+  return nnx.to_pure_dict(_declaration(config)[1])
+
+
+def axes(config):
+  """The parameter tree with tuples of logical axis names for arrays."""
+  named = jax.tree.map(
+    lambda p: p.axes,
+    _declaration(config)[1],
+    is_leaf=lambda x: isinstance(x, nnx.Variable),
+  )
+  return nnx.to_pure_dict(named)
+
+
+def bind(config, params):
+  """Returns the Transformer that computes with these parameters."""
+  definition, state = _declaration(config)
+  state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays bare
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(definition, state)
+
+
+def num_params(config):
+  """Number of parameters: (all, without embedding and head)."""
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  tree = shapes(config)
+  everything = count(tree)
+  vocabulary = count([tree['embed'], tree.get('head', [])])
+  return everything, everything - vocabulary
+
+
+def flops_per_token(config, length, causal):
+  """Matrix-product FLOPs of one training step per token.
+
+  6 per weight that multiplies an activation, the head included, and
+  12 N L H K for attention, half of it when causal. Rematerialisation is not
+  counted, and the head is counted for every token although the loss skips
+  half of them: this is the work of a straightforward step.
+  """
+  _, inner = num_params(config)
+  weights = inner + config.vocab_size * config.embed
+  attention = config.layers * length * config.heads * config.head_dim
+  return 6 * weights + (6 if causal else 12) * attention

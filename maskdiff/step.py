@@ -1,0 +1,190 @@
+"""The train step and the evaluation step, as pure functions of arrays."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from maskdiff import mesh as mesh_lib
+from maskdiff import model as model_lib
+from maskdiff import optimizer as optimizer_lib
+from maskdiff.mesh import BATCH_AXES
+from maskdiff.model import TransformerConfig, bind
+from maskdiff.objective import ObjectiveConfig, canvas_loss, make_canvas
+
+# Rows are also counted by mask ratio, in this many equal buckets.
+RATIO_BUCKETS = 5
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['step', 'params', 'opt_state'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  step: jax.Array  # int32 scalar, updates done
+  params: dict  # float32
+  opt_state: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """All that the compiled step depends on, apart from shapes."""
+
+  model: TransformerConfig
+  objective: ObjectiveConfig
+  microbatches: int
+
+
+def train_step(c, optimizer, state, tokens, key):
+  """One update.
+
+  Args:
+    c: StepConfig.
+    optimizer: optax.GradientTransformation.
+    state: TrainState.
+    tokens: [B, L] int32, the global batch of clean tokens.
+    key: PRNG key of the run; the step's own is folded from it.
+
+  Returns:
+    The next TrainState and a dict of float32 scalars, see `summarize`.
+  """
+  batch = tokens.shape[0]
+  key = jax.random.fold_in(key, state.step)
+
+  def loss(params, rows, tokens):
+    canvas = make_canvas(c.objective, tokens, rows, key, batch)
+    total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
+    return total, summarize(canvas, total, nll)
+
+  gradient = jax.grad(loss, has_aux=True)
+
+  def accumulate(carry, microbatch):
+    return jax.tree.map(jnp.add, carry, gradient(state.params, *microbatch)), ()
+
+  rows = jnp.arange(batch, dtype=jnp.int32)
+  if c.microbatches == 1:
+    gradients, sums = gradient(state.params, rows, tokens)
+  else:
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(gradient, state.params, rows, tokens),
+    )
+    (gradients, sums), _ = jax.lax.scan(
+      accumulate,
+      zeros,
+      split_rows((rows, tokens), c.microbatches),
+    )
+  gradients = jax.tree.map(lambda g: g / sums['num_tokens'], gradients)
+  updates, opt_state = optimizer.update(
+    gradients, state.opt_state, state.params
+  )
+  params = optax.apply_updates(state.params, updates)
+  metrics = {
+    **sums,
+    'grad_norm': optax.global_norm(gradients),
+    'param_norm': optax.global_norm(params),
+  }
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(c, params, tokens, key):
+  """The sums of one batch under fixed noise; see `summarize`.
+
+  Args:
+    c: StepConfig; its objective cuts no sequence.
+    params: parameter tree.
+    tokens: [B, L] int32.
+    key: PRNG key of this batch, the same at every evaluation.
+  """
+  rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+  canvas = make_canvas(c.objective, tokens, rows, key, tokens.shape[0])
+  total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
+  return summarize(canvas, total, nll)
+
+
+def summarize(canvas, total, nll):
+  """What a batch adds to the metrics, as sums, so that batches add up.
+
+  Returns:
+    weighted_nll: float32, sum of weight x nll in nats.
+    num_tokens: float32, tokens of text.
+    num_predicted: float32, positions that carry a loss.
+    ratio_nll, ratio_count: [RATIO_BUCKETS] float32, unweighted nll and number
+      of predicted positions of the rows by mask ratio.
+  """
+  predicted = canvas.weights != 0
+  bucket = jnp.minimum(
+    (canvas.mask_ratio * RATIO_BUCKETS).astype(jnp.int32), RATIO_BUCKETS - 1
+  )
+  of_rows = jax.nn.one_hot(bucket, RATIO_BUCKETS)  # [B, buckets]
+  return {
+    'weighted_nll': total,
+    'num_tokens': canvas.num_tokens.sum(),
+    'num_predicted': predicted.sum().astype(jnp.float32),
+    'ratio_nll': nll.sum(axis=1) @ of_rows,
+    'ratio_count': predicted.sum(axis=1).astype(jnp.float32) @ of_rows,
+  }
+
+
+def split_rows(tree, parts):
+  """Splits the leading axis of every leaf into `parts` microbatches.
+
+  Each device keeps its own rows, and the two rows of a pair (`sample_times`)
+  stay together where a microbatch has room for pairs, so that no data moves
+  and every device has its half of tokens masked in every microbatch.
+
+  Args:
+    tree: arrays [B, ...].
+    parts: M, divides B.
+
+  Returns:
+    arrays [M, B / M, ...].
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def split(x):
+    shards = 1 if mesh.empty else mesh_lib.batch_shards(mesh)
+    group = 2 if x.shape[0] % (2 * parts * shards) == 0 else 1
+    rest = x.shape[1:]
+    x = x.reshape(-1, parts, group, *rest).swapaxes(0, 1)
+    x = x.reshape(parts, -1, *rest)
+    if mesh.empty:
+      return x
+    spec = P(None, BATCH_AXES, *('sequence',) * len(rest))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+  return jax.tree.map(split, tree)
+
+
+def state_shardings(c, optimizer, mesh):
+  """The TrainState with a sharding for every array."""
+  shapes = model_lib.shapes(c)
+  params = mesh_lib.param_shardings(mesh, model_lib.axes(c), shapes)
+  replicated = mesh_lib.replicated(mesh)
+  opt_state = optimizer_lib.state_shardings(
+    optimizer, shapes, params, replicated
+  )
+  return TrainState(replicated, params, opt_state)
+
+
+def init_state(c, optimizer, key):
+  """A fresh TrainState for a TransformerConfig; jit it with out_shardings."""
+  params = model_lib.init(c, key)
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def compile_train_step(c, optimizer, mesh):
+  """Jits the train step with its shardings; the state is donated."""
+  states = state_shardings(c.model, optimizer, mesh)
+  replicated = mesh_lib.replicated(mesh)
+  return jax.jit(
+    functools.partial(train_step, c, optimizer),
+    in_shardings=(states, mesh_lib.batch_sharding(mesh), replicated),
+    out_shardings=(states, replicated),
+    donate_argnums=0,
+  )
