@@ -110,9 +110,11 @@ def corrupt(c, tokens, u, noise, lengths):
   mask_ratio = c.schedule.mask_ratio(t)
   valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
   masked = valid & (noise < mask_ratio[:, None])
+  shown = jnp.where(masked, c.mask_id, tokens)
+  inputs, labels = show(c.name, shown, valid, c.bos_id)
   return Canvas(
-    inputs=jnp.where(masked, c.mask_id, tokens),
-    labels=masks.bidirectional(valid),
+    inputs=inputs,
+    labels=labels,
     targets=tokens,
     weights=jnp.where(masked, c.schedule.weight(t)[:, None], 0.0),
     num_tokens=lengths.astype(jnp.float32),
@@ -128,15 +130,37 @@ def autoregressive(c, tokens, rows, key, batch):
   """
   del rows, key, batch
   b, length = tokens.shape
-  inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=c.bos_id)
+  inputs, labels = show(
+    c.name, tokens, jnp.ones(tokens.shape, bool), c.bos_id
+  )
   return Canvas(
     inputs=inputs,
-    labels=masks.causal(jnp.ones(tokens.shape, bool)),
+    labels=labels,
     targets=tokens,
     weights=jnp.ones(tokens.shape, jnp.float32),
     num_tokens=jnp.full((b,), length, jnp.float32),
     mask_ratio=jnp.zeros((b,), jnp.float32),
   )
+
+
+def show(objective, tokens, valid, bos_id):
+  """How a network trained with this objective is shown a row of tokens.
+
+  In either case the prediction for a position stands at that position.
+
+  Args:
+    objective: one of OBJECTIVES.
+    tokens: [B, L] int32.
+    valid: [B, L] bool, False on padding.
+    bos_id: stands before the first token of an autoregressive row.
+
+  Returns:
+    inputs [B, L] int32, and their masks.Labels.
+  """
+  if objective == 'masked_diffusion':
+    return tokens, masks.bidirectional(valid)
+  inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
+  return inputs, masks.causal(valid)
 
 
 MAKE_CANVAS = {

@@ -33,10 +33,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """All that the compiled step depends on, apart from shapes."""
+  """All that the compiled step depends on, apart from the optimizer."""
 
   model: TransformerConfig
   objective: ObjectiveConfig
+  length: int  # L
   microbatches: int
 
 

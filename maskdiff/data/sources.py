@@ -5,6 +5,7 @@ held-out split and the order of documents, so they must not depend on where
 the files happen to be installed.
 """
 
+import os
 import pathlib
 import sysconfig
 from collections.abc import Iterator
@@ -55,11 +56,12 @@ def _documents(root, suffixes, fix) -> Iterator[Document]:
   # Checked here and not in the generator below, so that a wrong directory is
   # reported by the call that names it.
   paths = {}
-  for path in root.rglob('*') if root.is_dir() else ():
-    relative = path.relative_to(root)
-    if path.suffix in suffixes and _FOREIGN.isdisjoint(relative.parts):
-      if path.is_file():
-        paths[relative.as_posix()] = path
+  for folder, folders, files in os.walk(root):
+    # In place, so that the walk does not even enter them.
+    folders[:] = [f for f in folders if f not in _FOREIGN]
+    for path in (pathlib.Path(folder, file) for file in files):
+      if path.suffix in suffixes:
+        paths[path.relative_to(root).as_posix()] = path
   if not paths:
     raise UserError(f'no {"/".join(suffixes)} files in {root}: {fix}')
   return _read(paths)

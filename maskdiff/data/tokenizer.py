@@ -46,7 +46,11 @@ class Tokenizer:
   )
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of a text, without bos or eos. Never a control id."""
+    """Token ids of a text, without bos or eos. Never a control id.
+
+    Raises:
+      TypeError: the text has lone surrogates, which no UTF-8 file holds.
+    """
     return self.encode_batch([text], num_threads=1)[0]
 
   def encode_batch(
@@ -98,18 +102,23 @@ def load(path: str | pathlib.Path) -> Tokenizer:
       <eos>, <mask>.
   """
   path = pathlib.Path(path)
-  make = 'train one with: python tokenizer/train.py --out PATH'
+  fix = (
+    'set --config.data.tokenizer to a model made by tokenizer/train.py, such '
+    'as tokenizer/stdlib_4k.model'
+  )
   try:
     model = path.read_bytes()
   except OSError as e:
-    raise UserError(f'cannot read tokenizer {path} ({e.strerror}): {make}')
+    raise UserError(
+      f'cannot read tokenizer {path} ({e.strerror}): {fix}'
+    ) from e
   processor = sentencepiece.SentencePieceProcessor()
   try:
     processor.LoadFromSerializedProto(model)
     if not processor.vocab_size():
       raise RuntimeError('no pieces')
-  except RuntimeError:
-    raise UserError(f'{path} is not a SentencePiece model: {make}') from None
+  except RuntimeError as e:
+    raise UserError(f'{path} is not a SentencePiece model: {fix}') from e
 
   ids = {p: processor.piece_to_id(p) for p in ('<pad>', '<bos>', '<eos>')}
   ids['<mask>'] = processor.piece_to_id('<mask>')
@@ -117,10 +126,10 @@ def load(path: str | pathlib.Path) -> Tokenizer:
   absent = [piece for piece, i in ids.items() if not processor.is_control(i)]
   if absent:
     raise UserError(
-      f'tokenizer {path} has no control symbol {", ".join(absent)}: {make}'
+      f'tokenizer {path} has no control symbol {", ".join(absent)}: {fix}'
     )
   if not processor.is_byte(processor.piece_to_id('<0x00>')):
-    raise UserError(f'tokenizer {path} has no byte fallback: {make}')
+    raise UserError(f'tokenizer {path} has no byte fallback: {fix}')
   return Tokenizer(
     path=str(path),
     vocab_size=processor.vocab_size(),

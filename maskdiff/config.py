@@ -1,0 +1,339 @@
+"""The complete default configuration, its checks, and the command line.
+
+`default()` names every key there is, with its type; files in configs/ override
+some and return the result locked, so that a key that does not exist is an
+error in a file and on the command line alike. ml_collections stops here and in
+`train.run`, which turns the sections into frozen dataclasses.
+"""
+
+import difflib
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from maskdiff.errors import UserError
+
+
+def default():
+  """Returns every key with a small, working value; locked."""
+  c = config_dict.ConfigDict()
+  c.seed = 0
+
+  c.model = model = config_dict.ConfigDict()
+  model.vocab_size = 4096  # V
+  model.embed = 256  # D
+  model.layers = 4  # N
+  model.heads = 4  # H
+  model.kv_heads = 4  # G, divides heads; equal: multi-head attention
+  model.head_dim = 64  # K
+  model.mlp = 704  # F
+  model.tie_embeddings = True  # one matrix for input and output
+  model.rope_theta = 500_000.0
+  model.norm_eps = 1e-5
+  model.dtype = 'bfloat16'  # of activations; parameters are float32
+  model.remat = 'full'  # none | minimal | full
+  model.attention = 'auto'  # auto | xla | splash
+
+  c.tokens = tokens = config_dict.ConfigDict()
+  tokens.mask_id = 4
+  tokens.bos_id = 1
+  tokens.eos_id = 2
+  tokens.pad_id = 0
+
+  c.objective = objective = config_dict.ConfigDict()
+  objective.name = 'masked_diffusion'  # masked_diffusion | autoregressive
+  objective.schedule = 'linear'  # linear | cosine | polynomial
+  objective.schedule_power = 2.0  # of the polynomial schedule
+  objective.eps = 1e-3  # times lie in [eps, 1)
+  objective.time_sampling = 'antithetic'  # antithetic | stratified | iid
+  objective.random_length_fraction = 0.01  # of sequences, cut at random
+  objective.predict_mask = False  # the mask id takes part in the softmax
+  objective.loss_chunk_tokens = 512  # memory: this x vocab_size float32
+
+  c.optimizer = optimizer = config_dict.ConfigDict()
+  optimizer.schedule = 'wsd'  # wsd | cosine | piecewise
+  optimizer.learning_rate = 4e-4
+  optimizer.final_learning_rate = 1e-5
+  optimizer.warmup_steps = 100
+  optimizer.decay_steps = 100  # wsd: length of the final linear decay
+  # piecewise: (last step, rate at its start, rate at its end), ...
+  optimizer.pieces = ()
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.95
+  optimizer.eps = 1e-8
+  optimizer.weight_decay = 0.1  # of matrices
+  optimizer.clip_norm = 1.0
+
+  c.data = data = config_dict.ConfigDict()
+  data.path = 'embedded'  # a prepared directory, or the embedded corpus
+  data.tokenizer = 'tokenizer/stdlib_4k.model'
+  data.cache_dir = '~/.cache/maskdiff'  # where the embedded corpus is prepared
+  data.length = 256  # L, tokens per sequence
+
+  c.train = train = config_dict.ConfigDict()
+  train.steps = 1000
+  train.batch = 32  # B, sequences per step over all devices
+  train.microbatches = 1  # gradients are summed over this many parts
+  train.log_steps = 10  # between rows of metrics
+
+  c.eval = evaluation = config_dict.ConfigDict()
+  evaluation.steps = 500  # between evaluations; one more at the end
+  evaluation.batch = 32  # sequences per batch over all devices
+  evaluation.batches = 8
+
+  c.sample = sample = config_dict.ConfigDict()
+  sample.prompts = ('',)  # at every evaluation; empty tuple: no samples
+  sample.gen_length = 64
+  sample.block_length = 64
+  sample.steps = 64
+  sample.temperature = 0.0
+  sample.remasking = 'low_confidence'  # low_confidence | random
+
+  c.checkpoint = checkpoint = config_dict.ConfigDict()
+  checkpoint.steps = 1000  # between checkpoints; one more at the end
+  checkpoint.keep = 2  # latest ones kept
+
+  c.mesh = mesh = config_dict.ConfigDict()
+  mesh.replica = 1
+  mesh.fsdp = -1  # -1: all devices that the other axes leave
+  mesh.sequence = 1
+  mesh.tensor = 1
+  return c.lock()
+
+
+CHOICES = {
+  'model.dtype': ('float32', 'bfloat16'),
+  'model.remat': ('none', 'minimal', 'full'),
+  'model.attention': ('auto', 'xla', 'splash'),
+  'objective.name': ('masked_diffusion', 'autoregressive'),
+  'objective.schedule': ('linear', 'cosine', 'polynomial'),
+  'objective.time_sampling': ('antithetic', 'stratified', 'iid'),
+  'optimizer.schedule': ('wsd', 'cosine', 'piecewise'),
+  'sample.remasking': ('low_confidence', 'random'),
+}
+POSITIVE = (
+  'model.vocab_size model.embed model.layers model.heads model.kv_heads '
+  'model.head_dim model.mlp objective.eps objective.schedule_power '
+  'objective.loss_chunk_tokens '
+  'optimizer.clip_norm data.length train.steps train.batch train.microbatches '
+  'train.log_steps eval.steps eval.batch eval.batches sample.gen_length '
+  'sample.block_length sample.steps checkpoint.steps checkpoint.keep'
+).split()
+
+
+def validate(c):
+  """Checks what the types cannot, before anything is compiled.
+
+  What depends on the machine (devices) and on files (tokenizer, data) is
+  checked where they are opened.
+
+  Raises:
+    UserError: names the keys and the fix.
+  """
+
+  def require(condition, message):
+    if not condition:
+      raise UserError(message)
+
+  for key, choices in CHOICES.items():
+    value = lookup(c, key)
+    require(
+      value in choices,
+      f'config.{key}={value!r}: choose one of {", ".join(choices)}'
+      + _suggestion(value, choices),
+    )
+  for key in POSITIVE:
+    require(
+      lookup(c, key) > 0, f'config.{key}={lookup(c, key)}: must be positive'
+    )
+  m, t, o, e = c.model, c.train, c.optimizer, c.objective
+  require(
+    m.heads % m.kv_heads == 0,
+    f'config.model.heads={m.heads} is not a multiple of '
+    f'config.model.kv_heads={m.kv_heads}',
+  )
+  require(
+    m.head_dim % 2 == 0,
+    f'config.model.head_dim={m.head_dim} must be even: rotary positions turn '
+    'pairs',
+  )
+  for name, value in c.tokens.items():
+    require(
+      0 <= value < m.vocab_size,
+      f'config.tokens.{name}={value} is outside the vocabulary of '
+      f'config.model.vocab_size={m.vocab_size}',
+    )
+  require(
+    t.batch % t.microbatches == 0,
+    f'config.train.batch={t.batch} is not divisible by '
+    f'config.train.microbatches={t.microbatches}',
+  )
+  for section in ('train', 'eval'):
+    batch = c[section].batch
+    require(
+      e.time_sampling != 'antithetic' or batch % 2 == 0,
+      f'config.{section}.batch={batch} must be even: antithetic time sampling '
+      'draws times for pairs of rows',
+    )
+  require(e.eps < 1, f'config.objective.eps={e.eps} must be below 1')
+  require(
+    0 <= e.random_length_fraction <= 1,
+    f'config.objective.random_length_fraction={e.random_length_fraction} must '
+    'lie in [0, 1]',
+  )
+  warmup = o.warmup_steps + (o.decay_steps if o.schedule == 'wsd' else 0)
+  require(
+    o.schedule == 'piecewise' or warmup <= t.steps,
+    f'config.optimizer: warmup and decay take {warmup} steps, more than '
+    f'config.train.steps={t.steps}; shorten them',
+  )
+  if o.schedule == 'piecewise':
+    ends = [piece[0] for piece in o.pieces]
+    require(
+      ends and ends == sorted(ends) and ends[-1] == t.steps,
+      'config.optimizer.pieces must be (last step, first rate, last rate) in '
+      f'order, and end at config.train.steps={t.steps}',
+    )
+  s = c.sample
+  blocks = -(-s.gen_length // min(s.block_length, s.gen_length))
+  require(
+    s.steps % blocks == 0,
+    f'config.sample.steps={s.steps} cannot be shared equally by {blocks} '
+    f'blocks; choose a multiple of {blocks}',
+  )
+
+
+def validate_mesh(c, shards):
+  """Checks that batches split over the devices of a mesh.
+
+  Args:
+    c: the config.
+    shards: parts that a batch is split into, `mesh.batch_shards`.
+
+  Raises:
+    UserError: names the key and values that would do.
+  """
+  for section, parts in (('train', c.train.microbatches), ('eval', 1)):
+    batch, unit = c[section].batch, shards * parts
+    if batch % unit:
+      near = max(1, round(batch / unit)) * unit
+      over = f'{shards} devices' + (
+        f' x {parts} microbatches' if parts > 1 else ''
+      )
+      raise UserError(
+        f'config.{section}.batch={batch} is not divisible by the mesh '
+        f'({over}); --config.{section}.batch={near} is'
+      )
+  if c.data.length % c.mesh.sequence:
+    raise UserError(
+      f'config.data.length={c.data.length} is not divisible by '
+      f'config.mesh.sequence={c.mesh.sequence}'
+    )
+
+
+def lookup(c, dotted):
+  """The value at a dotted key, like 'model.heads'."""
+  for part in dotted.split('.'):
+    c = c[part]
+  return c
+
+
+def flatten(c):
+  """A dict from dotted keys to values."""
+  flat = {}
+  for key, value in c.items():
+    if isinstance(value, config_dict.ConfigDict):
+      flat |= {f'{key}.{k}': v for k, v in flatten(value).items()}
+    else:
+      flat[key] = value
+  return flat
+
+
+def from_dict(tree):
+  """The config saved as a plain dict in a checkpoint, checked for its keys.
+
+  Raises:
+    UserError: the dict has other keys than this version's config.
+  """
+  c = default()
+  theirs, ours = flatten(config_dict.ConfigDict(tree)), flatten(c)
+  if theirs.keys() != ours.keys():
+    differ = ', '.join(sorted(theirs.keys() ^ ours.keys()))
+    raise UserError(
+      f'this checkpoint is from another version of maskdiff: config keys '
+      f'{differ} differ'
+    )
+  with c.unlocked():
+    c.update(config_dict.ConfigDict(tree))
+  for key, value in theirs.items():
+    if isinstance(value, list):
+      section, _, name = key.rpartition('.')
+      (lookup(c, section) if section else c)[name] = _tuples(value)
+  return c
+
+
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _suggestion(word, known):
+  close = difflib.get_close_matches(str(word), list(known), n=1)
+  return f'; did you mean {close[0]!r}?' if close else ''
+
+
+def run_script(main, argv=None):
+  """Parses the command line of a script in launch/ and calls main(FLAGS).
+
+  The script has defined its absl flags. Everything that the user can fix ends
+  with one line on standard error and status 2: an unknown flag or config key,
+  forgotten dashes, and every UserError.
+  """
+  argv = sys.argv if argv is None else argv
+  try:
+    main(_parse(argv))
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv):
+  try:
+    rest = flags.FLAGS(argv)[1:]
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+    raise UserError(_one_line(e, argv)) from e
+  except (OSError, SyntaxError, ImportError) as e:
+    raise UserError(f'cannot load the config file: {e}') from e
+  if rest:
+    hint = f'; did you mean --{rest[0]}?' if '=' in rest[0] else ''
+    raise UserError(f'unexpected argument {rest[0]!r}{hint}')
+  return flags.FLAGS
+
+
+def _one_line(error, argv):
+  """Says what is wrong with a flag or a config file in one line."""
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return f'unknown flag --{error.flagname}' + _suggestion(
+      error.flagname, flags.FLAGS
+    )
+  known = flatten(default())
+  for argument in argv[1:]:
+    match = re.match(r'--config\.([^=]+)', argument)
+    if match and match[1] not in known and match[1] not in default():
+      return f'unknown config key {match[1]!r}' + _suggestion(match[1], known)
+  message = str(error.args[0] if error.args else error)
+  match = re.match(r'Key "(\w+)" does not exist', message)
+  if match:
+    names = [key.rpartition('.')[2] for key in known]
+    return f'unknown config key {match[1]!r} in the config file' + _suggestion(
+      match[1], names
+    )
+  return ' '.join(message.split())
+
+
+def define_config_flag():
+  """Defines --config FILE with its --config.key=value overrides."""
+  return config_flags.DEFINE_config_file(
+    'config', None, 'A file of configs/, e.g. configs/tiny.py.'
+  )

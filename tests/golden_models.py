@@ -1,0 +1,98 @@
+"""Reads the golden LLaDA checkpoints into the parameter tree of maskdiff."""
+
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from maskdiff.model import TransformerConfig
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+# Name in the state dict, by name in the parameter tree. Those of `blocks`
+# stand after `blocks.N.`.
+TOP = {'embed': 'wte', 'norm': 'ln_f', 'head': 'ff_out'}
+BLOCKS = {
+  'norm1': 'attn_norm',
+  'q': 'q_proj',
+  'k': 'k_proj',
+  'v': 'v_proj',
+  'o': 'attn_out',
+  'norm2': 'ff_norm',
+  'gate': 'ff_proj',
+  'up': 'up_proj',
+  'down': 'ff_out',
+}
+
+
+def names(path):
+  """State-dict names of a parameter: one, or a pattern in the layer number.
+
+  Args:
+    path: 'embed', 'norm', 'head' or 'blocks/<weight>'.
+  """
+  block = path.startswith('blocks/')
+  name = BLOCKS[path.removeprefix('blocks/')] if block else TOP[path]
+  return f'model.transformer.{"blocks.{}." if block else ""}{name}.weight'
+
+
+def load(name):
+  """Returns (TransformerConfig in float32, parameter tree) of a model."""
+  c = json.loads((GOLDEN / name / 'config.json').read_text())
+  head_dim = c['d_model'] // c['n_heads']
+  config = TransformerConfig(
+    vocab_size=c['embedding_size'],
+    embed=c['d_model'],
+    layers=c['n_layers'],
+    heads=c['n_heads'],
+    kv_heads=c['n_kv_heads'],
+    head_dim=head_dim,
+    mlp=c['mlp_hidden_size'],
+    tie_embeddings=c['weight_tying'],
+    rope_theta=c['rope_theta'],
+    norm_eps=c['rms_norm_eps'],
+    dtype='float32',
+    remat='none',
+    attention='xla',
+  )
+  tensors = load_file(GOLDEN / name / 'model.safetensors')
+  top = {key: tensors[names(key)] for key in TOP}
+  top['head'] = top['head'].T
+  blocks = {
+    key: np.stack(
+      [tensors[names(f'blocks/{key}').format(n)] for n in range(c['n_layers'])]
+    )
+    for key in BLOCKS
+  }
+  return config, {**top, 'blocks': _from_torch(blocks, head_dim)}
+
+
+def to_torch(params):
+  """The tree, of parameters or gradients, under state-dict names and shapes."""
+  tensors = {names(key): np.asarray(params[key]) for key in TOP}
+  tensors[names('head')] = tensors[names('head')].T
+  for key, stacked in params['blocks'].items():
+    stacked = np.asarray(stacked)
+    if key == 'o':  # [N, H, K, D] -> [N, D, H K]
+      stacked = stacked.reshape(len(stacked), -1, stacked.shape[-1])
+    if key in ('q', 'k', 'v'):  # [N, D, H, K] -> [N, H K, D]
+      stacked = stacked.reshape(*stacked.shape[:2], -1)
+    if stacked.ndim == 3:
+      stacked = stacked.swapaxes(1, 2)
+    for n, tensor in enumerate(stacked):
+      tensors[names(f'blocks/{key}').format(n)] = tensor
+  return tensors
+
+
+def _from_torch(blocks, head_dim):
+  """Stacks of torch Linear weights, [N, out, in], to [N, in, out] by heads."""
+  out = {}
+  for key, w in blocks.items():
+    w = w.swapaxes(1, 2) if w.ndim == 3 else w
+    if key in ('q', 'k', 'v'):
+      w = w.reshape(*w.shape[:2], -1, head_dim)
+    if key == 'o':
+      w = w.reshape(w.shape[0], -1, head_dim, w.shape[-1])
+    out[key] = w
+  return out

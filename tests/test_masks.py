@@ -1,0 +1,198 @@
+"""The visibility rule against every regime written out longhand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdiff import masks
+from maskdiff.masks import Labels
+
+# Rows with padding at neither, either and both ends.
+VALID = np.array(
+  [
+    [1, 1, 1, 1, 1, 1],
+    [0, 0, 1, 1, 1, 1],
+    [1, 1, 1, 0, 0, 0],
+    [0, 1, 1, 1, 0, 0],
+  ],
+  bool,
+)
+CONSTRUCTORS = (masks.bidirectional, masks.causal)
+
+
+def labels(pos, block, reach, doc=0):
+  """Labels of one row; scalars apply to every position."""
+  row = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (1, len(pos)))
+  return Labels(row(doc), row(pos), row(block), row(reach))
+
+
+def seen(query, key=None):
+  return np.asarray(masks.visible(query, query if key is None else key))
+
+
+def longhand(batch, length, rule):
+  """[batch, length, length] bool of rule(b, i, j)."""
+  return np.array(
+    [
+      [[rule(b, i, j) for j in range(length)] for i in range(length)]
+      for b in range(batch)
+    ]
+  )
+
+
+def both_valid(b, i, j):
+  return VALID[b, i] and VALID[b, j]
+
+
+def both_padding(b, i, j):
+  return not VALID[b, i] and not VALID[b, j]
+
+
+def test_bidirectional_sees_every_valid_position():
+  expected = longhand(
+    *VALID.shape, lambda b, i, j: both_valid(b, i, j) or both_padding(b, i, j)
+  )
+  np.testing.assert_array_equal(
+    seen(masks.bidirectional(jnp.asarray(VALID))), expected
+  )
+
+
+def test_causal_sees_itself_and_what_is_before():
+  expected = longhand(
+    *VALID.shape,
+    lambda b, i, j: (both_valid(b, i, j) or both_padding(b, i, j)) and j <= i,
+  )
+  np.testing.assert_array_equal(
+    seen(masks.causal(jnp.asarray(VALID))), expected
+  )
+
+
+@pytest.mark.parametrize('constructor', CONSTRUCTORS)
+def test_valid_positions_and_padding_never_see_each_other(constructor):
+  visible = seen(constructor(jnp.asarray(VALID)))
+  assert not visible[VALID[:, :, None] != VALID[:, None, :]].any()
+
+
+@pytest.mark.parametrize('constructor', CONSTRUCTORS)
+def test_every_position_sees_at_least_itself(constructor):
+  visible = seen(constructor(jnp.asarray(VALID)))
+  assert visible.diagonal(axis1=1, axis2=2).all()
+
+
+def test_bidirectional_regime_promises_equality_of_documents():
+  l = masks.bidirectional(jnp.asarray(VALID))
+  assert l.regime == masks.BIDIRECTIONAL
+  same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
+  np.testing.assert_array_equal(seen(l), same)
+
+
+def test_causal_regime_promises_order_within_documents():
+  l = masks.causal(jnp.asarray(VALID))
+  assert l.regime == masks.CAUSAL
+  same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
+  np.testing.assert_array_equal(seen(l), np.tril(same))
+
+
+def test_hand_built_labels_promise_nothing():
+  assert labels(np.arange(4), 0, 0).regime == masks.GENERAL
+
+
+def test_positions_count_up_in_every_row():
+  np.testing.assert_array_equal(
+    masks.positions(2, 4), [[0, 1, 2, 3], [0, 1, 2, 3]]
+  )
+
+
+def test_packed_documents_do_not_see_each_other():
+  doc, pos = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 2, 0, 1, 0])
+  same = doc[:, None] == doc
+  np.testing.assert_array_equal(seen(labels(pos, 0, 0, doc))[0], same)
+  np.testing.assert_array_equal(
+    seen(labels(pos, -1, pos + 1, doc))[0], np.tril(same)
+  )
+
+
+def block_causal(n, size):
+  pos = np.arange(n)
+  return labels(pos, -1, (pos // size + 1) * size)
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 6])
+def test_block_causal_sees_up_to_the_end_of_its_block(size):
+  expected = longhand(1, 6, lambda b, i, j: j // size <= i // size)
+  np.testing.assert_array_equal(seen(block_causal(6, size)), expected)
+
+
+def test_block_causal_of_size_1_is_causal_and_of_size_l_bidirectional():
+  valid = jnp.ones((1, 6), bool)
+  np.testing.assert_array_equal(
+    seen(block_causal(6, 1)), seen(masks.causal(valid))
+  )
+  np.testing.assert_array_equal(
+    seen(block_causal(6, 6)), seen(masks.bidirectional(valid))
+  )
+
+
+def noisy_then_clean(n, size):
+  """Block-diffusion training: [noisy ; clean], 2n positions."""
+  pos = np.arange(n)
+  own = pos // size
+  return labels(
+    pos=np.concatenate([pos, pos]),
+    block=np.concatenate([own, np.full(n, -1)]),
+    reach=np.concatenate([own * size, (own + 1) * size]),
+  )
+
+
+@pytest.mark.parametrize('n, size', [(6, 1), (6, 2), (6, 3), (6, 6), (8, 4)])
+def test_block_diffusion_training_mask_is_that_of_bd3_lm(n, size):
+  """arXiv 2503.09573: three kinds of pairs see each other, no others."""
+
+  def rule(b, i, j):
+    q_noisy, k_noisy = i < n, j < n
+    q_block, k_block = i % n // size, j % n // size
+    return (
+      (q_block == k_block and q_noisy == k_noisy)
+      or (q_noisy and not k_noisy and q_block > k_block)
+      or (not q_noisy and not k_noisy and q_block >= k_block)
+    )
+
+  np.testing.assert_array_equal(
+    seen(noisy_then_clean(n, size)), longhand(1, 2 * n, rule)
+  )
+
+
+def test_block_diffusion_mask_has_the_row_sums_of_the_original_code():
+  rows = seen(noisy_then_clean(6, 2))[0].sum(axis=1)
+  np.testing.assert_array_equal(rows, [2, 2, 4, 4, 6, 6] * 2)
+
+
+def test_sdlm_windows_see_the_clean_tokens_before_their_anchor():
+  """Clean tokens causal; a window sees itself and clean tokens < its start."""
+  n, size, anchors = 6, 3, [1, 4]
+  windows = [np.arange(a, a + size) for a in anchors]
+  pos = np.concatenate([np.arange(n), *windows])
+  number = np.repeat([-1, 0, 1], [n, size, size])
+  start = np.repeat(anchors, size)
+  visible = seen(
+    labels(pos, number, np.concatenate([np.arange(n) + 1, start]))
+  )
+
+  def rule(b, i, j):
+    if j < n:
+      return j <= i if i < n else j < anchors[number[i]]
+    return i >= n and number[i] == number[j]
+
+  np.testing.assert_array_equal(visible, longhand(1, len(pos), rule))
+
+
+def test_a_canvas_sees_its_cache_and_itself_whole():
+  cache, canvas, size = np.arange(4), np.arange(4, 7), 3
+  query = labels(canvas, 0, canvas[0])
+  key = jax.tree.map(
+    lambda a, b: jnp.concatenate([a, b], axis=1),
+    labels(cache, -1, cache + 1),
+    query,
+  )
+  np.testing.assert_array_equal(seen(query, key), np.ones((1, size, 7), bool))
