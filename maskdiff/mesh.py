@@ -137,9 +137,11 @@ def shard(x, *axes):
   def place(size, axis):
     names = ACTIVATION_RULES[axis] if axis else None
     split = (names,) if isinstance(names, str) else names or ()
-    return names if size % math.prod(mesh.shape[n] for n in split) == 0 else None
+    return (
+      names if size % math.prod(mesh.shape[n] for n in split) == 0 else None
+    )
 
   if len(axes) != x.ndim:
-    raise ValueError(f"{len(axes)} axes for an array of {x.ndim} dimensions")
+    raise ValueError(f'{len(axes)} axes for an array of {x.ndim} dimensions')
   spec = PartitionSpec(*map(place, x.shape, axes))
   return jax.lax.with_sharding_constraint(x, spec)

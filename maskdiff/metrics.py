@@ -148,7 +148,9 @@ def _duration(seconds):
 
 def table(rows):
   """Lines up rows of cells in columns; numbers to the right."""
-  cells = [[f'{c:,}' if isinstance(c, int) else str(c) for c in r] for r in rows]
+  cells = [
+    [f'{c:,}' if isinstance(c, int) else str(c) for c in r] for r in rows
+  ]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return '\n'.join(
     '  '.join(

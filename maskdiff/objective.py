@@ -130,9 +130,7 @@ def autoregressive(c, tokens, rows, key, batch):
   """
   del rows, key, batch
   b, length = tokens.shape
-  inputs, labels = show(
-    c.name, tokens, jnp.ones(tokens.shape, bool), c.bos_id
-  )
+  inputs, labels = show(c.name, tokens, jnp.ones(tokens.shape, bool), c.bos_id)
   return Canvas(
     inputs=inputs,
     labels=labels,

@@ -15,6 +15,7 @@ yields every canvas in between.
 
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ from maskdiff.errors import UserError
 from maskdiff.model import bind
 from maskdiff.objective import show
 from maskdiff.remasking import RULES, quota
+
+GAP = re.compile(r'\{\{(\d+)\}\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,11 +238,44 @@ def continue_prompts(prompts, gen_length, pad_id):
   Returns:
     canvas, fill and valid for `generate`.
   """
-  length = max(map(len, prompts)) + gen_length
-  canvas = np.full((len(prompts), length), pad_id, np.int32)
-  fill = np.zeros(canvas.shape, bool)
-  for row, prompt in enumerate(prompts):
-    canvas[row, : len(prompt)] = prompt
-    fill[row, len(prompt) : len(prompt) + gen_length] = True
-  valid = np.arange(length) < np.array([[len(p) + gen_length] for p in prompts])
+  return _layout([[*p, *[None] * gen_length] for p in prompts], pad_id)
+
+
+def fill_gaps(texts, encode, pad_id):
+  """Lays out texts in which {{n}} stands for a gap of n tokens.
+
+  Args:
+    texts: list of str, e.g. 'def area(r): return {{4}} * r ** 2'.
+    encode: from text to a list of tokens.
+    pad_id: stands where short rows are padded, on the right.
+
+  Returns:
+    canvas, fill and valid for `generate`.
+
+  Raises:
+    UserError: a text has no gap, or none but empty ones.
+  """
+  rows = []
+  for text in texts:
+    parts = GAP.split(text)  # text, n, text, n, ..., text
+    row = []
+    for i, part in enumerate(parts):
+      row += [None] * int(part) if i % 2 else encode(part)
+    if None not in row:
+      raise UserError(
+        f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
+      )
+    rows.append(row)
+  return _layout(rows, pad_id)
+
+
+def _layout(rows, pad_id):
+  """Pads rows of tokens, None where a slot is, to one length."""
+  length = max(map(len, rows))
+  canvas = np.full((len(rows), length), pad_id, np.int32)
+  fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
+  for i, row in enumerate(rows):
+    canvas[i, : len(row)] = [pad_id if t is None else t for t in row]
+    fill[i, : len(row)] = [t is None for t in row]
+    valid[i, : len(row)] = True
   return canvas, fill, valid

@@ -175,9 +175,7 @@ def test_sdlm_windows_see_the_clean_tokens_before_their_anchor():
   pos = np.concatenate([np.arange(n), *windows])
   number = np.repeat([-1, 0, 1], [n, size, size])
   start = np.repeat(anchors, size)
-  visible = seen(
-    labels(pos, number, np.concatenate([np.arange(n) + 1, start]))
-  )
+  visible = seen(labels(pos, number, np.concatenate([np.arange(n) + 1, start])))
 
   def rule(b, i, j):
     if j < n:

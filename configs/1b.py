@@ -1,0 +1,52 @@
+"""LLaDA 1B: dimensions and batch of arXiv 2502.09992, appendix B.2.
+
+python launch/pretrain.py --config configs/1b.py --workdir gs://BUCKET/1b \
+  --config.data.path=DIR --config.data.tokenizer=FILE
+
+1,487,243,264 parameters. The learning rate, 4e-4, and the batch, 1280 x 4096,
+are the paper's; the length of the run is not published exactly: 88,000 steps,
+461B tokens, is the last point of its scaling curves.
+"""
+
+from maskdiff.config import default
+
+
+def get_config():
+  c = default()
+  c.model.vocab_size = 126_464
+  c.model.embed = 2048
+  c.model.layers = 22
+  c.model.heads = 32
+  c.model.kv_heads = 4
+  c.model.head_dim = 64
+  c.model.mlp = 5634
+  c.model.tie_embeddings = False
+
+  c.tokens.mask_id = 126_336
+  c.tokens.bos_id = 126_080
+  c.tokens.eos_id = 126_081
+  c.tokens.pad_id = 126_081
+
+  c.objective.predict_mask = True
+  c.objective.loss_chunk_tokens = 1024
+
+  c.optimizer.learning_rate = 4e-4
+  c.optimizer.final_learning_rate = 4e-5
+  c.optimizer.warmup_steps = 2000
+  c.optimizer.decay_steps = 8800
+
+  c.data.path = 'data/1b'
+  c.data.tokenizer = 'data/1b/tokenizer.model'
+  c.data.length = 4096
+
+  c.train.steps = 88_000
+  c.train.batch = 1280
+  c.train.microbatches = 20
+  c.eval.steps = 1000
+  c.eval.batch = 64
+  c.eval.batches = 8
+  c.sample.gen_length = 128
+  c.sample.block_length = 32
+  c.sample.steps = 128
+  c.checkpoint.steps = 1000
+  return c

@@ -1,0 +1,88 @@
+"""Samples from a trained model: continues prompts, or fills gaps in a text.
+
+python launch/sample.py --workdir runs/tiny --prompt "def read_file(" \
+  --gen_length 64 --steps 64 [--show]
+python launch/sample.py --workdir runs/tiny --infill "for i in {{4}}: print(i)"
+"""
+
+import sys
+import time
+
+from absl import flags
+
+from maskdiff import config
+
+flags.DEFINE_string('workdir', None, 'The run to load.')
+flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
+flags.DEFINE_multi_string(
+  'infill', [], 'Text with gaps, {{n}} for n tokens; may be repeated.'
+)
+flags.DEFINE_integer('gen_length', None, 'Tokens to add to a prompt.')
+flags.DEFINE_integer('steps', None, 'Denoising steps; default: one a token.')
+flags.DEFINE_integer('block_length', None, 'Tokens filled together.')
+flags.DEFINE_float('temperature', None, '0 takes the most probable token.')
+flags.DEFINE_string('remasking', None, 'low_confidence or random.')
+flags.DEFINE_integer('seed', 0, 'Of the first sample; the next has seed + 1.')
+flags.DEFINE_bool('show', False, 'Show the text after each denoising step.')
+flags.mark_flag_as_required('workdir')
+
+
+def main(args):
+  import jax
+
+  from maskdiff import run, sampler
+
+  run_config, tokenizer, params, mesh = run.load(args.workdir)
+  pad_id = run_config.tokens.pad_id
+  if args.infill:
+    canvas, fill, valid = sampler.fill_gaps(
+      args.infill, tokenizer.encode, pad_id
+    )
+  else:
+    prompts = [tokenizer.encode(p) for p in args.prompt or ['']]
+    length = args.gen_length or run_config.sample.gen_length
+    canvas, fill, valid = sampler.continue_prompts(prompts, length, pad_id)
+
+  most = int(fill.sum(axis=1).max())
+  s = run_config.sample
+  s.gen_length = most
+  s.block_length = args.block_length or most
+  s.steps = args.steps or most
+  if args.temperature is not None:
+    s.temperature = args.temperature
+  s.remasking = args.remasking or s.remasking
+  request = (
+    run.step_config(run_config).model,
+    run.sampler_config(run_config),
+    params,
+    canvas,
+    fill,
+    valid,
+    [args.seed + i for i in range(len(canvas))],
+  )
+
+  def show(rows):
+    texts = (tokenizer.decode(r[ok]) for r, ok in zip(rows, valid, strict=True))
+    return '\n---\n'.join(texts)
+
+  with jax.set_mesh(mesh):
+    if args.show:
+      for canvas in sampler.trace(*request):
+        if sys.stdout.isatty():
+          print('\x1b[2J\x1b[H', end='')
+        print(show(canvas), flush=True)
+        if not sys.stdout.isatty():
+          print('=' * 8)
+      return
+    began = time.monotonic()
+    rows = jax.device_get(sampler.generate(*request))
+  print(show(rows))
+  print(
+    f'{fill.sum()} tokens in {s.steps} steps and '
+    f'{time.monotonic() - began:.1f} s, compilation included',
+    file=sys.stderr,
+  )
+
+
+if __name__ == '__main__':
+  config.run_script(main)

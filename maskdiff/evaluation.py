@@ -1,0 +1,104 @@
+"""The bound on held-out text, the rows of metrics, and samples in passing."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from maskdiff import run as run_lib
+from maskdiff import sampler
+from maskdiff import step as step_lib
+
+
+def evaluate(c, params, batches, tokens_per_byte):
+  """The bound on held-out text, under noise that is the same every time.
+
+  Args:
+    c: StepConfig.
+    params: parameter tree.
+    batches: list of [B, L] int32.
+    tokens_per_byte: of the held-out text, for bits per byte.
+
+  Returns:
+    loss in nats per token with its standard error over batches, bits per byte,
+    and the nll of masked tokens by mask ratio.
+  """
+  objective = dataclasses.replace(c.objective, random_length_fraction=0.0)
+  c = dataclasses.replace(c, objective=objective)
+  keys = jax.random.split(jax.random.key(0), len(batches))
+  sums = [
+    _eval_step(c, params, tokens, key)
+    for tokens, key in zip(batches, keys, strict=True)
+  ]
+  sums = jax.device_get(sums)
+  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
+  means = [s['weighted_nll'] / s['num_tokens'] for s in sums]
+  loss = float(total['weighted_nll'] / total['num_tokens'])
+  return {
+    'eval/loss_nats_per_token': loss,
+    'eval/stderr_nats_per_token': float(np.std(means) / len(means) ** 0.5),
+    'eval/bits_per_byte': loss * tokens_per_byte / float(np.log(2)),
+    **by_ratio('eval', total),
+  }
+
+
+_eval_step = functools.partial(jax.jit, static_argnums=0)(step_lib.eval_step)
+
+
+def by_ratio(prefix, sums):
+  """Mean nll of the predicted tokens in each bucket of the mask ratio."""
+  buckets = zip(sums['ratio_nll'], sums['ratio_count'], strict=True)
+  return {
+    f'{prefix}/nll_at_mask_ratio_{(i + 0.5) / step_lib.RATIO_BUCKETS:.1f}': (
+      float(nll / count)
+    )
+    for i, (nll, count) in enumerate(buckets)
+    if count > 0
+  }
+
+
+def train_row(fetched, plan, step, batch, length, step_s):
+  """The metrics of a window of steps, by name."""
+  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *fetched)
+  return {
+    'train/loss_nats_per_token': float(
+      total['weighted_nll'] / total['num_tokens']
+    ),
+    'train/grad_norm': float(max(f['grad_norm'] for f in fetched)),
+    'train/param_norm': float(fetched[-1]['param_norm']),
+    'train/learning_rate': float(plan(step - 1)),
+    'train/masked_share': float(total['num_predicted'] / total['num_tokens']),
+    'train/step_s': step_s,
+    'train/tokens_per_s': batch * length / step_s,
+    **by_ratio('train', total),
+  }
+
+
+def sample_texts(config, c, params, tokenizer):
+  """Continues the configured prompts; returns texts with prompts."""
+  if not config.sample.prompts:
+    return []
+  s = run_lib.sampler_config(config)
+  prompts = [tokenizer.encode(p) for p in config.sample.prompts]
+  canvas, fill, valid = sampler.continue_prompts(
+    prompts, config.sample.gen_length, config.tokens.pad_id
+  )
+  out = sampler.generate(
+    c.model, s, params, canvas, fill, valid, seeds=range(len(prompts))
+  )
+  out = np.asarray(out)
+  return [tokenizer.decode(row[ok]) for row, ok in zip(out, valid, strict=True)]
+
+
+def conclude(result, manifest):
+  """Compares the last bound with the entropy of single tokens."""
+  split = manifest.splits['heldout']
+  to_bits = split.tokens / split.text_bytes / np.log(2)
+  unigram = split.unigram_entropy_nats
+  return (
+    f'held-out bound   {result["eval/loss_nats_per_token"]:.4f} nats/token  '
+    f'{result["eval/bits_per_byte"]:.4f} bits/byte\n'
+    f'unigram entropy  {unigram:.4f} nats/token  '
+    f'{unigram * to_bits:.4f} bits/byte'
+  )

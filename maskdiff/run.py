@@ -1,0 +1,174 @@
+"""What a config and a work directory stand for.
+
+Between the outside (ConfigDicts, paths, files of a run) and the library (frozen
+configs, arrays): each function opens one thing, checks that it fits the
+others, and says in one line what is wrong if it does not.
+"""
+
+import json
+import os
+import shutil
+
+import jax
+
+from maskdiff import checkpoint, metrics
+from maskdiff import config as config_lib
+from maskdiff import mesh as mesh_lib
+from maskdiff import model as model_lib
+from maskdiff.data import prepare, records
+from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.errors import UserError
+from maskdiff.model import TransformerConfig
+from maskdiff.objective import ObjectiveConfig
+from maskdiff.sampler import SamplerConfig
+from maskdiff.schedule import Schedule
+from maskdiff.step import StepConfig
+
+
+def step_config(config):
+  """The frozen configs that the compiled step depends on."""
+  o = config.objective
+  return StepConfig(
+    model=TransformerConfig(**config.model),
+    objective=ObjectiveConfig(
+      name=o.name,
+      schedule=Schedule(o.schedule, o.schedule_power),
+      eps=o.eps,
+      time_sampling=o.time_sampling,
+      random_length_fraction=o.random_length_fraction,
+      predict_mask=o.predict_mask,
+      mask_id=config.tokens.mask_id,
+      bos_id=config.tokens.bos_id,
+      loss_chunk_tokens=o.loss_chunk_tokens,
+    ),
+    length=config.data.length,
+    microbatches=config.train.microbatches,
+  )
+
+
+def sampler_config(config):
+  """The frozen config of the sampler; autoregressive models go one by one."""
+  s, causal = config.sample, config.objective.name == 'autoregressive'
+  return SamplerConfig(
+    steps=s.gen_length if causal else s.steps,
+    block_length=1 if causal else s.block_length,
+    temperature=s.temperature,
+    remasking=s.remasking,
+    objective=config.objective.name,
+    predict_mask=config.objective.predict_mask,
+    mask_id=config.tokens.mask_id,
+    bos_id=config.tokens.bos_id,
+  )
+
+
+def open_tokenizer(config):
+  """Loads the tokenizer and checks it against the config.
+
+  Raises:
+    UserError: an id or the vocabulary size differs.
+  """
+  tokenizer = tokenizer_lib.load(config.data.tokenizer)
+  for name, value in config.tokens.items():
+    if getattr(tokenizer, name) != value:
+      raise UserError(
+        f'config.tokens.{name}={value}, but {config.data.tokenizer} has '
+        f'{getattr(tokenizer, name)}; set --config.tokens.{name}='
+        f'{getattr(tokenizer, name)} or choose another config.data.tokenizer'
+      )
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise UserError(
+      f'{config.data.tokenizer} has {tokenizer.vocab_size} pieces, more than '
+      f'config.model.vocab_size={config.model.vocab_size}'
+    )
+  return tokenizer
+
+
+def open_data(config, tokenizer):
+  """The directory of prepared rows, and its manifest.
+
+  The embedded corpus is prepared on first use.
+
+  Raises:
+    UserError: the directory is missing, or was prepared with another
+      tokenizer.
+  """
+  directory = config.data.path
+  if directory == 'embedded':
+    directory = prepare.embedded(
+      tokenizer, os.path.expanduser(config.data.cache_dir), config.data.length
+    )
+  manifest = records.read_manifest(directory)
+  if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+    raise UserError(
+      f'{directory} was prepared with tokenizer '
+      f'{manifest.tokenizer_fingerprint}, but {config.data.tokenizer} is '
+      f'{tokenizer.fingerprint}; set config.data.tokenizer to the one it was '
+      'prepared with'
+    )
+  return directory, manifest
+
+
+def load(workdir):
+  """Loads the newest checkpoint of a run, to use the model.
+
+  Args:
+    workdir: directory given to `train.run`.
+
+  Returns:
+    config: ConfigDict of the run.
+    tokenizer: data.tokenizer.Tokenizer, the one it was trained with.
+    params: parameter tree, split over all devices.
+    mesh: the mesh it lies on.
+
+  Raises:
+    UserError: there is no checkpoint, or it does not fit this version.
+  """
+  checkpointer, step, meta = checkpoint.open_latest(workdir)
+  config = config_lib.from_dict(meta['config'])
+  c = step_config(config).model
+  mesh = mesh_lib.make_mesh()
+  shapes = model_lib.shapes(c)
+  shardings = mesh_lib.param_shardings(mesh, model_lib.axes(c), shapes)
+  (params,) = checkpointer.restore(
+    step, params=checkpoint.targets(shapes, shardings)
+  )
+  checkpointer.close()
+  tokenizer = tokenizer_lib.load(os.path.join(workdir, 'tokenizer.model'))
+  return config, tokenizer, params, mesh
+
+
+def save_run_files(config, tokenizer, workdir):
+  """Puts the config and the tokenizer beside the checkpoints."""
+  with open(os.path.join(workdir, 'config.json'), 'w') as f:
+    json.dump(checkpoint.config_json(config), f, indent=2)
+  shutil.copyfile(tokenizer.path, os.path.join(workdir, 'tokenizer.model'))
+
+
+def describe(config, c, shardings, mesh, directory, manifest):
+  """The header of a run: config, parameters, devices, data."""
+  shapes, axes = model_lib.shapes(c.model), model_lib.axes(c.model)
+  rows = [('parameter', 'shape', 'axes', 'number')]
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+  for (path, leaf), axis_names in zip(leaves, names, strict=True):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    rows.append((name, leaf.shape, ' '.join(axis_names), leaf.size))
+  everything, inner = model_lib.num_params(c.model)
+  rows.append(('total', '', '', everything))
+  rows.append(('without vocabulary', '', '', inner))
+  flat = config_lib.flatten(config)
+  train = manifest.splits['train']
+  sizes = ', '.join(f'{a}={mesh.shape[a]}' for a in mesh_lib.AXES)
+  epochs = config.train.steps * config.train.batch * c.length / train.tokens
+  return '\n'.join(
+    [
+      metrics.table([(k, repr(v)) for k, v in flat.items()]),
+      '',
+      metrics.table(rows),
+      '',
+      f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {sizes}',
+      f'data: {directory}: {train.tokens:,} tokens of '
+      f'{train.text_bytes / train.tokens:.2f} bytes; this run reads '
+      f'{epochs:.2f} epochs',
+    ]
+  )
