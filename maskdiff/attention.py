@@ -118,19 +118,14 @@ def splash(q, k, v, labels, interpret=False):
 
 def _splash_on_device(q, k, v, doc, regime, interpret):
   _, length, heads, head_dim = q.shape
-  make = {
+  make_mask = {
     masks.BIDIRECTIONAL: splash_mask.FullMask,
     masks.CAUSAL: splash_mask.CausalMask,
   }[regime]
-  mask = splash_mask.MultiHeadMask([make((length, length))] * heads)
   block = math.gcd(length, SPLASH_BLOCK)
-  make_kernel = (
-    splash_kernel.make_splash_mha
-    if k.shape[2] == heads
-    else splash_kernel.make_splash_mqa
-  )
-  kernel = make_kernel(
-    mask,
+  # Despite its name it serves grouped key heads too.
+  kernel = splash_kernel.make_splash_mha(
+    splash_mask.MultiHeadMask([make_mask((length, length))] * heads),
     block_sizes=splash_kernel.BlockSizes(
       block_q=block,
       block_kv=block,

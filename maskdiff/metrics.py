@@ -7,7 +7,6 @@ row with `step` and scalars whose names carry their units.
 import json
 import os
 import sys
-import time
 
 import tensorboardX
 import tqdm
@@ -43,7 +42,7 @@ class Writer:
     """Opens the files, dropping rows after `start_step`.
 
     A run that died after its last checkpoint has written rows of steps that
-    it will do again.
+    it will do again; one that starts from scratch (0) keeps none.
     """
     self._active = active
     if not active:
@@ -52,7 +51,9 @@ class Writer:
     rows = read(path)
     with open(path + '.tmp', 'w') as f:
       f.writelines(
-        json.dumps(r) + '\n' for r in rows if r['step'] <= start_step
+        json.dumps(r) + '\n'
+        for r in rows
+        if start_step and r['step'] <= start_step
       )
     os.replace(path + '.tmp', path)
     self._rows = open(path, 'a')
@@ -104,35 +105,26 @@ class Progress:
   """A bar with the time left on a terminal, plain lines elsewhere."""
 
   def __init__(self, start_step, steps, active):
-    self._steps, self._active = steps, active
-    self._began, self._start, self._paused = time.monotonic(), start_step, 0.0
-    self._bar = None
+    self._steps, self._active, self._bar = steps, active, None
     if active and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         total=steps, initial=start_step, unit='step', dynamic_ncols=True
       )
 
-  def pause(self, seconds):
-    """Takes time that was not training out of the estimate."""
-    self._paused += seconds
-
-  def update(self, step, text):
-    """Shows that `step` steps are done, with some numbers."""
+  def update(self, step, step_s, text):
+    """Shows that `step` steps are done, at `step_s` seconds each lately."""
     if self._bar:
       self._bar.update(step - self._bar.n)
       self._bar.set_postfix_str(text)
     elif self._active:
-      spent = time.monotonic() - self._began - self._paused
-      left = spent / max(step - self._start, 1) * (self._steps - step)
-      self.say(f'step {step}/{self._steps}  {text}  {_duration(left)} left')
+      left = _duration(step_s * (self._steps - step))
+      self.say(f'step {step}/{self._steps}  {text}  {left} left')
 
   def say(self, text):
     """Prints a message without breaking the bar."""
-    if not self._active:
-      return
     if self._bar:
       self._bar.write(text, file=sys.stderr)
-    else:
+    elif self._active:
       print(text, file=sys.stderr, flush=True)
 
   def close(self):

@@ -36,7 +36,7 @@ def keep_top(score, masked, budget):
   Returns:
     [B, S] bool.
   """
-  order = jnp.argsort(jnp.where(masked, -score, jnp.inf), axis=-1, stable=True)
+  order = jnp.lexsort((-score, ~masked), axis=-1)
   rank = jnp.argsort(order, axis=-1)
   return masked & (rank < budget[:, None])
 

@@ -42,17 +42,20 @@ TIME_SAMPLINGS = ('antithetic', 'stratified', 'iid')
 
 
 def sample_times(sampling, key, rows, batch):
-  """Draws one time per row of the global batch, uniform on [0, 1) marginally.
+  """Draws a time for each row, uniform on [0, 1).
 
   A row's time depends on the key, its global number and the batch size alone,
   so any host, device or microbatch can draw its own rows'.
 
-  `iid`: independent. `stratified`: row r takes a random point of
-  [r/B, (r+1)/B). `antithetic`: the even row of pair p takes a random point t
-  of [p/B, (p+1)/B), the odd one 1 - t. The B times again fall one in each of
-  B equal strata, and the two rows of a pair have L masked tokens between them
-  under the linear schedule, to within sampling noise, so that every device
-  has the same share of tokens with a loss.
+  `iid`: independent. `stratified`: [0, 1) is cut into B equal strata and each
+  row of the batch takes a random point of its own. `antithetic`: the same, but
+  the two rows of a pair (2p, 2p + 1) take t and 1 - t. They then have L masked
+  tokens between them under the linear schedule, to within sampling noise, so
+  that every device has the same share of tokens with a loss.
+
+  Which row gets which stratum is drawn anew with every key: a mixture of data
+  sources can be periodic in the row number, and must not meet one range of
+  times only.
 
   Args:
     sampling: one of TIME_SAMPLINGS.
@@ -61,14 +64,22 @@ def sample_times(sampling, key, rows, batch):
     batch: B, rows of the global batch; even for `antithetic`.
 
   Returns:
-    [b] float32 times in [0, 1).
+    [b] float32 times.
   """
-  pair = rows // 2 if sampling == 'antithetic' else rows
-  u = jax.vmap(lambda r: jax.random.uniform(jax.random.fold_in(key, r)))(pair)
+  point_key, order_key, coin_key = jax.random.split(key, 3)
+  unit = rows // 2 if sampling == 'antithetic' else rows
+  by_unit = lambda draw, key: jax.vmap(
+    lambda i: draw(jax.random.fold_in(key, i))
+  )(unit)
+  u = by_unit(jax.random.uniform, point_key)
   if sampling == 'iid':
     return u
   if sampling == 'stratified':
-    return (rows + u) / batch
-  t = (pair + u) / batch
-  # 1 - t lies in (1/2, 1]; the largest float32 below 1 keeps the range open.
-  return jnp.where(rows % 2 == 0, t, jnp.minimum(1 - t, 1 - 2.0**-24))
+    t = (jax.random.permutation(order_key, batch)[unit] + u) / batch
+  else:
+    # The lower row of a pair takes one of B/2 strata below 1/2.
+    t = (jax.random.permutation(order_key, batch // 2)[unit] + u) / batch
+    lower = by_unit(jax.random.bernoulli, coin_key).astype(rows.dtype)
+    t = jnp.where(rows % 2 == lower, t, 1 - t)
+  # Rounding may reach 1; the largest float32 below keeps the range open.
+  return jnp.minimum(t, 1 - 2.0**-24)

@@ -87,8 +87,8 @@ def train_step(c, optimizer, state, tokens, key):
   params = optax.apply_updates(state.params, updates)
   metrics = {
     **sums,
-    'grad_norm': optax.global_norm(gradients),
-    'param_norm': optax.global_norm(params),
+    'grad_norm': optax.tree.norm(gradients),
+    'param_norm': optax.tree.norm(params),
   }
   return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -151,6 +151,7 @@ def run(config, workdir):
     writer.scalars(step, row)
     progress.update(
       step,
+      step_s,
       f'loss {row["train/loss_nats_per_token"]:.3f} nats/token  '
       f'lr {row["train/learning_rate"]:.2e}  '
       f'{row["train/tokens_per_s"]:,.0f} tokens/s'
@@ -177,7 +178,6 @@ def run(config, workdir):
     for text in texts:
       writer.text(step, 'sample', text)
       progress.say(f'--- sample ---\n{text}\n--------------')
-    progress.pause(time.monotonic() - began)
     clock += time.monotonic() - began
     return result
 

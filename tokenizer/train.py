@@ -10,15 +10,13 @@ import argparse
 import hashlib
 import io
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import sentencepiece
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # runs from a checkout, not installed
+from maskdiff.data import sources
 
-from maskdiff.data import sources  # noqa: E402
+HERE = pathlib.Path(__file__).resolve().parent
 
 CONTROL = ['<mask>', '<system>', '<user>', '<assistant>', '<end_of_turn>']
 

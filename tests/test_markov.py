@@ -1,0 +1,133 @@
+"""A bound that can be checked: text from a Markov chain of known entropy.
+
+A perfect denoiser of a chain gives a bound equal to the entropy of the rows,
+whatever the order of unmasking; every other denoiser is above it. So a trained
+model's bound must come close from above, and a loss that were too small
+anywhere would show as a bound below the entropy.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from maskdiff import evaluation
+from maskdiff import mesh as mesh_lib
+from maskdiff import model as model_lib
+from maskdiff import step as step_lib
+from maskdiff.model import TransformerConfig
+from maskdiff.objective import ObjectiveConfig
+from maskdiff.optimizer import OptimizerConfig, make_optimizer
+from maskdiff.schedule import Schedule
+
+STATES, FIRST_ID = 12, 5  # ids below FIRST_ID are special
+LENGTH, BATCH, STEPS = 32, 128, 2500
+HELDOUT_BATCHES = 64
+
+
+class Chain:
+  """A random chain that starts in its stationary distribution."""
+
+  def __init__(self, rng):
+    self.transition = rng.dirichlet(np.full(STATES, 0.3), STATES)
+    power = np.linalg.matrix_power(self.transition, 1000)
+    self.stationary = power[0]
+
+  def entropy_per_token(self):
+    """Exact entropy of a row of LENGTH tokens, over LENGTH, in nats."""
+    p, pi = self.transition, self.stationary
+    plogp = lambda x: np.sum(np.where(x > 0, x * np.log(x), 0), axis=-1)
+    rate = -np.sum(pi * plogp(p))
+    return (-plogp(pi) + (LENGTH - 1) * rate) / LENGTH
+
+  def sample(self, rng, rows):
+    """[rows, LENGTH] int32 token ids."""
+    cumulative = np.cumsum(self.transition, axis=1)
+    draw = lambda c: (rng.random((rows, 1)) > c[..., :-1]).sum(axis=-1)
+    states = [draw(np.cumsum(self.stationary)[None])]
+    for _ in range(LENGTH - 1):
+      states.append(draw(cumulative[states[-1]]))
+    return (np.stack(states, axis=1) + FIRST_ID).astype(np.int32)
+
+
+def trained_bound(objective):
+  """Trains a small model on fresh rows; returns its bound, SE and entropy."""
+  chain = Chain(np.random.default_rng(0))
+  c = step_lib.StepConfig(
+    model=TransformerConfig(
+      vocab_size=STATES + FIRST_ID,
+      embed=64,
+      layers=3,
+      heads=4,
+      kv_heads=4,
+      head_dim=16,
+      mlp=128,
+      tie_embeddings=False,
+      rope_theta=500_000.0,
+      norm_eps=1e-5,
+      dtype='float32',
+      remat='none',
+      attention='xla',
+    ),
+    objective=ObjectiveConfig(
+      name=objective,
+      schedule=Schedule(),
+      eps=1e-3,
+      time_sampling='antithetic',
+      random_length_fraction=0.0,
+      predict_mask=False,
+      mask_id=4,
+      bos_id=1,
+      loss_chunk_tokens=1024,
+    ),
+    length=LENGTH,
+    microbatches=1,
+  )
+  optimizer = make_optimizer(
+    OptimizerConfig(
+      schedule='cosine',
+      learning_rate=3e-3,
+      final_learning_rate=1e-5,
+      warmup_steps=100,
+      decay_steps=0,
+      pieces=(),
+      b1=0.9,
+      b2=0.98,
+      eps=1e-8,
+      weight_decay=0.01,
+      clip_norm=1.0,
+    ),
+    STEPS,
+    model_lib.axes(c.model),
+  )
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  sharding = mesh_lib.batch_sharding(mesh)
+  rng = np.random.default_rng(1)
+  batch = lambda rng: jax.device_put(chain.sample(rng, BATCH), sharding)
+  key = jax.random.key(0)
+  shardings = step_lib.state_shardings(c.model, optimizer, mesh)
+  init = functools.partial(step_lib.init_state, c.model, optimizer)
+  train_step = step_lib.compile_train_step(c, optimizer, mesh)
+  with jax.set_mesh(mesh):
+    state = jax.jit(init, out_shardings=shardings)(key)
+    for _ in range(STEPS):
+      state, _ = train_step(state, batch(rng), key)
+    rng = np.random.default_rng(2)
+    result = evaluation.evaluate(
+      c, state.params, [batch(rng) for _ in range(HELDOUT_BATCHES)], 1.0
+    )
+  return (
+    result['eval/loss_nats_per_token'],
+    result['eval/stderr_nats_per_token'],
+    chain.entropy_per_token(),
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['masked_diffusion', 'autoregressive'])
+def test_bound_approaches_the_entropy_from_above(objective):
+  bound, stderr, entropy = trained_bound(objective)
+  assert bound > entropy - 3 * stderr
+  assert bound < 1.03 * entropy + 3 * stderr
+  assert stderr < 0.01 * entropy  # so that the two lines above mean something
