@@ -1,0 +1,55 @@
+"""Tests run on the CPU with 8 fake devices, chosen before JAX is imported."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+# Most of the time is compilation, and the programs are tiny.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_force_host_platform_device_count=8'
+  + ' --xla_backend_optimization_level=0'
+)
+
+import pathlib  # noqa: E402
+import random  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def tokenizer():
+  """The tokenizer that comes with the code."""
+  from maskdiff.data import tokenizer
+
+  root = pathlib.Path(__file__).parents[1]
+  return tokenizer.load(root / 'tokenizer' / 'stdlib_4k.model')
+
+
+@pytest.fixture(scope='session')
+def corpus(tokenizer, tmp_path_factory):
+  """A directory with rows of 16 tokens, prepared from made-up functions."""
+  from maskdiff.data import prepare
+
+  words = random.Random(0)
+  names = ['alpha', 'beta', 'gamma', 'delta', 'read', 'write', 'size', 'café']
+
+  def function():
+    name, *args = words.sample(names, 4)
+    body = ' + '.join(words.choices(args, k=words.randint(2, 6)))
+    return f'def {name}({", ".join(args)}):\n  return {body}\n\n'
+
+  documents = [
+    (f'{n}.py', ''.join(function() for _ in range(words.randint(4, 12))))
+    for n in range(80)
+  ]
+  directory = tmp_path_factory.mktemp('corpus') / 'rows'
+  prepare.prepare(
+    documents,
+    tokenizer,
+    directory,
+    row_length=16,
+    heldout_fraction=0.25,
+    rows_per_shard=200,
+    source='made-up functions',
+  )
+  return directory

@@ -1,6 +1,7 @@
 """Sampling against LLaDA's recorded traces, oracles and hand-written loops."""
 
 import dataclasses
+import itertools
 
 import golden_models
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from jax.experimental import io_callback
 
 from maskdiff import masks, model, remasking, sampler
 from maskdiff.errors import UserError
@@ -23,7 +25,7 @@ TINY = TransformerConfig(
   kv_heads=1,
   head_dim=8,
   mlp=24,
-  tie_embeddings=True,
+  tie_embeddings=False,
   rope_theta=1e4,
   norm_eps=1e-5,
   dtype='float32',
@@ -40,6 +42,12 @@ GREEDY = SamplerConfig(
   mask_id=MASK,
   bos_id=BOS,
 )
+
+
+def config(**changes):
+  return dataclasses.replace(GREEDY, **changes)
+
+
 CASES = [
   'pure',
   'semi2',
@@ -53,16 +61,11 @@ PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], []]
 WORDS = 'abcdefghijklmnopqrs'
 
 
-def config(**changes):
-  return dataclasses.replace(GREEDY, **changes)
-
-
 @pytest.fixture(scope='module')
 def params():
-  """Weights drawn large, so that predictions differ from slot to slot."""
-  return jax.tree.map(
-    lambda w: 4 * w, model.init(TINY, jax.random.key(5))
-  )
+  """Matrices drawn large, so that predictions differ from slot to slot."""
+  initial = model.init(TINY, jax.random.key(5))
+  return jax.tree.map(lambda w: w if (w == 1).all() else 2 * w, initial)
 
 
 def encode(text):
@@ -122,32 +125,38 @@ def without_repeats(canvases):
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 @pytest.mark.parametrize('case', CASES)
-def test_tokens_of_every_step_are_those_of_llada(case, name):
+def test_canvases_of_every_step_are_those_of_llada(case, name):
   request, recorded = golden_request(name, case)
   canvases = np.stack(list(sampler.trace(*request)))
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_generate_returns_the_tokens_of_llada(case):
+  request, recorded = golden_request('model_b', case)
   np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
 
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 def test_random_remasking_is_that_of_llada(monkeypatch, name):
-  """With LLaDA's random scores, one [S] row of the block for every step."""
+  """With the scores that LLaDA drew: those of the block, step by step."""
   request, recorded = golden_request(name, 'random_remasking')
   model_config, c, *rest = request
-  blocks = int(recorded['gen_length']) // c.block_length
-  answers = recorded['u'][:, :, recorded['prompt'].shape[1] :]
+  size, prompt = c.block_length, recorded['prompt'].shape[1]
+  blocks = int(recorded['gen_length']) // size
   scores = iter(
-    answers[step, :, block * c.block_length :][:, : c.block_length]
+    recorded['u'][step, :, prompt + block * size :][:, :size]
     for step, block in enumerate(np.repeat(range(blocks), c.steps // blocks))
   )
 
   def injected(confidence, masked, budget, keys):
-    return remasking.keep_top(jnp.asarray(next(scores)), masked, budget)
+    drawn = jax.ShapeDtypeStruct(masked.shape, jnp.float32)
+    score = io_callback(lambda: next(scores), drawn, ordered=True)
+    return remasking.keep_top(score, masked, budget)
 
   monkeypatch.setitem(remasking.RULES, 'injected', injected)
   c = dataclasses.replace(c, remasking='injected')
-  with jax.disable_jit():  # so that the rule runs at every step
-    canvases = np.stack(list(sampler.trace(model_config, c, *rest)))
+  canvases = np.stack(list(sampler.trace(model_config, c, *rest)))
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
@@ -162,6 +171,14 @@ LOOPS = {
   'one_by_one': dict(steps=8, block_length=1),
   'one_step': dict(steps=1, block_length=8),
   'too_many_steps': dict(steps=20, block_length=8),
+}
+
+
+SAMPLINGS = {
+  'few_steps': config(temperature=0.7, **LOOPS['few_steps']),
+  'random_in_blocks': config(
+    temperature=0.7, remasking='random', **LOOPS['last_block_short']
+  ),
 }
 
 
@@ -203,6 +220,12 @@ def test_an_oracle_is_believed(oracle, rule, loop):
   np.testing.assert_array_equal(out, np.where(fill, answer, canvas))
 
 
+def test_an_empty_prompt_can_be_continued(oracle):
+  answer = np.arange(5, 13)[None]
+  out = oracle(GREEDY, answer, sampler.continue_prompts([[]], 8, PAD))
+  np.testing.assert_array_equal(out, answer)
+
+
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_the_mask_is_never_predicted_unless_allowed(oracle, temperature):
   layout = sampler.continue_prompts(PROMPTS, 8, PAD)
@@ -214,37 +237,33 @@ def test_the_mask_is_never_predicted_unless_allowed(oracle, temperature):
   assert (oracle(allowed, answer, layout)[fill] == MASK).mean() > 0.5
 
 
-@pytest.mark.parametrize('loop', LOOPS)
-@pytest.mark.parametrize(
-  'rule, temperature', [('low_confidence', 0.0), ('random', 1.0)]
-)
-def test_the_trace_ends_with_what_generate_returns(
-  params, rule, temperature, loop
-):
-  c = config(remasking=rule, temperature=temperature, **LOOPS[loop])
-  layout = sampler.continue_prompts(PROMPTS, 8, PAD)
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_the_trace_ends_with_what_generate_returns(params, sampling):
+  c, layout = SAMPLINGS[sampling], sampler.continue_prompts(PROMPTS, 8, PAD)
   canvases = trace(c, params, layout)
   np.testing.assert_array_equal(canvases[-1], generate(c, params, layout))
-  assert len(canvases) - 1 == min(c.steps, 8)  # a step fills at least one
+  assert len(canvases) == c.steps + 1
+  assert (canvases[0] == MASK).sum() == 8 * len(PROMPTS)
 
 
-def test_a_token_is_never_revised_and_blocks_go_left_to_right(params):
-  c = config(steps=6, block_length=3)
-  layout = sampler.continue_prompts(PROMPTS, 8, PAD)
-  _, fill, _ = layout
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_blocks_are_filled_left_to_right_and_never_revised(params, sampling):
+  c = SAMPLINGS[sampling]
+  layout = _, fill, _ = sampler.continue_prompts(PROMPTS, 8, PAD)
   canvases = trace(c, params, layout)
-  for before, after in zip(canvases, canvases[1:], strict=False):
-    committed = before != MASK
-    np.testing.assert_array_equal(before[committed], after[committed])
-    for row, filled in zip(after, fill, strict=True):
-      done = (row[filled] != MASK).nonzero()[0]
-      first_open = (row[filled] == MASK).argmax() if MASK in row else 8
-      assert done.max() // 3 <= first_open // 3
+  for before, after in itertools.pairwise(canvases):
+    np.testing.assert_array_equal(after[before != MASK], before[before != MASK])
+  for canvas in canvases[1:-1]:
+    for answer in canvas[fill].reshape(len(canvas), 8):
+      blocks = np.flatnonzero(answer != MASK) // c.block_length
+      open_blocks = np.flatnonzero(answer == MASK) // c.block_length
+      assert blocks.max() <= open_blocks.min(initial=8)
 
 
 def test_prompts_and_padding_are_not_changed(params):
-  canvas, fill, valid = sampler.continue_prompts(PROMPTS, 8, PAD)
-  out = generate(config(temperature=1.0), params, (canvas, fill, valid))
+  layout = sampler.continue_prompts(PROMPTS, 8, PAD)
+  canvas, fill, valid = layout
+  out = generate(SAMPLINGS['few_steps'], params, layout)
   np.testing.assert_array_equal(out[~fill], canvas[~fill])
   for row, ok, prompt in zip(out, valid, PROMPTS, strict=True):
     assert list(row[: len(prompt)]) == prompt
@@ -262,28 +281,26 @@ def test_only_the_gaps_of_a_text_are_filled(params):
   assert not (out == MASK).any()
 
 
-@pytest.mark.parametrize('loop', ['pure', 'few_steps', 'last_block_short'])
-@pytest.mark.parametrize('rule', remasking.RULES)
-def test_a_row_depends_on_its_own_prompt_and_seed_alone(params, rule, loop):
-  """Not on the other rows, nor on the padding that they bring."""
-  c = config(temperature=0.7, remasking=rule, **LOOPS[loop])
-  layout = sampler.continue_prompts(PROMPTS, 8, PAD)
-  together = generate(c, params, layout, seeds=[3, 4, 5, 6])
-  for prompt, seed, row, ok in zip(
-    PROMPTS, [3, 4, 5, 6], together, layout[2], strict=True
-  ):
-    alone = sampler.continue_prompts([prompt], 8, PAD)
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_a_row_does_not_depend_on_other_rows_or_padding(params, sampling):
+  c, seeds = SAMPLINGS[sampling], [3, 4, 5, 6]
+  layout = _, _, valid = sampler.continue_prompts(PROMPTS, 8, PAD)
+  together = generate(c, params, layout, seeds)
+  for row in (0, 1):
+    alone = sampler.continue_prompts([PROMPTS[row]], 8, PAD)
     np.testing.assert_array_equal(
-      generate(c, params, alone, seeds=[seed])[0], row[ok]
+      generate(c, params, alone, [seeds[row]])[0], together[row, valid[row]]
     )
 
 
-def test_the_seed_alone_decides_between_samples(params):
-  c = config(temperature=1.0)
-  layout = sampler.continue_prompts([[7, 8]] * 8, 8, PAD)
-  out = generate(c, params, layout, seeds=[*range(7), 0])
-  assert len({tuple(row) for row in out}) == 7
-  np.testing.assert_array_equal(out[0], out[7])
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_a_seed_belongs_to_its_row(params, sampling):
+  c, layout = SAMPLINGS[sampling], sampler.continue_prompts(PROMPTS, 8, PAD)
+  out, others = (
+    generate(c, params, layout, s) for s in ([0] * 4, [0, 7, 0, 8])
+  )
+  same = (out == others).all(axis=1)
+  assert same.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
@@ -308,44 +325,41 @@ def test_one_slot_is_drawn_from_the_softmax(monkeypatch, temperature):
   assert test.pvalue > 1e-3
 
 
-def test_one_compilation_per_shape_and_config(params):
-  sampler._generate.clear_cache()
-  compilations = sampler._generate._cache_size
-  layout = sampler.continue_prompts([[7, 8], [9]], 8, PAD)
-  generate(GREEDY, params, layout)
-  assert compilations() == 1
-  generate(config(), params, layout, seeds=[8, 9])
-  generate(GREEDY, params, sampler.continue_prompts([[5], [6, 7]], 8, PAD))
-  assert compilations() == 1
-  generate(config(steps=4), params, layout)
-  generate(GREEDY, params, sampler.continue_prompts([[5], [6]], 8, PAD))
-  assert compilations() == 3
+def test_one_compilation_per_shape_and_config(oracle):
+  def compilations(c, prompts, answer):
+    before = sampler._generate._cache_size()
+    layout = sampler.continue_prompts(prompts, 9, PAD)
+    oracle(c, np.full(layout[0].shape, answer), layout)
+    return sampler._generate._cache_size() - before
+
+  assert compilations(GREEDY, [[7, 8], [9]], 10) == 1
+  assert compilations(config(), [[7, 8], [9]], 11) == 0
+  assert compilations(GREEDY, [[5], [6, 7]], 10) == 0
+  assert compilations(config(steps=4), [[7, 8], [9]], 10) == 1
+  assert compilations(GREEDY, [[7], [9]], 10) == 1
 
 
 # Autoregressive networks
 
 
 def test_autoregressive_sampling_is_next_token_prediction(params):
-  c = config(objective='autoregressive', block_length=1)
-  network = model.bind(TINY, params)
-  out = generate(c, params, sampler.continue_prompts(PROMPTS, 8, PAD))
-  for row, prompt in zip(out, PROMPTS, strict=True):
+  @jax.jit
+  def next_token(tokens):
+    network = model.bind(TINY, params)
+    hidden = network(tokens[None], masks.causal(jnp.ones((1, len(tokens)))))
+    return network.logits(hidden)[0, -1].at[MASK].set(-jnp.inf).argmax()
+
+  c = config(steps=3, block_length=1, objective='autoregressive')
+  prompts = [[7, 8, 9], []]
+  out = generate(c, params, sampler.continue_prompts(prompts, 3, PAD))
+  for row, prompt in zip(out, prompts, strict=True):
     tokens = [BOS, *prompt]
-    for _ in range(8):
-      labels = masks.causal(jnp.ones((1, len(tokens)), bool))
-      hidden = network(jnp.asarray([tokens], jnp.int32), labels)
-      logits = network.logits(hidden)[0, -1].at[MASK].set(-jnp.inf)
-      tokens.append(int(logits.argmax()))
-    assert row[: len(prompt) + 8].tolist() == tokens[1:]
+    for _ in range(3):
+      tokens.append(int(next_token(jnp.asarray(tokens))))
+    assert row[: len(prompt) + 3].tolist() == tokens[1:]
 
 
 # What is refused
-
-
-def test_an_empty_prompt_works(params):
-  out = generate(GREEDY, params, sampler.continue_prompts([[]], 8, PAD))
-  assert out.shape == (1, 8)
-  assert not (out == MASK).any()
 
 
 CANVAS = np.full((1, 8), 5)

@@ -1,0 +1,372 @@
+"""Configs build, add up, and say what is wrong with them in one line."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from maskdiff import config as config_lib
+from maskdiff import model, run
+from maskdiff.errors import UserError
+from maskdiff.optimizer import OptimizerConfig, learning_rate
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
+
+
+def build(name):
+  return runpy.run_path(str(ROOT / 'configs' / name))['get_config']()
+
+
+def changed(**changes):
+  """The default with some values changed: a__b stands for a.b."""
+  c = config_lib.default()
+  c.update_from_flattened_dict(
+    {key.replace('__', '.'): value for key, value in changes.items()}
+  )
+  return c
+
+
+def num_params(name):
+  return model.num_params(run.step_config(build(name)).model)[0]
+
+
+# The files of configs/
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_is_locked_valid_and_has_exactly_the_default_keys(name):
+  c = build(name)
+  assert c.is_locked
+  config_lib.validate(c)
+  default = config_lib.flatten(config_lib.default())
+  flat = config_lib.flatten(c)
+  assert flat.keys() == default.keys()
+  assert {k: type(v) for k, v in flat.items()} == {
+    k: type(v) for k, v in default.items()
+  }
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_becomes_the_frozen_configs_of_the_library(name):
+  c = build(name)
+  step, sampler = run.step_config(c), run.sampler_config(c)
+  assert hash((step, sampler)) == hash((run.step_config(c), sampler))
+  assert step.length == c.data.length
+  learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)(0)
+
+
+@pytest.mark.parametrize(
+  'name, number', [('8b.py', 8_015_581_184), ('1b.py', 1_487_243_264)]
+)
+def test_llada_has_its_published_number_of_parameters(name, number):
+  assert num_params(name) == number
+
+
+@pytest.mark.parametrize(
+  'name, least, most',
+  [('tiny.py', 1e6, 1e7), ('150m.py', 135e6, 165e6)],
+)
+def test_a_config_is_about_as_large_as_it_says(name, least, most):
+  assert least < num_params(name) < most
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_docstring_counts_parameters_exactly(name):
+  docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
+  for number in re.findall(r'([\d,]{7,}) parameters', docstring):
+    assert num_params(name) == int(number.replace(',', ''))
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_docstring_launches_its_own_file(name):
+  docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
+  assert f'launch/pretrain.py --config configs/{name} ' in docstring
+
+
+@pytest.mark.parametrize(
+  'step, rate',
+  [
+    (0, 0.0),
+    (1_000, 2e-4),
+    (2_000, 4e-4),
+    (100_000, 4e-4),
+    (228_881, 4e-4),
+    (228_882, 1e-4),
+    (381_470, 1e-4),
+    (410_080, 5.5e-5),
+    (438_690, 1e-5),
+  ],
+)
+def test_the_learning_rate_of_8b_is_that_of_llada(step, rate):
+  c = build('8b.py')
+  plan = learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)
+  assert float(plan(step)) == pytest.approx(rate, rel=1e-5)
+
+
+def test_8b_reads_the_tokens_of_llada_by_the_ends_of_its_pieces():
+  c = build('8b.py')
+  tokens = [
+    end * c.train.batch * c.data.length for end, _, _ in c.optimizer.pieces
+  ]
+  assert tokens[1:] == pytest.approx([1.2e12, 2.0e12, 2.3e12], rel=1e-5)
+
+
+# Validation
+
+
+PIECEWISE = dict(optimizer__schedule='piecewise', train__steps=100)
+INVALID = {
+  'train.microbatches': dict(train__batch=32, train__microbatches=5),
+  'train.batch': dict(train__batch=33),
+  'eval.batch': dict(eval__batch=31),
+  'tokens.mask_id': dict(tokens__mask_id=4096),
+  'tokens.pad_id': dict(tokens__pad_id=-1),
+  'model.kv_heads': dict(model__heads=4, model__kv_heads=3),
+  'model.head_dim': dict(model__head_dim=7),
+  'model.layers': dict(model__layers=0),
+  'objective.eps': dict(objective__eps=1.0),
+  'objective.random_length_fraction': dict(objective__random_length_fraction=2),
+  'train.steps': dict(train__steps=150),  # less than warmup and decay
+  'sample.steps': dict(sample__steps=63, sample__block_length=32),
+  'checkpoint.keep': dict(checkpoint__keep=0),
+}
+
+
+@pytest.mark.parametrize('key', INVALID)
+def test_an_invalid_value_is_refused_by_its_key(key):
+  with pytest.raises(UserError, match=rf'config\.{key}=') as error:
+    config_lib.validate(changed(**INVALID[key]))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('key', config_lib.CHOICES)
+def test_a_mistyped_choice_is_refused_with_the_right_one(key):
+  right = config_lib.CHOICES[key][-1]
+  c = changed(**{key.replace('.', '__'): right[:-1]})
+  with pytest.raises(
+    UserError, match=rf'config\.{key}=.*did you mean {right!r}'
+  ):
+    config_lib.validate(c)
+
+
+@pytest.mark.parametrize(
+  'pieces',
+  [
+    (),
+    ((90, 0.0, 1.0),),
+    ((50, 0.0, 1.0), (110, 1.0, 0.0)),
+    ((100, 0.0, 1.0), (50, 1.0, 0.0)),
+    ((100, 0.1),),
+    (100,),
+  ],
+)
+def test_pieces_that_do_not_end_with_the_training_are_refused(pieces):
+  c = changed(**PIECEWISE)
+  c.optimizer.pieces = pieces
+  with pytest.raises(UserError, match='config.optimizer.pieces.*steps=100'):
+    config_lib.validate(c)
+
+
+@pytest.mark.parametrize('schedule', ['wsd', 'cosine', 'piecewise'])
+def test_a_valid_schedule_has_a_rate_at_every_step(schedule):
+  """Also where the warmup is the whole training."""
+  c = changed(
+    train__steps=100, optimizer__warmup_steps=100, optimizer__decay_steps=0
+  )
+  c.optimizer.schedule = schedule
+  c.optimizer.pieces = ((100, 0.0, 1.0),)
+  config_lib.validate(c)
+  plan = learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)
+  assert float(plan(0)) == 0
+  assert 0 < float(plan(99)) <= 1
+
+
+@pytest.mark.parametrize('section', ['train', 'eval'])
+@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize('shards', [3, 5, 6, 8, 12, 64])
+def test_the_batch_that_is_suggested_for_a_mesh_will_do(
+  shards, microbatches, section
+):
+  c = changed(train__microbatches=microbatches)
+  c.train.batch = c.eval.batch = 2 * shards * microbatches
+  c[section].batch += 2
+  config_lib.validate(c)
+  flag = rf'--config\.{section}\.batch=(\d+)'
+  with pytest.raises(UserError, match=flag) as error:
+    config_lib.validate_mesh(c, shards)
+  c[section].batch = int(re.search(flag, str(error.value))[1])
+  config_lib.validate(c)
+  config_lib.validate_mesh(c, shards)
+
+
+def test_a_length_must_split_over_the_sequence_axis():
+  c = changed(data__length=36, mesh__sequence=8)
+  with pytest.raises(UserError, match=r'config\.data\.length=36'):
+    config_lib.validate_mesh(c, 1)
+
+
+# Configs of checkpoints
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_survives_json(name):
+  c = build(name)
+  again = config_lib.from_dict(json.loads(c.to_json()))
+  flat, back = config_lib.flatten(c), config_lib.flatten(again)
+  assert back == flat
+  assert {k: type(v) for k, v in back.items()} == {
+    k: type(v) for k, v in flat.items()
+  }
+  hash((run.step_config(again), OptimizerConfig(**again.optimizer)))
+
+
+def test_a_saved_config_with_other_keys_is_refused_by_their_names():
+  tree = json.loads(config_lib.default().to_json())
+  del tree['model']['remat']
+  tree['train']['micro_batches'] = 1
+  with pytest.raises(UserError, match=r'model\.remat, train\.micro_batches'):
+    config_lib.from_dict(tree)
+
+
+# The command line
+
+
+def command(*argv, timeout=60):
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+  return subprocess.run(
+    [sys.executable, *argv],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+def parse(*argv):
+  """The config that a script of launch/ would be given, after tiny.py."""
+  script = (
+    'from maskdiff import config; config.define_config_flag(); '
+    'config.run_script(lambda args: print(config.flatten(args.config)))'
+  )
+  return command('-c', script, '--config=configs/tiny.py', *argv)
+
+
+def refused(result):
+  """The one line of a refusal."""
+  assert result.returncode == 2, result.stderr[-1000:]
+  assert result.stdout == ''
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert '\\n' not in line
+  assert len(line) < 300
+  return line
+
+
+def test_flags_override_values_with_their_types():
+  result = parse(
+    '--config.model.heads=2',
+    '--config.optimizer.learning_rate=1',
+    '--config.model.tie_embeddings=false',
+    '--config.objective.name=autoregressive',
+    '--config.sample.prompts=("a", "b")',
+    '--config.optimizer.pieces=((10, 0.0, 1.0), (20, 1.0, 0.5))',
+  )
+  flat = ast.literal_eval(result.stdout)
+  expected = config_lib.flatten(build('tiny.py')) | {
+    'model.heads': 2,
+    'optimizer.learning_rate': 1.0,
+    'model.tie_embeddings': False,
+    'objective.name': 'autoregressive',
+    'sample.prompts': ('a', 'b'),
+    'optimizer.pieces': ((10, 0.0, 1.0), (20, 1.0, 0.5)),
+  }
+  assert flat == expected
+  assert isinstance(flat['optimizer.learning_rate'], float)
+
+
+def test_replacing_a_section_does_not_lose_its_other_keys():
+  result = parse('--config.model={"embed": 32}')
+  if result.returncode:
+    assert 'model' in refused(result)
+  else:
+    flat = config_lib.flatten(build('tiny.py'))
+    assert ast.literal_eval(result.stdout) == flat | {'model.embed': 32}
+
+
+CONFIG_FILE = """
+from maskdiff.config import default
+
+def get_config():
+  c = default()
+  {line}
+  return c
+"""
+TINY = '--config=configs/tiny.py'
+WORKDIR = '--workdir=/nowhere/run'
+REFUSED = {
+  'key': (
+    [TINY, WORKDIR, '--config.model.head=2'],
+    "'model.head'; did you mean 'model.heads'?",
+  ),
+  'section': (
+    [TINY, WORKDIR, '--config.modle.heads=2'],
+    "'modle.heads'; did you mean 'model.heads'?",
+  ),
+  'type': ([TINY, WORKDIR, '--config.model.heads=two'], 'config.model.heads'),
+  'no dashes': (
+    [TINY, WORKDIR, 'config.model.heads=2'],
+    'did you mean --config.model.heads=2?',
+  ),
+  'argument': ([TINY, WORKDIR, 'resume'], "'resume'"),
+  'flag': ([TINY, '--wrkdir=/nowhere/run'], "did you mean 'workdir'?"),
+  'no workdir': ([TINY], '--workdir'),
+  'no config': ([WORKDIR], '--config'),
+  'no file': (['--config=configs/tinny.py', WORKDIR], 'configs/tinny.py'),
+  'choice': (
+    [TINY, WORKDIR, '--config.objective.name=autoregresive'],
+    "did you mean 'autoregressive'?",
+  ),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_a_bad_command_line_ends_with_one_line_that_helps(case):
+  argv, message = REFUSED[case]
+  assert message in refused(command('launch/pretrain.py', *argv))
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    (
+      'c.train.batchs = 64',
+      "unknown config key 'batchs'.*did you mean 'batch'",
+    ),
+    ('c.modle.heads = 2', "unknown config key 'modle'.*did you mean 'model'"),
+    ('c.train.batch = "many"', 'batch'),
+    ('c.train.batch = ', 'invalid syntax'),
+  ],
+  ids=['key', 'section', 'type', 'syntax'],
+)
+def test_a_bad_config_file_ends_with_one_line_that_helps(
+  tmp_path, line, message
+):
+  path = tmp_path / 'mine.py'
+  path.write_text(CONFIG_FILE.format(line=line))
+  result = command('launch/pretrain.py', f'--config={path}', WORKDIR)
+  assert re.search(message, refused(result))
+
+
+def test_sampling_from_nowhere_names_the_command_that_trains(tmp_path):
+  result = command('launch/sample.py', f'--workdir={tmp_path}/none')
+  assert result.returncode == 2
+  last = result.stderr.splitlines()[-1]
+  assert re.match('error: .*no checkpoint.*launch/pretrain.py', last)

@@ -1,0 +1,569 @@
+"""The loop, run for real on a tiny corpus: resuming, meshes, refusals."""
+
+import contextlib
+import functools
+import itertools
+import json
+import pathlib
+import re
+import runpy
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from maskdiff import checkpoint, evaluation, metrics, run, sampler, train
+from maskdiff import config as config_lib
+from maskdiff import mesh as mesh_lib
+from maskdiff import model as model_lib
+from maskdiff.data import pipeline, prepare, records
+from maskdiff.errors import UserError
+
+BATCH, LENGTH, STEPS = 32, 16, 8
+ROOT = pathlib.Path(__file__).parents[1]
+
+compilations = []
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, seconds, **kwargs: (
+    compilations.append(kwargs.get('fun_name'))
+    if event == '/jax/core/compile/backend_compile_duration'
+    else None
+  )
+)
+
+
+@pytest.fixture(scope='module')
+def make_config(tokenizer, corpus):
+  def make(**changes):
+    c = config_lib.default()
+    settings = dict(
+      model__embed=16,
+      model__layers=1,
+      model__heads=2,
+      model__kv_heads=2,
+      model__head_dim=8,
+      model__mlp=16,
+      model__dtype='float32',
+      model__remat='none',
+      objective__loss_chunk_tokens=32,
+      optimizer__learning_rate=1e-2,
+      optimizer__warmup_steps=2,
+      optimizer__decay_steps=4,
+      data__path=str(corpus),
+      data__tokenizer=tokenizer.path,
+      data__length=LENGTH,
+      train__steps=STEPS,
+      train__batch=BATCH,
+      train__log_steps=1,
+      eval__steps=4,
+      eval__batch=16,
+      eval__batches=2,
+      sample__prompts=('def read(',),
+      sample__gen_length=4,
+      sample__block_length=4,
+      sample__steps=4,
+      checkpoint__steps=3,
+    )
+    c.update_from_flattened_dict(
+      {k.replace('__', '.'): v for k, v in (settings | changes).items()}
+    )
+    return c
+
+  return make
+
+
+class Run(types.SimpleNamespace):
+  """A run that went through: its directory and what was seen of it."""
+
+  @property
+  def rows(self):
+    return metrics.read(self.workdir / 'metrics.jsonl')
+
+  def scalars(self, name):
+    return {row['step']: row[name] for row in self.rows if name in row}
+
+  def state(self):
+    """The arrays of the last checkpoint, as saved."""
+    return saved_state(self.workdir)
+
+
+def saved_state(workdir):
+  checkpointer, step, _ = checkpoint.open_latest(workdir)
+  restored = checkpointer._manager.restore(
+    step,
+    args=checkpoint.ocp.args.Composite(
+      params=checkpoint.ocp.args.StandardRestore(),
+      opt_state=checkpoint.ocp.args.StandardRestore(),
+    ),
+  )
+  checkpointer.close()
+  return jax.tree.map(np.asarray, (restored.params, restored.opt_state))
+
+
+@pytest.fixture(scope='module')
+def finished(make_config, tmp_path_factory):
+  """An uninterrupted run, and what a kill would have left at some moments.
+
+  `killed` has copies of the work directory by moment: after the checkpoint of
+  step 3 was saved, and after the row of step 5 was written. `compiled` counts
+  the compilations so far at every row of metrics.
+  """
+  workdir = tmp_path_factory.mktemp('finished')
+  copies = tmp_path_factory.mktemp('killed')
+  compiled = []
+  save, scalars = checkpoint.Checkpointer.save, metrics.Writer.scalars
+
+  def save_and_copy(self, step, *args):
+    save(self, step, *args)
+    self._manager.wait_until_finished()
+    if step == 3:
+      shutil.copytree(workdir, copies / 'after_saving_step_3')
+
+  def scalars_and_copy(self, step, values):
+    scalars(self, step, values)
+    compiled.append((step, len(compilations)))
+    if step == 5:
+      shutil.copytree(workdir, copies / 'after_the_row_of_step_5')
+
+  config = make_config()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint.Checkpointer, 'save', save_and_copy)
+    patch.setattr(metrics.Writer, 'scalars', scalars_and_copy)
+    before = len(compilations)
+    result = train.run(config, str(workdir))
+  return Run(
+    workdir=workdir,
+    config=config,
+    result=result,
+    killed=copies,
+    compiled=compiled,
+    before=before,
+    names=compilations[before:],
+  )
+
+
+@contextlib.contextmanager
+def one_device():
+  """Makes a run see the first device alone."""
+  with pytest.MonkeyPatch.context() as patch:
+    make_mesh = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
+    patch.setattr(mesh_lib, 'make_mesh', make_mesh)
+    yield
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    assert x.tobytes() == y.tobytes()
+
+
+# What a run leaves behind
+
+
+def test_every_step_has_one_row_of_training_metrics(finished):
+  steps = [r['step'] for r in finished.rows if 'train/learning_rate' in r]
+  assert steps == list(range(1, STEPS + 1))
+  names = {
+    'train/loss_nats_per_token',
+    'train/learning_rate',
+    'train/tokens_per_s',
+    'train/step_s',
+    'train/grad_norm',
+  }
+  for row in finished.rows:
+    if row['step'] in steps and 'train/learning_rate' in row:
+      assert names <= row.keys()
+      assert all(np.isfinite(v) and v >= 0 for v in row.values())
+
+
+def test_evaluations_stand_at_the_first_the_chosen_and_the_last_step(finished):
+  for name in ('loss_nats_per_token', 'bits_per_byte', 'stderr_nats_per_token'):
+    assert finished.scalars(f'eval/{name}').keys() == {0, 4, 8}
+  assert finished.scalars('sample').keys() == {0, 4, 8}
+  last = {k: v for r in finished.rows[-2:] for k, v in r.items()}
+  assert {k: last[k] for k in finished.result} == finished.result
+
+
+def test_the_learning_rate_follows_the_plan(finished):
+  rates = finished.scalars('train/learning_rate')
+  peak, end = 1e-2, finished.config.optimizer.final_learning_rate
+  expected = [0, peak / 2, peak, peak, peak]
+  expected += [peak + (end - peak) * n / 4 for n in (1, 2, 3)]
+  np.testing.assert_allclose(list(rates.values()), expected, rtol=1e-5)
+
+
+def test_training_reduces_the_bound(finished):
+  bounds = finished.scalars('eval/loss_nats_per_token')
+  assert bounds[0] == pytest.approx(np.log(4096), rel=0.2)
+  assert bounds[8] < bounds[0] - 0.5
+
+
+def test_bits_per_byte_are_counted_on_the_text(finished, corpus, tokenizer):
+  rows = records.RowSource(corpus, records.read_manifest(corpus), 'heldout')
+  text = tokenizer.decode(np.concatenate([rows[i] for i in range(len(rows))]))
+  bits = finished.result['eval/loss_nats_per_token'] / np.log(2)
+  assert finished.result['eval/bits_per_byte'] == pytest.approx(
+    bits * len(rows) * LENGTH / len(text.encode()), rel=1e-4
+  )
+
+
+def test_config_and_tokenizer_lie_beside_the_checkpoints(finished, tokenizer):
+  saved = json.loads((finished.workdir / 'config.json').read_text())
+  again = config_lib.flatten(config_lib.from_dict(saved))
+  assert again == config_lib.flatten(finished.config)
+  model_file = finished.workdir / 'tokenizer.model'
+  assert model_file.read_bytes() == pathlib.Path(tokenizer.path).read_bytes()
+  checkpoints = (finished.workdir / 'checkpoints').iterdir()
+  assert {path.name for path in checkpoints} == {'6', '8'}
+  assert list((finished.workdir / 'tensorboard').iterdir())
+
+
+def test_the_step_is_compiled_once_and_nothing_while_training(finished):
+  """But for the slices that Orbax makes when it saves for the first time."""
+  names = finished.names
+  assert [n for n in names if 'train_step' in n] == ['jit(train_step)']
+  counts = [count for step, count in finished.compiled if step > 0]
+  in_training = names[
+    counts[0] - finished.before : counts[-1] - finished.before
+  ]
+  assert set(in_training) <= {'jit(slice)'}
+  after_saving = [count for step, count in finished.compiled if step > 3]
+  assert len(set(after_saving)) == 1
+
+
+# Stop and resume
+
+
+TIMES = ('train/step_s', 'train/tokens_per_s')
+
+
+def without_times(rows):
+  return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
+
+
+@pytest.fixture
+def killed(finished, tmp_path):
+  """Puts the work directory of a killed run into tmp_path."""
+
+  def copy(moment):
+    shutil.copytree(finished.killed / moment, tmp_path / moment)
+    return tmp_path / moment
+
+  return copy
+
+
+@pytest.mark.parametrize(
+  'moment', ['after_saving_step_3', 'after_the_row_of_step_5']
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+  finished, killed, moment
+):
+  """Bit for bit, in the parameters, the optimizer and the metrics."""
+  workdir = killed(moment)
+  result = train.run(finished.config, str(workdir))
+  assert result == finished.result
+  assert_same_bits(saved_state(workdir), finished.state())
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert without_times(rows) == without_times(finished.rows)
+
+
+def test_a_finished_run_is_evaluated_and_not_changed(finished, tmp_path):
+  workdir = shutil.copytree(finished.workdir, tmp_path / 'again')
+  assert train.run(finished.config, str(workdir)) == finished.result
+  assert_same_bits(saved_state(workdir), finished.state())
+
+
+def test_a_new_batch_size_goes_on_at_the_same_sample(
+  killed, make_config, corpus, monkeypatch
+):
+  workdir, smaller = killed('after_the_row_of_step_5'), BATCH // 2
+  batches, train_batches = [], pipeline.train_batches
+
+  def recorded(*args, **kwargs):
+    for batch in train_batches(*args, **kwargs):
+      batches.append(batch)
+      yield batch
+
+  monkeypatch.setattr(pipeline, 'train_batches', recorded)
+  train.run(make_config(train__batch=smaller), str(workdir))
+  checkpointer, step, meta = checkpoint.open_latest(workdir)
+  checkpointer.close()
+  assert (step, meta['samples']) == (STEPS, 3 * BATCH + 5 * smaller)
+  in_pairs = train_batches(
+    records.RowSource(corpus, records.read_manifest(corpus), 'train'),
+    global_batch=2,
+    length=LENGTH,
+    seed=0,
+    start_sample=0,
+    rows=[0, 1],
+    num_threads=0,
+  )
+  order = np.concatenate(list(itertools.islice(in_pairs, 3 * BATCH)))
+  np.testing.assert_array_equal(
+    np.concatenate(batches)[: 3 * BATCH], order[3 * BATCH :]
+  )
+
+
+def test_a_batch_may_be_a_single_row(corpus):
+  batches = pipeline.train_batches(
+    records.RowSource(corpus, records.read_manifest(corpus), 'train'),
+    global_batch=1,
+    length=LENGTH,
+    seed=0,
+    start_sample=5,
+    rows=[0],
+    num_threads=0,
+  )
+  assert next(batches).shape == (1, LENGTH)
+
+
+def other_corpus(tokenizer, directory):
+  documents = [(str(n), 'another text\n' * 40) for n in range(20)]
+  prepare.prepare(
+    documents,
+    tokenizer,
+    directory,
+    row_length=LENGTH,
+    heldout_fraction=0.5,
+    rows_per_shard=100,
+    source='another',
+  )
+  return str(directory)
+
+
+@pytest.mark.parametrize(
+  'field, changes',
+  [
+    ('seed', dict(seed=1)),
+    ('source', dict(data__path='another')),
+    ('checkpoints/3', dict(model__embed=32)),
+    ('checkpoints/3', dict(model__tie_embeddings=False)),
+  ],
+)
+def test_resuming_with_something_else_is_refused_by_its_name(
+  killed, make_config, tokenizer, tmp_path, field, changes
+):
+  workdir, config = killed('after_the_row_of_step_5'), make_config(**changes)
+  if config.data.path == 'another':
+    config.data.path = other_corpus(tokenizer, tmp_path / 'another')
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  with pytest.raises(UserError, match=field) as error:
+    train.run(config, str(workdir))
+  assert '\n' not in str(error.value)
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+# Meshes and microbatches
+
+
+VARIANTS = {
+  'one_device': {},
+  'all_axes_and_microbatches': dict(
+    mesh__replica=2, mesh__tensor=2, train__microbatches=4
+  ),
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_losses_do_not_depend_on_how_the_work_is_split(
+  finished, make_config, tmp_path, variant
+):
+  config = make_config(sample__prompts=(), **VARIANTS[variant])
+  context = (
+    one_device() if variant == 'one_device' else contextlib.nullcontext()
+  )
+  with context:
+    train.run(config, str(tmp_path))
+  other = Run(workdir=tmp_path)
+  for name in ('train', 'eval'):
+    ours = finished.scalars(f'{name}/loss_nats_per_token')
+    theirs = other.scalars(f'{name}/loss_nats_per_token')
+    assert theirs.keys() == ours.keys()
+    np.testing.assert_allclose(
+      list(theirs.values()), list(ours.values()), rtol=1e-4
+    )
+
+
+# Using a finished run
+
+
+def evaluate(workdir):
+  """Evaluates a run on its mesh; returns the result and the parameters."""
+  config, _, params, mesh = run.load(str(workdir))
+  manifest = records.read_manifest(config.data.path)
+  e, split = config.eval, manifest.splits['heldout']
+  batches = pipeline.heldout_batches(
+    records.RowSource(config.data.path, manifest, 'heldout'),
+    batch=e.batch,
+    length=LENGTH,
+    num_batches=e.batches,
+    rows=range(e.batch),
+    num_threads=0,
+  )
+  sharding = mesh_lib.batch_sharding(mesh)
+  batches = list(pipeline.to_device(batches, sharding, (e.batch, LENGTH)))
+  with jax.set_mesh(mesh):
+    return evaluation.evaluate(
+      run.step_config(config),
+      params,
+      batches,
+      split.tokens / split.text_bytes,
+    )
+
+
+def test_a_loaded_run_evaluates_to_the_number_of_the_training(finished):
+  assert evaluate(finished.workdir) == finished.result
+  assert evaluate(finished.workdir) == finished.result
+
+
+def test_an_evaluation_does_not_depend_on_the_mesh(finished):
+  with one_device():
+    result = evaluate(finished.workdir)
+  assert result == pytest.approx(finished.result, rel=1e-5)
+
+
+def test_a_loaded_run_samples_the_text_of_the_training(finished):
+  """The samples in the metrics, again from the checkpoint."""
+  config, tokenizer, params, mesh = run.load(str(finished.workdir))
+  prompt = tokenizer.encode(config.sample.prompts[0])
+  layout = sampler.continue_prompts([prompt], 4, config.tokens.pad_id)
+  with jax.set_mesh(mesh):
+    (row,) = np.asarray(
+      sampler.generate(
+        run.step_config(config).model,
+        run.sampler_config(config),
+        params,
+        *layout,
+        seeds=[0],
+      )
+    )
+  text = tokenizer.decode(row)
+  assert text.startswith('def read(')
+  assert text == finished.scalars('sample')[STEPS]
+
+
+@pytest.fixture(scope='module')
+def sample_script():
+  return runpy.run_path(str(ROOT / 'launch' / 'sample.py'))['main']
+
+
+def sample(script, workdir, capsys, **changes):
+  flags = dict(
+    workdir=str(workdir),
+    prompt=[],
+    infill=[],
+    gen_length=4,
+    steps=None,
+    block_length=None,
+    temperature=None,
+    remasking=None,
+    seed=0,
+    show=False,
+  )
+  capsys.readouterr()
+  script(types.SimpleNamespace(**(flags | changes)))
+  return capsys.readouterr().out
+
+
+def test_the_script_continues_a_prompt(finished, sample_script, capsys):
+  out = sample(sample_script, finished.workdir, capsys, prompt=['def read('])
+  assert out == finished.scalars('sample')[STEPS] + '\n'
+
+
+def test_the_script_shows_every_step(finished, sample_script, capsys):
+  out = sample(
+    sample_script, finished.workdir, capsys, prompt=['def read('], show=True
+  )
+  *shown, end = out.split('=' * 8 + '\n')
+  masks = [text.count('░') for text in shown]
+  assert (masks, end) == ([4, 3, 2, 1, 0], '')
+
+
+def test_the_script_fills_gaps(finished, sample_script, capsys):
+  texts = ['def {{2}}(alpha):\n', '  return {{1}} + {{3}}']
+  out = sample(sample_script, finished.workdir, capsys, infill=texts)
+  first, second = out.split('\n---\n')
+  assert re.fullmatch(r'def .*\(alpha\):\n', first, re.DOTALL)
+  assert re.fullmatch(r'  return .* \+ .*\n', second, re.DOTALL)
+
+
+# The other objective
+
+
+def test_one_changed_line_trains_an_autoregressive_model(make_config, tmp_path):
+  config = make_config(objective__name='autoregressive')
+  result = train.run(config, str(tmp_path))
+  rows = Run(workdir=tmp_path)
+  bounds = rows.scalars('eval/loss_nats_per_token')
+  assert bounds[0] == pytest.approx(np.log(4096), rel=0.1)
+  assert result['eval/loss_nats_per_token'] < bounds[0] - 0.5
+  assert set(rows.scalars('train/masked_share').values()) == {1.0}
+  assert rows.scalars('sample')[STEPS].startswith('def read(')
+
+
+# What is refused
+
+
+def with_another_tokenizer(corpus, directory):
+  shutil.copytree(corpus, directory)
+  manifest = json.loads((directory / 'manifest.json').read_text())
+  manifest['tokenizer_fingerprint'] = '0' * 16
+  (directory / 'manifest.json').write_text(json.dumps(manifest))
+  return str(directory)
+
+
+REFUSED = {
+  'tokenizer of the data': (
+    dict(data__path='with_another_tokenizer'),
+    'prepared with tokenizer 0000000000000000.*config.data.tokenizer',
+  ),
+  'no data': (dict(data__path='/nowhere/rows'), '/nowhere/rows.*data.path'),
+  'no tokenizer': (
+    dict(data__tokenizer='/nowhere/t.model'),
+    '/nowhere/t.model.*config.data.tokenizer',
+  ),
+  'mask id': (dict(tokens__mask_id=5), 'config.tokens.mask_id=5.* has 4'),
+  'vocabulary': (dict(model__vocab_size=4000), 'config.model.vocab_size=4000'),
+  'mesh': (dict(mesh__tensor=3), 'tensor=3.* 8 devices'),
+  'heads': (
+    dict(mesh__tensor=4, mesh__fsdp=2),
+    'heads = 2 is not divisible by mesh.tensor = 4',
+  ),
+  'batch': (dict(train__batch=36), 'config.train.batch=36.*batch=32 is'),
+  'eval batch': (dict(eval__batch=18), 'config.eval.batch=18.*batch=16 is'),
+  'length': (dict(data__length=12), 'length of 12.* 16 tokens'),
+  'held-out text': (dict(eval__batches=10_000), 'config.eval.batches'),
+  'choice': (dict(objective__name='autoregresive'), "'autoregressive'"),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_bad_input_is_refused_before_anything_is_compiled(
+  make_config, corpus, tmp_path, case
+):
+  changes, message = REFUSED[case]
+  config = make_config(**changes)
+  if config.data.path == 'with_another_tokenizer':
+    config.data.path = with_another_tokenizer(corpus, tmp_path / 'data')
+  before = len(compilations)
+  with pytest.raises(UserError, match=message) as error:
+    train.run(config, str(tmp_path / 'run'))
+  assert '\n' not in str(error.value)
+  assert compilations[before:] == []
+
+
+def test_the_parameters_in_the_header_are_counted(finished, capsys):
+  c = run.step_config(finished.config)
+  manifest = records.read_manifest(finished.config.data.path)
+  shapes = model_lib.shapes(c.model)
+  mesh = mesh_lib.make_mesh()
+  header = run.describe(
+    finished.config, c, None, mesh, finished.config.data.path, manifest
+  )
+  number = sum(x.size for x in jax.tree.leaves(shapes))
+  assert re.search(rf'^total +{number:,}$', header, re.MULTILINE)
+  assert '8 x cpu, replica=1, fsdp=8, sequence=1, tensor=1' in header
+  assert 'objective.name' in header
