@@ -18,8 +18,10 @@ flags.DEFINE_multi_string(
   'infill', [], 'Text with gaps, {{n}} for n tokens; may be repeated.'
 )
 flags.DEFINE_integer('gen_length', None, 'Tokens to add to a prompt.')
-flags.DEFINE_integer('steps', None, 'Denoising steps; default: one a token.')
-flags.DEFINE_integer('block_length', None, 'Tokens filled together.')
+flags.DEFINE_integer('steps', None, 'Denoising steps; by default one a token.')
+flags.DEFINE_integer(
+  'block_length', None, 'Tokens filled together; by default as in training.'
+)
 flags.DEFINE_float('temperature', None, '0 takes the most probable token.')
 flags.DEFINE_string('remasking', None, 'low_confidence or random.')
 flags.DEFINE_integer('seed', 0, 'Of the first sample; the next has seed + 1.')
@@ -46,8 +48,9 @@ def main(args):
   most = int(fill.sum(axis=1).max())
   s = run_config.sample
   s.gen_length = most
-  s.block_length = args.block_length or most
-  s.steps = args.steps or most
+  s.block_length = min(args.block_length or s.block_length, most)
+  blocks = -(-most // s.block_length)
+  s.steps = args.steps or blocks * s.block_length
   if args.temperature is not None:
     s.temperature = args.temperature
   s.remasking = args.remasking or s.remasking

@@ -7,6 +7,7 @@ error in a file and on the command line alike. ml_collections stops here and in
 """
 
 import difflib
+import math
 import re
 import sys
 
@@ -137,6 +138,7 @@ def validate(c):
     if not condition:
       raise UserError(message)
 
+  check_keys(c)
   for key, choices in CHOICES.items():
     value = lookup(c, key)
     require(
@@ -189,8 +191,14 @@ def validate(c):
     f'config.optimizer: warmup and decay take {warmup} steps, more than '
     f'config.train.steps={t.steps}; shorten them',
   )
+  require(
+    o.schedule != 'cosine' or o.warmup_steps < t.steps,
+    f'config.optimizer.warmup_steps={o.warmup_steps} leaves no step of '
+    f'config.train.steps={t.steps} for the cosine',
+  )
   if o.schedule == 'piecewise':
-    ends = [piece[0] for piece in o.pieces]
+    triples = all(isinstance(p, tuple) and len(p) == 3 for p in o.pieces)
+    ends = [piece[0] for piece in o.pieces] if triples else []
     require(
       ends and ends == sorted(ends) and ends[-1] == t.steps,
       'config.optimizer.pieces must be (last step, first rate, last rate) in '
@@ -203,6 +211,16 @@ def validate(c):
     f'config.sample.steps={s.steps} cannot be shared equally by {blocks} '
     f'blocks; choose a multiple of {blocks}',
   )
+
+
+def check_keys(c):
+  """Raises UserError unless the config has exactly the keys of `default`."""
+  differ = flatten(c).keys() ^ flatten(default()).keys()
+  if differ:
+    raise UserError(
+      f'config keys {", ".join(sorted(differ))} are missing or unknown: '
+      'override single keys, not a whole section'
+    )
 
 
 def validate_mesh(c, shards):
@@ -218,6 +236,8 @@ def validate_mesh(c, shards):
   for section, parts in (('train', c.train.microbatches), ('eval', 1)):
     batch, unit = c[section].batch, shards * parts
     if batch % unit:
+      if c.objective.time_sampling == 'antithetic':
+        unit = math.lcm(unit, 2)
       near = max(1, round(batch / unit)) * unit
       over = f'{shards} devices' + (
         f' x {parts} microbatches' if parts > 1 else ''
@@ -301,35 +321,54 @@ def run_script(main, argv=None):
 def _parse(argv):
   try:
     rest = flags.FLAGS(argv)[1:]
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    raise UserError(_one_line(e, argv)) from e
+    if 'config' in flags.FLAGS:
+      check_keys(flags.FLAGS.config)  # the flag puts its errors off till read
+  except UserError:
+    raise
   except (OSError, SyntaxError, ImportError) as e:
-    raise UserError(f'cannot load the config file: {e}') from e
+    missing = re.search(r"No such file or directory: ('.*')", str(e))
+    if missing:
+      raise UserError(f'there is no config file {missing[1]}') from e
+    raise UserError(f'cannot load the config file: {_short(e)}') from e
+  except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as e:
+    raise UserError(_explain(e, argv)) from e
   if rest:
     hint = f'; did you mean --{rest[0]}?' if '=' in rest[0] else ''
     raise UserError(f'unexpected argument {rest[0]!r}{hint}')
   return flags.FLAGS
 
 
-def _one_line(error, argv):
-  """Says what is wrong with a flag or a config file in one line."""
+def _explain(error, argv):
+  """Says in one line what is wrong with a flag or a config file."""
   if isinstance(error, flags.UnrecognizedFlagError):
     return f'unknown flag --{error.flagname}' + _suggestion(
       error.flagname, flags.FLAGS
     )
-  known = flatten(default())
+  keys = flatten(default())
   for argument in argv[1:]:
     match = re.match(r'--config\.([^=]+)', argument)
-    if match and match[1] not in known and match[1] not in default():
-      return f'unknown config key {match[1]!r}' + _suggestion(match[1], known)
-  message = str(error.args[0] if error.args else error)
-  match = re.match(r'Key "(\w+)" does not exist', message)
-  if match:
-    names = [key.rpartition('.')[2] for key in known]
+    if match and match[1] not in keys and match[1] not in default():
+      return f'unknown config key {match[1]!r}' + _suggestion(match[1], keys)
+  # What is left are errors raised by the file: ml_collections' own words.
+  message = str(error).replace('\\', '')
+  if match := re.search(r'Key "(\w+)" does not exist', message):
+    neighbours = re.findall(r"'(\w+)':", message)
     return f'unknown config key {match[1]!r} in the config file' + _suggestion(
-      match[1], names
+      match[1], neighbours
     )
-  return ' '.join(message.split())
+  if match := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
+    return (
+      f'unknown config key {match[2]!r} in the config file; '
+      f'did you mean {match[1]!r}?'
+    )
+  if match := re.search(r"override field '(\w+)' .*cast.* to type", message):
+    _, _, detail = message.partition('(reference). ')
+    return f'config key {match[1]!r}: {_short(detail)}'
+  return _short(message)
+
+
+def _short(message):
+  return ' '.join(str(message).split())[:200]
 
 
 def define_config_flag():

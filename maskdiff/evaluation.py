@@ -21,8 +21,8 @@ def evaluate(c, params, batches, tokens_per_byte):
     tokens_per_byte: of the held-out text, for bits per byte.
 
   Returns:
-    loss in nats per token with its standard error over batches, bits per byte,
-    and the nll of masked tokens by mask ratio.
+    loss in nats per token with its standard error over batches (0 for a single
+    one), bits per byte, and the nll of masked tokens by mask ratio.
   """
   objective = dataclasses.replace(c.objective, random_length_fraction=0.0)
   c = dataclasses.replace(c, objective=objective)
@@ -34,10 +34,11 @@ def evaluate(c, params, batches, tokens_per_byte):
   sums = jax.device_get(sums)
   total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
   means = [s['weighted_nll'] / s['num_tokens'] for s in sums]
+  spread = np.std(means, ddof=1) if len(means) > 1 else 0.0
   loss = float(total['weighted_nll'] / total['num_tokens'])
   return {
     'eval/loss_nats_per_token': loss,
-    'eval/stderr_nats_per_token': float(np.std(means) / len(means) ** 0.5),
+    'eval/stderr_nats_per_token': float(spread / len(means) ** 0.5),
     'eval/bits_per_byte': loss * tokens_per_byte / float(np.log(2)),
     **by_ratio('eval', total),
   }

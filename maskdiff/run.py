@@ -15,7 +15,7 @@ from maskdiff import checkpoint, metrics
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
-from maskdiff.data import prepare, records
+from maskdiff.data import pipeline, prepare, records
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
@@ -23,6 +23,8 @@ from maskdiff.objective import ObjectiveConfig
 from maskdiff.sampler import SamplerConfig
 from maskdiff.schedule import Schedule
 from maskdiff.step import StepConfig
+
+READ_THREADS = 2
 
 
 def step_config(config):
@@ -108,6 +110,53 @@ def open_data(config, tokenizer):
   return directory, manifest
 
 
+def train_batches(config, directory, manifest, mesh, start_sample):
+  """Iterator of [B, L] int32 batches on the mesh, without end.
+
+  Args:
+    config: the config.
+    directory, manifest: from `open_data`.
+    mesh: device mesh.
+    start_sample: samples consumed so far.
+
+  Raises:
+    UserError: the length does not divide the prepared rows.
+  """
+  sharding = mesh_lib.batch_sharding(mesh)
+  shape = (config.train.batch, config.data.length)
+  batches = pipeline.train_batches(
+    records.RowSource(directory, manifest, 'train'),
+    global_batch=config.train.batch,
+    length=config.data.length,
+    seed=config.seed,
+    start_sample=start_sample,
+    rows=pipeline.host_rows(sharding, shape),
+    num_threads=READ_THREADS,
+  )
+  return pipeline.to_device(batches, sharding, shape)
+
+
+def heldout_batches(config, directory, manifest, mesh):
+  """Iterator of the batches of an evaluation, the same every time.
+
+  Arguments as for `train_batches`.
+
+  Raises:
+    UserError: there is less held-out text than asked for.
+  """
+  sharding = mesh_lib.batch_sharding(mesh)
+  shape = (config.eval.batch, config.data.length)
+  batches = pipeline.heldout_batches(
+    records.RowSource(directory, manifest, 'heldout'),
+    batch=config.eval.batch,
+    length=config.data.length,
+    num_batches=config.eval.batches,
+    rows=pipeline.host_rows(sharding, shape),
+    num_threads=READ_THREADS,
+  )
+  return pipeline.to_device(batches, sharding, shape)
+
+
 def load(workdir):
   """Loads the newest checkpoint of a run, to use the model.
 
@@ -144,7 +193,7 @@ def save_run_files(config, tokenizer, workdir):
   shutil.copyfile(tokenizer.path, os.path.join(workdir, 'tokenizer.model'))
 
 
-def describe(config, c, shardings, mesh, directory, manifest):
+def describe(config, c, mesh, directory, manifest):
   """The header of a run: config, parameters, devices, data."""
   shapes, axes = model_lib.shapes(c.model), model_lib.axes(c.model)
   rows = [('parameter', 'shape', 'axes', 'number')]

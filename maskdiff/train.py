@@ -20,12 +20,10 @@ from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import run as run_lib
 from maskdiff import step as step_lib
-from maskdiff.data import pipeline, records
+from maskdiff.data import pipeline
 from maskdiff.errors import UserError
 from maskdiff.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from maskdiff.step import TrainState
-
-READ_THREADS = 2
 
 
 def run(config, workdir):
@@ -57,14 +55,13 @@ def run(config, workdir):
   config_lib.validate_mesh(config, mesh_lib.batch_shards(mesh))
   tokenizer = run_lib.open_tokenizer(config)
   directory, manifest = run_lib.open_data(config, tokenizer)
-  identity = {
-    'data': pipeline.fingerprint(
-      manifest, 'train', seed=config.seed, length=length
-    ),
-    'tokenizer': tokenizer.fingerprint,
-  }
+  identity = pipeline.fingerprint(
+    manifest, 'train', seed=config.seed, length=length
+  )
   optimizer = make_optimizer(optimizer_config, steps, model_lib.axes(c.model))
   shardings = step_lib.state_shardings(c.model, optimizer, mesh)
+
+  heldout = run_lib.heldout_batches(config, directory, manifest, mesh)
 
   os.makedirs(workdir, exist_ok=True)
   checkpointer = checkpoint.Checkpointer(
@@ -78,57 +75,28 @@ def run(config, workdir):
   progress = metrics.Progress(start, steps, main_host)
   if main_host:
     run_lib.save_run_files(config, tokenizer, workdir)
-    progress.say(
-      run_lib.describe(config, c, shardings, mesh, directory, manifest)
-    )
+    progress.say(run_lib.describe(config, c, mesh, directory, manifest))
   progress.say(
     f'resuming at step {start}' if start else 'starting from scratch'
   )
 
-  sharding = mesh_lib.batch_sharding(mesh)
-  to_device = functools.partial(pipeline.to_device, sharding=sharding)
-  host_rows = functools.partial(pipeline.host_rows, sharding)
-  batches = to_device(
-    pipeline.train_batches(
-      records.RowSource(directory, manifest, 'train'),
-      global_batch=batch,
-      length=length,
-      seed=config.seed,
-      start_sample=samples,
-      rows=host_rows((batch, length)),
-      num_threads=READ_THREADS,
-    ),
-    global_shape=(batch, length),
-  )
-  e = config.eval
-  heldout = list(
-    to_device(
-      pipeline.heldout_batches(
-        records.RowSource(directory, manifest, 'heldout'),
-        batch=e.batch,
-        length=length,
-        num_batches=e.batches,
-        rows=host_rows((e.batch, length)),
-        num_threads=READ_THREADS,
-      ),
-      global_shape=(e.batch, length),
-    )
-  )
-  tokens = next(batches)
+  batches = run_lib.train_batches(config, directory, manifest, mesh, samples)
+  heldout, tokens = list(heldout), next(batches)
   first = np.asarray(tokens.addressable_shards[0].data)[0]
   progress.say(f'first row of the first batch:\n{tokenizer.decode(first)}\n')
 
   key = jax.random.key(config.seed)
-  began = time.monotonic()
   train_step = step_lib.compile_train_step(c, optimizer, mesh)
-  with jax.set_mesh(mesh):
-    train_step = train_step.lower(state, tokens, key).compile()
-  memory = train_step.memory_analysis()
-  progress.say(
-    f'compiled the train step in {time.monotonic() - began:.0f} s; a device '
-    f'holds {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments and '
-    f'{memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries'
-  )
+  if start < steps:
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+      train_step = train_step.lower(state, tokens, key).compile()
+    memory = train_step.memory_analysis()
+    progress.say(
+      f'compiled the train step in {time.monotonic() - began:.0f} s; a device '
+      f'holds {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments and '
+      f'{memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries'
+    )
 
   flops = model_lib.flops_per_token(
     c.model, length, causal=c.objective.name == 'autoregressive'
@@ -189,7 +157,7 @@ def run(config, workdir):
       {
         'config': checkpoint.config_json(config),
         'samples': samples + (step - start) * batch,
-        **identity,
+        'data': identity,
       },
     )
 
@@ -207,6 +175,7 @@ def run(config, workdir):
       report(step)
       result = evaluate_and_sample(step)
     if step % config.checkpoint.steps == 0 or last:
+      report(step)  # a row that is not written by now is not written again
       save(step)
 
   checkpointer.close()
@@ -229,11 +198,11 @@ def restore_or_init(c, seed, optimizer, shardings, checkpointer, identity):
   if step is None:
     return jax.jit(init, out_shardings=shardings)(key), 0, 0
   meta = checkpointer.restore_meta(step)
-  for name, value in identity.items():
-    if meta[name] != value:
+  for name, now in identity.items():
+    if meta['data'][name] != now:
       raise UserError(
-        f'{checkpointer.directory}/{step} was trained on another {name}: '
-        f'{meta[name]}, now {value}; use the same one or another --workdir'
+        f'{checkpointer.directory}/{step} was trained on data with {name}='
+        f'{meta["data"][name]}, not {now}; use that again or another --workdir'
       )
   targets = checkpoint.targets(jax.eval_shape(init, key), shardings)
   params, opt_state = checkpointer.restore(

@@ -176,9 +176,10 @@ def test_pieces_that_do_not_end_with_the_training_are_refused(pieces):
 
 @pytest.mark.parametrize('schedule', ['wsd', 'cosine', 'piecewise'])
 def test_a_valid_schedule_has_a_rate_at_every_step(schedule):
-  """Also where the warmup is the whole training."""
+  """Also where the warmup is all of the training, or all but a step."""
+  warmup = 99 if schedule == 'cosine' else 100
   c = changed(
-    train__steps=100, optimizer__warmup_steps=100, optimizer__decay_steps=0
+    train__steps=100, optimizer__warmup_steps=warmup, optimizer__decay_steps=0
   )
   c.optimizer.schedule = schedule
   c.optimizer.pieces = ((100, 0.0, 1.0),)
@@ -186,6 +187,15 @@ def test_a_valid_schedule_has_a_rate_at_every_step(schedule):
   plan = learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)
   assert float(plan(0)) == 0
   assert 0 < float(plan(99)) <= 1
+
+
+def test_a_cosine_needs_a_step_after_the_warmup():
+  c = changed(
+    train__steps=100, optimizer__warmup_steps=100, optimizer__decay_steps=0
+  )
+  c.optimizer.schedule = 'cosine'
+  with pytest.raises(UserError, match='warmup_steps=100.*steps=100'):
+    config_lib.validate(c)
 
 
 @pytest.mark.parametrize('section', ['train', 'eval'])

@@ -561,7 +561,7 @@ def test_the_parameters_in_the_header_are_counted(finished, capsys):
   shapes = model_lib.shapes(c.model)
   mesh = mesh_lib.make_mesh()
   header = run.describe(
-    finished.config, c, None, mesh, finished.config.data.path, manifest
+    finished.config, c, mesh, finished.config.data.path, manifest
   )
   number = sum(x.size for x in jax.tree.leaves(shapes))
   assert re.search(rf'^total +{number:,}$', header, re.MULTILINE)

@@ -67,7 +67,8 @@ class _HostView(grain.MapDataset):
 
   def __len__(self) -> int:
     batches = (len(self._parent) - self._start) // self._global_batch
-    return batches * len(self._rows)
+    # An endless parent is sys.maxsize long, at which grain's sums overflow.
+    return min(batches * len(self._rows), 1 << 62)
 
   def __getitem__(self, i):
     if isinstance(i, slice):
