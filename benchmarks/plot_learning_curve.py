@@ -2,7 +2,8 @@
 
 python benchmarks/plot_learning_curve.py runs/tiny docs/tiny_curve.png
 
-Reads the run's metrics.jsonl and the manifest of its data.
+Reads the run's metrics.jsonl and the manifest of its data. Needs matplotlib,
+which is in requirements-test.txt.
 """
 
 import json
@@ -57,7 +58,6 @@ def main(workdir, out):
   )
   axes.set_xlabel('training tokens (millions)')
   axes.set_ylabel('nats per token')
-  axes.set_ylim(top=9)
   axes.secondary_yaxis(
     'right', functions=(lambda x: x * bits_per_nat, lambda x: x / bits_per_nat)
   ).set_ylabel('bits per byte')
@@ -68,4 +68,6 @@ def main(workdir, out):
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:3])
+  if len(sys.argv) != 3:
+    sys.exit(__doc__)
+  main(*sys.argv[1:])

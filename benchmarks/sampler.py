@@ -56,7 +56,7 @@ def compare(params, gen_length, block_length, steps, rounds):
   prompts = [
     list(rng.integers(9, MODEL.vocab_size, PROMPT)) for _ in range(BATCH)
   ]
-  request = sampler.continue_prompts(prompts, gen_length, pad_id=0)
+  request = sampler.continue_prompts(prompts, gen_length)
   c = SamplerConfig(
     steps=steps,
     block_length=block_length,

@@ -1,11 +1,16 @@
 """LLaDA 1B: dimensions and batch of arXiv 2502.09992, appendix B.2.
 
-python launch/pretrain.py --config configs/1b.py --workdir gs://BUCKET/1b \
+python launch/pretrain.py --config configs/1b.py --workdir DIR \
   --config.data.path=DIR --config.data.tokenizer=FILE
 
 1,487,243,264 parameters. The learning rate, 4e-4, and the batch, 1280 x 4096,
 are the paper's; the length of the run is not published exactly: 88,000 steps,
 461B tokens, is the last point of its scaling curves.
+
+The token ids are those of LLaDA's own tokenizer, which is not a SentencePiece
+model and cannot be loaded yet; for another one set config.tokens. Batch and
+microbatches are for 8 chips of v5e: 2 rows a chip at a time. The TPU compiler
+says that this step takes @@1B@@ of a chip's 16 GiB (tests/test_pods.py).
 """
 
 from maskdiff.config import default
@@ -24,8 +29,6 @@ def get_config():
 
   c.tokens.mask_id = 126_336
   c.tokens.bos_id = 126_080
-  c.tokens.eos_id = 126_081
-  c.tokens.pad_id = 126_081
 
   c.objective.predict_mask = True
   c.objective.loss_chunk_tokens = 1024
@@ -41,12 +44,12 @@ def get_config():
 
   c.train.steps = 88_000
   c.train.batch = 1280
-  c.train.microbatches = 20
-  c.eval.steps = 1000
+  c.train.microbatches = 80
+  c.eval.every_steps = 1000
   c.eval.batch = 64
   c.eval.batches = 8
   c.sample.gen_length = 128
   c.sample.block_length = 32
   c.sample.steps = 128
-  c.checkpoint.steps = 1000
+  c.checkpoint.every_steps = 1000
   return c

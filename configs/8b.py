@@ -1,6 +1,6 @@
 """LLaDA 8B: dimensions, batch and learning-rate plan of arXiv 2502.09992.
 
-python launch/pretrain.py --config configs/8b.py --workdir gs://BUCKET/8b \
+python launch/pretrain.py --config configs/8b.py --workdir DIR \
   --config.data.path=DIR --config.data.tokenizer=FILE
 
 8,015,581,184 parameters, 2.3T tokens in 438,690 steps of 1280 x 4096 (section
@@ -8,7 +8,11 @@ python launch/pretrain.py --config configs/8b.py --workdir gs://BUCKET/8b \
 for the next 0.8T, and down to 1e-5 over the last 0.3T. Adam's betas and the
 clipping are not published; these are SMDM's (arXiv 2410.18514). The mask id
 has a column in the head and takes part in the softmax, as in LLaDA.
-tests/test_pods.py compiles this step for TPU pods and checks that it fits.
+
+The token ids are those of LLaDA's own tokenizer, which is not a SentencePiece
+model and cannot be loaded yet; for another one set config.tokens. Batch and
+microbatches are for 64 chips of v5p: 4 rows a chip at a time. The TPU compiler
+says that this step takes @@8B@@ of a chip's 95 GiB (tests/test_pods.py).
 """
 
 from maskdiff.config import default
@@ -28,8 +32,6 @@ def get_config():
 
   c.tokens.mask_id = 126_336
   c.tokens.bos_id = 126_080
-  c.tokens.eos_id = 126_081
-  c.tokens.pad_id = 126_081
 
   c.objective.predict_mask = True
   c.objective.loss_chunk_tokens = 1024
@@ -49,11 +51,11 @@ def get_config():
   c.train.steps = 438_690
   c.train.batch = 1280
   c.train.microbatches = 5
-  c.eval.steps = 1000
+  c.eval.every_steps = 1000
   c.eval.batch = 256
   c.eval.batches = 4
   c.sample.gen_length = 128
   c.sample.block_length = 32
   c.sample.steps = 128
-  c.checkpoint.steps = 1000
+  c.checkpoint.every_steps = 1000
   return c

@@ -11,20 +11,29 @@ import time
 from absl import flags
 
 from maskdiff import config
+from maskdiff.errors import UserError
 
 flags.DEFINE_string('workdir', None, 'The run to load.')
 flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
 flags.DEFINE_multi_string(
   'infill', [], 'Text with gaps, {{n}} for n tokens; may be repeated.'
 )
-flags.DEFINE_integer('gen_length', None, 'Tokens to add to a prompt.')
-flags.DEFINE_integer('steps', None, 'Denoising steps; by default one a token.')
+flags.DEFINE_integer(
+  'gen_length', None, 'Tokens to add to a prompt.', lower_bound=1
+)
+flags.DEFINE_integer(
+  'steps', None, 'Denoising steps; by default one a token.', lower_bound=1
+)
 flags.DEFINE_integer(
   'block_length', None, 'Tokens filled together; by default as in training.'
 )
-flags.DEFINE_float('temperature', None, '0 takes the most probable token.')
+flags.DEFINE_float(
+  'temperature', None, '0 takes the most probable token.', lower_bound=0
+)
 flags.DEFINE_string('remasking', None, 'low_confidence or random.')
-flags.DEFINE_integer('seed', 0, 'Of the first sample; the next has seed + 1.')
+flags.DEFINE_integer(
+  'seed', 0, 'Of the first sample; the next has seed + 1.', lower_bound=0
+)
 flags.DEFINE_bool('show', False, 'Show the text after each denoising step.')
 flags.mark_flag_as_required('workdir')
 
@@ -34,23 +43,21 @@ def main(args):
 
   from maskdiff import run, sampler
 
+  if args.prompt and args.infill:
+    raise UserError('give either --prompt or --infill, not both')
   run_config, tokenizer, params, mesh = run.load(args.workdir)
-  pad_id = run_config.tokens.pad_id
+  s = run_config.sample
   if args.infill:
-    canvas, fill, valid = sampler.fill_gaps(
-      args.infill, tokenizer.encode, pad_id
-    )
+    canvas, fill, valid = sampler.fill_gaps(args.infill, tokenizer.encode)
   else:
     prompts = [tokenizer.encode(p) for p in args.prompt or ['']]
-    length = args.gen_length or run_config.sample.gen_length
-    canvas, fill, valid = sampler.continue_prompts(prompts, length, pad_id)
+    length = s.gen_length if args.gen_length is None else args.gen_length
+    canvas, fill, valid = sampler.continue_prompts(prompts, length)
 
-  most = int(fill.sum(axis=1).max())
-  s = run_config.sample
-  s.gen_length = most
-  s.block_length = min(args.block_length or s.block_length, most)
+  s.gen_length = most = int(fill.sum(axis=1).max())
+  s.block_length = min(args.block_length or s.block_length, max(most, 1))
   blocks = -(-most // s.block_length)
-  s.steps = args.steps or blocks * s.block_length
+  s.steps = blocks * s.block_length if args.steps is None else args.steps
   if args.temperature is not None:
     s.temperature = args.temperature
   s.remasking = args.remasking or s.remasking

@@ -20,11 +20,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec as P
 
 from maskdiff import masks
-from maskdiff.mesh import BATCH_AXES
+from maskdiff.mesh import BATCH_AXES, batch_shards
 
 IMPLEMENTATIONS = ('auto', 'xla', 'splash')
 SPLASH_BLOCK = 512
-# The kernel's tiles are 128 wide in both the length and the head dimension.
+# The kernel's tiles are this wide in the length and in the head dimension.
 SPLASH_TILE = 128
 
 
@@ -40,26 +40,32 @@ def attend(q, k, v, labels, implementation):
     k: [B, L, G, K], v: [B, L, G, K]; G divides H.
     labels: masks.Labels of the L positions.
     implementation: one of IMPLEMENTATIONS. `auto` is splash on TPU where the
-      regime, the length and the head dimension suit it, else xla.
+      regime, the length and the mesh suit it, else xla.
 
   Returns:
     [B, L, H, K] in the dtype of q.
   """
   if implementation == 'auto':
-    implementation = 'splash' if _suits_splash(q, labels) else 'xla'
+    implementation = 'splash' if _suits_splash(q, k.shape[2], labels) else 'xla'
   return {'xla': xla, 'splash': splash}[implementation](q, k, v, labels)
 
 
-def _suits_splash(q, labels):
-  _, length, _, head_dim = q.shape
+def _suits_splash(q, groups, labels):
+  batch, length, heads, _ = q.shape
   mesh = jax.sharding.get_abstract_mesh()
-  platform = _platform(mesh)
-  return (
-    platform == 'tpu'
+  suits = (
+    _platform(mesh) == 'tpu'
     and labels.regime != masks.GENERAL
     and length % SPLASH_TILE == 0
-    and head_dim % SPLASH_TILE == 0
-    and (mesh.empty or mesh.shape['sequence'] == 1)
+  )
+  if mesh.empty:
+    return suits
+  tensor = mesh.shape['tensor']
+  return (
+    suits
+    and mesh.shape['sequence'] == 1
+    and batch % batch_shards(mesh) == 0
+    and heads % tensor == groups % tensor == 0
   )
 
 
@@ -139,8 +145,11 @@ def _splash_on_device(q, k, v, doc, regime, interpret):
     q_seq_shards=1,
     interpret=interpret,
   )
-  # The kernel does not scale, and takes [H, L, K] of one row.
-  q = q * (1 / math.sqrt(head_dim))
+  # The kernel does not scale, and takes [H, L, K] of one row. Zeros that fill
+  # a narrow head change no score.
+  q = (q.astype(jnp.float32) / math.sqrt(head_dim)).astype(q.dtype)
+  fill = [(0, 0), (0, 0), (0, 0), (0, -head_dim % SPLASH_TILE)]
+  q, k, v = (jnp.pad(x.swapaxes(1, 2), fill) for x in (q, k, v))
   segments = splash_kernel.SegmentIds(doc, doc)
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+  out = jax.vmap(kernel)(q, k, v, segments)
+  return out[..., :head_dim].swapaxes(1, 2)

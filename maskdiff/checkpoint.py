@@ -24,13 +24,21 @@ class Checkpointer:
   device. `close` waits for what is in flight and raises what went wrong.
   """
 
-  def __init__(self, directory, keep):
-    """Opens or creates the directory; keeps the latest `keep` steps."""
+  def __init__(self, directory, keep, read_only=False):
+    """Opens the directory; creates it unless `read_only`.
+
+    Args:
+      directory: path.
+      keep: number of latest steps to keep; None keeps all.
+      read_only: for a directory that a run may be writing to right now.
+    """
     self.directory = os.path.abspath(directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
+        max_to_keep=keep,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
       ),
     )
 
@@ -105,6 +113,7 @@ class Checkpointer:
     return tuple(restored[name] for name in targets)
 
   def close(self):
+    """Waits for what is being saved; raises if it could not be."""
     self._manager.wait_until_finished()
     self._manager.close()
 
@@ -136,7 +145,7 @@ def open_latest(workdir):
       f'{workdir} holds no checkpoint; train one with launch/pretrain.py '
       f'--workdir {workdir}'
     )
-  checkpointer = Checkpointer(directory, keep=None)
+  checkpointer = Checkpointer(directory, keep=None, read_only=True)
   step = checkpointer.latest_step()
   if step is None:
     raise UserError(f'{directory} is empty: the run saved no checkpoint yet')

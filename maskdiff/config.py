@@ -40,8 +40,6 @@ def default():
   c.tokens = tokens = config_dict.ConfigDict()
   tokens.mask_id = 4
   tokens.bos_id = 1
-  tokens.eos_id = 2
-  tokens.pad_id = 0
 
   c.objective = objective = config_dict.ConfigDict()
   objective.name = 'masked_diffusion'  # masked_diffusion | autoregressive
@@ -77,10 +75,10 @@ def default():
   train.steps = 1000
   train.batch = 32  # B, sequences per step over all devices
   train.microbatches = 1  # gradients are summed over this many parts
-  train.log_steps = 10  # between rows of metrics
+  train.log_every_steps = 10  # between rows of metrics
 
   c.eval = evaluation = config_dict.ConfigDict()
-  evaluation.steps = 500  # between evaluations; one more at the end
+  evaluation.every_steps = 500  # between evaluations; one more at the end
   evaluation.batch = 32  # sequences per batch over all devices
   evaluation.batches = 8
 
@@ -93,7 +91,7 @@ def default():
   sample.remasking = 'low_confidence'  # low_confidence | random
 
   c.checkpoint = checkpoint = config_dict.ConfigDict()
-  checkpoint.steps = 1000  # between checkpoints; one more at the end
+  checkpoint.every_steps = 1000  # between checkpoints; one more at the end
   checkpoint.keep = 2  # latest ones kept
 
   c.mesh = mesh = config_dict.ConfigDict()
@@ -116,11 +114,18 @@ CHOICES = {
 }
 POSITIVE = (
   'model.vocab_size model.embed model.layers model.heads model.kv_heads '
-  'model.head_dim model.mlp objective.eps objective.schedule_power '
-  'objective.loss_chunk_tokens '
-  'optimizer.clip_norm data.length train.steps train.batch train.microbatches '
-  'train.log_steps eval.steps eval.batch eval.batches sample.gen_length '
-  'sample.block_length sample.steps checkpoint.steps checkpoint.keep'
+  'model.head_dim model.mlp model.rope_theta model.norm_eps '
+  'objective.eps objective.schedule_power objective.loss_chunk_tokens '
+  'optimizer.clip_norm data.length '
+  'train.steps train.batch train.microbatches train.log_every_steps '
+  'eval.every_steps eval.batch eval.batches '
+  'sample.gen_length sample.block_length sample.steps '
+  'checkpoint.every_steps checkpoint.keep'
+).split()
+NOT_NEGATIVE = (
+  'optimizer.learning_rate optimizer.final_learning_rate '
+  'optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay '
+  'optimizer.eps sample.temperature'
 ).split()
 
 
@@ -150,6 +155,20 @@ def validate(c):
     require(
       lookup(c, key) > 0, f'config.{key}={lookup(c, key)}: must be positive'
     )
+  for key in NOT_NEGATIVE:
+    require(
+      lookup(c, key) >= 0,
+      f'config.{key}={lookup(c, key)}: must not be negative',
+    )
+  for key in ('optimizer.b1', 'optimizer.b2'):
+    require(
+      0 <= lookup(c, key) < 1,
+      f'config.{key}={lookup(c, key)}: must be in [0, 1)',
+    )
+  require(
+    all(isinstance(prompt, str) for prompt in c.sample.prompts),
+    f'config.sample.prompts={c.sample.prompts}: must be strings',
+  )
   m, t, o, e = c.model, c.train, c.optimizer, c.objective
   require(
     m.heads % m.kv_heads == 0,
@@ -223,16 +242,17 @@ def check_keys(c):
     )
 
 
-def validate_mesh(c, shards):
+def validate_mesh(c, sizes):
   """Checks that batches split over the devices of a mesh.
 
   Args:
     c: the config.
-    shards: parts that a batch is split into, `mesh.batch_shards`.
+    sizes: dict from mesh axis to its size.
 
   Raises:
     UserError: names the key and values that would do.
   """
+  shards = sizes['replica'] * sizes['fsdp']
   for section, parts in (('train', c.train.microbatches), ('eval', 1)):
     batch, unit = c[section].batch, shards * parts
     if batch % unit:
@@ -246,10 +266,10 @@ def validate_mesh(c, shards):
         f'config.{section}.batch={batch} is not divisible by the mesh '
         f'({over}); --config.{section}.batch={near} is'
       )
-  if c.data.length % c.mesh.sequence:
+  if c.data.length % sizes['sequence']:
     raise UserError(
       f'config.data.length={c.data.length} is not divisible by '
-      f'config.mesh.sequence={c.mesh.sequence}'
+      f'config.mesh.sequence={sizes["sequence"]}'
     )
 
 
@@ -325,12 +345,7 @@ def _parse(argv):
       check_keys(flags.FLAGS.config)  # the flag puts its errors off till read
   except UserError:
     raise
-  except (OSError, SyntaxError, ImportError) as e:
-    missing = re.search(r"No such file or directory: ('.*')", str(e))
-    if missing:
-      raise UserError(f'there is no config file {missing[1]}') from e
-    raise UserError(f'cannot load the config file: {_short(e)}') from e
-  except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as e:
+  except Exception as e:  # a config file is a program, and may raise anything
     raise UserError(_explain(e, argv)) from e
   if rest:
     hint = f'; did you mean --{rest[0]}?' if '=' in rest[0] else ''
@@ -349,8 +364,10 @@ def _explain(error, argv):
     match = re.match(r'--config\.([^=]+)', argument)
     if match and match[1] not in keys and match[1] not in default():
       return f'unknown config key {match[1]!r}' + _suggestion(match[1], keys)
-  # What is left are errors raised by the file: ml_collections' own words.
+  # What is left are errors raised by the file, ml_collections' own among them.
   message = str(error).replace('\\', '')
+  if match := re.search(r"No such file or directory: ('.*')", message):
+    return f'there is no config file {match[1]}'
   if match := re.search(r'Key "(\w+)" does not exist', message):
     neighbours = re.findall(r"'(\w+)':", message)
     return f'unknown config key {match[1]!r} in the config file' + _suggestion(
@@ -364,7 +381,9 @@ def _explain(error, argv):
   if match := re.search(r"override field '(\w+)' .*cast.* to type", message):
     _, _, detail = message.partition('(reference). ')
     return f'config key {match[1]!r}: {_short(detail)}'
-  return _short(message)
+  if isinstance(error, flags.Error):
+    return _short(message)
+  return f'cannot load the config file: {_short(message)}'
 
 
 def _short(message):
@@ -373,6 +392,6 @@ def _short(message):
 
 def define_config_flag():
   """Defines --config FILE with its --config.key=value overrides."""
-  return config_flags.DEFINE_config_file(
+  config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, e.g. configs/tiny.py.'
   )

@@ -24,7 +24,9 @@ def evaluate(c, params, batches, tokens_per_byte):
     loss in nats per token with its standard error over batches (0 for a single
     one), bits per byte, and the nll of masked tokens by mask ratio.
   """
-  objective = dataclasses.replace(c.objective, random_length_fraction=0.0)
+  objective = dataclasses.replace(
+    c.objective, random_length_fraction=0.0, time_sampling='stratified'
+  )
   c = dataclasses.replace(c, objective=objective)
   keys = jax.random.split(jax.random.key(0), len(batches))
   sums = [
@@ -59,8 +61,18 @@ def by_ratio(prefix, sums):
   }
 
 
-def train_row(fetched, plan, step, batch, length, step_s):
-  """The metrics of a window of steps, by name."""
+def train_row(fetched, learning_rate, step_s):
+  """The metrics of a window of steps, by name.
+
+  Args:
+    fetched: what `step.train_step` returned at each step, on the host.
+    learning_rate: of the last step.
+    step_s: seconds per step.
+
+  Returns:
+    dict of floats; losses are means over the window, the gradient norm its
+    largest.
+  """
   total = jax.tree.map(lambda *x: np.sum(x, axis=0), *fetched)
   return {
     'train/loss_nats_per_token': float(
@@ -68,22 +80,21 @@ def train_row(fetched, plan, step, batch, length, step_s):
     ),
     'train/grad_norm': float(max(f['grad_norm'] for f in fetched)),
     'train/param_norm': float(fetched[-1]['param_norm']),
-    'train/learning_rate': float(plan(step - 1)),
+    'train/learning_rate': float(learning_rate),
     'train/masked_share': float(total['num_predicted'] / total['num_tokens']),
     'train/step_s': step_s,
-    'train/tokens_per_s': batch * length / step_s,
     **by_ratio('train', total),
   }
 
 
 def sample_texts(config, c, params, tokenizer):
-  """Continues the configured prompts; returns texts with prompts."""
+  """The configured prompts with their continuations, a list of texts."""
   if not config.sample.prompts:
     return []
   s = run_lib.sampler_config(config)
   prompts = [tokenizer.encode(p) for p in config.sample.prompts]
   canvas, fill, valid = sampler.continue_prompts(
-    prompts, config.sample.gen_length, config.tokens.pad_id
+    prompts, config.sample.gen_length
   )
   out = sampler.generate(
     c.model, s, params, canvas, fill, valid, seeds=range(len(prompts))

@@ -34,7 +34,6 @@ ACTIVATION_RULES = {
   'kv_heads': 'tensor',
   'head_dim': None,
   'mlp': 'tensor',
-  'vocab': 'tensor',
 }
 
 
@@ -42,6 +41,8 @@ def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
   """Builds the mesh; one of the four sizes may be -1 and takes what is left.
 
   Args:
+    replica, fsdp, sequence, tensor: sizes of the axes; by default all devices
+      are on `fsdp`.
     devices: the devices to use, all of them by default; a topology's when
       compiling for machines that are not here.
 
@@ -81,16 +82,21 @@ def batch_sharding(mesh):
 
 
 def replicated(mesh):
+  """Sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def is_matrix(axes):
+  """Whether a parameter has two or more logical axes besides `layers`."""
+  return sum(a != 'layers' for a in axes) >= 2
 
 
 def param_spec(axes):
   """PartitionSpec of a parameter with these logical axes.
 
-  A vector is not worth a collective: only arrays with two or more axes besides
-  `layers` are split.
+  A vector is not worth a collective: only matrices are split.
   """
-  if sum(a != 'layers' for a in axes) < 2:
+  if not is_matrix(axes):
     return PartitionSpec()
   return PartitionSpec(*(PARAM_RULES[a] for a in axes))
 

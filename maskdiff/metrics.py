@@ -58,7 +58,8 @@ class Writer:
     os.replace(path + '.tmp', path)
     self._rows = open(path, 'a')
     self._board = tensorboardX.SummaryWriter(
-      os.path.join(workdir, 'tensorboard'), purge_step=start_step + 1
+      os.path.join(workdir, 'tensorboard'),
+      purge_step=start_step + 1 if start_step else 0,
     )
 
   def scalars(self, step, values):

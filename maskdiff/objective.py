@@ -47,7 +47,7 @@ class ObjectiveConfig:
 )
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-  """What one row of the batch shows the network and asks of it.
+  """What the rows of a batch show the network and ask of it.
 
   The loss of a batch is sum(weights * nll) / sum(num_tokens).
   """
@@ -110,13 +110,17 @@ def corrupt(c, tokens, u, noise, lengths):
   mask_ratio = c.schedule.mask_ratio(t)
   valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
   masked = valid & (noise < mask_ratio[:, None])
+  # Times stop at eps. This makes the weights of a token average to 1 all the
+  # same, so that the loss of a perfect model is the entropy; 1 when linear.
+  whole = (1 - c.eps) / (1 - c.schedule.mask_ratio(c.eps))
+  weight = whole * c.schedule.weight(t)
   shown = jnp.where(masked, c.mask_id, tokens)
   inputs, labels = show(c.name, shown, valid, c.bos_id)
   return Canvas(
     inputs=inputs,
     labels=labels,
     targets=tokens,
-    weights=jnp.where(masked, c.schedule.weight(t)[:, None], 0.0),
+    weights=jnp.where(masked, weight[:, None], 0.0),
     num_tokens=lengths.astype(jnp.float32),
     mask_ratio=mask_ratio,
   )

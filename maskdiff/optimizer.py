@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import optax
 
+from maskdiff.mesh import is_matrix
+
 SCHEDULES = ('wsd', 'cosine', 'piecewise')
 
 
@@ -64,14 +66,9 @@ def make_optimizer(c, steps, axes):
   Args:
     c: OptimizerConfig.
     steps: steps of the whole training.
-    axes: tree of the parameters' logical axes. Only parameters with two or
-      more axes besides `layers` decay: matrices, not gains.
+    axes: tree of the parameters' logical axes. Matrices decay, gains do not.
   """
-  decays = jax.tree.map(
-    lambda a: sum(name != 'layers' for name in a) >= 2,
-    axes,
-    is_leaf=lambda a: isinstance(a, tuple),
-  )
+  decays = jax.tree.map(is_matrix, axes, is_leaf=lambda a: isinstance(a, tuple))
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),
     optax.scale_by_adam(c.b1, c.b2, c.eps),

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 def quota(num_masked, step, steps):
   """How many tokens to commit at `step` so that `steps` steps commit them all.
 
-  M // S each, the first M % S steps one more (`get_num_transfer_tokens` in
-  LLaDA's generate.py).
+  M // steps each, the first M % steps steps one more
+  (`get_num_transfer_tokens` in LLaDA's generate.py).
 
   Args:
     num_masked: int32, M: masked tokens of the block before its first step.
     step: int32, 0-based step within the block.
-    steps: S, steps for the block.
+    steps: steps for the block.
 
   Returns:
     int32 like `num_masked`.

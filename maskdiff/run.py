@@ -5,6 +5,7 @@ configs, arrays): each function opens one thing, checks that it fits the
 others, and says in one line what is wrong if it does not.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -97,7 +98,7 @@ def open_data(config, tokenizer):
   directory = config.data.path
   if directory == 'embedded':
     directory = prepare.embedded(
-      tokenizer, os.path.expanduser(config.data.cache_dir), config.data.length
+      tokenizer, config.data.cache_dir, config.data.length
     )
   manifest = records.read_manifest(directory)
   if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -110,12 +111,12 @@ def open_data(config, tokenizer):
   return directory, manifest
 
 
-def train_batches(config, directory, manifest, mesh, start_sample):
+def train_batches(config, source, mesh, start_sample):
   """Iterator of [B, L] int32 batches on the mesh, without end.
 
   Args:
     config: the config.
-    directory, manifest: from `open_data`.
+    source: data.records.RowSource of the training split.
     mesh: device mesh.
     start_sample: samples consumed so far.
 
@@ -125,7 +126,7 @@ def train_batches(config, directory, manifest, mesh, start_sample):
   sharding = mesh_lib.batch_sharding(mesh)
   shape = (config.train.batch, config.data.length)
   batches = pipeline.train_batches(
-    records.RowSource(directory, manifest, 'train'),
+    source,
     global_batch=config.train.batch,
     length=config.data.length,
     seed=config.seed,
@@ -136,10 +137,10 @@ def train_batches(config, directory, manifest, mesh, start_sample):
   return pipeline.to_device(batches, sharding, shape)
 
 
-def heldout_batches(config, directory, manifest, mesh):
+def heldout_batches(config, source, mesh):
   """Iterator of the batches of an evaluation, the same every time.
 
-  Arguments as for `train_batches`.
+  Arguments as for `train_batches`, of the held-out split.
 
   Raises:
     UserError: there is less held-out text than asked for.
@@ -147,7 +148,7 @@ def heldout_batches(config, directory, manifest, mesh):
   sharding = mesh_lib.batch_sharding(mesh)
   shape = (config.eval.batch, config.data.length)
   batches = pipeline.heldout_batches(
-    records.RowSource(directory, manifest, 'heldout'),
+    source,
     batch=config.eval.batch,
     length=config.data.length,
     num_batches=config.eval.batches,
@@ -173,6 +174,11 @@ def load(workdir):
     UserError: there is no checkpoint, or it does not fit this version.
   """
   checkpointer, step, meta = checkpoint.open_latest(workdir)
+  with contextlib.closing(checkpointer):
+    return _load(workdir, checkpointer, step, meta)
+
+
+def _load(workdir, checkpointer, step, meta):
   config = config_lib.from_dict(meta['config'])
   c = step_config(config).model
   mesh = mesh_lib.make_mesh()
@@ -181,20 +187,46 @@ def load(workdir):
   (params,) = checkpointer.restore(
     step, params=checkpoint.targets(shapes, shardings)
   )
-  checkpointer.close()
   tokenizer = tokenizer_lib.load(os.path.join(workdir, 'tokenizer.model'))
   return config, tokenizer, params, mesh
 
 
-def save_run_files(config, tokenizer, workdir):
-  """Puts the config and the tokenizer beside the checkpoints."""
+def make_workdir(workdir):
+  """Makes the work directory.
+
+  Raises:
+    UserError: that cannot be, or it is not a local path.
+  """
+  if '://' in workdir:
+    raise UserError(
+      f'--workdir {workdir}: only paths of this machine are supported; mount a '
+      'bucket and give the mount point'
+    )
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'--workdir: cannot make {workdir!r} ({error})') from error
+
+
+def save_run_files(config, tokenizer, header, workdir):
+  """Puts config, header and tokenizer beside the checkpoints."""
+  with open(os.path.join(workdir, 'header.txt'), 'w') as f:
+    f.write(header + '\n')
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
     json.dump(checkpoint.config_json(config), f, indent=2)
-  shutil.copyfile(tokenizer.path, os.path.join(workdir, 'tokenizer.model'))
+  copy = os.path.join(workdir, 'tokenizer.model')
+  if not (os.path.exists(copy) and os.path.samefile(tokenizer.path, copy)):
+    shutil.copyfile(tokenizer.path, copy)
 
 
 def describe(config, c, mesh, directory, manifest):
-  """The header of a run: config, parameters, devices, data."""
+  """The header of a run as text: config, parameters, devices, data.
+
+  Args:
+    config: the config, and c its StepConfig.
+    mesh: device mesh.
+    directory, manifest: from `open_data`.
+  """
   shapes, axes = model_lib.shapes(c.model), model_lib.axes(c.model)
   rows = [('parameter', 'shape', 'axes', 'number')]
   leaves = jax.tree_util.tree_leaves_with_path(shapes)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdiff.errors import UserError
+from maskdiff.mesh import shard
 from maskdiff.model import bind
 from maskdiff.objective import show
 from maskdiff.remasking import RULES, quota
@@ -69,7 +70,8 @@ def generate(model_config, c, params, canvas, fill, valid, seeds):
     canvas: [B, L] int32; what stands at the slots does not matter.
     fill: [B, L] bool, the slots.
     valid: [B, L] bool, False on the padding of short rows.
-    seeds: [B] int, one per row; a row's result depends on its own alone.
+    seeds: [B] int >= 0, one per row; a row's result depends on its own alone,
+      among rows with equally many slots.
 
   Returns:
     [B, L] int32, the filled canvas, on device.
@@ -123,6 +125,8 @@ def prepare(c, canvas, fill, valid, seeds):
   most = int(fill.sum(axis=1).max(initial=0))
   if most == 0:
     raise UserError('nothing to fill: ask for gen_length of at least 1')
+  if c.block_length < 1:
+    raise UserError(f'block_length={c.block_length} must be at least 1')
   size = min(c.block_length, most)
   blocks = -(-most // size)
   if c.steps < 1 or c.steps % blocks:
@@ -220,34 +224,33 @@ _one_step = functools.partial(jax.jit, static_argnums=(0, 1))(denoise)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(model_config, c, params, carry, layout):
-  return jax.lax.while_loop(
+  carry = jax.lax.while_loop(
     lambda carry: carry.masked.any(),
     lambda carry: denoise(model_config, c, params, carry, layout),
     carry,
-  ).canvas
+  )
+  return shard(carry.canvas, None, None)  # whole, for every host to read
 
 
-def continue_prompts(prompts, gen_length, pad_id):
+def continue_prompts(prompts, gen_length):
   """Lays out prompts of any lengths with room for an answer after each.
 
   Args:
     prompts: list of token lists.
     gen_length: slots after each prompt.
-    pad_id: stands where short rows are padded, on the right.
 
   Returns:
-    canvas, fill and valid for `generate`.
+    canvas, fill and valid for `generate`; short rows are padded on the right.
   """
-  return _layout([[*p, *[None] * gen_length] for p in prompts], pad_id)
+  return _layout([[*p, *[None] * gen_length] for p in prompts])
 
 
-def fill_gaps(texts, encode, pad_id):
+def fill_gaps(texts, encode):
   """Lays out texts in which {{n}} stands for a gap of n tokens.
 
   Args:
     texts: list of str, e.g. 'def area(r): return {{4}} * r ** 2'.
     encode: from text to a list of tokens.
-    pad_id: stands where short rows are padded, on the right.
 
   Returns:
     canvas, fill and valid for `generate`.
@@ -266,16 +269,16 @@ def fill_gaps(texts, encode, pad_id):
         f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
       )
     rows.append(row)
-  return _layout(rows, pad_id)
+  return _layout(rows)
 
 
-def _layout(rows, pad_id):
+def _layout(rows):
   """Pads rows of tokens, None where a slot is, to one length."""
   length = max(map(len, rows))
-  canvas = np.full((len(rows), length), pad_id, np.int32)
+  canvas = np.full((len(rows), length), 0, np.int32)
   fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
   for i, row in enumerate(rows):
-    canvas[i, : len(row)] = [pad_id if t is None else t for t in row]
+    canvas[i, : len(row)] = [0 if t is None else t for t in row]
     fill[i, : len(row)] = [t is None for t in row]
     valid[i, : len(row)] = True
   return canvas, fill, valid

@@ -22,19 +22,20 @@ class Schedule:
 
   def mask_ratio(self, t):
     """Returns 1 - alpha(t), the chance that a token is masked, like `t`."""
-    if self.name == 'linear':
-      return t
-    if self.name == 'polynomial':
-      return t**self.power
-    return jnp.cos(jnp.pi / 2 * (1 - t))
+    return {
+      'linear': lambda: t,
+      'polynomial': lambda: t**self.power,
+      # 1 - alpha of MD4's cosine schedule, cos(pi/2 (1 - t)).
+      'cosine': lambda: jnp.sin(jnp.pi / 2 * t),
+    }[self.name]()
 
   def weight(self, t):
     """Returns -alpha'(t) / (1 - alpha(t)), for t > 0, like `t`."""
-    if self.name == 'linear':
-      return 1 / t
-    if self.name == 'polynomial':
-      return self.power / t
-    return jnp.pi / 2 * jnp.tan(jnp.pi / 2 * (1 - t))
+    return {
+      'linear': lambda: 1 / t,
+      'polynomial': lambda: self.power / t,
+      'cosine': lambda: jnp.pi / 2 / jnp.tan(jnp.pi / 2 * t),
+    }[self.name]()
 
 
 SCHEDULES = ('linear', 'cosine', 'polynomial')

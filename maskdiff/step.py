@@ -52,7 +52,8 @@ def train_step(c, optimizer, state, tokens, key):
     key: PRNG key of the run; the step's own is folded from it.
 
   Returns:
-    The next TrainState and a dict of float32 scalars, see `summarize`.
+    The next TrainState, and a dict of float32: what `summarize` returns, and
+    the norms of gradients and parameters.
   """
   batch = tokens.shape[0]
   key = jax.random.fold_in(key, state.step)
@@ -122,13 +123,13 @@ def summarize(canvas, total, nll):
   bucket = jnp.minimum(
     (canvas.mask_ratio * RATIO_BUCKETS).astype(jnp.int32), RATIO_BUCKETS - 1
   )
-  of_rows = jax.nn.one_hot(bucket, RATIO_BUCKETS)  # [B, buckets]
+  by_bucket = lambda x: jnp.zeros(RATIO_BUCKETS).at[bucket].add(x.sum(axis=1))
   return {
     'weighted_nll': total,
     'num_tokens': canvas.num_tokens.sum(),
     'num_predicted': predicted.sum().astype(jnp.float32),
-    'ratio_nll': nll.sum(axis=1) @ of_rows,
-    'ratio_count': predicted.sum(axis=1).astype(jnp.float32) @ of_rows,
+    'ratio_nll': by_bucket(nll),
+    'ratio_count': by_bucket(predicted.astype(jnp.float32)),
   }
 
 

@@ -7,6 +7,7 @@ the step that follows them has been dispatched.
 """
 
 import collections
+import contextlib
 import functools
 import os
 import time
@@ -20,13 +21,30 @@ from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import run as run_lib
 from maskdiff import step as step_lib
-from maskdiff.data import pipeline
+from maskdiff.data import pipeline, records
 from maskdiff.errors import UserError
 from maskdiff.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from maskdiff.step import TrainState
 
+# What the step computes does not depend on these, up to rounding.
+MAY_CHANGE = (
+  'model.dtype',
+  'model.remat',
+  'model.attention',
+  'objective.loss_chunk_tokens',
+)
+
 
 def run(config, workdir):
+  """Trains, or goes on training, the model of a config; see `_run`.
+
+  What is being saved when an error or an interrupt ends the run is saved.
+  """
+  with contextlib.ExitStack() as stack:
+    return _run(config, workdir, stack)
+
+
+def _run(config, workdir, stack):
   """Trains, or goes on training, the model of a config.
 
   Writes to the work directory: config.json, tokenizer.model, metrics.jsonl,
@@ -38,7 +56,8 @@ def run(config, workdir):
     workdir: directory, made if it is not there.
 
   Returns:
-    The last evaluation, a dict of floats; see `evaluate`.
+    The last evaluation, a dict of floats; see
+    `evaluation.evaluate`.
 
   Raises:
     UserError: something in the config, the data or the checkpoints does not
@@ -48,11 +67,13 @@ def run(config, workdir):
   c = run_lib.step_config(config)
   steps, batch, length = config.train.steps, config.train.batch, c.length
   optimizer_config = OptimizerConfig(**config.optimizer)
-  plan = learning_rate(optimizer_config, steps)
+  # On the host, so that reporting one does not queue behind a step.
+  plan = jax.vmap(learning_rate(optimizer_config, steps))
+  learning_rates = np.asarray(plan(np.arange(steps)))
   main_host = jax.process_index() == 0
 
   mesh = mesh_lib.make_mesh(**config.mesh)
-  config_lib.validate_mesh(config, mesh_lib.batch_shards(mesh))
+  config_lib.validate_mesh(config, mesh.shape)
   tokenizer = run_lib.open_tokenizer(config)
   directory, manifest = run_lib.open_data(config, tokenizer)
   identity = pipeline.fingerprint(
@@ -61,31 +82,40 @@ def run(config, workdir):
   optimizer = make_optimizer(optimizer_config, steps, model_lib.axes(c.model))
   shardings = step_lib.state_shardings(c.model, optimizer, mesh)
 
-  heldout = run_lib.heldout_batches(config, directory, manifest, mesh)
+  train_rows = records.RowSource(directory, manifest, 'train')
+  heldout = run_lib.heldout_batches(
+    config, records.RowSource(directory, manifest, 'heldout'), mesh
+  )
 
-  os.makedirs(workdir, exist_ok=True)
+  run_lib.make_workdir(workdir)
   checkpointer = checkpoint.Checkpointer(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.keep
   )
+  stack.callback(checkpointer.close)
+  init_key, key = jax.random.split(jax.random.key(config.seed))
   with jax.set_mesh(mesh):
     state, start, samples = restore_or_init(
-      c, config.seed, optimizer, shardings, checkpointer, identity
+      config, c, init_key, optimizer, shardings, checkpointer, identity
     )
   writer = metrics.Writer(workdir, start, main_host)
+  stack.callback(writer.close)
   progress = metrics.Progress(start, steps, main_host)
+  stack.callback(progress.close)
   if main_host:
-    run_lib.save_run_files(config, tokenizer, workdir)
-    progress.say(run_lib.describe(config, c, mesh, directory, manifest))
+    header = run_lib.describe(config, c, mesh, directory, manifest)
+    run_lib.save_run_files(config, tokenizer, header, workdir)
+    progress.say(header)
   progress.say(
     f'resuming at step {start}' if start else 'starting from scratch'
   )
 
-  batches = run_lib.train_batches(config, directory, manifest, mesh, samples)
+  batches = run_lib.train_batches(config, train_rows, mesh, samples)
   heldout, tokens = list(heldout), next(batches)
-  first = np.asarray(tokens.addressable_shards[0].data)[0]
-  progress.say(f'first row of the first batch:\n{tokenizer.decode(first)}\n')
+  first = tokenizer.decode(np.asarray(tokens.addressable_shards[0].data)[0])
+  progress.say(f'first row of the first batch:\n{first}\n')
+  if start == 0:
+    writer.text(0, 'first_row', first)
 
-  key = jax.random.key(config.seed)
   train_step = step_lib.compile_train_step(c, optimizer, mesh)
   if start < steps:
     began = time.monotonic()
@@ -111,10 +141,10 @@ def run(config, workdir):
     fetched = [jax.device_get(window.popleft()) for _ in range(len(window))]
     now = time.monotonic()
     step_s, clock = (now - clock) / len(fetched), now
-    row = evaluation.train_row(fetched, plan, step, batch, length, step_s)
-    mfu = metrics.utilization(
-      row['train/tokens_per_s'], flops, mesh.devices.flatten()
-    )
+    tokens_per_s = batch * length / step_s
+    mfu = metrics.utilization(tokens_per_s, flops, mesh.devices.flatten())
+    row = evaluation.train_row(fetched, learning_rates[step - 1], step_s)
+    row |= {'train/tokens_per_s': tokens_per_s}
     row |= {} if mfu is None else {'train/mfu': mfu}
     writer.scalars(step, row)
     progress.update(
@@ -122,8 +152,7 @@ def run(config, workdir):
       step_s,
       f'loss {row["train/loss_nats_per_token"]:.3f} nats/token  '
       f'lr {row["train/learning_rate"]:.2e}  '
-      f'{row["train/tokens_per_s"]:,.0f} tokens/s'
-      + (f'  mfu {mfu:.1%}' if mfu else ''),
+      f'{tokens_per_s:,.0f} tokens/s' + (f'  mfu {mfu:.1%}' if mfu else ''),
     )
 
   def evaluate_and_sample(step):
@@ -136,15 +165,17 @@ def run(config, workdir):
         c, state.params, heldout, split.tokens / split.text_bytes
       )
       texts = evaluation.sample_texts(config, c, state.params, tokenizer)
-    writer.scalars(step, result)
+    if start < steps:  # a finished run has this row already
+      writer.scalars(step, result)
     progress.say(
       f'step {step}: held-out bound '
       f'{result["eval/loss_nats_per_token"]:.4f} '
       f'± {result["eval/stderr_nats_per_token"]:.4f} nats/token, '
       f'{result["eval/bits_per_byte"]:.4f} bits/byte'
     )
-    for text in texts:
-      writer.text(step, 'sample', text)
+    for i, text in enumerate(texts):
+      if start < steps:
+        writer.text(step, f'sample/{i}', text)
       progress.say(f'--- sample ---\n{text}\n--------------')
     clock += time.monotonic() - began
     return result
@@ -167,33 +198,44 @@ def run(config, workdir):
   for step in range(start + 1, steps + 1):
     state, values = train_step(state, tokens, key)
     tokens = next(batches)
-    if (step - 1) % config.train.log_steps == 0:
+    if (step - 1) % config.train.log_every_steps == 0:
       report(step - 1)
     window.append(values)
     last = step == steps
-    if step % config.eval.steps == 0 or last:
+    if step % config.eval.every_steps == 0 or last:
       report(step)
       result = evaluate_and_sample(step)
-    if step % config.checkpoint.steps == 0 or last:
+    if step % config.checkpoint.every_steps == 0 or last:
       report(step)  # a row that is not written by now is not written again
       save(step)
 
-  checkpointer.close()
-  writer.close()
-  progress.close()
+  stack.close()
   if main_host:
     print(evaluation.conclude(result, manifest))
   return result
 
 
-def restore_or_init(c, seed, optimizer, shardings, checkpointer, identity):
-  """Returns the TrainState, the steps done and the samples seen.
+def restore_or_init(
+  config, c, key, optimizer, shardings, checkpointer, identity
+):
+  """Restores the newest checkpoint, or draws fresh parameters if there is none.
+
+  Args:
+    config: the config, and c its StepConfig.
+    key: PRNG key of fresh parameters.
+    optimizer: from make_optimizer.
+    shardings: TrainState of shardings.
+    checkpointer: Checkpointer of the run.
+    identity: fingerprint of the data.
+
+  Returns:
+    The TrainState, the steps done and the samples seen.
 
   Raises:
-    UserError: the newest checkpoint saw other data, or does not fit the model.
+    UserError: the checkpoint saw other data, or is of another model or
+      objective.
   """
   init = functools.partial(step_lib.init_state, c.model, optimizer)
-  key = jax.random.fold_in(jax.random.key(seed), 0)
   step = checkpointer.latest_step()
   if step is None:
     return jax.jit(init, out_shardings=shardings)(key), 0, 0
@@ -203,6 +245,16 @@ def restore_or_init(c, seed, optimizer, shardings, checkpointer, identity):
       raise UserError(
         f'{checkpointer.directory}/{step} was trained on data with {name}='
         f'{meta["data"][name]}, not {now}; use that again or another --workdir'
+      )
+  was = config_lib.flatten(config_lib.from_dict(meta['config']))
+  for name, now in config_lib.flatten(config).items():
+    section = name.partition('.')[0]
+    if section not in ('model', 'objective', 'tokens') or name in MAY_CHANGE:
+      continue
+    if was[name] != now:
+      raise UserError(
+        f'{checkpointer.directory}/{step} was trained with config.{name}='
+        f'{was[name]!r}, not {now!r}; use that again or another --workdir'
       )
   targets = checkpoint.targets(jax.eval_shape(init, key), shardings)
   params, opt_state = checkpointer.restore(

@@ -128,8 +128,8 @@ def value_and_gradients(attend, q, k, v, g, labels):
   return jnp.where(g != 0, out, 0), *pullback(g)
 
 
-def assert_splash_equals_xla(labels, heads, kv_heads, m=None):
-  arrays = draw(len(labels.doc), 256, heads, kv_heads, 128)
+def assert_splash_equals_xla(labels, heads, kv_heads, m=None, head_dim=128):
+  arrays = draw(len(labels.doc), 256, heads, kv_heads, head_dim)
   splash = functools.partial(attention.splash, interpret=True)
   expected = value_and_gradients(attention.xla, *arrays, labels)
   with jax.set_mesh(m) if m else contextlib.nullcontext():
@@ -142,6 +142,27 @@ def assert_splash_equals_xla(labels, heads, kv_heads, m=None):
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
 def test_splash_equals_xla_with_gradients(make, heads, kv_heads):
   assert_splash_equals_xla(make(padded(256)), heads, kv_heads)
+
+
+def test_splash_serves_heads_that_are_narrower_than_its_tiles():
+  """LLaDA 1B has heads of 64."""
+  labels = masks.bidirectional(padded(256))
+  assert_splash_equals_xla(labels, 4, 2, head_dim=64)
+
+
+@pytest.mark.parametrize(
+  'batch, heads, chosen', [(8, 4, True), (1, 4, False), (8, 3, False)]
+)
+def test_auto_leaves_splash_what_a_mesh_can_split(
+  monkeypatch, batch, heads, chosen
+):
+  """A single prompt on a pod must not reach a kernel that splits the batch."""
+  monkeypatch.setattr(attention, '_platform', lambda mesh: 'tpu')
+  m = mesh.make_mesh(fsdp=4, tensor=2)
+  labels = masks.bidirectional(jnp.ones((batch, 128), bool))
+  q = jnp.zeros((batch, 128, heads, 64))
+  with jax.set_mesh(m):
+    assert attention._suits_splash(q, heads, labels) == chosen
 
 
 def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():

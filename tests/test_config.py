@@ -11,8 +11,16 @@ import sys
 
 import pytest
 
+from maskdiff import (
+  attention,
+  model,
+  objective,
+  optimizer,
+  remasking,
+  run,
+  schedule,
+)
 from maskdiff import config as config_lib
-from maskdiff import model, run
 from maskdiff.errors import UserError
 from maskdiff.optimizer import OptimizerConfig, learning_rate
 
@@ -127,7 +135,7 @@ INVALID = {
   'train.batch': dict(train__batch=33),
   'eval.batch': dict(eval__batch=31),
   'tokens.mask_id': dict(tokens__mask_id=4096),
-  'tokens.pad_id': dict(tokens__pad_id=-1),
+  'tokens.bos_id': dict(tokens__bos_id=-1),
   'model.kv_heads': dict(model__heads=4, model__kv_heads=3),
   'model.head_dim': dict(model__head_dim=7),
   'model.layers': dict(model__layers=0),
@@ -198,6 +206,10 @@ def test_a_cosine_needs_a_step_after_the_warmup():
     config_lib.validate(c)
 
 
+def mesh_of(shards):
+  return dict(replica=1, fsdp=shards, sequence=1, tensor=1)
+
+
 @pytest.mark.parametrize('section', ['train', 'eval'])
 @pytest.mark.parametrize('microbatches', [1, 2])
 @pytest.mark.parametrize('shards', [3, 5, 6, 8, 12, 64])
@@ -210,16 +222,16 @@ def test_the_batch_that_is_suggested_for_a_mesh_will_do(
   config_lib.validate(c)
   flag = rf'--config\.{section}\.batch=(\d+)'
   with pytest.raises(UserError, match=flag) as error:
-    config_lib.validate_mesh(c, shards)
+    config_lib.validate_mesh(c, mesh_of(shards))
   c[section].batch = int(re.search(flag, str(error.value))[1])
   config_lib.validate(c)
-  config_lib.validate_mesh(c, shards)
+  config_lib.validate_mesh(c, mesh_of(shards))
 
 
 def test_a_length_must_split_over_the_sequence_axis():
   c = changed(data__length=36, mesh__sequence=8)
   with pytest.raises(UserError, match=r'config\.data\.length=36'):
-    config_lib.validate_mesh(c, 1)
+    config_lib.validate_mesh(c, mesh_of(1) | dict(sequence=8))
 
 
 # Configs of checkpoints
@@ -380,3 +392,14 @@ def test_sampling_from_nowhere_names_the_command_that_trains(tmp_path):
   assert result.returncode == 2
   last = result.stderr.splitlines()[-1]
   assert re.match('error: .*no checkpoint.*launch/pretrain.py', last)
+
+
+def test_the_choices_are_those_of_the_code():
+  assert config_lib.CHOICES['model.remat'] == tuple(model.REMAT_POLICIES)
+  assert config_lib.CHOICES['model.attention'] == attention.IMPLEMENTATIONS
+  assert config_lib.CHOICES['objective.name'] == tuple(objective.MAKE_CANVAS)
+  assert config_lib.CHOICES['objective.schedule'] == schedule.SCHEDULES
+  sampling = config_lib.CHOICES['objective.time_sampling']
+  assert sampling == schedule.TIME_SAMPLINGS
+  assert config_lib.CHOICES['optimizer.schedule'] == optimizer.SCHEDULES
+  assert config_lib.CHOICES['sample.remasking'] == tuple(remasking.RULES)

@@ -128,6 +128,6 @@ def trained_bound(objective):
 @pytest.mark.parametrize('objective', ['masked_diffusion', 'autoregressive'])
 def test_bound_approaches_the_entropy_from_above(objective):
   bound, stderr, entropy = trained_bound(objective)
+  assert stderr < 0.004 * entropy  # so that the next two mean something
   assert bound > entropy - 3 * stderr
-  assert bound < 1.03 * entropy + 3 * stderr
-  assert stderr < 0.01 * entropy  # so that the two lines above mean something
+  assert bound < 1.03 * entropy

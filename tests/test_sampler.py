@@ -16,7 +16,7 @@ from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
 
-MASK, BOS, PAD, VOCAB = 4, 1, 0, 24
+MASK, BOS, VOCAB = 4, 1, 24
 TINY = TransformerConfig(
   vocab_size=VOCAB,
   embed=16,
@@ -224,7 +224,7 @@ def oracle(monkeypatch):
 @pytest.mark.parametrize('loop', LOOPS)
 @pytest.mark.parametrize('rule', remasking.RULES)
 def test_an_oracle_is_believed(oracle, rule, loop):
-  layout = sampler.continue_prompts(PROMPTS, 8, PAD)
+  layout = sampler.continue_prompts(PROMPTS, 8)
   canvas, fill, _ = layout
   answer = np.random.default_rng(0).integers(5, VOCAB, canvas.shape)
   out = oracle(config(remasking=rule, **LOOPS[loop]), answer, layout)
@@ -233,13 +233,13 @@ def test_an_oracle_is_believed(oracle, rule, loop):
 
 def test_an_empty_prompt_can_be_continued(oracle):
   answer = np.arange(5, 13)[None]
-  out = oracle(GREEDY, answer, sampler.continue_prompts([[]], 8, PAD))
+  out = oracle(GREEDY, answer, sampler.continue_prompts([[]], 8))
   np.testing.assert_array_equal(out, answer)
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_the_mask_is_never_predicted_unless_allowed(oracle, temperature):
-  layout = sampler.continue_prompts(PROMPTS, 8, PAD)
+  layout = sampler.continue_prompts(PROMPTS, 8)
   canvas, fill, _ = layout
   answer = np.full(canvas.shape, MASK)  # the network wants nothing else
   c = config(temperature=temperature)
@@ -250,7 +250,7 @@ def test_the_mask_is_never_predicted_unless_allowed(oracle, temperature):
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_the_trace_ends_with_what_generate_returns(params, sampling):
-  c, layout = SAMPLINGS[sampling], sampler.continue_prompts(PROMPTS, 8, PAD)
+  c, layout = SAMPLINGS[sampling], sampler.continue_prompts(PROMPTS, 8)
   canvases = trace(c, params, layout)
   np.testing.assert_array_equal(canvases[-1], generate(c, params, layout))
   assert len(canvases) == c.steps + 1
@@ -260,7 +260,7 @@ def test_the_trace_ends_with_what_generate_returns(params, sampling):
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_blocks_are_filled_left_to_right_and_never_revised(params, sampling):
   c = SAMPLINGS[sampling]
-  layout = _, fill, _ = sampler.continue_prompts(PROMPTS, 8, PAD)
+  layout = _, fill, _ = sampler.continue_prompts(PROMPTS, 8)
   canvases = trace(c, params, layout)
   for before, after in itertools.pairwise(canvases):
     np.testing.assert_array_equal(after[before != MASK], before[before != MASK])
@@ -272,7 +272,7 @@ def test_blocks_are_filled_left_to_right_and_never_revised(params, sampling):
 
 
 def test_prompts_and_padding_are_not_changed(params):
-  layout = sampler.continue_prompts(PROMPTS, 8, PAD)
+  layout = sampler.continue_prompts(PROMPTS, 8)
   canvas, fill, valid = layout
   out = generate(SAMPLINGS['few_steps'], params, layout)
   np.testing.assert_array_equal(out[~fill], canvas[~fill])
@@ -283,7 +283,7 @@ def test_prompts_and_padding_are_not_changed(params):
 
 def test_only_the_gaps_of_a_text_are_filled(params):
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{0}}b{{6}}']
-  layout = canvas, fill, valid = sampler.fill_gaps(texts, encode, PAD)
+  layout = canvas, fill, valid = sampler.fill_gaps(texts, encode)
   assert fill.sum(axis=1).tolist() == [7, 1, 4, 6]
   assert canvas[0, valid[0] & ~fill[0]].tolist() == encode('abcd')
   assert fill[0].nonzero()[0].tolist() == [2, 3, 5, 6, 7, 8, 9]
@@ -295,10 +295,10 @@ def test_only_the_gaps_of_a_text_are_filled(params):
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_a_row_does_not_depend_on_other_rows_or_padding(params, sampling):
   c, seeds = SAMPLINGS[sampling], [3, 4, 5, 6]
-  layout = _, _, valid = sampler.continue_prompts(PROMPTS, 8, PAD)
+  layout = _, _, valid = sampler.continue_prompts(PROMPTS, 8)
   together = generate(c, params, layout, seeds)
   for row in (0, 1):
-    alone = sampler.continue_prompts([PROMPTS[row]], 8, PAD)
+    alone = sampler.continue_prompts([PROMPTS[row]], 8)
     np.testing.assert_array_equal(
       generate(c, params, alone, [seeds[row]])[0], together[row, valid[row]]
     )
@@ -306,7 +306,7 @@ def test_a_row_does_not_depend_on_other_rows_or_padding(params, sampling):
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_a_seed_belongs_to_its_row(params, sampling):
-  c, layout = SAMPLINGS[sampling], sampler.continue_prompts(PROMPTS, 8, PAD)
+  c, layout = SAMPLINGS[sampling], sampler.continue_prompts(PROMPTS, 8)
   out, others = (
     generate(c, params, layout, s) for s in ([0] * 4, [0, 7, 0, 8])
   )
@@ -323,7 +323,7 @@ def test_one_slot_is_drawn_from_the_softmax(monkeypatch, temperature):
       return jnp.broadcast_to(self.answer, (*tokens.shape, len(logits)))
 
   monkeypatch.setattr(sampler, 'bind', lambda _, answer: Fixed(answer))
-  layout = sampler.continue_prompts([[]] * draws, 1, PAD)
+  layout = sampler.continue_prompts([[]] * draws, 1)
   c = config(steps=1, temperature=temperature)
   out = sampler.generate(
     'fixed', c, jnp.asarray(logits, jnp.float32), *layout, range(draws)
@@ -339,7 +339,7 @@ def test_one_slot_is_drawn_from_the_softmax(monkeypatch, temperature):
 def test_one_compilation_per_shape_and_config(oracle):
   def compilations(c, prompts, answer):
     before = sampler._generate._cache_size()
-    layout = sampler.continue_prompts(prompts, 9, PAD)
+    layout = sampler.continue_prompts(prompts, 9)
     oracle(c, np.full(layout[0].shape, answer), layout)
     return sampler._generate._cache_size() - before
 
@@ -362,7 +362,7 @@ def test_autoregressive_sampling_is_next_token_prediction(params):
 
   c = config(steps=2, block_length=1, objective='autoregressive')
   prompts = [[7, 8, 9], []]
-  out = generate(c, params, sampler.continue_prompts(prompts, 2, PAD))
+  out = generate(c, params, sampler.continue_prompts(prompts, 2))
   for row, prompt in zip(out, prompts, strict=True):
     tokens = [BOS, *prompt]
     for _ in range(2):
@@ -395,9 +395,9 @@ def test_a_request_that_cannot_be_served_says_why(params, case):
 @pytest.mark.parametrize('text', ['abc', '', 'ab{{0}}', 'a{{b}}', 'a{2}'])
 def test_a_text_without_a_gap_is_refused(text):
   with pytest.raises(UserError, match='no gap'):
-    sampler.fill_gaps(['a{{1}}', text], lambda text: [5] * len(text), PAD)
+    sampler.fill_gaps(['a{{1}}', text], lambda text: [5] * len(text))
 
 
 def test_no_slots_after_a_prompt_is_refused(params):
   with pytest.raises(UserError, match='nothing to fill'):
-    generate(GREEDY, params, sampler.continue_prompts([[7]], 0, PAD))
+    generate(GREEDY, params, sampler.continue_prompts([[7]], 0))

@@ -56,15 +56,15 @@ def make_config(tokenizer, corpus):
       data__length=LENGTH,
       train__steps=STEPS,
       train__batch=BATCH,
-      train__log_steps=1,
-      eval__steps=4,
+      train__log_every_steps=1,
+      eval__every_steps=4,
       eval__batch=16,
       eval__batches=2,
       sample__prompts=('def read(',),
       sample__gen_length=4,
       sample__block_length=4,
       sample__steps=4,
-      checkpoint__steps=3,
+      checkpoint__every_steps=3,
     )
     c.update_from_flattened_dict(
       {k.replace('__', '.'): v for k, v in (settings | changes).items()}
@@ -182,7 +182,7 @@ def test_every_step_has_one_row_of_training_metrics(finished):
 def test_evaluations_stand_at_the_first_the_chosen_and_the_last_step(finished):
   for name in ('loss_nats_per_token', 'bits_per_byte', 'stderr_nats_per_token'):
     assert finished.scalars(f'eval/{name}').keys() == {0, 4, 8}
-  assert finished.scalars('sample').keys() == {0, 4, 8}
+  assert finished.scalars('sample/0').keys() == {0, 4, 8}
   last = {k: v for r in finished.rows[-2:] for k, v in r.items()}
   assert {k: last[k] for k in finished.result} == finished.result
 
@@ -429,7 +429,7 @@ def test_a_loaded_run_samples_the_text_of_the_training(finished):
   """The samples in the metrics, again from the checkpoint."""
   config, tokenizer, params, mesh = run.load(str(finished.workdir))
   prompt = tokenizer.encode(config.sample.prompts[0])
-  layout = sampler.continue_prompts([prompt], 4, config.tokens.pad_id)
+  layout = sampler.continue_prompts([prompt], 4)
   with jax.set_mesh(mesh):
     (row,) = np.asarray(
       sampler.generate(
@@ -442,7 +442,7 @@ def test_a_loaded_run_samples_the_text_of_the_training(finished):
     )
   text = tokenizer.decode(row)
   assert text.startswith('def read(')
-  assert text == finished.scalars('sample')[STEPS]
+  assert text == finished.scalars('sample/0')[STEPS]
 
 
 @pytest.fixture(scope='module')
@@ -470,7 +470,7 @@ def sample(script, workdir, capsys, **changes):
 
 def test_the_script_continues_a_prompt(finished, sample_script, capsys):
   out = sample(sample_script, finished.workdir, capsys, prompt=['def read('])
-  assert out == finished.scalars('sample')[STEPS] + '\n'
+  assert out == finished.scalars('sample/0')[STEPS] + '\n'
 
 
 def test_the_script_shows_every_step(finished, sample_script, capsys):
@@ -501,7 +501,7 @@ def test_one_changed_line_trains_an_autoregressive_model(make_config, tmp_path):
   assert bounds[0] == pytest.approx(np.log(4096), rel=0.1)
   assert result['eval/loss_nats_per_token'] < bounds[0] - 0.5
   assert set(rows.scalars('train/masked_share').values()) == {1.0}
-  assert rows.scalars('sample')[STEPS].startswith('def read(')
+  assert rows.scalars('sample/0')[STEPS].startswith('def read(')
 
 
 # What is refused

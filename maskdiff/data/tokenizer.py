@@ -80,17 +80,23 @@ class Tokenizer:
 
     Control ids (pad, bos, eos, chat roles) are dropped, the mask id is shown
     as `mask_text`, and bytes that are not valid UTF-8 (a character with some
-    of its bytes still masked) as the replacement character.
+    of its bytes still masked) as the replacement character. So are ids from
+    vocab_size on: a model's vocabulary may be larger than its tokenizer's.
 
     Raises:
-      IndexError: an id is outside [0, vocab_size).
+      IndexError: an id is negative.
     """
     mask = mask_text.encode()
     ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), int)
-    if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-      raise IndexError(f'token ids must be in [0, {self.vocab_size})')
-    pieces = (mask if i == self.mask_id else self.pieces[i] for i in ids)
-    return b''.join(pieces).decode('utf-8', errors='replace')
+    if ids.size and ids.min() < 0:
+      raise IndexError('token ids must not be negative')
+
+    def piece(i):
+      if i == self.mask_id:
+        return mask
+      return self.pieces[i] if i < self.vocab_size else '\ufffd'.encode()
+
+    return b''.join(map(piece, ids)).decode('utf-8', errors='replace')
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:

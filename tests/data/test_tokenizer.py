@@ -100,10 +100,13 @@ def test_any_masks_among_the_bytes_of_a_character_decode(tok):
       assert shown == '\U0001f600'
 
 
-def test_ids_outside_the_vocabulary_are_refused(tok):
-  for bad in (-1, tok.vocab_size):
-    with pytest.raises(IndexError):
-      tok.decode([bad])
+def test_ids_above_the_vocabulary_are_shown_as_replacement(tok):
+  assert tok.decode([*tok.encode('ab'), tok.vocab_size]) == 'ab\ufffd'
+
+
+def test_negative_ids_are_refused(tok):
+  with pytest.raises(IndexError):
+    tok.decode([-1])
 
 
 def test_pieces_tell_the_bytes_of_every_id(tok):
