@@ -7,6 +7,10 @@ anywhere would show as a bound below the entropy.
 """
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -22,8 +26,8 @@ from maskdiff.optimizer import OptimizerConfig, make_optimizer
 from maskdiff.schedule import Schedule
 
 STATES, FIRST_ID = 12, 5  # ids below FIRST_ID are special
-LENGTH, BATCH, STEPS = 32, 128, 2500
-HELDOUT_BATCHES = 64
+LENGTH, BATCH, STEPS = 32, 64, 900
+HELDOUT_BATCH, HELDOUT_BATCHES = 512, 40
 
 
 class Chain:
@@ -67,7 +71,7 @@ def trained_bound(objective):
       rope_theta=500_000.0,
       norm_eps=1e-5,
       dtype='float32',
-      remat='none',
+      remat='full',
       attention='xla',
     ),
     objective=ObjectiveConfig(
@@ -104,7 +108,7 @@ def trained_bound(objective):
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   sharding = mesh_lib.batch_sharding(mesh)
   rng = np.random.default_rng(1)
-  batch = lambda rng: jax.device_put(chain.sample(rng, BATCH), sharding)
+  batch = lambda rng, rows: jax.device_put(chain.sample(rng, rows), sharding)
   key = jax.random.key(0)
   shardings = step_lib.state_shardings(c.model, optimizer, mesh)
   init = functools.partial(step_lib.init_state, c.model, optimizer)
@@ -112,22 +116,33 @@ def trained_bound(objective):
   with jax.set_mesh(mesh):
     state = jax.jit(init, out_shardings=shardings)(key)
     for _ in range(STEPS):
-      state, _ = train_step(state, batch(rng), key)
+      state, _ = train_step(state, batch(rng, BATCH), key)
     rng = np.random.default_rng(2)
-    result = evaluation.evaluate(
-      c, state.params, [batch(rng) for _ in range(HELDOUT_BATCHES)], 1.0
-    )
+    heldout = [batch(rng, HELDOUT_BATCH) for _ in range(HELDOUT_BATCHES)]
+    result = evaluation.evaluate(c, state.params, heldout, 1.0)
   return (
     result['eval/loss_nats_per_token'],
     result['eval/stderr_nats_per_token'],
-    chain.entropy_per_token(),
+    float(chain.entropy_per_token()),
   )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('objective', ['masked_diffusion', 'autoregressive'])
 def test_bound_approaches_the_entropy_from_above(objective):
-  bound, stderr, entropy = trained_bound(objective)
+  # In a process of its own: this one compiles for speed of compilation.
+  result = subprocess.run(
+    [sys.executable, __file__, objective],
+    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr[-4000:]
+  bound, stderr, entropy = json.loads(result.stdout.splitlines()[-1])
   assert stderr < 0.004 * entropy  # so that the next two mean something
   assert bound > entropy - 3 * stderr
   assert bound < 1.03 * entropy
+
+
+if __name__ == '__main__':
+  print(json.dumps(trained_bound(sys.argv[1])))
