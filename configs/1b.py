@@ -10,7 +10,7 @@ are the paper's; the length of the run is not published exactly: 88,000 steps,
 The token ids are those of LLaDA's own tokenizer, which is not a SentencePiece
 model and cannot be loaded yet; for another one set config.tokens. Batch and
 microbatches are for 8 chips of v5e: 2 rows a chip at a time. The TPU compiler
-says that this step takes @@1B@@ of a chip's 16 GiB (tests/test_pods.py).
+says that this step takes 12.3 of a chip's 16 GiB (tests/test_pods.py).
 """
 
 from maskdiff.config import default

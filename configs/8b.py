@@ -12,7 +12,7 @@ has a column in the head and takes part in the softmax, as in LLaDA.
 The token ids are those of LLaDA's own tokenizer, which is not a SentencePiece
 model and cannot be loaded yet; for another one set config.tokens. Batch and
 microbatches are for 64 chips of v5p: 4 rows a chip at a time. The TPU compiler
-says that this step takes @@8B@@ of a chip's 95 GiB (tests/test_pods.py).
+says that this step takes 66.7 of a chip's 95 GiB (tests/test_pods.py).
 """
 
 from maskdiff.config import default

