@@ -8,7 +8,7 @@ python launch/sample.py --workdir runs/tiny --infill "for i in {{4}}: print(i)"
 import sys
 import time
 
-from absl import flags
+from absl import flags, logging
 
 from maskdiff import config
 from maskdiff.errors import UserError
@@ -42,6 +42,9 @@ def main(args):
   import jax
 
   from maskdiff import run, sampler
+
+  # Orbax warns that the checkpoint is opened to be read only: it is meant so.
+  logging.set_verbosity(logging.ERROR)
 
   if args.prompt and args.infill:
     raise UserError('give either --prompt or --infill, not both')

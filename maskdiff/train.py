@@ -36,33 +36,29 @@ MAY_CHANGE = (
 
 
 def run(config, workdir):
-  """Trains, or goes on training, the model of a config; see `_run`.
-
-  What is being saved when an error or an interrupt ends the run is saved.
-  """
-  with contextlib.ExitStack() as stack:
-    return _run(config, workdir, stack)
-
-
-def _run(config, workdir, stack):
   """Trains, or goes on training, the model of a config.
 
-  Writes to the work directory: config.json, tokenizer.model, metrics.jsonl,
-  tensorboard/ and checkpoints/. Running again with the same arguments resumes
-  from the newest checkpoint.
+  Writes to the work directory: config.json, header.txt, tokenizer.model,
+  metrics.jsonl, tensorboard/ and checkpoints/. Running again with the same
+  arguments resumes from the newest checkpoint. An error or an interrupt still
+  lets a checkpoint be finished that is being written.
 
   Args:
     config: ConfigDict with the keys of config.default().
     workdir: directory, made if it is not there.
 
   Returns:
-    The last evaluation, a dict of floats; see
-    `evaluation.evaluate`.
+    The last evaluation, a dict of floats; see `evaluation.evaluate`.
 
   Raises:
     UserError: something in the config, the data or the checkpoints does not
-      fit; raised before anything is compiled.
+      fit; raised before the step is compiled.
   """
+  with contextlib.ExitStack() as stack:
+    return _run(config, workdir, stack)
+
+
+def _run(config, workdir, stack):
   config_lib.validate(config)
   c = run_lib.step_config(config)
   steps, batch, length = config.train.steps, config.train.batch, c.length
