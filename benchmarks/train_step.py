@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from timing import alternate
 
+from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
+from maskdiff import run
 from maskdiff import step as step_lib
-from maskdiff.model import TransformerConfig
-from maskdiff.objective import ObjectiveConfig
 from maskdiff.optimizer import OptimizerConfig, make_optimizer
-from maskdiff.schedule import Schedule
 
 BATCH, LENGTH = 16, 128
 
@@ -56,51 +55,28 @@ def main():
 
 def compare(mesh, vocab_size, rounds):
   """Prints one line of results."""
-  c = step_lib.StepConfig(
-    model=TransformerConfig(
-      vocab_size=vocab_size,
-      embed=128,
-      layers=4,
-      heads=4,
-      kv_heads=4,
-      head_dim=32,
-      mlp=384,
-      tie_embeddings=False,
-      rope_theta=500_000.0,
-      norm_eps=1e-5,
-      dtype='float32',
-      remat='full',
-      attention='auto',
-    ),
-    objective=ObjectiveConfig(
-      name='masked_diffusion',
-      schedule=Schedule(),
-      eps=1e-3,
-      time_sampling='antithetic',
-      random_length_fraction=0.01,
-      predict_mask=False,
-      mask_id=4,
-      bos_id=1,
-      loss_chunk_tokens=256,
-    ),
-    length=LENGTH,
-    microbatches=1,
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {
+      'model.vocab_size': vocab_size,
+      'model.embed': 128,
+      'model.head_dim': 32,
+      'model.mlp': 384,
+      'model.tie_embeddings': False,
+      'model.dtype': 'float32',
+      'objective.loss_chunk_tokens': 256,
+      'optimizer.learning_rate': 1e-3,
+      'optimizer.final_learning_rate': 1e-3,
+      'optimizer.warmup_steps': 0,
+      'optimizer.decay_steps': 0,
+      'data.length': LENGTH,
+      'train.batch': BATCH,
+    }
   )
+  c = run.step_config(config)
   optimizer = make_optimizer(
-    OptimizerConfig(
-      schedule='wsd',
-      learning_rate=1e-3,
-      final_learning_rate=1e-3,
-      warmup_steps=0,
-      decay_steps=0,
-      pieces=(),
-      b1=0.9,
-      b2=0.95,
-      eps=1e-8,
-      weight_decay=0.1,
-      clip_norm=1.0,
-    ),
-    1000,
+    OptimizerConfig(**config.optimizer),
+    config.train.steps,
     model_lib.axes(c.model),
   )
   tokens = jax.device_put(

@@ -2,8 +2,8 @@
 
 `default()` names every key there is, with its type; files in configs/ override
 some and return the result locked, so that a key that does not exist is an
-error in a file and on the command line alike. ml_collections stops here and in
-`train.run`, which turns the sections into frozen dataclasses.
+error in a file and on the command line alike. ml_collections stops here;
+run.py turns the sections into frozen dataclasses.
 """
 
 import difflib

@@ -275,7 +275,7 @@ def fill_gaps(texts, encode):
 def _layout(rows):
   """Pads rows of tokens, None where a slot is, to one length."""
   length = max(map(len, rows))
-  canvas = np.full((len(rows), length), 0, np.int32)
+  canvas = np.zeros((len(rows), length), np.int32)
   fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
   for i, row in enumerate(rows):
     canvas[i, : len(row)] = [0 if t is None else t for t in row]

@@ -59,9 +59,8 @@ def train_step(c, optimizer, state, tokens, key):
   key = jax.random.fold_in(key, state.step)
 
   def loss(params, rows, tokens):
-    canvas = make_canvas(c.objective, tokens, rows, key, batch)
-    total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
-    return total, summarize(canvas, total, nll)
+    sums = loss_sums(c, params, tokens, rows, key, batch)
+    return sums['weighted_nll'], sums
 
   gradient = jax.grad(loss, has_aux=True)
 
@@ -103,8 +102,26 @@ def eval_step(c, params, tokens, key):
     tokens: [B, L] int32.
     key: PRNG key of this batch, the same at every evaluation.
   """
-  rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  canvas = make_canvas(c.objective, tokens, rows, key, tokens.shape[0])
+  batch = tokens.shape[0]
+  rows = jnp.arange(batch, dtype=jnp.int32)
+  return loss_sums(c, params, tokens, rows, key, batch)
+
+
+def loss_sums(c, params, tokens, rows, key, batch):
+  """Corrupts some rows of a global batch and sums up their loss.
+
+  Args:
+    c: StepConfig.
+    params: parameter tree.
+    tokens: [b, L] int32.
+    rows: [b] int32, their numbers in the global batch.
+    key: PRNG key of this step.
+    batch: rows of the global batch.
+
+  Returns:
+    See `summarize`; `weighted_nll` is the one with a gradient.
+  """
+  canvas = make_canvas(c.objective, tokens, rows, key, batch)
   total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
   return summarize(canvas, total, nll)
 

@@ -16,14 +16,12 @@ import jax
 import numpy as np
 import pytest
 
-from maskdiff import evaluation
+from maskdiff import config as config_lib
+from maskdiff import evaluation, run
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import step as step_lib
-from maskdiff.model import TransformerConfig
-from maskdiff.objective import ObjectiveConfig
 from maskdiff.optimizer import OptimizerConfig, make_optimizer
-from maskdiff.schedule import Schedule
 
 STATES, FIRST_ID = 12, 5  # ids below FIRST_ID are special
 LENGTH, BATCH, STEPS = 32, 64, 900
@@ -58,52 +56,31 @@ class Chain:
 def trained_bound(objective):
   """Trains a small model on fresh rows; returns its bound, SE and entropy."""
   chain = Chain(np.random.default_rng(0))
-  c = step_lib.StepConfig(
-    model=TransformerConfig(
-      vocab_size=STATES + FIRST_ID,
-      embed=64,
-      layers=3,
-      heads=4,
-      kv_heads=4,
-      head_dim=16,
-      mlp=128,
-      tie_embeddings=False,
-      rope_theta=500_000.0,
-      norm_eps=1e-5,
-      dtype='float32',
-      remat='full',
-      attention='xla',
-    ),
-    objective=ObjectiveConfig(
-      name=objective,
-      schedule=Schedule(),
-      eps=1e-3,
-      time_sampling='antithetic',
-      random_length_fraction=0.0,
-      predict_mask=False,
-      mask_id=4,
-      bos_id=1,
-      loss_chunk_tokens=1024,
-    ),
-    length=LENGTH,
-    microbatches=1,
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {
+      'model.vocab_size': STATES + FIRST_ID,
+      'model.embed': 64,
+      'model.layers': 3,
+      'model.head_dim': 16,
+      'model.mlp': 128,
+      'model.tie_embeddings': False,
+      'model.dtype': 'float32',
+      'objective.name': objective,
+      'objective.random_length_fraction': 0.0,
+      'objective.loss_chunk_tokens': 1024,
+      'optimizer.schedule': 'cosine',
+      'optimizer.learning_rate': 3e-3,
+      'optimizer.b2': 0.98,
+      'optimizer.weight_decay': 0.01,
+      'data.length': LENGTH,
+      'train.steps': STEPS,
+      'train.batch': BATCH,
+    }
   )
+  c = run.step_config(config)
   optimizer = make_optimizer(
-    OptimizerConfig(
-      schedule='cosine',
-      learning_rate=3e-3,
-      final_learning_rate=1e-5,
-      warmup_steps=100,
-      decay_steps=0,
-      pieces=(),
-      b1=0.9,
-      b2=0.98,
-      eps=1e-8,
-      weight_decay=0.01,
-      clip_norm=1.0,
-    ),
-    STEPS,
-    model_lib.axes(c.model),
+    OptimizerConfig(**config.optimizer), STEPS, model_lib.axes(c.model)
   )
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   sharding = mesh_lib.batch_sharding(mesh)
