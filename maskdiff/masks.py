@@ -3,7 +3,8 @@
 Each position carries
   doc    the document it belongs to; positions of different documents never
          see each other. -1 is padding.
-  pos    its place in its document, which is also its rotary position.
+  pos    its place, which is also its rotary position. Only differences and
+         order within a document matter, so it may count from anywhere.
   block  the noisy block it belongs to, or -1 if it is clean.
   reach  it sees clean positions before this one.
 
@@ -62,15 +63,31 @@ def positions(batch, length):
   return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
 
 
-def bidirectional(valid):
-  """Every valid position of a row sees every other (masked diffusion).
+def documents(tokens, eos_id):
+  """The document of each token of rows in which every document ends with eos.
+
+  Args:
+    tokens: [B, L] int32, clean.
+    eos_id: belongs to the document that it ends.
+
+  Returns:
+    [B, L] int32: how many eos stand before the token in its row.
+  """
+  eos = (tokens == eos_id).astype(jnp.int32)
+  return jnp.cumsum(eos, axis=1) - eos
+
+
+def bidirectional(valid, doc=0):
+  """Valid positions of a document all see each other (masked diffusion).
 
   Args:
     valid: [B, L] bool, False on padding, which is a document of its own.
+    doc: [B, L] int32 >= 0, the document of each position; a number when the
+      row is a single one.
   """
   zero = jnp.zeros(valid.shape, jnp.int32)
   return Labels(
-    doc=jnp.where(valid, 0, -1),
+    doc=jnp.where(valid, doc, -1),
     pos=positions(*valid.shape),
     block=zero,
     reach=zero,
@@ -78,11 +95,14 @@ def bidirectional(valid):
   )
 
 
-def causal(valid):
-  """Each valid position sees itself and those before it (autoregressive)."""
+def causal(valid, doc=0):
+  """Each valid position sees itself and those before it in its document.
+
+  This is autoregression. Arguments as for `bidirectional`.
+  """
   pos = positions(*valid.shape)
   return Labels(
-    doc=jnp.where(valid, 0, -1),
+    doc=jnp.where(valid, doc, -1),
     pos=pos,
     block=jnp.full(valid.shape, -1, jnp.int32),
     reach=pos + 1,

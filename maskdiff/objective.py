@@ -18,6 +18,8 @@ from maskdiff.cross_entropy import cross_entropy
 from maskdiff.schedule import Schedule, sample_times
 
 OBJECTIVES = ('masked_diffusion', 'autoregressive')
+# A row packs documents: positions see all of it, or only their own document.
+ATTEND_WITHIN = ('row', 'document')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,11 @@ class ObjectiveConfig:
   eps: float  # times lie in [eps, 1)
   time_sampling: str  # one of schedule.TIME_SAMPLINGS
   random_length_fraction: float  # of the sequences, cut to a random length
+  attend_within: str  # one of ATTEND_WITHIN
   predict_mask: bool  # whether the mask id takes part in the softmax
   mask_id: int
   bos_id: int
+  eos_id: int  # the last token of every document, and nowhere else
   loss_chunk_tokens: int
 
 
@@ -70,6 +74,10 @@ def masked_diffusion(c, tokens, rows, key, batch):
 
   A share of the rows is cut to a random length, which is equal to truncating
   them: the rest is padding, hidden from attention, never masked, not counted.
+
+  Where attention stays within a document, it shows where documents end, also
+  past masked tokens: the bound is on the text given the lengths of its
+  documents, and a masked eos costs less.
 
   Args:
     c: ObjectiveConfig.
@@ -115,7 +123,10 @@ def corrupt(c, tokens, u, noise, lengths):
   whole = (1 - c.eps) / (1 - c.schedule.mask_ratio(c.eps))
   weight = whole * c.schedule.weight(t)
   shown = jnp.where(masked, c.mask_id, tokens)
-  inputs, labels = show(c.name, shown, valid, c.bos_id)
+  # Of the clean tokens: a masked eos must still end its document, or the
+  # neighbours would see each other at some times and not at others.
+  doc = documents(c, tokens)
+  inputs, labels = show(c.name, shown, valid, c.bos_id, doc)
   return Canvas(
     inputs=inputs,
     labels=labels,
@@ -131,10 +142,15 @@ def autoregressive(c, tokens, rows, key, batch):
 
   The same L tokens are predicted as under masked diffusion, so the two losses
   compare. Arguments as for `masked_diffusion`; there is no noise.
+
+  Labels are those of the predicted token. Where attention stays within a
+  document, the first token of one is predicted from the eos before it and
+  nothing else: this eos does for it what bos does for the first of a row.
   """
   del rows, key, batch
   b, length = tokens.shape
-  inputs, labels = show(c.name, tokens, jnp.ones(tokens.shape, bool), c.bos_id)
+  valid = jnp.ones(tokens.shape, bool)
+  inputs, labels = show(c.name, tokens, valid, c.bos_id, documents(c, tokens))
   return Canvas(
     inputs=inputs,
     labels=labels,
@@ -145,7 +161,22 @@ def autoregressive(c, tokens, rows, key, batch):
   )
 
 
-def show(objective, tokens, valid, bos_id):
+def documents(c, tokens):
+  """The documents to which attention is confined.
+
+  Args:
+    c: ObjectiveConfig.
+    tokens: [B, L] int32, clean.
+
+  Returns:
+    [B, L] int32 from 0 on, or 0 if attention is not confined.
+  """
+  if c.attend_within == 'row':
+    return 0
+  return masks.documents(tokens, c.eos_id)
+
+
+def show(objective, tokens, valid, bos_id, doc=0):
   """How a network trained with this objective is shown a row of tokens.
 
   In either case the prediction for a position stands at that position.
@@ -155,14 +186,15 @@ def show(objective, tokens, valid, bos_id):
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
     bos_id: stands before the first token of an autoregressive row.
+    doc: what `documents` returns; by default a row is a single document.
 
   Returns:
     inputs [B, L] int32, and their masks.Labels.
   """
   if objective == 'masked_diffusion':
-    return tokens, masks.bidirectional(valid)
+    return tokens, masks.bidirectional(valid, doc)
   inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
-  return inputs, masks.causal(valid)
+  return inputs, masks.causal(valid, doc)
 
 
 MAKE_CANVAS = {

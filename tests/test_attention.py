@@ -70,9 +70,17 @@ def block_diffusion(batch, n, size):
   )
 
 
+def packed(length):
+  """[3, length] int32 documents, other ones in each row."""
+  starts = np.random.default_rng(0).random((3, length)) < 4 / length
+  return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
+
+
 LABELS = {
   'bidirectional': masks.bidirectional(padded(12)),
   'causal': masks.causal(padded(12)),
+  'bidirectional, packed': masks.bidirectional(padded(12), packed(12)),
+  'causal, packed': masks.causal(padded(12), packed(12)),
   'general': block_diffusion(3, 6, 2),
 }
 
@@ -142,6 +150,15 @@ def assert_splash_equals_xla(labels, heads, kv_heads, m=None, head_dim=128):
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
 def test_splash_equals_xla_with_gradients(make, heads, kv_heads):
   assert_splash_equals_xla(make(padded(256)), heads, kv_heads)
+
+
+@pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
+def test_splash_equals_xla_where_whole_tiles_are_other_documents(
+  monkeypatch, make
+):
+  """Tiles of 128: most documents see nothing of the one or of the other."""
+  monkeypatch.setattr(attention, 'SPLASH_BLOCK', 128)
+  assert_splash_equals_xla(make(padded(256), packed(256)), 2, 2)
 
 
 def test_splash_serves_heads_that_are_narrower_than_its_tiles():

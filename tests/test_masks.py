@@ -68,6 +68,47 @@ def test_causal_sees_itself_and_what_is_before():
   )
 
 
+# Documents in the rows of VALID; those that are padding do not matter.
+DOC = np.array(
+  [
+    [0, 0, 0, 1, 2, 2],
+    [0, 1, 1, 1, 1, 2],
+    [0, 1, 1, 1, 2, 3],
+    [0, 0, 0, 0, 1, 2],
+  ]
+)
+
+
+@pytest.mark.parametrize('constructor', CONSTRUCTORS)
+def test_documents_hide_from_one_another_what_they_would_see(constructor):
+  valid = jnp.asarray(VALID)
+  whole = seen(constructor(valid))
+  apart = longhand(
+    *VALID.shape,
+    lambda b, i, j: both_padding(b, i, j) or DOC[b, i] == DOC[b, j],
+  )
+  l = constructor(valid, jnp.asarray(DOC))
+  np.testing.assert_array_equal(seen(l), whole & apart)
+  np.testing.assert_array_equal(l.doc, np.where(VALID, DOC, -1))
+
+
+def test_an_eos_belongs_to_the_document_that_it_ends():
+  x, eos = 7, 2
+  tokens = jnp.array(
+    [
+      [x, x, eos, x, eos, x],
+      [eos, eos, x, x, x, eos],
+      [x, x, x, x, x, x],
+    ]
+  )
+  expected = [
+    [0, 0, 0, 1, 1, 2],
+    [0, 1, 2, 2, 2, 2],
+    [0, 0, 0, 0, 0, 0],
+  ]
+  np.testing.assert_array_equal(masks.documents(tokens, eos), expected)
+
+
 @pytest.mark.parametrize('constructor', CONSTRUCTORS)
 def test_valid_positions_and_padding_never_see_each_other(constructor):
   visible = seen(constructor(jnp.asarray(VALID)))
@@ -80,15 +121,17 @@ def test_every_position_sees_at_least_itself(constructor):
   assert visible.diagonal(axis1=1, axis2=2).all()
 
 
-def test_bidirectional_regime_promises_equality_of_documents():
-  l = masks.bidirectional(jnp.asarray(VALID))
+@pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
+def test_bidirectional_regime_promises_equality_of_documents(doc):
+  l = masks.bidirectional(jnp.asarray(VALID), doc)
   assert l.regime == masks.BIDIRECTIONAL
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
   np.testing.assert_array_equal(seen(l), same)
 
 
-def test_causal_regime_promises_order_within_documents():
-  l = masks.causal(jnp.asarray(VALID))
+@pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
+def test_causal_regime_promises_order_within_documents(doc):
+  l = masks.causal(jnp.asarray(VALID), doc)
   assert l.regime == masks.CAUSAL
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
   np.testing.assert_array_equal(seen(l), np.tril(same))

@@ -16,16 +16,18 @@ from maskdiff.model import TransformerConfig
 from maskdiff.objective import ObjectiveConfig
 from maskdiff.schedule import SCHEDULES, Schedule
 
-MASK = 3
+MASK, EOS = 3, 1
 CONFIG = ObjectiveConfig(
   name='masked_diffusion',
   schedule=Schedule(),
   eps=1e-3,
   time_sampling='antithetic',
   random_length_fraction=0.0,
+  attend_within='row',
   predict_mask=False,
   mask_id=MASK,
   bos_id=2,
+  eos_id=EOS,
   loss_chunk_tokens=64,
 )
 # Small enough to enumerate: three tokens and the mask, four positions.
@@ -49,11 +51,15 @@ L = 4
 
 @pytest.fixture(scope='module')
 def params():
+  return strong_params(TINY)
+
+
+def strong_params(config):
   """Weights large enough for the network to have strong opinions."""
   random = np.random.default_rng(0)
   return jax.tree.map(
     lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32),
-    model.shapes(TINY),
+    model.shapes(config),
   )
 
 
@@ -495,3 +501,124 @@ def test_autoregressive_output_depends_only_on_earlier_tokens(i, params):
   if i > 0:
     before = outputs(tokens.at[:, i - 1].set((tokens[:, i - 1] + 1) % 3))
     assert (before[:, i] != outputs(tokens)[:, i]).any()
+
+
+# Attention within a document
+
+# Two whole documents, one of them without text, and the start of a third.
+PACKED = np.array([0, 2, 2, EOS, EOS, 2, 0, 0, 2, 0])
+DOC = np.array([0, 0, 0, 0, 1, 2, 2, 2, 2, 2])
+CONFINED = dataclasses.replace(CONFIG, attend_within='document')
+
+
+def of(name, c):
+  return dataclasses.replace(c, name=name)
+
+
+def packed(batch):
+  return jnp.tile(jnp.asarray(PACKED, jnp.int32), (batch, 1))
+
+
+def log_p_and_nll(c, params, canvas):
+  log_p = log_probabilities(TINY, params, canvas.inputs, canvas.labels)
+  return without_mask(log_p), np.asarray(loss(c, TINY, params, canvas)[1])
+
+
+def assert_equal_apart(whole, apart):
+  """The parts of a packed row are what documents are in rows of their own.
+
+  Args:
+    whole: arrays [B, 10, ...] of the packed rows.
+    apart: for each document the same arrays, where it stands first.
+  """
+  for number, parts in enumerate(apart):
+    for packed_part, part in zip(whole, parts, strict=True):
+      packed_part = packed_part[:, number == DOC]
+      np.testing.assert_allclose(
+        packed_part, part[:, : packed_part.shape[1]], rtol=1e-5, atol=1e-5
+      )
+
+
+def alone(x, number):
+  """Columns of one document first, then those of the others."""
+  return np.concatenate([x[:, number == DOC], x[:, number != DOC]], axis=1)
+
+
+def test_packed_documents_have_the_loss_that_they_have_apart(params):
+  """A row of its own is one that is cut at the end of the document."""
+  random = np.random.default_rng(0)
+  tokens, u = packed(16), random.random(16).astype(np.float32)
+  noise = random.random(tokens.shape).astype(np.float32)
+  row = objective.corrupt(CONFINED, tokens, u, noise, np.full(16, len(DOC)))
+  apart = [
+    objective.corrupt(
+      CONFIG, alone(tokens, n), u, alone(noise, n), np.full(16, sum(n == DOC))
+    )
+    for n in range(3)
+  ]
+  whole = log_p_and_nll(CONFINED, params, row)
+  assert (whole[1] > 0).any(axis=0).all()
+  assert_equal_apart(whole, [log_p_and_nll(CONFIG, params, c) for c in apart])
+
+
+def test_packed_documents_are_predicted_as_apart_with_eos_for_bos(params):
+  def log_p_nll(c, tokens):
+    canvas = make_canvas(c, tokens, jnp.arange(1), jax.random.key(0), 1)
+    return log_p_and_nll(c, params, canvas)
+
+  c, tokens = of('autoregressive', CONFINED), packed(1)
+  # The first of the row follows a bos. No document sees what is after it.
+  starts = [AR.bos_id, EOS, EOS]
+  apart = [
+    log_p_nll(dataclasses.replace(AR, bos_id=start), alone(tokens, n))
+    for n, start in enumerate(starts)
+  ]
+  assert_equal_apart(log_p_nll(c, tokens), apart)
+
+
+@pytest.mark.parametrize('name', objective.OBJECTIVES)
+def test_an_output_depends_on_its_own_document_and_on_nothing_else(name):
+  c = of(name, CONFINED)
+  canvas = make_canvas(c, packed(2), jnp.arange(2), jax.random.key(0), 2)
+  # Each position shows a token of its own, whose embedding is its input.
+  length = len(DOC)
+  inputs = jnp.tile(jnp.arange(length), (2, 1))
+  config = dataclasses.replace(TINY, vocab_size=length)
+  params = strong_params(config)
+  direction = np.random.default_rng(1).normal(size=config.embed)
+
+  def outputs(embed):
+    network = model.bind(config, {**params, 'embed': embed})
+    return network(inputs, canvas.labels)[0] @ direction
+
+  gradients = jax.jit(jax.jacrev(outputs))(params['embed'])  # [L, L, D]
+  same = DOC[:, None] == DOC
+  expected = np.tril(same) if name == 'autoregressive' else same
+  np.testing.assert_array_equal((gradients != 0).any(axis=-1), expected)
+
+
+@pytest.mark.parametrize('name', objective.OBJECTIVES)
+def test_confinement_changes_the_documents_and_nothing_else(name):
+  c = dataclasses.replace(CONFIG, random_length_fraction=0.5)
+  tokens, row = canvas_of(of(name, c))
+  c = dataclasses.replace(c, attend_within='document')
+  _, confined = canvas_of(of(name, c))
+  doc = np.asarray(masks.documents(tokens, EOS))
+  padding = np.asarray(row.labels.doc) == -1
+  assert padding.any() == (name == 'masked_diffusion')
+  np.testing.assert_array_equal(row.labels.doc, np.where(padding, -1, 0))
+  np.testing.assert_array_equal(confined.labels.doc, np.where(padding, -1, doc))
+  labels = dataclasses.replace(confined.labels, doc=row.labels.doc)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    dataclasses.replace(confined, labels=labels),
+    row,
+  )
+
+
+def test_a_masked_eos_ends_its_document_all_the_same():
+  tokens, u = packed(2), np.full(2, 0.5, np.float32)
+  noise = np.stack([np.zeros(len(DOC)), np.where(PACKED == EOS, 0, 1)])
+  canvas = objective.corrupt(CONFINED, tokens, u, noise, np.full(2, len(DOC)))
+  assert not (canvas.inputs == EOS).any()
+  np.testing.assert_array_equal(canvas.labels.doc, [DOC, DOC])

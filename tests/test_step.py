@@ -36,11 +36,15 @@ OBJECTIVE = ObjectiveConfig(
   eps=1e-3,
   time_sampling='antithetic',
   random_length_fraction=0.2,
+  attend_within='row',
   predict_mask=False,
   mask_id=4,
   bos_id=1,
+  eos_id=2,
   loss_chunk_tokens=16,
 )
+# A tenth of the tokens end a document.
+CONFINED = dataclasses.replace(OBJECTIVE, attend_within='document', eos_id=10)
 OPTIMIZER = OptimizerConfig(
   schedule='wsd',
   learning_rate=1e-2,
@@ -92,14 +96,14 @@ def make_tokens():
   )
 
 
-def initial_params():
+def initial_params(std=0.2):
   random = np.random.default_rng(1)
-  draw = lambda x: (0.2 * random.normal(size=x.shape)).astype(np.float32)
+  draw = lambda x: (std * random.normal(size=x.shape)).astype(np.float32)
   return jax.tree.map(draw, model.shapes(MODEL))
 
 
-def initial_state(tx):
-  params = initial_params()
+def initial_state(tx, std=0.2):
+  params = initial_params(std)
   zeros = jax.tree.map(
     lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, params)
   )
@@ -117,15 +121,15 @@ class Run:
 
 
 @functools.cache
-def run(mesh_name, microbatches, steps=STEPS):
+def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
   """A short training from the same parameters on the same batch."""
   m = make_mesh(mesh_name)
   tx = optimizer.make_optimizer(OPTIMIZER, 100, model.axes(MODEL))
-  c = step.StepConfig(MODEL, OBJECTIVE, LENGTH, microbatches)
+  c = step.StepConfig(MODEL, objective, LENGTH, microbatches)
   out = Run([], [], [], [])
   with jax.set_mesh(m):
     state = jax.device_put(
-      initial_state(tx), step.state_shardings(MODEL, tx, m)
+      initial_state(tx, std), step.state_shardings(MODEL, tx, m)
     )
     update = step.compile_train_step(c, tx, m)
     tokens = jax.device_put(make_tokens(), mesh.batch_sharding(m))
@@ -273,6 +277,24 @@ def test_parameters_move_as_on_one_device_and_in_one_batch(other, reference):
     reference.params[STEPS - 1],
     initial_params(),
   )
+
+
+@pytest.mark.parametrize(
+  'name', ['one_device', 'fsdp8', 'fsdp2_sequence2_tensor2']
+)
+def test_packed_documents_have_the_same_loss_on_every_mesh(name):
+  """Also where the length is split, along which documents are counted."""
+  std = 1.0  # large, or attention would hardly matter to the loss
+  params = initial_params(std)
+  value, gradient = dense_loss(params, canvas_of(CONFINED, KEY, 0))
+  of_rows, _ = dense_loss(params, canvas_of(OBJECTIVE, KEY, 0))
+  assert abs(value - of_rows) > 1e-2 * of_rows
+  (metrics,) = run(name, 1, 1, CONFINED, std).metrics
+  loss = metrics['weighted_nll'] / metrics['num_tokens']
+  assert np.isfinite(loss)
+  np.testing.assert_allclose(loss, value, rtol=1e-5)
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-4)
 
 
 ALL = [('one_device', 1, LONG), *OTHERS]
