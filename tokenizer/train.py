@@ -1,22 +1,33 @@
-"""Trains the shipped tokenizer: SentencePiece BPE on the Python library.
+"""Trains a SentencePiece tokenizer: the shipped one, or one on your own text.
 
     python tokenizer/train.py
+    python tokenizer/train.py --input corpus/ more.jsonl.gz \\
+      --vocab_size 32768 --out my.model
 
-Deterministic for one Python version. README.md in this folder tells what the
-settings are for.
+Deterministic for one input (and, without --input, for one Python version).
+README.md in this folder tells what the settings are for.
 """
 
 import argparse
+import collections
+import contextlib
 import hashlib
+import heapq
 import io
+import os
 import pathlib
-from collections.abc import Iterator
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
 from maskdiff.data import sources
+from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.errors import UserError
 
-HERE = pathlib.Path(__file__).resolve().parent
+SHIPPED = pathlib.Path(__file__).resolve().parent / 'stdlib_4k.model'
 
 CONTROL = ['<mask>', '<system>', '<user>', '<assistant>', '<end_of_turn>']
 
@@ -37,9 +48,17 @@ KEEP_ONE_IN = 16
 
 CHUNK_CHARS = 4096
 
+# The trained file depends on this number, so not on the machine's cores.
+SHIPPED_THREADS = 2
+INPUT_THREADS = 16
+
+# Of --input, for the bytes per token at the end.
+HOLD_OUT_ONE_IN = 64
+HELD_OUT_BYTES = 1 << 20
+
 
 def taken(name: str) -> bool:
-  """Whether a document takes part in the training, by its name."""
+  """Whether a document of the library takes part, by its name."""
   digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
   rare = not RARE.isdisjoint(name.split('/'))
   return not rare or int.from_bytes(digest, 'big') % KEEP_ONE_IN == 0
@@ -59,57 +78,241 @@ def chunks(text: str) -> Iterator[str]:
     start = stop
 
 
-def train(vocab_size: int) -> bytes:
-  """A serialized SentencePiece model, lossless on any text."""
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=(
-      chunk
-      for name, text in sources.embedded()
-      if taken(name)
-      for chunk in chunks(text)
-    ),
-    model_writer=model,
-    model_type='bpe',
-    vocab_size=vocab_size,
-    normalization_rule_name='identity',
-    remove_extra_whitespaces=False,
-    add_dummy_prefix=False,
-    allow_whitespace_only_pieces=True,
-    byte_fallback=True,
-    split_digits=True,
-    character_coverage=0.9995,
-    max_sentence_length=4 * CHUNK_CHARS,  # in bytes
-    pad_id=0,
-    bos_id=1,
-    eos_id=2,
-    unk_id=3,
-    pad_piece='<pad>',
-    bos_piece='<bos>',
-    eos_piece='<eos>',
-    unk_piece='<unk>',
-    # Control symbols, so that no text can produce their ids.
-    control_symbols=CONTROL,
-    user_defined_symbols=LINE_BREAKS,
-    # Stored in the model, so the same on every machine.
-    num_threads=2,
-    minloglevel=1,
+def draw(
+  texts: Iterable[str], max_bytes: int, one_in: int
+) -> tuple[list[bytes], list[bytes]]:
+  """Draws chunks of a stream of texts, each as likely as any other.
+
+  Which ones depends on nothing but their places in the stream: a hash of its
+  number decides whether a chunk is held out, and of either kind those with
+  the smallest hashes are kept, as many as there is room for.
+
+  Args:
+    max_bytes: room for chunks to train on; there are HELD_OUT_BYTES for
+      chunks that are held out.
+    one_in: how many chunks there are for one that is held out.
+
+  Returns:
+    (chunks to train on, chunks held out), each in the order of the stream.
+  """
+  kept = [], []  # heaps of (-hash, number, chunk)
+  room = [max_bytes, HELD_OUT_BYTES]
+  stream = (chunk for text in texts for chunk in chunks(text))
+  for number, chunk in enumerate(stream):
+    digest = hashlib.blake2b(number.to_bytes(8, 'big'), digest_size=8).digest()
+    order, rest = divmod(int.from_bytes(digest, 'big'), one_in)
+    held_out = int(rest == 0)
+    data = chunk.encode()
+    heapq.heappush(kept[held_out], (-order, number, data))
+    room[held_out] -= len(data)
+    while room[held_out] < 0:
+      *_, data = heapq.heappop(kept[held_out])
+      room[held_out] += len(data)
+  training, held_out = kept
+  return _in_order(training), _in_order(held_out)
+
+
+def _in_order(heap: list) -> list[bytes]:
+  heap.sort(key=lambda item: item[1])
+  return [data for *_, data in heap]
+
+
+def library() -> tuple[Iterator[str], list[bytes]]:
+  """What the shipped model is trained on, and a sample of what it is not."""
+  rest = (text for name, text in sources.embedded() if not taken(name))
+  _, held_out = draw(rest, 0, one_in=1)
+  training = (
+    chunk
+    for name, text in sources.embedded()
+    if taken(name)
+    for chunk in chunks(text)
   )
+  return training, held_out
+
+
+def corpus(
+  specs: list[str], text_key: str, max_mb: int, skipped: collections.Counter
+) -> tuple[Iterator[bytes], list[bytes]]:
+  """Chunks of --input to train on, and others.
+
+  Args:
+    skipped: counts the documents that cannot be used, by reason.
+  """
+
+  def texts():
+    for part in sources.plan(specs, text_key=text_key).parts:
+      for document in sources.read(part):
+        if isinstance(document, sources.Skipped):
+          skipped[document.reason] += 1
+        else:
+          yield document
+
+  training, held_out = draw(texts(), max_mb * 10**6, HOLD_OUT_ONE_IN)
+  if not training:
+    why = f' ({_counts(skipped)})' if skipped else ''
+    raise UserError(
+      f'no text to train on in {" ".join(specs)}{why}: give files with text'
+    )
+  # Each chunk is let go when SentencePiece has its own copy of it.
+  training.reverse()
+  return (training.pop() for _ in range(len(training))), held_out
+
+
+def train(
+  sentences: Iterator[str | bytes],
+  vocab_size: int,
+  model_type: str,
+  num_threads: int,
+) -> bytes:
+  """A serialized SentencePiece model, lossless on any text.
+
+  Raises:
+    UserError: the text has too few pieces for vocab_size, or too many
+      characters.
+  """
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=sentences,
+      model_writer=model,
+      model_type=model_type,
+      vocab_size=vocab_size,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      allow_whitespace_only_pieces=True,
+      byte_fallback=True,
+      split_digits=True,
+      character_coverage=0.9995,
+      max_sentence_length=4 * CHUNK_CHARS,  # in bytes
+      pad_id=0,
+      bos_id=1,
+      eos_id=2,
+      unk_id=3,
+      pad_piece='<pad>',
+      bos_piece='<bos>',
+      eos_piece='<eos>',
+      unk_piece='<unk>',
+      # Control symbols, so that no text can produce their ids.
+      control_symbols=CONTROL,
+      user_defined_symbols=LINE_BREAKS,
+      num_threads=num_threads,
+      minloglevel=2,
+    )
+  except RuntimeError as e:
+    error = _size_error(vocab_size, str(e))
+    if not error:
+      raise
+    raise error from e
   return model.getvalue()
+
+
+def _size_error(vocab_size: int, message: str) -> UserError | None:
+  size = f'--vocab_size {vocab_size}'
+  if found := re.search(r'too high .* value <= (\d+)', message):
+    return UserError(
+      f'{size} is too large for this text: set it to {found[1]} or less'
+    )
+  if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
+    return UserError(
+      f'{size} is too small for the characters of this text: set it to '
+      f'{found[1]} or more'
+    )
+  return None
+
+
+@contextlib.contextmanager
+def written_at_once(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A file beside `path` to write; it takes its place if all goes well.
+
+  Raises:
+    UserError: it cannot be written. Known before anything is done.
+  """
+  temporary = path.parent / f'.{path.name}.{os.getpid()}'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+      raise IsADirectoryError(0, 'Is a directory')
+    temporary.touch()
+    yield temporary
+    os.replace(temporary, path)
+  except OSError as e:
+    raise UserError(
+      f'cannot write --out {path} ({e.strerror}): name a file in a directory '
+      'that can be written'
+    ) from e
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+
+
+def bytes_per_token(model: pathlib.Path, texts: list[bytes]) -> float:
+  tokenizer = tokenizer_lib.load(model)
+  ids = tokenizer.encode_batch([text.decode() for text in texts], 2)
+  return sum(map(len, texts)) / sum(map(len, ids))
+
+
+def _counts(skipped: collections.Counter) -> str:
+  reasons = ', '.join(f'{n} {reason}' for reason, n in skipped.most_common())
+  return f'{skipped.total()} documents skipped: {reasons}'
+
+
+def run(flags: argparse.Namespace) -> None:
+  start = time.monotonic()
+  if flags.input and not flags.out:
+    raise UserError('--input needs --out: name the file to write')
+  for name in ('vocab_size', 'max_mb'):
+    if not 0 < getattr(flags, name) < 1 << 31:
+      raise UserError(f'--{name} must be in [1, 2147483647]')
+  out = flags.out or SHIPPED
+  skipped = collections.Counter()
+  with written_at_once(out) as file:
+    if flags.input:
+      threads = INPUT_THREADS
+      sentences, held_out = corpus(
+        flags.input, flags.text_key, flags.max_mb, skipped
+      )
+    else:
+      threads = SHIPPED_THREADS
+      sentences, held_out = library()
+    model = train(sentences, flags.vocab_size, flags.model_type, threads)
+    file.write_bytes(model)
+    digest = hashlib.sha256(model).hexdigest()[:16]
+    line = f'{out}: {flags.vocab_size} pieces, fingerprint {digest}'
+    if held_out:
+      rate = bytes_per_token(file, held_out)
+      line += f', {rate:.2f} bytes per token on text held out'
+  line += f', {time.monotonic() - start:.1f} s'
+  print(f'{line}, {_counts(skipped)}' if skipped else line)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--vocab_size', type=int, default=4096)
   parser.add_argument(
-    '--out', type=pathlib.Path, default=HERE / 'stdlib_4k.model'
+    '--input',
+    nargs='+',
+    metavar='PATH',
+    help='files, directories, globs or tfds:DIR:SPLIT to train on; without, '
+    'the shipped tokenizer is made',
+  )
+  parser.add_argument('--vocab_size', type=int, default=4096)
+  parser.add_argument('--out', type=pathlib.Path, help='file to write')
+  parser.add_argument('--model_type', choices=('bpe', 'unigram'), default='bpe')
+  parser.add_argument(
+    '--text_key', default='text', help='field of --input that holds the text'
+  )
+  parser.add_argument(
+    '--max_mb',
+    type=int,
+    default=500,
+    help='train on a sample of at most so many MB of --input',
   )
   flags = parser.parse_args()
-  model = train(flags.vocab_size)
-  flags.out.parent.mkdir(parents=True, exist_ok=True)
-  flags.out.write_bytes(model)
-  digest = hashlib.sha256(model).hexdigest()[:16]
-  print(f'{flags.out}: {flags.vocab_size} pieces, fingerprint {digest}')
+  try:
+    run(flags)
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == '__main__':
