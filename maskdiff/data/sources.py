@@ -1,24 +1,103 @@
-"""Where text comes from: iterators of (document name, text).
+"""Where text comes from: a corpus, cut into parts that are read on their own.
 
-A name is a relative posix path, unique within its source. Names decide the
-held-out split and the order of documents, so they must not depend on where
-the files happen to be installed.
+`plan` looks at names, sizes and metadata and never at text, so it is quick at
+any size; `read` gives the documents of one part. Parts depend on the input
+alone: not on the number of workers, the current directory, or the place where
+the files happen to be mounted.
 """
 
+import concurrent.futures
+import dataclasses
+import functools
+import glob
+import hashlib
+import itertools
+import json
 import os
-import pathlib
+import re
+import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+from maskdiff.data import readers
+from maskdiff.data.paths import local_path
+from maskdiff.data.readers import Skipped
 from maskdiff.errors import UserError
 
-Document = tuple[str, str]
+# A part has 1/256 of the input, so that a pool of workers ends evenly; but
+# not so little that starting it costs more than reading it, nor so much that
+# a machine which goes away takes hours of work with it.
+PARTS = 256
+MIN_PART_BYTES = 4 << 20
+MAX_PART_BYTES = 1 << 30
 
-SUFFIXES = ('.py', '.txt', '.md')
+_FORMATS = {
+  '.txt': 'files',
+  '.md': 'files',
+  '.py': 'files',
+  '.json': 'jsonl',
+  '.jsonl': 'jsonl',
+  '.parquet': 'parquet',
+}
+_PACKED = ('.gz', '.zst')
+_KNOWN = (
+  f'{", ".join(_FORMATS)}, .jsonl.gz or .jsonl.zst, or with --by_line .txt.gz '
+  'or .txt.zst'
+)
 _FOREIGN = {'site-packages', 'dist-packages', '__pycache__'}
 
 
-def embedded() -> Iterator[Document]:
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A piece of the input that one process reads on its own.
+
+  Attributes:
+    format: 'files' (a document per file), 'lines' (a document per line),
+      'jsonl', 'parquet' or 'tfds'.
+    paths: absolute; several small files, or a file of which this is a range.
+    start: of the range; in bytes for 'lines' and 'jsonl', row groups for
+      'parquet', records for 'tfds'.
+    stop: end of the range, exclusive; 0 says that paths are read whole.
+    size: bytes of input as stored; an estimate for ranges that are not bytes.
+    text_key: field that holds the text; '' for 'files' and 'lines'.
+    file_sizes: bytes of each path as a whole, when the plan was made.
+  """
+
+  format: str
+  paths: tuple[str, ...]
+  start: int
+  stop: int
+  size: int
+  text_key: str
+  file_sizes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """All parts of a corpus, in the order of its sources and their paths.
+
+  Attributes:
+    description: the sources in words.
+    fingerprint: 16 hex digits over the name and size of every input file, the
+      boundaries of the parts and the text key. Names are relative to what was
+      given, so a copy elsewhere has the same fingerprint.
+  """
+
+  parts: tuple[Part, ...]
+  description: str
+  fingerprint: str
+
+
+class _Input(NamedTuple):
+  name: str  # relative to what was given
+  path: str
+  size: int  # bytes
+  format: str
+  records: int = 0  # for 'tfds'
+
+
+def embedded() -> Iterator[tuple[str, str]]:
   """Every .py file of the Python standard library, sorted by path.
 
   About 1,800 files and 31 MB that every machine with Python already has. The
@@ -28,48 +107,242 @@ def embedded() -> Iterator[Document]:
 
   Returns:
     Iterator of (path relative to the library's root, text). Files that are
-    not valid UTF-8 are left out; line ends are kept as they are.
+    empty or not valid UTF-8 are left out; line ends are kept as they are.
 
   Raises:
     UserError: this Python was installed without its sources.
   """
-  root = pathlib.Path(sysconfig.get_paths()['stdlib'])
-  fix = 'use a Python with its standard library unpacked, or your own text'
-  return _documents(root, ('.py',), fix)
+  return (
+    (i.name, text)
+    for i in _embedded()
+    for (data,) in readers.whole_file(i.path, i.size)
+    if isinstance(text := readers.document(data, i.path), str)
+  )
 
 
-def text_files(directory: str | pathlib.Path) -> Iterator[Document]:
-  """Every .py, .txt and .md file below a directory, sorted by path.
+def plan(
+  specs: Sequence[str], *, text_key: str = 'text', by_line: bool = False
+) -> Plan:
+  """Cuts sources into parts.
 
-  Returns:
-    Iterator of (path relative to the directory, text), as `embedded`. Folders
-    named site-packages, dist-packages or __pycache__ are left out.
+  Args:
+    specs: each one 'embedded' (the Python standard library), a file, a
+      directory, a glob, or 'tfds:DIR:SPLIT', where DIR is a prepared version
+      such as ~/tensorflow_datasets/c4/en/3.1.0.
+    text_key: field that holds the text, where documents have fields.
+    by_line: whether each line of a .txt file is a document.
 
   Raises:
-    UserError: the directory is missing or holds no such file.
+    UserError: a source is missing, unreadable, damaged, of a kind that is not
+      known or not installed, named twice, or without text or the text key.
   """
-  fix = f'give a directory with files that end in {", ".join(SUFFIXES)}'
-  return _documents(pathlib.Path(directory), SUFFIXES, fix)
+  inputs = [i for spec in specs for i in _inputs(spec, text_key, by_line)]
+  _check_named_once(inputs)
+  total = sum(i.size for i in inputs)
+  if not total:
+    raise UserError(f'no text in {", ".join(specs)}: give files with text')
+  target = min(max(total // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+  parts = tuple(_parts(inputs, text_key, target))
+  content = [
+    [(i.name, i.size) for i in inputs],
+    [(p.format, p.text_key, len(p.paths), p.start, p.stop) for p in parts],
+  ]
+  python = f'Python {sys.version_info.major}.{sys.version_info.minor}'
+  names = {'embedded': f'{python} standard library'}
+  return Plan(
+    parts,
+    ' + '.join(names.get(spec, spec) for spec in specs),
+    hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest(),
+  )
 
 
-def _documents(root, suffixes, fix) -> Iterator[Document]:
-  # Checked here and not in the generator below, so that a wrong directory is
-  # reported by the call that names it.
-  paths = {}
-  for folder, folders, files in os.walk(root):
+def read(part: Part) -> Iterator[str | Skipped]:
+  """The documents of a part in the order of the input, held one at a time.
+
+  Line ends inside a document and byte order marks stay as they are. Blank
+  lines of line-based files are not documents and are passed over.
+
+  Raises:
+    UserError: a file is gone, unreadable, damaged or has another size than
+      when the plan was made, or a document has no field text_key.
+  """
+  documents = readers.READERS[part.format]
+  for path, size in zip(part.paths, part.file_sizes, strict=True):
+    for value, *place in documents(
+      path, size, part.start, part.stop, part.text_key
+    ):
+      yield readers.document(value, path, *place)
+
+
+def _inputs(spec: str, text_key: str, by_line: bool) -> list[_Input]:
+  if spec == 'embedded':
+    return _embedded()
+  if spec.startswith('tfds:'):
+    return _tfds_shards(spec, text_key)
+  path = os.path.abspath(local_path(spec))
+  format_of = functools.partial(_format, by_line=by_line)
+  if os.path.isdir(path):
+    found = _files(path, _walk(path), format_of)
+  elif os.path.exists(path):
+    found = _files(os.path.dirname(path), [path], format_of)
+  elif glob.has_magic(path):
+    root = os.path.dirname(path[: re.search(r'[*?[]', path).start()])
+    paths = set(glob.glob(path, recursive=True))
+    found = _files(root, filter(os.path.isfile, paths), format_of)
+  else:
+    raise UserError(f'no file or directory {spec}: correct the path')
+  if not found:
+    raise UserError(f'no text files in {spec}: give files that end in {_KNOWN}')
+  return found
+
+
+def _embedded() -> list[_Input]:
+  root = sysconfig.get_paths()['stdlib']
+  format_of = lambda path: 'files' if path.endswith('.py') else None
+  found = _files(root, _walk(root), format_of) if os.path.isdir(root) else []
+  if not found:
+    raise UserError(
+      f'no .py files in {root}: use a Python with its standard library '
+      'unpacked, or your own text'
+    )
+  return found
+
+
+def _format(path: str, by_line: bool) -> str | None:
+  name = path.lower()
+  stem = name.removesuffix('.gz').removesuffix('.zst')
+  suffix = os.path.splitext(stem)[1]
+  format = 'lines' if by_line and suffix == '.txt' else _FORMATS.get(suffix)
+  return format if stem == name or format in ('lines', 'jsonl') else None
+
+
+def _walk(root: str) -> Iterator[str]:
+  def unreadable(error: OSError):
+    raise readers.cannot_read(error.filename, error)
+
+  for folder, folders, files in os.walk(root, onerror=unreadable):
     # In place, so that the walk does not even enter them.
     folders[:] = [f for f in folders if f not in _FOREIGN]
-    for path in (pathlib.Path(folder, file) for file in files):
-      if path.suffix in suffixes:
-        paths[path.relative_to(root).as_posix()] = path
-  if not paths:
-    raise UserError(f'no {"/".join(suffixes)} files in {root}: {fix}')
-  return _read(paths)
+    yield from (os.path.join(folder, file) for file in files)
 
 
-def _read(paths: dict[str, pathlib.Path]) -> Iterator[Document]:
-  for name in sorted(paths):
-    try:
-      yield name, paths[name].read_bytes().decode('utf-8')
-    except UnicodeDecodeError:
-      continue
+def _files(
+  root: str, paths: Iterable[str], format_of: Callable[[str], str | None]
+) -> list[_Input]:
+  return sorted(
+    _input(root, path, format) for path in paths if (format := format_of(path))
+  )
+
+
+def _input(root: str, path: str, format: str, records: int = 0) -> _Input:
+  try:
+    size = os.stat(path).st_size
+  except OSError as e:
+    raise readers.cannot_read(path, e) from e
+  name = path.removeprefix(root).lstrip('/')
+  return _Input(name, path, size, format, records)
+
+
+def _tfds_shards(spec: str, text_key: str) -> list[_Input]:
+  directory, _, split = spec.removeprefix('tfds:').rpartition(':')
+  directory = os.path.abspath(local_path(directory))
+  if not os.path.isfile(os.path.join(directory, 'dataset_info.json')):
+    raise UserError(
+      f'no prepared dataset in {directory}: write tfds:DIR:SPLIT with the '
+      'folder of a version, such as ~/tensorflow_datasets/c4/en/3.1.0'
+    )
+  tfds = readers.module('tensorflow_datasets')
+  info = tfds.builder_from_directory(directory).info
+  if info.file_format.value != 'array_record':
+    raise UserError(
+      f'{directory} is in the format {info.file_format.value}: prepare it with '
+      "file_format='array_record'"
+    )
+  if split not in info.splits:
+    raise UserError(
+      f'no split {split!r} in {directory}: choose one of '
+      f'{", ".join(info.splits)}'
+    )
+  readers.tfds_feature(directory, text_key)
+  return [
+    _input(directory, str(shard.filename), 'tfds', shard.examples_in_shard)
+    for shard in info.splits[split].file_instructions
+  ]
+
+
+def _check_named_once(inputs: list[_Input]) -> None:
+  # Few files are links, and to follow every path from the root takes longer
+  # than all the rest of planning.
+  real_folder = functools.cache(os.path.realpath)
+  seen = set()
+  for path in (i.path for i in inputs):
+    folder, file = os.path.split(path)
+    real = os.path.join(real_folder(folder), file)
+    if os.path.islink(path):
+      real = os.path.realpath(path)
+    if real in seen:
+      raise UserError(
+        f'{path} is named twice and would count double: name it once'
+      )
+    seen.add(real)
+
+
+def _parts(inputs: list[_Input], text_key: str, target: int) -> Iterator[Part]:
+  for format, run in itertools.groupby(inputs, key=lambda i: i.format):
+    run = list(run)
+    row_groups = {}
+    if format == 'parquet':
+      # Footers take long to arrive from a bucket, and little work.
+      with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        sizes = functools.partial(_row_group_bytes, text_key=text_key)
+        row_groups = dict(zip(run, pool.map(sizes, run), strict=True))
+    # A shard of tfds is never read "whole": cut off, it would seem empty.
+    limit = -1 if format == 'tfds' else target
+    for first, last in _groups([i.size for i in run], limit):
+      _, paths, sizes, *_ = zip(*run[first:last], strict=True)
+      ranges = [(0, 0, sum(sizes))]
+      if sum(sizes) > limit:
+        ranges = _ranges(run[first], row_groups.get(run[first], []), target)
+      for start, stop, size in ranges:
+        key = '' if format in ('files', 'lines') else text_key
+        yield Part(format, paths, start, stop, size, key, sizes)
+
+
+def _groups(sizes: Sequence[int], target: int) -> Iterator[tuple[int, int]]:
+  """Ranges of neighbours with at most target bytes, or of a single one."""
+  first, total = 0, 0
+  for at, size in enumerate(sizes):
+    if at > first and total + size > target:
+      yield first, at
+      first, total = at, 0
+    total += size
+  if sizes:
+    yield first, len(sizes)
+
+
+def _ranges(
+  i: _Input, row_groups: list[int], target: int
+) -> Iterator[tuple[int, int, int]]:
+  """One file as (start, stop, bytes)."""
+  if i.format == 'files' or i.path.lower().endswith(_PACKED):
+    yield 0, 0, i.size
+  elif i.format == 'parquet':
+    for start, stop in _groups(row_groups, target):
+      yield start, stop, sum(row_groups[start:stop])
+  else:
+    length = i.records or i.size
+    count = min(max(1, -(-i.size // target)), length)
+    for k in range(count):
+      start, stop = (length * n // count for n in (k, k + 1))
+      size = i.size * stop // length - i.size * start // length
+      yield start, stop, size
+
+
+def _row_group_bytes(i: _Input, text_key: str) -> list[int]:
+  """Of each row group of a Parquet file, as stored."""
+  with readers.open_parquet(i.path, i.size, text_key) as file:
+    groups = range(file.metadata.num_row_groups)
+    unpacked = [file.metadata.row_group(g).total_byte_size for g in groups]
+  ends = list(itertools.accumulate(unpacked, initial=0))
+  stored = [i.size * end // max(ends[-1], 1) for end in ends]
+  return [stop - start for start, stop in itertools.pairwise(stored)]
