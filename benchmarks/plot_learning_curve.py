@@ -25,8 +25,8 @@ def main(workdir, out):
   with open(os.path.join(workdir, 'config.json')) as f:
     config = config_lib.from_dict(json.load(f))
   tokenizer = run.open_tokenizer(config)
-  _, manifest = run.open_data(config, tokenizer)
-  split = manifest.splits['heldout']
+  (dataset,) = run.open_data(config, tokenizer)
+  split = dataset.manifest.splits['heldout']
   bits_per_nat = split.tokens / split.text_bytes / math.log(2)
   tokens = config.train.batch * config.data.length / 1e6
 

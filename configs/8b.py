@@ -32,6 +32,7 @@ def get_config():
 
   c.tokens.mask_id = 126_336
   c.tokens.bos_id = 126_080
+  c.tokens.eos_id = 126_081
 
   c.objective.predict_mask = True
   c.objective.loss_chunk_tokens = 1024

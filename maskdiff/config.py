@@ -40,6 +40,7 @@ def default():
   c.tokens = tokens = config_dict.ConfigDict()
   tokens.mask_id = 4
   tokens.bos_id = 1
+  tokens.eos_id = 2
 
   c.objective = objective = config_dict.ConfigDict()
   objective.name = 'masked_diffusion'  # masked_diffusion | autoregressive
@@ -48,6 +49,7 @@ def default():
   objective.eps = 1e-3  # times lie in [eps, 1)
   objective.time_sampling = 'antithetic'  # antithetic | stratified | iid
   objective.random_length_fraction = 0.01  # of sequences, cut at random
+  objective.attend_within = 'row'  # row | document
   objective.predict_mask = False  # the mask id takes part in the softmax
   objective.loss_chunk_tokens = 512  # memory: this x vocab_size float32
 
@@ -66,10 +68,14 @@ def default():
   optimizer.clip_norm = 1.0
 
   c.data = data = config_dict.ConfigDict()
-  data.path = 'embedded'  # a prepared directory, or the embedded corpus
+  # 'embedded', a prepared directory, or a mixture: DIR=WEIGHT,DIR=WEIGHT
+  data.path = 'embedded'
   data.tokenizer = 'tokenizer/stdlib_4k.model'
   data.cache_dir = '~/.cache/maskdiff'  # where the embedded corpus is prepared
-  data.length = 256  # L, tokens per sequence
+  data.length = 256  # L, tokens per sequence; fits the prepared rows
+  data.verify = 'sample'  # sample | all: rows compared with checksums at start
+  data.max_damaged_rows = 0  # that are replaced before the run stops
+  data.allow_change = False  # resume on other data, at the same sample number
 
   c.train = train = config_dict.ConfigDict()
   train.steps = 1000
@@ -78,9 +84,10 @@ def default():
   train.log_every_steps = 10  # between rows of metrics
 
   c.eval = evaluation = config_dict.ConfigDict()
+  evaluation.path = ''  # data whose held-out part is used; '': that of training
   evaluation.every_steps = 500  # between evaluations; one more at the end
   evaluation.batch = 32  # sequences per batch over all devices
-  evaluation.batches = 8
+  evaluation.batches = 8  # of each dataset
 
   c.sample = sample = config_dict.ConfigDict()
   sample.prompts = ('',)  # at every evaluation; empty tuple: no samples
@@ -109,6 +116,8 @@ CHOICES = {
   'objective.name': ('masked_diffusion', 'autoregressive'),
   'objective.schedule': ('linear', 'cosine', 'polynomial'),
   'objective.time_sampling': ('antithetic', 'stratified', 'iid'),
+  'objective.attend_within': ('row', 'document'),
+  'data.verify': ('sample', 'all'),
   'optimizer.schedule': ('wsd', 'cosine', 'piecewise'),
   'sample.remasking': ('low_confidence', 'random'),
 }
@@ -125,7 +134,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
   'optimizer.learning_rate optimizer.final_learning_rate '
   'optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay '
-  'optimizer.eps sample.temperature'
+  'optimizer.eps data.max_damaged_rows sample.temperature'
 ).split()
 
 

@@ -46,6 +46,82 @@ def evaluate(c, params, batches, tokens_per_byte):
   }
 
 
+@dataclasses.dataclass(frozen=True)
+class Heldout:
+  """The held-out part of a dataset.
+
+  Attributes:
+    name: of the dataset.
+    share: of it in the mixture, in (0, 1].
+    tokens_per_byte: of its held-out text.
+    unigram_entropy_nats: per token, of its held-out text.
+    batches: list of [B, L] int32 arrays on the mesh.
+  """
+
+  name: str
+  share: float
+  tokens_per_byte: float
+  unigram_entropy_nats: float
+  batches: list
+
+
+def open_heldout(config, datasets, mesh):
+  """The batches to evaluate on, of each dataset; see run.heldout_batches.
+
+  Raises:
+    UserError: a dataset has less held-out text than asked for.
+  """
+  total = sum(d.weight for d in datasets)
+  heldout = []
+  for d in datasets:
+    split = d.manifest.splits['heldout']
+    batches = list(run_lib.heldout_batches(config, d, mesh))
+    heldout.append(
+      Heldout(
+        name=d.name.strip('/'),
+        share=d.weight / total,
+        tokens_per_byte=split.tokens / split.text_bytes,
+        unigram_entropy_nats=split.unigram_entropy_nats,
+        batches=batches,
+      )
+    )
+  return heldout
+
+
+def evaluate_mixture(c, params, heldout):
+  """The bound on a mixture: `evaluate` of each dataset, and their mean.
+
+  Args:
+    c: StepConfig.
+    params: parameter tree.
+    heldout: list of Heldout. A single one gives what `evaluate` gives.
+
+  Returns:
+    as `evaluate`, for a token drawn from the mixture; and for each dataset
+    under 'eval/NAME/' in place of 'eval/'.
+  """
+  results = [
+    evaluate(c, params, h.batches, h.tokens_per_byte) for h in heldout
+  ]
+  if len(heldout) == 1:
+    return results[0]
+  share = np.array([h.share for h in heldout])
+  of = lambda key: np.array([r[f'eval/{key}_nats_per_token'] for r in results])
+  bytes_per_token = share @ [1 / h.tokens_per_byte for h in heldout]
+  loss = float(share @ of('loss'))
+  row = {
+    'eval/loss_nats_per_token': loss,
+    'eval/stderr_nats_per_token': float(np.linalg.norm(share * of('stderr'))),
+    'eval/bits_per_byte': float(loss / np.log(2) / bytes_per_token),
+  }
+  for h, result in zip(heldout, results, strict=True):
+    row |= {
+      key.replace('eval/', f'eval/{h.name}/', 1): value
+      for key, value in result.items()
+    }
+  return row
+
+
 _eval_step = functools.partial(jax.jit, static_argnums=0)(step_lib.eval_step)
 
 
@@ -103,14 +179,17 @@ def sample_texts(config, c, params, tokenizer):
   return [tokenizer.decode(row[ok]) for row, ok in zip(out, valid, strict=True)]
 
 
-def conclude(result, manifest):
+def conclude(result, heldout):
   """Compares the last bound with the entropy of single tokens."""
-  split = manifest.splits['heldout']
-  to_bits = split.tokens / split.text_bytes / np.log(2)
-  unigram = split.unigram_entropy_nats
-  return (
-    f'held-out bound   {result["eval/loss_nats_per_token"]:.4f} nats/token  '
-    f'{result["eval/bits_per_byte"]:.4f} bits/byte\n'
-    f'unigram entropy  {unigram:.4f} nats/token  '
-    f'{unigram * to_bits:.4f} bits/byte'
-  )
+  lines = []
+  for h in heldout:
+    prefix = f'eval/{h.name}/' if len(heldout) > 1 else 'eval/'
+    unigram = h.unigram_entropy_nats
+    lines += [f'{h.name}:'] if len(heldout) > 1 else []
+    lines += [
+      f'held-out bound   {result[prefix + "loss_nats_per_token"]:.4f} '
+      f'nats/token  {result[prefix + "bits_per_byte"]:.4f} bits/byte',
+      f'unigram entropy  {unigram:.4f} nats/token  '
+      f'{unigram * h.tokens_per_byte / np.log(2):.4f} bits/byte',
+    ]
+  return '\n'.join(lines)

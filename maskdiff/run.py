@@ -8,7 +8,7 @@ others, and says in one line what is wrong if it does not.
 import contextlib
 import json
 import os
-import shutil
+import sys
 
 import jax
 
@@ -39,9 +39,11 @@ def step_config(config):
       eps=o.eps,
       time_sampling=o.time_sampling,
       random_length_fraction=o.random_length_fraction,
+      attend_within=o.attend_within,
       predict_mask=o.predict_mask,
       mask_id=config.tokens.mask_id,
       bos_id=config.tokens.bos_id,
+      eos_id=config.tokens.eos_id,
       loss_chunk_tokens=o.loss_chunk_tokens,
     ),
     length=config.data.length,
@@ -70,7 +72,7 @@ def open_tokenizer(config):
   Raises:
     UserError: an id or the vocabulary size differs.
   """
-  tokenizer = tokenizer_lib.load(config.data.tokenizer)
+  tokenizer = _with_ids(config, tokenizer_lib.load(config.data.tokenizer))
   for name, value in config.tokens.items():
     if getattr(tokenizer, name) != value:
       raise UserError(
@@ -86,61 +88,93 @@ def open_tokenizer(config):
   return tokenizer
 
 
-def open_data(config, tokenizer):
-  """The directory of prepared rows, and its manifest.
+def _with_ids(config, tokenizer):
+  """The tokenizer with ids that it does not have itself from the config."""
+  absent = {
+    name: value
+    for name, value in config.tokens.items()
+    if getattr(tokenizer, name) is None
+  }
+  return tokenizer_lib.with_ids(tokenizer, **absent)
+
+
+def open_data(config, tokenizer, path=None):
+  """The datasets of a path of the config, after a check of every shard.
 
   The embedded corpus is prepared on first use.
 
+  Args:
+    config: the config.
+    tokenizer: data.tokenizer.Tokenizer.
+    path: as config.data.path, which is the default.
+
+  Returns:
+    List of data.pipeline.Dataset.
+
   Raises:
-    UserError: the directory is missing, or was prepared with another
-      tokenizer.
+    UserError: a directory or shard is missing or damaged, or was prepared with
+      another tokenizer.
   """
-  directory = config.data.path
-  if directory == 'embedded':
-    directory = prepare.embedded(
-      tokenizer, config.data.cache_dir, config.data.length
-    )
-  manifest = records.read_manifest(directory)
-  if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-    raise UserError(
-      f'{directory} was prepared with tokenizer '
-      f'{manifest.tokenizer_fingerprint}, but {config.data.tokenizer} is '
-      f'{tokenizer.fingerprint}; set config.data.tokenizer to the one it was '
-      'prepared with'
-    )
-  return directory, manifest
+  datasets = []
+  for name, weight in pipeline.parse_mixture(path or config.data.path):
+    directory = name
+    if name == 'embedded':
+      directory = prepare.embedded(
+        tokenizer, config.data.cache_dir, config.data.length, say
+      )
+    manifest = records.read_manifest(directory)
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+      raise UserError(
+        f'{directory} was prepared with tokenizer '
+        f'{manifest.tokenizer_fingerprint}, but {config.data.tokenizer} is '
+        f'{tokenizer.fingerprint}; set config.data.tokenizer to the one it was '
+        f'prepared with, a copy of which is in {directory}'
+      )
+    records.verify(directory, manifest, all_rows=config.data.verify == 'all')
+    datasets.append(pipeline.Dataset(name, str(directory), weight, manifest))
+  return datasets
 
 
-def train_batches(config, source, mesh, start_sample):
+def say(text):
+  """Prints a line on standard error, once for all hosts."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
+
+
+def train_batches(config, datasets, mesh, start_sample):
   """Iterator of [B, L] int32 batches on the mesh, without end.
 
   Args:
     config: the config.
-    source: data.records.RowSource of the training split.
+    datasets: from `open_data`.
     mesh: device mesh.
     start_sample: samples consumed so far.
 
   Raises:
-    UserError: the length does not divide the prepared rows.
+    UserError: the length does not fit the prepared rows.
   """
   sharding = mesh_lib.batch_sharding(mesh)
   shape = (config.train.batch, config.data.length)
   batches = pipeline.train_batches(
-    source,
+    datasets,
     global_batch=config.train.batch,
     length=config.data.length,
     seed=config.seed,
     start_sample=start_sample,
     rows=pipeline.host_rows(sharding, shape),
     num_threads=READ_THREADS,
+    max_damaged_rows=config.data.max_damaged_rows,
   )
   return pipeline.to_device(batches, sharding, shape)
 
 
-def heldout_batches(config, source, mesh):
+def heldout_batches(config, dataset, mesh):
   """Iterator of the batches of an evaluation, the same every time.
 
-  Arguments as for `train_batches`, of the held-out split.
+  Args:
+    config: the config.
+    dataset: one of `open_data`.
+    mesh: device mesh.
 
   Raises:
     UserError: there is less held-out text than asked for.
@@ -148,7 +182,7 @@ def heldout_batches(config, source, mesh):
   sharding = mesh_lib.batch_sharding(mesh)
   shape = (config.eval.batch, config.data.length)
   batches = pipeline.heldout_batches(
-    source,
+    dataset,
     batch=config.eval.batch,
     length=config.data.length,
     num_batches=config.eval.batches,
@@ -187,7 +221,7 @@ def _load(workdir, checkpointer, step, meta):
   (params,) = checkpointer.restore(
     step, params=checkpoint.targets(shapes, shardings)
   )
-  tokenizer = tokenizer_lib.load(os.path.join(workdir, 'tokenizer.model'))
+  tokenizer = _with_ids(config, tokenizer_lib.load(workdir))
   return config, tokenizer, params, mesh
 
 
@@ -214,18 +248,16 @@ def save_run_files(config, tokenizer, header, workdir):
     f.write(header + '\n')
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
     json.dump(checkpoint.config_json(config), f, indent=2)
-  copy = os.path.join(workdir, 'tokenizer.model')
-  if not (os.path.exists(copy) and os.path.samefile(tokenizer.path, copy)):
-    shutil.copyfile(tokenizer.path, copy)
+  tokenizer_lib.copy(tokenizer, workdir)
 
 
-def describe(config, c, mesh, directory, manifest):
+def describe(config, c, mesh, datasets):
   """The header of a run as text: config, parameters, devices, data.
 
   Args:
     config: the config, and c its StepConfig.
     mesh: device mesh.
-    directory, manifest: from `open_data`.
+    datasets: from `open_data`.
   """
   shapes, axes = model_lib.shapes(c.model), model_lib.axes(c.model)
   rows = [('parameter', 'shape', 'axes', 'number')]
@@ -238,9 +270,19 @@ def describe(config, c, mesh, directory, manifest):
   rows.append(('total', '', '', everything))
   rows.append(('without vocabulary', '', '', inner))
   flat = config_lib.flatten(config)
-  train = manifest.splits['train']
   sizes = ', '.join(f'{a}={mesh.shape[a]}' for a in mesh_lib.AXES)
-  epochs = config.train.steps * config.train.batch * c.length / train.tokens
+  weights = sum(d.weight for d in datasets)
+  data = []
+  for d in datasets:
+    train, share = d.manifest.splits['train'], d.weight / weights
+    tokens = config.train.steps * config.train.batch * c.length * share
+    data.append(
+      f'data: {d.manifest.source}, {d.directory}: an epoch has '
+      f'{train.tokens:,} tokens of {train.text_bytes / train.tokens:.2f} bytes '
+      f'in {len(train.shards)} shards; this run reads '
+      f'{tokens / train.tokens:.2f} epochs'
+      + (f', {share:.2%} of its tokens' if len(datasets) > 1 else '')
+    )
   return '\n'.join(
     [
       metrics.table([(k, repr(v)) for k, v in flat.items()]),
@@ -248,8 +290,6 @@ def describe(config, c, mesh, directory, manifest):
       metrics.table(rows),
       '',
       f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {sizes}',
-      f'data: {directory}: {train.tokens:,} tokens of '
-      f'{train.text_bytes / train.tokens:.2f} bytes; this run reads '
-      f'{epochs:.2f} epochs',
+      *data,
     ]
   )

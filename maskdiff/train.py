@@ -21,7 +21,7 @@ from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import run as run_lib
 from maskdiff import step as step_lib
-from maskdiff.data import pipeline, records
+from maskdiff.data import pipeline
 from maskdiff.errors import UserError
 from maskdiff.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from maskdiff.step import TrainState
@@ -71,16 +71,17 @@ def _run(config, workdir, stack):
   mesh = mesh_lib.make_mesh(**config.mesh)
   config_lib.validate_mesh(config, mesh.shape)
   tokenizer = run_lib.open_tokenizer(config)
-  directory, manifest = run_lib.open_data(config, tokenizer)
-  identity = pipeline.fingerprint(
-    manifest, 'train', seed=config.seed, length=length
-  )
+  datasets = run_lib.open_data(config, tokenizer)
+  identity = pipeline.fingerprint(datasets, seed=config.seed, length=length)
   optimizer = make_optimizer(optimizer_config, steps, model_lib.axes(c.model))
   shardings = step_lib.state_shardings(c.model, optimizer, mesh)
 
-  train_rows = records.RowSource(directory, manifest, 'train')
-  heldout = run_lib.heldout_batches(
-    config, records.RowSource(directory, manifest, 'heldout'), mesh
+  heldout = evaluation.open_heldout(
+    config,
+    run_lib.open_data(config, tokenizer, config.eval.path)
+    if config.eval.path
+    else datasets,
+    mesh,
   )
 
   run_lib.make_workdir(workdir)
@@ -98,15 +99,15 @@ def _run(config, workdir, stack):
   progress = metrics.Progress(start, steps, main_host)
   stack.callback(progress.close)
   if main_host:
-    header = run_lib.describe(config, c, mesh, directory, manifest)
+    header = run_lib.describe(config, c, mesh, datasets)
     run_lib.save_run_files(config, tokenizer, header, workdir)
     progress.say(header)
   progress.say(
     f'resuming at step {start}' if start else 'starting from scratch'
   )
 
-  batches = run_lib.train_batches(config, train_rows, mesh, samples)
-  heldout, tokens = list(heldout), next(batches)
+  batches = run_lib.train_batches(config, datasets, mesh, samples)
+  tokens = next(batches)
   first = tokenizer.decode(np.asarray(tokens.addressable_shards[0].data)[0])
   progress.say(f'first row of the first batch:\n{first}\n')
   if start == 0:
@@ -155,11 +156,8 @@ def _run(config, workdir, stack):
     """Writes the bound on held-out text, and samples."""
     nonlocal clock
     began = time.monotonic()
-    split = manifest.splits['heldout']
     with jax.set_mesh(mesh):
-      result = evaluation.evaluate(
-        c, state.params, heldout, split.tokens / split.text_bytes
-      )
+      result = evaluation.evaluate_mixture(c, state.params, heldout)
       texts = evaluation.sample_texts(config, c, state.params, tokenizer)
     if start < steps:  # a finished run has this row already
       writer.scalars(step, result)
@@ -207,7 +205,7 @@ def _run(config, workdir, stack):
 
   stack.close()
   if main_host:
-    print(evaluation.conclude(result, manifest))
+    print(evaluation.conclude(result, heldout))
   return result
 
 
@@ -237,11 +235,19 @@ def restore_or_init(
     return jax.jit(init, out_shardings=shardings)(key), 0, 0
   meta = checkpointer.restore_meta(step)
   for name, now in identity.items():
-    if meta['data'][name] != now:
+    before = meta['data'].get(name)
+    if before == now:
+      continue
+    differs = (
+      f'{checkpointer.directory}/{step} was trained on data with {name}='
+      f'{before}, not {now}'
+    )
+    if not config.data.allow_change:
       raise UserError(
-        f'{checkpointer.directory}/{step} was trained on data with {name}='
-        f'{meta["data"][name]}, not {now}; use that again or another --workdir'
+        f'{differs}; use that again or another --workdir, or '
+        '--config.data.allow_change=True to go on from here'
       )
+    run_lib.say(differs)
   was = config_lib.flatten(config_lib.from_dict(meta['config']))
   for name, now in config_lib.flatten(config).items():
     section = name.partition('.')[0]

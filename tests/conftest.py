@@ -10,6 +10,7 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_backend_optimization_level=0'
 )
 
+import json  # noqa: E402
 import pathlib  # noqa: E402
 import random  # noqa: E402
 
@@ -28,7 +29,7 @@ def tokenizer():
 @pytest.fixture(scope='session')
 def corpus(tokenizer, tmp_path_factory):
   """A directory with rows of 16 tokens, prepared from made-up functions."""
-  from maskdiff.data import prepare
+  from maskdiff.data import prepare, sources
 
   words = random.Random(0)
   names = ['alpha', 'beta', 'gamma', 'delta', 'read', 'write', 'size', 'café']
@@ -38,18 +39,17 @@ def corpus(tokenizer, tmp_path_factory):
     body = ' + '.join(words.choices(args, k=words.randint(2, 6)))
     return f'def {name}({", ".join(args)}):\n  return {body}\n\n'
 
-  documents = [
-    (f'{n}.py', ''.join(function() for _ in range(words.randint(4, 12))))
-    for n in range(80)
-  ]
-  directory = tmp_path_factory.mktemp('corpus') / 'rows'
+  folder = tmp_path_factory.mktemp('corpus')
+  with open(folder / 'functions.jsonl', 'w') as f:
+    for _ in range(80):
+      text = ''.join(function() for _ in range(words.randint(4, 12)))
+      f.write(json.dumps({'text': text}) + '\n')
   prepare.prepare(
-    documents,
+    sources.plan([str(folder / 'functions.jsonl')]),
     tokenizer,
-    directory,
+    folder / 'rows',
     row_length=16,
     heldout_fraction=0.25,
-    rows_per_shard=200,
-    source='made-up functions',
+    workers=0,
   )
-  return directory
+  return folder / 'rows'

@@ -136,6 +136,7 @@ INVALID = {
   'eval.batch': dict(eval__batch=31),
   'tokens.mask_id': dict(tokens__mask_id=4096),
   'tokens.bos_id': dict(tokens__bos_id=-1),
+  'tokens.eos_id': dict(tokens__eos_id=4096),
   'model.kv_heads': dict(model__heads=4, model__kv_heads=3),
   'model.head_dim': dict(model__head_dim=7),
   'model.layers': dict(model__layers=0),
@@ -401,5 +402,7 @@ def test_the_choices_are_those_of_the_code():
   assert config_lib.CHOICES['objective.schedule'] == schedule.SCHEDULES
   sampling = config_lib.CHOICES['objective.time_sampling']
   assert sampling == schedule.TIME_SAMPLINGS
+  within = config_lib.CHOICES['objective.attend_within']
+  assert within == objective.ATTEND_WITHIN
   assert config_lib.CHOICES['optimizer.schedule'] == optimizer.SCHEDULES
   assert config_lib.CHOICES['sample.remasking'] == tuple(remasking.RULES)

@@ -18,7 +18,7 @@ from maskdiff import checkpoint, evaluation, metrics, run, sampler, train
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
-from maskdiff.data import pipeline, prepare, records
+from maskdiff.data import pipeline, prepare, records, sources
 from maskdiff.errors import UserError
 
 BATCH, LENGTH, STEPS = 32, 16, 8
@@ -293,7 +293,7 @@ def test_a_new_batch_size_goes_on_at_the_same_sample(
   checkpointer.close()
   assert (step, meta['samples']) == (STEPS, 3 * BATCH + 5 * smaller)
   in_pairs = train_batches(
-    records.RowSource(corpus, records.read_manifest(corpus), 'train'),
+    datasets(corpus),
     global_batch=2,
     length=LENGTH,
     seed=0,
@@ -309,7 +309,7 @@ def test_a_new_batch_size_goes_on_at_the_same_sample(
 
 def test_a_batch_may_be_a_single_row(corpus):
   batches = pipeline.train_batches(
-    records.RowSource(corpus, records.read_manifest(corpus), 'train'),
+    datasets(corpus),
     global_batch=1,
     length=LENGTH,
     seed=0,
@@ -320,18 +320,24 @@ def test_a_batch_may_be_a_single_row(corpus):
   assert next(batches).shape == (1, LENGTH)
 
 
+def datasets(corpus):
+  manifest = records.read_manifest(corpus)
+  return [pipeline.Dataset('corpus', str(corpus), 1.0, manifest)]
+
+
 def other_corpus(tokenizer, directory):
-  documents = [(str(n), 'another text\n' * 40) for n in range(20)]
+  directory.mkdir()
+  for n in range(20):
+    (directory / f'{n}.txt').write_text(f'another text, {n}\n' * 40)
   prepare.prepare(
-    documents,
+    sources.plan([str(directory)]),
     tokenizer,
-    directory,
+    directory / 'rows',
     row_length=LENGTH,
     heldout_fraction=0.5,
-    rows_per_shard=100,
-    source='another',
+    workers=0,
   )
-  return str(directory)
+  return str(directory / 'rows')
 
 
 @pytest.mark.parametrize(
@@ -354,6 +360,20 @@ def test_resuming_with_something_else_is_refused_by_its_name(
     train.run(config, str(workdir))
   assert '\n' not in str(error.value)
   assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_other_data_may_be_allowed_and_is_read_from_the_same_sample_on(
+  killed, make_config, tokenizer, tmp_path, capfd
+):
+  workdir = killed('after_the_row_of_step_5')
+  other = other_corpus(tokenizer, tmp_path / 'another')
+  config = make_config(data__path=other, data__allow_change=True)
+  train.run(config, str(workdir))
+  checkpointer, step, meta = checkpoint.open_latest(workdir)
+  checkpointer.close()
+  assert (step, meta['samples']) == (STEPS, STEPS * BATCH)
+  assert meta['data']['source'] == [str(tmp_path / 'another')]
+  assert 'was trained on data with source=' in capfd.readouterr().err
 
 
 # Meshes and microbatches
@@ -393,10 +413,10 @@ def test_the_losses_do_not_depend_on_how_the_work_is_split(
 def evaluate(workdir):
   """Evaluates a run on its mesh; returns the result and the parameters."""
   config, _, params, mesh = run.load(str(workdir))
-  manifest = records.read_manifest(config.data.path)
-  e, split = config.eval, manifest.splits['heldout']
+  (dataset,) = datasets(config.data.path)
+  e, split = config.eval, dataset.manifest.splits['heldout']
   batches = pipeline.heldout_batches(
-    records.RowSource(config.data.path, manifest, 'heldout'),
+    dataset,
     batch=e.batch,
     length=LENGTH,
     num_batches=e.batches,
@@ -504,7 +524,69 @@ def test_one_changed_line_trains_an_autoregressive_model(make_config, tmp_path):
   assert rows.scalars('sample/0')[STEPS].startswith('def read(')
 
 
+# Mixtures
+
+
+def test_a_mixture_is_trained_on_and_each_part_of_it_evaluated(
+  make_config, corpus, tokenizer, tmp_path
+):
+  other = other_corpus(tokenizer, tmp_path / 'another')
+  config = make_config(
+    data__path=f'{corpus}=0.75,{other}=0.25', eval__batches=1
+  )
+  result = train.run(config, str(tmp_path / 'run'))
+  header = (tmp_path / 'run' / 'header.txt').read_text()
+  for path, share in ((corpus, '75.00%'), (other, '25.00%')):
+    (line,) = [x for x in header.splitlines() if f' {path}: an epoch' in x]
+    assert line.endswith(f'{share} of its tokens')
+  names = [str(path).strip('/') for path in (corpus, other)]
+  value = lambda key: [result[f'eval/{name}/{key}'] for name in names]
+  losses = value('loss_nats_per_token')
+  assert losses[0] != losses[1]
+  assert result['eval/loss_nats_per_token'] == pytest.approx(
+    0.75 * losses[0] + 0.25 * losses[1]
+  )
+  # Bits per byte are a ratio of means: bits of a token over bytes of a token.
+  bytes_per_token = [
+    loss / np.log(2) / bits
+    for loss, bits in zip(losses, value('bits_per_byte'), strict=True)
+  ]
+  assert result['eval/bits_per_byte'] == pytest.approx(
+    result['eval/loss_nats_per_token']
+    / np.log(2)
+    / (0.75 * bytes_per_token[0] + 0.25 * bytes_per_token[1])
+  )
+  spreads = value('stderr_nats_per_token')
+  assert result['eval/stderr_nats_per_token'] == pytest.approx(
+    np.hypot(0.75 * spreads[0], 0.25 * spreads[1])
+  )
+
+
+def test_other_data_may_be_evaluated_on(
+  finished, make_config, tokenizer, tmp_path
+):
+  other = other_corpus(tokenizer, tmp_path / 'another')
+  config = make_config(eval__path=other, eval__batches=1)
+  result = train.run(config, str(tmp_path / 'run'))
+  assert result.keys() == finished.result.keys()
+  assert result != finished.result
+  ours = Run(workdir=tmp_path / 'run').scalars('train/loss_nats_per_token')
+  assert ours == finished.scalars('train/loss_nats_per_token')
+
+
 # What is refused
+
+
+def with_swapped_shards(corpus, directory):
+  """Both files are sound, and neither is what the manifest says."""
+  shutil.copytree(corpus, directory)
+  train, heldout = (
+    directory / f'{split}-00000.array_record' for split in records.SPLITS
+  )
+  content = train.read_bytes(), heldout.read_bytes()
+  heldout.write_bytes(content[0])
+  train.write_bytes(content[1])
+  return str(directory)
 
 
 def with_another_tokenizer(corpus, directory):
@@ -520,6 +602,11 @@ REFUSED = {
     dict(data__path='with_another_tokenizer'),
     'prepared with tokenizer 0000000000000000.*config.data.tokenizer',
   ),
+  'shard': (
+    dict(data__path='with_swapped_shards'),
+    'train-00000.* its manifest says',
+  ),
+  'mixture': (dict(data__path='a=1,b'), "'b' must be DIRECTORY=WEIGHT"),
   'no data': (dict(data__path='/nowhere/rows'), '/nowhere/rows.*data.path'),
   'no tokenizer': (
     dict(data__tokenizer='/nowhere/t.model'),
@@ -534,7 +621,7 @@ REFUSED = {
   ),
   'batch': (dict(train__batch=36), 'config.train.batch=36.*batch=32 is'),
   'eval batch': (dict(eval__batch=18), 'config.eval.batch=18.*batch=16 is'),
-  'length': (dict(data__length=12), 'length of 12.* 16 tokens'),
+  'length': (dict(data__length=12), 'length of 12 .* rows of 16 tokens'),
   'held-out text': (dict(eval__batches=10_000), 'config.eval.batches'),
   'choice': (dict(objective__name='autoregresive'), "'autoregressive'"),
 }
@@ -546,8 +633,9 @@ def test_bad_input_is_refused_before_anything_is_compiled(
 ):
   changes, message = REFUSED[case]
   config = make_config(**changes)
-  if config.data.path == 'with_another_tokenizer':
-    config.data.path = with_another_tokenizer(corpus, tmp_path / 'data')
+  for make in (with_another_tokenizer, with_swapped_shards):
+    if config.data.path == make.__name__:
+      config.data.path = make(corpus, tmp_path / 'data')
   before = len(compilations)
   with pytest.raises(UserError, match=message) as error:
     train.run(config, str(tmp_path / 'run'))
@@ -557,11 +645,10 @@ def test_bad_input_is_refused_before_anything_is_compiled(
 
 def test_the_parameters_in_the_header_are_counted(finished, capsys):
   c = run.step_config(finished.config)
-  manifest = records.read_manifest(finished.config.data.path)
   shapes = model_lib.shapes(c.model)
   mesh = mesh_lib.make_mesh()
   header = run.describe(
-    finished.config, c, mesh, finished.config.data.path, manifest
+    finished.config, c, mesh, datasets(finished.config.data.path)
   )
   number = sum(x.size for x in jax.tree.leaves(shapes))
   assert re.search(rf'^total +{number:,}$', header, re.MULTILINE)

@@ -1,86 +1,84 @@
 """Token rows to device batches, in an order that nothing can disturb.
 
-Sample s of a run is a pure function of (rows on disk, seed, length, s). A
-host that must supply some rows of each global batch reads exactly those, by
-random access, so that host count, mesh, threads and restarts do not show in
-the data, and a position is one integer: the number of samples consumed.
+Sample s of a run is a pure function of (rows on disk, weights, seed, length,
+s). A host that must supply some rows of each global batch reads exactly
+those, by random access, so that host count, mesh, threads and restarts do not
+show in the data, and a position is one integer: the number of samples consumed.
 
     rows = host_rows(sharding, (B, L))
-    batches = train_batches(source, global_batch=B, rows=rows, ...)
+    batches = train_batches(datasets, global_batch=B, rows=rows, ...)
     for batch in to_device(batches, sharding, (B, L)): ...
 """
 
 import collections
+import dataclasses
+import functools
 import hashlib
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import jax
 import numpy as np
 
+from maskdiff.data import order as order_lib
 from maskdiff.data import records
 from maskdiff.errors import UserError
 
 # Held-out samples are the same in every run, whatever its seed.
 HELDOUT_SEED = 0
 
-
-class _SubRows:
-  """Rows as samples: a row of k * length tokens is k samples in a row."""
-
-  def __init__(self, source: records.RowSource, length: int):
-    self._source = source
-    self._length = length
-    self._per_row = source.row_length // length
-
-  def __len__(self) -> int:
-    return len(self._source) * self._per_row
-
-  def __getitem__(self, i: int) -> np.ndarray:
-    row, part = divmod(i, self._per_row)
-    start = part * self._length
-    return self._source[row][start : start + self._length]
-
-  def __repr__(self) -> str:
-    return f'{self._source!r} in parts of {self._length}'
+# The order of about this many samples is worked out at once.
+_WINDOW = 1024
 
 
-class _HostView(grain.MapDataset):
-  """The samples that one host supplies, batch after batch.
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A prepared directory as a part of a mixture; see `parse_mixture`.
 
-  With b = len(rows), element i is sample
-  start_sample + (i // b) * global_batch + rows[i % b] of the parent.
+  Attributes:
+    name: as the user wrote it, for messages and metrics.
+    directory: of the rows.
+    weight: relative to the other parts of the mixture.
+    manifest: of the directory.
   """
 
-  def __init__(
-    self,
-    parent: grain.MapDataset,
-    *,
-    global_batch: int,
-    rows: Sequence[int],
-    start_sample: int,
-  ):
-    super().__init__(parent)
-    self._global_batch = global_batch
-    self._rows = tuple(rows)
-    self._start = start_sample
+  name: str
+  directory: str
+  weight: float
+  manifest: records.Manifest
 
-  def __len__(self) -> int:
-    batches = (len(self._parent) - self._start) // self._global_batch
-    # An endless parent is sys.maxsize long, at which grain's sums overflow.
-    return min(batches * len(self._rows), 1 << 62)
 
-  def __getitem__(self, i):
-    if isinstance(i, slice):
-      return self.slice(i)
-    batch, at = divmod(i, len(self._rows))
-    return self._parent[
-      self._start + batch * self._global_batch + self._rows[at]
-    ]
+def parse_mixture(path: str) -> list[tuple[str, float]]:
+  """Directories and weights of 'DIR' or 'DIR=WEIGHT,DIR=WEIGHT,...'.
+
+  Raises:
+    UserError: a directory comes twice, or a weight is missing or not positive.
+  """
+  parts = [part.strip() for part in path.split(',')]
+  if len(parts) == 1 and '=' not in path:
+    return [(path, 1.0)]
+  mixture = {}
+  for part in parts:
+    directory, _, weight = (p.strip() for p in part.rpartition('='))
+    try:
+      number = float(weight)
+    except ValueError:
+      number = 0.0
+    if not directory or not 0 < number < float('inf'):
+      raise UserError(
+        f'data path {path!r}: {part!r} must be DIRECTORY=WEIGHT with a '
+        'positive weight, as in --config.data.path=data/web=0.7,data/code=0.3'
+      )
+    if directory in mixture:
+      raise UserError(f'data path {path!r} names {directory} twice')
+    mixture[directory] = number
+  return list(mixture.items())
 
 
 def train_batches(
-  source: records.RowSource,
+  datasets: Sequence[Dataset],
   *,
   global_batch: int,
   length: int,
@@ -88,34 +86,39 @@ def train_batches(
   start_sample: int,
   rows: Sequence[int],
   num_threads: int,
+  max_damaged_rows: int = 0,
 ) -> Iterator[np.ndarray]:
   """This host's rows of every global batch, without end.
 
   Row r of global batch k is sample start_sample + k * global_batch + r. Each
-  epoch is a new permutation of all samples, and batches run across its end,
-  so none is lost or repeated there.
+  epoch of a dataset is a new permutation of all its samples, and batches run
+  across its end, so none is lost or repeated there.
 
   Args:
-    length: tokens per sample; divides the row length.
+    length: tokens per sample; a divisor or a multiple of the row length.
     start_sample: samples consumed so far, by whatever batch size.
     rows: global row numbers that this host supplies; see `host_rows`.
     num_threads: that read ahead; 0 reads when a batch is asked for.
+    max_damaged_rows: that are replaced by the next row of their dataset, and
+      reported, before a damaged one ends the run.
 
   Returns:
     Iterator of [len(rows), length] int32.
 
   Raises:
-    UserError: the length does not divide the row length, or, while iterating,
-      a row is damaged on disk.
+    UserError: the length does not fit a row length, a weight is too small,
+      or, while iterating, a row is damaged on disk.
   """
   if start_sample < 0:
     raise ValueError(f'start_sample must not be negative: {start_sample}')
-  samples = _shuffled(source, length, seed).repeat(None)
-  return _batches(samples, global_batch, rows, start_sample, num_threads)
+  samples = [_open(d, 'train', length, max_damaged_rows) for d in datasets]
+  order = _order(datasets, [len(s) for s in samples], seed)
+  source = _Batches(samples, order, length, global_batch, rows, start_sample)
+  return _iterate(source, num_threads)
 
 
 def heldout_batches(
-  source: records.RowSource,
+  dataset: Dataset,
   *,
   batch: int,
   length: int,
@@ -132,48 +135,73 @@ def heldout_batches(
     Iterator of num_batches arrays [len(rows), length] int32.
 
   Raises:
-    UserError: the length does not divide the row length, there are fewer
+    UserError: the length does not fit the row length, there are fewer
       samples than asked for, or, while iterating, a row is damaged on disk.
   """
-  samples = _shuffled(source, length, HELDOUT_SEED)
+  samples = _open(dataset, 'heldout', length, 0)
   if num_batches * batch > len(samples):
     raise UserError(
-      f'{source!r} has {len(samples)} samples of {length} tokens, fewer than '
-      f'{num_batches} batches of {batch}: set --config.eval.batches to at '
-      f'most {len(samples) // batch}, or prepare more held-out text'
+      f'the held-out part of {dataset.directory} has {len(samples)} samples of '
+      f'{length} tokens, fewer than {num_batches} batches of {batch}: set '
+      f'--config.eval.batches to at most {len(samples) // batch}, or prepare '
+      'more held-out text'
     )
-  samples = samples[: num_batches * batch]
-  return _batches(samples, batch, rows, 0, num_threads)
+  order = _order([dataset], [len(samples)], HELDOUT_SEED)
+  source = _Batches([samples], order, length, batch, rows, 0, num_batches)
+  return _iterate(source, num_threads)
 
 
 def fingerprint(
-  manifest: records.Manifest, split: str, *, seed: int, length: int
-) -> dict[str, str | int]:
+  datasets: Sequence[Dataset], *, seed: int, length: int
+) -> dict[str, str | int | list]:
   """What decides the order of the data; flat and JSON-able.
 
   Two runs with equal fingerprints read the same tokens at the same sample
-  index. Batch size and host count are not part of it, on purpose.
+  index. Batch size and host count are not part of it, on purpose, nor is the
+  place where a dataset lies.
 
   Raises:
-    UserError: the length does not divide the row length.
+    UserError: the length does not fit a row length.
   """
-  _check_length(manifest.row_length, length)
-  shards = manifest.splits[split].shards
-  samples = manifest.splits[split].rows * (manifest.row_length // length)
-  # The shuffle is grain's. A sample of its result guards against a change
-  # there, where a version number would also refuse releases that are alike.
-  order = _shuffle(grain.MapDataset.range(samples), seed)
-  head = [int(order[i]) for i in range(min(64, samples))]
+  manifests = [d.manifest for d in datasets]
+  sizes = [
+    num_samples(m.splits['train'].rows, m.row_length, length) for m in manifests
+  ]
+  order = _order(datasets, sizes, seed)
+  source, index = order_lib.locate(order, np.arange(64))
   return {
-    'source': manifest.source,
-    'split': split,
-    'tokenizer': manifest.tokenizer_fingerprint,
-    'rows': _digest([shard.digest for shard in shards]),
-    'samples': samples,
+    'source': [m.source for m in manifests],
+    'tokenizer': sorted({m.tokenizer_fingerprint for m in manifests}),
+    'shards': [len(m.splits['train'].shards) for m in manifests],
+    'rows': [
+      _digest([shard.digest for shard in m.splits['train'].shards])
+      for m in manifests
+    ],
+    'shares': list(order.shares),
+    'samples': sizes,
     'length': length,
     'seed': seed,
-    'order': _digest(head),
+    # Of the code: the first samples, as a guard against a change of the order.
+    'order': _digest([source.tolist(), index.tolist()]),
   }
+
+
+def num_samples(rows: int, row_length: int, length: int) -> int:
+  """Samples of `length` tokens in `rows` rows.
+
+  A row makes row_length / length samples, or length / row_length rows make
+  one; rows at the end that make no whole sample are not used.
+
+  Raises:
+    UserError: the one is not a multiple of the other.
+  """
+  if length < 1 or (row_length % length and length % row_length):
+    raise UserError(
+      f'a sequence length of {length} does not fit rows of {row_length} '
+      f'tokens: set --config.data.length to a divisor or a multiple of '
+      f'{row_length}, or prepare the data again with rows of {length}'
+    )
+  return rows * row_length // length
 
 
 def host_rows(
@@ -220,37 +248,119 @@ def to_device(
   yield from ahead
 
 
-def _shuffled(source, length: int, seed: int) -> grain.MapDataset:
-  _check_length(source.row_length, length)
-  return _shuffle(grain.MapDataset.source(_SubRows(source, length)), seed)
+class _Samples:
+  """The samples of one split, by number, each copied into a given row."""
+
+  def __init__(self, rows, length: int, max_damaged: int):
+    self._rows, self._length, self._max_damaged = rows, length, max_damaged
+    self._len = num_samples(len(rows), rows.row_length, length)
+    self._damaged, self._lock = set(), threading.Lock()
+
+  def __len__(self) -> int:
+    return self._len
+
+  def read(self, i: int, out: np.ndarray) -> None:
+    """Writes sample i to out, [length] int32."""
+    row_length = self._rows.row_length
+    row, start = divmod(i * self._length, row_length)
+    if self._length <= row_length:
+      out[:] = self._row(row)[start : start + self._length]
+    else:
+      for at in range(0, self._length, row_length):
+        out[at : at + row_length] = self._row(row + at // row_length)
+
+  def _row(self, row: int) -> np.ndarray:
+    first = row
+    while True:
+      try:
+        return self._rows[row]
+      except records.DamagedRow as e:
+        self._count(row, e)
+        # The same on every host and after every restart.
+        row = (row + 1) % len(self._rows)
+        if row == first:
+          raise
+
+  def _count(self, row: int, error: records.DamagedRow) -> None:
+    with self._lock:
+      known = row in self._damaged
+      if not known and len(self._damaged) == self._max_damaged:
+        raise error
+      self._damaged.add(row)
+    if not known:
+      print(
+        f'damaged row {len(self._damaged)} of at most {self._max_damaged}, '
+        f'the next one is used instead: {error}',
+        file=sys.stderr,
+        flush=True,
+      )
 
 
-def _shuffle(samples: grain.MapDataset, seed: int) -> grain.MapDataset:
-  # grain shuffles epoch e with seed + e, so neighbouring seeds would share
-  # all epochs but one; and its default seeds depend on the pipeline's shape.
-  digest = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()
-  return samples.shuffle(seed=int.from_bytes(digest, 'big'))
+class _Batches:
+  """This host's rows of global batch k, by k; a source for grain.MapDataset."""
+
+  def __init__(
+    self, samples, order, length, global_batch, rows, start, num_batches=None
+  ):
+    if not rows or not 0 <= min(rows) <= max(rows) < global_batch:
+      raise ValueError(f'rows {rows} are not rows of a batch of {global_batch}')
+    self._samples, self._order, self._length = samples, order, length
+    self._rows = np.asarray(rows, np.int64)
+    self._global_batch, self._start = global_batch, start
+    self._per_window = max(1, _WINDOW // len(rows))
+    self._locate = functools.lru_cache(maxsize=4)(self._window)
+    self._len = 1 << 40 if num_batches is None else num_batches
+
+  def __len__(self) -> int:
+    return self._len
+
+  def __getitem__(self, k: int) -> np.ndarray:
+    window, at = divmod(k, self._per_window)
+    sources, indices = self._locate(window)
+    batch = np.empty((len(self._rows), self._length), np.int32)
+    for out, source, i in zip(batch, sources[at], indices[at], strict=True):
+      self._samples[source].read(i, out)
+    return batch
+
+  def _window(self, window: int) -> tuple[list, list]:
+    first = window * self._per_window
+    batches = np.arange(first, first + self._per_window)
+    numbers = self._start + batches[:, None] * self._global_batch + self._rows
+    sources, indices = order_lib.locate(self._order, numbers.ravel())
+    shape = numbers.shape
+    return sources.reshape(shape).tolist(), indices.reshape(shape).tolist()
+
+  def __repr__(self) -> str:
+    return f'batches of {self._global_batch} x {self._length}'
 
 
-def _batches(samples, global_batch, rows, start_sample, num_threads):
-  if not rows or not 0 <= min(rows) <= max(rows) < global_batch:
-    raise ValueError(f'rows {rows} are not rows of a batch of {global_batch}')
-  view = _HostView(
-    samples, global_batch=global_batch, rows=rows, start_sample=start_sample
-  )
+def _iterate(batches: _Batches, num_threads: int) -> Iterator[np.ndarray]:
+  # An element is a whole batch: grain takes 0.1 ms an element.
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
   )
-  return iter(view.batch(len(rows)).to_iter_dataset(options))
+  return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
-def _check_length(row_length: int, length: int) -> None:
-  if length < 1 or row_length % length:
-    raise UserError(
-      f'a sequence length of {length} does not divide the prepared rows of '
-      f'{row_length} tokens: set --config.data.length to a divisor of '
-      f'{row_length}, or prepare the data again with rows of {length}'
-    )
+def _open(
+  dataset: Dataset, split: str, length: int, max_damaged: int
+) -> _Samples:
+  rows = records.RowSource(dataset.directory, dataset.manifest, split)
+  return _Samples(rows, length, max_damaged)
+
+
+def _order(datasets, sizes: Sequence[int], seed: int) -> order_lib.Order:
+  for dataset, size in zip(datasets, sizes, strict=True):
+    if not size:
+      raise UserError(
+        f'{dataset.directory} has no training rows for one sample: prepare it '
+        'with more text or a smaller held-out fraction'
+      )
+  weights = tuple(d.weight for d in datasets)
+  try:
+    return order_lib.make_order(tuple(sizes), weights, seed)
+  except ValueError as e:
+    raise UserError(f'config.data.path: {e}') from e
 
 
 def _digest(values: list) -> str:

@@ -1,105 +1,113 @@
-"""Documents to token rows on disk, once.
+"""Documents to token rows on disk, once: parallel, resumable, deterministic.
 
-`prepare` is the work; `embedded` is `prepare` of the Python library with a
-cache in front. The result depends on the documents' names and texts, the
-tokenizer and the row length, and on nothing else: not on the order in which
-the documents arrive, nor on the number of threads.
+The input is cut into parts (data.sources), and one process at a time turns one
+part into one shard and a small file of leftovers (data.shards). A preparation
+that is killed goes on with the parts that are not done, and neither that nor
+the number of workers shows in the result, file by file.
 """
 
-import hashlib
-import itertools
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import sys
+import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
+import tqdm
 
-from maskdiff.data import records, sources
-from maskdiff.data.tokenizer import Tokenizer
+from maskdiff.data import records, shards, sources
+from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
-# Of the embedded corpus: one document in 20 is never trained on, and a shard
-# has about 8 MB at 256 tokens a row.
+# Of the embedded corpus: one document in 20 is never trained on.
 EMBEDDED_HELDOUT_FRACTION = 0.05
-EMBEDDED_SHARD_TOKENS = 1 << 22
 
-_DOCUMENTS_PER_BATCH = 128
+_PLAIN_REPORT_S = 10.0  # between lines where there is no terminal
 
 
 def prepare(
-  documents: Iterable[sources.Document],
-  tokenizer: Tokenizer,
+  plan: sources.Plan,
+  tokenizer: tokenizer_lib.Tokenizer,
   directory: str | pathlib.Path,
   *,
   row_length: int,
   heldout_fraction: float,
-  rows_per_shard: int,
-  source: str,
+  workers: int,
+  log: Callable[[str], None] = print,
 ) -> records.Manifest:
-  """Writes documents as rows of row_length tokens and returns the manifest.
+  """Writes the documents of a plan as rows of row_length tokens.
 
-  The documents of a split stand in an order given by a hash of their names,
-  each followed by eos, and are cut into rows; less than a row is dropped at
-  the end. The directory appears in one step when all is written; a process
-  that is killed before leaves only a hidden sibling, which may be deleted. A
-  directory that is there already is kept, also when another process made it
-  in the meantime.
+  Each document is followed by eos. The training documents of a part stand one
+  after the other and are cut into rows, so a long one goes on in the next row;
+  what is left of all parts is joined in the same way, and of each split less
+  than a row is dropped at its very end.
+
+  Calling it again after an interruption goes on; when all is there, it returns
+  at once. Two processes may call it at the same time: one waits.
 
   Args:
-    documents: (name, text) pairs with unique names; held in memory.
-    heldout_fraction: share of the documents, chosen by a hash of their names,
-      that goes to the split 'heldout'.
-    rows_per_shard: rows in each file but the last of a split.
-    source: what the text is, in words; kept in the manifest.
+    plan: from sources.plan.
+    heldout_fraction: share of the documents that goes to the split 'heldout',
+      chosen by a hash of the text, so that copies of one stay on one side.
+    workers: processes; 0 uses this one, with a thread for every core.
+    log: takes lines of progress.
+
+  Returns:
+    The manifest. The tokenizer's files are copied beside it.
 
   Raises:
-    UserError: a split has less than one row, two documents share a name, the
-      disk is full or not writable, or the directory holds something else.
+    UserError: a split has documents but not one row, the disk is full or not
+      writable, the directory was prepared from something else, input is
+      damaged, or a worker was killed.
   """
-  directory = pathlib.Path(directory)
-  made_of = (source, tokenizer.fingerprint, row_length)
-  splits = {'train': [], 'heldout': []}
-  for name, text in _ordered(documents):
-    held_out = _fraction('split', name) < heldout_fraction
-    splits['heldout' if held_out else 'train'].append((name, text))
-
-  temporary = directory.with_name(f'.{directory.name}.{uuid.uuid4().hex}')
+  directory = local_path(directory)
+  settings = {
+    'input': plan.fingerprint,
+    'tokenizer': tokenizer.fingerprint,
+    'eos_id': tokenizer.eos_id,
+    'row_length': row_length,
+    'heldout_fraction': heldout_fraction,
+  }
+  job = shards.Job(
+    directory,
+    tokenizer.path,
+    row_length,
+    heldout_fraction,
+    num_threads=1 if workers else os.cpu_count() or 1,
+  )
   try:
-    if directory.is_dir() and any(directory.iterdir()):
-      return _existing(directory, made_of)
-    temporary.mkdir(parents=True)
-    manifest = records.Manifest(
-      format_version=records.FORMAT_VERSION,
-      source=source,
-      tokenizer_fingerprint=tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
-      row_length=row_length,
-      dtype=records.token_dtype(tokenizer.vocab_size),
-      splits={
-        name: _write_split(
-          temporary, name, docs, tokenizer, row_length, rows_per_shard
-        )
-        for name, docs in splits.items()
-      },
-    )
-    records.write_manifest(temporary, manifest)
-    _publish(temporary, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, log):
+      if (directory / records.MANIFEST).exists():
+        manifest = records.read_manifest(directory)
+        _check_settings(manifest.settings, settings, directory)
+        shutil.rmtree(job.state, ignore_errors=True)
+        return manifest
+      _start_or_go_on(job, settings)
+      tokenizer_lib.copy(tokenizer, directory)
+      _do_parts(job, plan.parts, workers, log)
+      manifest = shards.conclude(job, plan, tokenizer, settings)
+      records.write_manifest(directory, manifest)
+      shutil.rmtree(job.state, ignore_errors=True)
+      return manifest
   except OSError as e:
     raise UserError(
       f'cannot write prepared data to {directory} ({e.strerror or e}): free '
-      'some space or choose another place with --config.data.cache_dir=PATH'
+      'some space or choose another place, and run again; finished parts are '
+      'kept'
     ) from e
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-  return _existing(directory, made_of)
 
 
 def embedded(
-  tokenizer: Tokenizer,
+  tokenizer: tokenizer_lib.Tokenizer,
   cache_dir: str | pathlib.Path,
   row_length: int,
   log: Callable[[str], None] = print,
@@ -110,129 +118,180 @@ def embedded(
   length, so different ones live side by side in cache_dir.
 
   Raises:
-    UserError: as `prepare`, or a directory of that name exists and is damaged.
+    UserError: as `prepare`.
   """
-  version = f'{sys.version_info.major}.{sys.version_info.minor}'
+  version = '.'.join(map(str, sys.version_info[:3]))
   name = f'embedded-py{version}-{tokenizer.fingerprint}-{row_length}'
-  directory = pathlib.Path(cache_dir).expanduser() / name
-  if os.path.exists(directory):
-    records.read_manifest(directory)
+  directory = local_path(cache_dir) / name
+  if (directory / records.MANIFEST).exists():
     return directory
-
-  documents = list(sources.embedded())
-  megabytes = sum(len(text.encode()) for _, text in documents) / 1e6
-  log(
-    f'data: preparing the Python {version} library, {len(documents)} files, '
-    f'{megabytes:.1f} MB, in {directory} (once)'
-  )
+  plan = sources.plan(['embedded'])
+  log(f'data: preparing {plan.description} in {directory} (once)')
   start = time.perf_counter()
-  manifest = prepare(
-    documents,
-    tokenizer,
-    directory,
-    row_length=row_length,
-    heldout_fraction=EMBEDDED_HELDOUT_FRACTION,
-    rows_per_shard=max(1, EMBEDDED_SHARD_TOKENS // row_length),
-    source=f'Python {version} standard library',
-  )
-  splits = manifest.splits.values()
-  tokens = sum(split.tokens for split in splits)
-  text_bytes = sum(split.text_bytes for split in splits)
-  log(
-    f'data: prepared {tokens:,} tokens, {text_bytes / tokens:.2f} bytes per '
-    f'token, in {time.perf_counter() - start:.1f} s'
-  )
+  try:
+    manifest = prepare(
+      plan,
+      tokenizer,
+      directory,
+      row_length=row_length,
+      heldout_fraction=EMBEDDED_HELDOUT_FRACTION,
+      workers=0,
+      log=log,
+    )
+  except UserError as e:
+    raise UserError(f'{e} (the place is --config.data.cache_dir)') from e
+  log(f'data: {summary(manifest)}; {time.perf_counter() - start:.1f} s')
   return directory
 
 
-def _fraction(purpose: str, name: str) -> float:
-  # Python's own hash changes from one process to the next.
-  key = f'{purpose}\0{name}'.encode()
-  digest = hashlib.blake2b(key, digest_size=8).digest()
-  return int.from_bytes(digest, 'big') / 2**64
-
-
-def _ordered(documents: Iterable[sources.Document]) -> list[sources.Document]:
-  documents = sorted(documents, key=lambda d: (_fraction('order', d[0]), d[0]))
-  for (name, _), (following, _) in itertools.pairwise(documents):
-    if name == following:
-      raise UserError(f'two documents are named {name!r}: rename one')
-  return documents
-
-
-def _write_split(
-  directory, name, documents, tokenizer, row_length, rows_per_shard
-) -> records.Split:
-  dtype = records.token_dtype(tokenizer.vocab_size)
-  counts = np.zeros(tokenizer.vocab_size, np.int64)
-  shards = []
-  tokens = _encoded(documents, tokenizer, dtype)
-  for rows in _cut(tokens, row_length, rows_per_shard, dtype):
-    file = f'{name}-{len(shards):05d}.array_record'
-    shards.append(records.write_shard(directory / file, rows))
-    counts += np.bincount(rows.ravel(), minlength=tokenizer.vocab_size)
-  if not shards:
-    raise UserError(
-      f'the split {name!r} has {len(documents)} documents and not one row of '
-      f'{row_length} tokens: give more documents, or choose a shorter row '
-      'length or another held-out fraction'
-    )
-  piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
-  probability = counts[counts > 0] / counts.sum()
-  return records.Split(
-    shards=tuple(shards),
-    rows=sum(shard.rows for shard in shards),
-    tokens=int(counts.sum()),
-    text_bytes=int(counts @ piece_bytes),
-    documents=len(documents),
-    unigram_entropy_nats=float(-(probability @ np.log(probability))),
+def summary(manifest: records.Manifest) -> str:
+  """One line: rows, tokens, documents, bytes per token, what was left out."""
+  splits = manifest.splits.values()
+  tokens = sum(split.tokens for split in splits)
+  text_bytes = sum(split.text_bytes for split in splits)
+  train, heldout = (manifest.splits[name] for name in records.SPLITS)
+  skipped = ', '.join(
+    f'{n:,} {reason}' for reason, n in manifest.skipped.items()
+  )
+  return (
+    f'{train.rows:,} + {heldout.rows:,} held-out rows of '
+    f'{manifest.row_length}, {tokens:,} tokens of '
+    f'{text_bytes / max(1, tokens):.2f} bytes, '
+    f'{train.documents:,} + {heldout.documents:,} documents'
+    + (f' ({skipped} left out)' if skipped else '')
   )
 
 
-def _encoded(documents, tokenizer, dtype) -> Iterator[np.ndarray]:
-  threads = os.cpu_count() or 1
-  for start in range(0, len(documents), _DOCUMENTS_PER_BATCH):
-    texts = [t for _, t in documents[start : start + _DOCUMENTS_PER_BATCH]]
-    for ids in tokenizer.encode_batch(texts, threads):
-      yield np.array([*ids, tokenizer.eos_id], dtype)
-
-
-def _cut(chunks, row_length, rows_per_shard, dtype) -> Iterator[np.ndarray]:
-  """[R, row_length] blocks, R = rows_per_shard but for the last."""
-  block = row_length * rows_per_shard
-  rest = np.zeros(0, dtype)
-  pending, size = [], 0
-  for chunk in chunks:
-    pending.append(chunk)
-    size += len(chunk)
-    if size < block:
-      continue
-    rest = np.concatenate(pending)
-    while len(rest) >= block:
-      yield rest[:block].reshape(-1, row_length)
-      rest = rest[block:]
-    pending, size = [rest], len(rest)
-  rest = np.concatenate([np.zeros(0, dtype), *pending])
-  rows = len(rest) // row_length
-  if rows:
-    yield rest[: rows * row_length].reshape(rows, row_length)
-
-
-def _existing(directory: pathlib.Path, made_of: tuple) -> records.Manifest:
-  found = records.read_manifest(directory)
-  if made_of != (found.source, found.tokenizer_fingerprint, found.row_length):
-    raise UserError(
-      f'{directory} holds rows of another source, tokenizer or row length: '
-      'delete it or choose another directory'
-    )
-  return found
-
-
-def _publish(temporary: pathlib.Path, directory: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path, log) -> Iterator[None]:
+  """Only one process at a time; a lock that dies with its process."""
+  handle = os.open(directory, os.O_RDONLY)
   try:
-    temporary.rename(directory)
-  except OSError:
-    # A rename fails where a directory with files in it exists already: that
-    # of a process that was faster, which holds the same rows.
-    if not directory.is_dir():
-      raise
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      log(f'another process is preparing {directory}: waiting for it')
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+      pass  # some network file systems have no locks
+    yield
+  finally:
+    os.close(handle)
+
+
+def _start_or_go_on(job: shards.Job, settings: dict) -> None:
+  path = job.state / 'settings.json'
+  if path.exists():
+    found = json.loads(path.read_text(encoding='utf-8'))
+    _check_settings(found, settings, job.directory)
+  else:
+    others = [p for p in job.directory.iterdir() if p != job.state]
+    if others:
+      raise UserError(
+        f'{job.directory} is not empty and holds no prepared data (there is '
+        f'{others[0].name}): choose another directory'
+      )
+    job.state.mkdir(exist_ok=True)
+    shards.write_file(path, lambda f: f.write(json.dumps(settings).encode()))
+  for unfinished in job.state.glob('.*'):
+    unfinished.unlink()
+
+
+def _check_settings(found: dict, settings: dict, directory) -> None:
+  for name, now in settings.items():
+    if found.get(name) != now:
+      raise UserError(
+        f'{directory} was prepared with {name}={found.get(name)}, not {now}: '
+        'delete it or choose another directory'
+      )
+
+
+def _do_parts(
+  job: shards.Job, parts: Sequence[sources.Part], workers, log
+) -> None:
+  """Does every part that is not done yet."""
+  todo = [
+    (i, part) for i, part in enumerate(parts) if not job.leftovers(i).exists()
+  ]
+  done = len(parts) - len(todo)
+  if done:
+    log(f'going on: {done} of {len(parts)} parts are done')
+  with _progress(parts, todo, log) as advance:
+    if not workers:
+      tokenizer = tokenizer_lib.load(job.tokenizer_path)
+      for i, part in todo:
+        advance(part, shards.make_shard(job, tokenizer, i, part))
+      return
+    # Spawned, since a fork of a process with threads may hang.
+    pool = concurrent.futures.ProcessPoolExecutor(
+      min(workers, max(1, len(todo))),
+      multiprocessing.get_context('spawn'),
+      initializer=_start_worker,
+      initargs=(job,),
+    )
+    try:
+      futures = {pool.submit(_worker, i, part): part for i, part in todo}
+      for future in concurrent.futures.as_completed(futures):
+        advance(futures[future], future.result())
+    except concurrent.futures.process.BrokenProcessPool as e:
+      raise UserError(
+        'a worker was killed, perhaps for memory: run again to go on, with '
+        'fewer --workers if there was not enough'
+      ) from e
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+      for process in multiprocessing.active_children():
+        process.terminate()
+
+
+@contextlib.contextmanager
+def _progress(parts, todo, log):
+  """A bar on a terminal, else a line every few seconds, of input bytes."""
+  total = sum(part.size for part in parts)
+  before = total - sum(part.size for _, part in todo)
+  done, tokens, started = before, 0, time.monotonic()
+  reported, bar = started, None
+  if sys.stderr.isatty():
+    bar = tqdm.tqdm(
+      total=total, initial=done, unit='B', unit_scale=True, dynamic_ncols=True
+    )
+
+  def advance(part, part_tokens):
+    nonlocal done, tokens, reported
+    done, tokens, now = done + part.size, tokens + part_tokens, time.monotonic()
+    rate = f'{tokens / (now - started):,.0f} tokens/s'
+    if bar:
+      bar.update(part.size)
+      bar.set_postfix_str(rate)
+    elif now - reported > _PLAIN_REPORT_S:
+      reported = now
+      left = (total - done) * (now - started) / max(1, done - before) / 60
+      log(
+        f'{done / max(1, total):.0%} of {total / 1e6:,.0f} MB, {rate}, '
+        f'{left:,.0f} min left'
+      )
+
+  try:
+    yield advance
+  finally:
+    if bar:
+      bar.close()
+
+
+_worker_setup = None  # of a worker process: its _Work and Tokenizer
+
+
+def _start_worker(job: shards.Job) -> None:
+  global _worker_setup
+  # An interrupt is the parent's to handle, and the parent's end is ours: a
+  # killed one leaves its workers waiting for good.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  threading.Thread(
+    target=lambda: (parent.join(), os._exit(1)), daemon=True
+  ).start()
+  _worker_setup = job, tokenizer_lib.load(job.tokenizer_path)
+
+
+def _worker(number: int, part: sources.Part) -> int:
+  return shards.make_shard(*_worker_setup, number, part)

@@ -1,0 +1,241 @@
+"""The input path against the bare libraries under it, in one run.
+
+python benchmarks/data.py [--copies 1] [--rounds 3]
+
+(a) Preparation of the Python library as JSON lines, with one worker and with
+    two, against SentencePiece encoding the same texts, in one process and in
+    two at once. The time of starting workers counts.
+(b) Batches of the pipeline against a loop that reads the same ArrayRecord rows
+    in the same order and does nothing with them; and how many steps of the 8B
+    config this feeds on v5p-128, where each of 16 hosts supplies 80 rows.
+(c) Time and memory from nothing to the first batch over 10^4, 10^6 and 10^9
+    rows, read from nowhere, at step 0 and at step 10^6.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import pathlib
+import statistics
+import tempfile
+import time
+import tracemalloc
+
+import numpy as np
+
+from maskdiff.data import pipeline, prepare, records, sources
+from maskdiff.data import tokenizer as tokenizer_lib
+
+MODEL = pathlib.Path(__file__).parents[1] / 'tokenizer' / 'stdlib_4k.model'
+ROW_LENGTH = 4096
+HOST_ROWS, GLOBAL_BATCH = 80, 1280
+READ_ROWS = 4000
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--copies', type=int, default=1, help='of the corpus')
+  parser.add_argument('--rounds', type=int, default=3)
+  flags = parser.parse_args()
+  with tempfile.TemporaryDirectory() as directory:
+    directory = pathlib.Path(directory)
+    preparation(directory, flags.copies, flags.rounds)
+    reading(directory, flags.rounds)
+  starting()
+
+
+def preparation(directory, copies, rounds):
+  texts = [text for _, text in sources.embedded() if text] * copies
+  path = directory / 'library.jsonl'
+  with open(path, 'w') as f:
+    f.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+  tokenizer = tokenizer_lib.load(MODEL)
+  plan = sources.plan([str(path)])
+  seconds, tokens = {}, {}
+  for n in range(rounds):
+    for workers in (1, 2):
+      name = 'bare', workers
+      took, tokens[name] = bare_encoding(texts, workers)
+      seconds.setdefault(name, []).append(took)
+      name, out = ('prepared', workers), directory / f'rows-{workers}-{n}'
+      began = time.perf_counter()
+      manifest = prepare.prepare(
+        plan,
+        tokenizer,
+        out,
+        row_length=ROW_LENGTH,
+        heldout_fraction=0.001,
+        workers=workers,
+      )
+      seconds.setdefault(name, []).append(time.perf_counter() - began)
+      tokens[name] = sum(s.tokens for s in manifest.splits.values())
+  rate = {k: tokens[k] / statistics.median(seconds[k]) for k in seconds}
+  print(f'(a) preparation of {path.stat().st_size / 1e6:.0f} MB')
+  for workers in (1, 2):
+    ours, bare = rate['prepared', workers], rate['bare', workers]
+    print(
+      f'    {workers} workers: {ours:,.0f} tokens/s, bare SentencePiece '
+      f'{bare:,.0f} tokens/s, ratio {ours / bare:.2f}'
+    )
+  for name in ('prepared', 'bare'):
+    gain = rate[name, 2] / rate[name, 1]
+    print(f'    2 workers against 1, {name}: {gain:.2f}', flush=True)
+
+
+def bare_encoding(texts, workers):
+  """Seconds and tokens of encoding alone, in as many processes at once."""
+  context = multiprocessing.get_context('spawn')
+  shares = [texts[i::workers] for i in range(workers)]
+  barrier = context.Barrier(workers)
+  with context.Pool(workers, start_bare, (barrier,)) as pool:
+    results = pool.map(encode, shares, chunksize=1)
+  return max(s for s, _ in results), sum(n for _, n in results)
+
+
+def start_bare(barrier):
+  import sentencepiece
+
+  global ready, processor
+  ready = barrier
+  processor = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
+
+
+def encode(texts):
+  ready.wait()
+  began, tokens = time.perf_counter(), 0
+  for start in range(0, len(texts), 64):
+    batch = processor.encode(texts[start : start + 64], num_threads=1)
+    tokens += sum(map(len, batch))
+  return time.perf_counter() - began, tokens
+
+
+def reading(directory, rounds):
+  print(f'(b) reading rows of {ROW_LENGTH}, batches of {HOST_ROWS}')
+  rng = np.random.default_rng(0)
+  for vocab_size in (4096, 126_464):
+    # Word frequencies, so that decompression has its usual work.
+    ids = np.minimum(rng.zipf(1.2, (READ_ROWS, ROW_LENGTH)), vocab_size) - 1
+    rows = ids.astype(records.token_dtype(vocab_size))
+    where = directory / f'rows-{vocab_size}'
+    where.mkdir()
+    shard = records.write_shard(where / 'train-00000.array_record', [rows])
+    data = dataset(where, [shard], rows.dtype.name, vocab_size)
+    tokens = READ_ROWS * ROW_LENGTH
+    functions = {
+      'bare': functools.partial(bare_reads, where / shard.file),
+      'no thread': functools.partial(take, data, READ_ROWS, 0),
+      'two threads': functools.partial(take, data, READ_ROWS, 2),
+    }
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+      for name, read in functions.items():
+        began = time.perf_counter()
+        read()
+        seconds[name].append(time.perf_counter() - began)
+    rate = {k: tokens / statistics.median(s) for k, s in seconds.items()}
+    for name in ('no thread', 'two threads'):
+      print(
+        f'    {rows.dtype.name}, {name}: {rate[name] / 1e6:,.0f} M tokens/s, '
+        f'bare loop {rate["bare"] / 1e6:,.0f} M, ratio '
+        f'{rate[name] / rate["bare"]:.2f}; feeds '
+        f'{rate[name] / (HOST_ROWS * ROW_LENGTH):,.0f} 8B steps/s',
+        flush=True,
+      )
+
+
+def bare_reads(path):
+  reader = records.array_record_module.ArrayRecordReader(
+    str(path), options='readahead_buffer_size:0', file_reader_buffer_size=4096
+  )
+  shuffled = np.random.default_rng(0).permutation(READ_ROWS).tolist()
+  for i in shuffled:
+    reader.read(i, i + 1)
+
+
+def take(data, rows, num_threads):
+  """Reads so many rows of one host, of sixteen."""
+  batches = pipeline.train_batches(
+    [data],
+    global_batch=GLOBAL_BATCH,
+    length=ROW_LENGTH,
+    seed=0,
+    start_sample=0,
+    rows=range(HOST_ROWS),
+    num_threads=num_threads,
+  )
+  for _ in range(rows // HOST_ROWS):
+    next(batches)
+
+
+def dataset(where, shards, dtype, vocab_size):
+  rows = sum(shard.rows for shard in shards)
+  split = records.Split(tuple(shards), rows, rows * ROW_LENGTH, 1, 1, 0.0)
+  manifest = records.Manifest(
+    format_version=records.FORMAT_VERSION,
+    source='benchmark',
+    settings={},
+    tokenizer_fingerprint='',
+    vocab_size=vocab_size,
+    eos_id=0,
+    row_length=ROW_LENGTH,
+    dtype=dtype,
+    skipped={},
+    splits={'train': split, 'heldout': split},
+  )
+  return pipeline.Dataset('benchmark', str(where), 1.0, manifest)
+
+
+class Nowhere:
+  """A RowSource of any size that reads nothing."""
+
+  def __init__(self, directory, manifest, split):
+    self.row_length = manifest.row_length
+    self._len = manifest.splits[split].rows
+    self._row = np.zeros(ROW_LENGTH, np.uint16)
+
+  def __len__(self):
+    return self._len
+
+  def __getitem__(self, i):
+    return self._row
+
+
+def starting():
+  print('(c) from nothing to the first batch')
+  records.RowSource = Nowhere
+  for rows in (10**4, 10**6, 10**9):
+    shard = records.Shard('', rows, 0, '', '')
+    data = dataset('', [shard], 'uint16', 4096)
+    for step in (0, 10**6):
+
+      def first(step=step, data=data):
+        batches = pipeline.train_batches(
+          [data],
+          global_batch=GLOBAL_BATCH,
+          length=ROW_LENGTH,
+          seed=0,
+          start_sample=step * GLOBAL_BATCH,
+          rows=range(HOST_ROWS),
+          num_threads=0,
+        )
+        return next(batches)
+
+      times = []
+      for _ in range(5):
+        began = time.perf_counter()
+        first()
+        times.append(time.perf_counter() - began)
+      tracemalloc.start()
+      first()
+      peak = tracemalloc.get_traced_memory()[1]
+      tracemalloc.stop()
+      print(
+        f'    {rows:>13,} rows, step {step:>9,}: '
+        f'{statistics.median(times) * 1e3:.1f} ms, {peak / 1e6:.1f} MB',
+        flush=True,
+      )
+
+
+if __name__ == '__main__':
+  main()

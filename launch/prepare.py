@@ -1,0 +1,107 @@
+"""Turns text into rows of tokens that training reads; or looks at such rows.
+
+python launch/prepare.py --source data/web/*.jsonl.zst --source data/books \
+  --tokenizer tokenizer/stdlib_4k.model --out data/rows --row_length 4096 \
+  --workers 16
+python launch/prepare.py --inspect data/rows
+python launch/prepare.py --verify data/rows
+
+Run it again after an interruption, and it goes on.
+"""
+
+import os
+
+from absl import flags
+
+from maskdiff import config
+from maskdiff.errors import UserError
+
+flags.DEFINE_multi_string(
+  'source',
+  [],
+  'embedded, a file, directory or quoted glob of .txt .md .py .jsonl .json '
+  '(also .gz, .zst) .parquet, or tfds:DIR:SPLIT; may be repeated.',
+)
+flags.DEFINE_string('tokenizer', None, 'A .model or tokenizer.json file.')
+flags.DEFINE_string('out', None, 'Directory for the rows.')
+flags.DEFINE_integer('row_length', 4096, 'Tokens per row.', lower_bound=1)
+flags.DEFINE_float(
+  'heldout_fraction',
+  0.001,
+  'Share of the documents kept for evaluation, by a hash of their text.',
+  lower_bound=0,
+  upper_bound=1,
+)
+flags.DEFINE_integer(
+  'workers', os.cpu_count() or 1, 'Processes.', lower_bound=1
+)
+flags.DEFINE_string('text_key', 'text', 'Field of JSON, Parquet and tfds.')
+flags.DEFINE_bool('by_line', False, 'Each line of a .txt is a document.')
+flags.DEFINE_string('inspect', None, 'Directory to show: statistics and rows.')
+flags.DEFINE_integer('rows', 3, 'Rows to show with --inspect.', lower_bound=0)
+flags.DEFINE_string('verify', None, 'Directory whose every row to check.')
+
+
+def main(args):
+  modes = [m for m in ('out', 'inspect', 'verify') if args[m].value]
+  if len(modes) != 1:
+    raise UserError('give one of --out DIR, --inspect DIR and --verify DIR')
+  {'out': prepare, 'inspect': inspect, 'verify': verify}[modes[0]](args)
+
+
+def prepare(args):
+  from maskdiff.data import prepare, sources, tokenizer
+
+  for name in ('source', 'tokenizer'):
+    if not args[name].value:
+      raise UserError(f'--out needs --{name}')
+  tok = tokenizer.load(args.tokenizer)
+  plan = sources.plan(args.source, text_key=args.text_key, by_line=args.by_line)
+  size = sum(part.size for part in plan.parts)
+  print(f'{plan.description}: {size / 1e6:,.1f} MB, {len(plan.parts)} parts')
+  manifest = prepare.prepare(
+    plan,
+    tok,
+    args.out,
+    row_length=args.row_length,
+    heldout_fraction=args.heldout_fraction,
+    workers=args.workers,
+  )
+  print(f'{args.out}: {prepare.summary(manifest)}')
+
+
+def inspect(args):
+  import numpy as np
+
+  from maskdiff.data import prepare, records, tokenizer
+
+  directory = args.inspect
+  manifest = records.read_manifest(directory)
+  tok = tokenizer.load(directory)
+  print(f'{directory}: {manifest.source}')
+  print(prepare.summary(manifest))
+  print(f'tokenizer {manifest.tokenizer_fingerprint}, {manifest.dtype} on disk')
+  for name, split in manifest.splits.items():
+    size = sum(shard.bytes for shard in split.shards)
+    print(
+      f'{name}: {len(split.shards)} shards, {size / 1e6:,.1f} MB, '
+      f'{split.tokens:,} tokens, unigram entropy '
+      f'{split.unigram_entropy_nats:.3f} nats per token'
+    )
+    source = records.RowSource(directory, manifest, name)
+    shown = np.random.default_rng(0).permutation(len(source))[: args.rows]
+    for i in sorted(shown.tolist()):
+      print(f'--- {name} row {i} ---\n{tok.decode(source[i])}')
+
+
+def verify(args):
+  from maskdiff.data import records
+
+  manifest = records.read_manifest(args.verify)
+  records.verify(args.verify, manifest, all_rows=True)
+  rows = sum(split.rows for split in manifest.splits.values())
+  print(f'{args.verify}: all {rows:,} rows match their checksums')
+
+
+if __name__ == '__main__':
+  config.run_script(main)

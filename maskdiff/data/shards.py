@@ -1,0 +1,256 @@
+"""Parts of the input to shards of rows, and their leftovers.
+
+`make_shard` does one part: its training documents become one shard, and what
+does not fit, held-out documents and the tokens at the end that make no whole
+row, goes to a small file of leftovers, whose presence says that the part is
+done. `conclude` turns the leftovers of all parts into the held-out shard and a
+last training shard, and says what there is.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from maskdiff.data import records, sources
+from maskdiff.data.tokenizer import Tokenizer
+from maskdiff.errors import UserError
+
+_TEXT_CHARS = 1 << 20  # encoded at once
+_BLOCK_TOKENS = 1 << 20  # written at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is the same for all parts.
+
+  Attributes:
+    directory: of the shards.
+    tokenizer_path: for data.tokenizer.load, in another process.
+    row_length: tokens per row.
+    heldout_fraction: share of the documents in the split 'heldout'.
+    num_threads: that encode in one process.
+  """
+
+  directory: pathlib.Path
+  tokenizer_path: str
+  row_length: int
+  heldout_fraction: float
+  num_threads: int
+
+  @property
+  def state(self) -> pathlib.Path:
+    """Where unfinished files and leftovers are, until all is done."""
+    return self.directory / '.prepare'
+
+  def leftovers(self, number: int) -> pathlib.Path:
+    """The file whose presence says that part `number` is done."""
+    return self.state / f'{number:05d}.npz'
+
+  def shard(self, split: str, number: int) -> pathlib.Path:
+    return self.directory / f'{split}-{number:05d}.array_record'
+
+
+def make_shard(
+  job: Job, tokenizer: Tokenizer, number: int, part: sources.Part
+) -> int:
+  """Writes a part's shard, then its leftovers.
+
+  Returns:
+    Its number of tokens.
+
+  Raises:
+    UserError: input is damaged, or more than half of it is not text.
+    OSError: the disk is full or not writable.
+  """
+  dtype = records.token_dtype(tokenizer.vocab_size)
+  counts = np.zeros(tokenizer.vocab_size, np.int64)
+  documents = dict.fromkeys(records.SPLITS, 0)
+  skipped, heldout, tail = {}, [], []
+
+  def train_tokens() -> Iterator[np.ndarray]:
+    for text, ids in _encoded(part, tokenizer, job.num_threads, skipped):
+      tokens = np.fromiter(
+        itertools.chain(ids, (tokenizer.eos_id,)), dtype, len(ids) + 1
+      )
+      if _fraction(text) < job.heldout_fraction:
+        documents['heldout'] += 1
+        heldout.append(tokens)
+      else:
+        documents['train'] += 1
+        yield tokens
+
+  def blocks() -> Iterator[np.ndarray]:
+    for block in _cut(train_tokens(), job.row_length, dtype, tail):
+      counts[:] += np.bincount(block.ravel(), minlength=len(counts))
+      yield block
+
+  path = job.shard('train', number)
+  shard = records.write_shard(path, blocks(), job.state)
+  heldout = np.concatenate([np.zeros(0, dtype), *heldout])
+  (tail,) = tail
+  about = {
+    'shard': dataclasses.asdict(shard) if shard else None,
+    'documents': documents,
+    'skipped': skipped,
+  }
+  write_file(
+    job.leftovers(number),
+    lambda f: np.savez_compressed(
+      f,
+      about=np.array(json.dumps(about)),
+      heldout=heldout,
+      tail=tail,
+      counts=counts,
+    ),
+  )
+  return int(counts.sum()) + len(heldout) + len(tail)
+
+
+def _encoded(
+  part, tokenizer, num_threads: int, skipped: dict
+) -> Iterator[tuple[str, list[int]]]:
+  """Texts of a part with their ids; counts what cannot be read in skipped."""
+  texts, chars, read = [], 0, 0
+
+  def encoded():
+    ids = tokenizer.encode_batch(texts, num_threads)
+    return list(zip(texts, ids, strict=True))
+
+  for document in sources.read(part):
+    read += 1
+    if isinstance(document, sources.Skipped):
+      skipped[document.reason] = skipped.get(document.reason, 0) + 1
+      left_out = sum(skipped.values())
+      if left_out >= 100 and left_out > read / 2:
+        raise UserError(
+          f'more than half of the documents before {document.where} cannot be '
+          f'read ({document.reason}): check the format of that file'
+        )
+      continue
+    texts.append(document)
+    chars += len(document)
+    if chars >= _TEXT_CHARS:
+      yield from encoded()
+      texts, chars = [], 0
+  yield from encoded()
+
+
+def _cut(chunks, row_length: int, dtype, rest: list) -> Iterator[np.ndarray]:
+  """[R, row_length] blocks; appends what makes no row to rest, at the end."""
+  pending, size = [np.zeros(0, dtype)], 0
+  for chunk in chunks:
+    pending.append(chunk)
+    size += len(chunk)
+    if size >= max(_BLOCK_TOKENS, row_length):
+      tokens = np.concatenate(pending)
+      whole = size - size % row_length
+      yield tokens[:whole].reshape(-1, row_length)
+      pending, size = [tokens[whole:]], size - whole
+  tokens = np.concatenate(pending)
+  whole = size - size % row_length
+  if whole:
+    yield tokens[:whole].reshape(-1, row_length)
+  rest.append(tokens[whole:])
+
+
+def conclude(
+  job: Job, plan: sources.Plan, tokenizer: Tokenizer, settings: dict
+) -> records.Manifest:
+  """Writes the shards of the leftovers and returns the manifest.
+
+  Raises:
+    UserError: a split is asked for and has not one row.
+    OSError: the disk is full or not writable.
+  """
+  parts = range(len(plan.parts))
+  counts = {
+    split: np.zeros(tokenizer.vocab_size, np.int64) for split in records.SPLITS
+  }
+  abouts = []
+  for number in parts:
+    with np.load(job.leftovers(number)) as arrays:
+      abouts.append(json.loads(str(arrays['about'])))
+      counts['train'] += arrays['counts']
+
+  def blocks(split: str, array: str) -> Iterator[np.ndarray]:
+    leftovers = (np.load(job.leftovers(number))[array] for number in parts)
+    dtype = records.token_dtype(tokenizer.vocab_size)
+    for block in _cut(leftovers, job.row_length, dtype, []):
+      counts[split] += np.bincount(
+        block.ravel(), minlength=tokenizer.vocab_size
+      )
+      yield block
+
+  write = lambda split, array, number: records.write_shard(
+    job.shard(split, number), blocks(split, array), job.state
+  )
+  shards = {
+    'train': [records.Shard(**a['shard']) for a in abouts if a['shard']],
+    'heldout': [],
+  }
+  shards['train'] += filter(None, [write('train', 'tail', len(parts))])
+  shards['heldout'] += filter(None, [write('heldout', 'heldout', 0)])
+  documents = {
+    split: sum(about['documents'][split] for about in abouts)
+    for split in records.SPLITS
+  }
+  for split, share_of_none in (('train', 1), ('heldout', 0)):
+    if job.heldout_fraction != share_of_none and not shards[split]:
+      raise UserError(
+        f'the split {split!r} has {documents[split]} documents and not one row '
+        f'of {job.row_length} tokens: give more text, a shorter --row_length '
+        'or another --heldout_fraction, and another directory'
+      )
+
+  skipped = {}
+  for reason, count in (x for a in abouts for x in a['skipped'].items()):
+    skipped[reason] = skipped.get(reason, 0) + count
+  piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
+  return records.Manifest(
+    format_version=records.FORMAT_VERSION,
+    source=plan.description,
+    settings=settings,
+    tokenizer_fingerprint=tokenizer.fingerprint,
+    vocab_size=tokenizer.vocab_size,
+    eos_id=tokenizer.eos_id,
+    row_length=job.row_length,
+    dtype=records.token_dtype(tokenizer.vocab_size),
+    skipped=skipped,
+    splits={
+      split: records.Split(
+        shards=tuple(shards[split]),
+        rows=sum(shard.rows for shard in shards[split]),
+        tokens=int(counts[split].sum()),
+        text_bytes=int(counts[split] @ piece_bytes),
+        documents=documents[split],
+        unigram_entropy_nats=_entropy(counts[split]),
+      )
+      for split in records.SPLITS
+    },
+  )
+
+
+def _entropy(counts: np.ndarray) -> float:
+  probability = counts[counts > 0] / max(1, counts.sum())
+  return float(-(probability @ np.log(probability)))
+
+
+def _fraction(text: str) -> float:
+  # Python's own hash changes from one process to the next.
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'big') / 2**64
+
+
+def write_file(path: pathlib.Path, write: Callable) -> None:
+  """Makes a file in one step, with what `write` puts into it."""
+  unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+  with open(unfinished, 'wb') as f:
+    write(f)
+  os.replace(unfinished, path)
