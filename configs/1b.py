@@ -1,14 +1,15 @@
 """LLaDA 1B: dimensions and batch of arXiv 2502.09992, appendix B.2.
 
-python launch/pretrain.py --config configs/1b.py --workdir DIR \
-  --config.data.path=DIR --config.data.tokenizer=FILE
+python launch/prepare.py --source TEXT --tokenizer LLADA/tokenizer.json \
+  --out data/rows --row_length 4096 --workers 64
+python launch/pretrain.py --config configs/1b.py --workdir DIR
 
 1,487,243,264 parameters. The learning rate, 4e-4, and the batch, 1280 x 4096,
 are the paper's; the length of the run is not published exactly: 88,000 steps,
 461B tokens, is the last point of its scaling curves.
 
-The token ids are those of LLaDA's own tokenizer, which is not a SentencePiece
-model and cannot be loaded yet; for another one set config.tokens. Batch and
+The token ids are those of LLaDA's own tokenizer, a tokenizer.json; for another
+one set config.tokens. Preparation leaves a copy of it with the rows. Batch and
 microbatches are for 8 chips of v5e: 2 rows a chip at a time. The TPU compiler
 says that this step takes 12.3 of a chip's 16 GiB (tests/test_pods.py).
 """
@@ -39,8 +40,8 @@ def get_config():
   c.optimizer.warmup_steps = 2000
   c.optimizer.decay_steps = 8800
 
-  c.data.path = 'data/1b'
-  c.data.tokenizer = 'data/1b/tokenizer.model'
+  c.data.path = 'data/rows'
+  c.data.tokenizer = 'data/rows'
   c.data.length = 4096
 
   c.train.steps = 88_000

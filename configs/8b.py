@@ -1,7 +1,8 @@
 """LLaDA 8B: dimensions, batch and learning-rate plan of arXiv 2502.09992.
 
-python launch/pretrain.py --config configs/8b.py --workdir DIR \
-  --config.data.path=DIR --config.data.tokenizer=FILE
+python launch/prepare.py --source TEXT --tokenizer LLADA/tokenizer.json \
+  --out data/rows --row_length 4096 --workers 64
+python launch/pretrain.py --config configs/8b.py --workdir DIR
 
 8,015,581,184 parameters, 2.3T tokens in 438,690 steps of 1280 x 4096 (section
 2.2 and appendix B.2): 0 -> 4e-4 over 2000 steps, constant to 1.2T tokens, 1e-4
@@ -9,8 +10,8 @@ for the next 0.8T, and down to 1e-5 over the last 0.3T. Adam's betas and the
 clipping are not published; these are SMDM's (arXiv 2410.18514). The mask id
 has a column in the head and takes part in the softmax, as in LLaDA.
 
-The token ids are those of LLaDA's own tokenizer, which is not a SentencePiece
-model and cannot be loaded yet; for another one set config.tokens. Batch and
+The token ids are those of LLaDA's own tokenizer, a tokenizer.json; for another
+one set config.tokens. Preparation leaves a copy of it with the rows. Batch and
 microbatches are for 64 chips of v5p: 4 rows a chip at a time. The TPU compiler
 says that this step takes 66.7 of a chip's 95 GiB (tests/test_pods.py).
 """
@@ -45,8 +46,8 @@ def get_config():
     (438_690, 1e-4, 1e-5),
   )
 
-  c.data.path = 'data/8b'
-  c.data.tokenizer = 'data/8b/tokenizer.model'
+  c.data.path = 'data/rows'
+  c.data.tokenizer = 'data/rows'
   c.data.length = 4096
 
   c.train.steps = 438_690

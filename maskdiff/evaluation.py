@@ -100,9 +100,7 @@ def evaluate_mixture(c, params, heldout):
     as `evaluate`, for a token drawn from the mixture; and for each dataset
     under 'eval/NAME/' in place of 'eval/'.
   """
-  results = [
-    evaluate(c, params, h.batches, h.tokens_per_byte) for h in heldout
-  ]
+  results = [evaluate(c, params, h.batches, h.tokens_per_byte) for h in heldout]
   if len(heldout) == 1:
     return results[0]
   share = np.array([h.share for h in heldout])

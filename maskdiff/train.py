@@ -38,7 +38,7 @@ MAY_CHANGE = (
 def run(config, workdir):
   """Trains, or goes on training, the model of a config.
 
-  Writes to the work directory: config.json, header.txt, tokenizer.model,
+  Writes to the work directory: config.json, header.txt, the tokenizer,
   metrics.jsonl, tensorboard/ and checkpoints/. Running again with the same
   arguments resumes from the newest checkpoint. An error or an interrupt still
   lets a checkpoint be finished that is being written.

@@ -139,6 +139,11 @@ def heldout_batches(
       samples than asked for, or, while iterating, a row is damaged on disk.
   """
   samples = _open(dataset, 'heldout', length, 0)
+  if not len(samples):
+    raise UserError(
+      f'{dataset.directory} has no held-out text: prepare it with a larger '
+      '--heldout_fraction, or set --config.eval.path to other data'
+    )
   if num_batches * batch > len(samples):
     raise UserError(
       f'the held-out part of {dataset.directory} has {len(samples)} samples of '

@@ -78,7 +78,6 @@ def prepare(
   }
   job = shards.Job(
     directory,
-    tokenizer.path,
     row_length,
     heldout_fraction,
     num_threads=1 if workers else os.cpu_count() or 1,
@@ -93,7 +92,7 @@ def prepare(
         return manifest
       _start_or_go_on(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
-      _do_parts(job, plan.parts, workers, log)
+      _do_parts(job, tokenizer, plan.parts, workers, log)
       manifest = shards.conclude(job, plan, tokenizer, settings)
       records.write_manifest(directory, manifest)
       shutil.rmtree(job.state, ignore_errors=True)
@@ -193,8 +192,10 @@ def _start_or_go_on(job: shards.Job, settings: dict) -> None:
       )
     job.state.mkdir(exist_ok=True)
     shards.write_file(path, lambda f: f.write(json.dumps(settings).encode()))
-  for unfinished in job.state.glob('.*'):
-    unfinished.unlink()
+  # What a killed process was writing: a shard, a copy of the tokenizer, ...
+  for unfinished in [*job.state.glob('.*'), *job.directory.glob('.*')]:
+    if unfinished != job.state:
+      unfinished.unlink(missing_ok=True)
 
 
 def _check_settings(found: dict, settings: dict, directory) -> None:
@@ -207,7 +208,11 @@ def _check_settings(found: dict, settings: dict, directory) -> None:
 
 
 def _do_parts(
-  job: shards.Job, parts: Sequence[sources.Part], workers, log
+  job: shards.Job,
+  tokenizer: tokenizer_lib.Tokenizer,
+  parts: Sequence[sources.Part],
+  workers: int,
+  log,
 ) -> None:
   """Does every part that is not done yet."""
   todo = [
@@ -218,7 +223,6 @@ def _do_parts(
     log(f'going on: {done} of {len(parts)} parts are done')
   with _progress(parts, todo, log) as advance:
     if not workers:
-      tokenizer = tokenizer_lib.load(job.tokenizer_path)
       for i, part in todo:
         advance(part, shards.make_shard(job, tokenizer, i, part))
       return
@@ -227,7 +231,7 @@ def _do_parts(
       min(workers, max(1, len(todo))),
       multiprocessing.get_context('spawn'),
       initializer=_start_worker,
-      initargs=(job,),
+      initargs=(job, tokenizer),
     )
     try:
       futures = {pool.submit(_worker, i, part): part for i, part in todo}
@@ -278,10 +282,10 @@ def _progress(parts, todo, log):
       bar.close()
 
 
-_worker_setup = None  # of a worker process: its _Work and Tokenizer
+_worker_setup = None  # of a worker process: its Job and Tokenizer
 
 
-def _start_worker(job: shards.Job) -> None:
+def _start_worker(job: shards.Job, tokenizer: tokenizer_lib.Tokenizer) -> None:
   global _worker_setup
   # An interrupt is the parent's to handle, and the parent's end is ours: a
   # killed one leaves its workers waiting for good.
@@ -290,7 +294,7 @@ def _start_worker(job: shards.Job) -> None:
   threading.Thread(
     target=lambda: (parent.join(), os._exit(1)), daemon=True
   ).start()
-  _worker_setup = job, tokenizer_lib.load(job.tokenizer_path)
+  _worker_setup = job, tokenizer
 
 
 def _worker(number: int, part: sources.Part) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from maskdiff.data import records, sources
+from maskdiff.data import readers, records, sources
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 
@@ -32,14 +32,12 @@ class Job:
 
   Attributes:
     directory: of the shards.
-    tokenizer_path: for data.tokenizer.load, in another process.
     row_length: tokens per row.
     heldout_fraction: share of the documents in the split 'heldout'.
     num_threads: that encode in one process.
   """
 
   directory: pathlib.Path
-  tokenizer_path: str
   row_length: int
   heldout_fraction: float
   num_threads: int
@@ -117,23 +115,23 @@ def _encoded(
   part, tokenizer, num_threads: int, skipped: dict
 ) -> Iterator[tuple[str, list[int]]]:
   """Texts of a part with their ids; counts what cannot be read in skipped."""
-  texts, chars, read = [], 0, 0
+  texts, chars, readable, unreadable = [], 0, 0, 0
 
   def encoded():
     ids = tokenizer.encode_batch(texts, num_threads)
     return list(zip(texts, ids, strict=True))
 
   for document in sources.read(part):
-    read += 1
-    if isinstance(document, sources.Skipped):
+    if isinstance(document, readers.Skipped):
       skipped[document.reason] = skipped.get(document.reason, 0) + 1
-      left_out = sum(skipped.values())
-      if left_out >= 100 and left_out > read / 2:
+      unreadable += document.reason != readers.EMPTY
+      if unreadable >= 100 and unreadable > readable:
         raise UserError(
           f'more than half of the documents before {document.where} cannot be '
           f'read ({document.reason}): check the format of that file'
         )
       continue
+    readable += 1
     texts.append(document)
     chars += len(document)
     if chars >= _TEXT_CHARS:

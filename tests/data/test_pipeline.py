@@ -1,47 +1,65 @@
 """The data order is a pure function of the seed and the sample index."""
 
+import dataclasses
+import fractions
 import itertools
 import json
+import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskdiff.data import pipeline, records
+from maskdiff.data import order, pipeline, records
 from maskdiff.errors import UserError
 
 ROWS, ROW_LENGTH, BATCH = 50, 32, 8
 
 
-@pytest.fixture(scope='module')
-def directory(tmp_path_factory):
-  """Rows that tell where they are from: token = 100 * row + column."""
-  directory = tmp_path_factory.mktemp('pipeline')
+def make_dataset(directory, train, heldout=None, weight=1.0, cuts=()):
+  """A prepared directory with these rows, in shards that start at the cuts."""
+  directory.mkdir()
   splits = {}
-  for name in records.SPLITS:
-    rows = 100 * np.arange(ROWS)[:, None] + np.arange(ROW_LENGTH)
-    shards = tuple(
-      records.write_shard(directory / f'{name}-{n}', part.astype(np.uint16))
-      for n, part in enumerate(np.split(rows, [20]))
-    )
+  for name, rows in ('train', train), ('heldout', heldout):
+    rows = train[:0] if rows is None else rows
+    shards = [
+      records.write_shard(directory / f'{name}-{n}', [part])
+      for n, part in enumerate(np.split(rows, cuts))
+    ]
     splits[name] = records.Split(
-      shards, ROWS, ROWS * ROW_LENGTH, 1, 1, unigram_entropy_nats=1.0
+      tuple(s for s in shards if s), len(rows), rows.size, 1, 1, 1.0
     )
   manifest = records.Manifest(
-    1, 'counting', 'none', 8192, ROW_LENGTH, 'uint16', splits
+    format_version=records.FORMAT_VERSION,
+    source=f'counting in {directory.name}',
+    settings={},
+    tokenizer_fingerprint='none',
+    vocab_size=1 << 16,
+    eos_id=0,
+    row_length=train.shape[1],
+    dtype=train.dtype.name,
+    skipped={},
+    splits=splits,
   )
   records.write_manifest(directory, manifest)
-  return directory
+  return pipeline.Dataset(directory.name, str(directory), weight, manifest)
+
+
+def counting_rows(rows=ROWS, row_length=ROW_LENGTH):
+  """Rows that tell where they are from: token = 100 * row + column."""
+  tokens = 100 * np.arange(rows)[:, None] + np.arange(row_length)
+  return tokens.astype(np.uint16)
 
 
 @pytest.fixture(scope='module')
-def source(directory):
-  manifest = records.read_manifest(directory)
-  return records.RowSource(directory, manifest, 'train')
+def dataset(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('pipeline') / 'counting'
+  return make_dataset(directory, counting_rows(), counting_rows(), cuts=[20])
 
 
-def take(n, source, **changes):
+def take(n, datasets, **changes):
   """The first n batches, stacked: [n, b, L]."""
   settings = dict(
     global_batch=BATCH,
@@ -51,121 +69,607 @@ def take(n, source, **changes):
     rows=range(BATCH),
     num_threads=0,
   )
-  batches = pipeline.train_batches(source, **(settings | changes))
+  if isinstance(datasets, pipeline.Dataset):
+    datasets = [datasets]
+  batches = pipeline.train_batches(datasets, **(settings | changes))
   return np.stack(list(itertools.islice(batches, n)))
 
 
 def samples(batches):
   """[n, b, L] as a list of samples in global order."""
-  return [tuple(row) for batch in batches for row in batch]
+  return [tuple(row) for batch in batches for row in batch.tolist()]
+
+
+def check_one_line(error):
+  assert '\n' not in str(error.value)
+
+
+# Random mixtures, against lists.
+
+CASES = 25
+NUMBERING = 10_000  # of the tokens of a dataset: no two tokens are the same
+
+
+@dataclasses.dataclass
+class Case:
+  """A random run.
+
+  Attributes:
+    tokens: of each dataset, end to end.
+    sizes: samples of each dataset.
+    shares: weights as integers without a common divisor.
+    batches: of the run that is looked at.
+  """
+
+  datasets: list[pipeline.Dataset]
+  tokens: list[list[int]]
+  sizes: list[int]
+  shares: list[int]
+  length: int
+  seed: int
+  global_batch: int
+  batches: int
+
+  def take(self, n=None, **changes):
+    settings = dict(
+      length=self.length,
+      seed=self.seed,
+      global_batch=self.global_batch,
+      rows=range(self.global_batch),
+    )
+    n = self.batches if n is None else n
+    return take(n, self.datasets, **(settings | changes))
+
+  def source_and_index(self, sample):
+    """Of a sample that came out."""
+    source, at = divmod(sample[0], NUMBERING)
+    assert at % self.length == 0
+    assert sample == tuple(self.tokens[source][at : at + self.length])
+    return source, at // self.length
+
+
+def make_case(directory, seed):
+  rng = np.random.default_rng(seed)
+  length = int(rng.choice([2, 4, 8, 16, 32]))
+  digits = int(rng.integers(1, 4))
+  parts = rng.integers(1, 10**digits, rng.integers(1, 5)).tolist()
+  datasets, tokens, sizes = [], [], []
+  for k, part in enumerate(parts):
+    row_length = int(rng.choice([4, 8, 16]))
+    fewest = max(1, length // row_length)
+    rows = int(rng.integers(fewest, rng.choice([5, 40, 300]) + fewest))
+    flat = k * NUMBERING + np.arange(rows * row_length)
+    dataset = make_dataset(
+      directory / str(k),
+      flat.reshape(rows, row_length).astype(rng.choice(['uint16', 'uint32'])),
+      weight=part / 10**digits,
+      cuts=np.sort(rng.integers(0, rows + 1, rng.integers(3))),
+    )
+    datasets.append(dataset)
+    tokens.append(flat.tolist())
+    sizes.append(rows * row_length // length)
+  global_batch = int(rng.choice([rng.integers(1, 25), 8 * rng.integers(1, 4)]))
+  return Case(
+    datasets=datasets,
+    tokens=tokens,
+    sizes=sizes,
+    shares=[part // math.gcd(*parts) for part in parts],
+    length=length,
+    seed=int(rng.integers(1000)),
+    global_batch=global_batch,
+    batches=240 // global_batch + 1,
+  )
+
+
+def plain_samples(case):
+  """The samples of a run, one by one: what the pipeline must come to.
+
+  Of the sources whose turn it may be, the one whose turn must come first;
+  from it, the next sample of its permutation.
+  """
+  weights = tuple(d.weight for d in case.datasets)
+  keys = order.make_order(tuple(case.sizes), weights, case.seed).keys
+  period = sum(case.shares)
+  taken = [0] * len(keys)
+  for now in range(case.batches * case.global_batch):
+    turns = [
+      (math.ceil(fractions.Fraction((j + 1) * period, share)), k)
+      for k, (j, share) in enumerate(zip(taken, case.shares, strict=True))
+      if j * period // share <= now
+    ]
+    _, k = min(turns)
+    epoch, position = divmod(taken[k], case.sizes[k])
+    (i,) = order.permute(
+      np.array([position]), case.sizes[k], keys[k], np.array([epoch])
+    ).tolist()
+    yield tuple(case.tokens[k][i * case.length : (i + 1) * case.length])
+    taken[k] += 1
+
+
+@pytest.fixture(scope='module', params=range(CASES))
+def case(request, tmp_path_factory):
+  return make_case(tmp_path_factory.mktemp('case'), request.param)
+
+
+@pytest.fixture(scope='module')
+def expected(case):
+  return list(plain_samples(case))
+
+
+def test_samples_are_those_of_plain_lists(case, expected):
+  assert samples(case.take()) == expected
+
+
+def test_any_number_of_hosts_reads_the_same_global_batches(case, expected):
+  for hosts in (1, 2, 4, 8):
+    per_host, left = divmod(case.global_batch, hosts)
+    if left:
+      continue
+    parts = [
+      case.take(rows=range(h * per_host, (h + 1) * per_host))
+      for h in range(hosts)
+    ]
+    assert samples(np.concatenate(parts, axis=1)) == expected
+
+
+def test_a_run_resumes_at_any_sample(case, expected):
+  """Also between the batches of the first run, and with others."""
+  rng = np.random.default_rng(0)
+  for start in [1, *rng.integers(0, len(expected) - 24, 3).tolist()]:
+    batch = int(rng.integers(1, 25))
+    n = (len(expected) - start) // batch
+    resumed = case.take(
+      n, start_sample=start, global_batch=batch, rows=range(batch)
+    )
+    assert samples(resumed) == expected[start : start + n * batch]
+
+
+def test_hosts_resume_together(case, expected):
+  """Each on its own, at a step, with the rows that it had."""
+  step = case.batches // 3
+  stop = (step + 3) * case.global_batch
+  rest = np.array(expected[step * case.global_batch : stop])
+  rest = rest.reshape(3, case.global_batch, case.length)
+  for row in range(0, case.global_batch, 3):
+    resumed = case.take(3, start_sample=step * case.global_batch, rows=(row,))
+    np.testing.assert_array_equal(resumed[:, 0], rest[:, row])
+
+
+@pytest.mark.parametrize('num_threads', [1, 3])
+def test_threads_do_not_show(case, expected, num_threads):
+  assert samples(case.take(num_threads=num_threads)) == expected
+
+
+@pytest.mark.parametrize('window', [3, 50])
+def test_planning_ahead_does_not_show(case, expected, window, monkeypatch):
+  monkeypatch.setattr(pipeline, '_WINDOW', window)
+  assert samples(case.take()) == expected
+
+
+def test_each_epoch_of_each_dataset_is_a_permutation(case):
+  order_of = [[] for _ in case.datasets]
+  for sample in samples(case.take()):
+    source, index = case.source_and_index(sample)
+    order_of[source].append(index)
+  for indices, size in zip(order_of, case.sizes, strict=True):
+    for start in range(0, len(indices), size):
+      epoch = indices[start : start + size]
+      assert len(set(epoch)) == len(epoch)
+      if len(epoch) == size:
+        assert sorted(epoch) == [*range(size)]
+
+
+def test_mixture_is_exact_to_one_sample_at_every_time(case):
+  period = sum(case.shares)
+  counts = [0] * len(case.shares)
+  for n, sample in enumerate(samples(case.take()), 1):
+    counts[case.source_and_index(sample)[0]] += 1
+    for count, share in zip(counts, case.shares, strict=True):
+      assert abs(count * period - n * share) < period
+
+
+def test_cases_are_of_every_kind(tmp_path):
+  """Or the properties above would not say much."""
+  kinds = set()
+  for seed in range(CASES):
+    (tmp_path / str(seed)).mkdir()
+    case = make_case(tmp_path / str(seed), seed)
+    kinds.add(f'{len(case.datasets)} datasets')
+    kinds |= {f'{h} hosts' for h in (2, 4, 8) if case.global_batch % h == 0}
+    drawn = case.batches * case.global_batch
+    for dataset, size, share in zip(
+      case.datasets, case.sizes, case.shares, strict=True
+    ):
+      row_length = dataset.manifest.row_length
+      kinds.add('parts' if case.length < row_length else 'whole or joined')
+      kinds.add(f'{len(dataset.manifest.splits["train"].shards)} shards')
+      kinds.add(dataset.manifest.dtype)
+      if case.length > row_length:
+        left = dataset.manifest.splits['train'].tokens % case.length
+        kinds.add('remainder' if left else 'no remainder')
+      epochs = drawn * share // sum(case.shares) // size
+      kinds.add(f'{min(epochs, 3)} epochs')
+    kinds.add('odd batch' if case.global_batch % 2 else 'even batch')
+  assert kinds == {
+    *(f'{n} datasets' for n in (1, 2, 3, 4)),
+    *(f'{n} hosts' for n in (2, 4, 8)),
+    *(f'{n} shards' for n in (1, 2, 3)),
+    *(f'{n} epochs' for n in (0, 1, 2, 3)),
+    *('parts', 'whole or joined', 'remainder', 'no remainder'),
+    *('uint16', 'uint32', 'odd batch', 'even batch'),
+  }
+
+
+# One dataset of 50 rows.
 
 
 @pytest.mark.parametrize('length', [ROW_LENGTH, ROW_LENGTH // 4])
-def test_each_epoch_is_a_permutation(source, length):
+def test_each_epoch_is_a_permutation(dataset, length):
   size = ROWS * ROW_LENGTH // length
-  flat = samples(take(3 * size // BATCH, source, length=length))
-  every = {
-    tuple(part)
-    for i in range(ROWS)
-    for part in source[i].reshape(-1, length)
-  }  # fmt: skip
+  flat = samples(take(3 * size // BATCH, dataset, length=length))
+  every = {tuple(part) for part in counting_rows().reshape(-1, length).tolist()}
   epochs = [flat[e * size : (e + 1) * size] for e in range(2)]
   for epoch in epochs:
     assert len(epoch) == size and set(epoch) == every
   assert epochs[0] != epochs[1]
 
 
-def test_batches_are_int32(source):
-  batch = take(1, source)[0]
-  assert batch.shape == (BATCH, ROW_LENGTH) and batch.dtype == np.int32
+def test_batches_are_int32_and_writable(dataset):
+  batches = take(2, dataset)
+  assert batches.shape == (2, BATCH, ROW_LENGTH) and batches.dtype == np.int32
+  stream = pipeline.train_batches(
+    [dataset],
+    global_batch=BATCH,
+    length=ROW_LENGTH,
+    seed=3,
+    start_sample=0,
+    rows=range(BATCH),
+    num_threads=0,
+  )
+  next(stream)[:] = -1
+  np.testing.assert_array_equal(next(stream), batches[1])
+
+
+def test_a_long_run_is_the_order(dataset):
+  """Several windows of planning, many epochs."""
+  got = take(400, dataset)[:, :, 0].ravel() // 100
+  expected = order.make_order((ROWS,), (1.0,), 3)
+  _, rows = order.locate(expected, np.arange(400 * BATCH))
+  np.testing.assert_array_equal(got, rows)
 
 
 @pytest.mark.parametrize('hosts', [2, 4, 8])
-def test_global_batches_are_the_same_for_any_number_of_hosts(source, hosts):
-  whole = take(30, source)  # over four epochs
+def test_global_batches_are_the_same_for_any_number_of_hosts(dataset, hosts):
+  whole = take(30, dataset)  # over four epochs
   per_host = BATCH // hosts
   parts = [
-    take(30, source, rows=range(h * per_host, (h + 1) * per_host))
+    take(30, dataset, rows=range(h * per_host, (h + 1) * per_host))
     for h in range(hosts)
   ]
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
-def test_a_host_may_supply_any_rows(source):
-  whole = take(30, source)
+def test_a_host_may_supply_any_rows(dataset):
+  whole = take(30, dataset)
   rows = (1, 2, 6)
-  np.testing.assert_array_equal(take(30, source, rows=rows), whole[:, rows])
+  np.testing.assert_array_equal(take(30, dataset, rows=rows), whole[:, rows])
 
 
 @pytest.mark.parametrize('step', [1, 6, 7, 100])
-def test_resume_equals_skipping(source, step):
-  whole = take(step + 5, source)
-  resumed = take(5, source, start_sample=step * BATCH)
+def test_resume_equals_skipping(dataset, step):
+  whole = take(step + 5, dataset)
+  resumed = take(5, dataset, start_sample=step * BATCH)
   np.testing.assert_array_equal(resumed, whole[step:])
 
 
-def test_another_batch_size_continues_at_the_same_sample(source):
-  whole = samples(take(12, source))
-  resumed = take(4, source, global_batch=6, rows=range(6), start_sample=24)
+def test_another_batch_size_continues_at_the_same_sample(dataset):
+  whole = samples(take(12, dataset))
+  resumed = take(4, dataset, global_batch=6, rows=range(6), start_sample=24)
   assert samples(resumed) == whole[24:48]
-  resumed = take(4, source, global_batch=6, rows=range(6), start_sample=7)
+  resumed = take(4, dataset, global_batch=6, rows=range(6), start_sample=7)
   assert samples(resumed) == whole[7:31]
 
 
-@pytest.mark.parametrize('num_threads', [1, 3])
-def test_threads_do_not_show(source, num_threads):
-  np.testing.assert_array_equal(
-    take(20, source, num_threads=num_threads), take(20, source)
+@pytest.fixture
+def read(monkeypatch):
+  """The numbers of the rows that are read, in order."""
+  numbers = []
+
+  class Counting(records.RowSource):
+    def __getitem__(self, i):
+      numbers.append(i)
+      return super().__getitem__(i)
+
+  monkeypatch.setattr(records, 'RowSource', Counting)
+  return numbers
+
+
+@pytest.mark.parametrize('step', [0, 10**6, 2**45])
+def test_resuming_reads_nothing_that_is_not_asked_for(dataset, step, read):
+  """However far the run has come."""
+  batch = take(1, dataset, start_sample=step * BATCH)[0]
+  _, rows = order.locate(
+    order.make_order((ROWS,), (1.0,), 3), step * BATCH + np.arange(BATCH)
   )
+  assert read == rows.tolist()
+  np.testing.assert_array_equal(batch[:, 0] // 100, rows)
 
 
-def test_seeds_differ_also_from_each_others_later_epochs(source):
-  """grain alone gives seed s epoch 1 the order of seed s + 1 epoch 0."""
+def test_a_host_reads_only_its_rows(dataset, read):
+  batches = take(5, dataset, rows=(2, 3))
+  assert read == (batches[:, :, 0] // 100).ravel().tolist()
+
+
+def test_threads_read_a_few_batches_ahead(dataset, read):
+  take(1, dataset, num_threads=2)
+  assert len(read) <= (1 + 3 * 2) * BATCH
+
+
+def test_seeds_differ_also_from_each_others_later_epochs(dataset):
+  """A seed plus the epoch would give seed s epoch 1 and s + 1 epoch 0 alike."""
   per_epoch = ROWS // 2
   orders = [
     tuple(samples(batches)[e * ROWS : (e + 1) * ROWS])
     for seed in range(4)
     for batches in [
-      take(4 * per_epoch, source, seed=seed, global_batch=2, rows=(0, 1))
+      take(4 * per_epoch, dataset, seed=seed, global_batch=2, rows=(0, 1))
     ]
     for e in range(4)
   ]
   assert len(set(orders)) == 16
 
 
-def test_order_is_pinned(source):
+def test_order_is_pinned(dataset):
   """A change here breaks the resumption of every run that exists."""
-  pinned = [11, 47, 10, 42, 1, 20, 19, 34]
-  first = take(1, source)[0, :, 0] // 100
+  pinned = [18, 43, 17, 6, 9, 3, 21, 32]
+  first = take(1, dataset)[0, :, 0] // 100
   assert first.tolist() == pinned
 
 
-def test_length_must_divide_the_row(source):
-  with pytest.raises(UserError, match='length of 24 .*config.data.length'):
-    take(1, source, length=24)
-  with pytest.raises(UserError, match='length of 64 .*config.data.length'):
-    take(1, source, length=64)
+def test_a_multiple_of_the_row_length_joins_rows(tmp_path):
+  dataset = make_dataset(tmp_path / 'a', counting_rows(11, 8), cuts=[4, 5])
+  flat = samples(take(3, dataset, length=24, global_batch=3, rows=range(3)))
+  joined = [
+    tuple(rows.ravel().tolist()) for rows in np.split(counting_rows(9, 8), 3)
+  ]
+  for epoch in range(3):  # rows 9 and 10 make no sample
+    assert sorted(flat[3 * epoch : 3 * epoch + 3]) == joined
 
 
-def test_wrong_rows_are_refused(source):
-  for rows in ((), (BATCH,), (-1,)):
+def test_a_divisor_of_the_row_length_cuts_rows(tmp_path):
+  dataset = make_dataset(tmp_path / 'a', counting_rows(5, 12))
+  flat = samples(take(1, dataset, length=3, global_batch=20, rows=range(20)))
+  parts = counting_rows(5, 12).reshape(-1, 3).tolist()
+  assert sorted(flat) == [tuple(part) for part in parts]
+
+
+def test_datasets_may_differ_in_row_length(tmp_path):
+  long = make_dataset(tmp_path / 'long', counting_rows(4, 24))
+  short = make_dataset(tmp_path / 'short', 5000 + counting_rows(16, 6))
+  flat = samples(take(2, [long, short], length=12))
+  rows = counting_rows(4, 24).reshape(-1, 12).tolist()
+  rows += (5000 + counting_rows(16, 6)).reshape(-1, 12).tolist()
+  assert sorted(flat) == [tuple(row) for row in rows]
+
+
+@pytest.mark.parametrize('length', [24, 48, 33, 5, 3, 0, -32])
+def test_length_must_fit_the_row(dataset, length):
+  message = f'length of {length} .*rows of 32 tokens.*config.data.length'
+  with pytest.raises(UserError, match=message) as e:
+    take(1, dataset, length=length)
+  check_one_line(e)
+  with pytest.raises(UserError, match=message):
+    pipeline.fingerprint([dataset], seed=0, length=length)
+  with pytest.raises(UserError, match=message):
+    heldout(dataset, length=length)
+
+
+@pytest.mark.parametrize(
+  'rows, row_length, length, number',
+  [
+    (10, 32, 32, 10),
+    (10, 32, 8, 40),
+    (10, 32, 64, 5),
+    (11, 32, 64, 5),
+    (10, 32, 96, 3),
+    (1, 32, 64, 0),
+    (0, 32, 32, 0),
+    (10**11, 2048, 4096, 5 * 10**10),
+  ],
+)
+def test_number_of_samples(rows, row_length, length, number):
+  assert pipeline.num_samples(rows, row_length, length) == number
+
+
+def test_too_few_rows_for_a_sample_are_refused(dataset, tmp_path):
+  small = make_dataset(tmp_path / 'small', counting_rows(1))
+  assert take(1, small).shape == (1, BATCH, ROW_LENGTH)
+  for datasets in ([small], [dataset, small]):
+    with pytest.raises(UserError, match='small has no training rows') as e:
+      take(1, datasets, length=64)
+    check_one_line(e)
+  with pytest.raises(UserError, match='small has no training rows'):
+    pipeline.fingerprint([small], seed=0, length=64)
+
+
+def test_a_weight_that_is_too_small_is_refused(dataset):
+  tiny = dataclasses.replace(dataset, weight=1e-9)
+  with pytest.raises(UserError, match='config.data.path: .*1/65536') as e:
+    take(1, [dataset, tiny])
+  check_one_line(e)
+
+
+def test_wrong_rows_are_refused(dataset):
+  for rows in ((), (BATCH,), (-1,), (0, BATCH)):
     with pytest.raises(ValueError, match='not rows of a batch'):
-      take(1, source, rows=rows)
+      take(1, dataset, rows=rows)
 
 
-def test_damaged_row_stops_the_run_and_names_the_file(directory, tmp_path):
-  for path in directory.iterdir():
-    (tmp_path / path.name).write_bytes(path.read_bytes())
-  content = bytearray((tmp_path / 'train-1').read_bytes())
-  content[len(content) // 50] ^= 1
-  (tmp_path / 'train-1').write_bytes(content)
-  source = records.RowSource(tmp_path, records.read_manifest(tmp_path), 'train')
-  for num_threads in (0, 2):
-    with pytest.raises(UserError, match='train-1 is damaged'):
-      take(ROWS // BATCH + 1, source, num_threads=num_threads)
+def test_negative_start_is_refused(dataset):
+  with pytest.raises(ValueError, match='must not be negative: -8'):
+    take(1, dataset, start_sample=-BATCH)
 
 
-def heldout(source, **changes):
+# Damaged rows.
+
+
+def flip_bit_of_row(path, rows, row):
+  """In a file of these rows; found by writing it with another row there."""
+  other = rows.copy()
+  other[row] += 1
+  files = []
+  for version in (rows, other):
+    records.write_shard(path.with_name('x'), [version])
+    files.append(path.with_name('x').read_bytes())
+  path.with_name('x').unlink()
+  pairs = enumerate(zip(*files, strict=False))
+  content = bytearray(path.read_bytes())
+  content[next(at for at, (a, b) in pairs if a != b)] ^= 1
+  path.write_bytes(content)
+
+
+def damaged(dataset, directory, *damaged_rows, split='train'):
+  """A copy of the dataset of 50 rows in which some cannot be read."""
+  shutil.copytree(dataset.directory, directory)
+  for row in damaged_rows:
+    shard, first, last = (0, 0, 20) if row < 20 else (1, 20, ROWS)
+    rows = counting_rows()[first:last]
+    flip_bit_of_row(directory / f'{split}-{shard}', rows, row - first)
+  return dataclasses.replace(dataset, directory=str(directory))
+
+
+def with_rows_replaced(batches, replaced):
+  """Batches with other rows instead of some; numbers are token // 100."""
+  out = batches.copy()
+  for row, other in replaced.items():
+    out[batches // 100 == row] += 100 * (other - row)
+  return out
+
+
+@pytest.mark.parametrize('num_threads', [0, 2])
+def test_damaged_row_stops_the_run_and_names_the_file(
+  dataset, tmp_path, num_threads
+):
+  bad = damaged(dataset, tmp_path / 'bad', 27)
+  with pytest.raises(UserError, match='row 7 of shard .*bad/train-1 is') as e:
+    take(ROWS // BATCH + 1, bad, num_threads=num_threads)
+  check_one_line(e)
+
+
+@pytest.mark.parametrize(
+  'replaced',
+  [
+    {7: 8, 31: 32},
+    {7: 9, 8: 9},
+    {19: 20},
+    {49: 0},
+    {48: 0, 49: 0},
+    {49: 1, 0: 1},
+  ],
+)
+@pytest.mark.parametrize('length', [8, 32, 64])
+def test_the_next_row_stands_in_for_a_damaged_one(
+  dataset, tmp_path, replaced, length
+):
+  bad = damaged(dataset, tmp_path / 'bad', *replaced)
+  whole = take(30, dataset, length=length)
+  got = take(30, bad, length=length, max_damaged_rows=2)
+  np.testing.assert_array_equal(got, with_rows_replaced(whole, replaced))
+
+
+def test_damage_is_the_same_on_any_hosts_and_after_resuming(dataset, tmp_path):
+  bad = damaged(dataset, tmp_path / 'bad', 7, 31)
+  whole = take(30, bad, max_damaged_rows=2)
+  assert not np.array_equal(whole, take(30, dataset))
+  for hosts in (2, 4, 8):
+    parts = [
+      take(30, bad, rows=rows, max_damaged_rows=2)
+      for rows in np.arange(BATCH).reshape(hosts, -1).tolist()
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+  for step in (1, 9, 25):
+    rest = take(5, bad, start_sample=step * BATCH, max_damaged_rows=2)
+    np.testing.assert_array_equal(rest, whole[step : step + 5])
+  threads = take(30, bad, num_threads=3, max_damaged_rows=2)
+  np.testing.assert_array_equal(threads, whole)
+
+
+@pytest.mark.parametrize('num_threads', [0, 3])
+@pytest.mark.parametrize('length', [8, 32, 64])
+def test_a_damaged_row_is_reported_once(
+  dataset, tmp_path, capsys, num_threads, length
+):
+  bad = damaged(dataset, tmp_path / 'bad', 7, 31)
+  n = 3 * ROWS * ROW_LENGTH // length // BATCH  # three epochs
+  take(n, bad, length=length, num_threads=num_threads, max_damaged_rows=2)
+  out, err = capsys.readouterr()
+  lines = [line for line in err.splitlines() if bad.directory in line]
+  lines.sort(key=lambda line: 'train-1' in line)
+  assert not out and len(lines) == 2
+  assert {line.partition(',')[0] for line in lines} == {
+    f'damaged row {n} of at most 2' for n in (1, 2)
+  }
+  assert 'row 7 of shard' in lines[0] and 'bad/train-0 is' in lines[0]
+  assert 'row 11 of shard' in lines[1] and 'bad/train-1 is' in lines[1]
+
+
+@pytest.mark.parametrize('num_threads', [0, 3])
+def test_one_damaged_row_too_many_stops_the_run(dataset, tmp_path, num_threads):
+  rows = take(6, dataset)[:, :, 0] // 100
+  bad_rows = [int(rows[at]) for at in ((0, 0), (2, 3), (5, 6))]
+  bad = damaged(dataset, tmp_path / 'bad', *bad_rows)
+  names = [
+    f'row {row} of shard {bad.directory}/train-0 is'
+    if row < 20
+    else f'row {row - 20} of shard {bad.directory}/train-1 is'
+    for row in bad_rows
+  ]
+  settings = dict(num_threads=num_threads, max_damaged_rows=2)
+  if not num_threads:  # threads may meet them in another order
+    names = names[2:]
+    take(5, bad, **settings)
+  with pytest.raises(UserError, match='|'.join(names)):
+    take(6, bad, **settings)
+  take(20, bad, num_threads=num_threads, max_damaged_rows=3)
+
+
+def test_a_missing_shard_is_not_a_damaged_row(dataset, tmp_path):
+  bad = damaged(dataset, tmp_path / 'bad')
+  (tmp_path / 'bad' / 'train-1').unlink()
+  with pytest.raises(UserError, match='bad/train-1 is missing'):
+    take(ROWS // BATCH + 1, bad, max_damaged_rows=100)
+
+
+def test_a_dataset_without_an_intact_row_stops_the_run(tmp_path):
+  rows = counting_rows(3)
+  dataset = make_dataset(tmp_path / 'a', rows, cuts=[1, 2])
+  for n in range(3):
+    flip_bit_of_row(tmp_path / 'a' / f'train-{n}', rows[n : n + 1], 0)
+  with pytest.raises(UserError, match='row 0 of shard .* is damaged'):
+    take(1, dataset, max_damaged_rows=10)
+
+
+def test_a_damaged_row_is_replaced_from_its_own_dataset(dataset, tmp_path):
+  other = make_dataset(
+    tmp_path / 'other', (10_000 + counting_rows(30)).astype(np.uint16)
+  )
+  bad = damaged(dataset, tmp_path / 'bad', 7)
+  whole = take(30, [other, dataset])
+  got = take(30, [other, bad], max_damaged_rows=1)
+  assert 7 in whole // 100
+  np.testing.assert_array_equal(got, with_rows_replaced(whole, {7: 8}))
+
+
+def test_damaged_heldout_rows_are_never_replaced(dataset, tmp_path):
+  bad = damaged(dataset, tmp_path / 'bad', 27, split='heldout')
+  with pytest.raises(UserError, match='row 7 of shard .*bad/heldout-1 is'):
+    heldout(bad, num_batches=12)
+
+
+# Held-out batches.
+
+
+def heldout(dataset, **changes):
   settings = dict(
     batch=4,
     length=ROW_LENGTH,
@@ -173,42 +677,259 @@ def heldout(source, **changes):
     rows=range(4),
     num_threads=0,
   )
-  return list(pipeline.heldout_batches(source, **(settings | changes)))
+  return list(pipeline.heldout_batches(dataset, **(settings | changes)))
 
 
-def test_heldout_is_a_fixed_sample_without_repeats(source):
-  batches = heldout(source)
+def test_heldout_is_a_fixed_sample_without_repeats(dataset):
+  batches = heldout(dataset)
   assert len(batches) == 3
   flat = samples(batches)
   assert len(set(flat)) == 12
-  assert samples(heldout(source)) == flat
-  assert samples(heldout(source, batch=6, num_batches=2, rows=range(6))) == flat
-  assert samples(heldout(source, num_batches=12))[:12] == flat
+  assert samples(heldout(dataset)) == flat
+  assert (
+    samples(heldout(dataset, batch=6, num_batches=2, rows=range(6))) == flat
+  )
+  assert samples(heldout(dataset, num_batches=12))[:12] == flat
+  assert samples(heldout(dataset, num_threads=3)) == flat
 
 
-def test_heldout_by_hosts(source):
-  whole = np.stack(heldout(source))
-  parts = [np.stack(heldout(source, rows=rows)) for rows in ((0, 1), (2, 3))]
+def test_heldout_order_is_pinned(dataset):
+  """A change here makes evaluations of older runs incomparable."""
+  pinned = [16, 29, 0, 44]
+  assert (heldout(dataset)[0][:, 0] // 100).tolist() == pinned
+
+
+def test_heldout_depends_on_neither_weight_nor_name(dataset):
+  other = dataclasses.replace(dataset, weight=0.3, name='other')
+  assert samples(heldout(other)) == samples(heldout(dataset))
+
+
+def test_heldout_by_hosts(dataset):
+  whole = np.stack(heldout(dataset))
+  parts = [np.stack(heldout(dataset, rows=rows)) for rows in ((0, 1), (2, 3))]
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
-def test_too_many_heldout_batches_are_refused(source):
-  assert len(heldout(source, num_batches=12)) == 12
-  with pytest.raises(UserError, match='config.eval.batches to at most 12'):
-    heldout(source, num_batches=13)
+@pytest.mark.parametrize('length', [8, 64])
+def test_heldout_rows_are_cut_and_joined_like_those_of_training(
+  dataset, length
+):
+  number = ROWS * ROW_LENGTH // length
+  flat = samples(
+    heldout(
+      dataset, length=length, batch=number, num_batches=1, rows=range(number)
+    )
+  )
+  every = counting_rows().reshape(-1, length).tolist()
+  assert sorted(flat) == [tuple(sample) for sample in every]
+  assert samples(heldout(dataset, length=length)) == flat[:12]
 
 
-def test_fingerprint_tells_what_decides_the_order(directory):
-  manifest = records.read_manifest(directory)
-  base = pipeline.fingerprint(manifest, 'train', seed=1, length=16)
+def test_too_many_heldout_batches_are_refused(dataset):
+  assert len(heldout(dataset, num_batches=12)) == 12
+  with pytest.raises(UserError, match='config.eval.batches to at most 12') as e:
+    heldout(dataset, num_batches=13)
+  assert dataset.directory in str(e.value)
+  check_one_line(e)
+
+
+def test_data_without_a_heldout_part_are_refused(tmp_path):
+  dataset = make_dataset(tmp_path / 'a', counting_rows(3))
+  with pytest.raises(
+    UserError, match='/a has no held-out text.*eval.path'
+  ) as e:
+    heldout(dataset)
+  check_one_line(e)
+
+
+def test_no_heldout_batches_are_none(dataset):
+  assert heldout(dataset, num_batches=0) == []
+
+
+# Fingerprints.
+
+
+def fingerprint(datasets, **changes):
+  return pipeline.fingerprint(datasets, **(dict(seed=1, length=16) | changes))
+
+
+def changed(a, b):
+  assert a.keys() == b.keys()
+  return {key for key in a if a[key] != b[key]}
+
+
+@pytest.fixture
+def mixture(dataset, tmp_path):
+  other = make_dataset(tmp_path / 'other', counting_rows(30), cuts=[10, 20])
+  return [
+    dataclasses.replace(dataset, weight=0.7),
+    dataclasses.replace(other, weight=0.3),
+  ]
+
+
+def with_manifest(dataset, **changes):
+  manifest = dataclasses.replace(dataset.manifest, **changes)
+  return dataclasses.replace(dataset, manifest=manifest)
+
+
+def rebuilt(dataset, directory, rows, cuts):
+  """A dataset as prepared from the same source, with other rows or shards."""
+  new = make_dataset(directory, rows, weight=dataset.weight, cuts=cuts)
+  return with_manifest(new, source=dataset.manifest.source)
+
+
+def test_fingerprint_tells_what_decides_the_order(mixture):
+  base = fingerprint(mixture)
   assert json.loads(json.dumps(base)) == base
-  assert base == pipeline.fingerprint(manifest, 'train', seed=1, length=16)
-  changed = pipeline.fingerprint(manifest, 'train', seed=2, length=16)
-  assert {k for k in base if base[k] != changed[k]} == {'seed', 'order'}
-  changed = pipeline.fingerprint(manifest, 'train', seed=1, length=32)
-  differ = {k for k in base if base[k] != changed[k]}
+  assert fingerprint(mixture) == base
+  assert changed(base, fingerprint(mixture, seed=2)) == {'seed', 'order'}
+  differ = changed(base, fingerprint(mixture, length=32))
   assert differ == {'length', 'samples', 'order'}
 
+
+def test_fingerprint_tells_rows_apart(mixture, tmp_path):
+  base = fingerprint(mixture)
+  rows = counting_rows(30)
+  rows[17, 5] += 1
+  other = rebuilt(mixture[1], tmp_path / 'rows', rows, [10, 20])
+  assert changed(base, fingerprint([mixture[0], other])) == {'rows'}
+
+
+def test_fingerprint_tells_numbers_of_rows_apart(mixture, tmp_path):
+  more = rebuilt(mixture[1], tmp_path / 'more', counting_rows(31), [10, 20])
+  differ = changed(fingerprint(mixture), fingerprint([mixture[0], more]))
+  assert differ == {'rows', 'samples', 'order'}
+
+
+def test_fingerprint_tells_shards_apart(mixture, tmp_path):
+  one = rebuilt(mixture[1], tmp_path / 'one', counting_rows(30), [])
+  differ = changed(fingerprint(mixture), fingerprint([mixture[0], one]))
+  assert differ == {'rows', 'shards'}
+
+
+def test_fingerprint_tells_weights_apart_by_their_ratio(mixture):
+  base = fingerprint(mixture)
+  web, code = mixture
+  same = [
+    dataclasses.replace(web, weight=7),
+    dataclasses.replace(code, weight=3),
+  ]
+  assert fingerprint(same) == base
+  other = [web, dataclasses.replace(code, weight=0.7)]
+  assert changed(base, fingerprint(other)) == {'shares', 'order'}
+
+
+def test_fingerprint_tells_tokenizers_apart(mixture):
+  base = fingerprint(mixture)
+  other = [with_manifest(d, tokenizer_fingerprint='other') for d in mixture]
+  assert changed(base, fingerprint(other)) == {'tokenizer'}
+
+
+def test_fingerprint_tells_sources_apart(mixture):
+  other = [mixture[0], with_manifest(mixture[1], source='other')]
+  assert changed(fingerprint(mixture), fingerprint(other)) == {'source'}
+
+
+def test_fingerprint_tells_the_order_of_datasets(mixture):
+  a, b = mixture
+  b = dataclasses.replace(b, weight=0.7)
+  differ = changed(fingerprint([a, b]), fingerprint([b, a]))
+  assert differ == {'source', 'shards', 'rows', 'samples', 'order'}
+
+
+def test_fingerprint_tells_a_part_from_the_mixture(mixture):
+  differ = changed(fingerprint(mixture), fingerprint(mixture[:1]))
+  assert {'source', 'rows', 'shares', 'samples', 'order'} <= differ
+
+
+def test_fingerprint_tells_code_with_another_order(mixture, monkeypatch):
+  base = fingerprint(mixture)
+  permute = order.permute
+  monkeypatch.setattr(
+    order,
+    'permute',
+    lambda position, size, key, epoch: permute(position, size, key + 1, epoch),
+  )
+  assert changed(base, fingerprint(mixture)) == {'order'}
+
+
+def test_fingerprint_is_the_same_in_another_place(mixture, tmp_path):
+  moved = [
+    dataclasses.replace(d, name='x', directory=str(tmp_path / 'elsewhere'))
+    for d in mixture
+  ]
+  assert fingerprint(moved) == fingerprint(mixture)
+
+
+def test_fingerprint_does_not_tell_the_heldout_part(mixture):
+  train = mixture[1].manifest.splits['train']
+  other = with_manifest(mixture[1], splits={'train': train, 'heldout': train})
+  assert fingerprint([mixture[0], other]) == fingerprint(mixture)
+
+
+def test_equal_fingerprints_mean_equal_samples(dataset, tmp_path):
+  """Of the same rows somewhere else."""
+  (tmp_path / 'copy').mkdir()
+  copy = make_dataset(
+    tmp_path / 'copy' / 'counting', counting_rows(), cuts=[20]
+  )
+  assert fingerprint([copy]) == fingerprint([dataset])
+  np.testing.assert_array_equal(take(10, copy), take(10, dataset))
+
+
+# The mixture as written by the user.
+
+
+@pytest.mark.parametrize(
+  'path, mixture',
+  [
+    ('embedded', [('embedded', 1.0)]),
+    ('data/web', [('data/web', 1.0)]),
+    ('gs://bucket/web', [('gs://bucket/web', 1.0)]),
+    ('data/web=2', [('data/web', 2.0)]),
+    ('a=0.7,b=0.3', [('a', 0.7), ('b', 0.3)]),
+    ('a = 0.7, b =0.3 ', [('a', 0.7), ('b', 0.3)]),
+    ('b=1e-3,a=2,c=7', [('b', 0.001), ('a', 2.0), ('c', 7.0)]),
+    ('gs://x/y=1,~/z=2', [('gs://x/y', 1.0), ('~/z', 2.0)]),
+    ('lr=3/rows=1,b=1', [('lr=3/rows', 1.0), ('b', 1.0)]),
+  ],
+)
+def test_mixtures_are_directories_with_weights(path, mixture):
+  assert pipeline.parse_mixture(path) == mixture
+
+
+@pytest.mark.parametrize(
+  'path, part',
+  [
+    ('a,b', 'a'),
+    ('a=1,b', 'b'),
+    ('a=', 'a='),
+    ('a=1,', ''),
+    ('=1,b=2', '=1'),
+    ('a=x,b=1', 'a=x'),
+    ('a=1,b=0', 'b=0'),
+    ('a=1,b=-0.5', 'b=-0.5'),
+    ('a=nan,b=1', 'a=nan'),
+    ('a=1,b=inf', 'b=inf'),
+    ('a=1,b=1e-400', 'b=1e-400'),
+  ],
+)
+def test_bad_parts_of_a_mixture_are_named(path, part):
+  with pytest.raises(UserError) as e:
+    pipeline.parse_mixture(path)
+  assert f'data path {path!r}: {part!r} must be DIRECTORY=WEIGHT' in str(
+    e.value
+  )
+  assert '--config.data.path=' in str(e.value)
+  check_one_line(e)
+
+
+def test_a_directory_comes_once_in_a_mixture():
+  with pytest.raises(UserError, match='names data/web twice'):
+    pipeline.parse_mixture('data/web=1,b=1,data/web=2')
+
+
+# To the devices.
 
 MESHES = {
   'batch': ((8, 1), PartitionSpec('batch')),
@@ -221,7 +942,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize('name', MESHES)
-def test_every_mesh_gives_the_same_global_arrays(source, name):
+def test_every_mesh_gives_the_same_global_arrays(dataset, name):
   shape, spec = MESHES[name]
   mesh = jax.make_mesh(
     shape, ('batch', 'length'), axis_types=(AxisType.Auto,) * 2
@@ -231,7 +952,7 @@ def test_every_mesh_gives_the_same_global_arrays(source, name):
   rows = pipeline.host_rows(sharding, global_shape)
   assert rows == tuple(range(BATCH))
 
-  expected = take(5, source, rows=rows)
+  expected = take(5, dataset, rows=rows)
   arrays = list(pipeline.to_device(iter(expected), sharding, global_shape))
   assert len(arrays) == 5
   for array, batch in zip(arrays, expected, strict=True):
@@ -261,7 +982,7 @@ def test_host_rows_are_those_of_its_devices():
   assert pipeline.host_rows(ends, (16, 4)) == (0, 1, 14, 15)
 
 
-def test_one_batch_is_in_flight(source):
+def test_one_batch_is_in_flight(dataset):
   asked = []
 
   def batches():
