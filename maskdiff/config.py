@@ -74,7 +74,7 @@ def default():
   data.cache_dir = '~/.cache/maskdiff'  # where the embedded corpus is prepared
   data.length = 256  # L, tokens per sequence; fits the prepared rows
   data.verify = 'sample'  # sample | all: rows compared with checksums at start
-  data.max_damaged_rows = 0  # that are replaced before the run stops
+  data.max_damaged_rows = 0  # of a dataset, replaced before a run stops
   data.allow_change = False  # resume on other data, at the same sample number
 
   c.train = train = config_dict.ConfigDict()

@@ -5,7 +5,7 @@ import pathlib
 
 from maskdiff.errors import UserError
 
-# Where Vertex AI and our scripts mount buckets: gs://BUCKET/x is /gcs/BUCKET/x.
+# Where Vertex AI mounts buckets, and so may you: gs://BUCKET/x is /gcs/BUCKET/x.
 BUCKETS = pathlib.Path('/gcs')
 
 
@@ -22,7 +22,7 @@ def local_path(path: str | pathlib.Path) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(text))
   scheme, _, rest = text.partition('://')
   bucket = rest.partition('/')[0]
-  if scheme == 'gs' and (BUCKETS / bucket).is_dir():
+  if scheme == 'gs' and bucket and (BUCKETS / bucket).is_dir():
     return BUCKETS / rest
   mount = (
     f'mount it, `mkdir -p {BUCKETS}/{bucket} && gcsfuse --implicit-dirs '

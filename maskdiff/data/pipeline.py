@@ -99,8 +99,9 @@ def train_batches(
     start_sample: samples consumed so far, by whatever batch size.
     rows: global row numbers that this host supplies; see `host_rows`.
     num_threads: that read ahead; 0 reads when a batch is asked for.
-    max_damaged_rows: that are replaced by the next row of their dataset, and
-      reported, before a damaged one ends the run.
+    max_damaged_rows: of a dataset that are replaced by its next row, and
+      reported, before one more ends the run; counted by each host, from the
+      start of its process.
 
   Returns:
     Iterator of [len(rows), length] int32.

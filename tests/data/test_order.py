@@ -96,7 +96,7 @@ def test_permute_is_a_feistel_network(size):
     key = mix(key ^ mix(epoch))
     while True:
       pair = list(divmod(value, b))
-      for r in range(12):
+      for r in range(24):
         half = mix(pair[1 - r % 2] ^ (key + (r + 1) * golden) % bits) >> 1
         pair[r % 2] = (pair[r % 2] + half) % (a, b)[r % 2]
       value = pair[0] * b + pair[1]
@@ -214,9 +214,9 @@ def test_positions_epochs_and_keys_do_not_correlate():
 
 def test_permutations_are_pinned():
   """A change here breaks the resumption of every run that exists."""
-  assert permutation(10, 42, 3).tolist() == [1, 2, 0, 6, 3, 4, 5, 7, 9, 8]
+  assert permutation(10, 42, 3).tolist() == [3, 6, 2, 0, 9, 1, 5, 7, 8, 4]
   got = order.permute(np.arange(4), 10**12, 2**64 - 1, np.full(4, 10**6))
-  pinned = [591035423743, 241390552966, 541380031089, 787889740670]
+  pinned = [362558966095, 439439620027, 606471371403, 241254769982]
   assert got.tolist() == pinned
 
 
@@ -225,9 +225,9 @@ def test_orders_are_pinned():
   mixture = order.make_order((10**9, 5), (0.7, 0.3), seed=1)
   source, index = order.locate(mixture, np.arange(10))
   assert source.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
-  first = [519413507, 994087551, 132391569, 153925280, 98229658, 254513570]
-  assert index[source == 0].tolist() == [*first, 457951601]
-  assert index[source == 1].tolist() == [3, 1, 2]
+  first = [200851703, 950964165, 697281885, 49092019, 485782697, 311769153]
+  assert index[source == 0].tolist() == [*first, 82641128]
+  assert index[source == 1].tolist() == [4, 2, 1]
 
 
 def test_turns_of_sources_are_pinned():
@@ -283,7 +283,7 @@ def test_one_source_needs_no_table():
   assert len(mixture.source) == 1
 
 
-@pytest.mark.parametrize('seed', range(12))
+@pytest.mark.parametrize('seed', range(24))
 def test_a_mixture_passes_through_each_source_in_epochs(seed):
   """Whatever the others: every epoch a permutation of all its samples."""
   rng = np.random.default_rng(seed)
