@@ -24,7 +24,7 @@ import tracemalloc
 
 import numpy as np
 
-from maskdiff.data import pipeline, prepare, records, sources
+from maskdiff.data import prepare, records, sources
 from maskdiff.data import tokenizer as tokenizer_lib
 
 MODEL = pathlib.Path(__file__).parents[1] / 'tokenizer' / 'stdlib_4k.model'
@@ -65,8 +65,9 @@ def preparation(directory, copies, rounds):
         tokenizer,
         out,
         row_length=ROW_LENGTH,
-        heldout_fraction=0.001,
+        heldout_fraction=0.005,
         workers=workers,
+        log=lambda line: None,
       )
       seconds.setdefault(name, []).append(time.perf_counter() - began)
       tokens[name] = sum(s.tokens for s in manifest.splits.values())
@@ -121,18 +122,18 @@ def reading(directory, rounds):
     where.mkdir()
     shard = records.write_shard(where / 'train-00000.array_record', [rows])
     data = dataset(where, [shard], rows.dtype.name, vocab_size)
-    tokens = READ_ROWS * ROW_LENGTH
     functions = {
       'bare': functools.partial(bare_reads, where / shard.file),
-      'no thread': functools.partial(take, data, READ_ROWS, 0),
-      'two threads': functools.partial(take, data, READ_ROWS, 2),
+      'no thread': functools.partial(take, data, 0),
+      'two threads': functools.partial(take, data, 2),
     }
     seconds = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in range(5 * rounds):
       for name, read in functions.items():
         began = time.perf_counter()
         read()
         seconds[name].append(time.perf_counter() - began)
+    tokens = READ_ROWS * ROW_LENGTH
     rate = {k: tokens / statistics.median(s) for k, s in seconds.items()}
     for name in ('no thread', 'two threads'):
       print(
@@ -145,16 +146,18 @@ def reading(directory, rounds):
 
 
 def bare_reads(path):
+  """Reads all rows in a random order, and does nothing with them."""
   reader = records.array_record_module.ArrayRecordReader(
     str(path), options='readahead_buffer_size:0', file_reader_buffer_size=4096
   )
-  shuffled = np.random.default_rng(0).permutation(READ_ROWS).tolist()
-  for i in shuffled:
+  for i in np.random.default_rng(0).permutation(READ_ROWS).tolist():
     reader.read(i, i + 1)
 
 
-def take(data, rows, num_threads):
-  """Reads so many rows of one host, of sixteen."""
+def take(data, num_threads):
+  """Reads as many rows, those of one host of sixteen, from nothing."""
+  from maskdiff.data import pipeline  # here: workers import this file too
+
   batches = pipeline.train_batches(
     [data],
     global_batch=GLOBAL_BATCH,
@@ -164,11 +167,14 @@ def take(data, rows, num_threads):
     rows=range(HOST_ROWS),
     num_threads=num_threads,
   )
-  for _ in range(rows // HOST_ROWS):
+  for _ in range(READ_ROWS // HOST_ROWS):
     next(batches)
+  batches.close()
 
 
 def dataset(where, shards, dtype, vocab_size):
+  from maskdiff.data import pipeline
+
   rows = sum(shard.rows for shard in shards)
   split = records.Split(tuple(shards), rows, rows * ROW_LENGTH, 1, 1, 0.0)
   manifest = records.Manifest(
@@ -192,16 +198,17 @@ class Nowhere:
   def __init__(self, directory, manifest, split):
     self.row_length = manifest.row_length
     self._len = manifest.splits[split].rows
-    self._row = np.zeros(ROW_LENGTH, np.uint16)
 
   def __len__(self):
     return self._len
 
-  def __getitem__(self, i):
-    return self._row
+  def read(self, rows):
+    return np.zeros((len(rows), ROW_LENGTH), np.uint16)
 
 
 def starting():
+  from maskdiff.data import pipeline
+
   print('(c) from nothing to the first batch')
   records.RowSource = Nowhere
   for rows in (10**4, 10**6, 10**9):

@@ -1,6 +1,6 @@
-"""Turns text into rows of tokens that training reads; or looks at such rows.
+r"""Turns text into rows of tokens that training reads; or looks at such rows.
 
-python launch/prepare.py --source data/web/*.jsonl.zst --source data/books \
+python launch/prepare.py --source 'data/web/*.jsonl.zst' --source data/books \
   --tokenizer tokenizer/stdlib_4k.model --out data/rows --row_length 4096 \
   --workers 16
 python launch/prepare.py --inspect data/rows
@@ -10,6 +10,7 @@ Run it again after an interruption, and it goes on.
 """
 
 import os
+import sys
 
 from absl import flags
 
@@ -27,7 +28,7 @@ flags.DEFINE_string('out', None, 'Directory for the rows.')
 flags.DEFINE_integer('row_length', 4096, 'Tokens per row.', lower_bound=1)
 flags.DEFINE_float(
   'heldout_fraction',
-  0.001,
+  0.005,
   'Share of the documents kept for evaluation, by a hash of their text.',
   lower_bound=0,
   upper_bound=1,
@@ -40,9 +41,13 @@ flags.DEFINE_bool('by_line', False, 'Each line of a .txt is a document.')
 flags.DEFINE_string('inspect', None, 'Directory to show: statistics and rows.')
 flags.DEFINE_integer('rows', 3, 'Rows to show with --inspect.', lower_bound=0)
 flags.DEFINE_string('verify', None, 'Directory whose every row to check.')
+flags.DEFINE_bool('help', False, 'Show this.')
 
 
 def main(args):
+  if args.help:
+    print(f'{__doc__}{args.main_module_help()}')
+    return
   modes = [m for m in ('out', 'inspect', 'verify') if args[m].value]
   if len(modes) != 1:
     raise UserError('give one of --out DIR, --inspect DIR and --verify DIR')
@@ -52,6 +57,7 @@ def main(args):
 def prepare(args):
   from maskdiff.data import prepare, sources, tokenizer
 
+  sys.stdout.reconfigure(line_buffering=True)  # lines of progress, to a file
   for name in ('source', 'tokenizer'):
     if not args[name].value:
       raise UserError(f'--out needs --{name}')
@@ -68,6 +74,9 @@ def prepare(args):
     workers=args.workers,
   )
   print(f'{args.out}: {prepare.summary(manifest)}')
+  for name, split in manifest.splits.items():
+    if not split.rows:
+      print(f'note: no row in the split {name!r}; see --heldout_fraction')
 
 
 def inspect(args):

@@ -5,7 +5,7 @@ import pathlib
 
 from maskdiff.errors import UserError
 
-# Where Vertex AI mounts buckets, and so may you: gs://BUCKET/x is /gcs/BUCKET/x.
+# Where Vertex AI mounts buckets: gs://BUCKET/x is /gcs/BUCKET/x.
 BUCKETS = pathlib.Path('/gcs')
 
 

@@ -255,7 +255,7 @@ def to_device(
 
 
 class _Samples:
-  """The samples of one split, by number, each copied into a given row."""
+  """The samples of one split, by number."""
 
   def __init__(self, rows, length: int, max_damaged: int):
     self._rows, self._length, self._max_damaged = rows, length, max_damaged
@@ -265,15 +265,26 @@ class _Samples:
   def __len__(self) -> int:
     return self._len
 
-  def read(self, i: int, out: np.ndarray) -> None:
-    """Writes sample i to out, [length] int32."""
+  def read(self, samples: np.ndarray) -> np.ndarray:
+    """Samples [M] as tokens [M, length], in the dtype on disk."""
     row_length = self._rows.row_length
-    row, start = divmod(i * self._length, row_length)
-    if self._length <= row_length:
-      out[:] = self._row(row)[start : start + self._length]
-    else:
-      for at in range(0, self._length, row_length):
-        out[at : at + row_length] = self._row(row + at // row_length)
+    if self._length >= row_length:
+      per_sample = self._length // row_length
+      rows = samples[:, None] * per_sample + np.arange(per_sample)
+      return self._read(rows.ravel()).reshape(len(samples), self._length)
+    per_row = row_length // self._length
+    rows, part = np.divmod(samples, per_row)
+    parts = self._read(rows).reshape(len(samples), per_row, self._length)
+    return parts[np.arange(len(samples)), part]
+
+  def _read(self, rows: np.ndarray) -> np.ndarray:
+    rows = rows.tolist()
+    try:
+      return self._rows.read(rows)
+    except records.DamagedRow:
+      if not self._max_damaged:
+        raise
+      return np.stack([self._row(row) for row in rows])
 
   def _row(self, row: int) -> np.ndarray:
     first = row
@@ -322,19 +333,21 @@ class _Batches:
 
   def __getitem__(self, k: int) -> np.ndarray:
     window, at = divmod(k, self._per_window)
-    sources, indices = self._locate(window)
-    batch = np.empty((len(self._rows), self._length), np.int32)
-    for out, source, i in zip(batch, sources[at], indices[at], strict=True):
-      self._samples[source].read(i, out)
+    source, index = (x[at] for x in self._locate(window))
+    if len(self._samples) == 1:
+      return self._samples[0].read(index).astype(np.int32)
+    batch = np.empty((len(source), self._length), np.int32)
+    for number, samples in enumerate(self._samples):
+      mine = source == number
+      batch[mine] = samples.read(index[mine])
     return batch
 
-  def _window(self, window: int) -> tuple[list, list]:
+  def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
     first = window * self._per_window
     batches = np.arange(first, first + self._per_window)
     numbers = self._start + batches[:, None] * self._global_batch + self._rows
-    sources, indices = order_lib.locate(self._order, numbers.ravel())
-    shape = numbers.shape
-    return sources.reshape(shape).tolist(), indices.reshape(shape).tolist()
+    source, index = order_lib.locate(self._order, numbers.ravel())
+    return source.reshape(numbers.shape), index.reshape(numbers.shape)
 
   def __repr__(self) -> str:
     return f'batches of {self._global_batch} x {self._length}'

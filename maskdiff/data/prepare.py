@@ -64,9 +64,9 @@ def prepare(
     The manifest. The tokenizer's files are copied beside it.
 
   Raises:
-    UserError: a split has documents but not one row, the disk is full or not
-      writable, the directory was prepared from something else, input is
-      damaged, or a worker was killed.
+    UserError: there is not one row, the disk is full or not writable, the
+      directory was prepared from something else, input is damaged, or a worker
+      was killed.
   """
   directory = local_path(directory)
   settings = {

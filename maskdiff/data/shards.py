@@ -164,7 +164,7 @@ def conclude(
   """Writes the shards of the leftovers and returns the manifest.
 
   Raises:
-    UserError: a split is asked for and has not one row.
+    UserError: there is not one row.
     OSError: the disk is full or not writable.
   """
   parts = range(len(plan.parts))
@@ -199,13 +199,12 @@ def conclude(
     split: sum(about['documents'][split] for about in abouts)
     for split in records.SPLITS
   }
-  for split, share_of_none in (('train', 1), ('heldout', 0)):
-    if job.heldout_fraction != share_of_none and not shards[split]:
-      raise UserError(
-        f'the split {split!r} has {documents[split]} documents and not one row '
-        f'of {job.row_length} tokens: give more text, a shorter --row_length '
-        'or another --heldout_fraction, and another directory'
-      )
+  if not any(shards.values()):
+    raise UserError(
+      f'{sum(documents.values())} documents make not one row of '
+      f'{job.row_length} tokens: give more text or a shorter --row_length, and '
+      'another directory'
+    )
 
   skipped = {}
   for reason, count in (x for a in abouts for x in a['skipped'].items()):

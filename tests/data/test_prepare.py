@@ -1,259 +1,693 @@
-"""Preparation keeps every token, is deterministic, and is all or nothing."""
+"""Preparation: every document once, and the same files however it went."""
 
+import collections
 import concurrent.futures
+import dataclasses
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
 import pathlib
+import random
+import shutil
+import signal
+import sys
 import sysconfig
 import time
 
 import numpy as np
 import pytest
 
-from maskdiff.data import prepare, records, sources, tokenizer
+from maskdiff.data import prepare, records, shards, sources
+from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 
-MODEL = pathlib.Path(__file__).parents[2] / 'tokenizer' / 'stdlib_4k.model'
 LIBRARY = pathlib.Path(sysconfig.get_paths()['stdlib'])
+EOS = 2
 
-SETTINGS = dict(
-  row_length=64, heldout_fraction=0.2, rows_per_shard=500, source='asyncio'
-)
+SETTINGS = dict(row_length=32, heldout_fraction=0.2, workers=0)
+
+
+def quiet(line):
+  """Takes the place of print."""
+
+
+def plan_of(path, part_bytes=1 << 20):
+  """As sources.plan, in parts of another size."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sources, 'MIN_PART_BYTES', part_bytes)
+    patch.setattr(sources, 'MAX_PART_BYTES', part_bytes)
+    return sources.plan([str(path)])
+
+
+def prepared(plan, tokenizer, directory, log=quiet, **changes):
+  settings = SETTINGS | changes
+  return prepare.prepare(plan, tokenizer, directory, log=log, **settings)
+
+
+def write_jsonl(path, texts):
+  lines = [json.dumps({'text': text}) for text in texts]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('\n'.join(lines))
+  return path
+
+
+def contents(directory):
+  """Everything in a directory: bytes by name, None for a directory."""
+  return {
+    str(path.relative_to(directory)): None
+    if path.is_dir()
+    else path.read_bytes()
+    for path in sorted(directory.rglob('*'))
+  }
+
+
+def tokens(directory, split, shard=slice(None)):
+  """Of all rows of a split, or of those in some of its shards."""
+  manifest = records.read_manifest(directory)
+  part = manifest.splits[split]
+  part = dataclasses.replace(part, shards=part.shards[shard])
+  manifest = dataclasses.replace(
+    manifest, splits=manifest.splits | {split: part}
+  )
+  rows = list(records.RowSource(directory, manifest, split))
+  return np.concatenate([np.zeros(0, int), *rows])
+
+
+def pieces(ids):
+  """Tuples that end with eos, and what follows the last eos."""
+  *whole, rest = np.split(ids, np.flatnonzero(ids == EOS) + 1)
+  return [tuple(p.tolist()) for p in whole], tuple(rest.tolist())
+
+
+def held_out(text, fraction=SETTINGS['heldout_fraction']):
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'big') < fraction * 2**64
+
+
+def document(tokenizer, text):
+  return (*tokenizer.encode(text), EOS)
 
 
 @pytest.fixture(scope='module')
-def tok():
-  return tokenizer.load(MODEL)
+def texts():
+  """Pieces of a library, shorter and longer than a row; some are there twice.
+
+  The first is longer than a part.
+  """
+  rng = random.Random(0)
+  code = ''.join(
+    path.read_text(encoding='utf-8')
+    for path in sorted((LIBRARY / 'asyncio').glob('*.py'))[:12]
+  )
+  stops = sorted(rng.sample(range(20_000, len(code)), 240))
+  found = [code[a:b] for a, b in zip([0, *stops], stops, strict=False)]
+  copies = rng.sample(found[1:], 20)
+  for text in copies:
+    found.insert(rng.randrange(1, len(found)), text)
+  return found
 
 
 @pytest.fixture(scope='module')
-def documents():
-  return list(sources.text_files(LIBRARY / 'asyncio'))
+def plan(texts, tmp_path_factory):
+  """Of twelve parts, in two formats, with some lines that are not text."""
+  folder = tmp_path_factory.mktemp('corpus')
+  path = write_jsonl(folder / 'a.jsonl', texts)
+  lines = path.read_bytes().split(b'\n')
+  lines[40:40] = [b'{"text": "latin \xe9"}', b'', b'{', b'{"text": ""}']
+  path.write_bytes(b'\n'.join(lines))
+  # More copies, with another format's line ends.
+  for n in (3, 30, 31):
+    (folder / f'b{n}.txt').write_text(texts[n], newline='')
+  (folder / 'b99.txt').write_bytes(b'latin \xe9')
+  plan = plan_of(folder, path.stat().st_size // 11 + 1)
+  assert len(plan.parts) == 12
+  return plan
 
 
 @pytest.fixture(scope='module')
-def prepared(tok, documents, tmp_path_factory):
-  directory = tmp_path_factory.mktemp('prepare') / 'data'
-  prepare.prepare(documents, tok, directory, **SETTINGS)
+def all_texts(texts):
+  return [*texts, texts[3], texts[30], texts[31]]
+
+
+@pytest.fixture(scope='module')
+def once(plan, tokenizer, tmp_path_factory):
+  """The directory that one undisturbed preparation makes."""
+  directory = tmp_path_factory.mktemp('once') / 'rows'
+  prepared(plan, tokenizer, directory)
   return directory
 
 
-def tokens(directory, split):
-  source = records.RowSource(directory, records.read_manifest(directory), split)
-  return np.concatenate([source[i] for i in range(len(source))])
+def test_rows_are_those_of_the_parts_then_their_tails(plan, tokenizer, once):
+  assert tokenizer.eos_id == EOS
+  rows, tails, heldout = [], [], []
+  for part in plan.parts:
+    ids = []
+    for text in sources.read(part):
+      if isinstance(text, str):
+        split = heldout if held_out(text) else ids
+        split += document(tokenizer, text)
+    whole = len(ids) // 32 * 32
+    rows += ids[:whole]
+    tails += ids[whole:]
+  rows += tails
+  assert 32 < len(tails) and len(rows) % 32 and len(heldout) % 32
+  for split, wanted in (('train', rows), ('heldout', heldout)):
+    ids = tokens(once, split)
+    np.testing.assert_array_equal(ids, wanted[: len(wanted) // 32 * 32])
 
 
-def pieces(directory, split, eos_id):
-  """The token lists between eos; the last one may be cut off."""
-  ids = tokens(directory, split)
-  return [tuple(p) for p in np.split(ids, np.flatnonzero(ids == eos_id) + 1)]
-
-
-def test_rows_are_the_documents_joined_with_eos(prepared, tok, documents):
-  manifest = records.read_manifest(prepared)
-  whole = {(*tok.encode(t), tok.eos_id): name for name, t in documents}
-  seen = []
+def test_every_document_is_there_once(all_texts, tokenizer, once):
   for split in records.SPLITS:
-    *complete, last = pieces(prepared, split, tok.eos_id)
-    names = [whole[p] for p in complete]  # a KeyError is a broken document
-    # Less than a row is missing at the end.
-    unseen = [
-      p for p, name in whole.items()
-      if name not in names and p[: len(last)] == last
-    ]  # fmt: skip
-    if last:
-      assert unseen
-    assert manifest.splits[split].documents - len(names) in (0, 1)
-    seen += names
-  assert len(seen) == len(set(seen)) >= len(documents) - 2
-
-
-def test_splits_share_no_document(prepared, tok):
-  train = set(pieces(prepared, 'train', tok.eos_id))
-  heldout = set(pieces(prepared, 'heldout', tok.eos_id))
-  assert len(train) > 10 and len(heldout) > 2
-  assert train.isdisjoint(heldout)
-
-
-def test_split_is_by_name_alone(prepared, tok, documents, tmp_path):
-  """More documents never move one from held-out to train."""
-  json = sources.text_files(LIBRARY / 'json')
-  more = [*documents, *((f'json/{name}', text) for name, text in json)]
-  prepare.prepare(more, tok, tmp_path / 'more', **SETTINGS)
-  before = set(pieces(prepared, 'heldout', tok.eos_id)[:-1])
-  after = set(pieces(tmp_path / 'more', 'train', tok.eos_id))
-  assert before.isdisjoint(after)
-
-
-def test_manifest_counts(prepared, tok):
-  manifest = records.read_manifest(prepared)
-  assert manifest.tokenizer_fingerprint == tok.fingerprint
-  assert manifest.dtype == 'uint16'
-  assert len(manifest.splits['train'].shards) > 1
-  for name, split in manifest.splits.items():
-    ids = tokens(prepared, name)
-    assert split.tokens == len(ids) == split.rows * 64
-    assert split.rows == sum(shard.rows for shard in split.shards)
-    assert split.text_bytes == sum(len(tok.pieces[i]) for i in ids)
-    text = tok.decode(ids)
-    assert abs(split.text_bytes - len(text.encode())) < 4  # a cut character
-    frequencies = np.bincount(ids) / len(ids)
-    entropy = -sum(p * np.log(p) for p in frequencies if p)
-    assert split.unigram_entropy_nats == pytest.approx(entropy, rel=1e-12)
-
-
-def test_result_does_not_depend_on_arrival_order_or_batches(
-  prepared, tok, documents, tmp_path, monkeypatch
-):
-  monkeypatch.setattr(prepare, '_DOCUMENTS_PER_BATCH', 3)
-  reverse = iter(documents[::-1])
-  again = prepare.prepare(reverse, tok, tmp_path / 'again', **SETTINGS)
-  assert again == records.read_manifest(prepared)
-
-
-def test_shard_size_does_not_change_the_rows(
-  prepared, tok, documents, tmp_path
-):
-  small = SETTINGS | {'rows_per_shard': 7}
-  prepare.prepare(documents[:20], tok, tmp_path / 'small', **small)
-  prepare.prepare(documents[:20], tok, tmp_path / 'large', **SETTINGS)
-  for split in records.SPLITS:
-    np.testing.assert_array_equal(
-      tokens(tmp_path / 'small', split), tokens(tmp_path / 'large', split)
+    wanted = collections.Counter(
+      document(tokenizer, text)
+      for text in all_texts
+      if held_out(text) == (split == 'heldout')
     )
+    # Where a part ends in the middle of a document, its tail has the rest.
+    shards = range(len(records.read_manifest(once).splits[split].shards))
+    *starts, (last, end) = (
+      pieces(tokens(once, split, slice(n, n + 1))) for n in shards
+    )
+    found = [p for whole, _ in starts for p in whole]
+    beginnings = collections.deque(rest for _, rest in starts if rest)
+    for piece in last:
+      if beginnings and beginnings[0] + piece in wanted:
+        piece = beginnings.popleft() + piece
+      found.append(piece)
+    count = sum(map(len, found)) + sum(map(len, beginnings)) + len(end)
+    assert collections.Counter(found) <= wanted
+    missing = sum(len(p) * n for p, n in wanted.items()) - count
+    assert 0 <= missing < 32
 
 
-def test_killed_preparation_leaves_nothing_usable(
-  tok, documents, tmp_path, monkeypatch
+def test_splits_share_no_document_and_copies_stay_together(
+  all_texts, tokenizer, once
 ):
-  directory = tmp_path / 'data'
-  write_shard = records.write_shard
-  calls = []
+  train = collections.Counter(pieces(tokens(once, 'train'))[0])
+  heldout = collections.Counter(pieces(tokens(once, 'heldout'))[0])
+  assert len(train) > 100 and len(heldout) > 20
+  assert not train.keys() & heldout.keys()
+  copies = {t for t, n in collections.Counter(all_texts).items() if n > 1}
+  counts = [
+    (train[d], heldout[d]) for d in (document(tokenizer, t) for t in copies)
+  ]
+  assert (2, 0) in counts and (0, 2) in counts
+  assert all(0 in count for count in counts)
 
-  def killed(*args):
-    if calls:
+
+def test_split_does_not_depend_on_the_other_documents(
+  texts, tokenizer, once, tmp_path
+):
+  fewer = write_jsonl(tmp_path / 'fewer.jsonl', texts[100:])
+  prepared(plan_of(fewer), tokenizer, tmp_path / 'rows')
+  for split, other in (records.SPLITS, records.SPLITS[::-1]):
+    before = set(pieces(tokens(once, split))[0])
+    after = set(pieces(tokens(tmp_path / 'rows', other))[0])
+    assert len(before) > 20 and len(after) > 20
+    assert not before & after
+
+
+def test_manifest_counts(plan, all_texts, tokenizer, once):
+  manifest = records.read_manifest(once)
+  assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
+  assert manifest.source == plan.description
+  assert (manifest.eos_id, manifest.row_length) == (EOS, 32)
+  assert manifest.dtype == 'uint16'
+  assert manifest.skipped == {'not UTF-8': 2, 'not JSON': 1, 'empty': 1}
+  documents = {name: s.documents for name, s in manifest.splits.items()}
+  heldout = sum(map(held_out, all_texts))
+  assert documents == {'train': len(all_texts) - heldout, 'heldout': heldout}
+  for name, split in manifest.splits.items():
+    ids = tokens(once, name)
+    assert split.tokens == len(ids) == split.rows * 32
+    assert split.rows == sum(shard.rows for shard in split.shards)
+    assert split.text_bytes == sum(len(tokenizer.pieces[i]) for i in ids)
+    frequencies = np.unique(ids, return_counts=True)[1] / len(ids)
+    entropy = -sum(p * np.log(p) for p in frequencies)
+    assert split.unigram_entropy_nats == pytest.approx(entropy, rel=1e-12)
+  assert len(manifest.splits['train'].shards) == 13
+  assert len(manifest.splits['heldout'].shards) == 1
+  records.verify(once, manifest, all_rows=True)
+
+
+def test_tokenizer_is_beside_the_rows_and_nothing_else(tokenizer, once):
+  assert tokenizer_lib.load(once) == tokenizer
+  names = {shard.name for shard in once.glob('*.array_record')}
+  assert names == {
+    'heldout-00000.array_record',
+    *(f'train-{n:05d}.array_record' for n in range(13)),
+  }
+  assert contents(once).keys() - names == {'manifest.json', 'tokenizer.model'}
+
+
+def test_summary_says_what_there_is(all_texts, once):
+  manifest = records.read_manifest(once)
+  train, heldout = manifest.splits.values()
+  text = prepare.summary(manifest)
+  assert '\n' not in text
+  for shown in (
+    f'{train.rows:,} + {heldout.rows:,} held-out rows of 32',
+    f'{train.documents:,} + {heldout.documents:,} documents',
+    f'{train.tokens + heldout.tokens:,} tokens',
+    '2 not UTF-8, 1 not JSON, 1 empty left out',
+  ):
+    assert shown in text
+
+
+def test_a_large_vocabulary_takes_four_bytes(plan, tokenizer, once, tmp_path):
+  """And an eos that was chosen is the one in the rows, in workers too."""
+  size = 70_000
+  absent = (b'',) * (size - tokenizer.vocab_size)
+  wide = dataclasses.replace(
+    tokenizer, vocab_size=size, pieces=tokenizer.pieces + absent
+  )
+  wide = tokenizer_lib.with_ids(wide, eos_id=size - 1)
+  for workers in (0, 1):
+    directory = tmp_path / str(workers)
+    manifest = prepared(plan, wide, directory, workers=workers)
+    assert manifest.dtype == 'uint32' and manifest.eos_id == size - 1
+    records.verify(directory, manifest, all_rows=True)
+    for split in records.SPLITS:
+      narrow = tokens(once, split).astype(int)
+      narrow[narrow == EOS] = size - 1
+      np.testing.assert_array_equal(tokens(directory, split), narrow)
+  assert contents(tmp_path / '0') == contents(tmp_path / '1')
+
+
+# However it went, the files are the same.
+
+
+@pytest.mark.parametrize('workers', [1, 2, 3])
+def test_number_of_workers_does_not_show(
+  plan, tokenizer, once, tmp_path, workers
+):
+  prepared(plan, tokenizer, tmp_path / 'rows', workers=workers)
+  assert contents(tmp_path / 'rows') == contents(once)
+
+
+def test_how_much_is_done_at_once_does_not_show(
+  plan, tokenizer, once, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(shards, '_TEXT_CHARS', 500)
+  monkeypatch.setattr(shards, '_BLOCK_TOKENS', 100)
+  prepared(plan, tokenizer, tmp_path / 'rows')
+  assert contents(tmp_path / 'rows') == contents(once)
+
+
+def test_order_of_the_parts_in_time_does_not_show(
+  plan, tokenizer, once, tmp_path
+):
+  """Those that were done before an interruption need not be the first."""
+  directory = tmp_path / 'rows'
+  assert interrupt(plan, tokenizer, directory, after=30)
+  for n in (0, 3, 4):
+    (directory / '.prepare' / f'{n:05d}.npz').unlink()
+  lines = []
+  prepared(plan, tokenizer, directory, lines.append)
+  assert 'parts are done' in lines[0]
+  assert contents(directory) == contents(once)
+
+
+class Interrupts:
+  """Ends the n-th call that changes a directory before it does anything."""
+
+  CALLS = ('mkdir', 'rename', 'replace', 'rmdir', 'unlink')
+
+  def __init__(self, patch, n):
+    self.left = n
+    for name in self.CALLS:
+      patch.setattr(os, name, self.counted(getattr(os, name)))
+
+  def counted(self, call):
+    def wrapped(*args, **kwargs):
+      self.left -= 1
+      if self.left == 0:
+        raise KeyboardInterrupt
+      return call(*args, **kwargs)
+
+    return wrapped
+
+
+def interrupt(plan, tokenizer, directory, after):
+  """Prepares until a call that changes a directory; True if there is one."""
+  with pytest.MonkeyPatch.context() as patch:
+    Interrupts(patch, after)
+    try:
+      prepared(plan, tokenizer, directory)
+    except KeyboardInterrupt:
+      return True
+  return False
+
+
+@pytest.fixture(scope='module')
+def small(texts, tokenizer, tmp_path_factory):
+  """A plan of three parts and the directory that it becomes."""
+  folder = tmp_path_factory.mktemp('small')
+  path = write_jsonl(folder / 'small.jsonl', texts[1:60])
+  plan = plan_of(path, path.stat().st_size // 3 + 1)
+  assert len(plan.parts) == 3
+  prepared(plan, tokenizer, folder / 'rows')
+  return plan, folder / 'rows'
+
+
+def test_an_end_at_any_moment_does_not_show(small, tokenizer, tmp_path):
+  """Before every single step that can be seen from outside."""
+  plan, rows = small
+  for n in range(1, 100):
+    directory = tmp_path / str(n)
+    if not interrupt(plan, tokenizer, directory, after=n):
+      break
+    prepared(plan, tokenizer, directory)
+    assert contents(directory) == contents(rows)
+    shutil.rmtree(directory)
+  assert 20 < n < 100
+
+
+def test_ends_again_and_again_do_not_show(small, tokenizer, tmp_path):
+  plan, rows = small
+  rng = random.Random(0)
+  for n in range(20):
+    directory = tmp_path / str(n)
+    while interrupt(plan, tokenizer, directory, after=rng.randint(1, 12)):
+      pass
+    assert contents(directory) == contents(rows)
+
+
+def test_without_manifest_there_is_nothing_to_train_on(
+  small, tokenizer, tmp_path
+):
+  plan, _ = small
+  assert interrupt(plan, tokenizer, tmp_path / 'rows', after=10)
+  assert list((tmp_path / 'rows').glob('*.array_record'))
+  with pytest.raises(UserError, match='manifest.json.*launch/prepare.py'):
+    records.read_manifest(tmp_path / 'rows')
+
+
+def test_finished_parts_are_not_done_again(
+  small, tokenizer, tmp_path, monkeypatch
+):
+  plan, _ = small
+  directory, lines = tmp_path / 'rows', []
+  make_shard, numbers = shards.make_shard, []
+
+  def recorded(job, tokenizer, number, part):
+    numbers.append(number)
+    if len(numbers) == 3:
       raise KeyboardInterrupt
+    return make_shard(job, tokenizer, number, part)
+
+  monkeypatch.setattr(shards, 'make_shard', recorded)
+  with pytest.raises(KeyboardInterrupt):
+    prepared(plan, tokenizer, directory)
+  prepared(plan, tokenizer, directory, lines.append)
+  assert numbers == [0, 1, 2, 2]
+  assert lines == ['going on: 2 of 3 parts are done']
+  prepared(plan, tokenizer, directory, lines.append)
+  assert numbers == [0, 1, 2, 2] and len(lines) == 1
+
+
+def test_finished_data_is_returned_at_once(once, plan, tokenizer):
+  before = {p: p.stat().st_mtime_ns for p in once.iterdir()}
+  lines = []
+  manifest = prepared(plan, tokenizer, once, lines.append, workers=2)
+  assert manifest == records.read_manifest(once)
+  assert before == {p: p.stat().st_mtime_ns for p in once.iterdir()}
+  assert not lines
+
+
+@pytest.mark.parametrize('parts_done', [0, 1])
+def test_a_killed_worker_is_named(texts, tokenizer, tmp_path, parts_done):
+  path = write_jsonl(tmp_path / 'corpus.jsonl', texts * 6)
+  plan = plan_of(path, path.stat().st_size // 12)
+  directory = tmp_path / 'rows'
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    work = thread.submit(prepared, plan, tokenizer, directory, workers=2)
+    while not work.done():
+      children = multiprocessing.active_children()
+      done = list((directory / '.prepare').glob('0*.npz'))
+      if children and len(done) >= parts_done:
+        os.kill(children[0].pid, signal.SIGKILL)
+        break
+      time.sleep(0.005)
+    with pytest.raises(UserError, match='worker was killed.*run again') as e:
+      work.result(timeout=30)
+  assert '\n' not in str(e.value)
+  lines = []
+  prepared(plan, tokenizer, directory, lines.append)
+  assert parts_done == 0 or 'going on' in lines[0]
+  prepared(plan, tokenizer, tmp_path / 'undisturbed')
+  assert contents(directory) == contents(tmp_path / 'undisturbed')
+
+
+# What is refused, in one line, and what is not.
+
+
+def refused(plan, tokenizer, directory, **changes):
+  with pytest.raises(UserError) as e:
+    prepared(plan, tokenizer, directory, **changes)
+  assert '\n' not in str(e.value)
+  return str(e.value)
+
+
+@pytest.fixture(params=['half finished', 'finished'])
+def directory(request, small, tokenizer, tmp_path):
+  plan, rows = small
+  if request.param == 'finished':
+    shutil.copytree(rows, tmp_path / 'rows')
+  else:
+    assert interrupt(plan, tokenizer, tmp_path / 'rows', after=10)
+  return tmp_path / 'rows'
+
+
+@pytest.mark.parametrize(
+  'name, value', [('row_length', 64), ('heldout_fraction', 0.25)]
+)
+def test_other_settings_are_refused(small, tokenizer, directory, name, value):
+  before = contents(directory)
+  message = refused(small[0], tokenizer, directory, **{name: value})
+  assert f'{name}={SETTINGS[name]}, not {value}' in message
+  assert str(directory) in message and 'another directory' in message
+  assert contents(directory) == before
+
+
+def test_another_tokenizer_is_refused(small, tokenizer, directory):
+  other = dataclasses.replace(tokenizer, fingerprint='0123456789abcdef')
+  message = refused(small[0], other, directory)
+  assert f'tokenizer={tokenizer.fingerprint}, not 0123456789abc' in message
+
+
+def test_another_eos_is_refused(small, tokenizer, directory):
+  other = tokenizer_lib.with_ids(tokenizer, eos_id=tokenizer.bos_id)
+  message = refused(small[0], other, directory)
+  assert f'eos_id={EOS}, not {tokenizer.bos_id}' in message
+
+
+@pytest.mark.parametrize('change', ['longer', 'one more', 'renamed', 'parts'])
+def test_other_input_is_refused(
+  small, texts, tokenizer, directory, tmp_path, change
+):
+  plan, _ = small
+  folder = tmp_path / 'input'
+  original = pathlib.Path(plan.parts[0].paths[0])
+  size = original.stat().st_size
+  name = 'other.jsonl' if change == 'renamed' else original.name
+  more = {'longer': '\n{"text": "more"}'}.get(change, '')
+  folder.mkdir()
+  (folder / name).write_text(original.read_text() + more)
+  if change == 'one more':
+    write_jsonl(folder / 'more.jsonl', ['one more'])
+  other = plan_of(folder, size // (2 if change == 'parts' else 3) + 1)
+  message = refused(other, tokenizer, directory)
+  assert f'input={plan.fingerprint}, not {other.fingerprint}' in message
+
+
+def test_a_copy_of_the_input_elsewhere_will_do(
+  small, tokenizer, directory, tmp_path
+):
+  plan, rows = small
+  original = pathlib.Path(plan.parts[0].paths[0])
+  copy = tmp_path / 'elsewhere' / original.name
+  copy.parent.mkdir()
+  shutil.copyfile(original, copy)
+  moved = plan_of(copy, copy.stat().st_size // 3 + 1)
+  prepared(moved, tokenizer, directory)
+  found, wanted = contents(directory), contents(rows)
+  found.pop('manifest.json'), wanted.pop('manifest.json')  # it names the path
+  assert found == wanted
+
+
+@pytest.mark.parametrize('name', ['notes.txt', '.hidden', 'folder'])
+def test_a_directory_with_something_else_is_refused(
+  small, tokenizer, tmp_path, name
+):
+  if name == 'folder':
+    (tmp_path / name).mkdir()
+  else:
+    (tmp_path / name).write_text('mine')
+  before = contents(tmp_path)
+  message = refused(small[0], tokenizer, tmp_path)
+  assert 'not empty' in message and name in message
+  assert contents(tmp_path) == before
+
+
+def test_an_empty_directory_is_fine(small, tokenizer, tmp_path):
+  plan, rows = small
+  prepared(plan, tokenizer, tmp_path)
+  assert contents(tmp_path) == contents(rows)
+
+
+def test_input_that_changes_on_the_way_is_refused(small, tokenizer, tmp_path):
+  original = pathlib.Path(small[0].parts[0].paths[0])
+  path = tmp_path / 'corpus.jsonl'
+  shutil.copyfile(original, path)
+  plan = plan_of(path)
+  with open(path, 'a') as f:
+    f.write('\n{"text": "late"}')
+  assert str(path) in refused(plan, tokenizer, tmp_path / 'rows')
+
+
+def test_a_place_that_cannot_be_written_is_named(small, tokenizer, tmp_path):
+  (tmp_path / 'file').write_text('not a directory')
+  place = tmp_path / 'file' / 'rows'
+  message = refused(small[0], tokenizer, place)
+  assert f'cannot write prepared data to {place}' in message
+
+
+@pytest.mark.parametrize('fails_at', [1, 3, 4, 5])
+def test_a_full_disk_costs_no_finished_part(
+  small, tokenizer, tmp_path, monkeypatch, fails_at
+):
+  plan, rows = small
+  write_shard, calls = records.write_shard, []
+
+  def full(*args):
     calls.append(args)
+    if len(calls) == fails_at:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return write_shard(*args)
 
-  with monkeypatch.context() as patch:
-    patch.setattr(records, 'write_shard', killed)
-    with pytest.raises(KeyboardInterrupt):
-      prepare.prepare(documents, tok, directory, **SETTINGS)
-  assert not directory.exists()
-  with pytest.raises(UserError):
-    records.read_manifest(directory)
-
-  prepare.prepare(documents, tok, directory, **SETTINGS)
-  assert len(tokens(directory, 'train'))
-
-
-def test_leftovers_of_a_killed_process_do_no_harm(tok, documents, tmp_path):
-  (tmp_path / '.data.0123').mkdir()
-  (tmp_path / '.data.0123' / 'train-00000.array_record').write_bytes(b'half')
-  prepare.prepare(documents, tok, tmp_path / 'data', **SETTINGS)
-  records.read_manifest(tmp_path / 'data')
-
-
-def test_two_at_once_agree(tok, documents, tmp_path):
-  def work(_):
-    return prepare.prepare(documents, tok, tmp_path / 'data', **SETTINGS)
-
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    first, second = pool.map(work, range(2))
-  assert first == second == records.read_manifest(tmp_path / 'data')
-  assert [path.name for path in tmp_path.iterdir()] == ['data']
-
-
-def test_the_slower_one_keeps_the_result_of_the_faster(
-  tok, documents, tmp_path, monkeypatch
-):
-  directory = tmp_path / 'data'
-  publish = prepare._publish
-
-  def late(temporary, target):
-    monkeypatch.setattr(prepare, '_publish', publish)
-    prepare.prepare(documents, tok, directory, **SETTINGS)
-    stamp.append((directory / 'manifest.json').stat().st_mtime_ns)
-    publish(temporary, target)
-
-  stamp = []
-  monkeypatch.setattr(prepare, '_publish', late)
-  prepare.prepare(documents, tok, directory, **SETTINGS)
-  assert (directory / 'manifest.json').stat().st_mtime_ns == stamp[0]
-  assert [path.name for path in tmp_path.iterdir()] == ['data']
-
-
-def test_other_data_in_the_directory_is_refused(prepared, tok, documents):
-  other = SETTINGS | {'row_length': 32}
-  with pytest.raises(UserError, match='holds rows of another source'):
-    prepare.prepare(documents, tok, prepared, **other)
-
-
-def test_place_that_cannot_be_written_is_named(tok, documents, tmp_path):
-  (tmp_path / 'file').write_text('not a directory')
-  with pytest.raises(UserError, match='file/data.*--config.data.cache_dir'):
-    prepare.prepare(documents, tok, tmp_path / 'file' / 'data', **SETTINGS)
-
-
-def test_full_disk_is_named(tok, documents, tmp_path, monkeypatch):
-  def full(*args):
-    raise OSError(28, 'No space left on device')
-
   monkeypatch.setattr(records, 'write_shard', full)
-  with pytest.raises(UserError, match='No space left.*config.data.cache_dir'):
-    prepare.prepare(documents, tok, tmp_path / 'data', **SETTINGS)
-  assert not list(tmp_path.iterdir())
+  message = refused(plan, tokenizer, tmp_path / 'rows')
+  assert 'No space left on device' in message and 'run again' in message
+  prepared(plan, tokenizer, tmp_path / 'rows')
+  done = min(fails_at - 1, 3)
+  assert len(calls) == fails_at + 3 - done + 2
+  assert contents(tmp_path / 'rows') == contents(rows)
 
 
-def test_too_little_text_is_refused(tok, tmp_path):
-  few = [('a.py', 'x = 1\n'), ('b.py', 'y = 2\n')]
-  with pytest.raises(UserError, match='not one row of 64 tokens'):
-    prepare.prepare(few, tok, tmp_path / 'data', **SETTINGS)
-  assert not list(tmp_path.iterdir())
+def test_less_than_a_row_is_refused(tokenizer, tmp_path):
+  path = write_jsonl(tmp_path / 'few.jsonl', ['x = 1\n', 'y = 2\n'])
+  message = refused(plan_of(path), tokenizer, tmp_path / 'rows')
+  assert '2 documents make not one row of 32 tokens' in message
+  assert not (tmp_path / 'rows' / records.MANIFEST).exists()
 
 
-def test_equal_names_are_refused(tok, tmp_path):
-  with pytest.raises(UserError, match="named 'a.py'"):
-    prepare.prepare([('a.py', 'x'), ('a.py', 'y')], tok, tmp_path, **SETTINGS)
+def test_empty_documents_alone_are_refused(tokenizer, tmp_path):
+  path = write_jsonl(tmp_path / 'none.jsonl', [''] * 300)
+  message = refused(plan_of(path), tokenizer, tmp_path / 'rows')
+  assert '0 documents make not one row' in message
 
 
-def test_embedded_is_prepared_once(tok, documents, tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, 'embedded', lambda: iter(documents))
+def test_an_empty_file_among_others_is_fine(texts, tokenizer, tmp_path):
+  write_jsonl(tmp_path / 'in' / 'b.jsonl', texts[:50])
+  for name in ('a.jsonl', 'c.jsonl', 'd.txt'):
+    (tmp_path / 'in' / name).touch()
+  manifest = prepared(plan_of(tmp_path / 'in'), tokenizer, tmp_path / 'rows')
+  assert sum(s.documents for s in manifest.splits.values()) == 50
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_mostly_unreadable_input_is_refused(tokenizer, tmp_path, workers):
+  path = tmp_path / 'latin.jsonl'
+  path.write_bytes(b'{"text": "\xe9"}\n' * 200)
+  plan = plan_of(path)
+  message = refused(plan, tokenizer, tmp_path / 'rows', workers=workers)
+  assert 'more than half' in message and str(path) in message
+
+
+@pytest.mark.parametrize(
+  'fraction, absent', [(0, 'heldout'), (1e-9, 'heldout'), (1, 'train')]
+)
+def test_a_split_without_documents_is_empty(
+  small, tokenizer, tmp_path, fraction, absent
+):
+  plan, rows = small
+  directory = tmp_path / 'rows'
+  manifest = prepared(plan, tokenizer, directory, heldout_fraction=fraction)
+  (other,) = set(records.SPLITS) - {absent}
+  assert manifest.splits[absent] == records.Split((), 0, 0, 0, 0, 0.0)
+  assert not list(directory.glob(f'{absent}-*'))
+  assert not len(records.RowSource(directory, manifest, absent))
+  assert manifest.splits[other].documents == 59
+  records.verify(directory, manifest, all_rows=True)
+  assert prepare.summary(manifest)
+
+
+def test_a_corpus_that_is_held_out_by_chance_has_no_train_rows(
+  tokenizer, tmp_path
+):
+  text = next(t for t in map(str, range(100)) if held_out(t))
+  path = write_jsonl(tmp_path / 'one.jsonl', [text] * 50)
+  manifest = prepared(plan_of(path), tokenizer, tmp_path / 'rows')
+  assert manifest.splits['train'].rows == 0
+  assert manifest.splits['heldout'].documents == 50
+
+
+# The embedded corpus.
+
+
+def test_embedded_is_prepared_once(small, tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, 'plan', lambda specs: small[0])
   lines = []
-  directory = prepare.embedded(tok, tmp_path / 'cache', 128, lines.append)
+  directory = prepare.embedded(tokenizer, tmp_path / 'cache', 128, lines.append)
+  version = '.'.join(map(str, sys.version_info[:3]))
   assert directory.parent == tmp_path / 'cache'
-  assert tok.fingerprint in directory.name and directory.name.endswith('-128')
-  assert len(lines) == 2 and 'bytes per token' in lines[1]
+  assert directory.name == f'embedded-py{version}-{tokenizer.fingerprint}-128'
+  manifest = records.read_manifest(directory)
+  assert manifest.row_length == 128
+  records.verify(directory, manifest, all_rows=True)
+  assert manifest.settings['heldout_fraction'] == 0.05
+  first, last = lines
+  assert str(directory) in first and prepare.summary(manifest) in last
 
+  def plan_again(specs):
+    raise AssertionError('planned again')
+
+  monkeypatch.setattr(sources, 'plan', plan_again)
   start = time.perf_counter()
-  assert prepare.embedded(tok, tmp_path / 'cache', 128, lines.append)
-  assert time.perf_counter() - start < 0.5
+  assert prepare.embedded(tokenizer, tmp_path / 'cache', 128, lines.append)
+  assert time.perf_counter() - start < 0.1
   assert len(lines) == 2
 
-  shard = directory / 'train-00000.array_record'
-  shard.write_bytes(shard.read_bytes()[:1000])
-  with pytest.raises(UserError, match='train-00000.*delete the directory'):
-    prepare.embedded(tok, tmp_path / 'cache', 128, lines.append)
+
+def test_embedded_is_prepared_for_each_row_length(
+  small, tokenizer, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(sources, 'plan', lambda specs: small[0])
+  found = {prepare.embedded(tokenizer, tmp_path, n, quiet) for n in (16, 32)}
+  assert {records.read_manifest(d).row_length for d in found} == {16, 32}
 
 
-def test_embedded_corpus_is_the_library_without_packages():
-  names = [name for name, _ in sources.embedded()]
-  assert names == sorted(names) and len(names) > 500
-  assert 'json/decoder.py' in names
-  assert not any('site-packages' in name for name in names)
+def test_embedded_names_the_key_of_a_place_that_cannot_be_written(
+  small, tokenizer, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(sources, 'plan', lambda specs: small[0])
+  (tmp_path / 'file').write_text('not a directory')
+  with pytest.raises(UserError, match='cannot write.*--config.data.cache_dir'):
+    prepare.embedded(tokenizer, tmp_path / 'file', 16, quiet)
 
 
-def test_text_files_skip_what_is_not_text(tmp_path):
-  (tmp_path / 'b').mkdir()
-  (tmp_path / 'b' / 'x.md').write_bytes('caf\u00e9\r\n'.encode())
-  (tmp_path / 'a.txt').write_bytes(b'latin \xe9')
-  (tmp_path / 'c.bin').write_bytes(b'\0')
-  (tmp_path / 'z.py').write_text('')
-  found = list(sources.text_files(tmp_path))
-  assert found == [('b/x.md', 'caf\u00e9\r\n'), ('z.py', '')]
-
-
-@pytest.mark.parametrize('name', ['absent', 'empty'])
-def test_directory_without_text_is_named(tmp_path, name):
-  (tmp_path / 'empty').mkdir()
-  with pytest.raises(UserError, match=f'no .*files in .*{name}: give'):
-    sources.text_files(tmp_path / name)
+def test_embedded_goes_on_after_an_interruption(
+  small, tokenizer, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(sources, 'plan', lambda specs: small[0])
+  lines = []
+  with pytest.MonkeyPatch.context() as patch:
+    Interrupts(patch, 11)
+    with pytest.raises(KeyboardInterrupt):
+      prepare.embedded(tokenizer, tmp_path / 'cache', 32, lines.append)
+  directory = prepare.embedded(tokenizer, tmp_path / 'cache', 32, lines.append)
+  assert any('going on' in line for line in lines)
+  assert records.read_manifest(directory)
