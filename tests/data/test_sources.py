@@ -546,8 +546,10 @@ def test_nothing_but_empty_files_is_refused(tmp_path, name):
 
 
 def test_buckets_are_to_be_mounted():
-  refuses('gs://bucket/c4 is not a local path: mount .* gcsfuse', 'gs://bucket/c4')
-  refuses('not a path', 'tfds:gs://bucket/c4/en/3.1.0:train')
+  refuses(
+    'gs://bucket/c4 is not a local path: mount .* gcsfuse', 'gs://bucket/c4'
+  )
+  refuses('not a local path', 'tfds:gs://bucket/c4/en/3.1.0:train')
 
 
 def test_an_input_counts_once(tmp_path):
