@@ -163,8 +163,8 @@ def fingerprint(
   """What decides the order of the data; flat and JSON-able.
 
   Two runs with equal fingerprints read the same tokens at the same sample
-  index. Batch size and host count are not part of it, on purpose, nor is the
-  place where a dataset lies.
+  index. Batch size and host count are not part of it, on purpose, nor are the
+  place where a dataset lies and the name of its source.
 
   Raises:
     UserError: the length does not fit a row length.
@@ -176,7 +176,6 @@ def fingerprint(
   order = _order(datasets, sizes, seed)
   source, index = order_lib.locate(order, np.arange(64))
   return {
-    'source': [m.source for m in manifests],
     'tokenizer': sorted({m.tokenizer_fingerprint for m in manifests}),
     'shards': [len(m.splits['train'].shards) for m in manifests],
     'rows': [

@@ -236,7 +236,7 @@ def conclude(
 
 def _entropy(counts: np.ndarray) -> float:
   probability = counts[counts > 0] / max(1, counts.sum())
-  return float(-(probability @ np.log(probability)))
+  return float(0 - probability @ np.log(probability))
 
 
 def _fraction(text: str) -> float:
