@@ -1,12 +1,12 @@
 """The command line of preparation, also when it is killed."""
 
-import contextlib
 import gzip
 import json
 import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,25 +114,37 @@ def test_it_says_what_it_will_do_and_what_it_has_done(corpus, undisturbed):
 # Killed, interrupted, out of space, twice at once.
 
 
+def kill_9(kill, corpus, directory, parts, seconds):
+  """So long after so many parts are done; False if it had ended before."""
+  process = start('--source', corpus, '--out', directory, *SETTINGS)
+  done = lambda: len(list(directory.glob('.prepare/0*.npz')))
+  if wait_for(lambda: directory.exists() and done() >= parts, process):
+    time.sleep(seconds)
+  alive = process.poll() is None
+  if alive:
+    kill(process.pid, signal.SIGKILL)
+  killed = time.monotonic()
+  # Its workers have the same output, which ends when the last of them does.
+  process.communicate(timeout=20)
+  assert time.monotonic() - killed < 5
+  return alive
+
+
 @pytest.mark.parametrize('seed', range(5))
 def test_kill_9_does_not_show(corpus, undisturbed, tmp_path, seed):
   """At any moment, the parent alone or all processes, and then once more."""
   wanted, duration, _ = undisturbed
   directory = tmp_path / 'rows'
   rng = random.Random(seed)
-  # The first moments of all seeds are spread over the whole duration.
-  moments = [(seed + rng.random()) / 5, rng.random() / 2]
-  kills = [os.kill, os.killpg]
-  for moment, kill in zip(moments, kills[:: (-1) ** seed], strict=True):
-    process = start('--source', corpus, '--out', directory, *SETTINGS)
-    if wait_for(directory.exists, process):
-      time.sleep(moment * duration)
-    with contextlib.suppress(ProcessLookupError):
-      kill(process.pid, signal.SIGKILL)
-    killed = time.monotonic()
-    # Its workers have the same output, which ends when the last of them does.
-    process.communicate(timeout=20)
-    assert time.monotonic() - killed < 5
+  first, second = [os.kill, os.killpg][:: (-1) ** seed]
+  # All seeds together spread them over the whole duration...
+  seconds = (seed + rng.random()) / 5 * duration
+  while not kill_9(first, corpus, directory, 0, seconds):
+    shutil.rmtree(directory)
+    seconds *= 0.8  # the machine is faster now
+  # ... and over the parts, which take less of it than the workers' start.
+  parts = 2 * seed + rng.randint(1, 3)
+  kill_9(second, corpus, directory, parts, rng.random() / 20)
   run('--source', corpus, '--out', directory, *SETTINGS)
   assert contents(directory) == contents(wanted)
 

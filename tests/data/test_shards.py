@@ -325,7 +325,7 @@ path.write_text(json.dumps({'text': text}), encoding='utf-8')
 before = peak()
 prepare.prepare(
   sources.plan([str(path)]), tok, folder / 'rows',
-  row_length=4096, heldout_fraction=0, workers=0,
+  row_length=4096, heldout_fraction=0, workers=0, log=lambda line: None,
 )
 taken = (peak() - before) / len(text)
 rows = records.RowSource(
