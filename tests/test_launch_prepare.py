@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 
 import pytest
@@ -27,11 +28,25 @@ SETTINGS = [
 ]
 
 
+started = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+  """After a test that failed."""
+  yield
+  while started:
+    process = started.pop()
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+      process.communicate()
+
+
 def start(*args, **options):
   """Starts launch/prepare.py as the leader of a process group of its own."""
   environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
   environment.pop('PYTHONUNBUFFERED', None)  # lines must come without it
-  return subprocess.Popen(
+  process = subprocess.Popen(
     [sys.executable, 'launch/prepare.py', *map(str, args)],
     cwd=ROOT,
     env=environment,
@@ -41,6 +56,8 @@ def start(*args, **options):
     start_new_session=True,
     **options,
   )
+  started.append(process)
+  return process
 
 
 def run(*args, status=0):
@@ -62,6 +79,15 @@ def contents(directory):
     else path.read_bytes()
     for path in sorted(directory.rglob('*'))
   }
+
+
+def read_lines(process, count):
+  """What it prints first, as soon as it does."""
+  too_late = threading.Timer(20, process.kill)
+  too_late.start()
+  lines = [process.stdout.readline() for _ in range(count)]
+  too_late.cancel()
+  return lines
 
 
 def wait_for(condition, process):
@@ -109,6 +135,29 @@ def test_it_says_what_it_will_do_and_what_it_has_done(corpus, undisturbed):
   assert last == f'{directory}: {prepare.summary(manifest)}'
   assert len(manifest.splits['train'].shards) == 13
   records.verify(directory, manifest, all_rows=True)
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+  """A directory of rows from documents of which some cannot be read."""
+  folder = tmp_path_factory.mktemp('small')
+  texts = [f'def f{n}(x):\n  return x + {n}\n' for n in range(300)]
+  lines = [json.dumps({'content': text}).encode() for text in texts]
+  lines[5:5] = [b'{"content": "latin \xe9"}', b'{"content": ""}']
+  (folder / 'a.jsonl').write_bytes(b'\n'.join(lines))
+  (folder / 'b.txt').write_bytes(b'latin \xe9')
+  output = run(
+    f'--source={folder / "a.jsonl"}',
+    f'--source={folder}/*.txt',
+    '--text_key=content',
+    '--out',
+    folder / 'rows',
+    '--row_length=32',
+    '--heldout_fraction=0.3',
+    '--tokenizer=tokenizer/stdlib_4k.model',
+    '--workers=1',
+  )
+  return folder / 'rows', output
 
 
 # Killed, interrupted, out of space, twice at once.
@@ -167,6 +216,19 @@ def test_an_interrupt_ends_it_at_once_and_keeps_what_is_done(
   assert contents(directory) == contents(wanted)
 
 
+@pytest.mark.parametrize('end', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_end_does_not_wait_for_input_that_hangs(small, tmp_path, end):
+  (tmp_path / 'a.jsonl').write_bytes((small[0].parent / 'a.jsonl').read_bytes())
+  os.mkfifo(tmp_path / 'b.txt')  # to open it takes until someone writes
+  rows = tmp_path / 'rows'
+  args = ['--source', tmp_path, '--text_key=content', '--out', rows]
+  process = start(*args, *SETTINGS)
+  assert wait_for((rows / '.prepare' / '00000.npz').exists, process)
+  process.send_signal(end)
+  process.communicate(timeout=5)
+  assert process.returncode
+
+
 def test_a_full_disk_is_named_and_finished_parts_are_kept(
   corpus, undisturbed, tmp_path
 ):
@@ -193,8 +255,8 @@ def test_two_at_once_make_the_same_as_one(corpus, undisturbed, tmp_path):
   assert wait_for((directory / '.prepare').exists, first)
   first.send_signal(signal.SIGSTOP)
   second = start(*args)
-  lines = [second.stdout.readline() for _ in range(2)]
-  assert lines[1].startswith(f'another process is preparing {directory}')
+  _, line = read_lines(second, 2)
+  assert line.startswith(f'another process is preparing {directory}')
   first.send_signal(signal.SIGCONT)
   summaries = [
     p.communicate(timeout=60)[0].splitlines()[-1:] for p in (first, second)
@@ -214,8 +276,7 @@ def test_the_one_that_waits_takes_over_from_one_that_is_killed(
   assert wait_for((directory / '.prepare').exists, first)
   first.send_signal(signal.SIGSTOP)
   second = start(*args)
-  assert 'parts' in second.stdout.readline()
-  assert 'waiting' in second.stdout.readline()
+  assert 'waiting' in read_lines(second, 2)[1]
   first.kill()
   second.communicate(timeout=60)
   assert second.returncode == 0
@@ -224,29 +285,6 @@ def test_the_one_that_waits_takes_over_from_one_that_is_killed(
 
 
 # Input that is not all text, and the other modes.
-
-
-@pytest.fixture(scope='module')
-def small(tmp_path_factory):
-  """A directory of rows from documents of which some cannot be read."""
-  folder = tmp_path_factory.mktemp('small')
-  texts = [f'def f{n}(x):\n  return x + {n}\n' for n in range(300)]
-  lines = [json.dumps({'content': text}).encode() for text in texts]
-  lines[5:5] = [b'{"content": "latin \xe9"}', b'{"content": ""}']
-  (folder / 'a.jsonl').write_bytes(b'\n'.join(lines))
-  (folder / 'b.txt').write_bytes(b'latin \xe9')
-  output = run(
-    f'--source={folder / "a.jsonl"}',
-    f'--source={folder}/*.txt',
-    '--text_key=content',
-    '--out',
-    folder / 'rows',
-    '--row_length=32',
-    '--heldout_fraction=0.3',
-    '--tokenizer=tokenizer/stdlib_4k.model',
-    '--workers=1',
-  )
-  return folder / 'rows', output
 
 
 def test_what_is_left_out_is_counted(small):

@@ -234,7 +234,11 @@ def _do_parts(
       initargs=(job, tokenizer),
     )
     try:
-      futures = {pool.submit(_worker, i, part): part for i, part in todo}
+      try:
+        futures = {pool.submit(_worker, i, part): part for i, part in todo}
+      except (OSError, ValueError) as e:
+        # Starting a worker while the pool is torn down for another's death.
+        raise concurrent.futures.process.BrokenProcessPool from e
       for future in concurrent.futures.as_completed(futures):
         advance(futures[future], future.result())
     except concurrent.futures.process.BrokenProcessPool as e:

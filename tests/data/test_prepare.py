@@ -422,10 +422,13 @@ def test_a_killed_worker_is_named(texts, tokenizer, tmp_path, parts_done):
   path = write_jsonl(tmp_path / 'corpus.jsonl', texts * 6)
   plan = plan_of(path, path.stat().st_size // 12)
   directory = tmp_path / 'rows'
+  others = multiprocessing.active_children()
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     work = thread.submit(prepared, plan, tokenizer, directory, workers=2)
     while not work.done():
-      children = multiprocessing.active_children()
+      children = [
+        p for p in multiprocessing.active_children() if p not in others
+      ]
       done = list((directory / '.prepare').glob('0*.npz'))
       if children and len(done) >= parts_done:
         os.kill(children[0].pid, signal.SIGKILL)
@@ -439,6 +442,29 @@ def test_a_killed_worker_is_named(texts, tokenizer, tmp_path, parts_done):
   assert parts_done == 0 or 'going on' in lines[0]
   prepared(plan, tokenizer, tmp_path / 'undisturbed')
   assert contents(directory) == contents(tmp_path / 'undisturbed')
+
+
+@pytest.mark.parametrize(
+  'error', [OSError('handle is closed'), ValueError('bad fds_to_keep')]
+)
+def test_a_worker_killed_while_others_start_is_named(
+  small, tokenizer, tmp_path, monkeypatch, error
+):
+  """What starting the next worker then raises is none of the user's."""
+  pool = concurrent.futures.ProcessPoolExecutor
+  submit, calls = pool.submit, []
+
+  def broken(*args):
+    calls.append(args)
+    if len(calls) == 2:
+      raise error
+    return submit(*args)
+
+  monkeypatch.setattr(pool, 'submit', broken)
+  message = refused(small[0], tokenizer, tmp_path / 'rows', workers=2)
+  assert 'worker was killed' in message
+  prepared(small[0], tokenizer, tmp_path / 'rows')
+  assert contents(tmp_path / 'rows') == contents(small[1])
 
 
 # What is refused, in one line, and what is not.
