@@ -21,7 +21,7 @@ flags.DEFINE_multi_string(
   'source',
   [],
   'embedded, a file, directory or quoted glob of .txt .md .py .jsonl .json '
-  '(also .gz, .zst) .parquet, or tfds:DIR:SPLIT; may be repeated.',
+  '(these also with .gz, .zst) .parquet, or tfds:DIR:SPLIT; may be repeated.',
 )
 flags.DEFINE_string('tokenizer', None, 'A .model or tokenizer.json file.')
 flags.DEFINE_string('out', None, 'Directory for the rows.')
@@ -65,6 +65,15 @@ def prepare(args):
   plan = sources.plan(args.source, text_key=args.text_key, by_line=args.by_line)
   size = sum(part.size for part in plan.parts)
   print(f'{plan.description}: {size / 1e6:,.1f} MB, {len(plan.parts)} parts')
+  for suffix, number in plan.ignored.items():
+    print(f'note: not read: {number:,} {suffix}')
+  large = [p for p in plan.parts if p.size > sources.MAX_PART_BYTES]
+  if large:
+    print(
+      f'note: {len(large)} parts are over 1 GiB, such as {large[0].paths[0]}: '
+      'one process reads each from the start to the end; split the files to '
+      'divide the work'
+    )
   manifest = prepare.prepare(
     plan,
     tok,
@@ -98,16 +107,20 @@ def inspect(args):
       f'{split.unigram_entropy_nats:.3f} nats per token'
     )
     source = records.RowSource(directory, manifest, name)
-    shown = np.random.default_rng(0).permutation(len(source))[: args.rows]
-    for i in sorted(shown.tolist()):
-      print(f'--- {name} row {i} ---\n{tok.decode(source[i])}')
+    rows = min(args.rows, len(source))
+    rng = np.random.default_rng(0)
+    shown = rng.choice(len(source), rows, replace=False) if rows else []
+    for i in sorted(map(int, shown)):
+      ends = np.flatnonzero(source[i] == manifest.eos_id) + 1
+      documents = map(tok.decode, np.split(source[i], ends))
+      print(f'--- {name} row {i} ---\n{"<end of document>".join(documents)}')
 
 
 def verify(args):
   from maskdiff.data import records
 
   manifest = records.read_manifest(args.verify)
-  records.verify(args.verify, manifest, all_rows=True)
+  records.verify(args.verify, manifest, rows='all')
   rows = sum(split.rows for split in manifest.splits.values())
   print(f'{args.verify}: all {rows:,} rows match their checksums')
 

@@ -83,7 +83,8 @@ def open_tokenizer(config):
   if tokenizer.vocab_size > config.model.vocab_size:
     raise UserError(
       f'{config.data.tokenizer} has {tokenizer.vocab_size} pieces, more than '
-      f'config.model.vocab_size={config.model.vocab_size}'
+      f'config.model.vocab_size={config.model.vocab_size}; set '
+      f'--config.model.vocab_size={tokenizer.vocab_size}'
     )
   return tokenizer
 
@@ -130,7 +131,20 @@ def open_data(config, tokenizer, path=None):
         f'{tokenizer.fingerprint}; set config.data.tokenizer to the one it was '
         f'prepared with, a copy of which is in {directory}'
       )
-    records.verify(directory, manifest, all_rows=config.data.verify == 'all')
+    if manifest.eos_id != tokenizer.eos_id:
+      raise UserError(
+        f'the documents of {directory} end with the eos id {manifest.eos_id}, '
+        f'but config.tokens.eos_id={tokenizer.eos_id}: use the copy of the '
+        f'tokenizer that is in {directory}'
+      )
+    # A run that puts up with damaged rows must be able to start with them.
+    check = 'none' if config.data.max_damaged_rows else 'sample'
+    records.verify(
+      directory,
+      manifest,
+      rows='all' if config.data.verify == 'all' else check,
+      share=(jax.process_index(), jax.process_count()),
+    )
     datasets.append(pipeline.Dataset(name, str(directory), weight, manifest))
   return datasets
 

@@ -234,6 +234,7 @@ def restore_or_init(
   if step is None:
     return jax.jit(init, out_shardings=shardings)(key), 0, 0
   meta = checkpointer.restore_meta(step)
+  was = config_lib.flatten(config_lib.from_dict(meta['config']))
   for name, now in identity.items():
     before = meta['data'].get(name)
     if before == now:
@@ -248,7 +249,6 @@ def restore_or_init(
         '--config.data.allow_change=True to go on from here'
       )
     run_lib.say(differs)
-  was = config_lib.flatten(config_lib.from_dict(meta['config']))
   for name, now in config_lib.flatten(config).items():
     section = name.partition('.')[0]
     if section not in ('model', 'objective', 'tokens') or name in MAY_CHANGE:

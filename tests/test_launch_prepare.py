@@ -134,7 +134,7 @@ def test_it_says_what_it_will_do_and_what_it_has_done(corpus, undisturbed):
   assert first.startswith(f'{corpus}: 1.') and first.endswith('MB, 12 parts')
   assert last == f'{directory}: {prepare.summary(manifest)}'
   assert len(manifest.splits['train'].shards) == 13
-  records.verify(directory, manifest, all_rows=True)
+  records.verify(directory, manifest, rows='all')
 
 
 @pytest.fixture(scope='module')
@@ -312,7 +312,7 @@ def test_inspect_shows_statistics_and_rows(small):
     entropy = f'{split.unigram_entropy_nats:.3f} nats per token'
     assert f'{name}: 1 shards, ' in output and entropy in output
     assert output.count(f'--- {name} row ') == 2
-  assert output.count('return x + ') > 4
+  assert output.count('return x + ') > 2
   assert '---' not in run('--inspect', directory, '--rows=0')
 
 

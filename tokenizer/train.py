@@ -25,6 +25,7 @@ import sentencepiece
 
 from maskdiff.data import sources
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
 SHIPPED = pathlib.Path(__file__).resolve().parent / 'stdlib_4k.model'
@@ -131,7 +132,11 @@ def library() -> tuple[Iterator[str], list[bytes]]:
 
 
 def corpus(
-  specs: list[str], text_key: str, max_mb: int, skipped: collections.Counter
+  specs: list[str],
+  text_key: str,
+  by_line: bool,
+  max_mb: int,
+  skipped: collections.Counter,
 ) -> tuple[Iterator[bytes], list[bytes]]:
   """Chunks of --input to train on, and others.
 
@@ -140,7 +145,7 @@ def corpus(
   """
 
   def texts():
-    for part in sources.plan(specs, text_key=text_key).parts:
+    for part in sources.plan(specs, text_key=text_key, by_line=by_line).parts:
       for document in sources.read(part):
         if isinstance(document, sources.Skipped):
           skipped[document.reason] += 1
@@ -264,13 +269,13 @@ def run(flags: argparse.Namespace) -> None:
   for name in ('vocab_size', 'max_mb'):
     if not 0 < getattr(flags, name) < 1 << 31:
       raise UserError(f'--{name} must be in [1, 2147483647]')
-  out = flags.out or SHIPPED
+  out = local_path(flags.out) if flags.out else SHIPPED
   skipped = collections.Counter()
   with written_at_once(out) as file:
     if flags.input:
       threads = INPUT_THREADS
       sentences, held_out = corpus(
-        flags.input, flags.text_key, flags.max_mb, skipped
+        flags.input, flags.text_key, flags.by_line, flags.max_mb, skipped
       )
     else:
       threads = SHIPPED_THREADS
@@ -296,10 +301,15 @@ def main() -> None:
     'the shipped tokenizer is made',
   )
   parser.add_argument('--vocab_size', type=int, default=4096)
-  parser.add_argument('--out', type=pathlib.Path, help='file to write')
+  parser.add_argument('--out', help='file to write')
   parser.add_argument('--model_type', choices=('bpe', 'unigram'), default='bpe')
   parser.add_argument(
     '--text_key', default='text', help='field of --input that holds the text'
+  )
+  parser.add_argument(
+    '--by_line',
+    action='store_true',
+    help='each line of a .txt is a document',
   )
   parser.add_argument(
     '--max_mb',

@@ -80,7 +80,7 @@ def read(path: pathlib.Path, content: bytes):
   processor.encode_special_tokens = True
 
   added = processor.get_added_tokens_decoder()
-  for token in spec['added_tokens']:
+  for token in spec.get('added_tokens', []):
     got = processor.token_to_id(token['content'])
     if got != token['id']:
       raise UserError(

@@ -1,8 +1,7 @@
 """Which row is sample s: a mixture of sources, each in an order of its own.
 
-Everything is arithmetic on the sample index: no table grows with the data, so
-a run over 10^9 rows starts as fast as one over 10^4, and any sample can be
-asked for at any time.
+Everything is arithmetic on the sample index: no table grows with the data, and
+any sample can be asked for at any time.
 
     order = make_order(sizes=(10**9, 10**6), weights=(0.9, 0.1), seed=0)
     source, index = locate(order, np.arange(1280))

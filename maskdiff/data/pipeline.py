@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,7 +58,8 @@ def parse_mixture(path: str) -> list[tuple[str, float]]:
     UserError: a directory comes twice, or a weight is missing or not positive.
   """
   parts = [part.strip() for part in path.split(',')]
-  if len(parts) == 1 and '=' not in path:
+  whole = '://' not in path and os.path.isdir(os.path.expanduser(path))
+  if whole or (len(parts) == 1 and '=' not in path):
     return [(path, 1.0)]
   mixture = {}
   for part in parts:
@@ -71,7 +73,7 @@ def parse_mixture(path: str) -> list[tuple[str, float]]:
         f'data path {path!r}: {part!r} must be DIRECTORY=WEIGHT with a '
         'positive weight, as in --config.data.path=data/web=0.7,data/code=0.3'
       )
-    if directory in mixture:
+    if os.path.normpath(directory) in map(os.path.normpath, mixture):
       raise UserError(f'data path {path!r} names {directory} twice')
     mixture[directory] = number
   return list(mixture.items())

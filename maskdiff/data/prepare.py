@@ -30,6 +30,7 @@ from maskdiff.errors import UserError
 # Of the embedded corpus: one document in 20 is never trained on.
 EMBEDDED_HELDOUT_FRACTION = 0.05
 
+_LOCK = '.prepare.lock'
 _PLAIN_REPORT_S = 10.0  # between lines where there is no terminal
 
 
@@ -88,6 +89,7 @@ def prepare(
       if (directory / records.MANIFEST).exists():
         manifest = records.read_manifest(directory)
         _check_settings(manifest.settings, settings, directory)
+        records.verify(directory, manifest)
         shutil.rmtree(job.state, ignore_errors=True)
         return manifest
       _start_or_go_on(job, settings)
@@ -138,7 +140,10 @@ def embedded(
       log=log,
     )
   except UserError as e:
-    raise UserError(f'{e} (the place is --config.data.cache_dir)') from e
+    raise UserError(
+      f'{e} (here --row_length is --config.data.length, and the place is '
+      '--config.data.cache_dir)'
+    ) from e
   log(f'data: {summary(manifest)}; {time.perf_counter() - start:.1f} s')
   return directory
 
@@ -164,18 +169,23 @@ def summary(manifest: records.Manifest) -> str:
 @contextlib.contextmanager
 def _locked(directory: pathlib.Path, log) -> Iterator[None]:
   """Only one process at a time; a lock that dies with its process."""
-  handle = os.open(directory, os.O_RDONLY)
-  try:
+  with open(directory / _LOCK, 'a') as file:
     try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       log(f'another process is preparing {directory}: waiting for it')
-      fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
-      pass  # some network file systems have no locks
-    yield
-  finally:
-    os.close(handle)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as e:
+      log(
+        f'{directory} cannot be locked ({e.strerror}): see to it that no other '
+        'process prepares it'
+      )
+    try:
+      yield
+    finally:
+      # Who waits for it has nothing to write either if nothing is unfinished.
+      if not (directory / shards.STATE).exists():
+        (directory / _LOCK).unlink(missing_ok=True)
 
 
 def _start_or_go_on(job: shards.Job, settings: dict) -> None:
@@ -184,7 +194,8 @@ def _start_or_go_on(job: shards.Job, settings: dict) -> None:
     found = json.loads(path.read_text(encoding='utf-8'))
     _check_settings(found, settings, job.directory)
   else:
-    others = [p for p in job.directory.iterdir() if p != job.state]
+    found = sorted(job.directory.iterdir())
+    others = [p for p in found if not p.name.startswith('.')]
     if others:
       raise UserError(
         f'{job.directory} is not empty and holds no prepared data (there is '
@@ -192,10 +203,14 @@ def _start_or_go_on(job: shards.Job, settings: dict) -> None:
       )
     job.state.mkdir(exist_ok=True)
     shards.write_file(path, lambda f: f.write(json.dumps(settings).encode()))
-  # What a killed process was writing: a shard, a copy of the tokenizer, ...
-  for unfinished in [*job.state.glob('.*'), *job.directory.glob('.*')]:
-    if unfinished != job.state:
-      unfinished.unlink(missing_ok=True)
+  # What a killed process was writing, there or in the directory itself.
+  for unfinished in [
+    *job.state.glob('.*'),
+    *job.directory.glob('.tokenizer*'),
+    *job.directory.glob('.special_tokens_map*'),
+    *job.directory.glob(f'.{records.MANIFEST}.*'),
+  ]:
+    unfinished.unlink(missing_ok=True)
 
 
 def _check_settings(found: dict, settings: dict, directory) -> None:
@@ -216,7 +231,7 @@ def _do_parts(
 ) -> None:
   """Does every part that is not done yet."""
   todo = [
-    (i, part) for i, part in enumerate(parts) if not job.leftovers(i).exists()
+    (i, part) for i, part in enumerate(parts) if not shards.is_done(job, i)
   ]
   done = len(parts) - len(todo)
   if done:

@@ -20,6 +20,7 @@ import os
 import pathlib
 import resource
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 
@@ -39,9 +40,11 @@ _WRITE = 'group_size:1,zstd:1'
 # Rows are read in random order, so reading ahead only wastes bandwidth.
 _READ = dict(options='readahead_buffer_size:0', file_reader_buffer_size=4096)
 
+_RETRY_S = (0.01, 0.1, 1.0)  # between attempts to read a row
+
 _FIX = (
-  'prepare the data again, copy the file from elsewhere, or set '
-  '--config.data.path to another prepared directory'
+  'delete the directory and prepare it again, copy the file from elsewhere, or '
+  'set --config.data.path to another prepared directory'
 )
 
 
@@ -165,8 +168,8 @@ def write_shard(
     sample_digest = _sample_digest(reader, rows, row_bytes)
     reader.close()
     size = unfinished.stat().st_size
-    os.replace(unfinished, path)
-  except RuntimeError as e:
+    replace(unfinished, path)
+  except (RuntimeError, IndexError) as e:  # a missing file is an empty one
     raise OSError(_short(e)) from e
   finally:
     with contextlib.suppress(RuntimeError):  # a second one, of a full disk
@@ -176,13 +179,32 @@ def write_shard(
   return Shard(path.name, rows, size, digest.hexdigest(), sample_digest)
 
 
+def replace(unfinished: pathlib.Path, path: pathlib.Path) -> None:
+  """Renames a file once it is on the disk, so that a power cut shows none.
+
+  Raises:
+    OSError: the disk is full or the directory is not writable.
+  """
+  _sync(unfinished)
+  os.replace(unfinished, path)
+  _sync(path.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
 def write_manifest(directory: str | pathlib.Path, manifest: Manifest) -> None:
   """Writes manifest.json, in one step. Call it after the last shard."""
   path = pathlib.Path(directory) / MANIFEST
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   text = json.dumps(dataclasses.asdict(manifest), indent=2) + '\n'
   temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)
+  replace(temporary, path)
 
 
 def read_manifest(directory: str | pathlib.Path) -> Manifest:
@@ -230,13 +252,20 @@ def verify(
   directory: str | pathlib.Path,
   manifest: Manifest,
   *,
-  all_rows: bool = False,
+  rows: str = 'sample',
+  share: tuple[int, int] = (0, 1),
   threads: int = 32,
 ) -> None:
-  """Compares every shard with the manifest.
+  """Compares shards with the manifest: size, number of rows, checksums.
 
-  Its size, the footer with the number of rows, and the checksum of three rows;
-  or of all rows. Three rows take about 0.2 ms a shard on a local disk.
+  To open a shard takes time in proportion to its rows: about 0.3 ms, and 5 ms
+  when it has 60,000 of them, on a local disk.
+
+  Args:
+    rows: whose checksums are compared: 'none', 'sample' (three of each shard)
+      or 'all'.
+    share: (i, n) checks every n-th shard from the i-th on, so that n hosts
+      divide the work.
 
   Raises:
     UserError: names the shards that are missing, truncated or damaged.
@@ -249,10 +278,12 @@ def verify(
     path = directory / shard.file
     try:
       reader = _reader(path, shard)
-      sample = _sample_digest(reader, shard.rows, row_bytes)
-      if sample != shard.sample_digest or (
-        all_rows and _digest(reader, shard.rows) != shard.digest
-      ):
+      same = rows == 'none' or shard.sample_digest == _sample_digest(
+        reader, shard.rows, row_bytes
+      )
+      if rows == 'all':
+        same = same and shard.digest == _digest(reader, shard.rows)
+      if not same:
         raise UserError(f'shard {path} does not match its checksum: {_FIX}')
     except RuntimeError as e:
       return f'shard {path} is damaged ({_short(e)}): {_FIX}'
@@ -261,8 +292,9 @@ def verify(
     return None
 
   shards = [s for split in manifest.splits.values() for s in split.shards]
+  mine = shards[share[0] :: share[1]]
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    problems = [p for p in pool.map(problem, shards) if p]
+    problems = [p for p in pool.map(problem, mine) if p]
   if problems:
     more = len(problems) - 1
     raise UserError(problems[0] + (f' (and {more} more shards)' * (more > 0)))
@@ -317,12 +349,12 @@ class RowSource:
       if i < 0 or shard == len(self._stops):
         raise IndexError(f'row {i} of {self!r} with {len(self)} rows')
       at = i - self._starts[shard]
-      reader = self._readers[shard] or self._open(shard)
       try:
-        # The range form: reading by a list of indices starts a thread pool.
-        (record,) = reader.read(at, at + 1)
+        record = self._record(shard, at)
         if len(record) != self._row_bytes:
           raise ValueError(f'{len(record)} bytes, not {self._row_bytes}')
+      except UserError:
+        raise
       except (RuntimeError, ValueError) as e:
         path = self.directory / self._shards[shard].file
         raise DamagedRow(
@@ -332,6 +364,19 @@ class RowSource:
     # Joined as bytes, which is faster than row by row as arrays.
     tokens = np.frombuffer(b''.join(found), self._dtype)
     return tokens.reshape(len(found), self.row_length)
+
+  def _record(self, shard: int, at: int) -> bytes:
+    for wait_s in (*_RETRY_S, None):
+      reader = self._readers[shard] or self._open(shard)
+      try:
+        # The range form: reading by a list of indices starts a thread pool.
+        return reader.read(at, at + 1)[0]
+      except RuntimeError as e:
+        # Checksums do not get better; what a network file system does may.
+        if 'mismatch' in str(e) or wait_s is None:
+          raise
+      self._readers[shard] = None
+      time.sleep(wait_s)
 
   def _open(self, shard: int):
     with self._opening:
@@ -352,9 +397,14 @@ class RowSource:
 
 def _reader(path: pathlib.Path, shard: Shard):
   try:
-    size = path.stat().st_size
-  except OSError as e:
+    # Opened, not asked for its size: the library takes a file that it cannot
+    # open for an empty one.
+    with open(path, 'rb') as f:
+      size = os.fstat(f.fileno()).st_size
+  except FileNotFoundError as e:
     raise UserError(f'shard {path} is missing: {_FIX}') from e
+  except OSError as e:
+    raise UserError(f'cannot open shard {path}: {e.strerror}') from e
   if size != shard.bytes:
     raise UserError(
       f'shard {path} has {size} bytes, its manifest says {shard.bytes}: {_FIX}'

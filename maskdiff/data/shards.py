@@ -11,9 +11,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,6 +22,7 @@ from maskdiff.data import readers, records, sources
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 
+STATE = '.prepare'  # in the directory of the shards, until all is done
 _TEXT_CHARS = 1 << 20  # encoded at once
 _BLOCK_TOKENS = 1 << 20  # written at once
 
@@ -45,7 +46,7 @@ class Job:
   @property
   def state(self) -> pathlib.Path:
     """Where unfinished files and leftovers are, until all is done."""
-    return self.directory / '.prepare'
+    return self.directory / STATE
 
   def leftovers(self, number: int) -> pathlib.Path:
     """The file whose presence says that part `number` is done."""
@@ -53,6 +54,17 @@ class Job:
 
   def shard(self, split: str, number: int) -> pathlib.Path:
     return self.directory / f'{split}-{number:05d}.array_record'
+
+
+def is_done(job: Job, number: int) -> bool:
+  """Whether a part has its leftovers, and the shard they speak of."""
+  try:
+    with np.load(job.leftovers(number)) as arrays:
+      shard = json.loads(str(arrays['about']))['shard']
+    path = job.shard('train', number)
+    return not shard or path.stat().st_size == shard['bytes']
+  except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    return False
 
 
 def make_shard(
@@ -250,4 +262,4 @@ def write_file(path: pathlib.Path, write: Callable) -> None:
   unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   with open(unfinished, 'wb') as f:
     write(f)
-  os.replace(unfinished, path)
+  records.replace(unfinished, path)

@@ -6,6 +6,7 @@ alone: not on the number of workers, the current directory, or the place where
 the files happen to be mounted.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from maskdiff.data import readers
@@ -37,14 +38,12 @@ _FORMATS = {
   '.md': 'files',
   '.py': 'files',
   '.json': 'jsonl',
+  '.ndjson': 'jsonl',
   '.jsonl': 'jsonl',
   '.parquet': 'parquet',
 }
 _PACKED = ('.gz', '.zst')
-_KNOWN = (
-  f'{", ".join(_FORMATS)}, .jsonl.gz or .jsonl.zst, or with --by_line .txt.gz '
-  'or .txt.zst'
-)
+_KNOWN = f'{", ".join(_FORMATS)}, or but for .parquet the same with .gz or .zst'
 _FOREIGN = {'site-packages', 'dist-packages', '__pycache__'}
 
 
@@ -82,11 +81,14 @@ class Plan:
     fingerprint: 16 hex digits over the name and size of every input file, the
       boundaries of the parts and the text key. Names are relative to what was
       given, so a copy elsewhere has the same fingerprint.
+    ignored: files of directories and globs that are of no known format, and
+      linked folders, by suffix.
   """
 
   parts: tuple[Part, ...]
   description: str
   fingerprint: str
+  ignored: dict[str, int]
 
 
 class _Input(NamedTuple):
@@ -136,7 +138,10 @@ def plan(
     UserError: a source is missing, unreadable, damaged, of a kind that is not
       known or not installed, named twice, or without text or the text key.
   """
-  inputs = [i for spec in specs for i in _inputs(spec, text_key, by_line)]
+  ignored = collections.Counter()
+  inputs = [
+    i for spec in specs for i in _inputs(spec, text_key, by_line, ignored)
+  ]
   _check_named_once(inputs)
   total = sum(i.size for i in inputs)
   if not total:
@@ -150,9 +155,12 @@ def plan(
   python = f'Python {sys.version_info.major}.{sys.version_info.minor}'
   names = {'embedded': f'{python} standard library'}
   return Plan(
-    parts,
-    ' + '.join(names.get(spec, spec) for spec in specs),
-    hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest(),
+    parts=parts,
+    description=' + '.join(names.get(spec, spec) for spec in specs),
+    fingerprint=hashlib.blake2b(
+      json.dumps(content).encode(), digest_size=8
+    ).hexdigest(),
+    ignored=dict(ignored),
   )
 
 
@@ -174,7 +182,9 @@ def read(part: Part) -> Iterator[str | Skipped]:
       yield readers.document(value, path, *place)
 
 
-def _inputs(spec: str, text_key: str, by_line: bool) -> list[_Input]:
+def _inputs(
+  spec: str, text_key: str, by_line: bool, ignored: collections.Counter
+) -> list[_Input]:
   if spec == 'embedded':
     return _embedded()
   if spec.startswith('tfds:'):
@@ -182,13 +192,13 @@ def _inputs(spec: str, text_key: str, by_line: bool) -> list[_Input]:
   path = os.path.abspath(local_path(spec))
   format_of = functools.partial(_format, by_line=by_line)
   if os.path.isdir(path):
-    found = _files(path, _walk(path), format_of)
+    found = _files(path, _walk(path, ignored), format_of, ignored)
   elif os.path.exists(path):
-    found = _files(os.path.dirname(path), [path], format_of)
+    found = _files(os.path.dirname(path), [path], format_of, ignored)
   elif glob.has_magic(path):
     root = os.path.dirname(path[: re.search(r'[*?[]', path).start()])
     paths = set(glob.glob(path, recursive=True))
-    found = _files(root, filter(os.path.isfile, paths), format_of)
+    found = _files(root, filter(os.path.isfile, paths), format_of, ignored)
   else:
     raise UserError(f'no file or directory {spec}: correct the path')
   if not found:
@@ -198,8 +208,12 @@ def _inputs(spec: str, text_key: str, by_line: bool) -> list[_Input]:
 
 def _embedded() -> list[_Input]:
   root = sysconfig.get_paths()['stdlib']
-  format_of = lambda path: 'files' if path.endswith('.py') else None
-  found = _files(root, _walk(root), format_of) if os.path.isdir(root) else []
+  found = []
+  if os.path.isdir(root):
+    ignored = collections.Counter()
+    format_of = lambda path: 'files' if path.endswith('.py') else None
+    paths = _walk(root, ignored, foreign=_FOREIGN)
+    found = _files(root, paths, format_of, ignored)
   if not found:
     raise UserError(
       f'no .py files in {root}: use a Python with its standard library '
@@ -213,25 +227,37 @@ def _format(path: str, by_line: bool) -> str | None:
   stem = name.removesuffix('.gz').removesuffix('.zst')
   suffix = os.path.splitext(stem)[1]
   format = 'lines' if by_line and suffix == '.txt' else _FORMATS.get(suffix)
-  return format if stem == name or format in ('lines', 'jsonl') else None
+  return format if stem == name or format != 'parquet' else None
 
 
-def _walk(root: str) -> Iterator[str]:
+def _walk(
+  root: str, ignored: collections.Counter, foreign: Collection[str] = ()
+) -> Iterator[str]:
   def unreadable(error: OSError):
     raise readers.cannot_read(error.filename, error)
 
   for folder, folders, files in os.walk(root, onerror=unreadable):
     # In place, so that the walk does not even enter them.
-    folders[:] = [f for f in folders if f not in _FOREIGN]
+    folders[:] = [f for f in folders if f not in foreign]
+    links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
+    if links:
+      ignored['linked folders'] += len(links)
     yield from (os.path.join(folder, file) for file in files)
 
 
 def _files(
-  root: str, paths: Iterable[str], format_of: Callable[[str], str | None]
+  root: str,
+  paths: Iterable[str],
+  format_of: Callable[[str], str | None],
+  ignored: collections.Counter,
 ) -> list[_Input]:
-  return sorted(
-    _input(root, path, format) for path in paths if (format := format_of(path))
-  )
+  found = []
+  for path in paths:
+    if format := format_of(path):
+      found.append(_input(root, path, format))
+    else:
+      ignored[os.path.splitext(path)[1] or 'no suffix'] += 1
+  return sorted(found)
 
 
 def _input(root: str, path: str, format: str, records: int = 0) -> _Input:
@@ -252,7 +278,10 @@ def _tfds_shards(spec: str, text_key: str) -> list[_Input]:
       'folder of a version, such as ~/tensorflow_datasets/c4/en/3.1.0'
     )
   tfds = readers.module('tensorflow_datasets')
-  info = tfds.builder_from_directory(directory).info
+  try:
+    info = tfds.builder_from_directory(directory).info
+  except Exception as e:  # it raises whatever the libraries below it do
+    raise readers.cannot_read(directory, e) from e
   if info.file_format.value != 'array_record':
     raise UserError(
       f'{directory} is in the format {info.file_format.value}: prepare it with '

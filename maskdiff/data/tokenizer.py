@@ -26,6 +26,7 @@ import numpy as np
 import sentencepiece
 
 from maskdiff.data import byte_level
+from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
 # Both libraries take some hundred bytes of memory per character of a text, so
@@ -162,7 +163,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
       text without loss, has no eos, or text could produce one of the special
       ids; or the package `tokenizers` is needed and absent.
   """
-  path = _find(pathlib.Path(path))
+  path = _find(local_path(path))
   content = _read(path)
   if path.suffix == '.json':
     processor, pieces, ids = byte_level.read(path, content)
@@ -229,7 +230,7 @@ def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
     UserError: the directory holds files of another tokenizer, or cannot be
       written.
   """
-  source, directory = pathlib.Path(tokenizer.path), pathlib.Path(directory)
+  source, directory = pathlib.Path(tokenizer.path), local_path(directory)
   if _is_sentencepiece(tokenizer.processor):
     files = {_MODEL: source}
   else:

@@ -229,7 +229,7 @@ def test_manifest_counts(plan, all_texts, tokenizer, once):
     assert split.unigram_entropy_nats == pytest.approx(entropy, rel=1e-12)
   assert len(manifest.splits['train'].shards) == 13
   assert len(manifest.splits['heldout'].shards) == 1
-  records.verify(once, manifest, all_rows=True)
+  records.verify(once, manifest, rows='all')
 
 
 def test_tokenizer_is_beside_the_rows_and_nothing_else(tokenizer, once):
@@ -268,7 +268,7 @@ def test_a_large_vocabulary_takes_four_bytes(plan, tokenizer, once, tmp_path):
     directory = tmp_path / str(workers)
     manifest = prepared(plan, wide, directory, workers=workers)
     assert manifest.dtype == 'uint32' and manifest.eos_id == size - 1
-    records.verify(directory, manifest, all_rows=True)
+    records.verify(directory, manifest, rows='all')
     for split in records.SPLITS:
       narrow = tokens(once, split).astype(int)
       narrow[narrow == EOS] = size - 1
@@ -544,7 +544,7 @@ def test_a_copy_of_the_input_elsewhere_will_do(
   assert found == wanted
 
 
-@pytest.mark.parametrize('name', ['notes.txt', '.hidden', 'folder'])
+@pytest.mark.parametrize('name', ['notes.txt', 'folder'])
 def test_a_directory_with_something_else_is_refused(
   small, tokenizer, tmp_path, name
 ):
@@ -556,6 +556,45 @@ def test_a_directory_with_something_else_is_refused(
   message = refused(small[0], tokenizer, tmp_path)
   assert 'not empty' in message and name in message
   assert contents(tmp_path) == before
+
+
+def test_hidden_files_are_nobody_s_business(small, tokenizer, tmp_path):
+  (tmp_path / '.gitignore').write_text('mine')
+  prepared(small[0], tokenizer, tmp_path)
+  assert (tmp_path / '.gitignore').read_text() == 'mine'
+
+
+def interrupted(*_):
+  raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('what', ['shard', 'leftovers'])
+@pytest.mark.parametrize('content', [None, b'', b'half'])
+def test_a_part_that_a_power_cut_took_is_done_again(
+  small, tokenizer, tmp_path, monkeypatch, what, content
+):
+  directory = tmp_path / 'rows'
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, 'conclude', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      prepared(small[0], tokenizer, directory)
+  path = directory / (
+    'train-00001.array_record' if what == 'shard' else '.prepare/00001.npz'
+  )
+  path.unlink()
+  if content is not None:
+    path.write_bytes(content)
+  prepared(small[0], tokenizer, directory)
+  assert contents(directory) == contents(small[1])
+
+
+def test_finished_rows_that_are_damaged_are_not_taken_for_good(
+  small, tokenizer, tmp_path
+):
+  prepared(small[0], tokenizer, tmp_path / 'rows')
+  (tmp_path / 'rows' / 'train-00000.array_record').write_bytes(b'')
+  message = refused(small[0], tokenizer, tmp_path / 'rows')
+  assert 'train-00000' in message and 'delete the directory' in message
 
 
 def test_an_empty_directory_is_fine(small, tokenizer, tmp_path):
@@ -647,7 +686,7 @@ def test_a_split_without_documents_is_empty(
   assert not list(directory.glob(f'{absent}-*'))
   assert not len(records.RowSource(directory, manifest, absent))
   assert manifest.splits[other].documents == 59
-  records.verify(directory, manifest, all_rows=True)
+  records.verify(directory, manifest, rows='all')
   assert prepare.summary(manifest)
 
 
@@ -673,7 +712,7 @@ def test_embedded_is_prepared_once(small, tokenizer, tmp_path, monkeypatch):
   assert directory.name == f'embedded-py{version}-{tokenizer.fingerprint}-128'
   manifest = records.read_manifest(directory)
   assert manifest.row_length == 128
-  records.verify(directory, manifest, all_rows=True)
+  records.verify(directory, manifest, rows='all')
   assert manifest.settings['heldout_fraction'] == 0.05
   first, last = lines
   assert str(directory) in first and prepare.summary(manifest) in last

@@ -118,7 +118,7 @@ def test_rows_come_back_as_written(tmp_path, vocab_size):
   got = read_all(tmp_path / 'data')
   assert got.dtype == rows.dtype
   np.testing.assert_array_equal(got, rows)
-  verify(tmp_path / 'data', all_rows=True)
+  verify(tmp_path / 'data', rows='all')
 
 
 def test_rows_are_little_endian_on_disk(tmp_path):
@@ -352,7 +352,7 @@ def test_other_format_version_is_refused(data, version):
 
 def test_intact_data_pass_verification(data):
   verify(data)
-  verify(data, all_rows=True)
+  verify(data, rows='all')
   verify(data, threads=1)
 
 
@@ -377,7 +377,7 @@ def test_truncated_shard_is_named(data):
 def test_damage_of_a_sampled_row_is_found(data, row):
   damage(data, row)
   with pytest.raises(
-    UserError, match='train-00000.array_record is damaged .*: prepare'
+    UserError, match='train-00000.array_record is damaged .*: delete'
   ) as e:
     verify(data)
   check_one_line(e)
@@ -388,7 +388,7 @@ def test_damage_of_another_row_is_found_when_all_are_read(data, row):
   damage(data, row)
   verify(data)
   with pytest.raises(UserError, match='train-00000.array_record is damaged'):
-    verify(data, all_rows=True)
+    verify(data, rows='all')
 
 
 def test_shards_of_equal_size_are_told_apart(tmp_path):
@@ -415,7 +415,7 @@ def test_shard_that_differs_in_rows_not_sampled_is_found(data):
   with pytest.raises(
     UserError, match='train-00000.array_record does not match its checksum'
   ):
-    verify(data, all_rows=True)
+    verify(data, rows='all')
 
 
 @pytest.mark.parametrize('size', [1 << 16, None])

@@ -76,11 +76,10 @@ def test_directory_is_read_in_the_order_of_its_paths(tmp_path, by_line):
   write_parquet(tmp_path / 'd.parquet', {'text': ['five']})
   write(tmp_path / 'e.PY', 'six')
   write(tmp_path / 'c.bin', b'\0')
-  for folder in ('site-packages', 'dist-packages', '__pycache__'):
-    write(tmp_path / 'b' / folder / 'other.py', 'not ours')
+  write(tmp_path / 'b' / 'site-packages' / 'other.py', 'also ours')
   lines = ['one', 'two'] if by_line else ['one\ntwo\n']
   assert documents(planned(tmp_path, by_line=by_line)) == [
-    *lines, 'caf\u00e9\r\n', 'three', 'four', 'five', 'six'
+    *lines, 'also ours', 'caf\u00e9\r\n', 'three', 'four', 'five', 'six'
   ]  # fmt: skip
 
 
@@ -525,14 +524,26 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_unknown_suffixes_are_refused(tmp_path):
   path = write(tmp_path / 'a.warc', 'x')
-  refuses(r'a.warc: .* end in .txt, .md, .py, .json, .jsonl, .parquet', path)
+  refuses(
+    r'a.warc: .* end in .txt, .md, .py, .json, .ndjson, .jsonl, .parquet', path
+  )
   refuses('give files that end in .txt', tmp_path)
 
 
-def test_compressed_text_is_only_read_by_line(tmp_path):
-  path = write(tmp_path / 'a.txt.gz', gzip.compress(b'a\nb'))
-  refuses(r'with --by_line .txt.gz', path)
-  refuses(r'with --by_line .txt.gz', tmp_path)
+def test_what_a_directory_has_besides_is_counted(tmp_path):
+  write(tmp_path / 'a' / 'b.txt', 'text')
+  for name in ('c.bin', 'd.bin', 'README'):
+    write(tmp_path / 'a' / name, 'x')
+  write(tmp_path / 'elsewhere' / 'e.txt', 'text')
+  (tmp_path / 'a' / 'link').symlink_to(tmp_path / 'elsewhere')
+  found = sources.plan([str(tmp_path / 'a')])
+  assert documents(found) == ['text']
+  assert found.ignored == {'.bin': 2, 'no suffix': 1, 'linked folders': 1}
+
+
+def test_compressed_text_is_read_whole_or_by_line(tmp_path):
+  write(tmp_path / 'a.txt.gz', gzip.compress(b'a\nb'))
+  assert documents(planned(tmp_path)) == ['a\nb']
   assert documents(planned(tmp_path, by_line=True)) == ['a', 'b']
 
 
