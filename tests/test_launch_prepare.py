@@ -1,5 +1,6 @@
 """The command line of preparation, also when it is killed."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -202,14 +203,19 @@ def test_an_interrupt_ends_it_at_once_and_keeps_what_is_done(
   corpus, undisturbed, tmp_path
 ):
   wanted, _, _ = undisturbed
-  directory = tmp_path / 'rows'
-  process = start('--source', corpus, '--out', directory, *SETTINGS)
-  done = lambda: list((directory / '.prepare').glob('0*.npz'))
-  assert wait_for(done, process)
-  os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
-  interrupted = time.monotonic()
-  process.communicate(timeout=20)
-  assert process.returncode and time.monotonic() - interrupted < 5
+  for attempt in range(5):  # until one is not too late, on a busy machine
+    directory = tmp_path / f'rows-{attempt}'
+    process = start('--source', corpus, '--out', directory, *SETTINGS)
+    done = lambda d=directory: list((d / '.prepare').glob('0*.npz'))
+    wait_for(done, process)
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    interrupted = time.monotonic()
+    process.communicate(timeout=20)
+    assert time.monotonic() - interrupted < 5
+    if process.returncode:
+      break
+  assert process.returncode
   assert done() and not (directory / records.MANIFEST).exists()
   output = run('--source', corpus, '--out', directory, *SETTINGS)
   assert 'going on: ' in output

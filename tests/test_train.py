@@ -1,6 +1,7 @@
 """The loop, run for real on a tiny corpus: resuming, meshes, refusals."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -591,6 +592,13 @@ def with_swapped_shards(corpus, directory):
   return str(directory)
 
 
+def with_another_eos(corpus, directory):
+  shutil.copytree(corpus, directory)
+  manifest = records.read_manifest(directory)
+  records.write_manifest(directory, dataclasses.replace(manifest, eos_id=7))
+  return str(directory)
+
+
 def with_another_tokenizer(corpus, directory):
   shutil.copytree(corpus, directory)
   manifest = json.loads((directory / 'manifest.json').read_text())
@@ -608,6 +616,7 @@ REFUSED = {
     dict(data__path='with_swapped_shards'),
     'train-00000.* its manifest says',
   ),
+  'eos': (dict(data__path='with_another_eos'), 'eos id 7.*eos_id=2'),
   'mixture': (dict(data__path='a=1,b'), "'b' must be DIRECTORY=WEIGHT"),
   'no data': (dict(data__path='/nowhere/rows'), '/nowhere/rows.*data.path'),
   'no tokenizer': (
@@ -635,7 +644,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(
 ):
   changes, message = REFUSED[case]
   config = make_config(**changes)
-  for make in (with_another_tokenizer, with_swapped_shards):
+  for make in (with_another_tokenizer, with_swapped_shards, with_another_eos):
     if config.data.path == make.__name__:
       config.data.path = make(corpus, tmp_path / 'data')
   before = len(compilations)

@@ -996,3 +996,17 @@ def test_one_batch_is_in_flight(dataset):
   for k in range(3):
     assert int(next(arrays)[0, 0]) == k
     assert asked == [*range(k + 2)]
+
+
+def test_a_directory_may_have_the_signs_of_a_mixture_in_its_name(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  for name in ('date=2024-01', 'v=1', 'a,b'):
+    (tmp_path / name).mkdir()
+    assert pipeline.parse_mixture(name) == [(name, 1.0)]
+
+
+def test_a_directory_named_in_two_ways_is_named_twice():
+  with pytest.raises(UserError, match='names ./data/a twice'):
+    pipeline.parse_mixture('data/a=1,./data/a=2')

@@ -605,3 +605,42 @@ def test_a_process_without_a_file_limit_has_room(data, limits):
   limits[:] = resource.RLIM_INFINITY, resource.RLIM_INFINITY
   many_shards(data, 4500)
   assert limits == [resource.RLIM_INFINITY] * 2
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(data, monkeypatch):
+  """As a network file system may; checksums are not waited for."""
+  monkeypatch.setattr(records, '_RETRY_S', (0.0, 0.0))
+  expected, rows = read_all(data), source(data)
+  reader, failures = records._reader, []
+
+  class Failing:
+    def __init__(self, *args):
+      self.sound = reader(*args)
+
+    def read(self, start, stop):
+      if len(failures) % 3 < 2:
+        failures.append(start)
+        raise RuntimeError('UNAVAILABLE: Input/output error')
+      return self.sound.read(start, stop)
+
+  monkeypatch.setattr(records, '_reader', Failing)
+  np.testing.assert_array_equal(rows[3], expected[3])
+  assert failures == [3, 3]
+  failures.append(None)
+  monkeypatch.setattr(records, '_RETRY_S', (0.0,))
+  with pytest.raises(records.DamagedRow, match='UNAVAILABLE'):
+    rows[4]
+
+
+def test_hosts_divide_the_check_of_the_shards(data):
+  (data / 'train-00001.array_record').unlink()
+  manifest = records.read_manifest(data)
+  number = [
+    shard.file for split in manifest.splits.values() for shard in split.shards
+  ].index('train-00001.array_record')
+  for host in range(2):
+    if host == number % 2:
+      with pytest.raises(UserError, match='train-00001'):
+        records.verify(data, manifest, share=(host, 2))
+    else:
+      records.verify(data, manifest, share=(host, 2))

@@ -690,3 +690,12 @@ def test_missing_packages_are_named(
   }[package]
   monkeypatch.setitem(sys.modules, module, None)
   refuses(f'{package} is not installed .*-r requirements-data.txt', spec)
+
+
+def test_one_object_without_the_field_is_a_bad_document(tmp_path):
+  path = write(tmp_path / 'a.jsonl', '{"text": "x"}\n{"error": 1}\n')
+  (part,) = planned(path).parts
+  assert list(sources.read(part)) == [
+    'x',
+    readers.Skipped(readers.NO_TEXT, f'{path} line 2'),
+  ]

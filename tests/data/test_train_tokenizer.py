@@ -179,7 +179,7 @@ def test_sample_is_within_bounds_and_deterministic(module):
 def test_max_mb_bounds_what_is_trained_on(module, tmp_path):
   (tmp_path / 'a.txt').write_text('some words\n' * 150_000)
   skipped = {}
-  chunks, _ = module.corpus([str(tmp_path)], 'text', 1, skipped)
+  chunks, _ = module.corpus([str(tmp_path)], 'text', False, 1, skipped)
   size = sum(map(len, chunks))
   assert 10**6 - 5000 < size <= 10**6
 
