@@ -25,6 +25,8 @@ STATE = '.prepare'  # in the directory of the shards, until all is done
 _TEXT_CHARS = 1 << 20  # encoded at once
 _BLOCK_TOKENS = 1 << 20  # written at once
 
+_LEFTOVERS = ('about', 'heldout', 'tail', 'counts')
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -59,8 +61,8 @@ def is_done(job: Job, number: int) -> bool:
   """Whether a part has its leftovers, and the shard they speak of."""
   try:
     with np.load(job.leftovers(number)) as file:
-      arrays = dict(file)  # all of them, which compares their checksums
-    shard = json.loads(str(arrays['about']))['shard']
+      about, *_ = [file[name] for name in _LEFTOVERS]  # with their checksums
+    shard = json.loads(str(about))['shard']
     path = job.shard('train', number)
     return not shard or path.stat().st_size == shard['bytes']
   except Exception:  # a damaged zip file raises nearly anything
