@@ -169,7 +169,9 @@ def summary(manifest: records.Manifest) -> str:
 @contextlib.contextmanager
 def _locked(directory: pathlib.Path, log) -> Iterator[None]:
   """Only one process at a time; a lock that dies with its process."""
-  with open(directory / _LOCK, 'a') as file:
+  path = directory / _LOCK
+  while True:
+    file = open(path, 'a')
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -180,12 +182,17 @@ def _locked(directory: pathlib.Path, log) -> Iterator[None]:
         f'{directory} cannot be locked ({e.strerror}): see to it that no other '
         'process prepares it'
       )
-    try:
-      yield
-    finally:
-      # Who waits for it has nothing to write either if nothing is unfinished.
-      if not (directory / shards.STATE).exists():
-        (directory / _LOCK).unlink(missing_ok=True)
+    # The one before may have removed the file that this one waited for.
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        break
+    file.close()
+  try:
+    yield
+  finally:
+    if not (directory / shards.STATE).exists():
+      path.unlink(missing_ok=True)
+    file.close()
 
 
 def _start_or_go_on(job: shards.Job, settings: dict) -> None:
