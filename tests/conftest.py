@@ -4,10 +4,13 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Most of the time is compilation, and the programs are tiny.
+# On a busy machine 8 devices may wait for each other for more than the 40 s
+# after which XLA aborts the process.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_force_host_platform_device_count=8'
   + ' --xla_backend_optimization_level=0'
+  + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 )
 
 import json  # noqa: E402
