@@ -209,7 +209,7 @@ def _start_or_go_on(job: shards.Job, settings: dict) -> None:
         f'{others[0].name}): choose another directory'
       )
     job.state.mkdir(exist_ok=True)
-    shards.write_file(path, lambda f: f.write(json.dumps(settings).encode()))
+    records.write_file(path, lambda f: f.write(json.dumps(settings).encode()))
   # What a killed process was writing, there or in the directory itself.
   for unfinished in [
     *job.state.glob('.*'),

@@ -22,7 +22,8 @@ import resource
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from array_record.python import array_record_module
@@ -168,7 +169,7 @@ def write_shard(
     sample_digest = _sample_digest(reader, rows, row_bytes)
     reader.close()
     size = unfinished.stat().st_size
-    replace(unfinished, path)
+    _replace(unfinished, path)
   except (RuntimeError, IndexError) as e:  # a missing file is an empty one
     raise OSError(_short(e)) from e
   finally:
@@ -179,12 +180,20 @@ def write_shard(
   return Shard(path.name, rows, size, digest.hexdigest(), sample_digest)
 
 
-def replace(unfinished: pathlib.Path, path: pathlib.Path) -> None:
-  """Renames a file once it is on the disk, so that a power cut shows none.
+def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
+  """Makes a file in one step, with what `write` puts into it.
 
   Raises:
     OSError: the disk is full or the directory is not writable.
   """
+  unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+  with open(unfinished, 'wb') as f:
+    write(f)
+  _replace(unfinished, path)
+
+
+def _replace(unfinished: pathlib.Path, path: pathlib.Path) -> None:
+  # On the disk before it has its name, or a power cut would show half of it.
   _sync(unfinished)
   os.replace(unfinished, path)
   _sync(path.parent)
@@ -200,11 +209,9 @@ def _sync(path: pathlib.Path) -> None:
 
 def write_manifest(directory: str | pathlib.Path, manifest: Manifest) -> None:
   """Writes manifest.json, in one step. Call it after the last shard."""
-  path = pathlib.Path(directory) / MANIFEST
-  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   text = json.dumps(dataclasses.asdict(manifest), indent=2) + '\n'
-  temporary.write_text(text, encoding='utf-8')
-  replace(temporary, path)
+  path = pathlib.Path(directory) / MANIFEST
+  write_file(path, lambda f: f.write(text.encode()))
 
 
 def read_manifest(directory: str | pathlib.Path) -> Manifest:
@@ -352,10 +359,8 @@ class RowSource:
       try:
         record = self._record(shard, at)
         if len(record) != self._row_bytes:
-          raise ValueError(f'{len(record)} bytes, not {self._row_bytes}')
-      except UserError:
-        raise
-      except (RuntimeError, ValueError) as e:
+          raise RuntimeError(f'{len(record)} bytes, not {self._row_bytes}')
+      except RuntimeError as e:
         path = self.directory / self._shards[shard].file
         raise DamagedRow(
           f'row {at} of shard {path} is damaged ({_short(e)}): {_FIX}'

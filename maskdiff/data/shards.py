@@ -2,8 +2,8 @@
 
 `make_shard` does one part: its training documents become one shard, and what
 does not fit, held-out documents and the tokens at the end that make no whole
-row, goes to a small file of leftovers, whose presence says that the part is
-done. `conclude` turns the leftovers of all parts into the held-out shard and a
+row, goes to a small file of leftovers. With both the part is done (`is_done`).
+`conclude` turns the leftovers of all parts into the held-out shard and a
 last training shard, and says what there is.
 """
 
@@ -12,8 +12,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class Job:
     return self.directory / STATE
 
   def leftovers(self, number: int) -> pathlib.Path:
-    """The file whose presence says that part `number` is done."""
+    """What part `number` has besides its shard; written after it."""
     return self.state / f'{number:05d}.npz'
 
   def shard(self, split: str, number: int) -> pathlib.Path:
@@ -112,7 +111,7 @@ def make_shard(
     'documents': documents,
     'skipped': skipped,
   }
-  write_file(
+  records.write_file(
     job.leftovers(number),
     lambda f: np.savez_compressed(
       f,
@@ -257,11 +256,3 @@ def _fraction(text: str) -> float:
   # Python's own hash changes from one process to the next.
   digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'big') / 2**64
-
-
-def write_file(path: pathlib.Path, write: Callable) -> None:
-  """Makes a file in one step, with what `write` puts into it."""
-  unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-  with open(unfinished, 'wb') as f:
-    write(f)
-  records.replace(unfinished, path)

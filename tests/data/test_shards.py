@@ -187,7 +187,7 @@ def test_a_part_is_done_only_when_its_shard_is(
   def killed(*args):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(shards, 'write_file', killed)
+  monkeypatch.setattr(records, 'write_file', killed)
   with pytest.raises(KeyboardInterrupt):
     make(tmp_path, texts_of(3, 50), tokenizer)
   rows = tmp_path / 'rows'
