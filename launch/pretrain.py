@@ -2,6 +2,8 @@
 
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny \
   [--config.train.steps=2000 ...]
+
+On a pod the same command runs on every host; see docs/pods.md.
 """
 
 from absl import flags
@@ -14,9 +16,11 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main(args):
-  from maskdiff import train  # after the flags: a bad one is told at once
+  # After the flags: a bad one is told at once.
+  from maskdiff import runtime, train
 
-  train.run(args.config, args.workdir)
+  with runtime.started(args.workdir):
+    train.run(args.config, args.workdir)
 
 
 if __name__ == '__main__':

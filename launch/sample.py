@@ -39,6 +39,13 @@ flags.mark_flag_as_required('workdir')
 
 
 def main(args):
+  from maskdiff import runtime  # after the flags: a bad one is told at once
+
+  with runtime.started(args.workdir):
+    sample(args)
+
+
+def sample(args):
   import jax
 
   from maskdiff import run, sampler
@@ -76,21 +83,25 @@ def main(args):
 
   def show(rows):
     texts = (tokenizer.decode(r[ok]) for r, ok in zip(rows, valid, strict=True))
-    return '\n---\n'.join(texts)
+    say('\n---\n'.join(texts))
+
+  def say(text, **kwargs):
+    if jax.process_index() == 0:
+      print(text, flush=True, **kwargs)
 
   with jax.set_mesh(mesh):
     if args.show:
       for canvas in sampler.trace(*request):
         if sys.stdout.isatty():
-          print('\x1b[2J\x1b[H', end='')
-        print(show(canvas), flush=True)
+          say('\x1b[2J\x1b[H', end='')
+        show(canvas)
         if not sys.stdout.isatty():
-          print('=' * 8)
+          say('=' * 8)
       return
     began = time.monotonic()
     rows = jax.device_get(sampler.generate(*request))
-  print(show(rows))
-  print(
+  show(rows)
+  say(
     f'{fill.sum()} tokens in {s.steps} steps and '
     f'{time.monotonic() - began:.1f} s, compilation included',
     file=sys.stderr,

@@ -9,6 +9,7 @@ import numpy as np
 from maskdiff import run as run_lib
 from maskdiff import sampler
 from maskdiff import step as step_lib
+from maskdiff.mesh import shard
 
 
 def evaluate(c, params, batches, tokens_per_byte):
@@ -120,7 +121,11 @@ def evaluate_mixture(c, params, heldout):
   return row
 
 
-_eval_step = functools.partial(jax.jit, static_argnums=0)(step_lib.eval_step)
+@functools.partial(jax.jit, static_argnums=0)
+def _eval_step(c, params, tokens, key):
+  sums = step_lib.eval_step(c, params, tokens, key)
+  # Whole, for every host to read.
+  return jax.tree.map(lambda x: shard(x, *[None] * x.ndim), sums)
 
 
 def by_ratio(prefix, sums):

@@ -1,15 +1,18 @@
 """The device mesh and the tables that say how arrays lie on it.
 
-Four mesh axes: `replica` (whole copies of the state, one per slice),
+Four mesh axes: `replica` (whole copies of the state, at least one per slice),
 `fsdp` (the state and the batch are split), `sequence` (the length is split)
 and `tensor` (heads, mlp and vocabulary are split). Arrays are described by
 logical axes, which the two tables map to mesh axes. All mesh axes are Auto:
 XLA places the collectives, led by `shard` at a few points of the model.
 """
 
+import collections
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdiff.errors import UserError
@@ -40,6 +43,10 @@ ACTIVATION_RULES = {
 def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
   """Builds the mesh; one of the four sizes may be -1 and takes what is left.
 
+  Only `replica` spans slices of TPUs, which are connected by the network of
+  the data centre: a slice holds an equal number of replicas, and the groups of
+  the other three axes stay on the fast links inside it.
+
   Args:
     replica, fsdp, sequence, tensor: sizes of the axes; by default all devices
       are on `fsdp`.
@@ -47,7 +54,8 @@ def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
       compiling for machines that are not here.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or replicas
+      do not fit into slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [replica, fsdp, sequence, tensor]
@@ -63,12 +71,46 @@ def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
       f'config.mesh ({named}) does not multiply to the {len(devices)} devices '
       'that are here; set one axis to -1 to let it take what is left'
     )
-  return jax.make_mesh(
-    sizes,
+  slices = split_by_slice(devices)
+  if sizes[0] % len(slices) or len(set(map(len, slices))) > 1:
+    raise UserError(
+      f'config.mesh ({named}): the devices are {len(slices)} slices of '
+      f'{", ".join(str(n) for n in sorted(set(map(len, slices))))}, which '
+      'hold equal numbers of whole replicas: set '
+      f'--config.mesh.replica={len(slices)} or a multiple of it, and '
+      '--config.mesh.fsdp=-1'
+    )
+  inside = [sizes[0] // len(slices), *sizes[1:]]
+  return jax.sharding.Mesh(
+    np.concatenate([_arrange(inside, one) for one in slices]),
     AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-    devices=devices,
   )
+
+
+def split_by_slice(devices):
+  """The devices as a list of slices, each a list; one slice if not on TPUs.
+
+  GPUs have slices too, one a node, but between nodes they need no replicas.
+  """
+  slices = collections.defaultdict(list)
+  for device in devices:
+    tpu = device.platform == 'tpu'
+    slices[getattr(device, 'slice_index', 0) if tpu else 0].append(device)
+  return [slices[index] for index in sorted(slices)]
+
+
+def _arrange(sizes, devices):
+  """The devices of a slice as an array, neighbours on the axes being close."""
+  for split in (False, True):
+    try:
+      return mesh_utils.create_device_mesh(
+        sizes, devices, allow_split_physical_axes=split
+      )
+    except (NotImplementedError, AssertionError, ValueError):
+      pass  # an axis is not a product of whole physical axes
+  # Part of a slice, or two devices a chip: JAX lays out whole tori alone.
+  return np.asarray(devices).reshape(sizes)
 
 
 def batch_shards(mesh):

@@ -6,13 +6,14 @@ others, and says in one line what is wrong if it does not.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
 
 import jax
 
-from maskdiff import checkpoint, metrics
+from maskdiff import checkpoint, metrics, runtime
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
@@ -102,7 +103,8 @@ def _with_ids(config, tokenizer):
 def open_data(config, tokenizer, path=None):
   """The datasets of a path of the config, after a check of every shard.
 
-  The embedded corpus is prepared on first use.
+  The embedded corpus is prepared on first use, by process 0 for all hosts
+  that share its directory.
 
   Args:
     config: the config.
@@ -120,8 +122,14 @@ def open_data(config, tokenizer, path=None):
   for name, weight in pipeline.parse_mixture(path or config.data.path):
     directory = name
     if name == 'embedded':
-      directory = prepare.embedded(
-        tokenizer, config.data.cache_dir, config.data.length, say
+      directory = runtime.main_process_first(
+        functools.partial(
+          prepare.embedded,
+          tokenizer,
+          config.data.cache_dir,
+          config.data.length,
+          say,
+        )
       )
     manifest = records.read_manifest(directory)
     if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -215,8 +223,8 @@ def load(workdir):
   Returns:
     config: ConfigDict of the run.
     tokenizer: data.tokenizer.Tokenizer, the one it was trained with.
-    params: parameter tree, split over all devices.
-    mesh: the mesh it lies on.
+    params: parameter tree, split over all devices of a slice.
+    mesh: the mesh it lies on, with a replica for every slice.
 
   Raises:
     UserError: there is no checkpoint, or it does not fit this version.
@@ -229,7 +237,8 @@ def load(workdir):
 def _load(workdir, checkpointer, step, meta):
   config = config_lib.from_dict(meta['config'])
   c = step_config(config).model
-  mesh = mesh_lib.make_mesh()
+  slices = mesh_lib.split_by_slice(jax.devices())
+  mesh = mesh_lib.make_mesh(replica=len(slices))
   shapes = model_lib.shapes(c)
   shardings = mesh_lib.param_shardings(mesh, model_lib.axes(c), shapes)
   (params,) = checkpointer.restore(
@@ -284,6 +293,7 @@ def describe(config, c, mesh, datasets):
   rows.append(('total', '', '', everything))
   rows.append(('without vocabulary', '', '', inner))
   flat = config_lib.flatten(config)
+  processes = jax.process_count()
   sizes = ', '.join(f'{a}={mesh.shape[a]}' for a in mesh_lib.AXES)
   weights = sum(d.weight for d in datasets)
   data = []
@@ -303,7 +313,8 @@ def describe(config, c, mesh, datasets):
       '',
       metrics.table(rows),
       '',
-      f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {sizes}',
+      f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {sizes}'
+      + (f', {processes} processes' if processes > 1 else ''),
       *data,
     ]
   )

@@ -219,7 +219,11 @@ def predict(temperature, logits, keys):
   return token.astype(jnp.int32), confidence
 
 
-_one_step = functools.partial(jax.jit, static_argnums=(0, 1))(denoise)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_step(model_config, c, params, carry, layout):
+  carry = denoise(model_config, c, params, carry, layout)
+  # Whole, for every host to read.
+  return jax.tree.map(lambda x: shard(x, *[None] * x.ndim), carry)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -108,7 +108,7 @@ def _run(config, workdir, stack):
 
   batches = run_lib.train_batches(config, datasets, mesh, samples)
   tokens = next(batches)
-  first = tokenizer.decode(np.asarray(tokens.addressable_shards[0].data)[0])
+  first = tokenizer.decode(np.asarray(first_row(tokens, mesh)))
   progress.say(f'first row of the first batch:\n{first}\n')
   if start == 0:
     writer.text(0, 'first_row', first)
@@ -207,6 +207,12 @@ def _run(config, workdir, stack):
   if main_host:
     print(evaluation.conclude(result, heldout))
   return result
+
+
+def first_row(tokens, mesh):
+  """Row 0 of a batch, whole on every host; all must call it."""
+  whole = mesh_lib.replicated(mesh)
+  return jax.jit(lambda tokens: tokens[0], out_shardings=whole)(tokens)
 
 
 def restore_or_init(

@@ -1,5 +1,14 @@
 """The mesh and how arrays lie on it. Eight fake devices."""
 
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +144,165 @@ def test_shard_does_not_change_values(two_by_two_by_two):
 def test_shard_wants_an_axis_per_dimension(two_by_two_by_two):
   with pytest.raises(ValueError, match='1 axes'):
     placed(two_by_two_by_two, (4, 6), 'batch')
+
+
+# Several slices
+
+
+def fake_slices(number, shape=(2, 2, 2), platform='tpu', kind='TPU v5'):
+  """Devices like those of a multislice TPU job, in a confusing order."""
+  devices = [
+    types.SimpleNamespace(
+      id=index,
+      platform=platform,
+      device_kind=kind,
+      process_index=index // 4,
+      slice_index=index // math.prod(shape),
+      core_on_chip=0,
+      coords=tuple(np.unravel_index(index % math.prod(shape), shape)),
+    )
+    for index in range(number * math.prod(shape))
+  ]
+  return [*devices[::2], *devices[1::2]]
+
+
+def slices_of_replicas(m):
+  """The set of slices that each replica lies on."""
+  return [{d.slice_index for d in replica.flat} for replica in m.devices]
+
+
+@pytest.fixture(autouse=True)
+def meshes_of_fakes(monkeypatch):
+  """A Mesh wants real devices; of fakes their array and names are enough."""
+  real = jax.sharding.Mesh
+
+  def make(devices, names, axis_types):
+    if isinstance(devices.flat[0], jax.Device):
+      return real(devices, names, axis_types=axis_types)
+    shape = dict(zip(names, devices.shape, strict=True))
+    return types.SimpleNamespace(devices=devices, shape=shape)
+
+  monkeypatch.setattr(jax.sharding, 'Mesh', make)
+
+
+@pytest.mark.parametrize(
+  'slices, sizes, expected',
+  [
+    (2, dict(replica=2), (2, 8, 1, 1)),
+    (2, dict(replica=4), (4, 4, 1, 1)),
+    (2, dict(replica=-1, fsdp=4, tensor=2), (2, 4, 1, 2)),
+    (2, dict(replica=2, sequence=2, tensor=4), (2, 1, 2, 4)),
+    (3, dict(replica=3), (3, 8, 1, 1)),
+    (3, dict(replica=-1, fsdp=1), (24, 1, 1, 1)),
+    (1, dict(), (1, 8, 1, 1)),
+  ],
+)
+def test_only_replicas_span_slices(slices, sizes, expected):
+  m = mesh.make_mesh(**sizes, devices=fake_slices(slices))
+  assert m.devices.shape == expected
+  assert sorted(d.id for d in m.devices.flat) == list(range(slices * 8))
+  on = slices_of_replicas(m)
+  assert all(len(each) == 1 for each in on)
+  per_slice = expected[0] // slices
+  assert on == [{s} for s in range(slices) for _ in range(per_slice)]
+
+
+@pytest.mark.parametrize(
+  'slices, sizes',
+  [(2, {}), (2, dict(replica=1, tensor=2)), (3, dict(replica=2, fsdp=12))],
+)
+def test_replicas_that_do_not_fit_into_slices_are_refused(slices, sizes):
+  with pytest.raises(UserError) as error:
+    mesh.make_mesh(**sizes, devices=fake_slices(slices))
+  message = str(error.value)
+  assert f'{slices} slices of 8' in message
+  assert f'--config.mesh.replica={slices} or a multiple' in message
+  assert '\n' not in message
+
+
+def test_slices_of_different_sizes_are_refused():
+  devices = [d for d in fake_slices(2) if d.id < 12]
+  with pytest.raises(UserError, match='2 slices of 4, 8'):
+    mesh.make_mesh(replica=2, devices=devices)
+
+
+def test_nodes_of_gpus_need_no_replicas():
+  devices = fake_slices(2, platform='gpu', kind='NVIDIA H100 80GB HBM3')
+  m = mesh.make_mesh(devices=devices)
+  assert m.devices.shape == (1, 16, 1, 1)
+  assert [d.id for d in m.devices.flat] == list(range(16))
+
+
+@pytest.mark.parametrize('number', [1, 3, 6])
+def test_any_number_of_devices_makes_a_mesh(number):
+  assert mesh.make_mesh(devices=jax.devices()[:number]).size == number
+  part_of_a_slice = fake_slices(1)[:number]
+  assert mesh.make_mesh(devices=part_of_a_slice).devices.size == number
+
+
+def test_an_axis_may_be_a_part_of_a_physical_axis():
+  """jax.make_mesh makes this of 64 chips of v5e, but not of v5p."""
+  devices = fake_slices(1, (4, 4, 4))
+  m = mesh.make_mesh(replica=2, tensor=2, devices=devices)
+  assert m.devices.shape == (2, 16, 1, 2)
+  assert sorted(d.id for d in m.devices.flat) == list(range(64))
+
+
+TOPOLOGIES = """
+import json, sys
+import jax
+from jax.experimental import mesh_utils, topologies
+from maskdiff import mesh
+
+for name, slices, sizes in json.loads(sys.argv[1]):
+  more = {'num_slices': slices} if slices > 1 else {}
+  devices = topologies.get_topology_desc(
+    platform='tpu', topology_name=name, **more
+  ).devices
+  m = mesh.make_mesh(**sizes, devices=devices)
+  assert set(m.devices.flat) == set(devices), name
+  assert [len({getattr(d, 'slice_index', 0) for d in replica.flat})
+          for replica in m.devices] == [1] * m.shape['replica'], name
+  if slices > 1:
+    inside = (m.shape['replica'] // slices, *m.devices.shape[1:])
+    hybrid = mesh_utils.create_hybrid_device_mesh(
+      inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+    assert (hybrid == m.devices).all(), name
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason='libtpu is not installed: pip install -r requirements-test.txt',
+)
+def test_meshes_of_real_topologies():
+  """Also of odd sizes; of several slices as JAX itself would lay them out."""
+  cases = [
+    ('v5p:4x4x4', 2, dict(replica=2)),
+    ('v5p:4x4x4', 2, dict(replica=4)),
+    ('v5p:4x4x4', 2, dict(replica=2, tensor=2)),
+    ('v5p:4x4x4', 1, dict(replica=2)),
+    ('v5p:2x2x1', 3, dict(replica=-1, fsdp=2)),
+    ('v5e:4x4', 3, dict(replica=3, sequence=2, tensor=4)),
+    ('v6e:4x4', 2, dict(replica=4)),
+    ('v5p:2x2x3', 1, dict(tensor=3)),
+    ('v5p:4x4x20', 1, dict(tensor=4)),
+    ('v4:2x2x3', 1, dict(tensor=2)),
+  ]
+  result = subprocess.run(
+    [sys.executable, '-c', TOPOLOGIES, json.dumps(cases)],
+    env={
+      **{k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': str(pathlib.Path(__file__).resolve().parent.parent),
+      'TPU_SKIP_MDS_QUERY': '1',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr[-4000:]

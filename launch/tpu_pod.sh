@@ -1,0 +1,268 @@
+#!/usr/bin/env bash
+# Runs launch/pretrain.py on a TPU pod of Google Cloud; see usage below and
+# docs/pods.md.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Runs launch/pretrain.py on all hosts of a TPU pod, or of several (slices).
+
+launch/tpu_pod.sh COMMAND --name NAME --zone ZONE [--project P] [--slices N]
+                  [--dry_run] [...]
+
+  create   asks for the machines and waits until they are there
+             --type v5p-128 --runtime v2-alpha-tpuv5 [--spot | --reserved]
+  install  copies this checkout to ~/maskdiff of every host (no files that git
+           ignores) and installs requirements-tpu.txt there; again to update
+  mount    mounts a bucket at /gcs/BUCKET on every host, with gcsfuse
+             --bucket BUCKET
+  start    starts launch/pretrain.py on every host, in the background
+             [--env KEY=VALUE ...] -- --config configs/8b.py --workdir DIR ...
+  watch    follows the output of the run, until control-C, which does not
+           stop it
+  logs     the last lines of every host
+  status   the state of the machines, and which hosts run
+  stop     ends the run on every host; start with the same arguments resumes
+  delete   ends the run and gives the machines back; asks first, if not --yes
+
+--slices N is for create and all that follows, by default 1.
+--dry_run prints the gcloud commands and runs none.
+TEXT
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# Runs a command, or prints it so that a shell would read it the same.
+run() {
+  if [[ $dry_run == 1 ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# gcloud compute tpus ... with zone and project.
+tpus() {
+  local where=("--zone=$zone")
+  [[ -z $project ]] || where+=("--project=$project")
+  run gcloud compute tpus "$@" "${where[@]}"
+}
+
+# The names of the slices; process 0 is on the first worker of the first.
+nodes() {
+  local i
+  if [[ $slices == 1 ]]; then
+    echo "$name"
+  else
+    for ((i = 0; i < slices; i++)); do echo "$name-$i"; done
+  fi
+}
+
+# Runs a command line on the workers of every slice, all slices at once.
+on_hosts() {
+  local node pid pids=() failed=0
+  for node in $(nodes); do
+    if [[ $dry_run == 1 ]]; then
+      tpus tpu-vm ssh "$node" --worker=all "--command=$1"
+    else
+      tpus tpu-vm ssh "$node" --worker=all "--command=$1" &
+      pids+=("$!")
+    fi
+  done
+  # With ${x[@]+...} an empty array is no error in the bash of macOS either.
+  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || failed=1; done
+  return "$failed"
+}
+
+create() {
+  [[ -n $type ]] || fail 'create needs --type, such as v5p-128'
+  [[ -n $runtime ]] || fail 'create needs --runtime, such as v2-alpha-tpuv5'
+  local more=()
+  if [[ $slices == 1 ]]; then
+    more+=("--node-id=$name")
+  else
+    more+=("--node-count=$slices" "--node-prefix=$name")
+  fi
+  [[ -z $kind ]] || more+=("--$kind")
+  tpus queued-resources create "$name" "--accelerator-type=$type" \
+    "--runtime-version=$runtime" "${more[@]}"
+  [[ $dry_run == 0 ]] || return 0
+  local state=''
+  while [[ $state != ACTIVE ]]; do
+    state=$(tpus queued-resources describe "$name" \
+      '--format=value(state.state)')
+    echo "$(date +%H:%M:%S) $name: ${state:-unknown}"
+    case $state in
+      ACTIVE) ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING)
+        echo "error: $name will not come; see: gcloud compute tpus" \
+          "queued-resources describe $name --zone=$zone" >&2
+        return 1
+        ;;
+      *) sleep 30 ;;
+    esac
+  done
+}
+
+install() {
+  local root archive node
+  root=$(cd "$(dirname "$0")/.." && pwd)
+  if [[ $dry_run == 1 ]]; then
+    archive=/tmp/maskdiff.tar.gz
+  else
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    archive=$scratch/maskdiff.tar.gz
+    # Files deleted from the work tree are still listed.
+    (cd "$root" && git ls-files -z --cached --others --exclude-standard |
+      while IFS= read -r -d '' file; do
+        [[ ! -e $file ]] || printf '%s\0' "$file"
+      done | tar --null -T - -czf "$archive")
+  fi
+  for node in $(nodes); do
+    tpus tpu-vm scp "$archive" "$node:" --worker=all
+  done
+  # The images have Python 3.10; uv brings its own.
+  on_hosts 'set -e
+mkdir -p maskdiff
+tar -xzf maskdiff.tar.gz -C maskdiff
+cd maskdiff
+export PATH="$HOME/.local/bin:$PATH"
+command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+[ -d .venv ] || uv venv --quiet --python 3.12 .venv
+uv pip install --quiet --python .venv/bin/python -r requirements-tpu.txt'
+}
+
+mount_bucket() {
+  [[ -n $bucket ]] || fail 'mount needs --bucket'
+  bucket=${bucket#gs://}
+  local quoted
+  quoted=$(printf '%q' "$bucket")
+  # Checkpoints are directories that get their names when they are complete.
+  on_hosts "set -e
+command -v gcsfuse >/dev/null || {
+  echo 'gcsfuse is not installed on this host' >&2
+  exit 1
+}
+mountpoint -q /gcs/$quoted || {
+  sudo mkdir -p /gcs/$quoted
+  sudo chown \"\$USER\" /gcs/$quoted
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 $quoted /gcs/$quoted
+}"
+}
+
+# setsid makes a group of the run, so that stop ends its children too.
+start() {
+  [[ $# -gt 0 ]] || fail 'start needs the arguments of pretrain.py after --'
+  local environment='' arguments
+  [[ ${#variables[@]} == 0 ]] ||
+    environment=$(printf '%q ' env "${variables[@]}")
+  arguments=$(printf ' %q' "$@")
+  on_hosts "cd maskdiff || exit 1
+if [ -e ../maskdiff.pid ] && kill -0 \"\$(cat ../maskdiff.pid)\" 2>/dev/null
+then
+  echo 'a run is there already: stop it first' >&2
+  exit 1
+fi
+nohup setsid ${environment}.venv/bin/python launch/pretrain.py$arguments \\
+  >../maskdiff.log 2>&1 </dev/null &
+echo \$! >../maskdiff.pid"
+}
+
+watch_run() {
+  tpus tpu-vm ssh "$(nodes | head -n 1)" --worker=0 \
+    '--command=tail -n 50 -F maskdiff.log'
+}
+
+logs() {
+  on_hosts 'echo "== $(hostname)"; tail -n 20 maskdiff.log'
+}
+
+status() {
+  tpus queued-resources describe "$name" '--format=value(state.state)'
+  on_hosts 'if [ -e maskdiff.pid ] && kill -0 "$(cat maskdiff.pid)" 2>/dev/null
+then echo "$(hostname) runs"; else echo "$(hostname) does not run"; fi'
+}
+
+stop() {
+  on_hosts '[ -e maskdiff.pid ] || exit 0
+pid=$(cat maskdiff.pid)
+kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid" 2>/dev/null
+for second in $(seq 30); do
+  kill -0 "$pid" 2>/dev/null || break
+  sleep 1
+done
+kill -KILL -- "-$pid" 2>/dev/null
+rm -f maskdiff.pid'
+}
+
+delete() {
+  local more=(--force)
+  [[ $yes == 0 ]] || more+=(--quiet)
+  tpus queued-resources delete "$name" "${more[@]}"
+}
+
+[[ $# -gt 0 ]] || {
+  usage >&2
+  exit 2
+}
+command=$1
+shift
+name='' zone='' project='' slices=1 type='' runtime='' kind='' bucket=''
+dry_run=0 yes=0 variables=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --) break ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+  esac
+  case $1 in
+    --name | --zone | --project | --slices | --type | --runtime | --bucket | \
+      --env)
+      [[ $# -gt 1 ]] || fail "$1 needs a value"
+      case $1 in
+        --name) name=$2 ;;
+        --zone) zone=$2 ;;
+        --project) project=$2 ;;
+        --slices) slices=$2 ;;
+        --type) type=$2 ;;
+        --runtime) runtime=$2 ;;
+        --bucket) bucket=$2 ;;
+        --env) variables+=("$2") ;;
+      esac
+      shift 2
+      ;;
+    --spot | --reserved) kind=${1#--} && shift ;;
+    --dry_run) dry_run=1 && shift ;;
+    --yes) yes=1 && shift ;;
+    --help | -h) usage && exit 0 ;;
+    *) fail "unknown argument $1; see launch/tpu_pod.sh --help" ;;
+  esac
+done
+[[ $# == 0 ]] || shift # the --
+
+case $command in
+  --help | -h | help) usage && exit 0 ;;
+  create | install | mount | start | watch | logs | status | stop | delete) ;;
+  *) fail "unknown command $command; see launch/tpu_pod.sh --help" ;;
+esac
+[[ -n $name ]] || fail "$command needs --name"
+[[ -n $zone ]] || fail "$command needs --zone"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices must be 1 or more"
+[[ $command == start || $# == 0 ]] || fail "$command takes nothing after --"
+for variable in ${variables[@]+"${variables[@]}"}; do
+  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+    fail "--env $variable must be KEY=VALUE"
+done
+[[ $dry_run == 1 ]] || command -v gcloud >/dev/null ||
+  fail 'gcloud is not here: install the Google Cloud CLI and log in'
+
+case $command in
+  mount) mount_bucket ;;
+  watch) watch_run ;;
+  start) start "$@" ;;
+  *) "$command" ;;
+esac
