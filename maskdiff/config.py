@@ -34,8 +34,10 @@ def default():
   model.rope_theta = 500_000.0
   model.norm_eps = 1e-5
   model.dtype = 'bfloat16'  # of activations; parameters are float32
-  model.remat = 'full'  # none | minimal | full
-  model.attention = 'auto'  # auto | xla | splash
+  # none | minimal | attention | attended | offload | full: what a layer keeps
+  # for the backward pass, from everything to nothing
+  model.remat = 'full'
+  model.attention = 'auto'  # auto | xla | splash (TPU) | cudnn (NVIDIA GPU)
 
   c.tokens = tokens = config_dict.ConfigDict()
   tokens.mask_id = 4
@@ -66,6 +68,7 @@ def default():
   optimizer.eps = 1e-8
   optimizer.weight_decay = 0.1  # of matrices
   optimizer.clip_norm = 1.0
+  optimizer.moments = 'float32'  # float32 | bfloat16: Adam's two, as stored
 
   c.data = data = config_dict.ConfigDict()
   # 'embedded', a prepared directory, or a mixture: DIR=WEIGHT,DIR=WEIGHT
@@ -111,8 +114,16 @@ def default():
 
 CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
-  'model.remat': ('none', 'minimal', 'full'),
-  'model.attention': ('auto', 'xla', 'splash'),
+  'optimizer.moments': ('float32', 'bfloat16'),
+  'model.remat': (
+    'none',
+    'minimal',
+    'attention',
+    'attended',
+    'offload',
+    'full',
+  ),
+  'model.attention': ('auto', 'xla', 'splash', 'cudnn'),
   'objective.name': ('masked_diffusion', 'autoregressive'),
   'objective.schedule': ('linear', 'cosine', 'polynomial'),
   'objective.time_sampling': ('antithetic', 'stratified', 'iid'),

@@ -94,6 +94,9 @@ def _apply(hidden, head, targets, weights, exclude, chunk, gradients):
       d_head = jax.lax.psum_scatter(
         d_head, 'tensor', scatter_dimension=1, tiled=True
       )
+      # XLA would move the reduction out of the loop over microbatches, and
+      # carry the whole unreduced gradient through it.
+      d_head = jax.lax.optimization_barrier(d_head)
       d_head = jax.lax.psum(d_head, ('replica', 'sequence'))
     return loss, nll, d_hidden, d_head
 

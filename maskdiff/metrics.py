@@ -11,20 +11,7 @@ import sys
 import tensorboardX
 import tqdm
 
-# Dense bfloat16 peak, FLOP/s per device, as JAX names the device kind.
-PEAK_FLOPS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5e': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU v6e': 918e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
-}
+from maskdiff.chips import PEAK_FLOPS
 
 
 def utilization(tokens_per_s, flops_per_token, devices):

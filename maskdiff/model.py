@@ -24,14 +24,24 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from maskdiff.attention import attend
+from maskdiff.attention import RESIDUALS, attend
 from maskdiff.mesh import BATCH_AXES, shard
 
+_save = jax.checkpoint_policies.save_only_these_names
+# What the backward pass finds of a layer besides its input, from everything to
+# nothing; the rest is computed again. Only under `full` does that include the
+# attention kernel.
 REMAT_POLICIES = {
-  # What the backward pass finds saved from a layer, besides its input.
-  'none': None,  # everything: no rematerialisation
-  'minimal': jax.checkpoint_policies.save_only_these_names(
-    'q', 'k', 'v', 'attended', 'gate', 'up'
+  'none': None,
+  'minimal': _save('q', 'k', 'v', RESIDUALS, 'middle', 'gate', 'up'),
+  'attention': _save('q', 'k', 'v', RESIDUALS),
+  'attended': _save(RESIDUALS),
+  # As `attention`, in the memory of the host.
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=['q', 'k', 'v', RESIDUALS],
+    offload_src='device',
+    offload_dst='pinned_host',
   ),
   'full': jax.checkpoint_policies.nothing_saveable,
 }
@@ -166,18 +176,17 @@ def block(c, w, x, labels, rotation):
     [B, L, D], like x.
   """
   h = rms_norm(x, w['norm1'], c.norm_eps)
-  q = rotate(jnp.einsum('bld,dhk->blhk', h, w['q']), rotation)
-  k = rotate(jnp.einsum('bld,dgk->blgk', h, w['k']), rotation)
-  v = jnp.einsum('bld,dgk->blgk', h, w['v'])
-  q = checkpoint_name(shard(q, 'batch', 'length', 'heads', 'head_dim'), 'q')
+  q = rotate(jnp.einsum('bld,dhk->bhlk', h, w['q']), rotation)
+  k = rotate(jnp.einsum('bld,dgk->bglk', h, w['k']), rotation)
+  v = jnp.einsum('bld,dgk->bglk', h, w['v'])
+  q = checkpoint_name(shard(q, 'batch', 'heads', 'length', 'head_dim'), 'q')
   # Keys and values are whole along the length: every query may see them.
-  k = checkpoint_name(shard(k, 'batch', None, 'kv_heads', 'head_dim'), 'k')
-  v = checkpoint_name(shard(v, 'batch', None, 'kv_heads', 'head_dim'), 'v')
+  k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
+  v = checkpoint_name(shard(v, 'batch', 'kv_heads', None, 'head_dim'), 'v')
   attended = attend(q, k, v, labels, c.attention)
-  attended = shard(attended, 'batch', 'length', 'heads', 'head_dim')
-  attended = checkpoint_name(attended, 'attended')
-  x = x + jnp.einsum('blhk,hkd->bld', attended, w['o'])
-  x = shard(x, 'batch', 'length', 'embed')
+  attended = shard(attended, 'batch', 'heads', 'length', 'head_dim')
+  x = x + jnp.einsum('bhlk,hkd->bld', attended, w['o'])
+  x = checkpoint_name(shard(x, 'batch', 'length', 'embed'), 'middle')
 
   h = rms_norm(x, w['norm2'], c.norm_eps)
   gate = checkpoint_name(jnp.einsum('bld,df->blf', h, w['gate']), 'gate')
@@ -203,22 +212,47 @@ def rope(pos, head_dim, theta):
     theta: base of the wavelengths.
 
   Returns:
-    A pair of [B, L, 1, K/2] float32.
+    A pair of [B, 1, L, K] float32: the cosines, twice, and the sines, negative
+    in the first half.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  angle = pos[:, :, None, None].astype(jnp.float32) * frequency
-  return jnp.cos(angle), jnp.sin(angle)
+  angle = pos[:, None, :, None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  join = functools.partial(jnp.concatenate, axis=-1)
+  return join([cos, cos]), join([-sin, sin])
 
 
+@jax.custom_vjp
 def rotate(x, rotation):
-  """Rotates pairs (i, i + K/2) of the last axis in float32; x is [B, L, H, K].
+  """Rotates pairs (i, i + K/2) of the last axis in float32; x is [B, H, L, K].
 
-  This is the rotate-half convention of Llama and LLaDA.
+  This is the rotate-half convention of Llama and LLaDA. The gradient is the
+  inverse rotation; left to autodiff it becomes arrays of K/2, half of a TPU's
+  lanes.
   """
   cos, sin = rotation
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return out.astype(x.dtype)
+  half = x.shape[-1] // 2
+  swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1)
+  other = jnp.einsum(
+    'bhlk,kj->bhlj',
+    x,
+    swap,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+  return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+
+
+def _rotate_forward(x, rotation):
+  return rotate(x, rotation), rotation
+
+
+def _rotate_backward(rotation, d_x):
+  cos, sin = rotation
+  return rotate(d_x, (cos, -sin)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -260,6 +294,8 @@ def _lookup_backward(dtype, residuals, d_rows):
     d_table = jax.lax.psum_scatter(
       d_table, 'fsdp', scatter_dimension=1, tiled=True
     )
+    # Reduced in every microbatch, as in cross_entropy.py.
+    d_table = jax.lax.optimization_barrier(d_table)
     return jax.lax.psum(d_table, ('replica', 'sequence'))
 
   if mesh.empty:

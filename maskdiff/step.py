@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from maskdiff import compiler
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import optimizer as optimizer_lib
@@ -206,4 +207,5 @@ def compile_train_step(c, optimizer, mesh):
     in_shardings=(states, mesh_lib.batch_sharding(mesh), replicated),
     out_shardings=(states, replicated),
     donate_argnums=0,
+    compiler_options=compiler.options(mesh),
   )

@@ -43,6 +43,7 @@ OPTIMIZER = optimizer.make_optimizer(
     eps=1e-8,
     weight_decay=0.1,
     clip_norm=1.0,
+    moments='float32',
   ),
   10,
   model.axes(MODEL),

@@ -18,7 +18,11 @@ VALID = np.array(
   ],
   bool,
 )
-CONSTRUCTORS = (masks.bidirectional, masks.causal)
+CONSTRUCTORS = (
+  masks.bidirectional,
+  masks.causal,
+  lambda *a: masks.block_causal(a[0], 2, *a[1:]),
+)
 
 
 def labels(pos, block, reach, doc=0):
@@ -135,6 +139,114 @@ def test_causal_regime_promises_order_within_documents(doc):
   assert l.regime == masks.CAUSAL
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
   np.testing.assert_array_equal(seen(l), np.tril(same))
+
+
+# Of positions that are valid and of the same document.
+DEFINITIONS = {
+  'bidirectional': (masks.bidirectional, lambda i, j: True),
+  'causal': (masks.causal, lambda i, j: j <= i),
+  'block-causal': (
+    lambda *a: masks.block_causal(a[0], 2, *a[1:]),
+    lambda i, j: j // 2 <= i // 2,
+  ),
+  'uneven blocks': (
+    lambda *a: masks.block_causal(a[0], 4, *a[1:]),
+    lambda i, j: j // 4 <= i // 4,
+  ),
+}
+
+
+@pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
+@pytest.mark.parametrize('name', DEFINITIONS)
+def test_regimes_are_their_definitions(name, doc):
+  constructor, sees = DEFINITIONS[name]
+  l = constructor(jnp.asarray(VALID), doc)
+  same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
+  np.testing.assert_array_equal(
+    seen(l), same & longhand(*VALID.shape, lambda b, i, j: sees(i, j))
+  )
+
+
+@pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 6])
+def test_block_diffusion_is_bd3_lm_within_documents(size, doc):
+  n = VALID.shape[1]
+  l = masks.block_diffusion(jnp.asarray(VALID), size, doc)
+  own = np.where(VALID, doc, -1)
+  np.testing.assert_array_equal(l.doc, np.concatenate([own, own], axis=1))
+  np.testing.assert_array_equal(l.pos[0], [*range(n), *range(n)])
+
+  def sees(b, i, j):
+    q_noisy, k_noisy = i < n, j < n
+    q_block, k_block = i % n // size, j % n // size
+    if own[b, i % n] != own[b, j % n]:
+      return False
+    if q_noisy and k_noisy:
+      return q_block == k_block
+    if q_noisy:
+      return q_block > k_block
+    return not k_noisy and q_block >= k_block
+
+  np.testing.assert_array_equal(seen(l), longhand(len(VALID), 2 * n, sees))
+  assert seen(l).diagonal(axis1=1, axis2=2).all()
+
+
+@pytest.mark.parametrize(
+  'make, again, other',
+  [
+    (masks.bidirectional, masks.bidirectional, masks.causal),
+    (
+      lambda v: masks.block_causal(v, 2),
+      lambda v: masks.block_causal(v, 2),
+      lambda v: masks.block_causal(v, 3),
+    ),
+    (
+      lambda v: masks.block_diffusion(v, 2),
+      lambda v: masks.block_diffusion(v, 2),
+      lambda v: masks.block_diffusion(v, 3),
+    ),
+  ],
+)
+def test_a_regime_is_what_all_rows_share_and_is_static(make, again, other):
+  valid = jnp.asarray(VALID)
+  l = make(valid)
+  row = masks.row(l.regime, l.pos.shape[1])
+  for name in ('pos', 'block', 'reach'):
+    array = getattr(l, name)
+    np.testing.assert_array_equal(
+      array, np.broadcast_to(getattr(row, name), array.shape)
+    )
+    assert array.dtype == jnp.int32
+  assert l.regime == again(valid).regime != other(valid).regime
+  assert hash(l.regime) == hash(again(valid).regime)
+
+
+def test_equal_regimes_are_traced_once():
+  traced = []
+
+  @jax.jit
+  def f(l):
+    traced.append(l.regime)
+    return l.pos
+
+  for size in (2, 2, 3):
+    f(masks.block_causal(jnp.asarray(VALID), size))
+  assert [regime.sizes for regime in traced] == [(2,), (3,)]
+
+
+def test_block_causal_of_1_is_the_causal_regime():
+  assert masks.block_causal(jnp.asarray(VALID), 1).regime == masks.CAUSAL
+
+
+def test_labels_say_whether_a_row_is_one_document():
+  valid, doc = jnp.asarray(VALID), jnp.asarray(DOC)
+  for constructor in CONSTRUCTORS:
+    assert constructor(valid).single
+    assert not constructor(valid, doc).single
+    # Not even where they are all the same, which is known too late.
+    assert not constructor(valid, 0 * doc).single
+  assert not masks.block_diffusion(valid, 2).single
+  assert not labels(np.arange(4), 0, 0).single
 
 
 def test_hand_built_labels_promise_nothing():

@@ -608,7 +608,9 @@ def test_confinement_changes_the_documents_and_nothing_else(name):
   assert padding.any() == (name == 'masked_diffusion')
   np.testing.assert_array_equal(row.labels.doc, np.where(padding, -1, 0))
   np.testing.assert_array_equal(confined.labels.doc, np.where(padding, -1, doc))
-  labels = dataclasses.replace(confined.labels, doc=row.labels.doc)
+  labels = dataclasses.replace(
+    confined.labels, doc=row.labels.doc, single=row.labels.single
+  )
   jax.tree.map(
     np.testing.assert_array_equal,
     dataclasses.replace(confined, labels=labels),

@@ -23,6 +23,7 @@ CONSTANT = OptimizerConfig(
   eps=1e-8,
   weight_decay=0.1,
   clip_norm=1e9,
+  moments='float32',
 )
 TINY = TransformerConfig(
   vocab_size=8,
@@ -209,6 +210,42 @@ def test_update_follows_the_plan_from_its_step_0():
   params, gradients = draw(), [draw(1, n) for n in range(8)]
   assert_close(
     walk(c, params, gradients), adamw(c, params, gradients, plan.__getitem__)
+  )
+
+
+def test_moments_in_bfloat16_are_those_of_float32_rounded_once_a_step():
+  """And one step of that is off by no more than the rounding."""
+  c = dataclasses.replace(CONSTANT, moments='bfloat16')
+  params = draw()
+  rounded, exact = make(c), make(CONSTANT)
+  state, reference = rounded.init(params), exact.init(params)
+  adam = lambda state: next(s for s in state if hasattr(s, 'mu'))
+  for n in range(20):
+    before = adam(state)
+    _, state = rounded.update(draw(1, n), state, params)
+    # The same step in float32 from what was stored before.
+    widened = before._replace(
+      mu=jax.tree.map(jnp.float32, before.mu),
+      nu=jax.tree.map(jnp.float32, before.nu),
+    )
+    start = tuple(widened if hasattr(s, 'mu') else s for s in reference)
+    _, expected = exact.update(draw(1, n), start, params)
+    for kept, full in zip(adam(state)[1:], adam(expected)[1:], strict=True):
+      assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype('bfloat16')}
+      jax.tree.map(
+        lambda k, f: np.testing.assert_array_equal(k, f.astype('bfloat16')),
+        kept,
+        full,
+      )
+
+
+def test_training_with_bfloat16_moments_stays_close():
+  c = dataclasses.replace(CONSTANT, moments='bfloat16')
+  params, gradients = draw(), [draw(1, n) for n in range(50)]
+  assert_close(
+    walk(c, params, gradients)[-1],
+    walk(CONSTANT, params, gradients)[-1],
+    rtol=0.03,
   )
 
 

@@ -57,6 +57,7 @@ OPTIMIZER = OptimizerConfig(
   eps=1e-5,  # not less, lest noise in tiny gradients become full steps
   weight_decay=0.1,
   clip_norm=1.0,
+  moments='float32',
 )
 MESHES = {
   'one_device': dict(fsdp=1),

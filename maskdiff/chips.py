@@ -1,0 +1,141 @@
+"""What accelerators can do: peaks, memory and links of one chip.
+
+Peaks and HBM bandwidths are the vendors' published ones. What else a time
+estimate needs is partly assumed, and said so where it stands:
+
+- `clock_hz` is the rate at which the TPU compiler's cost model counts. It is
+  not published; these clocks make the compiler's best large matrix product
+  come out at 87% to 97% of the peak.
+- `hbm_gib` is what the compiler lets a program use, from its own out-of-memory
+  messages, and less than what is sold as the chip's memory.
+- `link_bandwidth` is one direction of one ICI link: the published
+  bidirectional bandwidth of a chip over twice its number of links.
+- `dcn_bandwidth` is the host's published network cards over its chips. It is
+  reached only by large transfers of all chips at once.
+- `host_bandwidth` is one direction of PCIe, generation 4 or 5 by chip: assumed.
+"""
+
+import dataclasses
+import re
+
+from maskdiff.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  name: str  # as in the name of a topology: v5p of v5p:4x4x4
+  device_kinds: tuple  # as JAX names its devices
+  peak_flops: float  # dense bfloat16, FLOP/s
+  clock_hz: float
+  hbm_gib: float  # that a program may use
+  hbm_bandwidth: float  # bytes/s
+  link_bandwidth: float  # bytes/s, one ICI link, one direction
+  torus_axes: int  # dimensions of the ICI torus
+  wrap_multiple: int  # a torus axis closes to a ring at multiples of this
+  host_bandwidth: float  # bytes/s to or from host memory, one direction
+  dcn_bandwidth: float  # bytes/s between slices, one direction
+
+
+# 4 chips a host and 200 Gbit/s for v4 and v5p; 8 chips and 2 x 100 Gbit/s for
+# v5e; 8 chips and 4 x 200 Gbit/s for v6e.
+CHIPS = (
+  Chip(
+    name='v4',
+    device_kinds=('TPU v4',),
+    peak_flops=275e12,
+    clock_hz=1.05e9,
+    hbm_gib=30.75,
+    hbm_bandwidth=1228e9,
+    link_bandwidth=45e9,
+    torus_axes=3,
+    wrap_multiple=4,
+    host_bandwidth=16e9,
+    dcn_bandwidth=6.25e9,
+  ),
+  Chip(
+    name='v5e',
+    device_kinds=('TPU v5 lite', 'TPU v5e'),
+    peak_flops=197e12,
+    clock_hz=1.5e9,
+    hbm_gib=15.75,
+    hbm_bandwidth=819e9,
+    link_bandwidth=45e9,
+    torus_axes=2,
+    wrap_multiple=16,
+    host_bandwidth=16e9,
+    dcn_bandwidth=3.125e9,
+  ),
+  Chip(
+    name='v5p',
+    device_kinds=('TPU v5', 'TPU v5p'),
+    peak_flops=459e12,
+    clock_hz=1.75e9,
+    hbm_gib=95.74,
+    hbm_bandwidth=2765e9,
+    link_bandwidth=90e9,
+    torus_axes=3,
+    wrap_multiple=4,
+    host_bandwidth=32e9,
+    dcn_bandwidth=6.25e9,
+  ),
+  Chip(
+    name='v6e',
+    device_kinds=('TPU v6 lite', 'TPU v6e'),
+    peak_flops=918e12,
+    clock_hz=1.75e9,
+    hbm_gib=31.25,
+    hbm_bandwidth=1640e9,
+    link_bandwidth=90e9,
+    torus_axes=2,
+    wrap_multiple=16,
+    host_bandwidth=32e9,
+    dcn_bandwidth=12.5e9,
+  ),
+)
+
+# Dense bfloat16 peak, FLOP/s per device, as JAX names the device kind.
+PEAK_FLOPS = {
+  **{kind: chip.peak_flops for chip in CHIPS for kind in chip.device_kinds},
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def by_kind(device_kind):
+  """The Chip of a JAX device kind, or None."""
+  for chip in CHIPS:
+    if device_kind in chip.device_kinds:
+      return chip
+  return None
+
+
+def parse_topology(topology):
+  """Reads the name of a TPU slice.
+
+  Args:
+    topology: chip and shape, e.g. 'v5p:4x4x4' or 'v5e:2x4'.
+
+  Returns:
+    The Chip, and its shape as a tuple with as many axes as the chip's torus.
+
+  Raises:
+    UserError: the name has another form, or the chip is unknown.
+  """
+  match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', topology)
+  known = {chip.name: chip for chip in CHIPS}
+  if not match or match[1] not in known:
+    raise UserError(
+      f'--topology {topology!r}: give a chip of {", ".join(known)} and a '
+      'shape, e.g. v5p:4x4x4 or v5e:2x4'
+    )
+  chip = known[match[1]]
+  shape = tuple(map(int, match[2].split('x')))
+  if len(shape) != chip.torus_axes or min(shape) < 1:
+    example = 'x'.join('4' * chip.torus_axes)
+    raise UserError(
+      f'--topology {topology!r}: a shape of {chip.name} has {chip.torus_axes} '
+      f'axes, e.g. {chip.name}:{example}'
+    )
+  return chip, shape
