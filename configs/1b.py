@@ -9,15 +9,28 @@ are the paper's; the length of the run is not published exactly: 88,000 steps,
 461B tokens, is the last point of its scaling curves.
 
 The token ids are those of LLaDA's own tokenizer, a tokenizer.json; for another
-one set config.tokens. Preparation leaves a copy of it with the rows. Batch and
-microbatches are for 8 chips of v5e: 2 rows a chip at a time. The TPU compiler
-says that this step takes 12.3 of a chip's 16 GiB (tests/test_pods.py).
+one set config.tokens. Preparation leaves a copy of it with the rows.
+
+The batch is cut for the machine, configs/1b.py:MACHINE; without one for 8 chips
+of v5e. One chip of v6e, as Colab has it, trains the whole model on batches of
+64 rows; on one of v5e the state leaves no room, and `v5e-1` is a model of its
+own: 9 layers of the same kind. Both keep Adam's moments in bfloat16.
+
+PLANS
 """
 
 from maskdiff.config import default
 
+MACHINES = {
+  'v5e-8': dict(batch=1280, microbatches=80, remat='attended'),
+  'v6e-8': dict(batch=1280, microbatches=20, remat='attended'),
+  'v6e-1': dict(batch=64, microbatches=32, remat='attended'),
+  'v5e-1': dict(batch=64, microbatches=32, remat='attended'),
+}
 
-def get_config():
+
+def get_config(machine='v5e-8'):
+  plan = MACHINES[machine]
   c = default()
   c.model.vocab_size = 126_464
   c.model.embed = 2048
@@ -27,6 +40,7 @@ def get_config():
   c.model.head_dim = 64
   c.model.mlp = 5634
   c.model.tie_embeddings = False
+  c.model.remat = plan['remat']
 
   c.tokens.mask_id = 126_336
   c.tokens.bos_id = 126_080
@@ -45,8 +59,8 @@ def get_config():
   c.data.length = 4096
 
   c.train.steps = 88_000
-  c.train.batch = 1280
-  c.train.microbatches = 80
+  c.train.batch = plan['batch']
+  c.train.microbatches = plan['microbatches']
   c.eval.every_steps = 1000
   c.eval.batch = 64
   c.eval.batches = 8
@@ -54,4 +68,8 @@ def get_config():
   c.sample.block_length = 32
   c.sample.steps = 128
   c.checkpoint.every_steps = 1000
+  if machine.endswith('-1'):
+    c.optimizer.moments = 'bfloat16'
+  if machine == 'v5e-1':
+    c.model.layers = 9
   return c

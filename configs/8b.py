@@ -11,15 +11,26 @@ clipping are not published; these are SMDM's (arXiv 2410.18514). The mask id
 has a column in the head and takes part in the softmax, as in LLaDA.
 
 The token ids are those of LLaDA's own tokenizer, a tokenizer.json; for another
-one set config.tokens. Preparation leaves a copy of it with the rows. Batch and
-microbatches are for 64 chips of v5p: 4 rows a chip at a time. The TPU compiler
-says that this step takes 66.7 of a chip's 95 GiB (tests/test_pods.py).
+one set config.tokens. Preparation leaves a copy of it with the rows.
+
+The batch is cut for the machine, configs/8b.py:MACHINE; without one for 64
+chips of v5p, with the paper's batch. 256 chips take a fifth more, 1536 rows,
+for as many tokens.
+
+PLANS
 """
 
 from maskdiff.config import default
 
+MACHINES = {
+  'v5p-128': dict(batch=1280, microbatches=5, remat='minimal'),
+  'v5e-256': dict(batch=1536, microbatches=3, remat='attended'),
+  'v6e-256': dict(batch=1536, microbatches=1, remat='attended'),
+}
 
-def get_config():
+
+def get_config(machine='v5p-128'):
+  plan = MACHINES[machine]
   c = default()
   c.model.vocab_size = 126_464
   c.model.embed = 4096
@@ -29,30 +40,32 @@ def get_config():
   c.model.head_dim = 128
   c.model.mlp = 12_288
   c.model.tie_embeddings = False
-  c.model.remat = 'minimal'
+  c.model.remat = plan['remat']
 
   c.tokens.mask_id = 126_336
   c.tokens.bos_id = 126_080
   c.tokens.eos_id = 126_081
 
   c.objective.predict_mask = True
-  c.objective.loss_chunk_tokens = 1024
-
-  c.optimizer.schedule = 'piecewise'
-  c.optimizer.pieces = (
-    (2_000, 0.0, 4e-4),
-    (228_882, 4e-4, 4e-4),
-    (381_470, 1e-4, 1e-4),
-    (438_690, 1e-4, 1e-5),
-  )
+  # Just over 1/8 of the tokens that a chip has masked out of 4 rows.
+  c.objective.loss_chunk_tokens = 1056
 
   c.data.path = 'data/rows'
   c.data.tokenizer = 'data/rows'
   c.data.length = 4096
 
-  c.train.steps = 438_690
-  c.train.batch = 1280
-  c.train.microbatches = 5
+  step_of = lambda tokens: round(tokens / (plan['batch'] * c.data.length))
+  c.optimizer.schedule = 'piecewise'
+  c.optimizer.pieces = (
+    (2_000, 0.0, 4e-4),
+    (step_of(1.2e12), 4e-4, 4e-4),
+    (step_of(2.0e12), 1e-4, 1e-4),
+    (step_of(2.3e12), 1e-4, 1e-5),
+  )
+
+  c.train.steps = step_of(2.3e12)
+  c.train.batch = plan['batch']
+  c.train.microbatches = plan['microbatches']
   c.eval.every_steps = 1000
   c.eval.batch = 256
   c.eval.batches = 4

@@ -1,0 +1,29 @@
+"""A 32B model on 64 chips of v5p (v5p-128), to show what room is left.
+
+python launch/pretrain.py --config configs/32b.py --workdir DIR
+
+32,000,000,000 parameters: the dimensions of Qwen2.5-32B (arXiv 2412.15115)
+with LLaDA's vocabulary; nobody has published such a masked diffusion model.
+Batch, learning rates and tokens are those of configs/8b.py but for half the
+rate, and not tried.
+
+PLANS
+"""
+
+import os
+import runpy
+
+
+def get_config():
+  path = os.path.join(os.path.dirname(__file__), '8b.py')
+  c = runpy.run_path(path)['get_config']()
+  c.model.embed = 5120
+  c.model.layers = 64
+  c.model.heads = 40
+  c.model.kv_heads = 8
+  c.model.mlp = 27_648
+  c.model.remat = 'attention'
+  c.optimizer.pieces = tuple(
+    (end, first / 2, last / 2) for end, first, last in c.optimizer.pieces
+  )
+  return c

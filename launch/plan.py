@@ -1,0 +1,120 @@
+"""Says what a config takes on TPUs, without one: memory, time, communication.
+
+python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 \
+  [--num_slices 2] [--json FILE] [--plot FILE.png] [--config.train.batch=256]
+python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 --sweep
+python launch/plan.py --config configs/8b.py --topology v5e:2x4 --mode sample
+
+The TPU compiler (pip install -r requirements-tpu.txt) compiles the very step
+that launch/pretrain.py runs; a large model takes it a minute or two. Memory is
+what the compiler allocates; time is an estimate. Status 1 means that nothing
+was found that fits.
+"""
+
+import json
+import os
+import sys
+
+from absl import flags
+
+from maskdiff import config
+from maskdiff.errors import UserError
+
+config.define_config_flag()
+flags.DEFINE_string('topology', None, 'Of one slice, e.g. v5p:4x4x4.')
+flags.DEFINE_integer('num_slices', 1, 'Slices of that topology.')
+flags.DEFINE_enum('mode', 'train', ['train', 'sample'], 'Which step to plan.')
+flags.DEFINE_integer('prompts', 8, 'sample: prompts answered at once.')
+flags.DEFINE_integer('prompt_tokens', 128, 'sample: tokens of a prompt.')
+flags.DEFINE_bool('sweep', False, 'Try and rank many configurations.')
+flags.DEFINE_list('sweep_rows', '1,2,4,8', 'Rows per chip at once to try.')
+flags.DEFINE_list(
+  'sweep_remat', 'minimal,full', 'Values of model.remat to try.'
+)
+flags.DEFINE_multi_string(
+  'sweep_mesh',
+  ['fsdp=-1', 'fsdp=-1,tensor=2'],
+  'Mesh axes to try, e.g. fsdp=-1,tensor=2; may be repeated.',
+)
+flags.DEFINE_string(
+  'json', None, 'File for all numbers; planner/plan.py has them.'
+)
+flags.DEFINE_string('plot', None, 'File for a picture of where the time goes.')
+flags.mark_flags_as_required(['config', 'topology'])
+
+# libtpu reads these when it is loaded; without them it looks for a TPU here.
+ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+
+
+def main(args):
+  os.environ.update(ENVIRONMENT)
+  from maskdiff.planner import plan, report  # after the environment
+
+  if args.sweep and (args.plot or args.mode == 'sample'):
+    raise UserError('--sweep goes with neither --plot nor --mode sample')
+  if args.sweep:
+    result = plan.sweep(
+      args.config,
+      args.topology,
+      rows=[_positive(rows) for rows in args.sweep_rows],
+      remats=args.sweep_remat,
+      meshes=[_mesh(sizes) for sizes in args.sweep_mesh],
+      num_slices=args.num_slices,
+      say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.format_sweep(result))
+    fits = any(p['fits'] for p in result)
+  else:
+    if args.mode == 'sample':
+      result = plan.sample_plan(
+        args.config,
+        args.topology,
+        args.prompts,
+        args.prompt_tokens,
+        args.num_slices,
+      )
+    else:
+      result = plan.plan(args.config, args.topology, args.num_slices)
+    print(report.format_table(result))
+    fits = result['fits']
+  if args.json:
+    _write(args.json, json.dumps(result, indent=2) + '\n')
+  if args.plot:
+    report.plot(result, args.plot)
+  if not fits:
+    sys.exit(1)
+
+
+def _positive(text):
+  if not text.isdecimal() or int(text) < 1:
+    raise UserError(f'--sweep_rows: {text!r} is not a positive number')
+  return int(text)
+
+
+def _mesh(text):
+  """A dict of sizes from axis=size,axis=size."""
+  pairs = [part.split('=') for part in text.split(',')]
+  try:
+    return {axis: int(size) for axis, size in pairs}
+  except ValueError as error:
+    raise UserError(
+      f'--sweep_mesh {text!r}: write axis=size,axis=size'
+    ) from error
+
+
+def _write(path, text):
+  try:
+    with open(path, 'w') as f:
+      f.write(text)
+  except OSError as error:
+    raise UserError(f'--json: cannot write {path!r} ({error})') from error
+
+
+if __name__ == '__main__':
+  config.run_script(main)

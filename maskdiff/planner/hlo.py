@@ -1,0 +1,248 @@
+"""Reads the text of a compiled TPU program: instructions, shapes, loops.
+
+`Compiled.as_text()` of a TPU executable is its final, scheduled HLO: within a
+computation the instructions stand in the order in which they run, and most
+carry the compiler's own estimate of their cycles. hlo_cost.py prices it; here
+it is only taken apart. Nothing is executed, and JAX is not needed.
+
+What a reader of such texts should know:
+
+- A type is `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`: dtype, shape, then layout,
+  tiling and memory space, where S(1) is on-chip memory and S(5) the host's.
+- Kernels put metadata with raw newlines into an instruction, so that one
+  instruction may span lines.
+- Loops seldom state their trip counts; hlo_loops.py works them out.
+- `metadata={op_name=... stack_frame_id=...}` says which line of Python an
+  instruction is from; the header has the tables that resolve the number.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+
+DTYPE_BITS = {
+  **dict.fromkeys(('s4', 'u4'), 4),
+  **dict.fromkeys(('pred', 's8', 'u8', 'f8e4m3fn', 'f8e5m2'), 8),
+  **dict.fromkeys(('s16', 'u16', 'bf16', 'f16'), 16),
+  **dict.fromkeys(('s32', 'u32', 'f32'), 32),
+  **dict.fromkeys(('s64', 'u64', 'f64'), 64),
+}
+
+_ARRAY = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
+_START = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = ')
+_HEAD = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
+_END = re.compile(r'\}(, execution_thread=.*)?\s*$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+  dtype: str
+  shape: tuple
+
+  @property
+  def nbytes(self):
+    return math.prod(self.shape) * DTYPE_BITS[self.dtype] / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  name: str
+  type: str  # as written; see `arrays`
+  op: str  # fusion, while, all-gather-start, ...
+  args: str  # what stands between the parentheses
+  attributes: str  # the rest of the line
+  is_root: bool
+
+  @functools.cached_property
+  def operands(self):
+    """Names of the instructions that this one reads."""
+    return tuple(re.findall(r'%([\w.\-]+)', self.args))
+
+  @functools.cached_property
+  def cycles(self):
+    """The compiler's estimate; 0 where it makes none."""
+    match = re.search(r'"estimated_cycles":"?(\d+)', self.attributes)
+    return int(match[1]) if match else 0
+
+  @functools.cached_property
+  def op_name(self):
+    """Where in the traced program it is from; '' if that is lost."""
+    match = re.search(r'op_name="([^"]*)"', self.attributes)
+    return match[1] if match else ''
+
+  def attribute(self, key):
+    """An attribute that is a name, e.g. of the computation called, or None."""
+    match = re.search(rf'\b{key}=%?([\w.\-]+)', self.attributes)
+    return match[1] if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  computations: dict  # name -> {name: Instruction}, in the order of execution
+  entry: str
+  frames: dict  # stack_frame_id -> functions as file.name, innermost first
+  num_partitions: int  # devices that the program addresses
+
+  @functools.cached_property
+  def roots(self):
+    """The result of each computation."""
+    return {
+      name: next((i for i in body.values() if i.is_root), None)
+      for name, body in self.computations.items()
+    }
+
+  @functools.cached_property
+  def loops(self):
+    """From the body or condition of a loop to (computation, instruction)."""
+    return {
+      loop.attribute(part): (name, loop)
+      for name, body in self.computations.items()
+      for loop in body.values()
+      if loop.op == 'while'
+      for part in ('body', 'condition')
+    }
+
+
+def parse(text):
+  """Takes the text of an executable apart.
+
+  Raises:
+    ValueError: it has no entry computation.
+  """
+  computations, entry, current, lines = {}, None, None, []
+  for line in text.splitlines():
+    if current is None:
+      head = _HEAD.match(line)
+      if head and not line.startswith('HloModule'):
+        current, lines = head[2], []
+        entry = current if head[1] else entry
+    elif _END.match(line):
+      body = map(_instruction, lines)
+      computations[current], current = {i.name: i for i in body}, None
+    elif _START.match(line):
+      lines.append(line)
+    elif lines:
+      lines[-1] += ' ' + line
+  if entry is None:
+    raise ValueError('this HLO text has no ENTRY computation')
+  partitions = re.search(r'num_partitions=(\d+)', text[:100_000])
+  return Module(
+    computations, entry, _frames(text), int(partitions[1]) if partitions else 1
+  )
+
+
+def _instruction(line):
+  start = _START.match(line)
+  rest = line[start.end() :]
+  end = closing(rest, 0) if rest[0] == '(' else rest.index(' ')
+  kind, rest = rest[:end], rest[end:].lstrip()
+  opening = rest.index('(')
+  end = closing(rest, opening)
+  return Instruction(
+    name=start[2],
+    type=kind,
+    op=rest[:opening].strip(),
+    args=rest[opening + 1 : end - 1],
+    attributes=rest[end:],
+    is_root=bool(start[1]),
+  )
+
+
+def closing(text, start):
+  """The index after the bracket that closes the one at `start`."""
+  depth = 0
+  for i in range(start, len(text)):
+    depth += (text[i] in '([{') - (text[i] in ')]}')
+    if depth == 0:
+      return i + 1
+  return len(text)
+
+
+def _frames(text):
+  """The header's tables as a dict from frame number to a chain of functions.
+
+  A function is written as its file and qualified name, `model.block`.
+  """
+
+  def section(title, following):
+    match = re.search(rf'^{title}\n(.*?)^\n?{following}', text, re.M | re.S)
+    return match[1] if match else ''
+
+  quoted = r'^(\d+) "(.*)"$'
+  files = dict(re.findall(quoted, section('FileNames', 'Func'), re.M))
+  names = dict(re.findall(quoted, section('FunctionNames', 'File'), re.M))
+  locations = {
+    location: f'{pathlib.PurePath(files.get(file, "")).stem}.{names.get(name)}'
+    for location, file, name in re.findall(
+      r'^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)',
+      section('FileLocations', 'Stack'),
+      re.M,
+    )
+  }
+  frames = re.findall(
+    r'^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?',
+    section('StackFrames', r'(?:%|ENTRY)'),
+    re.M,
+  )
+  # A frame without a caller has parent 1; other parents are off by one.
+  table = {int(i): (place, int(up or 1) - 1) for i, place, up in frames}
+
+  def chain(frame):
+    functions, seen = [], set()
+    while frame in table and frame not in seen:
+      seen.add(frame)
+      place, frame = table[frame]
+      functions.append(locations.get(place, ''))
+    return tuple(functions)
+
+  return {frame: chain(frame) for frame in table}
+
+
+def arrays(kind):
+  """The arrays of a type, tuples flattened, as a list of Array."""
+  return [
+    Array(dtype, tuple(int(d) for d in dims.split(',') if d))
+    for dtype, dims in _ARRAY.findall(kind)
+    if dtype in DTYPE_BITS
+  ]
+
+
+def nbytes(kind):
+  """Bytes of a type, without padding to tiles."""
+  return sum(array.nbytes for array in arrays(kind))
+
+
+def elements(kind):
+  """The element types of a tuple type; of another, the type alone."""
+  if not kind.startswith('('):
+    return [kind]
+  parts, depth, start = [], 0, 1
+  for i, character in enumerate(kind):
+    depth += (character in '([{') - (character in ')]}')
+    if (character == ',' and depth == 1) or depth == 0:
+      parts.append(kind[start:i].strip())
+      start = i + 1
+  return [part for part in parts if part]
+
+
+def functions(module, instruction):
+  """The Python functions that an instruction is from, innermost first."""
+  match = re.search(r'stack_frame_id=(\d+)', instruction.attributes)
+  return module.frames.get(int(match[1]), ()) if match else ()
+
+
+def describing(module, instruction):
+  """The instruction that knows best where this one is from.
+
+  That is itself if it has an op_name. A fusion without one is described by the
+  matrix product inside it, or by its result, or by any other part of it.
+  """
+  if instruction.op_name or instruction.op != 'fusion':
+    return instruction
+  inside = module.computations.get(instruction.attribute('calls'), {}).values()
+  named = [describing(module, i) for i in inside]
+  named = [i for i in named if i.op_name]
+  best = lambda i: (i.op in ('convolution', 'dot'), i.is_root)
+  return max(named, key=best, default=instruction)

@@ -1,0 +1,255 @@
+"""What a collective of a compiled TPU program moves, over what, and how long.
+
+The compiler gives no estimate for collectives. They are priced as rings over
+the links of the torus that their groups span: the bytes that a device receives
+over the bandwidth of those links, plus a latency per hop. Groups are told
+apart by the mesh axes along which their devices lie, so that a report can say
+what each axis costs.
+
+Forms that the TPU compiler uses and that are not what they seem:
+
+- A reduce-scatter is often a custom fusion around an all-reduce and a
+  dynamic-slice (`calls=%all-reduce-scatter`). Its emitter is the one of real
+  reduce-scatter instructions, SingleInputAllReduceScatterFusion, and it
+  leaves only the slice in memory, so it is priced as a reduce-scatter: half of
+  the bytes of an all-reduce. An all-reduce whose result a *separate* fusion
+  slices has an all-reduce's emitter, moves everything, and is priced so.
+- An all-gather may be an all-reduce of a buffer that is zero but for the
+  device's own part. It is priced as what it is, an all-reduce.
+- Between slices a collective is a pair of send and recv through the host's
+  network (`_xla_megascale_transfer_type`), and the program addresses the
+  devices of one slice only.
+"""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from maskdiff.chips import Chip
+from maskdiff.planner import hlo
+
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'ragged-all-to-all',
+  'collective-permute',
+  'collective-broadcast',
+)
+# Assumed: what a message needs from chip to chip, besides its bytes' time.
+ICI_HOP_S = 1e-6
+# Assumed: what a transfer between slices needs, besides its bytes' time.
+DCN_LATENCY_S = 50e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """The devices that a program runs on, in the order of its mesh."""
+
+  chip: Chip
+  shape: tuple  # of a slice's torus
+  axes: dict  # mesh axis -> size, outermost first
+  coords: tuple  # of each device in its slice's torus
+  slices: tuple  # number of each device's slice
+
+  @property
+  def num_slices(self):
+    return len(set(self.slices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+  """One collective, on one device, once."""
+
+  kind: str  # of KINDS
+  axes: str  # mesh axes that it goes along, e.g. 'fsdp' or 'replica+fsdp'
+  network: str  # ici | dcn
+  dtype: str
+  nbytes: float  # received by the device
+  seconds: float
+
+
+def base_kind(op):
+  """The kind of a collective op, '-start' and '-done' taken off, or None."""
+  kind = re.sub(r'-(start|done)$', '', op)
+  return kind if kind in KINDS else None
+
+
+def inside(module, computation):
+  """The collectives that a computation starts, with what it calls."""
+  found = []
+  for i in module.computations.get(computation, {}).values():
+    if base_kind(i.op) and not i.op.endswith('-done'):
+      found.append(i)
+    elif i.op in ('fusion', 'call', 'async-start'):
+      called = i.attribute('calls') or i.attribute('to_apply')
+      found += inside(module, called)
+  return found
+
+
+def is_reduce_scatter(module, fusion):
+  """Whether a fusion is an all-reduce of which only a slice is produced."""
+  called = fusion.attribute('calls') or ''
+  root = module.roots.get(called)
+  return (
+    'AllReduceScatterFusion' in fusion.attributes
+    or 'all-reduce-scatter' in called
+  ) and root is not None
+
+
+def transfer(module, machine, i, scattered=False):
+  """Prices a collective.
+
+  Args:
+    module: hlo.Module.
+    machine: Machine.
+    i: the Instruction, not a '-done'.
+    scattered: it is an all-reduce of which only a slice is produced.
+
+  Returns:
+    Transfer.
+  """
+  kind = 'reduce-scatter' if scattered else base_kind(i.op)
+  positions = mesh_positions(machine, group(module, machine, i), module)
+  size = len(positions)
+  full = _result_bytes(i)
+  if kind == 'reduce-scatter' and not scattered:
+    full *= size
+  share = (size - 1) / size
+  nbytes = {
+    'all-reduce': 2 * share * full,
+    'collective-permute': full,
+  }.get(kind, share * full)
+  arrays = hlo.arrays(i.type)
+  dtype = arrays[0].dtype if arrays else ''
+  axes = axes_of(machine, positions)
+  if len({machine.slices[p] for p in positions}) > 1:
+    seconds = nbytes / machine.chip.dcn_bandwidth + DCN_LATENCY_S
+    return Transfer(kind, axes, 'dcn', dtype, nbytes, seconds)
+  return Transfer(
+    kind, axes, 'ici', dtype, nbytes, _ici_s(machine, kind, positions, nbytes)
+  )
+
+
+def between_slices(machine, send):
+  """Prices a send that is one half of a collective between slices."""
+  kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+  kind = kind[1].lower().replace('_', '-')
+  array = hlo.arrays(send.type)[0]
+  share = (machine.num_slices - 1) / machine.num_slices
+  nbytes = array.nbytes * {'all-reduce': 2 * share, 'all-to-all': share}.get(
+    kind, 1
+  )
+  # The same place in every slice.
+  place = machine.coords[0]
+  positions = [p for p, c in enumerate(machine.coords) if c == place]
+  seconds = nbytes / machine.chip.dcn_bandwidth + DCN_LATENCY_S
+  axes = axes_of(machine, positions)
+  return Transfer(kind, axes, 'dcn', array.dtype, nbytes, seconds)
+
+
+def _result_bytes(i):
+  """Bytes of what a collective leaves on the device."""
+  parts = hlo.elements(i.type)
+  # An asynchronous one but all-reduce returns (operands, results, context).
+  if i.op.endswith('-start') and i.op != 'all-reduce-start' and len(parts) > 1:
+    return hlo.nbytes(parts[1])
+  return hlo.nbytes(i.type)
+
+
+def group(module, machine, i):
+  """The device numbers of a collective's first group.
+
+  The text writes groups as lists, as a reshaped and transposed range
+  ([2,4]<=[4,2]T(1,0)), or as axes of a mesh of its own; no groups are one of
+  all devices. For a permutation it is the first pair.
+  """
+  everyone = list(range(module.num_partitions))
+  text = i.attributes
+  match = re.search(
+    r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)', text
+  )
+  if match:
+    return [int(n) for n in match[1].split(',')]
+  match = re.search(
+    r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text
+  )
+  if match:
+    shape, dims, order = (
+      [int(n) for n in part.split(',')] if part else None
+      for part in match.groups()
+    )
+    ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+    return ids.reshape(-1, shape[-1])[0].tolist()
+  match = re.search(r'replica_groups=mesh\[(.*?)\](.*?)\{(.*?)\}', text)
+  if match:
+    return _mesh_group(*match.groups())
+  return everyone
+
+
+def _mesh_group(mesh, order, names):
+  """The first group along some axes of a mesh: 'a'=2,'b'=4 and 'b'."""
+  sizes = {n: int(s) for n, s in re.findall(r"'?(\w+)'?=(\d+)", mesh)}
+  ids = np.arange(math.prod(sizes.values()))
+  match = re.search(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', order)
+  if match:  # the devices are not in their natural order
+    dims = [int(n) for n in match[1].split(',')]
+    turned = [int(n) for n in match[2].split(',')] if match[2] else None
+    ids = ids.reshape(dims).transpose(turned)
+  # An axis may be used in part: 'a':(2)4 leaves out its first factor of 2.
+  used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", names)
+  parts = {n: (int(b or 1), int(s or sizes[n])) for n, b, s in used}
+  dims, keep = [], []
+  for name, size in sizes.items():
+    before, mine = parts.get(name, (1, 1))
+    dims += [before, mine, size // before // mine]
+    keep += [0, slice(None), 0] if name in parts else [0, 0, slice(None, 1)]
+  return ids.reshape(dims)[tuple(keep)].reshape(-1).tolist()
+
+
+def mesh_positions(machine, ids, module):
+  """Positions in the mesh of the devices that a program numbers so.
+
+  A program for several slices numbers the devices of its own only.
+  """
+  if module.num_partitions == len(machine.slices):
+    return ids
+  mine = [p for p, s in enumerate(machine.slices) if s == machine.slices[0]]
+  return [mine[n] for n in ids]
+
+
+def axes_of(machine, positions):
+  """The mesh axes along which these positions differ, joined by '+'."""
+  shape = tuple(machine.axes.values())
+  places = np.unravel_index(positions, shape)
+  names = [
+    name
+    for name, index in zip(machine.axes, places, strict=True)
+    if len(set(index.tolist())) > 1
+  ]
+  return '+'.join(names)
+
+
+def _ici_s(machine, kind, positions, nbytes):
+  """Seconds of a collective within a slice."""
+  if len(positions) < 2:
+    return 0.0
+  chip = machine.chip
+  if kind == 'collective-permute':
+    return nbytes / chip.link_bandwidth + ICI_HOP_S
+  bandwidth, hops = 0.0, 0
+  for axis, size in enumerate(machine.shape):
+    extent = len({machine.coords[p][axis] for p in positions})
+    if extent == 1:
+      continue
+    # A whole axis that closes to a ring is used in both directions.
+    closed = extent == size and size % chip.wrap_multiple == 0
+    bandwidth += chip.link_bandwidth * (2 if closed else 1)
+    hops += extent // 2 if closed else extent - 1
+  phases = 2 if kind == 'all-reduce' else 1
+  # Two cores of one chip share no link; their exchange is the memory's.
+  bandwidth = bandwidth or chip.hbm_bandwidth
+  return nbytes / bandwidth + phases * hops * ICI_HOP_S

@@ -1,0 +1,352 @@
+"""How long a compiled TPU program takes, from its text: an estimate.
+
+Three sources, since the compiler prices only the first:
+
+- *Cycles*: the compiler's `estimated_cycles` of every scheduled instruction,
+  times the trip counts of the loops around it, over the clock. They are
+  optimistic: large matrix products come out at 96% to 98% of the peak. Gathers
+  and scatters have none; large ones are listed as not priced.
+- *Kernels*: attention kernels are priced by their matrix products
+  (hlo_kernels.py). Any other kernel is listed as not priced.
+- *Transfers*: collectives (hlo_collectives.py), copies to and from the host,
+  and prefetches into on-chip memory are queued on their links in the order of
+  the schedule. What is exposed is the time for which the program waits: all of
+  a synchronous one, and what is left of an asynchronous one when its result is
+  needed.
+
+A loop whose trip count depends on data takes the one that the caller expects.
+Where the caller has none it counts once and is listed, so that nobody takes
+the total for the whole.
+
+Asynchronous forms that are understood: x-start/x-done; custom fusions named
+async-collective-start.N and -done.N, whose collective goes on inside the
+fusions between; calls on another thread (async-start); and send/recv between
+slices. Two collectives never overlap each other, which is pessimistic where
+they use different links.
+"""
+
+import collections
+import collections.abc
+import dataclasses
+import re
+
+from maskdiff.planner import hlo, hlo_collectives, hlo_kernels, hlo_loops
+
+# Smaller arrays of an asynchronous copy are indices and semaphores.
+SMALL_BYTES = 1024
+# The compiler has no estimate for gathers and scatters; those with results
+# larger than this are listed as not priced.
+LARGE_BYTES = 2**20
+COMPUTES = ('fusion', 'gather', 'scatter', 'sort', 'dot', 'convolution')
+# Free of charge whatever the compiler says: it runs nothing on the TensorCore.
+NOT_RUN = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast')
+
+
+@dataclasses.dataclass
+class Operation:
+  """All instructions that come from one place of the program."""
+
+  op_name: str  # or the instruction's name without its number
+  functions: tuple  # of Python that it is from, see hlo.functions
+  seconds: float = 0.0
+  count: float = 0.0
+
+
+@dataclasses.dataclass
+class Traffic:
+  """All transfers of one kind along the same mesh axes."""
+
+  kind: str
+  axes: str
+  network: str
+  dtype: str
+  count: float = 0.0
+  sync_count: float = 0.0
+  nbytes: float = 0.0  # received per device
+  seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Cost:
+  """What one run of a program costs on one device."""
+
+  cycles: float = 0.0
+  cycles_s: float = 0.0
+  kernel_s: float = 0.0
+  kernel_flops: float = 0.0
+  total_s: float = 0.0
+  # Queue (ici, dcn, host_in, host_out, prefetch) -> seconds.
+  exposed_s: dict = dataclasses.field(default_factory=collections.Counter)
+  busy_s: dict = dataclasses.field(default_factory=collections.Counter)
+  host_bytes: float = 0.0
+  operations: dict = dataclasses.field(default_factory=dict)
+  traffic: dict = dataclasses.field(default_factory=dict)
+  loops: list = dataclasses.field(default_factory=list)  # (op_name, trips, how)
+  unresolved: list = dataclasses.field(default_factory=list)  # of op_names
+  unpriced: dict = dataclasses.field(default_factory=collections.Counter)
+
+
+@dataclasses.dataclass
+class Clock:
+  """One pass through a computation."""
+
+  now: float = 0.0
+  free: dict = dataclasses.field(default_factory=collections.Counter)
+  ends: dict = dataclasses.field(default_factory=dict)  # name -> (queue, time)
+
+  def begin(self, name, queue, seconds):
+    """Puts a transfer on a queue, behind those that are there."""
+    self.free[queue] = max(self.now, self.free[queue]) + seconds
+    self.ends[name] = queue, self.free[queue]
+
+  def wait(self, name):
+    """Waits for a transfer; returns its queue and the seconds of waiting."""
+    queue, end = self.ends.get(name, ('', self.now))
+    waited = max(0.0, end - self.now)
+    self.now += waited
+    return queue, waited
+
+
+def price(module, machine, expected_trips=None, causal=False):
+  """Estimates one run of a program on one device.
+
+  Args:
+    module: hlo.Module.
+    machine: hlo_collectives.Machine.
+    expected_trips: from the op_name and the functions (hlo.functions) of a
+      loop whose trip count depends on data to the count to expect, or None.
+    causal: attention kernels skip the blocks above the diagonal.
+
+  Returns:
+    Cost.
+  """
+  expected_trips = expected_trips or (lambda op_name, functions: None)
+  p = _Pricing(module, machine, expected_trips, causal, Cost())
+  p.cost.total_s = _run(p, module.entry, 1.0)
+  p.cost.cycles_s = p.cost.cycles / machine.chip.clock_hz
+  return p.cost
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pricing:
+  module: hlo.Module
+  machine: hlo_collectives.Machine
+  expected_trips: collections.abc.Callable
+  causal: bool
+  cost: Cost
+
+
+def _run(p, computation, weight):
+  """Seconds of one pass; `weight` is how often the program makes it."""
+  clock = Clock()
+  for i in p.module.computations[computation].values():
+    if i.op == 'while':
+      trips = _trips(p, computation, i)
+      clock.now += trips * _run(p, i.attribute('body'), weight * trips)
+    elif i.op == 'call':
+      clock.now += _run(p, i.attribute('to_apply'), weight)
+    elif i.op == 'conditional':
+      branches = _branches(p, i)  # taken equally often
+      for branch in branches:
+        share = 1 / len(branches)
+        clock.now += share * _run(p, branch, weight * share)
+    elif i.op == 'custom-call' and 'tpu_custom_call' in i.attributes:
+      _kernel(p, clock, i, weight)
+    elif not _communicates(p, clock, i, weight):
+      _compute(p, clock, i, weight)
+      if i.op in COMPUTES and not i.cycles and hlo.nbytes(i.type) > LARGE_BYTES:
+        _note_unpriced(p, i, weight)
+  return clock.now
+
+
+def _trips(p, computation, loop):
+  count, how = hlo_loops.trip_count(p.module, computation, loop), 'known'
+  if count is None:
+    functions = hlo.functions(p.module, loop)
+    count, how = p.expected_trips(loop.op_name, functions), 'expected'
+  if count is None:
+    count, how = 1, 'unresolved'
+    p.cost.unresolved.append(loop.op_name or loop.name)
+  p.cost.loops.append((loop.op_name or loop.name, count, how))
+  return count
+
+
+def _branches(p, i):
+  listed = re.search(r'branch_computations=\{(.*?)\}', i.attributes)
+  names = re.findall(r'[\w.\-]+', listed[1]) if listed else []
+  names = names or [
+    i.attribute('true_computation'),
+    i.attribute('false_computation'),
+  ]
+  return [n for n in names if n in p.module.computations]
+
+
+def _compute(p, clock, i, weight):
+  """What the compiler has an estimate for."""
+  if not i.cycles or i.op in NOT_RUN:
+    return
+  seconds = i.cycles / p.machine.chip.clock_hz
+  clock.now += seconds
+  p.cost.cycles += i.cycles * weight
+  _note_operation(p, i, seconds, weight)
+
+
+def _note_operation(p, i, seconds, weight):
+  source = hlo.describing(p.module, i)
+  name = source.op_name or _stem(i.name)
+  functions = hlo.functions(p.module, source)
+  key = name, functions
+  operation = p.cost.operations.setdefault(key, Operation(name, functions))
+  operation.seconds += seconds * weight
+  operation.count += weight
+
+
+def _note_unpriced(p, i, weight):
+  p.cost.unpriced[_stem(i.name)] += weight
+
+
+def _stem(name):
+  """The name of an instruction without its numbers."""
+  return re.sub(r'(\.(\d+|clone))+$', '', name)
+
+
+def _kernel(p, clock, i, weight):
+  """A kernel written by hand: priced if it is attention."""
+  if i.cycles:
+    _compute(p, clock, i, weight)
+    return
+  flops = hlo_kernels.attention_flops(p.module, i, p.causal)
+  if flops is None:
+    _note_unpriced(p, i, weight)
+    return
+  seconds = hlo_kernels.seconds(p.machine.chip, flops)
+  clock.now += seconds
+  p.cost.kernel_s += seconds * weight
+  p.cost.kernel_flops += flops * weight
+  _note_operation(p, i, seconds, weight)
+
+
+def _communicates(p, clock, i, weight):
+  """Handles an instruction that moves data; False if it is another."""
+  fused = i.op == 'fusion' and re.match(
+    r'async-collective-(start|done)(.*)', i.name
+  )
+  if fused:
+    _fused_collective(p, clock, i, weight, *fused.groups())
+  elif 'xla_megascale' in i.attributes and i.op in ('send', 'recv'):
+    _between_slices(p, clock, i, weight)
+  elif i.op in ('send', 'recv', 'send-done'):
+    pass  # callbacks to the host, and sends that nothing waits for
+  elif i.op.endswith('-done'):
+    _wait(p, clock, i.operands[0], weight)
+  elif i.op.endswith('-update'):
+    clock.ends[i.name] = clock.ends.get(i.operands[0], ('', clock.now))
+  elif hlo_collectives.base_kind(i.op):
+    found = hlo_collectives.transfer(p.module, p.machine, i)
+    _move(p, clock, i.name, [found], weight, not i.op.endswith('-start'))
+  elif i.op.endswith('-start'):
+    _start(p, clock, i, weight)
+  elif i.op == 'fusion':
+    return _synchronous_fusion(p, clock, i, weight)
+  else:
+    return False
+  return True
+
+
+def _move(p, clock, name, transfers, weight, sync):
+  """Puts collectives on their networks, and waits for synchronous ones."""
+  for t in transfers:
+    key = t.kind, t.axes, t.network, t.dtype
+    row = p.cost.traffic.setdefault(key, Traffic(*key))
+    row.count += weight
+    row.sync_count += weight if sync else 0
+    row.nbytes += t.nbytes * weight
+    row.seconds += t.seconds * weight
+    p.cost.busy_s[t.network] += t.seconds * weight
+    clock.begin(name, t.network, t.seconds)
+    if sync:
+      _wait(p, clock, name, weight)
+
+
+def _wait(p, clock, name, weight):
+  queue, waited = clock.wait(name)
+  if waited:
+    p.cost.exposed_s[queue] += waited * weight
+
+
+def _fused_collective(p, clock, i, weight, end, number):
+  """A collective that goes on inside the fusions between start and done."""
+  if end == 'start':
+    found = [
+      hlo_collectives.transfer(p.module, p.machine, c)
+      for c in hlo_collectives.inside(p.module, i.attribute('calls'))
+    ]
+    _move(p, clock, f'fused{number}', found, weight, sync=False)
+  else:
+    _wait(p, clock, f'fused{number}', weight)
+  _compute(p, clock, i, weight)
+
+
+def _synchronous_fusion(p, clock, i, weight):
+  """A fusion that is a whole collective; False if it is none.
+
+  Fusions that only carry on an asynchronous one are named so, and were
+  counted where it started.
+  """
+  called = i.attribute('calls') or ''
+  if 'async' in called.replace('-', '_') or 'async-' in i.name:
+    return False
+  found = hlo_collectives.inside(p.module, called)
+  if not found:
+    return False
+  scattered = hlo_collectives.is_reduce_scatter(p.module, i)
+  found = [
+    hlo_collectives.transfer(
+      p.module, p.machine, c, scattered and c.op == 'all-reduce'
+    )
+    for c in found
+  ]
+  _move(p, clock, i.name, found, weight, sync=True)
+  _compute(p, clock, i, weight)
+  return True
+
+
+def _between_slices(p, clock, i, weight):
+  """A collective between slices: it runs from the send to the recv-done."""
+  label = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
+  label = 'dcn ' + (label[1] if label else i.name)
+  if i.op == 'send':
+    found = hlo_collectives.between_slices(p.machine, i)
+    _move(p, clock, label, [found], weight, sync=False)
+  if label in clock.ends:
+    clock.ends[i.name] = clock.ends[label]
+
+
+def _start(p, clock, i, weight):
+  """The start of an asynchronous copy, or of a call on another thread."""
+  called = i.attribute('calls') or i.attribute('to_apply')
+  found = hlo_collectives.inside(p.module, called) if called else []
+  if found:
+    found = [hlo_collectives.transfer(p.module, p.machine, c) for c in found]
+    _move(p, clock, i.name, found, weight, sync=False)
+    return
+  # What moves is the smallest array: a slice of a buffer, or all of a copy.
+  sizes = [a.nbytes for a in hlo.arrays(i.type) if a.nbytes >= SMALL_BYTES]
+  size = min(sizes, default=0)
+  chip = p.machine.chip
+  if 'S(5)' in i.type:
+    queue, bandwidth = _direction(i), chip.host_bandwidth
+    p.cost.host_bytes += size * weight
+  else:
+    queue, bandwidth = 'prefetch', chip.hbm_bandwidth
+  p.cost.busy_s[queue] += size / bandwidth * weight
+  clock.begin(i.name, queue, size / bandwidth)
+
+
+def _direction(i):
+  """Whether a copy is to or from the host: both can go on at once."""
+  parts = hlo.elements(i.type)
+  # copy-start returns (destination, source, context), others (operands,
+  # destination, context).
+  destination = parts[0 if i.op == 'copy-start' else 1]
+  return 'host_out' if 'S(5)' in destination else 'host_in'

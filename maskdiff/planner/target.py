@@ -1,0 +1,189 @@
+"""Compiles for TPUs that are not here.
+
+libtpu, the TPU compiler, runs on any Linux machine and takes a topology by
+name. launch/plan.py sets the environment variables that it wants before JAX
+starts.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from maskdiff import chips, sampler
+from maskdiff import mesh as mesh_lib
+from maskdiff import model as model_lib
+from maskdiff import run as run_lib
+from maskdiff import step as step_lib
+from maskdiff.errors import UserError
+from maskdiff.optimizer import OptimizerConfig, make_optimizer
+from maskdiff.planner.hlo_collectives import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """The machines that a plan is for."""
+
+  topology: str
+  mesh: jax.sharding.Mesh
+  machine: Machine
+
+  @property
+  def chip(self):
+    return self.machine.chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  executable: jax.stages.Compiled
+  seconds: float  # of compilation
+
+
+def topology_devices(topology, num_slices=1):
+  """The devices of slices that are not here.
+
+  Args:
+    topology: of one slice, e.g. 'v5p:4x4x4'.
+    num_slices: slices of that topology.
+
+  Returns:
+    List of JAX devices, to compile for.
+
+  Raises:
+    UserError: libtpu is missing or refuses the topology.
+  """
+  chip, shape = chips.parse_topology(topology)
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError(
+      'libtpu, the TPU compiler, is not installed: '
+      'pip install -r requirements-tpu.txt'
+    )
+  if num_slices < 1:
+    raise UserError(f'--num_slices={num_slices}: must be positive')
+  # libtpu takes hosts to have 2x2 chips; smaller slices have smaller hosts.
+  host = [2 if size % 2 == 0 else 1 for size in shape[:2]]
+  options = {'chips_per_host_bounds': (*host, 1)} if host != [2, 2] else {}
+  if num_slices > 1:
+    options['num_slices'] = num_slices
+  # By default libtpu compiles for a mesh without the links that close a ring.
+  wrap = [size % chip.wrap_multiple == 0 for size in shape]
+  options['wrap'] = tuple(wrap + [False] * (3 - len(wrap)))
+  if chip.name == 'v4':  # its two cores as one device, as on a TPU VM
+    options['chip_config_name'] = 'megacore'
+  try:
+    return topologies.get_topology_desc(
+      platform='tpu', topology_name=topology, **options
+    ).devices
+  except Exception as error:  # of several kinds, all from libtpu
+    raise UserError(
+      f'--topology {topology}: libtpu refuses it ({one_line(error)}); '
+      'choose a shape that exists, e.g. v5p:4x4x4 or v5e:2x4'
+    ) from error
+
+
+def open_target(config, topology, num_slices=1):
+  """The mesh of a config on machines that are not here.
+
+  Args:
+    config: ConfigDict; only config.mesh is read.
+    topology: of one slice, e.g. 'v5p:4x4x4'.
+    num_slices: slices of that topology.
+
+  Returns:
+    Target.
+
+  Raises:
+    UserError: see `topology_devices`; or the mesh does not fit them.
+  """
+  chip, shape = chips.parse_topology(topology)
+  devices = topology_devices(topology, num_slices)
+  mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
+  flat = list(mesh.devices.flat)
+  machine = Machine(
+    chip=chip,
+    shape=shape,
+    axes=dict(mesh.shape),
+    coords=tuple(tuple(d.coords[: len(shape)]) for d in flat),
+    # Only devices of several slices have the attribute.
+    slices=tuple(getattr(d, 'slice_index', 0) for d in flat),
+  )
+  return Target(topology, mesh, machine)
+
+
+def compile_train(config, target):
+  """Compiles the step that launch/pretrain.py runs.
+
+  Args:
+    config: ConfigDict, checked with the mesh.
+    target: Target.
+
+  Returns:
+    Compiled.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
+  """
+  c = run_lib.step_config(config)
+  optimizer = make_optimizer(
+    OptimizerConfig(**config.optimizer),
+    config.train.steps,
+    model_lib.axes(c.model),
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(
+    functools.partial(step_lib.init_state, c.model, optimizer), key
+  )
+  tokens = jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32)
+  train_step = step_lib.compile_train_step(c, optimizer, target.mesh)
+  return _compile(train_step, target.mesh, state, tokens, key)
+
+
+def compile_denoise(config, target, prompts, length):
+  """Compiles one denoising step of the sampler.
+
+  Weights are float32, as `run.load` restores them, and split like in training.
+
+  Args:
+    config: ConfigDict, checked with the mesh.
+    target: Target.
+    prompts: rows filled at once.
+    length: tokens of a row, of which config.sample.gen_length are slots.
+
+  Returns:
+    Compiled.
+  """
+  model, c = run_lib.step_config(config).model, run_lib.sampler_config(config)
+  canvas = np.zeros((prompts, length), np.int32)
+  fill = np.arange(length) >= length - config.sample.gen_length
+  fill = np.broadcast_to(fill, canvas.shape)
+  valid = np.ones(canvas.shape, bool)
+  request = jax.eval_shape(
+    lambda: sampler.prepare(c, canvas, fill, valid, np.arange(prompts))
+  )
+  shapes = model_lib.shapes(model)
+  shardings = mesh_lib.param_shardings(
+    target.mesh, model_lib.axes(model), shapes
+  )
+  whole = mesh_lib.replicated(target.mesh)
+  denoise = jax.jit(
+    functools.partial(sampler.denoise, model, c),
+    in_shardings=(shardings, whole, whole),
+  )
+  return _compile(denoise, target.mesh, shapes, *request)
+
+
+def _compile(function, mesh, *args):
+  began = time.monotonic()
+  with jax.set_mesh(mesh):
+    executable = function.lower(*args).compile()
+  return Compiled(executable, time.monotonic() - began)
+
+
+def one_line(error):
+  """The start of an error's message, in one line."""
+  return ' '.join(str(error).split())[:200]

@@ -1,0 +1,258 @@
+"""What collectives move and how long they take, by hand."""
+
+import itertools
+import math
+
+import pytest
+
+from maskdiff import chips
+from maskdiff.planner import hlo, hlo_collectives
+from maskdiff.planner.hlo_collectives import ICI_HOP_S, Machine
+
+V5P, V5E = chips.by_kind('TPU v5p'), chips.by_kind('TPU v5e')
+MB = 1024 * 1024
+
+
+def machine(chip, shape, axes, num_slices=1):
+  """Devices in the order of their coordinates, the first changing quickest."""
+  places = itertools.product(*(range(size) for size in reversed(shape)))
+  coords = tuple(tuple(reversed(place)) for place in places)
+  slices = [s for s in range(num_slices) for _ in coords]
+  return Machine(chip, shape, axes, coords * num_slices, tuple(slices))
+
+
+def axes(replica=1, fsdp=1, sequence=1, tensor=1):
+  return {
+    'replica': replica,
+    'fsdp': fsdp,
+    'sequence': sequence,
+    'tensor': tensor,
+  }
+
+
+def module_of(lines, partitions):
+  """A program of these instructions."""
+  return hlo.parse(
+    f'HloModule jit_f, num_partitions={partitions}\n'
+    'ENTRY %main (x: f32[8]) -> f32[8] {\n'
+    '  %x = f32[8] parameter(0)\n' + lines + '\n}\n'
+  )
+
+
+def transfer(line, target, partitions=None):
+  module = module_of(line, partitions or len(target.slices))
+  (i,) = [i for i in module.computations['main'].values() if i.name != 'x']
+  return hlo_collectives.transfer(module, target, i)
+
+
+CUBE = machine(V5P, (4, 4, 4), axes(fsdp=64))
+# A torus of 4 x 4 x 4 has two links in each of three directions.
+CUBE_BANDWIDTH = 6 * V5P.link_bandwidth
+CUBE_HOPS_S = 6 * ICI_HOP_S
+
+
+@pytest.mark.parametrize(
+  'line, kind, nbytes, phases',
+  [
+    ('%g = bf16[64,8192] all-gather(%x)', 'all-gather', MB * 63 / 64, 1),
+    ('%g = bf16[64,8192] all-reduce(%x)', 'all-reduce', 2 * MB * 63 / 64, 2),
+    ('%g = bf16[8192] reduce-scatter(%x)', 'reduce-scatter', MB * 63 / 64, 1),
+    ('%g = bf16[64,8192] all-to-all(%x)', 'all-to-all', MB * 63 / 64, 1),
+    (
+      '%g = (bf16[32,8192], bf16[32,8192]) all-reduce(%x, %x)',
+      'all-reduce',
+      2 * MB * 63 / 64,
+      2,
+    ),
+    (
+      '%g = (bf16[1,8192], bf16[64,8192]) all-gather-start(%x)',
+      'all-gather',
+      MB * 63 / 64,
+      1,
+    ),
+    (
+      '%g = ((bf16[8192], bf16[8192]), (bf16[32,8192], bf16[32,8192])) '
+      'all-gather-start(%x, %x)',
+      'all-gather',
+      MB * 63 / 64,
+      1,
+    ),
+    (
+      '%g = (bf16[32,8192], bf16[32,8192]) all-reduce-start(%x, %x)',
+      'all-reduce',
+      2 * MB * 63 / 64,
+      2,
+    ),
+  ],
+)
+def test_bytes_received_and_time_on_a_torus(line, kind, nbytes, phases):
+  found = transfer('  ' + line + ', replica_groups={}', CUBE)
+  assert (found.kind, found.dtype, found.network) == (kind, 'bf16', 'ici')
+  assert found.axes == 'fsdp'
+  assert found.nbytes == pytest.approx(nbytes)
+  assert found.seconds == pytest.approx(
+    nbytes / CUBE_BANDWIDTH + phases * CUBE_HOPS_S
+  )
+
+
+def test_a_permutation_sends_everything_over_one_link():
+  found = transfer(
+    '  %p = (bf16[64,8192], bf16[64,8192], u32[], u32[]) '
+    'collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}',
+    CUBE,
+  )
+  assert found.kind == 'collective-permute'
+  assert found.nbytes == MB
+  assert found.seconds == pytest.approx(MB / V5P.link_bandwidth + ICI_HOP_S)
+
+
+def test_a_group_of_one_device_moves_nothing():
+  found = transfer(
+    '  %g = bf16[64,8192] all-reduce(%x), replica_groups={{0},{1}}', CUBE
+  )
+  assert (found.axes, found.nbytes, found.seconds) == ('', 0, 0)
+
+
+def test_an_axis_that_does_not_close_to_a_ring_has_half_of_the_links():
+  grid = machine(V5E, (2, 4), axes(fsdp=8))
+  found = transfer(
+    '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', grid
+  )
+  assert found.seconds == pytest.approx(
+    MB * 7 / 8 / (2 * V5E.link_bandwidth) + (1 + 3) * ICI_HOP_S
+  )
+  ring = machine(V5E, (16, 16), axes(fsdp=256))
+  found = transfer(
+    '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', ring
+  )
+  assert found.seconds == pytest.approx(
+    MB * 255 / 256 / (4 * V5E.link_bandwidth) + 16 * ICI_HOP_S
+  )
+
+
+def test_a_mesh_axis_has_only_the_links_that_it_lies_along():
+  # fsdp is slowest: over y and z; tensor over the 4 chips of x.
+  target = machine(V5P, (4, 4, 4), axes(fsdp=16, tensor=4))
+  line = '  %g = bf16[64,8192] all-gather(%x), replica_groups='
+  tensor = transfer(line + '[16,4]<=[64]', target)
+  assert tensor.axes == 'tensor'
+  assert tensor.seconds == pytest.approx(
+    MB * 3 / 4 / (2 * V5P.link_bandwidth) + 2 * ICI_HOP_S
+  )
+  fsdp = transfer(line + '[4,16]<=[16,4]T(1,0)', target)
+  assert fsdp.axes == 'fsdp'
+  assert fsdp.seconds == pytest.approx(
+    MB * 15 / 16 / (4 * V5P.link_bandwidth) + 4 * ICI_HOP_S
+  )
+
+
+@pytest.mark.parametrize(
+  'groups, ids',
+  [
+    ('replica_groups={{0,2,4,6},{1,3,5,7}}', [0, 2, 4, 6]),
+    ('replica_groups=[2,4]<=[8]', [0, 1, 2, 3]),
+    ('replica_groups=[2,4]<=[4,2]T(1,0)', [0, 2, 4, 6]),
+    ('replica_groups=[4,2]<=[2,2,2]T(2,0,1)', [0, 2]),
+    ("replica_groups=mesh['a'=8] {'a'}", list(range(8))),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+    ("replica_groups=mesh['a'=8,'b'=1] {'a','b'}", list(range(8))),
+    ("replica_groups=mesh['a'=8] {'a':(1)2}", [0, 4]),
+    ("replica_groups=mesh['a'=8] {'a':(2)4}", [0, 1, 2, 3]),
+    ('replica_groups={}', list(range(8))),
+    ('source_target_pairs={{0,3},{3,0}}', [0, 3]),
+  ],
+)
+def test_every_way_to_write_groups(groups, ids):
+  target = machine(V5E, (2, 4), axes(fsdp=8))
+  module = module_of(f'  %g = f32[8] all-reduce(%x), {groups}', 8)
+  i = module.computations['main']['g']
+  assert sorted(hlo_collectives.group(module, target, i)) == ids
+
+
+def test_groups_along_several_mesh_axes():
+  target = machine(V5E, (2, 4), axes(replica=2, fsdp=2, tensor=2))
+  line = '  %g = f32[8] all-reduce(%x), replica_groups='
+  assert transfer(line + '{{0,1,4,5}}', target).axes == 'replica+tensor'
+  assert transfer(line + '{{0,2},{1,3}}', target).axes == 'fsdp'
+  assert transfer(line + '{}', target).axes == 'replica+fsdp+tensor'
+
+
+def test_a_group_of_several_slices_goes_over_the_data_centre():
+  target = machine(V5P, (2, 2, 1), axes(replica=2, fsdp=4), num_slices=2)
+  found = transfer(
+    '  %g = bf16[64,8192] all-reduce(%x), replica_groups=[4,2]<=[2,4]T(1,0)',
+    target,
+  )
+  assert (found.network, found.axes, found.nbytes) == ('dcn', 'replica', MB)
+  assert found.seconds == pytest.approx(
+    MB / V5P.dcn_bandwidth + hlo_collectives.DCN_LATENCY_S
+  )
+
+
+def test_a_program_for_one_of_several_slices_numbers_its_own_devices():
+  target = machine(V5P, (2, 2, 1), axes(replica=2, fsdp=4), num_slices=2)
+  line = '  %g = bf16[64,8192] all-gather(%x), replica_groups={{0,1,2,3}}'
+  found = transfer(line, target, partitions=4)
+  assert (found.network, found.axes) == ('ici', 'fsdp')
+
+
+def test_a_send_between_slices():
+  target = machine(V5P, (2, 2, 1), axes(replica=4, fsdp=4), num_slices=4)
+  module = module_of(
+    '  %s = (bf16[64,8192]{1,0}, u32[], token[]) send(%x), channel_id=8, '
+    'is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}',
+    partitions=4,
+  )
+  send = module.computations['main']['s']
+  found = hlo_collectives.between_slices(target, send)
+  assert (found.kind, found.network) == ('all-reduce', 'dcn')
+  assert found.axes == 'replica'
+  assert found.nbytes == MB * 2 * 3 / 4
+
+
+SCATTERED = """HloModule jit_f, num_partitions=64
+%all-reduce-scatter.1 (in: bf16[64,8192]) -> bf16[1,8192] {
+  %in = bf16[64,8192] parameter(0)
+  %sum = bf16[64,8192] all-reduce(%in), replica_groups={}
+  %id = u32[] partition-id()
+  ROOT %mine = bf16[1,8192] dynamic-slice(%sum, %id)
+}
+
+ENTRY %main (x: bf16[64,8192]) -> bf16[1,8192] {
+  %x = bf16[64,8192] parameter(0)
+  ROOT %f = bf16[1,8192] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_an_all_reduce_that_only_leaves_a_slice_is_a_reduce_scatter():
+  module = hlo.parse(SCATTERED)
+  fusion = module.roots['main']
+  assert hlo_collectives.is_reduce_scatter(module, fusion)
+  (inner,) = hlo_collectives.inside(module, fusion.attribute('calls'))
+  found = hlo_collectives.transfer(module, CUBE, inner, scattered=True)
+  assert found.kind == 'reduce-scatter'
+  assert found.nbytes == pytest.approx(MB * 63 / 64)
+  whole = hlo_collectives.transfer(module, CUBE, inner)
+  assert whole.nbytes == pytest.approx(2 * found.nbytes)
+
+
+def test_collectives_inside_of_called_computations():
+  module = hlo.parse(SCATTERED)
+  assert [i.name for i in hlo_collectives.inside(module, 'main')] == ['sum']
+  assert hlo_collectives.inside(module, 'nothing') == []
+
+
+def test_kinds_of_ops():
+  assert hlo_collectives.base_kind('all-gather-start') == 'all-gather'
+  assert hlo_collectives.base_kind('all-reduce-done') == 'all-reduce'
+  assert hlo_collectives.base_kind('copy-start') is None
+
+
+def test_the_machine_of_the_tests_is_a_torus():
+  assert len(CUBE.coords) == math.prod(CUBE.shape)
+  assert CUBE.coords[:3] == ((0, 0, 0), (1, 0, 0), (2, 0, 0))
+  assert CUBE.num_slices == 1

@@ -1,0 +1,361 @@
+"""The replay of a schedule: texts with known answers."""
+
+import pytest
+
+from maskdiff import chips
+from maskdiff.planner import hlo, hlo_cost
+from maskdiff.planner.hlo_collectives import ICI_HOP_S, Machine
+
+CHIP = chips.by_kind('TPU v5p')
+# Two chips with one link between them.
+PAIR = Machine(
+  CHIP, (2, 1, 1), {'fsdp': 2}, ((0, 0, 0), (1, 0, 0)), slices=(0, 0)
+)
+MS = CHIP.clock_hz / 1000  # cycles of a millisecond
+# An all-gather that takes 10 ms: half of it is received over one link.
+GATHERED = round(2 * CHIP.link_bandwidth * (0.010 - ICI_HOP_S) / 2)
+LAYOUT = '{0:T(1024)}'
+
+
+def work(name, ms, op='f32[8] copy', operand='x', op_name=''):
+  """An instruction of `ms` milliseconds."""
+  return (
+    f'  %{name} = {op}(%{operand}), metadata={{op_name="{op_name}"}}, '
+    f'backend_config={{"estimated_cycles":"{round(ms * MS)}"}}\n'
+  )
+
+
+def program(lines, others=''):
+  return (
+    'HloModule jit_f, is_scheduled=true, num_partitions=2\n'
+    + others
+    + 'ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n'
+    + lines
+    + '}\n'
+  )
+
+
+def price(lines, others='', machine=PAIR, **options):
+  return hlo_cost.price(hlo.parse(program(lines, others)), machine, **options)
+
+
+def gather(name='g', op='all-gather', size=GATHERED):
+  kind = f'bf16[{size}]{LAYOUT}'
+  if op.endswith('-start'):
+    kind = f'(bf16[{size // 2}]{LAYOUT}, {kind})'
+  return f'  %{name} = {kind} {op}(%x), replica_groups={{{{0,1}}}}\n'
+
+
+def loop(body, name='while.1', op_name='jit(f)/while', trips=None):
+  """The computations of a loop over `body`, and the loop."""
+  known = (
+    f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
+    if trips
+    else ''
+  )
+  computations = (
+    f'%{name}.body (s: f32[8]) -> f32[8] {{\n'
+    f'  %x = f32[8] parameter(0)\n{body}  ROOT %r = f32[8] copy(%x)\n}}\n\n'
+    f'%{name}.test (s: f32[8]) -> pred[] {{\n'
+    '  %s = f32[8] parameter(0)\n  ROOT %c = pred[] convert(%s)\n}\n\n'
+  )
+  line = (
+    f'  %{name} = f32[8] while(%x), condition=%{name}.test, '
+    f'body=%{name}.body, metadata={{op_name="{op_name}"}}{known}\n'
+  )
+  return computations, line
+
+
+def test_cycles_over_the_clock():
+  cost = price(work('a', 2) + work('b', 3))
+  assert cost.cycles == pytest.approx(5 * MS)
+  assert cost.total_s == pytest.approx(0.005)
+  assert cost.cycles_s == pytest.approx(0.005)
+  assert not cost.exposed_s
+
+
+def test_loops_multiply_what_is_in_them():
+  inner, inner_line = loop(work('a', 1), 'while.2', trips=3)
+  outer, outer_line = loop(inner_line + work('b', 2), trips=4)
+  cost = price(outer_line + work('c', 5), inner + outer)
+  assert cost.total_s == pytest.approx((4 * (3 * 1 + 2) + 5) / 1000)
+  assert cost.cycles == pytest.approx(25 * MS)
+  counts = {o.op_name: o.count for o in cost.operations.values()}
+  assert counts == {'a': 12, 'b': 4, 'c': 1}
+
+
+def test_a_loop_that_data_decides_takes_the_count_that_is_expected():
+  computations, line = loop(work('a', 1), op_name='jit(f)/loss/while')
+  asked = []
+
+  def expected(op_name, functions):
+    asked.append((op_name, functions))
+    return 8
+
+  cost = price(line, computations, expected_trips=expected)
+  assert asked == [('jit(f)/loss/while', ())]
+  assert cost.total_s == pytest.approx(0.008)
+  assert cost.loops == [('jit(f)/loss/while', 8, 'expected')]
+  assert cost.unresolved == []
+
+
+def test_a_loop_of_which_nothing_is_known_is_listed():
+  computations, line = loop(work('a', 1))
+  cost = price(line, computations)
+  assert cost.total_s == pytest.approx(0.001)
+  assert cost.unresolved == ['jit(f)/while']
+
+
+def test_a_call_is_part_of_the_schedule():
+  called = '%f (s: f32[8]) -> f32[8] {\n' + work('a', 4) + '}\n\n'
+  cost = price('  %call = f32[8] call(%x), to_apply=%f\n', called)
+  assert cost.total_s == pytest.approx(0.004)
+
+
+def test_the_branches_of_a_condition_are_equally_likely():
+  branches = ''.join(
+    f'%{name} (s: f32[8]) -> f32[8] {{\n' + work('a', ms) + '}\n\n'
+    for name, ms in (('yes', 4), ('no', 2))
+  )
+  cost = price(
+    '  %c = f32[8] conditional(%x, %x, %x), branch_computations={%yes, %no}\n',
+    branches,
+  )
+  assert cost.total_s == pytest.approx(0.003)
+  assert cost.cycles == pytest.approx(3 * MS)
+
+
+def test_a_synchronous_collective_is_all_exposed():
+  cost = price(gather() + work('a', 3))
+  assert cost.total_s == pytest.approx(0.013)
+  assert cost.exposed_s['ici'] == pytest.approx(0.010)
+  (traffic,) = cost.traffic.values()
+  assert (traffic.kind, traffic.axes) == ('all-gather', 'fsdp')
+  assert (traffic.count, traffic.sync_count) == (1, 1)
+  assert traffic.nbytes == pytest.approx(GATHERED)
+
+
+@pytest.mark.parametrize('ms, exposed', [(4, 6), (10, 0), (12, 0)])
+def test_an_asynchronous_collective_is_exposed_where_work_ends_first(
+  ms, exposed
+):
+  cost = price(
+    gather('s', 'all-gather-start')
+    + work('a', ms)
+    + '  %d = bf16[8] all-gather-done(%s)\n'
+  )
+  assert cost.exposed_s['ici'] == pytest.approx(exposed / 1000, abs=1e-9)
+  assert cost.total_s == pytest.approx((ms + exposed) / 1000)
+  (traffic,) = cost.traffic.values()
+  assert (traffic.count, traffic.sync_count) == (1, 0)
+
+
+def test_collectives_queue_behind_each_other():
+  cost = price(
+    gather('s', 'all-gather-start')
+    + gather('t', 'all-gather-start')
+    + work('a', 15)
+    + '  %d = bf16[8] all-gather-done(%s)\n'
+    + '  %e = bf16[8] all-gather-done(%t)\n'
+  )
+  assert cost.exposed_s['ici'] == pytest.approx(0.005)
+  assert cost.busy_s['ici'] == pytest.approx(0.020)
+
+
+def test_what_is_exposed_in_a_loop_counts_every_time():
+  computations, line = loop(gather() + work('a', 1), trips=5)
+  cost = price(line, computations)
+  assert cost.exposed_s['ici'] == pytest.approx(0.050)
+  assert cost.total_s == pytest.approx(0.055)
+
+
+def test_a_collective_that_goes_on_inside_of_fusions():
+  """The TPU compiler's other form of an asynchronous collective."""
+  others = (
+    f'%start (p: bf16[8]) -> bf16[{GATHERED}] {{\n'
+    + '  %x = bf16[8] parameter(0)\n'
+    + gather('inner')
+    + '}\n\n'
+    + '%async_collective_fusion.1 (p: f32[8]) -> f32[8] {\n'
+    + '  %x = f32[8] parameter(0)\n'
+    + gather('continued')
+    + '}\n\n'
+    + '%done (p: f32[8]) -> f32[8] {\n  %q = f32[8] parameter(0)\n}\n\n'
+  )
+  cost = price(
+    '  %async-collective-start.1 = (bf16[8], bf16[8]) fusion(%x), '
+    'kind=kCustom, calls=%start\n'
+    + work('fusion.5', 4, 'f32[8] fusion').replace(
+      '), metadata',
+      '), kind=kOutput, calls=%async_collective_fusion.1, metadata',
+    )
+    + '  %async-collective-done.1 = bf16[8] fusion(%fusion.5), kind=kCustom, '
+    'calls=%done\n',
+    others,
+  )
+  (traffic,) = cost.traffic.values()
+  assert (traffic.count, traffic.sync_count) == (1, 0)
+  assert cost.exposed_s['ici'] == pytest.approx(0.006)
+  assert cost.total_s == pytest.approx(0.010)
+
+
+def test_a_fused_reduce_scatter_is_synchronous_and_moves_half():
+  others = (
+    f'%all-reduce-scatter.1 (p: bf16[{GATHERED}]) -> bf16[8] {{\n'
+    '  %x = bf16[8] parameter(0)\n'
+    + gather('sum', 'all-reduce')
+    + '  ROOT %mine = bf16[8] dynamic-slice(%sum)\n}\n\n'
+  )
+  cost = price(
+    '  %fusion.1 = bf16[8] fusion(%x), kind=kCustom, '
+    'calls=%all-reduce-scatter.1\n' + work('a', 1),
+    others,
+  )
+  (traffic,) = cost.traffic.values()
+  assert traffic.kind == 'reduce-scatter'
+  assert traffic.sync_count == 1
+  assert traffic.nbytes == pytest.approx(GATHERED)
+  assert cost.exposed_s['ici'] == pytest.approx(0.010)
+
+
+def test_a_collective_on_another_thread():
+  others = (
+    '%offloaded (p: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n'
+    + gather('inner')
+    + '}\n\n'
+  )
+  cost = price(
+    '  %s = ((f32[8]), f32[8], u32[]) async-start(%x), calls=%offloaded, '
+    'async_execution_thread="sparsecore"\n'
+    + work('a', 7)
+    + '  %d = f32[8] async-done(%s)\n',
+    others,
+  )
+  assert cost.exposed_s['ici'] == pytest.approx(0.003)
+
+
+def test_a_prefetch_is_exposed_where_work_ends_first():
+  size = round(CHIP.hbm_bandwidth * 0.010 / 2)
+  cost = price(
+    f'  %s = (bf16[{size}]{{0:S(1)}}, bf16[{size}]{{0}}, u32[]) '
+    'copy-start(%x)\n' + work('a', 4) + '  %d = bf16[8] copy-done(%s)\n'
+  )
+  assert cost.exposed_s['prefetch'] == pytest.approx(0.006)
+
+
+def test_copies_to_and_from_the_host_go_both_ways_at_once():
+  size = round(CHIP.host_bandwidth * 0.010 / 2)
+  cost = price(
+    f'  %o = (bf16[{size}]{{0:S(5)}}, bf16[{size}]{{0}}, u32[]) '
+    'copy-start(%x)\n'
+    f'  %i = (bf16[{size}]{{0}}, bf16[{size}]{{0:S(5)}}, u32[]) '
+    'copy-start(%x)\n'
+    + work('a', 4)
+    + '  %p = bf16[8] copy-done(%o)\n  %j = bf16[8] copy-done(%i)\n'
+  )
+  assert cost.total_s == pytest.approx(0.010)
+  assert cost.exposed_s['host_out'] == pytest.approx(0.006)
+  assert cost.exposed_s['host_in'] == 0
+  assert cost.host_bytes == pytest.approx(4 * size)
+
+
+@pytest.mark.parametrize(
+  'operands, destination, queue',
+  [
+    ('bf16[32,{n}]{{1,0:S(5)}}', 'bf16[1,{n}]{{1,0}}', 'host_in'),
+    (
+      'bf16[32,{n}]{{1,0:S(5)}}, bf16[1,{n}]{{1,0}}, s32[]',
+      'bf16[32,{n}]{{1,0:S(5)}}',
+      'host_out',
+    ),
+  ],
+)
+def test_only_the_slice_of_a_host_buffer_moves(operands, destination, queue):
+  size = round(CHIP.host_bandwidth * 0.010 / 2)
+  kind = f'(({operands}), {destination}, u32[])'.format(n=size)
+  cost = price(
+    f'  %s = {kind} async-start(%x)\n'
+    + work('a', 4)
+    + '  %d = bf16[8] async-done(%s)\n'
+  )
+  assert cost.exposed_s == {queue: pytest.approx(0.006)}
+
+
+def test_collectives_between_slices_run_from_send_to_recv_done():
+  machine = Machine(
+    CHIP,
+    (2, 1, 1),
+    {'replica': 2, 'fsdp': 2},
+    ((0, 0, 0), (1, 0, 0)) * 2,
+    slices=(0, 0, 1, 1),
+  )
+  size = round(CHIP.dcn_bandwidth * 0.010 / 2)
+  marks = (
+    'is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_host_transfer_rendezvous="all-reduce.1_0",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+  )
+  cost = price(
+    f'  %s = (bf16[{size}], u32[], token[]) send(%x, %x), {marks}'
+    f'  %r = (bf16[{size}], u32[], token[]) recv(%x), {marks}'
+    + work('a', 4)
+    + '  %sd = token[] send-done(%s)\n'
+    '  %rd = (bf16[8], token[]) recv-done(%r)\n',
+    machine=machine,
+  )
+  (traffic,) = cost.traffic.values()
+  assert (traffic.kind, traffic.axes) == ('all-reduce', 'replica')
+  assert (traffic.network, traffic.count, traffic.sync_count) == ('dcn', 1, 0)
+  assert cost.exposed_s['dcn'] == pytest.approx(0.006, rel=0.01)
+  assert cost.exposed_s['ici'] == 0
+
+
+KERNEL = (
+  '  %{name} = bf16[1,1,1024,128] custom-call(%x), '
+  'custom_call_target="tpu_custom_call", '
+  'operand_layout_constraints={{bf16[1,1,1024,128]{{3,2,1,0}}, '
+  'bf16[1,1,1024,128]{{3,2,1,0}}}}, metadata={{op_name="{op_name}"}}\n'
+)
+
+
+def test_attention_kernels_take_half_of_the_peak():
+  cost = price(KERNEL.format(name='splash_mha_fwd.1', op_name='jit(f)/fwd'))
+  flops = 2 * 2 * 1024 * 1024 * 128
+  assert cost.kernel_flops == flops
+  assert cost.kernel_s == pytest.approx(2 * flops / CHIP.peak_flops)
+  assert cost.total_s == cost.kernel_s
+  assert cost.cycles == 0
+  (operation,) = cost.operations.values()
+  assert operation.op_name == 'jit(f)/fwd'
+
+
+def test_other_kernels_are_listed():
+  computations, line = loop(KERNEL.format(name='mine.4', op_name=''), trips=3)
+  cost = price(line, computations)
+  assert dict(cost.unpriced) == {'mine': 3}
+  assert cost.total_s == 0
+
+
+def test_large_scatters_without_an_estimate_are_listed():
+  called = '%f (s: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n}\n\n'
+  computations, line = loop(
+    '  %scatter_fusion.3 = f32[1024,512] fusion(%x), calls=%f\n'
+    '  %gather_fusion.3 = f32[1024] fusion(%x), calls=%f\n',
+    trips=4,
+  )
+  cost = price(line, called + computations)
+  assert dict(cost.unpriced) == {'scatter_fusion': 4}  # the other is small
+
+
+def test_operations_of_one_place_add_up():
+  cost = price(
+    work('fusion.1', 1, op_name='jit(f)/mul')
+    + work('fusion.2', 2, op_name='jit(f)/mul')
+    + work('copy.3', 4)
+  )
+  found = {
+    o.op_name: (round(o.seconds * 1e3, 6), o.count)
+    for o in cost.operations.values()
+  }
+  assert found == {'jit(f)/mul': (3, 2), 'copy': (4, 1)}

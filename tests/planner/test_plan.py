@@ -1,0 +1,194 @@
+"""What plans say that does not need the TPU compiler; see test_launch_plan."""
+
+import types
+
+import jax
+import pytest
+
+from maskdiff import config
+from maskdiff.chips import parse_topology
+from maskdiff.errors import UserError
+from maskdiff.planner import plan
+
+SIZES = {'replica': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
+
+
+def changed(**values):
+  c = config.default()
+  c.update_from_flattened_dict(values)
+  return c
+
+
+def chunks(sizes=None, **values):
+  # 8 devices with 4 rows of 1024 tokens each.
+  c = changed(**{'data.length': 1024, 'train.batch': 32, **values})
+  return plan.loss_chunks(c, SIZES | (sizes or {}))
+
+
+def test_half_of_the_tokens_and_some_more_are_in_the_loss():
+  """2048 of 4096 tokens, and 78: three times sqrt(4096 / 6)."""
+  size = lambda tokens: chunks(**{'objective.loss_chunk_tokens': tokens})
+  assert size(2126) == 2
+  assert size(2127) == 1
+  assert size(512) == 5
+  assert size(1000) == 3
+  assert chunks(**{'train.microbatches': 2}) == 3
+
+
+def test_other_schedules_mask_another_share():
+  assert chunks(**{'objective.schedule': 'polynomial'}) == 3  # a third
+  assert chunks(**{'objective.schedule': 'cosine'}) == 6  # 2 / pi
+
+
+def test_every_token_of_an_autoregressive_row_is_in_the_loss():
+  assert chunks(**{'objective.name': 'autoregressive'}) == 8
+
+
+def test_devices_share_the_tokens():
+  assert chunks({'fsdp': 4}) == 9
+  assert chunks({'fsdp': 4, 'tensor': 2}) == 5
+  assert chunks({'fsdp': 4, 'sequence': 2}) == 5
+  assert chunks({'fsdp': 4, 'replica': 2}) == 5
+
+
+def test_a_chunk_is_not_larger_than_what_there_is():
+  assert chunks(**{'objective.loss_chunk_tokens': 100_000}) == 1
+
+
+@pytest.mark.parametrize(
+  'message, gib',
+  [
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
+      'for HLO temporaries (768.00G) exceeds available HBM (30.75G).',
+      768,
+    ),
+    ('Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.', 17.5),
+    ('Used 1.5T of 15.75G hbm', 1536),
+    ('Used 512.0M of 256.0M hbm', 0.5),
+    ('something else', None),
+  ],
+)
+def test_what_an_out_of_memory_message_asks_for(message, gib):
+  assert plan.needed_gib(message) == gib
+
+
+@pytest.fixture
+def cpu_target(monkeypatch):
+  """Devices that are here in place of a topology."""
+
+  def open_target(c, topology, num_slices=1):
+    chip, _ = parse_topology(topology)
+    mesh = plan.mesh_lib.make_mesh(**c.mesh)
+    machine = types.SimpleNamespace(chip=chip, num_slices=num_slices)
+    return types.SimpleNamespace(
+      topology=topology, mesh=mesh, machine=machine, chip=chip
+    )
+
+  monkeypatch.setattr(plan, 'open_target', open_target)
+  monkeypatch.setattr(plan, 'topology_devices', lambda *_: [])
+
+
+def failing(message):
+  def compile_train(c, target):
+    raise jax.errors.JaxRuntimeError(message)
+
+  return compile_train
+
+
+def test_a_step_that_does_not_fit_comes_with_levers(cpu_target, monkeypatch):
+  message = 'RESOURCE_EXHAUSTED: space hbm. Used 20.5G of 15.75G hbm.'
+  monkeypatch.setattr(plan, 'compile_train', failing(message))
+  found = plan.plan(config.default(), 'v5e:2x4')
+  assert found.keys() == plan.FIELDS.keys()
+  assert (found['status'], found['fits']) == ('does not fit', False)
+  assert found['hbm_total_gib'] == 20.5
+  assert found['step_s'] is None
+  assert any('microbatches=2' in lever for lever in found['levers'])
+
+
+def test_another_memory_than_hbm_is_not_the_plans_fault(
+  cpu_target, monkeypatch
+):
+  message = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.'
+  monkeypatch.setattr(plan, 'compile_train', failing(message))
+  found = plan.plan(config.default(), 'v5e:2x4')
+  assert (found['status'], found['error']) == ('does not compile', message)
+  assert found['fits'] is False
+  assert found['levers'] == []
+
+
+def sweep(monkeypatch, needed, **options):
+  """A sweep in which 1000 tokens/s a chip and row come out."""
+  tried = []
+
+  def one(c, topology, num_slices):
+    rows = c.train.batch // c.train.microbatches // 8
+    tried.append((rows, c.model.remat, c.mesh.tensor, c.train.microbatches))
+    if c.mesh.tensor == 3:
+      raise UserError('three does not divide eight')
+    fits = needed(rows, c.model.remat) <= 16
+    return dict.fromkeys(plan.FIELDS) | {
+      'status': 'fits' if fits else 'does not fit',
+      'fits': fits,
+      'rows_per_chip': float(rows),
+      'remat': c.model.remat,
+      'mesh': f'tensor={c.mesh.tensor}',
+      'tokens_per_s_per_chip': 1000.0 * rows if fits else None,
+      'mfu': 0.1 * rows if fits else None,
+    }
+
+  monkeypatch.setattr(plan, 'plan', one)
+  lines = []
+  options = {
+    'rows': [1, 2, 4, 8],
+    'remats': ['full'],
+    'meshes': [{}],
+    'say': lines.append,
+  } | options
+  found = plan.sweep(changed(**{'train.batch': 64}), 'v5e:2x4', **options)
+  assert len(lines) == len(found)
+  return found, tried
+
+
+def test_a_sweep_ranks_what_fits_and_stops_where_it_does_not(
+  cpu_target, monkeypatch
+):
+  found, tried = sweep(
+    monkeypatch,
+    lambda rows, remat: rows * (8 if remat == 'none' else 4),
+    remats=['none', 'full'],
+  )
+  order = [(p['status'], p['rows_per_chip'], p['remat']) for p in found]
+  assert order == [
+    ('fits', 4, 'full'),
+    ('fits', 2, 'none'),
+    ('fits', 2, 'full'),
+    ('fits', 1, 'none'),
+    ('fits', 1, 'full'),
+    ('does not fit', 4, 'none'),
+    ('does not fit', 8, 'full'),
+  ]
+  assert (8, 'none', 1, 1) not in tried  # more rows than what did not fit
+  # The batch of 64 stays: microbatches follow from the rows.
+  assert {(rows, parts) for rows, _, _, parts in tried} == {
+    (1, 8),
+    (2, 4),
+    (4, 2),
+    (8, 1),
+  }
+
+
+def test_a_candidate_that_fails_is_part_of_the_result(cpu_target, monkeypatch):
+  found, _ = sweep(
+    monkeypatch, lambda *_: 1, rows=[1], meshes=[{'tensor': 3}, {}]
+  )
+  assert [p['status'] for p in found] == ['fits', 'does not compile']
+  assert found[1].keys() == plan.FIELDS.keys()
+  # The mesh itself does not fit the devices.
+  assert 'does not multiply to the 8 devices' in found[1]['error']
+
+
+def test_an_axis_that_does_not_exist(cpu_target, monkeypatch):
+  with pytest.raises(UserError, match='is not a mesh axis'):
+    sweep(monkeypatch, lambda *_: 1, meshes=[{'data': 2}])

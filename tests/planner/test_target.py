@@ -1,0 +1,66 @@
+"""Topologies that cannot be compiled for; test_launch_plan has those that can.
+
+Nothing here loads libtpu, which wants its settings before JAX starts.
+"""
+
+import importlib.util
+
+import pytest
+
+from maskdiff import config
+from maskdiff.errors import UserError
+from maskdiff.planner import target
+
+
+def test_without_libtpu_the_fix_is_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='pip install -r requirements-tpu.txt'):
+    target.open_target(config.default(), 'v5p:4x4x4')
+
+
+def refused(monkeypatch, topology, num_slices=1):
+  """The options that libtpu is called with, for a topology that it refuses."""
+  asked = {}
+
+  def get_topology_desc(**options):
+    asked.update(options)
+    raise RuntimeError('no such\nthing')
+
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+  monkeypatch.setattr(target.topologies, 'get_topology_desc', get_topology_desc)
+  with pytest.raises(UserError, match=r'libtpu refuses it \(no such thing\)'):
+    target.topology_devices(topology, num_slices)
+  return asked
+
+
+# No axis of the torus closes to a ring.
+OPEN = (False, False, False)
+
+
+@pytest.mark.parametrize(
+  'topology, num_slices, options',
+  [
+    ('v5p:4x4x4', 1, {'wrap': (True, True, True)}),
+    ('v5p:2x2x4', 1, {'wrap': (False, False, True)}),
+    ('v5p:4x4x4', 2, {'wrap': (True, True, True), 'num_slices': 2}),
+    ('v5e:8x16', 1, {'wrap': (False, True, False)}),
+    ('v5e:1x1', 1, {'wrap': OPEN, 'chips_per_host_bounds': (1, 1, 1)}),
+    ('v6e:1x2', 1, {'wrap': OPEN, 'chips_per_host_bounds': (1, 2, 1)}),
+    ('v4:2x2x1', 1, {'wrap': OPEN, 'chip_config_name': 'megacore'}),
+  ],
+)
+def test_what_libtpu_is_asked_for(monkeypatch, topology, num_slices, options):
+  asked = refused(monkeypatch, topology, num_slices)
+  assert asked == {'platform': 'tpu', 'topology_name': topology} | options
+
+
+def test_a_number_of_slices_is_positive(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+  with pytest.raises(UserError, match='num_slices=0'):
+    target.topology_devices('v5p:4x4x4', 0)
+
+
+def test_a_bad_name_is_told_before_libtpu_is_looked_for(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='give a chip of'):
+    target.topology_devices('v5litepod-16')
