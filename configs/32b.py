@@ -2,7 +2,7 @@
 
 python launch/pretrain.py --config configs/32b.py --workdir DIR
 
-32,000,000,000 parameters: the dimensions of Qwen2.5-32B (arXiv 2412.15115)
+32,501,273,600 parameters: the dimensions of Qwen2.5-32B (arXiv 2412.15115)
 with LLaDA's vocabulary; nobody has published such a masked diffusion model.
 Batch, learning rates and tokens are those of configs/8b.py but for half the
 rate, and not tried.

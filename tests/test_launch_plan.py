@@ -101,10 +101,10 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from maskdiff import config
-from maskdiff.planner import target
+from maskdiff.planner.target import open_target
 
 def on(topology, function, *shapes):
-  target = target.open_target(config.default(), topology)
+  target = open_target(config.default(), topology)
   whole = NamedSharding(target.mesh, PartitionSpec())
   shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
   compiled = jax.jit(function, in_shardings=whole).lower(*shapes).compile()
