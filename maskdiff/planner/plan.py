@@ -55,8 +55,9 @@ FIELDS = {
   'remat': 'config.model.remat',
   'compile_s': 'seconds that the compilation took here',
   'hbm_arguments_gib': 'state and batch, per chip',
-  'hbm_temporaries_gib': 'activations, gradients, buffers, per chip',
-  'hbm_total_gib': 'all of HBM that is used, per chip',
+  'hbm_temporaries_gib': 'activations, gradients, buffers, per chip: the sum '
+  'of all allocations, of which some never live at the same time',
+  'hbm_total_gib': 'HBM in use at the worst moment, per chip',
   'hbm_capacity_gib': 'what a program may use of a chip',
   'host_gib': 'memory of the host that a chip takes, for what is offloaded',
   'fits': 'whether the total is within the capacity',
@@ -229,13 +230,16 @@ def _priced(facts, target, compile_it, expected_trips, causal):
       }
     return facts | {'status': 'does not compile', 'error': one_line(error)}
   memory = compiled.executable.memory_analysis()
-  total = (
+  allocated = (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes
     + memory.generated_code_size_in_bytes
   )
+  # What the compiler itself compares with the chip before it accepts a
+  # program. It counts memory of the host too, where something is offloaded.
+  total = min(memory.peak_memory_in_bytes, allocated)
   fits = total / GIB <= target.chip.hbm_gib
   module = hlo.parse(compiled.executable.as_text())
   cost = hlo_cost.price(module, target.machine, expected_trips, causal)

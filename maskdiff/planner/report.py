@@ -178,7 +178,11 @@ def _memory_rows(p):
   total = p['hbm_total_gib']
   needed = 'more than there is' if total is None else f'{total:.2f} GiB'
   rows.append(
-    ('', f'{needed} of {p["hbm_capacity_gib"]} GiB: {p["status"].upper()}')
+    (
+      '',
+      f'{needed} of {p["hbm_capacity_gib"]} GiB at the worst moment: '
+      f'{p["status"].upper()}',
+    )
   )
   heads = ['to make it fit', *[''] * len(p['levers'])]
   return rows + list(zip(heads, p['levers'], strict=False))

@@ -81,7 +81,7 @@ def test_the_table_has_every_headline_number():
     '2 x v5p:4x4x4, 128 chips',
     '8,015,581,184',
     '65.00 GiB temporaries; 3.50 GiB of the host',
-    '66.40 GiB of 95.74 GiB: FITS',
+    '66.40 GiB of 95.74 GiB at the worst moment: FITS',
     '2.0000 s estimated = 1.5000 compiled + 0.3000 attention kernels '
     '+ 0.1500 collectives + 0.0500 collectives between slices',
     '1,000,000 tokens/s, 7,812 per chip, MFU 55.0%',
@@ -108,7 +108,7 @@ def test_the_table_of_a_plan_that_does_not_fit():
       levers=['one', 'two'],
     )
   )
-  assert '101.20 GiB of 95.74 GiB: DOES NOT FIT' in text
+  assert '101.20 GiB of 95.74 GiB at the worst moment: DOES NOT FIT' in text
   assert 'to make it fit  one' in text
   assert 'days' not in text
 
