@@ -19,18 +19,18 @@ own: 9 layers of the same kind. Both keep Adam's moments in bfloat16.
 PLANS
 """
 
-from maskdiff.config import default
+from maskdiff.config import choose, default
 
 MACHINES = {
   'v5e-8': dict(batch=1280, microbatches=80, remat='attended'),
   'v6e-8': dict(batch=1280, microbatches=20, remat='attended'),
-  'v6e-1': dict(batch=64, microbatches=32, remat='attended'),
+  'v6e-1': dict(batch=64, microbatches=16, remat='attended'),
   'v5e-1': dict(batch=64, microbatches=32, remat='attended'),
 }
 
 
 def get_config(machine='v5e-8'):
-  plan = MACHINES[machine]
+  plan = choose(MACHINES, machine)
   c = default()
   c.model.vocab_size = 126_464
   c.model.embed = 2048

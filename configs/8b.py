@@ -20,7 +20,7 @@ for as many tokens.
 PLANS
 """
 
-from maskdiff.config import default
+from maskdiff.config import choose, default
 
 MACHINES = {
   'v5p-128': dict(batch=1280, microbatches=5, remat='minimal'),
@@ -30,7 +30,7 @@ MACHINES = {
 
 
 def get_config(machine='v5p-128'):
-  plan = MACHINES[machine]
+  plan = choose(MACHINES, machine)
   c = default()
   c.model.vocab_size = 126_464
   c.model.embed = 4096

@@ -293,6 +293,20 @@ def validate_mesh(c, sizes):
     )
 
 
+def choose(machines, name):
+  """The entry of a config file's table that FILE:NAME on the flag asks for.
+
+  Raises:
+    UserError: there is no such entry.
+  """
+  if name not in machines:
+    raise UserError(
+      f'--config FILE:{name}: choose one of {", ".join(machines)}'
+      + _suggestion(name, machines)
+    )
+  return machines[name]
+
+
 def lookup(c, dotted):
   """The value at a dotted key, like 'model.heads'."""
   for part in dotted.split('.'):
@@ -386,6 +400,8 @@ def _explain(error, argv):
       return f'unknown config key {match[1]!r}' + _suggestion(match[1], keys)
   # What is left are errors raised by the file, ml_collections' own among them.
   message = str(error).replace('\\', '')
+  if match := re.search(r'errors\.UserError: (.*)', message):
+    return match[1]
   if match := re.search(r"No such file or directory: ('.*')", message):
     return f'there is no config file {match[1]}'
   if match := re.search(r'Key "(\w+)" does not exist', message):

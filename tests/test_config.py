@@ -25,11 +25,24 @@ from maskdiff.errors import UserError
 from maskdiff.optimizer import OptimizerConfig, learning_rate
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
+NAMES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
+
+
+def module(name):
+  return runpy.run_path(str(ROOT / 'configs' / name.partition(':')[0]))
+
+
+# And FILE:MACHINE for every machine that a file has a batch for.
+FILES = NAMES + [
+  f'{name}:{machine}'
+  for name in NAMES
+  for machine in module(name).get('MACHINES', {})
+]
 
 
 def build(name):
-  return runpy.run_path(str(ROOT / 'configs' / name))['get_config']()
+  machine = name.partition(':')[2]
+  return module(name)['get_config'](*[machine] if machine else [])
 
 
 def changed(**changes):
@@ -85,14 +98,14 @@ def test_a_config_is_about_as_large_as_it_says(name, least, most):
   assert least < num_params(name) < most
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', NAMES)
 def test_a_docstring_counts_parameters_exactly(name):
   docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
   for number in re.findall(r'([\d,]{7,}) parameters', docstring):
     assert num_params(name) == int(number.replace(',', ''))
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', NAMES)
 def test_a_docstring_launches_its_own_file(name):
   docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
   assert f'launch/pretrain.py --config configs/{name} ' in docstring
@@ -116,6 +129,17 @@ def test_the_learning_rate_of_8b_is_that_of_llada(step, rate):
   c = build('8b.py')
   plan = learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)
   assert float(plan(step)) == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize('machine', ['v5e-256', 'v6e-256'])
+def test_8b_reads_as_many_tokens_on_other_machines(machine):
+  c, paper = build(f'8b.py:{machine}'), build('8b.py')
+  ends = lambda c: [
+    end * c.train.batch * c.data.length for end, _, _ in c.optimizer.pieces[1:]
+  ]
+  assert ends(c) == pytest.approx(ends(paper), rel=1e-5)
+  rates = lambda c: [piece[1:] for piece in c.optimizer.pieces]
+  assert rates(c) == rates(paper)
 
 
 def test_8b_reads_the_tokens_of_llada_by_the_ends_of_its_pieces():
@@ -353,6 +377,10 @@ REFUSED = {
   'no workdir': ([TINY], '--workdir'),
   'no config': ([WORKDIR], '--config'),
   'no file': (['--config=configs/tinny.py', WORKDIR], 'configs/tinny.py'),
+  'machine': (
+    ['--config=configs/8b.py:v5e-265', WORKDIR],
+    "v5p-128, v5e-256, v6e-256; did you mean 'v5e-256'?",
+  ),
   'choice': (
     [TINY, WORKDIR, '--config.objective.name=autoregresive'],
     "did you mean 'autoregressive'?",
