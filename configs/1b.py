@@ -14,7 +14,8 @@ one set config.tokens. Preparation leaves a copy of it with the rows.
 The batch is cut for the machine, configs/1b.py:MACHINE; without one for 8 chips
 of v5e. One chip of v6e, as Colab has it, trains the whole model on batches of
 64 rows; on one of v5e the state leaves no room, and `v5e-1` is a model of its
-own: 9 layers of the same kind. Both keep Adam's moments in bfloat16.
+own: 9 layers of the same kind. Both keep Adam's moments in bfloat16, read 23B
+tokens, and keep a learning rate that is not tried with so small a batch.
 
 launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
   v5e-8, v5e:2x4: 7.9 of a chip's 15.75 GiB, 100.17 s a step, 52,337 tokens/s,
@@ -74,6 +75,8 @@ def get_config(machine='v5e-8'):
   c.checkpoint.every_steps = 1000
   if machine.endswith('-1'):
     c.optimizer.moments = 'bfloat16'
+    c.eval.batch = 4
+    c.eval.batches = 128
   if machine == 'v5e-1':
     c.model.layers = 9
   return c

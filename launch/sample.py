@@ -72,7 +72,7 @@ def sample(args):
     s.temperature = args.temperature
   s.remasking = args.remasking or s.remasking
   request = (
-    run.step_config(run_config).model,
+    run.sampler_model(run_config),
     run.sampler_config(run_config),
     params,
     canvas,

@@ -166,7 +166,7 @@ def train_row(fetched, learning_rate, step_s):
   }
 
 
-def sample_texts(config, c, params, tokenizer):
+def sample_texts(config, params, tokenizer):
   """The configured prompts with their continuations, a list of texts."""
   if not config.sample.prompts:
     return []
@@ -175,8 +175,9 @@ def sample_texts(config, c, params, tokenizer):
   canvas, fill, valid = sampler.continue_prompts(
     prompts, config.sample.gen_length
   )
+  model = run_lib.sampler_model(config)
   out = sampler.generate(
-    c.model, s, params, canvas, fill, valid, seeds=range(len(prompts))
+    model, s, params, canvas, fill, valid, seeds=range(len(prompts))
   )
   out = np.asarray(out)
   return [tokenizer.decode(row[ok]) for row, ok in zip(out, valid, strict=True)]

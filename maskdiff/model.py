@@ -30,7 +30,7 @@ from maskdiff.mesh import BATCH_AXES, shard
 _save = jax.checkpoint_policies.save_only_these_names
 # What the backward pass finds of a layer besides its input, from everything to
 # nothing; the rest is computed again. Only under `full` does that include the
-# attention kernel.
+# splash kernel; cuDNN's always runs again.
 REMAT_POLICIES = {
   'none': None,
   'minimal': _save('q', 'k', 'v', RESIDUALS, 'middle', 'gate', 'up'),
@@ -226,9 +226,10 @@ def rope(pos, head_dim, theta):
 def rotate(x, rotation):
   """Rotates pairs (i, i + K/2) of the last axis in float32; x is [B, H, L, K].
 
-  This is the rotate-half convention of Llama and LLaDA. The gradient is the
-  inverse rotation; left to autodiff it becomes arrays of K/2, half of a TPU's
-  lanes.
+  This is the rotate-half convention of Llama and LLaDA. The halves are swapped
+  by a product with a permutation, exact since every sum has one term, because
+  K/2 is half of a TPU's lanes and slices of it are slow. The gradient is the
+  inverse rotation; left to autodiff that product would be one of float32.
   """
   cos, sin = rotation
   half = x.shape[-1] // 2

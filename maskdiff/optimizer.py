@@ -82,7 +82,7 @@ def scale_by_adam(c):
   """optax.scale_by_adam with both moments stored in the dtype `c.moments`.
 
   The arithmetic is float32. bfloat16 saves 4 bytes a parameter, as in
-  DeepSeek-V3 (arXiv 2412.19437, section 3.3.2); it wants b2 well below 1,
+  DeepSeek-V3 (arXiv 2412.19437, section 3.3.3); it wants b2 well below 1,
   because an update that is less than 1/256 of the moment is rounded away.
   """
   adam = optax.scale_by_adam(c.b1, c.b2, c.eps)

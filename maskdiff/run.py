@@ -6,6 +6,7 @@ others, and says in one line what is wrong if it does not.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -65,6 +66,18 @@ def sampler_config(config):
     mask_id=config.tokens.mask_id,
     bos_id=config.tokens.bos_id,
   )
+
+
+def sampler_model(config):
+  """The TransformerConfig that samples.
+
+  A kernel that the config insists on is for training: prompts are few and of
+  any length, and may be answered on another kind of machine.
+  """
+  model = step_config(config).model
+  if model.attention == 'xla':
+    return model
+  return dataclasses.replace(model, attention='auto')
 
 
 def open_tokenizer(config):

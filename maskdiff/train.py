@@ -158,7 +158,7 @@ def _run(config, workdir, stack):
     began = time.monotonic()
     with jax.set_mesh(mesh):
       result = evaluation.evaluate_mixture(c, state.params, heldout)
-      texts = evaluation.sample_texts(config, c, state.params, tokenizer)
+      texts = evaluation.sample_texts(config, state.params, tokenizer)
     if start < steps:  # a finished run has this row already
       writer.scalars(step, result)
     progress.say(

@@ -83,6 +83,15 @@ def test_a_config_becomes_the_frozen_configs_of_the_library(name):
   learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)(0)
 
 
+def test_a_kernel_for_training_is_not_asked_to_sample():
+  """Prompts have no lengths that suit it, and other machines do not have it."""
+  c = build('tiny.py')
+  for attention, samples in (('splash', 'auto'), ('xla', 'xla')):
+    c.model.attention = attention
+    assert run.step_config(c).model.attention == attention
+    assert run.sampler_model(c).attention == samples
+
+
 @pytest.mark.parametrize(
   'name, number', [('8b.py', 8_015_581_184), ('1b.py', 1_487_243_264)]
 )

@@ -10,7 +10,8 @@ configs with. `FIELDS` describes every number.
 The loop of the loss runs once per chunk of masked tokens, which the compiler
 cannot know; here it is expected to run for the mean mask ratio of the schedule
 (half of the tokens, for the linear one) and three standard deviations more,
-since the chip with the most masked tokens decides.
+since the chip with the most masked tokens decides. Where a chip does not hold
+pairs of rows at times t and 1 - t, the worst is taken: all tokens.
 """
 
 import itertools
@@ -133,7 +134,7 @@ def plan(config, topology, num_slices=1):
   flops = step_tokens * model_lib.flops_per_token(
     c.model, c.length, causal=c.objective.name == 'autoregressive'
   )
-  seconds = total_tokens / step_tokens * result['step_s']
+  seconds = t.steps * result['step_s']
   return result | {
     'tokens_per_s': step_tokens / result['step_s'],
     'tokens_per_s_per_chip': step_tokens / result['step_s'] / count,
@@ -163,6 +164,9 @@ def sample_plan(config, topology, prompts, prompt_tokens, num_slices=1):
   if prompts < 1 or prompt_tokens < 0:
     raise UserError('--prompts must be positive, --prompt_tokens not negative')
   config_lib.validate(config)
+  # As `run.load` lays out a model that samples, whatever it was trained on.
+  config = config.copy_and_resolve_references()
+  config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=1)
   target = open_target(config, topology, num_slices)
   steps, slots = run_lib.sampler_config(config).steps, config.sample.gen_length
   length = prompt_tokens + slots
@@ -239,7 +243,7 @@ def _priced(facts, target, compile_it, expected_trips, causal):
   )
   # What the compiler itself compares with the chip before it accepts a
   # program. It counts memory of the host too, where something is offloaded.
-  total = min(memory.peak_memory_in_bytes, allocated)
+  total = min(memory.peak_memory_in_bytes or allocated, allocated)
   fits = total / GIB <= target.chip.hbm_gib
   module = hlo.parse(compiled.executable.as_text())
   cost = hlo_cost.price(module, target.machine, expected_trips, causal)
@@ -272,8 +276,18 @@ def loss_chunks(config, sizes):
     times = (np.arange(1000) + 0.5) / 1000  # eps is too small to matter
     ratio = schedule.mask_ratio(times)
     share = float(np.mean(ratio))
-    # Of the masks at given times; times are spread evenly over a chip's rows.
+    # Of the masks at given times.
     variance = float(np.mean(ratio * (1 - ratio)))
+    # A pair of rows has times t and 1 - t, which for the linear schedule mask
+    # one row's worth of tokens. Otherwise a chip's share depends on its times,
+    # and one of many has the worst.
+    pairs = (
+      o.time_sampling == 'antithetic'
+      and o.schedule == 'linear'
+      and t.batch / t.microbatches / sizes['replica'] / sizes['fsdp'] % 2 == 0
+    )
+    if not pairs:
+      share, variance = 1.0, 0.0
   rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
   tokens = rows * config.data.length / sizes['sequence'] / sizes['tensor']
   chunk = min(o.loss_chunk_tokens, math.ceil(tokens))
@@ -314,6 +328,18 @@ def sweep(config, topology, rows, remats, meshes, num_slices=1, say=print):
     UserError: the topology, a value of remat or a mesh axis is unknown.
   """
   topology_devices(topology, num_slices)
+  # All of them before the first minutes of compiling.
+  for remat in remats:
+    if remat not in config_lib.CHOICES['model.remat']:
+      raise UserError(
+        f'remat {remat!r} is unknown; choose of '
+        + ', '.join(config_lib.CHOICES['model.remat'])
+      )
+  for axis in itertools.chain(*meshes):
+    if axis not in mesh_lib.AXES:
+      raise UserError(
+        f'{axis!r} is not a mesh axis; choose of {", ".join(mesh_lib.AXES)}'
+      )
   plans = []
   for sizes, remat in itertools.product(meshes, remats):
     for count in sorted(rows):
@@ -333,10 +359,6 @@ def _candidate(config, topology, num_slices, rows, remat, sizes):
   config.model.remat = remat
   config_lib.validate(config)
   for axis, size in sizes.items():
-    if axis not in mesh_lib.AXES:
-      raise UserError(
-        f'{axis!r} is not a mesh axis; choose of {", ".join(mesh_lib.AXES)}'
-      )
     config.mesh[axis] = size
   failed = dict.fromkeys(FIELDS) | {
     'mode': 'train',

@@ -157,7 +157,7 @@ def compile_denoise(config, target, prompts, length):
   Returns:
     Compiled.
   """
-  model, c = run_lib.step_config(config).model, run_lib.sampler_config(config)
+  model, c = run_lib.sampler_model(config), run_lib.sampler_config(config)
   canvas = np.zeros((prompts, length), np.int32)
   fill = np.arange(length) >= length - config.sample.gen_length
   fill = np.broadcast_to(fill, canvas.shape)

@@ -35,9 +35,17 @@ def test_half_of_the_tokens_and_some_more_are_in_the_loss():
   assert chunks(**{'train.microbatches': 2}) == 3
 
 
-def test_other_schedules_mask_another_share():
-  assert chunks(**{'objective.schedule': 'polynomial'}) == 3  # a third
-  assert chunks(**{'objective.schedule': 'cosine'}) == 6  # 2 / pi
+@pytest.mark.parametrize(
+  'values',
+  [
+    {'objective.schedule': 'cosine'},
+    {'objective.time_sampling': 'iid'},
+    {'train.batch': 24},  # 3 rows a chip: one without a partner
+  ],
+)
+def test_without_pairs_one_of_the_chips_may_have_all_tokens_masked(values):
+  rows = values.get('train.batch', 32) // 8
+  assert chunks(**values) == rows * 1024 // 512
 
 
 def test_every_token_of_an_autoregressive_row_is_in_the_loss():
