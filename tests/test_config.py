@@ -86,9 +86,9 @@ def test_a_config_becomes_the_frozen_configs_of_the_library(name):
 def test_a_kernel_for_training_is_not_asked_to_sample():
   """Prompts have no lengths that suit it, and other machines do not have it."""
   c = build('tiny.py')
-  for attention, samples in (('splash', 'auto'), ('xla', 'xla')):
-    c.model.attention = attention
-    assert run.step_config(c).model.attention == attention
+  for trains, samples in (('splash', 'auto'), ('xla', 'xla')):
+    c.model.attention = trains
+    assert run.step_config(c).model.attention == trains
     assert run.sampler_model(c).attention == samples
 
 
