@@ -1,8 +1,8 @@
 """What the TPU compiler is told beside the program, and why.
 
-Chosen by compiling the 8B train step for 64 chips of v5p, 256 of v5e and 256
-of v6e and reading the compiler's own estimate of the result; the table of what
-each gave is in docs/speed.md. They are options of one compilation, not
+Chosen by compiling the 8B train step, or its products alone, for each chip and
+reading the compiler's own estimate of the result; docs/speed.md has what they
+gave on v5p. They are options of one compilation, not
 settings of the process, so that the planner and the run compile the same
 program.
 """
