@@ -55,6 +55,8 @@ def start(*args, **options):
     stderr=subprocess.PIPE,
     text=True,
     start_new_session=True,
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     **options,
   )
   started.append(process)
