@@ -19,6 +19,7 @@ from absl import flags
 
 from maskdiff import config
 from maskdiff.errors import UserError
+from maskdiff.planner import COMPILER_ENVIRONMENT
 
 config.define_config_flag()
 flags.DEFINE_string('topology', None, 'Of one slice, e.g. v5p:4x4x4.')
@@ -42,18 +43,9 @@ flags.DEFINE_string(
 flags.DEFINE_string('plot', None, 'File for a picture of where the time goes.')
 flags.mark_flags_as_required(['config', 'topology'])
 
-# libtpu reads these when it is loaded; without them it looks for a TPU here.
-ENVIRONMENT = {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-}
-
 
 def main(args):
-  os.environ.update(ENVIRONMENT)
+  os.environ.update(COMPILER_ENVIRONMENT)
   from maskdiff.planner import plan, report  # after the environment
 
   if args.sweep and (args.plot or args.mode == 'sample'):

@@ -2,9 +2,8 @@
 
 Chosen by compiling the 8B train step, or its products alone, for each chip and
 reading the compiler's own estimate of the result; docs/speed.md has what they
-gave on v5p. They are options of one compilation, not
-settings of the process, so that the planner and the run compile the same
-program.
+gave on v5p. They are options of one compilation, not settings of the process,
+so that the planner and the run compile the same program.
 """
 
 from maskdiff import chips

@@ -9,7 +9,7 @@ import numpy as np
 from maskdiff import run as run_lib
 from maskdiff import sampler
 from maskdiff import step as step_lib
-from maskdiff.mesh import shard
+from maskdiff.mesh import whole
 
 
 def evaluate(c, params, batches, tokens_per_byte):
@@ -123,9 +123,7 @@ def evaluate_mixture(c, params, heldout):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _eval_step(c, params, tokens, key):
-  sums = step_lib.eval_step(c, params, tokens, key)
-  # Whole, for every host to read.
-  return jax.tree.map(lambda x: shard(x, *[None] * x.ndim), sums)
+  return whole(step_lib.eval_step(c, params, tokens, key))
 
 
 def by_ratio(prefix, sums):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdiff.errors import UserError
-from maskdiff.mesh import shard
+from maskdiff.mesh import whole
 from maskdiff.model import bind
 from maskdiff.objective import show
 from maskdiff.remasking import RULES, quota
@@ -221,9 +221,7 @@ def predict(temperature, logits, keys):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _one_step(model_config, c, params, carry, layout):
-  carry = denoise(model_config, c, params, carry, layout)
-  # Whole, for every host to read.
-  return jax.tree.map(lambda x: shard(x, *[None] * x.ndim), carry)
+  return whole(denoise(model_config, c, params, carry, layout))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -233,7 +231,7 @@ def _generate(model_config, c, params, carry, layout):
     lambda carry: denoise(model_config, c, params, carry, layout),
     carry,
   )
-  return shard(carry.canvas, None, None)  # whole, for every host to read
+  return whole(carry.canvas)
 
 
 def continue_prompts(prompts, gen_length):

@@ -5,34 +5,18 @@ No TPU is needed, but libtpu wants its settings before JAX starts.
 
 import importlib.util
 import json
-import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+import tpu_compiler
+from tpu_compiler import ENVIRONMENT, ROOT, needs_libtpu
 
 from maskdiff import chips
 from maskdiff.planner import hlo, hlo_cost, plan
 from maskdiff.planner.hlo_collectives import Machine
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENT = {
-  **{k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
-  'PYTHONPATH': str(ROOT),
-}
-TPU_ENVIRONMENT = {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-}
-needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='libtpu is not installed: pip install -r requirements-test.txt',
-)
 # 7,342,592 parameters.
 SMALL = (
   '--config.model.embed=512 --config.model.layers=2 --config.model.heads=4 '
@@ -126,14 +110,7 @@ print(json.dumps({
 @pytest.fixture(scope='module')
 def texts():
   """HLO of one matrix product for several chips, and of a loop of twelve."""
-  result = subprocess.run(
-    [sys.executable, '-c', COMPILE],
-    env=ENVIRONMENT | TPU_ENVIRONMENT,
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr[-4000:]
-  return json.loads(result.stdout.splitlines()[-1])
+  return tpu_compiler.run(COMPILE)
 
 
 def price(text, topology):

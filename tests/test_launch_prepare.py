@@ -43,8 +43,18 @@ def nothing_goes_on():
       process.communicate()
 
 
-def start(*args, **options):
-  """Starts launch/prepare.py as the leader of a process group of its own."""
+def start(*args, file_limit=None):
+  """Starts launch/prepare.py as the leader of a process group of its own.
+
+  With a `file_limit` it may not write more than that many bytes of a file.
+  """
+
+  def prepare():
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if file_limit is not None:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit,) * 2)
+
   environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
   environment.pop('PYTHONUNBUFFERED', None)  # lines must come without it
   process = subprocess.Popen(
@@ -55,9 +65,7 @@ def start(*args, **options):
     stderr=subprocess.PIPE,
     text=True,
     start_new_session=True,
-    # A shell that runs the tests in the background has them ignore Ctrl-C.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    **options,
+    preexec_fn=prepare,
   )
   started.append(process)
   return process
@@ -244,9 +252,8 @@ def test_a_full_disk_is_named_and_finished_parts_are_kept(
   directory = tmp_path / 'rows'
   sizes = sorted(p.stat().st_size for p in wanted.glob('train-*'))
   assert sizes[0] < sizes[-1]
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0],) * 2)
   args = ['--source', corpus, '--out', directory, *SETTINGS]
-  process = start(*args, preexec_fn=limit)
+  process = start(*args, file_limit=sizes[0])
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 2
   assert errors.startswith(f'error: cannot write prepared data to {directory}')

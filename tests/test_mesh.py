@@ -1,19 +1,16 @@
 """The mesh and how arrays lie on it. Eight fake devices."""
 
-import importlib.util
 import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_compiler
 from jax.sharding import PartitionSpec as P
+from tpu_compiler import needs_libtpu
 
 from maskdiff import mesh
 from maskdiff.errors import UserError
@@ -273,10 +270,7 @@ for name, slices, sizes in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='libtpu is not installed: pip install -r requirements-test.txt',
-)
+@needs_libtpu
 def test_meshes_of_real_topologies():
   """Also of odd sizes; of several slices as JAX itself would lay them out."""
   cases = [
@@ -291,18 +285,4 @@ def test_meshes_of_real_topologies():
     ('v5p:4x4x20', 1, dict(tensor=4)),
     ('v4:2x2x3', 1, dict(tensor=2)),
   ]
-  result = subprocess.run(
-    [sys.executable, '-c', TOPOLOGIES, json.dumps(cases)],
-    env={
-      **{k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
-      'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': str(pathlib.Path(__file__).resolve().parent.parent),
-      'TPU_SKIP_MDS_QUERY': '1',
-      'TPU_WORKER_HOSTNAMES': 'localhost',
-      'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr[-4000:]
+  tpu_compiler.run(TOPOLOGIES, json.dumps(cases))

@@ -7,29 +7,14 @@ docstrings of configs/ are launch/plan.py's; these tests hold what must stay
 true of them.
 """
 
-import importlib.util
 import json
-import os
-import pathlib
 import re
-import runpy
-import subprocess
-import sys
 
 import pytest
+import tpu_compiler
+from tpu_compiler import ROOT, needs_libtpu
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TPU_ENVIRONMENT = runpy.run_path(str(ROOT / 'launch' / 'plan.py'))[
-  'ENVIRONMENT'
-]
-
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    importlib.util.find_spec('libtpu') is None,
-    reason='libtpu is not installed: pip install -r requirements-test.txt',
-  ),
-]
+pytestmark = [pytest.mark.slow, needs_libtpu]
 
 COMPILE = """
 import json, runpy, sys
@@ -53,22 +38,8 @@ print(json.dumps({'plan': plan.plan(config, topology), 'hlo': texts[0]}))
 
 def compile_for(topology, config, **overrides):
   """The plan of a config and the HLO text of its train step."""
-  result = subprocess.run(
-    [
-      sys.executable,
-      '-c',
-      COMPILE,
-      str(ROOT / 'configs' / config),
-      topology,
-      json.dumps(overrides),
-    ],
-    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    | TPU_ENVIRONMENT,
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr[-4000:]
-  compiled = json.loads(result.stdout.splitlines()[-1])
+  path = str(ROOT / 'configs' / config)
+  compiled = tpu_compiler.run(COMPILE, path, topology, json.dumps(overrides))
   return compiled['plan'], compiled['hlo']
 
 

@@ -3,15 +3,10 @@
 Pallas interprets the kernel here: slow, but the same program.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_compiler
 from attention_cases import (
   assert_equals_xla,
   cpu_mesh,
@@ -19,6 +14,7 @@ from attention_cases import (
   padded,
   sdlm,
 )
+from tpu_compiler import needs_libtpu
 
 from maskdiff import attention, compiler, masks, splash
 from maskdiff.masks import Regime
@@ -279,27 +275,10 @@ print(json.dumps({name: compile(regimes[name]) for name in regimes}))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='libtpu is not installed: pip install -r requirements-test.txt',
-)
+@needs_libtpu
 def test_rows_split_over_4_devices_compile_for_a_pod_without_a_square_array():
   """By the real TPU compiler; `auto` takes splash there."""
-  result = subprocess.run(
-    [sys.executable, '-c', COMPILE],
-    env={
-      **{k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
-      'JAX_PLATFORMS': 'cpu',
-      'TPU_SKIP_MDS_QUERY': '1',
-      'TPU_WORKER_HOSTNAMES': 'localhost',
-      'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr[-4000:]
-  for name, hlo in json.loads(result.stdout.splitlines()[-1]).items():
+  for name, hlo in tpu_compiler.run(COMPILE).items():
     assert 'splash_mha_fwd' in hlo and 'splash_mha_dkv' in hlo, name
     # Neither whole nor for the 512 queries of one device.
     for square in ('2048,2048]', '512,2048]', '2048,512]'):

@@ -102,7 +102,11 @@ def plan(config, topology, num_slices=1):
     UserError: config, topology and mesh do not fit each other.
   """
   config_lib.validate(config)
-  target = open_target(config, topology, num_slices)
+  return _plan_on(config, open_target(config, topology, num_slices))
+
+
+def _plan_on(config, target):
+  """The plan of a valid config."""
   config_lib.validate_mesh(config, target.mesh.shape)
   c, t = run_lib.step_config(config), config.train
   shards = mesh_lib.batch_shards(target.mesh)
@@ -376,6 +380,7 @@ def _candidate(config, topology, num_slices, rows, remat, sizes):
     parts = max(1, round(config.train.batch / at_once))
     config.train.microbatches = parts
     config.train.batch = config.eval.batch = parts * at_once
-    return plan(config, topology, num_slices)
+    config_lib.validate(config)
+    return _plan_on(config, target)
   except ValueError as error:  # UserError, or JAX about shapes
     return failed | {'error': one_line(error)}

@@ -130,7 +130,7 @@ def sweep(monkeypatch, needed, **options):
   """A sweep in which 1000 tokens/s a chip and row come out."""
   tried = []
 
-  def one(c, topology, num_slices):
+  def one(c, target):
     rows = c.train.batch // c.train.microbatches // 8
     tried.append((rows, c.model.remat, c.mesh.tensor, c.train.microbatches))
     if c.mesh.tensor == 3:
@@ -146,7 +146,7 @@ def sweep(monkeypatch, needed, **options):
       'mfu': 0.1 * rows if fits else None,
     }
 
-  monkeypatch.setattr(plan, 'plan', one)
+  monkeypatch.setattr(plan, '_plan_on', one)
   lines = []
   options = {
     'rows': [1, 2, 4, 8],
