@@ -3,6 +3,10 @@
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# XLA's pool has a thread for each device, and a device that has two collectives
+# under way takes two. When all threads wait, each for one that has none, the
+# process hangs: so there are some to spare.
+os.environ.setdefault('PJRT_NPROC', '64')
 # Most of the time is compilation, and the programs are tiny.
 # On a busy machine 8 devices may wait for each other for more than the 40 s
 # after which XLA aborts the process.
