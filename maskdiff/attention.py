@@ -25,9 +25,9 @@ from maskdiff.mesh import BATCH_AXES, batch_shards
 from maskdiff.splash import RESIDUALS
 
 IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'cudnn')
-# By the first word of a device kind. Older NVIDIA GPUs than Ampere, which have
-# no flash attention, mostly start with another word, like Tesla.
-KERNELS = {'TPU': 'splash', 'NVIDIA': 'cudnn'}
+# By the first word of a device kind; older GPUs of NVIDIA start with Tesla.
+KERNELS = {'TPU': 'splash', 'NVIDIA': 'cudnn', 'Tesla': 'cudnn'}
+CUDNN_CAPABILITY = (8, 0)  # Ampere: the first with flash attention in cuDNN
 CUDNN_DTYPES = ('bfloat16', 'float16')
 CUDNN_MAX_HEAD_DIM = 128  # on every GPU that has it; 256 from Hopper on
 
@@ -81,6 +81,16 @@ def device_kind():
   return kind or jax.devices()[0].device_kind
 
 
+def _capability():
+  """The CUDA compute capability as two integers, or None if it is unknown."""
+  device = jax.devices()[0]
+  # A mesh does not tell it, and may be of machines that are not here.
+  if device.device_kind != device_kind():
+    return None
+  capability = getattr(device, 'compute_capability', None)
+  return capability and tuple(map(int, capability.split('.')))
+
+
 def _kernel(kind):
   return KERNELS.get(kind.split()[0])
 
@@ -127,6 +137,12 @@ def _splash_misfit(length, parts, labels):
 
 
 def _cudnn_misfit(length, parts, labels, dtype, head_dim):
+  if (capability := _capability()) and capability < CUDNN_CAPABILITY:
+    dotted = lambda version: '.'.join(map(str, version))
+    return (
+      f'it needs compute capability {dotted(CUDNN_CAPABILITY)} (Ampere), and '
+      f'this GPU ({device_kind()}) has {dotted(capability)}'
+    )
   if dtype not in CUDNN_DTYPES:
     return f'it computes in bfloat16, not in config.model.dtype={dtype}'
   if head_dim % 8 or head_dim > CUDNN_MAX_HEAD_DIM:

@@ -9,6 +9,7 @@ XLA places the collectives, led by `shard` at a few points of the model.
 
 import collections
 import math
+import warnings
 
 import jax
 import numpy as np
@@ -110,6 +111,14 @@ def _arrange(sizes, devices):
     except (NotImplementedError, AssertionError, ValueError):
       pass  # an axis is not a product of whole physical axes
   # Part of a slice, or two devices a chip: JAX lays out whole tori alone.
+  if devices[0].platform == 'tpu' and len(devices) > 2:  # two have one order
+    named = ', '.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))
+    warnings.warn(
+      f'a mesh of {named} is not laid out along the links between these '
+      f'{len(devices)} TPU devices, and may be slow: use all devices of a '
+      'slice, and sizes in config.mesh that are products of its axes',
+      stacklevel=2,
+    )
   return np.asarray(devices).reshape(sizes)
 
 

@@ -5,6 +5,7 @@ The splash kernel itself is tested in test_splash.py.
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,55 @@ def test_auto_leaves_kernels_what_a_mesh_can_split(
   with jax.set_mesh(cpu_mesh(**sizes)):
     chosen = attention.fastest(*shapes(labels, heads, kv_heads))
   assert chosen == (kernel if suits else 'xla')
+
+
+TOO_OLD = [('Tesla T4', '7.5'), ('NVIDIA TITAN RTX', '7.5')]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+  """gpu(kind, capability) makes attention believe that it is on this one."""
+
+  def pretend(kind, capability):
+    device = types.SimpleNamespace(
+      device_kind=kind, compute_capability=capability
+    )
+    monkeypatch.setattr(jax, 'devices', lambda: [device])
+
+  return pretend
+
+
+@pytest.mark.parametrize(
+  'kind, capability, expected',
+  [
+    *((*old, 'xla') for old in TOO_OLD),
+    ('NVIDIA A100-SXM4-80GB', '8.0', 'cudnn'),
+    ('NVIDIA L4', '8.9', 'cudnn'),
+    ('NVIDIA B200', '10.0', 'cudnn'),
+  ],
+)
+def test_auto_is_cudnn_from_ampere_on(gpu, kind, capability, expected):
+  gpu(kind, capability)
+  assert attention.fastest(*shapes(FULL)) == expected
+
+
+@pytest.mark.parametrize('kind, capability', TOO_OLD)
+def test_an_old_gpu_that_is_asked_for_cudnn_says_what_it_lacks(
+  gpu, kind, capability
+):
+  gpu(kind, capability)
+  q, k, labels = shapes(FULL)
+  message = f'needs compute capability 8.0 (Ampere), and this GPU ({kind})'
+  with pytest.raises(UserError, match=re.escape(message)) as error:
+    attention.attend(q, k, k, labels, 'cudnn')
+  assert 'has 7.5; --config.model.attention=auto' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_gpus_that_are_not_here_are_not_judged_by_those_that_are(gpu, on):
+  gpu('Tesla T4', '7.5')
+  on('gpu')
+  assert attention.fastest(*shapes(FULL)) == 'cudnn'
 
 
 @pytest.mark.parametrize('length, expected', [(512, 'splash'), (256, 'xla')])

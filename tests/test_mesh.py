@@ -230,6 +230,7 @@ def test_nodes_of_gpus_need_no_replicas():
   assert [d.id for d in m.devices.flat] == list(range(16))
 
 
+@pytest.mark.filterwarnings('ignore:a mesh of')
 @pytest.mark.parametrize('number', [1, 3, 6])
 def test_any_number_of_devices_makes_a_mesh(number):
   assert mesh.make_mesh(devices=jax.devices()[:number]).size == number
@@ -243,6 +244,32 @@ def test_an_axis_may_be_a_part_of_a_physical_axis():
   m = mesh.make_mesh(replica=2, tensor=2, devices=devices)
   assert m.devices.shape == (2, 16, 1, 2)
   assert sorted(d.id for d in m.devices.flat) == list(range(64))
+
+
+ODD = [(0, 0, 0), (1, 0, 0), (0, 1, 0)]  # three chips of a square
+
+
+def test_tpus_that_are_laid_out_in_plain_order_are_warned_about():
+  devices = [d for d in fake_slices(1) if d.coords in ODD]
+  with pytest.warns(UserWarning, match='fsdp=3.*use all devices of a slice'):
+    mesh.make_mesh(devices=devices)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(
+  'devices',
+  [
+    fake_slices(1),
+    fake_slices(1, (4, 4, 4)),
+    [d for d in fake_slices(1) if d.coords in ODD[:2]],
+    [d for d in fake_slices(1) if d.id in (0, 7)],  # opposite corners
+    fake_slices(1, (3, 1, 1), platform='gpu', kind='NVIDIA L4'),
+    jax.devices()[:3],
+  ],
+  ids=['cube', 'pod', 'neighbours', 'corners', 'gpus', 'cpus'],
+)
+def test_no_warning_where_the_order_is_good_or_does_not_matter(devices):
+  mesh.make_mesh(devices=devices)
 
 
 TOPOLOGIES = """
