@@ -98,7 +98,8 @@ def plain_step(c, optimizer, state, tokens, key):
   )
   params = optax.apply_updates(state.params, updates)
   metrics = {'weighted_nll': total, 'grad_norm': optax.tree.norm(gradients)}
-  return step_lib.TrainState(state.step + 1, params, opt_state), metrics
+  state = step_lib.TrainState(state.step + 1, params, opt_state, state.guard)
+  return state, metrics
 
 
 def main():

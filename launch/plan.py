@@ -50,6 +50,12 @@ def main(args):
 
   if args.sweep and (args.plot or args.mode == 'sample'):
     raise UserError('--sweep goes with neither --plot nor --mode sample')
+  # Before minutes of compiling.
+  if args.plot:
+    report.check_plot(args.plot)
+  for flag in ('json', 'plot'):
+    if args[flag].value:
+      _require_writable(flag, args[flag].value)
   if args.sweep:
     result = plan.sweep(
       args.config,
@@ -98,6 +104,18 @@ def _mesh(text):
     raise UserError(
       f'--sweep_mesh {text!r}: write axis=size,axis=size'
     ) from error
+
+
+def _require_writable(flag, path):
+  """Raises UserError unless a file could be written; leaves none behind."""
+  new = not os.path.exists(path)
+  try:
+    with open(path, 'a'):  # what is there stays
+      pass
+    if new:
+      os.remove(os.path.realpath(path))
+  except OSError as error:
+    raise UserError(f'--{flag}: cannot write {path!r} ({error})') from error
 
 
 def _write(path, text):

@@ -25,7 +25,10 @@ flags.DEFINE_integer(
   'steps', None, 'Denoising steps; by default one a token.', lower_bound=1
 )
 flags.DEFINE_integer(
-  'block_length', None, 'Tokens filled together; by default as in training.'
+  'block_length',
+  None,
+  'Tokens filled together; by default as in training.',
+  lower_bound=1,
 )
 flags.DEFINE_float(
   'temperature', None, '0 takes the most probable token.', lower_bound=0
@@ -61,11 +64,12 @@ def sample(args):
     canvas, fill, valid = sampler.fill_gaps(args.infill, tokenizer.encode)
   else:
     prompts = [tokenizer.encode(p) for p in args.prompt or ['']]
-    length = s.gen_length if args.gen_length is None else args.gen_length
-    canvas, fill, valid = sampler.continue_prompts(prompts, length)
+    added = s.gen_length if args.gen_length is None else args.gen_length
+    canvas, fill, valid = sampler.continue_prompts(prompts, added)
 
   s.gen_length = most = int(fill.sum(axis=1).max())
-  s.block_length = min(args.block_length or s.block_length, max(most, 1))
+  length = s.block_length if args.block_length is None else args.block_length
+  s.block_length = min(length, max(most, 1))
   blocks = -(-most // s.block_length)
   s.steps = blocks * s.block_length if args.steps is None else args.steps
   if args.temperature is not None:

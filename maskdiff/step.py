@@ -9,9 +9,11 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from maskdiff import compiler
+from maskdiff import guard as guard_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import optimizer as optimizer_lib
+from maskdiff.guard import GuardConfig
 from maskdiff.mesh import BATCH_AXES
 from maskdiff.model import TransformerConfig, bind
 from maskdiff.objective import ObjectiveConfig, canvas_loss, make_canvas
@@ -22,14 +24,15 @@ RATIO_BUCKETS = 5
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['step', 'params', 'opt_state'],
+  data_fields=['step', 'params', 'opt_state', 'guard'],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  step: jax.Array  # int32 scalar, updates done
+  step: jax.Array  # int32 scalar, batches done
   params: dict  # float32
-  opt_state: tuple
+  opt_state: tuple  # counts the updates made
+  guard: dict  # see guard.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +43,11 @@ class StepConfig:
   objective: ObjectiveConfig
   length: int  # L
   microbatches: int
+  guard: GuardConfig
 
 
 def train_step(c, optimizer, state, tokens, key):
-  """One update.
+  """One update, or none if the guard objects.
 
   Args:
     c: StepConfig.
@@ -53,11 +57,49 @@ def train_step(c, optimizer, state, tokens, key):
     key: PRNG key of the run; the step's own is folded from it.
 
   Returns:
-    The next TrainState, and a dict of float32: what `summarize` returns, and
-    the norms of gradients and parameters.
+    The next TrainState, and a dict of float32 and int32: what `summarize`
+    returns, the norms of gradients and parameters, whether the update was
+    skipped, and how many were in a row and before.
+  """
+  key = jax.random.fold_in(key, state.step)
+  gradients, sums = batch_gradients(c, state.params, tokens, key)
+  gradients = jax.tree.map(lambda g: g / sums['num_tokens'], gradients)
+  grad_norm = optax.tree.norm(gradients)
+  ok, guard = guard_lib.judge(
+    c.guard, state.guard, sums['weighted_nll'] / sums['num_tokens'], grad_norm
+  )
+  updates, opt_state = optimizer.update(
+    gradients, state.opt_state, state.params
+  )
+  params, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(ok, new, old),
+    (optax.apply_updates(state.params, updates), opt_state),
+    (state.params, state.opt_state),
+  )
+  metrics = {
+    **sums,
+    'grad_norm': grad_norm,
+    'param_norm': optax.tree.norm(params),
+    'skipped': ~ok,
+    'skipped_in_a_row': guard['in_a_row'],
+    'skipped_before': state.guard['skipped'],
+  }
+  return TrainState(state.step + 1, params, opt_state, guard), metrics
+
+
+def batch_gradients(c, params, tokens, key):
+  """Gradients of a batch's summed loss, microbatch by microbatch.
+
+  Args:
+    c: StepConfig.
+    params: parameter tree.
+    tokens: [B, L] int32, the global batch.
+    key: PRNG key of this step.
+
+  Returns:
+    A tree like params, and the sums of `summarize`.
   """
   batch = tokens.shape[0]
-  key = jax.random.fold_in(key, state.step)
 
   def loss(params, rows, tokens):
     sums = loss_sums(c, params, tokens, rows, key, batch)
@@ -66,32 +108,19 @@ def train_step(c, optimizer, state, tokens, key):
   gradient = jax.grad(loss, has_aux=True)
 
   def accumulate(carry, microbatch):
-    return jax.tree.map(jnp.add, carry, gradient(state.params, *microbatch)), ()
+    return jax.tree.map(jnp.add, carry, gradient(params, *microbatch)), ()
 
   rows = jnp.arange(batch, dtype=jnp.int32)
   if c.microbatches == 1:
-    gradients, sums = gradient(state.params, rows, tokens)
-  else:
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype),
-      jax.eval_shape(gradient, state.params, rows, tokens),
-    )
-    (gradients, sums), _ = jax.lax.scan(
-      accumulate,
-      zeros,
-      split_rows((rows, tokens), c.microbatches),
-    )
-  gradients = jax.tree.map(lambda g: g / sums['num_tokens'], gradients)
-  updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params
+    return gradient(params, rows, tokens)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(gradient, params, rows, tokens),
   )
-  params = optax.apply_updates(state.params, updates)
-  metrics = {
-    **sums,
-    'grad_norm': optax.tree.norm(gradients),
-    'param_norm': optax.tree.norm(params),
-  }
-  return TrainState(state.step + 1, params, opt_state), metrics
+  sums, _ = jax.lax.scan(
+    accumulate, zeros, split_rows((rows, tokens), c.microbatches)
+  )
+  return sums
 
 
 def eval_step(c, params, tokens, key):
@@ -189,13 +218,16 @@ def state_shardings(c, optimizer, mesh):
   opt_state = optimizer_lib.state_shardings(
     optimizer, shapes, params, replicated
   )
-  return TrainState(replicated, params, opt_state)
+  guard = jax.tree.map(lambda _: replicated, jax.eval_shape(guard_lib.init))
+  return TrainState(replicated, params, opt_state, guard)
 
 
 def init_state(c, optimizer, key):
   """A fresh TrainState for a TransformerConfig; jit it with out_shardings."""
   params = model_lib.init(c, key)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.init()
+  )
 
 
 def compile_train_step(c, optimizer, mesh):

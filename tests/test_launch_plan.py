@@ -28,10 +28,10 @@ SMALL = (
 PARAMETERS = 4096 * 512 + 2 * (4 * 512 * 512 + 3 * 512 * 1024 + 1024) + 512
 
 
-def launch(*args, config='configs/tiny.py'):
+def launch(*args, config='configs/tiny.py', path=str(ROOT)):
   return subprocess.run(
     [sys.executable, 'launch/plan.py', '--config', config, *args],
-    env=ENVIRONMENT,
+    env=ENVIRONMENT | {'PYTHONPATH': path},
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -78,6 +78,40 @@ def test_a_mesh_that_does_not_fit_the_topology():
   result = launch('--topology', 'v5e:2x4', '--config.mesh.tensor=3')
   assert result.returncode == 2
   assert 'does not multiply to the 8 devices' in result.stderr
+
+
+@pytest.mark.parametrize('flag', ['json', 'plot'])
+def test_a_file_that_cannot_be_written_is_told_before_compiling(tmp_path, flag):
+  if flag == 'plot':
+    pytest.importorskip('matplotlib')
+  path = tmp_path / 'no' / 'plan.png'
+  # Whatever is asked of the compiler fails at once, and otherwise.
+  result = launch('--topology', 'v5x:2x2', f'--{flag}={path}')
+  assert result.returncode == 2
+  assert f"--{flag}: cannot write '{path}'" in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_plan_that_fails_leaves_files_as_they_were(tmp_path):
+  (tmp_path / 'old.json').write_text('{}')
+  for name in ('old.json', 'new.json'):
+    result = launch('--topology', 'v5x:2x2', f'--json={tmp_path / name}')
+    assert 'give a chip of' in result.stderr
+  assert [f.name for f in tmp_path.iterdir()] == ['old.json']
+  assert (tmp_path / 'old.json').read_text() == '{}'
+
+
+def test_a_missing_matplotlib_is_told_before_compiling(tmp_path):
+  (tmp_path / 'matplotlib.py').write_text('raise ImportError')
+  result = launch(
+    '--topology',
+    'v5x:2x2',
+    f'--plot={tmp_path}/plan.png',
+    path=f'{tmp_path}:{ROOT}',
+  )
+  assert result.returncode == 2
+  assert 'pip install matplotlib' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
 
 
 COMPILE = """
@@ -184,6 +218,9 @@ def test_a_plan_of_training(tmp_path):
   # Parameters and two moments in float32, a quarter on every chip.
   state = 3 * 4 * PARAMETERS / 4 / 2**30
   assert state < found['hbm_arguments_gib'] < 1.1 * state
+  # 32 rows at once in an evaluation, as in the step, but nothing to keep.
+  total = found['hbm_total_gib']
+  assert found['hbm_arguments_gib'] < found['hbm_evaluation_gib'] < total
   # Half of the 8 x 512 tokens of a chip, and 78, in chunks of 256.
   assert found['loss_chunks'] == 9
   assert not any('loop' in w for w in found['warnings'])
@@ -215,7 +252,7 @@ def test_a_plan_of_training(tmp_path):
     'loss: logits',
     'optimizer',
   } <= names
-  assert 'FITS' in text
+  assert text.count('FITS') == 2  # the step, and an evaluation
   assert picture.exists() == plots
 
 

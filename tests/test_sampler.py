@@ -2,6 +2,10 @@
 
 import dataclasses
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 
 import golden_models
 import jax
@@ -16,6 +20,7 @@ from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 MASK, BOS, VOCAB = 4, 1, 24
 TINY = TransformerConfig(
   vocab_size=VOCAB,
@@ -401,3 +406,24 @@ def test_a_text_without_a_gap_is_refused(text):
 def test_no_slots_after_a_prompt_is_refused(params):
   with pytest.raises(UserError, match='nothing to fill'):
     generate(GREEDY, params, sampler.continue_prompts([[7]], 0))
+
+
+@pytest.mark.parametrize('flag', ['block_length', 'steps', 'gen_length'])
+@pytest.mark.parametrize('value', [0, -4])
+def test_numbers_on_the_command_line_are_positive(tmp_path, flag, value):
+  """Told before the run is looked for, which is not there."""
+  result = subprocess.run(
+    [
+      sys.executable,
+      'launch/sample.py',
+      f'--workdir={tmp_path}/none',
+      f'--{flag}={value}',
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 2
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert flag in result.stderr and str(value) in result.stderr

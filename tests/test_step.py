@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdiff import mesh, model, objective, optimizer, step
+from maskdiff import guard, mesh, model, objective, optimizer, step
+from maskdiff.guard import GuardConfig
 from maskdiff.model import TransformerConfig
 from maskdiff.objective import ObjectiveConfig
 from maskdiff.optimizer import OptimizerConfig
@@ -43,6 +44,7 @@ OBJECTIVE = ObjectiveConfig(
   eos_id=2,
   loss_chunk_tokens=16,
 )
+GUARD = GuardConfig(spike_sigmas=0.0)
 # A tenth of the tokens end a document.
 CONFINED = dataclasses.replace(OBJECTIVE, attend_within='document', eos_id=10)
 OPTIMIZER = OptimizerConfig(
@@ -108,7 +110,7 @@ def initial_state(tx, std=0.2):
   zeros = jax.tree.map(
     lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, params)
   )
-  return step.TrainState(np.zeros((), np.int32), params, zeros)
+  return step.TrainState(np.zeros((), np.int32), params, zeros, guard.init())
 
 
 @dataclasses.dataclass
@@ -126,7 +128,7 @@ def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
   """A short training from the same parameters on the same batch."""
   m = make_mesh(mesh_name)
   tx = optimizer.make_optimizer(OPTIMIZER, 100, model.axes(MODEL))
-  c = step.StepConfig(MODEL, objective, LENGTH, microbatches)
+  c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD)
   out = Run([], [], [], [])
   with jax.set_mesh(m):
     state = jax.device_put(
@@ -352,6 +354,57 @@ def test_all_arrays_are_split_alike():
   np.testing.assert_array_equal(split_tokens, tokens[split_rows])
 
 
+# Updates that are not worth making
+
+
+@pytest.mark.parametrize('microbatches', [1, 4])
+@pytest.mark.parametrize('mesh_name', ['fsdp8', 'replica2_fsdp2_tensor2'])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(
+  mesh_name, microbatches, monkeypatch
+):
+  """One poisoned step; the others are as without it."""
+  whole = step.batch_gradients
+
+  def poisoned(c, params, tokens, key):
+    gradients, sums = whole(c, params, tokens, key)
+    bad = jnp.where(tokens[0, 0] == 31, jnp.nan, 0)
+    head = {'norm': gradients['norm'].at[3].add(bad)}
+    return gradients | head, sums
+
+  monkeypatch.setattr(step, 'batch_gradients', poisoned)
+  m = make_mesh(mesh_name)
+  tx = optimizer.make_optimizer(OPTIMIZER, 100, model.axes(MODEL))
+  c = step.StepConfig(MODEL, OBJECTIVE, LENGTH, microbatches, GUARD)
+  with jax.set_mesh(m):
+    update = step.compile_train_step(c, tx, m)
+    place = lambda tokens: jax.device_put(tokens, mesh.batch_sharding(m))
+    good, bad = make_tokens(), make_tokens()
+    bad[0, 0] = 31
+    state = jax.device_put(
+      initial_state(tx), step.state_shardings(MODEL, tx, m)
+    )
+    state, _ = update(state, place(good), jax.random.key(KEY))
+    before = jax.tree.map(np.asarray, state)
+    state, metrics = jax.block_until_ready(
+      update(state, place(bad), jax.random.key(KEY))
+    )
+    assert metrics['skipped'] and metrics['skipped_in_a_row'] == 1
+    assert not np.isfinite(metrics['grad_norm'])
+    assert np.isfinite(metrics['param_norm'])
+    for old, new in zip(
+      jax.tree.leaves((before.params, before.opt_state)),
+      jax.tree.leaves((state.params, state.opt_state)),
+      strict=True,
+    ):
+      np.testing.assert_array_equal(old, new)
+    assert state.step == before.step + 1
+    state, metrics = jax.block_until_ready(
+      update(state, place(good), jax.random.key(KEY))
+    )
+    assert not metrics['skipped'] and metrics['skipped_before'] == 1
+    assert np.any(np.asarray(state.params['norm']) != before.params['norm'])
+
+
 # Evaluation and learning
 
 
@@ -360,6 +413,7 @@ WHOLE_ROWS = step.StepConfig(
   objective=dataclasses.replace(OBJECTIVE, random_length_fraction=0.0),
   length=LENGTH,
   microbatches=1,
+  guard=GUARD,
 )
 
 

@@ -1,15 +1,14 @@
 """Which part of the model an instruction of the compiled step belongs to.
 
 Told from what the compiler keeps of the Python code: the einsum strings of
-model.py and cross_entropy.py, the functions that an instruction is from, and
-named scopes. Einsums are told apart by their letters, not by the order of
-these: see the letters in WORKSPACE.md. What cannot be told keeps its op_name.
+model.py and cross_entropy.py, and the functions that an instruction is from.
+Einsums are told apart by their letters, not by the order of these: see the
+letters in WORKSPACE.md. What cannot be told keeps its op_name.
 """
 
 import re
 
 EINSUM = re.compile(r'([a-z.]+),([a-z.]+)->([a-z.]+)')
-SCOPE = re.compile(r'\b(attention|mlp|loss|embed|optimizer)\b')
 # From Python functions, and from the files that others are in, to parts: the
 # innermost one that is known decides.
 FUNCTIONS = {
@@ -24,7 +23,7 @@ FUNCTIONS = {
   'Transformer.__call__.<locals>.<lambda>': 'weights: cast and copy',
   'Transformer.logits': 'logits',
   'Transformer.vocabulary': 'logits',
-  'train_step.<locals>.accumulate': 'gradient sum over microbatches',
+  'batch_gradients.<locals>.accumulate': 'gradient sum over microbatches',
   'summarize': 'metrics',
   'predict': 'sampling: choice of tokens',
   'scale_by_adam': 'optimizer',
@@ -38,6 +37,7 @@ FILES = {
   'attention': 'attention besides kernel',
   'splash_attention_kernel': 'attention besides kernel',
   'cross_entropy': 'loss',
+  'guard': 'guard',
   'objective': 'noise',
   'schedule': 'noise',
   'remasking': 'sampling: choice of tokens',
@@ -64,7 +64,6 @@ def model_part(op_name, functions):
     or _einsum(op_name)
     or _scan(op_name, functions)
     or _function(op_name, functions)
-    or _scope(op_name)
   )
   if part is None:
     # The compiler's own names end in a number.
@@ -120,7 +119,7 @@ def _scan(op_name, functions):
   sliced = re.search(r'dynamic_(update_)?(index_in_dim|slice)', op_name)
   outer = functions and functions[0] in (
     'model.Transformer.__call__',
-    'step.train_step',
+    'step.batch_gradients',
   )
   return 'layer: stacked arrays' if sliced and outer else None
 
@@ -136,8 +135,3 @@ def _function(op_name, functions):
     if file in FILES:
       return FILES[file]
   return None
-
-
-def _scope(op_name):
-  found = SCOPE.findall(op_name)
-  return {'embed': 'embedding'}.get(found[-1], found[-1]) if found else None

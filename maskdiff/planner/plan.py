@@ -2,10 +2,11 @@
 
 The TPU compiler runs on any Linux machine and compiles for a topology by name,
 so the very step that train.py runs can be compiled, and its executable priced,
-before a pod is rented. Memory is what the compiler allocates, and is exact.
-Time is an estimate; hlo_cost.py and chips.py say what it is made of and what
-is assumed. It has not been compared with a run on a TPU; take it to compare
-configs with. `FIELDS` describes every number.
+before a pod is rented. Memory is what the compiler allocates for the step, and
+for the step of an evaluation beside the state of the training; samples in
+passing are not counted. Time is an estimate; hlo_cost.py and chips.py say what
+it is made of and what is assumed. It has not been compared with a run on a TPU;
+take it to compare configs with. `FIELDS` describes every number.
 
 The loop of the loss runs once per chunk of masked tokens, which the compiler
 cannot know; here it is expected to run for the mean mask ratio of the schedule
@@ -29,9 +30,11 @@ from maskdiff.errors import UserError
 from maskdiff.planner import hlo, hlo_cost, report
 from maskdiff.planner.target import (
   compile_denoise,
+  compile_evaluation,
   compile_train,
   one_line,
   open_target,
+  params_on,
   topology_devices,
 )
 
@@ -54,14 +57,16 @@ FIELDS = {
   'microbatches': 'parts that the batch is computed in',
   'rows_per_chip': 'rows that a chip computes at once; may be a fraction',
   'remat': 'config.model.remat',
-  'compile_s': 'seconds that the compilation took here',
+  'compile_s': 'seconds that the compilation of the step took here',
   'hbm_arguments_gib': 'state and batch, per chip',
   'hbm_temporaries_gib': 'activations, gradients, buffers, per chip: the sum '
   'of all allocations, of which some never live at the same time',
   'hbm_total_gib': 'HBM in use at the worst moment, per chip',
+  'hbm_evaluation_gib': 'HBM in use at the worst moment of an evaluation '
+  '(train), per chip: the arguments of the train step stay',
   'hbm_capacity_gib': 'what a program may use of a chip',
   'host_gib': 'memory of the host that a chip takes, for what is offloaded',
-  'fits': 'whether the total is within the capacity',
+  'fits': 'whether total and evaluation are within the capacity',
   'levers': 'config keys that would lower the memory, if it does not fit',
   'step_s': 'seconds per train step, or per denoising step',
   'cycles_s': 'of it: what the compiler has an estimate for',
@@ -132,6 +137,8 @@ def _plan_on(config, target):
   )
   if result['status'] == 'does not fit':
     result['levers'] = report.levers(config, facts, dict(target.mesh.shape))
+  if result['fits']:
+    result |= _evaluation(config, target, result)
   if result['step_s'] is None:
     return result
   step_tokens, count = t.batch * c.length, facts['chips']
@@ -226,28 +233,11 @@ def _facts(config, target, mode):
 
 def _priced(facts, target, compile_it, expected_trips, causal):
   """The facts with the memory and the time of what `compile_it` returns."""
-  try:
-    compiled = compile_it()
-  except jax.errors.JaxRuntimeError as error:
-    # Other memories than HBM run out too, on-chip memory above all.
-    if 'RESOURCE_EXHAUSTED' in str(error) and 'hbm' in str(error).lower():
-      return facts | {
-        'status': 'does not fit',
-        'fits': False,
-        'hbm_total_gib': needed_gib(str(error)),
-      }
-    return facts | {'status': 'does not compile', 'error': one_line(error)}
+  compiled, failure = _attempt(compile_it)
+  if failure:
+    return facts | failure
   memory = compiled.executable.memory_analysis()
-  allocated = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes
-  )
-  # What the compiler itself compares with the chip before it accepts a
-  # program. It counts memory of the host too, where something is offloaded.
-  total = min(memory.peak_memory_in_bytes or allocated, allocated)
+  total = _peak_bytes(memory)
   fits = total / GIB <= target.chip.hbm_gib
   module = hlo.parse(compiled.executable.as_text())
   cost = hlo_cost.price(module, target.machine, expected_trips, causal)
@@ -264,6 +254,63 @@ def _priced(facts, target, compile_it, expected_trips, causal):
     }
     | report.costs(cost)
   )
+
+
+def _evaluation(config, target, fitting):
+  """What an evaluation changes in the plan of a train step that fits."""
+  compiled, failure = _attempt(lambda: compile_evaluation(config, target))
+  if failure.get('error'):
+    error = f'the step of an evaluation: {failure["error"]}'
+    return failure | {'error': error, 'fits': False}
+  total = failure.get('hbm_total_gib')
+  if compiled:
+    total = _peak_bytes(compiled.executable.memory_analysis()) / GIB
+  if total is not None:
+    # Both programs have the parameters among their arguments.
+    params = jax.tree.leaves(
+      params_on(run_lib.step_config(config).model, target.mesh)
+    )
+    shared = sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in params
+    )
+    total += fitting['hbm_arguments_gib'] - shared / GIB
+  if compiled and total <= target.chip.hbm_gib:
+    return {'hbm_evaluation_gib': total}
+  return {
+    'status': 'does not fit',
+    'fits': False,
+    'hbm_evaluation_gib': total,
+    'levers': report.evaluation_levers(
+      config, fitting, dict(target.mesh.shape)
+    ),
+  }
+
+
+def _attempt(compile_it):
+  """A Compiled and {}, or None and what a plan says of the failure."""
+  try:
+    return compile_it(), {}
+  except jax.errors.JaxRuntimeError as error:
+    # Other memories than HBM run out too, on-chip memory above all.
+    if 'RESOURCE_EXHAUSTED' in str(error) and 'hbm' in str(error).lower():
+      needed = needed_gib(str(error))
+      return None, {'status': 'does not fit', 'hbm_total_gib': needed}
+    return None, {'status': 'does not compile', 'error': one_line(error)}
+
+
+def _peak_bytes(memory):
+  """HBM at the worst moment of a program, from its memory_analysis()."""
+  allocated = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+  )
+  # What the compiler itself compares with the chip before it accepts a
+  # program. It counts memory of the host too, where something is offloaded.
+  return min(memory.peak_memory_in_bytes or allocated, allocated)
 
 
 def loss_chunks(config, sizes):
@@ -312,8 +359,8 @@ def needed_gib(message):
 def sweep(config, topology, rows, remats, meshes, num_slices=1, say=print):
   """Plans every combination, one after the other, and ranks what fits.
 
-  The batch of the config is kept to the nearest that the mesh divides, and the
-  number of microbatches follows from the rows that a chip computes at once.
+  The batches of the config are kept to the nearest that the mesh divides, and
+  the number of microbatches follows from the rows that a chip computes at once.
   More rows are not tried where fewer did not fit or did not compile.
 
   Args:
@@ -379,8 +426,15 @@ def _candidate(config, topology, num_slices, rows, remat, sizes):
     at_once = rows * mesh_lib.batch_shards(target.mesh)
     parts = max(1, round(config.train.batch / at_once))
     config.train.microbatches = parts
-    config.train.batch = config.eval.batch = parts * at_once
+    config.train.batch = parts * at_once
+    config.eval.batch = _nearest(config.eval.batch, target.mesh)
     config_lib.validate(config)
     return _plan_on(config, target)
   except ValueError as error:  # UserError, or JAX about shapes
     return failed | {'error': one_line(error)}
+
+
+def _nearest(batch, mesh):
+  """The even batch closest to this one whose rows split over the mesh."""
+  unit = math.lcm(mesh_lib.batch_shards(mesh), 2)
+  return max(1, round(batch / unit)) * unit

@@ -1,5 +1,8 @@
 """Says what a plan found: tables for a terminal, advice, a picture."""
 
+import math
+import os
+
 from maskdiff import config as config_lib
 from maskdiff import metrics
 from maskdiff.errors import UserError
@@ -73,8 +76,7 @@ def levers(config, facts, sizes):
   Returns:
     List of str.
   """
-  t, o, vocab = config.train, config.objective, config.model.vocab_size
-  found = []
+  t, found = config.train, []
   if facts['rows_per_chip'] > 1:
     shards = sizes['replica'] * sizes['fsdp']
     more = next(
@@ -92,6 +94,31 @@ def levers(config, facts, sizes):
       f'--config.model.remat={"|".join(less)}: keep less of each layer, and '
       'compute it again'
     )
+  return found + _common_levers(config, facts, sizes)
+
+
+def evaluation_levers(config, facts, sizes):
+  """Config keys that lower the memory of an evaluation, the strongest first.
+
+  Arguments and result as of `levers`.
+  """
+  e, shards, found = config.eval, sizes['replica'] * sizes['fsdp'], []
+  unit = shards
+  if config.objective.time_sampling == 'antithetic':  # see config.validate
+    unit = math.lcm(shards, 2)
+  if e.batch > unit:
+    less = max(1, e.batch // (2 * unit)) * unit
+    found.append(
+      f'--config.eval.batch={less} '
+      f'--config.eval.batches={math.ceil(e.batch * e.batches / less)}: '
+      f'{less / shards:g} rows per chip at once, no fewer in all'
+    )
+  return found + _common_levers(config, facts, sizes)
+
+
+def _common_levers(config, facts, sizes):
+  """What lowers the memory of a train step and of an evaluation."""
+  o, vocab, found = config.objective, config.model.vocab_size, []
   chunk_gib = 4 * o.loss_chunk_tokens * vocab / 2**30
   if chunk_gib > 0.1:
     found.append(
@@ -175,17 +202,32 @@ def _memory_rows(p):
     if p['host_gib']:
       parts += f'; {p["host_gib"]:.2f} GiB of the host'
     rows.append(('HBM per chip', parts))
-  total = p['hbm_total_gib']
-  needed = 'more than there is' if total is None else f'{total:.2f} GiB'
+  over = _only_evaluation_is_over(p)
+  verdict = 'FITS' if over else p['status'].upper()
   rows.append(
-    (
-      '',
-      f'{needed} of {p["hbm_capacity_gib"]} GiB at the worst moment: '
-      f'{p["status"].upper()}',
-    )
+    ('', f'{_of_capacity(p, "total")} at the worst moment: {verdict}')
   )
+  if over or p['hbm_evaluation_gib'] is not None:
+    needed = _of_capacity(p, 'evaluation')
+    rows.append(('', f'{needed} in an evaluation: {p["status"].upper()}'))
   heads = ['to make it fit', *[''] * len(p['levers'])]
   return rows + list(zip(heads, p['levers'], strict=False))
+
+
+def _of_capacity(p, what):
+  gib = p[f'hbm_{what}_gib']
+  needed = 'more than there is' if gib is None else f'{gib:.2f} GiB'
+  return f'{needed} of {p["hbm_capacity_gib"]} GiB'
+
+
+def _only_evaluation_is_over(p):
+  """Whether the memory is short though the step itself has enough."""
+  total = p['hbm_total_gib']
+  return (
+    p['status'] == 'does not fit'
+    and p['step_s'] is not None
+    and total <= p['hbm_capacity_gib']
+  )
 
 
 def _time_rows(p):
@@ -230,14 +272,21 @@ def sweep_line(p):
   name = f'{p["rows_per_chip"]:g} rows, remat {p["remat"]}, {p["mesh"]}'
   if p['status'] == 'does not compile':
     return f'{name}: does not compile ({p["error"]})'
-  total = p['hbm_total_gib']
+  over = _only_evaluation_is_over(p)
+  total = p['hbm_evaluation_gib' if over else 'hbm_total_gib']
   memory = '' if total is None else f', {total:.2f} GiB'
   if p['status'] != 'fits':
-    return f'{name}: does not fit{memory}'
+    return f'{name}: {_problem(p)}{memory}'
   return (
     f'{name}: {p["tokens_per_s_per_chip"]:,.0f} tokens/s/chip, '
     f'MFU {p["mfu"]:.1%}{memory}'
   )
+
+
+def _problem(p):
+  if _only_evaluation_is_over(p):
+    return 'evaluation does not fit, lower config.eval.batch'
+  return p['error'] or p['status']
 
 
 def format_sweep(plans):
@@ -255,11 +304,27 @@ def format_sweep(plans):
       known(p['microbatches'], 'd'),
       p['remat'],
       p['mesh'],
-      '' if p['status'] == 'fits' else (p['error'] or p['status']),
+      '' if p['status'] == 'fits' else _problem(p),
     )
     for p in plans
   ]
   return metrics.table(rows)
+
+
+def check_plot(path):
+  """Raises UserError unless matplotlib is here and has the picture's format."""
+  try:
+    from matplotlib.backend_bases import FigureCanvasBase
+  except ImportError as error:
+    raise UserError(
+      '--plot needs matplotlib: pip install matplotlib'
+    ) from error
+  known = FigureCanvasBase.get_supported_filetypes()
+  suffix = os.path.splitext(path)[1][1:].lower()
+  if suffix and suffix not in known:
+    raise UserError(
+      f'--plot {path!r}: choose a suffix of {", ".join(sorted(known))}'
+    )
 
 
 def plot(plan, path):
@@ -270,17 +335,14 @@ def plot(plan, path):
     path: of the picture.
 
   Raises:
-    UserError: matplotlib is missing, there is no time to draw, or the file
-      cannot be written.
+    UserError: see `check_plot`; there is no time to draw, or the file cannot
+      be written.
   """
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise UserError(
-      '--plot needs matplotlib: pip install matplotlib'
-    ) from error
+  check_plot(path)
   if plan['step_s'] is None:
     raise UserError('--plot: there is no time to draw, see the status')
+  import matplotlib
+
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 

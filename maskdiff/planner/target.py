@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from maskdiff import chips, sampler
+from maskdiff import chips, evaluation, sampler
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import run as run_lib
@@ -141,6 +141,47 @@ def compile_train(config, target):
   tokens = jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32)
   train_step = step_lib.compile_train_step(c, optimizer, target.mesh)
   return _compile(train_step, target.mesh, state, tokens, key)
+
+
+def compile_evaluation(config, target):
+  """Compiles the step that an evaluation of a training run makes.
+
+  Args:
+    config: ConfigDict, checked with the mesh.
+    target: Target.
+
+  Returns:
+    Compiled.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
+  """
+  c = run_lib.step_config(config)
+  # As `evaluation.evaluate` has it: all of every row, at times in no pairs.
+  objective = dataclasses.replace(
+    c.objective, random_length_fraction=0.0, time_sampling='stratified'
+  )
+  c = dataclasses.replace(c, objective=objective)
+  params = params_on(c.model, target.mesh)
+  tokens = jax.ShapeDtypeStruct(
+    (config.eval.batch, c.length),
+    jnp.int32,
+    sharding=mesh_lib.batch_sharding(target.mesh),
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return _compile(evaluation._eval_step, target.mesh, c, params, tokens, key)
+
+
+def params_on(model, mesh):
+  """The parameters of a TransformerConfig, as shapes with shardings."""
+  shapes = model_lib.shapes(model)
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    shapes,
+    mesh_lib.param_shardings(mesh, model_lib.axes(model), shapes),
+  )
 
 
 def compile_denoise(config, target, prompts, length):

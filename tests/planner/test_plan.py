@@ -3,12 +3,14 @@
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from maskdiff import config
+from maskdiff import config, evaluation
 from maskdiff.chips import parse_topology
 from maskdiff.errors import UserError
-from maskdiff.planner import plan
+from maskdiff.planner import hlo_cost, plan, target
 
 SIZES = {'replica': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
 
@@ -124,6 +126,178 @@ def test_another_memory_than_hbm_is_not_the_plans_fault(
   assert (found['status'], found['error']) == ('does not compile', message)
   assert found['fits'] is False
   assert found['levers'] == []
+
+
+GIB = 2**30
+
+
+def allocated(arguments_gib, peak_gib):
+  """What a compilation returns, without a program."""
+  memory = types.SimpleNamespace(
+    argument_size_in_bytes=int(arguments_gib * GIB),
+    output_size_in_bytes=0,
+    alias_size_in_bytes=0,
+    temp_size_in_bytes=100 * GIB,
+    generated_code_size_in_bytes=0,
+    peak_memory_in_bytes=int(peak_gib * GIB),
+    host_temp_size_in_bytes=0,
+  )
+  executable = types.SimpleNamespace(
+    memory_analysis=lambda: memory, as_text=lambda: ''
+  )
+  return types.SimpleNamespace(executable=executable, seconds=60.0)
+
+
+@pytest.fixture
+def compiled(cpu_target, monkeypatch):
+  """compiled(train, evaluation) sets what their compilations return."""
+  cost = hlo_cost.Cost(total_s=1.0)
+  monkeypatch.setattr(plan.hlo, 'parse', lambda text: None)
+  monkeypatch.setattr(plan.hlo_cost, 'price', lambda *_: cost)
+
+  def outcome(result):
+    calls = []
+
+    def compile_it(c, target):
+      calls.append(c)
+      if isinstance(result, Exception):
+        raise result
+      return result
+
+    return compile_it, calls
+
+  def pretend(train, evaluation):
+    for name, result in ('train', train), ('evaluation', evaluation):
+      compile_it, calls = outcome(result)
+      monkeypatch.setattr(plan, f'compile_{name}', compile_it)
+    return calls
+
+  return pretend
+
+
+def wide(**values):
+  """0.9 GiB of parameters on eight chips, 64 rows in an evaluation."""
+  return changed(
+    **{
+      'model.embed': 2**13,
+      'model.mlp': 2**13,
+      'model.layers': 1,
+      'model.vocab_size': 4096,
+      'model.heads': 1,
+      'model.kv_heads': 1,
+      'eval.batch': 64,
+      **values,
+    }
+  )
+
+
+def params_gib(c):
+  """Of the parameters of a chip; only the matrices are split by eight."""
+  m = c.model
+  heads = (2 * m.heads + 2 * m.kv_heads) * m.head_dim * m.embed
+  matrices = m.vocab_size * m.embed + 3 * m.embed * m.mlp + heads
+  return 4 * (matrices / 8 + 3 * m.embed) / GIB
+
+
+def test_an_evaluation_stands_beside_the_whole_state(compiled):
+  c = wide()
+  compiled(allocated(6, 8), allocated(1, 9))
+  found = plan.plan(c, 'v5e:2x4')
+  assert (found['status'], found['fits']) == ('fits', True)
+  assert found['hbm_total_gib'] == 8
+  # 6 of the state, and 9 less the parameters, which are part of it.
+  expected = 6 + 9 - params_gib(c)
+  assert found['hbm_evaluation_gib'] == pytest.approx(expected, rel=1e-6)
+  assert found['compile_s'] == 60
+
+
+@pytest.mark.parametrize(
+  'evaluation',
+  [
+    allocated(1, 10),
+    jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: space hbm. Used 10.0G of 15.75G hbm.'
+    ),
+  ],
+)
+def test_an_evaluation_that_does_not_fit_is_part_of_the_plan(
+  compiled, evaluation
+):
+  c = wide()
+  compiled(allocated(12, 14), evaluation)
+  found = plan.plan(c, 'v5e:2x4')
+  assert (found['status'], found['fits']) == ('does not fit', False)
+  assert found['hbm_total_gib'] == 14
+  expected = 12 + 10 - params_gib(c)
+  assert found['hbm_evaluation_gib'] == pytest.approx(expected, rel=1e-6)
+  assert found['levers'][0].startswith(
+    '--config.eval.batch=32 --config.eval.batches=16: 4 rows per chip'
+  )
+  assert not any('train.microbatches' in lever for lever in found['levers'])
+
+
+def test_an_evaluation_that_does_not_compile_is_named(compiled):
+  error = jax.errors.JaxRuntimeError('no such operation')
+  compiled(allocated(6, 8), error)
+  found = plan.plan(wide(), 'v5e:2x4')
+  assert (found['status'], found['fits']) == ('does not compile', False)
+  assert found['error'] == 'the step of an evaluation: no such operation'
+  assert found['hbm_total_gib'] == 8
+
+
+def test_an_evaluation_waits_for_a_train_step_that_fits(compiled):
+  calls = compiled(allocated(6, 20), allocated(1, 2))
+  found = plan.plan(wide(), 'v5e:2x4')
+  assert (found['status'], calls) == ('does not fit', [])
+  assert found['hbm_evaluation_gib'] is None
+
+
+def test_a_sweep_keeps_the_batch_of_an_evaluation(compiled):
+  """To the nearest that the chips divide, whatever is trained on at once."""
+  calls = compiled(allocated(6, 8), allocated(1, 2))
+  c = wide(**{'eval.batch': 20, 'train.batch': 128})
+  plan.sweep(c, 'v5e:2x4', [1, 4], ['full'], [{}], say=lambda line: None)
+  assert [(c.train.batch, c.eval.batch) for c in calls] == [(128, 16)] * 2
+
+
+def test_the_evaluation_that_is_compiled_is_the_one_that_runs(monkeypatch):
+  """Its config and shapes, as evaluation.evaluate gives them to the step."""
+  c = changed(**{'data.length': 32, 'eval.batch': 16, 'eval.batches': 1})
+  c.model.update(embed=16, layers=1, mlp=16)
+  mesh = plan.mesh_lib.make_mesh()
+  ran = []
+  monkeypatch.setattr(
+    evaluation, '_eval_step', lambda *args: ran.append(args) or SUMS
+  )
+  step = plan.run_lib.step_config(c)
+  tokens = jnp.zeros((16, 32), jnp.int32)
+  tokens = jax.device_put(tokens, plan.mesh_lib.batch_sharding(mesh))
+  shapes = target.params_on(step.model, mesh)
+  params = jax.tree.map(
+    lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), shapes
+  )
+  evaluation.evaluate(step, params, [tokens], 1.0)
+  monkeypatch.setattr(
+    target, '_compile', lambda function, mesh, *args: ran.append(args)
+  )
+  target.compile_evaluation(c, types.SimpleNamespace(mesh=mesh))
+  (config_ran, *arrays), (config_compiled, *shapes) = ran
+  assert config_ran == config_compiled
+  described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert described(arrays) == described(shapes)
+  # The key has no place of its own.
+  for x, y in zip(
+    jax.tree.leaves(arrays[:2]), jax.tree.leaves(shapes[:2]), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+SUMS = {
+  'weighted_nll': np.ones(()),
+  'num_tokens': np.ones(()),
+  'ratio_nll': np.ones(5),
+  'ratio_count': np.ones(5),
+}
 
 
 def sweep(monkeypatch, needed, **options):

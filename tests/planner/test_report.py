@@ -1,5 +1,6 @@
 """Tables, advice and the picture of a plan, from a plan made up."""
 
+import re
 import sys
 
 import pytest
@@ -30,6 +31,7 @@ def a_plan(**values):
     'hbm_arguments_gib': 1.4,
     'hbm_temporaries_gib': 65.0,
     'hbm_total_gib': 66.4,
+    'hbm_evaluation_gib': 3.25,
     'hbm_capacity_gib': 95.74,
     'host_gib': 3.5,
     'levers': [],
@@ -82,6 +84,7 @@ def test_the_table_has_every_headline_number():
     '8,015,581,184',
     '65.00 GiB temporaries; 3.50 GiB of the host',
     '66.40 GiB of 95.74 GiB at the worst moment: FITS',
+    '3.25 GiB of 95.74 GiB in an evaluation: FITS',
     '2.0000 s estimated = 1.5000 compiled + 0.3000 attention kernels '
     '+ 0.1500 collectives + 0.0500 collectives between slices',
     '1,000,000 tokens/s, 7,812 per chip, MFU 55.0%',
@@ -101,6 +104,7 @@ def test_the_table_of_a_plan_that_does_not_fit():
       status='does not fit',
       fits=False,
       hbm_total_gib=101.2,
+      hbm_evaluation_gib=None,
       hbm_arguments_gib=None,
       step_s=None,
       collectives=[],
@@ -111,6 +115,25 @@ def test_the_table_of_a_plan_that_does_not_fit():
   assert '101.20 GiB of 95.74 GiB at the worst moment: DOES NOT FIT' in text
   assert 'to make it fit  one' in text
   assert 'days' not in text
+  assert 'evaluation' not in text
+
+
+def test_the_table_says_which_of_step_and_evaluation_does_not_fit():
+  p = a_plan(
+    status='does not fit',
+    fits=False,
+    hbm_evaluation_gib=99.0,
+    levers=['--config.eval.batch=8'],
+  )
+  text = report.format_table(p)
+  assert '66.40 GiB of 95.74 GiB at the worst moment: FITS' in text
+  assert '99.00 GiB of 95.74 GiB in an evaluation: DOES NOT FIT' in text
+  assert re.search('to make it fit +--config.eval.batch=8', text)
+  text = report.format_table(p | {'hbm_evaluation_gib': None})
+  assert 'more than there is of 95.74 GiB in an evaluation: DOES' in text
+  problem = 'evaluation does not fit, lower config.eval.batch'
+  assert report.sweep_line(p).endswith(f'{problem}, 99.00 GiB')
+  assert report.format_sweep([p]).endswith(problem)
 
 
 def test_the_table_of_a_plan_that_does_not_compile():
@@ -133,7 +156,12 @@ def test_a_sweep_is_a_line_each():
   lines = report.format_sweep(
     [
       a_plan(),
-      a_plan(status='does not fit', tokens_per_s_per_chip=None, mfu=None),
+      a_plan(
+        status='does not fit',
+        tokens_per_s_per_chip=None,
+        mfu=None,
+        step_s=None,
+      ),
       a_plan(
         status='does not compile',
         error='why',
@@ -148,6 +176,37 @@ def test_a_sweep_is_a_line_each():
   assert lines[1].split()[:3] == ['7,812', '55.0%', '66.40']
   assert lines[2].endswith('does not fit')
   assert lines[3].endswith('why')
+
+
+def evaluation_levers(**values):
+  c = config.default()
+  c.update_from_flattened_dict(values)
+  sizes = {'replica': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
+  return report.evaluation_levers(c, {'num_slices': 1}, sizes)
+
+
+@pytest.mark.parametrize(
+  'batch, batches, lever',
+  [
+    (32, 8, '--config.eval.batch=16 --config.eval.batches=16: 2 rows'),
+    (40, 8, '--config.eval.batch=16 --config.eval.batches=20: 2 rows'),
+    (24, 3, '--config.eval.batch=8 --config.eval.batches=9: 1 rows'),
+  ],
+)
+def test_an_evaluation_may_have_smaller_batches_that_the_chips_divide(
+  batch, batches, lever
+):
+  first, *rest = evaluation_levers(
+    **{'eval.batch': batch, 'eval.batches': batches}
+  )
+  assert first.startswith(lever)
+  assert not any('eval.batch' in r or 'remat' in r for r in rest)
+
+
+def test_a_batch_of_a_row_a_chip_is_the_smallest():
+  assert not any(
+    'eval.batch' in lever for lever in evaluation_levers(**{'eval.batch': 8})
+  )
 
 
 def levers(sizes=None, rows=4.0, slices=1, **values):
@@ -223,6 +282,13 @@ def test_a_picture_that_cannot_be_written(tmp_path):
 
 
 def test_without_matplotlib_the_fix_is_named(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  for name in ('matplotlib', 'matplotlib.backend_bases'):
+    monkeypatch.setitem(sys.modules, name, None)
   with pytest.raises(UserError, match='pip install matplotlib'):
     report.plot(a_plan(), 'plan.png')
+
+
+def test_a_picture_in_a_format_that_is_unknown():
+  pytest.importorskip('matplotlib')
+  with pytest.raises(UserError, match=r'plan\.doc.*png'):
+    report.check_plot('plan.doc')

@@ -1,0 +1,76 @@
+"""The table of plans in README.md and docs/speed.md, from one clean run.
+
+python benchmarks/plans.py [--only 1b] > table.md
+
+Compiles the train step of every pod config for its machine with launch/plan.py,
+one after the other, and prints a row of Markdown for each. Takes half an hour
+on two cores.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PLANS = [
+  # config, note, topology, slices
+  ('8b.py', '', 'v5p:4x4x4', 1),
+  ('8b.py:v5e-256', '', 'v5e:16x16', 1),
+  ('8b.py:v6e-256', '', 'v6e:16x16', 1),
+  ('8b_multislice.py', '', 'v5p:4x4x4', 2),
+  ('32b.py', ' (32.5B)', 'v5p:4x4x4', 1),
+  ('1b.py', '', 'v5e:2x4', 1),
+  ('1b.py:v6e-8', '', 'v6e:2x4', 1),
+  ('1b.py:v6e-1', '', 'v6e:1x1', 1),
+  ('1b.py:v5e-1', ' (0.91B)', 'v5e:1x1', 1),
+]
+HEAD = (
+  '| `configs/` | topology, chips | rows a step | HBM a chip, GiB '
+  '| step, s | tokens/s | MFU | days, chip-hours | compiled in |'
+)
+
+
+def plan(config, topology, slices):
+  """The plan of a config as a dict; see planner/plan.py."""
+  with tempfile.NamedTemporaryFile(suffix='.json') as file:
+    result = subprocess.run(
+      [
+        *(sys.executable, 'launch/plan.py', '--config', f'configs/{config}'),
+        *('--topology', topology, '--num_slices', str(slices)),
+        *('--json', file.name),
+      ],
+      cwd=ROOT,
+      stdout=subprocess.DEVNULL,
+    )
+    if result.returncode:
+      sys.exit(f'{config} on {topology}: launch/plan.py failed')
+    return json.load(file)
+
+
+def row(p, config, note):
+  """A row of Markdown."""
+  slices = f'{p["num_slices"]} x ' if p['num_slices'] > 1 else ''
+  chips = f'{p["chips"]} chip{"s" if p["chips"] > 1 else ""}'
+  return (
+    f'| {config}{note} | {slices}{p["topology"]}, {chips} | {p["batch"]:,} '
+    f'| {p["hbm_total_gib"]:.1f} of {p["hbm_capacity_gib"]} '
+    f'| {p["step_s"]:.2f} | {p["tokens_per_s"]:,.0f} | {p["mfu"]:.1%} '
+    f'| {p["days"]:.0f}, {p["chip_hours"]:,.0f} | {p["compile_s"]:.0f} s |'
+  )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--only', default='', help='configs that begin with this')
+  only = parser.parse_args().only
+  print(HEAD + '\n|---|---|---|---|---|---|---|---|---|')
+  for config, note, topology, slices in PLANS:
+    if config.startswith(only):
+      print(row(plan(config, topology, slices), config, note), flush=True)
+
+
+if __name__ == '__main__':
+  main()
