@@ -3,7 +3,9 @@
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny \
   [--config.train.steps=2000 ...]
 
-On a pod the same command runs on every host; see docs/pods.md.
+On a pod the same command runs on every host; see docs/pods.md. The same command
+goes on with a run that has ended; status 75 asks for that, status 2 for a
+change by the user. See docs/reliability.md.
 """
 
 from absl import flags
@@ -19,7 +21,8 @@ def main(args):
   # After the flags: a bad one is told at once.
   from maskdiff import runtime, train
 
-  with runtime.started(args.workdir):
+  heartbeat_s = args.config.train.heartbeat_s
+  with runtime.started(args.workdir, heartbeat_s=heartbeat_s):
     train.run(args.config, args.workdir)
 
 

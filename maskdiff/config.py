@@ -14,7 +14,7 @@ import sys
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from maskdiff.errors import UserError
+from maskdiff.errors import STATUS_AGAIN, STATUS_USER, Preempted, UserError
 
 
 def default():
@@ -79,12 +79,24 @@ def default():
   data.verify = 'sample'  # sample | all: rows compared with checksums at start
   data.max_damaged_rows = 0  # of a dataset, replaced before a run stops
   data.allow_change = False  # resume on other data, at the same sample number
+  # (first, end), ...: sample numbers that a run passes over from its next
+  # start, e.g. those of updates that were skipped as bad
+  data.skip_samples = ()
 
   c.train = train = config_dict.ConfigDict()
   train.steps = 1000
   train.batch = 32  # B, sequences per step over all devices
   train.microbatches = 1  # gradients are summed over this many parts
   train.log_every_steps = 10  # between rows of metrics
+  train.stall_s = 600.0  # a step or a batch that takes longer is reported
+  train.heartbeat_s = 10  # processes end when one was silent for so long
+
+  c.guard = guard = config_dict.ConfigDict()
+  # An update is skipped if its loss or gradient is not finite, or is so many
+  # standard deviations above those of the last 128 steps; 0: any height goes.
+  # With few tokens a batch, weights of 1/t make spikes of their own.
+  guard.spike_sigmas = 0.0
+  guard.max_in_a_row = 10  # updates skipped before a run stops
 
   c.eval = evaluation = config_dict.ConfigDict()
   evaluation.path = ''  # data whose held-out part is used; '': that of training
@@ -103,6 +115,8 @@ def default():
   c.checkpoint = checkpoint = config_dict.ConfigDict()
   checkpoint.every_steps = 1000  # between checkpoints; one more at the end
   checkpoint.keep = 2  # latest ones kept
+  checkpoint.keep_every_steps = 0  # those of multiples are kept for ever
+  checkpoint.max_failures = 2  # in a row, before a run stops; alone on a disk
 
   c.mesh = mesh = config_dict.ConfigDict()
   mesh.replica = 1
@@ -140,12 +154,15 @@ POSITIVE = (
   'train.steps train.batch train.microbatches train.log_every_steps '
   'eval.every_steps eval.batch eval.batches '
   'sample.gen_length sample.block_length sample.steps '
-  'checkpoint.every_steps checkpoint.keep'
+  'checkpoint.every_steps checkpoint.keep '
+  'train.heartbeat_s guard.max_in_a_row'
 ).split()
 NOT_NEGATIVE = (
   'optimizer.learning_rate optimizer.final_learning_rate '
   'optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay '
-  'optimizer.eps data.max_damaged_rows sample.temperature'
+  'optimizer.eps data.max_damaged_rows sample.temperature '
+  'train.stall_s guard.spike_sigmas checkpoint.keep_every_steps '
+  'checkpoint.max_failures'
 ).split()
 
 
@@ -223,6 +240,16 @@ def validate(c):
     0 <= e.random_length_fraction <= 1,
     f'config.objective.random_length_fraction={e.random_length_fraction} must '
     'lie in [0, 1]',
+  )
+  skip = c.data.skip_samples
+  pairs = all(isinstance(r, tuple) and len(r) == 2 for r in skip)
+  bounds = [n for pair in skip for n in pair] if pairs else []
+  require(
+    pairs
+    and all(isinstance(n, int) and n >= 0 for n in bounds)
+    and bounds == sorted(set(bounds)),
+    f'config.data.skip_samples={skip}: must be (first, end) pairs of sample '
+    'numbers, ascending and apart, as in ((128, 256), (512, 544))',
   )
   warmup = o.warmup_steps + (o.decay_steps if o.schedule == 'wsd' else 0)
   require(
@@ -362,14 +389,16 @@ def run_script(main, argv=None):
 
   The script has defined its absl flags. Everything that the user can fix ends
   with one line on standard error and status 2: an unknown flag or config key,
-  forgotten dashes, and every UserError.
+  forgotten dashes, and every UserError. Status 75 means: start me again.
   """
   argv = sys.argv if argv is None else argv
   try:
     main(_parse(argv))
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(STATUS_USER)
+  except Preempted:  # it has been said
+    sys.exit(STATUS_AGAIN)
 
 
 def _parse(argv):

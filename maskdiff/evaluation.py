@@ -12,7 +12,7 @@ from maskdiff import step as step_lib
 from maskdiff.mesh import whole
 
 
-def evaluate(c, params, batches, tokens_per_byte):
+def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
   """The bound on held-out text, under noise that is the same every time.
 
   Args:
@@ -20,6 +20,7 @@ def evaluate(c, params, batches, tokens_per_byte):
     params: parameter tree.
     batches: list of [B, L] int32.
     tokens_per_byte: of the held-out text, for bits per byte.
+    between: called before every batch; may raise to break off.
 
   Returns:
     loss in nats per token with its standard error over batches (0 for a single
@@ -30,10 +31,11 @@ def evaluate(c, params, batches, tokens_per_byte):
   )
   c = dataclasses.replace(c, objective=objective)
   keys = jax.random.split(jax.random.key(0), len(batches))
-  sums = [
-    _eval_step(c, params, tokens, key)
-    for tokens, key in zip(batches, keys, strict=True)
-  ]
+  sums = []
+  for tokens, key in zip(batches, keys, strict=True):
+    between()
+    sums.append(_eval_step(c, params, tokens, key))
+    sums[:-1] = jax.device_get(sums[:-1])  # one batch at most is waiting
   sums = jax.device_get(sums)
   total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
   means = [s['weighted_nll'] / s['num_tokens'] for s in sums]
@@ -89,19 +91,22 @@ def open_heldout(config, datasets, mesh):
   return heldout
 
 
-def evaluate_mixture(c, params, heldout):
+def evaluate_mixture(c, params, heldout, between=lambda: None):
   """The bound on a mixture: `evaluate` of each dataset, and their mean.
 
   Args:
     c: StepConfig.
     params: parameter tree.
     heldout: list of Heldout. A single one gives what `evaluate` gives.
+    between: see `evaluate`.
 
   Returns:
     as `evaluate`, for a token drawn from the mixture; and for each dataset
     under 'eval/NAME/' in place of 'eval/'.
   """
-  results = [evaluate(c, params, h.batches, h.tokens_per_byte) for h in heldout]
+  results = [
+    evaluate(c, params, h.batches, h.tokens_per_byte, between) for h in heldout
+  ]
   if len(heldout) == 1:
     return results[0]
   share = np.array([h.share for h in heldout])
@@ -147,19 +152,25 @@ def train_row(fetched, learning_rate, step_s):
     step_s: seconds per step.
 
   Returns:
-    dict of floats; losses are means over the window, the gradient norm its
-    largest.
+    dict of floats; losses are means over the window without the updates that
+    were skipped, the gradient norm its largest.
   """
-  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *fetched)
-  return {
+  made = [f for f in fetched if not f['skipped']]
+  row = {
+    'train/param_norm': float(fetched[-1]['param_norm']),
+    'train/learning_rate': float(learning_rate),
+    'train/step_s': step_s,
+    'train/skipped_updates': len(fetched) - len(made),
+  }
+  if not made:
+    return row
+  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *made)
+  return row | {
     'train/loss_nats_per_token': float(
       total['weighted_nll'] / total['num_tokens']
     ),
-    'train/grad_norm': float(max(f['grad_norm'] for f in fetched)),
-    'train/param_norm': float(fetched[-1]['param_norm']),
-    'train/learning_rate': float(learning_rate),
+    'train/grad_norm': float(max(f['grad_norm'] for f in made)),
     'train/masked_share': float(total['num_predicted'] / total['num_tokens']),
-    'train/step_s': step_s,
     **by_ratio('train', total),
   }
 

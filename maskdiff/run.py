@@ -21,6 +21,7 @@ from maskdiff import model as model_lib
 from maskdiff.data import pipeline, prepare, records
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
+from maskdiff.guard import GuardConfig
 from maskdiff.model import TransformerConfig
 from maskdiff.objective import ObjectiveConfig
 from maskdiff.sampler import SamplerConfig
@@ -50,6 +51,7 @@ def step_config(config):
     ),
     length=config.data.length,
     microbatches=config.train.microbatches,
+    guard=GuardConfig(config.guard.spike_sigmas),
   )
 
 
@@ -199,8 +201,30 @@ def train_batches(config, datasets, mesh, start_sample):
     rows=pipeline.host_rows(sharding, shape),
     num_threads=READ_THREADS,
     max_damaged_rows=config.data.max_damaged_rows,
+    skip=config.data.skip_samples,
   )
   return pipeline.to_device(batches, sharding, shape)
+
+
+def read_samples(config, datasets, first, end):
+  """The samples of a range, [end - first, L] int32, on the host.
+
+  Args:
+    config: the config.
+    datasets: from `open_data`.
+    first, end: sample numbers.
+  """
+  batches = pipeline.train_batches(
+    datasets,
+    global_batch=end - first,
+    length=config.data.length,
+    seed=config.seed,
+    start_sample=first,
+    rows=range(end - first),
+    num_threads=0,
+    max_damaged_rows=config.data.max_damaged_rows,
+  )
+  return next(batches)
 
 
 def heldout_batches(config, dataset, mesh):
@@ -228,7 +252,7 @@ def heldout_batches(config, dataset, mesh):
 
 
 def load(workdir):
-  """Loads the newest checkpoint of a run, to use the model.
+  """Loads the newest whole checkpoint of a run, to use the model.
 
   Args:
     workdir: directory given to `train.run`.
@@ -242,21 +266,18 @@ def load(workdir):
   Raises:
     UserError: there is no checkpoint, or it does not fit this version.
   """
-  checkpointer, step, meta = checkpoint.open_latest(workdir)
-  with contextlib.closing(checkpointer):
-    return _load(workdir, checkpointer, step, meta)
-
-
-def _load(workdir, checkpointer, step, meta):
-  config = config_lib.from_dict(meta['config'])
-  c = step_config(config).model
   slices = mesh_lib.split_by_slice(jax.devices())
   mesh = mesh_lib.make_mesh(replica=len(slices))
-  shapes = model_lib.shapes(c)
-  shardings = mesh_lib.param_shardings(mesh, model_lib.axes(c), shapes)
-  (params,) = checkpointer.restore(
-    step, params=checkpoint.targets(shapes, shardings)
-  )
+
+  def targets_of(step, meta):
+    c = step_config(config_lib.from_dict(meta['config'])).model
+    shapes = model_lib.shapes(c)
+    shardings = mesh_lib.param_shardings(mesh, model_lib.axes(c), shapes)
+    return {'params': checkpoint.targets(shapes, shardings)}
+
+  with contextlib.closing(checkpoint.open_run(workdir)) as checkpointer:
+    _, meta, (params,) = checkpoint.restore_newest(checkpointer, targets_of)
+  config = config_lib.from_dict(meta['config'])
   tokenizer = _with_ids(config, tokenizer_lib.load(workdir))
   return config, tokenizer, params, mesh
 

@@ -23,10 +23,18 @@ import urllib.request
 import jax
 from jax._src import distributed  # the address and the barrier are not public
 
-from maskdiff.errors import UserError
+from maskdiff.errors import (
+  STATUS_AGAIN,
+  STATUS_UNEXPECTED,
+  STATUS_USER,
+  NotJoined,
+  Preempted,
+  UserError,
+)
 
 JOIN_TIMEOUT_S = 300
-_BARRIER_TIMEOUT_S = 4 * 3600
+HEARTBEAT_S = 10
+BARRIER_TIMEOUT_S = 4 * 3600
 _METADATA_TIMEOUT_S = 3
 _LINGER_S = 3
 _EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
@@ -36,17 +44,22 @@ _barriers = itertools.count()
 
 
 @contextlib.contextmanager
-def started(workdir, timeout_s=JOIN_TIMEOUT_S):
+def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
   """Joins the other processes of the run, if there are any.
 
   With several, an error inside ends this process at once, with status 2 after
-  a UserError and 1 after others: an orderly end would wait for processes that
-  wait for this one. Those end when JAX notices, up to 100 s later.
+  a UserError, 75 if the others are not there and 1 after other errors: an
+  orderly end would wait for processes that wait for this one. Those end when
+  JAX notices, about heartbeat_s later: it aborts them (SIGABRT, status 134
+  in a shell), and nothing of theirs in `finally` or `atexit` is run. After
+  Preempted, which all raise alike, they end in order.
 
   Args:
     workdir: of the run; compiled programs are kept there, see
       `use_compile_cache`.
     timeout_s: seconds to wait for the others.
+    heartbeat_s: whole seconds without a sign of life after which a process
+      counts as dead and the others end.
 
   Raises:
     UserError: the variables of the environment contradict each other.
@@ -57,9 +70,11 @@ def started(workdir, timeout_s=JOIN_TIMEOUT_S):
     yield
     return
   try:
-    join(arguments, timeout_s)
+    join(arguments, timeout_s, heartbeat_s)
     use_compile_cache(workdir)
     yield
+  except Preempted:
+    raise
   except (Exception, KeyboardInterrupt) as error:
     _leave(error)
 
@@ -166,15 +181,17 @@ def _on_cloud_tpu_vm(environ):
     return False
 
 
-def join(arguments, timeout_s):
+def join(arguments, timeout_s, heartbeat_s=HEARTBEAT_S):
   """Connects this process with the others of the run.
 
   Args:
     arguments: from `detect`.
     timeout_s: seconds to wait for all of them.
+    heartbeat_s: see `started`.
 
   Raises:
-    UserError: the coordinator cannot be reached, or processes are missing. The
+    UserError: the variables of the environment are wrong.
+    NotJoined: the coordinator cannot be reached, or processes are missing. The
       attempt goes on in the background, so the process has to be ended.
   """
   errors = []
@@ -183,7 +200,9 @@ def join(arguments, timeout_s):
     try:
       # JAX aborts with a stack trace of C++ when its own time is over.
       jax.distributed.initialize(
-        **arguments, initialization_timeout=timeout_s + 60
+        **arguments,
+        initialization_timeout=timeout_s + 60,
+        heartbeat_timeout_seconds=int(heartbeat_s),
       )
     except Exception as error:
       errors.append(error)
@@ -196,7 +215,9 @@ def join(arguments, timeout_s):
   state = distributed.global_state
   address = state.coordinator_address
   if errors:
-    raise UserError(
+    # Such as a coordinator that still counts on the process before this one.
+    passing = isinstance(errors[0], RuntimeError)
+    raise (NotJoined if passing else UserError)(
       'cannot join the other processes'
       + (f' at {address}' if address else '')
       + f': {" ".join(str(errors[0]).split())[:300]}'
@@ -207,12 +228,12 @@ def join(arguments, timeout_s):
       f's: set {", ".join(_EXPLICIT)} in every process'
     )
   if state.process_id and not _reachable(address):
-    raise UserError(
+    raise NotJoined(
       f'no coordinator at {address} after {timeout_s} s: check that process 0 '
       'was started and runs there, that this machine knows the name, and that '
       'no firewall closes the port'
     )
-  raise UserError(
+  raise NotJoined(
     f'not all processes came to the coordinator {address} in {timeout_s} s: '
     'check that every one was started, and what those that ended have printed'
   )
@@ -254,24 +275,35 @@ def main_process_first(work):
   result = work() if main else None
   if jax.process_count() > 1:
     distributed.global_state.client.wait_at_barrier(
-      f'maskdiff_{next(_barriers)}', _BARRIER_TIMEOUT_S * 1000
+      f'maskdiff_{next(_barriers)}', BARRIER_TIMEOUT_S * 1000
     )
   return result if main else work()
 
 
+def who():
+  """Which process this is, for messages; '' where there is only one."""
+  state = distributed.global_state
+  if state.num_processes == 1:
+    return ''
+  return (
+    f'process {state.process_id} of {state.num_processes} on '
+    f'{socket.gethostname()}'
+  )
+
+
 def _leave(error):
   """Says what is wrong and ends the process without waiting for any other."""
-  state = distributed.global_state
-  who = f'process {state.process_id} of {state.num_processes}'
-  who += f' on {socket.gethostname()}'
+  name = who() or f'a process on {socket.gethostname()}'
   if isinstance(error, UserError):
-    print(f'error: {error} ({who})', file=sys.stderr)
+    print(f'error: {error} ({name})', file=sys.stderr)
   else:
     traceback.print_exception(error)
-    print(f'{who} ends', file=sys.stderr)
+    print(f'{name} ends', file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
-  if state.process_id == 0:
+  if distributed.global_state.process_id == 0:
     # The others end with it; when all fail alike, each should say so itself.
     time.sleep(_LINGER_S)
-  os._exit(2 if isinstance(error, UserError) else 1)
+  if isinstance(error, NotJoined):
+    os._exit(STATUS_AGAIN)
+  os._exit(STATUS_USER if isinstance(error, UserError) else STATUS_UNEXPECTED)

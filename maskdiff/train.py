@@ -8,40 +8,33 @@ the step that follows them has been dispatched.
 
 import collections
 import contextlib
-import functools
 import os
 import time
 
 import jax
 import numpy as np
 
-from maskdiff import checkpoint, evaluation, metrics
+from maskdiff import checkpoint, evaluation, metrics, resume, skipped
 from maskdiff import config as config_lib
+from maskdiff import ledger as ledger_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
 from maskdiff import run as run_lib
 from maskdiff import step as step_lib
+from maskdiff.consensus import Preemption
 from maskdiff.data import pipeline
-from maskdiff.errors import UserError
+from maskdiff.errors import Preempted, UserError
 from maskdiff.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from maskdiff.step import TrainState
-
-# What the step computes does not depend on these, up to rounding.
-MAY_CHANGE = (
-  'model.dtype',
-  'model.remat',
-  'model.attention',
-  'objective.loss_chunk_tokens',
-)
+from maskdiff.watchdog import watch
 
 
 def run(config, workdir):
   """Trains, or goes on training, the model of a config.
 
   Writes to the work directory: config.json, header.txt, the tokenizer,
-  metrics.jsonl, tensorboard/ and checkpoints/. Running again with the same
-  arguments resumes from the newest checkpoint. An error or an interrupt still
-  lets a checkpoint be finished that is being written.
+  metrics.jsonl, tensorboard/, ledger.jsonl and checkpoints/. Running again
+  with the same arguments resumes from the newest checkpoint. An error or an
+  interrupt still lets a checkpoint be finished that is being written.
 
   Args:
     config: ConfigDict with the keys of config.default().
@@ -52,7 +45,9 @@ def run(config, workdir):
 
   Raises:
     UserError: something in the config, the data or the checkpoints does not
-      fit; raised before the step is compiled.
+      fit, which is noticed before the step is compiled; too many updates in a
+      row were skipped; or checkpoints cannot be written.
+    Preempted: the process was told to end, and a checkpoint was saved.
   """
   with contextlib.ExitStack() as stack:
     return _run(config, workdir, stack)
@@ -68,32 +63,41 @@ def _run(config, workdir, stack):
   learning_rates = np.asarray(plan(np.arange(steps)))
   main_host = jax.process_index() == 0
 
-  mesh = mesh_lib.make_mesh(**config.mesh)
-  config_lib.validate_mesh(config, mesh.shape)
-  tokenizer = run_lib.open_tokenizer(config)
-  datasets = run_lib.open_data(config, tokenizer)
-  identity = pipeline.fingerprint(datasets, seed=config.seed, length=length)
-  optimizer = make_optimizer(optimizer_config, steps, model_lib.axes(c.model))
-  shardings = step_lib.state_shardings(c.model, optimizer, mesh)
-
-  heldout = evaluation.open_heldout(
-    config,
-    run_lib.open_data(config, tokenizer, config.eval.path)
-    if config.eval.path
-    else datasets,
-    mesh,
-  )
-
   run_lib.make_workdir(workdir)
+  ledger = ledger_lib.Ledger(os.path.join(workdir, 'ledger.jsonl'), main_host)
+  stack.callback(ledger.close)
+  preemption = stack.enter_context(Preemption())
+  stack.enter_context(watch(ledger, config.train.stall_s))
+
+  with ledger.span('init'):
+    mesh = mesh_lib.make_mesh(**config.mesh)
+    config_lib.validate_mesh(config, mesh.shape)
+    tokenizer = run_lib.open_tokenizer(config)
+    datasets = run_lib.open_data(config, tokenizer)
+    identity = pipeline.fingerprint(datasets, seed=config.seed, length=length)
+    resume.agree(config, identity)
+    optimizer = make_optimizer(optimizer_config, steps, model_lib.axes(c.model))
+    shardings = step_lib.state_shardings(c.model, optimizer, mesh)
+    heldout = evaluation.open_heldout(
+      config,
+      run_lib.open_data(config, tokenizer, config.eval.path)
+      if config.eval.path
+      else datasets,
+      mesh,
+    )
+
   checkpointer = checkpoint.Checkpointer(
-    os.path.join(workdir, 'checkpoints'), config.checkpoint.keep
+    os.path.join(workdir, 'checkpoints'),
+    config.checkpoint.keep,
+    config.checkpoint.keep_every_steps,
   )
   stack.callback(checkpointer.close)
   init_key, key = jax.random.split(jax.random.key(config.seed))
-  with jax.set_mesh(mesh):
-    state, start, samples = restore_or_init(
+  with ledger.span('restore'), jax.set_mesh(mesh):
+    state, start, meta = resume.restore_or_init(
       config, c, init_key, optimizer, shardings, checkpointer, identity
     )
+  ledger.event('started', step=start)
   writer = metrics.Writer(workdir, start, main_host)
   stack.callback(writer.close)
   progress = metrics.Progress(start, steps, main_host)
@@ -106,9 +110,22 @@ def _run(config, workdir, stack):
     f'resuming at step {start}' if start else 'starting from scratch'
   )
 
-  batches = run_lib.train_batches(config, datasets, mesh, samples)
-  tokens = next(batches)
-  first = tokenizer.decode(np.asarray(first_row(tokens, mesh)))
+  def first_sample(step):
+    """The number of the first sample that comes after a step."""
+    return int(
+      pipeline.sample_number(
+        meta.get('samples', 0),
+        (step - start) * batch,
+        config.data.skip_samples,
+      )
+    )
+
+  with ledger.span('data'):
+    batches = run_lib.train_batches(
+      config, datasets, mesh, meta.get('samples', 0)
+    )
+    tokens = next(batches)
+    first = tokenizer.decode(np.asarray(first_row(tokens, mesh)))
   progress.say(f'first row of the first batch:\n{first}\n')
   if start == 0:
     writer.text(0, 'first_row', first)
@@ -116,7 +133,7 @@ def _run(config, workdir, stack):
   train_step = step_lib.compile_train_step(c, optimizer, mesh)
   if start < steps:
     began = time.monotonic()
-    with jax.set_mesh(mesh):
+    with ledger.span('compile'), jax.set_mesh(mesh):
       train_step = train_step.lower(state, tokens, key).compile()
     memory = train_step.memory_analysis()
     progress.say(
@@ -129,36 +146,56 @@ def _run(config, workdir, stack):
     c.model, length, causal=c.objective.name == 'autoregressive'
   )
   window, clock = collections.deque(), time.monotonic()
+  streak = collections.deque(maxlen=config.guard.max_in_a_row)
 
   def report(step):
     """Fetches and writes the metrics of the steps in the window."""
     nonlocal clock
     if not window:
       return
-    fetched = [jax.device_get(window.popleft()) for _ in range(len(window))]
+    with ledger.span('step'):
+      fetched = [jax.device_get(window.popleft()) for _ in range(len(window))]
     now = time.monotonic()
     step_s, clock = (now - clock) / len(fetched), now
     tokens_per_s = batch * length / step_s
     mfu = metrics.utilization(tokens_per_s, flops, mesh.devices.flatten())
-    row = evaluation.train_row(fetched, learning_rates[step - 1], step_s)
+    made = step - 1 - int(fetched[-1]['skipped_before'])
+    row = evaluation.train_row(fetched, learning_rates[made], step_s)
     row |= {'train/tokens_per_s': tokens_per_s}
     row |= {} if mfu is None else {'train/mfu': mfu}
     writer.scalars(step, row)
+    ledger.write(step)
+    loss = row.get('train/loss_nats_per_token', float('nan'))
     progress.update(
       step,
       step_s,
-      f'loss {row["train/loss_nats_per_token"]:.3f} nats/token  '
+      f'loss {loss:.3f} nats/token  '
       f'lr {row["train/learning_rate"]:.2e}  '
       f'{tokens_per_s:,.0f} tokens/s' + (f'  mfu {mfu:.1%}' if mfu else ''),
     )
+    for update in skipped.find(step, fetched, first_sample):
+      ledger.event('skipped', **update)
+      progress.say(skipped.describe(update))
+      streak.append(update)
+      if update['in_a_row'] >= config.guard.max_in_a_row:
+        last = list(streak)[-update['in_a_row'] :]
+        raise UserError(skipped.give_up(workdir, last, main_host and texts_of))
+
+  def texts_of(first, end):
+    rows = run_lib.read_samples(config, datasets, first, end)
+    return [tokenizer.decode(row) for row in rows]
 
   def evaluate_and_sample(step):
     """Writes the bound on held-out text, and samples."""
-    nonlocal clock
+    nonlocal clock, evaluation_due
+    evaluation_due = True
     began = time.monotonic()
-    with jax.set_mesh(mesh):
-      result = evaluation.evaluate_mixture(c, state.params, heldout)
+    with ledger.span('eval'), jax.set_mesh(mesh):
+      result = evaluation.evaluate_mixture(
+        c, state.params, heldout, between=end_if_preempted
+      )
       texts = evaluation.sample_texts(config, state.params, tokenizer)
+    evaluation_due = False
     if start < steps:  # a finished run has this row already
       writer.scalars(step, result)
     progress.say(
@@ -177,31 +214,85 @@ def _run(config, workdir, stack):
   def save(step):
     checkpointer.save(
       step,
-      state.params,
-      state.opt_state,
+      {
+        'params': state.params,
+        'opt_state': state.opt_state,
+        'guard': state.guard,
+      },
       {
         'config': checkpoint.config_json(config),
-        'samples': samples + (step - start) * batch,
+        'samples': first_sample(step),
         'data': identity,
+        'evaluation_due': evaluation_due,
       },
     )
 
-  result = {}
-  if start == 0 or start >= steps:
-    result = evaluate_and_sample(start)
-  for step in range(start + 1, steps + 1):
-    state, values = train_step(state, tokens, key)
-    tokens = next(batches)
-    if (step - 1) % config.train.log_every_steps == 0:
-      report(step - 1)
-    window.append(values)
-    last = step == steps
-    if step % config.eval.every_steps == 0 or last:
-      report(step)
-      result = evaluate_and_sample(step)
-    if step % config.checkpoint.every_steps == 0 or last:
-      report(step)  # a row that is not written by now is not written again
-      save(step)
+  def settle(wait, tolerant=True):
+    """Takes note of a checkpoint that has come to the disk, or has not."""
+    nonlocal failures
+    try:
+      durable = checkpointer.finish() if wait else checkpointer.poll()
+    except checkpoint.SaveError as error:
+      failures += 1
+      ledger.event('not_saved', step=error.step, cause=str(error))
+      if (
+        not tolerant
+        or failures > config.checkpoint.max_failures
+        or jax.process_count() > 1
+      ):
+        raise UserError(
+          f'{error}; the newest whole checkpoint is that of step '
+          f'{checkpointer.durable_step}'
+        ) from error
+      progress.say(f'warning: {error}; the run goes on')
+      return
+    if durable is not None:
+      failures = 0
+      ledger.event('durable', step=durable)
+
+  def end_if_preempted():
+    ledger.beat()
+    if preemption.poll():
+      raise Preempted(done)
+
+  done, result, failures = start, {}, 0
+  evaluation_due = meta.get('evaluation_due', False)
+  try:
+    if start == 0 or start >= steps or evaluation_due:
+      result = evaluate_and_sample(start)
+    for step in range(start + 1, steps + 1):
+      end_if_preempted()
+      with ledger.span('step'):
+        state, values = train_step(state, tokens, key)
+      done = step
+      with ledger.span('data'):
+        tokens = next(batches)
+      settle(wait=False)
+      if (step - 1) % config.train.log_every_steps == 0:
+        report(step - 1)
+      window.append(values)
+      last = step == steps
+      if step % config.eval.every_steps == 0 or last:
+        report(step)
+        result = evaluate_and_sample(step)
+      if step % config.checkpoint.every_steps == 0 or last:
+        report(step)  # a row that is not written by now is not written again
+        with ledger.span('save'):
+          settle(wait=True)
+          save(step)
+    with ledger.span('save'):
+      settle(wait=True, tolerant=False)
+    ledger.event('ended')
+  except Preempted:
+    report(done)
+    with ledger.span('save'):
+      settle(wait=True)
+      if done not in checkpointer.steps():
+        save(done)
+        settle(wait=True, tolerant=False)
+    ledger.event('preempted')
+    progress.say(f'told to end: step {done} is saved')
+    raise
 
   stack.close()
   if main_host:
@@ -213,60 +304,3 @@ def first_row(tokens, mesh):
   """Row 0 of a batch, whole on every host; all must call it."""
   whole = mesh_lib.replicated(mesh)
   return jax.jit(lambda tokens: tokens[0], out_shardings=whole)(tokens)
-
-
-def restore_or_init(
-  config, c, key, optimizer, shardings, checkpointer, identity
-):
-  """Restores the newest checkpoint, or draws fresh parameters if there is none.
-
-  Args:
-    config: the config, and c its StepConfig.
-    key: PRNG key of fresh parameters.
-    optimizer: from make_optimizer.
-    shardings: TrainState of shardings.
-    checkpointer: Checkpointer of the run.
-    identity: fingerprint of the data.
-
-  Returns:
-    The TrainState, the steps done and the samples seen.
-
-  Raises:
-    UserError: the checkpoint saw other data, or is of another model or
-      objective.
-  """
-  init = functools.partial(step_lib.init_state, c.model, optimizer)
-  step = checkpointer.latest_step()
-  if step is None:
-    return jax.jit(init, out_shardings=shardings)(key), 0, 0
-  meta = checkpointer.restore_meta(step)
-  was = config_lib.flatten(config_lib.from_dict(meta['config']))
-  for name, now in identity.items():
-    before = meta['data'].get(name)
-    if before == now:
-      continue
-    differs = (
-      f'{checkpointer.directory}/{step} was trained on data with {name}='
-      f'{before}, not {now}'
-    )
-    if not config.data.allow_change:
-      raise UserError(
-        f'{differs}; use that again or another --workdir, or '
-        '--config.data.allow_change=True to go on from here'
-      )
-    run_lib.say(differs)
-  for name, now in config_lib.flatten(config).items():
-    section = name.partition('.')[0]
-    if section not in ('model', 'objective', 'tokens') or name in MAY_CHANGE:
-      continue
-    if was[name] != now:
-      raise UserError(
-        f'{checkpointer.directory}/{step} was trained with config.{name}='
-        f'{was[name]!r}, not {now!r}; use that again or another --workdir'
-      )
-  targets = checkpoint.targets(jax.eval_shape(init, key), shardings)
-  params, opt_state = checkpointer.restore(
-    step, params=targets.params, opt_state=targets.opt_state
-  )
-  count = jax.device_put(np.int32(step), shardings.step)
-  return TrainState(count, params, opt_state), step, meta['samples']

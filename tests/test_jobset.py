@@ -7,6 +7,7 @@ import runpy
 import pytest
 
 from maskdiff import config as config_lib
+from maskdiff import errors
 
 yaml = pytest.importorskip('yaml')
 
@@ -14,8 +15,35 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHIPS_PER_HOST = 4  # of v5p
 
 
-def test_the_numbers_of_the_jobset_fit_each_other():
-  spec = yaml.safe_load((ROOT / 'launch' / 'jobset.yaml').read_text())['spec']
+@pytest.fixture
+def spec():
+  return yaml.safe_load((ROOT / 'launch' / 'jobset.yaml').read_text())['spec']
+
+
+def test_only_errors_of_the_user_are_not_started_again(spec):
+  (job,) = spec['replicatedJobs']
+  one = job['template']['spec']
+  (rule,) = one['podFailurePolicy']['rules']
+  assert rule['action'] == 'FailJob'
+  assert rule['onExitCodes']['operator'] == 'In'
+  assert rule['onExitCodes']['values'] == [errors.STATUS_USER]
+  (rule,) = spec['failurePolicy']['rules']
+  assert rule['action'] == 'FailJobSet'
+  assert rule['onJobFailureReasons'] == ['PodFailurePolicy']
+  # One pod that ends with any other status ends its job, and with it all.
+  assert one['backoffLimit'] == 0
+  assert spec['failurePolicy']['maxRestarts'] >= 100
+
+
+def test_a_pod_that_is_told_to_end_has_time_for_a_checkpoint(spec):
+  (job,) = spec['replicatedJobs']
+  pod = job['template']['spec']['template']['spec']
+  assert pod['terminationGracePeriodSeconds'] >= 120
+  (container,) = pod['containers']
+  assert container['command'][0] == 'python'  # a shell would keep the signal
+
+
+def test_the_numbers_of_the_jobset_fit_each_other(spec):
   (job,) = spec['replicatedJobs']
   slices, one = job['replicas'], job['template']['spec']
   pod = one['template']['spec']

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from maskdiff import runtime
-from maskdiff.errors import UserError
+from maskdiff.errors import NotJoined, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXPLICIT = {
@@ -199,8 +199,79 @@ def test_a_process_that_is_alone_ends_with_one_line(process_id, message):
   (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
   assert message.format(address) in line
   assert f'process {process_id} of 2' in line
-  assert (process.returncode, out) == (2, '')
+  assert (process.returncode, out) == (75, '')  # a restart may find it
   assert 'Traceback' not in err and '*** Check failure' not in err
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+  """Replaces jax.distributed.initialize by a function of the test's."""
+  return lambda f: monkeypatch.setattr(jax.distributed, 'initialize', f)
+
+
+def test_the_heartbeat_is_that_of_the_run(initialize):
+  told = {}
+  initialize(lambda **arguments: told.update(arguments))
+  runtime.join({'process_id': 3}, 5, heartbeat_s=20)
+  assert told['process_id'] == 3
+  assert told['heartbeat_timeout_seconds'] == 20
+  assert told['initialization_timeout'] > 5
+
+
+@pytest.mark.parametrize(
+  'error, expected', [(RuntimeError, NotJoined), (ValueError, UserError)]
+)
+def test_what_may_pass_is_told_from_what_stays_wrong(
+  initialize, error, expected
+):
+  """JAX raises RuntimeErrors of its own about the network."""
+
+  def fail(**arguments):
+    raise error('a\nlong story')
+
+  initialize(fail)
+  with pytest.raises(
+    UserError, match='other processes: a long story'
+  ) as raised:
+    runtime.join({}, 5)
+  assert type(raised.value) is expected
+
+
+@pytest.mark.parametrize(
+  'error, expected',
+  [
+    ('errors.UserError("bad")', 2),
+    ('errors.NotJoined("late")', 75),
+    ('errors.Preempted(3)', 75),
+    ('KeyError("bug")', 1),
+    ('KeyboardInterrupt()', 1),
+  ],
+)
+def test_the_status_says_whether_to_start_again(error, expected):
+  """A process that has peers; here it only believes so."""
+  script = (
+    'import sys\n'
+    'from maskdiff import errors, runtime\n'
+    'runtime.detect = lambda *args: {}\n'
+    'runtime.join = runtime.use_compile_cache = lambda *args: None\n'
+    'runtime.distributed.global_state.num_processes = 2\n'
+    'runtime.distributed.global_state.process_id = 1\n'
+    'try:\n'
+    '  with runtime.started("."):\n'
+    f'    raise {error}\n'
+    'except errors.Preempted as error:\n'
+    '  assert error.step == 3\n'
+    '  sys.exit(errors.STATUS_AGAIN)\n'
+  )
+  ended = subprocess.run(
+    [sys.executable, '-c', script],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == expected, ended.stderr
+  if expected != 75 or 'NotJoined' in error:
+    assert 'process 1 of 2 on ' in ended.stderr
 
 
 def test_two_processes_find_each_other():

@@ -89,12 +89,14 @@ def train_batches(
   rows: Sequence[int],
   num_threads: int,
   max_damaged_rows: int = 0,
+  skip: Sequence[tuple[int, int]] = (),
 ) -> Iterator[np.ndarray]:
   """This host's rows of every global batch, without end.
 
-  Row r of global batch k is sample start_sample + k * global_batch + r. Each
-  epoch of a dataset is a new permutation of all its samples, and batches run
-  across its end, so none is lost or repeated there.
+  Row r of global batch k is sample start_sample + k * global_batch + r, or a
+  later one if samples are passed over; see `sample_number`. Each epoch of a
+  dataset is a new permutation of all its samples, and batches run across its
+  end, so none is lost or repeated there.
 
   Args:
     length: tokens per sample; a divisor or a multiple of the row length.
@@ -104,6 +106,7 @@ def train_batches(
     max_damaged_rows: of a dataset that are replaced by its next row, and
       reported, before one more ends the run; counted by each host, from the
       start of its process.
+    skip: (first, end) ranges of samples that are passed over.
 
   Returns:
     Iterator of [len(rows), length] int32.
@@ -116,8 +119,29 @@ def train_batches(
     raise ValueError(f'start_sample must not be negative: {start_sample}')
   samples = [_open(d, 'train', length, max_damaged_rows) for d in datasets]
   order = _order(datasets, [len(s) for s in samples], seed)
-  source = _Batches(samples, order, length, global_batch, rows, start_sample)
+  number = functools.partial(sample_number, start_sample, skip=skip)
+  source = _Batches(samples, order, length, global_batch, rows, number)
   return _iterate(source, num_threads)
+
+
+def sample_number(start, count, skip=()):
+  """The number of a sample of a run, which has passed over some.
+
+  Args:
+    start: number of the first sample.
+    count: how many came before this one, an int or an array of them.
+    skip: ascending (first, end) ranges of samples that are passed over; what
+      of them lies before `start` no longer matters.
+
+  Returns:
+    int64, like count.
+  """
+  number = start + np.asarray(count, np.int64)
+  for first, end in skip:
+    first = max(first, start)
+    if end > first:
+      number = np.where(number >= first, number + end - first, number)
+  return number
 
 
 def heldout_batches(
@@ -155,7 +179,8 @@ def heldout_batches(
       'more held-out text'
     )
   order = _order([dataset], [len(samples)], HELDOUT_SEED)
-  source = _Batches([samples], order, length, batch, rows, 0, num_batches)
+  number = functools.partial(sample_number, 0)
+  source = _Batches([samples], order, length, batch, rows, number, num_batches)
   return _iterate(source, num_threads)
 
 
@@ -318,13 +343,13 @@ class _Batches:
   """This host's rows of global batch k, by k; a source for grain.MapDataset."""
 
   def __init__(
-    self, samples, order, length, global_batch, rows, start, num_batches=None
+    self, samples, order, length, global_batch, rows, number, num_batches=None
   ):
     if not rows or not 0 <= min(rows) <= max(rows) < global_batch:
       raise ValueError(f'rows {rows} are not rows of a batch of {global_batch}')
     self._samples, self._order, self._length = samples, order, length
     self._rows = np.asarray(rows, np.int64)
-    self._global_batch, self._start = global_batch, start
+    self._global_batch, self._number = global_batch, number
     self._per_window = max(1, _WINDOW // len(rows))
     self._locate = functools.lru_cache(maxsize=4)(self._window)
     self._len = 1 << 40 if num_batches is None else num_batches
@@ -346,7 +371,7 @@ class _Batches:
   def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
     first = window * self._per_window
     batches = np.arange(first, first + self._per_window)
-    numbers = self._start + batches[:, None] * self._global_batch + self._rows
+    numbers = self._number(batches[:, None] * self._global_batch + self._rows)
     source, index = order_lib.locate(self._order, numbers.ravel())
     return source.reshape(numbers.shape), index.reshape(numbers.shape)
 

@@ -1010,3 +1010,55 @@ def test_a_directory_may_have_the_signs_of_a_mixture_in_its_name(
 def test_a_directory_named_in_two_ways_is_named_twice():
   with pytest.raises(UserError, match='names ./data/a twice'):
     pipeline.parse_mixture('data/a=1,./data/a=2')
+
+
+# Samples that are passed over
+
+SKIPS = [
+  ((0, 3),),
+  ((5, 6), (7, 9), (9, 30)),
+  ((0, 1), (40, 1000)),
+  ((4, 12), (13, 14)),
+]
+
+
+@pytest.mark.parametrize('skip', SKIPS)
+@pytest.mark.parametrize('start', [0, 1, 5, 8, 13, 50])
+def test_sample_numbers_are_those_that_are_left(skip, start):
+  left = [
+    n
+    for n in range(start, 3000)
+    if not any(first <= n < end for first, end in skip)
+  ]
+  counts = np.arange(500)
+  np.testing.assert_array_equal(
+    pipeline.sample_number(start, counts, skip), left[:500]
+  )
+  assert pipeline.sample_number(start, 7, skip) == left[7]
+  np.testing.assert_array_equal(
+    pipeline.sample_number(start, counts), start + counts
+  )
+
+
+@pytest.mark.parametrize('skip', SKIPS)
+def test_samples_that_are_passed_over_leave_the_others_as_they_were(
+  dataset, skip
+):
+  def samples(number, **options):
+    batches = pipeline.train_batches(
+      [dataset],
+      global_batch=4,
+      length=dataset.manifest.row_length,
+      seed=0,
+      start_sample=2,
+      rows=range(4),
+      num_threads=0,
+      **options,
+    )
+    return np.concatenate(list(itertools.islice(batches, number)))
+
+  numbers = pipeline.sample_number(2, np.arange(24), skip)
+  everything = samples(400 // 4)
+  np.testing.assert_array_equal(
+    samples(len(numbers) // 4, skip=skip), everything[numbers - 2]
+  )

@@ -1,0 +1,141 @@
+"""A run that something happens to all the time, against one left in peace.
+
+python benchmarks/soak.py [--steps 1000] [--batch 8] [--seed 0]
+
+Trains configs/tiny.py twice with the same poisoned steps: once undisturbed, and
+once with a fault every 20 to 50 steps, drawn at random: SIGKILL, SIGTERM, or a
+SIGKILL after which a bit of the newest checkpoint is flipped. Ends with status
+1 unless the parameters are the same bit for bit; prints what happened and the
+goodput of both.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from maskdiff import checkpoint, ledger, metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def start(workdir, args, nan_steps):
+  return subprocess.Popen(
+    [
+      *(sys.executable, str(ROOT / 'tests' / 'faulty_pretrain.py')),
+      json.dumps({'nan_steps': nan_steps}),
+      *('--config', 'configs/tiny.py', '--workdir', str(workdir)),
+      *(
+        f'--config.{key}={value}'
+        for key, value in {
+          'train.steps': args.steps,
+          'train.batch': args.batch,
+          'train.log_every_steps': 5,
+          'checkpoint.every_steps': 10,
+          'checkpoint.keep': 3,
+          'eval.every_steps': 250,
+          'eval.batches': 2,
+          'sample.prompts': '()',
+          'optimizer.warmup_steps': 20,
+          'optimizer.decay_steps': 100,
+        }.items()
+      ),
+    ],
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=(workdir.parent / f'{workdir.name}.log').open('a'),
+  )
+
+
+def reached(workdir):
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  return max([row['step'] for row in rows], default=0)
+
+
+def flip_a_bit(workdir):
+  """In the newest checkpoint; returns whether there was one."""
+  steps = [p for p in (workdir / 'checkpoints').glob('*') if p.name.isdecimal()]
+  if len(steps) < 2:  # without an older one the run could not go on
+    return False
+  newest = max(steps, key=lambda p: int(p.name))
+  files = [p for p in (newest / 'params').rglob('*') if p.is_file()]
+  path = max(files, key=lambda p: p.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  return True
+
+
+def disturbed(workdir, args, nan_steps, dice):
+  """Runs to the end in spite of everything; counts what happened."""
+  happened = collections.Counter()
+  target = 0
+  while True:
+    process = start(workdir, args, nan_steps)
+    target = max(target, reached(workdir)) + dice.randint(20, 50)
+    while process.poll() is None and reached(workdir) < target:
+      time.sleep(0.05)
+    time.sleep(dice.uniform(0, 0.5))
+    fault = dice.choice(['kill', 'sigterm', 'flipped bit'])
+    if process.poll() is None:
+      process.send_signal(
+        signal.SIGTERM if fault == 'sigterm' else signal.SIGKILL
+      )
+      process.wait()
+      if fault == 'flipped bit' and not flip_a_bit(workdir):
+        fault = 'kill'
+      happened[fault] += 1
+      print(f'step {reached(workdir)}: {fault}', file=sys.stderr, flush=True)
+    elif process.returncode:
+      sys.exit(f'the run ended with status {process.returncode}; see the log')
+    if process.returncode == 0 and reached(workdir) == args.steps:
+      return happened
+
+
+def parameters(workdir, step):
+  """The bytes of the parameters in a checkpoint, by name."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore(
+      workdir / 'checkpoints' / str(step) / 'params'
+    )
+  return {
+    k: np.asarray(x).tobytes() for k, x in checkpoint.flat(params).items()
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--steps', type=int, default=1000)
+  parser.add_argument('--batch', type=int, default=8)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  dice = random.Random(args.seed)
+  nan_steps = sorted(dice.sample(range(1, args.steps), args.steps // 50))
+  with tempfile.TemporaryDirectory() as folder:
+    calm, rough = pathlib.Path(folder, 'calm'), pathlib.Path(folder, 'rough')
+    if start(calm, args, nan_steps).wait():
+      sys.exit((pathlib.Path(folder) / 'calm.log').read_text()[-3000:])
+    happened = disturbed(rough, args, nan_steps, dice)
+    same = parameters(rough, args.steps) == parameters(calm, args.steps)
+    print(
+      f'{args.steps} steps, {len(nan_steps)} of them poisoned, '
+      + ', '.join(f'{n} x {fault}' for fault, n in sorted(happened.items()))
+      + f': the parameters are {"the same" if same else "NOT THE SAME"}'
+    )
+    for name, workdir in (('undisturbed', calm), ('disturbed', rough)):
+      total = ledger.goodput(workdir / 'ledger.jsonl')
+      print(f'\n{name}\n{ledger.format_goodput(total)}')
+    sys.exit(not same)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,115 @@
+"""launch/pretrain.py with faults: python faulty_pretrain.py FAULTS FLAGS...
+
+FAULTS is JSON, all of its keys optional:
+  step_s: seconds that every batch is late.
+  nan_steps: steps whose gradient is not a number.
+  kill_s: the process kills itself so long after it has begun to save a step.
+  kill_at: the first step of which that is true.
+  term: [step, phase]: it sends itself SIGTERM in this phase of this step: one
+    of compile, step, eval, save.
+"""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+
+from maskdiff import checkpoint, evaluation, run, step
+
+faults = json.loads(sys.argv.pop(1))
+last_step = 0
+
+
+def replace(owner, name):
+  def put(function):
+    real = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kw: function(real, *args, **kw))
+
+  return put
+
+
+def terminate(now, phase):
+  if faults.get('term') == [now, phase]:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@replace(run, 'train_batches')
+def late(real, *args):
+  for batch in real(*args):
+    time.sleep(faults.get('step_s', 0))
+    yield batch
+
+
+@replace(step, 'train_step')
+def poisoned(real, c, optimizer, state, tokens, key):
+  now = state.step + 1
+  gradients = step.batch_gradients
+
+  def with_nan(*args):
+    tree, sums = gradients(*args)
+    bad = jnp.isin(now, jnp.array(faults.get('nan_steps', [-1])))
+    return jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), tree), sums
+
+  step.batch_gradients = with_nan
+  try:
+    return real(c, optimizer, state, tokens, key)
+  finally:
+    step.batch_gradients = gradients
+
+
+@replace(step, 'compile_train_step')
+def watched(real, *args):
+  compiled = real(*args)
+
+  class Lowered:
+    def __init__(self, lowered):
+      self.lowered = lowered
+
+    def compile(self):
+      terminate(0, 'compile')
+      return stepping(self.lowered.compile())
+
+  class Jitted:
+    def lower(self, *args):
+      return Lowered(compiled.lower(*args))
+
+  return Jitted()
+
+
+def stepping(executable):
+  class Counted:
+    memory_analysis = staticmethod(executable.memory_analysis)
+
+    def __call__(self, state, *args):
+      global last_step
+      last_step = int(state.step) + 1
+      terminate(last_step, 'step')
+      return executable(state, *args)
+
+  return Counted()
+
+
+@replace(evaluation, 'evaluate')
+def interrupted(real, *args, **kw):
+  terminate(last_step, 'eval')
+  return real(*args, **kw)
+
+
+@replace(checkpoint.Checkpointer, 'save')
+def killed(real, self, number, *args):
+  terminate(number, 'save')
+  if 'kill_s' in faults and number >= faults['kill_at']:
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    threading.Timer(faults['kill_s'], kill).start()
+  return real(self, number, *args)
+
+
+sys.argv[0] = str(pathlib.Path(__file__).parents[1] / 'launch' / 'pretrain.py')
+runpy.run_path(sys.argv[0], run_name='__main__')

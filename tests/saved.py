@@ -1,0 +1,28 @@
+"""What the newest checkpoint of a run holds, read without the package's own
+restore."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ITEMS = ('params', 'opt_state', 'guard')
+
+
+def newest(workdir):
+  """The last step, its meta, and its arrays by name."""
+  steps = pathlib.Path(workdir, 'checkpoints').glob('*')
+  path = max(
+    (p for p in steps if p.name.isdecimal()), key=lambda p: int(p.name)
+  )
+  meta = json.loads((path / 'meta' / 'metadata').read_text())
+  with ocp.StandardCheckpointer() as checkpointer:
+    trees = {item: checkpointer.restore(path / item) for item in ITEMS}
+  leaves = jax.tree_util.tree_leaves_with_path(trees)
+  return (
+    int(path.name),
+    meta,
+    {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves},
+  )
