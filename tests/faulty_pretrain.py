@@ -1,8 +1,11 @@
 """launch/pretrain.py with faults: python faulty_pretrain.py FAULTS FLAGS...
 
 FAULTS is JSON, all of its keys optional:
+  process: the number of the only process of several that has them.
   step_s: seconds that every batch is late.
+  stall: [n, seconds]: batch n is so late besides.
   nan_steps: steps whose gradient is not a number.
+  spike_steps: steps whose loss and gradient are a thousand times too large.
   kill_s: the process kills itself so long after it has begun to save a step.
   kill_at: the first step of which that is true.
   term: [step, phase]: it sends itself SIGTERM in this phase of this step: one
@@ -24,6 +27,11 @@ import jax.numpy as jnp
 from maskdiff import checkpoint, evaluation, run, step
 
 faults = json.loads(sys.argv.pop(1))
+if faults.get('process') not in (
+  None,
+  int(os.environ.get('JAX_PROCESS_ID', 0)),
+):
+  faults = {}
 last_step = 0
 
 
@@ -42,8 +50,11 @@ def terminate(now, phase):
 
 @replace(run, 'train_batches')
 def late(real, *args):
-  for batch in real(*args):
+  stalled, stall_s = faults.get('stall', (0, 0))
+  for number, batch in enumerate(real(*args), 1):
     time.sleep(faults.get('step_s', 0))
+    if number == stalled:
+      time.sleep(stall_s)
     yield batch
 
 
@@ -52,12 +63,15 @@ def poisoned(real, c, optimizer, state, tokens, key):
   now = state.step + 1
   gradients = step.batch_gradients
 
-  def with_nan(*args):
+  def with_poison(*args):
     tree, sums = gradients(*args)
-    bad = jnp.isin(now, jnp.array(faults.get('nan_steps', [-1])))
-    return jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), tree), sums
+    during = lambda steps: jnp.isin(now, jnp.array(faults.get(steps, [-1])))
+    scale = jnp.where(during('spike_steps'), 1000.0, 1.0)
+    sums |= {'weighted_nll': sums['weighted_nll'] * scale}
+    scale = jnp.where(during('nan_steps'), jnp.nan, scale)
+    return jax.tree.map(lambda g: g * scale, tree), sums
 
-  step.batch_gradients = with_nan
+  step.batch_gradients = with_poison
   try:
     return real(c, optimizer, state, tokens, key)
   finally:
