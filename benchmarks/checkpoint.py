@@ -1,21 +1,25 @@
 """Checkpoints against copying the same arrays, and against bare Orbax.
 
-python benchmarks/checkpoint.py [--parameters 1e8] [--rounds 3] [--directory D]
+python benchmarks/checkpoint.py [--parameters 1e8] [--moments float32]
+  [--rounds 3] [--directory D]
 
-Random float32 parameters and two moments, 12 bytes a parameter, in 12 layers.
-Prints, as medians of rounds in turn:
+Random float32 parameters and two moments in 12 layers. Prints, as medians of
+rounds in turn:
 (a) how long `save` keeps the caller, against copying the arrays to new memory
-    of the host;
+    of the host, and against a train step of configs/150m.py on 512 tokens,
+    which has 1.5e8 parameters;
 (b) the fingerprints alone, as a share of a save until it is on the disk, and
     a save against one by bare Orbax;
 (c) restoring and comparing, against restoring by bare Orbax.
-What was restored must be what was saved. Needs memory for four times the
-state and twice its room in the directory.
+What was restored must be what was saved. Needs memory for two and a half times
+the state and as much room in the directory.
 """
 
 import argparse
 import contextlib
+import functools
 import pathlib
+import runpy
 import shutil
 import statistics
 import tempfile
@@ -26,7 +30,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from maskdiff import checkpoint
+from maskdiff import checkpoint, model, optimizer, run, step
+from maskdiff import mesh as mesh_lib
 from maskdiff.fingerprint import fingerprints
 
 LAYERS = 12
@@ -37,104 +42,140 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--parameters', type=float, default=1e8)
+  parser.add_argument(
+    '--moments', default='float32', choices=['float32', 'bfloat16']
+  )
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--directory', help='on the disk to measure')
   args = parser.parse_args()
   logging.set_verbosity(logging.ERROR)
-  items = random_state(int(args.parameters))
-  leaves = jax.tree.leaves(items)
-  size = sum(x.nbytes for x in leaves)
+  step_s = train_step_s(args.rounds)
+  held = [random_state(int(args.parameters), args.moments)]
+  arrays = len(jax.tree.leaves(held))
+  size = sum(x.nbytes for x in jax.tree.leaves(held))
   with tempfile.TemporaryDirectory(dir=args.directory) as folder:
     free = shutil.disk_usage(folder).free
     if free < 2.5 * size:
       parser.error(f'{folder} has {free / 1e9:.1f} GB left of {2.5 * size:.1e}')
     print(
-      f'{len(leaves[0].devices())} x {jax.devices()[0].device_kind}, '
-      f'{len(leaves)} arrays, {size / 1e9:.2f} GB',
+      f'{jax.devices()[0].device_kind}, {arrays} arrays, {size / 1e9:.2f} GB',
       flush=True,
     )
-    report(measure(items, pathlib.Path(folder), args.rounds))
+    report(measure(held, pathlib.Path(folder), args.rounds), step_s)
 
 
-def random_state(parameters):
+def train_step_s(rounds, rows=2, length=256):
+  """Seconds of a train step, the median of rounds."""
+  path = pathlib.Path(__file__).parents[1] / 'configs' / '150m.py'
+  config = runpy.run_path(str(path))['get_config']()
+  config.data.length = length
+  c = run.step_config(config)
+  tx = optimizer.make_optimizer(
+    optimizer.OptimizerConfig(**config.optimizer),
+    config.train.steps,
+    model.axes(c.model),
+  )
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  tokens = np.full((rows, length), 9, np.int32)
+  key, times = jax.random.key(0), []
+  with jax.set_mesh(mesh):
+    state = jax.jit(functools.partial(step.init_state, c.model, tx))(key)
+    update = step.compile_train_step(c, tx, mesh)
+    for _ in range(rounds + 1):
+      began = time.perf_counter()
+      state, _ = jax.block_until_ready(update(state, tokens, key))
+      times.append(time.perf_counter() - began)
+  return statistics.median(times[1:])
+
+
+def random_state(parameters, moments):
   """Trees of weights like those of a transformer, with moments."""
   width = max(int((parameters / LAYERS / 12) ** 0.5), 1)
   shapes = {
     **{name: (LAYERS, width, width) for name in 'qkvo'},
     **{name: (LAYERS, width, 4 * width) for name in ('gate', 'up')},
   }
-  shapes = {
-    name: jax.ShapeDtypeStruct(shape, 'float32')
-    for name, shape in shapes.items()
-  }
 
-  def tree(seed):
+  @functools.partial(jax.jit, static_argnums=1)
+  def tree(seed, dtype):
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return {
-      name: jax.random.normal(key, x.shape)
-      for key, (name, x) in zip(keys, shapes.items(), strict=True)
+      name: jax.random.normal(key, shape).astype(dtype)
+      for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
 
-  params, mu, nu = map(jax.jit(tree), range(3))
+  optimizer = {'mu': tree(1, moments), 'nu': tree(2, moments)}
   return jax.block_until_ready(
-    {'params': params, 'opt_state': {'mu': mu, 'nu': nu}}
+    {'params': tree(0, 'float32'), 'opt_state': optimizer}
   )
 
 
-def measure(items, folder, rounds):
-  """Seconds of everything by name, a list of one value for each round."""
+def measure(held, folder, rounds):
+  """Seconds of everything by name, a list of one value for each round.
+
+  Args:
+    held: list of the state alone, so that it is given back while another one
+      is restored in its place.
+    folder: on the disk to measure.
+    rounds: int.
+  """
   wanted = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    held[0],
   )
-  before = jax.device_get(fingerprints(items))
-  jax.device_get(fingerprints(jax.device_put(items, jax.devices()[0])))
+  before = jax.device_get(fingerprints(held[0]))
   seconds = {}
 
   @contextlib.contextmanager
-  def timed(name, count=True):
+  def timed(name, count):
     began = time.perf_counter()
     yield
     if count:
       seconds.setdefault(name, []).append(time.perf_counter() - began)
 
   for number in range(1, rounds + 2):
-    counts = number > 1  # the first fills caches and compiles
-    time_it = lambda name, counts=counts: timed(name, counts)
+    # The first fills caches and compiles.
+    time_it = functools.partial(timed, count=number > 1)
     with time_it('copy'):
-      copied = jax.tree.map(lambda x: np.array(x, copy=True), items)
-    del copied
+      for x in jax.tree.leaves(held[0]):
+        np.array(x, copy=True)
     with time_it('fingerprints'):
-      jax.device_get(fingerprints(items))
+      jax.device_get(fingerprints(held[0]))
 
     ours = checkpoint.Checkpointer(folder / 'ours', keep=1)
     with time_it('save'):
       with time_it('save: blocked'):
-        ours.save(number, items, {})
+        ours.save(number, held[0], {})
       ours.finish()
+    meta = ours.read_meta(number)
+    held.clear()
+    with time_it('restore'):
+      trees = jax.block_until_ready(ours.restore(number, meta, **wanted))
+    held.append(dict(zip(wanted, trees, strict=True)))
+    del trees
+    assert jax.device_get(fingerprints(held[0])) == before
+    ours.close()
+    shutil.rmtree(folder / 'ours')
+
     with ocp.CheckpointManager(folder / 'bare', options=keep_one()) as bare:
       save = ocp.args.Composite(
-        **{k: ocp.args.StandardSave(v) for k, v in items.items()}
+        **{k: ocp.args.StandardSave(v) for k, v in held[0].items()}
       )
       with time_it('bare save'):
         with time_it('bare save: blocked'):
           bare.save(number, args=save)
         bare.wait_until_finished()
+      del save
+      held.clear()
       restore = ocp.args.Composite(
         **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
       )
       with time_it('bare restore'):
         restored = bare.restore(number, args=restore)
         jax.block_until_ready([restored[k] for k in wanted])
+      held.append({k: restored[k] for k in wanted})
       del restored
     shutil.rmtree(folder / 'bare')
-    with time_it('restore'):
-      meta = ours.read_meta(number)
-      restored = jax.block_until_ready(ours.restore(number, meta, **wanted))
-    restored = dict(zip(wanted, restored, strict=True))
-    assert jax.device_get(fingerprints(restored)) == before
-    del restored
-    ours.close()
-    shutil.rmtree(folder / 'ours')
   return seconds
 
 
@@ -142,12 +183,13 @@ def keep_one():
   return ocp.CheckpointManagerOptions(max_to_keep=1)
 
 
-def report(seconds):
+def report(seconds, step_s):
   s = {name: statistics.median(times) for name, times in seconds.items()}
   print(
     f'save keeps the caller {s["save: blocked"]:.3f} s, '
     f'{s["save: blocked"] / s["copy"]:.2f} times a copy to the host '
-    f'({s["copy"]:.3f} s); bare Orbax {s["bare save: blocked"]:.3f} s\n'
+    f'({s["copy"]:.3f} s) and {s["save: blocked"] / step_s:.1%} of a step '
+    f'({step_s:.2f} s); bare Orbax {s["bare save: blocked"]:.3f} s\n'
     f'fingerprints take {s["fingerprints"]:.3f} s, '
     f'{s["fingerprints"] / s["save"]:.1%} of a save ({s["save"]:.2f} s), which '
     f'takes {s["save"] / s["bare save"]:.2f} times as long as by bare Orbax '

@@ -178,6 +178,25 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def memory_advice(config):
+  """Turns want of device memory into a UserError that says what to change."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    first = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'a device has too little memory ({first}): raise '
+      f'--config.train.microbatches={config.train.microbatches}, set '
+      f'--config.model.remat={config.model.remat} to full, or lower '
+      f'--config.objective.loss_chunk_tokens='
+      f'{config.objective.loss_chunk_tokens}; for a TPU, launch/plan.py '
+      '--sweep finds what fits'
+    ) from error
+
+
 def train_batches(config, datasets, mesh, start_sample):
   """Iterator of [B, L] int32 batches on the mesh, without end.
 

@@ -45,11 +45,12 @@ def run(config, workdir):
 
   Raises:
     UserError: something in the config, the data or the checkpoints does not
-      fit, which is noticed before the step is compiled; too many updates in a
-      row were skipped; or checkpoints cannot be written.
+      fit, which is noticed before the step is compiled; the devices have too
+      little memory; too many updates in a row were skipped; or checkpoints
+      cannot be written.
     Preempted: the process was told to end, and a checkpoint was saved.
   """
-  with contextlib.ExitStack() as stack:
+  with run_lib.memory_advice(config), contextlib.ExitStack() as stack:
     return _run(config, workdir, stack)
 
 

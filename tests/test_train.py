@@ -12,11 +12,12 @@ import shutil
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import saved
 
-from maskdiff import checkpoint, evaluation, metrics, run, sampler, train
+from maskdiff import checkpoint, evaluation, metrics, run, sampler, step, train
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
@@ -642,6 +643,22 @@ def test_bad_input_is_refused_before_anything_is_compiled(
     train.run(config, str(tmp_path / 'run'))
   assert '\n' not in str(error.value)
   assert compilations[before:] == []
+
+
+def test_too_little_memory_is_told_with_the_keys_that_lower_it(
+  make_config, tmp_path, monkeypatch
+):
+  def too_large():
+    return jax.block_until_ready(jax.jit(lambda: jnp.zeros(1 << 44))())
+
+  lowered = types.SimpleNamespace(compile=too_large)
+  jitted = types.SimpleNamespace(lower=lambda *args: lowered)
+  monkeypatch.setattr(step, 'compile_train_step', lambda *args: jitted)
+  with pytest.raises(UserError, match='too little memory') as error:
+    train.run(make_config(), str(tmp_path / 'run'))
+  for key in ('train.microbatches=', 'model.remat=', 'loss_chunk_tokens='):
+    assert key in str(error.value)
+  assert '\n' not in str(error.value)
 
 
 def test_the_parameters_in_the_header_are_counted(finished, capsys):
