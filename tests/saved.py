@@ -18,11 +18,20 @@ def newest(workdir):
     (p for p in steps if p.name.isdecimal()), key=lambda p: int(p.name)
   )
   meta = json.loads((path / 'meta' / 'metadata').read_text())
-  with ocp.StandardCheckpointer() as checkpointer:
-    trees = {item: checkpointer.restore(path / item) for item in ITEMS}
+  trees = {item: arrays(path / item) for item in ITEMS}
   leaves = jax.tree_util.tree_leaves_with_path(trees)
   return (
     int(path.name),
     meta,
     {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves},
   )
+
+
+def arrays(path):
+  """A tree of NumPy arrays, whatever devices they were saved from."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    args = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+      checkpointer.metadata(path).item_metadata.tree,
+    )
+    return checkpointer.restore(path, restore_args=args)
