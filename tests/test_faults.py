@@ -67,13 +67,20 @@ def config_file(corpus, tokenizer, tmp_path_factory):
   return path
 
 
-def environ(devices):
+def environ(devices, cache):
   flags = re.sub(
     r'--xla_force_host_platform_device_count=\d+',
     f'--xla_force_host_platform_device_count={devices}',
     os.environ['XLA_FLAGS'],
   )
-  return {**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
+  return {
+    **os.environ,
+    'XLA_FLAGS': flags,
+    'PYTHONPATH': str(ROOT),
+    # A restart should not take longer than what it is there to prove.
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
 
 
 class Runs:
@@ -81,6 +88,7 @@ class Runs:
 
   def __init__(self, config_file, workdir):
     self.workdir = workdir
+    self._cache = config_file.parent / 'compile_cache'
     self._command = [*('--config', str(config_file), '--workdir', str(workdir))]
     self._running = []
 
@@ -105,7 +113,7 @@ class Runs:
           *(sys.executable, str(ROOT / 'tests' / 'faulty_pretrain.py')),
           *(json.dumps(faults), *self._command, *flags),
         ],
-        env=environ(2 // processes) | own,
+        env=environ(2 // processes, self._cache) | own,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
