@@ -288,7 +288,7 @@ def _run(config, workdir, stack):
     report(done)
     with ledger.span('save'):
       settle(wait=True)
-      if done not in checkpointer.steps():
+      if checkpointer.durable_step != done:
         save(done)
         settle(wait=True, tolerant=False)
     ledger.event('preempted')
