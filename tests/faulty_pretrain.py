@@ -1,8 +1,8 @@
 """launch/pretrain.py with faults: python faulty_pretrain.py FAULTS FLAGS...
 
 FAULTS is JSON, all of its keys optional:
-  process: the number of the only process of several that has them.
   step_s: seconds that every batch is late.
+  process: the number of the only process of several that has the others.
   stall: [n, seconds]: batch n is so late besides.
   nan_steps: steps whose gradient is not a number.
   spike_steps: steps whose loss and gradient are a thousand times too large.
@@ -31,7 +31,7 @@ if faults.get('process') not in (
   None,
   int(os.environ.get('JAX_PROCESS_ID', 0)),
 ):
-  faults = {}
+  faults = {'step_s': faults.get('step_s', 0)}
 last_step = 0
 
 

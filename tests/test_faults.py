@@ -279,23 +279,24 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'told, term, first, last',
+  'told, term',
   [
-    (1, [0, 'compile'], 0, 0),
-    (0, [23, 'step'], 23, 25),
-    (1, [23, 'step'], 23, 25),
-    (1, [25, 'eval'], 25, 25),
-    (1, [28, 'save'], 28, 30),
+    (1, [0, 'compile']),
+    (0, [23, 'step']),
+    (1, [23, 'step']),
+    (1, [25, 'eval']),
+    (1, [28, 'save']),
   ],
 )
 def test_sigterm_to_one_of_two_saves_one_step_of_both(
-  runs, undisturbed_two, told, term, first, last
+  runs, undisturbed_two, told, term
 ):
+  """They agree within a second or two, of 0.1 s a step."""
   said = runs.finish(
-    processes=2, status=75, process=told, term=term, timeout=120
+    processes=2, status=75, step_s=0.1, process=told, term=term
   )
   step, _, _ = saved.newest(runs.workdir)
-  assert first <= step <= last
+  assert term[0] <= step < min(term[0] + 25, STEPS)
   assert f'step {step} is saved' in said
   said = runs.finish(processes=2)
   assert f'resuming at step {step}\n' in said or step == 0
