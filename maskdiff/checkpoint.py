@@ -11,6 +11,7 @@ and the one before is taken.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -65,6 +66,7 @@ class Checkpointer:
     Raises:
       UserError: the directory cannot be made or read.
     """
+    logging.getLogger('absl').addFilter(_not_of_orbax)
     self.directory = os.path.abspath(directory)
     self.read_only = read_only
     self.durable_step = None
@@ -280,6 +282,12 @@ class Checkpointer:
       self.finish()
     finally:
       self._manager.close()
+
+
+def _not_of_orbax(record):
+  """Drops its errors, long and with stacks: they are raised too, and told."""
+  path = os.path.join('orbax', 'checkpoint', '')
+  return record.levelno < logging.ERROR or path not in record.pathname
 
 
 class _MetaHandler(ocp.JsonCheckpointHandler):

@@ -8,6 +8,7 @@ the step that follows them has been dispatched.
 
 import collections
 import contextlib
+import functools
 import os
 import time
 
@@ -228,11 +229,11 @@ def _run(config, workdir, stack):
       },
     )
 
-  def settle(wait, tolerant=True):
+  def settle(act, tolerant=True):
     """Takes note of a checkpoint that has come to the disk, or has not."""
     nonlocal failures
     try:
-      durable = checkpointer.finish() if wait else checkpointer.poll()
+      durable = act()
     except checkpoint.SaveError as error:
       failures += 1
       ledger.event('not_saved', step=error.step, cause=str(error))
@@ -268,7 +269,7 @@ def _run(config, workdir, stack):
       done = step
       with ledger.span('data'):
         tokens = next(batches)
-      settle(wait=False)
+      settle(checkpointer.poll)
       if (step - 1) % config.train.log_every_steps == 0:
         report(step - 1)
       window.append(values)
@@ -279,18 +280,18 @@ def _run(config, workdir, stack):
       if step % config.checkpoint.every_steps == 0 or last:
         report(step)  # a row that is not written by now is not written again
         with ledger.span('save'):
-          settle(wait=True)
-          save(step)
+          settle(checkpointer.finish)
+          settle(functools.partial(save, step))
     with ledger.span('save'):
-      settle(wait=True, tolerant=False)
+      settle(checkpointer.finish, tolerant=False)
     ledger.event('ended')
   except Preempted:
     report(done)
     with ledger.span('save'):
-      settle(wait=True)
+      settle(checkpointer.finish)
       if checkpointer.durable_step != done:
-        save(done)
-        settle(wait=True, tolerant=False)
+        settle(functools.partial(save, done), tolerant=False)
+        settle(checkpointer.finish, tolerant=False)
     ledger.event('preempted')
     progress.say(f'told to end: step {done} is saved')
     raise

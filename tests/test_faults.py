@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -107,28 +108,37 @@ class Runs:
         }
         for i in range(processes)
       ]
-    started = [
-      subprocess.Popen(
-        [
-          *(sys.executable, str(ROOT / 'tests' / 'faulty_pretrain.py')),
-          *(json.dumps(faults), *self._command, *flags),
-        ],
-        env=environ(2 // processes, self._cache) | own,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for own in variables
+    command = [
+      *(sys.executable, str(ROOT / 'tests' / 'faulty_pretrain.py')),
+      *(json.dumps(faults), *self._command, *flags),
     ]
+    started = []
+    for own in variables:
+      # Not a pipe: nobody reads while the run goes on.
+      with tempfile.TemporaryFile('w+') as said:
+        process = subprocess.Popen(
+          command,
+          env=environ(2 // processes, self._cache) | own,
+          cwd=ROOT,
+          stdout=subprocess.DEVNULL,
+          stderr=said,
+        )
+        process.said = os.fdopen(os.dup(said.fileno()))
+      started.append(process)
     self._running += started
     return started
+
+  def end_of(self, process, timeout=300):
+    """Waits for the end of a process; returns what it said."""
+    process.wait(timeout=timeout)
+    process.said.seek(0)
+    return process.said.read()
 
   def finish(self, *flags, processes=1, status=0, timeout=300, **faults):
     """Runs to the end; returns what the first process said."""
     said = None
     for process in self.start(*flags, processes=processes, **faults):
-      _, errors = process.communicate(timeout=timeout)
+      errors = self.end_of(process, timeout)
       assert process.returncode == status, errors[-4000:]
       said = errors if said is None else said
     return said
@@ -141,14 +151,14 @@ class Runs:
   def wait_for(self, step, processes):
     while self.reached() < step:
       for process in processes:
-        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert process.poll() is None, self.end_of(process)[-4000:]
       time.sleep(0.02)
 
   def stop_all(self):
     for process in self._running:
-      if process.poll() is None:
-        process.kill()
-        process.communicate()
+      process.kill()
+      process.wait()
+      process.said.close()
 
 
 @pytest.fixture
@@ -208,7 +218,7 @@ def test_twenty_kills_at_any_moment(runs, undisturbed):
       time.sleep(moments.uniform(0, 0.25))
     assert process.poll() is None
     process.kill()
-    process.communicate()
+    process.wait()
   runs.finish()
   assert_same(runs.workdir, undisturbed)
   total = ledger.goodput(runs.workdir / 'ledger.jsonl')
@@ -220,7 +230,7 @@ def test_twenty_kills_at_any_moment(runs, undisturbed):
 @pytest.mark.parametrize('kill_s', [0.0, 0.01, 0.03, 0.1, 0.3])
 def test_a_kill_while_a_checkpoint_is_written(runs, undisturbed, kill_s):
   (process,) = runs.start(step_s=0.05, kill_s=kill_s, kill_at=21)
-  process.communicate(timeout=300)
+  process.wait(timeout=300)
   assert process.returncode == -signal.SIGKILL
   said = runs.finish()
   assert re.search(r'resuming at step (14|21)\n', said), said[-3000:]
@@ -242,10 +252,10 @@ def test_one_of_two_processes_is_killed_while_both_save(
   runs, undisturbed_two, victim
 ):
   both = runs.start(processes=2, process=victim, kill_s=0.02, kill_at=21)
-  both[victim].communicate(timeout=300)
+  both[victim].wait(timeout=300)
   assert both[victim].returncode == -signal.SIGKILL
   died = time.monotonic()
-  _, errors = both[1 - victim].communicate(timeout=60)
+  errors = runs.end_of(both[1 - victim], timeout=60)
   assert both[1 - victim].returncode not in (0, 2), errors[-3000:]
   assert time.monotonic() - died < 25  # 10 of heartbeat, and the CPU is shared
   said = runs.finish(processes=2)
@@ -337,7 +347,7 @@ def test_a_damaged_checkpoint_is_set_aside(
   newest.mkdir(exist_ok=True)
   for _ in range(3):  # two processes may have to end to agree
     both = runs.start(processes=processes)
-    said = [p.communicate(timeout=200)[1] for p in both]
+    said = [runs.end_of(p, timeout=200) for p in both]
     if all(p.returncode == 0 for p in both):
       break
   assert [p.returncode for p in both] == [0] * processes, said[0][-3000:]
@@ -377,7 +387,7 @@ def test_a_run_goes_on_while_the_disk_is_full(runs, undisturbed, small_disk):
   ballast = fill(small_disk)
   runs.wait_for(25, [process])
   ballast.unlink()
-  _, errors = process.communicate(timeout=120)
+  errors = runs.end_of(process, timeout=120)
   assert process.returncode == 0, errors[-3000:]
   said = 'checkpoint of step 21 is not saved: No space left on device; make'
   assert said in errors and 'the run goes on' in errors
@@ -391,7 +401,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_step_whole(
   (process,) = runs.start('--config.checkpoint.max_failures=1', step_s=0.1)
   runs.wait_for(10, [process])
   ballast = fill(small_disk)
-  _, errors = process.communicate(timeout=120)
+  errors = runs.end_of(process, timeout=120)
   assert process.returncode == 2
   line = errors.strip().splitlines()[-1]
   assert 'step 21 is not saved: No space left on device' in line
@@ -425,7 +435,7 @@ def test_two_processes_and_one_take_turns(runs, undisturbed):
   runs.wait_for(30, both)
   both[1].send_signal(signal.SIGTERM)
   for process in both:
-    process.communicate(timeout=120)
+    process.wait(timeout=120)
   runs.finish()
   ours, theirs = evaluations(runs.workdir), evaluations(undisturbed)
   assert ours.keys() == theirs.keys()
