@@ -66,7 +66,8 @@ class Checkpointer:
     Raises:
       UserError: the directory cannot be made or read.
     """
-    logging.getLogger('absl').addFilter(_not_of_orbax)
+    for name in ('absl', 'asyncio'):
+      logging.getLogger(name).addFilter(_not_of_orbax)
     self.directory = os.path.abspath(directory)
     self.read_only = read_only
     self.durable_step = None
@@ -287,7 +288,9 @@ class Checkpointer:
 def _not_of_orbax(record):
   """Drops its errors, long and with stacks: they are raised too, and told."""
   path = os.path.join('orbax', 'checkpoint', '')
-  return record.levelno < logging.ERROR or path not in record.pathname
+  return record.levelno < logging.ERROR or (
+    path not in record.pathname and path not in record.getMessage()
+  )
 
 
 class _MetaHandler(ocp.JsonCheckpointHandler):

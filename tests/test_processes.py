@@ -142,7 +142,8 @@ def start(script, *arguments, processes=2, of_process=None):
     for p in started:
       p.kill()
   # The CPU backend prints lines of its own about its connections.
-  own = lambda text: re.sub(r'^\[Gloo\].*\n', '', text, flags=re.MULTILINE)
+  # Its lines and their ends come in two writes, of several threads.
+  own = lambda text: re.sub(r'^\n?\[Gloo\].*\n+', '', text, flags=re.M)
   return [(own(out), own(err), status) for out, err, status in ended]
 
 
