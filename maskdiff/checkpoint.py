@@ -32,15 +32,24 @@ from maskdiff.fingerprint import fingerprints
 from maskdiff.manifest import Damaged, flat
 
 _MARK = 'damaged.txt'
+_FULL = re.compile('No space left on device|Disk quota exceeded')
 _RETRY_S = 1
 
 
 class SaveError(Exception):
-  """A step could not be written."""
+  """A step could not be written.
+
+  Attributes:
+    step: int.
+    disk_full: whether that is why; with several processes it may be that
+      another one is lost.
+  """
 
   def __init__(self, step, cause):
+    cause = _one_line(cause)
     super().__init__(f'the checkpoint of step {step} is not saved: {cause}')
     self.step = step
+    self.disk_full = bool(_FULL.search(cause))
 
 
 class Checkpointer:
@@ -166,7 +175,7 @@ class Checkpointer:
         if name.startswith(f'{step}.orbax-checkpoint-tmp'):
           shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
     self._manager.reload()
-    return SaveError(step, _one_line(error))
+    return SaveError(step, error)
 
   def steps(self):
     """The steps on disk, whole or not, ascending."""
@@ -473,7 +482,6 @@ def _wait_for_all(name):
 def _one_line(error):
   """The gist of an error, which may come with a stack and an essay."""
   text = ' '.join(str(error).split()) or type(error).__name__
-  full = re.search(r'No space left on device|Disk quota exceeded', text)
-  if full:
+  if full := _FULL.search(text):
     return f'{full[0]}; make room, or keep fewer checkpoints'
   return text[:300]

@@ -237,6 +237,8 @@ def _run(config, workdir, stack):
     except checkpoint.SaveError as error:
       failures += 1
       ledger.event('not_saved', step=error.step, cause=str(error))
+      if jax.process_count() > 1 and not error.disk_full:
+        raise  # another process may be lost: no error of the user
       if (
         not tolerant
         or failures > config.checkpoint.max_failures
