@@ -71,8 +71,8 @@ def _parse(where, text, task):
     raise UserError(f'{where}: what is scored must be text that is not empty')
   if task == 'choices' and not 0 <= value['answer'] < len(scored):
     raise UserError(
-      f'{where}: answer {value["answer"]} is none of its {len(scored)} choices, '
-      'counted from 0'
+      f'{where}: answer {value["answer"]} is none of its {len(scored)} '
+      'choices, counted from 0'
     )
   return Line(where, value)
 
