@@ -58,22 +58,26 @@ def _parse(where, text, task):
     raise UserError(f'{where}: this is not JSON ({error})') from error
   if not isinstance(value, dict):
     raise UserError(f'{where}: must be a JSON object')
-  fields = {'prompt': str, 'answer': str}
+  fields, scored = {'prompt': str, 'answer': str}, 'answer'
   if task == 'choices':
-    fields = {'prompt': str, 'choices': list, 'answer': int}
+    fields, scored = {'prompt': str, 'choices': list, 'answer': int}, 'choices'
   elif task == 'bound' and 'text' in value:
-    fields = {'text': str}
+    fields, scored = {'text': str}, 'text'
   if {k: type(v) for k, v in value.items() if k in fields} != fields:
     named = ', '.join(f'{k} ({t.__name__})' for k, t in fields.items())
     raise UserError(f'{where}: {task} needs {named}')
-  scored = value.get('choices', [value.get('text', value.get('answer'))])
-  if not all(isinstance(answer, str) and answer for answer in scored):
-    raise UserError(f'{where}: what is scored must be text that is not empty')
-  if task == 'choices' and not 0 <= value['answer'] < len(scored):
+  texts = value[scored] if task == 'choices' else [value[scored]]
+  if not all(isinstance(t, str) and t for t in texts):
+    raise UserError(f'{where}: {scored} must be text that is not empty')
+  if task == 'choices' and not 0 <= value['answer'] < len(texts):
     raise UserError(
-      f'{where}: answer {value["answer"]} is none of its {len(scored)} '
-      'choices, counted from 0'
+      f'{where}: answer {value["answer"]} is none of its {len(texts)} choices, '
+      'which count from 0'
     )
+  try:
+    ''.join([value.get('prompt', ''), *texts]).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'{where}: this is not Unicode text ({error})') from error
   return Line(where, value)
 
 

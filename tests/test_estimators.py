@@ -5,12 +5,12 @@ under every set of hidden ones.
 """
 
 import itertools
-from fractions import Fraction
 
 import golden_models
 import numpy as np
 import pytest
 import scipy.stats
+from every_mask import elbo, reference_counts, subsets
 
 from maskdiff import estimators
 from maskdiff.errors import UserError
@@ -24,11 +24,6 @@ EVERY = [
   for coupled in (False, True)
 ]
 name = lambda e: f'{e.form}-{e.strata}' + '-coupled' * e.coupled
-
-
-def subsets(size):
-  """[2^A, A] bool; row r hides the tokens whose bits are set in r."""
-  return (np.arange(2**size)[:, None] >> np.arange(size) & 1).astype(bool)
 
 
 def random_table(size, seed=0):
@@ -49,13 +44,6 @@ def values(looks, table):
   """The value of each look."""
   row = looks.hidden @ (1 << np.arange(table.shape[1]))
   return looks.weight * np.where(looks.asked, table[row], 0).sum(axis=1)
-
-
-def elbo(table):
-  """sum over l of 1/l times the mean of S over all sets of l tokens."""
-  hidden = subsets(table.shape[1])
-  sums, counts = np.where(hidden, table, 0).sum(axis=1), hidden.sum(axis=1)
-  return sum(sums[counts == l].mean() / l for l in range(1, table.shape[1] + 1))
 
 
 def stderr(e, looks, table):
@@ -132,14 +120,6 @@ def test_the_standard_error_is_the_spread_of_estimates(e):
 
 
 # The draws
-
-
-def reference_counts(k, size, batch):
-  """What LLaDA's get_log_likelihood.py makes of k: it rounds half to even."""
-  return [
-    (round(Fraction(k) + Fraction(i * size, batch)) - 1) % size + 1
-    for i in range(batch)
-  ]
 
 
 def test_counts_are_uniform_where_those_of_llada_are_not():

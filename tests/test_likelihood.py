@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_estimators import reference_counts, subsets
+from every_mask import elbo, reference_counts, subsets
 
 from maskdiff import estimators, likelihood, looks, masks, mesh, model, sampler
 from maskdiff.errors import UserError
@@ -100,12 +100,6 @@ def enumerate_masks(params, row, answer, guidance=0.0):
     all_p = log_p(params, row, answer, hidden, guidance)
     table.append(all_p[where, row[where]])
   return np.array(table)
-
-
-def elbo(table):
-  hidden = subsets(table.shape[1])
-  sums, counts = np.where(hidden, table, 0).sum(axis=1), hidden.sum(axis=1)
-  return sum(sums[counts == l].mean() / l for l in range(1, table.shape[1] + 1))
 
 
 def by_order(table):
