@@ -25,7 +25,6 @@ from maskdiff.model import bind
 from maskdiff.objective import show
 
 SHORTEST = 16  # rows are padded to at least this length
-UNIT = 128  # kernels of attention split a length by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +118,16 @@ def rows_of(model_config, c, tokens, answer, valid):
 
 
 def padded_length(length):
-  """The length that a row is padded to: 16, 32, 64, 128, 256, 384, 512, 768...
+  """The length that a row is padded to: 16, 24, 32, 48, 64, 96, 128, 192...
 
-  Powers of two and, where that is a multiple of UNIT, three quarters of them.
+  Powers of two and three quarters of them: less than half of it is added, and
+  there are 17 up to 4096.
   """
   size = SHORTEST
   while size < length:
     size *= 2
-  less = size * 3 // 4
-  return less if less >= length and less % UNIT == 0 else size
+  less = max(SHORTEST, size * 3 // 4)
+  return less if less >= length else size
 
 
 def by_length(rows):

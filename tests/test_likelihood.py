@@ -502,11 +502,11 @@ def test_a_mesh_gives_what_one_device_gives(params):
 
 def test_lengths_are_padded_to_few():
   lengths = {looks.padded_length(n) for n in range(1, 4097)}
-  assert sorted(lengths) == [
-    *(16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-  ]
+  assert len(lengths) == 17
+  assert max(lengths) == 4096
+  assert {16, 24, 32, 48, 192, 3072} < lengths
   assert all(n <= looks.padded_length(n) for n in range(1, 4097))
-  assert all(looks.padded_length(n) < 1.5 * n for n in range(257, 4097))
+  assert all(looks.padded_length(n) < 1.5 * n for n in range(16, 4097))
 
 
 def test_many_rows_are_compiled_for_few_shapes(params):
