@@ -22,6 +22,7 @@ from maskdiff.data import pipeline, prepare, records
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 from maskdiff.guard import GuardConfig
+from maskdiff.looks import LikelihoodConfig
 from maskdiff.model import TransformerConfig
 from maskdiff.objective import ObjectiveConfig
 from maskdiff.sampler import SamplerConfig
@@ -70,8 +71,22 @@ def sampler_config(config):
   )
 
 
+def likelihood_config(config, guidance, tokens_per_call):
+  """The frozen config of likelihoods; see looks.LikelihoodConfig."""
+  return LikelihoodConfig(
+    objective=config.objective.name,
+    context=config.data.length,
+    guidance=guidance,
+    predict_mask=config.objective.predict_mask,
+    mask_id=config.tokens.mask_id,
+    bos_id=config.tokens.bos_id,
+    tokens_per_call=tokens_per_call,
+    loss_chunk_tokens=config.objective.loss_chunk_tokens,
+  )
+
+
 def sampler_model(config):
-  """The TransformerConfig that samples.
+  """The TransformerConfig that samples and scores.
 
   A kernel that the config insists on is for training: prompts are few and of
   any length, and may be answered on another kind of machine.

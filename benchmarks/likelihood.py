@@ -1,0 +1,194 @@
+"""Likelihoods of many requests, against a loop over requests one at a time.
+
+python benchmarks/likelihood.py [--rounds 3]
+python benchmarks/likelihood.py --workdir runs/tiny
+
+The loop is the published algorithm (LLaDA, get_log_likelihood.py), compiled:
+for each request, batches of 16 copies of its row at its own length, and logits
+of the whole row. Both see the same weights and the same masks, 128 for each
+request, and must return the same numbers.
+
+With a trained run it prints instead the standard error of each estimator at
+equally many forward passes, on rows of held-out text.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import alternate
+
+from maskdiff import estimators, likelihood, masks, run
+from maskdiff import model as model_lib
+from maskdiff.estimators import Estimator
+from maskdiff.looks import LikelihoodConfig
+from maskdiff.model import TransformerConfig
+
+MASK_ID, SAMPLES, COPIES = 4, 128, 16
+MODEL = TransformerConfig(
+  vocab_size=4096,
+  embed=128,
+  layers=2,
+  heads=4,
+  kv_heads=4,
+  head_dim=32,
+  mlp=384,
+  tie_embeddings=True,
+  rope_theta=500_000.0,
+  norm_eps=1e-5,
+  dtype='float32',
+  remat='none',
+  attention='auto',
+)
+CONFIG = LikelihoodConfig(
+  objective='masked_diffusion',
+  context=256,
+  guidance=0.0,
+  predict_mask=False,
+  mask_id=MASK_ID,
+  bos_id=1,
+  tokens_per_call=4096,
+  loss_chunk_tokens=512,
+)
+# Tokens of prompts and answers, from and to.
+WORKLOADS = {
+  'one-token choices': ((24, 64), (1, 1)),
+  'short choices': ((24, 64), (2, 8)),
+  'long answers': ((16, 32), (32, 64)),
+}
+REQUESTS = 6
+ESTIMATORS = [
+  Estimator('bernoulli', strata=1),
+  Estimator('bernoulli', strata=16),
+  Estimator('bernoulli', strata=16, coupled=True),
+  Estimator('count', strata=1),
+  Estimator('count', strata=16),
+  Estimator('count', strata=1, coupled=True),
+  Estimator('count', strata=16, coupled=True),
+]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--workdir')
+  args = parser.parse_args()
+  if args.workdir:
+    return standard_errors(args.workdir)
+  params = model_lib.init(MODEL, jax.random.key(0))
+  print(
+    f'{jax.devices()[0].device_kind}, {REQUESTS} requests, {SAMPLES} masks each'
+  )
+  for name, (prompt, answer) in WORKLOADS.items():
+    compare(params, name, prompt, answer, args.rounds)
+
+
+def compare(params, name, prompt, answer, rounds):
+  """Prints two lines of results: warm, and the first pass."""
+  rng = np.random.default_rng(0)
+  draw = lambda lengths: [
+    rng.integers(9, MODEL.vocab_size, rng.integers(*lengths, endpoint=True))
+    for _ in range(REQUESTS)
+  ]
+  prompts, answers = draw(prompt), draw(answer)
+  estimator = Estimator(samples=SAMPLES, strata=COPIES)
+
+  def batched():
+    return likelihood.bound(
+      MODEL,
+      CONFIG,
+      params,
+      *likelihood.suffixes(prompts, answers),
+      estimator,
+      range(REQUESTS),
+    ).log_likelihood
+
+  def loop():
+    return np.array(
+      [
+        one_request(params, p, a, estimator, seed)
+        for seed, (p, a) in enumerate(zip(prompts, answers, strict=True))
+      ]
+    )
+
+  functions = {'batched': batched, 'loop': loop}
+  results, first = {}, {}
+  for label, function in functions.items():
+    began = time.perf_counter()
+    results[label] = function()
+    first[label] = time.perf_counter() - began
+  np.testing.assert_allclose(results['batched'], results['loop'], rtol=1e-4)
+  warm = alternate(functions, rounds)
+  for what, seconds in ('compiled', warm), ('first pass', first):
+    fast, slow = (REQUESTS / seconds[label] for label in functions)
+    print(
+      f'{name}, {what}: batched {fast:.2f} requests/s, loop {slow:.2f} '
+      f'requests/s, ratio {fast / slow:.2f}',
+      flush=True,
+    )
+
+
+@jax.jit
+def forward(params, tokens, shown):
+  """Log-probability of each token, [B, L]."""
+  model = model_lib.bind(MODEL, params)
+  hidden = model(shown, masks.bidirectional(jnp.ones(shown.shape, bool)))
+  logits = model.logits(hidden).at[..., MASK_ID].set(-jnp.inf)
+  log_probs = jax.nn.log_softmax(logits)
+  return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+
+
+def one_request(params, prompt, answer, estimator, seed):
+  """The Monte Carlo bound of one request, written plainly."""
+  tokens = np.concatenate([prompt, answer]).astype(np.int32)
+  drawn = estimators.draw(estimator, len(answer), np.random.default_rng(seed))
+  total = 0.0
+  for start in range(0, SAMPLES, COPIES):
+    hidden = drawn.hidden[start : start + COPIES]
+    rows = np.tile(tokens, (COPIES, 1))
+    shown = rows.copy()
+    shown[:, len(prompt) :][hidden] = MASK_ID
+    log_probs = np.asarray(forward(params, rows, shown))[:, len(prompt) :]
+    sums = np.where(hidden, log_probs, 0).sum(axis=1)
+    total += drawn.weight[start : start + COPIES] @ sums
+  return total / SAMPLES
+
+
+def standard_errors(workdir):
+  """Prints the standard error of 128 forward passes, by estimator."""
+  config, tokenizer, params, devices = run.load(workdir)
+  (dataset, *_) = run.open_data(config, tokenizer)
+  batch = np.asarray(
+    jax.device_get(next(run.heldout_batches(config, dataset, devices)))
+  )
+  c = run.likelihood_config(config, guidance=0.0, tokens_per_call=4096)
+  for length, rows in ((64, 8), (256, 2)):
+    tokens = batch[:rows, :length]
+    if tokens.shape[1] < length:
+      continue
+    every = np.ones(tokens.shape, bool)
+    print(f'{rows} rows of {length} tokens, nats per row:')
+    for e in ESTIMATORS:
+      many = Estimator(e.form, 512, e.strata, e.coupled)
+      with jax.set_mesh(devices):
+        value, stderr = likelihood.bound(
+          run.sampler_model(config),
+          c,
+          params,
+          *(tokens, every, every),
+          many,
+          range(rows),
+        )
+      # Of a mean over 512 looks, to one over 128.
+      error = np.sqrt(np.mean(stderr**2) * many.samples / SAMPLES)
+      print(
+        f'  {e.form:9} strata {e.strata:2} {"coupled" * e.coupled:7}: '
+        f'{value.mean():9.2f}, standard error {error:6.2f}',
+        flush=True,
+      )
+
+
+if __name__ == '__main__':
+  main()

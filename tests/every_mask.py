@@ -1,0 +1,25 @@
+"""What is known of all masks of a short answer."""
+
+from fractions import Fraction
+
+import numpy as np
+
+
+def subsets(size):
+  """[2^A, A] bool; row r hides the tokens whose bits are set in r."""
+  return (np.arange(2**size)[:, None] >> np.arange(size) & 1).astype(bool)
+
+
+def elbo(table):
+  """sum over l of 1/l times the mean of S over all sets of l tokens."""
+  hidden = subsets(table.shape[1])
+  sums, counts = np.where(hidden, table, 0).sum(axis=1), hidden.sum(axis=1)
+  return sum(sums[counts == l].mean() / l for l in range(1, table.shape[1] + 1))
+
+
+def reference_counts(k, size, batch):
+  """What LLaDA's get_log_likelihood.py makes of k: it rounds half to even."""
+  return [
+    (round(Fraction(k) + Fraction(i * size, batch)) - 1) % size + 1
+    for i in range(batch)
+  ]

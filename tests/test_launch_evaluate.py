@@ -1,0 +1,143 @@
+"""The script that scores lines of text, in a process of its own."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from maskdiff import checkpoint, likelihood, run
+from maskdiff import config as config_lib
+from maskdiff import model as model_lib
+from maskdiff.checkpoint import Checkpointer
+from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.estimators import Estimator
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAIRS = [
+  {'prompt': 'def read(', 'answer': 'self):'},
+  {'prompt': 'return ', 'answer': 'alpha + beta'},
+]
+
+
+@pytest.fixture(scope='module')
+def workdir(tokenizer, tmp_path_factory):
+  """A run that was saved before its first step."""
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {
+      'model.embed': 16,
+      'model.layers': 1,
+      'model.heads': 2,
+      'model.kv_heads': 2,
+      'model.head_dim': 8,
+      'model.mlp': 16,
+      'model.dtype': 'float32',
+      'data.tokenizer': tokenizer.path,
+      'data.length': 32,
+    }
+  )
+  params = model_lib.init(run.step_config(config).model, jax.random.key(0))
+  path = tmp_path_factory.mktemp('run')
+  meta = {'config': checkpoint.config_json(config)}
+  with contextlib.closing(Checkpointer(path / 'checkpoints', keep=1)) as saver:
+    saver.save(1, {'params': params}, meta)
+  tokenizer_lib.copy(tokenizer, str(path))
+  return path
+
+
+def evaluate(workdir, lines, *flags):
+  path = workdir / 'data.jsonl'
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  return subprocess.run(
+    [
+      *(sys.executable, 'launch/evaluate.py', f'--workdir={workdir}'),
+      *(f'--data={path}', *flags),
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+
+
+def rows_of(result):
+  assert result.returncode == 0, result.stderr
+  return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def complaint(result):
+  assert (result.returncode, result.stdout) == (2, '')
+  return result.stderr.strip().splitlines()[-1]
+
+
+def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
+  flags = ('--task=bound', '--samples=32', '--strata=8', '--seed=3')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  config, _, params, mesh = run.load(str(workdir))
+  layout = likelihood.suffixes(
+    [tokenizer.encode('def read('), tokenizer.encode('return')],
+    [tokenizer.encode('self):'), tokenizer.encode(' alpha + beta')],
+  )
+  with jax.set_mesh(mesh):
+    value, error = likelihood.bound(
+      run.sampler_model(config),
+      run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
+      params,
+      *layout,
+      Estimator(samples=32, strata=8),
+      [3, 4],
+    )
+  np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
+  np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=1e-3)
+  assert total['tokens'] == layout[1].sum()
+  assert total['nats_per_token'] == pytest.approx(
+    -value.sum() / total['tokens']
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'flags',
+  [
+    ('--task=choices', '--guidance=0.5', '--form=bernoulli', '--coupled'),
+    ('--task=choices', '--form=left_to_right'),
+    ('--task=greedy',),
+  ],
+  ids=lambda flags: flags[0][7:] + flags[-1][1:],
+)
+def test_the_other_tasks_and_forms_go_through(workdir, flags):
+  line = {'prompt': 'return ', 'choices': ['alpha', 'beta'], 'answer': 1}
+  lines = PAIRS if 'greedy' in flags[0] else [line, line]
+  *rows, total = rows_of(evaluate(workdir, lines, *flags))
+  assert total['lines'] == len(rows) == 2
+  assert 0 <= total['accuracy'] <= 1
+
+
+def test_errors_are_one_line(workdir, tmp_path):
+  """Told before anything is computed; the last before the run is looked for."""
+  long = [{'prompt': 'x + ' * 32, 'answer': 'y'}]
+  message = complaint(evaluate(workdir, long, '--task=bound'))
+  assert message.startswith('error: ') and 'data.jsonl:1' in message
+  odd = evaluate(tmp_path, PAIRS, '--task=bound', '--samples=20')
+  assert 'samples=20' in complaint(odd)
+
+
+@pytest.mark.parametrize(
+  'flags, name',
+  [
+    ((), '--task'),
+    (('--task=loss',), 'task'),
+    (('--task=bound', '--samples=0'), 'samples'),
+  ],
+  ids=['none', 'unknown', 'samples'],
+)
+def test_a_bad_flag_is_named_in_one_line(tmp_path, flags, name):
+  result = evaluate(tmp_path, PAIRS, *flags)
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert name in complaint(result)
