@@ -164,7 +164,7 @@ def standard_errors(workdir):
     jax.device_get(next(run.heldout_batches(config, dataset, devices)))
   )
   c = run.likelihood_config(config, guidance=0.0, tokens_per_call=4096)
-  for length, rows in ((64, 8), (256, 2)):
+  for length, rows in ((64, 4), (256, 1)):
     tokens = batch[:rows, :length]
     if tokens.shape[1] < length:
       continue
