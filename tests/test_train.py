@@ -458,6 +458,12 @@ def test_a_loaded_run_samples_the_text_of_the_training(finished):
   assert text == finished.scalars('sample/0')[STEPS]
 
 
+OVERRIDES = (
+  'temperature top_k top_p remasking schedule confidence threshold factor '
+  'guidance stop_at_eos logits_eos_inf confidence_eos_eot_inf eot_id'
+).split()
+
+
 @pytest.fixture(scope='module')
 def sample_script():
   return runpy.run_path(str(ROOT / 'launch' / 'sample.py'))['main']
@@ -471,10 +477,12 @@ def sample(script, workdir, capsys, **changes):
     gen_length=4,
     steps=None,
     block_length=None,
-    temperature=None,
-    remasking=None,
+    prompts=None,
+    out=None,
+    batch=16,
     seed=0,
     show=False,
+    **dict.fromkeys(OVERRIDES),
   )
   capsys.readouterr()
   script(types.SimpleNamespace(**(flags | changes)))
