@@ -1,0 +1,56 @@
+"""Networks of a few lines, in place of the Transformer in the sampler."""
+
+import jax
+import jax.numpy as jnp
+
+
+class Fake:
+  """A network whose logits are a function of (what it was given, tokens)."""
+
+  def __init__(self, function, given):
+    self.function, self.given = function, given
+
+  def __call__(self, tokens, labels):
+    return self.function(self.given, tokens)  # [B, L, V]
+
+  def logits(self, hidden):
+    return hidden
+
+
+def put_in(monkeypatch, sampler, function):
+  """Makes the sampler use `function`; what it is given stands for params."""
+  monkeypatch.setattr(sampler, 'bind', lambda _, given: Fake(function, given))
+
+
+def conditionals(joint, ids, mask_id, vocab_size):
+  """The exact denoiser of a known distribution.
+
+  Args:
+    joint: [n, ..., n] of L axes, probabilities of L tokens.
+    ids: the n tokens of its axes.
+    mask_id: stands for a token that is not known.
+    vocab_size: V.
+
+  Returns:
+    From (anything, [B, L] int32) to the [B, L, V] float32 log-probabilities of
+    each token given those that are known.
+  """
+  joint, ids = jnp.asarray(joint, jnp.float32), jnp.asarray(ids)
+
+  def of_row(tokens):
+    weight = joint
+    for axis in range(joint.ndim):
+      fits = (tokens[axis] == ids) | (tokens[axis] == mask_id)
+      weight *= fits.reshape(
+        [-1 if a == axis else 1 for a in range(joint.ndim)]
+      )
+    p = [
+      weight.sum([a for a in range(joint.ndim) if a != axis])
+      for axis in range(joint.ndim)
+    ]
+    p = jnp.stack(p) / weight.sum()  # [L, n]
+    return (
+      jnp.full((joint.ndim, vocab_size), -jnp.inf).at[:, ids].set(jnp.log(p))
+    )
+
+  return lambda _, tokens: jax.vmap(of_row)(tokens)
