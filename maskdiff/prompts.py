@@ -39,7 +39,6 @@ def read(path, first_seed):
     if not line.strip():
       continue
     seed = first_seed + len(prompts)
-    line = line.removesuffix('\r')
     where = f'{path}:{number}'
     prompts.append(_parse(line, seed, where) if is_json else Prompt(line, seed))
   if not prompts:

@@ -5,21 +5,24 @@ import jax.numpy as jnp
 
 
 class Fake:
-  """A network whose logits are a function of (what it was given, tokens)."""
+  """A network whose logits are a function of (given, tokens, valid).
+
+  `given` is what stands for the parameters.
+  """
 
   def __init__(self, function, given):
     self.function, self.given = function, given
 
   def __call__(self, tokens, labels):
-    return self.function(self.given, tokens)  # [B, L, V]
+    return self.function(self.given, tokens, labels.doc >= 0)  # [B, L, V]
 
   def logits(self, hidden):
     return hidden
 
 
-def put_in(monkeypatch, sampler, function):
-  """Makes the sampler use `function`; what it is given stands for params."""
-  monkeypatch.setattr(sampler, 'bind', lambda _, given: Fake(function, given))
+def put_in(monkeypatch, sampler):
+  """Makes the sampler use the function that it is given as model_config."""
+  monkeypatch.setattr(sampler, 'bind', Fake)
 
 
 def conditionals(joint, ids, mask_id, vocab_size):
@@ -32,8 +35,8 @@ def conditionals(joint, ids, mask_id, vocab_size):
     vocab_size: V.
 
   Returns:
-    From (anything, [B, L] int32) to the [B, L, V] float32 log-probabilities of
-    each token given those that are known.
+    Function for `Fake`: from (anything, [B, L] int32, anything) to the
+    [B, L, V] float32 log-probabilities of tokens given those that are known.
   """
   joint, ids = jnp.asarray(joint, jnp.float32), jnp.asarray(ids)
 
@@ -53,4 +56,4 @@ def conditionals(joint, ids, mask_id, vocab_size):
       jnp.full((joint.ndim, vocab_size), -jnp.inf).at[:, ids].set(jnp.log(p))
     )
 
-  return lambda _, tokens: jax.vmap(of_row)(tokens)
+  return lambda given, tokens, valid: jax.vmap(of_row)(tokens)
