@@ -53,9 +53,12 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def table():
-  """Of `mixing`: no token prevails, and eos is as likely as any other."""
+  """Of `mixing`: masks say nothing, other tokens want some, eos a little."""
   random = np.random.default_rng(0)
-  return jnp.asarray(random.normal(size=(VOCAB, VOCAB)), jnp.float32)
+  votes = random.normal(size=(VOCAB, VOCAB)) * 3
+  votes[:, EOS] = 1
+  votes[MASK] = 0
+  return jnp.asarray(votes, jnp.float32)
 
 
 def complete(c, given, layout, seeds=None, network=mixing):
@@ -76,7 +79,7 @@ OPTIONS = {
   'guided': dict(guidance=0.8),
   'eos': dict(stop_at_eos=True, confidence_eos_eot_inf=True),
 }
-FAST = ('threshold', 'guided', 'eos')
+FAST = ('eos',)
 
 
 @pytest.mark.parametrize(
@@ -127,14 +130,15 @@ def test_guidance_takes_two_forwards_a_step(table):
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])
 def test_less_caution_takes_fewer_forwards(table, rule):
   layout = sampler.continue_prompts(PROMPTS, 8)
-  levels = {'threshold': (1.1, 0.4, 0.0), 'factor': (0.0, 1.2, 99.0)}
+  levels = {'threshold': (1.1, 0.25, 0.0), 'factor': (0.0, 2.3, 99.0)}
   forwards = [
-    int(complete(config(remasking=rule, **{rule: x}), table, layout).calls)
+    complete(config(remasking=rule, **{rule: x}), table, layout).forwards
     for x in levels[rule]
   ]
-  assert forwards[0] == 8 and forwards[-1] == 2  # a token, a block each
-  assert forwards == sorted(forwards, reverse=True)
-  assert len(set(forwards)) == 3
+  forwards = [int(x.sum()) for x in forwards]
+  assert forwards[0] == 4 * 8  # rows, a token each
+  assert forwards[-1] == 4 * 2  # a block each
+  assert forwards[0] > forwards[1] > forwards[2]
 
 
 def test_a_threshold_above_1_is_one_token_a_step_by_confidence(table):
@@ -184,7 +188,7 @@ def test_guidance_leaves_the_prompt_out_and_extrapolates_from_there():
 
 @pytest.mark.parametrize(
   'rule, block_length, least',
-  [('low_confidence', 4, 0.3), ('threshold', 16, 0.02), ('ancestral', 4, 0.3)],
+  [('low_confidence', 4, 0.1), ('threshold', 16, 0.0), ('ancestral', 4, 0.1)],
 )
 def test_stopping_at_eos_saves_forwards_and_changes_nothing_before_it(
   table, rule, block_length, least
