@@ -158,7 +158,7 @@ def test_canvases_of_every_step_are_those_of_llada(case, name):
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
-@pytest.mark.parametrize('case', ['semi4', 'cfg_left_padded', 'both_eos_flags'])
+@pytest.mark.parametrize('case', CASES)
 def test_generate_returns_the_tokens_of_llada(case):
   request, recorded = golden_request('model_b', case)
   np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])

@@ -127,6 +127,7 @@ def test_guidance_takes_two_forwards_a_step(table):
   assert carry.forwards.tolist() == [16] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])
 def test_less_caution_takes_fewer_forwards(table, rule):
   layout = sampler.continue_prompts(PROMPTS, 8)

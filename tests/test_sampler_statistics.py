@@ -108,7 +108,15 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize('case', EXACT)
+@pytest.mark.parametrize(
+  'case',
+  [
+    case
+    if case == 'first_hitting'
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in EXACT
+  ],
+)
 def test_one_token_a_step_gives_the_distribution_itself(case):
   assert p_value(counts(6000, **EXACT[case]), JOINT) > 1e-3
 
