@@ -12,7 +12,6 @@ import json
 import sys
 import time
 
-import numpy as np
 from absl import flags, logging
 
 from maskdiff import config
@@ -139,17 +138,22 @@ def sample(args):
   override(run_config, args, int(fill.sum(axis=1).max()))
   model, c = run.sampler_model(run_config), run.sampler_config(run_config)
 
-  def answers(canvas, rows):
-    """Which slots belong to the answers."""
-    kept = sampler.cut(canvas, fill[rows], c.eos_id) | (not c.stop_at_eos)
-    return fill[rows] & kept
-
-  def decode(canvas, where):
-    pairs = zip(canvas, where, strict=True)
-    return [tokenizer.decode(tokens[w]) for tokens, w in pairs]
-
-  def whole_texts(canvas, rows):
-    return decode(canvas, (valid & ~fill)[rows] | answers(canvas, rows))
+  def record(row, tokens, forwards):
+    """What is said of a text, given its row of the canvas."""
+    answer = fill[row]
+    if c.stop_at_eos:
+      answer = answer & sampler.cut(tokens[None], fill[row][None], c.eos_id)[0]
+    kept = (valid[row] & ~fill[row]) | answer
+    found = {
+      'infill' if args.infill else 'prompt': texts[row],
+      'seed': seeds[row],
+      'text': tokenizer.decode(tokens[kept]),
+      'tokens': int(answer.sum()),
+      'forwards': int(forwards),
+    }
+    if not args.infill:
+      found['answer'] = tokenizer.decode(tokens[answer])
+    return found
 
   def say(text, **kwargs):
     if jax.process_index() == 0:
@@ -160,10 +164,21 @@ def sample(args):
       for shown in sampler.trace(model, c, params, canvas, fill, valid, seeds):
         if sys.stdout.isatty():
           say('\x1b[2J\x1b[H', end='')
-        say('\n---\n'.join(whole_texts(shown, slice(None))))
+        found = [record(row, tokens, 0) for row, tokens in enumerate(shown)]
+        say('\n---\n'.join(f['text'] for f in found))
         if not sys.stdout.isatty():
           say('=' * 8)
     return
+
+  def complete(rows):
+    # The last batch is filled up, so that all have one shape.
+    rows = rows + rows[-1:] * (min(args.batch, len(texts)) - len(rows))
+    batch = (x[rows] for x in (canvas, fill, valid))
+    carry = sampler.complete(
+      model, c, params, *batch, [seeds[row] for row in rows]
+    )
+    sampler.check(carry)
+    return jax.device_get((carry.canvas, carry.forwards))
 
   began = time.monotonic()
   num_tokens = num_forwards = 0
@@ -171,44 +186,15 @@ def sample(args):
     stack.enter_context(jax.set_mesh(mesh))
     write = stack.enter_context(open_out(args.out)) if args.out else None
     for start in range(0, len(texts), args.batch):
-      stop = min(start + args.batch, len(texts))
-      # The last batch is filled up, so that all have the shape of the first.
-      rows = np.minimum(
-        np.arange(start, start + min(args.batch, len(texts))), stop - 1
-      )
-      carry = sampler.complete(
-        model,
-        c,
-        params,
-        canvas[rows],
-        fill[rows],
-        valid[rows],
-        [seeds[row] for row in rows],
-      )
-      sampler.check(carry)
-      rows = rows[: stop - start]
-      filled, forwards = jax.device_get((carry.canvas, carry.forwards))
-      filled, forwards = filled[: len(rows)], forwards[: len(rows)]
-      of_answer = answers(filled, rows)
-      tokens = of_answer.sum(axis=1)
-      num_tokens += int(tokens.sum())
-      num_forwards += int(forwards.sum())
-      found = whole_texts(filled, rows)
-      if not write:
-        say(('\n---\n' if start else '') + '\n---\n'.join(found))
-        continue
-      added = decode(filled, of_answer)
-      for i, row in enumerate(rows):
-        record = {
-          'infill' if args.infill else 'prompt': texts[row],
-          'seed': seeds[row],
-          'text': found[i],
-          'tokens': int(tokens[i]),
-          'forwards': int(forwards[i]),
-        }
-        if not args.infill:
-          record['answer'] = added[i]
-        write(json.dumps(record, ensure_ascii=False) + '\n')
+      rows = list(range(len(texts)))[start : start + args.batch]
+      for row, *filled in zip(rows, *complete(rows), strict=False):
+        found = record(row, *filled)
+        num_tokens += found['tokens']
+        num_forwards += found['forwards']
+        if write:
+          write(json.dumps(found, ensure_ascii=False) + '\n')
+        else:
+          say(('---\n' if row else '') + found['text'])
   say(
     f'{num_tokens} tokens in {num_forwards} forward passes of a row, '
     f'{num_forwards / max(num_tokens, 1):.2f} per token, and '

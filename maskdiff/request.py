@@ -14,6 +14,7 @@ import numpy as np
 
 from maskdiff import candidates, remasking
 from maskdiff.errors import UserError
+from maskdiff.schedule import SCHEDULES
 
 GAP = re.compile(r'\{\{(\d+)\}\}')
 
@@ -29,7 +30,7 @@ class SamplerConfig:
   are committed last, and the confidence of other tokens is a share of what
   these two leave. At temperatures above 0 LLaDA's code does the second to the
   end of turn alone, by an oversight; here eos is treated alike at any
-  temperature.
+  temperature. Rules that do not look at confidence take no notice of it.
   """
 
   steps: int  # denoising steps in all, shared equally by the blocks
@@ -89,8 +90,8 @@ def prepare(c, canvas, fill, valid, seeds):
 
   Raises:
     UserError: shapes differ, steps cannot be shared by the blocks, there is
-      nothing to fill, a rule is unknown, or an autoregressive network is asked
-      for what it cannot do.
+      nothing to fill, a name is unknown, there is no eos_id that is needed, or
+      an autoregressive network is asked for what it cannot do.
   """
   canvas = np.asarray(canvas, np.int32)
   fill, valid = np.asarray(fill, bool), np.asarray(valid, bool)
@@ -112,13 +113,15 @@ def prepare(c, canvas, fill, valid, seeds):
   for key, known in (
     ('remasking', remasking.RULES),
     ('confidence', candidates.CONFIDENCES),
+    ('schedule', SCHEDULES),
   ):
     if getattr(c, key) not in known:
       raise UserError(
         f'{key}={getattr(c, key)!r} is unknown; choose one of {sorted(known)}'
       )
-  if c.stop_at_eos and c.eos_id < 0:
-    raise UserError('stop_at_eos=True needs an eos_id')
+  for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
+    if getattr(c, key) and c.eos_id < 0:
+      raise UserError(f'{key}=True needs an eos_id')
   most = int(fill.sum(axis=1).max(initial=0))
   if most == 0:
     raise UserError('nothing to fill: ask for gen_length of at least 1')

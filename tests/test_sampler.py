@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from jax.experimental import io_callback
 
-from maskdiff import candidates, masks, model, remasking, sampler
+from maskdiff import candidates, masks, mesh, model, remasking, sampler
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
@@ -162,6 +162,13 @@ def test_canvases_of_every_step_are_those_of_llada(case, name):
 def test_generate_returns_the_tokens_of_llada(case):
   request, recorded = golden_request('model_b', case)
   np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
+
+
+def test_a_mesh_returns_the_tokens_of_llada():
+  """Two rows with guidance on eight devices, which they do not divide."""
+  request, recorded = golden_request('model_b', 'cfg_left_padded')
+  with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
+    np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
 
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
@@ -510,7 +517,9 @@ REFUSED = {
     ALL,
     'guidance=1.0.*autoregressive',
   ),
-  'no_eos': (dict(stop_at_eos=True), ALL, 'eos_id'),
+  'schedule': (dict(schedule='sine'), ALL, "'sine'.*'linear'"),
+  'no_eos': (dict(stop_at_eos=True), ALL, 'stop_at_eos.*eos_id'),
+  'no_eos_either': (dict(logits_eos_inf=True), ALL, 'logits_eos_inf.*eos_id'),
 }
 
 
