@@ -119,7 +119,8 @@ def margin(logits, token):
   return best - second
 
 
-# (logits [B, S, V], token [B, S]) -> [B, S] float32 in [0, 1].
+# (logits [B, S, V], token [B, S]) -> [B, S] float32 in [0, 1]; NaN where logits
+# are NaN or inf. -inf is a token that cannot be.
 CONFIDENCES = {
   'probability': probability,
   'entropy': entropy,

@@ -114,13 +114,11 @@ def denoise(model_config, c, params, carry, layout):
   of_block = lambda x: jax.lax.dynamic_index_in_dim(x, block, 1, False)
   slots, masked = of_block(layout.slots), of_block(carry.masked)  # [B, S]
   logits = predict(model_config, c, params, carry.canvas, slots, layout)
-  # -inf is a network's way to rule a token out.
-  bad = jnp.any(masked & ~jnp.all(logits < jnp.inf, axis=-1), axis=1)
-
   fold = jax.vmap(jax.random.fold_in, (0, None))
   keys = fold(fold(layout.keys, block), step)
   draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
   token, confidence = choose(c, logits, draw_keys)
+  bad = jnp.any(masked & jnp.isnan(confidence), axis=1)
   steps = c.steps // layout.slots.shape[1]  # per block
   allowed = budget(
     c, of_block(layout.num_slots), masked.sum(axis=1), step, steps

@@ -178,6 +178,17 @@ def test_confidence_is_lowest_when_all_tokens_are_alike(kind, lowest):
   )
 
 
+@pytest.mark.parametrize('kind', candidates.CONFIDENCES)
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_confidence_is_nan_when_logits_are_no_numbers(kind, bad):
+  logits = np.zeros((1, 3, 5))
+  logits[0, 1, 3] = bad
+  logits[0, 2] = bad
+  token = candidates.draw(jnp.asarray(logits), 0.0, 0, 1.0, None)
+  found = np.isnan(confidence(kind, logits, token))
+  assert found.tolist() == [[False, True, True]]
+
+
 def test_guidance_of_zero_leaves_the_conditional_logits():
   c, u = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
   np.testing.assert_allclose(candidates.guide(c, u, 0.0), c)
