@@ -110,7 +110,21 @@ def default():
   sample.block_length = 64
   sample.steps = 64
   sample.temperature = 0.0
-  sample.remasking = 'low_confidence'  # low_confidence | random
+  sample.top_k = 0  # of the most probable tokens one is drawn; 0: of all
+  sample.top_p = 1.0  # of those that have this probability together
+  # low_confidence | random | threshold | factor | ancestral | first_hitting;
+  # the last two are exact, or nearly, at temperature 1; steps and schedule
+  # mean nothing to threshold, factor and first_hitting
+  sample.remasking = 'low_confidence'
+  sample.schedule = 'linear'  # linear | cosine: tokens still masked over time
+  sample.confidence = 'probability'  # probability | entropy | margin
+  sample.threshold = 0.9  # confidence from which threshold keeps a token
+  sample.factor = 1.0  # of remasking=factor: keeps more tokens when larger
+  sample.guidance = 0.0  # classifier-free, extrapolates from no prompt; 0: off
+  sample.stop_at_eos = False  # what would follow an eos is not sampled
+  sample.logits_eos_inf = False  # eos is never predicted
+  sample.confidence_eos_eot_inf = False  # eos and eot are committed last
+  sample.eot_id = -1  # end of turn; -1: none
 
   c.checkpoint = checkpoint = config_dict.ConfigDict()
   checkpoint.every_steps = 1000  # between checkpoints; one more at the end
@@ -144,7 +158,16 @@ CHOICES = {
   'objective.attend_within': ('row', 'document'),
   'data.verify': ('sample', 'all'),
   'optimizer.schedule': ('wsd', 'cosine', 'piecewise'),
-  'sample.remasking': ('low_confidence', 'random'),
+  'sample.remasking': (
+    'low_confidence',
+    'random',
+    'threshold',
+    'factor',
+    'ancestral',
+    'first_hitting',
+  ),
+  'sample.schedule': ('linear', 'cosine'),
+  'sample.confidence': ('probability', 'entropy', 'margin'),
 }
 POSITIVE = (
   'model.vocab_size model.embed model.layers model.heads model.kv_heads '
@@ -161,6 +184,7 @@ NOT_NEGATIVE = (
   'optimizer.learning_rate optimizer.final_learning_rate '
   'optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay '
   'optimizer.eps data.max_damaged_rows sample.temperature '
+  'sample.top_k sample.threshold sample.factor sample.guidance '
   'train.stall_s guard.spike_sigmas checkpoint.keep_every_steps '
   'checkpoint.max_failures'
 ).split()
@@ -271,6 +295,23 @@ def validate(c):
       f'order, and end at config.train.steps={t.steps}',
     )
   s = c.sample
+  require(0 < s.top_p <= 1, f'config.sample.top_p={s.top_p} must lie in (0, 1]')
+  for key, off in (('top_k', 0), ('top_p', 1)):
+    require(
+      s.temperature > 0 or s[key] == off,
+      f'config.sample.{key}={s[key]} chooses among tokens to draw from: set '
+      'config.sample.temperature above 0',
+    )
+  require(
+    -1 <= s.eot_id < m.vocab_size,
+    f'config.sample.eot_id={s.eot_id} is outside the vocabulary of '
+    f'config.model.vocab_size={m.vocab_size}; -1 for none',
+  )
+  require(
+    not s.guidance or e.name == 'masked_diffusion',
+    f'config.sample.guidance={s.guidance} needs '
+    "config.objective.name='masked_diffusion'",
+  )
   blocks = -(-s.gen_length // min(s.block_length, s.gen_length))
   require(
     s.steps % blocks == 0,

@@ -185,10 +185,14 @@ def sample_texts(config, params, tokenizer):
     prompts, config.sample.gen_length
   )
   model = run_lib.sampler_model(config)
-  out = sampler.generate(
+  # Not `generate`, which raises when logits are NaN: what is wrong with a
+  # training is told elsewhere, and a sample must not end it.
+  carry = sampler.complete(
     model, s, params, canvas, fill, valid, seeds=range(len(prompts))
   )
-  out = np.asarray(out)
+  out = np.asarray(carry.canvas)
+  if s.stop_at_eos:
+    valid = valid & sampler.cut(out, fill, s.eos_id)
   return [tokenizer.decode(row[ok]) for row, ok in zip(out, valid, strict=True)]
 
 

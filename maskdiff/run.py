@@ -25,7 +25,7 @@ from maskdiff.guard import GuardConfig
 from maskdiff.looks import LikelihoodConfig
 from maskdiff.model import TransformerConfig
 from maskdiff.objective import ObjectiveConfig
-from maskdiff.sampler import SamplerConfig
+from maskdiff.request import SamplerConfig
 from maskdiff.schedule import Schedule
 from maskdiff.step import StepConfig
 
@@ -68,6 +68,19 @@ def sampler_config(config):
     predict_mask=config.objective.predict_mask,
     mask_id=config.tokens.mask_id,
     bos_id=config.tokens.bos_id,
+    gen_length=s.gen_length,
+    eos_id=config.tokens.eos_id,
+    eot_id=s.eot_id,
+    schedule=s.schedule,
+    confidence=s.confidence,
+    threshold=s.threshold,
+    factor=s.factor,
+    top_k=s.top_k,
+    top_p=s.top_p,
+    guidance=s.guidance,
+    stop_at_eos=s.stop_at_eos,
+    logits_eos_inf=s.logits_eos_inf,
+    confidence_eos_eot_inf=s.confidence_eos_eot_inf,
   )
 
 
@@ -95,6 +108,25 @@ def sampler_model(config):
   if model.attention == 'xla':
     return model
   return dataclasses.replace(model, attention='auto')
+
+
+def check_context(config, valid):
+  """Checks that rows to sample are not longer than those of the training.
+
+  Args:
+    config: the config.
+    valid: [B, L] bool, False on padding.
+
+  Raises:
+    UserError: a row is too long.
+  """
+  longest = int(valid.sum(axis=1).max())
+  if longest > config.data.length:
+    raise UserError(
+      f'prompt and answer have {longest} tokens together, but the model was '
+      f'trained on rows of config.data.length={config.data.length}: shorten '
+      'the prompt or ask for fewer tokens'
+    )
 
 
 def open_tokenizer(config):

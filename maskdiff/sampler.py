@@ -4,60 +4,41 @@ A canvas is a row of tokens in which some positions are to be filled: the end
 of a prompt, or gaps anywhere in a text. The positions to fill are its slots.
 Blocks of `block_length` slots are filled left to right (one block: pure
 diffusion; several: semi-autoregressive); within a block every step predicts
-all masked slots and a commit rule of remasking.py keeps some of them. Committed
-tokens are never revised. This is `generate` of LLaDA (arXiv 2502.09992,
-section 2.4), with gaps in place of a suffix. A network trained with the
-autoregressive objective is sampled by the same loop in blocks of one slot.
+all masked slots (candidates.py) and a commit rule (remasking.py) keeps some of
+them. Committed tokens are never revised. This is `generate` of LLaDA (arXiv
+2502.09992, section 2.4), with gaps in place of a suffix. A network trained
+with the autoregressive objective is sampled by the same loop in blocks of one
+slot.
 
-`generate` is one compiled loop; `trace` runs the same step from Python and
-yields every canvas in between.
+Only the slots are filled: a mask that stands elsewhere is context that the
+network is not told, and stays. LLaDA's code lets masks of the prompt take part
+in the choice and may then return masks in the answer.
+
+`complete` is one compiled loop, `generate` its tokens alone; `trace` runs the
+same step from Python and yields every canvas in between.
 """
 
-import dataclasses
 import functools
-import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskdiff import candidates, remasking
 from maskdiff.errors import UserError
 from maskdiff.mesh import whole
 from maskdiff.model import bind
 from maskdiff.objective import show
-from maskdiff.remasking import RULES, quota
-
-GAP = re.compile(r'\{\{(\d+)\}\}')
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-  steps: int  # denoising steps in all, shared equally by the blocks
-  block_length: int  # slots filled together
-  temperature: float  # 0 takes the most probable token
-  remasking: str  # a key of remasking.RULES
-  objective: str  # that the network was trained with, of objective.OBJECTIVES
-  predict_mask: bool  # whether the mask id may be predicted
-  mask_id: int
-  bos_id: int
-
-
-class Carry(NamedTuple):
-  """State of the denoising loop."""
-
-  step: jax.Array  # int32, steps done
-  canvas: jax.Array  # [B, L] int32
-  masked: jax.Array  # [B, blocks, S] bool, slots not committed yet
-
-
-class Layout(NamedTuple):
-  """What stays the same over the loop."""
-
-  slots: jax.Array  # [B, blocks, S] int32, positions; L where a row has none
-  num_slots: jax.Array  # [B, blocks] int32
-  valid: jax.Array  # [B, L] bool, False on padding
-  keys: jax.Array  # [B] PRNG keys
+from maskdiff.request import (  # noqa: F401, for the callers of this file
+  Carry,
+  Layout,
+  SamplerConfig,
+  continue_prompts,
+  cut,
+  fill_gaps,
+  prepare,
+)
+from maskdiff.schedule import Schedule
 
 
 def generate(model_config, c, params, canvas, fill, valid, seeds):
@@ -71,10 +52,24 @@ def generate(model_config, c, params, canvas, fill, valid, seeds):
     fill: [B, L] bool, the slots.
     valid: [B, L] bool, False on the padding of short rows.
     seeds: [B] int >= 0, one per row; a row's result depends on its own alone,
-      among rows with equally many slots.
+      not on the other rows, if these have no more than c.gen_length slots.
 
   Returns:
     [B, L] int32, the filled canvas, on device.
+
+  Raises:
+    UserError: see `prepare`; or the network's logits were NaN or infinite.
+  """
+  carry = complete(model_config, c, params, canvas, fill, valid, seeds)
+  check(carry)
+  return carry.canvas
+
+
+def complete(model_config, c, params, canvas, fill, valid, seeds):
+  """Fills the canvas and says what it took; arguments as for `generate`.
+
+  Returns:
+    The last Carry, on device. Rows that are `broken` still have masks.
 
   Raises:
     UserError: see `prepare`.
@@ -92,131 +87,166 @@ def trace(model_config, c, params, canvas, fill, valid, seeds):
   while True:
     yield np.asarray(carry.canvas)
     if not carry.masked.any():
-      return
+      break
     carry = _one_step(model_config, c, params, carry, layout)
+  check(carry)
 
 
-def prepare(c, canvas, fill, valid, seeds):
-  """Checks the request and lays out its blocks.
-
-  Returns:
-    The first Carry, and the Layout.
-
-  Raises:
-    UserError: shapes differ, steps cannot be shared by the blocks, there is
-      nothing to fill, or the rule is unknown.
-  """
-  canvas = np.asarray(canvas, np.int32)
-  fill, valid = np.asarray(fill, bool), np.asarray(valid, bool)
-  if canvas.ndim != 2 or not canvas.shape == fill.shape == valid.shape:
+def check(carry):
+  """Raises UserError if rows were given up."""
+  rows = np.flatnonzero(jax.device_get(carry.broken)).tolist()
+  if rows:
     raise UserError(
-      f'canvas {canvas.shape}, fill {fill.shape} and valid {valid.shape} must '
-      'have one shape [B, L]'
+      f'the logits of row(s) {rows} were NaN or infinite: the weights are '
+      'damaged or the training diverged; take an older checkpoint'
     )
-  if c.objective == 'autoregressive' and c.block_length != 1:
-    raise UserError(
-      f'block_length={c.block_length}: a model trained with the autoregressive '
-      'objective fills one token at a time; set block_length=1'
-    )
-  if c.remasking not in RULES:
-    raise UserError(
-      f'remasking={c.remasking!r} is unknown; choose one of {sorted(RULES)}'
-    )
-  most = int(fill.sum(axis=1).max(initial=0))
-  if most == 0:
-    raise UserError('nothing to fill: ask for gen_length of at least 1')
-  if c.block_length < 1:
-    raise UserError(f'block_length={c.block_length} must be at least 1')
-  size = min(c.block_length, most)
-  blocks = -(-most // size)
-  if c.steps < 1 or c.steps % blocks:
-    raise UserError(
-      f'steps={c.steps} cannot be shared equally by {blocks} block(s) of '
-      f'{size} tokens; choose a multiple of {blocks}'
-    )
-  batch, length = canvas.shape
-  slots = np.full((batch, blocks * size), length, np.int32)
-  for row, filled in enumerate(fill):
-    (where,) = np.nonzero(filled)
-    slots[row, : len(where)] = where
-  slots = slots.reshape(batch, blocks, size)
-  carry = Carry(
-    step=jnp.zeros((), jnp.int32),
-    canvas=jnp.asarray(np.where(fill, c.mask_id, canvas)),
-    masked=jnp.asarray(slots < length),
-  )
-  layout = Layout(
-    slots=jnp.asarray(slots),
-    num_slots=jnp.asarray((slots < length).sum(axis=2), jnp.int32),
-    valid=jnp.asarray(valid),
-    keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
-  )
-  return carry, layout
 
 
 def denoise(model_config, c, params, carry, layout):
   """One step: predict the current block's masked slots and keep some.
 
-  Only the slots of the block are projected onto the vocabulary. A block that
-  is complete before its steps are over gives them up.
+  A block that is complete before its steps are over gives them up.
 
   Returns:
     The next Carry.
   """
-  num_blocks = layout.slots.shape[1]
-  steps = c.steps // num_blocks  # per block
-  block, step = carry.step // steps, carry.step % steps
+  block, step = carry.block, carry.step
   of_block = lambda x: jax.lax.dynamic_index_in_dim(x, block, 1, False)
-  slots = of_block(layout.slots)  # [B, S]
-  masked = of_block(carry.masked)
-  budget = quota(of_block(layout.num_slots), step, steps)
+  slots, masked = of_block(layout.slots), of_block(carry.masked)  # [B, S]
+  logits = predict(model_config, c, params, carry.canvas, slots, layout)
+  fold = jax.vmap(jax.random.fold_in, (0, None))
+  keys = fold(fold(layout.keys, block), step)
+  draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+  token, confidence = choose(c, logits, draw_keys)
+  bad = jnp.any(masked & jnp.isnan(confidence), axis=1)
+  steps = c.steps // layout.slots.shape[1]  # per block
+  allowed = budget(
+    c, of_block(layout.num_slots), masked.sum(axis=1), step, steps
+  )
+  keep = remasking.RULES[c.remasking](confidence, masked, allowed, keep_keys)
+  keep &= ~bad[:, None]
 
   batch, length = carry.canvas.shape
   rows = jnp.arange(batch)[:, None]
-  model = bind(model_config, params)
-  hidden = model(*show(c.objective, carry.canvas, layout.valid, c.bos_id))
-  # An absent slot (position L) reads the last position and is never kept.
-  logits = model.logits(hidden[rows, jnp.minimum(slots, length - 1)])
-  if not c.predict_mask:
-    logits = logits.at[..., c.mask_id].set(-jnp.inf)
-
-  keys = jax.vmap(jax.random.fold_in, (0, None))(layout.keys, carry.step)
-  draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-  token, confidence = predict(c.temperature, logits, draw_keys)
-  keep = RULES[c.remasking](confidence, masked, budget, keep_keys)
-  masked &= ~keep
+  canvas = carry.canvas.at[rows, jnp.where(keep, slots, length)].set(
+    token, mode='drop'
+  )
+  left = jax.lax.dynamic_update_index_in_dim(
+    carry.masked, masked & ~keep, block, 1
+  )
+  left &= ~bad[:, None, None]
+  if c.stop_at_eos:
+    canvas, left = stop(c.eos_id, canvas, left, layout)
+  busy = masked.any(axis=1)
+  done = ~of_block(left).any()
   return Carry(
-    step=jnp.where(masked.any(), carry.step + 1, (block + 1) * steps),
-    canvas=carry.canvas.at[rows, jnp.where(keep, slots, length)].set(
-      token, mode='drop'
-    ),
-    masked=jax.lax.dynamic_update_index_in_dim(carry.masked, masked, block, 1),
+    block=block + done,
+    step=jnp.where(done, 0, step + 1),
+    canvas=canvas,
+    masked=left,
+    calls=carry.calls + 1,
+    forwards=carry.forwards + busy * (2 if c.guidance else 1),
+    broken=carry.broken | bad,
   )
 
 
-def predict(temperature, logits, keys):
-  """Draws a token per slot.
+def predict(model_config, c, params, canvas, slots, layout):
+  """The network's logits for the slots of a block, [B, S, V] float32.
 
-  Gumbel noise is added in log space and float32: lower precision biases the
-  draw (arXiv 2409.02908).
+  Only those are projected onto the vocabulary. With guidance the network also
+  sees the canvas with all but the slots masked, as in LLaDA's generate.py;
+  tokens committed so far are seen by both.
+  """
+  batch, length = canvas.shape
+  valid = layout.valid
+  if c.guidance:
+    nothing = jnp.where(layout.fill, canvas, c.mask_id)
+    canvas = jnp.concatenate([canvas, nothing])
+    valid, slots = (jnp.concatenate([x, x]) for x in (valid, slots))
+  model = bind(model_config, params)
+  hidden = model(*show(c.objective, canvas, valid, c.bos_id))
+  rows = jnp.arange(len(canvas))[:, None]
+  # An absent slot (position L) reads the last position and is never kept.
+  logits = model.logits(hidden[rows, jnp.minimum(slots, length - 1)])
+  if not c.guidance:
+    return logits
+  return candidates.guide(logits[:batch], logits[batch:], c.guidance)
+
+
+def choose(c, logits, keys):
+  """Draws a token per slot and says how sure the network is.
 
   Args:
-    temperature: 0 for the most probable token.
+    c: SamplerConfig.
     logits: [B, S, V] float32.
     keys: [B] PRNG keys.
 
   Returns:
-    token: [B, S] int32.
-    confidence: [B, S] float32, its probability at temperature 1.
+    token [B, S] int32, and confidence [B, S] float32.
   """
-  noisy = logits
-  if temperature > 0:
-    gumbel = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(keys)
-    noisy = logits / temperature + gumbel
-  token = jnp.argmax(noisy, axis=-1)
-  chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-  confidence = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
-  return token.astype(jnp.int32), confidence
+  never = () if c.predict_mask else (c.mask_id,)
+  never += (c.eos_id,) if c.logits_eos_inf else ()
+  logits = candidates.suppress(logits, never)
+  token = candidates.draw(logits, c.temperature, c.top_k, c.top_p, keys)
+  if not c.confidence_eos_eot_inf:
+    return token, candidates.CONFIDENCES[c.confidence](logits, token)
+  last = tuple(i for i in (c.eos_id, c.eot_id) if i >= 0)
+  logits = candidates.suppress(logits, last)
+  confidence = candidates.CONFIDENCES[c.confidence](logits, token)
+  return token, jnp.where(jnp.isin(token, jnp.array(last)), 0.0, confidence)
+
+
+def budget(c, num_slots, num_masked, step, steps):
+  """What the commit rule is given for a step of a block.
+
+  Args:
+    c: SamplerConfig.
+    num_slots: [B] int32, slots of the block.
+    num_masked: [B] int32, of them masked now.
+    step: int32, 0-based step within the block.
+    steps: steps for the block.
+
+  Returns:
+    [B] int32 tokens, or the number that the rule asks for.
+  """
+  if c.remasking in ('threshold', 'factor'):
+    return getattr(c, c.remasking)
+  ratio = Schedule(c.schedule).mask_ratio
+  before, after = 1 - step / steps, 1 - (step + 1) / steps  # times t
+  if c.remasking == 'ancestral':
+    return 1 - ratio(after) / ratio(before)
+  if c.schedule == 'linear':
+    return remasking.quota(num_slots, step, steps)
+  return remasking.quota_to(ratio(after), num_slots, num_masked)
+
+
+def stop(eos_id, canvas, masked, layout):
+  """Ends rows whose text is complete up to its first eos.
+
+  Exact: what stands before the eos is never revised, and what would stand
+  after it is cut (see request.cut). The slots after it become eos.
+
+  Args:
+    eos_id: int.
+    canvas: [B, L] int32.
+    masked: [B, blocks, S] bool.
+    layout: Layout.
+
+  Returns:
+    canvas and masked, with the slots of rows that ended no longer masked.
+  """
+  batch, length = canvas.shape
+  slots = layout.slots.reshape(batch, -1)
+  is_open = masked.reshape(batch, -1)
+  rows = jnp.arange(batch)[:, None]
+  eos = canvas[rows, jnp.minimum(slots, length - 1)] == eos_id
+  past = jnp.cumsum(eos & (slots < length) & ~is_open, axis=1) > 0
+  ended = past.any(axis=1) & ~jnp.any(is_open & ~past, axis=1)
+  give_up = is_open & ended[:, None]
+  canvas = canvas.at[rows, jnp.where(give_up, slots, length)].set(
+    eos_id, mode='drop'
+  )
+  return canvas, masked & ~ended[:, None, None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -231,56 +261,4 @@ def _generate(model_config, c, params, carry, layout):
     lambda carry: denoise(model_config, c, params, carry, layout),
     carry,
   )
-  return whole(carry.canvas)
-
-
-def continue_prompts(prompts, gen_length):
-  """Lays out prompts of any lengths with room for an answer after each.
-
-  Args:
-    prompts: list of token lists.
-    gen_length: slots after each prompt.
-
-  Returns:
-    canvas, fill and valid for `generate`; short rows are padded on the right.
-  """
-  return _layout([[*p, *[None] * gen_length] for p in prompts])
-
-
-def fill_gaps(texts, encode):
-  """Lays out texts in which {{n}} stands for a gap of n tokens.
-
-  Args:
-    texts: list of str, e.g. 'def area(r): return {{4}} * r ** 2'.
-    encode: from text to a list of tokens.
-
-  Returns:
-    canvas, fill and valid for `generate`.
-
-  Raises:
-    UserError: a text has no gap, or none but empty ones.
-  """
-  rows = []
-  for text in texts:
-    parts = GAP.split(text)  # text, n, text, n, ..., text
-    row = []
-    for i, part in enumerate(parts):
-      row += [None] * int(part) if i % 2 else encode(part)
-    if None not in row:
-      raise UserError(
-        f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
-      )
-    rows.append(row)
-  return _layout(rows)
-
-
-def _layout(rows):
-  """Pads rows of tokens, None where a slot is, to one length."""
-  length = max(map(len, rows))
-  canvas = np.zeros((len(rows), length), np.int32)
-  fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
-  for i, row in enumerate(rows):
-    canvas[i, : len(row)] = [0 if t is None else t for t in row]
-    fill[i, : len(row)] = [t is None for t in row]
-    valid[i, : len(row)] = True
-  return canvas, fill, valid
+  return whole(carry)

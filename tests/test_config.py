@@ -13,6 +13,7 @@ import pytest
 
 from maskdiff import (
   attention,
+  candidates,
   model,
   objective,
   optimizer,
@@ -177,6 +178,13 @@ INVALID = {
   'objective.random_length_fraction': dict(objective__random_length_fraction=2),
   'train.steps': dict(train__steps=150),  # less than warmup and decay
   'sample.steps': dict(sample__steps=63, sample__block_length=32),
+  'sample.top_p': dict(sample__top_p=0.0, sample__temperature=1.0),
+  'sample.top_k': dict(sample__top_k=5),  # at temperature 0
+  'sample.eot_id': dict(sample__eot_id=4096),
+  'sample.guidance': dict(
+    sample__guidance=1.0, objective__name='autoregressive'
+  ),
+  'sample.threshold': dict(sample__threshold=-0.1),
   'checkpoint.keep': dict(checkpoint__keep=0),
 }
 
@@ -443,3 +451,6 @@ def test_the_choices_are_those_of_the_code():
   assert within == objective.ATTEND_WITHIN
   assert config_lib.CHOICES['optimizer.schedule'] == optimizer.SCHEDULES
   assert config_lib.CHOICES['sample.remasking'] == tuple(remasking.RULES)
+  confidences = config_lib.CHOICES['sample.confidence']
+  assert confidences == tuple(candidates.CONFIDENCES)
+  assert set(config_lib.CHOICES['sample.schedule']) <= set(schedule.SCHEDULES)

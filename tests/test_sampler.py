@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from jax.experimental import io_callback
 
-from maskdiff import masks, model, remasking, sampler
+from maskdiff import candidates, masks, mesh, model, remasking, sampler
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
@@ -61,6 +61,11 @@ CASES = [
   'few_steps_semi2',
   'more_steps_than_tokens',
   'left_padded',
+  'cfg',
+  'cfg_left_padded',
+  'logits_eos_inf',
+  'confidence_eos_eot_inf',
+  'both_eos_flags',
 ]
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], []]
 WORDS = 'abcdefghijklmnopqrs'
@@ -109,13 +114,19 @@ def golden_request(name, case):
       for key in file
       if key.startswith(f'{name}.{case}.')
     }
-    mask_id = int(file[f'{name}.ids'][0])
+    mask_id, eos_id, eot_id = map(int, file[f'{name}.ids'])
   model_config, params = golden_models.load(name)
   c = config(
     steps=int(recorded['steps']),
     block_length=int(recorded['block_length']),
+    temperature=float(recorded['temperature']),
+    guidance=float(recorded['cfg_scale']),
+    logits_eos_inf=bool(recorded['logits_eos_inf']),
+    confidence_eos_eot_inf=bool(recorded['confidence_eos_eot_inf']),
     predict_mask=True,
     mask_id=mask_id,
+    eos_id=eos_id,
+    eot_id=eot_id,
   )
   prompt, answer = recorded['prompt'], int(recorded['gen_length'])
   fill = np.zeros(recorded['out'].shape, bool)
@@ -153,6 +164,13 @@ def test_generate_returns_the_tokens_of_llada(case):
   np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
 
 
+def test_a_mesh_returns_the_tokens_of_llada():
+  """Two rows with guidance on eight devices, which they do not divide."""
+  request, recorded = golden_request('model_b', 'cfg_left_padded')
+  with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
+    np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
+
+
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 def test_random_remasking_is_that_of_llada(monkeypatch, name):
   """With the scores that LLaDA drew: those of the block, step by step."""
@@ -174,6 +192,104 @@ def test_random_remasking_is_that_of_llada(monkeypatch, name):
   c = dataclasses.replace(c, remasking='injected')
   canvases = np.stack(list(sampler.trace(model_config, c, *rest)))
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
+
+
+def test_draws_at_a_temperature_are_those_of_llada(monkeypatch):
+  """With the uniform numbers that LLaDA drew, for the whole canvas."""
+  request, recorded = golden_request('model_b', 'gumbel')
+  answer = recorded['prompt'].shape[1]
+  noise = iter(-np.log(-np.log(recorded['u'][:, :, answer:])))
+
+  def injected(keys, shape):
+    drawn = jax.ShapeDtypeStruct((len(keys), *shape), jnp.float32)
+    draw = lambda: next(noise).astype(np.float32)
+    return io_callback(draw, drawn, ordered=True)
+
+  monkeypatch.setattr(candidates, 'gumbel', injected)
+  canvases = np.stack(list(sampler.trace(*request)))
+  np.testing.assert_array_equal(canvases, recorded['trace'])
+
+
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+def test_masks_of_a_prompt_stay_where_llada_fills_some(name):
+  """LLaDA lets them compete for the quota of the answer, which then keeps
+
+  masks; here a mask that is not to be filled is context like any other.
+  """
+  request, recorded = golden_request(name, 'maskprompt')
+  model_config, c, params, canvas, fill, valid, seeds = request
+  prompt, out = recorded['prompt'], np.asarray(sampler.generate(*request))
+  assert (prompt == c.mask_id).sum() == 2
+  np.testing.assert_array_equal(out[~fill], canvas[~fill])
+  assert not (out[fill] == c.mask_id).any()
+  assert (recorded['out'][fill] == c.mask_id).any()
+
+  @jax.jit
+  def predict(canvas):
+    network = model.bind(model_config, params)
+    logits = network.logits(network(canvas, masks.bidirectional(valid)))
+    return sampler.choose(c, logits, None)
+
+  # LLaDA's, from the same parts: all masks up to the end of the block compete.
+  length, size = canvas.shape[1], c.block_length
+  canvas = np.where(fill, c.mask_id, canvas)
+  canvases = [canvas]
+  for step in range(c.steps):
+    end = prompt.shape[1] + size * (step // (c.steps // 2) + 1)
+    token, confidence = predict(canvas)
+    masked = (canvas == c.mask_id) & (np.arange(length) < end)
+    keep = remasking.keep_top(confidence, jnp.asarray(masked), jnp.array([1]))
+    canvas = np.where(keep, token, canvas)
+    canvases.append(canvas)
+  np.testing.assert_array_equal(canvases, recorded['trace'])
+
+  # Who wants them filled says so.
+  fill = canvases[0] == c.mask_id
+  c = dataclasses.replace(c, steps=10, block_length=10)
+  every = sampler.generate(
+    model_config, c, params, canvases[0], fill, valid, seeds
+  )
+  assert not (np.asarray(every) == c.mask_id).any()
+
+
+# The recorded runs of Fast-dLLM without a cache
+
+
+def fast_dllm_request(name, mode):
+  """Arguments of `generate`, the recorded canvases and number of forwards."""
+  with np.load(golden_models.GOLDEN / 'fast_dllm.npz') as file:
+    of = lambda key: file[f'{name}.{mode}.{key}']
+    layout = sampler.continue_prompts(
+      of('prompt').tolist(), int(of('gen_length'))
+    )
+    c = config(
+      steps=int(of('steps')),
+      block_length=int(of('block_length')),
+      predict_mask=True,
+      mask_id=int(file[f'{name}.ids'][0]),
+    )
+    tau, canvases = float(of('threshold')), of('nocache.trace')
+    forwards = int(of('nocache.nfe'))
+  if tau >= 0:
+    c = dataclasses.replace(c, remasking='threshold', threshold=tau)
+  model_config, params = golden_models.load(name)
+  return (model_config, c, params, *layout, [0]), canvases, forwards
+
+
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+@pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
+def test_canvases_of_every_step_are_those_of_fast_dllm(mode, name):
+  request, recorded, forwards = fast_dllm_request(name, mode)
+  canvases = np.stack(list(sampler.trace(*request)))
+  np.testing.assert_array_equal(canvases[:, 0], recorded)
+  assert len(canvases) - 1 == forwards
+
+
+def test_as_many_forwards_are_counted_as_fast_dllm_reports():
+  request, recorded, forwards = fast_dllm_request('model_b', 'tau0.9')
+  carry = sampler.complete(*request)
+  np.testing.assert_array_equal(carry.canvas[0], recorded[-1])
+  assert int(carry.calls) == int(carry.forwards[0]) == forwards
 
 
 # The loop
@@ -226,8 +342,15 @@ def oracle(monkeypatch):
   return run
 
 
-@pytest.mark.parametrize('loop', LOOPS)
-@pytest.mark.parametrize('rule', remasking.RULES)
+EVERY_LOOP = [
+  (rule, loop)
+  for rule in remasking.RULES
+  for loop in LOOPS
+  if rule in ('low_confidence', 'random') or loop == 'last_block_short'
+]
+
+
+@pytest.mark.parametrize('rule, loop', EVERY_LOOP)
 def test_an_oracle_is_believed(oracle, rule, loop):
   layout = sampler.continue_prompts(PROMPTS, 8)
   canvas, fill, _ = layout
@@ -387,6 +510,16 @@ REFUSED = {
   'rule': (dict(remasking='lowest'), ALL, "'lowest'.*'low_confidence'"),
   'shapes': ({}, ALL[:, :7], r'\(1, 8\).*\(1, 7\)'),
   'causal': (dict(objective='autoregressive'), ALL, 'block_length=1'),
+  'confidence': (dict(confidence='hope'), ALL, "'hope'.*'probability'"),
+  'no_block': (dict(block_length=0), ALL, 'block_length=0'),
+  'guidance': (
+    dict(objective='autoregressive', block_length=1, guidance=1.0),
+    ALL,
+    'guidance=1.0.*autoregressive',
+  ),
+  'schedule': (dict(schedule='sine'), ALL, "'sine'.*'linear'"),
+  'no_eos': (dict(stop_at_eos=True), ALL, 'stop_at_eos.*eos_id'),
+  'no_eos_either': (dict(logits_eos_inf=True), ALL, 'logits_eos_inf.*eos_id'),
 }
 
 

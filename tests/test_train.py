@@ -459,12 +459,18 @@ def test_a_loaded_run_samples_the_text_of_the_training(finished):
   assert text == finished.scalars('sample/0')[STEPS]
 
 
+OVERRIDES = (
+  'temperature top_k top_p remasking schedule confidence threshold factor '
+  'guidance stop_at_eos logits_eos_inf confidence_eos_eot_inf eot_id'
+).split()
+
+
 @pytest.fixture(scope='module')
 def sample_script():
   return runpy.run_path(str(ROOT / 'launch' / 'sample.py'))['main']
 
 
-def sample(script, workdir, capsys, **changes):
+def run_script(script, workdir, **changes):
   flags = dict(
     workdir=str(workdir),
     prompt=[],
@@ -472,13 +478,19 @@ def sample(script, workdir, capsys, **changes):
     gen_length=4,
     steps=None,
     block_length=None,
-    temperature=None,
-    remasking=None,
+    prompts=None,
+    out=None,
+    batch=16,
     seed=0,
     show=False,
+    **dict.fromkeys(OVERRIDES),
   )
-  capsys.readouterr()
   script(types.SimpleNamespace(**(flags | changes)))
+
+
+def sample(script, workdir, capsys, **changes):
+  capsys.readouterr()
+  run_script(script, workdir, **changes)
   return capsys.readouterr().out
 
 
@@ -502,6 +514,80 @@ def test_the_script_fills_gaps(finished, sample_script, capsys):
   first, second = out.split('\n---\n')
   assert re.fullmatch(r'def .*\(alpha\):\n', first, re.DOTALL)
   assert re.fullmatch(r'  return .* \+ .*\n', second, re.DOTALL)
+
+
+def test_the_script_answers_a_file_of_prompts_in_json_lines(
+  finished, sample_script, capsys, tmp_path
+):
+  """Two at a time, each as it would be alone."""
+  asked = [
+    {'prompt': 'def read('},
+    {'prompt': 'def write(alpha, ', 'seed': 9},
+    {'prompt': ''},
+  ]
+  file, out = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+  file.write_text(''.join(json.dumps(row) + '\n' for row in asked))
+  how = dict(temperature=1.0, remasking='threshold', threshold=0.05)
+  printed = sample(
+    sample_script,
+    finished.workdir,
+    capsys,
+    prompts=str(file),
+    out=str(out),
+    batch=2,
+    seed=5,
+    **how,
+  )
+  assert printed == ''
+  answers = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [a['prompt'] for a in answers] == [a['prompt'] for a in asked]
+  assert [a['seed'] for a in answers] == [5, 9, 7]
+  for answer in answers:
+    assert answer['text'] == answer['prompt'] + answer['answer']
+    assert answer['tokens'] == 4
+    assert 1 <= answer['forwards'] <= 4
+  alone = sample(
+    sample_script,
+    finished.workdir,
+    capsys,
+    prompt=[asked[1]['prompt']],
+    seed=9,
+    **how,
+  )
+  assert alone == answers[1]['text'] + '\n'
+
+
+def test_the_script_says_what_it_took(finished, sample_script, capsys):
+  capsys.readouterr()
+  flags = dict(remasking='threshold', threshold=0.0, block_length=2)
+  run_script(sample_script, finished.workdir, prompt=['def '], **flags)
+  assert re.match(
+    r'4 tokens in 2 forward passes of a row, 0.50 per token, and .* s, ',
+    capsys.readouterr().err.splitlines()[-1],
+  )
+
+
+REFUSED_FLAGS = {
+  'rule': (dict(threshold=0.5), '--threshold is for --remasking threshold'),
+  'nucleus': (dict(top_p=0.9), 'top_p=0.9.*temperature above 0'),
+  'gaps': (
+    dict(infill=['a{{2}}b'], stop_at_eos=True),
+    '--stop_at_eos is for prompts',
+  ),
+  'context': (dict(gen_length=100), 'tokens together.*data.length=16'),
+  'two': (dict(prompt=['a'], infill=['a{{2}}b']), 'give one of'),
+  'shown': (dict(show=True, out='o.jsonl'), '--show'),
+  'unwritable': (dict(out='/nowhere/o.jsonl'), '--out: cannot write'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED_FLAGS)
+def test_flags_of_the_script_that_do_not_fit_are_refused(
+  finished, sample_script, case
+):
+  flags, message = REFUSED_FLAGS[case]
+  with pytest.raises(UserError, match=message):
+    run_script(sample_script, finished.workdir, **flags)
 
 
 # The other objective

@@ -40,6 +40,7 @@ FILES = {
   'guard': 'guard',
   'objective': 'noise',
   'schedule': 'noise',
+  'candidates': 'sampling: choice of tokens',
   'remasking': 'sampling: choice of tokens',
   'sampler': 'sampling: bookkeeping',
   'optimizer': 'optimizer',

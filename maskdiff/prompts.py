@@ -1,0 +1,62 @@
+"""Files of prompts: one per line, or JSON lines."""
+
+import dataclasses
+import json
+import os
+
+from maskdiff.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  text: str
+  seed: int
+
+
+def read(path, first_seed):
+  """Reads a file of prompts.
+
+  Args:
+    path: UTF-8 text. If it ends in .jsonl, every line is an object with the
+      key `prompt` and, if the request has a seed of its own, `seed`; else a
+      line is a prompt, and empty ones are passed over.
+    first_seed: seed of the first line; the n-th after it has first_seed + n.
+
+  Returns:
+    List of Prompt.
+
+  Raises:
+    UserError: the file cannot be read, has no prompts, or a line is wrong.
+  """
+  try:
+    with open(path, encoding='utf-8') as f:
+      lines = f.read().split('\n')
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'--prompts: cannot read {path!r} ({error})') from error
+  is_json = os.path.splitext(path)[1] == '.jsonl'
+  prompts = []
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    seed = first_seed + len(prompts)
+    where = f'{path}:{number}'
+    prompts.append(_parse(line, seed, where) if is_json else Prompt(line, seed))
+  if not prompts:
+    raise UserError(f'--prompts: {path} has no prompts')
+  return prompts
+
+
+def _parse(line, seed, where):
+  try:
+    row = json.loads(line)
+  except ValueError as error:
+    raise UserError(f'{where}: not JSON ({error})') from error
+  row = row if isinstance(row, dict) else {}
+  text, seed = row.get('prompt'), row.get('seed', seed)
+  if not isinstance(text, str):
+    raise UserError(f'{where}: wants {{"prompt": "text"}}')
+  if any('\ud800' <= letter <= '\udfff' for letter in text):
+    raise UserError(f'{where}: half a surrogate pair is no text')
+  if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    raise UserError(f'{where}: "seed" must be an integer in [0, 2^32)')
+  return Prompt(text, seed)

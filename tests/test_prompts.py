@@ -1,0 +1,63 @@
+"""Files of prompts."""
+
+import pytest
+
+from maskdiff import prompts
+from maskdiff.errors import UserError
+from maskdiff.prompts import Prompt
+
+
+def write(path, text):
+  path.write_bytes(text.encode())
+  return str(path)
+
+
+def test_a_line_is_a_prompt_and_empty_ones_are_passed_over(tmp_path):
+  path = write(tmp_path / 'a.txt', 'def f(\n\n  x = "é"\r\nlast\u2028one')
+  assert prompts.read(path, 5) == [
+    Prompt('def f(', 5),
+    Prompt('  x = "é"', 6),
+    Prompt('last\u2028one', 7),
+  ]
+
+
+def test_json_lines_may_have_several_lines_and_seeds_of_their_own(tmp_path):
+  rows = '{"prompt": "a\\nb"}\n{"prompt": "", "seed": 70}\n\n{"prompt": "c"}\n'
+  path = write(tmp_path / 'a.jsonl', rows)
+  assert prompts.read(path, 0) == [
+    Prompt('a\nb', 0),
+    Prompt('', 70),
+    Prompt('c', 2),
+  ]
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    ('{"prompt": ', 'a.jsonl:2: not JSON'),
+    ('{"text": "a"}', r'a.jsonl:2: wants \{"prompt": "text"\}'),
+    ('["a"]', 'a.jsonl:2: wants'),
+    ('{"prompt": 3}', 'a.jsonl:2: wants'),
+    ('{"prompt": "a", "seed": -1}', 'a.jsonl:2: "seed"'),
+    ('{"prompt": "a", "seed": "1"}', 'a.jsonl:2: "seed"'),
+    ('{"prompt": "\\ud800"}', 'a.jsonl:2: half a surrogate pair'),
+  ],
+)
+def test_a_wrong_line_is_told_by_its_number(tmp_path, line, message):
+  path = write(tmp_path / 'a.jsonl', '{"prompt": "a"}\n' + line)
+  with pytest.raises(UserError, match=message):
+    prompts.read(path, 0)
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+  path = write(tmp_path / 'a.txt', '\n \n')
+  with pytest.raises(UserError, match='no prompts'):
+    prompts.read(path, 0)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+  with pytest.raises(UserError, match='cannot read'):
+    prompts.read(str(tmp_path / 'none.txt'), 0)
+  (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
+  with pytest.raises(UserError, match='cannot read'):
+    prompts.read(str(tmp_path / 'a.txt'), 0)
