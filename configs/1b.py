@@ -22,10 +22,10 @@ launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
     MFU 38%; 87 days and 16,614 chip-hours for all tokens.
   v6e-8, v6e:2x4: 16.5 of a chip's 31.25 GiB, 25.30 s a step, 207,201 tokens/s,
     MFU 27%; 26 days and 4,948 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 30.8 of a chip's 31.25 GiB, 11.11 s a step, 23,604 tokens/s,
-    MFU 25%; 11 days and 271 chip-hours for all tokens.
-  v5e-1, v5e:1x1: 15.1 of a chip's 15.75 GiB, 16.75 s a step, 15,653 tokens/s,
-    MFU 38%; 17 days and 409 chip-hours for all tokens.
+  v6e-1, v6e:1x1: 25.0 of a chip's 31.25 GiB, 11.13 s a step, 23,563 tokens/s,
+    MFU 25%; 11 days and 272 chip-hours for all tokens.
+  v5e-1, v5e:1x1: 15.1 of a chip's 15.75 GiB, 16.76 s a step, 15,639 tokens/s,
+    MFU 38%; 17 days and 410 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default

@@ -18,11 +18,11 @@ chips of v5p, with the paper's batch. 256 chips take a fifth more, 1536 rows,
 for as many tokens.
 
 launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
-  v5p-128, v5p:4x4x4: 56.4 of a chip's 95.74 GiB, 12.08 s a step, 433,991
+  v5p-128, v5p:4x4x4: 56.4 of a chip's 95.74 GiB, 12.08 s a step, 433,990
     tokens/s, MFU 76%; 61 days and 94,216 chip-hours for all tokens.
-  v5e-256, v5e:16x16: 14.0 of a chip's 15.75 GiB, 10.31 s a step, 610,247
-    tokens/s, MFU 62%; 44 days and 268,015 chip-hours for all tokens.
-  v6e-256, v6e:16x16: 18.5 of a chip's 31.25 GiB, 2.67 s a step, 2,356,643
+  v5e-256, v5e:16x16: 10.1 of a chip's 15.75 GiB, 10.33 s a step, 608,905
+    tokens/s, MFU 62%; 44 days and 268,606 chip-hours for all tokens.
+  v6e-256, v6e:16x16: 18.5 of a chip's 31.25 GiB, 2.67 s a step, 2,356,629
     tokens/s, MFU 52%; 11 days and 69,402 chip-hours for all tokens.
 """
 

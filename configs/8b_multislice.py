@@ -8,8 +8,8 @@ a step: a slice takes its half of the batch, 10 rows a chip, at once. For that
 the layers keep less than in configs/8b.py.
 
 launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
-  two slices of v5p:4x4x4: 61.9 of a chip's 95.74 GiB, 6.58 s a step, 797,253
-    tokens/s, MFU 70%; 33 days and 102,574 chip-hours for all tokens.
+  two slices of v5p:4x4x4: 61.9 of a chip's 95.74 GiB, 6.58 s a step, 796,566
+    tokens/s, MFU 70%; 33 days and 102,663 chip-hours for all tokens.
 """
 
 import os
