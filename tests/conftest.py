@@ -17,11 +17,23 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 )
 
+import gc  # noqa: E402
 import json  # noqa: E402
 import pathlib  # noqa: E402
 import random  # noqa: E402
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs_are_given_back():
+  """Each takes regions of memory, of which a process may have only so many:
+  with some thousands of programs the compiler ends in a segmentation fault."""
+  yield
+  import jax
+
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope='session')
