@@ -339,6 +339,11 @@ def file_limit():
   resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def whole(directory):
+  """Names of steps; after an error some writers may not have ended yet."""
+  return {n for n in names(directory) if 'orbax-checkpoint-tmp' not in n}
+
+
 @pytest.mark.parametrize('limit', [0, 2000])
 def test_a_full_disk_is_an_error_and_the_old_step_stays(
   tmp_path, file_limit, limit
@@ -356,12 +361,12 @@ def test_a_full_disk_is_an_error_and_the_old_step_stays(
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
     file_limit(unlimited)
     assert checkpointer.durable_step == 1
-    assert names(tmp_path) == {'1'}
+    assert whole(tmp_path) == {'1'}
     assert_same_bits(restore(tmp_path, small_targets(), 1), small(1))
   checkpointer.save(4, small(4), {})
   assert checkpointer.finish() == 4
   checkpointer.close()
-  assert names(tmp_path) == {'4'}
+  assert whole(tmp_path) == {'4'}
 
 
 def test_an_error_in_the_background_names_its_step(tmp_path, monkeypatch):
@@ -370,14 +375,14 @@ def test_an_error_in_the_background_names_its_step(tmp_path, monkeypatch):
   full = OSError(28, 'No space left on device')
   with monkeypatch.context() as m:
     m.setattr(manifest, 'make', lambda *args: (_ for _ in ()).throw(full))
-    checkpointer.save(1, small(1), {})
     with pytest.raises(SaveError, match='make room') as error:
+      checkpointer.save(1, small(1), {})  # may be quick enough to know
       checkpointer.save(2, small(2), {})
   assert error.value.step == 1
   checkpointer.save(2, small(2), {})
   assert checkpointer.finish() == 2
   checkpointer.close()
-  assert names(tmp_path) == {'2'}
+  assert whole(tmp_path) == {'2'}
 
 
 def test_a_step_that_vanishes_is_not_durable(tmp_path):
