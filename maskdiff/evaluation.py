@@ -12,6 +12,15 @@ from maskdiff import step as step_lib
 from maskdiff.mesh import whole
 
 
+def step_config(c):
+  """A training's StepConfig for its evaluations: all of every row, and times
+  in no pairs."""
+  objective = dataclasses.replace(
+    c.objective, random_length_fraction=0.0, time_sampling='stratified'
+  )
+  return dataclasses.replace(c, objective=objective)
+
+
 def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
   """The bound on held-out text, under noise that is the same every time.
 
@@ -26,16 +35,13 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
     loss in nats per token with its standard error over batches (0 for a single
     one), bits per byte, and the nll of masked tokens by mask ratio.
   """
-  objective = dataclasses.replace(
-    c.objective, random_length_fraction=0.0, time_sampling='stratified'
-  )
-  c = dataclasses.replace(c, objective=objective)
+  c = step_config(c)
   keys = jax.random.split(jax.random.key(0), len(batches))
   sums = []
   for tokens, key in zip(batches, keys, strict=True):
     between()
     sums.append(_eval_step(c, params, tokens, key))
-    sums[:-1] = jax.device_get(sums[:-1])  # one batch at most is waiting
+    sums[-2:-1] = jax.device_get(sums[-2:-1])  # one at most is waiting
   sums = jax.device_get(sums)
   total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
   means = [s['weighted_nll'] / s['num_tokens'] for s in sums]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskdiff import candidates
 from maskdiff.cross_entropy import cross_entropy
 from maskdiff.errors import UserError
 from maskdiff.mesh import batch_shards, whole
@@ -286,8 +287,7 @@ def _states(model, c, call):
   if not c.guidance:
     return given
   without = states(call.hidden | call.prompt).astype(jnp.float32)
-  guided = without + (c.guidance + 1) * (given - without)
-  return guided.astype(given.dtype)
+  return candidates.guide(given, without, c.guidance).astype(given.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -325,7 +325,7 @@ def _predictions(model_config, c, params, call):
     index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
     logits = model.logits(states.at[index].get(mode='fill', fill_value=0))
     if not c.predict_mask:
-      logits = logits.at[:, c.mask_id].set(-jnp.inf)
+      logits = candidates.suppress(logits, (c.mask_id,))
     log_prob = logits.max(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     here = jnp.argmax(logits, axis=-1).astype(jnp.int32), log_prob
     return tuple(

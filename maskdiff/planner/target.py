@@ -156,12 +156,7 @@ def compile_evaluation(config, target):
   Raises:
     jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
   """
-  c = run_lib.step_config(config)
-  # As `evaluation.evaluate` has it: all of every row, at times in no pairs.
-  objective = dataclasses.replace(
-    c.objective, random_length_fraction=0.0, time_sampling='stratified'
-  )
-  c = dataclasses.replace(c, objective=objective)
+  c = evaluation.step_config(run_lib.step_config(config))
   params = params_on(c.model, target.mesh)
   tokens = jax.ShapeDtypeStruct(
     (config.eval.batch, c.length),
