@@ -141,9 +141,14 @@ def start(script, *arguments, processes=2, of_process=None):
   finally:
     for p in started:
       p.kill()
-  # The CPU backend prints lines of its own about its connections.
-  # Its lines and their ends come in two writes, of several threads.
-  own = lambda text: re.sub(r'^\n?\[Gloo\].*\n+', '', text, flags=re.M)
+  # The CPU backend prints lines of its own about its connections, in pieces, by
+  # several threads at once, so that they may stand within one another.
+  own = lambda text: re.sub(
+    r'\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. |'
+    r'Expected number of connected peer ranks is : \d+\n*',
+    '',
+    text,
+  ).lstrip('\n')
   return [(own(out), own(err), status) for out, err, status in ended]
 
 
