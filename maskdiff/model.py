@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from maskdiff.attention import RESIDUALS, attend
 from maskdiff.mesh import BATCH_AXES, shard
+from maskdiff.window_attention import attend_window
 
 _save = jax.checkpoint_policies.save_only_these_names
 # What the backward pass finds of a layer besides its input, from everything to
@@ -127,10 +128,50 @@ class Transformer(nnx.Module):
     Returns:
       [B, L, D] in the compute dtype, after the last normalisation.
     """
+    hidden, _ = self._layers(tokens, labels.pos, self._attend(labels))
+    return hidden
+
+  def prefill(self, tokens, labels):
+    """As a call, and also returns keys and values, for `extend`.
+
+    Returns:
+      hidden [B, L, D]; and the pair of [N, B, G, L, K] in the compute dtype,
+      keys rotated.
+    """
+    return self._layers(tokens, labels.pos, self._attend(labels), keep=True)
+
+  def extend(self, tokens, pos, there, kept, cache):
+    """Hidden states of windows that see what is kept of a cache, and themselves.
+
+    Attention is bidirectional.
+
+    Args:
+      tokens: [B, S] int32, of the windows.
+      pos: [B, S] int32, their places in the rows that made the cache.
+      there: [B, S] bool, False on what is no part of a window.
+      kept: [B, L] bool, of the cache; False where a window stands.
+      cache: from `prefill`.
+
+    Returns:
+      [B, S, D] in the compute dtype.
+    """
+
+    def attention(q, k, v, cached):
+      return attend_window(q, k, v, there, *cached, kept)
+
+    hidden, _ = self._layers(tokens, pos, attention, cache)
+    return hidden
+
+  def _attend(self, labels):
+    implementation = self.config.attention
+    return lambda q, k, v, cached: attend(q, k, v, labels, implementation)
+
+  def _layers(self, tokens, pos, attention, cache=None, keep=False):
+    """Hidden states, and with `keep` the keys and values of all layers."""
     c = self.config
     x = lookup(self.embed[...], tokens, c.dtype)
     x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
-    rotation = rope(labels.pos, c.head_dim, c.rope_theta)
+    rotation = rope(pos, c.head_dim, c.rope_theta)
     # Matrices are cast before the scan, so that what a mesh gathers for each
     # layer is already in the compute dtype.
     layers = jax.tree.map(
@@ -138,15 +179,19 @@ class Transformer(nnx.Module):
       nnx.to_pure_dict(nnx.state(self.blocks)),
     )
 
-    def layer(x, weights):
-      return block(c, weights, x, labels, rotation), None
+    def layer(x, given):
+      weights, cached = given
+      x, kv = block(
+        c, weights, x, rotation, functools.partial(attention, cached=cached)
+      )
+      return x, kv if keep else None
 
     if c.remat != 'none':
       layer = jax.checkpoint(
         layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False
       )
-    x, _ = jax.lax.scan(layer, x, layers)
-    return rms_norm(x, self.norm[...], c.norm_eps)
+    x, kv = jax.lax.scan(layer, x, (layers, cache))
+    return rms_norm(x, self.norm[...], c.norm_eps), kv
 
   def vocabulary(self):
     """Returns the output projection, [D, V] float32."""
@@ -161,7 +206,7 @@ class Transformer(nnx.Module):
     )
 
 
-def block(c, w, x, labels, rotation):
+def block(c, w, x, rotation, attention):
   """One layer.
 
   Args:
@@ -169,11 +214,11 @@ def block(c, w, x, labels, rotation):
     w: the layer's weights: norm1 q k v o norm2 gate up down, as in Blocks
       without the leading axis.
     x: [B, L, D].
-    labels: masks.Labels.
     rotation: from `rope`.
+    attention: (q [B, H, L, K], k, v [B, G, L, K]) -> [B, H, L, K].
 
   Returns:
-    [B, L, D], like x.
+    [B, L, D], like x; and the pair of k and v.
   """
   h = rms_norm(x, w['norm1'], c.norm_eps)
   q = rotate(jnp.einsum('bld,dhk->bhlk', h, w['q']), rotation)
@@ -183,7 +228,7 @@ def block(c, w, x, labels, rotation):
   # Keys and values are whole along the length: every query may see them.
   k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
   v = checkpoint_name(shard(v, 'batch', 'kv_heads', None, 'head_dim'), 'v')
-  attended = attend(q, k, v, labels, c.attention)
+  attended = attention(q, k, v)
   attended = shard(attended, 'batch', 'heads', 'length', 'head_dim')
   x = x + jnp.einsum('bhlk,hkd->bld', attended, w['o'])
   x = checkpoint_name(shard(x, 'batch', 'length', 'embed'), 'middle')
@@ -193,7 +238,7 @@ def block(c, w, x, labels, rotation):
   up = checkpoint_name(jnp.einsum('bld,df->blf', h, w['up']), 'up')
   inner = shard(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
   x = x + jnp.einsum('blf,fd->bld', inner, w['down'])
-  return shard(x, 'batch', 'length', 'embed')
+  return shard(x, 'batch', 'length', 'embed'), (k, v)
 
 
 def rms_norm(x, gain, eps):

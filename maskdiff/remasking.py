@@ -127,10 +127,11 @@ def ancestral(confidence, masked, budget, keys):
 
   The reverse process from time t to s: a masked token is unmasked with
   probability 1 - mask_ratio(s) / mask_ratio(t) (LLaDA, arXiv 2502.09992,
-  eq. 10; MDLM, arXiv 2406.07524). `budget` is that, a float32. LLaDA's
+  eq. 10; MDLM, arXiv 2406.07524). `budget` is that, [B] float32. LLaDA's
   algorithm 4 is this; its code keeps a fixed number instead, see `random`.
   """
-  return masked & (uniform(keys, confidence.shape[-1]) < budget)
+  chance = budget[:, None]
+  return masked & (uniform(keys, confidence.shape[-1]) < chance)
 
 
 def first_hitting(confidence, masked, budget, keys):

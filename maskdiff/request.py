@@ -2,6 +2,8 @@
 
 `continue_prompts` and `fill_gaps` lay out text, `prepare` checks a request and
 divides its slots into blocks, `cut` says where the answers end.
+
+Everything here is NumPy on the host.
 """
 
 import dataclasses
@@ -9,7 +11,6 @@ import re
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maskdiff import candidates, remasking
@@ -17,6 +18,8 @@ from maskdiff.errors import UserError
 from maskdiff.schedule import SCHEDULES
 
 GAP = re.compile(r'\{\{(\d+)\}\}')
+CACHES = ('none', 'prefix', 'dual')
+MAX_SHAPES = 5  # that a sampler compiles the network for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,14 @@ class SamplerConfig:
   these two leave. At temperatures above 0 LLaDA's code does the second to the
   end of turn alone, by an oversight; here eos is treated alike at any
   temperature. Rules that do not look at confidence take no notice of it.
+
+  A `cache` keeps keys and values of a pass over the whole canvas, which also
+  commits the first tokens of a block, for the steps after it (Fast-dLLM, arXiv
+  2505.22618). `prefix` keeps those of what stands before the block, and later
+  steps pass from the block's start to the end of the row; `dual` keeps all but
+  the block's, and later steps pass the block alone. They are what they were
+  when the pass was made, so that results differ a little from those without a
+  cache; with refresh=1 they are the same.
   """
 
   steps: int  # denoising steps in all, shared equally by the blocks
@@ -56,19 +67,28 @@ class SamplerConfig:
   stop_at_eos: bool = False  # nothing after an eos matters: see `stop`
   logits_eos_inf: bool = False
   confidence_eos_eot_inf: bool = False
+  cache: str = 'none'  # one of CACHES
+  # A pass over the whole canvas every so many steps of a block; 0: at its
+  # first step alone.
+  refresh: int = 0
+  # Blocks after the current one of which the network sees the masks; -1: all.
+  # With 0 or more it is not told how much room there is.
+  lookahead: int = -1
 
 
 class Carry(NamedTuple):
-  """State of the denoising loop."""
+  """State of the denoising loop. Rows go on by themselves."""
 
-  block: jax.Array  # int32, blocks done
-  step: jax.Array  # int32, steps done of the current block
+  block: jax.Array  # [B] int32, blocks done
+  step: jax.Array  # [B] int32, steps done of the current block
   canvas: jax.Array  # [B, L] int32
   masked: jax.Array  # [B, blocks, S] bool, slots to be committed yet
   calls: jax.Array  # int32, how often the network was called
-  # [B] int32, forward passes of a row while its block had slots to fill; two a
-  # call with guidance. Unlike `calls`, the same whatever the other rows are.
+  # Of a row, whatever the other rows are, [B] int32 each: passes in which it
+  # took part, and positions that were computed for it in them. Guidance takes
+  # two passes for one.
   forwards: jax.Array
+  positions: jax.Array
   broken: jax.Array  # [B] bool, given up: logits were NaN or infinite
 
 
@@ -79,19 +99,21 @@ class Layout(NamedTuple):
   num_slots: jax.Array  # [B, blocks] int32
   fill: jax.Array  # [B, L] bool, True on slots
   valid: jax.Array  # [B, L] bool, False on padding
-  keys: jax.Array  # [B] PRNG keys
+  order: jax.Array  # [B, L] int32, the block of a slot; -1 on what is given
+  seeds: jax.Array  # [B] uint32
 
 
 def prepare(c, canvas, fill, valid, seeds):
   """Checks the request and lays out its blocks.
 
   Returns:
-    The first Carry, and the Layout.
+    The first Carry, the Layout, and the shapes of passes, see `shapes`.
 
   Raises:
     UserError: shapes differ, steps cannot be shared by the blocks, there is
-      nothing to fill, a name is unknown, there is no eos_id that is needed, or
-      an autoregressive network is asked for what it cannot do.
+      nothing to fill, a name is unknown, there is no eos_id that is needed,
+      an autoregressive network is asked for what it cannot do, or a row goes on
+      after slots that are not to be seen.
   """
   canvas = np.asarray(canvas, np.int32)
   fill, valid = np.asarray(fill, bool), np.asarray(valid, bool)
@@ -110,7 +132,18 @@ def prepare(c, canvas, fill, valid, seeds):
       f'guidance={c.guidance}: a model trained with the autoregressive '
       'objective has not learned to do without a prompt that is masked'
     )
+  if c.objective == 'autoregressive' and (c.cache, c.lookahead) != ('none', -1):
+    raise UserError(
+      f'cache={c.cache!r} and lookahead={c.lookahead} are for networks that see '
+      'both sides; a model trained with the autoregressive objective has none'
+    )
+  if c.refresh < 0 or (c.refresh and c.cache == 'none'):
+    raise UserError(
+      f'refresh={c.refresh} is how often a cache is made anew: choose '
+      "cache='dual' or 'prefix' too, or 0"
+    )
   for key, known in (
+    ('cache', CACHES),
     ('remasking', remasking.RULES),
     ('confidence', candidates.CONFIDENCES),
     ('schedule', SCHEDULES),
@@ -140,25 +173,67 @@ def prepare(c, canvas, fill, valid, seeds):
   for row, filled in enumerate(fill):
     (where,) = np.nonzero(filled)
     slots[row, : len(where)] = where
+  order = np.where(fill, np.cumsum(fill, axis=1) - 1, -size) // size
+  if c.lookahead >= 0 and np.any(valid[:, 1:] & fill[:, :-1] & ~fill[:, 1:]):
+    raise UserError(
+      f'lookahead={c.lookahead} hides slots at the end of a row, and here text '
+      'follows a gap: leave it at -1'
+    )
   slots = slots.reshape(batch, blocks, size)
-  zero = jnp.zeros((), jnp.int32)
+  zeros = np.zeros(batch, np.int32)
   carry = Carry(
-    block=zero,
-    step=zero,
-    canvas=jnp.asarray(np.where(fill, c.mask_id, canvas)),
-    masked=jnp.asarray(slots < length),
-    calls=zero,
-    forwards=jnp.zeros(batch, jnp.int32),
-    broken=jnp.zeros(batch, bool),
+    block=zeros,
+    step=zeros,
+    canvas=np.where(fill, np.int32(c.mask_id), canvas),
+    masked=slots < length,
+    calls=np.int32(0),
+    forwards=zeros,
+    positions=zeros,
+    broken=np.zeros(batch, bool),
   )
   layout = Layout(
-    slots=jnp.asarray(slots),
-    num_slots=jnp.asarray((slots < length).sum(axis=2), jnp.int32),
-    fill=jnp.asarray(fill),
-    valid=jnp.asarray(valid),
-    keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
+    slots=slots,
+    num_slots=(slots < length).sum(axis=2, dtype=np.int32),
+    fill=fill,
+    valid=valid,
+    order=order.astype(np.int32),
+    seeds=np.asarray(seeds, np.uint32),
   )
-  return carry, layout
+  return carry, layout, shapes(c, layout)
+
+
+def shapes(c, layout):
+  """How much of the rows the passes of a round may cover: a few choices.
+
+  A round takes the smallest that covers what is visible of all its rows.
+
+  Args:
+    c: SamplerConfig.
+    layout: Layout.
+
+  Returns:
+    Tuple of (length, window), rising: positions of the pass over the canvas,
+    and of those after it, which a cache serves. At most MAX_SHAPES.
+  """
+  _, _, size = layout.slots.shape
+  length = layout.fill.shape[1]
+  if c.lookahead < 0 and c.cache != 'prefix':
+    return ((length, size),)
+  first = layout.slots[:, 0, 0]
+  end = layout.valid.shape[1] - layout.valid[:, ::-1].argmax(axis=1)
+  if c.lookahead < 0:
+    return tuple((length, w) for w in halves(int((end - first).max()), size))
+  ahead = (1 + c.lookahead) * size
+  window = size if c.cache == 'dual' else ahead
+  return tuple((n, window) for n in halves(length, int(first.min()) + ahead))
+
+
+def halves(most, least):
+  """`most`, half of it and so on while it is at least `least`, rising."""
+  sizes = [most]
+  while len(sizes) < MAX_SHAPES and -(-sizes[-1] // 2) >= least:
+    sizes.append(-(-sizes[-1] // 2))
+  return sizes[::-1]
 
 
 def continue_prompts(prompts, gen_length):

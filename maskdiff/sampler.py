@@ -18,6 +18,7 @@ in the choice and may then return masks in the answer.
 same step from Python and yields every canvas in between.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdiff import candidates, remasking
+from maskdiff.commit import budget, choose, stop
 from maskdiff.errors import UserError
 from maskdiff.mesh import whole
 from maskdiff.model import bind
@@ -38,7 +40,6 @@ from maskdiff.request import (  # noqa: F401, for the callers of this file
   fill_gaps,
   prepare,
 )
-from maskdiff.schedule import Schedule
 
 
 def generate(model_config, c, params, canvas, fill, valid, seeds):
@@ -74,8 +75,8 @@ def complete(model_config, c, params, canvas, fill, valid, seeds):
   Raises:
     UserError: see `prepare`.
   """
-  carry, layout = prepare(c, canvas, fill, valid, seeds)
-  return _generate(model_config, c, params, carry, layout)
+  carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
+  return run(model_config, c, shapes, params, carry, layout)
 
 
 def trace(model_config, c, params, canvas, fill, valid, seeds):
@@ -83,12 +84,23 @@ def trace(model_config, c, params, canvas, fill, valid, seeds):
 
   Arguments and errors as for `generate`, and the same final result.
   """
-  carry, layout = prepare(c, canvas, fill, valid, seeds)
+  carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
+  shape, fresh, cache = None, np.zeros(1, bool), None
   while True:
     yield np.asarray(carry.canvas)
-    if not carry.masked.any():
+    if not np.asarray(carry.masked).any():
       break
-    carry = _one_step(model_config, c, params, carry, layout)
+    if np.asarray(fresh).any():
+      carry, fresh = _follow(
+        model_config, c, shape, params, carry, fresh, cache, layout
+      )
+    else:
+      shape = shapes[int(_choose_shape(c, shapes, carry, layout))]
+      carry, fresh, cache = _refresh(
+        model_config, c, shape, params, carry, layout
+      )
+    if c.cache == 'none':
+      fresh = np.zeros(1, bool)
   check(carry)
 
 
@@ -102,26 +114,149 @@ def check(carry):
     )
 
 
-def denoise(model_config, c, params, carry, layout):
-  """One step: predict the current block's masked slots and keep some.
+def round_of(model_config, c, shape, params, carry, layout):
+  """A pass over the canvas and, with a cache, those over windows that it serves.
 
-  A block that is complete before its steps are over gives them up.
+  The second kind goes on until every row needs a new cache: because its block
+  is complete, or by c.refresh. Rows that need one sooner wait.
+
+  Args:
+    shape: one of request.shapes.
 
   Returns:
     The next Carry.
   """
+  carry, fresh, cache = refresh(model_config, c, shape, params, carry, layout)
+  if c.cache == 'none':
+    return carry
+  carry, _ = jax.lax.while_loop(
+    lambda state: state[1].any(),
+    lambda state: follow(model_config, c, shape, params, *state, cache, layout),
+    (carry, fresh),
+  )
+  return carry
+
+
+def refresh(model_config, c, shape, params, carry, layout):
+  """One step of all rows by a pass over the first shape[0] positions.
+
+  Returns:
+    The next Carry; [B] bool, the rows that the cache serves further; and the
+    cache, or None if there is none.
+  """
+  length, _ = shape
+  slots = of_block(layout.slots, carry.block)
+  tokens, valid = (x[:, :length] for x in view(c, carry, layout))
+  model = bind(model_config, params)
+  inputs, labels = show(c.objective, tokens, valid, c.bos_id)
+  if c.cache == 'none':
+    hidden, cache = model(inputs, labels), None
+  else:
+    hidden, cache = model.prefill(inputs, labels)
+  logits = logits_at(c, model, hidden, slots)
+  turn = carry.masked.any((1, 2))
+  passed = valid.reshape(-1, *turn.shape, length).sum((0, 2), dtype=jnp.int32)
+  return *advance(c, carry, layout, logits, turn, passed), cache
+
+
+def follow(model_config, c, shape, params, carry, fresh, cache, layout):
+  """One step of some rows by a pass over windows of shape[1] positions.
+
+  Args:
+    fresh: [B] bool, the rows that the cache serves.
+    cache: from `refresh`.
+
+  Returns:
+    The next Carry, and the rows that the cache serves further.
+  """
+  length, size = shape
+  slots = of_block(layout.slots, carry.block)
+  tokens, valid = (x[:, :length] for x in view(c, carry, layout))
+  first = slots[:, :1]
+  where = slots if c.cache == 'dual' else first + jnp.arange(size)
+  copies = len(tokens) // len(slots)
+  where = jnp.tile(where, (copies, 1))
+  rows = jnp.arange(len(tokens))[:, None]
+  inside = jnp.minimum(where, length - 1)
+  # An absent slot (position L) is not there, like what is not visible.
+  there = (where < length) & valid[rows, inside]
+  kept = valid.at[rows, jnp.where(there, where, length)].set(False, mode='drop')
+  model = bind(model_config, params)
+  hidden = model.extend(tokens[rows, inside], where, there, kept, cache)
+  in_window = jnp.arange(slots.shape[1]) if c.cache == 'dual' else slots - first
+  logits = logits_at(c, model, hidden, jnp.broadcast_to(in_window, slots.shape))
+  passed = there.reshape(copies, *fresh.shape, -1).sum((0, 2), dtype=jnp.int32)
+  return advance(c, carry, layout, logits, fresh, passed)
+
+
+def view(c, carry, layout):
+  """What the network is shown: tokens [R, L] int32, and which of them, bool.
+
+  With guidance R is 2 B, otherwise B: the network also sees the canvas with all
+  but the slots masked, as in LLaDA's generate.py; tokens committed so far are
+  seen by both.
+  """
+  canvas, valid = carry.canvas, layout.valid
+  if c.lookahead >= 0:
+    valid &= layout.order <= carry.block[:, None] + c.lookahead
+  if not c.guidance:
+    return canvas, valid
+  nothing = jnp.where(layout.fill, canvas, c.mask_id)
+  return jnp.concatenate([canvas, nothing]), jnp.concatenate([valid, valid])
+
+
+def logits_at(c, model, hidden, slots):
+  """Logits of the slots of a block, [B, S, V] float32.
+
+  Only those are projected onto the vocabulary.
+
+  Args:
+    hidden: [R, L, D]; see `view`.
+    slots: [B, S] int32; what is read for those that are absent does not matter.
+  """
+  copies, (_, length) = len(hidden) // len(slots), hidden.shape[:2]
+  rows = jnp.arange(len(hidden))[:, None]
+  slots = jnp.minimum(jnp.tile(slots, (copies, 1)), length - 1)
+  logits = model.logits(hidden[rows, slots])
+  if not c.guidance:
+    return logits
+  return candidates.guide(*jnp.split(logits, 2), c.guidance)
+
+
+def of_block(x, block):
+  """[B, ...], each row's own block of [B, blocks, ...]."""
+  rows = jnp.arange(len(x))
+  return x[rows, jnp.minimum(block, x.shape[1] - 1)]
+
+
+def advance(c, carry, layout, logits, turn, passed):
+  """Commits some of the predictions for the masked slots of a block.
+
+  A block that is complete before its steps are over gives them up.
+
+  Args:
+    c: SamplerConfig.
+    carry: Carry.
+    layout: Layout.
+    logits: [B, S, V] float32, of each row's current block.
+    turn: [B] bool, the rows that take a step; the others stay as they are.
+    passed: [B] int32, positions computed for a row.
+
+  Returns:
+    The next Carry, and the rows of `turn` that have steps of this block left
+    before they need a new cache.
+  """
   block, step = carry.block, carry.step
-  of_block = lambda x: jax.lax.dynamic_index_in_dim(x, block, 1, False)
-  slots, masked = of_block(layout.slots), of_block(carry.masked)  # [B, S]
-  logits = predict(model_config, c, params, carry.canvas, slots, layout)
-  fold = jax.vmap(jax.random.fold_in, (0, None))
-  keys = fold(fold(layout.keys, block), step)
+  slots = of_block(layout.slots, block)
+  masked = of_block(carry.masked, block) & turn[:, None]  # [B, S]
+  fold = jax.vmap(jax.random.fold_in)
+  keys = fold(fold(jax.vmap(jax.random.key)(layout.seeds), block), step)
   draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
   token, confidence = choose(c, logits, draw_keys)
   bad = jnp.any(masked & jnp.isnan(confidence), axis=1)
   steps = c.steps // layout.slots.shape[1]  # per block
   allowed = budget(
-    c, of_block(layout.num_slots), masked.sum(axis=1), step, steps
+    c, of_block(layout.num_slots, block), masked.sum(axis=1), step, steps
   )
   keep = remasking.RULES[c.remasking](confidence, masked, allowed, keep_keys)
   keep &= ~bad[:, None]
@@ -131,134 +266,71 @@ def denoise(model_config, c, params, carry, layout):
   canvas = carry.canvas.at[rows, jnp.where(keep, slots, length)].set(
     token, mode='drop'
   )
-  left = jax.lax.dynamic_update_index_in_dim(
-    carry.masked, masked & ~keep, block, 1
-  )
+  left = of_block(carry.masked, block) & ~keep
+  left = carry.masked.at[rows[:, 0], block].set(left, mode='drop')
   left &= ~bad[:, None, None]
   if c.stop_at_eos:
     canvas, left = stop(c.eos_id, canvas, left, layout)
-  busy = masked.any(axis=1)
-  done = ~of_block(left).any()
-  return Carry(
+  done = turn & ~of_block(left, block).any(axis=1)
+  step = jnp.where(done, 0, step + turn)
+  carry = Carry(
     block=block + done,
-    step=jnp.where(done, 0, step + 1),
+    step=step,
     canvas=canvas,
     masked=left,
     calls=carry.calls + 1,
-    forwards=carry.forwards + busy * (2 if c.guidance else 1),
+    forwards=carry.forwards + turn * (2 if c.guidance else 1),
+    positions=carry.positions + turn * passed,
     broken=carry.broken | bad,
   )
+  again = turn & ~done & left.any((1, 2))
+  return carry, again & (step % c.refresh != 0) if c.refresh else again
 
 
-def predict(model_config, c, params, canvas, slots, layout):
-  """The network's logits for the slots of a block, [B, S, V] float32.
-
-  Only those are projected onto the vocabulary. With guidance the network also
-  sees the canvas with all but the slots masked, as in LLaDA's generate.py;
-  tokens committed so far are seen by both.
-  """
-  batch, length = canvas.shape
-  valid = layout.valid
-  if c.guidance:
-    nothing = jnp.where(layout.fill, canvas, c.mask_id)
-    canvas = jnp.concatenate([canvas, nothing])
-    valid, slots = (jnp.concatenate([x, x]) for x in (valid, slots))
-  model = bind(model_config, params)
-  hidden = model(*show(c.objective, canvas, valid, c.bos_id))
-  rows = jnp.arange(len(canvas))[:, None]
-  # An absent slot (position L) reads the last position and is never kept.
-  logits = model.logits(hidden[rows, jnp.minimum(slots, length - 1)])
-  if not c.guidance:
-    return logits
-  return candidates.guide(logits[:batch], logits[batch:], c.guidance)
+def choose_shape(c, shapes, carry, layout):
+  """Index of the smallest of the shapes that covers all rows in progress."""
+  _, valid = view(dataclasses.replace(c, guidance=0.0), carry, layout)
+  length = valid.shape[1]
+  end = jnp.where(valid, jnp.arange(length) + 1, 0).max(axis=1)
+  window = end - of_block(layout.slots, carry.block)[:, 0]
+  if c.cache != 'prefix':
+    window = jnp.zeros_like(window)
+  busy = carry.masked.any((1, 2))
+  most = jnp.max(jnp.where(busy, jnp.stack([end, window]), 0), axis=1)
+  return jnp.argmax((jnp.array(shapes) >= most).all(axis=1))
 
 
-def choose(c, logits, keys):
-  """Draws a token per slot and says how sure the network is.
+_refresh = jax.jit(refresh, static_argnums=(0, 1, 2))
+_follow = jax.jit(follow, static_argnums=(0, 1, 2))
+_choose_shape = jax.jit(choose_shape, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def run(model_config, c, shapes, params, carry, layout, until=0):
+  """Goes on until no more than `until` rows are in progress.
 
   Args:
-    c: SamplerConfig.
-    logits: [B, S, V] float32.
-    keys: [B] PRNG keys.
+    model_config, c, params: as for `generate`.
+    carry, layout, shapes: from `prepare`.
+    until: int.
 
   Returns:
-    token [B, S] int32, and confidence [B, S] float32.
+    The last Carry, whole on every device.
   """
-  never = () if c.predict_mask else (c.mask_id,)
-  never += (c.eos_id,) if c.logits_eos_inf else ()
-  logits = candidates.suppress(logits, never)
-  token = candidates.draw(logits, c.temperature, c.top_k, c.top_p, keys)
-  if not c.confidence_eos_eot_inf:
-    return token, candidates.CONFIDENCES[c.confidence](logits, token)
-  last = tuple(i for i in (c.eos_id, c.eot_id) if i >= 0)
-  logits = candidates.suppress(logits, last)
-  confidence = candidates.CONFIDENCES[c.confidence](logits, token)
-  return token, jnp.where(jnp.isin(token, jnp.array(last)), 0.0, confidence)
+  rounds = [
+    functools.partial(round_of, model_config, c, shape, params)
+    for shape in shapes
+  ]
 
+  def next_round(carry):
+    if len(rounds) == 1:
+      return rounds[0](carry, layout)
+    index = choose_shape(c, shapes, carry, layout)
+    return jax.lax.switch(index, rounds, carry, layout)
 
-def budget(c, num_slots, num_masked, step, steps):
-  """What the commit rule is given for a step of a block.
-
-  Args:
-    c: SamplerConfig.
-    num_slots: [B] int32, slots of the block.
-    num_masked: [B] int32, of them masked now.
-    step: int32, 0-based step within the block.
-    steps: steps for the block.
-
-  Returns:
-    [B] int32 tokens, or the number that the rule asks for.
-  """
-  if c.remasking in ('threshold', 'factor'):
-    return getattr(c, c.remasking)
-  ratio = Schedule(c.schedule).mask_ratio
-  before, after = 1 - step / steps, 1 - (step + 1) / steps  # times t
-  if c.remasking == 'ancestral':
-    return 1 - ratio(after) / ratio(before)
-  if c.schedule == 'linear':
-    return remasking.quota(num_slots, step, steps)
-  return remasking.quota_to(ratio(after), num_slots, num_masked)
-
-
-def stop(eos_id, canvas, masked, layout):
-  """Ends rows whose text is complete up to its first eos.
-
-  Exact: what stands before the eos is never revised, and what would stand
-  after it is cut (see request.cut). The slots after it become eos.
-
-  Args:
-    eos_id: int.
-    canvas: [B, L] int32.
-    masked: [B, blocks, S] bool.
-    layout: Layout.
-
-  Returns:
-    canvas and masked, with the slots of rows that ended no longer masked.
-  """
-  batch, length = canvas.shape
-  slots = layout.slots.reshape(batch, -1)
-  is_open = masked.reshape(batch, -1)
-  rows = jnp.arange(batch)[:, None]
-  eos = canvas[rows, jnp.minimum(slots, length - 1)] == eos_id
-  past = jnp.cumsum(eos & (slots < length) & ~is_open, axis=1) > 0
-  ended = past.any(axis=1) & ~jnp.any(is_open & ~past, axis=1)
-  give_up = is_open & ended[:, None]
-  canvas = canvas.at[rows, jnp.where(give_up, slots, length)].set(
-    eos_id, mode='drop'
+  in_progress = lambda carry: carry.masked.any((1, 2)).sum()
+  return whole(
+    jax.lax.while_loop(
+      lambda carry: in_progress(carry) > until, next_round, carry
+    )
   )
-  return canvas, masked & ~ended[:, None, None]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _one_step(model_config, c, params, carry, layout):
-  return whole(denoise(model_config, c, params, carry, layout))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model_config, c, params, carry, layout):
-  carry = jax.lax.while_loop(
-    lambda carry: carry.masked.any(),
-    lambda carry: denoise(model_config, c, params, carry, layout),
-    carry,
-  )
-  return whole(carry)

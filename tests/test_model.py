@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from maskdiff import masks, mesh, model
+from maskdiff.attention import attend
 from maskdiff.model import TransformerConfig
 
 TINY = TransformerConfig(
@@ -257,7 +258,8 @@ def test_gradient_by_an_input_is_zero_exactly_where_it_is_not_visible(
   probe = jnp.asarray(random.normal(size=TINY.embed), jnp.float32)
 
   def outputs(x):
-    layer = lambda x, w: (model.block(TINY, w, x, labels, rotation), None)
+    attention = lambda q, k, v: attend(q, k, v, labels, 'xla')
+    layer = lambda x, w: (model.block(TINY, w, x, rotation, attention)[0], None)
     return jax.lax.scan(layer, x, tiny_params['blocks'])[0] @ probe
 
   jacobian = jax.jit(jax.jacrev(outputs))(x)  # [B, L, B, L, D]

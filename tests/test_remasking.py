@@ -234,7 +234,10 @@ def test_ancestral_keeps_each_slot_on_its_own_with_the_chance():
   rows, chance = 4000, 0.3
   masked = np.tile([True, True, False, True], (rows, 1))
   keep = remasking.ancestral(
-    jnp.ones((rows, 4)), jnp.asarray(masked), chance, keys(rows)
+    jnp.ones((rows, 4)),
+    jnp.asarray(masked),
+    jnp.full((rows,), chance),
+    keys(rows),
   )
   counts = np.bincount(np.asarray(keep)[:, [0, 1, 3]] @ [1, 2, 4], minlength=8)
   each = np.array([bin(i).count('1') for i in range(8)])
@@ -246,6 +249,7 @@ def test_ancestral_keeps_each_slot_on_its_own_with_the_chance():
 @pytest.mark.parametrize('chance, kept', [(0.0, False), (1.0, True)])
 def test_ancestral_at_the_ends(chance, kept):
   masked = jnp.ones((100, 5), bool)
+  chance = jnp.full((100,), chance)
   keep = remasking.ancestral(jnp.ones((100, 5)), masked, chance, keys(100))
   assert (keep == kept).all()
 
@@ -269,7 +273,7 @@ def test_what_is_committed_is_never_chosen_again(rule):
   masked = jnp.zeros((3, 4), bool)
   budget = jnp.full((3,), 2)
   if rule in ('threshold', 'factor', 'ancestral'):
-    budget = 0.5
+    budget = jnp.full((3,), 0.5) if rule == 'ancestral' else 0.5
   assert not remasking.RULES[rule](
     jnp.ones((3, 4)), masked, budget, keys(3)
   ).any()

@@ -19,13 +19,15 @@ FUNCTIONS = {
   '_lookup_forward': 'embedding',
   '_lookup_backward': 'embedding',
   'block': 'layer: elementwise',
-  'Transformer.__call__': 'layer: stacked arrays',
-  'Transformer.__call__.<locals>.<lambda>': 'weights: cast and copy',
+  'Transformer._layers': 'layer: stacked arrays',
+  'Transformer._layers.<locals>.<lambda>': 'weights: cast and copy',
   'Transformer.logits': 'logits',
   'Transformer.vocabulary': 'logits',
   'batch_gradients.<locals>.accumulate': 'gradient sum over microbatches',
   'summarize': 'metrics',
-  'predict': 'sampling: choice of tokens',
+  'refresh': 'sampling: choice of tokens',
+  'follow': 'sampling: choice of tokens',
+  'advance': 'sampling: choice of tokens',
   'scale_by_adam': 'optimizer',
   'apply_updates': 'optimizer',
   'add_decayed_weights': 'optimizer',
@@ -119,7 +121,7 @@ def _scan(op_name, functions):
   """Slices of arrays that are stacked over the layers, in and out."""
   sliced = re.search(r'dynamic_(update_)?(index_in_dim|slice)', op_name)
   outer = functions and functions[0] in (
-    'model.Transformer.__call__',
+    'model.Transformer._layers',
     'step.batch_gradients',
   )
   return 'layer: stacked arrays' if sliced and outer else None

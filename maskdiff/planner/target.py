@@ -198,16 +198,14 @@ def compile_denoise(config, target, prompts, length):
   fill = np.arange(length) >= length - config.sample.gen_length
   fill = np.broadcast_to(fill, canvas.shape)
   valid = np.ones(canvas.shape, bool)
-  request = jax.eval_shape(
-    lambda: sampler.prepare(c, canvas, fill, valid, np.arange(prompts))
-  )
+  *request, sizes = sampler.prepare(c, canvas, fill, valid, np.arange(prompts))
   shapes = model_lib.shapes(model)
   shardings = mesh_lib.param_shardings(
     target.mesh, model_lib.axes(model), shapes
   )
   whole = mesh_lib.replicated(target.mesh)
   denoise = jax.jit(
-    functools.partial(sampler.denoise, model, c),
+    functools.partial(sampler.refresh, model, c, sizes[-1]),
     in_shardings=(shardings, whole, whole),
   )
   return _compile(denoise, target.mesh, shapes, *request)

@@ -55,10 +55,10 @@ def test_attention_kernels(op_name, part):
     (('guard.judge.<locals>.note', 'step.train_step'), 'guard'),
     (('schedule.sample_times', 'objective.masked_diffusion'), 'noise'),
     (
-      ('model.Transformer.__call__.<locals>.<lambda>', 'sampler.denoise'),
+      ('model.Transformer._layers.<locals>.<lambda>', 'sampler.refresh'),
       'weights: cast and copy',
     ),
-    (('model.Transformer.logits', 'sampler.denoise'), 'logits'),
+    (('model.Transformer.logits', 'sampler.refresh'), 'logits'),
     (
       ('step.batch_gradients.<locals>.accumulate',),
       'gradient sum over microbatches',
@@ -73,7 +73,7 @@ def test_functions_from_the_innermost_outwards(functions, part):
 def test_slices_of_the_stacked_layers():
   name = BACKWARD.replace('closed_call/checkpoint/', '')
   name += 'jit(dynamic_index_in_dim)/dynamic_slice'
-  functions = ('model.Transformer.__call__',)
+  functions = ('model.Transformer._layers',)
   assert model_part(name, functions) == 'layer: stacked arrays backward'
 
 
