@@ -125,6 +125,13 @@ def default():
   sample.logits_eos_inf = False  # eos is never predicted
   sample.confidence_eos_eot_inf = False  # eos and eot are committed last
   sample.eot_id = -1  # end of turn; -1: none
+  # none | prefix | dual: keys and values kept from a block's first step, for
+  # fewer positions in later ones; changes results a little unless refresh is 1
+  sample.cache = 'none'
+  sample.refresh = 0  # steps between passes over all, in a block; 0: the first
+  # Blocks after the current one whose masks the network sees; -1: all. From 0
+  # on it does not know how long an answer may become
+  sample.lookahead = -1
 
   c.checkpoint = checkpoint = config_dict.ConfigDict()
   checkpoint.every_steps = 1000  # between checkpoints; one more at the end
@@ -168,6 +175,7 @@ CHOICES = {
   ),
   'sample.schedule': ('linear', 'cosine'),
   'sample.confidence': ('probability', 'entropy', 'margin'),
+  'sample.cache': ('none', 'prefix', 'dual'),
 }
 POSITIVE = (
   'model.vocab_size model.embed model.layers model.heads model.kv_heads '
@@ -185,6 +193,7 @@ NOT_NEGATIVE = (
   'optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay '
   'optimizer.eps data.max_damaged_rows sample.temperature '
   'sample.top_k sample.threshold sample.factor sample.guidance '
+  'sample.refresh '
   'train.stall_s guard.spike_sigmas checkpoint.keep_every_steps '
   'checkpoint.max_failures'
 ).split()
@@ -312,6 +321,22 @@ def validate(c):
     f'config.sample.guidance={s.guidance} needs '
     "config.objective.name='masked_diffusion'",
   )
+  require(
+    s.lookahead >= -1,
+    f'config.sample.lookahead={s.lookahead} must be a number of blocks, or -1 '
+    'for all',
+  )
+  require(
+    not s.refresh or s.cache != 'none',
+    f'config.sample.refresh={s.refresh} is how often a cache is made anew: set '
+    'config.sample.cache too',
+  )
+  for key, off in (('cache', 'none'), ('lookahead', -1)):
+    require(
+      s[key] == off or e.name == 'masked_diffusion',
+      f'config.sample.{key}={s[key]} needs '
+      "config.objective.name='masked_diffusion'",
+    )
   blocks = -(-s.gen_length // min(s.block_length, s.gen_length))
   require(
     s.steps % blocks == 0,
@@ -396,16 +421,19 @@ def flatten(c):
 def from_dict(tree):
   """The config saved as a plain dict in a checkpoint, checked for its keys.
 
+  A key that did not exist when it was saved has its default, which is what was
+  done before.
+
   Raises:
-    UserError: the dict has other keys than this version's config.
+    UserError: the dict has keys that this version's config does not have.
   """
   c = default()
   theirs, ours = flatten(config_dict.ConfigDict(tree)), flatten(c)
-  if theirs.keys() != ours.keys():
-    differ = ', '.join(sorted(theirs.keys() ^ ours.keys()))
+  if theirs.keys() - ours.keys():
+    unknown = ', '.join(sorted(theirs.keys() - ours.keys()))
     raise UserError(
-      f'this checkpoint is from another version of maskdiff: config keys '
-      f'{differ} differ'
+      f'this checkpoint is from another version of maskdiff, whose config has '
+      f'the keys {unknown}: use that version'
     )
   with c.unlocked():
     c.update(config_dict.ConfigDict(tree))

@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
     return self._layers(tokens, labels.pos, self._attend(labels), keep=True)
 
   def extend(self, tokens, pos, there, kept, cache):
-    """Hidden states of windows that see what is kept of a cache, and themselves.
+    """Hidden states of windows that see themselves and a part of a cache.
 
     Attention is bidirectional.
 

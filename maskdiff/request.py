@@ -134,8 +134,9 @@ def prepare(c, canvas, fill, valid, seeds):
     )
   if c.objective == 'autoregressive' and (c.cache, c.lookahead) != ('none', -1):
     raise UserError(
-      f'cache={c.cache!r} and lookahead={c.lookahead} are for networks that see '
-      'both sides; a model trained with the autoregressive objective has none'
+      f'cache={c.cache!r} and lookahead={c.lookahead} are for networks that '
+      'see both sides, and one trained with the autoregressive objective does '
+      "not: leave them at 'none' and -1"
     )
   if c.refresh < 0 or (c.refresh and c.cache == 'none'):
     raise UserError(

@@ -81,6 +81,9 @@ def sampler_config(config):
     stop_at_eos=s.stop_at_eos,
     logits_eos_inf=s.logits_eos_inf,
     confidence_eos_eot_inf=s.confidence_eos_eot_inf,
+    cache=s.cache,
+    refresh=s.refresh,
+    lookahead=s.lookahead,
   )
 
 

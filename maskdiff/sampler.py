@@ -115,7 +115,7 @@ def check(carry):
 
 
 def round_of(model_config, c, shape, params, carry, layout):
-  """A pass over the canvas and, with a cache, those over windows that it serves.
+  """A pass over the canvas and, with a cache, those over windows after it.
 
   The second kind goes on until every row needs a new cache: because its block
   is complete, or by c.refresh. Rows that need one sooner wait.

@@ -181,6 +181,9 @@ INVALID = {
   'sample.top_p': dict(sample__top_p=0.0, sample__temperature=1.0),
   'sample.top_k': dict(sample__top_k=5),  # at temperature 0
   'sample.eot_id': dict(sample__eot_id=4096),
+  'sample.refresh': dict(sample__refresh=2),  # without a cache
+  'sample.lookahead': dict(sample__lookahead=-2),
+  'sample.cache': dict(sample__cache='dual', objective__name='autoregressive'),
   'sample.guidance': dict(
     sample__guidance=1.0, objective__name='autoregressive'
   ),
@@ -291,12 +294,20 @@ def test_a_config_survives_json(name):
   hash((run.step_config(again), OptimizerConfig(**again.optimizer)))
 
 
-def test_a_saved_config_with_other_keys_is_refused_by_their_names():
+def test_a_saved_config_with_keys_that_are_gone_is_refused_by_their_names():
   tree = json.loads(config_lib.default().to_json())
-  del tree['model']['remat']
+  tree['model']['fast'] = True
   tree['train']['micro_batches'] = 1
-  with pytest.raises(UserError, match=r'model\.remat, train\.micro_batches'):
+  with pytest.raises(UserError, match=r'model\.fast, train\.micro_batches'):
     config_lib.from_dict(tree)
+
+
+def test_a_key_that_a_saved_config_does_not_have_yet_has_its_default():
+  tree = json.loads(config_lib.default().to_json())
+  del tree['sample']['cache']
+  tree['sample']['gen_length'] = 7
+  c = config_lib.from_dict(tree)
+  assert (c.sample.cache, c.sample.gen_length) == ('none', 7)
 
 
 # The command line

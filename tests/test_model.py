@@ -54,7 +54,12 @@ MESHES = {
 }
 
 
-layer = jax.jit(model.block, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def layer(config, weights, x, labels):
+  """One layer alone."""
+  rotation = model.rope(labels.pos, config.head_dim, config.rope_theta)
+  attention = lambda q, k, v: attend(q, k, v, labels, config.attention)
+  return model.block(config, weights, x, rotation, attention)[0]
 
 
 def everyone(tokens):
@@ -124,13 +129,12 @@ def test_each_layer_gives_the_hidden_states_of_llada(golden):
   config, params, arrays = golden
   ids = jnp.asarray(arrays['plain_ids'])
   labels = everyone(ids)
-  rotation = model.rope(labels.pos, config.head_dim, config.rope_theta)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
   recorded = lambda n: jnp.asarray(arrays[f'plain_hidden_{n}'])
   close(model.lookup(params['embed'], ids, 'float32'), recorded(0))
   for n in range(config.layers):
     weights = jax.tree.map(lambda w, n=n: w[n], params['blocks'])
-    out = layer(config, weights, recorded(n), labels, rotation)
+    out = layer(config, weights, recorded(n), labels)
     if n == config.layers - 1:
       out = model.rms_norm(out, params['norm'], config.norm_eps)
     close(out, recorded(n + 1))
@@ -194,11 +198,10 @@ def assert_close(actual, expected, accuracy=1e-5):
 def test_scan_equals_a_loop_over_the_layers(tiny_params):
   tokens = random_tokens(TINY)
   labels = everyone(tokens)
-  rotation = model.rope(labels.pos, TINY.head_dim, TINY.rope_theta)
   x = tiny_params['embed'][tokens]
   for n in range(TINY.layers):
     weights = jax.tree.map(lambda w, n=n: w[n], tiny_params['blocks'])
-    x = layer(TINY, weights, x, labels, rotation)
+    x = layer(TINY, weights, x, labels)
   expected = model.rms_norm(x, tiny_params['norm'], TINY.norm_eps)
   assert_close(model.bind(TINY, tiny_params)(tokens, labels), expected)
 
@@ -251,16 +254,14 @@ def test_gradient_by_an_input_is_zero_exactly_where_it_is_not_visible(
 ):
   """Causal and bidirectional rules are transitive, so depth adds nothing."""
   labels = make(jnp.asarray(PADDED))
-  rotation = model.rope(labels.pos, TINY.head_dim, TINY.rope_theta)
   batch, length = PADDED.shape
   random = np.random.default_rng(0)
   x = jnp.asarray(random.normal(size=(batch, length, TINY.embed)), jnp.float32)
   probe = jnp.asarray(random.normal(size=TINY.embed), jnp.float32)
 
   def outputs(x):
-    attention = lambda q, k, v: attend(q, k, v, labels, 'xla')
-    layer = lambda x, w: (model.block(TINY, w, x, rotation, attention)[0], None)
-    return jax.lax.scan(layer, x, tiny_params['blocks'])[0] @ probe
+    one = lambda x, w: (layer(TINY, w, x, labels), None)
+    return jax.lax.scan(one, x, tiny_params['blocks'])[0] @ probe
 
   jacobian = jax.jit(jax.jacrev(outputs))(x)  # [B, L, B, L, D]
   influence = np.abs(jacobian).max(axis=-1)

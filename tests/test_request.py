@@ -30,7 +30,7 @@ def prepare(layout, **changes):
 
 def test_slots_are_divided_into_blocks_from_the_left():
   layout = request.continue_prompts([[7, 8], [9]], 6)
-  carry, laid = prepare(layout)
+  carry, laid, _ = prepare(layout)
   assert laid.slots[0].tolist() == [[2, 3, 4, 5], [6, 7, 8, 8]]
   assert laid.slots[1].tolist() == [[1, 2, 3, 4], [5, 6, 8, 8]]
   assert laid.num_slots.tolist() == [[4, 2], [4, 2]]
@@ -40,11 +40,21 @@ def test_slots_are_divided_into_blocks_from_the_left():
 
 def test_more_slots_to_come_make_more_blocks():
   layout = request.continue_prompts([[7, 8]], 3)
-  carry, laid = prepare(layout, gen_length=7)
+  carry, laid, _ = prepare(layout, gen_length=7)
   assert laid.slots.tolist() == [[[2, 3, 4, 5], [5, 5, 5, 5]]]
   assert laid.num_slots.tolist() == [[3, 0]]
   with pytest.raises(UserError, match='steps=3 .*multiple of 2'):
     prepare(layout, gen_length=7, steps=3)
+
+
+def test_a_round_covers_what_is_visible_in_few_shapes():
+  layout = request.continue_prompts([[7, 8], [9] * 30], 64)
+  of = lambda **changes: prepare(layout, steps=64, **changes)[2]
+  assert of() == ((94, 4),)
+  assert of(cache='dual') == ((94, 4),)
+  assert of(cache='prefix') == tuple((94, w) for w in (4, 8, 16, 32, 64))
+  assert of(lookahead=0) == tuple((n, 4) for n in (6, 12, 24, 47, 94))
+  assert of(lookahead=2, cache='prefix')[0] == (24, 12)
 
 
 def test_an_answer_ends_before_its_first_eos():

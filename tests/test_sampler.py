@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import itertools
 import os
 import pathlib
 import subprocess
@@ -424,10 +423,10 @@ def test_one_slot_is_drawn_from_the_softmax(monkeypatch, temperature):
 
 def test_one_compilation_per_shape_and_config(oracle):
   def compilations(c, prompts, answer):
-    before = sampler._generate._cache_size()
+    before = sampler.run._cache_size()
     layout = sampler.continue_prompts(prompts, 9)
     oracle(c, np.full(layout[0].shape, answer), layout)
-    return sampler._generate._cache_size() - before
+    return sampler.run._cache_size() - before
 
   assert compilations(GREEDY, [[7, 8], [9]], 10) == 1
   assert compilations(config(), [[7, 8], [9]], 11) == 0

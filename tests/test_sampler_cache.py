@@ -172,7 +172,7 @@ def test_a_cache_that_is_not_refreshed_is_of_the_old_canvas(params):
   stale = network.extend(
     jnp.asarray(changed[:, 4:8]), where, there, kept, cache
   )
-  # One layer deep the cached keys do not depend on the window, two deep they do.
+  # Keys of the second layer depend on the window, and were cached before.
   assert 1e-4 < np.abs(stale - fresh[:, 4:8]).max()
   assert np.abs(stale - fresh[:, 4:8]).max() < np.abs(fresh[:, 4:8]).max()
 
@@ -207,7 +207,7 @@ def test_refreshed_at_every_step_a_cache_changes_nothing(
 
 @pytest.mark.parametrize('cache, refresh', [('prefix', 0), ('dual', 3)])
 def test_passes_and_positions_of_a_cache(params, cache, refresh):
-  """Twelve slots in blocks of four, one a step; 23 positions in the long row."""
+  """Twelve slots in blocks of four, one a step."""
   c = config(cache=cache, refresh=refresh)
   layout = sampler.continue_prompts(PROMPTS, 12)
   carry = complete(c, params, layout)
@@ -250,7 +250,7 @@ def test_a_row_alone_is_what_it_is_among_others(params, options):
 
 @pytest.mark.parametrize('cache', ['none', 'dual'])
 def test_a_mesh_returns_the_same_tokens(params, cache):
-  """Split in every way that sampling knows, and with heads that do not split."""
+  """Also where the heads do not split, and a window does not."""
   c = config(cache=cache, lookahead=1)
   layout = sampler.continue_prompts([*PROMPTS, [8, 8]], 12)
   expected = complete(c, params, layout)

@@ -225,7 +225,7 @@ def test_the_slots_after_an_eos_become_eos_when_a_row_stops():
 def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
   canvas = jnp.array([[9, MASK, EOS, MASK], [9, 9, EOS, MASK]])
   fill = np.ones((2, 4), bool)
-  _, layout = sampler.prepare(
+  _, layout, _ = sampler.prepare(
     config(gen_length=4), canvas, fill, fill, range(2)
   )
   masked = canvas[:, None] == MASK
