@@ -1,0 +1,185 @@
+"""Sampling many answers: caches, an early end, refilled batches, open lengths.
+
+python benchmarks/serving.py [--rounds 3]
+
+Every line is the same requests with the same weights, which are random. What
+the caches save is told beside how much they change: the share of tokens that
+are those of the sampler without a cache. For answers of different lengths, the
+eos has a chance of about 1 in 16 at every slot.
+"""
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import alternate
+
+from maskdiff import masks, refill, sampler
+from maskdiff import model as model_lib
+from maskdiff.model import TransformerConfig
+from maskdiff.sampler import SamplerConfig
+
+MASK_ID, EOS_ID = 4, 5
+REQUESTS, BATCH, PROMPT, ROOM, BLOCK = 24, 4, 64, 64, 16
+
+MODEL = TransformerConfig(
+  vocab_size=8192,
+  embed=128,
+  layers=4,
+  heads=4,
+  kv_heads=4,
+  head_dim=32,
+  mlp=384,
+  tie_embeddings=False,
+  rope_theta=500_000.0,
+  norm_eps=1e-5,
+  dtype='float32',
+  remat='none',
+  attention='auto',
+)
+PLAIN = SamplerConfig(
+  steps=ROOM,
+  block_length=BLOCK,
+  temperature=1.0,
+  remasking='low_confidence',
+  objective='masked_diffusion',
+  predict_mask=False,
+  mask_id=MASK_ID,
+  bos_id=1,
+  eos_id=EOS_ID,
+  gen_length=ROOM,
+)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rounds', type=int, default=3)
+  rounds = parser.parse_args().rounds
+  random = np.random.default_rng(0)
+  prompts = random.integers(9, MODEL.vocab_size, (REQUESTS, PROMPT)).tolist()
+  layout = sampler.continue_prompts(prompts, ROOM)
+  params = with_eos(model_lib.init(MODEL, jax.random.key(0)), layout[0])
+  print(
+    f'{jax.devices()[0].device_kind}: {REQUESTS} requests, batch {BATCH}, '
+    f'prompt {PROMPT}, at most {ROOM} tokens in blocks of {BLOCK}'
+  )
+  change = lambda **changes: dataclasses.replace(PLAIN, **changes)
+  print('\nCaches, all answers of full length:')
+  greedy = change(temperature=0.0, logits_eos_inf=True)
+  compare(
+    params,
+    layout,
+    {
+      'no cache': (greedy, batches),
+      'prefix cache': (dataclasses.replace(greedy, cache='prefix'), batches),
+      'prefix, refreshed every 8': (
+        dataclasses.replace(greedy, cache='prefix', refresh=8),
+        batches,
+      ),
+      'dual cache': (dataclasses.replace(greedy, cache='dual'), batches),
+      'dual, refreshed every 8': (
+        dataclasses.replace(greedy, cache='dual', refresh=8),
+        batches,
+      ),
+    },
+    rounds,
+  )
+  print('\nAnswers that end with an eos:')
+  stop, open_end = (
+    change(stop_at_eos=True),
+    change(stop_at_eos=True, lookahead=0),
+  )
+  compare(
+    params,
+    layout,
+    {
+      'full length, then cut': (PLAIN, batches),
+      'early end, batch by batch': (stop, batches),
+      'early end, refilled': (stop, refilled),
+      'open length, refilled': (open_end, refilled),
+      'open length, refilled, dual cache': (
+        dataclasses.replace(open_end, cache='dual'),
+        refilled,
+      ),
+    },
+    rounds,
+  )
+
+
+def with_eos(params, canvas):
+  """Weights that give eos a chance of about 1 in 16 at a masked slot."""
+
+  @jax.jit
+  def hidden(params, canvas):
+    return model_lib.bind(MODEL, params)(
+      canvas, masks.bidirectional(jnp.ones(canvas.shape, bool))
+    )
+
+  canvas = np.array(canvas[:4])
+  canvas[:, PROMPT:] = MASK_ID
+  found = hidden(params, canvas)[:, PROMPT:].reshape(-1, MODEL.embed)
+  direction = found.mean(axis=0)
+  others = jax.nn.logsumexp(found @ params['head'], axis=-1).mean()
+  logit = others - np.log(15)
+  eos = direction * logit / (direction @ direction)
+  return params | {'head': params['head'].at[:, EOS_ID].set(eos)}
+
+
+def batches(c, params, layout):
+  """(tokens [R, L], forwards, positions) of R requests, batch by batch."""
+  found = []
+  for first in range(0, REQUESTS, BATCH):
+    rows = slice(first, first + BATCH)
+    carry = sampler.complete(
+      MODEL, c, params, *(x[rows] for x in layout), range(first, first + BATCH)
+    )
+    found.append(
+      jax.device_get((carry.canvas, carry.forwards, carry.positions))
+    )
+  return [np.concatenate(x) for x in zip(*found, strict=True)]
+
+
+def refilled(c, params, layout):
+  """As `batches`, with a request in the place of each that has ended."""
+  answers = refill.answers(MODEL, c, params, *layout, range(REQUESTS), BATCH)
+  answers = sorted(answers, key=lambda answer: answer.row)
+  return [
+    np.array([getattr(a, name) for a in answers])
+    for name in ('tokens', 'forwards', 'positions')
+  ]
+
+
+def compare(params, layout, variants, rounds):
+  """Prints a table, with ratios to the first of the variants."""
+  _, fill, _ = layout
+  found = {name: f(c, params, layout) for name, (c, f) in variants.items()}
+  seconds = alternate(
+    {
+      n: lambda c=c, f=f: f(c, params, layout) for n, (c, f) in variants.items()
+    },
+    rounds,
+  )
+  first = None
+  print(
+    '| | tokens | tokens/s | ratio | forwards per token | positions per token '
+    '| tokens as in the first row |\n|---|---|---|---|---|---|---|'
+  )
+  for name, (tokens, forwards, positions) in found.items():
+    kept = fill & sampler.cut(tokens, fill, EOS_ID)
+    number = int(kept.sum())
+    speed = number / seconds[name]
+    first = first or (tokens, kept, speed)
+    both = kept & first[1]
+    same = (tokens == first[0])[both].sum() / max(kept.sum(), first[1].sum())
+    print(
+      f'| {name} | {number} | {speed:,.0f} | {speed / first[2]:.2f} '
+      f'| {forwards.sum() / number:.2f} | {positions.sum() / number:.1f} '
+      f'| {same:.1%} |',
+      flush=True,
+    )
+
+
+if __name__ == '__main__':
+  main()
