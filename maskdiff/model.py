@@ -62,6 +62,13 @@ class TransformerConfig:
   dtype: str  # of activations and matrix products; parameters are float32
   remat: str  # a key of REMAT_POLICIES
   attention: str  # one of attention.IMPLEMENTATIONS
+  qkv_bias: bool = False  # a bias on queries, keys and values (Qwen2, Dream)
+  qk_norm: bool = False  # queries and keys normalised by head (Qwen3)
+  # The output at a position predicts the next token: a network trained that
+  # way, which masked diffusion goes on with (Dream).
+  predict_next: bool = False
+  # () or Llama 3's (factor, low_freq_factor, high_freq_factor, length before)
+  rope_scaling: tuple[float, ...] = ()
 
 
 def weight(rngs, shape, axes, std):
@@ -73,6 +80,11 @@ def weight(rngs, shape, axes, std):
 def scale(shape, axes):
   """Declares the gain of a normalisation, which starts at 1."""
   return nnx.Param(jnp.ones(shape), axes=axes)
+
+
+def zeros(shape, axes):
+  """Declares a bias, which starts at 0."""
+  return nnx.Param(jnp.zeros(shape), axes=axes)
 
 
 class Blocks(nnx.Module):
@@ -90,6 +102,13 @@ class Blocks(nnx.Module):
     )
     self.k = weight(rngs, (N, D, G, K), kv, into)
     self.v = weight(rngs, (N, D, G, K), kv, into)
+    if c.qkv_bias:  # flat: vectors are neither split nor decayed
+      self.q_bias = zeros((N, H * K), ('layers', 'heads'))
+      self.k_bias = zeros((N, G * K), ('layers', 'kv_heads'))
+      self.v_bias = zeros((N, G * K), ('layers', 'kv_heads'))
+    if c.qk_norm:
+      self.q_norm = scale((N, K), ('layers', 'head_dim'))
+      self.k_norm = scale((N, K), ('layers', 'head_dim'))
     self.o = weight(
       rngs,
       (N, H, K, D),
@@ -125,12 +144,14 @@ class Transformer(nnx.Module):
       labels: masks.Labels of the same positions.
 
     Returns:
-      [B, L, D] in the compute dtype, after the last normalisation.
+      [B, L, D] in the compute dtype, after the last normalisation: what a
+      position predicts itself from, also where the network has learnt to
+      predict the next one.
     """
     c = self.config
     x = lookup(self.embed[...], tokens, c.dtype)
     x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
-    rotation = rope(labels.pos, c.head_dim, c.rope_theta)
+    rotation = rope(labels.pos, c.head_dim, c.rope_theta, c.rope_scaling)
     # Matrices are cast before the scan, so that what a mesh gathers for each
     # layer is already in the compute dtype.
     layers = jax.tree.map(
@@ -146,7 +167,8 @@ class Transformer(nnx.Module):
         layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False
       )
     x, _ = jax.lax.scan(layer, x, layers)
-    return rms_norm(x, self.norm[...], c.norm_eps)
+    x = rms_norm(x, self.norm[...], c.norm_eps)
+    return from_the_left(x, labels) if c.predict_next else x
 
   def vocabulary(self):
     """Returns the output projection, [D, V] float32."""
@@ -166,8 +188,7 @@ def block(c, w, x, labels, rotation):
 
   Args:
     c: TransformerConfig.
-    w: the layer's weights: norm1 q k v o norm2 gate up down, as in Blocks
-      without the leading axis.
+    w: the layer's weights, as in Blocks without the leading axis.
     x: [B, L, D].
     labels: masks.Labels.
     rotation: from `rope`.
@@ -176,9 +197,7 @@ def block(c, w, x, labels, rotation):
     [B, L, D], like x.
   """
   h = rms_norm(x, w['norm1'], c.norm_eps)
-  q = rotate(jnp.einsum('bld,dhk->bhlk', h, w['q']), rotation)
-  k = rotate(jnp.einsum('bld,dgk->bglk', h, w['k']), rotation)
-  v = jnp.einsum('bld,dgk->bglk', h, w['v'])
+  q, k, v = project_qkv(c, w, h, rotation)
   q = checkpoint_name(shard(q, 'batch', 'heads', 'length', 'head_dim'), 'q')
   # Keys and values are whole along the length: every query may see them.
   k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
@@ -196,6 +215,47 @@ def block(c, w, x, labels, rotation):
   return shard(x, 'batch', 'length', 'embed')
 
 
+def project_qkv(c, w, h, rotation):
+  """Queries, keys and values of a layer.
+
+  Args:
+    c: TransformerConfig.
+    w: the layer's weights, as for `block`.
+    h: [B, L, D], normalised.
+    rotation: from `rope`.
+
+  Returns:
+    q [B, H, L, K], k [B, G, L, K] and v [B, G, L, K], q and k rotated.
+  """
+  q = jnp.einsum('bld,dhk->bhlk', h, w['q'])
+  k = jnp.einsum('bld,dgk->bglk', h, w['k'])
+  v = jnp.einsum('bld,dgk->bglk', h, w['v'])
+  if c.qkv_bias:
+    by_head = lambda b: b.astype(h.dtype).reshape(-1, 1, c.head_dim)
+    q += by_head(w['q_bias'])
+    k += by_head(w['k_bias'])
+    v += by_head(w['v_bias'])
+  if c.qk_norm:
+    q = rms_norm(q, w['q_norm'], c.norm_eps)
+    k = rms_norm(k, w['k_norm'], c.norm_eps)
+  return rotate(q, rotation), rotate(k, rotation), v
+
+
+def from_the_left(x, labels):
+  """Puts what a position says of the next one there.
+
+  The first position of a document keeps its own: it is the only one that may
+  say something of it. Dream's generation_utils.py does so at position 0.
+
+  Args:
+    x: [B, L, D].
+    labels: masks.Labels.
+  """
+  left = lambda a: jnp.concatenate([a[:, :1], a[:, :-1]], axis=1)
+  continues = labels.doc == left(labels.doc)
+  return jnp.where(continues[..., None], left(x), x)
+
+
 def rms_norm(x, gain, eps):
   """x / rms(x) * gain along the last axis, computed in float32, like x."""
   f = x.astype(jnp.float32)
@@ -203,23 +263,42 @@ def rms_norm(x, gain, eps):
   return (f * gain).astype(x.dtype)
 
 
-def rope(pos, head_dim, theta):
+def rope(pos, head_dim, theta, scaling=()):
   """Cosines and sines of rotary position embedding (arXiv 2104.09864).
 
   Args:
     pos: [B, L] int32.
     head_dim: K.
     theta: base of the wavelengths.
+    scaling: TransformerConfig.rope_scaling.
 
   Returns:
     A pair of [B, 1, L, K] float32: the cosines, twice, and the sines, negative
     in the first half.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  if scaling:
+    frequency = slow_down(frequency, *scaling)
   angle = pos[:, None, :, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   join = functools.partial(jnp.concatenate, axis=-1)
   return join([cos, cos]), join([-sin, sin])
+
+
+def slow_down(frequency, factor, low, high, length):
+  """Llama 3.1's frequencies for contexts longer than the first training.
+
+  Those that turn less than `low` times over the length trained on before are
+  divided by the factor, those that turn more than `high` times stay, and in
+  between the two are mixed. No paper has the rule, only the published code.
+
+  Args:
+    frequency: [K/2], radians per position.
+    factor, low, high, length: numbers of TransformerConfig.rope_scaling.
+  """
+  turns = length * frequency / (2 * jnp.pi)
+  keep = jnp.clip((turns - low) / (high - low), 0, 1)
+  return frequency * (keep + (1 - keep) / factor)
 
 
 @jax.custom_vjp
