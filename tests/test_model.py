@@ -429,3 +429,72 @@ def test_lookup_and_its_gradient_are_those_of_indexing(sizes, dtype):
   np.testing.assert_array_equal(out, expected.astype(dtype))
   assert gradient.dtype == jnp.float32
   assert_close(gradient, exact, 1e-6)
+
+
+# What other families need
+
+
+VARIANTS = {
+  'qkv_bias': {'qkv_bias': True},
+  'qk_norm': {'qk_norm': True},
+  'rope_scaling': {'rope_scaling': (8.0, 1.0, 4.0, 16.0)},
+  'predict_next': {'predict_next': True},
+}
+
+
+def test_what_a_config_does_not_ask_for_is_not_there(tiny_params):
+  """Its parameters are those that there always were, and so is a step."""
+  plain = set(tiny_params['blocks'])
+  for change in VARIANTS.values():
+    config = dataclasses.replace(TINY, **change)
+    more = set(model.shapes(config)['blocks']) - plain
+    assert all(name.endswith(('_bias', '_norm')) for name in more)
+    assert bool(more) == ('qkv_bias' in change or 'qk_norm' in change)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_a_variant_is_the_same_on_a_mesh_and_has_gradients(name):
+  config = dataclasses.replace(TINY, **VARIANTS[name])
+  params, tokens = draw_params(config), random_tokens(config, length=8)
+
+  @jax.jit
+  def loss(params):
+    out = model.bind(config, params)(tokens, everyone(tokens))
+    return jnp.sum(jnp.sin(out))
+
+  value, gradients = jax.value_and_grad(loss)(params)
+  devices = mesh.make_mesh(fsdp=2, sequence=2, tensor=2)
+  shardings = mesh.param_shardings(
+    devices, model.axes(config), model.shapes(config)
+  )
+  with jax.set_mesh(devices):
+    split = jax.value_and_grad(loss)(jax.device_put(params, shardings))
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  jax.tree.map(close, (value, gradients), split)
+  # Adding a number to all scores of a query changes nothing.
+  moot = ('k_bias',)
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    assert path[-1].key in moot or np.abs(gradient).max() > 1e-4, path
+
+
+def test_biases_and_gains_are_neither_split_nor_decayed():
+  config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
+  for name, axes in model.axes(config)['blocks'].items():
+    if name.endswith(('_bias', '_norm')):
+      assert not mesh.is_matrix(axes)
+
+
+def test_a_shifted_output_stands_where_the_next_token_is():
+  """Except at the first position of a document, which no one predicts."""
+  config = dataclasses.replace(TINY, predict_next=True)
+  params, tokens = draw_params(TINY), random_tokens(TINY, length=8)
+  valid = jnp.array([[False] * 2 + [True] * 6, [True] * 7 + [False]])
+  doc = jnp.array([[0] * 5 + [1] * 3, [0] * 4 + [1] * 4])
+  labels = masks.bidirectional(valid, doc)
+  plain, shifted = (
+    np.asarray(model.bind(c, params)(tokens, labels)) for c in (TINY, config)
+  )
+  source = np.array([[0, 1, 2, 2, 3, 5, 5, 6], [0, 0, 1, 2, 4, 4, 5, 7]])
+  for row, places in enumerate(source):
+    real = np.asarray(valid[row])
+    np.testing.assert_array_equal(shifted[row][real], plain[row][places][real])

@@ -131,7 +131,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
       if written != original:
         path = os.path.join(new, families.CONFIG)
         with safetensors.writing(path), open(path, 'w') as f:
-          json.dump(written, f, indent=2)
+          f.write(as_text(written))
       if tokenizer:
         tokenizer_lib.copy(tokenizer, new)
       hf.write_weights(new, chosen, leaves, dtype, max_bytes)
@@ -170,14 +170,17 @@ def choose_family(config, original, name):
   for family in ordered:
     reason = families.misfit(family, model)
     if reason is None and family.objective != config.objective.name:
-      reason = f'objective {config.objective.name}'
+      reason = f'config.objective.name={config.objective.name!r}'
+    if reason is None and family.predict_next != model.predict_next:
+      reason = f'config.model.predict_next={model.predict_next}'
     if reason is None:
       return family
     reasons[family.name] = reason
   raise UserError(
     'no published architecture fits: '
     + '; '.join(f'{n} has no {reason}' for n, reason in reasons.items())
-    + '; --family writes another objective than the architecture is for'
+    + '; --family writes the weights as an architecture that computes them, '
+    'whatever it is trained for'
   )
 
 
@@ -202,7 +205,7 @@ def check(folder, workdir=None):
   config.model.update(dtype='float32', remat='none', attention='xla')
   if workdir is not None:
     _same_model(published, config, workdir)
-  ours = np.asarray(_logits(config, params, mesh, tokens, causal))
+  ours = np.asarray(logits(config, params, mesh, tokens, causal))
   theirs = reference.logits(published, tokens)
   if config.model.predict_next:
     theirs = np.concatenate([theirs[:1], theirs[:-1]])
@@ -315,7 +318,21 @@ def _same_model(published, config, workdir):
       )
 
 
-def _logits(config, params, mesh, tokens, causal):
+def as_text(config):
+  """A config.json as transformers would lay it out."""
+  return json.dumps(dict(sorted(config.items())), indent=2) + '\n'
+
+
+def logits(config, params, mesh, tokens, causal):
+  """This package's logits of a row, [L, V] float32.
+
+  Args:
+    config: ConfigDict.
+    params: parameter tree.
+    mesh: that it lies on.
+    tokens: [L] int.
+    causal: whether a position sees only those before it and itself.
+  """
   model_config = run_lib.step_config(config).model
 
   @jax.jit

@@ -368,10 +368,20 @@ def model_of(family, published, path):
       value, bool if field == 'tie_embeddings' else int | float
     ):
       raise UserError(f'{path}: {key}={value!r} is no value for it')
+  for field in ('vocab_size', 'embed', 'layers', 'heads', 'kv_heads', 'mlp'):
+    if not isinstance(found[field], int) or found[field] < 1:
+      raise UserError(
+        f'{path}: {family.keys[field]}={found[field]!r} must be 1 or more'
+      )
   head_dim = published.get('head_dim') if family.has_head_dim else None
   found['head_dim'] = (
     head_dim or family.head_dim or found['embed'] // found['heads']
   )
+  if found['heads'] % found['kv_heads'] or found['head_dim'] % 2:
+    raise UserError(
+      f'{path}: {found["heads"]} heads are no multiple of {found["kv_heads"]} '
+      f'key-value heads, or their size {found["head_dim"]} is odd'
+    )
   found['rope_theta'], found['rope_scaling'] = _rope(family, published, path)
   dtype = published.get('torch_dtype') or published.get('dtype') or 'float32'
   dtype = str(dtype).removeprefix('torch.')
@@ -423,9 +433,9 @@ def misfit(family, model):
 
   Args:
     family: Family.
-    model: mapping with the FIELDS and `predict_next`.
+    model: mapping with the FIELDS.
   """
-  for field in ('qkv_bias', 'qk_norm', 'predict_next'):
+  for field in ('qkv_bias', 'qk_norm'):
     if model[field] != getattr(family, field):
       return f'config.model.{field}={model[field]}'
   if model['rope_scaling'] and not family.scales_rope:

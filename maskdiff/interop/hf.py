@@ -63,7 +63,6 @@ def open_folder(folder):
   config = families.read_config(folder)
   family = families.detect(config, path)
   model = families.model_of(family, config, path)
-  check_model(model, path)
   tensors = safetensors.read_folder(folder)
   found = Published(folder, family, config, model, tensors, {}, [])
   used = set()
@@ -85,19 +84,6 @@ def open_folder(folder):
     found.leaves[name] = Leaf(shape, own[0].dtype, read)
   _check_rest(found, used)
   return found
-
-
-def check_model(model, path):
-  """Raises UserError if the numbers of a config.json are no model."""
-  for field in ('vocab_size', 'embed', 'layers', 'heads', 'kv_heads', 'mlp'):
-    if not isinstance(model[field], int) or model[field] < 1:
-      raise UserError(f'{path}: {field}={model[field]!r} must be 1 or more')
-  if model['heads'] % model['kv_heads'] or model['head_dim'] % 2:
-    raise UserError(
-      f'{path}: {model["heads"]} heads are no multiple of '
-      f'{model["kv_heads"]} key-value heads, or their size '
-      f'{model["head_dim"]} is odd'
-    )
 
 
 def shapes(model):
