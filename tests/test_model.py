@@ -434,52 +434,44 @@ def test_lookup_and_its_gradient_are_those_of_indexing(sizes, dtype):
 # What other families need
 
 
-VARIANTS = {
-  'qkv_bias': {'qkv_bias': True},
-  'qk_norm': {'qk_norm': True},
-  'rope_scaling': {'rope_scaling': (8.0, 1.0, 4.0, 16.0)},
-  'predict_next': {'predict_next': True},
-}
+EVERYTHING = dataclasses.replace(
+  TINY,
+  qkv_bias=True,
+  qk_norm=True,
+  rope_scaling=(8.0, 1.0, 4.0, 16.0),
+  predict_next=True,
+)
 
 
 def test_what_a_config_does_not_ask_for_is_not_there(tiny_params):
-  """Its parameters are those that there always were, and so is a step."""
-  plain = set(tiny_params['blocks'])
-  for change in VARIANTS.values():
-    config = dataclasses.replace(TINY, **change)
-    more = set(model.shapes(config)['blocks']) - plain
-    assert all(name.endswith(('_bias', '_norm')) for name in more)
-    assert bool(more) == ('qkv_bias' in change or 'qk_norm' in change)
+  more = set(model.shapes(EVERYTHING)['blocks']) - set(tiny_params['blocks'])
+  assert more == {'q_bias', 'k_bias', 'v_bias', 'q_norm', 'k_norm'}
 
 
-@pytest.mark.parametrize('name', VARIANTS)
-def test_a_variant_is_the_same_on_a_mesh_and_has_gradients(name):
-  config = dataclasses.replace(TINY, **VARIANTS[name])
-  params, tokens = draw_params(config), random_tokens(config, length=8)
+def test_all_of_it_is_the_same_on_a_mesh_and_has_gradients():
+  params = draw_params(EVERYTHING)
+  tokens = random_tokens(EVERYTHING, length=8)
 
   @jax.jit
   def loss(params):
-    out = model.bind(config, params)(tokens, everyone(tokens))
+    out = logits(EVERYTHING, params, tokens, everyone(tokens))
     return jnp.sum(jnp.sin(out))
 
-  value, gradients = jax.value_and_grad(loss)(params)
+  whole = jax.value_and_grad(loss)(params)
   devices = mesh.make_mesh(fsdp=2, sequence=2, tensor=2)
   shardings = mesh.param_shardings(
-    devices, model.axes(config), model.shapes(config)
+    devices, model.axes(EVERYTHING), model.shapes(EVERYTHING)
   )
   with jax.set_mesh(devices):
     split = jax.value_and_grad(loss)(jax.device_put(params, shardings))
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-  jax.tree.map(close, (value, gradients), split)
-  # Adding a number to all scores of a query changes nothing.
-  moot = ('k_bias',)
-  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-    assert path[-1].key in moot or np.abs(gradient).max() > 1e-4, path
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+  jax.tree.map(close, whole, split)
+  for path, gradient in jax.tree_util.tree_leaves_with_path(whole[1]):
+    assert np.abs(gradient).max() > 1e-3, path
 
 
 def test_biases_and_gains_are_neither_split_nor_decayed():
-  config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
-  for name, axes in model.axes(config)['blocks'].items():
+  for name, axes in model.axes(EVERYTHING)['blocks'].items():
     if name.endswith(('_bias', '_norm')):
       assert not mesh.is_matrix(axes)
 
