@@ -16,7 +16,9 @@ from absl import flags, logging
 
 from maskdiff import config
 
-flags.DEFINE_string('workdir', None, 'The run to load.')
+flags.DEFINE_string(
+  'workdir', None, "The run to load, or a folder in Hugging Face's form."
+)
 flags.DEFINE_enum(
   'task',
   None,
@@ -54,9 +56,9 @@ for name in ('workdir', 'task', 'data'):
 
 
 def main(args):
-  from maskdiff import runtime  # after the flags: a bad one is told at once
+  from maskdiff import run, runtime  # after the flags: bad ones are told first
 
-  with runtime.started(args.workdir):
+  with runtime.started(run.own_directory(args.workdir)):
     evaluate(args)
 
 

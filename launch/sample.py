@@ -18,7 +18,9 @@ from maskdiff import config
 from maskdiff import prompts as prompts_lib
 from maskdiff.errors import UserError
 
-flags.DEFINE_string('workdir', None, 'The run to load.')
+flags.DEFINE_string(
+  'workdir', None, "The run to load, or a folder in Hugging Face's form."
+)
 flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
 flags.DEFINE_multi_string(
   'infill', [], 'Text with gaps, {{n}} for n tokens; may be repeated.'
@@ -106,13 +108,13 @@ flags.DEFINE_integer('eot_id', None, 'Id of the end of turn.')
 
 
 def main(args):
-  from maskdiff import runtime  # after the flags: a bad one is told at once
+  from maskdiff import run, runtime  # after the flags: bad ones are told first
 
   if sum(map(bool, (args.prompt, args.infill, args.prompts))) > 1:
     raise UserError('give one of --prompt, --infill and --prompts')
   if args.show and (args.prompts or args.out):
     raise UserError('--show prints texts of --prompt or --infill alone')
-  with runtime.started(args.workdir):
+  with runtime.started(run.own_directory(args.workdir)):
     sample(args)
 
 

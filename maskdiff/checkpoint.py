@@ -249,6 +249,36 @@ class Checkpointer:
     self.durable_step = step
     return tuple(trees[name] for name in targets)
 
+  def read_array(self, step, meta, name):
+    """One array of a step on the host, for those that cannot hold them all.
+
+    Args:
+      step: int.
+      meta: of that step.
+      name: in the manifest, such as params/blocks/q.
+
+    Raises:
+      Damaged: it is missing, or bits differ from those saved.
+    """
+    item, _, path = name.partition('/')
+    folder = os.path.join(self.directory, str(step), item)
+    wanted = lambda leaf: manifest.nest({path: leaf})
+    args = ocp.args.PyTreeRestore(
+      wanted(0),
+      wanted(ocp.RestoreArgs(restore_type=np.ndarray)),
+      partial_restore=True,
+    )
+    try:
+      with ocp.PyTreeCheckpointer() as reader:
+        array = flat(reader.restore(folder, args))[path]
+    except MemoryError:
+      raise
+    except Exception as error:
+      raise Damaged(f'{name} cannot be read: {_one_line(error)}') from error
+    if manifest.changed(meta['leaves'], {name: fingerprints(array)}):
+      raise Damaged(f'bits of {name} have changed since they were saved')
+    return array
+
   def _read(self, step, args):
     try:
       return self._manager.restore(step, args=args)
@@ -371,6 +401,18 @@ def restore_newest(checkpointer, targets_of):
       + '. To start from scratch, use another --workdir or delete both'
     )
   return None
+
+
+def newest_meta(checkpointer):
+  """The newest step whose meta is whole, and that, without reading arrays.
+
+  Raises:
+    UserError: there is none.
+  """
+  for step in reversed(checkpointer.steps()):
+    with contextlib.suppress(Damaged):
+      return step, checkpointer.read_meta(step)
+  raise UserError(f'no checkpoint in {checkpointer.directory} is whole')
 
 
 def roll_back(checkpointer, step):

@@ -21,6 +21,9 @@ def default():
   """Returns every key with a small, working value; locked."""
   c = config_dict.ConfigDict()
   c.seed = 0
+  # Where fresh parameters come from: a Hugging Face folder or a work directory;
+  # '': drawn at random
+  c.init_from = ''
 
   c.model = model = config_dict.ConfigDict()
   model.vocab_size = 4096  # V
@@ -38,6 +41,13 @@ def default():
   # for the backward pass, from everything to nothing
   model.remat = 'full'
   model.attention = 'auto'  # auto | xla | splash (TPU) | cudnn (NVIDIA GPU)
+  model.qkv_bias = False  # on queries, keys and values, as in Qwen2
+  model.qk_norm = False  # queries and keys normalised by head, as in Qwen3
+  # The output at a position predicts the next token, as in Dream and in a
+  # network that was autoregressive before
+  model.predict_next = False
+  # Llama 3.1's, () for none: (factor, low, high, length trained on before)
+  model.rope_scaling = ()
 
   c.tokens = tokens = config_dict.ConfigDict()
   tokens.mask_id = 4
@@ -268,6 +278,17 @@ def validate(c):
       f'config.{section}.batch={batch} must be even: antithetic time sampling '
       'draws times for pairs of rows',
     )
+  require(
+    not m.predict_next or e.name == 'masked_diffusion',
+    'config.model.predict_next=True is for '
+    "config.objective.name='masked_diffusion': an autoregressive row is "
+    'shifted already',
+  )
+  require(
+    len(m.rope_scaling) in (0, 4) and all(x > 0 for x in m.rope_scaling),
+    f"config.model.rope_scaling={m.rope_scaling}: must be () or Llama 3.1's "
+    '(factor, low_freq_factor, high_freq_factor, length)',
+  )
   require(e.eps < 1, f'config.objective.eps={e.eps} must be below 1')
   require(
     0 <= e.random_length_fraction <= 1,

@@ -13,7 +13,7 @@ _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 _PIECES = 8
 
 
-def fingerprint(x):
+def fingerprint(x, first=0):
   """A uint32 of all bits of an array, in their places.
 
   The elements, mixed with their positions, are added up modulo 2^32: sums of
@@ -23,6 +23,8 @@ def fingerprint(x):
 
   Args:
     x: array of any shape, of a dtype with 1, 2, 4 or 8 bytes.
+    first: if x is a part of an array, the place of its first row there. The
+      parts along the first axis add up to the whole, modulo 2^32.
 
   Returns:
     uint32 scalar.
@@ -35,6 +37,7 @@ def fingerprint(x):
   for axis in range(bits.ndim):
     # Axis by axis: there are arrays of more than 2^32 elements.
     index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    index += jnp.uint32(0 if axis else first)
     position = _mix(position * jnp.uint32(0x9E3779B1) + index)
   mixed = _mix(bits.astype(jnp.uint32) ^ position)
   return jax.lax.platform_dependent(mixed, cpu=_sum_on_cpu, default=_sum)

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.attention import RESIDUALS, attend
+from maskdiff.errors import UserError
 from maskdiff.mesh import BATCH_AXES, shard
 from maskdiff.window_attention import attend_window
 
@@ -63,6 +64,13 @@ class TransformerConfig:
   dtype: str  # of activations and matrix products; parameters are float32
   remat: str  # a key of REMAT_POLICIES
   attention: str  # one of attention.IMPLEMENTATIONS
+  qkv_bias: bool = False  # a bias on queries, keys and values (Qwen2, Dream)
+  qk_norm: bool = False  # queries and keys normalised by head (Qwen3)
+  # The output at a position predicts the next token: a network trained that
+  # way, which masked diffusion goes on with (Dream).
+  predict_next: bool = False
+  # () or Llama 3's (factor, low_freq_factor, high_freq_factor, length before)
+  rope_scaling: tuple[float, ...] = ()
 
 
 def weight(rngs, shape, axes, std):
@@ -74,6 +82,11 @@ def weight(rngs, shape, axes, std):
 def scale(shape, axes):
   """Declares the gain of a normalisation, which starts at 1."""
   return nnx.Param(jnp.ones(shape), axes=axes)
+
+
+def zeros(shape, axes):
+  """Declares a bias, which starts at 0."""
+  return nnx.Param(jnp.zeros(shape), axes=axes)
 
 
 class Blocks(nnx.Module):
@@ -91,6 +104,13 @@ class Blocks(nnx.Module):
     )
     self.k = weight(rngs, (N, D, G, K), kv, into)
     self.v = weight(rngs, (N, D, G, K), kv, into)
+    if c.qkv_bias:  # flat: vectors are neither split nor decayed
+      self.q_bias = zeros((N, H * K), ('layers', 'heads'))
+      self.k_bias = zeros((N, G * K), ('layers', 'kv_heads'))
+      self.v_bias = zeros((N, G * K), ('layers', 'kv_heads'))
+    if c.qk_norm:
+      self.q_norm = scale((N, K), ('layers', 'head_dim'))
+      self.k_norm = scale((N, K), ('layers', 'head_dim'))
     self.o = weight(
       rngs,
       (N, H, K, D),
@@ -126,10 +146,13 @@ class Transformer(nnx.Module):
       labels: masks.Labels of the same positions.
 
     Returns:
-      [B, L, D] in the compute dtype, after the last normalisation.
+      [B, L, D] in the compute dtype, after the last normalisation: what a
+      position predicts itself from, also where the network has learnt to
+      predict the next one.
     """
     hidden, _ = self._layers(tokens, labels.pos, self._attend(labels))
-    return hidden
+    shifted = self.config.predict_next
+    return from_the_left(hidden, labels) if shifted else hidden
 
   def prefill(self, tokens, labels):
     """As a call, and also returns keys and values, for `extend`.
@@ -137,7 +160,16 @@ class Transformer(nnx.Module):
     Returns:
       hidden [B, L, D]; and the pair of [N, B, G, L, K] in the compute dtype,
       keys rotated.
+
+    Raises:
+      UserError: the network predicts the next token: the first prediction of a
+        window would stand to the left of it.
     """
+    if self.config.predict_next:
+      raise UserError(
+        'sampling with a cache is not for networks with '
+        'config.model.predict_next=True: leave config.sample.cache=none'
+      )
     return self._layers(tokens, labels.pos, self._attend(labels), keep=True)
 
   def extend(self, tokens, pos, there, kept, cache):
@@ -171,7 +203,7 @@ class Transformer(nnx.Module):
     c = self.config
     x = lookup(self.embed[...], tokens, c.dtype)
     x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
-    rotation = rope(pos, c.head_dim, c.rope_theta)
+    rotation = rope(pos, c.head_dim, c.rope_theta, c.rope_scaling)
     # Matrices are cast before the scan, so that what a mesh gathers for each
     # layer is already in the compute dtype.
     layers = jax.tree.map(
@@ -211,8 +243,7 @@ def block(c, w, x, rotation, attention):
 
   Args:
     c: TransformerConfig.
-    w: the layer's weights: norm1 q k v o norm2 gate up down, as in Blocks
-      without the leading axis.
+    w: the layer's weights, as in Blocks without the leading axis.
     x: [B, L, D].
     rotation: from `rope`.
     attention: (q [B, H, L, K], k, v [B, G, L, K]) -> [B, H, L, K].
@@ -221,9 +252,7 @@ def block(c, w, x, rotation, attention):
     [B, L, D], like x; and the pair of k and v.
   """
   h = rms_norm(x, w['norm1'], c.norm_eps)
-  q = rotate(jnp.einsum('bld,dhk->bhlk', h, w['q']), rotation)
-  k = rotate(jnp.einsum('bld,dgk->bglk', h, w['k']), rotation)
-  v = jnp.einsum('bld,dgk->bglk', h, w['v'])
+  q, k, v = project_qkv(c, w, h, rotation)
   q = checkpoint_name(shard(q, 'batch', 'heads', 'length', 'head_dim'), 'q')
   # Keys and values are whole along the length: every query may see them.
   k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
@@ -241,6 +270,47 @@ def block(c, w, x, rotation, attention):
   return shard(x, 'batch', 'length', 'embed'), (k, v)
 
 
+def project_qkv(c, w, h, rotation):
+  """Queries, keys and values of a layer.
+
+  Args:
+    c: TransformerConfig.
+    w: the layer's weights, as for `block`.
+    h: [B, L, D], normalised.
+    rotation: from `rope`.
+
+  Returns:
+    q [B, H, L, K], k [B, G, L, K] and v [B, G, L, K], q and k rotated.
+  """
+  q = jnp.einsum('bld,dhk->bhlk', h, w['q'])
+  k = jnp.einsum('bld,dgk->bglk', h, w['k'])
+  v = jnp.einsum('bld,dgk->bglk', h, w['v'])
+  if c.qkv_bias:
+    by_head = lambda b: b.astype(h.dtype).reshape(-1, 1, c.head_dim)
+    q += by_head(w['q_bias'])
+    k += by_head(w['k_bias'])
+    v += by_head(w['v_bias'])
+  if c.qk_norm:
+    q = rms_norm(q, w['q_norm'], c.norm_eps)
+    k = rms_norm(k, w['k_norm'], c.norm_eps)
+  return rotate(q, rotation), rotate(k, rotation), v
+
+
+def from_the_left(x, labels):
+  """Puts what a position says of the next one there.
+
+  The first position of a document keeps its own: it is the only one that may
+  say something of it. Dream's generation_utils.py does so at position 0.
+
+  Args:
+    x: [B, L, D].
+    labels: masks.Labels.
+  """
+  left = lambda a: jnp.concatenate([a[:, :1], a[:, :-1]], axis=1)
+  continues = labels.doc == left(labels.doc)
+  return jnp.where(continues[..., None], left(x), x)
+
+
 def rms_norm(x, gain, eps):
   """x / rms(x) * gain along the last axis, computed in float32, like x."""
   f = x.astype(jnp.float32)
@@ -248,23 +318,42 @@ def rms_norm(x, gain, eps):
   return (f * gain).astype(x.dtype)
 
 
-def rope(pos, head_dim, theta):
+def rope(pos, head_dim, theta, scaling=()):
   """Cosines and sines of rotary position embedding (arXiv 2104.09864).
 
   Args:
     pos: [B, L] int32.
     head_dim: K.
     theta: base of the wavelengths.
+    scaling: TransformerConfig.rope_scaling.
 
   Returns:
     A pair of [B, 1, L, K] float32: the cosines, twice, and the sines, negative
     in the first half.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  if scaling:
+    frequency = slow_down(frequency, *scaling)
   angle = pos[:, None, :, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   join = functools.partial(jnp.concatenate, axis=-1)
   return join([cos, cos]), join([-sin, sin])
+
+
+def slow_down(frequency, factor, low, high, length):
+  """Llama 3.1's frequencies for contexts longer than the first training.
+
+  Those that turn less than `low` times over the length trained on before are
+  divided by the factor, those that turn more than `high` times stay, and in
+  between the two are mixed. No paper has the rule, only the published code.
+
+  Args:
+    frequency: [K/2], radians per position.
+    factor, low, high, length: numbers of TransformerConfig.rope_scaling.
+  """
+  turns = length * frequency / (2 * jnp.pi)
+  keep = jnp.clip((turns - low) / (high - low), 0, 1)
+  return frequency * (keep + (1 - keep) / factor)
 
 
 @jax.custom_vjp

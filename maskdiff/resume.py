@@ -1,4 +1,5 @@
-"""Where a run begins: at its newest whole checkpoint, or with fresh parameters.
+"""Where a run begins: at its newest whole checkpoint, or with the parameters of
+another, or with fresh ones.
 
 A run goes on only as what it was: the model, the objective and the data of its
 checkpoints. Everything else may change, and is said.
@@ -51,7 +52,8 @@ def agree(config, identity):
 
 
 def restore_or_init(config, c, key, optimizer, shardings, checkpointer, data):
-  """Restores the newest checkpoint, or draws parameters if there never was one.
+  """Restores the newest checkpoint; if there never was one, takes parameters
+  from config.init_from, or draws them.
 
   Args:
     config: the config, and c its StepConfig.
@@ -67,7 +69,8 @@ def restore_or_init(config, c, key, optimizer, shardings, checkpointer, data):
 
   Raises:
     UserError: the checkpoint saw other data, or is of another model or
-      objective; or there are checkpoints and none is whole.
+      objective; or there are checkpoints and none is whole; or
+      config.init_from has another model.
   """
   init = functools.partial(step_lib.init_state, c.model, optimizer)
   targets = checkpoint.targets(jax.eval_shape(init, key), shardings)
@@ -79,6 +82,12 @@ def restore_or_init(config, c, key, optimizer, shardings, checkpointer, data):
     )
 
   found = checkpoint.restore_newest(checkpointer, targets_of)
+  if found is None and config.init_from:
+    params = run_lib.warm_start(config, shardings.step.mesh)
+    run_lib.say(f'parameters are those of {config.init_from}')
+    begin = functools.partial(step_lib.start_state, optimizer)
+    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=0)
+    return begin(params), 0, {}
   if found is None:
     return jax.jit(init, out_shardings=shardings)(key), 0, {}
   step, meta, (params, opt_state, guard) = found

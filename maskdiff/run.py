@@ -14,7 +14,7 @@ import sys
 
 import jax
 
-from maskdiff import checkpoint, metrics, runtime
+from maskdiff import checkpoint, manifest, metrics, runtime
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
@@ -22,6 +22,8 @@ from maskdiff.data import pipeline, prepare, records
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 from maskdiff.guard import GuardConfig
+from maskdiff.interop import families, hf
+from maskdiff.interop import leaves as leaves_lib
 from maskdiff.looks import LikelihoodConfig
 from maskdiff.model import TransformerConfig
 from maskdiff.objective import ObjectiveConfig
@@ -324,12 +326,13 @@ def load(workdir):
   """Loads the newest whole checkpoint of a run, to use the model.
 
   Args:
-    workdir: directory given to `train.run`.
+    workdir: directory given to `train.run`, or made by launch/convert.py; or a
+      published folder in Hugging Face's form.
 
   Returns:
     config: ConfigDict of the run.
     tokenizer: data.tokenizer.Tokenizer, the one it was trained with.
-    params: parameter tree, split over all devices of a slice.
+    params: parameter tree, split over all devices of a slice, as stored.
     mesh: the mesh it lies on, with a replica for every slice.
 
   Raises:
@@ -337,18 +340,108 @@ def load(workdir):
   """
   slices = mesh_lib.split_by_slice(jax.devices())
   mesh = mesh_lib.make_mesh(replica=len(slices))
+  if not families.is_published(workdir):
+    config, params = load_params(workdir, mesh)
+    return config, _with_ids(config, tokenizer_lib.load(workdir)), params, mesh
+  published = hf.open_folder(workdir)
+  tokenizer = hf.open_tokenizer(published)
+  if tokenizer is None:
+    raise UserError(
+      f'{workdir} has no tokenizer: put tokenizer.json and '
+      'tokenizer_config.json into it'
+    )
+  config, params = load_params(workdir, mesh)
+  hf.fill(config, published, tokenizer)
+  return config, tokenizer, params, mesh
 
+
+def load_params(path, mesh, dtype=None):
+  """Loads parameters onto a mesh, each process what its devices hold.
+
+  Args:
+    path: as for `load`.
+    mesh: device mesh.
+    dtype: of the parameters, by default as stored.
+
+  Returns:
+    config: ConfigDict of the run, or of a run with this model.
+    params: parameter tree.
+
+  Raises:
+    UserError: there is nothing to load; or it is damaged or does not fit this
+      version or the mesh.
+  """
+  params_dir = os.path.join(path, leaves_lib.PARAMS)
+  if families.is_published(path):
+    published = hf.open_folder(path)
+    config = hf.run_config(published, None)
+    leaves, entries = published.leaves, None
+  elif os.path.isdir(params_dir):
+    leaves, meta = leaves_lib.open_folder(params_dir)
+    config, entries = config_lib.from_dict(meta['config']), meta['leaves']
+  else:
+    return _load_checkpoint(path, mesh, dtype)
+  shardings = manifest.flat(_shardings(config, mesh)[1])
+  params = leaves_lib.place(leaves, shardings, dtype, entries, params_dir)
+  return config, params
+
+
+def _load_checkpoint(workdir, mesh, dtype):
   def targets_of(step, meta):
-    c = step_config(config_lib.from_dict(meta['config'])).model
-    shapes = model_lib.shapes(c)
-    shardings = mesh_lib.param_shardings(mesh, model_lib.axes(c), shapes)
-    return {'params': checkpoint.targets(shapes, shardings)}
+    config = config_lib.from_dict(meta['config'])
+    return {'params': checkpoint.targets(*_shardings(config, mesh))}
 
   with contextlib.closing(checkpoint.open_run(workdir)) as checkpointer:
     _, meta, (params,) = checkpoint.restore_newest(checkpointer, targets_of)
-  config = config_lib.from_dict(meta['config'])
-  tokenizer = _with_ids(config, tokenizer_lib.load(workdir))
-  return config, tokenizer, params, mesh
+  if dtype is not None:
+    params = leaves_lib.cast(params, dtype)
+  return config_lib.from_dict(meta['config']), params
+
+
+def _shardings(config, mesh):
+  """Shapes of a config's parameters and where they lie, two trees."""
+  c = step_config(config).model
+  shapes = model_lib.shapes(c)
+  return shapes, mesh_lib.param_shardings(mesh, model_lib.axes(c), shapes)
+
+
+def warm_start(config, mesh):
+  """The parameters that a run begins with, of config.init_from, in float32.
+
+  Args:
+    config: the config.
+    mesh: device mesh.
+
+  Raises:
+    UserError: they are of another model.
+  """
+  path = config.init_from
+  theirs, params = load_params(path, mesh, 'float32')
+  for field in families.FIELDS:
+    if theirs.model[field] != config.model[field]:
+      raise UserError(
+        f'--config.init_from={path} has config.model.{field}='
+        f'{theirs.model[field]!r}, not {config.model[field]!r}: set '
+        f'--config.model.{field}={theirs.model[field]!r}, or take the whole '
+        f'model with --config configs/published.py:{path}'
+      )
+  return params
+
+
+def carry(config, workdir):
+  """Puts the small files of a published folder that a run begins with, or that
+  came with it, into the run's own directory, for an export."""
+  source = config.init_from
+  if source and not families.is_published(source):
+    source = os.path.join(source, hf.PUBLISHED)
+  if source and os.path.isdir(source):
+    hf.carry(source, os.path.join(workdir, hf.PUBLISHED))
+
+
+def own_directory(workdir):
+  """The directory, or None if it is a published folder: nothing is written
+  there."""
+  return None if families.is_published(workdir) else workdir
 
 
 def make_workdir(workdir):
@@ -375,6 +468,7 @@ def save_run_files(config, tokenizer, header, workdir):
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
     json.dump(checkpoint.config_json(config), f, indent=2)
   tokenizer_lib.copy(tokenizer, workdir)
+  carry(config, workdir)
 
 
 def describe(config, c, mesh, datasets):

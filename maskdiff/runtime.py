@@ -55,7 +55,7 @@ def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
   Preempted, which all raise alike, they end in order.
 
   Args:
-    workdir: of the run; compiled programs are kept there, see
+    workdir: of the run, or None; compiled programs are kept there, see
       `use_compile_cache`.
     timeout_s: seconds to wait for the others.
     heartbeat_s: whole seconds without a sign of life after which a process
@@ -254,10 +254,12 @@ def use_compile_cache(workdir):
   JAX_COMPILATION_CACHE_DIR says where, by default `compile_cache` in the work
   directory: where all processes can read what process 0, which alone writes,
   has put there. On CPUs, where another machine may not know the instructions
-  of a program, only with the variable. JAX_ENABLE_COMPILATION_CACHE=0 turns
-  it off.
+  of a program, only with the variable; likewise if there is no directory of
+  the run's own, None. JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
   """
   if os.environ.get(_CACHE) or jax.default_backend() == 'cpu':
+    return
+  if workdir is None:
     return
   jax.config.update(
     'jax_compilation_cache_dir',

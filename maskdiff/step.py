@@ -224,7 +224,11 @@ def state_shardings(c, optimizer, mesh):
 
 def init_state(c, optimizer, key):
   """A fresh TrainState for a TransformerConfig; jit it with out_shardings."""
-  params = model_lib.init(c, key)
+  return start_state(optimizer, model_lib.init(c, key))
+
+
+def start_state(optimizer, params):
+  """The TrainState of a training that begins with these parameters."""
   return TrainState(
     jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.init()
   )

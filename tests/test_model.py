@@ -432,3 +432,64 @@ def test_lookup_and_its_gradient_are_those_of_indexing(sizes, dtype):
   np.testing.assert_array_equal(out, expected.astype(dtype))
   assert gradient.dtype == jnp.float32
   assert_close(gradient, exact, 1e-6)
+
+
+# What other families need
+
+
+EVERYTHING = dataclasses.replace(
+  TINY,
+  qkv_bias=True,
+  qk_norm=True,
+  rope_scaling=(8.0, 1.0, 4.0, 16.0),
+  predict_next=True,
+)
+
+
+def test_what_a_config_does_not_ask_for_is_not_there(tiny_params):
+  more = set(model.shapes(EVERYTHING)['blocks']) - set(tiny_params['blocks'])
+  assert more == {'q_bias', 'k_bias', 'v_bias', 'q_norm', 'k_norm'}
+
+
+def test_all_of_it_is_the_same_on_a_mesh_and_has_gradients():
+  params = draw_params(EVERYTHING)
+  tokens = random_tokens(EVERYTHING, length=8)
+
+  @jax.jit
+  def loss(params):
+    out = logits(EVERYTHING, params, tokens, everyone(tokens))
+    return jnp.sum(jnp.sin(out))
+
+  whole = jax.value_and_grad(loss)(params)
+  devices = mesh.make_mesh(fsdp=2, sequence=2, tensor=2)
+  shardings = mesh.param_shardings(
+    devices, model.axes(EVERYTHING), model.shapes(EVERYTHING)
+  )
+  with jax.set_mesh(devices):
+    split = jax.value_and_grad(loss)(jax.device_put(params, shardings))
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+  jax.tree.map(close, whole, split)
+  for path, gradient in jax.tree_util.tree_leaves_with_path(whole[1]):
+    assert np.abs(gradient).max() > 1e-3, path
+
+
+def test_biases_and_gains_are_neither_split_nor_decayed():
+  for name, axes in model.axes(EVERYTHING)['blocks'].items():
+    if name.endswith(('_bias', '_norm')):
+      assert not mesh.is_matrix(axes)
+
+
+def test_a_shifted_output_stands_where_the_next_token_is():
+  """Except at the first position of a document, which no one predicts."""
+  config = dataclasses.replace(TINY, predict_next=True)
+  params, tokens = draw_params(TINY), random_tokens(TINY, length=8)
+  valid = jnp.array([[False] * 2 + [True] * 6, [True] * 7 + [False]])
+  doc = jnp.array([[0] * 5 + [1] * 3, [0] * 4 + [1] * 4])
+  labels = masks.bidirectional(valid, doc)
+  plain, shifted = (
+    np.asarray(model.bind(c, params)(tokens, labels)) for c in (TINY, config)
+  )
+  source = np.array([[0, 1, 2, 2, 3, 5, 5, 6], [0, 0, 1, 2, 4, 4, 5, 7]])
+  for row, places in enumerate(source):
+    real = np.asarray(valid[row])
+    np.testing.assert_array_equal(shifted[row][real], plain[row][places][real])

@@ -1,0 +1,551 @@
+"""What published checkpoints look like, as data: a table for each family.
+
+A family says how its config.json spells a model, what must stand there for the
+arithmetic to be this package's, and what its tensors are called. LLaDA's
+names are those of the published modelling code (ML-GSAI/LLaDA), the others'
+those of transformers. Adding a family is adding a `Family` to FAMILIES.
+
+A matrix is published as [out, in], here it is [in, out] with the heads apart;
+LINEAR says how many axes of a parameter are inputs, and everything not in it
+has the same order in both.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from maskdiff.errors import UserError
+
+CONFIG = 'config.json'
+LINEAR = {
+  'head': 1,
+  'blocks/q': 1,
+  'blocks/k': 1,
+  'blocks/v': 1,
+  'blocks/o': 2,
+  'blocks/gate': 1,
+  'blocks/up': 1,
+  'blocks/down': 1,
+}
+# Keys of config.model that the weights depend on, and may not change.
+FIELDS = (
+  'vocab_size',
+  'embed',
+  'layers',
+  'heads',
+  'kv_heads',
+  'head_dim',
+  'mlp',
+  'tie_embeddings',
+  'rope_theta',
+  'rope_scaling',
+  'norm_eps',
+  'qkv_bias',
+  'qk_norm',
+)
+# Of a table of names: {n} is the number of the layer.
+_LLAMA_NAMES = {
+  'embed': 'model.embed_tokens.weight',
+  'norm': 'model.norm.weight',
+  'head': 'lm_head.weight',
+  'blocks/norm1': 'model.layers.{n}.input_layernorm.weight',
+  'blocks/q': 'model.layers.{n}.self_attn.q_proj.weight',
+  'blocks/k': 'model.layers.{n}.self_attn.k_proj.weight',
+  'blocks/v': 'model.layers.{n}.self_attn.v_proj.weight',
+  'blocks/q_bias': 'model.layers.{n}.self_attn.q_proj.bias',
+  'blocks/k_bias': 'model.layers.{n}.self_attn.k_proj.bias',
+  'blocks/v_bias': 'model.layers.{n}.self_attn.v_proj.bias',
+  'blocks/q_norm': 'model.layers.{n}.self_attn.q_norm.weight',
+  'blocks/k_norm': 'model.layers.{n}.self_attn.k_norm.weight',
+  'blocks/o': 'model.layers.{n}.self_attn.o_proj.weight',
+  'blocks/norm2': 'model.layers.{n}.post_attention_layernorm.weight',
+  'blocks/gate': 'model.layers.{n}.mlp.gate_proj.weight',
+  'blocks/up': 'model.layers.{n}.mlp.up_proj.weight',
+  'blocks/down': 'model.layers.{n}.mlp.down_proj.weight',
+}
+_LLADA_NAMES = {
+  'embed': 'model.transformer.wte.weight',
+  'norm': 'model.transformer.ln_f.weight',
+  'head': 'model.transformer.ff_out.weight',
+  'blocks/norm1': 'model.transformer.blocks.{n}.attn_norm.weight',
+  'blocks/q': 'model.transformer.blocks.{n}.q_proj.weight',
+  'blocks/k': 'model.transformer.blocks.{n}.k_proj.weight',
+  'blocks/v': 'model.transformer.blocks.{n}.v_proj.weight',
+  'blocks/o': 'model.transformer.blocks.{n}.attn_out.weight',
+  'blocks/norm2': 'model.transformer.blocks.{n}.ff_norm.weight',
+  'blocks/gate': 'model.transformer.blocks.{n}.ff_proj.weight',
+  'blocks/up': 'model.transformer.blocks.{n}.up_proj.weight',
+  'blocks/down': 'model.transformer.blocks.{n}.ff_out.weight',
+}
+# Written by early versions of transformers; nothing that is learnt.
+_DERIVED = ('model.layers.{n}.self_attn.rotary_emb.inv_freq',)
+
+_LLAMA_KEYS = {
+  'vocab_size': 'vocab_size',
+  'embed': 'hidden_size',
+  'layers': 'num_hidden_layers',
+  'heads': 'num_attention_heads',
+  'kv_heads': 'num_key_value_heads',
+  'mlp': 'intermediate_size',
+  'tie_embeddings': 'tie_word_embeddings',
+  'norm_eps': 'rms_norm_eps',
+  'length': 'max_position_embeddings',
+}
+_LLADA_KEYS = {
+  'vocab_size': 'embedding_size',
+  'embed': 'd_model',
+  'layers': 'n_layers',
+  'heads': 'n_heads',
+  'kv_heads': 'n_kv_heads',
+  'mlp': 'mlp_hidden_size',
+  'tie_embeddings': 'weight_tying',
+  'norm_eps': 'rms_norm_eps',
+  'length': 'max_sequence_length',
+}
+_QWEN_REQUIRED = {'hidden_act': ('silu',), 'use_sliding_window': (False,)}
+_LLADA_REQUIRED = {
+  'block_type': ('llama',),
+  'activation_type': ('silu',),
+  'layer_norm_type': ('rms',),
+  'rope': (True,),
+  'alibi': (False,),
+  'include_bias': (False,),
+  'include_qkv_bias': (False, None),
+  'attention_layer_norm': (False,),
+  'input_emb_norm': (False,),
+  'scale_logits': (False,),
+  'multi_query_attention': (False, None),
+}
+_LLADA_TEMPLATE = {
+  'activation_type': 'silu',
+  'alibi': False,
+  'alibi_bias_max': 8.0,
+  'attention_dropout': 0.0,
+  'attention_layer_norm': False,
+  'attention_layer_norm_with_affine': True,
+  'auto_map': {
+    'AutoConfig': 'configuration_llada.LLaDAConfig',
+    'AutoModelForCausalLM': 'modeling_llada.LLaDAModelLM',
+    'AutoModel': 'modeling_llada.LLaDAModelLM',
+  },
+  'bias_for_layer_norm': False,
+  'block_group_size': 1,
+  'block_type': 'llama',
+  'embedding_dropout': 0.0,
+  'flash_attention': False,
+  'include_bias': False,
+  'include_qkv_bias': False,
+  'init_cutoff_factor': None,
+  'init_device': 'meta',
+  'init_fn': 'mitchell',
+  'init_std': 0.02,
+  'input_emb_norm': False,
+  'layer_norm_type': 'rms',
+  'layer_norm_with_affine': True,
+  'mlp_ratio': 4,
+  'multi_query_attention': None,
+  'precision': None,
+  'residual_dropout': 0.0,
+  'rope': True,
+  'rope_full_precision': True,
+  'scale_logits': False,
+  'use_cache': False,
+}
+_QWEN_TEMPLATE = {
+  'attention_dropout': 0.0,
+  'hidden_act': 'silu',
+  'initializer_range': 0.02,
+  'use_cache': True,
+  'use_sliding_window': False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A kind of published checkpoints.
+
+  Attributes:
+    name: for `--family` and messages.
+    model_type: as config.json has it.
+    architectures: the names of the class there; the first one is written.
+    keys: from a field of the model here to the key there.
+    required: from a key there to the values that this package can compute;
+      a key may be absent.
+    names: from a parameter here to the name of its tensor.
+    template: what else is written into a new config.json.
+    objective: what the networks are trained for.
+    derived: names of tensors that are passed over.
+    has_head_dim: whether config.json has the size of a head.
+    head_dim: its size where config.json is silent; 0: embed / heads.
+    scales_rope: whether config.json has `rope_scaling`.
+  """
+
+  name: str
+  model_type: str
+  architectures: tuple[str, ...]
+  keys: Mapping[str, str]
+  required: Mapping[str, tuple]
+  names: Mapping[str, str]
+  template: Mapping[str, Any]
+  objective: str = 'autoregressive'
+  derived: tuple[str, ...] = _DERIVED
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  predict_next: bool = False
+  has_head_dim: bool = False
+  head_dim: int = 0
+  scales_rope: bool = True
+
+
+FAMILIES = (
+  Family(
+    name='llada',
+    model_type='llada',
+    architectures=('LLaDAModelLM', 'LLaDAModel'),
+    keys=_LLADA_KEYS,
+    required=_LLADA_REQUIRED,
+    names=_LLADA_NAMES,
+    template=_LLADA_TEMPLATE,
+    objective='masked_diffusion',
+    derived=(),
+    scales_rope=False,
+  ),
+  Family(
+    name='dream',
+    model_type='Dream',
+    architectures=('DreamModel',),
+    keys=_LLAMA_KEYS,
+    required=_QWEN_REQUIRED,
+    names=_LLAMA_NAMES,
+    template={
+      **_QWEN_TEMPLATE,
+      'auto_map': {
+        'AutoConfig': 'configuration_dream.DreamConfig',
+        'AutoModel': 'modeling_dream.DreamModel',
+      },
+    },
+    objective='masked_diffusion',
+    qkv_bias=True,
+    predict_next=True,
+  ),
+  Family(
+    name='qwen2',
+    model_type='qwen2',
+    architectures=('Qwen2ForCausalLM',),
+    keys=_LLAMA_KEYS,
+    required=_QWEN_REQUIRED,
+    names=_LLAMA_NAMES,
+    template=_QWEN_TEMPLATE,
+    qkv_bias=True,
+  ),
+  Family(
+    name='qwen3',
+    model_type='qwen3',
+    architectures=('Qwen3ForCausalLM',),
+    keys=_LLAMA_KEYS,
+    required={**_QWEN_REQUIRED, 'attention_bias': (False,)},
+    names=_LLAMA_NAMES,
+    template={**_QWEN_TEMPLATE, 'attention_bias': False},
+    qk_norm=True,
+    has_head_dim=True,
+    head_dim=128,
+  ),
+  Family(
+    name='llama',
+    model_type='llama',
+    architectures=('LlamaForCausalLM',),
+    keys=_LLAMA_KEYS,
+    required={
+      'hidden_act': ('silu',),
+      'attention_bias': (False,),
+      'mlp_bias': (False,),
+    },
+    names=_LLAMA_NAMES,
+    template={
+      'attention_bias': False,
+      'attention_dropout': 0.0,
+      'hidden_act': 'silu',
+      'initializer_range': 0.02,
+      'mlp_bias': False,
+      'pretraining_tp': 1,
+      'use_cache': True,
+    },
+    has_head_dim=True,
+  ),
+)
+BY_NAME = {family.name: family for family in FAMILIES}
+_DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+def read_config(folder):
+  """The config.json of a folder, a dict.
+
+  Raises:
+    UserError: it is not there or no JSON object.
+  """
+  path = os.path.join(folder, CONFIG)
+  try:
+    with open(path, encoding='utf-8') as f:
+      found = json.load(f)
+  except (OSError, ValueError) as error:
+    reason = ' '.join(str(error).split())[:100]
+    raise UserError(f'cannot read {path} ({reason})') from error
+  if not isinstance(found, dict):
+    raise UserError(f'{path} holds no JSON object')
+  return found
+
+
+def is_published(folder):
+  """Whether a folder is a checkpoint in Hugging Face's form, by its config."""
+  try:
+    found = read_config(folder)
+  except UserError:
+    return False
+  return 'model_type' in found or 'architectures' in found
+
+
+def detect(published, path):
+  """The Family of a config.json.
+
+  Args:
+    published: dict, the config.
+    path: of it, for messages.
+
+  Raises:
+    UserError: this package does not know the architecture.
+  """
+  names = published.get('architectures') or []
+  for family in FAMILIES:
+    if set(names) & set(family.architectures) or (
+      not names and published.get('model_type') == family.model_type
+    ):
+      return family
+  what = ', '.join(map(str, names)) or published.get('model_type')
+  known = ', '.join(family.architectures[0] for family in FAMILIES)
+  raise UserError(f'{path}: unknown architecture {what}; known are {known}')
+
+
+def model_of(family, published, path):
+  """What a config.json says of the model.
+
+  Args:
+    family: Family.
+    published: dict, the config.
+    path: of it, for messages.
+
+  Returns:
+    dict with the FIELDS, and `predict_next`, `length`, the longest context,
+    and `dtype`, of the weights.
+
+  Raises:
+    UserError: something is missing, or is not computed by this package.
+  """
+  for key, allowed in family.required.items():
+    if key in published and published[key] not in allowed:
+      raise UserError(
+        f'{path}: {key}={published[key]!r} is not supported, only '
+        f'{" or ".join(map(repr, allowed))}'
+      )
+  defaults = {'tie_embeddings': False, 'norm_eps': 1e-6, 'length': 2048}
+  found = {}
+  for field, key in family.keys.items():
+    value = published.get(key)
+    if value is None and field == 'vocab_size':
+      value = published.get('vocab_size')
+    if value is None and field == 'kv_heads':
+      value = published.get(family.keys['heads'])
+    if value is None:
+      value = defaults.get(field)
+    if value is None:
+      raise UserError(f'{path} has no {key!r}')
+    found[field] = value
+    if not isinstance(
+      value, bool if field == 'tie_embeddings' else int | float
+    ):
+      raise UserError(f'{path}: {key}={value!r} is no value for it')
+  for field in ('vocab_size', 'embed', 'layers', 'heads', 'kv_heads', 'mlp'):
+    if not isinstance(found[field], int) or found[field] < 1:
+      raise UserError(
+        f'{path}: {family.keys[field]}={found[field]!r} must be 1 or more'
+      )
+  head_dim = published.get('head_dim') if family.has_head_dim else None
+  found['head_dim'] = (
+    head_dim or family.head_dim or found['embed'] // found['heads']
+  )
+  if found['heads'] % found['kv_heads'] or found['head_dim'] % 2:
+    raise UserError(
+      f'{path}: {found["heads"]} heads are no multiple of {found["kv_heads"]} '
+      f'key-value heads, or their size {found["head_dim"]} is odd'
+    )
+  found['rope_theta'], found['rope_scaling'] = _rope(family, published, path)
+  dtype = published.get('torch_dtype') or published.get('dtype') or 'float32'
+  dtype = str(dtype).removeprefix('torch.')
+  if dtype not in _DTYPES:
+    raise UserError(
+      f'{path}: torch_dtype={dtype!r} is not supported, only '
+      f'{", ".join(_DTYPES)}'
+    )
+  return {
+    **found,
+    'norm_eps': float(found['norm_eps']),
+    'qkv_bias': family.qkv_bias,
+    'qk_norm': family.qk_norm,
+    'predict_next': family.predict_next,
+    'dtype': dtype,
+  }
+
+
+def _rope(family, published, path):
+  """Base of the wavelengths, and TransformerConfig.rope_scaling."""
+  # Versions of transformers from 5 on keep both in one entry.
+  entry = published.get('rope_parameters') or {}
+  theta = entry.get('rope_theta', published.get('rope_theta')) or 10000.0
+  scaling = entry or published.get('rope_scaling') or {}
+  kind = scaling.get('rope_type') or scaling.get('type') or 'default'
+  if kind == 'default':
+    return float(theta), ()
+  if kind != 'llama3' or not family.scales_rope:
+    raise UserError(
+      f'{path}: rope_scaling of type {kind!r} is not supported, only llama3'
+    )
+  try:
+    numbers = tuple(
+      float(scaling[key])
+      for key in (
+        'factor',
+        'low_freq_factor',
+        'high_freq_factor',
+        'original_max_position_embeddings',
+      )
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f'{path}: rope_scaling lacks {error}') from error
+  return float(theta), numbers
+
+
+def misfit(family, model):
+  """Why a family cannot hold a model, or None.
+
+  Args:
+    family: Family.
+    model: mapping with the FIELDS.
+  """
+  for field in ('qkv_bias', 'qk_norm'):
+    if model[field] != getattr(family, field):
+      return f'config.model.{field}={model[field]}'
+  if model['rope_scaling'] and not family.scales_rope:
+    return f'config.model.rope_scaling={tuple(model["rope_scaling"])}'
+  if (
+    not family.has_head_dim
+    and model['head_dim'] * model['heads'] != model['embed']
+  ):
+    return (
+      f'config.model.head_dim={model["head_dim"]}, which is not embed / heads'
+    )
+  return None
+
+
+def published_config(family, model, tokens, length, dtype, original=None):
+  """The config.json of a model, a dict.
+
+  Args:
+    family: Family that fits.
+    model: mapping with the FIELDS.
+    tokens: mapping with mask_id, bos_id and eos_id.
+    length: longest context.
+    dtype: name of the weights' dtype.
+    original: the config.json that the model came with, if it did. What there
+      says the same stays as it is.
+  """
+  known = None
+  if original is not None:
+    try:
+      known = model_of(family, original, CONFIG)
+    except UserError:
+      original = None
+  base = dict(original or family.template)
+  wanted = {
+    **{field: model[field] for field in FIELDS},
+    'length': length,
+    'dtype': dtype,
+  }
+  wanted['rope_scaling'] = tuple(wanted['rope_scaling'])
+  differ = {f for f in wanted if known is None or known[f] != wanted[f]}
+  if not original:
+    base |= {
+      'architectures': [family.architectures[0]],
+      'model_type': family.model_type,
+      'bos_token_id': tokens['bos_id'],
+      'eos_token_id': tokens['eos_id'],
+      'pad_token_id': tokens['eos_id'],
+    }
+    if family.objective == 'masked_diffusion':
+      base['mask_token_id'] = tokens['mask_id']
+  base |= {family.keys[f]: wanted[f] for f in family.keys if f in differ}
+  if 'vocab_size' in differ:
+    base['vocab_size'] = wanted['vocab_size']
+  if 'head_dim' in differ and family.has_head_dim:
+    base['head_dim'] = wanted['head_dim']
+  if differ & {'rope_theta', 'rope_scaling'}:
+    base.pop('rope_parameters', None)
+    base['rope_theta'] = wanted['rope_theta']
+    if wanted['rope_scaling']:
+      factor, low, high, before = wanted['rope_scaling']
+      base['rope_scaling'] = {
+        'factor': factor,
+        'high_freq_factor': high,
+        'low_freq_factor': low,
+        'original_max_position_embeddings': int(before),
+        'rope_type': 'llama3',
+      }
+    elif family.scales_rope:
+      base['rope_scaling'] = None
+  if 'dtype' in differ:
+    base.pop('dtype', None)
+    base['torch_dtype'] = dtype
+  return base
+
+
+def names(family, path, layers):
+  """The names of a parameter's tensors: one, or one for each layer."""
+  pattern = family.names[path]
+  if not path.startswith('blocks/'):
+    return [pattern]
+  return [pattern.format(n=n) for n in range(layers)]
+
+
+def published_shape(path, shape):
+  """The shape of a tensor, of a parameter or of one layer of it.
+
+  Args:
+    path: of the parameter, such as 'blocks/q'.
+    shape: of it, without the axis of layers.
+  """
+  inputs = LINEAR.get(path)
+  if inputs is None:
+    return tuple(shape)
+  return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def from_published(path, tensor, shape):
+  """A view of a tensor in the shape that it has here; see `published_shape`."""
+  inputs = LINEAR.get(path)
+  if inputs is None:
+    return tensor.reshape(shape)
+  view = tensor.reshape(*shape[inputs:], *shape[:inputs])
+  outputs = len(shape) - inputs
+  return view.transpose(*range(outputs, len(shape)), *range(outputs))
+
+
+def to_published(path, array):
+  """The reverse of `from_published`."""
+  inputs = LINEAR.get(path)
+  if inputs is None:
+    return array
+  rows = math.prod(array.shape[:inputs])
+  return np.reshape(array, (rows, -1)).T

@@ -1,0 +1,104 @@
+"""The published arithmetic in NumPy, on tensors under their published names.
+
+Written from the papers and the published code's formulas alone and in float32,
+it shares nothing with model.py but the file that holds the weights: what the
+two agree on is not a mistake of the names, the shapes or the transpositions.
+It goes layer by layer and reads each tensor when it is needed.
+"""
+
+import numpy as np
+
+from maskdiff.interop import safetensors
+
+_VOCAB_ROWS = 8192
+
+
+def logits(published, tokens):
+  """The logits of a folder's model.
+
+  Args:
+    published: hf.Published.
+    tokens: [L] int.
+
+  Returns:
+    [L, V] float32, where the published code puts them: after the token that
+    they are said of, if the network predicts the next one.
+  """
+  m, family = published.model, published.family
+  names, tensors = family.names, published.tensors
+  causal = family.objective == 'autoregressive'
+  H, G, K = m['heads'], m['kv_heads'], m['head_dim']
+  length = len(tokens)
+
+  def read(name, n=0):
+    return tensors[names[name].format(n=n)].view().astype(np.float32)
+
+  def linear(x, name, n):
+    y = x @ read(f'blocks/{name}', n).T
+    bias = tensors.get(names.get(f'blocks/{name}_bias', '').format(n=n))
+    return y if bias is None else y + bias.view().astype(np.float32)
+
+  cos, sin = _turns(m, length)
+  hidden = tensors[names['embed']].view()[tokens].astype(np.float32)
+  for n in range(m['layers']):
+    h = _norm(hidden, read('blocks/norm1', n), m['norm_eps'])
+    q = linear(h, 'q', n).reshape(length, H, K)
+    k = linear(h, 'k', n).reshape(length, G, K)
+    v = linear(h, 'v', n).reshape(length, G, K)
+    if m['qk_norm']:
+      q = _norm(q, read('blocks/q_norm', n), m['norm_eps'])
+      k = _norm(k, read('blocks/k_norm', n), m['norm_eps'])
+    q, k = (_turn(x, cos, sin) for x in (q, k))
+    out = np.empty((length, H, K), np.float32)
+    for head in range(H):
+      shared = head // (H // G)
+      scores = q[:, head] @ k[:, shared].T / np.float32(np.sqrt(K))
+      if causal:
+        scores[np.triu_indices(length, 1)] = -np.inf
+      weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+      weights /= weights.sum(axis=1, keepdims=True)
+      out[:, head] = weights @ v[:, shared]
+    hidden = hidden + linear(out.reshape(length, H * K), 'o', n)
+    h = _norm(hidden, read('blocks/norm2', n), m['norm_eps'])
+    gate = linear(h, 'gate', n)
+    inner = gate / (1 + np.exp(-gate)) * linear(h, 'up', n)
+    hidden = hidden + linear(inner, 'down', n)
+  hidden = _norm(hidden, read('norm'), m['norm_eps'])
+  tied = m['tie_embeddings']
+  table: safetensors.Tensor = tensors[names['embed' if tied else 'head']]
+  return np.concatenate(
+    [
+      hidden @ table.view()[i : i + _VOCAB_ROWS].astype(np.float32).T
+      for i in range(0, m['vocab_size'], _VOCAB_ROWS)
+    ],
+    axis=1,
+  )
+
+
+def _norm(x, gain, eps):
+  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+
+
+def _turns(m, length):
+  """Cosines and sines, [L, 1, K/2] each."""
+  K = m['head_dim']
+  wavelength = 2 * np.pi * m['rope_theta'] ** (np.arange(0, K, 2) / K)
+  if m['rope_scaling']:
+    factor, low, high, before = m['rope_scaling']
+    mix = (before / wavelength - low) / (high - low)
+    slowed = 1 / ((1 - mix) / factor + mix)
+    wavelength = np.select(
+      [wavelength > before / low, wavelength < before / high],
+      [wavelength * factor, wavelength],
+      wavelength * slowed,
+    )
+  angle = 2 * np.pi * np.arange(length)[:, None, None] / wavelength
+  return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def _turn(x, cos, sin):
+  """Turns the pairs (i, i + K/2) of [L, H, K]."""
+  first, second = np.split(x, 2, axis=-1)
+  return np.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )

@@ -1,0 +1,114 @@
+"""Parameters read by slices: who reads what, bits, dtypes."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maskdiff import mesh as mesh_lib
+from maskdiff.errors import UserError
+from maskdiff.fingerprint import fingerprint
+from maskdiff.interop import leaves as leaves_lib
+from maskdiff.interop.leaves import Leaf
+
+META = {'config': {}}
+
+
+def counting(array):
+  """A Leaf of an array, and the list of the indices that are read."""
+  seen = []
+
+  def read(index):
+    seen.append(index)
+    return array[index]
+
+  return Leaf(array.shape, array.dtype, read), seen
+
+
+def draw(shape, dtype=np.float32):
+  return np.random.default_rng(0).normal(size=shape).astype(dtype)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+  monkeypatch.setattr(leaves_lib, 'PART_BYTES', 100)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_what_was_written_is_read_in_parts_of_bounded_size(
+  tmp_path, small_parts, dtype
+):
+  arrays = {'blocks/q': draw((7, 3, 4), dtype), 'norm': draw((5,), dtype)}
+  counted = {name: counting(array) for name, array in arrays.items()}
+  leaves = {name: leaf for name, (leaf, _) in counted.items()}
+  leaves_lib.write(str(tmp_path), leaves, META)
+  rows = 100 // (12 * np.dtype(dtype).itemsize)
+  assert len(counted['blocks/q'][1]) == -(-7 // rows) > 1
+  found, meta = leaves_lib.open_folder(str(tmp_path))
+  for name, array in arrays.items():
+    assert found[name].dtype == array.dtype
+    np.testing.assert_array_equal(found[name].read((slice(None),)), array)
+    assert meta['leaves'][name]['fingerprint'] == int(fingerprint(array))
+
+
+def test_a_device_is_given_its_slice_and_nothing_else_is_read():
+  mesh = mesh_lib.make_mesh(replica=2, fsdp=2, tensor=2)
+  array = draw((3, 8, 6))
+  leaf, seen = counting(array)
+  sharding = NamedSharding(mesh, PartitionSpec(None, 'fsdp', 'tensor'))
+  placed = leaves_lib.place({'w': leaf}, {'w': sharding})['w']
+  np.testing.assert_array_equal(placed, array)
+  assert placed.sharding == sharding
+  assert {array[index].shape for index in seen} == {(3, 4, 3)}
+  addressable = sharding.addressable_devices_indices_map(array.shape)
+  assert {str(i) for i in seen} == {str(i) for i in addressable.values()}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_dtype_is_what_was_asked_for(tmp_path, dtype):
+  array = draw((4, 8), ml_dtypes.bfloat16)
+  leaves_lib.write(str(tmp_path), {'w': counting(array)[0]}, META)
+  leaves, meta = leaves_lib.open_folder(str(tmp_path))
+  where = {'w': mesh_lib.replicated(mesh_lib.make_mesh())}
+  placed = leaves_lib.place(leaves, where, dtype, meta['leaves'])['w']
+  assert placed.dtype == dtype
+  np.testing.assert_array_equal(placed, array.astype(dtype))
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+  leaves_lib.write(str(tmp_path), {'w': counting(draw((4, 8)))[0]}, META)
+  path = tmp_path / 'w.safetensors'
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+  leaves, meta = leaves_lib.open_folder(str(tmp_path))
+  where = {'w': mesh_lib.replicated(mesh_lib.make_mesh())}
+  with pytest.raises(UserError, match='HERE: bits of w have changed'):
+    leaves_lib.place(leaves, where, None, meta['leaves'], 'HERE')
+
+
+def test_a_folder_that_does_not_agree_with_its_manifest(tmp_path):
+  leaves_lib.write(str(tmp_path), {'w': counting(draw((4, 8)))[0]}, META)
+  (tmp_path / 'other').mkdir()
+  leaves_lib.write(
+    str(tmp_path / 'other'), {'w': counting(draw((8, 4)))[0]}, META
+  )
+  (tmp_path / 'other' / 'w.safetensors').replace(tmp_path / 'w.safetensors')
+  with pytest.raises(UserError, match='w.safetensors has .*8, 4.* for w'):
+    leaves_lib.open_folder(str(tmp_path))
+  meta = json.loads((tmp_path / 'meta.json').read_text())
+  meta['leaves']['w']['fingerprint'] += 1
+  (tmp_path / 'meta.json').write_text(json.dumps(meta))
+  with pytest.raises(UserError, match='its meta is not as it was written'):
+    leaves_lib.open_folder(str(tmp_path))
+
+
+def test_fingerprints_of_parts_add_up():
+  array = draw((11, 3))
+  print_ = jax.jit(fingerprint)
+  parts = [(0, 4), (4, 9), (9, 11)]
+  total = sum(int(print_(array[a:b], a)) for a, b in parts)
+  assert total % 2**32 == int(print_(array))

@@ -1,0 +1,109 @@
+"""Against transformers itself: logits of models it builds, and the way back.
+
+Needs torch and transformers, requirements-interop-test.txt; skipped without.
+"""
+
+import numpy as np
+import published_folders
+import pytest
+
+from maskdiff import mesh as mesh_lib
+from maskdiff import run
+from maskdiff.interop import convert, families, hf, reference
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+COMMON = dict(
+  vocab_size=272,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+  bos_token_id=256,
+  eos_token_id=257,
+  initializer_range=0.3,
+)
+LLAMA_3 = {
+  'rope_type': 'llama3',
+  'rope_theta': 1e4,
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 32,
+}
+MODELS = {
+  'qwen2': lambda t: t.Qwen2Config(**COMMON, tie_word_embeddings=True),
+  'llama': lambda t: t.LlamaConfig(**COMMON, rms_norm_eps=1e-5),
+  'llama 3.1': lambda t: t.LlamaConfig(**COMMON, rope_parameters=LLAMA_3),
+  'qwen3': lambda t: t.Qwen3Config(**COMMON, head_dim=16),
+}
+IDS = np.array([[5, 7, 11, 250, 80, 2, 9, 256], list(range(40, 48))])
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def saved(request, tmp_path_factory):
+  """A model of transformers with random weights, and its folder."""
+  torch.manual_seed(0)
+  config = MODELS[request.param](transformers)
+  model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if 'norm' in name:
+        parameter.uniform_(0.5, 1.5)
+      if 'bias' in name:
+        parameter.normal_(0, 0.5)
+  folder = tmp_path_factory.mktemp('saved') / 'in'
+  model.save_pretrained(folder, max_shard_size='40KB')
+  published_folders.save_tokenizer(folder)
+  return model, folder
+
+
+def logits_of(model):
+  with torch.no_grad():
+    return model(torch.tensor(IDS)).logits.numpy()
+
+
+def test_logits_are_those_of_transformers(saved):
+  model, folder = saved
+  wanted = logits_of(model)
+  assert np.abs(wanted).max() > 2
+  config, params = run.load_params(str(folder), mesh_lib.make_mesh())
+  assert config.objective.name == 'autoregressive'
+  assert config.model.dtype == 'float32'
+  for row, of_row in zip(IDS, wanted, strict=True):
+    args = (config, params, mesh_lib.make_mesh(), row, True)
+    ours = convert.logits(*args)
+    np.testing.assert_allclose(ours, of_row, rtol=0, atol=2e-4)
+    theirs = reference.logits(hf.open_folder(folder), row)
+    np.testing.assert_allclose(theirs, of_row, rtol=0, atol=2e-4)
+
+
+def test_what_comes_back_has_identical_logits_in_transformers(saved, tmp_path):
+  model, folder = saved
+  convert.from_hf(str(folder), tmp_path / 'run')
+  convert.to_hf(tmp_path / 'run', tmp_path / 'out', max_bytes=50_000)
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
+  assert type(again) is type(model)
+  np.testing.assert_array_equal(logits_of(again.float()), logits_of(model))
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  assert tokenizer('ab').input_ids == [64, 65]
+  assert tokenizer.eos_token_id == 257
+
+
+def test_a_config_that_is_written_anew_is_read_by_transformers(saved, tmp_path):
+  """As after training, where no published config is at hand."""
+  model, folder = saved
+  published = hf.open_folder(folder)
+  config = hf.run_config(published, None)
+  written = families.published_config(
+    published.family, config.model, config.tokens, 256, 'float32'
+  )
+  out = tmp_path / 'out'
+  out.mkdir()
+  (out / 'config.json').write_text(convert.as_text(written))
+  hf.write_weights(out, published.family, published.leaves)
+  again = transformers.AutoModelForCausalLM.from_pretrained(out).float()
+  np.testing.assert_array_equal(logits_of(again), logits_of(model))

@@ -1,0 +1,209 @@
+"""Trainings that begin with published weights, and scripts on a folder."""
+
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import published_folders
+import pytest
+import safetensors.numpy
+
+from maskdiff import mesh as mesh_lib
+from maskdiff import run, train
+from maskdiff.data import prepare, sources, tokenizer
+from maskdiff.errors import UserError
+from maskdiff.interop import convert
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXT = 'def f(x):\n  return x + 1\n\n'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp('qwen') / 'in'
+  return published_folders.make(path, 'qwen2', 'bfloat16')
+
+
+@pytest.fixture(scope='module')
+def rows(folder, tmp_path_factory):
+  """Rows of 16 tokens, of the folder's tokenizer."""
+  path = tmp_path_factory.mktemp('rows')
+  with open(path / 'text.jsonl', 'w') as f:
+    for i in range(60):
+      f.write(json.dumps({'text': f'# {i}\n' + TEXT * (i % 5 + 1)}) + '\n')
+  prepare.prepare(
+    sources.plan([str(path / 'text.jsonl')]),
+    tokenizer.load(folder),
+    path / 'rows',
+    row_length=16,
+    heldout_fraction=0.3,
+    workers=0,
+  )
+  return path / 'rows'
+
+
+def make_config(folder, rows, **changes):
+  """configs/published.py for a single step that changes nothing."""
+  path = ROOT / 'configs' / 'published.py'
+  c = runpy.run_path(str(path))['get_config'](str(folder))
+  settings = {
+    'model.dtype': 'float32',
+    'data.path': str(rows),
+    'data.length': 16,
+    'train.steps': 1,
+    'train.batch': 16,
+    'optimizer.learning_rate': 0.0,
+    'optimizer.final_learning_rate': 0.0,
+    'optimizer.warmup_steps': 0,
+    'optimizer.decay_steps': 0,
+    'eval.batch': 16,
+    'eval.batches': 1,
+    'sample.prompts': (),
+    **changes,
+  }
+  c.update_from_flattened_dict(settings)
+  return c
+
+
+def test_a_training_begins_with_the_weights_and_is_exported(
+  folder, rows, tmp_path
+):
+  """Of Qwen2, with its output shifted, comes what Dream is; without a rate its
+  weights are the same, and a second run goes on from the first's."""
+  config = make_config(folder, rows)
+  assert config.model.predict_next and config.model.qkv_bias
+  train.run(config, str(tmp_path / 'run'))
+  convert.to_hf(tmp_path / 'run', tmp_path / 'out', dtype='bfloat16')
+  before, after = (
+    safetensors.numpy.load_file(path / 'model.safetensors')
+    for path in (folder, tmp_path / 'out')
+  )
+  assert before.keys() == after.keys()
+  for name, tensor in before.items():
+    assert tensor.dtype == after[name].dtype
+    np.testing.assert_array_equal(tensor, after[name], err_msg=name)
+  written = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert written['architectures'] == ['DreamModel']
+  assert written['mask_token_id'] == 258
+  assert (tmp_path / 'out' / 'chat_template.jinja').exists()
+  convert.check(tmp_path / 'out', tmp_path / 'run')
+
+  convert.from_hf(folder, tmp_path / 'converted')
+  for source in (tmp_path / 'run', tmp_path / 'converted'):
+    config.init_from = str(source)
+    params = run.warm_start(config, mesh_lib.make_mesh(tensor=2, fsdp=-1))
+    embed = before['model.embed_tokens.weight'].astype(np.float32)
+    assert params['embed'].dtype == np.float32
+    np.testing.assert_array_equal(params['embed'], embed)
+
+
+def test_weights_of_another_model_are_refused_by_key(folder, rows):
+  config = make_config(folder, rows, **{'model.rope_theta': 5e5})
+  with pytest.raises(UserError, match='model.rope_theta=10000.0, not 500000.0'):
+    run.warm_start(config, mesh_lib.make_mesh())
+  config = make_config(folder, rows, init_from=str(rows))
+  with pytest.raises(UserError, match='rows holds no checkpoint'):
+    run.warm_start(config, mesh_lib.make_mesh())
+
+
+def script(name, *flags):
+  return subprocess.run(
+    [sys.executable, f'launch/{name}.py', *flags],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_scripts_take_a_folder_and_leave_it_as_it_is(folder, tmp_path):
+  """What it says is that of the same weights converted."""
+  before = published_folders.contents(folder)
+  convert.from_hf(folder, tmp_path / 'run')
+  flags = ('--prompt=def f', '--gen_length=8', '--steps=4', '--block_length=4')
+  texts = []
+  for source in (folder, tmp_path / 'run'):
+    result = script('sample', f'--workdir={source}', *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith('def f')
+    texts.append(result.stdout)
+  assert texts[0] == texts[1]
+  (tmp_path / 'lines.jsonl').write_text('{"prompt": "def", "answer": " f"}\n')
+  result = script(
+    'evaluate',
+    f'--workdir={folder}',
+    '--task=bound',
+    f'--data={tmp_path / "lines.jsonl"}',
+  )
+  assert result.returncode == 0, result.stderr
+  assert json.loads(result.stdout.splitlines()[-1])['nats_per_token'] > 0
+  assert published_folders.contents(folder) == before
+
+
+def test_a_folder_without_a_tokenizer_cannot_be_sampled(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / 'in')
+  (tmp_path / 'in' / 'tokenizer.json').unlink()
+  with pytest.raises(UserError, match='in has no tokenizer: put tokenizer.js'):
+    run.load(str(tmp_path / 'in'))
+
+
+# launch/convert.py
+
+
+def test_the_script_converts_both_ways_and_checks(folder, tmp_path):
+  workdir, out = tmp_path / 'run', tmp_path / 'out'
+  result = script(
+    'convert', '--from=hf', f'--in={folder}', f'--out={workdir}', '--check'
+  )
+  assert result.returncode == 0, result.stderr
+  assert 'parameters, 0.00 GB as published, qwen2' in result.stdout
+  line = 'model.layers.1.mlp.up_proj.weight  [24, 16]  bfloat16'
+  assert line in result.stdout.splitlines()
+  assert 'largest difference of a logit' in result.stdout.splitlines()[-1]
+  result = script('convert', '--to=hf', f'--in={workdir}', f'--out={out}')
+  assert result.returncode == 0, result.stderr
+  assert 'Qwen2ForCausalLM from' in result.stdout
+  before, after = map(published_folders.contents, (folder, out))
+  del before['model.safetensors'], after['model.safetensors']
+  assert before == after
+
+
+def test_a_file_that_is_cut_off_is_one_line_and_leaves_nothing(
+  folder, tmp_path
+):
+  shutil.copytree(folder, tmp_path / 'in')
+  path = tmp_path / 'in' / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:-100])
+  result = script(
+    'convert', '--from=hf', f'--in={path.parent}', f'--out={tmp_path / "run"}'
+  )
+  assert result.returncode == 2
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('error: ') and f'{path} is cut off within' in line
+  assert os.listdir(tmp_path) == ['in']
+
+
+WRONG_FLAGS = {
+  'nothing to do': ((), 'give one of --from hf, --to hf and --check'),
+  'no out': (('--from=hf',), '--out is missing'),
+  'no such directory': (('--check', '--in=nowhere'), 'no such directory'),
+  'of the other way': (
+    ('--from=hf', '--out=x', '--family=llama'),
+    '--family is for --to hf',
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  'flags, message', WRONG_FLAGS.values(), ids=WRONG_FLAGS
+)
+def test_flags_that_say_nothing_are_refused(folder, flags, message):
+  result = script('convert', f'--in={folder}', *flags)
+  assert result.returncode == 2
+  (line,) = result.stderr.splitlines()
+  assert message in line

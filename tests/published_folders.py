@@ -1,0 +1,103 @@
+"""Makes small folders in Hugging Face's form, without transformers."""
+
+import json
+
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from maskdiff.interop import families, hf
+from maskdiff.interop.leaves import Leaf
+
+BASE = {
+  'vocab_size': 272,
+  'embed': 16,
+  'layers': 2,
+  'heads': 4,
+  'kv_heads': 2,
+  'head_dim': 4,
+  'mlp': 24,
+  'tie_embeddings': False,
+  'rope_theta': 1e4,
+  'rope_scaling': (),
+  'norm_eps': 1e-6,
+}
+# A model for each family, with what is peculiar to it.
+MODELS = {
+  'llada': {'kv_heads': 4},
+  'llada tied': {'tie_embeddings': True},
+  'dream': {},
+  'qwen2': {'tie_embeddings': True},
+  'qwen3': {'head_dim': 8},
+  'llama': {'head_dim': 6},
+  'llama 3.1': {'rope_scaling': (8.0, 1.0, 4.0, 32.0)},
+}
+TOKENS = {'mask_id': 258, 'bos_id': 256, 'eos_id': 257}
+SPECIAL = ['<|startoftext|>', '<|endoftext|>', '<|mdm_mask|>']
+
+
+def model_of(case):
+  """The Family of a case of MODELS and the numbers of the model."""
+  family = families.BY_NAME[case.split()[0]]
+  model = {**BASE, **MODELS[case]}
+  for field in ('qkv_bias', 'qk_norm', 'predict_next'):
+    model[field] = getattr(family, field)
+  return family, model
+
+
+def random_leaves(model, dtype='float32', seed=0):
+  """Random parameters, gains about 1, as dict of Leaf by name."""
+  random = np.random.default_rng(seed)
+
+  def draw(name, shape):
+    if 'norm' in name:
+      array = random.uniform(0.7, 1.3, shape)
+    else:
+      array = random.normal(size=shape) * 0.4
+    array = array.astype(np.dtype(dtype))
+    return Leaf(shape, array.dtype, lambda index: array[index])
+
+  return {name: draw(name, s) for name, s in hf.shapes(model).items()}
+
+
+def make(folder, case='llada', dtype='float32', tokenizer=True, **kwargs):
+  """Writes a folder of a case of MODELS.
+
+  Args:
+    folder: path, made here.
+    case: key of MODELS.
+    dtype: of the weights.
+    tokenizer: whether it has one, of 259 ids.
+    **kwargs: of hf.write_weights.
+  """
+  family, model = model_of(case)
+  folder.mkdir()
+  config = families.published_config(family, model, TOKENS, 64, dtype)
+  (folder / 'config.json').write_text(json.dumps(config))
+  hf.write_weights(folder, family, random_leaves(model, dtype), **kwargs)
+  if tokenizer:
+    save_tokenizer(folder)
+  (folder / 'chat_template.jinja').write_text('{{ messages }}')
+  (folder / 'generation_config.json').write_text('{"top_p": 0.9}')
+  return folder
+
+
+def save_tokenizer(folder, words=()):
+  """A tokenizer.json of bytes, some words and three special tokens."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {token: i for i, token in enumerate([*alphabet, *words])}
+  made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.add_special_tokens(SPECIAL)
+  made.save(str(folder / 'tokenizer.json'))
+  config = {'bos_token': SPECIAL[0], 'eos_token': SPECIAL[1]}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+
+
+def contents(folder):
+  """Every file below a folder with its bytes."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob('*'))
+    if path.is_file()
+  }
