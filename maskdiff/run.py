@@ -14,7 +14,7 @@ import sys
 
 import jax
 
-from maskdiff import checkpoint, metrics, runtime
+from maskdiff import checkpoint, metrics, request, runtime
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
@@ -111,22 +111,8 @@ def sampler_model(config):
 
 
 def check_context(config, valid):
-  """Checks that rows to sample are not longer than those of the training.
-
-  Args:
-    config: the config.
-    valid: [B, L] bool, False on padding.
-
-  Raises:
-    UserError: a row is too long.
-  """
-  longest = int(valid.sum(axis=1).max())
-  if longest > config.data.length:
-    raise UserError(
-      f'prompt and answer have {longest} tokens together, but the model was '
-      f'trained on rows of config.data.length={config.data.length}: shorten '
-      'the prompt or ask for fewer tokens'
-    )
+  """`request.check_context` with the rows of the config."""
+  request.check_context(config.data.length, valid)
 
 
 def open_tokenizer(config):
@@ -219,10 +205,10 @@ def open_data(config, tokenizer, path=None):
   return datasets
 
 
-def say(text):
-  """Prints a line on standard error, once for all hosts."""
+def say(text, file=None):
+  """Prints a line, by default on standard error, once for all hosts."""
   if jax.process_index() == 0:
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=file or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

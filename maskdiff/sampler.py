@@ -14,8 +14,9 @@ Only the slots are filled: a mask that stands elsewhere is context that the
 network is not told, and stays. LLaDA's code lets masks of the prompt take part
 in the choice and may then return masks in the answer.
 
-`complete` is one compiled loop, `generate` its tokens alone; `trace` runs the
-same step from Python and yields every canvas in between.
+`complete` is one compiled loop, `generate` its tokens alone; `walk` runs the
+same step from Python and yields what there is in between, `trace` its canvases
+alone.
 """
 
 import functools
@@ -83,12 +84,25 @@ def trace(model_config, c, params, canvas, fill, valid, seeds):
 
   Arguments and errors as for `generate`, and the same final result.
   """
-  carry, layout = prepare(c, canvas, fill, valid, seeds)
-  while True:
+  for carry, _ in walk(model_config, c, params, canvas, fill, valid, seeds):
     yield np.asarray(carry.canvas)
+
+
+def walk(model_config, c, params, canvas, fill, valid, seeds):
+  """Like `trace`, with all that is known at each moment.
+
+  Yields:
+    Carry, on device; and [B, L] float32 as NumPy, the confidence of the tokens
+    that the last step committed and NaN elsewhere: before the first step, and
+    at slots given up behind an eos.
+  """
+  carry, layout = prepare(c, canvas, fill, valid, seeds)
+  sure = np.full(carry.canvas.shape, np.nan, np.float32)
+  while True:
+    yield carry, np.asarray(sure)
     if not carry.masked.any():
       break
-    carry = _one_step(model_config, c, params, carry, layout)
+    carry, sure = _one_step(model_config, c, params, carry, layout)
   check(carry)
 
 
@@ -108,7 +122,8 @@ def denoise(model_config, c, params, carry, layout):
   A block that is complete before its steps are over gives them up.
 
   Returns:
-    The next Carry.
+    The next Carry; and [B, L] float32, the confidence of what was committed,
+    NaN elsewhere.
   """
   block, step = carry.block, carry.step
   of_block = lambda x: jax.lax.dynamic_index_in_dim(x, block, 1, False)
@@ -128,9 +143,10 @@ def denoise(model_config, c, params, carry, layout):
 
   batch, length = carry.canvas.shape
   rows = jnp.arange(batch)[:, None]
-  canvas = carry.canvas.at[rows, jnp.where(keep, slots, length)].set(
-    token, mode='drop'
-  )
+  kept = jnp.where(keep, slots, length)
+  canvas = carry.canvas.at[rows, kept].set(token, mode='drop')
+  sure = jnp.full(canvas.shape, jnp.nan)
+  sure = sure.at[rows, kept].set(confidence, mode='drop')
   left = jax.lax.dynamic_update_index_in_dim(
     carry.masked, masked & ~keep, block, 1
   )
@@ -139,7 +155,7 @@ def denoise(model_config, c, params, carry, layout):
     canvas, left = stop(c.eos_id, canvas, left, layout)
   busy = masked.any(axis=1)
   done = ~of_block(left).any()
-  return Carry(
+  after = Carry(
     block=block + done,
     step=jnp.where(done, 0, step + 1),
     canvas=canvas,
@@ -148,6 +164,7 @@ def denoise(model_config, c, params, carry, layout):
     forwards=carry.forwards + busy * (2 if c.guidance else 1),
     broken=carry.broken | bad,
   )
+  return after, sure
 
 
 def predict(model_config, c, params, canvas, slots, layout):
@@ -258,7 +275,7 @@ def _one_step(model_config, c, params, carry, layout):
 def _generate(model_config, c, params, carry, layout):
   carry = jax.lax.while_loop(
     lambda carry: carry.masked.any(),
-    lambda carry: denoise(model_config, c, params, carry, layout),
+    lambda carry: denoise(model_config, c, params, carry, layout)[0],
     carry,
   )
   return whole(carry)
