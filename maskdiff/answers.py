@@ -165,8 +165,8 @@ def _ask_line(s, line, seed):
   gaps = '{{' in line
   if '{{' in request.GAP.sub('', line):
     raise UserError(
-      f'{line[:60]!r} has {{{{ that begin no gap: write {{{{n}}}} where n tokens '
-      'are to be filled, or give a text with such braces as --prompt'
+      f'{line[:60]!r} has braces that are no gap: write {{{{n}}}} where n '
+      'tokens are to be filled, or give a text with such braces as --prompt'
     )
   asked = ask(
     [prompts.Prompt(line, seed)], gaps, s.tokenizer.encode, s.c.gen_length
