@@ -9,7 +9,6 @@ python launch/sample.py --workdir runs/tiny --interactive
 """
 
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -168,7 +167,7 @@ def sample(args):
     elif args.show or args.html:
       found, recording = answers.watched(s, asked, show if args.show else None)
       if write_page:
-        write_page(page(args, s, asked, recording))
+        write_page(answers.page(s, asked, recording, workdir=args.workdir))
     else:
       found = answers.in_batches(s, asked, args.batch)
     for number, answer in enumerate(found):
@@ -202,18 +201,6 @@ def show(texts):
   if sys.stdout.isatty():
     clear, end = '\x1b[2J\x1b[H', ''
   run.say(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
-
-
-def page(args, s, asked, recording):
-  """The page of --html."""
-  from maskdiff import replay
-
-  titles = [
-    f'{"gaps" if asked.gaps else "prompt"} {number}, seed {prompt.seed}'
-    for number, prompt in enumerate(asked.prompts, start=1)
-  ]
-  settings = dataclasses.asdict(s.c) | {'workdir': args.workdir}
-  return replay.page(recording, s.tokenizer, titles, settings)
 
 
 def override(run_config, args, most):

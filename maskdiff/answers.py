@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from maskdiff import prompts, request, sampler
+from maskdiff import prompts, replay, request, sampler
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
-from maskdiff.replay import Recording
 from maskdiff.request import SamplerConfig
 
 SHORTEST_ROW = 32  # that a program is compiled for in a conversation
@@ -120,7 +119,27 @@ def watched(s, asked, see):
     if see:
       see([answer['text'] for answer in found])
   _, fill, valid = asked.layout
-  return found, Recording(np.stack(canvases), np.stack(sures), fill, valid)
+  return found, replay.Recording(
+    np.stack(canvases), np.stack(sures), fill, valid
+  )
+
+
+def page(s, asked, recording, **settings):
+  """The page that replays what was watched; see `replay.page`.
+
+  Args:
+    s: Sampling.
+    asked: Asked.
+    recording: replay.Recording.
+    **settings: what to tell besides the SamplerConfig.
+  """
+  kind = 'gaps' if asked.gaps else 'prompt'
+  titles = [
+    f'{kind} {number}, seed {prompt.seed}'
+    for number, prompt in enumerate(asked.prompts, start=1)
+  ]
+  settings = dataclasses.asdict(s.c) | settings
+  return replay.page(recording, s.tokenizer, titles, settings)
 
 
 def converse(s, lines, seed, note):
