@@ -1,10 +1,11 @@
 """Samples from a trained model: continues prompts, or fills gaps in a text.
 
 python launch/sample.py --workdir runs/tiny --prompt "def read_file(" \
-  --gen_length 64 --steps 64 [--show]
+  --gen_length 64 --steps 64 [--show] [--html replay.html]
 python launch/sample.py --workdir runs/tiny --infill "for i in {{4}}: print(i)"
 python launch/sample.py --workdir runs/tiny --prompts prompts.jsonl \
   --remasking threshold --block_length 32 --stop_at_eos --out answers.jsonl
+python launch/sample.py --workdir runs/tiny --interactive
 """
 
 import contextlib
@@ -31,6 +32,12 @@ flags.DEFINE_string(
   'File of texts to continue, one per line; or JSON lines, in a file named '
   '*.jsonl, with "prompt" and perhaps "seed".',
 )
+flags.DEFINE_bool(
+  'interactive',
+  False,
+  'Answer lines as they are typed, or come through a pipe: a text to continue, '
+  'or one with gaps.',
+)
 flags.DEFINE_string(
   'out', None, 'File for JSON lines with the texts, instead of printing them.'
 )
@@ -51,6 +58,9 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer('batch', 16, 'Texts sampled at once.', lower_bound=1)
 flags.DEFINE_bool('show', False, 'Show the text after each denoising step.')
+flags.DEFINE_string(
+  'html', None, 'File for a page that replays the denoising in a browser.'
+)
 flags.mark_flag_as_required('workdir')
 
 # Flags that have the name of a key of config.sample and override it.
@@ -68,6 +78,9 @@ OVERRIDES = (
   'logits_eos_inf',
   'confidence_eos_eot_inf',
   'eot_id',
+  'cache',
+  'refresh',
+  'lookahead',
 )
 flags.DEFINE_float(
   'temperature', None, '0 takes the most probable token.', lower_bound=0
@@ -105,15 +118,42 @@ flags.DEFINE_bool(
   'confidence_eos_eot_inf', None, 'Commit eos and end of turn last.'
 )
 flags.DEFINE_integer('eot_id', None, 'Id of the end of turn.')
+flags.DEFINE_enum(
+  'cache',
+  None,
+  config.CHOICES['sample.cache'],
+  'Keep keys and values for the steps of a block.',
+)
+flags.DEFINE_integer(
+  'refresh', None, 'Steps between passes over all; 0: one a block.'
+)
+flags.DEFINE_integer(
+  'lookahead', None, 'Blocks of masks ahead that the network sees; -1: all.'
+)
+flags.DEFINE_bool(
+  'open_length',
+  False,
+  'Answers as long as they become, block by block until an eos; --gen_length '
+  'is then the most.',
+)
+flags.DEFINE_integer(
+  'tensor', 1, 'Devices that share every layer.', lower_bound=1
+)
+flags.DEFINE_enum(
+  'dtype', None, ['float32', 'bfloat16'], 'Of the weights; default: as stored.'
+)
 
 
 def main(args):
   from maskdiff import run, runtime  # after the flags: bad ones are told first
 
-  if sum(map(bool, (args.prompt, args.infill, args.prompts))) > 1:
-    raise UserError('give one of --prompt, --infill and --prompts')
-  if args.show and (args.prompts or args.out):
+  given = (args.prompt, args.infill, args.prompts, args.interactive)
+  if sum(map(bool, given)) > 1:
+    raise UserError('give one of --prompt, --infill, --prompts, --interactive')
+  if args.show and (args.prompts or args.interactive or args.out):
     raise UserError('--show prints texts of --prompt or --infill alone')
+  if args.html and (args.prompts or args.interactive):
+    raise UserError('--html replays texts of --prompt or --infill alone')
   with runtime.started(run.own_directory(args.workdir)):
     sample(args)
 
@@ -121,87 +161,65 @@ def main(args):
 def sample(args):
   import jax
 
-  from maskdiff import run, sampler
+  from maskdiff import answers, run
 
   # Orbax warns that the checkpoint is opened to be read only: it is meant so.
   logging.set_verbosity(logging.ERROR)
-
-  asked = requested(args)
-  texts, seeds = [p.text for p in asked], [p.seed for p in asked]
-  run_config, tokenizer, params, mesh = run.load(args.workdir)
-  if args.infill:
-    canvas, fill, valid = sampler.fill_gaps(texts, tokenizer.encode)
-  else:
-    added = run_config.sample.gen_length
-    added = added if args.gen_length is None else args.gen_length
-    encoded = [tokenizer.encode(text) for text in texts]
-    canvas, fill, valid = sampler.continue_prompts(encoded, added)
-  run.check_context(run_config, valid)
-  override(run_config, args, int(fill.sum(axis=1).max()))
-  model, c = run.sampler_model(run_config), run.sampler_config(run_config)
-
-  def record(row, tokens, forwards):
-    """What is said of a text, given its row of the canvas."""
-    answer = fill[row]
-    if c.stop_at_eos:
-      answer = answer & sampler.cut(tokens[None], fill[row][None], c.eos_id)[0]
-    kept = (valid[row] & ~fill[row]) | answer
-    found = {
-      'infill' if args.infill else 'prompt': texts[row],
-      'seed': seeds[row],
-      'text': tokenizer.decode(tokens[kept]),
-      'tokens': int(answer.sum()),
-      'forwards': int(forwards),
-    }
-    if not args.infill:
-      found['answer'] = tokenizer.decode(tokens[answer])
-    return found
-
-  def say(text, **kwargs):
-    if jax.process_index() == 0:
-      print(text, flush=True, **kwargs)
-
-  if args.show:
-    with jax.set_mesh(mesh):
-      for shown in sampler.trace(model, c, params, canvas, fill, valid, seeds):
-        if sys.stdout.isatty():
-          say('\x1b[2J\x1b[H', end='')
-        found = [record(row, tokens, 0) for row, tokens in enumerate(shown)]
-        say('\n---\n'.join(f['text'] for f in found))
-        if not sys.stdout.isatty():
-          say('=' * 8)
-    return
-
-  def complete(rows):
-    # The last batch is filled up, so that all have one shape.
-    rows = rows + rows[-1:] * (min(args.batch, len(texts)) - len(rows))
-    batch = (x[rows] for x in (canvas, fill, valid))
-    carry = sampler.complete(
-      model, c, params, *batch, [seeds[row] for row in rows]
-    )
-    sampler.check(carry)
-    return jax.device_get((carry.canvas, carry.forwards))
-
+  if args.interactive and jax.process_count() > 1:
+    raise UserError('--interactive is for a single process')
+  prompts = [] if args.interactive else requested(args)
+  run_config, tokenizer, params, mesh = run.load(
+    args.workdir, args.tensor, args.dtype
+  )
+  most = args.gen_length or run_config.sample.gen_length
+  if args.open_length and not args.gen_length:
+    longest = max((len(tokenizer.encode(p.text)) for p in prompts), default=0)
+    room = run_config.data.length
+    most = max(room // 2 if args.interactive else room - longest, 1)
+  if not args.interactive:
+    asked = answers.ask(prompts, bool(args.infill), tokenizer.encode, most)
+    _, fill, valid = asked.layout
+    run.check_context(run_config, valid)
+    most = int(fill.sum(axis=1).max())
+  override(run_config, args, most)
+  s = answers.Sampling(
+    run.sampler_model(run_config),
+    run.sampler_config(run_config),
+    params,
+    tokenizer,
+    run_config.data.length,
+  )
   began = time.monotonic()
-  num_tokens = num_forwards = 0
+  num_tokens = num_forwards = num_positions = 0
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
-    write = stack.enter_context(open_out(args.out)) if args.out else None
-    for start in range(0, len(texts), args.batch):
-      rows = list(range(len(texts)))[start : start + args.batch]
-      for row, *filled in zip(rows, *complete(rows), strict=False):
-        found = record(row, *filled)
-        num_tokens += found['tokens']
-        num_forwards += found['forwards']
-        if write:
-          write(json.dumps(found, ensure_ascii=False) + '\n')
-        else:
-          say(('---\n' if row else '') + found['text'])
-  say(
+    write = stack.enter_context(open_out('out', args.out))
+    write_page = stack.enter_context(open_out('html', args.html))
+    if args.interactive:
+      stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+      lines = prompts_lib.typed(sys.stdin)
+      found = answers.converse(s, lines, args.seed, run.say)
+    elif args.show or args.html:
+      found, recording = answers.watched(s, asked, show if args.show else None)
+      if write_page:
+        write_page(answers.page(s, asked, recording, workdir=args.workdir))
+    else:
+      found = answers.in_batches(s, asked, args.batch)
+    for number, answer in enumerate(found):
+      num_tokens += answer['tokens']
+      num_forwards += answer['forwards']
+      num_positions += answer['positions']
+      if write:
+        write(json.dumps(answer, ensure_ascii=False) + '\n')
+      elif not args.show:  # else it has been shown
+        line = '---\n' if number else ''
+        run.say(line + answer['text'], file=sys.stdout)
+  each = max(num_tokens, 1)
+  run.say(
     f'{num_tokens} tokens in {num_forwards} forward passes of a row, '
-    f'{num_forwards / max(num_tokens, 1):.2f} per token, and '
-    f'{time.monotonic() - began:.1f} s, compilation included',
-    file=sys.stderr,
+    f'{num_forwards / each:.2f} per token, over {num_positions} positions, '
+    f'{num_positions / each:.1f} per token, and '
+    f'{time.monotonic() - began:.1f} s, compilation included'
   )
 
 
@@ -211,6 +229,16 @@ def requested(args):
     return prompts_lib.read(args.prompts, args.seed)
   texts = args.infill or args.prompt or ['']
   return [prompts_lib.Prompt(t, args.seed + i) for i, t in enumerate(texts)]
+
+
+def show(texts):
+  """Prints the texts of a step; on a terminal, in place of those before."""
+  from maskdiff import run
+
+  clear, end = '', '\n' + '=' * 8
+  if sys.stdout.isatty():
+    clear, end = '\x1b[2J\x1b[H', ''
+  run.say(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
 
 
 def override(run_config, args, most):
@@ -230,6 +258,8 @@ def override(run_config, args, most):
   s.block_length = min(length, most)
   blocks = -(-most // s.block_length)
   s.steps = blocks * s.block_length if args.steps is None else args.steps
+  if args.open_length:
+    s.stop_at_eos, s.lookahead = True, 0
   for key in OVERRIDES:
     if getattr(args, key) is not None:
       s[key] = getattr(args, key)
@@ -237,24 +267,27 @@ def override(run_config, args, most):
     if getattr(args, key) is not None and s.remasking != key:
       raise UserError(f'--{key} is for --remasking {key} alone')
   if args.infill:
-    if args.stop_at_eos:
-      raise UserError('--stop_at_eos is for prompts: text follows a gap')
+    if args.stop_at_eos or args.open_length:
+      raise UserError(
+        '--stop_at_eos and --open_length are for prompts: text follows a gap'
+      )
     s.stop_at_eos = False
   config.validate(run_config)
 
 
 @contextlib.contextmanager
-def open_out(path):
-  """The function that writes to the file, on the main process alone."""
+def open_out(flag, path):
+  """The function that writes to the file of a flag, or None if there is none;
+  on the main process alone, and a line of text is safe when it is written."""
   import jax
 
-  if jax.process_index():
-    yield lambda text: None
+  if not path or jax.process_index():
+    yield path and (lambda text: None)
     return
   try:
-    f = open(path, 'w', encoding='utf-8')
+    f = open(path, 'w', encoding='utf-8', buffering=1)
   except OSError as error:
-    raise UserError(f'--out: cannot write {path!r} ({error})') from error
+    raise UserError(f'--{flag}: cannot write {path!r} ({error})') from error
   with f:
     yield f.write
 

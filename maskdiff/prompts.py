@@ -1,8 +1,9 @@
-"""Files of prompts: one per line, or JSON lines."""
+"""Prompts from a file, one per line or JSON lines, and from a keyboard."""
 
 import dataclasses
 import json
 import os
+import sys
 
 from maskdiff.errors import UserError
 
@@ -46,6 +47,38 @@ def read(path, first_seed):
   return prompts
 
 
+def typed(file):
+  """Yields lines as they come, without their ends, until there are no more.
+
+  Args:
+    file: sys.stdin, or what stands for it; on a terminal, lines are asked for
+      and can be edited and called back.
+  """
+  if file.isatty() and sys.stdout.isatty():
+    import readline  # noqa: F401, which changes what `input` does
+
+    while True:
+      try:
+        yield input('> ')
+      except EOFError:
+        print()
+        return
+      except KeyboardInterrupt:
+        print()
+        raise
+  if hasattr(file, 'reconfigure'):
+    # A line that is not UTF-8 is found by `check_unicode`, not here.
+    file.reconfigure(encoding='utf-8', errors='surrogateescape')
+  for line in file:
+    yield line.removesuffix('\n')
+
+
+def check_unicode(text, message):
+  """Raises UserError if there are letters that no UTF-8 file holds."""
+  if any('\ud800' <= letter <= '\udfff' for letter in text):
+    raise UserError(message)
+
+
 def _parse(line, seed, where):
   try:
     row = json.loads(line)
@@ -55,8 +88,7 @@ def _parse(line, seed, where):
   text, seed = row.get('prompt'), row.get('seed', seed)
   if not isinstance(text, str):
     raise UserError(f'{where}: wants {{"prompt": "text"}}')
-  if any('\ud800' <= letter <= '\udfff' for letter in text):
-    raise UserError(f'{where}: half a surrogate pair is no text')
+  check_unicode(text, f'{where}: half a surrogate pair is no text')
   if not isinstance(seed, int) or not 0 <= seed < 2**32:
     raise UserError(f'{where}: "seed" must be an integer in [0, 2^32)')
   return Prompt(text, seed)

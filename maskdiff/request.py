@@ -279,20 +279,56 @@ def fill_gaps(texts, encode):
     canvas, fill and valid for `generate`.
 
   Raises:
-    UserError: a text has no gap, or none but empty ones; or there is none.
+    UserError: a text has no gap, or none but empty ones, or one of a million
+      tokens; or there is no text.
   """
   rows = []
   for text in texts:
     parts = GAP.split(text)  # text, n, text, n, ..., text
     row = []
     for i, part in enumerate(parts):
-      row += [None] * int(part) if i % 2 else encode(part)
+      if i % 2 and len(part.lstrip('0')) > 6:
+        raise UserError(f'a gap of {part[:20]} tokens is too long: no row is')
+      row += [None] * int(part[-7:]) if i % 2 else encode(part)
     if None not in row:
       raise UserError(
         f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
       )
     rows.append(row)
   return _layout(rows)
+
+
+def widen(layout, length):
+  """The same rows with padding on the right, [B, length].
+
+  What is sampled for a row does not depend on it, but a program is compiled
+  for every length.
+
+  Args:
+    layout: canvas, fill and valid.
+    length: at least theirs.
+  """
+  more = length - layout[0].shape[1]
+  return tuple(np.pad(x, ((0, 0), (0, more))) for x in layout)
+
+
+def check_context(context, valid):
+  """Checks that rows to sample are not longer than those of the training.
+
+  Args:
+    context: tokens of those, config.data.length.
+    valid: [B, L] bool, False on padding.
+
+  Raises:
+    UserError: a row is too long.
+  """
+  longest = int(valid.sum(axis=1).max())
+  if longest > context:
+    raise UserError(
+      f'prompt and answer have {longest} tokens together, but the model was '
+      f'trained on rows of config.data.length={context}: shorten the prompt or '
+      'ask for fewer tokens'
+    )
 
 
 def _layout(rows):

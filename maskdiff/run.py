@@ -14,7 +14,7 @@ import sys
 
 import jax
 
-from maskdiff import checkpoint, manifest, metrics, runtime
+from maskdiff import checkpoint, manifest, metrics, request, runtime
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
@@ -116,22 +116,8 @@ def sampler_model(config):
 
 
 def check_context(config, valid):
-  """Checks that rows to sample are not longer than those of the training.
-
-  Args:
-    config: the config.
-    valid: [B, L] bool, False on padding.
-
-  Raises:
-    UserError: a row is too long.
-  """
-  longest = int(valid.sum(axis=1).max())
-  if longest > config.data.length:
-    raise UserError(
-      f'prompt and answer have {longest} tokens together, but the model was '
-      f'trained on rows of config.data.length={config.data.length}: shorten '
-      'the prompt or ask for fewer tokens'
-    )
+  """`request.check_context` with the rows of the config."""
+  request.check_context(config.data.length, valid)
 
 
 def open_tokenizer(config):
@@ -224,10 +210,10 @@ def open_data(config, tokenizer, path=None):
   return datasets
 
 
-def say(text):
-  """Prints a line on standard error, once for all hosts."""
+def say(text, file=None):
+  """Prints a line, by default on standard error, once for all hosts."""
   if jax.process_index() == 0:
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=file or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -322,12 +308,16 @@ def heldout_batches(config, dataset, mesh):
   return pipeline.to_device(batches, sharding, shape)
 
 
-def load(workdir):
+def load(workdir, tensor=1, dtype=None):
   """Loads the newest whole checkpoint of a run, to use the model.
 
   Args:
     workdir: directory given to `train.run`, or made by launch/convert.py; or a
       published folder in Hugging Face's form.
+    tensor: devices that share every layer, its heads and mlp; the others split
+      the parameters and the rows.
+    dtype: of the parameters, by default as stored. In bfloat16 they take half
+      the memory; nothing is computed in less than config.model.dtype asks for.
 
   Returns:
     config: ConfigDict of the run.
@@ -339,9 +329,9 @@ def load(workdir):
     UserError: there is no checkpoint, or it does not fit this version.
   """
   slices = mesh_lib.split_by_slice(jax.devices())
-  mesh = mesh_lib.make_mesh(replica=len(slices))
+  mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
   if not families.is_published(workdir):
-    config, params = load_params(workdir, mesh)
+    config, params = load_params(workdir, mesh, dtype)
     return config, _with_ids(config, tokenizer_lib.load(workdir)), params, mesh
   published = hf.open_folder(workdir)
   tokenizer = hf.open_tokenizer(published)
@@ -350,7 +340,7 @@ def load(workdir):
       f'{workdir} has no tokenizer: put tokenizer.json and '
       'tokenizer_config.json into it'
     )
-  config, params = load_params(workdir, mesh)
+  config, params = load_params(workdir, mesh, dtype)
   hf.fill(config, published, tokenizer)
   return config, tokenizer, params, mesh
 

@@ -14,8 +14,9 @@ Only the slots are filled: a mask that stands elsewhere is context that the
 network is not told, and stays. LLaDA's code lets masks of the prompt take part
 in the choice and may then return masks in the answer.
 
-`complete` is one compiled loop, `generate` its tokens alone; `trace` runs the
-same step from Python and yields every canvas in between.
+`complete` is one compiled loop, `generate` its tokens alone; `walk` runs the
+same step from Python and yields what there is in between, `trace` its canvases
+alone.
 """
 
 import dataclasses
@@ -84,23 +85,34 @@ def trace(model_config, c, params, canvas, fill, valid, seeds):
 
   Arguments and errors as for `generate`, and the same final result.
   """
-  carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
-  shape, fresh, cache = None, np.zeros(1, bool), None
-  while True:
+  for carry, _ in walk(model_config, c, params, canvas, fill, valid, seeds):
     yield np.asarray(carry.canvas)
+
+
+def walk(model_config, c, params, canvas, fill, valid, seeds):
+  """Like `trace`, with all that is known at each moment.
+
+  Yields:
+    Carry; and [B, L] float32 as NumPy, the confidence of the tokens that the
+    last step committed and NaN elsewhere: before the first step, and at slots
+    given up behind an eos.
+  """
+  carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
+  sure = np.full(carry.canvas.shape, np.nan, np.float32)
+  fresh, shape, cache = np.zeros(len(sure), bool), None, None
+  while True:
+    yield carry, np.asarray(sure)
     if not np.asarray(carry.masked).any():
       break
     if np.asarray(fresh).any():
-      carry, fresh = _follow(
+      carry, fresh, sure = _follow(
         model_config, c, shape, params, carry, fresh, cache, layout
       )
     else:
       shape = shapes[int(_choose_shape(c, shapes, carry, layout))]
-      carry, fresh, cache = _refresh(
+      carry, fresh, sure, cache = _refresh(
         model_config, c, shape, params, carry, layout
       )
-    if c.cache == 'none':
-      fresh = np.zeros(1, bool)
   check(carry)
 
 
@@ -108,10 +120,15 @@ def check(carry):
   """Raises UserError if rows were given up."""
   rows = np.flatnonzero(jax.device_get(carry.broken)).tolist()
   if rows:
-    raise UserError(
-      f'the logits of row(s) {rows} were NaN or infinite: the weights are '
-      'damaged or the training diverged; take an older checkpoint'
-    )
+    raise broken_error(rows)
+
+
+def broken_error(rows):
+  """The UserError that is raised when rows were given up."""
+  return UserError(
+    f'the logits of row(s) {rows} were NaN or infinite: the weights are damaged '
+    'or the training diverged; take an older checkpoint'
+  )
 
 
 def round_of(model_config, c, shape, params, carry, layout):
@@ -126,13 +143,17 @@ def round_of(model_config, c, shape, params, carry, layout):
   Returns:
     The next Carry.
   """
-  carry, fresh, cache = refresh(model_config, c, shape, params, carry, layout)
+  carry, fresh, _, cache = refresh(
+    model_config, c, shape, params, carry, layout
+  )
   if c.cache == 'none':
     return carry
+
+  def next_pass(state):
+    return follow(model_config, c, shape, params, *state, cache, layout)[:2]
+
   carry, _ = jax.lax.while_loop(
-    lambda state: state[1].any(),
-    lambda state: follow(model_config, c, shape, params, *state, cache, layout),
-    (carry, fresh),
+    lambda state: state[1].any(), next_pass, (carry, fresh)
   )
   return carry
 
@@ -141,8 +162,7 @@ def refresh(model_config, c, shape, params, carry, layout):
   """One step of all rows by a pass over the first shape[0] positions.
 
   Returns:
-    The next Carry; [B] bool, the rows that the cache serves further; and the
-    cache, or None if there is none.
+    What `advance` returns; and the cache, or None if there is none.
   """
   length, _ = shape
   slots = of_block(layout.slots, carry.block)
@@ -167,7 +187,7 @@ def follow(model_config, c, shape, params, carry, fresh, cache, layout):
     cache: from `refresh`.
 
   Returns:
-    The next Carry, and the rows that the cache serves further.
+    What `advance` returns.
   """
   length, size = shape
   slots = of_block(layout.slots, carry.block)
@@ -243,8 +263,9 @@ def advance(c, carry, layout, logits, turn, passed):
     passed: [B] int32, positions computed for a row.
 
   Returns:
-    The next Carry, and the rows of `turn` that have steps of this block left
-    before they need a new cache.
+    The next Carry; [B] bool, the rows of `turn` that have steps of this block
+    left before they need a new cache; and [B, L] float32, the confidence of
+    what was committed, NaN elsewhere.
   """
   block, step = carry.block, carry.step
   slots = of_block(layout.slots, block)
@@ -263,9 +284,10 @@ def advance(c, carry, layout, logits, turn, passed):
 
   batch, length = carry.canvas.shape
   rows = jnp.arange(batch)[:, None]
-  canvas = carry.canvas.at[rows, jnp.where(keep, slots, length)].set(
-    token, mode='drop'
-  )
+  kept = jnp.where(keep, slots, length)
+  canvas = carry.canvas.at[rows, kept].set(token, mode='drop')
+  sure = jnp.full(canvas.shape, jnp.nan)
+  sure = sure.at[rows, kept].set(confidence, mode='drop')
   left = of_block(carry.masked, block) & ~keep
   left = carry.masked.at[rows[:, 0], block].set(left, mode='drop')
   left &= ~bad[:, None, None]
@@ -284,7 +306,9 @@ def advance(c, carry, layout, logits, turn, passed):
     broken=carry.broken | bad,
   )
   again = turn & ~done & left.any((1, 2))
-  return carry, again & (step % c.refresh != 0) if c.refresh else again
+  if c.refresh:
+    again &= step % c.refresh != 0
+  return carry, again & (c.cache != 'none'), sure
 
 
 def choose_shape(c, shapes, carry, layout):
@@ -300,8 +324,17 @@ def choose_shape(c, shapes, carry, layout):
   return jnp.argmax((jnp.array(shapes) >= most).all(axis=1))
 
 
-_refresh = jax.jit(refresh, static_argnums=(0, 1, 2))
-_follow = jax.jit(follow, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _refresh(*args):
+  *found, cache = refresh(*args)
+  return *whole(found), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _follow(*args):
+  return whole(follow(*args))
+
+
 _choose_shape = jax.jit(choose_shape, static_argnums=(0, 1))
 
 

@@ -1,4 +1,6 @@
-"""Files of prompts."""
+"""Files of prompts, and lines that are typed."""
+
+import io
 
 import pytest
 
@@ -61,3 +63,34 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
   with pytest.raises(UserError, match='cannot read'):
     prompts.read(str(tmp_path / 'a.txt'), 0)
+
+
+def test_lines_are_typed_until_there_are_no_more():
+  """Of a stream that is no terminal; what is not UTF-8 is found later."""
+  raw = io.BytesIO('def f(\n\né\u2028\r\n'.encode() + b'\xff\nlast')
+  file = io.TextIOWrapper(raw, encoding='ascii')
+  *lines, odd, last = prompts.typed(file)
+  assert lines == ['def f(', '', 'é\u2028']
+  assert last == 'last'
+  with pytest.raises(UserError, match='no text'):
+    prompts.check_unicode(odd, 'no text')
+  prompts.check_unicode('é\u2028🦉', 'text')
+
+
+def test_lines_are_asked_for_on_a_terminal(monkeypatch, capsys):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  asked, lines = [], ['a', '']
+
+  def typed_in(prompt):
+    asked.append(prompt)
+    if not lines:
+      raise EOFError  # Ctrl-D
+    return lines.pop(0)
+
+  monkeypatch.setattr('builtins.input', typed_in)
+  monkeypatch.setattr('sys.stdout', Terminal())
+  assert list(prompts.typed(Terminal())) == ['a', '']
+  assert asked == ['> '] * 3

@@ -70,6 +70,15 @@ def test_an_answer_may_be_empty():
   assert cut.tolist() == [[True, False, False]]
 
 
+def test_rows_can_be_widened_with_padding():
+  layout = request.continue_prompts([[7, 8], [9]], 2)
+  canvas, fill, valid = request.widen(layout, 6)
+  assert canvas.shape == (2, 6)
+  assert fill.sum(axis=1).tolist() == [2, 2]
+  assert valid.sum(axis=1).tolist() == [4, 3]
+  np.testing.assert_array_equal(canvas[:, :4], layout[0])
+
+
 @pytest.mark.parametrize('layout', ['prompts', 'gaps'])
 def test_no_text_at_all_is_refused(layout):
   with pytest.raises(UserError, match='no prompts'):

@@ -343,6 +343,33 @@ def test_the_trace_ends_with_what_generate_returns(params, sampling):
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_the_walk_says_how_sure_the_network_was_of_what_it_committed(
+  params, sampling
+):
+  """The probability of the token, by the network called on its own."""
+
+  @jax.jit
+  def probabilities(canvas, valid):
+    network = model.bind(TINY, params)
+    labels = masks.bidirectional(valid)
+    logits = network.logits(network(canvas, labels)).at[..., MASK].set(-jnp.inf)
+    return jax.nn.softmax(logits, axis=-1)
+
+  c, layout = SAMPLINGS[sampling], sampler.continue_prompts(PROMPTS, 8)
+  walked = list(sampler.walk(TINY, c, params, *layout, range(len(PROMPTS))))
+  canvases = [np.asarray(carry.canvas) for carry, _ in walked]
+  np.testing.assert_array_equal(canvases, trace(c, params, layout))
+  assert np.isnan(walked[0][1]).all()
+  pairs = itertools.pairwise(canvases)
+  for (before, after), (_, sure) in zip(pairs, walked[1:], strict=True):
+    came = before != after
+    np.testing.assert_array_equal(np.isnan(sure), ~came)
+    p = np.asarray(probabilities(before, layout[2]))
+    p = np.take_along_axis(p, after[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(sure[came], p[came], rtol=1e-4)
+
+
+@pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_blocks_are_filled_left_to_right_and_never_revised(params, sampling):
   c = SAMPLINGS[sampling]
   layout = _, fill, _ = sampler.continue_prompts(PROMPTS, 8)
@@ -491,6 +518,12 @@ def test_a_request_that_cannot_be_served_says_why(params, case):
 def test_a_text_without_a_gap_is_refused(text):
   with pytest.raises(UserError, match='no gap'):
     sampler.fill_gaps(['a{{1}}', text], lambda text: [5] * len(text))
+
+
+@pytest.mark.parametrize('n', ['1000000', '9' * 5000])
+def test_a_gap_longer_than_any_row_is_refused(n):
+  with pytest.raises(UserError, match='too long'):
+    sampler.fill_gaps(['a{{' + n + '}}'], encode)
 
 
 def test_no_slots_after_a_prompt_is_refused(params):

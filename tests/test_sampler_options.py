@@ -222,6 +222,15 @@ def test_the_slots_after_an_eos_become_eos_when_a_row_stops():
   assert int(carry.calls) == 8
 
 
+def test_slots_that_are_given_up_have_no_confidence(table):
+  answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9]])
+  layout = sampler.continue_prompts([[]], 8)
+  c = config(temperature=0.0, stop_at_eos=True, block_length=2)
+  *_, (carry, sure) = sampler.walk(certain, c, answer, *layout, [0])
+  assert carry.canvas.tolist() == [[9] + [EOS] * 7]
+  assert np.isnan(sure).tolist() == [[True, False] + [True] * 6]
+
+
 def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
   canvas = jnp.array([[9, MASK, EOS, MASK], [9, 9, EOS, MASK]])
   fill = np.ones((2, 4), bool)

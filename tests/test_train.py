@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import pathlib
@@ -479,10 +480,12 @@ def run_script(script, workdir, **changes):
     steps=None,
     block_length=None,
     prompts=None,
+    interactive=False,
     out=None,
     batch=16,
     seed=0,
     show=False,
+    html=None,
     **dict.fromkeys(OVERRIDES),
   )
   script(types.SimpleNamespace(**(flags | changes)))
@@ -557,6 +560,79 @@ def test_the_script_answers_a_file_of_prompts_in_json_lines(
   assert alone == answers[1]['text'] + '\n'
 
 
+def test_the_script_makes_a_page_of_what_it_prints(
+  finished, sample_script, capsys, tmp_path
+):
+  """And shows it, and writes it as JSON lines, if asked to."""
+  asked = dict(prompt=['def </script>(', 'x = "'], block_length=2)
+  plain = sample(sample_script, finished.workdir, capsys, **asked)
+  for number, more in enumerate((dict(), dict(show=True), dict(out='out'))):
+    path = tmp_path / f'{number}.html'
+    more = {
+      key: str(tmp_path / v) if v == 'out' else v for key, v in more.items()
+    }
+    out = sample(
+      sample_script, finished.workdir, capsys, html=str(path), **asked, **more
+    )
+    if 'out' in more:
+      rows = (tmp_path / 'out').read_text().splitlines()
+      out = '\n---\n'.join(json.loads(row)['text'] for row in rows) + '\n'
+    assert out.replace('=' * 8 + '\n', '').endswith(plain)
+    (recording,) = re.findall(
+      r'"application/json">(.*?)</script>', path.read_text()
+    )
+    data = json.loads(recording)
+    assert data['steps'] == 4
+    assert [t['title'] for t in data['texts']] == [
+      'prompt 1, seed 0',
+      'prompt 2, seed 1',
+    ]
+    for text, printed in zip(
+      data['texts'], plain.split('\n---\n'), strict=True
+    ):
+      given = text['steps'].count(0)
+      assert text['blocks'] == [-1] * given + [0, 0, 1, 1]
+      assert sorted(text['steps'][given:]) == [1, 2, 3, 4]
+      assert all(0 <= sure <= 1 for sure in text['sure'][given:])
+      if all(isinstance(piece, str) for piece in text['pieces']):
+        assert ''.join(text['pieces']) == printed.rstrip('\n')
+    settings = dict(data['settings'])
+    assert (settings['steps'], settings['block_length']) == ('4', '2')
+
+
+class Typed(io.StringIO):
+  """Standard input that ends with Ctrl-C."""
+
+  def __next__(self):
+    line = self.readline()
+    if not line:
+      raise KeyboardInterrupt
+    return line
+
+
+@pytest.mark.parametrize('ended_by', [io.StringIO, Typed])
+def test_the_script_answers_lines_as_they_come(
+  finished, sample_script, capsys, monkeypatch, tmp_path, ended_by
+):
+  """As if they had been given on the command line, and ends in order."""
+  lines = ['def read(', '', 'def write(']
+  monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines) + '\n'))
+  out = sample(sample_script, finished.workdir, capsys, interactive=True)
+  asked = [line for line in lines if line]
+  assert out == sample(sample_script, finished.workdir, capsys, prompt=asked)
+  monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines)))
+  path = tmp_path / 'out.jsonl'
+  run_script(sample_script, finished.workdir, interactive=True, out=str(path))
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  assert captured.err.splitlines()[-1].startswith('8 tokens in 8 forward')
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [(r['prompt'], r['seed']) for r in rows] == [
+    ('def read(', 0),
+    ('def write(', 1),
+  ]
+
+
 def test_the_script_says_what_it_took(finished, sample_script, capsys):
   capsys.readouterr()
   flags = dict(remasking='threshold', threshold=0.0, block_length=2)
@@ -577,6 +653,11 @@ REFUSED_FLAGS = {
   'context': (dict(gen_length=100), 'tokens together.*data.length=16'),
   'two': (dict(prompt=['a'], infill=['a{{2}}b']), 'give one of'),
   'shown': (dict(show=True, out='o.jsonl'), '--show'),
+  'talk': (dict(interactive=True, show=True), '--show prints'),
+  'both': (dict(interactive=True, prompt=['a']), 'give one of'),
+  'page': (dict(interactive=True, html='a.html'), '--html replays'),
+  'no_page': (dict(html='/nowhere/a.html'), '--html: cannot write'),
+  'bytes': (dict(prompt=['\udcff']), 'not UTF-8'),
   'unwritable': (dict(out='/nowhere/o.jsonl'), '--out: cannot write'),
 }
 

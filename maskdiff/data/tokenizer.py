@@ -130,12 +130,13 @@ class Tokenizer:
     if ids.size and ids.min() < 0:
       raise IndexError('token ids must not be negative')
 
-    def piece(i):
-      if i == self.mask_id:
-        return mask
-      return self.pieces[i] if i < self.vocab_size else _REPLACEMENT
+    pieces = (mask if i == self.mask_id else self.piece(i) for i in ids)
+    return b''.join(pieces).decode('utf-8', errors='replace')
 
-    return b''.join(map(piece, ids)).decode('utf-8', errors='replace')
+  def piece(self, i: int) -> bytes:
+    """What `decode` joins: nothing for a special id, and for one that is in a
+    model's vocabulary alone the replacement character."""
+    return self.pieces[i] if i < self.vocab_size else _REPLACEMENT
 
   def __setstate__(self, state):
     self.__dict__.update(state)
