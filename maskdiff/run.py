@@ -316,8 +316,8 @@ def load(workdir, tensor=1, dtype=None):
       published folder in Hugging Face's form.
     tensor: devices that share every layer, its heads and mlp; the others split
       the parameters and the rows.
-    dtype: of the parameters, by default as stored. In bfloat16 they take half
-      the memory; nothing is computed in less than config.model.dtype asks for.
+    dtype: of the parameters, by default as stored. Where config.model.dtype is
+      bfloat16, they may as well be: half the memory, the same products.
 
   Returns:
     config: ConfigDict of the run.

@@ -126,8 +126,8 @@ def check(carry):
 def broken_error(rows):
   """The UserError that is raised when rows were given up."""
   return UserError(
-    f'the logits of row(s) {rows} were NaN or infinite: the weights are damaged '
-    'or the training diverged; take an older checkpoint'
+    f'the logits of row(s) {rows} were NaN or infinite: the weights are '
+    'damaged or the training diverged; take an older checkpoint'
   )
 
 
