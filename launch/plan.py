@@ -27,6 +27,12 @@ flags.DEFINE_integer('num_slices', 1, 'Slices of that topology.')
 flags.DEFINE_enum('mode', 'train', ['train', 'sample'], 'Which step to plan.')
 flags.DEFINE_integer('prompts', 8, 'sample: prompts answered at once.')
 flags.DEFINE_integer('prompt_tokens', 128, 'sample: tokens of a prompt.')
+flags.DEFINE_integer(
+  'tensor', 1, 'sample: chips that share every layer.', lower_bound=1
+)
+flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'sample: of the weights.'
+)
 flags.DEFINE_bool('sweep', False, 'Try and rank many configurations.')
 flags.DEFINE_list('sweep_rows', '1,2,4,8', 'Rows per chip at once to try.')
 flags.DEFINE_list(
@@ -76,6 +82,8 @@ def main(args):
         args.prompts,
         args.prompt_tokens,
         args.num_slices,
+        args.tensor,
+        args.dtype,
       )
     else:
       result = plan.plan(args.config, args.topology, args.num_slices)

@@ -196,8 +196,31 @@ def test_a_plan_of_sampling(tmp_path):
   assert weights < found['hbm_arguments_gib'] < 1.1 * weights
   assert found['latency_s'] == pytest.approx(64 * found['step_s'])
   assert found['tokens_per_s'] == pytest.approx(8 * 64 / found['latency_s'])
+  assert found['window_step_s'] is None
   assert not any('loop' in w for w in found['warnings'])
   assert 'denoising step' in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_of_serving_with_a_cache(tmp_path):
+  """Tensor parallel, weights in bfloat16, blocks of 16 slots."""
+  found, text = planned(
+    tmp_path,
+    *('--topology', 'v5e:2x4', '--mode', 'sample'),
+    *('--tensor', '4', '--dtype', 'bfloat16'),
+    '--config.sample.cache=dual',
+    '--config.sample.block_length=16',
+    *SMALL,
+  )
+  assert found['mesh'] == 'replica=1,fsdp=2,sequence=1,tensor=4'
+  weights = 2 * PARAMETERS / 8 / 2**30
+  assert weights < found['hbm_arguments_gib'] < 1.1 * weights
+  assert found['window_step_s'] < found['step_s']
+  assert found['latency_s'] == pytest.approx(
+    4 * found['step_s'] + 60 * found['window_step_s']
+  )
+  assert 'step with a cache' in text
 
 
 @needs_libtpu

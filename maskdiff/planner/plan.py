@@ -68,7 +68,8 @@ FIELDS = {
   'host_gib': 'memory of the host that a chip takes, for what is offloaded',
   'fits': 'whether total and evaluation are within the capacity',
   'levers': 'config keys that would lower the memory, if it does not fit',
-  'step_s': 'seconds per train step, or per denoising step',
+  'step_s': 'seconds per train step, or per denoising step over the canvas',
+  'window_step_s': 'seconds per denoising step that a cache serves',
   'cycles_s': 'of it: what the compiler has an estimate for',
   'attention_s': 'of it: attention kernels',
   'exposed_ici_s': 'of it: waiting for collectives within a slice',
@@ -156,8 +157,18 @@ def _plan_on(config, target):
   }
 
 
-def sample_plan(config, topology, prompts, prompt_tokens, num_slices=1):
+def sample_plan(
+  config,
+  topology,
+  prompts,
+  prompt_tokens,
+  num_slices=1,
+  tensor=1,
+  dtype='float32',
+):
   """Plans sampling: every prompt gets config.sample.gen_length tokens.
+
+  Memory is that of a step over the canvas, the cache included if there is one.
 
   Args:
     config: ConfigDict with the keys of config.default().
@@ -165,6 +176,8 @@ def sample_plan(config, topology, prompts, prompt_tokens, num_slices=1):
     prompts: how many are answered at once.
     prompt_tokens: length of each.
     num_slices: slices of that topology.
+    tensor: chips that share every layer; the others split the rows.
+    dtype: of the weights.
 
   Returns:
     Dict with the keys of FIELDS, JSON-like.
@@ -177,7 +190,7 @@ def sample_plan(config, topology, prompts, prompt_tokens, num_slices=1):
   config_lib.validate(config)
   # As `run.load` lays out a model that samples, whatever it was trained on.
   config = config.copy_and_resolve_references()
-  config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=1)
+  config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=tensor)
   target = open_target(config, topology, num_slices)
   steps, slots = run_lib.sampler_config(config).steps, config.sample.gen_length
   length = prompt_tokens + slots
@@ -190,18 +203,30 @@ def sample_plan(config, topology, prompts, prompt_tokens, num_slices=1):
     'rows_per_chip': prompts / shards if split else float(prompts),
     'denoising_steps': steps,
   }
-  result = _priced(
-    facts,
-    target,
-    lambda: compile_denoise(config, target, prompts, length),
-    None,
-    causal=config.objective.name == 'autoregressive',
-  )
+
+  def priced(window):
+    return _priced(
+      facts,
+      target,
+      lambda: compile_denoise(config, target, prompts, length, dtype, window),
+      None,
+      causal=config.objective.name == 'autoregressive',
+    )
+
+  result = priced(window=False)
   if result['status'] == 'does not fit':
     result['levers'] = ['fewer --prompts', 'a larger --topology']
   if result['step_s'] is None:
     return result
-  latency, count = steps * result['step_s'], facts['chips']
+  served, s = 0, config.sample
+  if s.cache != 'none':
+    result['window_step_s'] = priced(window=True)['step_s']
+    blocks = -(-slots // min(s.block_length, slots))
+    in_block = steps // blocks
+    served = steps - blocks * (-(-in_block // s.refresh) if s.refresh else 1)
+  latency = (steps - served) * result['step_s']
+  latency += served * (result['window_step_s'] or 0)
+  count = facts['chips']
   return result | {
     'latency_s': latency,
     'tokens_per_s': prompts * slots / latency,

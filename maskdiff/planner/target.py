@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from maskdiff import chips, evaluation, sampler
 from maskdiff import mesh as mesh_lib
@@ -179,16 +181,19 @@ def params_on(model, mesh):
   )
 
 
-def compile_denoise(config, target, prompts, length):
+def compile_denoise(config, target, prompts, length, dtype, window=False):
   """Compiles one denoising step of the sampler.
 
-  Weights are float32, as `run.load` restores them, and split like in training.
+  Weights are split as `run.load` does it.
 
   Args:
     config: ConfigDict, checked with the mesh.
     target: Target.
     prompts: rows filled at once.
     length: tokens of a row, of which config.sample.gen_length are slots.
+    dtype: of the weights.
+    window: the step by a pass over windows, which a cache serves, instead of
+      the one over the canvas.
 
   Returns:
     Compiled.
@@ -198,17 +203,44 @@ def compile_denoise(config, target, prompts, length):
   fill = np.arange(length) >= length - config.sample.gen_length
   fill = np.broadcast_to(fill, canvas.shape)
   valid = np.ones(canvas.shape, bool)
-  *request, sizes = sampler.prepare(c, canvas, fill, valid, np.arange(prompts))
-  shapes = model_lib.shapes(model)
-  shardings = mesh_lib.param_shardings(
-    target.mesh, model_lib.axes(model), shapes
+  carry, layout, sizes = sampler.prepare(
+    c, canvas, fill, valid, np.arange(prompts)
+  )
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+    params_on(model, target.mesh),
   )
   whole = mesh_lib.replicated(target.mesh)
-  denoise = jax.jit(
-    functools.partial(sampler.refresh, model, c, sizes[-1]),
-    in_shardings=(shardings, whole, whole),
+  given = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    (carry, layout),
   )
-  return _compile(denoise, target.mesh, shapes, *request)
+  full = functools.partial(sampler.refresh, model, c, sizes[-1])
+  if not window:
+    return _compile(jax.jit(full), target.mesh, params, *given)
+  with jax.set_mesh(target.mesh):
+    _, fresh, _, cache = jax.eval_shape(full, params, *given)
+  rows = mesh_lib.batch_shards(target.mesh)
+  split = P(
+    None,
+    mesh_lib.BATCH_AXES if cache[0].shape[1] % rows == 0 else None,
+    'tensor' if model.kv_heads % target.mesh.shape['tensor'] == 0 else None,
+  )
+  place = lambda x, spec: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=NamedSharding(target.mesh, spec)
+  )
+  cache = jax.tree.map(lambda x: place(x, split), cache)
+  part = functools.partial(sampler.follow, model, c, sizes[-1])
+  carry, layout = given
+  return _compile(
+    jax.jit(part),
+    target.mesh,
+    params,
+    carry,
+    place(fresh, P()),
+    cache,
+    layout,
+  )
 
 
 def _compile(function, mesh, *args):
