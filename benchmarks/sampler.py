@@ -1,14 +1,18 @@
-"""The jitted sampler against a straightforward Python loop.
+"""The jitted sampler against the same algorithm in a loop, and in PyTorch.
 
 python benchmarks/sampler.py [--rounds 3]
 
 The loop is the published algorithm as it is usually written: per step one
 compiled forward pass with logits of the whole canvas, and the choice of tokens
-in NumPy. Both fill the same canvases with the same weights and must return the
-same tokens.
+in NumPy. `torch_sampler.py` is the same in PyTorch, if that is installed. All
+fill the same canvases with the same weights in float32 and must return the
+same tokens. Loading and compiling are not counted.
 """
 
 import argparse
+import dataclasses
+import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +27,7 @@ from maskdiff.sampler import SamplerConfig
 MASK_ID = 4
 BATCH, PROMPT = 4, 32
 
-MODEL = TransformerConfig(
+SMALL = TransformerConfig(
   vocab_size=8192,
   embed=128,
   layers=4,
@@ -38,23 +42,36 @@ MODEL = TransformerConfig(
   remat='none',
   attention='auto',
 )
+# Layers as wide as in configs/150m.py.
+WIDE = dataclasses.replace(
+  SMALL, vocab_size=32_768, embed=1024, heads=8, kv_heads=8, head_dim=128
+)
+WIDE = dataclasses.replace(WIDE, mlp=2688, tie_embeddings=False)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rounds', type=int, default=3)
   rounds = parser.parse_args().rounds
-  params = model_lib.init(MODEL, jax.random.key(0))
   print(f'{jax.devices()[0].device_kind}, batch {BATCH}, prompt {PROMPT}')
-  for gen_length, block_length, steps in ((64, 64, 64), (128, 32, 64)):
-    compare(params, gen_length, block_length, steps, rounds)
+  if not importlib.util.find_spec('torch'):
+    print('torch is not installed: compared with the loop alone')
+  for model, shapes in (
+    (SMALL, ((64, 64, 64), (128, 32, 64))),
+    (WIDE, ((64, 32, 16),)),
+  ):
+    params = model_lib.init(model, jax.random.key(0))
+    everything, _ = model_lib.num_params(model)
+    print(f'{everything:,} parameters, vocabulary {model.vocab_size:,}')
+    for gen_length, block_length, steps in shapes:
+      compare(model, params, gen_length, block_length, steps, rounds)
 
 
-def compare(params, gen_length, block_length, steps, rounds):
+def compare(model, params, gen_length, block_length, steps, rounds):
   """Prints one line of results."""
   rng = np.random.default_rng(0)
   prompts = [
-    list(rng.integers(9, MODEL.vocab_size, PROMPT)) for _ in range(BATCH)
+    list(rng.integers(9, model.vocab_size, PROMPT)) for _ in range(BATCH)
   ]
   request = sampler.continue_prompts(prompts, gen_length)
   c = SamplerConfig(
@@ -69,31 +86,45 @@ def compare(params, gen_length, block_length, steps, rounds):
   )
 
   def jitted():
-    return sampler.generate(MODEL, c, params, *request, seeds=range(BATCH))
+    return sampler.generate(model, c, params, *request, seeds=range(BATCH))
 
   def loop():
-    return python_loop(params, request[0], gen_length, block_length, steps)
+    return python_loop(
+      model, params, request[0], gen_length, block_length, steps
+    )
 
-  np.testing.assert_array_equal(jitted(), loop())
-  seconds = alternate({'jitted': jitted, 'loop': loop}, rounds)
-  tokens = BATCH * gen_length
-  fast, slow = (tokens / seconds[name] for name in ('jitted', 'loop'))
+  ways = {'jitted': jitted, 'loop': loop}
+  if importlib.util.find_spec('torch'):
+    import torch_sampler
+
+    weights = torch_sampler.load(model, params)
+    ways['torch'] = lambda: torch_sampler.generate(
+      model, weights, request[0], PROMPT, block_length, steps, MASK_ID
+    )
+  expected = np.asarray(jitted())
+  for name in ways:
+    np.testing.assert_array_equal(ways[name](), expected, err_msg=name)
+  seconds = alternate(ways, rounds)
+  rate = {name: BATCH * gen_length / s for name, s in seconds.items()}
   print(
     f'gen_length {gen_length}, block_length {block_length}, steps {steps}: '
-    f'jitted {fast:,.0f} tokens/s, loop {slow:,.0f} tokens/s, '
-    f'ratio {fast / slow:.2f}',
+    f'jitted {rate.pop("jitted"):,.0f} tokens/s, '
+    + ', '.join(
+      f'{name} {r:,.0f} tokens/s, ratio {seconds[name] / seconds["jitted"]:.2f}'
+      for name, r in rate.items()
+    ),
     flush=True,
   )
 
 
-@jax.jit
-def forward(params, canvas):
-  model = model_lib.bind(MODEL, params)
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, canvas):
+  model = model_lib.bind(model, params)
   hidden = model(canvas, masks.bidirectional(jnp.ones(canvas.shape, bool)))
   return model.logits(hidden)
 
 
-def python_loop(params, canvas, gen_length, block_length, steps):
+def python_loop(model, params, canvas, gen_length, block_length, steps):
   """Low-confidence remasking, written plainly."""
   canvas = canvas.copy()
   canvas[:, PROMPT:] = MASK_ID
@@ -104,7 +135,7 @@ def python_loop(params, canvas, gen_length, block_length, steps):
     for step in range(per_step):
       masked = canvas == MASK_ID
       masked[:, end:] = False
-      logits = np.array(forward(params, canvas))
+      logits = np.array(forward(model, params, canvas))
       logits[..., MASK_ID] = -np.inf
       token = logits.argmax(axis=-1)
       shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -126,7 +126,7 @@ def test_a_conversation_fills_gaps_with_prompts_between(sampling):
 
 def test_few_programs_are_compiled_and_each_is_told(sampling):
   """For rows of up to 32, 64 and, the context, 100 tokens."""
-  before = sampler._generate._cache_size()
+  before = sampler.run._cache_size()
   texts = ['a' + ' b' * n for n in (1, 3, 40, 5, 70, 41, 71, 2)]
   lengths = [len(sampling.tokenizer.encode(text)) + LENGTH for text in texts]
   assert min(lengths) <= 32 < 64 < max(lengths) <= 100
@@ -135,7 +135,7 @@ def test_few_programs_are_compiled_and_each_is_told(sampling):
   assert notes == [
     f'compiling for texts of up to {n} tokens' for n in (32, 64, 100)
   ]
-  assert sampler._generate._cache_size() == before + 3
+  assert sampler.run._cache_size() == before + 3
 
 
 BAD_LINES = {

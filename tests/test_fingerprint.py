@@ -53,6 +53,14 @@ def test_it_is_what_is_computed_by_hand(shape, dtype):
   assert int(fingerprint(x)) == by_hand(x)
 
 
+@pytest.mark.parametrize(
+  'shape', [(300_001,), (3, 419, 217), (2, 200_003)], ids=str
+)
+def test_what_is_added_up_in_tiles_is_what_is_computed_by_hand(shape):
+  x = noise(shape, 'bfloat16')
+  assert int(jax.jit(fingerprint)(x)) == by_hand(x)
+
+
 def test_it_does_not_change_from_one_version_to_the_next():
   """Checkpoints of last year must still be found whole."""
   x = jnp.arange(1000, dtype=jnp.float32).reshape(10, 100)
@@ -61,9 +69,18 @@ def test_it_does_not_change_from_one_version_to_the_next():
   assert found == {'a': 1018675246, 'b': 8935460, 'c': 1626297293}
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'bool'])
-def test_it_is_the_same_on_any_mesh(dtype):
-  x = noise((8, 24, 16), dtype)
+@pytest.mark.parametrize(
+  ('shape', 'dtype'),
+  [
+    ((8, 24, 16), 'float32'),
+    ((8, 24, 16), 'bfloat16'),
+    ((8, 24, 16), 'int32'),
+    ((8, 24, 16), 'bool'),
+    ((8, 24, 1480), 'float32'),
+  ],
+)
+def test_it_is_the_same_on_any_mesh(shape, dtype):
+  x = noise(shape, dtype)
   alone = int(fingerprint(x))
   for sizes, spec in [
     ((8, 1), P('a')),
@@ -142,7 +159,7 @@ def test_zeros_of_both_signs_and_nans_are_told_apart():
 
 
 def test_large_arrays_have_no_temporaries_of_their_size():
-  for shape in [(4096, 512), (12, 333, 257), (100_003,)]:
+  for shape in [(4096, 512), (12, 333, 571), (2_000_003,)]:
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     memory = jax.jit(fingerprint).lower(x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < x.size * 4 / 4, shape
