@@ -368,11 +368,12 @@ def validate(c):
 
 def check_keys(c):
   """Raises UserError unless the config has exactly the keys of `default`."""
-  differ = flatten(c).keys() ^ flatten(default()).keys()
+  differ = sorted(flatten(c).keys() ^ flatten(default()).keys())
   if differ:
+    some = ', '.join(differ[:6]) + ', ...' * (len(differ) > 6)
     raise UserError(
-      f'config keys {", ".join(sorted(differ))} are missing or unknown: '
-      'override single keys, not a whole section'
+      f'config keys {some} are missing or unknown: override single keys, not a '
+      'whole section'
     )
 
 
