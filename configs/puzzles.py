@@ -15,7 +15,7 @@ from maskdiff.config import choose, default
 
 # Tokens of a row, steps, and what a position sees.
 PUZZLES = {
-  'addition': (130, 2000, 'document'),
+  'addition': (100, 2000, 'document'),
   'sudoku': (136, 2000, 'document'),
   'countdown': (144, 2000, 'document'),
   'reversal': (128, 2000, 'row'),

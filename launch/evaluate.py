@@ -104,6 +104,13 @@ def evaluate(args):
   lines, estimator = None, None
   if args.data:
     lines = tasks.read(args.data, 'greedy' if answered else args.task)
+    for line in lines:
+      answer = line.value['answer']
+      if answered and not puzzles.correct(args.task, line.value, answer):
+        raise UserError(
+          f'{line.where}: {answer!r} is no right answer, so this is no line of '
+          f'--task {args.task}; see launch/puzzles.py'
+        )
   if args.form != 'left_to_right' and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = decode.pairs(args.sample)

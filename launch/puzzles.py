@@ -2,7 +2,7 @@ r"""Writes puzzles to train on, or to be asked; see maskdiff/evals/puzzles.py.
 
 python launch/puzzles.py --task addition --num 200000 --out addition.jsonl
 python launch/prepare.py --source addition.jsonl --out data/addition \
-  --tokenizer tokenizer/stdlib_4k.model --row_length 130
+  --tokenizer tokenizer/stdlib_4k.model --row_length 100
 python launch/puzzles.py --task addition --heldout --num 200 --out asked.jsonl
 
 The files are JSON lines with "prompt" and "answer", those to train on with
@@ -20,16 +20,20 @@ from maskdiff.evals import puzzles
 flags.DEFINE_enum('task', None, sorted(puzzles.PUZZLES), 'Which puzzles.')
 flags.DEFINE_integer('num', 1000, 'How many.', lower_bound=1)
 flags.DEFINE_integer('seed', 0, 'Of the draw.', lower_bound=0)
+flags.DEFINE_integer(
+  'digits', puzzles.DIGITS, 'Of the numbers of addition.', lower_bound=1
+)
 flags.DEFINE_bool('heldout', False, 'Puzzles to be asked, not to train on.')
 flags.DEFINE_string('out', None, 'File of JSON lines to write.')
 flags.mark_flags_as_required(['task', 'out'])
 
 
 def main(args):
+  what = args.task, args.seed, args.num
   if args.heldout:
-    lines = puzzles.make(args.task, args.seed, args.num)
+    lines = puzzles.make(*what, digits=args.digits)
   else:
-    lines = puzzles.training_lines(args.task, args.seed, args.num)
+    lines = puzzles.training_lines(*what, digits=args.digits)
   try:
     with open(args.out, 'w', encoding='utf-8') as f:
       f.writelines(json.dumps(line) + '\n' for line in lines)

@@ -1,6 +1,6 @@
 """Puzzles that need no download: made from a seed, judged by a rule.
 
-  addition   438+271=             0709
+  addition   43+71=               114
   sudoku     0300100200010020=    4312124324313124
   countdown  03,07,12->15:        12-07+10 ... any expression that is right
   reversal   Ada Moreau is        the quiet baker of Ghent
@@ -28,7 +28,7 @@ import numpy as np
 from maskdiff.errors import UserError
 
 HELD_OUT_ONE_IN = 8  # puzzles, by hash
-DIGITS = 3  # of the numbers to add
+DIGITS = 2  # of the numbers to add, if it is not said
 BLANKS = range(6, 11)  # cells of a sudoku to fill
 LARGEST = 20  # number of a countdown
 
@@ -53,7 +53,7 @@ TRADES = (
 PLACES = ('Ghent Lyon Turin Bergen Porto Vienna Prague Cork Basel Riga').split()
 
 
-def make(name, seed, n, heldout=True):
+def make(name, seed, n, heldout=True, digits=DIGITS):
   """Draws puzzles.
 
   Args:
@@ -62,6 +62,7 @@ def make(name, seed, n, heldout=True):
     n: how many; some may come twice.
     heldout: whether they are for evaluation; else for training. The facts of
       reversal are the same for both: asked is what was told another way.
+    digits: of the numbers of addition.
 
   Returns:
     list of n dicts with the text of `prompt` and of one right `answer`; of
@@ -78,6 +79,8 @@ def make(name, seed, n, heldout=True):
     rng.shuffle(asked)
     return list(itertools.islice(itertools.cycle(asked), n))
   draw = PUZZLES[name][0]
+  if name == 'addition':
+    draw = functools.partial(addition, digits=digits)
   puzzles = []
   while len(puzzles) < n:
     puzzle = draw(rng)
@@ -86,7 +89,7 @@ def make(name, seed, n, heldout=True):
   return puzzles
 
 
-def training_lines(name, seed, n):
+def training_lines(name, seed, n, digits=DIGITS):
   """Puzzles with their answers as documents to train on.
 
   Returns:
@@ -101,7 +104,7 @@ def training_lines(name, seed, n):
     return [{'text': '\n'.join(draw()) + '\n'} for _ in range(n)]
   return [
     {**p, 'text': p['prompt'] + p['answer']}
-    for p in make(name, seed, n, heldout=False)
+    for p in make(name, seed, n, False, digits)
   ]
 
 
@@ -127,12 +130,12 @@ def equal(puzzle, text):
   return text.partition('\n')[0] == puzzle['answer']
 
 
-def addition(rng):
-  """Two numbers of DIGITS digits, and their sum with a digit more."""
-  a, b = rng.randrange(10**DIGITS), rng.randrange(10**DIGITS)
+def addition(rng, digits=DIGITS):
+  """Two numbers of so many digits, and their sum with a digit more."""
+  a, b = rng.randrange(10**digits), rng.randrange(10**digits)
   return {
-    'prompt': f'{a:0{DIGITS}}+{b:0{DIGITS}}=',
-    'answer': f'{a + b:0{DIGITS + 1}}',
+    'prompt': f'{a:0{digits}}+{b:0{digits}}=',
+    'answer': f'{a + b:0{digits + 1}}',
   }
 
 
@@ -154,7 +157,7 @@ def solves_sudoku(puzzle, text):
   """Whether a grid keeps the given digits and has no digit twice in a row, a
   column or a square."""
   given = puzzle['prompt'][:16]
-  if not re.fullmatch('[1-4]{16}', text):
+  if not re.fullmatch('[1-4]{16}', text) or len(given) < 16:
     return False
   fits = all(g in ('0', t) for g, t in zip(given, text, strict=True))
   return fits and all(len({text[i] for i in unit}) == 4 for unit in units())
@@ -261,9 +264,12 @@ def value(expression):
 
 def makes_target(puzzle, text):
   """Whether an expression uses each number once and has the value asked for."""
-  numbers, target = re.fullmatch(r'(.*)->(\d+):', puzzle['prompt']).groups()
+  prompt = re.fullmatch(r'(.*)->(\d+):', puzzle['prompt'], re.ASCII)
+  if not prompt:
+    return False
   used = re.findall(r'\d+', text, re.ASCII)
-  return sorted(used) == numbers.split(',') and value(text) == int(target)
+  right = sorted(used) == prompt[1].split(',')
+  return right and value(text) == int(prompt[2])
 
 
 @functools.cache
