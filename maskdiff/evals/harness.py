@@ -156,8 +156,9 @@ class MaskDiff(TemplateLM):
   def loglikelihood_rolling(self, requests, disable_tqdm=False):
     """The log-likelihood of each text, an empty one's being 0.
 
-    Texts that are longer than the context are cut by lm-eval: pieces begin
-    with the last token of the piece before, which is not scored again.
+    Texts that are longer than the context are cut by lm-eval: a piece is shown
+    the last token of the one before, and the last piece as many as fit, which
+    are not scored again.
     """
     del disable_tqdm
     pairs, text_of = [], []

@@ -15,6 +15,7 @@ from maskdiff.data import records
 from maskdiff.errors import UserError
 
 NUM_CHOICES = 4
+BROKEN = '\ufffd'  # where a character was cut
 WORD = re.compile(r' ?[^\W\d_]{3,}')
 
 
@@ -71,6 +72,8 @@ def choices(found, tokenizer, context, seed, n):
     texts = [tokenizer.decode(w[-answer:]) for w in (asked, *others)]
     if len({t.strip() for t in texts} - {''}) < NUM_CHOICES:
       continue
+    if BROKEN in prompt + ''.join(texts):
+      continue
     order = rng.sample(range(NUM_CHOICES), NUM_CHOICES)
     lines.append(
       {
@@ -103,7 +106,11 @@ def cloze(found, tokenizer, context, seed, n):
     rng.shuffle(words)
     for word in words:
       parts = text[: word.start()], word[0], text[word.end() :]
-      if all(parts) and sum(map(tokenizer.encode, parts), []) == whole:
+      if (
+        all(parts)
+        and BROKEN not in text
+        and sum(map(tokenizer.encode, parts), []) == whole
+      ):
         names = 'prompt', 'answer', 'suffix'
         lines.append(dict(zip(names, parts, strict=True)))
         break
@@ -112,10 +119,7 @@ def cloze(found, tokenizer, context, seed, n):
 
 
 def _windows(found, size, rng):
-  """Pieces of `size` tokens, without end; each place is as likely.
-
-  None is broken in the middle of a character.
-  """
+  """Pieces of `size` tokens, without end; each place is as likely."""
   starts = np.cumsum([max(0, len(ids) - size + 1) for ids in found])
   if starts[-1] < 100:
     raise UserError(

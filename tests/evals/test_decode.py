@@ -135,7 +135,7 @@ def test_settings_that_are_not_possible_are_named(model, values, message):
 def test_a_row_that_is_too_long_is_named(model):
   line = {'prompt': 'x = ' * 64, 'answer': 'y'}
   with pytest.raises(UserError, match='the model was trained on rows of'):
-    ask(model([line]), {}, 'addition', [line])
+    ask(model([]), {}, 'addition', [line])
 
 
 def test_a_setting_is_a_key_and_a_value():
