@@ -1,9 +1,9 @@
 r"""Writes puzzles to train on, or to be asked; see maskdiff/evals/puzzles.py.
 
-python launch/puzzles.py --task addition --num 200000 --out addition.jsonl
-python launch/prepare.py --source addition.jsonl --out data/addition \
-  --tokenizer tokenizer/stdlib_4k.model --row_length 100
-python launch/puzzles.py --task addition --heldout --num 200 --out asked.jsonl
+python launch/puzzles.py --task sudoku --num 60000 --out sudoku.jsonl
+python launch/prepare.py --source sudoku.jsonl --out data/sudoku \
+  --tokenizer digits.model --row_length 136
+python launch/puzzles.py --task sudoku --heldout --num 200 --out asked.jsonl
 
 The files are JSON lines with "prompt" and "answer", those to train on with
 "text" besides. No puzzle is both trained on and asked, whatever the seeds.
