@@ -19,7 +19,7 @@ from maskdiff import run, sampler
 from maskdiff.evals import decode, heldout
 
 PROMPT, KTH = 16, (10, 50, 100)
-BINS = 14
+BINS = 8
 # Rule, temperature.
 RULES = {
   'low_confidence, temperature 0': ('low_confidence', 0.0),
@@ -59,7 +59,7 @@ def positions(model, rule, temperature, num):
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--workdir', required=True)
-  parser.add_argument('--num', type=int, default=256, help='texts')
+  parser.add_argument('--num', type=int, default=48, help='texts')
   parser.add_argument('--out', help='file for the plot')
   args = parser.parse_args()
   model = decode.Model(*run.load(args.workdir))

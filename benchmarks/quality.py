@@ -23,7 +23,7 @@ THRESHOLDS, FACTORS = (0.5, 0.7, 0.9, 0.99), (4.0, 2.0, 1.0, 0.25)
 
 def settings(slots):
   """The settings to compare, as (rule, dict)."""
-  steps = sorted({slots, *(n for n in (1, 2, 3, 4, 6, 8, 12) if n < slots)})
+  steps = sorted({slots, *(n for n in (1, 2, 4, 8) if n < slots)})
   of = lambda **values: [{**values, 'steps': n} for n in steps]
   greedy = {'temperature': 0.0}
   return {
