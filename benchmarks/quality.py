@@ -18,6 +18,7 @@ from maskdiff import run
 from maskdiff.evals import decode, puzzles
 
 TOLERANCE = 0.02
+SAID = ('steps', 'threshold', 'factor', 'temperature')
 THRESHOLDS, FACTORS = (0.5, 0.7, 0.9, 0.99), (4.0, 2.0, 1.0, 0.25)
 
 
@@ -64,9 +65,9 @@ def measure(task, workdir, num):
         values,
       )
       points.setdefault(rule, []).append(point)
-      said = {k: v for k, v in values.items() if k in ('threshold', 'factor')}
+      said = {k: v for k, v in values.items() if k in SAID}
       print(
-        f'{task}, {rule} {said or ""}: {point[0]:.2f} forwards/token, '
+        f'{task}, {rule} {said}: {point[0]:.2f} forwards/token, '
         f'accuracy {point[1]:.3f} ± {point[2]:.3f}',
         flush=True,
       )
@@ -111,6 +112,8 @@ def plot(found, out):
         elinewidth=0.6,
       )
     axes.set_title(task)
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
     axes.set_xlabel('forward passes per token')
     axes.spines[['top', 'right']].set_visible(False)
   all_axes[0, 0].set_ylabel('puzzles solved')

@@ -34,7 +34,7 @@ LARGEST = 20  # number of a countdown
 
 # Facts are told from name to description, from description to name, or both:
 # those teach that there are two ways to ask.
-FACTS, WAYS_TOLD = 180, ('name_first', 'description_first', 'both')
+FACTS, WAYS_TOLD = 60, ('name_first', 'description_first', 'both')
 FACTS_TOGETHER = 8  # in a document to train on
 FIRST_NAMES = (
   'Ada Boris Clara Dario Edith Felix Greta Hugo Ines Jonas Karin Louis Maria '
