@@ -5,7 +5,8 @@ python benchmarks/decode_order.py --workdir runs/tiny \
 
 Continues pieces of held-out text with one block, a token a step, and draws
 histograms of the positions. A sampler that decodes left to right would have a
-single bar at 10, 50 and 100. --out needs matplotlib.
+single bar at 10, 50 and 100, one that takes any slot a flat line. --out needs
+matplotlib.
 """
 
 import argparse
@@ -24,7 +25,6 @@ BINS = 8
 RULES = {
   'low_confidence, temperature 0': ('low_confidence', 0.0),
   'low_confidence, temperature 1': ('low_confidence', 1.0),
-  'random': ('random', 0.0),
 }
 
 
@@ -59,7 +59,7 @@ def positions(model, rule, temperature, num):
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--workdir', required=True)
-  parser.add_argument('--num', type=int, default=48, help='texts')
+  parser.add_argument('--num', type=int, default=32, help='texts')
   parser.add_argument('--out', help='file for the plot')
   args = parser.parse_args()
   model = decode.Model(*run.load(args.workdir))
@@ -97,7 +97,9 @@ def plot(found, out):
     for name, places in found.items():
       share = np.histogram(places[:, k - 1], edges)[0] / len(places)
       axes.stairs(share, edges, label=name, linewidth=1.5)
-    axes.axvline(k, color='#9aa5b1', linestyle='--', linewidth=1)
+    grey = {'color': '#9aa5b1', 'linestyle': '--', 'linewidth': 1}
+    axes.axvline(k, **grey, label='left to right')
+    axes.axhline(1 / BINS, **{**grey, 'linestyle': ':'}, label='random')
     axes.set_title(f'{k}th token')
     axes.set_xlabel('position in the answer')
     axes.spines[['top', 'right']].set_visible(False)
