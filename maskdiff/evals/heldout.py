@@ -4,7 +4,6 @@
 was taken out. Both are lines for tasks.py, drawn from a seed.
 """
 
-import itertools
 import random
 import re
 
@@ -15,6 +14,8 @@ from maskdiff.data import records
 from maskdiff.errors import UserError
 
 NUM_CHOICES = 4
+MOST_ROWS = 4096  # of a dataset, about
+TRIES = 100  # places for each line that is to be made
 BROKEN = '\ufffd'  # where a character was cut
 WORD = re.compile(r' ?[^\W\d_]{3,}')
 
@@ -22,7 +23,8 @@ WORD = re.compile(r' ?[^\W\d_]{3,}')
 def documents(config, tokenizer):
   """The held-out documents of a run's data, as token lists.
 
-  Those that a row cuts are pieces. Of `eval.path`, if the run was given one.
+  Those that a row cuts are pieces. Of `eval.path`, if the run was given one. Of
+  much text, rows evenly spread over it.
 
   Raises:
     UserError: there is no held-out text; or see run.open_data.
@@ -30,7 +32,8 @@ def documents(config, tokenizer):
   found = []
   for dataset in run.open_data(config, tokenizer, config.eval.path or None):
     source = records.RowSource(dataset.directory, dataset.manifest, 'heldout')
-    for i in range(len(source)):
+    step = max(1, len(source) // MOST_ROWS)
+    for i in range(0, len(source), step):
       row = np.asarray(source[i], np.int32)
       ends = np.flatnonzero(row == tokenizer.eos_id) + 1
       pieces = np.split(row, ends)
@@ -65,9 +68,8 @@ def choices(found, tokenizer, context, seed, n):
   size = min(64, context // 2) + answer
   rng = random.Random(f'choices {seed}')
   lines = []
-  source = _windows(found, size, rng)
-  while len(lines) < n:
-    asked, *others = (next(source) for _ in range(NUM_CHOICES))
+  source = _windows(found, size, rng, n)
+  for asked, *others in zip(*[source] * NUM_CHOICES, strict=False):
     prompt = tokenizer.decode(asked[:-answer])
     texts = [tokenizer.decode(w[-answer:]) for w in (asked, *others)]
     if len({t.strip() for t in texts} - {''}) < NUM_CHOICES:
@@ -82,7 +84,9 @@ def choices(found, tokenizer, context, seed, n):
         'answer': order.index(0),
       }
     )
-  return lines
+    if len(lines) == n:
+      return lines
+  raise _too_few(lines, n)
 
 
 def cloze(found, tokenizer, context, seed, n):
@@ -99,7 +103,7 @@ def cloze(found, tokenizer, context, seed, n):
   """
   rng = random.Random(f'cloze {seed}')
   lines = []
-  for window in _windows(found, min(64, context * 3 // 4), rng):
+  for window in _windows(found, min(64, context * 3 // 4), rng, n):
     text = tokenizer.decode(window)
     whole = tokenizer.encode(text)
     words = list(WORD.finditer(text))
@@ -116,10 +120,18 @@ def cloze(found, tokenizer, context, seed, n):
         break
     if len(lines) == n:
       return lines
+  raise _too_few(lines, n)
 
 
-def _windows(found, size, rng):
-  """Pieces of `size` tokens, without end; each place is as likely."""
+def _too_few(lines, n):
+  return UserError(
+    f'the held-out text gives {len(lines)} of {n} lines: there are too few '
+    'words or too little that differs; give --data'
+  )
+
+
+def _windows(found, size, rng, n):
+  """Pieces of `size` tokens, TRIES for each of n; each place is as likely."""
   starts = np.cumsum([max(0, len(ids) - size + 1) for ids in found])
   if starts[-1] < 100:
     raise UserError(
@@ -132,4 +144,4 @@ def _windows(found, size, rng):
     start = place - int(starts[i - 1] if i else 0)
     return found[i][start : start + size]
 
-  return (of(rng.randrange(int(starts[-1]))) for _ in itertools.count())
+  return (of(rng.randrange(int(starts[-1]))) for _ in range(TRIES * n))

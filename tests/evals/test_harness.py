@@ -197,7 +197,6 @@ def requests(*args):
 
 def test_a_long_context_loses_its_beginning(model, tokenizer):
   context, rest = 'alpha = beta\n' * 20, ' self.read'
-  ids, answer = tokenizer.encode(context), None
   whole = tokenizer.encode(context.rstrip() + '\n' + rest)
   answer = whole[len(tokenizer.encode(context.rstrip())) :]
   ids = whole[: len(whole) - len(answer)]

@@ -84,3 +84,10 @@ def test_a_seed_gives_the_same_lines(draw, found, tokenizer):
 def test_too_little_text_is_said(draw, found, tokenizer):
   with pytest.raises(UserError, match='held-out text has 0 places'):
     draw(found, tokenizer, 1024, 0, N)
+
+
+@pytest.mark.parametrize('draw', [heldout.choices, heldout.cloze])
+def test_text_that_makes_no_questions_is_said(draw, tokenizer):
+  same = [tokenizer.encode('1' * 400)]
+  with pytest.raises(UserError, match=f'gives 0 of {N} lines'):
+    draw(same, tokenizer, 6, 0, N)
