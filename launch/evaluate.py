@@ -1,20 +1,36 @@
-r"""Scores lines of text with a trained model, by likelihood.
+r"""Scores lines of text with a trained model by likelihood, or lets it answer.
 
 python launch/evaluate.py --workdir runs/tiny --task bound --data texts.jsonl
 python launch/evaluate.py --workdir runs/tiny --task choices \
   --data questions.jsonl --guidance 0.5
+python launch/evaluate.py --workdir runs/tiny --task cloze
+python launch/evaluate.py --workdir runs/addition --task addition \
+  --sample steps=2 --sample confidence=margin
 
-Lines are {"prompt": "...", "answer": "..."} or {"text": "..."} for bound,
-{"prompt": "...", "choices": ["...", ...], "answer": 0} for choices, and
-{"prompt": "...", "answer": "..."} for greedy. A JSON line is printed for each,
-in order, and a last one for all of them.
+By likelihood: lines are {"prompt": "...", "answer": "..."} or {"text": "..."}
+for bound, {"prompt": "...", "choices": ["...", ...], "answer": 0} for choices,
+and {"prompt": "...", "answer": "..."} for greedy.
+
+By the sampler: addition, sudoku, countdown and reversal are puzzles, cloze asks
+for words of the run's held-out text. They make their own lines, and so does
+choices without --data. --data takes lines of `launch/puzzles.py --heldout`.
+
+A JSON line is printed for each, in order, and a last one for all of them, with
+the settings. docs/evaluation.md says more.
 """
 
+import functools
 import json
 
 from absl import flags, logging
 
 from maskdiff import config
+from maskdiff.errors import UserError
+from maskdiff.evals import puzzles
+
+SCORED = ('bound', 'choices', 'greedy')
+ANSWERED = (*puzzles.PUZZLES, 'cloze')
+MADE = (*ANSWERED, 'choices')
 
 flags.DEFINE_string(
   'workdir', None, "The run to load, or a folder in Hugging Face's form."
@@ -22,11 +38,22 @@ flags.DEFINE_string(
 flags.DEFINE_enum(
   'task',
   None,
-  ['bound', 'choices', 'greedy'],
+  [*SCORED, *ANSWERED],
   'bound: nats and bits per byte; choices: accuracy of the likeliest choice; '
-  'greedy: whether greedy decoding gives the answer.',
+  'greedy: whether greedy decoding gives the answer; the others: what the '
+  'sampler answers.',
 )
-flags.DEFINE_string('data', None, 'File of JSON lines.')
+flags.DEFINE_string(
+  'data', None, 'File of JSON lines; by default lines that are made.'
+)
+flags.DEFINE_integer('num', 200, 'Lines to make.', lower_bound=1)
+flags.DEFINE_multi_string(
+  'sample',
+  [],
+  'KEY=VALUE, a setting of config.sample for those that the sampler answers; '
+  'may be repeated.',
+)
+flags.DEFINE_integer('batch', 32, 'Lines answered at once.', lower_bound=1)
 flags.DEFINE_enum(
   'form',
   'count',
@@ -51,13 +78,16 @@ flags.DEFINE_integer(
   'Tokens that the network computes at once; sets its memory.',
   lower_bound=1,
 )
-for name in ('workdir', 'task', 'data'):
-  flags.mark_flag_as_required(name)
+flags.mark_flags_as_required(['workdir', 'task'])
 
 
 def main(args):
   from maskdiff import run, runtime  # after the flags: bad ones are told first
 
+  if not args.data and args.task not in MADE:
+    raise UserError(f'--task {args.task} needs --data')
+  if args.sample and args.task not in ANSWERED:
+    raise UserError(f'--sample: there is no sampling in --task {args.task}')
   with runtime.started(run.own_directory(args.workdir)):
     evaluate(args)
 
@@ -65,21 +95,78 @@ def main(args):
 def evaluate(args):
   import jax
 
-  from maskdiff import likelihood, run, tasks
+  from maskdiff import run, tasks
   from maskdiff.estimators import Estimator
+  from maskdiff.evals import decode
 
   # Orbax warns that the checkpoint is opened to be read only: it is meant so.
   logging.set_verbosity(logging.ERROR)
 
-  lines = tasks.read(args.data, args.task)
-  if args.form != 'left_to_right':
+  answered = args.task in ANSWERED
+  lines, estimator = None, None
+  if args.data:
+    lines = tasks.read(args.data, 'greedy' if answered else args.task)
+    for line in lines:
+      answer = line.value['answer']
+      if answered and not puzzles.correct(args.task, line.value, answer):
+        raise UserError(
+          f'{line.where}: {answer!r} is no right answer, so this is no line of '
+          f'--task {args.task}; see launch/puzzles.py'
+        )
+  if args.form != 'left_to_right' and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
-  run_config, tokenizer, params, mesh = run.load(args.workdir)
-  c = run.likelihood_config(run_config, args.guidance, args.tokens_per_call)
-  network = run.sampler_model(run_config), c, params
+  values = decode.pairs(args.sample)
+  model = decode.Model(*run.load(args.workdir))
+  if lines is None:
+    lines = [tasks.Line(*line) for line in made(args, model)]
+  if answered:
+    rows, total = decode.ask(
+      model,
+      values,
+      [line.value for line in lines],
+      functools.partial(puzzles.correct, args.task),
+      args.seed,
+      args.batch,
+    )
+  else:
+    rows, total = score(args, model, estimator, lines)
+  total |= {
+    'task': args.task,
+    'data': args.data or f'{args.num} made with seed {args.seed}',
+    'workdir': args.workdir,
+  }
+  if jax.process_index() == 0:
+    for row in [*rows, total]:
+      print(json.dumps(row), flush=True)
 
-  def score(tokens, answer, valid, seeds):
-    if args.form == 'left_to_right':
+
+def made(args, model):
+  """Lines of the task with where they come from."""
+  from maskdiff.evals import heldout
+
+  if args.task in puzzles.PUZZLES:
+    lines = puzzles.make(args.task, args.seed, args.num)
+  else:
+    draw = {'cloze': heldout.cloze, 'choices': heldout.choices}[args.task]
+    found = heldout.documents(model.config, model.tokenizer)
+    context = model.config.data.length
+    lines = draw(found, model.tokenizer, context, args.seed, args.num)
+  return [(f'{args.task} {i}', line) for i, line in enumerate(lines)]
+
+
+def score(args, model, estimator, lines):
+  """Rows and total of a task that is scored by likelihood."""
+  import dataclasses
+
+  import jax
+
+  from maskdiff import likelihood, run, tasks
+
+  c = run.likelihood_config(model.config, args.guidance, args.tokens_per_call)
+  network = run.sampler_model(model.config), c, model.params
+
+  def bound(tokens, answer, valid, seeds):
+    if estimator is None:
       return likelihood.left_to_right(*network, tokens, answer, valid)
     seeds = [args.seed + s for s in seeds]
     return likelihood.bound(*network, tokens, answer, valid, estimator, seeds)
@@ -87,13 +174,19 @@ def evaluate(args):
   def matches(tokens, answer, valid):
     return likelihood.greedy_matches(*network, tokens, answer, valid)
 
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(model.mesh):
     rows, total = tasks.TASKS[args.task](
-      lines, tokenizer, c.context, matches if args.task == 'greedy' else score
+      lines,
+      model.tokenizer,
+      c.context,
+      matches if args.task == 'greedy' else bound,
     )
-  if jax.process_index() == 0:
-    for row in [*rows, total]:
-      print(json.dumps(row), flush=True)
+  total['guidance'] = args.guidance
+  if args.task != 'greedy':
+    total['estimator'] = (
+      dataclasses.asdict(estimator) if estimator else args.form
+    )
+  return rows, total
 
 
 if __name__ == '__main__':

@@ -167,8 +167,8 @@ def choices(lines, tokenizer, context, score):
   right = lambda key: [row[key] == row['answer'] for row in rows]
   return rows, {
     'lines': len(lines),
-    **_accuracy('accuracy', right('choice')),
-    **_accuracy('accuracy_per_byte', right('choice_per_byte')),
+    **accuracy('accuracy', right('choice')),
+    **accuracy('accuracy_per_byte', right('choice_per_byte')),
   }
 
 
@@ -188,7 +188,7 @@ def greedy(lines, tokenizer, context, matches):
   prompts, answers, _ = zip(*encoded, strict=True)
   right = matches(*suffixes(prompts, answers)).tolist()
   rows = [{'match': match} for match in right]
-  return rows, {'lines': len(lines), **_accuracy('accuracy', right)}
+  return rows, {'lines': len(lines), **accuracy('accuracy', right)}
 
 
 TASKS = {'bound': bound, 'choices': choices, 'greedy': greedy}
@@ -208,7 +208,8 @@ def _encode(line, answer, tokenizer, context):
   return *pair, len(answer.encode())
 
 
-def _accuracy(name, right):
+def accuracy(name, right):
+  """The share of what is right, and its standard error over lines."""
   share, n = float(np.mean(right)), len(right)
   return {
     name: share,

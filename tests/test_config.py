@@ -33,11 +33,12 @@ def module(name):
   return runpy.run_path(str(ROOT / 'configs' / name.partition(':')[0]))
 
 
-# And FILE:MACHINE for every machine that a file has a batch for.
+# And FILE:MACHINE for every machine that a file has a batch for, or puzzle.
 FILES = NAMES + [
-  f'{name}:{machine}'
+  f'{name}:{entry}'
   for name in NAMES
-  for machine in module(name).get('MACHINES', {})
+  for table in ('MACHINES', 'PUZZLES')
+  for entry in module(name).get(table, {})
 ]
 
 

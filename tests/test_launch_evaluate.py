@@ -1,6 +1,5 @@
 """The script that scores lines of text, in a process of its own."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -10,12 +9,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+import untrained_run
 
-from maskdiff import checkpoint, likelihood, run
-from maskdiff import config as config_lib
-from maskdiff import model as model_lib
-from maskdiff.checkpoint import Checkpointer
-from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff import likelihood, run
 from maskdiff.estimators import Estimator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -28,26 +24,8 @@ PAIRS = [
 @pytest.fixture(scope='module')
 def workdir(tokenizer, tmp_path_factory):
   """A run that was saved before its first step."""
-  config = config_lib.default()
-  config.update_from_flattened_dict(
-    {
-      'model.embed': 16,
-      'model.layers': 1,
-      'model.heads': 2,
-      'model.kv_heads': 2,
-      'model.head_dim': 8,
-      'model.mlp': 16,
-      'model.dtype': 'float32',
-      'data.tokenizer': tokenizer.path,
-      'data.length': 32,
-    }
-  )
-  params = model_lib.init(run.step_config(config).model, jax.random.key(0))
   path = tmp_path_factory.mktemp('run')
-  meta = {'config': checkpoint.config_json(config)}
-  with contextlib.closing(Checkpointer(path / 'checkpoints', keep=1)) as saver:
-    saver.save(1, {'params': params}, meta)
-  tokenizer_lib.copy(tokenizer, str(path))
+  untrained_run.save(path, tokenizer)
   return path
 
 

@@ -1,0 +1,112 @@
+r"""Where the 10th, 50th and 100th token falls that a sampler commits.
+
+python benchmarks/decode_order.py --workdir runs/tiny \
+  --out docs/decode_order.png
+
+Continues pieces of held-out text with one block, a token a step, and draws
+histograms of the positions. A sampler that decodes left to right would have a
+single bar at 10, 50 and 100, one that takes any slot a flat line. --out needs
+matplotlib.
+"""
+
+import argparse
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+
+from maskdiff import run, sampler
+from maskdiff.evals import decode, heldout
+
+PROMPT, KTH = 16, (10, 50, 100)
+BINS = 8
+# Rule, temperature.
+RULES = {
+  'low_confidence, temperature 0': ('low_confidence', 0.0),
+  'low_confidence, temperature 1': ('low_confidence', 1.0),
+}
+
+
+def positions(model, rule, temperature, num):
+  """[num, slots] the position of the first, second, ... committed token."""
+  config, tokenizer = model.config, model.tokenizer
+  slots = config.data.length - PROMPT
+  found = heldout.documents(config, tokenizer)
+  long = [ids[:PROMPT] for ids in found if len(ids) >= PROMPT]
+  prompts = list(itertools.islice(itertools.cycle(long), num))
+  values = {'gen_length': slots, 'block_length': slots, 'remasking': rule}
+  c = run.sampler_config(
+    decode.settings(config, {**values, 'temperature': temperature})
+  )
+  c = dataclasses.replace(c, stop_at_eos=False)
+  canvas, fill, valid = sampler.continue_prompts(prompts, slots)
+  with jax.set_mesh(model.mesh):
+    steps = list(
+      sampler.trace(
+        run.sampler_model(config),
+        c,
+        model.params,
+        *(canvas, fill, valid),
+        seeds=range(num),
+      )
+    )
+  masked = np.stack(steps)[:, :, PROMPT:] == c.mask_id
+  committed = masked[:-1] & ~masked[1:]  # [slots, num, slots], one a step
+  return committed.argmax(axis=2).T
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--workdir', required=True)
+  parser.add_argument('--num', type=int, default=32, help='texts')
+  parser.add_argument('--out', help='file for the plot')
+  args = parser.parse_args()
+  model = decode.Model(*run.load(args.workdir))
+  found = {}
+  for name, (rule, temperature) in RULES.items():
+    found[name] = places = positions(model, rule, temperature, args.num) + 1
+    steps = np.abs(np.diff(places, axis=1))
+    said = ', '.join(
+      f'{k}th {np.median(places[:, k - 1]):.0f} '
+      f'({np.percentile(places[:, k - 1], 10):.0f} to '
+      f'{np.percentile(places[:, k - 1], 90):.0f})'
+      for k in KTH
+    )
+    print(
+      f'{name}: median position of the {said}, of {places.shape[1]}; '
+      f'{(steps == 1).mean():.0%} of tokens beside the one before',
+      flush=True,
+    )
+  if args.out:
+    plot(found, args.out)
+
+
+def plot(found, out):
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  figure, all_axes = plt.subplots(
+    1, len(KTH), figsize=(11, 3.2), layout='constrained', sharey=True
+  )
+  slots = next(iter(found.values())).shape[1]
+  edges = np.linspace(0.5, slots + 0.5, BINS + 1)
+  for axes, k in zip(all_axes, KTH, strict=True):
+    for name, places in found.items():
+      share = np.histogram(places[:, k - 1], edges)[0] / len(places)
+      axes.stairs(share, edges, label=name, linewidth=1.5)
+    grey = {'color': '#9aa5b1', 'linestyle': '--', 'linewidth': 1}
+    axes.axvline(k, **grey, label='left to right')
+    axes.axhline(1 / BINS, **{**grey, 'linestyle': ':'}, label='random')
+    axes.set_title(f'{k}th token')
+    axes.set_xlabel('position in the answer')
+    axes.spines[['top', 'right']].set_visible(False)
+  all_axes[0].set_ylabel('share of texts')
+  all_axes[-1].legend(frameon=False, fontsize=8)
+  figure.savefig(out, dpi=130)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,140 @@
+r"""What fewer forward passes cost: accuracy on puzzles, for each commit rule.
+
+python benchmarks/quality.py sudoku=runs/sudoku countdown=runs/countdown \
+  --out docs/quality_vs_forwards.png
+
+Each rule of remasking.py and each kind of confidence answers the same puzzles
+with several numbers of steps, thresholds or factors. Prints a line for each,
+and for each rule the fewest forward passes per token at which it is within two
+points of one token a step by low_confidence. Ancestral and first-hitting
+sampling draw at temperature 1, at which they are exact; the others take the
+most probable token. --out needs matplotlib.
+"""
+
+import argparse
+import functools
+
+from maskdiff import run
+from maskdiff.evals import decode, puzzles
+
+TOLERANCE = 0.02
+SAID = ('steps', 'threshold', 'factor', 'temperature')
+THRESHOLDS, FACTORS = (0.5, 0.7, 0.9, 0.99), (4.0, 2.0, 1.0, 0.25)
+
+
+def settings(slots):
+  """The settings to compare, as (rule, dict)."""
+  steps = sorted({slots, *(n for n in (1, 2, 4, 8) if n < slots)})
+  of = lambda **values: [{**values, 'steps': n} for n in steps]
+  greedy = {'temperature': 0.0}
+  return {
+    'low_confidence': of(**greedy),
+    'low_confidence, entropy': of(**greedy, confidence='entropy'),
+    'low_confidence, margin': of(**greedy, confidence='margin'),
+    'low_confidence, cosine': of(**greedy, schedule='cosine'),
+    'random': of(**greedy, remasking='random'),
+    'threshold': [
+      {**greedy, 'remasking': 'threshold', 'threshold': x} for x in THRESHOLDS
+    ],
+    'factor': [{**greedy, 'remasking': 'factor', 'factor': x} for x in FACTORS],
+    'ancestral': of(temperature=1.0, remasking='ancestral'),
+    'first_hitting': [{'temperature': 1.0, 'remasking': 'first_hitting'}],
+  }
+
+
+def measure(task, workdir, num):
+  """{rule: [(forward passes per token, accuracy, its error, setting)]}."""
+  model = decode.Model(*run.load(workdir))
+  lines = puzzles.make(task, 0, num)
+  slots = len(model.tokenizer.encode(lines[0]['answer'])) + 1
+  points = {}
+  for rule, many in settings(slots).items():
+    for values in many:
+      _, total = decode.ask(
+        model,
+        {'block_length': slots, **values},
+        lines,
+        functools.partial(puzzles.correct, task),
+        seed=0,
+        batch=num,
+      )
+      point = (
+        total['forwards_per_token'],
+        total['accuracy'],
+        total['stderr_accuracy'],
+        values,
+      )
+      points.setdefault(rule, []).append(point)
+      said = {k: v for k, v in values.items() if k in SAID}
+      print(
+        f'{task}, {rule} {said}: {point[0]:.2f} forwards/token, '
+        f'accuracy {point[1]:.3f} ± {point[2]:.3f}',
+        flush=True,
+      )
+  return points
+
+
+def at_equal_quality(task, points):
+  """Prints the fewest forward passes of each rule that are good enough."""
+  _, wanted, _, _ = max(points['low_confidence'], key=lambda p: p[0])
+  wanted -= TOLERANCE
+  print(f'{task}: forwards/token for an accuracy of at least {wanted:.3f}')
+  for rule, some in points.items():
+    enough = [p for p in some if p[1] >= wanted]
+    best = f'{min(p[0] for p in enough):.2f}' if enough else 'not reached'
+    print(f'  {rule:24} {best}')
+
+
+def plot(found, out):
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  figure, all_axes = plt.subplots(
+    1,
+    len(found),
+    figsize=(5.2 * len(found), 4),
+    layout='constrained',
+    squeeze=False,
+  )
+  for axes, (task, points) in zip(all_axes[0], found.items(), strict=True):
+    for i, (rule, some) in enumerate(points.items()):
+      x, y, error, _ = zip(*sorted(some, key=lambda p: p[0]), strict=True)
+      axes.errorbar(
+        x,
+        y,
+        error,
+        label=rule,
+        marker='osD^vP*Xd'[i],
+        markersize=5,
+        linewidth=1,
+        elinewidth=0.6,
+      )
+    axes.set_title(task)
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.set_xlabel('forward passes per token')
+    axes.spines[['top', 'right']].set_visible(False)
+  all_axes[0, 0].set_ylabel('puzzles solved')
+  all_axes[0, 0].legend(frameon=False, fontsize=8)
+  figure.savefig(out, dpi=130)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('runs', nargs='+', metavar='TASK=WORKDIR')
+  parser.add_argument('--num', type=int, default=200, help='puzzles')
+  parser.add_argument('--out', help='file for the plot')
+  args = parser.parse_args()
+  found = {}
+  for task, workdir in (text.split('=', 1) for text in args.runs):
+    found[task] = measure(task, workdir, args.num)
+  for task, points in found.items():
+    at_equal_quality(task, points)
+  if args.out:
+    plot(found, args.out)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,83 @@
+r"""Evaluates a trained model on tasks of lm-eval, which must be installed.
+
+python launch/harness.py --workdir runs/tiny --tasks arc_easy,lambada_openai \
+  --limit 100 --model samples=64 --model steps=32 --out results.json
+python launch/harness.py --workdir runs/tiny --include_path my_tasks \
+  --tasks my_questions
+
+Settings of likelihoods and of the sampler are those of
+maskdiff/evals/harness.py; they are stored with the results.
+"""
+
+import json
+
+from absl import flags, logging
+
+from maskdiff import config
+from maskdiff.errors import UserError
+
+flags.DEFINE_string('workdir', None, 'The run to load.')
+flags.DEFINE_list('tasks', None, 'Names of tasks.')
+flags.DEFINE_string('include_path', None, 'Directory with tasks of your own.')
+flags.DEFINE_multi_string(
+  'model',
+  [],
+  'KEY=VALUE, a setting: samples, strata, form, coupled, guidance, '
+  'check_greedy, seed, batch_size, or one of config.sample; may be repeated.',
+)
+flags.DEFINE_integer('num_fewshot', None, 'Examples before a question.')
+flags.DEFINE_integer('limit', None, 'Questions of a task; by default all.')
+flags.DEFINE_string('out', None, 'File for all results, samples included.')
+flags.mark_flags_as_required(['workdir', 'tasks'])
+
+
+def main(args):
+  from maskdiff import runtime  # after the flags: a bad one is told at once
+
+  with runtime.started(args.workdir):
+    evaluate(args)
+
+
+def evaluate(args):
+  import jax
+
+  from maskdiff.evals import decode, harness  # says if lm-eval is not there
+
+  import lm_eval  # isort: skip
+  from lm_eval.tasks import TaskManager
+  from lm_eval.utils import handle_non_serializable, make_table
+
+  # Orbax warns that the checkpoint is opened to be read only: it is meant so.
+  logging.set_verbosity(logging.ERROR)
+
+  tasks = TaskManager(include_path=args.include_path)
+  unknown = [name for name in args.tasks if not tasks.match_tasks([name])]
+  if unknown:
+    raise UserError(f'--tasks: lm-eval knows no {", ".join(unknown)}')
+  settings = decode.pairs(args.model)
+  model = harness.MaskDiff.create_from_arg_string(
+    ','.join(f'{key}={value}' for key, value in settings.items()),
+    {'workdir': args.workdir},
+  )
+  results = lm_eval.simple_evaluate(
+    model=model,
+    tasks=args.tasks,
+    num_fewshot=args.num_fewshot,
+    limit=args.limit,
+    task_manager=tasks,
+    log_samples=bool(args.out),
+  )
+  if jax.process_index():
+    return
+  print(make_table(results))
+  print(json.dumps(model.get_model_info()))
+  if args.out:
+    try:
+      with open(args.out, 'w', encoding='utf-8') as f:
+        json.dump(results, f, default=handle_non_serializable)
+    except OSError as error:
+      raise UserError(f'--out: cannot write {args.out!r} ({error})') from error
+
+
+if __name__ == '__main__':
+  config.run_script(main)

@@ -1,0 +1,274 @@
+"""The run as a model of lm-eval: what its tasks get is what the library gives.
+
+Tasks are local files; the network has random weights.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import untrained_run
+
+from maskdiff import likelihood, run, sampler
+from maskdiff.errors import UserError
+
+lm_eval = pytest.importorskip('lm_eval')  # requirements-eval-test.txt
+
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from maskdiff.evals import harness  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+QUESTIONS = [
+  {'question': 'for i in ', 'choices': ['range(3):', '3)(range:'], 'label': 0},
+  {'question': 'def read(', 'choices': ['self):', ')) == ('], 'label': 1},
+  {'question': '', 'choices': ['import os', 'os os'], 'label': 0},
+]
+TEXTS = [
+  {'text': 'def read(self):\n  return alpha + beta\n' * 4},
+  {'text': 'x'},
+]
+TASKS = {
+  'md_choice': ('multiple_choice', 'questions', """
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""),
+  'md_rolling': ('loglikelihood_rolling', 'texts', """
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""),
+  'md_until': ('generate_until', 'questions', """
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["e", "a"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def workdir(tokenizer, tmp_path_factory):
+  path = tmp_path_factory.mktemp('run')
+  untrained_run.save(path, tokenizer)
+  return path
+
+
+@pytest.fixture(scope='module')
+def tasks(tmp_path_factory):
+  """A directory with tasks and their data."""
+  path = tmp_path_factory.mktemp('tasks')
+  for name, lines in (('questions', QUESTIONS), ('texts', TEXTS)):
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (path / f'{name}.jsonl').write_text(text)
+  for name, (kind, data, rest) in TASKS.items():
+    (path / f'{name}.yaml').write_text(
+      f'task: {name}\noutput_type: {kind}\ndataset_path: json\n'
+      'test_split: test\ndataset_kwargs:\n  data_files:\n'
+      f'    test: {path}/{data}.jsonl\n{rest}'
+    )
+  return path
+
+
+@pytest.fixture(scope='module')
+def model(workdir):
+  """Likelihoods are exact, so that nothing depends on seeds."""
+  return harness.MaskDiff(
+    str(workdir), form='left_to_right', batch_size=2, block_length=3
+  )
+
+
+@pytest.fixture(scope='module')
+def results(model, tasks, tmp_path_factory):
+  cache = tmp_path_factory.mktemp('cache')
+  os.environ['HF_DATASETS_CACHE'] = str(cache)
+  return lm_eval.simple_evaluate(
+    model=model,
+    tasks=list(TASKS),
+    task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+  )
+
+
+def exact(model, prompt, answer):
+  """Log-likelihood of tokens given tokens, and whether they are greedy."""
+  config = model.model.config
+  network = (
+    run.sampler_model(config),
+    run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
+    model.model.params,
+  )
+  layout = likelihood.suffixes([prompt], [answer])
+  with jax.set_mesh(model.model.mesh):
+    value = likelihood.left_to_right(*network, *layout).log_likelihood[0]
+    return value, likelihood.greedy_matches(*network, *layout)[0]
+
+
+def test_choices_are_scored_after_their_question(results, model, tokenizer):
+  for sample, question in zip(
+    results['samples']['md_choice'], QUESTIONS, strict=True
+  ):
+    encode = tokenizer.encode
+    text = question['question']
+    prompt = encode(text.rstrip()) or [tokenizer.eos_id]
+    for choice, response in zip(
+      question['choices'], sample['filtered_resps'], strict=True
+    ):
+      # The white space goes to the choice, and both are encoded as one text.
+      whole = encode(text + choice)
+      answer = whole[len(prompt) :] if text else whole
+      value, greedy = exact(model, prompt, answer)
+      assert response[0] == pytest.approx(value, rel=1e-5)
+      assert response[1] == greedy
+    values = [r[0] for r in sample['filtered_resps']]
+    assert sample['acc'] == (np.argmax(values) == question['label'])
+
+
+def test_texts_are_cut_where_the_context_ends(results, model, tokenizer):
+  """Each token is scored once. A piece is shown the last token before it, the
+  last piece as many as fit."""
+  total = 0.0
+  for sample, line in zip(results['samples']['md_rolling'], TEXTS, strict=True):
+    ids = [tokenizer.eos_id, *tokenizer.encode(line['text'])]
+    starts = range(1, len(ids), 31)  # of 32
+    pieces = [(ids[s - 1 : s], ids[s : s + 31]) for s in starts]
+    last = pieces[-1][1]
+    pieces[-1] = ids[-32 : len(ids) - len(last)], last
+    value = sum(exact(model, *piece)[0] for piece in pieces)
+    assert sample['filtered_resps'][0] == pytest.approx(value, rel=1e-5)
+    total += value
+  assert len(starts) == 1 and len(tokenizer.encode(TEXTS[0]['text'])) > 32
+  size = sum(len(line['text'].encode()) for line in TEXTS)
+  assert results['results']['md_rolling']['bits_per_byte,none'] == (
+    pytest.approx(-total / size / np.log(2), rel=1e-5)
+  )
+
+
+def test_answers_are_the_samplers_up_to_a_stop_string(
+  results, model, tokenizer
+):
+  config = model.model.config.copy_and_resolve_references()
+  config.sample.update(gen_length=6, block_length=3, steps=6, temperature=0.0)
+  prompts = [tokenizer.encode(q['question']) for q in QUESTIONS]
+  canvas, fill, valid = sampler.continue_prompts(prompts, 6)
+  with jax.set_mesh(model.model.mesh):
+    out = np.asarray(
+      sampler.generate(
+        run.sampler_model(config),
+        run.sampler_config(config),
+        model.model.params,
+        *(canvas, fill, valid),
+        seeds=range(3),
+      )
+    )
+  cuts = 0
+  for i, sample in enumerate(results['samples']['md_until']):
+    ids = out[i, fill[i]].tolist()
+    ids = ids[: (ids + [tokenizer.eos_id]).index(tokenizer.eos_id)]
+    text = tokenizer.decode(ids)
+    expected = text.partition('e')[0].partition('a')[0]
+    assert sample['filtered_resps'][0] == expected
+    cuts += expected != text
+  assert cuts
+
+
+def test_settings_are_stored_with_the_results(results, workdir):
+  stored = results['config']['maskdiff']
+  assert stored['workdir'] == str(workdir)
+  assert stored['estimator'] == 'left_to_right'
+  assert stored['sampler_settings'] == {'block_length': 3, 'guidance': 0.0}
+  (used,) = stored['samplers']
+  assert (used['gen_length'], used['block_length'], used['steps']) == (6, 3, 6)
+  assert used['temperature'] == 0.0
+  json.dumps(stored)
+
+
+def requests(*args):
+  return [SimpleNamespace(args=a) for a in args]
+
+
+def test_a_long_context_loses_its_beginning(model, tokenizer):
+  context, rest = 'alpha = beta\n' * 20, ' self.read'
+  whole = tokenizer.encode(context.rstrip() + '\n' + rest)
+  answer = whole[len(tokenizer.encode(context.rstrip())) :]
+  ids = whole[: len(whole) - len(answer)]
+  ((value, greedy),) = model.loglikelihood(
+    requests((context, rest)), disable_tqdm=True
+  )
+  assert len(ids) > 32
+  shown = ids[len(ids) - (32 - len(answer)) :]
+  assert (value, greedy) == pytest.approx(exact(model, shown, answer), rel=1e-5)
+
+
+def test_bounds_depend_on_a_request_alone_and_its_choices_share_masks(workdir):
+  model = harness.MaskDiff(str(workdir), samples=16, check_greedy=False)
+  pairs = [('for i in', ' range(3):'), ('def read(', 'self):')]
+  together = model.loglikelihood(requests(*pairs), disable_tqdm=True)
+  for pair, (value, greedy) in zip(pairs, together, strict=True):
+    ((alone, _),) = model.loglikelihood(requests(pair), disable_tqdm=True)
+    assert alone == pytest.approx(value, rel=1e-5)
+    assert greedy is False
+  twice = [pairs[0]] * 2 + [pairs[1]]
+  values = model.loglikelihood(requests(*twice), disable_tqdm=True)
+  assert values[0] == values[1] != values[2]
+  assert model.loglikelihood_rolling(requests(('',))) == [0.0]
+  info = model.get_model_info()['maskdiff']
+  assert info['estimator']['samples'] == 16 and not info['check_greedy']
+
+
+def test_a_tasks_own_sampling_counts_if_it_says_so(model):
+  asked = {'until': 'x', 'temperature': 0.9, 'top_p': 0.5, 'max_gen_toks': 4}
+  until, values = model._decoding({**asked, 'do_sample': True})
+  assert until == ['x']
+  assert (values['temperature'], values['top_p']) == (0.9, 0.5)
+  assert (values['gen_length'], values['block_length']) == (4, 3)
+  _, values = model._decoding({**asked, 'do_sample': False})
+  assert (values['temperature'], values['top_p']) == (0.0, 1.0)
+
+
+def test_what_cannot_be_done_is_one_line(model, workdir):
+  ask = requests(('x', {'until': [], 'max_gen_toks': 64}))
+  with pytest.raises(UserError, match='64 tokens .* set gen_length'):
+    model.generate_until(ask)
+  with pytest.raises(UserError, match='more than the 32 that the network'):
+    model.loglikelihood(requests(('x', ' y = 1' * 40)), disable_tqdm=True)
+  with pytest.raises(UserError, match="sampler setting 'stpes'"):
+    harness.MaskDiff(str(workdir), stpes=3)
+
+
+@pytest.mark.slow
+def test_the_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
+  def launch(*flags):
+    return subprocess.run(
+      [
+        *(sys.executable, 'launch/harness.py', f'--workdir={workdir}'),
+        *(f'--include_path={tasks}', *flags),
+      ],
+      cwd=ROOT,
+      env={
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'HF_DATASETS_CACHE': str(tmp_path / 'cache'),
+      },
+      capture_output=True,
+      text=True,
+    )
+
+  out = tmp_path / 'results.json'
+  done = launch('--tasks=md_choice', '--model=samples=16', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  assert '|md_choice|' in done.stdout
+  stored = json.loads(out.read_text())['config']['maskdiff']
+  assert json.loads(done.stdout.splitlines()[-1])['maskdiff'] == stored
+  assert stored['estimator']['samples'] == 16
+  unknown = launch('--tasks=no_such_task')
+  assert unknown.returncode == 2
+  assert 'no_such_task' in unknown.stderr.splitlines()[-1]

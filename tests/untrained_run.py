@@ -1,0 +1,42 @@
+"""A run that was saved before its first step."""
+
+import contextlib
+
+import jax
+
+from maskdiff import checkpoint, run
+from maskdiff import config as config_lib
+from maskdiff import model as model_lib
+from maskdiff.checkpoint import Checkpointer
+from maskdiff.data import tokenizer as tokenizer_lib
+
+
+def save(path, tokenizer, **changes):
+  """Writes the run into the directory, and returns its config.
+
+  Args:
+    path: pathlib.Path of the directory.
+    tokenizer: data.tokenizer.Tokenizer.
+    changes: config keys with _ for the dot, e.g. data_path.
+  """
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {
+      'model.embed': 16,
+      'model.layers': 1,
+      'model.heads': 2,
+      'model.kv_heads': 2,
+      'model.head_dim': 8,
+      'model.mlp': 16,
+      'model.dtype': 'float32',
+      'data.tokenizer': tokenizer.path,
+      'data.length': 32,
+      **{key.replace('_', '.', 1): value for key, value in changes.items()},
+    }
+  )
+  params = model_lib.init(run.step_config(config).model, jax.random.key(0))
+  meta = {'config': checkpoint.config_json(config)}
+  with contextlib.closing(Checkpointer(path / 'checkpoints', keep=1)) as saver:
+    saver.save(1, {'params': params}, meta)
+  tokenizer_lib.copy(tokenizer, str(path))
+  return config
