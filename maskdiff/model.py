@@ -282,18 +282,20 @@ def project_qkv(c, w, h, rotation):
   Returns:
     q [B, H, L, K], k [B, G, L, K] and v [B, G, L, K], q and k rotated.
   """
-  q = jnp.einsum('bld,dhk->bhlk', h, w['q'])
-  k = jnp.einsum('bld,dgk->bglk', h, w['k'])
-  v = jnp.einsum('bld,dgk->bglk', h, w['v'])
-  if c.qkv_bias:
-    by_head = lambda b: b.astype(h.dtype).reshape(-1, 1, c.head_dim)
-    q += by_head(w['q_bias'])
-    k += by_head(w['k_bias'])
-    v += by_head(w['v_bias'])
-  if c.qk_norm:
-    q = rms_norm(q, w['q_norm'], c.norm_eps)
-    k = rms_norm(k, w['k_norm'], c.norm_eps)
-  return rotate(q, rotation), rotate(k, rotation), v
+
+  def project(equation, name):
+    x = jnp.einsum(equation, h, w[name])
+    if not c.qkv_bias:
+      return x
+    return x + w[f'{name}_bias'].astype(x.dtype).reshape(-1, 1, c.head_dim)
+
+  def turn(x, name):
+    x = rms_norm(x, w[f'{name}_norm'], c.norm_eps) if c.qk_norm else x
+    return rotate(x, rotation)
+
+  q = turn(project('bld,dhk->bhlk', 'q'), 'q')
+  k = turn(project('bld,dgk->bglk', 'k'), 'k')
+  return q, k, project('bld,dgk->bglk', 'v')
 
 
 def from_the_left(x, labels):
