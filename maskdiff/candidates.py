@@ -86,7 +86,29 @@ def draw(logits, temperature, top_k, top_p, keys):
   if temperature > 0:
     logits = truncate(logits / temperature, top_k, top_p)
     logits += gumbel(keys, logits.shape[1:])
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return best(logits)
+
+
+def best(logits):
+  """The most probable token, the lowest id on ties, [..., V] to [...] int32.
+
+  XLA does not vectorize argmax on a CPU, but the maximum and minimum of floats,
+  which hold ids exactly: 8 times as fast. If a logit is NaN, so is the
+  confidence, and the token does not matter.
+  """
+
+  def of_floats(logits):
+    vocab = logits.shape[-1]
+    ids = jax.lax.broadcasted_iota(jnp.float32, logits.shape, logits.ndim - 1)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(logits == top, ids, vocab - 1.0), axis=-1)
+    return first.astype(jnp.int32)
+
+  return jax.lax.platform_dependent(
+    logits,
+    cpu=of_floats,
+    default=lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32),
+  )
 
 
 def probability(logits, token):

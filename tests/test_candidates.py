@@ -193,3 +193,13 @@ def test_guidance_of_zero_leaves_the_conditional_logits():
   c, u = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
   np.testing.assert_allclose(candidates.guide(c, u, 0.0), c)
   np.testing.assert_allclose(candidates.guide(c, u, 1.5), [1.75, 0.5])
+
+
+def test_the_most_probable_token_is_the_first_of_those_that_tie():
+  rng = np.random.default_rng(0)
+  logits = rng.integers(-3, 3, (4, 5, 40)).astype(np.float32)
+  logits[0, 0], logits[0, 1, 7] = -np.inf, np.inf
+  logits[0, 2, :39] = -np.inf
+  found = jax.jit(candidates.best)(logits)
+  assert found.dtype == jnp.int32
+  np.testing.assert_array_equal(found, logits.argmax(axis=-1))
