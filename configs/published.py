@@ -15,16 +15,17 @@ from maskdiff.interop import hf
 
 
 def get_config(folder=''):
+  if not folder:
+    raise UserError('name the folder: --config configs/published.py:DIR')
+  published = hf.open_folder(folder)
+  tokenizer = hf.open_tokenizer(published)
+  if tokenizer is None:
+    raise UserError(f'{folder} has no tokenizer')
   c = default()
-  if folder:
-    published = hf.open_folder(folder)
-    tokenizer = hf.open_tokenizer(published)
-    if tokenizer is None:
-      raise UserError(f'{folder} has no tokenizer')
-    hf.fill(c, published, tokenizer)
-    c.init_from = folder
-    if published.family.objective == 'autoregressive':
-      c.model.predict_next = True
+  hf.fill(c, published, tokenizer)
+  c.init_from = folder
+  if published.family.objective == 'autoregressive':
+    c.model.predict_next = True
   c.data.length = 1024
   c.optimizer.learning_rate = 2e-5
   c.optimizer.final_learning_rate = 2e-6

@@ -26,7 +26,13 @@ from maskdiff.errors import UserError
 from maskdiff.optimizer import OptimizerConfig, learning_rate
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
+# But that of a published folder, of which there is none:
+# tests/interop/test_warm_start.py.
+NAMES = sorted(
+  path.name
+  for path in (ROOT / 'configs').glob('*.py')
+  if path.name != 'published.py'
+)
 
 
 def module(name):
@@ -119,9 +125,7 @@ def test_a_docstring_counts_parameters_exactly(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_a_docstring_launches_its_own_file(name):
   docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
-  assert re.search(
-    rf'launch/pretrain.py --config configs/{name}[: ]', docstring
-  )
+  assert f'launch/pretrain.py --config configs/{name} ' in docstring
 
 
 @pytest.mark.parametrize(

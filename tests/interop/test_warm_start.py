@@ -111,6 +111,12 @@ def test_weights_of_another_model_are_refused_by_key(folder, rows):
     run.warm_start(config, mesh_lib.make_mesh())
 
 
+def test_the_config_asks_for_a_folder():
+  path = ROOT / 'configs' / 'published.py'
+  with pytest.raises(UserError, match='configs/published.py:DIR'):
+    runpy.run_path(str(path))['get_config']()
+
+
 def script(name, *flags):
   return subprocess.run(
     [sys.executable, f'launch/{name}.py', *flags],
