@@ -161,7 +161,7 @@ def main(args):
 def sample(args):
   import jax
 
-  from maskdiff import answers, run
+  from maskdiff import answers, layouts, run
 
   # Orbax warns that the checkpoint is opened to be read only: it is meant so.
   logging.set_verbosity(logging.ERROR)
@@ -172,22 +172,28 @@ def sample(args):
     args.workdir, args.tensor, args.dtype
   )
   most = args.gen_length or run_config.sample.gen_length
+  context = run_config.data.length
   if args.open_length and not args.gen_length:
-    longest = max((len(tokenizer.encode(p.text)) for p in prompts), default=0)
-    room = run_config.data.length
-    most = max(room // 2 if args.interactive else room - longest, 1)
+    most = context
   if not args.interactive:
-    asked = answers.ask(prompts, bool(args.infill), tokenizer.encode, most)
+    asked = answers.ask(
+      prompts,
+      bool(args.infill),
+      tokenizer.encode,
+      most,
+      context if args.open_length else None,
+    )
     _, fill, valid = asked.layout
-    run.check_context(run_config, valid)
-    most = int(fill.sum(axis=1).max())
+    layouts.check_context(context, valid)
+    if args.infill:
+      most = int(fill.sum(axis=1).max())
   override(run_config, args, most)
   s = answers.Sampling(
     run.sampler_model(run_config),
     run.sampler_config(run_config),
     params,
     tokenizer,
-    run_config.data.length,
+    context,
   )
   began = time.monotonic()
   num_tokens = num_forwards = num_positions = 0
@@ -272,6 +278,8 @@ def override(run_config, args, most):
         '--stop_at_eos and --open_length are for prompts: text follows a gap'
       )
     s.stop_at_eos = False
+    if args.lookahead is None:
+      s.lookahead = -1
   config.validate(run_config)
 
 

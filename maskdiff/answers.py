@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from maskdiff import prompts, refill, replay, request, sampler
+from maskdiff import layouts, prompts, refill, replay, sampler
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
@@ -47,7 +47,7 @@ class Asked(NamedTuple):
   layout: tuple  # canvas, fill and valid, of `request`
 
 
-def ask(asked, gaps, encode, gen_length):
+def ask(asked, gaps, encode, gen_length, context=None):
   """Lays out texts.
 
   Args:
@@ -55,20 +55,22 @@ def ask(asked, gaps, encode, gen_length):
     gaps: whether their gaps are to be filled.
     encode: from text to a list of tokens.
     gen_length: of the answers, if there are no gaps.
+    context: see `layouts.continue_prompts`.
 
   Returns:
     Asked.
 
   Raises:
-    UserError: see `request.fill_gaps`; or a text is no Unicode.
+    UserError: see `layouts.fill_gaps`; or a text is no Unicode.
   """
   texts = [p.text for p in asked]
   for text in texts:
     prompts.check_unicode(text, f'{text[:60]!r} is not UTF-8')
   if gaps:
-    layout = request.fill_gaps(texts, encode)
+    layout = layouts.fill_gaps(texts, encode)
   else:
-    layout = request.continue_prompts(list(map(encode, texts)), gen_length)
+    encoded = list(map(encode, texts))
+    layout = layouts.continue_prompts(encoded, gen_length, context)
   return Asked(asked, gaps, layout)
 
 
@@ -81,20 +83,23 @@ def in_batches(s, asked, batch):
     batch: texts sampled at once.
 
   Raises:
-    UserError: see `sampler.generate`.
+    UserError: see `sampler.generate`; after the answers that could be given.
   """
   seeds = [p.seed for p in asked.prompts]
-  early, first = {}, 0  # those that ended before one that was asked sooner
+  early, first, broken = {}, 0, []
   for found in refill.answers(
     s.model, s.c, s.params, *asked.layout, seeds, batch
   ):
-    if found.broken:
-      raise sampler.broken_error([found.row])
     early[found.row] = found
     while first in early:
       found = early.pop(first)
-      yield _answer(s, asked, first, found.tokens, found)
+      if found.broken:
+        broken.append(first)
+      else:
+        yield _answer(s, asked, first, found.tokens, found)
       first += 1
+  if broken:
+    raise sampler.broken_error(broken)
 
 
 def watched(s, asked, see):
@@ -191,16 +196,20 @@ def _ask_line(s, line, seed):
       'for n tokens'
     )
   gaps = '{{' in line
-  if '{{' in request.GAP.sub('', line):
+  if '{{' in layouts.GAP.sub('', line):
     raise UserError(
       f'{line[:60]!r} has braces that are no gap: write {{{{n}}}} where n '
       'tokens are to be filled, or give a text with such braces as --prompt'
     )
   asked = ask(
-    [prompts.Prompt(line, seed)], gaps, s.tokenizer.encode, s.c.gen_length
+    [prompts.Prompt(line, seed)],
+    gaps,
+    s.tokenizer.encode,
+    s.c.gen_length,
+    s.context if s.c.lookahead >= 0 else None,
   )
   _, fill, valid = asked.layout
-  request.check_context(s.context, valid)
+  layouts.check_context(s.context, valid)
   if fill.sum() > s.c.gen_length:
     raise UserError(
       f'the gaps have {fill.sum()} tokens together: start again with '
@@ -208,7 +217,7 @@ def _ask_line(s, line, seed):
     )
   length = max(SHORTEST_ROW, 1 << (valid.shape[1] - 1).bit_length())
   length = max(valid.shape[1], min(length, s.context))
-  return asked._replace(layout=request.widen(asked.layout, length))
+  return asked._replace(layout=layouts.widen(asked.layout, length))
 
 
 def _answer(s, asked, row, tokens, took):
@@ -216,7 +225,7 @@ def _answer(s, asked, row, tokens, took):
   _, fill, valid = (x[row] for x in asked.layout)
   answer = fill
   if s.c.stop_at_eos:
-    answer = fill & request.cut(tokens[None], fill[None], s.c.eos_id)[0]
+    answer = fill & layouts.cut(tokens[None], fill[None], s.c.eos_id)[0]
   found = {
     'infill' if asked.gaps else 'prompt': asked.prompts[row].text,
     'seed': asked.prompts[row].seed,

@@ -1,9 +1,79 @@
 """What a denoising step commits, given the logits of a block's slots."""
 
+import jax
 import jax.numpy as jnp
 
 from maskdiff import candidates, remasking
+from maskdiff.request import Carry
 from maskdiff.schedule import Schedule
+
+
+def advance(c, carry, layout, logits, turn, needed):
+  """Commits some of the predictions for the masked slots of a block.
+
+  A block that is complete before its steps are over gives them up.
+
+  Args:
+    c: SamplerConfig.
+    carry: Carry.
+    layout: Layout.
+    logits: [B, S, V] float32, of each row's current block.
+    turn: [B] bool, the rows that take a step; the others stay as they are.
+    needed: [B] int32, positions of a row that the pass was about.
+
+  Returns:
+    The next Carry; [B] bool, the rows of `turn` that have steps of this block
+    left before they need a new cache; and [B, L] float32, the confidence of
+    what was committed, NaN elsewhere.
+  """
+  block, step = carry.block, carry.step
+  slots = of_block(layout.slots, block)
+  masked = of_block(carry.masked, block) & turn[:, None]  # [B, S]
+  fold = jax.vmap(jax.random.fold_in)
+  keys = fold(fold(jax.vmap(jax.random.key)(layout.seeds), block), step)
+  draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+  token, confidence = choose(c, logits, draw_keys)
+  bad = jnp.any(masked & jnp.isnan(confidence), axis=1)
+  steps = c.steps // layout.slots.shape[1]  # per block
+  allowed = budget(
+    c, of_block(layout.num_slots, block), masked.sum(axis=1), step, steps
+  )
+  keep = remasking.RULES[c.remasking](confidence, masked, allowed, keep_keys)
+  keep &= ~bad[:, None]
+
+  batch, length = carry.canvas.shape
+  rows = jnp.arange(batch)[:, None]
+  kept = jnp.where(keep, slots, length)
+  canvas = carry.canvas.at[rows, kept].set(token, mode='drop')
+  sure = jnp.full(canvas.shape, jnp.nan)
+  sure = sure.at[rows, kept].set(confidence, mode='drop')
+  left = of_block(carry.masked, block) & ~keep
+  left = carry.masked.at[rows[:, 0], block].set(left, mode='drop')
+  left &= ~bad[:, None, None]
+  if c.stop_at_eos:
+    canvas, left = stop(c.eos_id, canvas, left, layout)
+  done = turn & ~of_block(left, block).any(axis=1)
+  step = jnp.where(done, 0, step + turn)
+  carry = Carry(
+    block=block + done,
+    step=step,
+    canvas=canvas,
+    masked=left,
+    calls=carry.calls + 1,
+    forwards=carry.forwards + turn * (2 if c.guidance else 1),
+    positions=carry.positions + turn * needed,
+    broken=carry.broken | bad,
+  )
+  again = turn & ~done & left.any((1, 2))
+  if c.refresh:
+    again &= step % c.refresh != 0
+  return carry, again & (c.cache != 'none'), sure
+
+
+def of_block(x, block):
+  """[B, ...], each row's own block of [B, blocks, ...]."""
+  rows = jnp.arange(len(x))
+  return x[rows, jnp.minimum(block, x.shape[1] - 1)]
 
 
 def choose(c, logits, keys):
@@ -57,7 +127,7 @@ def stop(eos_id, canvas, masked, layout):
   """Ends rows whose text is complete up to its first eos.
 
   Exact: what stands before the eos is never revised, and what would stand
-  after it is cut (see request.cut). The slots after it become eos.
+  after it is cut (see layouts.cut). Slots after it that are open become eos.
 
   Args:
     eos_id: int.

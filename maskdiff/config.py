@@ -352,6 +352,12 @@ def validate(c):
     f'config.sample.refresh={s.refresh} is how often a cache is made anew: set '
     'config.sample.cache too',
   )
+  require(
+    s.cache == 'none' or not m.predict_next,
+    f'config.sample.cache={s.cache} is not for config.model.predict_next=True: '
+    'the first prediction of a block would stand to the left of it; set '
+    'config.sample.cache=none',
+  )
   for key, off in (('cache', 'none'), ('lookahead', -1)):
     require(
       s[key] == off or e.name == 'masked_diffusion',

@@ -3,7 +3,8 @@
 Rows of a batch end at different times: an eos comes early, or a threshold lets
 one row commit more at a time. Waiting for the last one leaves the others idle,
 so a request takes the place of a finished one at once. Of all requests one
-program is compiled, and an answer is what it would be alone.
+program is compiled, and an answer is what it would be alone. With a cache, a
+row is replaced when the others need a new cache too.
 """
 
 import functools

@@ -1,13 +1,9 @@
 """What a sampler is asked for: the settings, and canvases with slots to fill.
 
-`continue_prompts` and `fill_gaps` lay out text, `prepare` checks a request and
-divides its slots into blocks, `cut` says where the answers end.
-
-Everything here is NumPy on the host.
+`prepare` checks a request and divides its slots into blocks, in NumPy.
 """
 
 import dataclasses
-import re
 from typing import NamedTuple
 
 import jax
@@ -17,9 +13,8 @@ from maskdiff import candidates, remasking
 from maskdiff.errors import UserError
 from maskdiff.schedule import SCHEDULES
 
-GAP = re.compile(r'\{\{(\d+)\}\}')
 CACHES = ('none', 'prefix', 'dual')
-MAX_SHAPES = 5  # that a sampler compiles the network for
+MAX_SHAPES = 5  # that a program has passes for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +80,9 @@ class Carry(NamedTuple):
   masked: jax.Array  # [B, blocks, S] bool, slots to be committed yet
   calls: jax.Array  # int32, how often the network was called
   # Of a row, whatever the other rows are, [B] int32 each: passes in which it
-  # took part, and positions that were computed for it in them. Guidance takes
-  # two passes for one.
+  # took part, and positions that they needed of it: those that are visible, or
+  # in the window. More are computed, for padding and for few shapes. Guidance
+  # takes two passes for one.
   forwards: jax.Array
   positions: jax.Array
   broken: jax.Array  # [B] bool, given up: logits were NaN or infinite
@@ -112,8 +108,9 @@ def prepare(c, canvas, fill, valid, seeds):
   Raises:
     UserError: shapes differ, steps cannot be shared by the blocks, there is
       nothing to fill, a name is unknown, there is no eos_id that is needed,
-      an autoregressive network is asked for what it cannot do, or a row goes on
-      after slots that are not to be seen.
+      an autoregressive network is asked for what it cannot do, a row goes on
+      after slots that are not to be seen, slots stand on padding, or a seed is
+      no uint32.
   """
   canvas = np.asarray(canvas, np.int32)
   fill, valid = np.asarray(fill, bool), np.asarray(valid, bool)
@@ -122,40 +119,12 @@ def prepare(c, canvas, fill, valid, seeds):
       f'canvas {canvas.shape}, fill {fill.shape} and valid {valid.shape} must '
       'have one shape [B, L]'
     )
-  if c.objective == 'autoregressive' and c.block_length != 1:
-    raise UserError(
-      f'block_length={c.block_length}: a model trained with the autoregressive '
-      'objective fills one token at a time; set block_length=1'
-    )
-  if c.objective == 'autoregressive' and c.guidance:
-    raise UserError(
-      f'guidance={c.guidance}: a model trained with the autoregressive '
-      'objective has not learned to do without a prompt that is masked'
-    )
-  if c.objective == 'autoregressive' and (c.cache, c.lookahead) != ('none', -1):
-    raise UserError(
-      f'cache={c.cache!r} and lookahead={c.lookahead} are for networks that '
-      'see both sides, and one trained with the autoregressive objective does '
-      "not: leave them at 'none' and -1"
-    )
-  if c.refresh < 0 or (c.refresh and c.cache == 'none'):
-    raise UserError(
-      f'refresh={c.refresh} is how often a cache is made anew: choose '
-      "cache='dual' or 'prefix' too, or 0"
-    )
-  for key, known in (
-    ('cache', CACHES),
-    ('remasking', remasking.RULES),
-    ('confidence', candidates.CONFIDENCES),
-    ('schedule', SCHEDULES),
-  ):
-    if getattr(c, key) not in known:
-      raise UserError(
-        f'{key}={getattr(c, key)!r} is unknown; choose one of {sorted(known)}'
-      )
-  for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
-    if getattr(c, key) and c.eos_id < 0:
-      raise UserError(f'{key}=True needs an eos_id')
+  _check_settings(c)
+  for row in np.flatnonzero(np.any(fill & ~valid, axis=1)):
+    raise UserError(f'row {row} has slots on its padding: fill needs valid')
+  for seed in seeds:
+    if not 0 <= seed < 2**32:
+      raise UserError(f'seed {seed} is not from 0 to {2**32 - 1}')
   most = int(fill.sum(axis=1).max(initial=0))
   if most == 0:
     raise UserError('nothing to fill: ask for gen_length of at least 1')
@@ -200,146 +169,73 @@ def prepare(c, canvas, fill, valid, seeds):
     order=order.astype(np.int32),
     seeds=np.asarray(seeds, np.uint32),
   )
-  return carry, layout, shapes(c, layout)
+  return carry, layout, shapes(c, length, size)
 
 
-def shapes(c, layout):
+def _check_settings(c):
+  if c.objective == 'autoregressive' and c.block_length != 1:
+    raise UserError(
+      f'block_length={c.block_length}: a model trained with the autoregressive '
+      'objective fills one token at a time; set block_length=1'
+    )
+  if c.objective == 'autoregressive' and c.guidance:
+    raise UserError(
+      f'guidance={c.guidance}: a model trained with the autoregressive '
+      'objective has not learned to do without a prompt that is masked'
+    )
+  if c.objective == 'autoregressive' and (c.cache, c.lookahead) != ('none', -1):
+    raise UserError(
+      f'cache={c.cache!r} and lookahead={c.lookahead} are for networks that '
+      'see both sides, and one trained with the autoregressive objective does '
+      "not: leave them at 'none' and -1"
+    )
+  if c.refresh < 0 or (c.refresh and c.cache == 'none'):
+    raise UserError(
+      f'refresh={c.refresh} is how often a cache is made anew: choose '
+      "cache='dual' or 'prefix' too, or 0"
+    )
+  for key, known in (
+    ('cache', CACHES),
+    ('remasking', remasking.RULES),
+    ('confidence', candidates.CONFIDENCES),
+    ('schedule', SCHEDULES),
+  ):
+    if getattr(c, key) not in known:
+      raise UserError(
+        f'{key}={getattr(c, key)!r} is unknown; choose one of {sorted(known)}'
+      )
+  for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
+    if getattr(c, key) and c.eos_id < 0:
+      raise UserError(f'{key}=True needs an eos_id')
+
+
+def shapes(c, length, size):
   """How much of the rows the passes of a round may cover: a few choices.
 
-  A round takes the smallest that covers what is visible of all its rows.
+  A round takes the smallest that covers what is visible of all its rows. They
+  do not depend on the prompts, so that a program serves all of a length.
 
   Args:
     c: SamplerConfig.
-    layout: Layout.
+    length: L.
+    size: slots of a block.
 
   Returns:
     Tuple of (length, window), rising: positions of the pass over the canvas,
     and of those after it, which a cache serves. At most MAX_SHAPES.
   """
-  _, _, size = layout.slots.shape
-  length = layout.fill.shape[1]
   if c.lookahead < 0 and c.cache != 'prefix':
     return ((length, size),)
-  first = layout.slots[:, 0, 0]
-  end = layout.valid.shape[1] - layout.valid[:, ::-1].argmax(axis=1)
   if c.lookahead < 0:
-    return tuple((length, w) for w in halves(int((end - first).max()), size))
-  ahead = (1 + c.lookahead) * size
-  window = size if c.cache == 'dual' else ahead
-  return tuple((n, window) for n in halves(length, int(first.min()) + ahead))
+    return tuple((length, window) for window in halves(length, size))
+  ahead = min((1 + c.lookahead) * size, length)
+  window = ahead if c.cache == 'prefix' else size
+  return tuple((n, window) for n in halves(length, ahead))
 
 
 def halves(most, least):
-  """`most`, half of it and so on while it is at least `least`, rising."""
+  """`most`, half of it and so on, not below `least`, rising."""
   sizes = [most]
   while len(sizes) < MAX_SHAPES and -(-sizes[-1] // 2) >= least:
     sizes.append(-(-sizes[-1] // 2))
   return sizes[::-1]
-
-
-def continue_prompts(prompts, gen_length):
-  """Lays out prompts of any lengths with room for an answer after each.
-
-  Args:
-    prompts: list of token lists.
-    gen_length: slots after each prompt.
-
-  Returns:
-    canvas, fill and valid for `generate`; short rows are padded on the right.
-
-  Raises:
-    UserError: there are no prompts.
-  """
-  return _layout([[*p, *[None] * gen_length] for p in prompts])
-
-
-def cut(canvas, fill, eos_id):
-  """What is left of rows whose text ends at the first eos among the slots.
-
-  Args:
-    canvas: [B, L] int32, filled.
-    fill: [B, L] bool, the slots.
-    eos_id: int; one that stands in a prompt ends nothing.
-
-  Returns:
-    [B, L] bool, True before that eos.
-  """
-  ends = np.asarray(fill) & (np.asarray(canvas) == eos_id)
-  return np.cumsum(ends, axis=1) == 0
-
-
-def fill_gaps(texts, encode):
-  """Lays out texts in which {{n}} stands for a gap of n tokens.
-
-  Args:
-    texts: list of str, e.g. 'def area(r): return {{4}} * r ** 2'.
-    encode: from text to a list of tokens.
-
-  Returns:
-    canvas, fill and valid for `generate`.
-
-  Raises:
-    UserError: a text has no gap, or none but empty ones, or one of a million
-      tokens; or there is no text.
-  """
-  rows = []
-  for text in texts:
-    parts = GAP.split(text)  # text, n, text, n, ..., text
-    row = []
-    for i, part in enumerate(parts):
-      if i % 2 and len(part.lstrip('0')) > 6:
-        raise UserError(f'a gap of {part[:20]} tokens is too long: no row is')
-      row += [None] * int(part[-7:]) if i % 2 else encode(part)
-    if None not in row:
-      raise UserError(
-        f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
-      )
-    rows.append(row)
-  return _layout(rows)
-
-
-def widen(layout, length):
-  """The same rows with padding on the right, [B, length].
-
-  What is sampled for a row does not depend on it, but a program is compiled
-  for every length.
-
-  Args:
-    layout: canvas, fill and valid.
-    length: at least theirs.
-  """
-  more = length - layout[0].shape[1]
-  return tuple(np.pad(x, ((0, 0), (0, more))) for x in layout)
-
-
-def check_context(context, valid):
-  """Checks that rows to sample are not longer than those of the training.
-
-  Args:
-    context: tokens of those, config.data.length.
-    valid: [B, L] bool, False on padding.
-
-  Raises:
-    UserError: a row is too long.
-  """
-  longest = int(valid.sum(axis=1).max())
-  if longest > context:
-    raise UserError(
-      f'prompt and answer have {longest} tokens together, but the model was '
-      f'trained on rows of config.data.length={context}: shorten the prompt or '
-      'ask for fewer tokens'
-    )
-
-
-def _layout(rows):
-  """Pads rows of tokens, None where a slot is, to one length."""
-  if not rows:
-    raise UserError('nothing to sample from: there are no prompts')
-  length = max(map(len, rows))
-  canvas = np.zeros((len(rows), length), np.int32)
-  fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
-  for i, row in enumerate(rows):
-    canvas[i, : len(row)] = [0 if t is None else t for t in row]
-    fill[i, : len(row)] = [t is None for t in row]
-    valid[i, : len(row)] = True
-  return canvas, fill, valid

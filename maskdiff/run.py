@@ -14,7 +14,7 @@ import sys
 
 import jax
 
-from maskdiff import checkpoint, manifest, metrics, request, runtime
+from maskdiff import checkpoint, manifest, metrics, runtime
 from maskdiff import config as config_lib
 from maskdiff import mesh as mesh_lib
 from maskdiff import model as model_lib
@@ -113,11 +113,6 @@ def sampler_model(config):
   if model.attention == 'xla':
     return model
   return dataclasses.replace(model, attention='auto')
-
-
-def check_context(config, valid):
-  """`request.check_context` with the rows of the config."""
-  request.check_context(config.data.length, valid)
 
 
 def open_tokenizer(config):

@@ -19,26 +19,24 @@ same step from Python and yields what there is in between, `trace` its canvases
 alone.
 """
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from maskdiff import candidates, remasking
-from maskdiff.commit import budget, choose, stop
+from maskdiff import passes
+from maskdiff.commit import advance
 from maskdiff.errors import UserError
+from maskdiff.layouts import (  # noqa: F401, for the callers of this file
+  continue_prompts,
+  cut,
+  fill_gaps,
+)
 from maskdiff.mesh import whole
-from maskdiff.model import bind
-from maskdiff.objective import show
 from maskdiff.request import (  # noqa: F401, for the callers of this file
   Carry,
   Layout,
   SamplerConfig,
-  continue_prompts,
-  cut,
-  fill_gaps,
   prepare,
 )
 
@@ -98,13 +96,15 @@ def walk(model_config, c, params, canvas, fill, valid, seeds):
     given up behind an eos.
   """
   carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
+  # Placed like what a step returns, so that one program serves all steps.
+  carry, layout = jax.jit(whole)((carry, layout))
   sure = np.full(carry.canvas.shape, np.nan, np.float32)
-  fresh, shape, cache = np.zeros(len(sure), bool), None, None
+  fresh = shape = cache = None
   while True:
     yield carry, np.asarray(sure)
     if not np.asarray(carry.masked).any():
       break
-    if np.asarray(fresh).any():
+    if fresh is not None and np.asarray(fresh).any():
       carry, fresh, sure = _follow(
         model_config, c, shape, params, carry, fresh, cache, layout
       )
@@ -159,169 +159,32 @@ def round_of(model_config, c, shape, params, carry, layout):
 
 
 def refresh(model_config, c, shape, params, carry, layout):
-  """One step of all rows by a pass over the first shape[0] positions.
+  """One step of all rows by a pass over the canvas.
 
   Returns:
-    What `advance` returns; and the cache, or None if there is none.
+    What `commit.advance` returns; and the cache, or None if there is none.
   """
-  length, _ = shape
-  slots = of_block(layout.slots, carry.block)
-  tokens, valid = (x[:, :length] for x in view(c, carry, layout))
-  model = bind(model_config, params)
-  inputs, labels = show(c.objective, tokens, valid, c.bos_id)
-  if c.cache == 'none':
-    hidden, cache = model(inputs, labels), None
-  else:
-    hidden, cache = model.prefill(inputs, labels)
-  logits = logits_at(c, model, hidden, slots)
+  logits, needed, cache = passes.over_canvas(
+    model_config, c, shape, params, carry, layout
+  )
   turn = carry.masked.any((1, 2))
-  passed = valid.reshape(-1, *turn.shape, length).sum((0, 2), dtype=jnp.int32)
-  return *advance(c, carry, layout, logits, turn, passed), cache
+  return *advance(c, carry, layout, logits, turn, needed), cache
 
 
 def follow(model_config, c, shape, params, carry, fresh, cache, layout):
-  """One step of some rows by a pass over windows of shape[1] positions.
+  """One step of the rows that the cache serves, by a pass over windows.
 
   Args:
-    fresh: [B] bool, the rows that the cache serves.
+    fresh: [B] bool, those rows.
     cache: from `refresh`.
 
   Returns:
-    What `advance` returns.
+    What `commit.advance` returns.
   """
-  length, size = shape
-  slots = of_block(layout.slots, carry.block)
-  tokens, valid = (x[:, :length] for x in view(c, carry, layout))
-  first = slots[:, :1]
-  where = slots if c.cache == 'dual' else first + jnp.arange(size)
-  copies = len(tokens) // len(slots)
-  where = jnp.tile(where, (copies, 1))
-  rows = jnp.arange(len(tokens))[:, None]
-  inside = jnp.minimum(where, length - 1)
-  # An absent slot (position L) is not there, like what is not visible.
-  there = (where < length) & valid[rows, inside]
-  kept = valid.at[rows, jnp.where(there, where, length)].set(False, mode='drop')
-  model = bind(model_config, params)
-  hidden = model.extend(tokens[rows, inside], where, there, kept, cache)
-  in_window = jnp.arange(slots.shape[1]) if c.cache == 'dual' else slots - first
-  logits = logits_at(c, model, hidden, jnp.broadcast_to(in_window, slots.shape))
-  passed = there.reshape(copies, *fresh.shape, -1).sum((0, 2), dtype=jnp.int32)
-  return advance(c, carry, layout, logits, fresh, passed)
-
-
-def view(c, carry, layout):
-  """What the network is shown: tokens [R, L] int32, and which of them, bool.
-
-  With guidance R is 2 B, otherwise B: the network also sees the canvas with all
-  but the slots masked, as in LLaDA's generate.py; tokens committed so far are
-  seen by both.
-  """
-  canvas, valid = carry.canvas, layout.valid
-  if c.lookahead >= 0:
-    valid &= layout.order <= carry.block[:, None] + c.lookahead
-  if not c.guidance:
-    return canvas, valid
-  nothing = jnp.where(layout.fill, canvas, c.mask_id)
-  return jnp.concatenate([canvas, nothing]), jnp.concatenate([valid, valid])
-
-
-def logits_at(c, model, hidden, slots):
-  """Logits of the slots of a block, [B, S, V] float32.
-
-  Only those are projected onto the vocabulary.
-
-  Args:
-    hidden: [R, L, D]; see `view`.
-    slots: [B, S] int32; what is read for those that are absent does not matter.
-  """
-  copies, (_, length) = len(hidden) // len(slots), hidden.shape[:2]
-  rows = jnp.arange(len(hidden))[:, None]
-  slots = jnp.minimum(jnp.tile(slots, (copies, 1)), length - 1)
-  logits = model.logits(hidden[rows, slots])
-  if not c.guidance:
-    return logits
-  return candidates.guide(*jnp.split(logits, 2), c.guidance)
-
-
-def of_block(x, block):
-  """[B, ...], each row's own block of [B, blocks, ...]."""
-  rows = jnp.arange(len(x))
-  return x[rows, jnp.minimum(block, x.shape[1] - 1)]
-
-
-def advance(c, carry, layout, logits, turn, passed):
-  """Commits some of the predictions for the masked slots of a block.
-
-  A block that is complete before its steps are over gives them up.
-
-  Args:
-    c: SamplerConfig.
-    carry: Carry.
-    layout: Layout.
-    logits: [B, S, V] float32, of each row's current block.
-    turn: [B] bool, the rows that take a step; the others stay as they are.
-    passed: [B] int32, positions computed for a row.
-
-  Returns:
-    The next Carry; [B] bool, the rows of `turn` that have steps of this block
-    left before they need a new cache; and [B, L] float32, the confidence of
-    what was committed, NaN elsewhere.
-  """
-  block, step = carry.block, carry.step
-  slots = of_block(layout.slots, block)
-  masked = of_block(carry.masked, block) & turn[:, None]  # [B, S]
-  fold = jax.vmap(jax.random.fold_in)
-  keys = fold(fold(jax.vmap(jax.random.key)(layout.seeds), block), step)
-  draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-  token, confidence = choose(c, logits, draw_keys)
-  bad = jnp.any(masked & jnp.isnan(confidence), axis=1)
-  steps = c.steps // layout.slots.shape[1]  # per block
-  allowed = budget(
-    c, of_block(layout.num_slots, block), masked.sum(axis=1), step, steps
+  logits, needed = passes.over_windows(
+    model_config, c, shape, params, carry, cache, layout
   )
-  keep = remasking.RULES[c.remasking](confidence, masked, allowed, keep_keys)
-  keep &= ~bad[:, None]
-
-  batch, length = carry.canvas.shape
-  rows = jnp.arange(batch)[:, None]
-  kept = jnp.where(keep, slots, length)
-  canvas = carry.canvas.at[rows, kept].set(token, mode='drop')
-  sure = jnp.full(canvas.shape, jnp.nan)
-  sure = sure.at[rows, kept].set(confidence, mode='drop')
-  left = of_block(carry.masked, block) & ~keep
-  left = carry.masked.at[rows[:, 0], block].set(left, mode='drop')
-  left &= ~bad[:, None, None]
-  if c.stop_at_eos:
-    canvas, left = stop(c.eos_id, canvas, left, layout)
-  done = turn & ~of_block(left, block).any(axis=1)
-  step = jnp.where(done, 0, step + turn)
-  carry = Carry(
-    block=block + done,
-    step=step,
-    canvas=canvas,
-    masked=left,
-    calls=carry.calls + 1,
-    forwards=carry.forwards + turn * (2 if c.guidance else 1),
-    positions=carry.positions + turn * passed,
-    broken=carry.broken | bad,
-  )
-  again = turn & ~done & left.any((1, 2))
-  if c.refresh:
-    again &= step % c.refresh != 0
-  return carry, again & (c.cache != 'none'), sure
-
-
-def choose_shape(c, shapes, carry, layout):
-  """Index of the smallest of the shapes that covers all rows in progress."""
-  _, valid = view(dataclasses.replace(c, guidance=0.0), carry, layout)
-  length = valid.shape[1]
-  end = jnp.where(valid, jnp.arange(length) + 1, 0).max(axis=1)
-  window = end - of_block(layout.slots, carry.block)[:, 0]
-  if c.cache != 'prefix':
-    window = jnp.zeros_like(window)
-  busy = carry.masked.any((1, 2))
-  most = jnp.max(jnp.where(busy, jnp.stack([end, window]), 0), axis=1)
-  return jnp.argmax((jnp.array(shapes) >= most).all(axis=1))
+  return advance(c, carry, layout, logits, fresh, needed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -335,12 +198,12 @@ def _follow(*args):
   return whole(follow(*args))
 
 
-_choose_shape = jax.jit(choose_shape, static_argnums=(0, 1))
+_choose_shape = jax.jit(passes.choose_shape, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run(model_config, c, shapes, params, carry, layout, until=0):
-  """Goes on until no more than `until` rows are in progress.
+  """Goes on until no more than `until` rows are in progress after a round.
 
   Args:
     model_config, c, params: as for `generate`.
@@ -358,7 +221,7 @@ def run(model_config, c, shapes, params, carry, layout, until=0):
   def next_round(carry):
     if len(rounds) == 1:
       return rounds[0](carry, layout)
-    index = choose_shape(c, shapes, carry, layout)
+    index = passes.choose_shape(c, shapes, carry, layout)
     return jax.lax.switch(index, rounds, carry, layout)
 
   in_progress = lambda carry: carry.masked.any((1, 2)).sum()

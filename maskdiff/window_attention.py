@@ -5,6 +5,7 @@ For sampling with a cache: a few queries, many keys, no gradient. Scores are
 the cache, or into it.
 """
 
+import functools
 import math
 
 import jax
@@ -39,6 +40,8 @@ def attend_window(q, k, v, there, cached_k, cached_v, kept):
   both = jnp.concatenate([scores(cached_k, kept), scores(k, there)], axis=-1)
   weights = jax.nn.softmax(both, axis=-1).astype(v.dtype)
   of_cache, of_window = jnp.split(weights, [kept.shape[1]], axis=-1)
-  out = jnp.einsum('bghsc,bgck->bghsk', of_cache, cached_v)
-  out += jnp.einsum('bghsc,bgck->bghsk', of_window, v)
-  return out.reshape(batch, heads, size, head_dim)
+  values = functools.partial(
+    jnp.einsum, 'bghsc,bgck->bghsk', preferred_element_type=jnp.float32
+  )
+  out = values(of_cache, cached_v) + values(of_window, v)
+  return out.astype(q.dtype).reshape(batch, heads, size, head_dim)

@@ -26,7 +26,7 @@ def nearest(table, tokens, valid):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-  fake_networks.put_in(monkeypatch, sampler)
+  fake_networks.put_in(monkeypatch)
 
 
 @pytest.fixture(scope='module')

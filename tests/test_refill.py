@@ -42,7 +42,7 @@ def countdown(given, tokens, valid):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-  fake_networks.put_in(monkeypatch, sampler)
+  fake_networks.put_in(monkeypatch)
 
 
 PROMPTS = [[7 + n] for n in (0, 7, 1, 3, 8, 2, 0, 5, 1, 6)]

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from jax.experimental import io_callback
 
-from maskdiff import candidates, masks, mesh, model, remasking, sampler
+from maskdiff import candidates, commit, masks, mesh, model, remasking, sampler
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
@@ -225,7 +225,7 @@ def test_masks_of_a_prompt_stay_where_llada_fills_some(name):
   def predict(canvas):
     network = model.bind(model_config, params)
     logits = network.logits(network(canvas, masks.bidirectional(valid)))
-    return sampler.choose(c, logits, None)
+    return commit.choose(c, logits, None)
 
   # LLaDA's, from the same parts: all masks up to the end of the block compete.
   length, size = canvas.shape[1], c.block_length

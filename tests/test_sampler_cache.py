@@ -278,7 +278,7 @@ def count_seen(given, tokens, valid):
 def test_no_masks_are_seen_beyond_the_blocks_ahead(
   monkeypatch, lookahead, seen
 ):
-  fake_networks.put_in(monkeypatch, sampler)
+  fake_networks.put_in(monkeypatch)
   c = config(lookahead=lookahead, steps=3, predict_mask=True)
   layout = sampler.continue_prompts([[7], [8, 8, 8]], 12)
   carry = sampler.complete(count_seen, c, None, *layout, range(2))
@@ -314,7 +314,7 @@ def test_room_that_is_not_used_costs_nothing(params, monkeypatch):
       9.0 * jax.nn.one_hot(answer[: tokens.shape[1]], VOCAB)[None]
     )
     with monkeypatch.context() as patch:
-      fake_networks.put_in(patch, sampler)
+      fake_networks.put_in(patch)
       answer = jnp.full(64, 9).at[7].set(EOS)
       found.append(sampler.complete(network, c, answer, *layout, [0]))
   assert found[0].forwards.tolist() == found[1].forwards.tolist() == [6]

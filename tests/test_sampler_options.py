@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdiff import candidates, remasking, sampler
+from maskdiff import candidates, commit, remasking, sampler
 from maskdiff.errors import UserError
 from maskdiff.sampler import SamplerConfig
 
@@ -48,7 +48,7 @@ def certain(answer, tokens, valid):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-  fake_networks.put_in(monkeypatch, sampler)
+  fake_networks.put_in(monkeypatch)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
     config(gen_length=4), canvas, fill, fill, range(2)
   )
   masked = canvas[:, None] == MASK
-  canvas, masked = sampler.stop(EOS, canvas, masked, layout)
+  canvas, masked = commit.stop(EOS, canvas, masked, layout)
   assert canvas.tolist() == [[9, MASK, EOS, MASK], [9, 9, EOS, EOS]]
   assert masked[:, 0].tolist() == [[False, True, False, True], [False] * 4]
 
@@ -286,7 +286,7 @@ def test_at_a_temperature_llada_still_commits_eos_early_and_we_do_not(
   logits = jnp.zeros((1, 2, VOCAB)).at[0, 0, EOS].set(5).at[0, 1, 9].set(3)
   monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: 0.0)
   c = config(temperature=0.5, confidence_eos_eot_inf=True, predict_mask=True)
-  token, ours = sampler.choose(c, logits, None)
+  token, ours = commit.choose(c, logits, None)
   assert token.tolist() == [[EOS, 9]]
   assert ours[0, 0] == 0 < ours[0, 1]
 

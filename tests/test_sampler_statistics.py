@@ -23,7 +23,7 @@ DENOISER = fake_networks.conditionals(JOINT, IDS, MASK, VOCAB)
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-  fake_networks.put_in(monkeypatch, sampler)
+  fake_networks.put_in(monkeypatch)
 
 
 def counts(number, remasking, steps, **options):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff import run, sampler
+from maskdiff import layouts, run, sampler
 from maskdiff.errors import UserError
 from maskdiff.tasks import accuracy
 
@@ -119,7 +119,7 @@ def complete(model, config, prompts, suffixes, slots, seeds, batch):
     canvas[i, end : end + len(suffix)] = suffix
     fill[i, len(prompt) : end] = True
     valid[i, : end + len(suffix)] = True
-  run.check_context(config, valid)
+  layouts.check_context(config.data.length, valid)
   c, network = run.sampler_config(config), run.sampler_model(config)
   tokens, forwards = [], 0
   with jax.set_mesh(model.mesh):

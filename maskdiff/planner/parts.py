@@ -25,9 +25,6 @@ FUNCTIONS = {
   'Transformer.vocabulary': 'logits',
   'batch_gradients.<locals>.accumulate': 'gradient sum over microbatches',
   'summarize': 'metrics',
-  'refresh': 'sampling: choice of tokens',
-  'follow': 'sampling: choice of tokens',
-  'advance': 'sampling: choice of tokens',
   'scale_by_adam': 'optimizer',
   'apply_updates': 'optimizer',
   'add_decayed_weights': 'optimizer',
@@ -45,6 +42,9 @@ FILES = {
   'candidates': 'sampling: choice of tokens',
   'remasking': 'sampling: choice of tokens',
   'sampler': 'sampling: bookkeeping',
+  'passes': 'sampling: bookkeeping',
+  'commit': 'sampling: choice of tokens',
+  'window_attention': 'attention besides kernel',
   'optimizer': 'optimizer',
 }
 # Parts that are computed in the forward pass and again in the backward pass.

@@ -169,6 +169,8 @@ def sample_plan(
   """Plans sampling: every prompt gets config.sample.gen_length tokens.
 
   Memory is that of a step over the canvas, the cache included if there is one.
+  Where a sampler chooses among shapes, as with a prefix cache or a lookahead,
+  the largest is priced: an upper bound.
 
   Args:
     config: ConfigDict with the keys of config.default().
@@ -220,7 +222,10 @@ def sample_plan(
     return result
   served, s = 0, config.sample
   if s.cache != 'none':
-    result['window_step_s'] = priced(window=True)['step_s']
+    served = priced(window=True)
+    if served['step_s'] is None:
+      return result | {k: served[k] for k in ('status', 'fits', 'error')}
+    result['window_step_s'] = served['step_s']
     blocks = -(-slots // min(s.block_length, slots))
     in_block = steps // blocks
     served = steps - blocks * (-(-in_block // s.refresh) if s.refresh else 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskdiff import config as config_lib
-from maskdiff import mesh, run, sampler
+from maskdiff import mesh, run
 from maskdiff.errors import UserError
 from maskdiff.evals import decode, puzzles
 
@@ -29,7 +29,7 @@ def knows(rows, tokens, valid):
 @pytest.fixture
 def model(tokenizer, monkeypatch):
   """Makes a model that has learned the lines by heart."""
-  fake_networks.put_in(monkeypatch, sampler)
+  fake_networks.put_in(monkeypatch)
   monkeypatch.setattr(run, 'sampler_model', lambda config: knows)
   config = config_lib.default()
   config.data.length = 64
