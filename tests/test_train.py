@@ -462,7 +462,8 @@ def test_a_loaded_run_samples_the_text_of_the_training(finished):
 
 OVERRIDES = (
   'temperature top_k top_p remasking schedule confidence threshold factor '
-  'guidance stop_at_eos logits_eos_inf confidence_eos_eot_inf eot_id'
+  'guidance stop_at_eos logits_eos_inf confidence_eos_eot_inf eot_id cache '
+  'refresh lookahead'
 ).split()
 
 
@@ -486,6 +487,9 @@ def run_script(script, workdir, **changes):
     seed=0,
     show=False,
     html=None,
+    open_length=False,
+    tensor=1,
+    dtype=None,
     **dict.fromkeys(OVERRIDES),
   )
   script(types.SimpleNamespace(**(flags | changes)))
@@ -633,12 +637,54 @@ def test_the_script_answers_lines_as_they_come(
   ]
 
 
+def test_the_script_serves_as_it_samples(
+  finished, sample_script, capsys, tmp_path
+):
+  """On another mesh, with a cache that is refreshed, two rows at a time."""
+  path = tmp_path / 'out.jsonl'
+  texts = ['def read(', 'class ', 'import ']
+  expected = sample(
+    sample_script, finished.workdir, capsys, prompt=texts, block_length=2
+  )
+  flags = dict(tensor=2, cache='dual', refresh=1, batch=2, out=str(path))
+  run_script(
+    sample_script, finished.workdir, prompt=texts, block_length=2, **flags
+  )
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert '---\n'.join(r['text'] + '\n' for r in rows) == expected
+
+
+def test_the_script_gives_answers_of_open_length(
+  finished, sample_script, capsys, tmp_path
+):
+  """Each up to an eos or the length of the training's rows."""
+  path = tmp_path / 'out.jsonl'
+  texts = ['def read(', 'x']
+  run_script(
+    sample_script,
+    finished.workdir,
+    prompt=texts,
+    open_length=True,
+    gen_length=None,
+    block_length=4,
+    dtype='bfloat16',
+    out=str(path),
+  )
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  encode = run.load(str(finished.workdir))[1].encode
+  for text, row in zip(texts, rows, strict=True):
+    room = 16 - len(encode(text))  # config.data.length
+    assert row['tokens'] == row['forwards'] == room  # it knows no eos yet
+    assert row['positions'] < room * 16
+
+
 def test_the_script_says_what_it_took(finished, sample_script, capsys):
   capsys.readouterr()
   flags = dict(remasking='threshold', threshold=0.0, block_length=2)
   run_script(sample_script, finished.workdir, prompt=['def '], **flags)
   assert re.match(
-    r'4 tokens in 2 forward passes of a row, 0.50 per token, and .* s, ',
+    r'4 tokens in 2 forward passes of a row, 0.50 per token, over (\d+) '
+    r'positions, [0-9.]+ per token, and .* s, ',
     capsys.readouterr().err.splitlines()[-1],
   )
 
@@ -650,6 +696,12 @@ REFUSED_FLAGS = {
     dict(infill=['a{{2}}b'], stop_at_eos=True),
     '--stop_at_eos is for prompts',
   ),
+  'open': (
+    dict(infill=['a{{2}}b'], open_length=True),
+    '--open_length are for prompts',
+  ),
+  'refresh': (dict(refresh=2), 'refresh=2 is how often a cache is made anew'),
+  'heads': (dict(prompt=['a'], tensor=8), 'not divisible by mesh.tensor = 8'),
   'context': (dict(gen_length=100), 'tokens together.*data.length=16'),
   'two': (dict(prompt=['a'], infill=['a{{2}}b']), 'give one of'),
   'shown': (dict(show=True, out='o.jsonl'), '--show'),
