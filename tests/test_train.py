@@ -694,7 +694,7 @@ REFUSED_FLAGS = {
   'nucleus': (dict(top_p=0.9), 'top_p=0.9.*temperature above 0'),
   'gaps': (
     dict(infill=['a{{2}}b'], stop_at_eos=True),
-    '--stop_at_eos is for prompts',
+    '--stop_at_eos and --open_length are for prompts',
   ),
   'open': (
     dict(infill=['a{{2}}b'], open_length=True),
