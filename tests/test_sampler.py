@@ -15,7 +15,16 @@ import pytest
 import scipy.stats
 from jax.experimental import io_callback
 
-from maskdiff import candidates, commit, masks, mesh, model, remasking, sampler
+from maskdiff import (
+  candidates,
+  commit,
+  masks,
+  mesh,
+  model,
+  passes,
+  remasking,
+  sampler,
+)
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
@@ -288,7 +297,7 @@ class Oracle:
 @pytest.fixture
 def oracle(monkeypatch):
   """Makes the sampler use Oracle(params) in place of the network."""
-  monkeypatch.setattr(sampler, 'bind', lambda _, answer: Oracle(answer))
+  monkeypatch.setattr(passes, 'bind', lambda _, answer: Oracle(answer))
 
   def run(c, answer, layout):
     seeds = range(len(answer))
@@ -434,7 +443,7 @@ def test_one_slot_is_drawn_from_the_softmax(monkeypatch, temperature):
     def __call__(self, tokens, labels):
       return jnp.broadcast_to(self.answer, (*tokens.shape, len(logits)))
 
-  monkeypatch.setattr(sampler, 'bind', lambda _, answer: Fixed(answer))
+  monkeypatch.setattr(passes, 'bind', lambda _, answer: Fixed(answer))
   layout = sampler.continue_prompts([[]] * draws, 1)
   c = config(steps=1, temperature=temperature)
   out = sampler.generate(

@@ -251,7 +251,7 @@ def test_a_row_alone_is_what_it_is_among_others(params, options):
 @pytest.mark.parametrize('cache', ['none', 'dual'])
 def test_a_mesh_returns_the_same_tokens(params, cache):
   """Also where the heads do not split, and a window does not."""
-  c = config(cache=cache, lookahead=1)
+  c = config(cache=cache)
   layout = sampler.continue_prompts([*PROMPTS, [8, 8]], 12)
   expected = complete(c, params, layout)
   for sizes in (dict(fsdp=4, tensor=2), dict(tensor=4, sequence=2)):
