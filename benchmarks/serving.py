@@ -87,15 +87,15 @@ def main():
     rounds,
   )
   print('\nAnswers that end with an eos:')
-  stop, open_end = (
-    change(stop_at_eos=True),
-    change(stop_at_eos=True, lookahead=0),
-  )
+  # In random order, or eos would be among the first tokens of every answer.
+  whole = change(remasking='random')
+  stop = dataclasses.replace(whole, stop_at_eos=True)
+  open_end = dataclasses.replace(stop, lookahead=0)
   compare(
     params,
     layout,
     {
-      'full length, then cut': (PLAIN, batches),
+      'full length, then cut': (whole, batches),
       'early end, batch by batch': (stop, batches),
       'early end, refilled': (stop, refilled),
       'open length, refilled': (open_end, refilled),

@@ -50,6 +50,12 @@ SETTINGS = {
 # Writes down which rows of the global batches the process reads.
 WATCHED = """
 import json, os, runpy, sys
+
+# What Gloo prints of its connections, from several threads at once, goes
+# elsewhere: only Python writes to what was standard output.
+sys.stdout = os.fdopen(os.dup(1), 'w')
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
 from maskdiff.data import pipeline
 
 for name in ('train_batches', 'heldout_batches'):
@@ -141,15 +147,7 @@ def start(script, *arguments, processes=2, of_process=None):
   finally:
     for p in started:
       p.kill()
-  # The CPU backend prints lines of its own about its connections, in pieces, by
-  # several threads at once, so that they may stand within one another.
-  own = lambda text: re.sub(
-    r'\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. |'
-    r'Expected number of connected peer ranks is : \d+\n*',
-    '',
-    text,
-  ).lstrip('\n')
-  return [(own(out), own(err), status) for out, err, status in ended]
+  return ended
 
 
 def pretrain(config_file, workdir, *arguments):
