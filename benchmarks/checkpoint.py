@@ -8,8 +8,9 @@ rounds in turn:
 (a) how long `save` keeps the caller, against copying the arrays to new memory
     of the host, and against a train step of configs/150m.py on 512 tokens,
     which has 1.5e8 parameters;
-(b) the fingerprints alone, as a share of a save until it is on the disk, and
-    a save against one by bare Orbax;
+(b) the fingerprints alone, as a share of a save until it is on the disk; what
+    they add to a save, as the median over rounds of the difference between
+    saves with and without them; and a save against one by bare Orbax;
 (c) restoring and comparing, against restoring by bare Orbax.
 What was restored must be what was saved. Needs memory for two and a half times
 the state and as much room in the directory.
@@ -24,6 +25,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -142,6 +144,9 @@ def measure(held, folder, rounds):
     with time_it('fingerprints'):
       jax.device_get(fingerprints(held[0]))
 
+    # Without fingerprints, before the other in every second round.
+    if number % 2:
+      save_without(held[0], folder, number, time_it)
     ours = checkpoint.Checkpointer(folder / 'ours', keep=1)
     with time_it('save'):
       with time_it('save: blocked'):
@@ -156,6 +161,8 @@ def measure(held, folder, rounds):
     assert jax.device_get(fingerprints(held[0])) == before
     ours.close()
     shutil.rmtree(folder / 'ours')
+    if not number % 2:
+      save_without(held[0], folder, number, time_it)
 
     with ocp.CheckpointManager(folder / 'bare', options=keep_one()) as bare:
       save = ocp.args.Composite(
@@ -179,19 +186,37 @@ def measure(held, folder, rounds):
   return seconds
 
 
+def save_without(state, folder, number, time_it):
+  """A save by the same code, but for the fingerprints, which are all 0."""
+  nothing = lambda tree: jax.tree.map(lambda x: np.uint32(0), tree)
+  with mock.patch.object(checkpoint, 'fingerprints', nothing):
+    ours = checkpoint.Checkpointer(folder / 'without', keep=1)
+    with time_it('save without'):
+      ours.save(number, state, {})
+      ours.finish()
+    ours.close()
+  shutil.rmtree(folder / 'without')
+
+
 def keep_one():
   return ocp.CheckpointManagerOptions(max_to_keep=1)
 
 
 def report(seconds, step_s):
   s = {name: statistics.median(times) for name, times in seconds.items()}
+  pairs = zip(seconds['save'], seconds['save without'], strict=True)
+  differences = [a - b for a, b in pairs]
+  added = statistics.median(differences)
+  quartiles = statistics.quantiles([*differences, added])
   print(
     f'save keeps the caller {s["save: blocked"]:.3f} s, '
     f'{s["save: blocked"] / s["copy"]:.2f} times a copy to the host '
     f'({s["copy"]:.3f} s) and {s["save: blocked"] / step_s:.1%} of a step '
     f'({step_s:.2f} s); bare Orbax {s["bare save: blocked"]:.3f} s\n'
     f'fingerprints take {s["fingerprints"]:.3f} s, '
-    f'{s["fingerprints"] / s["save"]:.1%} of a save ({s["save"]:.2f} s), which '
+    f'{s["fingerprints"] / s["save"]:.1%} of a save ({s["save"]:.2f} s); they '
+    f'add {added:+.3f} s to one, {added / s["save"]:+.1%} (quartiles '
+    f'{quartiles[0]:+.3f}, {quartiles[2]:+.3f}); it '
     f'takes {s["save"] / s["bare save"]:.2f} times as long as by bare Orbax '
     f'({s["bare save"]:.2f} s)\n'
     f'restore takes {s["restore"]:.2f} s, '
