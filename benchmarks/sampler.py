@@ -25,7 +25,7 @@ from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
 
 MASK_ID = 4
-BATCH, PROMPT = 4, 32
+BATCH = 4
 
 SMALL = TransformerConfig(
   vocab_size=8192,
@@ -47,31 +47,36 @@ WIDE = dataclasses.replace(
   SMALL, vocab_size=32_768, embed=1024, heads=8, kv_heads=8, head_dim=128
 )
 WIDE = dataclasses.replace(WIDE, mlp=2688, tie_embeddings=False)
+# The vocabulary of LLaDA.
+MANY_WORDS = dataclasses.replace(
+  WIDE, vocab_size=126_464, embed=512, heads=4, kv_heads=4, mlp=1344
+)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rounds', type=int, default=3)
   rounds = parser.parse_args().rounds
-  print(f'{jax.devices()[0].device_kind}, batch {BATCH}, prompt {PROMPT}')
+  print(f'{jax.devices()[0].device_kind}, batch {BATCH}')
   if not importlib.util.find_spec('torch'):
     print('torch is not installed: compared with the loop alone')
   for model, shapes in (
-    (SMALL, ((64, 64, 64), (128, 32, 64))),
-    (WIDE, ((64, 32, 16),)),
+    (SMALL, ((32, 64, 64, 64), (32, 128, 32, 64))),
+    (WIDE, ((32, 64, 32, 16),)),
+    (MANY_WORDS, ((128, 64, 32, 8),)),
   ):
     params = model_lib.init(model, jax.random.key(0))
     everything, _ = model_lib.num_params(model)
     print(f'{everything:,} parameters, vocabulary {model.vocab_size:,}')
-    for gen_length, block_length, steps in shapes:
-      compare(model, params, gen_length, block_length, steps, rounds)
+    for shape in shapes:
+      compare(model, params, *shape, rounds)
 
 
-def compare(model, params, gen_length, block_length, steps, rounds):
+def compare(model, params, prompt, gen_length, block_length, steps, rounds):
   """Prints one line of results."""
   rng = np.random.default_rng(0)
   prompts = [
-    list(rng.integers(9, model.vocab_size, PROMPT)) for _ in range(BATCH)
+    list(rng.integers(9, model.vocab_size, prompt)) for _ in range(BATCH)
   ]
   request = sampler.continue_prompts(prompts, gen_length)
   c = SamplerConfig(
@@ -89,9 +94,7 @@ def compare(model, params, gen_length, block_length, steps, rounds):
     return sampler.generate(model, c, params, *request, seeds=range(BATCH))
 
   def loop():
-    return python_loop(
-      model, params, request[0], gen_length, block_length, steps
-    )
+    return python_loop(model, params, request[0], prompt, block_length, steps)
 
   ways = {'jitted': jitted, 'loop': loop}
   if importlib.util.find_spec('torch'):
@@ -99,7 +102,7 @@ def compare(model, params, gen_length, block_length, steps, rounds):
 
     weights = torch_sampler.load(model, params)
     ways['torch'] = lambda: torch_sampler.generate(
-      model, weights, request[0], PROMPT, block_length, steps, MASK_ID
+      model, weights, request[0], prompt, block_length, steps, MASK_ID
     )
   expected = np.asarray(jitted())
   for name in ways:
@@ -107,7 +110,8 @@ def compare(model, params, gen_length, block_length, steps, rounds):
   seconds = alternate(ways, rounds)
   rate = {name: BATCH * gen_length / s for name, s in seconds.items()}
   print(
-    f'gen_length {gen_length}, block_length {block_length}, steps {steps}: '
+    f'prompt {prompt}, gen_length {gen_length}, block_length {block_length}, '
+    f'steps {steps}: '
     f'jitted {rate.pop("jitted"):,.0f} tokens/s, '
     + ', '.join(
       f'{name} {r:,.0f} tokens/s, ratio {seconds[name] / seconds["jitted"]:.2f}'
@@ -124,13 +128,13 @@ def forward(model, params, canvas):
   return model.logits(hidden)
 
 
-def python_loop(model, params, canvas, gen_length, block_length, steps):
+def python_loop(model, params, canvas, prompt, block_length, steps):
   """Low-confidence remasking, written plainly."""
   canvas = canvas.copy()
-  canvas[:, PROMPT:] = MASK_ID
-  blocks = gen_length // block_length
+  canvas[:, prompt:] = MASK_ID
+  blocks = (canvas.shape[1] - prompt) // block_length
   for block in range(blocks):
-    end = PROMPT + (block + 1) * block_length
+    end = prompt + (block + 1) * block_length
     per_step = steps // blocks
     for step in range(per_step):
       masked = canvas == MASK_ID
