@@ -14,31 +14,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sampler import MASK_ID, SMALL  # the benchmark of that name
 from timing import alternate
 
 from maskdiff import masks, refill, sampler
 from maskdiff import model as model_lib
-from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
 
-MASK_ID, EOS_ID = 4, 5
+EOS_ID = 5
 REQUESTS, BATCH, PROMPT, ROOM, BLOCK = 24, 4, 64, 64, 16
 
-MODEL = TransformerConfig(
-  vocab_size=8192,
-  embed=128,
-  layers=4,
-  heads=4,
-  kv_heads=4,
-  head_dim=32,
-  mlp=384,
-  tie_embeddings=False,
-  rope_theta=500_000.0,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='auto',
-)
+MODEL = dataclasses.replace(SMALL, tie_embeddings=False)
 PLAIN = SamplerConfig(
   steps=ROOM,
   block_length=BLOCK,

@@ -32,9 +32,9 @@ flags.mark_flags_as_required(['workdir', 'tasks'])
 
 
 def main(args):
-  from maskdiff import runtime  # after the flags: a bad one is told at once
+  from maskdiff import run, runtime  # after the flags: bad ones are told first
 
-  with runtime.started(args.workdir):
+  with runtime.started(run.own_directory(args.workdir)):
     evaluate(args)
 
 

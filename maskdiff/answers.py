@@ -119,19 +119,22 @@ def watched(s, asked, see):
   """
   canvases, sures = [], []
   seeds = [p.seed for p in asked.prompts]
-  rows = range(len(seeds))
+
+  def answers_of(canvas, counts):
+    return [
+      _answer(s, asked, row, tokens, Counts(*counts))
+      for row, (tokens, *counts) in enumerate(zip(canvas, *counts, strict=True))
+    ]
+
   for carry, sure in sampler.walk(s.model, s.c, s.params, *asked.layout, seeds):
     canvas, *counts = jax.device_get(
       (carry.canvas, carry.forwards, carry.positions)
     )
     canvases.append(canvas)
     sures.append(sure)
-    found = [
-      _answer(s, asked, row, canvas[row], Counts(*(n[row] for n in counts)))
-      for row in rows
-    ]
     if see:
-      see([answer['text'] for answer in found])
+      see([a['text'] for a in answers_of(canvas, counts)])
+  found = answers_of(canvas, counts)
   _, fill, valid = asked.layout
   return found, replay.Recording(
     np.stack(canvases), np.stack(sures), fill, valid

@@ -34,7 +34,7 @@ def continue_prompts(prompts, gen_length, context=None):
     if context is not None:
       slots = max(min(slots, context - len(prompt)), 1)
     rows.append([*prompt, *[None] * slots])
-  return _layout(rows)
+  return lay_out(rows)
 
 
 def cut(canvas, fill, eos_id):
@@ -79,7 +79,7 @@ def fill_gaps(texts, encode):
         f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
       )
     rows.append(row)
-  return _layout(rows)
+  return lay_out(rows)
 
 
 def widen(layout, length):
@@ -115,8 +115,18 @@ def check_context(context, valid):
     )
 
 
-def _layout(rows):
-  """Pads rows of tokens, None where a slot is, to one length."""
+def lay_out(rows):
+  """Pads rows of tokens, None where a slot is, to one length.
+
+  Args:
+    rows: list of lists of int or None.
+
+  Returns:
+    canvas, fill and valid for `generate`.
+
+  Raises:
+    UserError: there are no rows.
+  """
   if not rows:
     raise UserError('nothing to sample from: there are no prompts')
   length = max(map(len, rows))

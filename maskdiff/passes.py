@@ -4,8 +4,6 @@ With a cache a pass over the canvas keeps keys and values, and later passes are
 over windows: the block (`dual`), or from the block to the end (`prefix`).
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from maskdiff import candidates
@@ -78,13 +76,18 @@ def view(c, carry, layout):
   but the slots masked, as in LLaDA's generate.py; tokens committed so far are
   seen by both.
   """
-  canvas, valid = carry.canvas, layout.valid
-  if c.lookahead >= 0:
-    valid &= layout.order <= carry.block[:, None] + c.lookahead
+  canvas, valid = carry.canvas, visible(c, carry, layout)
   if not c.guidance:
     return canvas, valid
   nothing = jnp.where(layout.fill, canvas, c.mask_id)
   return jnp.concatenate([canvas, nothing]), jnp.concatenate([valid, valid])
+
+
+def visible(c, carry, layout):
+  """[B, L] bool: no padding, and no slots of blocks too far ahead."""
+  if c.lookahead < 0:
+    return layout.valid
+  return layout.valid & (layout.order <= carry.block[:, None] + c.lookahead)
 
 
 def logits_at(c, model, hidden, slots):
@@ -107,7 +110,7 @@ def logits_at(c, model, hidden, slots):
 
 def choose_shape(c, shapes, carry, layout):
   """Index of the smallest of the shapes that covers all rows in progress."""
-  _, valid = view(dataclasses.replace(c, guidance=0.0), carry, layout)
+  valid = visible(c, carry, layout)
   length = valid.shape[1]
   end = jnp.where(valid, jnp.arange(length) + 1, 0).max(axis=1)
   window = end - of_block(layout.slots, carry.block)[:, 0]

@@ -335,7 +335,7 @@ def load(workdir, tensor=1, dtype=None):
       f'{workdir} has no tokenizer: put tokenizer.json and '
       'tokenizer_config.json into it'
     )
-  config, params = load_params(workdir, mesh, dtype)
+  config, params = _load_published(published, mesh, dtype)
   hf.fill(config, published, tokenizer)
   return config, tokenizer, params, mesh
 
@@ -356,19 +356,23 @@ def load_params(path, mesh, dtype=None):
     UserError: there is nothing to load; or it is damaged or does not fit this
       version or the mesh.
   """
-  params_dir = os.path.join(path, leaves_lib.PARAMS)
   if families.is_published(path):
-    published = hf.open_folder(path)
-    config = hf.run_config(published, None)
-    leaves, entries = published.leaves, None
-  elif os.path.isdir(params_dir):
-    leaves, meta = leaves_lib.open_folder(params_dir)
-    config, entries = config_lib.from_dict(meta['config']), meta['leaves']
-  else:
+    return _load_published(hf.open_folder(path), mesh, dtype)
+  params_dir = os.path.join(path, leaves_lib.PARAMS)
+  if not os.path.isdir(params_dir):
     return _load_checkpoint(path, mesh, dtype)
+  leaves, meta = leaves_lib.open_folder(params_dir)
+  config = config_lib.from_dict(meta['config'])
   shardings = manifest.flat(_shardings(config, mesh)[1])
-  params = leaves_lib.place(leaves, shardings, dtype, entries, params_dir)
-  return config, params
+  return config, leaves_lib.place(
+    leaves, shardings, dtype, meta['leaves'], params_dir
+  )
+
+
+def _load_published(published, mesh, dtype):
+  config = hf.run_config(published, None)
+  shardings = manifest.flat(_shardings(config, mesh)[1])
+  return config, leaves_lib.place(published.leaves, shardings, dtype)
 
 
 def _load_checkpoint(workdir, mesh, dtype):

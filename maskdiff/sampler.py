@@ -34,8 +34,6 @@ from maskdiff.layouts import (  # noqa: F401, for the callers of this file
 )
 from maskdiff.mesh import whole
 from maskdiff.request import (  # noqa: F401, for the callers of this file
-  Carry,
-  Layout,
   SamplerConfig,
   prepare,
 )

@@ -4,10 +4,9 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff import layouts, run, sampler
+from maskdiff import layouts, refill, run, sampler
 from maskdiff.errors import UserError
 from maskdiff.tasks import accuracy
 
@@ -101,7 +100,7 @@ def complete(model, config, prompts, suffixes, slots, seeds, batch):
     suffixes: list of token lists, empty where an answer ends its row.
     slots: list of int, tokens to fill in for each.
     seeds: list of int.
-    batch: rows that are filled together.
+    batch: rows in progress at once.
 
   Returns:
     Answers.
@@ -109,39 +108,25 @@ def complete(model, config, prompts, suffixes, slots, seeds, batch):
   Raises:
     UserError: a row is longer than the model's context; see sampler.generate.
   """
-  rows = list(zip(prompts, slots, suffixes, strict=True))
-  length = max(len(p) + n + len(s) for p, n, s in rows)
-  canvas = np.zeros((len(rows), length), np.int32)
-  fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
-  for i, (prompt, n, suffix) in enumerate(rows):
-    end = len(prompt) + n
-    canvas[i, : len(prompt)] = prompt
-    canvas[i, end : end + len(suffix)] = suffix
-    fill[i, len(prompt) : end] = True
-    valid[i, : end + len(suffix)] = True
+  canvas, fill, valid = layouts.lay_out(
+    [
+      [*prompt, *[None] * n, *suffix]
+      for prompt, n, suffix in zip(prompts, slots, suffixes, strict=True)
+    ]
+  )
   layouts.check_context(config.data.length, valid)
   c, network = run.sampler_config(config), run.sampler_model(config)
-  tokens, forwards = [], 0
+  tokens, forwards = [None] * len(canvas), 0
   with jax.set_mesh(model.mesh):
-    for start in range(0, len(rows), batch):
-      # The last batch is filled up, so that all have one shape.
-      some = np.arange(start, start + min(batch, len(rows)))
-      some = np.minimum(some, len(rows) - 1)
-      carry = sampler.complete(
-        network,
-        c,
-        model.params,
-        canvas[some],
-        fill[some],
-        valid[some],
-        [seeds[i] for i in some],
-      )
-      sampler.check(carry)
-      out, taken = jax.device_get((carry.canvas, carry.forwards))
-      keep = fill[some] & sampler.cut(out, fill[some], c.eos_id)
-      for i in range(min(batch, len(rows) - start)):
-        tokens.append(out[i, keep[i]].tolist())
-        forwards += int(taken[i])
+    for found in refill.answers(
+      network, c, model.params, canvas, fill, valid, seeds, batch
+    ):
+      if found.broken:
+        raise sampler.broken_error([found.row])
+      slot = fill[found.row]
+      keep = slot & layouts.cut(found.tokens[None], slot[None], c.eos_id)[0]
+      tokens[found.row] = found.tokens[keep].tolist()
+      forwards += found.forwards
   return Answers(tokens, forwards, sum(slots))
 
 
