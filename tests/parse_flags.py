@@ -2,7 +2,7 @@
 
 python tests/parse_flags.py < COMMANDS, a JSON list of [script, arguments];
 prints a JSON list with what is wrong with each, '' for nothing. Each is parsed
-by the script itself, in a fork of a process that has imported JAX.
+by the script itself, in a fork of a process that has imported the package.
 """
 
 import argparse
@@ -12,9 +12,7 @@ import runpy
 import sys
 import tempfile
 
-import jax  # noqa: F401
-
-from maskdiff import config
+from maskdiff import config, run  # noqa: F401, what scripts import, once
 
 
 def parse(script, arguments):
