@@ -2,7 +2,8 @@
 
 A document shows commands in fenced blocks of bash. Those that cannot be run on
 any machine say so: ```bash {.cluster} for what needs a cluster or its tools,
-```bash {.download} for what needs more of the network than packages.
+```bash {.download} for what needs more of the network than packages. Neither
+GitHub nor MkDocs shows that. ```python {.run} is a program that is run too.
 """
 
 import ast
@@ -12,10 +13,16 @@ import shlex
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+# Pages that add files and change the code stand or fall with a test of theirs.
+FOLLOWED = {'how_to': ROOT / 'tests' / 'test_how_to.py'}
+PAGES = [
+  path
+  for path in [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+  if path.parent.name not in FOLLOWED
+]
 MARKS = ('cluster', 'download')
 
-FENCE = re.compile(r'( *)(`{3,})([\w-]*) *(?:\{(.*)\})? *$')
+FENCE = re.compile(r'( *)(`{3,})([\w-]*)([^`]*)$')
 SCRIPT = r'(?:launch|benchmarks|tokenizer)/\w+\.py'
 SPAN = re.compile(rf'`((?:python3? )?{SCRIPT} [^`]+)`')
 
@@ -46,13 +53,13 @@ def blocks(text):
   for number, line in enumerate(text.splitlines(), 1):
     match = FENCE.match(line)
     if opened:
-      if match and match[2] == opened[1] and not match[3]:
+      if match and match[2] == opened[1] and not (match[3] or match[4].strip()):
         found.append(opened[0])
         opened = None
       else:
         opened[0].lines.append(line.removeprefix(opened[2]))
     elif match:
-      marks = tuple((match[4] or '').replace('.', ' ').split())
+      marks = tuple(re.findall(r'\.(\w+)(?=[^{]*\})', match[4]))
       block = Block(number + 1, match[3], marks, [])
       opened = block, match[2], match[1]
   if opened:
@@ -60,17 +67,27 @@ def blocks(text):
   return found
 
 
-def shell(text, run):
-  """A page as a script for bash, whose lines have the numbers of the page.
+def runs(block):
+  """Whether a block is commands or a program that any machine can run."""
+  if block.language == 'python':
+    return 'run' in block.marks
+  return block.language == 'bash' and not set(block.marks) & set(MARKS)
+
+
+def shell(text, chosen):
+  """Blocks of a page as a script for bash, with the page's line numbers.
 
   Args:
     text: of the page.
-    run: from a Block of bash to whether it is part of the script.
+    chosen: the Blocks.
   """
   script = [''] * (len(text.splitlines()) + 1)
-  for block in blocks(text):
-    if block.language == 'bash' and run(block):
-      script[block.line - 1 : block.line - 1 + len(block.lines)] = block.lines
+  for block in chosen:
+    begin = block.line - 1
+    script[begin : begin + len(block.lines)] = block.lines
+    if block.language == 'python':  # in place of the fences
+      script[begin - 1] = "python - <<'PROGRAM'"
+      script[begin + len(block.lines)] = 'PROGRAM'
   return '\n'.join(script)
 
 

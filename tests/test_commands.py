@@ -7,6 +7,7 @@ a download is marked in the page (tests/pages.py) and not run; of that, and of
 the commands in docstrings, the scripts still parse the flags.
 """
 
+import ast
 import concurrent.futures
 import gzip
 import importlib.metadata
@@ -28,23 +29,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
 ROOT = pages.ROOT
+PUZZLES = ROOT / 'configs' / 'puzzles.py'
 TEXTS = {path: path.read_text() for path in pages.PAGES}
 # Not of the clone: what is made there.
 MADE = ('runs', 'data', 'models', 'site', 'maskdiff.egg-info')
 # Programs besides those of shims.py that a page may start. Others are not
 # found: what changes a machine or reaches into the network has to be marked.
 PROGRAMS = 'bash cat dirname env head ls mkdir sleep tail'.split()
-
-
-def runs(block):
-  return not block.marks
-
-
-RUN = [
-  path
+BLOCKS = {
+  path: list(filter(pages.runs, pages.blocks(text)))
   for path, text in TEXTS.items()
-  if any(b.language == 'bash' and runs(b) for b in pages.blocks(text))
-]
+}
+RUN = [path for path in BLOCKS if BLOCKS[path]]
 
 # What is said by those that succeed, by script and flags.
 SAYS = {
@@ -138,12 +134,6 @@ def write_program(path, text):
   path.chmod(0o755)
 
 
-def first_block(text):
-  """The README's first command, as its own piece of shell."""
-  first = next(b for b in pages.blocks(text) if b.language == 'bash')
-  return lambda block: block == first
-
-
 def take_for_given(folder):
   """Puts what pages name without making it into a clone where runs/tiny is."""
   documents = [
@@ -181,7 +171,7 @@ def take_for_given(folder):
   )
 
 
-PUZZLES = """
+ROWS = """
 python launch/prepare.py --source "data/web/*.jsonl.gz" \
   --tokenizer models/Qwen2.5-0.5B/tokenizer.json --out data/rows \
   --row_length 1024
@@ -194,21 +184,20 @@ def ran(tmp_path_factory):
   shell = Shell(tmp_path_factory.mktemp('pages'))
   readme = ROOT / 'README.md'
   base = shell.clone('base')
-  first = first_block(TEXTS[readme])
+  first = BLOCKS[readme][:1]
   begun = shell.run(pages.shell(TEXTS[readme], first), base)
   assert begun.status == 0, begun.output
   take_for_given(base)
   # docs/evaluation.md says that this docstring has the commands.
-  doc = (ROOT / 'configs' / 'puzzles.py').read_text().split('"""')[1]
-  lines = doc.split('\n\n')[1]
-  given = shell.run(lines + PUZZLES, base)
+  puzzles = ast.get_docstring(ast.parse(PUZZLES.read_text())).split('\n\n')[1]
+  given = shell.run(f'{puzzles}\n{ROWS}', base)
   assert given.status == 0, given.output
 
   def run_page(number, path):
     folder = shell.home / f'page{number}'
     shutil.copytree(base, folder, symlinks=True)
-    keep = lambda b: runs(b) and not (path == readme and first(b))
-    return shell.run(pages.shell(TEXTS[path], keep), folder)
+    chosen = [b for b in BLOCKS[path] if path != readme or b not in first]
+    return shell.run(pages.shell(TEXTS[path], chosen), folder)
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     done = dict(zip(RUN, pool.map(run_page, range(len(RUN)), RUN), strict=True))
@@ -245,6 +234,12 @@ def test_every_rule_and_every_expectation_is_of_use(ran):
   words = [' '.join(c['words']) for c in commands]
   for pattern in SAYS:
     assert any(re.search(pattern, w) for w in words), pattern
+
+
+def test_pages_that_are_not_here_have_a_test_of_theirs():
+  for folder, test in pages.FOLLOWED.items():
+    if (ROOT / 'docs' / folder).exists():
+      assert f"'{folder}'" in test.read_text()
 
 
 def test_blocks_of_bash_are_run_or_marked_and_are_bash():
