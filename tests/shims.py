@@ -15,7 +15,7 @@ import sys
 import time
 from typing import NamedTuple
 
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 
 
 class Rule(NamedTuple):
