@@ -264,7 +264,8 @@ def read_samples(config, datasets, first, end):
   Args:
     config: the config.
     datasets: from `open_data`.
-    first, end: sample numbers.
+    first: number of the first sample.
+    end: number of the one after the last.
   """
   batches = pipeline.train_batches(
     datasets,
