@@ -116,7 +116,9 @@ def _heldout(runs):
       steps, loss = history.series(run, f'{p}/loss_nats_per_token')
       if not len(steps):
         continue
-      known = dict(zip(*history.series(run, f'{p}/stderr_nats_per_token')))
+      known = dict(
+        zip(*history.series(run, f'{p}/stderr_nats_per_token'), strict=True)
+      )
       bars = [known.get(step, 0.0) for step in steps]
       name = dataset or 'all'
       choices += [name] if name not in choices else []
@@ -227,8 +229,11 @@ def _without_causal(runs):
   return ' Autoregressive runs have no mask ratio.' if some else ''
 
 
-def _plain(runs, id, title, note, key, how=None, scale=1, smooth=False):
-  """A metric against time, from 0 on."""
+def _plain(
+  runs, id, title, note, key, how=None, scale=1, smooth=False, trim=False
+):
+  """A metric against time, from 0 on; of how high its highest rows are, the
+  axis takes no notice if it is to `trim` them."""
   figure, shown = _figure(), []
   how = how or (lambda values: values[-1])
   for i, run in enumerate(runs):
@@ -239,7 +244,11 @@ def _plain(runs, id, title, note, key, how=None, scale=1, smooth=False):
     elif len(steps):
       steps, values = history.thin(steps, values, how)
       figure.add_trace(_line(run, i, steps, values))
-      shown += _without_outliers(steps, values, None)
+      shown += (
+        _without_outliers(steps, values, None)
+        if trim
+        else [(steps, values, None)]
+      )
   return _with_ranges(Panel(id, title, note, figure), shown, 0)
 
 
@@ -252,6 +261,7 @@ def _step_time(runs):
     'Seconds per step, mean of each row.',
     'train/step_s',
     how=np.mean,
+    trim=True,
   )
   planned = [
     (i, run) for i, run in enumerate(runs) if run.plan and run.plan['step_s']
@@ -324,7 +334,7 @@ def _goodput(runs):
         )
       )
   figure.update_layout(barmode='stack', hovermode='closest', bargap=0.3)
-  figure.update_xaxes(range=[0, 100], ticksuffix='%', dtick=25)
+  figure.update_xaxes(range=[0, 101], ticksuffix='%', dtick=25)
   figure.update_yaxes(
     autorange='reversed',
     tickvals=list(range(len(shown))),
@@ -452,3 +462,11 @@ def _range(values, low):
     return [low, 1.08 * most or 1.0]
   pad = 0.06 * (most - least) or 0.05 * abs(most) or 1.0
   return [least - pad, most + pad]
+
+
+def _duration(seconds):
+  if seconds < 120:
+    return f'{seconds:.1f} s'
+  if seconds < 7200:
+    return f'{seconds / 60:.1f} min'
+  return f'{seconds / 3600:.1f} h'

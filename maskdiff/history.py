@@ -256,7 +256,7 @@ def by_ratio(run, where):
 
 
 def samples(run):
-  """The texts of each prompt: dict from its number to a list of (step, text)."""
+  """The texts of each prompt: from its number to a list of (step, text)."""
   found = {}
   for row in run.rows:
     for key, value in row.items():

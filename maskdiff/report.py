@@ -195,11 +195,3 @@ def _si(number):
     if number >= size:
       return f'{number / size:.3g}{letter}'
   return f'{number:g}'
-
-
-def _duration(seconds):
-  if seconds < 120:
-    return f'{seconds:.1f} s'
-  if seconds < 7200:
-    return f'{seconds / 60:.1f} min'
-  return f'{seconds / 3600:.1f} h'
