@@ -32,7 +32,7 @@ TIMES = dict(
     strict=True,
   )
 )
-EARLY = 0.02  # of a run, what the height of an axis does not depend on
+EARLY = 0.05  # of a run, what the height of an axis does not depend on
 SMOOTHING = 0.02  # of the rows, on either side
 
 
@@ -194,10 +194,13 @@ def _newest_by_ratio(runs):
 def _training_by_ratio(runs):
   """Training loss of each bucket of the mask ratio over time."""
   figure, shown, choices = _figure(), [], []
-  diffusion = [i for i, run in enumerate(runs) if not run.causal]
-  alone = len(diffusion) == 1
-  for i in diffusion:
-    _, found = history.by_ratio(runs[i], 'train')
+  buckets = {
+    i: history.by_ratio(run, 'train')[1]
+    for i, run in enumerate(runs)
+    if not run.causal
+  }
+  alone = sum(map(bool, buckets.values())) == 1
+  for i, found in buckets.items():
     for bucket, (ratio, _) in enumerate(found):
       key = f'train{history.RATIO}{ratio}'
       steps, loss = history.thin(*history.series(runs[i], key), np.mean)
