@@ -98,6 +98,9 @@ def default():
   train.batch = 32  # B, sequences per step over all devices
   train.microbatches = 1  # gradients are summed over this many parts
   train.log_every_steps = 10  # between rows of metrics
+  # Rows and samples go to this project of wandb as well, if it is installed;
+  # its own WANDB_MODE=offline keeps them for `wandb sync`. '': they do not
+  train.wandb_project = ''
   train.stall_s = 600.0  # a step or a batch that takes longer is reported
   train.heartbeat_s = 10  # processes end when one was silent for so long
 
@@ -481,21 +484,43 @@ def _suggestion(word, known):
   return f'; did you mean {close[0]!r}?' if close else ''
 
 
-def run_script(main, argv=None):
+def run_script(main, argv=None, positional=False):
   """Parses the command line of a script in launch/ and calls main(FLAGS).
 
-  The script has defined its absl flags. Everything that the user can fix ends
-  with one line on standard error and status 2: an unknown flag or config key,
-  forgotten dashes, and every UserError. Status 75 means: start me again.
+  The script has defined its absl flags. --help prints them after its docstring.
+  Everything that the user can fix ends with one line on standard error and
+  status 2: an unknown flag or config key, forgotten dashes, and every
+  UserError. Status 75 means: start me again.
+  The script has defined its absl flags; one that is `positional` takes other
+  arguments too, and is called as main(FLAGS, arguments). Everything that the
+  user can fix ends with one line on standard error and status 2: an unknown
+  flag or config key, forgotten dashes, and every UserError. Status 75 means:
+  start me again.
   """
   argv = sys.argv if argv is None else argv
+  if '--help' in argv[1:]:
+    print(_help())
+    return
   try:
-    main(_parse(argv))
+    args, rest = _parse(argv)
+    if positional:
+      main(args, rest)
+    elif rest:
+      hint = f'; did you mean --{rest[0]}?' if '=' in rest[0] else ''
+      raise UserError(f'unexpected argument {rest[0]!r}{hint}')
+    else:
+      main(args)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(STATUS_USER)
   except Preempted:  # it has been said
     sys.exit(STATUS_AGAIN)
+
+
+def _help():
+  # Those of this module are --config.
+  known = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__))
+  return '\n'.join([sys.modules['__main__'].__doc__, *filter(None, known)])
 
 
 def _parse(argv):
@@ -507,10 +532,7 @@ def _parse(argv):
     raise
   except Exception as e:  # a config file is a program, and may raise anything
     raise UserError(_explain(e, argv)) from e
-  if rest:
-    hint = f'; did you mean --{rest[0]}?' if '=' in rest[0] else ''
-    raise UserError(f'unexpected argument {rest[0]!r}{hint}')
-  return flags.FLAGS
+  return flags.FLAGS, rest
 
 
 def _explain(error, argv):

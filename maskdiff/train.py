@@ -33,9 +33,10 @@ def run(config, workdir):
   """Trains, or goes on training, the model of a config.
 
   Writes to the work directory: config.json, header.txt, the tokenizer,
-  metrics.jsonl, tensorboard/, ledger.jsonl and checkpoints/. Running again
-  with the same arguments resumes from the newest checkpoint. An error or an
-  interrupt still lets a checkpoint be finished that is being written.
+  metrics.jsonl, tensorboard/, ledger.jsonl and checkpoints/; wandb_id and
+  wandb/ with config.train.wandb_project. Running again with the same arguments
+  resumes from the newest checkpoint. An error or an interrupt still lets a
+  checkpoint be finished that is being written.
 
   Args:
     config: ConfigDict with the keys of config.default().
@@ -57,6 +58,7 @@ def run(config, workdir):
 
 def _run(config, workdir, stack):
   config_lib.validate(config)
+  metrics.require_wandb(config.train.wandb_project)
   c = run_lib.step_config(config)
   steps, batch, length = config.train.steps, config.train.batch, c.length
   optimizer_config = OptimizerConfig(**config.optimizer)
@@ -100,7 +102,8 @@ def _run(config, workdir, stack):
       config, c, init_key, optimizer, shardings, checkpointer, identity
     )
   ledger.event('started', step=start)
-  writer = metrics.Writer(workdir, start, main_host)
+  project = config.train.wandb_project if start < steps else ''
+  writer = metrics.Writer(workdir, start, main_host, project, config.to_dict())
   stack.callback(writer.close)
   progress = metrics.Progress(start, steps, main_host)
   stack.callback(progress.close)

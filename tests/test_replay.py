@@ -2,24 +2,17 @@
 
 import html.parser
 import json
-import shutil
 import time
 
+import browser as browser_lib
 import matplotlib
 import numpy as np
 import pytest
+from browser import DESK, PHONE, element, look
 
 from maskdiff import replay
 from maskdiff.replay import Recording
 
-# As root there is no sandbox; the rest keeps Chromium from asking the network
-# for things of its own.
-FLAGS = (
-  '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run '
-  '--disable-background-networking --disable-component-update --disable-sync'
-).split()
-CHROMIUMS = ('chromium', 'chromium-browser', 'google-chrome')
-PHONE, DESK = (390, 844), (1280, 900)
 GIVEN = 'say("</script><!--<script>")\n'
 ANSWER = '<b>\'&amp;"\\u003c\u2028\n🦉 owls\n'  # the owl is four byte tokens
 SETTINGS = {
@@ -89,26 +82,8 @@ def page(recording, tokenizer, tmp_path_factory):
 @pytest.fixture(scope='module')
 def browser(page, tmp_path_factory):
   """Chromium with the page, and all that it said since."""
-  binary = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-  driver = shutil.which('chromedriver')
-  if not binary or not driver:
-    pytest.skip(
-      'no chromium and chromedriver here: on Debian, '
-      'apt-get install chromium chromium-driver'
-    )
-  from selenium import webdriver
-
-  options = webdriver.ChromeOptions()
-  options.binary_location = binary
-  for flag in FLAGS:
-    options.add_argument(flag)
-  profile = tmp_path_factory.mktemp('profile')
-  options.add_argument(f'--user-data-dir={profile}')
-  logs = {'performance': 'ALL', 'browser': 'ALL'}
-  options.set_capability('goog:loggingPrefs', logs)
-  chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
-  yield chromium
-  chromium.quit()
+  with browser_lib.started(tmp_path_factory.mktemp('profile')) as chromium:
+    yield chromium
 
 
 @pytest.fixture
@@ -116,18 +91,6 @@ def opened(browser, page):
   look(browser, DESK)
   browser.get(page.as_uri())
   return browser
-
-
-def look(browser, size, scheme='light'):
-  width, height = size
-  metrics = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
-  browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', metrics)
-  features = [dict(name='prefers-color-scheme', value=scheme)]
-  browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=features))
-
-
-def element(browser, name):
-  return browser.find_element('css selector', name)
 
 
 def shown(browser):
@@ -328,14 +291,7 @@ def test_nothing_is_wider_than_the_window(opened, size):
   element(opened, 'summary').click()
   for step in (0, 5, 'last'):
     opened.execute_script(f'show({step})')
-    beyond, right = opened.execute_script(
-      """
-      const all = [...document.querySelectorAll('body, body *')];
-      const right = Math.max(...all.map(e => e.getBoundingClientRect().right));
-      const {scrollWidth, clientWidth} = document.documentElement;
-      return [scrollWidth - clientWidth, right];
-      """
-    )
+    beyond, right = browser_lib.beyond(opened)
     assert beyond == 0 and right <= size[0] + 1
   player = element(opened, '#player').rect
   assert player['y'] + player['height'] <= size[1] + 1
@@ -351,17 +307,7 @@ def test_the_page_asks_for_nothing_and_has_no_errors(opened, page):
   """After all that the tests before this one did with it."""
   opened.execute_script('show(last)')
   assert opened.get_log('browser') == []
-  messages = [
-    json.loads(entry['message'])['message']
-    for entry in opened.get_log('performance')
-  ]
-  asked = [
-    m['params']['request']['url']
-    for m in messages
-    if m['method'] == 'Network.requestWillBeSent'
-    and m['params']['documentURL'] == page.as_uri()
-  ]
-  assert set(asked) == {page.as_uri()}
+  assert browser_lib.asked(opened, page.as_uri()) == {page.as_uri()}
 
 
 def test_the_page_may_not_ask_for_anything(opened):
