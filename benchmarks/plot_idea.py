@@ -1,9 +1,10 @@
 """Draws the three pictures of docs/idea.md.
 
-python benchmarks/plot_idea.py --workdir runs/tiny
+python benchmarks/plot_idea.py --workdir runs/masked
 
 The forward process on a line of Python, the noise of the loss, and the model
-of the work directory filling a gap. Needs matplotlib, which is in
+of the work directory filling the gaps of a text. That of the page was trained
+with configs/proof.py. Needs matplotlib, which is in
 requirements-test.txt.
 """
 
@@ -24,7 +25,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 TEXT = 'with open(path) as f: return f.read()'
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-GAPPED = 'def area(self):\n    return {{12}}\n'
+GAPPED = 'class Stack:\n    def __init__({{6}}):\n        self{{6}}\n'
 BLUE, RED, GREY, PALE = '#1f5fbf', '#c0392b', '#9aa5b1', '#e4e7eb'
 # The picture is as wide as a page on a phone, so letters stay legible.
 WIDTH, DPI = 5.2, 150
@@ -197,13 +198,13 @@ def reverse(workdir, text, seed, out):
   came = np.nanargmax(np.where(np.isnan(sure), -1, sure), axis=0)
 
   figure, axes = plt.subplots(figsize=(WIDTH, 5.4), layout='constrained')
-  colors = plt.get_cmap('RdYlGn')
+  colors = plt.get_cmap('YlGnBu')
   steps = len(sure)
   places = np.arange(slots[0] - 3, min(slots[-1] + 3, valid[0].sum()))
   for y, at in enumerate(places):
     for step in range(steps):
       given, there = not fill[0, at], step >= came[at]
-      face = '#d8e6fa' if given else PALE
+      face = 'white' if given else PALE
       if there and not given:
         face = colors(float(sure[came[at], at]))
       here = there and not given and step == came[at]
@@ -225,7 +226,7 @@ def reverse(workdir, text, seed, out):
     fontsize=11,
     family='monospace',
   )
-  axes.set_xticks(range(1, steps + 1, 2))
+  axes.set_xticks(range(1, steps + 1))
   axes.set_xlabel('denoising step', fontsize=11)
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
@@ -241,13 +242,13 @@ def reverse(workdir, text, seed, out):
 
 
 def save(figure, path):
-  figure.savefig(path, dpi=DPI)
+  figure.savefig(path, dpi=DPI, bbox_inches='tight', pad_inches=0.1)
   plt.close(figure)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--workdir', default='runs/tiny')
+  parser.add_argument('--workdir', default='runs/masked')
   parser.add_argument('--out', type=pathlib.Path, default='docs')
   parser.add_argument('--text', default=GAPPED)
   parser.add_argument('--seed', type=int, default=0)
