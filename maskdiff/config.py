@@ -489,9 +489,9 @@ def run_script(main, argv=None, positional=False):
 
   The script has defined its absl flags; one that is `positional` takes other
   arguments too, and is called as main(FLAGS, arguments). --help prints them
-  after its docstring. Everything that the user can fix ends with one line on standard error and status 2: an unknown
-  flag or config key, forgotten dashes, and every UserError. Status 75 means:
-  start me again.
+  after its docstring. Everything that the user can fix ends with one line on
+  standard error and status 2: an unknown flag or config key, forgotten dashes,
+  and every UserError. Status 75 means: start me again.
   """
   argv = sys.argv if argv is None else argv
   if '--help' in argv[1:]:
