@@ -202,7 +202,7 @@ def story(folder):
 
 
 def test_a_training_that_fails_is_told_with_its_last_lines(story):
-  assert 'config.train.step' in story.failed
+  assert "'train.step'" in story.failed
   assert 'train.steps' in story.failed  # what it may have been meant to be
   assert 'training ended with status 2' in str(story.failure.value)
 
@@ -215,7 +215,7 @@ def test_the_stop_button_saves(story):
 def test_the_same_cell_again_goes_on_and_so_does_another_machine(story):
   """The second kernel finds the newest checkpoint of the first, which was
   killed with its training: steps after it are done again."""
-  assert story.newest >= story.saved + EVERY
+  assert story.newest > story.saved
   text = printed(story.cells['train'])
   assert f'resuming at step {story.newest}\n' in text
   trained = [r['step'] for r in story.rows if 'train/step_s' in r]
@@ -248,7 +248,7 @@ def test_the_curves_are_those_of_the_metrics(story):
 
 def test_the_replay_is_in_the_notebook(story):
   page = (story.folder / 'run' / 'replay.html').read_text()
-  assert 'def read_file(' in page
+  assert page.startswith('<!doctype html>')
   (shown,) = outputs(story.cells['sample'], 'text/html')
   assert shown.count('<iframe') == 1
   assert html.unescape(re.search(r'srcdoc="(.*?)"', shown, re.S)[1]) == page
@@ -441,7 +441,7 @@ def test_a_bucket_is_mounted_once_and_with_what_is_missing(tmp_path):
   stand_in('gcsfuse.later', f'{said}; touch {tmp_path}/mounted')
   environment = {'PATH': f'{programs}:/usr/bin:/bin'}
   for _ in range(2):
-    command = ['bash', '-c', script.replace('\\\n', '\n'), 'mine']
+    command = ['bash', '-c', script.replace('\\\n', ''), 'mine']
     subprocess.run(command, check=True, env=environment)
   assert (tmp_path / 'calls').read_text().splitlines() == [
     'apt-get -qq update',
