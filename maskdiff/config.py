@@ -487,15 +487,11 @@ def _suggestion(word, known):
 def run_script(main, argv=None, positional=False):
   """Parses the command line of a script in launch/ and calls main(FLAGS).
 
-  The script has defined its absl flags. --help prints them after its docstring.
-  Everything that the user can fix ends with one line on standard error and
-  status 2: an unknown flag or config key, forgotten dashes, and every
-  UserError. Status 75 means: start me again.
   The script has defined its absl flags; one that is `positional` takes other
-  arguments too, and is called as main(FLAGS, arguments). Everything that the
-  user can fix ends with one line on standard error and status 2: an unknown
-  flag or config key, forgotten dashes, and every UserError. Status 75 means:
-  start me again.
+  arguments too, and is called as main(FLAGS, arguments). --help prints them
+  after its docstring. Everything that the user can fix ends with one line on
+  standard error and status 2: an unknown flag or config key, forgotten dashes,
+  and every UserError. Status 75 means: start me again.
   """
   argv = sys.argv if argv is None else argv
   if '--help' in argv[1:]:

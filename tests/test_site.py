@@ -161,7 +161,7 @@ def browser(address, tmp_path_factory):
 def test_a_page_fits_a_phone_and_a_desk_and_asks_no_other_host(
   browser, address, page
 ):
-  """No line is wider than the screen: what is, scrolls by itself."""
+  """Commands are wrapped, and what is wider than the screen scrolls alone."""
   for width, height in ((390, 844), (1280, 900)):
     metrics = dict(width=width, height=height, deviceScaleFactor=1)
     browser.execute_cdp_cmd(
@@ -173,6 +173,10 @@ def test_a_page_fits_a_phone_and_a_desk_and_asks_no_other_host(
       <= width
     )
     assert browser.find_element('css selector', 'h1').text
+    assert browser.execute_script(
+      "return [...document.querySelectorAll('.language-bash code')]"
+      '.every(e => e.scrollWidth <= e.clientWidth)'
+    )
   asked = [
     message['params']['request']['url']
     for entry in browser.get_log('performance')
