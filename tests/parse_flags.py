@@ -19,7 +19,7 @@ def parse(script, arguments):
   """Runs a script up to where its flags are known, and ends."""
   run_script, parse_args = config.run_script, argparse.ArgumentParser.parse_args
 
-  def check(args):
+  def check(args, rest=()):
     if 'config' in args:
       config.validate(args.config)
 
@@ -27,7 +27,7 @@ def parse(script, arguments):
     parse_args(*args, **kwargs)
     sys.exit(0)
 
-  config.run_script = lambda main: run_script(check)
+  config.run_script = lambda main, **how: run_script(check, **how)
   argparse.ArgumentParser.parse_args = ended
   with open(script) as f:
     source = f.read()
