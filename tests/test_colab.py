@@ -140,13 +140,12 @@ def outputs(cell, kind):
 
 
 @contextlib.contextmanager
-def at_step(folder, step, act):
-  """Calls `act` once the training has written a row of the step or later."""
+def once(condition, act):
+  """Calls `act` once the condition is true, if it becomes so meanwhile."""
 
   def watch():
     while not done.wait(0.05):
-      rows = metrics.read(folder / 'run' / 'metrics.jsonl')
-      if rows and rows[-1]['step'] >= step:
+      if condition():
         return act()
 
   done = threading.Event()
@@ -157,6 +156,12 @@ def at_step(folder, step, act):
   finally:
     done.set()
     thread.join()
+
+
+def last_step(folder):
+  """The step of the newest row of metrics; 0 if there is none."""
+  rows = metrics.read(folder / 'run' / 'metrics.jsonl')
+  return rows[-1]['step'] if rows else 0
 
 
 def checkpoints(folder):
@@ -180,12 +185,12 @@ def story(folder):
     story.failed = printed(cells['train'])
     ask(client, 'OVERRIDES.pop()')
     group = os.getpgid(client.km.provisioner.pid)
-    with at_step(folder, EVERY + 1, lambda: os.killpg(group, signal.SIGINT)):
+    stop = lambda: os.killpg(group, signal.SIGINT)
+    with once(lambda: last_step(folder) > EVERY, stop):
       story.stopped = execute(client, 'train')
     story.saved = checkpoints(folder)[-1]
-    with at_step(
-      folder, story.saved + EVERY, lambda: os.killpg(group, signal.SIGKILL)
-    ):
+    take_away = lambda: os.killpg(group, signal.SIGKILL)
+    with once(lambda: checkpoints(folder)[-1] > story.saved, take_away):
       execute(client, 'train')
   story.newest = checkpoints(folder)[-1]
   story.steps = story.newest + 2 * EVERY
