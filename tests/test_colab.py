@@ -140,13 +140,12 @@ def outputs(cell, kind):
 
 
 @contextlib.contextmanager
-def at_step(folder, step, act):
-  """Calls `act` once the training has written a row of the step or later."""
+def once(condition, act):
+  """Calls `act` once the condition is true, if it becomes so meanwhile."""
 
   def watch():
     while not done.wait(0.05):
-      rows = metrics.read(folder / 'run' / 'metrics.jsonl')
-      if rows and rows[-1]['step'] >= step:
+      if condition():
         return act()
 
   done = threading.Event()
@@ -157,6 +156,12 @@ def at_step(folder, step, act):
   finally:
     done.set()
     thread.join()
+
+
+def last_step(folder):
+  """The step of the newest row of metrics; 0 if there is none."""
+  rows = metrics.read(folder / 'run' / 'metrics.jsonl')
+  return rows[-1]['step'] if rows else 0
 
 
 def checkpoints(folder):
@@ -180,12 +185,12 @@ def story(folder):
     story.failed = printed(cells['train'])
     ask(client, 'OVERRIDES.pop()')
     group = os.getpgid(client.km.provisioner.pid)
-    with at_step(folder, EVERY + 1, lambda: os.killpg(group, signal.SIGINT)):
+    stop = lambda: os.killpg(group, signal.SIGINT)
+    with once(lambda: last_step(folder) > EVERY, stop):
       story.stopped = execute(client, 'train')
     story.saved = checkpoints(folder)[-1]
-    with at_step(
-      folder, story.saved + EVERY, lambda: os.killpg(group, signal.SIGKILL)
-    ):
+    take_away = lambda: os.killpg(group, signal.SIGKILL)
+    with once(lambda: checkpoints(folder)[-1] > story.saved, take_away):
       execute(client, 'train')
   story.newest = checkpoints(folder)[-1]
   story.steps = story.newest + 2 * EVERY
@@ -201,17 +206,20 @@ def story(folder):
   return story
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_told_with_its_last_lines(story):
   assert "'train.step'" in story.failed
   assert 'train.steps' in story.failed  # what it may have been meant to be
   assert 'training ended with status 2' in str(story.failure.value)
 
 
+@pytest.mark.slow
 def test_the_stop_button_saves(story):
   assert 'starting from scratch' in story.stopped
   assert f'told to end: step {story.saved} is saved' in story.stopped
 
 
+@pytest.mark.slow
 def test_the_same_cell_again_goes_on_and_so_does_another_machine(story):
   """The second kernel finds the newest checkpoint of the first, which was
   killed with its training: steps after it are done again."""
@@ -223,6 +231,7 @@ def test_the_same_cell_again_goes_on_and_so_does_another_machine(story):
   assert story.saved in trained and max(np.diff(trained)) <= 2
 
 
+@pytest.mark.slow
 def test_the_curves_are_those_of_the_metrics(story):
   """Each panel has a line of all rows; the first has the held-out bound and
   the unigram entropy, too."""
@@ -246,6 +255,7 @@ def test_the_curves_are_those_of_the_metrics(story):
   assert len(picture) > 20_000  # three empty frames have half of it
 
 
+@pytest.mark.slow
 def test_the_replay_is_in_the_notebook(story):
   page = (story.folder / 'run' / 'replay.html').read_text()
   assert page.startswith('<!doctype html>')
@@ -254,6 +264,7 @@ def test_the_replay_is_in_the_notebook(story):
   assert html.unescape(re.search(r'srcdoc="(.*?)"', shown, re.S)[1]) == page
 
 
+@pytest.mark.slow
 def test_the_bound_is_held_against_the_unigram_entropy(story):
   said = dict(
     re.findall(
@@ -271,6 +282,7 @@ def test_the_bound_is_held_against_the_unigram_entropy(story):
   }
 
 
+@pytest.mark.slow
 def test_questions_and_a_text_are_scored(story):
   lines = printed(story.cells['evaluate']).splitlines()
   rows = [json.loads(line) for line in lines if line.startswith('{')]
@@ -281,10 +293,12 @@ def test_questions_and_a_text_are_scored(story):
   assert totals['bound']['nats_per_token'] > 0
 
 
+@pytest.mark.slow
 def test_the_planners_figures_are_those_of_the_configs(story):
   table = [x.split() for x in printed(story.cells['sizes']).splitlines()[1:]]
   assert [row[0] for row in table] == [
     '150m.py:v5e-1',
+    '150m.py:v6e-1',
     '1b.py:v6e-1',
     '1b.py:v5e-1',
   ]
@@ -299,6 +313,7 @@ def test_the_planners_figures_are_those_of_the_configs(story):
     assert tokens / speed / 3600 == pytest.approx(hours, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_cpu_is_given_the_smallest(story):
   shown = printed(story.cells['chip'])
   assert shown.splitlines()[-1].startswith(
@@ -319,7 +334,7 @@ def play(name, **names):
   'kind, gib, config',
   [
     ('TPU v5 lite', 15.75, '150m.py:v5e-1'),
-    ('TPU v6 lite', 31.25, '150m.py:v5e-1'),
+    ('TPU v6 lite', 31.25, '150m.py:v6e-1'),
     ('TPU v2', 7.5, 'tiny.py'),
     ('NVIDIA A100-SXM4-40GB', 29.6, '150m.py'),
     ('NVIDIA L4', 16.6, '150m.py'),
@@ -419,8 +434,7 @@ def test_drive_and_buckets_are_mounted_in_colab(
 def test_a_bucket_is_mounted_once_and_with_what_is_missing(tmp_path):
   """The commands of the cell, in a shell whose programs are stand-ins that
   write down how they were called."""
-  path = CELLS['keep'].source
-  script = re.search(r'MOUNT = """(.*?)"""', path, re.S)[1]
+  script = play('keep', IN_COLAB=False, WORKDIR='')['MOUNT']
   assert '/gcs/$0' in script
   script = script.replace('/gcs/', f'{tmp_path}/gcs/')
   script = script.replace('/usr/share/keyrings', str(tmp_path))
@@ -441,7 +455,7 @@ def test_a_bucket_is_mounted_once_and_with_what_is_missing(tmp_path):
   stand_in('gcsfuse.later', f'{said}; touch {tmp_path}/mounted')
   environment = {'PATH': f'{programs}:/usr/bin:/bin'}
   for _ in range(2):
-    command = ['bash', '-c', script.replace('\\\n', ''), 'mine']
+    command = ['bash', '-c', script, 'mine']
     subprocess.run(command, check=True, env=environment)
   assert (tmp_path / 'calls').read_text().splitlines() == [
     'apt-get -qq update',
