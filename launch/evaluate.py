@@ -106,9 +106,9 @@ def evaluate(args):
   lines, estimator = None, None
   if args.data:
     lines = tasks.read(args.data, 'greedy' if answered else args.task)
-    for line in lines:
+    for line in lines if answered else ():
       answer = line.value['answer']
-      if answered and not puzzles.correct(args.task, line.value, answer):
+      if not puzzles.correct(args.task, line.value, answer):
         raise UserError(
           f'{line.where}: {answer!r} is no right answer, so this is no line of '
           f'--task {args.task}; see launch/puzzles.py'

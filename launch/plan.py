@@ -1,7 +1,7 @@
-"""Says what a config takes on TPUs, without one: memory, time, communication.
+r"""Says what a config takes on TPUs, without one: memory, time, communication.
 
 python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 \
-  [--num_slices 2] [--json FILE] [--plot FILE.png] [--config.train.batch=256]
+  [--num_slices 2] [--json FILE] [--plot FILE.png] [--config.train.batch=320]
 python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 --sweep
 python launch/plan.py --config configs/8b.py --topology v5e:2x4 --mode sample
 

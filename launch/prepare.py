@@ -41,13 +41,9 @@ flags.DEFINE_bool('by_line', False, 'Each line of a .txt is a document.')
 flags.DEFINE_string('inspect', None, 'Directory to show: statistics and rows.')
 flags.DEFINE_integer('rows', 3, 'Rows to show with --inspect.', lower_bound=0)
 flags.DEFINE_string('verify', None, 'Directory whose every row to check.')
-flags.DEFINE_bool('help', False, 'Show this.')
 
 
 def main(args):
-  if args.help:
-    print(f'{__doc__}{args.main_module_help()}')
-    return
   modes = [m for m in ('out', 'inspect', 'verify') if args[m].value]
   if len(modes) != 1:
     raise UserError('give one of --out DIR, --inspect DIR and --verify DIR')

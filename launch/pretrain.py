@@ -1,4 +1,4 @@
-"""Trains a model, or goes on training it.
+r"""Trains a model, or goes on training it.
 
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny \
   [--config.train.steps=2000 ...]

@@ -1,4 +1,4 @@
-"""Samples from a trained model: continues prompts, or fills gaps in a text.
+r"""Samples from a trained model: continues prompts, or fills gaps in a text.
 
 python launch/sample.py --workdir runs/tiny --prompt "def read_file(" \
   --gen_length 64 --steps 64 [--show] [--html replay.html]

@@ -29,7 +29,8 @@ def guide(conditional, unconditional, scale):
   logits.
 
   Args:
-    conditional, unconditional: [B, S, V] float32.
+    conditional: [B, S, V] float32, c.
+    unconditional: [B, S, V] float32, u.
     scale: w.
   """
   return unconditional + (scale + 1) * (conditional - unconditional)
@@ -77,7 +78,8 @@ def draw(logits, temperature, top_k, top_p, keys):
   Args:
     logits: [B, S, V] float32.
     temperature: 0 for the most probable token.
-    top_k, top_p: see `truncate`; they do not change the most probable token.
+    top_k: see `truncate`; it does not change the most probable token.
+    top_p: see `truncate`; nor does it.
     keys: [B] PRNG keys.
 
   Returns:

@@ -488,12 +488,15 @@ def run_script(main, argv=None, positional=False):
   """Parses the command line of a script in launch/ and calls main(FLAGS).
 
   The script has defined its absl flags; one that is `positional` takes other
-  arguments too, and is called as main(FLAGS, arguments). Everything that the
-  user can fix ends with one line on standard error and status 2: an unknown
-  flag or config key, forgotten dashes, and every UserError. Status 75 means:
-  start me again.
+  arguments too, and is called as main(FLAGS, arguments). --help prints them
+  after its docstring. Everything that the user can fix ends with one line on
+  standard error and status 2: an unknown flag or config key, forgotten dashes,
+  and every UserError. Status 75 means: start me again.
   """
   argv = sys.argv if argv is None else argv
+  if '--help' in argv[1:]:
+    print(_help())
+    return
   try:
     args, rest = _parse(argv)
     if positional:
@@ -508,6 +511,12 @@ def run_script(main, argv=None, positional=False):
     sys.exit(STATUS_USER)
   except Preempted:  # it has been said
     sys.exit(STATUS_AGAIN)
+
+
+def _help():
+  # Those of this module are --config.
+  known = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__))
+  return '\n'.join([sys.modules['__main__'].__doc__, *filter(None, known)])
 
 
 def _parse(argv):

@@ -35,8 +35,8 @@ def cross_entropy(hidden, head, targets, weights, exclude, chunk):
     chunk: tokens per step of the loop; memory is chunk x V float32.
 
   Returns:
-    loss: float32 scalar, nats. The only output with a gradient.
-    nll: [B, L] float32 nats, 0 where the weight is 0.
+    - `loss`: float32 scalar, nats. The only output with a gradient.
+    - `nll`: [B, L] float32 nats, 0 where the weight is 0.
   """
   loss, nll, _, _ = _apply(
     hidden, head, targets, weights, exclude, chunk, gradients=False

@@ -9,14 +9,15 @@ Noise is keyed by a row's seed: what comes out for a row does not depend on the
 rows beside it, beyond float32 rounding. Nothing is normalised by length.
 
 Arguments that all functions here share:
-  model_config: model.TransformerConfig.
-  c: looks.LikelihoodConfig.
-  params: parameter tree.
-  tokens: [B, L] int32.
-  answer: [B, L] bool, the positions that are scored, anywhere in the row.
-  valid: [B, L] bool, False on padding, which stands at the ends of a row.
-  seeds: [B] int >= 0. Rows of one seed and equally long answers hide the same
-    tokens, so that chance matters less to their difference.
+
+- `model_config`: model.TransformerConfig.
+- `c`: looks.LikelihoodConfig.
+- `params`: parameter tree.
+- `tokens`: [B, L] int32.
+- `answer`: [B, L] bool, the positions that are scored, anywhere in the row.
+- `valid`: [B, L] bool, False on padding, which stands at the ends of a row.
+- `seeds`: [B] int >= 0. Rows of one seed and equally long answers hide the
+  same tokens, so that chance matters less to their difference.
 
 Any of them raises a UserError if looks.rows_of refuses the request, or if the
 network gives something that is no number.
@@ -66,7 +67,6 @@ def bound(model_config, c, params, tokens, answer, valid, estimator, seeds):
 
   Args:
     estimator: estimators.Estimator.
-    The others: see above.
 
   Returns:
     Estimate; its error is nan if the estimator has a single group.
@@ -97,7 +97,6 @@ def chain_rule(model_config, c, params, tokens, answer, valid, orders=None):
   Args:
     orders: for each row [K, A] int, each a permutation of 0..A-1, the tokens of
       the answer as they stand in the row; by default one order, left to right.
-    The others: see above.
 
   Returns:
     list of [K] float64, nats.
@@ -151,7 +150,6 @@ def multi_sample(
 
   Args:
     num_orders: K.
-    The others: see above.
 
   Returns:
     Estimate; its error is by the delta method, nan for K = 1.

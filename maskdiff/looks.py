@@ -193,8 +193,12 @@ def predict(model_config, c, params, rows, size, looks):
   """The most probable tokens at the asked positions.
 
   Args:
-    size, looks: as for `run`.
-    The others as for `evaluate`.
+    model_config: as for `evaluate`.
+    c: as for `evaluate`.
+    params: as for `evaluate`.
+    rows: as for `evaluate`.
+    size: as for `run`.
+    looks: as for `run`.
 
   Yields:
     (row number, k, [A] int32 tokens, [A] float32 their log-probabilities).

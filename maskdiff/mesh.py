@@ -49,8 +49,10 @@ def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
   the other three axes stay on the fast links inside it.
 
   Args:
-    replica, fsdp, sequence, tensor: sizes of the axes; by default all devices
-      are on `fsdp`.
+    replica: size of this axis.
+    fsdp: size of this axis; by default all devices are on it.
+    sequence: size of this axis.
+    tensor: size of this axis.
     devices: the devices to use, all of them by default; a topology's when
       compiling for machines that are not here.
 

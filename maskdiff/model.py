@@ -351,7 +351,10 @@ def slow_down(frequency, factor, low, high, length):
 
   Args:
     frequency: [K/2], radians per position.
-    factor, low, high, length: numbers of TransformerConfig.rope_scaling.
+    factor: like the rest, of TransformerConfig.rope_scaling.
+    low: turns.
+    high: turns.
+    length: tokens.
   """
   turns = length * frequency / (2 * jnp.pi)
   keep = jnp.clip((turns - low) / (high - low), 0, 1)

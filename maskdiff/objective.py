@@ -17,7 +17,6 @@ from maskdiff import masks
 from maskdiff.cross_entropy import cross_entropy
 from maskdiff.schedule import Schedule, sample_times
 
-OBJECTIVES = ('masked_diffusion', 'autoregressive')
 # A row packs documents: positions see all of it, or only their own document.
 ATTEND_WITHIN = ('row', 'document')
 
@@ -182,7 +181,7 @@ def show(objective, tokens, valid, bos_id, doc=0):
   In either case the prediction for a position stands at that position.
 
   Args:
-    objective: one of OBJECTIVES.
+    objective: one of OBJECTIVES; all but the autoregressive see both ways.
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
     bos_id: stands before the first token of an autoregressive row.
@@ -191,7 +190,7 @@ def show(objective, tokens, valid, bos_id, doc=0):
   Returns:
     inputs [B, L] int32, and their masks.Labels.
   """
-  if objective == 'masked_diffusion':
+  if objective != 'autoregressive':
     return tokens, masks.bidirectional(valid, doc)
   inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
   return inputs, masks.causal(valid, doc)
@@ -201,6 +200,7 @@ MAKE_CANVAS = {
   'masked_diffusion': masked_diffusion,
   'autoregressive': autoregressive,
 }
+OBJECTIVES = tuple(MAKE_CANVAS)
 
 
 def make_canvas(c, tokens, rows, key, batch):

@@ -33,9 +33,12 @@ def answers(model_config, c, params, canvas, fill, valid, seeds, batch):
   """Yields an Answer for each of R requests, as they end.
 
   Args:
-    model_config, c, params: as for `sampler.generate`.
+    model_config: as for `sampler.generate`.
+    c: as for `sampler.generate`.
+    params: as for `sampler.generate`.
     canvas: [R, L] int32.
-    fill, valid: [R, L] bool.
+    fill: [R, L] bool.
+    valid: [R, L] bool.
     seeds: [R] int.
     batch: rows in progress at once.
 

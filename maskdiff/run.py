@@ -264,7 +264,8 @@ def read_samples(config, datasets, first, end):
   Args:
     config: the config.
     datasets: from `open_data`.
-    first, end: sample numbers.
+    first: number of the first sample.
+    end: number of the one after the last.
   """
   batches = pipeline.train_batches(
     datasets,
@@ -315,10 +316,10 @@ def load(workdir, tensor=1, dtype=None):
       bfloat16, they may as well be: half the memory, the same products.
 
   Returns:
-    config: ConfigDict of the run.
-    tokenizer: data.tokenizer.Tokenizer, the one it was trained with.
-    params: parameter tree, split over all devices of a slice, as stored.
-    mesh: the mesh it lies on, with a replica for every slice.
+    - `config`: ConfigDict of the run.
+    - `tokenizer`: data.tokenizer.Tokenizer, the one it was trained with.
+    - `params`: parameter tree, split over all devices of a slice, as stored.
+    - `mesh`: the mesh it lies on, with a replica for every slice.
 
   Raises:
     UserError: there is no checkpoint, or it does not fit this version.
@@ -349,8 +350,8 @@ def load_params(path, mesh, dtype=None):
     dtype: of the parameters, by default as stored.
 
   Returns:
-    config: ConfigDict of the run, or of a run with this model.
-    params: parameter tree.
+    - `config`: ConfigDict of the run, or of a run with this model.
+    - `params`: parameter tree.
 
   Raises:
     UserError: there is nothing to load; or it is damaged or does not fit this

@@ -204,8 +204,12 @@ def run(model_config, c, shapes, params, carry, layout, until=0):
   """Goes on until no more than `until` rows are in progress after a round.
 
   Args:
-    model_config, c, params: as for `generate`.
-    carry, layout, shapes: from `prepare`.
+    model_config: as for `generate`.
+    c: as for `generate`.
+    shapes: from `prepare`.
+    params: as for `generate`.
+    carry: from `prepare`.
+    layout: from `prepare`.
     until: int.
 
   Returns:

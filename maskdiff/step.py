@@ -160,11 +160,11 @@ def summarize(canvas, total, nll):
   """What a batch adds to the metrics, as sums, so that batches add up.
 
   Returns:
-    weighted_nll: float32, sum of weight x nll in nats.
-    num_tokens: float32, tokens of text.
-    num_predicted: float32, positions that carry a loss.
-    ratio_nll, ratio_count: [RATIO_BUCKETS] float32, unweighted nll and number
-      of predicted positions of the rows by mask ratio.
+    - `weighted_nll`: float32, sum of weight x nll in nats.
+    - `num_tokens`: float32, tokens of text.
+    - `num_predicted`: float32, positions that carry a loss.
+    - `ratio_nll`, `ratio_count`: [RATIO_BUCKETS] float32, unweighted nll and
+      number of predicted positions of the rows by mask ratio.
   """
   predicted = canvas.weights != 0
   bucket = jnp.minimum(

@@ -176,8 +176,10 @@ def greedy(lines, tokenizer, context, matches):
   """Whether greedy decoding gives the answers, token for token.
 
   Args:
+    lines: as for `bound`.
+    tokenizer: as for `bound`.
+    context: as for `bound`.
     matches: function from tokens, answer and valid to [B] bool.
-    The others as for `bound`.
 
   Returns:
     list of dicts, and a dict of the accuracy.

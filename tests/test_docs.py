@@ -1,5 +1,6 @@
 """What the documents say of the code is there."""
 
+import ast
 import pathlib
 import re
 
@@ -9,9 +10,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'WORKSPACE.md', *ROOT.glob('docs/*.md')]
 
 
-def test_every_test_that_a_fault_is_said_to_have_exists():
-  text = (ROOT / 'docs' / 'reliability.md').read_text()
-  named = set(re.findall(r'`(test_\w+)`', text.partition('## Faults')[2]))
+@pytest.mark.parametrize('page', ['reliability.md', 'conventions.md'])
+def test_every_test_that_a_page_names_as_a_proof_exists(page):
+  named = set(re.findall(r'`(test_\w+)`', (ROOT / 'docs' / page).read_text()))
   files = (ROOT / 'tests').rglob('test_*.py')
   there = set(
     re.findall(
@@ -20,6 +21,24 @@ def test_every_test_that_a_fault_is_said_to_have_exists():
   )
   assert len(named) > 30
   assert not named - there
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code():
+  """A quote must hold some words that the code has in one string."""
+  text = (ROOT / 'docs' / 'troubleshooting.md').read_text()
+  quotes = re.findall(r'^    (?:error: |warning: |step )(.*)', text, re.M)
+  # Those that leave something out, but for one of a library.
+  quotes += [q for q in re.findall(r'`([^`]*…[^`]*)`', text) if 'TPU' not in q]
+  pieces = {
+    ' '.join(node.value.split())
+    for path in (ROOT / 'maskdiff').rglob('*.py')
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+  }
+  pieces = {piece for piece in pieces if len(piece) > 9}
+  assert len(quotes) > 12
+  unknown = [q for q in quotes if not any(p in q for p in pieces)]
+  assert not unknown
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)

@@ -79,6 +79,16 @@ def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
   )
 
 
+def test_a_text_is_an_answer_to_nothing(workdir):
+  """Exactly, so that nothing depends on the seeds of lines."""
+  text = 'def read(self):'
+  lines = [{'text': text}, {'prompt': '', 'answer': text}]
+  flags = ('--task=bound', '--form=left_to_right')
+  whole, answer, total = rows_of(evaluate(workdir, lines, *flags))
+  assert whole['nats'] == pytest.approx(answer['nats'], rel=1e-5)
+  assert total['tokens'] == 2 * whole['tokens'] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'flags',

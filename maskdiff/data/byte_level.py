@@ -42,9 +42,9 @@ def read(path: pathlib.Path, content: bytes):
   """Reads a tokenizer.json and the files beside it.
 
   Returns:
-    processor: tokenizers.Tokenizer.
-    pieces: list of the bytes that each id stands for.
-    ids: dict with 'pad', 'bos', 'eos' and 'mask'; None for what it lacks.
+    - `processor`: tokenizers.Tokenizer.
+    - `pieces`: list of the bytes that each id stands for.
+    - `ids`: dict with 'pad', 'bos', 'eos' and 'mask'; None for what it lacks.
 
   Raises:
     UserError: see tokenizer.load.

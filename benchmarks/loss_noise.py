@@ -1,0 +1,67 @@
+"""How much of the training loss is chance, at fixed parameters.
+
+python benchmarks/loss_noise.py --workdir runs/tiny
+
+Computes the loss of many training batches without training: of different
+texts, and of one text under different masks, for each way of drawing times.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+
+from maskdiff import mesh as mesh_lib
+from maskdiff import metrics, run, step
+
+
+def losses(c, params, batches):
+  """Nats per token of each of (tokens [B, L], key)."""
+  sums = jax.jit(functools.partial(step.eval_step, c))
+  found = [jax.device_get(sums(params, *batch)) for batch in batches]
+  return np.array([f['weighted_nll'] / f['num_tokens'] for f in found])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--workdir', default='runs/tiny')
+  parser.add_argument('--batches', type=int, default=200)
+  args = parser.parse_args()
+  config, tokenizer, params, _ = run.load(args.workdir)
+  mesh = mesh_lib.make_mesh(**config.mesh)
+  c = run.step_config(config)
+  datasets = run.open_data(config, tokenizer)
+  texts = list(
+    itertools.islice(run.train_batches(config, datasets, mesh, 0), args.batches)
+  )
+  keys = jax.random.split(jax.random.key(1), args.batches)
+  masked = c.objective.name == 'masked_diffusion'
+  rows = []
+  with jax.set_mesh(mesh):
+    for sampling in ('antithetic', 'stratified', 'iid') if masked else ('',):
+      o = dataclasses.replace(c.objective, time_sampling=sampling)
+      of = dataclasses.replace(c, objective=o)
+      one = [(texts[0], key) for key in keys]
+      found = {
+        'texts and masks': losses(of, params, zip(texts, keys, strict=True))
+      }
+      if masked:
+        found['masks alone'] = losses(of, params, one)
+      for what, x in found.items():
+        rows.append(
+          [
+            *(sampling, what, f'{x.mean():.3f}', f'{x.std(ddof=1):.3f}'),
+            *(f'{x.min():.2f}', f'{x.max():.2f}'),
+          ]
+        )
+  b, l = config.train.batch, c.length
+  print(f'{args.batches} batches of {b} x {l} tokens, nats per token')
+  head = ['times', 'what differs', 'mean', 'deviation', 'least', 'most']
+  print(metrics.table([head, *rows]))
+
+
+if __name__ == '__main__':
+  main()

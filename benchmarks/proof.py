@@ -1,0 +1,242 @@
+r"""The proof run: from its raw metrics to the figures of README.md and docs.
+
+python benchmarks/proof.py
+python benchmarks/proof.py --masked runs/masked \
+  --autoregressive runs/autoregressive
+
+The raw metrics are in benchmarks/results/proof/, a folder for each of the two
+runs of configs/proof.py; the second command puts those of other runs in their
+place. Draws docs/proof.png and writes the parts of README.md and docs/proof.md
+that stand between comments which name this script. docs/proof.md has all
+commands. Needs matplotlib, which is in requirements-test.txt.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import shutil
+import statistics
+
+from maskdiff import config as config_lib
+from maskdiff import metrics
+from maskdiff import run as run_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+RAW = ROOT / 'benchmarks' / 'results' / 'proof'
+NAMES = {
+  'masked': 'masked diffusion (a bound)',
+  'autoregressive': 'autoregressive',
+}
+LOSS, STDERR = 'eval/loss_nats_per_token', 'eval/stderr_nats_per_token'
+TRAIN_LOSS = 'train/loss_nats_per_token'
+BITS = 'eval/bits_per_byte'
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  for name in NAMES:
+    parser.add_argument(f'--{name}', type=pathlib.Path, metavar='WORKDIR')
+  args = parser.parse_args()
+  for name in NAMES:
+    if vars(args)[name]:
+      gather(vars(args)[name], RAW / name)
+  runs = {name: read(RAW / name) for name in NAMES}
+  plot(runs, ROOT / 'docs' / 'proof.png')
+  for path in (ROOT / 'README.md', ROOT / 'docs' / 'proof.md'):
+    path.write_text(filled(path.read_text(), runs))
+
+
+def gather(workdir, folder):
+  """Copies what a run leaves, and says what its held-out text is."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in ('metrics.jsonl', 'config.json', 'ledger.jsonl'):
+    shutil.copy(workdir / name, folder / name)
+  config = config_lib.from_dict(
+    json.loads((folder / 'config.json').read_text())
+  )
+  (data,) = run_lib.open_data(config, run_lib.open_tokenizer(config))
+  split = data.manifest.splits['heldout']
+  about = {
+    'source': data.manifest.source,
+    'heldout_tokens': split.tokens,
+    'heldout_text_bytes': split.text_bytes,
+    'heldout_unigram_entropy_nats': split.unigram_entropy_nats,
+    'training_tokens': data.manifest.splits['train'].tokens,
+  }
+  (folder / 'data.json').write_text(json.dumps(about, indent=2) + '\n')
+
+
+def read(folder):
+  """The raw metrics of a run as a dict: rows, config, data."""
+  load = lambda name: json.loads((folder / name).read_text())
+  return {
+    'rows': metrics.read(folder / 'metrics.jsonl'),
+    'config': load('config.json'),
+    'data': load('data.json'),
+  }
+
+
+def curve(run, name):
+  """Tokens trained on and values of a metric, two lists."""
+  each = run['config']['train']['batch'] * run['config']['data']['length']
+  rows = [row for row in run['rows'] if name in row]
+  return [row['step'] * each for row in rows], [row[name] for row in rows]
+
+
+def passes(run, loss, window=5):
+  """Tokens after which the mean of some rows of training loss is below."""
+  tokens, losses = curve(run, TRAIN_LOSS)
+  for i in range(window, len(losses) + 1):
+    if statistics.mean(losses[i - window : i]) < loss:
+      return tokens[i - 1]
+  return None
+
+
+def table(runs):
+  """Losses on held-out text at the end, with standard errors."""
+  lines = [
+    '| held-out text, after {:.1f}M tokens | nats per token | bits per byte |',
+    '|---|---|---|',
+  ]
+  for name, run in runs.items():
+    tokens, losses = curve(run, LOSS)
+    bits = curve(run, BITS)[1][-1]
+    error = curve(run, STDERR)[1][-1]
+    lines.append(
+      f'| {NAMES[name]} | {losses[-1]:.3f} ± {error:.3f} | '
+      f'{bits:.3f} ± {error * bits / losses[-1]:.3f} |'
+    )
+  data = runs['masked']['data']
+  entropy = data['heldout_unigram_entropy_nats']
+  bits = entropy * data['heldout_tokens'] / data['heldout_text_bytes']
+  lines.append(
+    f'| entropy of single tokens | {entropy:.3f} | {bits / math.log(2):.3f} |'
+  )
+  lines[0] = lines[0].format(tokens[-1] / 1e6)
+  return '\n'.join(lines)
+
+
+def verdict(runs):
+  """What the baseline is ahead by, in a sentence."""
+  _, losses = curve(runs['masked'], LOSS)
+  tokens = passes(runs['autoregressive'], losses[-1])
+  final = curve(runs['autoregressive'], LOSS)[1][-1]
+  text = (
+    f'The bound is {losses[-1] - final:.2f} nats per token above the loss of '
+    'the baseline'
+  )
+  if tokens is None:
+    return text + ', which never was as high.'
+  share = curve(runs['masked'], LOSS)[0][-1] / tokens
+  return (
+    f'{text}, whose training loss passed it after {tokens / 1e6:.2f}M tokens, '
+    f'1/{share:.0f} of them.'
+  )
+
+
+def samples(runs):
+  """The last samples of both runs."""
+  texts = []
+  for name, run in runs.items():
+    row = {}
+    for r in run['rows']:
+      row |= {k: v for k, v in r.items() if k.startswith('sample/')}
+    for prompt, text in zip(
+      run['config']['sample']['prompts'], row.values(), strict=True
+    ):
+      texts.append(f'[{name}, {prompt!r}]\n{text}')
+  return fenced(texts)
+
+
+def infilled():
+  """Gaps that the masked diffusion model filled."""
+  with open(RAW / 'masked' / 'infill.jsonl') as f:
+    lines = [json.loads(line) for line in f]
+  return fenced([bracketed(line['infill'], line['text']) for line in lines])
+
+
+def bracketed(infill, text):
+  """A text with what stands in its gaps in brackets."""
+  given = re.split(r'\{\{\d+\}\}', infill)
+  gaps = re.fullmatch('(.*)'.join(map(re.escape, given)), text, re.S).groups()
+  return given[0] + ''.join(
+    f'[{gap}]{after}' for gap, after in zip(gaps, given[1:], strict=True)
+  )
+
+
+def fenced(texts):
+  return '```text\n' + '\n\n'.join(texts) + '\n```'
+
+
+PARTS = {
+  'table': table,
+  'verdict': verdict,
+  'samples': samples,
+  'infilled': lambda runs: infilled(),
+}
+
+
+def filled(text, runs):
+  """A page with its parts between comments made anew."""
+  return re.sub(
+    r'(<!-- benchmarks/proof.py: (\w+) -->\n).*?(<!-- end -->)',
+    lambda m: f'{m[1]}{PARTS[m[2]](runs)}\n{m[3]}',
+    text,
+    flags=re.S,
+  )
+
+
+def plot(runs, out):
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  data = runs['masked']['data']
+  bits_per_nat = (
+    data['heldout_tokens'] / data['heldout_text_bytes'] / math.log(2)
+  )
+  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+  for (name, run), color in zip(
+    runs.items(), ('#1f5fbf', '#c07a2b'), strict=True
+  ):
+    tokens, losses = curve(run, TRAIN_LOSS)
+    axes.plot([t / 1e6 for t in tokens], losses, color=color, lw=0.7, alpha=0.4)
+    tokens, losses = curve(run, LOSS)
+    axes.errorbar(
+      [t / 1e6 for t in tokens[1:]],
+      losses[1:],
+      curve(run, STDERR)[1][1:],
+      color=color,
+      marker='o',
+      markersize=4,
+      capsize=2,
+      label=NAMES[name],
+    )
+  entropy = data['heldout_unigram_entropy_nats']
+  axes.axhline(
+    entropy,
+    color='#777777',
+    linestyle='--',
+    linewidth=1,
+    label='entropy of single tokens',
+  )
+  axes.set_ylim(top=entropy * 1.15)
+  axes.set_xlabel('training tokens (millions)')
+  axes.set_ylabel('nats per token')
+  axes.secondary_yaxis(
+    'right', functions=(lambda x: x * bits_per_nat, lambda x: x / bits_per_nat)
+  ).set_ylabel('bits per byte')
+  axes.legend(
+    frameon=False, title='held-out text (dots); training, one draw (thin)'
+  )
+  axes.spines['top'].set_visible(False)
+  figure.savefig(out, dpi=150)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,64 @@
+"""Parses the flags of many commands without running what they stand for.
+
+python tests/parse_flags.py < COMMANDS, a JSON list of [script, arguments];
+prints a JSON list with what is wrong with each, '' for nothing. Each is parsed
+by the script itself, in a fork of a process that has imported the package.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+import tempfile
+
+from maskdiff import config, run  # noqa: F401, what scripts import, once
+
+
+def parse(script, arguments):
+  """Runs a script up to where its flags are known, and ends."""
+  run_script, parse_args = config.run_script, argparse.ArgumentParser.parse_args
+
+  def check(args):
+    if 'config' in args:
+      config.validate(args.config)
+
+  def ended(*args, **kwargs):
+    parse_args(*args, **kwargs)
+    sys.exit(0)
+
+  config.run_script = lambda main: run_script(check)
+  argparse.ArgumentParser.parse_args = ended
+  with open(script) as f:
+    source = f.read()
+  if 'run_script(' in source or 'ArgumentParser(' in source:
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.path.dirname(script))
+    runpy.run_path(script, run_name='__main__')
+
+
+def problem(script, arguments):
+  """What the process says that cannot parse its flags, or ''."""
+  with tempfile.TemporaryFile('w+') as said:
+    child = os.fork()
+    if not child:
+      status = 1
+      try:
+        os.dup2(said.fileno(), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        parse(script, arguments)
+        status = 0
+      except SystemExit as ended:
+        status = ended.code or 0
+      except BaseException as error:
+        os.write(2, f'{type(error).__name__}: {error}'.encode())
+      finally:
+        sys.stderr.flush()
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    said.seek(0)
+    return said.read() or f'status {status}' if status else ''
+
+
+if __name__ == '__main__':
+  print(json.dumps([problem(*command) for command in json.load(sys.stdin)]))

@@ -1,0 +1,131 @@
+"""The programs that commands of a page start while tests/test_commands.py runs
+it: each in its own place, but with less to do.
+
+RULES says what is different. A program that has no rule is run as written. What
+ran is written down, a line of JSON for each, in the file of $COMMAND_LOG.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+TIMEOUT_S = 600
+
+
+class Rule(NamedTuple):
+  """What is done with some commands.
+
+  pattern: regular expression that finds them, in words joined by spaces.
+  add: words at their end, which go before those of the page.
+  needs: module without which they are not run.
+  run: whether they are.
+  """
+
+  pattern: str
+  add: str = ''
+  needs: str = ''
+  run: bool = True
+
+
+# All that apply, in this order.
+RULES = {
+  # A step of two rows a device costs as much as compiling it does anyway.
+  'two steps': Rule(
+    r'launch/pretrain\.py',
+    '--config.train.steps=2 --config.train.batch=8 '
+    '--config.optimizer.warmup_steps=1 --config.optimizer.decay_steps=1 '
+    '--config.eval.batch=8 --config.eval.batches=1 '
+    '--config.sample.gen_length=8 --config.sample.steps=8',
+  ),
+  'narrow': Rule(
+    r'launch/pretrain\.py (?!.*published\.py)',
+    '--config.model.embed=16 --config.model.layers=1 --config.model.heads=2 '
+    '--config.model.kv_heads=2 --config.model.head_dim=8 '
+    '--config.model.mlp=16',
+  ),
+  # A quarter of the text is held out, so that little text is enough.
+  'two workers': Rule(
+    r'launch/prepare\.py .*--out', '--workers=2 --heldout_fraction=0.25'
+  ),
+  'few pieces': Rule(
+    r'tokenizer/train\.py .*--vocab_size \d{4,}', '--vocab_size=400'
+  ),
+  'few puzzles': Rule(r'launch/puzzles\.py .*--num \d{4,}', '--num=400'),
+  'few lines': Rule(r'launch/evaluate\.py', '--num=2 --samples=4 --strata=2'),
+  'few questions': Rule(r'launch/harness\.py', '--limit=1', needs='lm_eval'),
+  # What is compiled for a TPU is a model of some million parameters.
+  'small plan': Rule(
+    r'launch/plan\.py',
+    '--config.model.vocab_size=4096 --config.model.embed=512 '
+    '--config.model.layers=2 --config.model.heads=4 '
+    '--config.model.kv_heads=4 --config.model.head_dim=128 '
+    '--config.model.mlp=1024 --config.tokens.mask_id=4 '
+    '--config.tokens.bos_id=1 --config.tokens.eos_id=2 '
+    '--config.data.length=512 --config.train.batch=128 '
+    '--config.train.microbatches=1 --config.eval.batch=128 '
+    '--config.objective.loss_chunk_tokens=256',
+    needs='libtpu',
+  ),
+  'small sweep': Rule(
+    r'launch/plan\.py .*--sweep',
+    '--sweep_rows=2 --sweep_remat=full --sweep_mesh=fsdp=-1',
+  ),
+  # The environment of the test takes the place of a fresh one; a test of its
+  # own compares it with what the pages install.
+  'no environment': Rule(r'python3? -m venv', run=False),
+  'no installation': Rule(r'pip install', run=False),
+  'one file of tests': Rule(
+    r'python -m pytest', '--collect-only tests/test_schedule.py'
+  ),
+  'dry run': Rule(r'launch/tpu_pod\.sh'),
+}
+
+
+def main():
+  name = os.path.basename(sys.argv[0])
+  here = pathlib.Path(sys.argv[0]).resolve().parent
+  if name == 'tpu_pod.sh':
+    words = ['launch/tpu_pod.sh', *sys.argv[1:]]
+    program = ['bash', str(here / 'tpu_pod'), sys.argv[1], '--dry_run']
+    program += sys.argv[2:]
+  else:
+    words = [name, *sys.argv[1:]]
+    program = [sys.executable, *sys.argv[1:]]
+    if name == 'pip':
+      program[1:1] = ['-m', 'pip']
+  rules = [r for r in RULES if re.search(RULES[r].pattern, ' '.join(words))]
+  run = True
+  for rule in (RULES[r] for r in rules):
+    program += rule.add.split()
+    there = not rule.needs or importlib.util.find_spec(rule.needs)
+    run = run and rule.run and bool(there)
+  if words[1:3] == ['-m', 'venv']:
+    activate = pathlib.Path(words[3], 'bin', 'activate')
+    activate.parent.mkdir(parents=True)
+    activate.write_text('')
+  begin = time.time()
+  log = {'words': words, 'rules': rules, 'run': run, 'status': 0}
+  if run:
+    try:
+      done = subprocess.run(program, capture_output=True, timeout=TIMEOUT_S)
+      outcome = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+      outcome = 124, late.stdout or b'', late.stderr or b''
+    log['status'] = outcome[0]
+    sys.stdout.buffer.write(outcome[1])
+    sys.stderr.buffer.write(outcome[2])
+    log['stdout'], log['stderr'] = (text.decode() for text in outcome[1:])
+  log['seconds'] = time.time() - begin
+  with open(os.environ['COMMAND_LOG'], 'a') as f:
+    f.write(json.dumps(log) + '\n')
+  sys.exit(log['status'])
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,348 @@
+"""Every command of README.md and docs/ does what the page says it is for.
+
+Pages are run as they are read: pasted from the top into one shell, in a copy of
+the clone of their own, beside what the README's first command has made and what
+a page takes for given. tests/shims.py makes them small. What needs a cluster or
+a download is marked in the page (tests/pages.py) and not run; of that, and of
+the commands in docstrings, the scripts still parse the flags.
+"""
+
+import ast
+import concurrent.futures
+import gzip
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from typing import NamedTuple
+
+import pages
+import published_folders
+import pytest
+import shims
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as canonical
+
+ROOT = pages.ROOT
+PUZZLES = ROOT / 'configs' / 'puzzles.py'
+TEXTS = {path: path.read_text() for path in pages.PAGES}
+# Not of the clone: what is made there.
+MADE = ('runs', 'data', 'models', 'site', 'maskdiff.egg-info')
+# Programs besides those of shims.py that a page may start. Others are not
+# found: what changes a machine or reaches into the network has to be marked.
+PROGRAMS = 'bash cat dirname env head ls mkdir sleep tail'.split()
+BLOCKS = {
+  path: list(filter(pages.runs, pages.blocks(text)))
+  for path, text in TEXTS.items()
+}
+RUN = [path for path in BLOCKS if BLOCKS[path]]
+
+# What is said by those that succeed, by script and flags.
+SAYS = {
+  r'launch/pretrain\.py': r'(?s)step 2/2 .*held-out',
+  r'launch/sample\.py (?!.*--help)': r'\d+ tokens in \d+ forward passes',
+  r'launch/sample\.py .*--prompt "?class': r'^class ',
+  r'launch/sample\.py .*--show': r'(?s)(={8}\n.*){64}',
+  r'launch/evaluate\.py': r'"workdir": ',
+  r'launch/evaluate\.py .*--task (choices|cloze|greedy|sudoku)': r'"accuracy',
+  r'launch/evaluate\.py .*--task bound': r'"bits_per_byte": ',
+  r'launch/harness\.py': r'\|my_questions\|',
+  r'launch/prepare\.py .*--inspect': r'unigram entropy',
+  r'launch/convert\.py .*--check': r'largest difference',
+  r'launch/goodput\.py': r'goodput',
+  r'launch/report\.py': r'report\.html',
+  r'launch/plan\.py': r'GiB',
+  r'launch/tpu_pod\.sh': r'gcloud compute tpus ',
+}
+
+
+class Ran(NamedTuple):
+  """A page that was run: status and output of the shell, and what it ran."""
+
+  status: int
+  output: str
+  commands: list
+
+
+class Shell:
+  """Runs pieces of shell in copies of the clone."""
+
+  def __init__(self, home):
+    self.home = home
+    programs = home / 'bin'
+    programs.mkdir()
+    source = pathlib.Path(shims.__file__).read_text()
+    self.shim = f'#!{sys.executable}\n{source}'
+    for name in ('python', 'python3', 'pip'):
+      write_program(programs / name, self.shim)
+    for name in PROGRAMS:
+      (programs / name).symlink_to(shutil.which(name))
+    self.environment = {
+      'PATH': str(programs),
+      'HOME': str(home),
+      'LANG': 'C.UTF-8',
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+      'JAX_COMPILATION_CACHE_DIR': str(home / 'compiled'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'HF_HUB_OFFLINE': '1',
+    }
+
+  def clone(self, name):
+    """A copy of the clone."""
+    folder = self.home / name
+    folder.mkdir()
+    for path in ROOT.iterdir():
+      if path.name.startswith('.') or path.name in MADE:
+        continue
+      if path.is_dir():
+        ignored = shutil.ignore_patterns('__pycache__')
+        shutil.copytree(path, folder / path.name, ignore=ignored)
+      else:
+        shutil.copy(path, folder)
+    pod = folder / 'launch' / 'tpu_pod.sh'
+    pod.rename(pod.with_suffix(''))
+    write_program(pod, self.shim)
+    return folder
+
+  def run(self, script, folder):
+    """Runs a piece of shell in a folder until a command fails."""
+    log = self.home / f'{folder.name}.jsonl'
+    # What goes on in the background has to end well too.
+    script = f'{script}\nfor job in $(jobs -p); do wait "$job"; done\n'
+    done = subprocess.run(
+      ['bash', '-euo', 'pipefail', '-c', script, folder.name],
+      cwd=folder,
+      env=self.environment
+      | {'PYTHONPATH': str(folder), 'COMMAND_LOG': str(log)},
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+    )
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    output = f'{done.stdout[-3000:]}\n{done.stderr[-6000:]}'
+    return Ran(done.returncode, output, list(map(json.loads, lines)))
+
+
+def write_program(path, text):
+  path.write_text(text)
+  path.chmod(0o755)
+
+
+def take_for_given(folder):
+  """Puts what pages name without making it into a clone where runs/tiny is."""
+  documents = [
+    f'def f{i}(x):\n  return x * {i} + len("{"abc" * (i % 7)}")\n\n' * 40
+    for i in range(120)
+  ]
+  web = folder / 'data' / 'web'
+  web.mkdir(parents=True)
+  for i in range(2):
+    with gzip.open(web / f'{i}.jsonl.gz', 'wt') as f:
+      f.writelines(json.dumps({'text': d}) + '\n' for d in documents[i::2])
+  answer = {'prompt': 'for i in', 'answer': ' range(3):'}
+  question = {'prompt': 'for i in', 'choices': [' x', ' y'], 'answer': 0}
+  for name, line in {
+    'texts': {'text': 'def read(self):\n  return alpha'},
+    'answers': answer,
+    'questions': question,
+    'prompts': {'prompt': 'def ', 'seed': 7},
+  }.items():
+    (folder / f'{name}.jsonl').write_text(json.dumps(line) + '\n')
+  models = folder / 'models'
+  models.mkdir()
+  published_folders.make(models / 'LLaDA-8B-Base', 'llada')
+  published_folders.make(models / 'Qwen2.5-0.5B', 'qwen2')
+  shutil.copytree(folder / 'runs' / 'tiny', folder / 'runs' / 'web')
+  tasks = folder / 'my_tasks'
+  tasks.mkdir()
+  (tasks / 'my_questions.yaml').write_text(
+    'task: my_questions\noutput_type: generate_until\ndataset_path: json\n'
+    'test_split: test\ndataset_kwargs:\n  data_files:\n'
+    f'    test: {folder}/answers.jsonl\n'
+    'doc_to_text: "{{prompt}}"\ndoc_to_target: "{{answer}}"\n'
+    'generation_kwargs: {until: ["\\n"], max_gen_toks: 32}\n'
+    'metric_list: [{metric: exact_match}]\n'
+  )
+
+
+ROWS = """
+python launch/prepare.py --source "data/web/*.jsonl.gz" \
+  --tokenizer models/Qwen2.5-0.5B/tokenizer.json --out data/rows \
+  --row_length 1024
+"""
+
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+  """Dict from the path of a page to how it Ran; None is what came before."""
+  shell = Shell(tmp_path_factory.mktemp('pages'))
+  readme = ROOT / 'README.md'
+  base = shell.clone('base')
+  first = BLOCKS[readme][:1]
+  begun = shell.run(pages.shell(TEXTS[readme], first), base)
+  assert begun.status == 0, begun.output
+  take_for_given(base)
+  # docs/evaluation.md says that this docstring has the commands.
+  puzzles = ast.get_docstring(ast.parse(PUZZLES.read_text())).split('\n\n')[1]
+  given = shell.run(f'{puzzles}\n{ROWS}', base)
+  assert given.status == 0, given.output
+
+  def run_page(number, path):
+    folder = shell.home / f'page{number}'
+    shutil.copytree(base, folder, symlinks=True)
+    chosen = [b for b in BLOCKS[path] if path != readme or b not in first]
+    return shell.run(pages.shell(TEXTS[path], chosen), folder)
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    done = dict(zip(RUN, pool.map(run_page, range(len(RUN)), RUN), strict=True))
+  commands = begun.commands + given.commands
+  return {None: Ran(0, '', commands)} | done
+
+
+def name_of(path):
+  return str(path.relative_to(ROOT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', RUN, ids=name_of)
+def test_the_commands_of_a_page_run(ran, path):
+  page = ran[path]
+  for command in page.commands:
+    words = ' '.join(command['words'])
+    assert command['status'] == 0, f'{words}\n{command["stderr"][-4000:]}'
+    if command['run']:
+      assert 'Traceback' not in command['stderr'], words
+      said = command['stdout'] + command['stderr']
+      for pattern, says in SAYS.items():
+        if re.search(pattern, words):
+          assert re.search(says, said, re.M), f'{words}\n{said[-4000:]}'
+  assert page.status == 0, page.output
+  for command in page.commands:
+    print(f'{command["seconds"]:.1f} s', *command['words'])
+
+
+@pytest.mark.slow
+def test_every_rule_and_every_expectation_is_of_use(ran):
+  commands = [c for page in ran.values() for c in page.commands]
+  assert {r for c in commands for r in c['rules']} == set(shims.RULES)
+  words = [' '.join(c['words']) for c in commands]
+  for pattern in SAYS:
+    assert any(re.search(pattern, w) for w in words), pattern
+
+
+def test_pages_that_are_not_here_have_a_test_of_theirs():
+  for folder, test in pages.FOLLOWED.items():
+    if (ROOT / 'docs' / folder).exists():
+      assert f"'{folder}'" in test.read_text()
+
+
+def test_blocks_of_bash_are_run_or_marked_and_are_bash():
+  marks, number = set(), 0
+  for path, text in TEXTS.items():
+    for block in pages.blocks(text):
+      assert block.language, f'{name_of(path)}:{block.line} has no language'
+      if block.language == 'bash':
+        number += 1
+        assert set(block.marks) <= set(pages.MARKS), (path, block.line)
+        marks |= set(block.marks)
+        subprocess.run(
+          ['bash', '-n'], input='\n'.join(block.lines), text=True, check=True
+        )
+    indented = re.search(r'(?m)^(?:#.*|)\n {4,}\$? ?(python|pip) .*$', text)
+    assert not indented, f'{name_of(path)}: {indented[0]!r} is not in a block'
+  assert number > 15 and marks == set(pages.MARKS)
+
+
+@pytest.fixture(scope='module')
+def parsed(tmp_path_factory):
+  """[(where, script, arguments, what is wrong or '')] of all commands."""
+  folder = tmp_path_factory.mktemp('parsed')
+  for name in ('launch', 'configs', 'benchmarks', 'tokenizer'):
+    (folder / name).symlink_to(ROOT / name)
+  (folder / 'models').mkdir()
+  published_folders.make(folder / 'models' / 'Qwen2.5-0.5B', 'qwen2')
+  (folder / 'DIR').symlink_to(folder / 'models' / 'Qwen2.5-0.5B')
+  found = {}
+  for command in pages.all_commands():
+    for script, arguments in pages.scripts(command):
+      stand_in = ['configs/tiny.py' if a == 'FILE' else a for a in arguments]
+      key = json.dumps([script, stand_in])
+      found.setdefault(key, []).append(command.where)
+  done = subprocess.run(
+    [sys.executable, str(ROOT / 'tests' / 'parse_flags.py')],
+    input=f'[{",".join(found)}]',
+    cwd=folder,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  problems = json.loads(done.stdout)
+  return [
+    (where, *json.loads(key), problem)
+    for (key, where), problem in zip(found.items(), problems, strict=True)
+  ]
+
+
+def test_flags_and_config_keys_of_all_commands_exist(parsed):
+  problems = [p for p in parsed if p[-1]]
+  assert not problems, json.dumps(problems, indent=1)
+  assert len(parsed) > 80
+  there = {script for _, script, _, _ in parsed}
+  known = {
+    f'launch/{path.name}'
+    for path in (ROOT / 'launch').glob('*.py')
+    if 'run_script(' in path.read_text()
+  }
+  assert not known - there
+
+
+def requirements(arguments):
+  """Requirements that words after `pip install` name, and files they are in.
+
+  Raises:
+    InvalidRequirement: a word is none.
+  """
+  words, found = list(arguments), []
+  while words:
+    word = words.pop(0)
+    if word == '-r':
+      lines = (ROOT / words.pop(0)).read_text().splitlines()
+      for line in filter(None, (x.partition('#')[0].strip() for x in lines)):
+        found += requirements(
+          line.split(maxsplit=1) if line[0] == '-' else [line]
+        )
+    elif word in ('-e', '--editable'):
+      folder, _, extras = words.pop(0).partition('[')
+      assert (ROOT / folder / 'pyproject.toml').exists()
+      found.append(Requirement(f'maskdiff[{extras}' if extras else 'maskdiff'))
+    elif word in ('--python', '--target'):
+      words.pop(0)
+    elif not word.startswith('-'):
+      found.append(Requirement(word))
+  return found
+
+
+def test_what_is_to_be_installed_is_there_and_fits_what_is_installed():
+  installed = {canonical(d.name): d for d in importlib.metadata.distributions()}
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  found = []
+  for where, words in pages.all_commands():
+    if 'install' in words and 'pip' in words[: words.index('install')]:
+      for r in requirements(words[words.index('install') + 1 :]):
+        found.append(r.name)
+        extras = set(map(canonical, r.extras))
+        if r.name == 'maskdiff':
+          assert extras <= set(project['optional-dependencies']), where
+        elif distribution := installed.get(canonical(r.name)):
+          assert distribution.version in r.specifier, (where, str(r))
+          offered = distribution.metadata.get_all('Provides-Extra') or []
+          assert extras <= set(map(canonical, offered)), (where, str(r))
+  assert {'jax', 'lm-eval', 'maskdiff', 'pytest', 'pyarrow'} <= set(found)
