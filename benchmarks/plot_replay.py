@@ -1,7 +1,9 @@
-"""Takes a picture of a page that launch/sample.py made with --html.
+"""Takes a picture of a page of launch/sample.py --html or launch/report.py.
 
 python launch/sample.py --workdir runs/tiny --infill "$TEXT" --html replay.html
 python benchmarks/plot_replay.py replay.html docs/replay.png --step 18
+python launch/report.py runs/masked runs/autoregressive --out report.html
+python benchmarks/plot_replay.py report.html docs/report.png --size 1280,960
 """
 
 import argparse

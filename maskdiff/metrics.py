@@ -178,7 +178,9 @@ class _Wandb:
     if self._run:
       page = f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
       with self._tried(f'the text of step {step}'):
-        self._run.log({'step': step, name: self._wandb.Html(page)})
+        self._run.log(
+          {'step': step, name: self._wandb.Html(page, inject=False)}
+        )
 
   def close(self):
     if self._run:

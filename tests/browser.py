@@ -66,7 +66,8 @@ def beyond(browser):
 
 
 def asked(browser, uri):
-  """Addresses that a page has asked for since its log was last read."""
+  """Addresses that a page has asked for since its log was last read; data that
+  it brings along itself has none."""
   messages = [
     json.loads(entry['message'])['message']
     for entry in browser.get_log('performance')
@@ -76,4 +77,5 @@ def asked(browser, uri):
     for m in messages
     if m['method'] == 'Network.requestWillBeSent'
     and m['params']['documentURL'] == uri
+    and not m['params']['request']['url'].startswith('data:')
   }

@@ -55,6 +55,7 @@ SAYS = {
   r'launch/prepare\.py .*--inspect': r'unigram entropy',
   r'launch/convert\.py .*--check': r'largest difference',
   r'launch/goodput\.py': r'goodput',
+  r'launch/report\.py': r'report\.html',
   r'launch/plan\.py': r'GiB',
   r'launch/tpu_pod\.sh': r'gcloud compute tpus ',
 }

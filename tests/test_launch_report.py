@@ -1,5 +1,6 @@
 """launch/report.py as a command."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def launch(*args):
   return subprocess.run(
     [sys.executable, 'launch/report.py', *map(str, args)],
     cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
   )

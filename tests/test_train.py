@@ -864,6 +864,15 @@ def test_bad_input_is_refused_before_anything_is_compiled(
   assert compilations[before:] == []
 
 
+def test_a_missing_wandb_is_said_before_anything_is_opened(
+  make_config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='pip install wandb'):
+    train.run(make_config(train__wandb_project='p'), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
 def test_too_little_memory_is_told_with_the_keys_that_lower_it(
   make_config, tmp_path, monkeypatch
 ):
