@@ -18,9 +18,10 @@ import pathlib
 import re
 import shutil
 import statistics
+from typing import NamedTuple
 
 from maskdiff import config as config_lib
-from maskdiff import metrics
+from maskdiff import history
 from maskdiff import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,21 +71,23 @@ def gather(workdir, folder):
   (folder / 'data.json').write_text(json.dumps(about, indent=2) + '\n')
 
 
+class Proof(NamedTuple):
+  """A run's raw metrics, and what data.json says of its text."""
+
+  run: history.Run
+  data: dict
+
+
 def read(folder):
-  """The raw metrics of a run as a dict: rows, config, data."""
-  load = lambda name: json.loads((folder / name).read_text())
-  return {
-    'rows': metrics.read(folder / 'metrics.jsonl'),
-    'config': load('config.json'),
-    'data': load('data.json'),
-  }
+  """The Proof in a folder of raw metrics."""
+  data = json.loads((folder / 'data.json').read_text())
+  return Proof(history.read_run(folder), data)
 
 
-def curve(run, name):
-  """Tokens trained on and values of a metric, two lists."""
-  each = run['config']['train']['batch'] * run['config']['data']['length']
-  rows = [row for row in run['rows'] if name in row]
-  return [row['step'] * each for row in rows], [row[name] for row in rows]
+def curve(proof, name):
+  """Tokens trained on and values of a metric, two arrays."""
+  steps, values = history.series(proof.run, name)
+  return history.tokens_at(proof.run, steps), values
 
 
 def passes(run, loss, window=5):
@@ -110,7 +113,7 @@ def table(runs):
       f'| {NAMES[name]} | {losses[-1]:.3f} ± {error:.3f} | '
       f'{bits:.3f} ± {error * bits / losses[-1]:.3f} |'
     )
-  data = runs['masked']['data']
+  data = runs['masked'].data
   entropy = data['heldout_unigram_entropy_nats']
   bits = entropy * data['heldout_tokens'] / data['heldout_text_bytes']
   lines.append(
@@ -141,14 +144,11 @@ def verdict(runs):
 def samples(runs):
   """The last samples of both runs."""
   texts = []
-  for name, run in runs.items():
-    row = {}
-    for r in run['rows']:
-      row |= {k: v for k, v in r.items() if k.startswith('sample/')}
-    for prompt, text in zip(
-      run['config']['sample']['prompts'], row.values(), strict=True
-    ):
-      texts.append(f'[{name}, {prompt!r}]\n{text}')
+  for name, proof in runs.items():
+    found = history.samples(proof.run).values()
+    prompts = proof.run.config['sample.prompts']
+    for prompt, told in zip(prompts, found, strict=True):
+      texts.append(f'[{name}, {prompt!r}]\n{told[-1][1]}')
   return fenced(texts)
 
 
@@ -196,7 +196,7 @@ def plot(runs, out):
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 
-  data = runs['masked']['data']
+  data = runs['masked'].data
   bits_per_nat = (
     data['heldout_tokens'] / data['heldout_text_bytes'] / math.log(2)
   )
@@ -205,10 +205,10 @@ def plot(runs, out):
     runs.items(), ('#1f5fbf', '#c07a2b'), strict=True
   ):
     tokens, losses = curve(run, TRAIN_LOSS)
-    axes.plot([t / 1e6 for t in tokens], losses, color=color, lw=0.7, alpha=0.4)
+    axes.plot(tokens / 1e6, losses, color=color, lw=0.7, alpha=0.4)
     tokens, losses = curve(run, LOSS)
     axes.errorbar(
-      [t / 1e6 for t in tokens[1:]],
+      tokens[1:] / 1e6,
       losses[1:],
       curve(run, STDERR)[1][1:],
       color=color,

@@ -5,31 +5,35 @@ python benchmarks/walk.py README.md docs/index.md
 Clones the repository and runs the commands of the pages' ```bash blocks one
 after the other, in one shell, as they are written: what a command activates or
 changes holds for those that follow. Prints the seconds of each and ends at the
-first that fails. Blocks marked otherwise (```bash and a word) are passed over:
-they need machines or data that are not here.
+first that fails. Blocks that tests/pages.py says cannot be run on any machine
+are passed over.
 """
 
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'tests'))
+import pages as pages_lib  # noqa: E402, what tests/test_commands.py runs
+
 DONE = 'walk.py: done with status '
 
 
-def blocks(page):
-  """The commands of a page's bash blocks, a list of texts."""
-  return re.findall(r'^```bash\n(.*?)^```$', page, re.M | re.S)
+def to_run(text):
+  """The blocks of bash of a page that any machine can run."""
+  found = filter(pages_lib.runs, pages_lib.blocks(text))
+  return [block for block in found if block.language == 'bash']
 
 
 def commands(block):
   """Splits a block into commands: lines, continued where they say so."""
+  text = '\n'.join(block.lines).replace('\\\n', '')
   return [
     line
-    for line in re.sub(r'\\\n', '', block).splitlines()
+    for line in text.splitlines()
     if line.strip() and not line.startswith('#')
   ]
 
@@ -48,7 +52,7 @@ def main(pages):
     )
     walk = time.monotonic()
     for page, text in zip(pages, texts, strict=True):
-      for command in (c for b in blocks(text) for c in commands(b)):
+      for command in (c for b in to_run(text) for c in commands(b)):
         began = time.monotonic()
         print(f'{page}: $ {command}', flush=True)
         status, output = run(shell, command)

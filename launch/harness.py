@@ -14,7 +14,7 @@ import json
 from absl import flags, logging
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, writing
 
 flags.DEFINE_string('workdir', None, 'The run to load.')
 flags.DEFINE_list('tasks', None, 'Names of tasks.')
@@ -72,11 +72,8 @@ def evaluate(args):
   print(make_table(results))
   print(json.dumps(model.get_model_info()))
   if args.out:
-    try:
-      with open(args.out, 'w', encoding='utf-8') as f:
-        json.dump(results, f, default=handle_non_serializable)
-    except OSError as error:
-      raise UserError(f'--out: cannot write {args.out!r} ({error})') from error
+    with writing('out', args.out), open(args.out, 'w', encoding='utf-8') as f:
+      json.dump(results, f, default=handle_non_serializable)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import sys
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, writing
 from maskdiff.planner import COMPILER_ENVIRONMENT
 
 config.define_config_flag()
@@ -90,7 +90,8 @@ def main(args):
     print(report.format_table(result))
     fits = result['fits']
   if args.json:
-    _write(args.json, json.dumps(result, indent=2) + '\n')
+    with writing('json', args.json), open(args.json, 'w') as f:
+      f.write(json.dumps(result, indent=2) + '\n')
   if args.plot:
     report.plot(result, args.plot)
   if not fits:
@@ -117,21 +118,11 @@ def _mesh(text):
 def _require_writable(flag, path):
   """Raises UserError unless a file could be written; leaves none behind."""
   new = not os.path.exists(path)
-  try:
+  with writing(flag, path):
     with open(path, 'a'):  # what is there stays
       pass
     if new:
       os.remove(os.path.realpath(path))
-  except OSError as error:
-    raise UserError(f'--{flag}: cannot write {path!r} ({error})') from error
-
-
-def _write(path, text):
-  try:
-    with open(path, 'w') as f:
-      f.write(text)
-  except OSError as error:
-    raise UserError(f'--json: cannot write {path!r} ({error})') from error
 
 
 if __name__ == '__main__':

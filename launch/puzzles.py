@@ -14,7 +14,7 @@ import json
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import writing
 from maskdiff.evals import puzzles
 
 flags.DEFINE_enum('task', None, sorted(puzzles.PUZZLES), 'Which puzzles.')
@@ -34,11 +34,8 @@ def main(args):
     lines = puzzles.make(*what, digits=args.digits)
   else:
     lines = puzzles.training_lines(*what, digits=args.digits)
-  try:
-    with open(args.out, 'w', encoding='utf-8') as f:
-      f.writelines(json.dumps(line) + '\n' for line in lines)
-  except OSError as error:
-    raise UserError(f'--out: cannot write {args.out!r} ({error})') from error
+  with writing('out', args.out), open(args.out, 'w', encoding='utf-8') as f:
+    f.writelines(json.dumps(line) + '\n' for line in lines)
 
 
 if __name__ == '__main__':

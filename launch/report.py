@@ -13,7 +13,7 @@ import os
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, writing
 
 flags.DEFINE_string(
   'out', None, 'File to write; by default report.html in the first directory.'
@@ -37,12 +37,10 @@ def main(args, workdirs):
 def write(path, text):
   """Writes a file whole, so that a browser never loads half of it."""
   part = path + '.part'
-  try:
+  with writing('out', path):
     with open(part, 'w', encoding='utf-8') as f:
       f.write(text)
     os.replace(part, path)
-  except OSError as error:
-    raise UserError(f'--out: cannot write {path!r} ({error})') from error
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ from absl import flags, logging
 
 from maskdiff import config
 from maskdiff import prompts as prompts_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, writing
 
 flags.DEFINE_string(
   'workdir', None, "The run to load, or a folder in Hugging Face's form."
@@ -292,10 +292,8 @@ def open_out(flag, path):
   if not path or jax.process_index():
     yield path and (lambda text: None)
     return
-  try:
+  with writing(flag, path):
     f = open(path, 'w', encoding='utf-8', buffering=1)
-  except OSError as error:
-    raise UserError(f'--{flag}: cannot write {path!r} ({error})') from error
   with f:
     yield f.write
 

@@ -439,10 +439,10 @@ def lookup(c, dotted):
 
 
 def flatten(c):
-  """A dict from dotted keys to values."""
+  """A ConfigDict, or dict of dicts, as a dict from dotted keys to values."""
   flat = {}
   for key, value in c.items():
-    if isinstance(value, config_dict.ConfigDict):
+    if isinstance(value, (dict, config_dict.ConfigDict)):
       flat |= {f'{key}.{k}': v for k, v in flatten(value).items()}
     else:
       flat[key] = value

@@ -1,5 +1,7 @@
 """How a run ends other than done: the errors that mean something to others."""
 
+import contextlib
+
 STATUS_UNEXPECTED = 1
 STATUS_USER = 2  # a restart would only repeat it
 STATUS_AGAIN = 75  # EX_TEMPFAIL: the same command may do better, or goes on
@@ -29,3 +31,12 @@ class Preempted(Exception):
     """`step` is the one that was saved."""
     super().__init__(f'told to end; step {step} is saved')
     self.step = step
+
+
+@contextlib.contextmanager
+def writing(flag, path):
+  """Turns errors of the disk into a UserError that names the flag of a file."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f'--{flag}: cannot write {path!r} ({error})') from error

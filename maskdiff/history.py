@@ -123,17 +123,7 @@ def _read_config(path):
   except json.JSONDecodeError:  # none, or one that is being written
     return {}
   defaults = config_lib.flatten(config_lib.default())
-  return _flat(json.loads(json.dumps(defaults)) | _flat(theirs))
-
-
-def _flat(tree, prefix=''):
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f'{prefix}{key}.')
-    else:
-      flat[prefix + key] = value
-  return flat
+  return json.loads(json.dumps(defaults)) | config_lib.flatten(theirs)
 
 
 def _read_ledger(path):

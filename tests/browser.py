@@ -65,17 +65,25 @@ def beyond(browser):
   )
 
 
-def asked(browser, uri):
-  """Addresses that a page has asked for since its log was last read; data that
-  it brings along itself has none."""
+def requests(browser):
+  """What was asked for since the log was last read: pairs of the address of the
+  page that asked, and of what it asked for."""
   messages = [
     json.loads(entry['message'])['message']
     for entry in browser.get_log('performance')
   ]
-  return {
-    m['params']['request']['url']
+  return [
+    (m['params']['documentURL'], m['params']['request']['url'])
     for m in messages
     if m['method'] == 'Network.requestWillBeSent'
-    and m['params']['documentURL'] == uri
-    and not m['params']['request']['url'].startswith('data:')
+  ]
+
+
+def asked(browser, uri):
+  """Addresses that a page has asked for since its log was last read; data that
+  it brings along itself has none."""
+  return {
+    url
+    for page, url in requests(browser)
+    if page == uri and not url.startswith('data:')
   }

@@ -28,11 +28,20 @@ SPAN = re.compile(rf'`((?:python3? )?{SCRIPT} [^`]+)`')
 
 
 class Block(NamedTuple):
-  """A fenced block: number of its first line, language, marks and lines."""
+  """A fenced block.
+
+  Attributes:
+    line: number of its first line.
+    language: as it is named.
+    marks: what stands in braces, without dots.
+    title: the file that it is, or ''.
+    lines: of it.
+  """
 
   line: int
   language: str
   marks: tuple
+  title: str
   lines: list
 
 
@@ -60,7 +69,9 @@ def blocks(text):
         opened[0].lines.append(line.removeprefix(opened[2]))
     elif match:
       marks = tuple(re.findall(r'\.(\w+)(?=[^{]*\})', match[4]))
-      block = Block(number + 1, match[3], marks, [])
+      title = re.search('title="([^"]+)"', match[4])
+      title = title[1] if title else ''
+      block = Block(number + 1, match[3], marks, title, [])
       opened = block, match[2], match[1]
   if opened:
     raise ValueError(f'the block at line {opened[0].line} has no end')

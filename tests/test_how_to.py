@@ -13,12 +13,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pages
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ROOT / 'docs' / 'how_to'
 COPIED = ('maskdiff', 'launch', 'configs', 'tokenizer', 'tests')
-BLOCK = re.compile(r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```$', re.M | re.S)
 MOST_LINES = 20
 MASK = '░'
 
@@ -75,7 +75,8 @@ class Copy:
 
 def blocks(page):
   """The fenced blocks of a page: (language, title, text)."""
-  return BLOCK.findall((PAGES / f'{page}.md').read_text())
+  found = pages.blocks((PAGES / f'{page}.md').read_text())
+  return [(b.language, b.title, '\n'.join(b.lines) + '\n') for b in found]
 
 
 def passed(printed):

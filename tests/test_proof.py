@@ -1,23 +1,19 @@
 """The figures of the proof run are those of its raw metrics."""
 
-import importlib.util
 import json
 import pathlib
+import runpy
+import types
 
 import pytest
+
+from maskdiff import config, history
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def load():
-  path = ROOT / 'benchmarks' / 'proof.py'
-  spec = importlib.util.spec_from_file_location('proof', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-proof = load()
+SCRIPT = runpy.run_path(str(ROOT / 'benchmarks' / 'proof.py'))
+proof = types.SimpleNamespace(**SCRIPT)
 
 
 def run_of(train, evaluations):
@@ -26,19 +22,17 @@ def run_of(train, evaluations):
   for step, (loss, error) in evaluations.items():
     row = {proof.LOSS: loss, proof.STDERR: error, proof.BITS: loss / 2}
     rows.append({'step': step, **row, 'sample/0': f'text at {step}'})
-  return {
-    'rows': rows,
-    'config': {
-      'train': {'batch': 10},
-      'data': {'length': 100},
-      'sample': {'prompts': ['te']},
-    },
-    'data': {
-      'heldout_unigram_entropy_nats': 6.0,
-      'heldout_tokens': 100,
-      'heldout_text_bytes': 300,
-    },
+  config = {
+    'train.batch': 10,
+    'data.length': 100,
+    'sample.prompts': ['te'],
   }
+  data = {
+    'heldout_unigram_entropy_nats': 6.0,
+    'heldout_tokens': 100,
+    'heldout_text_bytes': 300,
+  }
+  return proof.Proof(history.Run('made', 'made', rows, config), data)
 
 
 @pytest.fixture
@@ -87,13 +81,8 @@ def test_pages_say_what_the_raw_metrics_say(page):
 
 @pytest.mark.parametrize('name', ['masked', 'autoregressive'])
 def test_the_raw_metrics_are_of_the_config_that_is_named(name):
-  from maskdiff import config
-
   path = ROOT / 'configs' / 'proof.py'
-  spec = importlib.util.spec_from_file_location('proof_config', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  wanted = module.get_config()
+  wanted = runpy.run_path(str(path))['get_config']()
   wanted.objective.name = {'masked': 'masked_diffusion'}.get(name, name)
   raw = json.loads((proof.RAW / name / 'config.json').read_text())
   assert config.flatten(config.from_dict(raw)) == config.flatten(wanted)

@@ -9,25 +9,18 @@ import functools
 import html.parser
 import http.server
 import importlib.util
-import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import threading
 
+import browser as browser_lib
 import pytest
+from browser import DESK, PHONE, element, look
 
 ROOT = pathlib.Path(__file__).parents[1]
-# As root there is no sandbox; the rest keeps Chromium from asking the network
-# for things of its own.
-FLAGS = (
-  '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run '
-  '--disable-background-networking --disable-component-update --disable-sync'
-).split()
-CHROMIUMS = ('chromium', 'chromium-browser', 'google-chrome')
 LOOKED_AT = (
   'index',
   'from_laptop_to_pod',
@@ -136,25 +129,8 @@ def address(site):
 
 @pytest.fixture(scope='module')
 def browser(address, tmp_path_factory):
-  binary = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-  driver = shutil.which('chromedriver')
-  if not binary or not driver:
-    pytest.skip(
-      'no chromium and chromedriver here: on Debian, '
-      'apt-get install chromium chromium-driver'
-    )
-  from selenium import webdriver
-
-  options = webdriver.ChromeOptions()
-  options.binary_location = binary
-  for flag in FLAGS:
-    options.add_argument(flag)
-  options.add_argument(f'--user-data-dir={tmp_path_factory.mktemp("profile")}')
-  logs = {'performance': 'ALL', 'browser': 'ALL'}
-  options.set_capability('goog:loggingPrefs', logs)
-  chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
-  yield chromium
-  chromium.quit()
+  with browser_lib.started(tmp_path_factory.mktemp('profile')) as chromium:
+    yield chromium
 
 
 @pytest.mark.parametrize('page', LOOKED_AT)
@@ -162,27 +138,19 @@ def test_a_page_fits_a_phone_and_a_desk_and_asks_no_other_host(
   browser, address, page
 ):
   """Commands are wrapped, and what is wider than the screen scrolls alone."""
-  for width, height in ((390, 844), (1280, 900)):
-    metrics = dict(width=width, height=height, deviceScaleFactor=1)
-    browser.execute_cdp_cmd(
-      'Emulation.setDeviceMetricsOverride', metrics | {'mobile': False}
-    )
+  for size in (PHONE, DESK):
+    look(browser, size)
     browser.get(f'{address}/{page}.html')
     assert (
       browser.execute_script('return document.documentElement.scrollWidth')
-      <= width
+      <= size[0]
     )
-    assert browser.find_element('css selector', 'h1').text
+    assert element(browser, 'h1').text
     assert browser.execute_script(
       "return [...document.querySelectorAll('.language-bash code')]"
       '.every(e => e.scrollWidth <= e.clientWidth)'
     )
-  asked = [
-    message['params']['request']['url']
-    for entry in browser.get_log('performance')
-    for message in [json.loads(entry['message'])['message']]
-    if message['method'] == 'Network.requestWillBeSent'
-  ]
+  asked = [url for _, url in browser_lib.requests(browser)]
   asked = [url for url in asked if url.startswith('http')]
   assert asked and all(url.startswith(f'{address}/') for url in asked)
   assert not browser.get_log('browser')
