@@ -47,7 +47,8 @@ SAYS = {
   r'launch/pretrain\.py': r'(?s)step 2/2 .*held-out',
   r'launch/sample\.py (?!.*--help)': r'\d+ tokens in \d+ forward passes',
   r'launch/sample\.py .*--prompt "?class': r'^class ',
-  r'launch/sample\.py .*--show': r'(?s)(={8}\n.*){64}',
+  # 64 times, each found once: with .* alone there are 2^64 ways to look.
+  r'launch/sample\.py .*--show': r'(?s)\A(?>.*?={8}\n){64}',
   r'launch/evaluate\.py': r'"workdir": ',
   r'launch/evaluate\.py .*--task (choices|cloze|greedy|sudoku)': r'"accuracy',
   r'launch/evaluate\.py .*--task bound': r'"bits_per_byte": ',
