@@ -54,7 +54,7 @@ RULES = {
     r'launch/prepare\.py .*--out', '--workers=2 --heldout_fraction=0.25'
   ),
   'few pieces': Rule(
-    r'tokenizer/train\.py .*--vocab_size \d{4,}', '--vocab_size=400'
+    r'tokenizer/train\.py .*--vocab_size \d{4,}', '--vocab_size=320'
   ),
   'few puzzles': Rule(r'launch/puzzles\.py .*--num \d{4,}', '--num=400'),
   'few lines': Rule(r'launch/evaluate\.py', '--num=2 --samples=4 --strata=2'),
@@ -111,6 +111,7 @@ def main():
     activate.write_text('')
   begin = time.time()
   log = {'words': words, 'rules': rules, 'run': run, 'status': 0}
+  log['process'] = os.environ.get('JAX_PROCESS_ID', '0')
   if run:
     try:
       done = subprocess.run(program, capture_output=True, timeout=TIMEOUT_S)
