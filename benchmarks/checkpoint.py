@@ -19,6 +19,7 @@ the state and as much room in the directory.
 import argparse
 import contextlib
 import functools
+import gc
 import pathlib
 import runpy
 import shutil
@@ -52,18 +53,16 @@ def main():
   args = parser.parse_args()
   logging.set_verbosity(logging.ERROR)
   step_s = train_step_s(args.rounds)
-  held = [random_state(int(args.parameters), args.moments)]
-  arrays = len(jax.tree.leaves(held))
-  size = sum(x.nbytes for x in jax.tree.leaves(held))
+  make = functools.partial(random_state, int(args.parameters), args.moments)
+  leaves = jax.tree.leaves(jax.eval_shape(make))
+  size = sum(x.size * x.dtype.itemsize for x in leaves)
   with tempfile.TemporaryDirectory(dir=args.directory) as folder:
     free = shutil.disk_usage(folder).free
     if free < 2.5 * size:
       parser.error(f'{folder} has {free / 1e9:.1f} GB left of {2.5 * size:.1e}')
-    print(
-      f'{jax.devices()[0].device_kind}, {arrays} arrays, {size / 1e9:.2f} GB',
-      flush=True,
-    )
-    report(measure(held, pathlib.Path(folder), args.rounds), step_s)
+    kind = jax.devices()[0].device_kind
+    print(f'{kind}, {len(leaves)} arrays, {size / 1e9:.2f} GB', flush=True)
+    report(measure(make, pathlib.Path(folder), args.rounds), step_s)
 
 
 def train_step_s(rounds, rows=2, length=256):
@@ -107,25 +106,24 @@ def random_state(parameters, moments):
     }
 
   optimizer = {'mu': tree(1, moments), 'nu': tree(2, moments)}
-  return jax.block_until_ready(
-    {'params': tree(0, 'float32'), 'opt_state': optimizer}
-  )
+  return {'params': tree(0, 'float32'), 'opt_state': optimizer}
 
 
-def measure(held, folder, rounds):
+def measure(make, folder, rounds):
   """Seconds of everything by name, a list of one value for each round.
 
   Args:
-    held: list of the state alone, so that it is given back while another one
-      is restored in its place.
+    make: makes the state. What is saved is always made anew, as by a train
+      step: the memory of restored arrays is slower to read.
     folder: on the disk to measure.
     rounds: int.
   """
+  state = make()
   wanted = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    held[0],
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
   )
-  before = jax.device_get(fingerprints(held[0]))
+  before = jax.device_get(fingerprints(state))
+  del state
   seconds = {}
 
   @contextlib.contextmanager
@@ -138,51 +136,53 @@ def measure(held, folder, rounds):
   for number in range(1, rounds + 2):
     # The first fills caches and compiles.
     time_it = functools.partial(timed, count=number > 1)
+    state = jax.block_until_ready(make())
     with time_it('copy'):
-      for x in jax.tree.leaves(held[0]):
+      for x in jax.tree.leaves(state):
         np.array(x, copy=True)
     with time_it('fingerprints'):
-      jax.device_get(fingerprints(held[0]))
+      jax.device_get(fingerprints(state))
 
     # Without fingerprints, before the other in every second round.
     if number % 2:
-      save_without(held[0], folder, number, time_it)
+      save_without(state, folder, number, time_it)
     ours = checkpoint.Checkpointer(folder / 'ours', keep=1)
     with time_it('save'):
       with time_it('save: blocked'):
-        ours.save(number, held[0], {})
+        ours.save(number, state, {})
       ours.finish()
+    del state
     meta = ours.read_meta(number)
-    held.clear()
     with time_it('restore'):
       trees = jax.block_until_ready(ours.restore(number, meta, **wanted))
-    held.append(dict(zip(wanted, trees, strict=True)))
-    del trees
-    assert jax.device_get(fingerprints(held[0])) == before
+    restored = dict(zip(wanted, trees, strict=True))
+    assert jax.device_get(fingerprints(restored)) == before
+    del trees, restored
     ours.close()
     shutil.rmtree(folder / 'ours')
+    gc.collect()  # there is no room for a state that is in cycles
+    state = jax.block_until_ready(make())
     if not number % 2:
-      save_without(held[0], folder, number, time_it)
+      save_without(state, folder, number, time_it)
 
     with ocp.CheckpointManager(folder / 'bare', options=keep_one()) as bare:
       save = ocp.args.Composite(
-        **{k: ocp.args.StandardSave(v) for k, v in held[0].items()}
+        **{k: ocp.args.StandardSave(v) for k, v in state.items()}
       )
       with time_it('bare save'):
         with time_it('bare save: blocked'):
           bare.save(number, args=save)
         bare.wait_until_finished()
-      del save
-      held.clear()
+      del save, state
       restore = ocp.args.Composite(
         **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
       )
       with time_it('bare restore'):
         restored = bare.restore(number, args=restore)
         jax.block_until_ready([restored[k] for k in wanted])
-      held.append({k: restored[k] for k in wanted})
       del restored
     shutil.rmtree(folder / 'bare')
+    gc.collect()
   return seconds
 
 
