@@ -2,9 +2,9 @@
 
 python benchmarks/plans.py [--only 1b] > table.md
 
-Compiles the train step of every pod config for its machine with launch/plan.py,
-one after the other, and prints a row of Markdown for each. Takes half an hour
-on two cores.
+Compiles the train step of every config for TPUs with launch/plan.py, one after
+the other, and prints a row of Markdown for each. Takes half an hour on two
+cores.
 """
 
 import argparse
@@ -26,6 +26,8 @@ PLANS = [
   ('1b.py:v6e-8', '', 'v6e:2x4', 1),
   ('1b.py:v6e-1', '', 'v6e:1x1', 1),
   ('1b.py:v5e-1', ' (0.91B)', 'v5e:1x1', 1),
+  ('150m.py', '', 'v5e:1x1', 1),
+  ('150m.py:v6e-1', '', 'v6e:1x1', 1),
 ]
 HEAD = (
   '| `configs/` | topology, chips | rows a step | HBM a chip, GiB '
@@ -54,11 +56,14 @@ def row(p, config, note):
   """A row of Markdown."""
   slices = f'{p["num_slices"]} x ' if p['num_slices'] > 1 else ''
   chips = f'{p["chips"]} chip{"s" if p["chips"] > 1 else ""}'
+  days, hours = (
+    f'{x:,.0f}' if x >= 10 else f'{x:.3g}' for x in (p['days'], p['chip_hours'])
+  )
   return (
     f'| {config}{note} | {slices}{p["topology"]}, {chips} | {p["batch"]:,} '
     f'| {p["hbm_total_gib"]:.1f} of {p["hbm_capacity_gib"]} '
     f'| {p["step_s"]:.2f} | {p["tokens_per_s"]:,.0f} | {p["mfu"]:.1%} '
-    f'| {p["days"]:.0f}, {p["chip_hours"]:,.0f} | {p["compile_s"]:.0f} s |'
+    f'| {days}, {hours} | {p["compile_s"]:.0f} s |'
   )
 
 
