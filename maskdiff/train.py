@@ -2,8 +2,8 @@
 
 `run` opens everything a run needs, in the order in which bad input should be
 noticed: config, devices, tokenizer, data, checkpoints; then compiles the step
-and loops. Nothing in the loop waits for the device: metrics are fetched after
-the step that follows them has been dispatched.
+and loops. The device never waits for the loop, which is a step ahead of it and
+no more: metrics are fetched after the step that follows them was dispatched.
 """
 
 import collections
@@ -274,6 +274,10 @@ def _run(config, workdir, stack):
       done = step
       with ledger.span('data'):
         tokens = next(batches)
+      with ledger.span('step'):
+        # One step is always queued behind the one that runs; more would have to
+        # end before a checkpoint of this moment could be taken.
+        jax.block_until_ready(list(window)[-1:])
       settle(checkpointer.poll)
       if (step - 1) % config.train.log_every_steps == 0:
         report(step - 1)

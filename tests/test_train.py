@@ -873,6 +873,48 @@ def test_a_missing_wandb_is_said_before_anything_is_opened(
   assert not (tmp_path / 'run').exists()
 
 
+def test_one_step_is_queued_behind_the_one_that_runs_and_no_more(
+  make_config, tmp_path, monkeypatch
+):
+  """However rarely metrics are written: a checkpoint that SIGTERM asks for has
+  to wait for every step that is queued."""
+  events, queued = [], []
+  call, wait = jax.stages.Compiled.__call__, jax.block_until_ready
+
+  def recorded_call(compiled, *args):
+    found = call(compiled, *args)
+    if isinstance(found, tuple) and 'skipped_before' in found[-1]:
+      queued.append(found[-1])
+      events.append(f'step {len(queued)} is queued')
+    return found
+
+  def recorded_wait(x):
+    for number, values in enumerate(queued, 1):
+      if isinstance(x, list) and any(values is one for one in x):
+        events.append(f'step {number} has ended')
+    return wait(x)
+
+  monkeypatch.setattr(jax.stages.Compiled, '__call__', recorded_call)
+  monkeypatch.setattr(jax, 'block_until_ready', recorded_wait)
+  config = make_config(
+    train__steps=4,
+    train__log_every_steps=100,
+    eval__every_steps=100,
+    checkpoint__every_steps=100,
+    optimizer__decay_steps=1,
+  )
+  train.run(config, str(tmp_path / 'run'))
+  assert events == [
+    'step 1 is queued',
+    'step 2 is queued',
+    'step 1 has ended',
+    'step 3 is queued',
+    'step 2 has ended',
+    'step 4 is queued',
+    'step 3 has ended',
+  ]
+
+
 def test_too_little_memory_is_told_with_the_keys_that_lower_it(
   make_config, tmp_path, monkeypatch
 ):
