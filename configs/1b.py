@@ -31,10 +31,10 @@ launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
 from maskdiff.config import choose, default
 
 MACHINES = {
-  'v5e-8': dict(batch=1280, microbatches=80, remat='attended'),
-  'v6e-8': dict(batch=1280, microbatches=20, remat='attended'),
-  'v6e-1': dict(batch=64, microbatches=32, remat='attended'),
-  'v5e-1': dict(batch=64, microbatches=32, remat='attended'),
+  'v5e-8': dict(batch=1280, microbatches=80, remat='attended', save=25),
+  'v6e-8': dict(batch=1280, microbatches=20, remat='attended', save=80),
+  'v6e-1': dict(batch=64, microbatches=32, remat='attended', save=200),
+  'v5e-1': dict(batch=64, microbatches=32, remat='attended', save=125),
 }
 
 
@@ -76,7 +76,7 @@ def get_config(machine='v5e-8'):
   c.sample.gen_length = 128
   c.sample.block_length = 32
   c.sample.steps = 128
-  c.checkpoint.every_steps = 1000
+  c.checkpoint.every_steps = plan['save']  # every 35 minutes
   if machine.endswith('-1'):
     c.optimizer.moments = 'bfloat16'
     c.eval.batch = 4

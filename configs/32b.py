@@ -25,6 +25,7 @@ def get_config():
   c.model.kv_heads = 8
   c.model.mlp = 27_648
   c.model.remat = 'attention'
+  c.checkpoint.every_steps = 50  # under an hour
   c.optimizer.pieces = tuple(
     (end, first / 2, last / 2) for end, first, last in c.optimizer.pieces
   )

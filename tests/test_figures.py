@@ -103,6 +103,17 @@ def test_the_tables_of_plans_are_those_of_the_docstrings():
   assert table((ROOT / 'docs' / 'speed.md').read_text(), '`configs/`') == rows
 
 
+@pytest.mark.parametrize(
+  'row', table(README, '`configs/`')[1:], ids=lambda x: x[0]
+)
+def test_a_run_that_dies_has_lost_less_than_an_hour(row):
+  name, machine = re.fullmatch(r'(\w+\.py)(?::(\S+))?.*', row[0]).groups()
+  get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
+  c = get_config(machine) if machine else get_config()
+  assert c.checkpoint.every_steps * number(row[4]) < 3600
+  assert c.checkpoint.keep_every_steps % c.checkpoint.every_steps == 0
+
+
 @pytest.mark.parametrize('config', PLANNED)
 def test_the_page_has_the_figures_of_the_plans(config):
   column, plan = columns()[config], said(config)[PLANNED[config]]
