@@ -115,9 +115,11 @@ def plot(found, out):
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:g}')
     axes.set_xlabel('forward passes per token')
+    axes.set_ylim(bottom=0)
     axes.spines[['top', 'right']].set_visible(False)
   all_axes[0, 0].set_ylabel('puzzles solved')
-  all_axes[0, 0].legend(frameon=False, fontsize=8)
+  lines, labels = all_axes[0, 0].get_legend_handles_labels()
+  figure.legend(lines, labels, loc='outside right center', frameon=False)
   figure.savefig(out, dpi=130)
 
 
