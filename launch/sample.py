@@ -9,6 +9,7 @@ python launch/sample.py --workdir runs/tiny --interactive
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -30,7 +31,7 @@ flags.DEFINE_string(
   'prompts',
   None,
   'File of texts to continue, one per line; or JSON lines, in a file named '
-  '*.jsonl, with "prompt" and perhaps "seed".',
+  '*.jsonl, with "prompt", or in all of them "infill", and perhaps "seed".',
 )
 flags.DEFINE_bool(
   'interactive',
@@ -45,7 +46,10 @@ flags.DEFINE_integer(
   'gen_length', None, 'Tokens to add to a prompt.', lower_bound=1
 )
 flags.DEFINE_integer(
-  'steps', None, 'Denoising steps; by default one a token.', lower_bound=1
+  'steps',
+  None,
+  'Denoising steps, of a text with gaps its own; by default one a token.',
+  lower_bound=1,
 )
 flags.DEFINE_integer(
   'block_length',
@@ -113,6 +117,12 @@ flags.DEFINE_float(
   'guidance', None, 'Scale of classifier-free guidance; twice the work.'
 )
 flags.DEFINE_bool('stop_at_eos', None, 'End an answer at its first eos.')
+flags.DEFINE_bool(
+  'suppress_mask',
+  False,
+  'Never predict the mask token, which networks trained with '
+  'config.objective.predict_mask could, as LLaDA.',
+)
 flags.DEFINE_bool('logits_eos_inf', None, 'Never predict eos.')
 flags.DEFINE_bool(
   'confidence_eos_eot_inf', None, 'Commit eos and end of turn last.'
@@ -167,7 +177,7 @@ def sample(args):
   logging.set_verbosity(logging.ERROR)
   if args.interactive and jax.process_count() > 1:
     raise UserError('--interactive is for a single process')
-  prompts = [] if args.interactive else requested(args)
+  prompts, gaps = ([], False) if args.interactive else requested(args)
   run_config, tokenizer, params, mesh = run.load(
     args.workdir, args.tensor, args.dtype
   )
@@ -178,19 +188,22 @@ def sample(args):
   if not args.interactive:
     asked = answers.ask(
       prompts,
-      bool(args.infill),
+      gaps,
       tokenizer.encode,
       most,
       context if args.open_length else None,
     )
     _, fill, valid = asked.layout
     layouts.check_context(context, valid)
-    if args.infill:
+    if gaps:
       most = int(fill.sum(axis=1).max())
-  override(run_config, args, most)
+  override(run_config, args, most, gaps)
+  c = run.sampler_config(run_config)
+  if args.suppress_mask:
+    c = dataclasses.replace(c, predict_mask=False)
   s = answers.Sampling(
     run.sampler_model(run_config),
-    run.sampler_config(run_config),
+    answers.for_gaps(c, args.steps) if gaps else c,
     params,
     tokenizer,
     context,
@@ -204,7 +217,7 @@ def sample(args):
     if args.interactive:
       stack.enter_context(contextlib.suppress(KeyboardInterrupt))
       lines = prompts_lib.typed(sys.stdin)
-      found = answers.converse(s, lines, args.seed, run.say)
+      found = answers.converse(s, lines, args.seed, run.say, args.steps)
     elif args.show or args.html:
       found, recording = answers.watched(s, asked, show if args.show else None)
       if write_page:
@@ -230,11 +243,13 @@ def sample(args):
 
 
 def requested(args):
-  """The texts to sample from with their seeds, a list of prompts.Prompt."""
+  """The texts to sample from with their seeds, a list of prompts.Prompt; and
+  whether they have gaps."""
   if args.prompts:
     return prompts_lib.read(args.prompts, args.seed)
   texts = args.infill or args.prompt or ['']
-  return [prompts_lib.Prompt(t, args.seed + i) for i, t in enumerate(texts)]
+  found = [prompts_lib.Prompt(t, args.seed + i) for i, t in enumerate(texts)]
+  return found, bool(args.infill)
 
 
 def show(texts):
@@ -247,13 +262,14 @@ def show(texts):
   run.say(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
 
 
-def override(run_config, args, most):
+def override(run_config, args, most, gaps):
   """Puts what the flags say into config.sample, and checks it.
 
   Args:
     run_config: the config of the run, changed in place.
     args: the flags.
     most: slots of the longest text.
+    gaps: whether texts have gaps; their steps are not those of config.sample.
 
   Raises:
     UserError: a value is not possible, or would not be read.
@@ -263,7 +279,8 @@ def override(run_config, args, most):
   length = s.block_length if args.block_length is None else args.block_length
   s.block_length = min(length, most)
   blocks = -(-most // s.block_length)
-  s.steps = blocks * s.block_length if args.steps is None else args.steps
+  one_a_token = gaps or args.steps is None
+  s.steps = blocks * s.block_length if one_a_token else args.steps
   if args.open_length:
     s.stop_at_eos, s.lookahead = True, 0
   for key in OVERRIDES:
@@ -272,14 +289,14 @@ def override(run_config, args, most):
   for key in ('threshold', 'factor'):
     if getattr(args, key) is not None and s.remasking != key:
       raise UserError(f'--{key} is for --remasking {key} alone')
-  if args.infill:
+  if gaps:
     if args.stop_at_eos or args.open_length:
       raise UserError(
         '--stop_at_eos and --open_length are for prompts: text follows a gap'
       )
-    s.stop_at_eos = False
-    if args.lookahead is None:
-      s.lookahead = -1
+    if args.lookahead not in (None, -1):
+      raise UserError('--lookahead is for prompts: text follows a gap')
+    s.stop_at_eos, s.lookahead = False, -1
   config.validate(run_config)
 
 

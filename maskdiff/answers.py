@@ -159,7 +159,19 @@ def page(s, asked, recording, **settings):
   return replay.page(recording, s.tokenizer, titles, settings)
 
 
-def converse(s, lines, seed, note):
+def for_gaps(c, steps=None):
+  """The settings for texts with gaps, of which each has steps of its own.
+
+  Args:
+    c: SamplerConfig for prompts.
+    steps: of a text; by default one a token.
+  """
+  return dataclasses.replace(
+    c, steps=steps or 0, own_blocks=True, stop_at_eos=False, lookahead=-1
+  )
+
+
+def converse(s, lines, seed, note, gap_steps=None):
   """Yields an answer to every line that can be answered.
 
   A line is continued by c.gen_length tokens; or, if it has gaps, {{n}} for n
@@ -172,14 +184,13 @@ def converse(s, lines, seed, note):
     seed: of the first answer; the n-th after it has seed + n.
     note: is called with a line of text when a line cannot be answered, and
       when a program is compiled.
+    gap_steps: see `for_gaps`.
   """
   compiled = set()
   for line in lines:
     try:
       asked = _ask_line(s, line, seed)
-      c = s.c
-      if asked.gaps:
-        c = dataclasses.replace(c, stop_at_eos=False, lookahead=-1)
+      c = for_gaps(s.c, gap_steps) if asked.gaps else s.c
       length = asked.layout[0].shape[1]
       if (c, length) not in compiled:
         note(f'compiling for texts of up to {length} tokens')

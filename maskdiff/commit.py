@@ -34,10 +34,8 @@ def advance(c, carry, layout, logits, turn, needed):
   draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
   token, confidence = choose(c, logits, draw_keys)
   bad = jnp.any(masked & jnp.isnan(confidence), axis=1)
-  steps = c.steps // layout.slots.shape[1]  # per block
-  allowed = budget(
-    c, of_block(layout.num_slots, block), masked.sum(axis=1), step, steps
-  )
+  num_slots, num_masked = of_block(layout.num_slots, block), masked.sum(axis=1)
+  allowed = budget(c, num_slots, num_masked, step, layout.steps)
   keep = remasking.RULES[c.remasking](confidence, masked, allowed, keep_keys)
   keep &= ~bad[:, None]
 
@@ -107,7 +105,7 @@ def budget(c, num_slots, num_masked, step, steps):
     num_slots: [B] int32, slots of the block.
     num_masked: [B] int32, of them masked now.
     step: [B] int32, 0-based step within the block.
-    steps: steps for the block.
+    steps: [B] int32, steps for the block.
 
   Returns:
     [B] int32 tokens, or the number that the rule asks for.

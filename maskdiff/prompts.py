@@ -19,15 +19,17 @@ def read(path, first_seed):
 
   Args:
     path: UTF-8 text. If it ends in .jsonl, every line is an object with the
-      key `prompt` and, if the request has a seed of its own, `seed`; else a
-      line is a prompt, and empty ones are passed over.
+      key `prompt`, or every line one with `infill`, a text with gaps, and, if
+      the request has a seed of its own, `seed`; else a line is a prompt, and
+      empty ones are passed over.
     first_seed: seed of the first line; the n-th after it has first_seed + n.
 
   Returns:
-    List of Prompt.
+    List of Prompt; and whether they have gaps.
 
   Raises:
-    UserError: the file cannot be read, has no prompts, or a line is wrong.
+    UserError: the file cannot be read, has no prompts, a line is wrong, or
+      some lines have gaps and some are prompts.
   """
   try:
     with open(path, encoding='utf-8') as f:
@@ -35,16 +37,24 @@ def read(path, first_seed):
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'--prompts: cannot read {path!r} ({error})') from error
   is_json = os.path.splitext(path)[1] == '.jsonl'
-  prompts = []
+  prompts, gaps = [], None
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     seed = first_seed + len(prompts)
     where = f'{path}:{number}'
-    prompts.append(_parse(line, seed, where) if is_json else Prompt(line, seed))
+    prompt, has_gaps = (
+      _parse(line, seed, where) if is_json else (Prompt(line, seed), False)
+    )
+    if gaps not in (None, has_gaps):
+      raise UserError(
+        f'{where}: "prompt" and "infill" in one file: write one for each'
+      )
+    gaps = has_gaps
+    prompts.append(prompt)
   if not prompts:
     raise UserError(f'--prompts: {path} has no prompts')
-  return prompts
+  return prompts, gaps
 
 
 def typed(file):
@@ -85,10 +95,13 @@ def _parse(line, seed, where):
   except ValueError as error:
     raise UserError(f'{where}: not JSON ({error})') from error
   row = row if isinstance(row, dict) else {}
-  text, seed = row.get('prompt'), row.get('seed', seed)
-  if not isinstance(text, str):
-    raise UserError(f'{where}: wants {{"prompt": "text"}}')
+  gaps = 'infill' in row
+  text, seed = row.get('infill' if gaps else 'prompt'), row.get('seed', seed)
+  if not isinstance(text, str) or (gaps and 'prompt' in row):
+    raise UserError(
+      f'{where}: wants {{"prompt": "text"}} or {{"infill": "text, {{{{n}}}}"}}'
+    )
   check_unicode(text, f'{where}: half a surrogate pair is no text')
   if not isinstance(seed, int) or not 0 <= seed < 2**32:
     raise UserError(f'{where}: "seed" must be an integer in [0, 2^32)')
-  return Prompt(text, seed)
+  return Prompt(text, seed), gaps

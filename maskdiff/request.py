@@ -39,7 +39,9 @@ class SamplerConfig:
   cache; with refresh=1 they are the same.
   """
 
-  steps: int  # denoising steps in all, shared equally by the blocks
+  # Denoising steps in all, shared equally by the blocks; 0: as many as a block
+  # has slots.
+  steps: int
   block_length: int  # slots filled together
   temperature: float  # 0 takes the most probable token
   remasking: str  # a key of remasking.RULES
@@ -50,6 +52,10 @@ class SamplerConfig:
   # Slots of the longest request there is, which share the steps; 0: of the
   # longest row of the batch, on which results then depend.
   gen_length: int = 0
+  # A row's own blocks share the steps, at least one each, and not those of the
+  # longest request: for gaps, which differ, so that results do not depend on
+  # what else is asked.
+  own_blocks: bool = False
   eos_id: int = -1  # end of text
   eot_id: int = -1  # end of turn; -1: none
   schedule: str = 'linear'  # of the number of masked slots: linear | cosine
@@ -96,6 +102,7 @@ class Layout(NamedTuple):
   fill: jax.Array  # [B, L] bool, True on slots
   valid: jax.Array  # [B, L] bool, False on padding
   order: jax.Array  # [B, L] int32, the block of a slot; -1 on what is given
+  steps: jax.Array  # [B] int32, of a block
   seeds: jax.Array  # [B] uint32
 
 
@@ -133,7 +140,7 @@ def prepare(c, canvas, fill, valid, seeds):
     raise UserError(f'block_length={c.block_length} must be at least 1')
   size = min(c.block_length, most)
   blocks = -(-most // size)
-  if c.steps < 1 or c.steps % blocks:
+  if c.steps < 0 or (c.steps % blocks and not c.own_blocks):
     raise UserError(
       f'steps={c.steps} cannot be shared equally by {blocks} block(s) of '
       f'{size} tokens; choose a multiple of {blocks}'
@@ -150,6 +157,11 @@ def prepare(c, canvas, fill, valid, seeds):
       'follows a gap: leave it at -1'
     )
   slots = slots.reshape(batch, blocks, size)
+  has = np.full(batch, most)
+  if c.own_blocks:
+    has = np.maximum(fill.sum(axis=1), 1)
+  sizes = np.minimum(size, has)
+  steps = -(-c.steps // -(-has // sizes)) if c.steps else sizes
   zeros = np.zeros(batch, np.int32)
   carry = Carry(
     block=zeros,
@@ -167,6 +179,7 @@ def prepare(c, canvas, fill, valid, seeds):
     fill=fill,
     valid=valid,
     order=order.astype(np.int32),
+    steps=steps.astype(np.int32),
     seeds=np.asarray(seeds, np.uint32),
   )
   return carry, layout, shapes(c, length, size)

@@ -50,7 +50,8 @@ def generate(model_config, c, params, canvas, fill, valid, seeds):
     fill: [B, L] bool, the slots.
     valid: [B, L] bool, False on the padding of short rows.
     seeds: [B] int >= 0, one per row; a row's result depends on its own alone,
-      not on the other rows, if these have no more than c.gen_length slots.
+      not on the other rows, if these have no more than c.gen_length slots or
+      c.own_blocks is set.
 
   Returns:
     [B, L] int32, the filled canvas, on device.

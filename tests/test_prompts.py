@@ -16,7 +16,9 @@ def write(path, text):
 
 def test_a_line_is_a_prompt_and_empty_ones_are_passed_over(tmp_path):
   path = write(tmp_path / 'a.txt', 'def f(\n\n  x = "é"\r\nlast\u2028one')
-  assert prompts.read(path, 5) == [
+  found, gaps = prompts.read(path, 5)
+  assert not gaps
+  assert found == [
     Prompt('def f(', 5),
     Prompt('  x = "é"', 6),
     Prompt('last\u2028one', 7),
@@ -26,11 +28,16 @@ def test_a_line_is_a_prompt_and_empty_ones_are_passed_over(tmp_path):
 def test_json_lines_may_have_several_lines_and_seeds_of_their_own(tmp_path):
   rows = '{"prompt": "a\\nb"}\n{"prompt": "", "seed": 70}\n\n{"prompt": "c"}\n'
   path = write(tmp_path / 'a.jsonl', rows)
-  assert prompts.read(path, 0) == [
-    Prompt('a\nb', 0),
-    Prompt('', 70),
-    Prompt('c', 2),
-  ]
+  found, gaps = prompts.read(path, 0)
+  assert not gaps
+  assert found == [Prompt('a\nb', 0), Prompt('', 70), Prompt('c', 2)]
+
+
+def test_json_lines_may_all_have_gaps(tmp_path):
+  rows = '{"infill": "a {{3}} b"}\n{"infill": "{{1}}", "seed": 9}\n'
+  found, gaps = prompts.read(write(tmp_path / 'a.jsonl', rows), 0)
+  assert gaps
+  assert found == [Prompt('a {{3}} b', 0), Prompt('{{1}}', 9)]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,9 @@ def test_json_lines_may_have_several_lines_and_seeds_of_their_own(tmp_path):
     ('{"prompt": ', 'a.jsonl:2: not JSON'),
     ('{"text": "a"}', r'a.jsonl:2: wants \{"prompt": "text"\}'),
     ('["a"]', 'a.jsonl:2: wants'),
+    ('{"infill": 3}', r'a.jsonl:2: wants .* or \{"infill": "text, \{\{n'),
+    ('{"infill": "{{2}}", "prompt": "a"}', 'a.jsonl:2: wants'),
+    ('{"infill": "{{2}}"}', 'a.jsonl:2: "prompt" and "infill" in one file'),
     ('{"prompt": 3}', 'a.jsonl:2: wants'),
     ('{"prompt": "a", "seed": -1}', 'a.jsonl:2: "seed"'),
     ('{"prompt": "a", "seed": "1"}', 'a.jsonl:2: "seed"'),

@@ -109,6 +109,37 @@ def test_a_request_alone_is_what_it_is_among_others(table, options):
   )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('steps', [0, 3])
+@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
+def test_gaps_alone_are_what_they_are_among_longer_ones(table, options, steps):
+  """Also if no bound on the slots is known: steps are those of the row."""
+  c = config(**options, own_blocks=True, gen_length=0)
+  c = dataclasses.replace(c, steps=steps, block_length=4)
+  encode = lambda text: [ord(letter) - ord('a') + 7 for letter in text]
+  texts = ['ab{{2}}c', 'a{{9}}bc', '{{5}}']
+  layout = sampler.fill_gaps(texts, encode)
+  together = complete(c, table, layout, [3, 4, 5])
+  for row, text in enumerate(texts):
+    alone = complete(c, table, sampler.fill_gaps([text], encode), [3 + row])
+    np.testing.assert_array_equal(
+      alone.canvas[0], together.canvas[row][layout[2][row]]
+    )
+    assert alone.forwards[0] == together.forwards[row]
+
+
+@pytest.mark.parametrize(
+  'steps, forwards',
+  [(0, [2, 9]), (2, [2, 3]), (6, [2, 5]), (60, [2, 9])],
+  ids=['one a token', 'one a block at least', 'two a block', 'more than slots'],
+)
+def test_gaps_take_their_own_steps(table, steps, forwards):
+  """Two slots are one block of four, nine are three."""
+  c = config(steps=steps, own_blocks=True, gen_length=0)
+  layout = sampler.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
+  assert complete(c, table, layout).forwards.tolist() == forwards
+
+
 # What it takes
 
 

@@ -489,6 +489,7 @@ def run_script(script, workdir, **changes):
     html=None,
     open_length=False,
     tensor=1,
+    suppress_mask=False,
     dtype=None,
     **dict.fromkeys(OVERRIDES),
   )
@@ -521,6 +522,27 @@ def test_the_script_fills_gaps(finished, sample_script, capsys):
   first, second = out.split('\n---\n')
   assert re.fullmatch(r'def .*\(alpha\):\n', first, re.DOTALL)
   assert re.fullmatch(r'  return .* \+ .*\n', second, re.DOTALL)
+
+
+def test_gaps_are_filled_as_they_are_without_the_texts_beside_them(
+  finished, sample_script, capsys, tmp_path
+):
+  """Though the longest of a batch has more blocks; from a file, too."""
+  ask = functools.partial(
+    sample,
+    sample_script,
+    finished.workdir,
+    capsys,
+    steps=2,
+    block_length=2,
+    temperature=1.0,
+  )
+  texts = ['def {{2}}(a):', 'return {{7}}']
+  together = ask(infill=texts)
+  assert together.split('\n---\n')[0] == ask(infill=texts[:1]).rstrip('\n')
+  path = tmp_path / 'gaps.jsonl'
+  path.write_text(''.join(json.dumps({'infill': t}) + '\n' for t in texts))
+  assert ask(prompts=str(path)) == together
 
 
 def test_the_script_answers_a_file_of_prompts_in_json_lines(

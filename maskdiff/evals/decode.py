@@ -85,17 +85,12 @@ def _parse(value, kind):
   return kind(value)
 
 
-def described(config):
-  """The settings of the sampler as a dict for JSON."""
-  return dataclasses.asdict(run.sampler_config(config))
-
-
-def complete(model, config, prompts, suffixes, slots, seeds, batch):
+def complete(model, c, prompts, suffixes, slots, seeds, batch):
   """Fills in what stands between prompts and suffixes.
 
   Args:
     model: Model.
-    config: from `settings`; its gen_length is that of the longest answer.
+    c: SamplerConfig; its gen_length is that of the longest answer.
     prompts: list of token lists, one may be empty.
     suffixes: list of token lists, empty where an answer ends its row.
     slots: list of int, tokens to fill in for each.
@@ -114,8 +109,8 @@ def complete(model, config, prompts, suffixes, slots, seeds, batch):
       for prompt, n, suffix in zip(prompts, slots, suffixes, strict=True)
     ]
   )
-  layouts.check_context(config.data.length, valid)
-  c, network = run.sampler_config(config), run.sampler_model(config)
+  layouts.check_context(model.config.data.length, valid)
+  network = run.sampler_model(model.config)
   tokens, forwards = [None] * len(canvas), 0
   with jax.set_mesh(model.mesh):
     for found in refill.answers(
@@ -135,7 +130,8 @@ def ask(model, values, lines, correct, seed, batch):
 
   An answer after which the row ends has room for the longest right answer of
   all lines and an eos: the number of slots says nothing of its length. One
-  with text after it has as many slots as the right answer has tokens.
+  with text after it has as many slots as the right answer has tokens, and steps
+  of its own, see request.SamplerConfig.own_blocks.
 
   Args:
     model: Model.
@@ -164,8 +160,12 @@ def ask(model, values, lines, correct, seed, batch):
     for n, suffix in zip(lengths, suffixes, strict=True)
   ]
   config = settings(model.config, {**values, 'gen_length': max(slots)})
+  c = run.sampler_config(config)
+  if any(suffixes):
+    steps = c.steps if 'steps' in values else 0
+    c = dataclasses.replace(c, steps=steps, own_blocks=True)
   seeds = [seed + i for i in range(len(lines))]
-  answers = complete(model, config, prompts, suffixes, slots, seeds, batch)
+  answers = complete(model, c, prompts, suffixes, slots, seeds, batch)
   rows = []
   for line, tokens in zip(lines, answers.tokens, strict=True):
     text = model.tokenizer.decode(tokens)
@@ -177,6 +177,6 @@ def ask(model, values, lines, correct, seed, batch):
     total |= accuracy(f'accuracy_{way}', of_way)
   total |= {
     'forwards_per_token': answers.forwards / answers.slots,
-    'sampler': described(config),
+    'sampler': dataclasses.asdict(c),
   }
   return rows, total

@@ -203,13 +203,14 @@ class MaskDiff(TemplateLM):
           f'{slots} tokens are to be generated, more than the '
           f'{self.max_length} that the network was trained on: set gen_length'
         )
-      if decode.described(config) not in self.info['samplers']:
-        self.info['samplers'].append(decode.described(config))
+      c = run.sampler_config(config)
+      if dataclasses.asdict(c) not in self.info['samplers']:
+        self.info['samplers'].append(dataclasses.asdict(c))
       prompts = [_last(self.tok_encode(text), room) for _, text, _ in members]
       seeds = [self.seed + i for i, _, _ in members]
       filled = decode.complete(
         self.model,
-        config,
+        c,
         prompts,
         [[]] * len(members),
         [slots] * len(members),
