@@ -9,7 +9,8 @@ python launch/evaluate.py --workdir runs/addition --task addition \
 
 By likelihood: lines are {"prompt": "...", "answer": "..."} or {"text": "..."}
 for bound, {"prompt": "...", "choices": ["...", ...], "answer": 0} for choices,
-and {"prompt": "...", "answer": "..."} for greedy.
+and {"prompt": "...", "answer": "..."} for greedy. A line with a prompt may have
+"suffix": "...", text after the answer, which is then scored given both.
 
 By the sampler: addition, sudoku, countdown and reversal are puzzles, cloze asks
 for words of the run's held-out text. They make their own lines, and so does
@@ -164,6 +165,8 @@ def score(args, model, estimator, lines):
 
   c = run.likelihood_config(model.config, args.guidance, args.tokens_per_call)
   network = run.sampler_model(model.config), c, model.params
+  if c.objective == 'autoregressive':
+    tasks.check_ends(lines)
 
   def bound(tokens, answer, valid, seeds):
     if estimator is None:

@@ -79,6 +79,39 @@ def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
   )
 
 
+def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
+  """The lines that `launch/puzzles.py --task reversal --heldout` writes."""
+  gap = {
+    'prompt': '',
+    'answer': 'the old farmer of Ghent',
+    'suffix': ' is Nils Moreau',
+  }
+  flags = ('--task=bound', '--form=left_to_right')
+  row, total = rows_of(evaluate(workdir, [gap | {'way': 'infill'}], *flags))
+  config, _, params, mesh = run.load(str(workdir))
+  parts = [[tokenizer.encode(gap[key])] for key in gap]
+  with jax.set_mesh(mesh):
+    value, _ = likelihood.left_to_right(
+      run.sampler_model(config),
+      run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
+      params,
+      *likelihood.suffixes(*parts),
+    )
+  assert row['nats'] == pytest.approx(-value[0], rel=1e-5)
+  assert row['tokens'] == total['tokens'] == len(parts[1][0])
+  assert row['bits_per_byte'] == pytest.approx(row['nats'] / 23 / np.log(2))
+
+
+def test_an_autoregressive_run_refuses_what_follows_an_answer(
+  tokenizer, tmp_path
+):
+  untrained_run.save(tmp_path, tokenizer, objective_name='autoregressive')
+  lines = [*PAIRS, PAIRS[0] | {'suffix': ' return'}]
+  for task in ('bound', 'greedy'):
+    message = complaint(evaluate(tmp_path, lines, f'--task={task}'))
+    assert 'data.jsonl:3: text follows the answer' in message
+
+
 def test_a_text_is_an_answer_to_nothing(workdir):
   """Exactly, so that nothing depends on the seeds of lines."""
   text = 'def read(self):'
