@@ -79,6 +79,7 @@ flags.DEFINE_integer(
   'Tokens that the network computes at once; sets its memory.',
   lower_bound=1,
 )
+config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'task'])
 
 
@@ -117,7 +118,7 @@ def evaluate(args):
   if args.form != 'left_to_right' and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = decode.pairs(args.sample)
-  model = decode.Model(*run.load(args.workdir))
+  model = decode.Model(*run.load(args.workdir, args.tensor, args.dtype))
   if lines is None:
     lines = [tasks.Line(*line) for line in made(args, model)]
   if answered:
@@ -135,6 +136,7 @@ def evaluate(args):
     'task': args.task,
     'data': args.data or f'{args.num} made with seed {args.seed}',
     'workdir': args.workdir,
+    'dtype': model.dtype,
   }
   if jax.process_index() == 0:
     for row in [*rows, total]:

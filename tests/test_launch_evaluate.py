@@ -112,6 +112,31 @@ def test_an_autoregressive_run_refuses_what_follows_an_answer(
     assert 'data.jsonl:3: text follows the answer' in message
 
 
+def test_layers_that_devices_share_score_as_on_one_each(workdir):
+  flags = ('--task=bound', '--samples=16')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  *shared, whole = rows_of(evaluate(workdir, PAIRS, *flags, '--tensor=2'))
+  for row, same in zip(rows, shared, strict=True):
+    assert row['nats'] == pytest.approx(same['nats'], rel=1e-5)
+  assert whole['nats_per_token'] == pytest.approx(
+    total['nats_per_token'], rel=1e-5
+  )
+  assert whole['dtype'] == total['dtype'] == 'float32'
+  # Heads that do not split: the flag has come through to the mesh.
+  split = evaluate(workdir, PAIRS, *flags, '--tensor=4')
+  assert 'not divisible by mesh.tensor = 4' in complaint(split)
+
+
+def test_weights_in_half_the_memory_score_nearly_the_same(workdir):
+  flags = ('--task=bound', '--samples=16', '--dtype=bfloat16')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  assert total['dtype'] == 'bfloat16'
+  *stored, _ = rows_of(evaluate(workdir, PAIRS, *flags[:2]))
+  for row, same in zip(rows, stored, strict=True):
+    assert row['nats'] == pytest.approx(same['nats'], rel=0.02)
+    assert row['nats'] != same['nats']
+
+
 def test_a_text_is_an_answer_to_nothing(workdir):
   """Exactly, so that nothing depends on the seeds of lines."""
   text = 'def read(self):'
