@@ -58,9 +58,16 @@ flags.DEFINE_integer('batch', 32, 'Lines answered at once.', lower_bound=1)
 flags.DEFINE_enum(
   'form',
   'count',
-  ['count', 'bernoulli', 'left_to_right'],
+  ['count', 'bernoulli', 'left_to_right', 'multi_sample'],
   'Masks of a fixed number of tokens, weighted by L/l; of each token by '
-  'chance, weighted by 1/t; or the exact chain rule, a look a token.',
+  'chance, weighted by 1/t; the exact chain rule, a look a token; or the '
+  'importance-weighted bound, the chain rule in --orders random orders.',
+)
+flags.DEFINE_integer(
+  'orders',
+  16,
+  'Orders per answer, of --form multi_sample; each takes a look a token.',
+  lower_bound=1,
 )
 flags.DEFINE_integer('samples', 128, 'Masks per answer.', lower_bound=1)
 flags.DEFINE_integer(
@@ -98,7 +105,7 @@ def evaluate(args):
   import jax
 
   from maskdiff import run, tasks
-  from maskdiff.estimators import Estimator
+  from maskdiff.estimators import FORMS, Estimator
   from maskdiff.evals import decode
 
   # Orbax warns that the checkpoint is opened to be read only: it is meant so.
@@ -115,7 +122,7 @@ def evaluate(args):
           f'{line.where}: {answer!r} is no right answer, so this is no line of '
           f'--task {args.task}; see launch/puzzles.py'
         )
-  if args.form != 'left_to_right' and not answered:
+  if args.form in FORMS and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = decode.pairs(args.sample)
   model = decode.Model(*run.load(args.workdir, args.tensor, args.dtype))
@@ -169,12 +176,20 @@ def score(args, model, estimator, lines):
   network = run.sampler_model(model.config), c, model.params
   if c.objective == 'autoregressive':
     tasks.check_ends(lines)
+    if args.form == 'multi_sample':
+      raise UserError(
+        '--form multi_sample: an autoregressive model has one order only and '
+        'gives the log-likelihood itself: leave out --form'
+      )
 
-  def bound(tokens, answer, valid, seeds):
-    if estimator is None:
-      return likelihood.left_to_right(*network, tokens, answer, valid)
+  def bound(*layout):
+    *layout, seeds = layout
+    if args.form == 'left_to_right':
+      return likelihood.left_to_right(*network, *layout)
     seeds = [args.seed + s for s in seeds]
-    return likelihood.bound(*network, tokens, answer, valid, estimator, seeds)
+    if args.form == 'multi_sample':
+      return likelihood.multi_sample(*network, *layout, args.orders, seeds)
+    return likelihood.bound(*network, *layout, estimator, seeds)
 
   def matches(tokens, answer, valid):
     return likelihood.greedy_matches(*network, tokens, answer, valid)
@@ -191,6 +206,8 @@ def score(args, model, estimator, lines):
     total['estimator'] = (
       dataclasses.asdict(estimator) if estimator else args.form
     )
+    if args.form == 'multi_sample':
+      total['estimator'] = {'form': args.form, 'orders': args.orders}
   return rows, total
 
 

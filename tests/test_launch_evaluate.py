@@ -79,6 +79,29 @@ def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
   )
 
 
+def test_more_orders_give_the_importance_weighted_bound(workdir, tokenizer):
+  flags = ('--task=bound', '--form=multi_sample', '--orders=4', '--seed=3')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  config, _, params, mesh = run.load(str(workdir))
+  layout = likelihood.suffixes(
+    [tokenizer.encode('def read('), tokenizer.encode('return')],
+    [tokenizer.encode('self):'), tokenizer.encode(' alpha + beta')],
+  )
+  with jax.set_mesh(mesh):
+    value, error = likelihood.multi_sample(
+      run.sampler_model(config),
+      run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
+      params,
+      *layout,
+      4,
+      [3, 4],
+    )
+  np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
+  # It is small, as this network knows hardly more of one token than of none.
+  np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=0.1)
+  assert total['estimator'] == {'form': 'multi_sample', 'orders': 4}
+
+
 def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
   """The lines that `launch/puzzles.py --task reversal --heldout` writes."""
   gap = {
@@ -102,7 +125,7 @@ def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
   assert row['bits_per_byte'] == pytest.approx(row['nats'] / 23 / np.log(2))
 
 
-def test_an_autoregressive_run_refuses_what_follows_an_answer(
+def test_an_autoregressive_run_refuses_other_orders_and_what_follows(
   tokenizer, tmp_path
 ):
   untrained_run.save(tmp_path, tokenizer, objective_name='autoregressive')
@@ -110,6 +133,9 @@ def test_an_autoregressive_run_refuses_what_follows_an_answer(
   for task in ('bound', 'greedy'):
     message = complaint(evaluate(tmp_path, lines, f'--task={task}'))
     assert 'data.jsonl:3: text follows the answer' in message
+  flags = ('--task=bound', '--form=multi_sample')
+  message = complaint(evaluate(tmp_path, PAIRS, *flags))
+  assert 'one order only' in message and 'leave out --form' in message
 
 
 def test_layers_that_devices_share_score_as_on_one_each(workdir):
@@ -153,6 +179,7 @@ def test_a_text_is_an_answer_to_nothing(workdir):
   [
     ('--task=choices', '--guidance=0.5', '--form=bernoulli', '--coupled'),
     ('--task=choices', '--form=left_to_right'),
+    ('--task=choices', '--orders=2', '--form=multi_sample'),
     ('--task=greedy',),
   ],
   ids=lambda flags: flags[0][7:] + flags[-1][1:],

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import math
+import pathlib
 import types
 
 import golden_models
@@ -391,15 +393,31 @@ def test_the_chain_rule_is_the_sum_of_predictions_made_one_by_one(params, c):
   np.testing.assert_allclose(found, [total], rtol=1e-5)
 
 
+def importance_weighted(exact, k):
+  """The bound of K orders in expectation: a sum over all multisets of K."""
+  total = 0.0
+  for drawn in itertools.combinations_with_replacement(range(len(exact)), k):
+    counts = np.bincount(drawn, minlength=len(exact))
+    ways = math.factorial(k) / math.prod(map(math.factorial, counts.tolist()))
+    value = np.logaddexp.reduce(exact[list(drawn)]) - np.log(k)
+    total += ways / len(exact) ** k * value
+  return total
+
+
 def test_more_samples_tighten_the_importance_weighted_bound(params):
-  """To the enumeration over all pairs of orders, and below the marginal."""
+  """To the enumeration over all draws of K of the 6 orders, and below the
+  marginal; docs/likelihood.md has the values."""
   prompt, answer, seeds = [7, 8], [9, 5, 20], 300
   row = prompt + answer
-  _, exact = by_order(enumerate_masks(params, row, np.arange(5) >= 2))
-  pairs = np.logaddexp(exact[:, None], exact) - np.log(2)
+  table = enumerate_masks(params, row, np.arange(5) >= 2)
+  _, exact = by_order(table)
   marginal = np.logaddexp.reduce(exact) - np.log(len(exact))
-  expected = {1: exact.mean(), 2: pairs.mean()}
-  assert expected[1] < expected[2] < marginal
+  expected = {k: importance_weighted(exact, k) for k in (1, 4, 16)}
+  assert expected[1] == pytest.approx(elbo(table))
+  assert expected[1] < expected[4] < expected[16] < marginal
+  page = pathlib.Path(__file__).parents[1] / 'docs' / 'likelihood.md'
+  figures = [*expected.values(), marginal]
+  assert f'| {" | ".join(f"{x:.2f}" for x in figures)} |' in page.read_text()
   for k, mean in expected.items():
     found = likelihood.multi_sample(
       TINY,
