@@ -9,7 +9,8 @@ python launch/evaluate.py --workdir runs/addition --task addition \
 
 By likelihood: lines are {"prompt": "...", "answer": "..."} or {"text": "..."}
 for bound, {"prompt": "...", "choices": ["...", ...], "answer": 0} for choices,
-and {"prompt": "...", "answer": "..."} for greedy.
+and {"prompt": "...", "answer": "..."} for greedy. A line with a prompt may have
+"suffix": "...", text after the answer, which is then scored given both.
 
 By the sampler: addition, sudoku, countdown and reversal are puzzles, cloze asks
 for words of the run's held-out text. They make their own lines, and so does
@@ -57,9 +58,16 @@ flags.DEFINE_integer('batch', 32, 'Lines answered at once.', lower_bound=1)
 flags.DEFINE_enum(
   'form',
   'count',
-  ['count', 'bernoulli', 'left_to_right'],
+  ['count', 'bernoulli', 'left_to_right', 'multi_sample'],
   'Masks of a fixed number of tokens, weighted by L/l; of each token by '
-  'chance, weighted by 1/t; or the exact chain rule, a look a token.',
+  'chance, weighted by 1/t; the exact chain rule, a look a token; or the '
+  'importance-weighted bound, the chain rule in --orders random orders.',
+)
+flags.DEFINE_integer(
+  'orders',
+  16,
+  'Orders per answer, of --form multi_sample; each takes a look a token.',
+  lower_bound=1,
 )
 flags.DEFINE_integer('samples', 128, 'Masks per answer.', lower_bound=1)
 flags.DEFINE_integer(
@@ -78,6 +86,7 @@ flags.DEFINE_integer(
   'Tokens that the network computes at once; sets its memory.',
   lower_bound=1,
 )
+config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'task'])
 
 
@@ -96,7 +105,7 @@ def evaluate(args):
   import jax
 
   from maskdiff import run, tasks
-  from maskdiff.estimators import Estimator
+  from maskdiff.estimators import FORMS, Estimator
   from maskdiff.evals import decode
 
   # Orbax warns that the checkpoint is opened to be read only: it is meant so.
@@ -113,10 +122,10 @@ def evaluate(args):
           f'{line.where}: {answer!r} is no right answer, so this is no line of '
           f'--task {args.task}; see launch/puzzles.py'
         )
-  if args.form != 'left_to_right' and not answered:
+  if args.form in FORMS and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = decode.pairs(args.sample)
-  model = decode.Model(*run.load(args.workdir))
+  model = decode.Model(*run.load(args.workdir, args.tensor, args.dtype))
   if lines is None:
     lines = [tasks.Line(*line) for line in made(args, model)]
   if answered:
@@ -134,6 +143,7 @@ def evaluate(args):
     'task': args.task,
     'data': args.data or f'{args.num} made with seed {args.seed}',
     'workdir': args.workdir,
+    'dtype': model.dtype,
   }
   if jax.process_index() == 0:
     for row in [*rows, total]:
@@ -164,12 +174,22 @@ def score(args, model, estimator, lines):
 
   c = run.likelihood_config(model.config, args.guidance, args.tokens_per_call)
   network = run.sampler_model(model.config), c, model.params
+  if c.objective == 'autoregressive':
+    tasks.check_ends(lines)
+    if args.form == 'multi_sample':
+      raise UserError(
+        '--form multi_sample: an autoregressive model has one order only and '
+        'gives the log-likelihood itself: leave out --form'
+      )
 
-  def bound(tokens, answer, valid, seeds):
-    if estimator is None:
-      return likelihood.left_to_right(*network, tokens, answer, valid)
+  def bound(*layout):
+    *layout, seeds = layout
+    if args.form == 'left_to_right':
+      return likelihood.left_to_right(*network, *layout)
     seeds = [args.seed + s for s in seeds]
-    return likelihood.bound(*network, tokens, answer, valid, estimator, seeds)
+    if args.form == 'multi_sample':
+      return likelihood.multi_sample(*network, *layout, args.orders, seeds)
+    return likelihood.bound(*network, *layout, estimator, seeds)
 
   def matches(tokens, answer, valid):
     return likelihood.greedy_matches(*network, tokens, answer, valid)
@@ -186,6 +206,8 @@ def score(args, model, estimator, lines):
     total['estimator'] = (
       dataclasses.asdict(estimator) if estimator else args.form
     )
+    if args.form == 'multi_sample':
+      total['estimator'] = {'form': args.form, 'orders': args.orders}
   return rows, total
 
 

@@ -28,6 +28,7 @@ flags.DEFINE_multi_string(
 flags.DEFINE_integer('num_fewshot', None, 'Examples before a question.')
 flags.DEFINE_integer('limit', None, 'Questions of a task; by default all.')
 flags.DEFINE_string('out', None, 'File for all results, samples included.')
+config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'tasks'])
 
 
@@ -55,9 +56,13 @@ def evaluate(args):
   if unknown:
     raise UserError(f'--tasks: lm-eval knows no {", ".join(unknown)}')
   settings = decode.pairs(args.model)
+  loaded = {key: getattr(args, key) for key in ('workdir', 'tensor', 'dtype')}
+  for key in loaded:
+    if key in settings:
+      raise UserError(f'--model {key}: there is a flag for it, --{key}')
   model = harness.MaskDiff.create_from_arg_string(
     ','.join(f'{key}={value}' for key, value in settings.items()),
-    {'workdir': args.workdir},
+    loaded,
   )
   results = lm_eval.simple_evaluate(
     model=model,

@@ -146,12 +146,7 @@ flags.DEFINE_bool(
   'Answers as long as they become, block by block until an eos; --gen_length '
   'is then the most.',
 )
-flags.DEFINE_integer(
-  'tensor', 1, 'Devices that share every layer.', lower_bound=1
-)
-flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Of the weights; default: as stored.'
-)
+config.define_load_flags()
 
 
 def main(args):

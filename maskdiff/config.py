@@ -160,6 +160,9 @@ def default():
   return c.lock()
 
 
+# What the weights of a trained model may be cast to when it is loaded.
+WEIGHTS = ('float32', 'bfloat16')
+
 CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'optimizer.moments': ('float32', 'bfloat16'),
@@ -514,7 +517,7 @@ def run_script(main, argv=None, positional=False):
 
 
 def _help():
-  # Those of this module are --config.
+  # Those of this module are --config, --tensor and --dtype.
   known = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__))
   return '\n'.join([sys.modules['__main__'].__doc__, *filter(None, known)])
 
@@ -574,4 +577,17 @@ def define_config_flag():
   """Defines --config FILE with its --config.key=value overrides."""
   config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, e.g. configs/tiny.py.'
+  )
+
+
+def define_load_flags():
+  """Defines --tensor and --dtype: how a trained model lies on the devices.
+
+  They are the arguments of run.load with these names.
+  """
+  flags.DEFINE_integer(
+    'tensor', 1, 'Devices that share every layer.', lower_bound=1
+  )
+  flags.DEFINE_enum(
+    'dtype', None, WEIGHTS, 'Of the weights; default: as stored.'
   )

@@ -37,24 +37,30 @@ class Estimate(NamedTuple):
   stderr: np.ndarray  # [B] float64, nats; nan where it cannot be told
 
 
-def suffixes(prompts, answers):
+def suffixes(prompts, answers, after=None):
   """Lays out answers after their prompts.
 
   Args:
     prompts: list of token lists; one may be empty.
     answers: list of token lists, one for each prompt.
+    after: list of token lists, what follows each answer and is given like its
+      prompt; by default nothing.
 
   Returns:
     tokens, answer and valid; short rows are padded on the right.
   """
-  pairs = [(list(p), list(a)) for p, a in zip(prompts, answers, strict=True)]
-  length = max((len(p) + len(a) for p, a in pairs), default=0)
-  tokens = np.zeros((len(pairs), length), np.int32)
+  after = [[]] * len(prompts) if after is None else after
+  rows = [
+    (list(p), list(a), list(s))
+    for p, a, s in zip(prompts, answers, after, strict=True)
+  ]
+  length = max((len(p) + len(a) + len(s) for p, a, s in rows), default=0)
+  tokens = np.zeros((len(rows), length), np.int32)
   answer, valid = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
-  for i, (p, a) in enumerate(pairs):
-    end = len(p) + len(a)
-    tokens[i, :end] = p + a
-    answer[i, len(p) : end] = True
+  for i, (p, a, s) in enumerate(rows):
+    end = len(p) + len(a) + len(s)
+    tokens[i, :end] = p + a + s
+    answer[i, len(p) : len(p) + len(a)] = True
     valid[i, :end] = True
   return tokens, answer, valid
 

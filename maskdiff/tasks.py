@@ -5,6 +5,11 @@ A line of a JSON lines file is an object:
   greedy   {"prompt": ..., "answer": ...}
   choices  {"prompt": ..., "choices": [...], "answer": number of the right one}
 
+A line with a prompt may have "suffix": ..., text that follows the answer. The
+row is then prompt, answer and suffix, and the answer alone is scored, given
+both. The three are encoded each for itself, as evals/decode.py does, so that
+the answer's tokens are those of its text whatever stands beside it.
+
 Each task takes the lines and a function that scores rows of tokens, and
 returns a dict for each line and one for all of them. As in LLaDA's evaluation
 (eval_llada.py, _encode_pair), white space at the end of a prompt is moved to
@@ -63,6 +68,13 @@ def _parse(where, text, task):
     fields, scored = {'prompt': str, 'choices': list, 'answer': int}, 'choices'
   elif task == 'bound' and 'text' in value:
     fields, scored = {'text': str}, 'text'
+  if 'suffix' in value:
+    if 'text' in fields:
+      raise UserError(
+        f'{where}: a text is scored whole and has no suffix: write prompt, '
+        'answer and suffix'
+      )
+    fields['suffix'] = str
   if {k: type(v) for k, v in value.items() if k in fields} != fields:
     named = ', '.join(f'{k} ({t.__name__})' for k, t in fields.items())
     raise UserError(f'{where}: {task} needs {named}')
@@ -75,10 +87,26 @@ def _parse(where, text, task):
       'which count from 0'
     )
   try:
-    ''.join([value.get('prompt', ''), *texts]).encode()
+    given = value.get('prompt', ''), value.get('suffix', '')
+    ''.join([*given, *texts]).encode()
   except UnicodeEncodeError as error:
     raise UserError(f'{where}: this is not Unicode text ({error})') from error
   return Line(where, value)
+
+
+def check_ends(lines):
+  """Checks that nothing follows an answer, as for an autoregressive model.
+
+  Raises:
+    UserError: a line has a suffix that is not empty.
+  """
+  for line in lines:
+    if line.value.get('suffix'):
+      raise UserError(
+        f'{line.where}: text follows the answer, and an autoregressive model '
+        'knows only what stands before it: take out the suffix, or score the '
+        'line with a model of masked diffusion'
+      )
 
 
 def bound(lines, tokenizer, context, score):
@@ -98,27 +126,27 @@ def bound(lines, tokenizer, context, score):
     error, None if unknown), its tokens and bits per byte; and the same for all.
 
   Raises:
-    UserError: a prompt and its answer are longer than the context.
+    UserError: a line that is not to be cut is longer than the context.
   """
-  pairs, line_of, num_bytes = [], [], np.zeros(len(lines), int)
+  parts, line_of, num_bytes = [], [], np.zeros(len(lines), int)
   for i, line in enumerate(lines):
     if 'text' in line.value:
       num_bytes[i] = len(line.value['text'].encode())
       ids = tokenizer.encode(line.value['text'])
       starts = range(0, len(ids), context)
-      pieces = [([], ids[start : start + context]) for start in starts]
+      pieces = [([], ids[start : start + context], []) for start in starts]
     else:
-      *pair, num_bytes[i] = _encode(
+      *row, num_bytes[i] = _encode(
         line, line.value['answer'], tokenizer, context
       )
-      pieces = [pair]
-    pairs += pieces
+      pieces = [row]
+    parts += pieces
     line_of += [i] * len(pieces)
-  estimate = score(*suffixes(*zip(*pairs, strict=True)), range(len(pairs)))
+  estimate = score(*suffixes(*zip(*parts, strict=True)), range(len(parts)))
   by_line = lambda x: np.bincount(line_of, x, minlength=len(lines))
   nats = -by_line(estimate.log_likelihood)
   stderr = np.sqrt(by_line(estimate.stderr**2))
-  num_tokens = by_line([len(answer) for _, answer in pairs]).astype(int)
+  num_tokens = by_line([len(answer) for _, answer, _ in parts]).astype(int)
   rows = [
     {
       'nats': float(nats[i]),
@@ -148,8 +176,8 @@ def choices(lines, tokenizer, context, score):
     for i, line in enumerate(lines)
     for choice in line.value['choices']
   ]
-  line_of, prompts, answers, num_bytes = zip(*encoded, strict=True)
-  estimate = score(*suffixes(prompts, answers), line_of)
+  line_of, *parts, num_bytes = zip(*encoded, strict=True)
+  estimate = score(*suffixes(*parts), line_of)
   rows = []
   for i, line in enumerate(lines):
     mine = np.array(line_of) == i
@@ -187,8 +215,8 @@ def greedy(lines, tokenizer, context, matches):
   encoded = [
     _encode(line, line.value['answer'], tokenizer, context) for line in lines
   ]
-  prompts, answers, _ = zip(*encoded, strict=True)
-  right = matches(*suffixes(prompts, answers)).tolist()
+  *parts, _ = zip(*encoded, strict=True)
+  right = matches(*suffixes(*parts)).tolist()
   rows = [{'match': match} for match in right]
   return rows, {'lines': len(lines), **accuracy('accuracy', right)}
 
@@ -197,17 +225,19 @@ TASKS = {'bound': bound, 'choices': choices, 'greedy': greedy}
 
 
 def _encode(line, answer, tokenizer, context):
-  """Tokens of prompt and answer, and the bytes of what is scored."""
+  """Tokens of prompt, answer and suffix, and the bytes of what is scored."""
   prompt = line.value['prompt'].rstrip()
   answer = line.value['prompt'][len(prompt) :] + answer
-  pair = tokenizer.encode(prompt), tokenizer.encode(answer)
-  length = sum(map(len, pair))
+  suffix = line.value.get('suffix', '')
+  parts = [tokenizer.encode(text) for text in (prompt, answer, suffix)]
+  length = sum(map(len, parts))
   if length > context:
+    named = 'prompt, answer and suffix' if suffix else 'prompt and answer'
     raise UserError(
-      f'{line.where}: prompt and answer have {length} tokens, more than the '
+      f'{line.where}: {named} have {length} tokens, more than the '
       f'{context} that the network was trained on'
     )
-  return *pair, len(answer.encode())
+  return *parts, len(answer.encode())
 
 
 def accuracy(name, right):

@@ -152,6 +152,7 @@ def take_for_given(folder):
   for name, line in {
     'texts': {'text': 'def read(self):\n  return alpha'},
     'answers': answer,
+    'gaps': {'prompt': 'for', 'answer': ' i', 'suffix': ' in range(3):'},
     'questions': question,
     'prompts': {'prompt': 'def ', 'seed': 7},
   }.items():

@@ -79,6 +79,89 @@ def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
   )
 
 
+def test_more_orders_give_the_importance_weighted_bound(workdir, tokenizer):
+  flags = ('--task=bound', '--form=multi_sample', '--orders=4', '--seed=3')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  config, _, params, mesh = run.load(str(workdir))
+  layout = likelihood.suffixes(
+    [tokenizer.encode('def read('), tokenizer.encode('return')],
+    [tokenizer.encode('self):'), tokenizer.encode(' alpha + beta')],
+  )
+  with jax.set_mesh(mesh):
+    value, error = likelihood.multi_sample(
+      run.sampler_model(config),
+      run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
+      params,
+      *layout,
+      4,
+      [3, 4],
+    )
+  np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
+  np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=1e-3)
+  assert total['estimator'] == {'form': 'multi_sample', 'orders': 4}
+
+
+def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
+  """The lines that `launch/puzzles.py --task reversal --heldout` writes."""
+  gap = {
+    'prompt': '',
+    'answer': 'the old farmer of Ghent',
+    'suffix': ' is Nils Moreau',
+  }
+  flags = ('--task=bound', '--form=left_to_right')
+  row, total = rows_of(evaluate(workdir, [gap | {'way': 'infill'}], *flags))
+  config, _, params, mesh = run.load(str(workdir))
+  parts = [[tokenizer.encode(gap[key])] for key in gap]
+  with jax.set_mesh(mesh):
+    value, _ = likelihood.left_to_right(
+      run.sampler_model(config),
+      run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
+      params,
+      *likelihood.suffixes(*parts),
+    )
+  assert row['nats'] == pytest.approx(-value[0], rel=1e-5)
+  assert row['tokens'] == total['tokens'] == len(parts[1][0])
+  assert row['bits_per_byte'] == pytest.approx(row['nats'] / 23 / np.log(2))
+
+
+def test_an_autoregressive_run_refuses_other_orders_and_what_follows(
+  tokenizer, tmp_path
+):
+  untrained_run.save(tmp_path, tokenizer, objective_name='autoregressive')
+  lines = [*PAIRS, PAIRS[0] | {'suffix': ' return'}]
+  for task in ('bound', 'greedy'):
+    message = complaint(evaluate(tmp_path, lines, f'--task={task}'))
+    assert 'data.jsonl:3: text follows the answer' in message
+  flags = ('--task=bound', '--form=multi_sample')
+  message = complaint(evaluate(tmp_path, PAIRS, *flags))
+  assert 'one order only' in message and 'leave out --form' in message
+
+
+def test_layers_that_devices_share_score_as_on_one_each(workdir):
+  flags = ('--task=bound', '--samples=16')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  *shared, whole = rows_of(evaluate(workdir, PAIRS, *flags, '--tensor=2'))
+  for row, same in zip(rows, shared, strict=True):
+    assert row['nats'] == pytest.approx(same['nats'], rel=1e-5)
+  assert whole['nats_per_token'] == pytest.approx(
+    total['nats_per_token'], rel=1e-5
+  )
+  assert whole['dtype'] == total['dtype'] == 'float32'
+  # Heads that do not split: the flag has come through to the mesh.
+  split = evaluate(workdir, PAIRS, *flags, '--tensor=4')
+  assert 'not divisible by mesh.tensor = 4' in complaint(split)
+
+
+def test_weights_in_half_the_memory_score_nearly_the_same(workdir):
+  flags = ('--task=bound', '--samples=16', '--dtype=bfloat16')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  assert total['dtype'] == 'bfloat16'
+  *stored, _ = rows_of(evaluate(workdir, PAIRS, *flags[:2]))
+  for row, same in zip(rows, stored, strict=True):
+    assert row['nats'] == pytest.approx(same['nats'], rel=0.02)
+    assert row['nats'] != same['nats']
+
+
 def test_a_text_is_an_answer_to_nothing(workdir):
   """Exactly, so that nothing depends on the seeds of lines."""
   text = 'def read(self):'
@@ -95,6 +178,7 @@ def test_a_text_is_an_answer_to_nothing(workdir):
   [
     ('--task=choices', '--guidance=0.5', '--form=bernoulli', '--coupled'),
     ('--task=choices', '--form=left_to_right'),
+    ('--task=choices', '--orders=2', '--form=multi_sample'),
     ('--task=greedy',),
   ],
   ids=lambda flags: flags[0][7:] + flags[-1][1:],

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import math
+import pathlib
+import types
 
 import golden_models
 import jax
@@ -11,7 +14,16 @@ import numpy as np
 import pytest
 from every_mask import elbo, reference_counts, subsets
 
-from maskdiff import estimators, likelihood, looks, masks, mesh, model, sampler
+from maskdiff import (
+  estimators,
+  likelihood,
+  looks,
+  masks,
+  mesh,
+  model,
+  sampler,
+  tasks,
+)
 from maskdiff.errors import UserError
 from maskdiff.estimators import Estimator, Looks
 from maskdiff.looks import LikelihoodConfig
@@ -331,6 +343,41 @@ def test_any_part_of_a_row_is_scored_given_the_rest(params):
 
 
 @pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
+def test_a_line_with_a_suffix_is_scored_under_all_masks_of_its_answer(
+  params, c, tmp_path
+):
+  """From the line of a file to the enumeration given prompt and suffix."""
+  path = tmp_path / 'gap.jsonl'
+  path.write_text('{"prompt": "bc", "answer": "hjm", "suffix": "dpk"}\n')
+  letters = types.SimpleNamespace(
+    encode=lambda text: [ord(x) - 92 for x in text]
+  )
+  row = np.array(letters.encode('bchjmdpk'))
+  answer = np.isin(np.arange(8), [2, 3, 4])
+  exact = elbo(enumerate_masks(params, row, answer, c.guidance))
+  orders = np.array(list(itertools.permutations(range(3))))
+  network = TINY, c, params
+
+  def all_orders(tokens, answer, valid, seeds):
+    (found,) = likelihood.chain_rule(*network, tokens, answer, valid, [orders])
+    return likelihood.Estimate(found.mean(keepdims=True), np.zeros(1))
+
+  def by_chance(*layout):
+    *layout, seeds = layout
+    e = Estimator(samples=8192, strata=4)
+    return likelihood.bound(*network, *layout, e, seeds)
+
+  lines = tasks.read(str(path), 'bound')
+  (found,), _ = tasks.bound(lines, letters, c.context, all_orders)
+  assert found['nats'] == pytest.approx(-exact, rel=1e-5)
+  (found,), _ = tasks.bound(lines, letters, c.context, by_chance)
+  assert abs(found['nats'] + exact) <= 4 * found['stderr_nats']
+  # As if nothing followed, it would be another number.
+  alone = elbo(enumerate_masks(params, row[:5], answer[:5], c.guidance))
+  assert abs(exact - alone) > 1
+
+
+@pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
 def test_the_chain_rule_is_the_sum_of_predictions_made_one_by_one(params, c):
   prompt, answer, order = [7, 8, 9], [10, 20, 5, 6], [2, 0, 3, 1]
   row = np.array(prompt + answer)
@@ -346,15 +393,31 @@ def test_the_chain_rule_is_the_sum_of_predictions_made_one_by_one(params, c):
   np.testing.assert_allclose(found, [total], rtol=1e-5)
 
 
+def importance_weighted(exact, k):
+  """The bound of K orders in expectation: a sum over all multisets of K."""
+  total = 0.0
+  for drawn in itertools.combinations_with_replacement(range(len(exact)), k):
+    counts = np.bincount(drawn, minlength=len(exact))
+    ways = math.factorial(k) / math.prod(map(math.factorial, counts.tolist()))
+    value = np.logaddexp.reduce(exact[list(drawn)]) - np.log(k)
+    total += ways / len(exact) ** k * value
+  return total
+
+
 def test_more_samples_tighten_the_importance_weighted_bound(params):
-  """To the enumeration over all pairs of orders, and below the marginal."""
+  """To the enumeration over all draws of K of the 6 orders, and below the
+  marginal; docs/likelihood.md has the values."""
   prompt, answer, seeds = [7, 8], [9, 5, 20], 300
   row = prompt + answer
-  _, exact = by_order(enumerate_masks(params, row, np.arange(5) >= 2))
-  pairs = np.logaddexp(exact[:, None], exact) - np.log(2)
+  table = enumerate_masks(params, row, np.arange(5) >= 2)
+  _, exact = by_order(table)
   marginal = np.logaddexp.reduce(exact) - np.log(len(exact))
-  expected = {1: exact.mean(), 2: pairs.mean()}
-  assert expected[1] < expected[2] < marginal
+  expected = {k: importance_weighted(exact, k) for k in (1, 4, 16)}
+  assert expected[1] == pytest.approx(elbo(table))
+  assert expected[1] < expected[4] < expected[16] < marginal
+  page = pathlib.Path(__file__).parents[1] / 'docs' / 'likelihood.md'
+  figures = [*expected.values(), marginal]
+  assert f'| {" | ".join(f"{x:.2f}" for x in figures)} |' in page.read_text()
   for k, mean in expected.items():
     found = likelihood.multi_sample(
       TINY,
@@ -424,6 +487,25 @@ def test_what_the_sampler_writes_passes_and_nothing_else(params, decoded, c):
     TINY, c, params, *likelihood.suffixes(PROMPTS[:3] * 2, answers + wrong)
   )
   assert right.tolist() == [True] * 3 + [False] * 3
+
+
+def test_an_answer_between_texts_is_decoded_with_both_in_sight(params):
+  """By the most confident token first, as a plain loop does."""
+  row = np.array([7, 8, 0, 0, 0, 11, 12])
+  answer = np.isin(np.arange(7), [2, 3, 4])
+  hidden = answer.copy()
+  while hidden.any():
+    step = np.where(hidden[:, None], log_p(params, row, answer, hidden), -9e9)
+    where = step.max(axis=1).argmax()
+    row[where], hidden[where] = step[where].argmax(), False
+  wrong = row + (np.arange(7) == 3) * (1 if row[3] < VOCAB - 1 else -1)
+  layout = (
+    np.array([row, wrong]),
+    np.tile(answer, (2, 1)),
+    np.ones((2, 7), bool),
+  )
+  right = likelihood.greedy_matches(TINY, CONFIG, params, *layout)
+  assert right.tolist() == [True, False]
 
 
 # Rows together

@@ -106,6 +106,56 @@ def test_white_space_at_the_end_of_a_prompt_is_scored_with_the_answer(
   assert row['bits_per_byte'] == pytest.approx(row['nats'] / 5 * BITS)
 
 
+GAP = {'prompt': 'def ', 'answer': 'read', 'suffix': '(self): café'}
+
+
+@pytest.mark.parametrize('task', ['bound', 'choices', 'greedy'])
+def test_what_follows_an_answer_is_given_and_not_scored(
+  write, score, scored, tokenizer, task
+):
+  """Encoded for itself, so that the answer has the tokens of its text."""
+  line, answers = GAP, [' read']
+  if task == 'choices':
+    line = GAP | {'choices': ['read', 'write'], 'answer': 1}
+    answers = [' read', ' write']
+  lines = tasks.read(write(line), task)
+
+  def matches(tokens, answer, valid):
+    scored.append((tokens, answer, valid, [0]))
+    return answer.any(axis=1)
+
+  function = matches if task == 'greedy' else score
+  (row,), _ = tasks.TASKS[task](lines, tokenizer, 64, function)
+  ((tokens, answer, valid, _),) = scored
+  prompt, suffix = tokenizer.encode('def'), tokenizer.encode(GAP['suffix'])
+  for i, text in enumerate(answers):
+    mine = tokenizer.encode(text)
+    assert tokens[i, valid[i]].tolist() == [*prompt, *mine, *suffix]
+    assert np.flatnonzero(answer[i]).tolist() == [
+      len(prompt) + k for k in range(len(mine))
+    ]
+  if task == 'bound':
+    assert row['tokens'] == row['nats'] == len(mine)
+    assert row['bits_per_byte'] == pytest.approx(len(mine) / 5 * BITS)
+
+
+def test_an_empty_suffix_is_none(write, score, scored, tokenizer):
+  lines = tasks.read(write(PAIR | {'suffix': ''}, PAIR), 'bound')
+  one, other = tasks.bound(lines, tokenizer, 64, score)[0]
+  assert one == other
+  tasks.check_ends(lines)
+
+
+@pytest.mark.parametrize('task', ['bound', 'greedy'])
+def test_text_after_an_answer_is_refused_where_it_would_not_be_seen(
+  write, task
+):
+  lines = tasks.read(write(PAIR, GAP), task)
+  message = 'data.jsonl:2: text follows .* take out the suffix'
+  with pytest.raises(UserError, match=message):
+    tasks.check_ends(lines)
+
+
 def test_the_likeliest_choice_is_taken_in_all_and_per_byte(
   write, score, scored, tokenizer
 ):
@@ -170,6 +220,21 @@ REFUSED = {
   'empty_answer': ('bound', PAIR | {'answer': ''}, ':2: answer .* not empty'),
   'empty_text': ('bound', {'text': ''}, ':2: text must be .* not empty'),
   'text_to_decode': ('greedy', {'text': 'a'}, ':2: greedy needs prompt'),
+  'suffix_of_a_text': (
+    'bound',
+    {'text': 'a', 'suffix': 'b'},
+    ':2: a text .* no suffix: write prompt, answer and suffix',
+  ),
+  'suffix_no_text': (
+    'greedy',
+    PAIR | {'suffix': ['b']},
+    r':2: greedy needs .*suffix \(str\)',
+  ),
+  'surrogate_after': (
+    'bound',
+    '{"prompt": "", "answer": "a", "suffix": "\\ud800"}',
+    ':2: this is not Unicode',
+  ),
   'surrogate': ('bound', '{"text": "\\ud800"}', ':2: this is not Unicode'),
   'choices': (
     'choices',
@@ -220,6 +285,7 @@ def test_a_file_that_is_not_there_or_empty_is_named(write, tmp_path):
 
 @pytest.mark.parametrize('task', ['bound', 'greedy'])
 def test_a_line_longer_than_the_context_is_named(write, score, tokenizer, task):
-  lines = tasks.read(write(PAIR, {'prompt': 'a b c', 'answer': 'd e'}), task)
-  with pytest.raises(UserError, match='data.jsonl:2: .* more than the 3'):
-    tasks.TASKS[task](lines, tokenizer, 3, score)
+  for long in ({'prompt': 'a b c', 'answer': 'd e'}, PAIR | {'suffix': 'c d'}):
+    lines = tasks.read(write(PAIR, long), task)
+    with pytest.raises(UserError, match='data.jsonl:2: .* more than the 3'):
+      tasks.TASKS[task](lines, tokenizer, 3, score)

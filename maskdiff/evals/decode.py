@@ -19,6 +19,12 @@ class Model(NamedTuple):
   params: dict
   mesh: jax.sharding.Mesh
 
+  @property
+  def dtype(self):
+    """Name of the dtype of the weights; of several, one after the other."""
+    names = {x.dtype.name for x in jax.tree.leaves(self.params)}
+    return ', '.join(sorted(names))
+
 
 class Answers(NamedTuple):
   """Of a list of texts."""

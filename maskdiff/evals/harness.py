@@ -22,6 +22,7 @@ import zlib
 
 import jax
 
+from maskdiff import config as config_lib
 from maskdiff import likelihood, run
 from maskdiff.errors import UserError
 from maskdiff.estimators import Estimator
@@ -54,6 +55,8 @@ class MaskDiff(TemplateLM):
     check_greedy=True,
     seed=0,
     tokens_per_call=4096,
+    tensor=1,
+    dtype=None,
     batch_size=16,
     max_batch_size=None,
     device=None,
@@ -70,6 +73,8 @@ class MaskDiff(TemplateLM):
         else is_greedy is False for all.
       seed: of noise and sampling.
       tokens_per_call: see looks.LikelihoodConfig.
+      tensor: devices that share every layer; see run.load.
+      dtype: of the weights, float32 or bfloat16; by default as stored.
       batch_size: texts that are continued together.
       max_batch_size, device: given by lm-eval, not used.
       sampler: keys of config.sample. They are put before what a task asks for;
@@ -79,13 +84,17 @@ class MaskDiff(TemplateLM):
       UserError: there is no such run, or a setting is not possible.
     """
     super().__init__()
+    if dtype is not None and dtype not in config_lib.WEIGHTS:
+      raise UserError(
+        f'dtype={dtype!r}: choose among {", ".join(config_lib.WEIGHTS)}'
+      )
     del max_batch_size, device
     self.check_greedy, self.seed, self.batch = check_greedy, seed, batch_size
     self.values = {**sampler, 'guidance': guidance}
     self.estimator = None
     if form != 'left_to_right':
       self.estimator = Estimator(form, samples, strata, coupled)
-    self.model = decode.Model(*run.load(workdir))
+    self.model = decode.Model(*run.load(workdir, tensor, dtype))
     config = self.model.config
     # Whether steps fit is known when a task says how long its answers are.
     checked = {k: v for k, v in self.values.items() if k != 'steps'}
@@ -93,6 +102,7 @@ class MaskDiff(TemplateLM):
     self.likelihood = run.likelihood_config(config, guidance, tokens_per_call)
     self.info = {
       'workdir': str(workdir),
+      'dtype': self.model.dtype,
       'seed': seed,
       'guidance': guidance,
       'check_greedy': check_greedy,

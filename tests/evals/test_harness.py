@@ -224,6 +224,21 @@ def test_bounds_depend_on_a_request_alone_and_its_choices_share_masks(workdir):
   assert info['estimator']['samples'] == 16 and not info['check_greedy']
 
 
+def test_a_model_is_spread_and_cast_as_asked(model, workdir):
+  pairs = requests(('for i in', ' range(3):'), ('def read(', 'self):'))
+  expected = model.loglikelihood(pairs, disable_tqdm=True)
+  spread = harness.MaskDiff(str(workdir), form='left_to_right', tensor=2)
+  assert spread.model.mesh.shape['tensor'] == 2
+  found = spread.loglikelihood(pairs, disable_tqdm=True)
+  for one, other in zip(found, expected, strict=True):
+    assert one == pytest.approx(other, rel=1e-5)
+  half = harness.MaskDiff(str(workdir), dtype='bfloat16')
+  dtypes = {x.dtype.name for x in jax.tree.leaves(half.model.params)}
+  assert dtypes == {'bfloat16'}
+  assert half.get_model_info()['maskdiff']['dtype'] == 'bfloat16'
+  assert model.get_model_info()['maskdiff']['dtype'] == 'float32'
+
+
 def test_a_tasks_own_sampling_counts_if_it_says_so(model):
   asked = {'until': 'x', 'temperature': 0.9, 'top_p': 0.5, 'max_gen_toks': 4}
   until, values = model._decoding({**asked, 'do_sample': True})
@@ -242,6 +257,10 @@ def test_what_cannot_be_done_is_one_line(model, workdir):
     model.loglikelihood(requests(('x', ' y = 1' * 40)), disable_tqdm=True)
   with pytest.raises(UserError, match="sampler setting 'stpes'"):
     harness.MaskDiff(str(workdir), stpes=3)
+  with pytest.raises(UserError, match="dtype='auto': choose among float32"):
+    harness.MaskDiff(str(workdir), dtype='auto')
+  with pytest.raises(UserError, match='not divisible by mesh.tensor = 4'):
+    harness.MaskDiff(str(workdir), tensor=4)
 
 
 @pytest.mark.slow
@@ -269,6 +288,14 @@ def test_the_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
   stored = json.loads(out.read_text())['config']['maskdiff']
   assert json.loads(done.stdout.splitlines()[-1])['maskdiff'] == stored
   assert stored['estimator']['samples'] == 16
+  flags = ('--tensor=2', '--dtype=bfloat16', '--model=samples=16')
+  spread = launch('--tasks=md_choice', *flags)
+  assert spread.returncode == 0, spread.stderr
+  last = json.loads(spread.stdout.splitlines()[-1])
+  assert last['maskdiff']['dtype'] == 'bfloat16'
+  twice = launch('--tasks=md_choice', '--model=tensor=2')
+  assert twice.returncode == 2
+  assert 'a flag for it, --tensor' in twice.stderr.splitlines()[-1]
   unknown = launch('--tasks=no_such_task')
   assert unknown.returncode == 2
   assert 'no_such_task' in unknown.stderr.splitlines()[-1]
