@@ -220,10 +220,11 @@ def memory_advice(config):
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     first = ' '.join(str(error).split())[:200]
+    ways = f'raise --config.train.microbatches={config.train.microbatches}, '
+    if config.model.remat != 'full':
+      ways += f'set --config.model.remat={config.model.remat} to full, '
     raise UserError(
-      f'a device has too little memory ({first}): raise '
-      f'--config.train.microbatches={config.train.microbatches}, set '
-      f'--config.model.remat={config.model.remat} to full, or lower '
+      f'a device has too little memory ({first}): {ways}or lower '
       f'--config.objective.loss_chunk_tokens='
       f'{config.objective.loss_chunk_tokens}; for a TPU, launch/plan.py '
       '--sweep finds what fits'

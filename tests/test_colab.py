@@ -10,6 +10,7 @@ import contextlib
 import glob
 import html
 import json
+import math
 import os
 import pathlib
 import re
@@ -88,7 +89,8 @@ def kernel(folder, steps):
     WORKDIR=str(folder / 'run'),
     OVERRIDES=overrides(train__steps=steps),
     SOURCE=str(folder / '*.parquet'),
-    PREPARE=['--text_key=code', '--heldout_fraction=0.2', '--workers=1'],
+    TEXT_KEY='code',
+    PREPARE=['--heldout_fraction=0.2', '--workers=1'],
     ROWS=str(folder / 'rows'),
     GEN_LENGTH=8,
     QUESTIONS=4,
@@ -395,6 +397,30 @@ def test_what_a_runtime_needs_is_installed(
   ]
   for name in re.findall(r'\S+\.txt', ' '.join(asked[0])):
     assert (ROOT / name).exists()
+
+
+def test_a_tokenizer_is_trained_on_text_under_another_name(folder, tmp_path):
+  """TEXT_KEY is for both, the tokenizer and the rows."""
+
+  def run(*args):
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+  made = play(
+    'data',
+    re=re,
+    run=run,
+    ROOT=ROOT,
+    SOURCE=str(folder / '*.parquet'),
+    TEXT_KEY='code',
+    TOKENIZER=str(tmp_path / 'own.model'),
+    VOCAB_SIZE=400,
+    ROWS=str(tmp_path / 'rows'),
+    PREPARE=['--heldout_fraction=0.2', '--workers=1'],
+  )
+  assert 0 < made['UNIGRAM'] < math.log(400)
 
 
 @pytest.fixture
