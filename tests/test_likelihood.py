@@ -283,6 +283,30 @@ def test_coupled_estimates_are_those_of_espo_under_its_masks(golden, case):
   np.testing.assert_allclose([v.mean() for v in found], recorded, atol=2e-4)
 
 
+def test_estimates_without_coupling_are_those_of_espo_under_its_masks(golden):
+  """Its counts of masked tokens are uniform on 0..L, with weight (L + 1) / l.
+
+  The expectation is that of l on 1..L with weight L / l, which is offered here:
+  the sum over l of 1 / l. One draw in L + 1 masks nothing and says nothing.
+  """
+  name, network, _ = golden
+  with np.load(golden_models.GOLDEN / 'espo.npz') as file:
+    of = lambda field: file[f'{name}.elbo2.{field}']
+    ids, noisy, recorded = of('ids'), of('noisy'), of('elbo')
+    start = int(of('prompt_len'))
+    assert not of('coupled')
+  hidden = noisy[:, :, start:] == IDS[name]
+  counts, size = hidden.sum(axis=2), ids.shape[1] - start
+  weights = np.where(counts, (size + 1) / np.maximum(counts, 1), 0.0)
+  drawn = [
+    Looks(hidden[:, j], hidden[:, j], weights[:, j]) for j in range(len(ids))
+  ]
+  found = golden_values(
+    network(0), list(ids[:, :start]), list(ids[:, start:]), drawn
+  )
+  np.testing.assert_allclose([v.mean() for v in found], recorded, atol=2e-4)
+
+
 # Bounds
 
 

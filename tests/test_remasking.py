@@ -202,11 +202,21 @@ def test_factor_equals_brute_force(f):
 
 def test_factor_does_not_keep_the_last_slot_when_it_alone_falls_short():
   """NVlabs' and dInfer's code keeps four of these; the formula allows three."""
-  confidence = np.array([[0.946, 0.935, 0.897, 0.769]])
-  keep = remasking.factor(
-    jnp.asarray(confidence), jnp.ones((1, 4), bool), 1.0, None
-  )
-  assert keep.tolist() == [[True, True, True, False]]
+
+  def kept_by_theirs(ranked, factor):
+    """A search that ends at the last rank cannot say whether it fell short."""
+    last = len(ranked) - 1
+    short = (n for n in range(1, last) if ranked[n] < 1 - factor / (n + 2))
+    return next(short, last + 1)
+
+  def kept_by_ours(ranked, factor):
+    slots = jnp.ones((1, len(ranked)), bool)
+    return int(remasking.factor(jnp.array([ranked]), slots, factor, None).sum())
+
+  assert kept_by_theirs([0.946, 0.935, 0.897, 0.769], 1.0) == 4
+  assert kept_by_ours([0.946, 0.935, 0.897, 0.769], 1.0) == 3
+  for ranked in ([0.9, 0.6, 0.5, 0.4], [0.9, 0.9, 0.9, 0.9]):
+    assert kept_by_ours(ranked, 1.0) == kept_by_theirs(ranked, 1.0)
 
 
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])
