@@ -1,6 +1,6 @@
 r"""Walks through pages as a newcomer would, in a fresh clone, and times it.
 
-python benchmarks/walk.py README.md docs/index.md
+python benchmarks/walk.py docs/index.md
 
 Clones the repository and runs the commands of the pages' ```bash blocks one
 after the other, in one shell, as they are written: what a command activates or
