@@ -101,8 +101,11 @@ def test_canvases_and_counts_are_those_of_fast_dllm(mode, name, variant):
 
 
 @pytest.mark.parametrize('variant', ['nocache', 'prefix', 'dual'])
-def test_passes_and_positions_are_counted_as_by_fast_dllm(variant):
-  request, recorded, lengths = fast_dllm_request('model_b', 'tau0.9', variant)
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+@pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
+def test_passes_and_positions_are_counted_as_by_fast_dllm(mode, name, variant):
+  """Without the passes that find their block complete."""
+  request, recorded, lengths = fast_dllm_request(name, mode, variant)
   changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
   carry = sampler.complete(*request)
   np.testing.assert_array_equal(carry.canvas[0], recorded[-1])
