@@ -4,6 +4,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from maskdiff import estimators
+
 
 def subsets(size):
   """[2^A, A] bool; row r hides the tokens whose bits are set in r."""
@@ -23,3 +25,13 @@ def reference_counts(k, size, batch):
     (round(Fraction(k) + Fraction(i * size, batch)) - 1) % size + 1
     for i in range(batch)
   ]
+
+
+def counts_from_nothing(counts, ranks):
+  """Looks of ESPO's estimate without complements, which is not offered.
+
+  l tokens are hidden, l uniform on 0..A, with weight (A + 1) / l: the first
+  look of each pair of its coupled form, at its full weight.
+  """
+  pairs = estimators.exact_count(counts, ranks, coupled=True)
+  return estimators.Looks(*(field[::2] for field in pairs))

@@ -10,7 +10,12 @@ import golden_models
 import numpy as np
 import pytest
 import scipy.stats
-from every_mask import elbo, reference_counts, subsets
+from every_mask import (
+  counts_from_nothing,
+  elbo,
+  reference_counts,
+  subsets,
+)
 
 from maskdiff import estimators
 from maskdiff.errors import UserError
@@ -107,6 +112,35 @@ def test_the_weight_l_over_count_would_be_biased_with_complements():
   looks = estimators.exact_count(counts, ranks, True)
   naive = looks._replace(weight=looks.weight * A / (A + 1))
   assert abs(values(naive, table).mean() / elbo(table) - 1) > 0.1
+
+
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_counts_from_nothing_are_unbiased_and_worse_than_counts_from_one(size):
+  """Why ESPO's estimate without complements is not offered.
+
+  Its mean is the bound too. But one draw in A + 1 hides nothing and is worth 0,
+  so that its variance is larger by the square of the bound over A + 1, even
+  where such draws cost no forward pass and others are made in their place.
+  """
+  table = random_table(size)
+  orders = list(itertools.permutations(range(size)))
+
+  def every(counts, looks_of):
+    draws = list(itertools.product(counts, orders))
+    return looks_of(*map(np.array, zip(*draws, strict=True)))
+
+  theirs = every(range(size + 1), counts_from_nothing)
+  ours = every(
+    range(1, size + 1),
+    lambda counts, ranks: estimators.exact_count(counts, ranks, coupled=False),
+  )
+  bound, passes = elbo(table), theirs.hidden.any(axis=1).mean()
+  np.testing.assert_allclose(values(theirs, table).mean(), bound)
+  np.testing.assert_allclose(passes, size / (size + 1))
+  np.testing.assert_allclose(
+    values(theirs, table).var() * passes,
+    values(ours, table).var() + bound**2 / (size + 1),
+  )
 
 
 @pytest.mark.parametrize('e', [e for e in EVERY if e.form == 'count'], ids=name)

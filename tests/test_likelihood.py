@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from every_mask import elbo, reference_counts, subsets
+from every_mask import (
+  counts_from_nothing,
+  elbo,
+  reference_counts,
+  subsets,
+)
 
 from maskdiff import (
   estimators,
@@ -262,49 +267,53 @@ def test_every_mask_every_order_and_their_averages_are_as_recorded(case):
   assert abs(mean_exp - marginal) < 2e-4
 
 
-@pytest.mark.parametrize('case', [0, 1])
-def test_coupled_estimates_are_those_of_espo_under_its_masks(golden, case):
+def espo(golden, case, draw):
+  """The estimates of looks under ESPO's counts and permutations, and its own.
+
+  Args:
+    golden: the fixture.
+    case: number of the recorded case.
+    draw: from the counts [n], which lie in 0..L, and ranks [n, L] of a row to
+      Looks.
+  """
   name, network, _ = golden
   with np.load(golden_models.GOLDEN / 'espo.npz') as file:
     of = lambda field: file[f'{name}.elbo{case}.{field}']
     ids, ks, ranks, recorded = of('ids'), of('k'), of('perms'), of('elbo')
-    start = int(of('prompt_len'))
+    start, coupled, noisy = int(of('prompt_len')), of('coupled'), of('noisy')
   rows, size = len(ids), ids.shape[1] - start
-  # Theirs lie in 0..L.
   counts = [reference_counts(int(k), size + 1, rows) for k in ks]
   counts = np.array(counts) % (size + 1)
-  drawn = [
-    estimators.exact_count(counts[:, j], ranks[:, j], coupled=True)
-    for j in range(rows)
-  ]
+  drawn = [draw(counts[:, j], ranks[:, j]) for j in range(rows)]
+  for j, some in enumerate(drawn):
+    np.testing.assert_array_equal(some.hidden, noisy[:, j, start:] == IDS[name])
   found = golden_values(
     network(0), list(ids[:, :start]), list(ids[:, start:]), drawn
   )
-  np.testing.assert_allclose([v.mean() for v in found], recorded, atol=2e-4)
+  return [v.mean() for v in found], recorded, bool(coupled)
 
 
-def test_estimates_without_coupling_are_those_of_espo_under_its_masks(golden):
-  """Its counts of masked tokens are uniform on 0..L, with weight (L + 1) / l.
+@pytest.mark.parametrize('case', [0, 1])
+def test_coupled_estimates_are_those_of_espo_under_its_masks(golden, case):
+  draw = functools.partial(estimators.exact_count, coupled=True)
+  found, recorded, coupled = espo(golden, case, draw)
+  assert coupled
+  np.testing.assert_allclose(found, recorded, atol=2e-4)
 
-  The expectation is that of l on 1..L with weight L / l, which is offered here:
-  the sum over l of 1 / l. One draw in L + 1 masks nothing and says nothing.
+
+def test_estimates_without_complements_are_those_of_espo_under_its_masks(
+  golden,
+):
+  """Its counts start from 0 here too, with weight (L + 1) / l.
+
+  That is unbiased, and no estimator of this package: one draw in L + 1 hides
+  nothing, as in a row of model_a, and is worth 0 whatever the network says.
+  tests/test_estimators.py has what that costs.
   """
-  name, network, _ = golden
-  with np.load(golden_models.GOLDEN / 'espo.npz') as file:
-    of = lambda field: file[f'{name}.elbo2.{field}']
-    ids, noisy, recorded = of('ids'), of('noisy'), of('elbo')
-    start = int(of('prompt_len'))
-    assert not of('coupled')
-  hidden = noisy[:, :, start:] == IDS[name]
-  counts, size = hidden.sum(axis=2), ids.shape[1] - start
-  weights = np.where(counts, (size + 1) / np.maximum(counts, 1), 0.0)
-  drawn = [
-    Looks(hidden[:, j], hidden[:, j], weights[:, j]) for j in range(len(ids))
-  ]
-  found = golden_values(
-    network(0), list(ids[:, :start]), list(ids[:, start:]), drawn
-  )
-  np.testing.assert_allclose([v.mean() for v in found], recorded, atol=2e-4)
+  found, recorded, coupled = espo(golden, 2, counts_from_nothing)
+  assert not coupled
+  np.testing.assert_allclose(found, recorded, atol=2e-4)
+  assert (recorded == 0).sum() == {'model_a': 1, 'model_b': 0}[golden[0]]
 
 
 # Bounds

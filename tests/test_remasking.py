@@ -200,23 +200,42 @@ def test_factor_equals_brute_force(f):
   np.testing.assert_array_equal(keep, brute_force_factor(confidence, masked, f))
 
 
+def count_of_fast_dllm(confidence, f):
+  """How many slots the code of NVlabs' Fast-dLLM and of dInfer accepts.
+
+  Its loop over the ranks ends at the first that falls short, or at the last. At
+  the last it cannot tell whether that one fell short, and accepts it.
+  """
+  surest_first = sorted(confidence, reverse=True)
+  last = len(surest_first) - 1
+  for rank in range(1, last):
+    if surest_first[rank] < 1 - f / (rank + 2):
+      return rank
+  return last + 1
+
+
 def test_factor_does_not_keep_the_last_slot_when_it_alone_falls_short():
   """NVlabs' and dInfer's code keeps four of these; the formula allows three."""
+  confidence = np.array([[0.946, 0.935, 0.897, 0.769]])
+  keep = remasking.factor(
+    jnp.asarray(confidence), jnp.ones((1, 4), bool), 1.0, None
+  )
+  assert keep.tolist() == [[True, True, True, False]]
+  assert confidence[0, 3] < 1 - 1 / 5
+  assert count_of_fast_dllm(confidence[0], 1.0) == 4
 
-  def kept_by_theirs(ranked, factor):
-    """A search that ends at the last rank cannot say whether it fell short."""
-    last = len(ranked) - 1
-    short = (n for n in range(1, last) if ranked[n] < 1 - factor / (n + 2))
-    return next(short, last + 1)
 
-  def kept_by_ours(ranked, factor):
-    slots = jnp.ones((1, len(ranked)), bool)
-    return int(remasking.factor(jnp.array([ranked]), slots, factor, None).sum())
-
-  assert kept_by_theirs([0.946, 0.935, 0.897, 0.769], 1.0) == 4
-  assert kept_by_ours([0.946, 0.935, 0.897, 0.769], 1.0) == 3
-  for ranked in ([0.9, 0.6, 0.5, 0.4], [0.9, 0.9, 0.9, 0.9]):
-    assert kept_by_ours(ranked, 1.0) == kept_by_theirs(ranked, 1.0)
+@pytest.mark.parametrize('f', [0.5, 1.0, 2.0])
+def test_factor_keeps_what_fast_dllm_accepts_but_for_that_slot(f):
+  """One slot less in the rows where all but the last pass, else as many."""
+  random = np.random.default_rng(6)
+  confidence = (1 - random.random((300, 4)) ** 3).astype(np.float32)
+  masked = np.ones((300, 4), bool)
+  keep = remasking.factor(jnp.asarray(confidence), jnp.asarray(masked), f, None)
+  ours = np.asarray(keep).sum(axis=1)
+  theirs = np.array([count_of_fast_dllm(row, f) for row in confidence])
+  np.testing.assert_array_equal(theirs, np.where(ours == 3, 4, ours))
+  assert (ours == 3).any() and (ours < 3).any() and (ours == 4).any()
 
 
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])

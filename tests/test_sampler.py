@@ -164,6 +164,16 @@ def test_canvases_of_every_step_are_those_of_llada(case, name):
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
+def test_a_step_that_commits_nothing_takes_a_pass_in_llada_and_none_here():
+  """Where there are more steps than tokens; the tokens are the same."""
+  request, recorded = golden_request('model_b', 'more_steps_than_tokens')
+  tokens, steps = int(recorded['gen_length']), request[1].steps
+  carry = sampler.complete(*request)
+  np.testing.assert_array_equal(carry.canvas, recorded['out'])
+  assert len(recorded['trace']) - 1 == steps > tokens
+  assert int(carry.calls) == tokens
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_generate_returns_the_tokens_of_llada(case):
   request, recorded = golden_request('model_b', case)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdiff import masks, mesh, model, refill, sampler
+from maskdiff import masks, mesh, model, sampler
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
@@ -104,6 +104,7 @@ def test_canvases_and_counts_are_those_of_fast_dllm(mode, name, variant):
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 @pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
 def test_passes_and_positions_are_counted_as_by_fast_dllm(mode, name, variant):
+  """Without the passes that find their block complete."""
   request, recorded, lengths = fast_dllm_request(name, mode, variant)
   changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
   carry = sampler.complete(*request)
@@ -221,27 +222,6 @@ def test_passes_and_positions_of_a_cache(params, cache, refresh):
     windows = [4] * 3 if cache == 'dual' else [12, 8, 4]
     expected = sum(w if s else whole for w in windows for s in steps)
     assert int(carry.positions[row]) == expected
-
-
-@pytest.mark.parametrize('cache', ['prefix', 'dual'])
-@pytest.mark.parametrize('batch', [1, 2])
-def test_refilled_rows_are_what_they_are_alone(params, cache, batch):
-  """The cache of a row is its own, also when its place is taken by another."""
-  c = config(cache=cache, refresh=0, lookahead=0, stop_at_eos=True)
-  prompts = [*PROMPTS, [9, 9], [7]]
-  layout = sampler.continue_prompts(prompts, 12)
-  seeds = range(len(prompts))
-  alone = sampler.complete(TINY, c, params, *layout, seeds)
-  found = list(refill.answers(TINY, c, params, *layout, seeds, batch))
-  assert sorted(answer.row for answer in found) == list(seeds)
-  for answer in found:
-    np.testing.assert_array_equal(answer.tokens, alone.canvas[answer.row])
-    assert answer.forwards == alone.forwards[answer.row]
-    assert answer.positions == alone.positions[answer.row]
-  exact = sampler.complete(
-    TINY, dataclasses.replace(c, cache='none'), params, *layout, seeds
-  )
-  assert exact.positions.sum() > 1.3 * alone.positions.sum()
 
 
 @pytest.mark.parametrize(

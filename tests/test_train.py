@@ -700,6 +700,39 @@ def test_the_script_gives_answers_of_open_length(
     assert row['positions'] < room * 16
 
 
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_a_run_is_sampled_with_weights_of_the_dtype_that_is_asked_for(
+  finished, sample_script, capsys, monkeypatch, dtype
+):
+  """All of them; by default as stored, in float32."""
+  loaded = []
+  load = run.load
+  monkeypatch.setattr(
+    run, 'load', lambda *a: loaded.append(load(*a)) or loaded[-1]
+  )
+  texts = ['def read(', 'x']
+  sample(sample_script, finished.workdir, capsys, prompt=texts, dtype=dtype)
+  config, tokenizer, params, mesh = loaded[0]
+  _, _, stored = saved.newest(finished.workdir)
+  leaves = jax.tree_util.tree_leaves_with_path({'params': params})
+  for path, leaf in leaves:
+    original = stored[jax.tree_util.keystr(path)]
+    assert original.dtype == jnp.float32
+    assert leaf.dtype == jnp.dtype(dtype or 'float32')
+    np.testing.assert_array_equal(leaf, original.astype(leaf.dtype))
+  c = run.sampler_config(config)
+  layout = sampler.continue_prompts(
+    [tokenizer.encode(text) for text in texts], c.gen_length
+  )
+  with jax.set_mesh(mesh):
+    out = sampler.generate(
+      run.sampler_model(config), c, params, *layout, range(2)
+    )
+  out = np.asarray(out)
+  np.testing.assert_array_equal(out[~layout[1]], layout[0][~layout[1]])
+  assert not (out == tokenizer.mask_id).any()
+
+
 def test_the_script_says_what_it_took(finished, sample_script, capsys):
   capsys.readouterr()
   flags = dict(remasking='threshold', threshold=0.0, block_length=2)
