@@ -155,7 +155,6 @@ def take_for_given(folder):
     'texts': {'text': 'def read(self):\n  return alpha'},
     'answers': answer,
     'questions': question,
-    'prompts': {'prompt': 'def ', 'seed': 7},
   }.items():
     (folder / f'{name}.jsonl').write_text(json.dumps(line) + '\n')
   models = folder / 'models'
