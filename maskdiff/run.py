@@ -220,11 +220,13 @@ def memory_advice(config):
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     first = ' '.join(str(error).split())[:200]
+    remat = config.model.remat
+    full = f', set --config.model.remat={remat} to full,'
     raise UserError(
       f'a device has too little memory ({first}): raise '
-      f'--config.train.microbatches={config.train.microbatches}, set '
-      f'--config.model.remat={config.model.remat} to full, or lower '
-      f'--config.objective.loss_chunk_tokens='
+      f'--config.train.microbatches={config.train.microbatches}'
+      f'{full if remat != "full" else ""} or lower '
+      '--config.objective.loss_chunk_tokens='
       f'{config.objective.loss_chunk_tokens}; for a TPU, launch/plan.py '
       '--sweep finds what fits'
     ) from error

@@ -873,8 +873,9 @@ def test_a_missing_wandb_is_said_before_anything_is_opened(
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('remat', ['full', 'minimal'])
 def test_too_little_memory_is_told_with_the_keys_that_lower_it(
-  make_config, tmp_path, monkeypatch
+  make_config, tmp_path, monkeypatch, remat
 ):
   def too_large():
     return jax.block_until_ready(jax.jit(lambda: jnp.zeros(1 << 44))())
@@ -883,9 +884,12 @@ def test_too_little_memory_is_told_with_the_keys_that_lower_it(
   jitted = types.SimpleNamespace(lower=lambda *args: lowered)
   monkeypatch.setattr(step, 'compile_train_step', lambda *args: jitted)
   with pytest.raises(UserError, match='too little memory') as error:
-    train.run(make_config(), str(tmp_path / 'run'))
-  for key in ('train.microbatches=', 'model.remat=', 'loss_chunk_tokens='):
+    train.run(make_config(model__remat=remat), str(tmp_path / 'run'))
+  for key in ('train.microbatches=', 'loss_chunk_tokens='):
     assert key in str(error.value)
+  change = 'set --config.model.remat=minimal to full,'
+  assert (change in str(error.value)) == (remat != 'full')
+  assert ('model.remat' in str(error.value)) == (remat != 'full')
   assert '\n' not in str(error.value)
 
 
