@@ -150,7 +150,7 @@ def default():
   checkpoint.every_steps = 1000  # between checkpoints; one more at the end
   checkpoint.keep = 2  # latest ones kept
   checkpoint.keep_every_steps = 0  # those of multiples are kept for ever
-  checkpoint.max_failures = 2  # in a row, before a run stops; alone on a disk
+  checkpoint.max_failures = 2  # in a row put up with; one process alone
 
   c.mesh = mesh = config_dict.ConfigDict()
   mesh.replica = 1

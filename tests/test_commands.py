@@ -34,7 +34,7 @@ TEXTS = {path: path.read_text() for path in pages.PAGES}
 # Not of the clone: what is made there.
 MADE = ('runs', 'data', 'models', 'site', 'maskdiff.egg-info')
 # Flags whose value is a file or a directory to be written.
-WRITES = '--out --json --plot --workdir --html --local-dir'.split()
+WRITES = '--out --output --json --plot --workdir --html --local-dir'.split()
 # Programs besides those of shims.py that a page may start. Others are not
 # found: what changes a machine or reaches into the network has to be marked.
 PROGRAMS = 'bash cat dirname env head ls mkdir sleep tail'.split()
