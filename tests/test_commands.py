@@ -33,6 +33,8 @@ PUZZLES = ROOT / 'configs' / 'puzzles.py'
 TEXTS = {path: path.read_text() for path in pages.PAGES}
 # Not of the clone: what is made there.
 MADE = ('runs', 'data', 'models', 'site', 'maskdiff.egg-info')
+# Flags whose value is a file or a directory to be written.
+WRITES = '--out --output --json --plot --workdir --html --local-dir'.split()
 # Programs besides those of shims.py that a page may start. Others are not
 # found: what changes a machine or reaches into the network has to be marked.
 PROGRAMS = 'bash cat dirname env head ls mkdir sleep tail'.split()
@@ -154,7 +156,6 @@ def take_for_given(folder):
     'answers': answer,
     'gaps': {'prompt': 'for', 'answer': ' i', 'suffix': ' in range(3):'},
     'questions': question,
-    'prompts': {'prompt': 'def ', 'seed': 7},
   }.items():
     (folder / f'{name}.jsonl').write_text(json.dumps(line) + '\n')
   models = folder / 'models'
@@ -264,6 +265,31 @@ def test_blocks_of_bash_are_run_or_marked_and_are_bash():
     indented = re.search(r'(?m)^(?:#.*|)\n {4,}\$? ?(python|pip) .*$', text)
     assert not indented, f'{name_of(path)}: {indented[0]!r} is not in a block'
   assert number > 15 and marks == set(pages.MARKS)
+
+
+def test_git_ignores_what_the_commands_of_pages_write():
+  """launch/tpu_pod.sh copies the rest to every host."""
+  if not (ROOT / '.git').exists() or not shutil.which('git'):
+    pytest.skip('not a git checkout')
+  written = set()
+  for where, words in pages.all_commands():
+    for flag, value in zip(words, words[1:], strict=False):
+      if flag in WRITES and where.startswith(tuple(map(name_of, TEXTS))):
+        written.add(value)
+  for block in sum(map(pages.blocks, TEXTS.values()), []):
+    if block.language == 'bash' and 'cluster' not in block.marks:
+      written |= set(re.findall(r'(?m) >+ ?(\S+)$', '\n'.join(block.lines)))
+  # Not absolute, nor a name to be put in.
+  written = {w for w in written if not re.match(r'/|gs:|[A-Z]+$', w)}
+  assert {'questions.jsonl', 'plan.json', 'data/web.model'} <= written
+  ignored = subprocess.run(
+    ['git', 'check-ignore', '--stdin'],
+    cwd=ROOT,
+    input='\n'.join(written),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert written == set(ignored.stdout.splitlines())
 
 
 @pytest.fixture(scope='module')

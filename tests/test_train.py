@@ -971,7 +971,7 @@ def test_one_step_is_queued_behind_the_one_that_runs_and_no_more(
 
 
 def test_too_little_memory_is_told_with_the_keys_that_lower_it(
-  make_config, tmp_path, monkeypatch
+  make_config, tmp_path, monkeypatch, remat
 ):
   def too_large():
     return jax.block_until_ready(jax.jit(lambda: jnp.zeros(1 << 44))())
@@ -980,9 +980,12 @@ def test_too_little_memory_is_told_with_the_keys_that_lower_it(
   jitted = types.SimpleNamespace(lower=lambda *args: lowered)
   monkeypatch.setattr(step, 'compile_train_step', lambda *args: jitted)
   with pytest.raises(UserError, match='too little memory') as error:
-    train.run(make_config(), str(tmp_path / 'run'))
-  for key in ('train.microbatches=', 'model.remat=', 'loss_chunk_tokens='):
+    train.run(make_config(model__remat=remat), str(tmp_path / 'run'))
+  for key in ('train.microbatches=', 'loss_chunk_tokens='):
     assert key in str(error.value)
+  change = 'set --config.model.remat=minimal to full,'
+  assert (change in str(error.value)) == (remat != 'full')
+  assert ('model.remat' in str(error.value)) == (remat != 'full')
   assert '\n' not in str(error.value)
 
 
