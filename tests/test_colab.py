@@ -350,26 +350,6 @@ def test_the_size_suits_the_chip(kind, gib, config):
   assert play('chip', run=run, CONFIG='mine.py')['CONFIG'] == 'mine.py'
 
 
-def test_a_tokenizer_is_trained_on_the_column_that_is_prepared(
-  folder, tmp_path
-):
-  names = play('clone', CLONE=str(ROOT))
-  given = dict(
-    SOURCE=str(folder / '*.parquet'),
-    TEXT_KEY='code',
-    PREPARE=['--heldout_fraction=0.2', '--workers=1'],
-    TOKENIZER=str(tmp_path / 'own.model'),
-    VOCAB_SIZE=512,
-    ROWS=str(tmp_path / 'rows'),
-  )
-  made = play('data', re=re, **names, **given)
-  assert (tmp_path / 'own.model').exists()
-  entropy = records.read_manifest(tmp_path / 'rows').splits['heldout']
-  assert made['UNIGRAM'] == pytest.approx(
-    entropy.unigram_entropy_nats, abs=1e-3
-  )
-
-
 TPU = {'TPU_ACCELERATOR_TYPE': 'v5e-1'}
 
 

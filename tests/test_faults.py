@@ -148,8 +148,15 @@ class Runs:
     rows = metrics.read(self.workdir / 'metrics.jsonl')
     return max([row['step'] for row in rows], default=0)
 
-  def wait_for(self, step, processes):
-    while self.reached() < step:
+  def restarts(self):
+    """How often a run has begun here, each at its step."""
+    path = self.workdir / 'ledger.jsonl'
+    return ledger.goodput(path)['restarts'] if path.exists() else 0
+
+  def wait_for(self, step, processes, restarts=0):
+    """Until that step is in the metrics; those of a dead process stay there
+    until the next one has begun, so that this may have to be waited for."""
+    while (restarts and self.restarts() < restarts) or self.reached() < step:
       for process in processes:
         assert process.poll() is None, self.end_of(process)[-4000:]
       time.sleep(0.02)
@@ -210,11 +217,12 @@ def test_twenty_kills_at_any_moment(runs, undisturbed):
   """Some while it starts, others in the middle of steps, saves, evaluations."""
   moments = random.Random(0)
   for kill in range(20):
+    restarts = runs.restarts() + bool(kill)
     (process,) = runs.start(step_s=0.1)
     if kill % 4 == 1:
       time.sleep(moments.uniform(0, 5))
     else:
-      runs.wait_for(3 * kill + 1, [process])
+      runs.wait_for(3 * kill + 1, [process], restarts)
       time.sleep(moments.uniform(0, 0.25))
     assert process.poll() is None
     process.kill()

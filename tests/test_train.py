@@ -970,6 +970,7 @@ def test_one_step_is_queued_behind_the_one_that_runs_and_no_more(
   ]
 
 
+@pytest.mark.parametrize('remat', ['full', 'minimal'])
 def test_too_little_memory_is_told_with_the_keys_that_lower_it(
   make_config, tmp_path, monkeypatch, remat
 ):
