@@ -39,8 +39,8 @@ class SamplerConfig:
   cache; with refresh=1 they are the same.
   """
 
-  # Denoising steps in all, shared equally by the blocks; 0: as many as a block
-  # has slots.
+  # Denoising steps in all, shared equally by the blocks; 0, with own_blocks: as
+  # many as a block has slots.
   steps: int
   block_length: int  # slots filled together
   temperature: float  # 0 takes the most probable token
@@ -140,7 +140,7 @@ def prepare(c, canvas, fill, valid, seeds):
     raise UserError(f'block_length={c.block_length} must be at least 1')
   size = min(c.block_length, most)
   blocks = -(-most // size)
-  if c.steps < 0 or (c.steps % blocks and not c.own_blocks):
+  if c.steps < 0 or (not c.own_blocks and (not c.steps or c.steps % blocks)):
     raise UserError(
       f'steps={c.steps} cannot be shared equally by {blocks} block(s) of '
       f'{size} tokens; choose a multiple of {blocks}'
