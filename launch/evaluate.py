@@ -182,8 +182,8 @@ def score(args, model, estimator, lines):
         'gives the log-likelihood itself: leave out --form'
       )
 
-  def bound(*layout):
-    *layout, seeds = layout
+  def bound(tokens, answer, valid, seeds):
+    layout = tokens, answer, valid
     if args.form == 'left_to_right':
       return likelihood.left_to_right(*network, *layout)
     seeds = [args.seed + s for s in seeds]
@@ -203,10 +203,10 @@ def score(args, model, estimator, lines):
     )
   total['guidance'] = args.guidance
   if args.task != 'greedy':
-    total['estimator'] = (
-      dataclasses.asdict(estimator) if estimator else args.form
-    )
-    if args.form == 'multi_sample':
+    total['estimator'] = args.form
+    if estimator:
+      total['estimator'] = dataclasses.asdict(estimator)
+    elif args.form == 'multi_sample':
       total['estimator'] = {'form': args.form, 'orders': args.orders}
   return rows, total
 

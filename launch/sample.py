@@ -291,7 +291,6 @@ def override(run_config, args, most, gaps):
       )
     if args.lookahead not in (None, -1):
       raise UserError('--lookahead is for prompts: text follows a gap')
-    s.stop_at_eos, s.lookahead = False, -1
   config.validate(run_config)
 
 

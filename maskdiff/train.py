@@ -274,10 +274,11 @@ def _run(config, workdir, stack):
       done = step
       with ledger.span('data'):
         tokens = next(batches)
-      with ledger.span('step'):
+      if window:
         # One step is always queued behind the one that runs; more would have to
         # end before a checkpoint of this moment could be taken.
-        jax.block_until_ready(list(window)[-1:])
+        with ledger.span('step'):
+          jax.block_until_ready(window[-1])
       settle(checkpointer.poll)
       if (step - 1) % config.train.log_every_steps == 0:
         report(step - 1)

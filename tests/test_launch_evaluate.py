@@ -54,23 +54,32 @@ def complaint(result):
   return result.stderr.strip().splitlines()[-1]
 
 
-def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
-  flags = ('--task=bound', '--samples=32', '--strata=8', '--seed=3')
-  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+def by_library(workdir, function, layout, *rest):
+  """What a function of likelihood.py gives for the run."""
   config, _, params, mesh = run.load(str(workdir))
-  layout = likelihood.suffixes(
-    [tokenizer.encode('def read('), tokenizer.encode('return')],
-    [tokenizer.encode('self):'), tokenizer.encode(' alpha + beta')],
-  )
   with jax.set_mesh(mesh):
-    value, error = likelihood.bound(
+    return function(
       run.sampler_model(config),
       run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
       params,
       *layout,
-      Estimator(samples=32, strata=8),
-      [3, 4],
+      *rest,
     )
+
+
+def layout_of_pairs(tokenizer):
+  return likelihood.suffixes(
+    [tokenizer.encode('def read('), tokenizer.encode('return')],
+    [tokenizer.encode('self):'), tokenizer.encode(' alpha + beta')],
+  )
+
+
+def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
+  flags = ('--task=bound', '--samples=32', '--strata=8', '--seed=3')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  layout = layout_of_pairs(tokenizer)
+  e = Estimator(samples=32, strata=8)
+  value, error = by_library(workdir, likelihood.bound, layout, e, [3, 4])
   np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
   np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=1e-3)
   assert total['tokens'] == layout[1].sum()
@@ -82,20 +91,8 @@ def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
 def test_more_orders_give_the_importance_weighted_bound(workdir, tokenizer):
   flags = ('--task=bound', '--form=multi_sample', '--orders=4', '--seed=3')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
-  config, _, params, mesh = run.load(str(workdir))
-  layout = likelihood.suffixes(
-    [tokenizer.encode('def read('), tokenizer.encode('return')],
-    [tokenizer.encode('self):'), tokenizer.encode(' alpha + beta')],
-  )
-  with jax.set_mesh(mesh):
-    value, error = likelihood.multi_sample(
-      run.sampler_model(config),
-      run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
-      params,
-      *layout,
-      4,
-      [3, 4],
-    )
+  layout = layout_of_pairs(tokenizer)
+  value, error = by_library(workdir, likelihood.multi_sample, layout, 4, [3, 4])
   np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
   np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=1e-3)
   assert total['estimator'] == {'form': 'multi_sample', 'orders': 4}
@@ -110,15 +107,9 @@ def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
   }
   flags = ('--task=bound', '--form=left_to_right')
   row, total = rows_of(evaluate(workdir, [gap | {'way': 'infill'}], *flags))
-  config, _, params, mesh = run.load(str(workdir))
   parts = [[tokenizer.encode(gap[key])] for key in gap]
-  with jax.set_mesh(mesh):
-    value, _ = likelihood.left_to_right(
-      run.sampler_model(config),
-      run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
-      params,
-      *likelihood.suffixes(*parts),
-    )
+  layout = likelihood.suffixes(*parts)
+  value, _ = by_library(workdir, likelihood.left_to_right, layout)
   assert row['nats'] == pytest.approx(-value[0], rel=1e-5)
   assert row['tokens'] == total['tokens'] == len(parts[1][0])
   assert row['bits_per_byte'] == pytest.approx(row['nats'] / 23 / np.log(2))

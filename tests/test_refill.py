@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdiff import mesh, model, passes, refill, sampler
-from maskdiff.model import TransformerConfig
+from maskdiff import mesh, refill, sampler
 from maskdiff.sampler import SamplerConfig
 
 MASK, EOS, VOCAB, ROOM = 4, 5, 16, 16
@@ -117,77 +116,3 @@ def test_on_a_mesh_as_without_one():
   with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
     found = {a.row: a.tokens.tolist() for a in all_answers(c, 4)}
   assert found == expected
-
-
-# With a cache, which needs a real network
-
-
-NETWORK = TransformerConfig(
-  vocab_size=VOCAB,
-  embed=32,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_dim=8,
-  mlp=48,
-  tie_embeddings=True,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='xla',
-)
-GAPS = [
-  'a{{9}}',
-  'abcdefg{{16}}',
-  '{{3}}ab{{4}}c',
-  'abc{{12}}',
-  '{{1}}',
-]
-
-
-@pytest.fixture
-def params(monkeypatch):
-  """Weights larger than at the start of a training: less uniform."""
-  monkeypatch.setattr(passes, 'bind', model.bind)
-  tree = model.init(NETWORK, jax.random.key(0))
-  return jax.tree.map(lambda w: w * 1.5 if w.ndim > 1 else w, tree)
-
-
-@pytest.mark.parametrize('cache', ['prefix', 'dual'])
-def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
-  params, cache
-):
-  """Rows of other lengths, at other blocks, which come while it is in use."""
-  encode = lambda text: [7 + ord(letter) % 9 for letter in text]
-  c = dataclasses.replace(
-    CONFIG,
-    lookahead=-1,
-    stop_at_eos=False,
-    remasking='threshold',
-    threshold=0.3,
-    temperature=0.8,
-    cache=cache,
-    refresh=0,
-  )
-  layout = sampler.fill_gaps(GAPS, encode)
-  found = {
-    answer.row: answer
-    for answer in refill.answers(
-      NETWORK, c, params, *layout, range(len(GAPS)), 2
-    )
-  }
-  assert sorted(found) == list(range(len(GAPS)))
-  for row, answer in found.items():
-    request = *sampler.fill_gaps([GAPS[row]], encode), [row]
-    alone = sampler.complete(NETWORK, c, params, *request)
-    there = layout[2][row]
-    np.testing.assert_array_equal(answer.tokens[there], alone.canvas[0])
-    assert answer.forwards == alone.forwards[0]
-    assert answer.positions == alone.positions[0]
-  # The cache was used: old keys lead to other tokens.
-  without = dataclasses.replace(c, cache='none')
-  plain = sampler.complete(NETWORK, without, params, *layout, range(len(GAPS)))
-  tokens = np.stack([found[row].tokens for row in range(len(GAPS))])
-  assert (tokens != plain.canvas).any()
-  assert sum(a.positions for a in found.values()) < plain.positions.sum()

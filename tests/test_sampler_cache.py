@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdiff import masks, mesh, model, sampler
+from maskdiff import masks, mesh, model, refill, sampler
 from maskdiff.errors import UserError
 from maskdiff.model import TransformerConfig
 from maskdiff.sampler import SamplerConfig
@@ -249,6 +249,53 @@ def test_a_row_alone_is_what_it_is_among_others(params, options):
     )
     assert alone.forwards[0] == together.forwards[row]
     assert alone.positions[0] == together.positions[row]
+
+
+GAPS = [
+  'a{{9}}',
+  'abcdefg{{16}}',
+  '{{3}}ab{{4}}c',
+  'abc{{12}}',
+  '{{1}}',
+]
+
+
+@pytest.mark.parametrize('cache', ['prefix', 'dual'])
+def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
+  params, cache
+):
+  """Rows of other lengths, at other blocks, which come while it is in use."""
+  # Less sure of its tokens, so that old keys lead to others.
+  params = jax.tree.map(lambda w: w * 0.75 if w.ndim > 1 else w, params)
+  encode = lambda text: [7 + ord(letter) % 9 for letter in text]
+  c = config(
+    steps=16,
+    gen_length=16,
+    remasking='threshold',
+    threshold=0.3,
+    temperature=0.8,
+    cache=cache,
+    refresh=0,
+  )
+  layout = sampler.fill_gaps(GAPS, encode)
+  found = {
+    answer.row: answer
+    for answer in refill.answers(TINY, c, params, *layout, range(len(GAPS)), 2)
+  }
+  assert sorted(found) == list(range(len(GAPS)))
+  for row, answer in found.items():
+    request = *sampler.fill_gaps([GAPS[row]], encode), [row]
+    alone = sampler.complete(TINY, c, params, *request)
+    there = layout[2][row]
+    np.testing.assert_array_equal(answer.tokens[there], alone.canvas[0])
+    assert answer.forwards == alone.forwards[0]
+    assert answer.positions == alone.positions[0]
+  # The cache was used: old keys lead to other tokens.
+  without = dataclasses.replace(c, cache='none')
+  plain = sampler.complete(TINY, without, params, *layout, range(len(GAPS)))
+  tokens = np.stack([found[row].tokens for row in range(len(GAPS))])
+  assert (tokens != plain.canvas).any()
+  assert sum(a.positions for a in found.values()) < plain.positions.sum()
 
 
 @pytest.mark.parametrize('cache', ['none', 'dual'])

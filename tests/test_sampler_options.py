@@ -82,6 +82,21 @@ OPTIONS = {
 FAST = ('eos',)
 
 
+def filled_together_and_alone(c, given, texts, seeds, rows):
+  """The last Carry of all texts; asserts that these rows alone are the same."""
+  encode = lambda text: [7 + ord(letter) % 9 for letter in text]
+  layout = _, _, valid = sampler.fill_gaps(texts, encode)
+  together = complete(c, given, layout, seeds)
+  for row in rows:
+    alone = sampler.fill_gaps([texts[row]], encode)
+    alone = complete(c, given, alone, [seeds[row]])
+    np.testing.assert_array_equal(
+      alone.canvas[0], together.canvas[row][valid[row]]
+    )
+    assert alone.forwards[0] == together.forwards[row]
+  return together
+
+
 @pytest.mark.parametrize(
   'options',
   [
@@ -92,18 +107,8 @@ FAST = ('eos',)
 def test_a_request_alone_is_what_it_is_among_others(table, options):
   """Whatever the lengths of the others, of prompts and of gaps, and padding."""
   c = config(**OPTIONS[options])
-  encode = lambda text: [7 + ord(letter) % 9 for letter in text]
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{8}}b']
-  seeds = [3, 4, 5, 6]
-  layout = _, _, valid = sampler.fill_gaps(texts, encode)
-  together = complete(c, table, layout, seeds)
-  for row in (0, 2):
-    alone = sampler.fill_gaps([texts[row]], encode)
-    alone = complete(c, table, alone, [seeds[row]])
-    np.testing.assert_array_equal(
-      alone.canvas[0], together.canvas[row][valid[row]]
-    )
-    assert alone.forwards[0] == together.forwards[row]
+  together = filled_together_and_alone(c, table, texts, [3, 4, 5, 6], (0, 2))
   assert int(together.calls) * (2 if c.guidance else 1) >= max(
     together.forwards
   )
@@ -114,18 +119,10 @@ def test_a_request_alone_is_what_it_is_among_others(table, options):
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 def test_gaps_alone_are_what_they_are_among_longer_ones(table, options, steps):
   """Also if no bound on the slots is known: steps are those of the row."""
-  c = config(**options, own_blocks=True, gen_length=0)
-  c = dataclasses.replace(c, steps=steps, block_length=4)
-  encode = lambda text: [ord(letter) - ord('a') + 7 for letter in text]
+  own = dict(own_blocks=True, gen_length=0, steps=steps)
+  c = config(**{**options, **own})
   texts = ['ab{{2}}c', 'a{{9}}bc', '{{5}}']
-  layout = sampler.fill_gaps(texts, encode)
-  together = complete(c, table, layout, [3, 4, 5])
-  for row, text in enumerate(texts):
-    alone = complete(c, table, sampler.fill_gaps([text], encode), [3 + row])
-    np.testing.assert_array_equal(
-      alone.canvas[0], together.canvas[row][layout[2][row]]
-    )
-    assert alone.forwards[0] == together.forwards[row]
+  filled_together_and_alone(c, table, texts, [3, 4, 5], range(3))
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,9 @@ class MaskDiff(TemplateLM):
           f'{self.max_length} that the network was trained on: set gen_length'
         )
       c = run.sampler_config(config)
-      if dataclasses.asdict(c) not in self.info['samplers']:
-        self.info['samplers'].append(dataclasses.asdict(c))
+      described = dataclasses.asdict(c)
+      if described not in self.info['samplers']:
+        self.info['samplers'].append(described)
       prompts = [_last(self.tok_encode(text), room) for _, text, _ in members]
       seeds = [self.seed + i for i, _, _ in members]
       filled = decode.complete(
