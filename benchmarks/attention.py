@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from timing import alternate
 
-from maskdiff import attention, chips, compiler, masks, splash
-from maskdiff.mesh import make_mesh
+from maskdiff.distributed import chips, compiler
+from maskdiff.distributed.mesh import make_mesh
+from maskdiff.model import attention, masks, splash
 
 REGIMES = {
   'bidirectional': masks.bidirectional,

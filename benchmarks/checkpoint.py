@@ -33,9 +33,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from maskdiff import checkpoint, model, optimizer, run, step
-from maskdiff import mesh as mesh_lib
-from maskdiff.fingerprint import fingerprints
+from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints.fingerprint import fingerprints
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.model import transformer
+from maskdiff.training import optimizer
+from maskdiff.training import step as step_lib
 
 LAYERS = 12
 
@@ -70,18 +73,18 @@ def train_step_s(rounds, rows=2, length=256):
   path = pathlib.Path(__file__).parents[1] / 'configs' / '150m.py'
   config = runpy.run_path(str(path))['get_config']()
   config.data.length = length
-  c = run.step_config(config)
+  c = step_lib.step_config(config)
   tx = optimizer.make_optimizer(
     optimizer.OptimizerConfig(**config.optimizer),
     config.train.steps,
-    model.axes(c.model),
+    transformer.axes(c.model),
   )
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   tokens = np.full((rows, length), 9, np.int32)
   key, times = jax.random.key(0), []
   with jax.set_mesh(mesh):
-    state = jax.jit(functools.partial(step.init_state, c.model, tx))(key)
-    update = step.compile_train_step(c, tx, mesh)
+    state = jax.jit(functools.partial(step_lib.init_state, c.model, tx))(key)
+    update = step_lib.compile_train_step(c, tx, mesh)
     for _ in range(rounds + 1):
       began = time.perf_counter()
       state, _ = jax.block_until_ready(update(state, tokens, key))

@@ -16,8 +16,9 @@ import itertools
 import jax
 import numpy as np
 
-from maskdiff import run, sampler
-from maskdiff.evals import decode, heldout
+from maskdiff.evals import answered, heldout
+from maskdiff.interop import load
+from maskdiff.sampling import layouts, request, sampler
 
 PROMPT, KTH = 16, (10, 50, 100)
 BINS = 8
@@ -36,15 +37,15 @@ def positions(model, rule, temperature, num):
   long = [ids[:PROMPT] for ids in found if len(ids) >= PROMPT]
   prompts = list(itertools.islice(itertools.cycle(long), num))
   values = {'gen_length': slots, 'block_length': slots, 'remasking': rule}
-  c = run.sampler_config(
-    decode.settings(config, {**values, 'temperature': temperature})
+  c = request.sampler_config(
+    answered.settings(config, {**values, 'temperature': temperature})
   )
   c = dataclasses.replace(c, stop_at_eos=False)
-  canvas, fill, valid = sampler.continue_prompts(prompts, slots)
+  canvas, fill, valid = layouts.continue_prompts(prompts, slots)
   with jax.set_mesh(model.mesh):
     steps = list(
       sampler.trace(
-        run.sampler_model(config),
+        request.sampler_model(config),
         c,
         model.params,
         *(canvas, fill, valid),
@@ -62,7 +63,7 @@ def main():
   parser.add_argument('--num', type=int, default=32, help='texts')
   parser.add_argument('--out', help='file for the plot')
   args = parser.parse_args()
-  model = decode.Model(*run.load(args.workdir))
+  model = answered.Model(*load.load(args.workdir))
   found = {}
   for name, (rule, temperature) in RULES.items():
     found[name] = places = positions(model, rule, temperature, args.num) + 1

@@ -21,11 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from timing import alternate
 
-from maskdiff import estimators, likelihood, masks, run
-from maskdiff import model as model_lib
-from maskdiff.estimators import Estimator
-from maskdiff.looks import LikelihoodConfig
-from maskdiff.model import TransformerConfig
+from maskdiff.interop import load
+from maskdiff.likelihood import bounds, estimators, queries
+from maskdiff.likelihood.estimators import Estimator
+from maskdiff.likelihood.queries import LikelihoodConfig
+from maskdiff.model import masks, transformer
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.sampling import request
+from maskdiff.training import inputs
 
 MASK_ID, SAMPLES, COPIES = 4, 128, 16
 MODEL = TransformerConfig(
@@ -78,7 +81,7 @@ def main():
   args = parser.parse_args()
   if args.workdir:
     return standard_errors(args.workdir)
-  params = model_lib.init(MODEL, jax.random.key(0))
+  params = transformer.init(MODEL, jax.random.key(0))
   print(
     f'{jax.devices()[0].device_kind}, {REQUESTS} requests, {SAMPLES} masks each'
   )
@@ -97,11 +100,11 @@ def compare(params, name, prompt, answer, rounds):
   estimator = Estimator(samples=SAMPLES, strata=COPIES)
 
   def batched():
-    return likelihood.bound(
+    return bounds.bound(
       MODEL,
       CONFIG,
       params,
-      *likelihood.suffixes(prompts, answers),
+      *bounds.suffixes(prompts, answers),
       estimator,
       range(REQUESTS),
     )
@@ -137,7 +140,7 @@ def compare(params, name, prompt, answer, rounds):
 @jax.jit
 def forward(params, tokens, shown):
   """Log-probability of each token, [B, L]."""
-  model = model_lib.bind(MODEL, params)
+  model = transformer.bind(MODEL, params)
   hidden = model(shown, masks.bidirectional(jnp.ones(shown.shape, bool)))
   logits = model.logits(hidden).at[..., MASK_ID].set(-jnp.inf)
   log_probs = jax.nn.log_softmax(logits)
@@ -162,12 +165,12 @@ def one_request(params, prompt, answer, estimator, seed):
 
 def standard_errors(workdir):
   """Prints the standard error of 128 forward passes, by estimator."""
-  config, tokenizer, params, devices = run.load(workdir)
-  (dataset, *_) = run.open_data(config, tokenizer)
+  config, tokenizer, params, devices = load.load(workdir)
+  (dataset, *_) = inputs.open_data(config, tokenizer)
   batch = np.asarray(
-    jax.device_get(next(run.heldout_batches(config, dataset, devices)))
+    jax.device_get(next(inputs.heldout_batches(config, dataset, devices)))
   )
-  c = run.likelihood_config(config, guidance=0.0, tokens_per_call=4096)
+  c = queries.likelihood_config(config, guidance=0.0, tokens_per_call=4096)
   for length, rows in ((64, 4), (256, 1)):
     tokens = batch[:rows, :length]
     if tokens.shape[1] < length:
@@ -177,8 +180,8 @@ def standard_errors(workdir):
     for e in ESTIMATORS:
       many = Estimator(e.form, 512, e.strata, e.coupled)
       with jax.set_mesh(devices):
-        value, stderr = likelihood.bound(
-          run.sampler_model(config),
+        value, stderr = bounds.bound(
+          request.sampler_model(config),
           c,
           params,
           *(tokens, every, every),

@@ -14,13 +14,16 @@ import itertools
 import jax
 import numpy as np
 
-from maskdiff import mesh as mesh_lib
-from maskdiff import metrics, run, step
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.interop import load
+from maskdiff.monitoring import metrics
+from maskdiff.training import inputs
+from maskdiff.training import step as step_lib
 
 
 def losses(c, params, batches):
   """Nats per token of each of (tokens [B, L], key)."""
-  sums = jax.jit(functools.partial(step.eval_step, c))
+  sums = jax.jit(functools.partial(step_lib.eval_step, c))
   found = [jax.device_get(sums(params, *batch)) for batch in batches]
   return np.array([f['weighted_nll'] / f['num_tokens'] for f in found])
 
@@ -30,12 +33,14 @@ def main():
   parser.add_argument('--workdir', default='runs/tiny')
   parser.add_argument('--batches', type=int, default=200)
   args = parser.parse_args()
-  config, tokenizer, params, _ = run.load(args.workdir)
+  config, tokenizer, params, _ = load.load(args.workdir)
   mesh = mesh_lib.make_mesh(**config.mesh)
-  c = run.step_config(config)
-  datasets = run.open_data(config, tokenizer)
+  c = step_lib.step_config(config)
+  datasets = inputs.open_data(config, tokenizer)
   texts = list(
-    itertools.islice(run.train_batches(config, datasets, mesh, 0), args.batches)
+    itertools.islice(
+      inputs.train_batches(config, datasets, mesh, 0), args.batches
+    )
   )
   keys = jax.random.split(jax.random.key(1), args.batches)
   masked = c.objective.name == 'masked_diffusion'

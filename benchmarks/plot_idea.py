@@ -17,8 +17,11 @@ import matplotlib
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff import layouts, objective, run, sampler
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.interop import load
+from maskdiff.objectives import masked_diffusion
+from maskdiff.sampling import layouts, request, sampler
+from maskdiff.training import step as step_lib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -36,7 +39,7 @@ def objective_config(**changes):
   c = config_lib.default()
   for key, value in changes.items():
     c.objective[key] = value
-  return run.step_config(c).objective
+  return step_lib.step_config(c).objective
 
 
 def piece(tokenizer, i):
@@ -51,7 +54,7 @@ def forward(out):
   noise = np.random.default_rng(4).random(len(ids))
   c = objective_config()
   rows = len(TIMES)
-  canvas = objective.corrupt(
+  canvas = masked_diffusion.corrupt(
     c,
     jnp.tile(jnp.array(ids), (rows, 1)),
     (jnp.array(TIMES) - c.eps) / (1 - c.eps),
@@ -101,7 +104,7 @@ def losses(c, nll_at, batch, draws, seed=0):
   rows = jnp.arange(batch)
 
   def loss(key):
-    canvas = objective.masked_diffusion(c, tokens, rows, key, batch)
+    canvas = masked_diffusion.masked_diffusion(c, tokens, rows, key, batch)
     nll = nll_at(canvas.mask_ratio)[:, None]
     return jnp.sum(canvas.weights * nll) / jnp.sum(canvas.num_tokens)
 
@@ -116,7 +119,7 @@ def noise(out):
   )
   c = objective_config(time_sampling='stratified', random_length_fraction=0.0)
   rows = 1500
-  canvas = objective.masked_diffusion(
+  canvas = masked_diffusion.masked_diffusion(
     c,
     jnp.full((rows, LENGTH), 9),
     jnp.arange(rows),
@@ -176,7 +179,7 @@ def noise(out):
 
 def reverse(workdir, text, seed, out):
   """Slots over steps, coloured by the confidence they were kept with."""
-  config, tokenizer, params, mesh = run.load(workdir)
+  config, tokenizer, params, mesh = load.load(workdir)
   canvas, fill, valid = layouts.fill_gaps([text], tokenizer.encode)
   slots = np.flatnonzero(fill[0])
   config.sample.gen_length = len(slots)
@@ -185,8 +188,8 @@ def reverse(workdir, text, seed, out):
   with jax.set_mesh(mesh):
     moments = list(
       sampler.walk(
-        run.sampler_model(config),
-        run.sampler_config(config),
+        request.sampler_model(config),
+        request.sampler_config(config),
         params,
         *(canvas, fill, valid),
         [seed],

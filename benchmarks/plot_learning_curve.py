@@ -17,15 +17,16 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from maskdiff import config as config_lib
-from maskdiff import metrics, run
+from maskdiff.monitoring import metrics
+from maskdiff.training import inputs
 
 
 def main(workdir, out):
   rows = metrics.read(os.path.join(workdir, 'metrics.jsonl'))
   with open(os.path.join(workdir, 'config.json')) as f:
     config = config_lib.from_dict(json.load(f))
-  tokenizer = run.open_tokenizer(config)
-  (dataset,) = run.open_data(config, tokenizer)
+  tokenizer = inputs.open_tokenizer(config)
+  (dataset,) = inputs.open_data(config, tokenizer)
   split = dataset.manifest.splits['heldout']
   bits_per_nat = split.tokens / split.text_bytes / math.log(2)
   tokens = config.train.batch * config.data.length / 1e6

@@ -21,8 +21,8 @@ import statistics
 from typing import NamedTuple
 
 from maskdiff import config as config_lib
-from maskdiff import history
-from maskdiff import run as run_lib
+from maskdiff.monitoring import history
+from maskdiff.training import inputs
 
 ROOT = pathlib.Path(__file__).parents[1]
 RAW = ROOT / 'benchmarks' / 'results' / 'proof'
@@ -59,7 +59,7 @@ def gather(workdir, folder):
   config = config_lib.from_dict(
     json.loads((folder / 'config.json').read_text())
   )
-  (data,) = run_lib.open_data(config, run_lib.open_tokenizer(config))
+  (data,) = inputs.open_data(config, inputs.open_tokenizer(config))
   split = data.manifest.splits['heldout']
   about = {
     'source': data.manifest.source,

@@ -14,8 +14,8 @@ most probable token. --out needs matplotlib.
 import argparse
 import functools
 
-from maskdiff import run
-from maskdiff.evals import decode, puzzles
+from maskdiff.evals import answered, puzzles
+from maskdiff.interop import load
 
 TOLERANCE = 0.02
 SAID = ('steps', 'threshold', 'factor', 'temperature')
@@ -44,13 +44,13 @@ def settings(slots):
 
 def measure(task, workdir, num):
   """{rule: [(forward passes per token, accuracy, its error, setting)]}."""
-  model = decode.Model(*run.load(workdir))
+  model = answered.Model(*load.load(workdir))
   lines = puzzles.make(task, 0, num)
   slots = len(model.tokenizer.encode(lines[0]['answer'])) + 1
   points = {}
   for rule, many in settings(slots).items():
     for values in many:
-      _, total = decode.ask(
+      _, total = answered.ask(
         model,
         {'block_length': slots, **values},
         lines,

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from timing import alternate
 
-from maskdiff import masks, sampler
-from maskdiff import model as model_lib
-from maskdiff.model import TransformerConfig
-from maskdiff.sampler import SamplerConfig
+from maskdiff.model import masks, transformer
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import SamplerConfig
 
 MASK_ID = 4
 BATCH = 4
@@ -65,8 +65,8 @@ def main():
     (WIDE, ((32, 64, 32, 16),)),
     (MANY_WORDS, ((128, 64, 32, 8),)),
   ):
-    params = model_lib.init(model, jax.random.key(0))
-    everything, _ = model_lib.num_params(model)
+    params = transformer.init(model, jax.random.key(0))
+    everything, _ = transformer.num_params(model)
     print(f'{everything:,} parameters, vocabulary {model.vocab_size:,}')
     for shape in shapes:
       compare(model, params, *shape, rounds)
@@ -78,7 +78,7 @@ def compare(model, params, prompt, gen_length, block_length, steps, rounds):
   prompts = [
     list(rng.integers(9, model.vocab_size, prompt)) for _ in range(BATCH)
   ]
-  request = sampler.continue_prompts(prompts, gen_length)
+  request = layouts.continue_prompts(prompts, gen_length)
   c = SamplerConfig(
     steps=steps,
     block_length=block_length,
@@ -123,7 +123,7 @@ def compare(model, params, prompt, gen_length, block_length, steps, rounds):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, canvas):
-  model = model_lib.bind(model, params)
+  model = transformer.bind(model, params)
   hidden = model(canvas, masks.bidirectional(jnp.ones(canvas.shape, bool)))
   return model.logits(hidden)
 

@@ -17,9 +17,9 @@ import numpy as np
 from sampler import MASK_ID, SMALL  # the benchmark of that name
 from timing import alternate
 
-from maskdiff import masks, refill, sampler
-from maskdiff import model as model_lib
-from maskdiff.sampler import SamplerConfig
+from maskdiff.model import masks, transformer
+from maskdiff.sampling import layouts, refill, sampler
+from maskdiff.sampling.request import SamplerConfig
 
 EOS_ID = 5
 REQUESTS, BATCH, PROMPT, ROOM, BLOCK = 24, 4, 64, 64, 16
@@ -45,8 +45,8 @@ def main():
   rounds = parser.parse_args().rounds
   random = np.random.default_rng(0)
   prompts = random.integers(9, MODEL.vocab_size, (REQUESTS, PROMPT)).tolist()
-  layout = sampler.continue_prompts(prompts, ROOM)
-  params = with_eos(model_lib.init(MODEL, jax.random.key(0)), layout[0])
+  layout = layouts.continue_prompts(prompts, ROOM)
+  params = with_eos(transformer.init(MODEL, jax.random.key(0)), layout[0])
   print(
     f'{jax.devices()[0].device_kind}: {REQUESTS} requests, batch {BATCH}, '
     f'prompt {PROMPT}, at most {ROOM} tokens in blocks of {BLOCK}'
@@ -99,7 +99,7 @@ def with_eos(params, canvas):
 
   @jax.jit
   def hidden(params, canvas):
-    return model_lib.bind(MODEL, params)(
+    return transformer.bind(MODEL, params)(
       canvas, masks.bidirectional(jnp.ones(canvas.shape, bool))
     )
 
@@ -153,7 +153,7 @@ def compare(params, layout, variants, rounds):
     '| tokens as in the first row |\n|---|---|---|---|---|---|---|'
   )
   for name, (tokens, forwards, positions) in found.items():
-    kept = fill & sampler.cut(tokens, fill, EOS_ID)
+    kept = fill & layouts.cut(tokens, fill, EOS_ID)
     number = int(kept.sum())
     speed = number / seconds[name]
     first = first or (tokens, kept, speed)

@@ -23,7 +23,8 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maskdiff import checkpoint, ledger, metrics
+from maskdiff.checkpoints import checkpoint
+from maskdiff.monitoring import ledger, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -21,12 +21,11 @@ import optax
 from timing import alternate
 
 from maskdiff import config as config_lib
-from maskdiff import mesh as mesh_lib
-from maskdiff import model as model_lib
-from maskdiff import run
-from maskdiff import step as step_lib
-from maskdiff.objective import make_canvas
-from maskdiff.optimizer import OptimizerConfig, make_optimizer
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.model import transformer
+from maskdiff.objectives.table import make_canvas
+from maskdiff.training import step as step_lib
+from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 BATCH, LENGTH = 16, 128
 
@@ -134,11 +133,11 @@ def compare(mesh, vocab_size, rounds):
       'train.batch': BATCH,
     }
   )
-  c = run.step_config(config)
+  c = step_lib.step_config(config)
   optimizer = make_optimizer(
     OptimizerConfig(**config.optimizer),
     config.train.steps,
-    model_lib.axes(c.model),
+    transformer.axes(c.model),
   )
   tokens = jax.device_put(
     np.random.default_rng(0).integers(9, vocab_size, (BATCH, LENGTH), np.int32),

@@ -17,7 +17,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tests'))
-import pages as pages_lib  # noqa: E402, what tests/test_commands.py runs
+import pages as pages_lib  # noqa: E402, what tests/docs/test_commands.py runs
 
 DONE = 'walk.py: done with status '
 

@@ -3,7 +3,7 @@
 python benchmarks/worked_example.py
 
 A language of three sentences, and two denoisers that are known exactly: all
-masks and all orders are enumerated, chances as fractions. tests/test_idea.py
+masks and all orders are enumerated, chances as fractions. tests/docs/test_idea.py
 holds the page against this, and this against maskdiff's own functions.
 """
 

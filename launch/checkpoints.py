@@ -41,7 +41,7 @@ def main(args):
 
 
 def show(workdir, verify):
-  from maskdiff import checkpoint
+  from maskdiff.checkpoints import checkpoint
 
   damaged = 0
   with contextlib.closing(checkpoint.open_run(workdir)) as checkpointer:
@@ -60,7 +60,7 @@ def show(workdir, verify):
 
 def _state(checkpointer, step, verify):
   """What can be said of a step, in a few words."""
-  from maskdiff import checkpoint
+  from maskdiff.checkpoints import checkpoint
 
   try:
     meta = checkpointer.read_meta(step)
@@ -76,7 +76,7 @@ def _state(checkpointer, step, verify):
 
 
 def roll_back(workdir, step):
-  from maskdiff import checkpoint
+  from maskdiff.checkpoints import checkpoint
 
   checkpoint.open_run(workdir).close()  # a clear error if there is none
   directory = os.path.join(workdir, 'checkpoints')

@@ -91,22 +91,24 @@ flags.mark_flags_as_required(['workdir', 'task'])
 
 
 def main(args):
-  from maskdiff import run, runtime  # after the flags: bad ones are told first
+  from maskdiff.distributed import runtime
+  from maskdiff.interop import load
 
   if not args.data and args.task not in MADE:
     raise UserError(f'--task {args.task} needs --data')
   if args.sample and args.task not in ANSWERED:
     raise UserError(f'--sample: there is no sampling in --task {args.task}')
-  with runtime.started(run.own_directory(args.workdir)):
+  with runtime.started(load.own_directory(args.workdir)):
     evaluate(args)
 
 
 def evaluate(args):
   import jax
 
-  from maskdiff import run, tasks
-  from maskdiff.estimators import FORMS, Estimator
-  from maskdiff.evals import decode
+  from maskdiff.evals import answered as answered_lib
+  from maskdiff.evals import scored
+  from maskdiff.interop import load
+  from maskdiff.likelihood.estimators import FORMS, Estimator
 
   # Orbax warns that the checkpoint is opened to be read only: it is meant so.
   logging.set_verbosity(logging.ERROR)
@@ -114,7 +116,7 @@ def evaluate(args):
   answered = args.task in ANSWERED
   lines, estimator = None, None
   if args.data:
-    lines = tasks.read(args.data, 'greedy' if answered else args.task)
+    lines = scored.read(args.data, 'greedy' if answered else args.task)
     for line in lines if answered else ():
       answer = line.value['answer']
       if not puzzles.correct(args.task, line.value, answer):
@@ -124,12 +126,12 @@ def evaluate(args):
         )
   if args.form in FORMS and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
-  values = decode.pairs(args.sample)
-  model = decode.Model(*run.load(args.workdir, args.tensor, args.dtype))
+  values = answered_lib.pairs(args.sample)
+  model = answered_lib.Model(*load.load(args.workdir, args.tensor, args.dtype))
   if lines is None:
-    lines = [tasks.Line(*line) for line in made(args, model)]
+    lines = [scored.Line(*line) for line in made(args, model)]
   if answered:
-    rows, total = decode.ask(
+    rows, total = answered_lib.ask(
       model,
       values,
       [line.value for line in lines],
@@ -170,12 +172,17 @@ def score(args, model, estimator, lines):
 
   import jax
 
-  from maskdiff import likelihood, run, tasks
+  from maskdiff.evals import scored
+  from maskdiff.likelihood import bounds, queries
+  from maskdiff.objectives.table import OBJECTIVES
+  from maskdiff.sampling import request
 
-  c = run.likelihood_config(model.config, args.guidance, args.tokens_per_call)
-  network = run.sampler_model(model.config), c, model.params
-  if c.objective == 'autoregressive':
-    tasks.check_ends(lines)
+  c = queries.likelihood_config(
+    model.config, args.guidance, args.tokens_per_call
+  )
+  network = request.sampler_model(model.config), c, model.params
+  if OBJECTIVES[c.objective].left_to_right:
+    scored.check_ends(lines)
     if args.form == 'multi_sample':
       raise UserError(
         '--form multi_sample: an autoregressive model has one order only and '
@@ -185,17 +192,17 @@ def score(args, model, estimator, lines):
   def bound(tokens, answer, valid, seeds):
     layout = tokens, answer, valid
     if args.form == 'left_to_right':
-      return likelihood.left_to_right(*network, *layout)
+      return bounds.left_to_right(*network, *layout)
     seeds = [args.seed + s for s in seeds]
     if args.form == 'multi_sample':
-      return likelihood.multi_sample(*network, *layout, args.orders, seeds)
-    return likelihood.bound(*network, *layout, estimator, seeds)
+      return bounds.multi_sample(*network, *layout, args.orders, seeds)
+    return bounds.bound(*network, *layout, estimator, seeds)
 
   def matches(tokens, answer, valid):
-    return likelihood.greedy_matches(*network, tokens, answer, valid)
+    return bounds.greedy_matches(*network, tokens, answer, valid)
 
   with jax.set_mesh(model.mesh):
-    rows, total = tasks.TASKS[args.task](
+    rows, total = scored.TASKS[args.task](
       lines,
       model.tokenizer,
       c.context,

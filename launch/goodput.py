@@ -10,7 +10,8 @@ import os
 
 from absl import flags
 
-from maskdiff import config, ledger
+from maskdiff import config
+from maskdiff.monitoring import ledger
 
 flags.DEFINE_string('workdir', None, 'The run to look at.')
 flags.mark_flag_as_required('workdir')

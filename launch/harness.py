@@ -33,16 +33,17 @@ flags.mark_flags_as_required(['workdir', 'tasks'])
 
 
 def main(args):
-  from maskdiff import run, runtime  # after the flags: bad ones are told first
+  from maskdiff.distributed import runtime
+  from maskdiff.interop import load
 
-  with runtime.started(run.own_directory(args.workdir)):
+  with runtime.started(load.own_directory(args.workdir)):
     evaluate(args)
 
 
 def evaluate(args):
   import jax
 
-  from maskdiff.evals import decode, harness  # says if lm-eval is not there
+  from maskdiff.evals import answered, harness  # says if lm-eval is not there
 
   import lm_eval  # isort: skip
   from lm_eval.tasks import TaskManager
@@ -55,7 +56,7 @@ def evaluate(args):
   unknown = [name for name in args.tasks if not tasks.match_tasks([name])]
   if unknown:
     raise UserError(f'--tasks: lm-eval knows no {", ".join(unknown)}')
-  settings = decode.pairs(args.model)
+  settings = answered.pairs(args.model)
   loaded = {key: getattr(args, key) for key in ('workdir', 'tensor', 'dtype')}
   for key in loaded:
     if key in settings:

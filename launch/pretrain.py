@@ -19,11 +19,12 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def main(args):
   # After the flags: a bad one is told at once.
-  from maskdiff import runtime, train
+  from maskdiff.distributed import runtime
+  from maskdiff.training import loop
 
   heartbeat_s = args.config.train.heartbeat_s
   with runtime.started(args.workdir, heartbeat_s=heartbeat_s):
-    train.run(args.config, args.workdir)
+    loop.run(args.config, args.workdir)
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ flags.DEFINE_string(
 def main(args, workdirs):
   if not workdirs:
     raise UserError('give one or more work directories of runs')
-  from maskdiff import history, report  # after the flags: bad ones are told
+  from maskdiff.monitoring import history, report
 
   runs = history.read_runs(workdirs, args.plan)
   path = args.out or os.path.join(workdirs[0], 'report.html')

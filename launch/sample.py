@@ -17,8 +17,8 @@ import time
 from absl import flags, logging
 
 from maskdiff import config
-from maskdiff import prompts as prompts_lib
 from maskdiff.errors import UserError, writing
+from maskdiff.sampling import prompts as prompts_lib
 
 flags.DEFINE_string(
   'workdir', None, "The run to load, or a folder in Hugging Face's form."
@@ -150,7 +150,8 @@ config.define_load_flags()
 
 
 def main(args):
-  from maskdiff import run, runtime  # after the flags: bad ones are told first
+  from maskdiff.distributed import runtime as runtime_lib
+  from maskdiff.interop import load
 
   given = (args.prompt, args.infill, args.prompts, args.interactive)
   if sum(map(bool, given)) > 1:
@@ -159,21 +160,23 @@ def main(args):
     raise UserError('--show prints texts of --prompt or --infill alone')
   if args.html and (args.prompts or args.interactive):
     raise UserError('--html replays texts of --prompt or --infill alone')
-  with runtime.started(run.own_directory(args.workdir)):
+  with runtime_lib.started(load.own_directory(args.workdir)):
     sample(args)
 
 
 def sample(args):
   import jax
 
-  from maskdiff import answers, layouts, run
+  from maskdiff.distributed import runtime as runtime_lib
+  from maskdiff.interop import load
+  from maskdiff.sampling import answers, layouts, request
 
   # Orbax warns that the checkpoint is opened to be read only: it is meant so.
   logging.set_verbosity(logging.ERROR)
   if args.interactive and jax.process_count() > 1:
     raise UserError('--interactive is for a single process')
   prompts, gaps = ([], False) if args.interactive else requested(args)
-  run_config, tokenizer, params, mesh = run.load(
+  run_config, tokenizer, params, mesh = load.load(
     args.workdir, args.tensor, args.dtype
   )
   most = args.gen_length or run_config.sample.gen_length
@@ -193,11 +196,11 @@ def sample(args):
     if gaps:
       most = int(fill.sum(axis=1).max())
   override(run_config, args, most, gaps)
-  c = run.sampler_config(run_config)
+  c = request.sampler_config(run_config)
   if args.suppress_mask:
     c = dataclasses.replace(c, predict_mask=False)
   s = answers.Sampling(
-    run.sampler_model(run_config),
+    request.sampler_model(run_config),
     answers.for_gaps(c, args.steps) if gaps else c,
     params,
     tokenizer,
@@ -212,7 +215,7 @@ def sample(args):
     if args.interactive:
       stack.enter_context(contextlib.suppress(KeyboardInterrupt))
       lines = prompts_lib.typed(sys.stdin)
-      found = answers.converse(s, lines, args.seed, run.say, args.steps)
+      found = answers.converse(s, lines, args.seed, runtime_lib.say, args.steps)
     elif args.show or args.html:
       found, recording = answers.watched(s, asked, show if args.show else None)
       if write_page:
@@ -227,9 +230,9 @@ def sample(args):
         write(json.dumps(answer, ensure_ascii=False) + '\n')
       elif not args.show:  # else it has been shown
         line = '---\n' if number else ''
-        run.say(line + answer['text'], file=sys.stdout)
+        runtime_lib.say(line + answer['text'], file=sys.stdout)
   each = max(num_tokens, 1)
-  run.say(
+  runtime_lib.say(
     f'{num_tokens} tokens in {num_forwards} forward passes of a row, '
     f'{num_forwards / each:.2f} per token, over {num_positions} positions, '
     f'{num_positions / each:.1f} per token, and '
@@ -249,12 +252,12 @@ def requested(args):
 
 def show(texts):
   """Prints the texts of a step; on a terminal, in place of those before."""
-  from maskdiff import run
+  from maskdiff.distributed import runtime as runtime_lib
 
   clear, end = '', '\n' + '=' * 8
   if sys.stdout.isatty():
     clear, end = '\x1b[2J\x1b[H', ''
-  run.say(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
+  runtime_lib.say(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
 
 
 def override(run_config, args, most, gaps):

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdiff import attention, mesh
-from maskdiff.masks import Labels
+from maskdiff.distributed import mesh
+from maskdiff.model import attention
+from maskdiff.model.masks import Labels
 
 
 def draw(batch, length, heads, kv_heads, head_dim):

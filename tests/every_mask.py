@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from maskdiff import estimators
+from maskdiff.likelihood import estimators
 
 
 def subsets(size):

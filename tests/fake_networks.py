@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from maskdiff import passes
+from maskdiff.sampling import passes
 
 
 class Fake:

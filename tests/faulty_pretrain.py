@@ -24,7 +24,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from maskdiff import checkpoint, evaluation, run, step
+from maskdiff.checkpoints import checkpoint
+from maskdiff.training import evaluation, inputs, step
 
 faults = json.loads(sys.argv.pop(1))
 if faults.get('process') not in (
@@ -48,7 +49,7 @@ def terminate(now, phase):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@replace(run, 'train_batches')
+@replace(inputs, 'train_batches')
 def late(real, *args):
   stalled, stall_s = faults.get('stall', (0, 0))
   for number, batch in enumerate(real(*args), 1):

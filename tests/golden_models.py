@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from safetensors.numpy import load_file
 
-from maskdiff.model import TransformerConfig
+from maskdiff.model.transformer import TransformerConfig
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 

@@ -12,7 +12,7 @@ import runpy
 import sys
 import tempfile
 
-from maskdiff import config, run  # noqa: F401, what scripts import, once
+from maskdiff import config  # noqa: F401, what scripts import, once
 
 
 def parse(script, arguments):

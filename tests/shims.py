@@ -1,4 +1,4 @@
-"""The programs that commands of a page start while tests/test_commands.py runs
+"""The programs that commands of a page start while tests/docs/test_commands.py runs
 it: each in its own place, but with less to do.
 
 RULES says what is different. A program that has no rule is run as written. What
@@ -81,7 +81,7 @@ RULES = {
   'no environment': Rule(r'python3? -m venv', run=False),
   'no installation': Rule(r'pip install', run=False),
   'one file of tests': Rule(
-    r'python -m pytest', '--collect-only tests/test_schedule.py'
+    r'python -m pytest', '--collect-only tests/objectives/test_schedule.py'
   ),
   'dry run': Rule(r'launch/tpu_pod\.sh'),
 }

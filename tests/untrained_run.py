@@ -4,11 +4,12 @@ import contextlib
 
 import jax
 
-from maskdiff import checkpoint, run
 from maskdiff import config as config_lib
-from maskdiff import model as model_lib
-from maskdiff.checkpoint import Checkpointer
+from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.model import transformer
+from maskdiff.training import step
 
 
 def save(path, tokenizer, **changes):
@@ -34,7 +35,7 @@ def save(path, tokenizer, **changes):
       **{key.replace('_', '.', 1): value for key, value in changes.items()},
     }
   )
-  params = model_lib.init(run.step_config(config).model, jax.random.key(0))
+  params = transformer.init(step.step_config(config).model, jax.random.key(0))
   meta = {'config': checkpoint.config_json(config)}
   with contextlib.closing(Checkpointer(path / 'checkpoints', keep=1)) as saver:
     saver.save(1, {'params': params}, meta)

@@ -392,3 +392,13 @@ def _sentencepiece_bytes(processor, i: int) -> bytes:
   if processor.is_byte(i):
     return bytes([int(piece[1:-1], 16)])
   return piece.replace(_SPACE, ' ').encode()
+
+
+def with_config_ids(config, tokenizer):
+  """The tokenizer with ids that it does not have itself from the config."""
+  absent = {
+    name: value
+    for name, value in config.tokens.items()
+    if getattr(tokenizer, name) is None
+  }
+  return with_ids(tokenizer, **absent)

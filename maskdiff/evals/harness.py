@@ -23,10 +23,12 @@ import zlib
 import jax
 
 from maskdiff import config as config_lib
-from maskdiff import likelihood, run
 from maskdiff.errors import UserError
-from maskdiff.estimators import Estimator
-from maskdiff.evals import decode
+from maskdiff.evals import answered
+from maskdiff.interop import load
+from maskdiff.likelihood import bounds, queries
+from maskdiff.likelihood.estimators import Estimator
+from maskdiff.sampling import request as request_lib
 
 try:
   from lm_eval import utils
@@ -94,12 +96,14 @@ class MaskDiff(TemplateLM):
     self.estimator = None
     if form != 'left_to_right':
       self.estimator = Estimator(form, samples, strata, coupled)
-    self.model = decode.Model(*run.load(workdir, tensor, dtype))
+    self.model = answered.Model(*load.load(workdir, tensor, dtype))
     config = self.model.config
     # Whether steps fit is known when a task says how long its answers are.
     checked = {k: v for k, v in self.values.items() if k != 'steps'}
-    decode.settings(config, {**GREEDY, **checked})
-    self.likelihood = run.likelihood_config(config, guidance, tokens_per_call)
+    answered.settings(config, {**GREEDY, **checked})
+    self.likelihood = queries.likelihood_config(
+      config, guidance, tokens_per_call
+    )
     self.info = {
       'workdir': str(workdir),
       'dtype': self.model.dtype,
@@ -154,8 +158,8 @@ class MaskDiff(TemplateLM):
     greedy = [False] * len(pairs)
     if self.check_greedy:
       with jax.set_mesh(self.model.mesh):
-        greedy = likelihood.greedy_matches(
-          *self._network(), *likelihood.suffixes(*zip(*pairs, strict=True))
+        greedy = bounds.greedy_matches(
+          *self._network(), *bounds.suffixes(*zip(*pairs, strict=True))
         ).tolist()
     answers = list(zip(values, greedy, strict=True))
     for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -205,7 +209,7 @@ class MaskDiff(TemplateLM):
       groups.setdefault(key, []).append((i, request.args[0], until))
     answers = [''] * len(requests)
     for key, members in groups.items():
-      config = decode.settings(self.model.config, dict(key))
+      config = answered.settings(self.model.config, dict(key))
       slots = config.sample.gen_length
       room = self.max_length - slots
       if room < 0:
@@ -213,13 +217,13 @@ class MaskDiff(TemplateLM):
           f'{slots} tokens are to be generated, more than the '
           f'{self.max_length} that the network was trained on: set gen_length'
         )
-      c = run.sampler_config(config)
+      c = request_lib.sampler_config(config)
       described = dataclasses.asdict(c)
       if described not in self.info['samplers']:
         self.info['samplers'].append(described)
       prompts = [_last(self.tok_encode(text), room) for _, text, _ in members]
       seeds = [self.seed + i for i, _, _ in members]
-      filled = decode.complete(
+      filled = answered.complete(
         self.model,
         c,
         prompts,
@@ -254,7 +258,7 @@ class MaskDiff(TemplateLM):
     return [stop for stop in until if stop], {**values, **self.values}
 
   def _network(self):
-    config = run.sampler_model(self.model.config)
+    config = request_lib.sampler_model(self.model.config)
     return config, self.likelihood, self.model.params
 
   def _fit(self, context, rest):
@@ -273,12 +277,12 @@ class MaskDiff(TemplateLM):
     """[log-likelihood in nats] of the second of each pair given the first."""
     if not pairs:
       return []
-    layout = likelihood.suffixes(*zip(*pairs, strict=True))
+    layout = bounds.suffixes(*zip(*pairs, strict=True))
     with jax.set_mesh(self.model.mesh):
       if self.estimator is None:
-        estimate = likelihood.left_to_right(*self._network(), *layout)
+        estimate = bounds.left_to_right(*self._network(), *layout)
       else:
-        estimate = likelihood.bound(
+        estimate = bounds.bound(
           *self._network(), *layout, self.estimator, seeds
         )
     return estimate.log_likelihood.tolist()

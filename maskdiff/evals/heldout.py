@@ -9,9 +9,9 @@ import re
 
 import numpy as np
 
-from maskdiff import run
 from maskdiff.data import records
 from maskdiff.errors import UserError
+from maskdiff.training import inputs
 
 NUM_CHOICES = 4
 MOST_ROWS = 4096  # of a dataset, about
@@ -30,7 +30,7 @@ def documents(config, tokenizer):
     UserError: there is no held-out text; or see run.open_data.
   """
   found = []
-  for dataset in run.open_data(config, tokenizer, config.eval.path or None):
+  for dataset in inputs.open_data(config, tokenizer, config.eval.path or None):
     source = records.RowSource(dataset.directory, dataset.manifest, 'heldout')
     step = max(1, len(source) // MOST_ROWS)
     for i in range(0, len(source), step):

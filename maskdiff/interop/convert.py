@@ -21,16 +21,17 @@ import shutil
 import jax
 import numpy as np
 
-from maskdiff import checkpoint, masks
 from maskdiff import config as config_lib
-from maskdiff import mesh as mesh_lib
-from maskdiff import model as model_lib
-from maskdiff import run as run_lib
+from maskdiff.checkpoints import checkpoint
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import families, hf, reference, safetensors
+from maskdiff.interop import families, hf, load, reference, safetensors
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.interop.leaves import Leaf
+from maskdiff.model import masks, transformer
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.objectives.table import OBJECTIVES
 
 # Of the largest logit: what float32 leaves of a sum over many layers.
 TOLERANCE = 1e-4
@@ -200,8 +201,8 @@ def check(folder, workdir=None):
   published = hf.open_folder(folder)
   tokens = check_tokens(published)
   mesh = mesh_lib.make_mesh()
-  config, params = run_lib.load_params(workdir or folder, mesh)
-  causal = published.family.objective == 'autoregressive'
+  config, params = load.load_params(workdir or folder, mesh)
+  causal = OBJECTIVES[published.family.objective].left_to_right
   config.model.update(dtype='float32', remat='none', attention='xla')
   if workdir is not None:
     _same_model(published, config, workdir)
@@ -333,12 +334,12 @@ def logits(config, params, mesh, tokens, causal):
     tokens: [L] int.
     causal: whether a position sees only those before it and itself.
   """
-  model_config = run_lib.step_config(config).model
+  model_config = TransformerConfig(**config.model)
 
   @jax.jit
   def compute(params, tokens):
     labels = masks.causal if causal else masks.bidirectional
-    network = model_lib.bind(model_config, params)
+    network = transformer.bind(model_config, params)
     hidden = network(tokens, labels(tokens >= 0))
     return network.logits(hidden)[0]
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff import manifest
-from maskdiff import model as model_lib
+from maskdiff.checkpoints import manifest
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import families, safetensors
 from maskdiff.interop.leaves import PART_BYTES, Leaf
+from maskdiff.model import transformer
 
 PUBLISHED = 'published'  # the folder in a work directory
 MAX_SHARD_BYTES = 5 << 30
@@ -92,13 +92,13 @@ def shapes(model):
   Args:
     model: mapping with families.FIELDS.
   """
-  c = model_lib.TransformerConfig(
+  c = transformer.TransformerConfig(
     **{field: model[field] for field in families.FIELDS},
     dtype='float32',
     remat='none',
     attention='xla',
   )
-  named = manifest.flat(model_lib.shapes(c))
+  named = manifest.flat(transformer.shapes(c))
   return {name: leaf.shape for name, leaf in named.items()}
 
 

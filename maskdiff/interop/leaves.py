@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdiff import manifest
+from maskdiff.checkpoints import manifest
+from maskdiff.checkpoints.fingerprint import fingerprint
 from maskdiff.errors import UserError
-from maskdiff.fingerprint import fingerprint
 from maskdiff.interop import safetensors
 
 PARAMS = 'params'  # the folder in a work directory

@@ -9,6 +9,7 @@ It goes layer by layer and reads each tensor when it is needed.
 import numpy as np
 
 from maskdiff.interop import safetensors
+from maskdiff.objectives.table import OBJECTIVES
 
 _VOCAB_ROWS = 8192
 
@@ -26,7 +27,7 @@ def logits(published, tokens):
   """
   m, family = published.model, published.family
   names, tensors = family.names, published.tensors
-  causal = family.objective == 'autoregressive'
+  causal = OBJECTIVES[family.objective].left_to_right
   H, G, K = m['heads'], m['kv_heads'], m['head_dim']
   length = len(tokens)
 

@@ -27,7 +27,7 @@ import re
 
 import numpy as np
 
-from maskdiff.chips import Chip
+from maskdiff.distributed.chips import Chip
 from maskdiff.planner import hlo
 
 KINDS = (

@@ -37,14 +37,17 @@ FILES = {
   'splash_attention_kernel': 'attention besides kernel',
   'cross_entropy': 'loss',
   'guard': 'guard',
-  'objective': 'noise',
+  'canvas': 'noise',
+  'masked_diffusion': 'noise',
+  'autoregressive': 'noise',
+  'table': 'noise',
   'schedule': 'noise',
   'candidates': 'sampling: choice of tokens',
   'remasking': 'sampling: choice of tokens',
   'sampler': 'sampling: bookkeeping',
   'passes': 'sampling: bookkeeping',
   'commit': 'sampling: choice of tokens',
-  'window_attention': 'attention besides kernel',
+  'cached_attention': 'attention besides kernel',
   'optimizer': 'optimizer',
 }
 # Parts that are computed in the forward pass and again in the backward pass.
@@ -121,7 +124,7 @@ def _scan(op_name, functions):
   """Slices of arrays that are stacked over the layers, in and out."""
   sliced = re.search(r'dynamic_(update_)?(index_in_dim|slice)', op_name)
   outer = functions and functions[0] in (
-    'model.Transformer._layers',
+    'transformer.Transformer._layers',
     'step.batch_gradients',
   )
   return 'layer: stacked arrays' if sliced and outer else None

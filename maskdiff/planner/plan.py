@@ -23,10 +23,11 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff import mesh as mesh_lib
-from maskdiff import model as model_lib
-from maskdiff import run as run_lib
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
+from maskdiff.model import transformer
+from maskdiff.objectives import table
+from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.planner import hlo, hlo_cost, report
 from maskdiff.planner.target import (
   compile_denoise,
@@ -37,6 +38,8 @@ from maskdiff.planner.target import (
   params_on,
   topology_devices,
 )
+from maskdiff.sampling import request
+from maskdiff.training import step
 
 GIB = 2**30
 DAY_S = 24 * 3600
@@ -114,7 +117,7 @@ def plan(config, topology, num_slices=1):
 def _plan_on(config, target):
   """The plan of a valid config."""
   config_lib.validate_mesh(config, target.mesh.shape)
-  c, t = run_lib.step_config(config), config.train
+  c, t = step.step_config(config), config.train
   shards = mesh_lib.batch_shards(target.mesh)
   total_tokens = t.steps * t.batch * c.length
   chunks = loss_chunks(config, target.mesh.shape)
@@ -134,7 +137,7 @@ def _plan_on(config, target):
     lambda _, functions: (
       chunks if any(f.startswith('cross_entropy.') for f in functions) else None
     ),
-    causal=c.objective.name == 'autoregressive',
+    causal=OBJECTIVES[c.objective.name].left_to_right,
   )
   if result['status'] == 'does not fit':
     result['levers'] = report.levers(config, facts, dict(target.mesh.shape))
@@ -143,8 +146,8 @@ def _plan_on(config, target):
   if result['step_s'] is None:
     return result
   step_tokens, count = t.batch * c.length, facts['chips']
-  flops = step_tokens * model_lib.flops_per_token(
-    c.model, c.length, causal=c.objective.name == 'autoregressive'
+  flops = step_tokens * table.flops_per_token(
+    c.objective.name, c.model, c.length
   )
   seconds = t.steps * result['step_s']
   return result | {
@@ -194,7 +197,7 @@ def sample_plan(
   config = config.copy_and_resolve_references()
   config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=tensor)
   target = open_target(config, topology, num_slices)
-  steps, slots = run_lib.sampler_config(config).steps, config.sample.gen_length
+  steps, slots = request.sampler_config(config).steps, config.sample.gen_length
   length = prompt_tokens + slots
   shards = mesh_lib.batch_shards(target.mesh)
   split = prompts % shards == 0  # else every chip computes all rows
@@ -212,7 +215,7 @@ def sample_plan(
       target,
       lambda: compile_denoise(config, target, prompts, length, dtype, window),
       None,
-      causal=config.objective.name == 'autoregressive',
+      causal=OBJECTIVES[config.objective.name].left_to_right,
     )
 
   result = priced(window=False)
@@ -242,7 +245,7 @@ def sample_plan(
 def _facts(config, target, mode):
   """What is known without compiling."""
   sizes = target.mesh.shape
-  parameters, _ = model_lib.num_params(run_lib.step_config(config).model)
+  parameters, _ = transformer.num_params(step.step_config(config).model)
   return dict.fromkeys(FIELDS) | {
     'mode': mode,
     'topology': target.topology,
@@ -298,7 +301,7 @@ def _evaluation(config, target, fitting):
   if total is not None:
     # Both programs have the parameters among their arguments.
     params = jax.tree.leaves(
-      params_on(run_lib.step_config(config).model, target.mesh)
+      params_on(step.step_config(config).model, target.mesh)
     )
     shared = sum(
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -352,8 +355,8 @@ def loss_chunks(config, sizes):
   """
   o, t = config.objective, config.train
   share, variance = 1.0, 0.0  # of a token's carrying a loss
-  if o.name == 'masked_diffusion':
-    schedule = run_lib.step_config(config).objective.schedule
+  if not OBJECTIVES[o.name].left_to_right:
+    schedule = step.step_config(config).objective.schedule
     times = (np.arange(1000) + 0.5) / 1000  # eps is too small to matter
     ratio = schedule.mask_ratio(times)
     share = float(np.mean(ratio))

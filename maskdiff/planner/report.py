@@ -4,8 +4,8 @@ import math
 import os
 
 from maskdiff import config as config_lib
-from maskdiff import metrics
 from maskdiff.errors import UserError
+from maskdiff.monitoring import metrics
 from maskdiff.planner.parts import model_part
 
 TOP_OPERATIONS = 10

@@ -17,14 +17,14 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maskdiff import chips, evaluation, sampler
-from maskdiff import mesh as mesh_lib
-from maskdiff import model as model_lib
-from maskdiff import run as run_lib
-from maskdiff import step as step_lib
+from maskdiff.distributed import chips
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.optimizer import OptimizerConfig, make_optimizer
+from maskdiff.model import transformer
 from maskdiff.planner.hlo_collectives import Machine
+from maskdiff.sampling import request, sampler
+from maskdiff.training import evaluation, step
+from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,18 +130,18 @@ def compile_train(config, target):
   Raises:
     jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
   """
-  c = run_lib.step_config(config)
+  c = step.step_config(config)
   optimizer = make_optimizer(
     OptimizerConfig(**config.optimizer),
     config.train.steps,
-    model_lib.axes(c.model),
+    transformer.axes(c.model),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(
-    functools.partial(step_lib.init_state, c.model, optimizer), key
+    functools.partial(step.init_state, c.model, optimizer), key
   )
   tokens = jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32)
-  train_step = step_lib.compile_train_step(c, optimizer, target.mesh)
+  train_step = step.compile_train_step(c, optimizer, target.mesh)
   return _compile(train_step, target.mesh, state, tokens, key)
 
 
@@ -158,7 +158,7 @@ def compile_evaluation(config, target):
   Raises:
     jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
   """
-  c = evaluation.step_config(run_lib.step_config(config))
+  c = evaluation.step_config(step.step_config(config))
   params = params_on(c.model, target.mesh)
   tokens = jax.ShapeDtypeStruct(
     (config.eval.batch, c.length),
@@ -171,13 +171,13 @@ def compile_evaluation(config, target):
 
 def params_on(model, mesh):
   """The parameters of a TransformerConfig, as shapes with shardings."""
-  shapes = model_lib.shapes(model)
+  shapes = transformer.shapes(model)
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding
     ),
     shapes,
-    mesh_lib.param_shardings(mesh, model_lib.axes(model), shapes),
+    mesh_lib.param_shardings(mesh, transformer.axes(model), shapes),
   )
 
 
@@ -198,7 +198,7 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   Returns:
     Compiled.
   """
-  model, c = run_lib.sampler_model(config), run_lib.sampler_config(config)
+  model, c = request.sampler_model(config), request.sampler_config(config)
   canvas = np.zeros((prompts, length), np.int32)
   fill = np.arange(length) >= length - config.sample.gen_length
   fill = np.broadcast_to(fill, canvas.shape)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import untrained_run
 
-from maskdiff import likelihood, run, sampler
 from maskdiff.errors import UserError
+from maskdiff.likelihood import bounds, queries
+from maskdiff.sampling import layouts, request, sampler
 
 lm_eval = pytest.importorskip('lm_eval')  # requirements-eval-test.txt
 
@@ -102,14 +103,14 @@ def exact(model, prompt, answer):
   """Log-likelihood of tokens given tokens, and whether they are greedy."""
   config = model.model.config
   network = (
-    run.sampler_model(config),
-    run.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
+    request.sampler_model(config),
+    queries.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
     model.model.params,
   )
-  layout = likelihood.suffixes([prompt], [answer])
+  layout = bounds.suffixes([prompt], [answer])
   with jax.set_mesh(model.model.mesh):
-    value = likelihood.left_to_right(*network, *layout).log_likelihood[0]
-    return value, likelihood.greedy_matches(*network, *layout)[0]
+    value = bounds.left_to_right(*network, *layout).log_likelihood[0]
+    return value, bounds.greedy_matches(*network, *layout)[0]
 
 
 def test_choices_are_scored_after_their_question(results, model, tokenizer):
@@ -158,12 +159,12 @@ def test_answers_are_the_samplers_up_to_a_stop_string(
   config = model.model.config.copy_and_resolve_references()
   config.sample.update(gen_length=6, block_length=3, steps=6, temperature=0.0)
   prompts = [tokenizer.encode(q['question']) for q in QUESTIONS]
-  canvas, fill, valid = sampler.continue_prompts(prompts, 6)
+  canvas, fill, valid = layouts.continue_prompts(prompts, 6)
   with jax.set_mesh(model.model.mesh):
     out = np.asarray(
       sampler.generate(
-        run.sampler_model(config),
-        run.sampler_config(config),
+        request.sampler_model(config),
+        request.sampler_config(config),
         model.model.params,
         *(canvas, fill, valid),
         seeds=range(3),

@@ -13,15 +13,16 @@ import published_folders
 import pytest
 import safetensors.numpy
 
-from maskdiff import checkpoint, masks, run
 from maskdiff import config as config_lib
-from maskdiff import mesh as mesh_lib
-from maskdiff import model as model_lib
-from maskdiff.checkpoint import Checkpointer
+from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import convert, hf, reference
+from maskdiff.interop import convert, hf, load, reference
 from maskdiff.interop import safetensors as ours
+from maskdiff.model import masks, transformer
+from maskdiff.training import step as step_lib
 
 GOLDEN = golden_models.GOLDEN
 
@@ -44,7 +45,7 @@ def assert_same_tensors(a, b):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, tokens):
-  network = model_lib.bind(config, params)
+  network = transformer.bind(config, params)
   hidden = network(tokens, masks.bidirectional(tokens >= 0))
   return network.logits(hidden)
 
@@ -62,8 +63,8 @@ def test_golden_logits_directly_and_converted_and_a_round_trip(name, tmp_path):
     ids, wanted = (arrays[f'{of}.plain_{k}'] for k in ('ids', 'logits'))
   mesh = mesh_lib.make_mesh()
   for source in (folder, workdir):
-    config, params = run.load_params(source, mesh)
-    model_config = run.step_config(config).model
+    config, params = load.load_params(source, mesh)
+    model_config = step_lib.step_config(config).model
     assert model_config.dtype == 'float32'
     with jax.set_mesh(mesh):
       found = logits(model_config, params, ids)
@@ -142,7 +143,7 @@ def save_run(tokenizer, path, **changes):
       **changes,
     }
   )
-  shapes = model_lib.shapes(run.step_config(config).model)
+  shapes = transformer.shapes(step_lib.step_config(config).model)
   random = np.random.default_rng(0)
   draw = lambda x: random.normal(size=x.shape).astype(np.float32)
   params = jax.tree.map(draw, shapes)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maskdiff import mesh as mesh_lib
+from maskdiff.checkpoints.fingerprint import fingerprint
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.fingerprint import fingerprint
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.interop.leaves import Leaf
 

@@ -7,9 +7,8 @@ import numpy as np
 import published_folders
 import pytest
 
-from maskdiff import mesh as mesh_lib
-from maskdiff import run
-from maskdiff.interop import convert, families, hf, reference
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.interop import convert, families, hf, load, reference
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -70,7 +69,7 @@ def test_logits_are_those_of_transformers(saved):
   model, folder = saved
   wanted = logits_of(model)
   assert np.abs(wanted).max() > 2
-  config, params = run.load_params(str(folder), mesh_lib.make_mesh())
+  config, params = load.load_params(str(folder), mesh_lib.make_mesh())
   assert config.objective.name == 'autoregressive'
   assert config.model.dtype == 'float32'
   for row, of_row in zip(IDS, wanted, strict=True):

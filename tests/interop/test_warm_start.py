@@ -13,11 +13,11 @@ import published_folders
 import pytest
 import safetensors.numpy
 
-from maskdiff import mesh as mesh_lib
-from maskdiff import run, train
 from maskdiff.data import prepare, sources, tokenizer
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import convert
+from maskdiff.interop import convert, load
+from maskdiff.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = 'def f(x):\n  return x + 1\n\n'
@@ -77,7 +77,7 @@ def test_a_training_begins_with_the_weights_and_is_exported(
   weights are the same, and a second run goes on from the first's."""
   config = make_config(folder, rows)
   assert config.model.predict_next and config.model.qkv_bias
-  train.run(config, str(tmp_path / 'run'))
+  loop.run(config, str(tmp_path / 'run'))
   convert.to_hf(tmp_path / 'run', tmp_path / 'out', dtype='bfloat16')
   before, after = (
     safetensors.numpy.load_file(path / 'model.safetensors')
@@ -96,7 +96,7 @@ def test_a_training_begins_with_the_weights_and_is_exported(
   convert.from_hf(folder, tmp_path / 'converted')
   for source in (tmp_path / 'run', tmp_path / 'converted'):
     config.init_from = str(source)
-    params = run.warm_start(config, mesh_lib.make_mesh(tensor=2, fsdp=-1))
+    params = load.warm_start(config, mesh_lib.make_mesh(tensor=2, fsdp=-1))
     embed = before['model.embed_tokens.weight'].astype(np.float32)
     assert params['embed'].dtype == np.float32
     np.testing.assert_array_equal(params['embed'], embed)
@@ -105,10 +105,10 @@ def test_a_training_begins_with_the_weights_and_is_exported(
 def test_weights_of_another_model_are_refused_by_key(folder, rows):
   config = make_config(folder, rows, **{'model.rope_theta': 5e5})
   with pytest.raises(UserError, match='model.rope_theta=10000.0, not 500000.0'):
-    run.warm_start(config, mesh_lib.make_mesh())
+    load.warm_start(config, mesh_lib.make_mesh())
   config = make_config(folder, rows, init_from=str(rows))
   with pytest.raises(UserError, match='rows holds no checkpoint'):
-    run.warm_start(config, mesh_lib.make_mesh())
+    load.warm_start(config, mesh_lib.make_mesh())
 
 
 def test_the_config_asks_for_a_folder():
@@ -155,7 +155,7 @@ def test_a_folder_without_a_tokenizer_cannot_be_sampled(folder, tmp_path):
   shutil.copytree(folder, tmp_path / 'in')
   (tmp_path / 'in' / 'tokenizer.json').unlink()
   with pytest.raises(UserError, match='in has no tokenizer: put tokenizer.js'):
-    run.load(str(tmp_path / 'in'))
+    load.load(str(tmp_path / 'in'))
 
 
 # launch/convert.py

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from maskdiff import chips
+from maskdiff.distributed import chips
 from maskdiff.planner import hlo, hlo_collectives
 from maskdiff.planner.hlo_collectives import ICI_HOP_S, Machine
 

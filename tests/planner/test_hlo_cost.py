@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskdiff import chips
+from maskdiff.distributed import chips
 from maskdiff.planner import hlo, hlo_cost
 from maskdiff.planner.hlo_collectives import ICI_HOP_S, Machine
 

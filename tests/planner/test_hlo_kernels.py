@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskdiff import chips
+from maskdiff.distributed import chips
 from maskdiff.planner import hlo, hlo_kernels
 
 # 2 rows, 3 heads, 1024 queries and keys, 128 wide.

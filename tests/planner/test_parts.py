@@ -47,23 +47,23 @@ def test_attention_kernels(op_name, part):
 @pytest.mark.parametrize(
   'functions, part',
   [
-    (('model.rms_norm', 'model.block'), 'normalisation forward'),
-    (('model.rotate', 'model.block'), 'rotary positions forward'),
-    (('model.block', 'step.train_step'), 'layer: elementwise forward'),
+    (('layers.rms_norm', 'transformer.block'), 'normalisation forward'),
+    (('layers.rotate', 'transformer.block'), 'rotary positions forward'),
+    (('transformer.block', 'step.train_step'), 'layer: elementwise forward'),
     (('_transform.scale_by_adam.<locals>.update_fn',), 'optimizer'),
     (('cross_entropy._walk.<locals>.body',), 'loss'),
     (('guard.judge.<locals>.note', 'step.train_step'), 'guard'),
-    (('schedule.sample_times', 'objective.masked_diffusion'), 'noise'),
+    (('schedule.sample_times', 'masked_diffusion.masked_diffusion'), 'noise'),
     (
-      ('model.Transformer._layers.<locals>.<lambda>', 'sampler.refresh'),
+      ('transformer.Transformer._layers.<locals>.<lambda>', 'sampler.refresh'),
       'weights: cast and copy',
     ),
-    (('model.Transformer.logits', 'sampler.refresh'), 'logits'),
+    (('transformer.Transformer.logits', 'sampler.refresh'), 'logits'),
     (
       ('step.batch_gradients.<locals>.accumulate',),
       'gradient sum over microbatches',
     ),
-    (('somewhere.unheard_of', 'model.lookup'), 'embedding forward'),
+    (('somewhere.unheard_of', 'layers.lookup'), 'embedding forward'),
   ],
 )
 def test_functions_from_the_innermost_outwards(functions, part):
@@ -73,7 +73,7 @@ def test_functions_from_the_innermost_outwards(functions, part):
 def test_slices_of_the_stacked_layers():
   name = BACKWARD.replace('closed_call/checkpoint/', '')
   name += 'jit(dynamic_index_in_dim)/dynamic_slice'
-  functions = ('model.Transformer._layers',)
+  functions = ('transformer.Transformer._layers',)
   assert model_part(name, functions) == 'layer: stacked arrays backward'
 
 

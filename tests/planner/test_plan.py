@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdiff import config, evaluation
-from maskdiff.chips import parse_topology
+from maskdiff import config
+from maskdiff.distributed.chips import parse_topology
 from maskdiff.errors import UserError
 from maskdiff.planner import hlo_cost, plan, target
+from maskdiff.training import evaluation
 
 SIZES = {'replica': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
 
@@ -269,7 +270,7 @@ def test_the_evaluation_that_is_compiled_is_the_one_that_runs(monkeypatch):
   monkeypatch.setattr(
     evaluation, '_eval_step', lambda *args: ran.append(args) or SUMS
   )
-  step = plan.run_lib.step_config(c)
+  step = plan.step.step_config(c)
   tokens = jnp.zeros((16, 32), jnp.int32)
   tokens = jax.device_put(tokens, plan.mesh_lib.batch_sharding(mesh))
   shapes = target.params_on(step.model, mesh)

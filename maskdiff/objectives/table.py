@@ -1,0 +1,106 @@
+"""The table of objectives: everything in which one differs from another.
+
+No other file compares the name of an objective with a string. To add an
+objective, add an entry to OBJECTIVES.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from maskdiff.model import transformer
+from maskdiff.objectives import autoregressive, masked_diffusion
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """Traits of a training objective.
+
+  Attributes:
+    make_canvas: (ObjectiveConfig, tokens [b, L] int32, rows [b] int32, key,
+      batch) -> Canvas; see masked_diffusion.masked_diffusion.
+    show: (tokens [B, L] int32, valid [B, L] bool, bos_id, doc) -> inputs
+      [B, L] int32 and their masks.Labels.
+    order: the order in which tokens can be predicted: 'any', or
+      'left_to_right' where the network sees only the tokens to the left.
+    likelihood: 'bound' if the loss is an upper bound on the negative
+      log-likelihood, 'exact' if it is equal to it.
+    can_guide: whether the network was trained with masked prompts, which
+      classifier-free guidance needs.
+    attention_flops: attention FLOPs of a training step per token, in units of
+      N L H K (layers, length, heads, head dimension).
+  """
+
+  make_canvas: Callable
+  show: Callable
+  order: str
+  likelihood: str
+  can_guide: bool
+  attention_flops: int
+
+  @property
+  def left_to_right(self):
+    return self.order == 'left_to_right'
+
+
+OBJECTIVES = {
+  'masked_diffusion': Objective(
+    make_canvas=masked_diffusion.masked_diffusion,
+    show=masked_diffusion.show,
+    order='any',
+    likelihood='bound',
+    can_guide=True,
+    attention_flops=12,
+  ),
+  'autoregressive': Objective(
+    make_canvas=autoregressive.autoregressive,
+    show=autoregressive.show,
+    order='left_to_right',
+    likelihood='exact',
+    can_guide=False,
+    attention_flops=6,  # a query sees half of the keys
+  ),
+}
+
+
+def make_canvas(c, tokens, rows, key, batch):
+  """Returns the Canvas of the objective `c.name`.
+
+  Arguments as for masked_diffusion.masked_diffusion.
+  """
+  return OBJECTIVES[c.name].make_canvas(c, tokens, rows, key, batch)
+
+
+def show(name, tokens, valid, bos_id, doc=0):
+  """Returns the inputs and labels of a network trained with an objective.
+
+  Args:
+    name: a key of OBJECTIVES.
+    tokens: [B, L] int32.
+    valid: [B, L] bool, False on padding.
+    bos_id: stands before the first token of a causal row.
+    doc: documents as [B, L] int32; by default a row is a single document.
+
+  Returns:
+    inputs [B, L] int32, and their masks.Labels.
+  """
+  return OBJECTIVES[name].show(tokens, valid, bos_id, doc)
+
+
+def flops_per_token(name, model_config, length):
+  """Returns matrix-product FLOPs of a training step per token.
+
+  6 per weight that multiplies an activation, the head included, and
+  `attention_flops` N L H K for attention. Rematerialization is not counted, and
+  the head is counted for every token although the loss skips unmasked ones:
+  this is the work of a straightforward step.
+
+  Args:
+    name: a key of OBJECTIVES.
+    model_config: transformer.TransformerConfig.
+    length: L.
+  """
+  c = model_config
+  _, inner = transformer.num_params(c)
+  weights = inner + c.vocab_size * c.embed
+  attention = c.layers * length * c.heads * c.head_dim
+  return 6 * weights + OBJECTIVES[name].attention_flops * attention

@@ -1,0 +1,300 @@
+"""What a sampler is asked for: the settings, and canvases with slots to fill.
+
+`prepare` checks a request and divides its slots into blocks, in NumPy.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from maskdiff.errors import UserError
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.objectives.schedule import SCHEDULES
+from maskdiff.objectives.table import OBJECTIVES
+from maskdiff.sampling import candidates, remasking
+
+CACHES = ('none', 'prefix', 'dual')
+MAX_SHAPES = 5  # that a program has passes for
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+  """How to sample. What has a default is off by default.
+
+  Of a model that ends short answers with many eos, the published evaluations
+  of LLaDA (EVAL.md) suppress eos in one of two ways. `logits_eos_inf`
+  (HumanEval): it is never predicted. `confidence_eos_eot_inf` (GSM8K, MATH,
+  GPQA, MBPP): it is, and so is the end of turn, but they have confidence 0 and
+  are committed last, and the confidence of other tokens is a share of what
+  these two leave. At temperatures above 0 LLaDA's code does the second to the
+  end of turn alone, by an oversight; here eos is treated alike at any
+  temperature. Rules that do not look at confidence take no notice of it.
+
+  A `cache` keeps keys and values of a pass over the whole canvas, which also
+  commits the first tokens of a block, for the steps after it (Fast-dLLM, arXiv
+  2505.22618). `prefix` keeps those of what stands before the block, and later
+  steps pass from the block's start to the end of the row; `dual` keeps all but
+  the block's, and later steps pass the block alone. They are what they were
+  when the pass was made, so that results differ a little from those without a
+  cache; with refresh=1 they are the same.
+  """
+
+  # Denoising steps in all, shared equally by the blocks; 0, with own_blocks: as
+  # many as a block has slots.
+  steps: int
+  block_length: int  # slots filled together
+  temperature: float  # 0 takes the most probable token
+  remasking: str  # a key of remasking.RULES
+  objective: str  # that the network was trained with, of objective.OBJECTIVES
+  predict_mask: bool  # whether the mask id may be predicted
+  mask_id: int
+  bos_id: int
+  # Slots of the longest request there is, which share the steps; 0: of the
+  # longest row of the batch, on which results then depend.
+  gen_length: int = 0
+  # A row's own blocks share the steps, at least one each, and not those of the
+  # longest request: for gaps, which differ, so that results do not depend on
+  # what else is asked.
+  own_blocks: bool = False
+  eos_id: int = -1  # end of text
+  eot_id: int = -1  # end of turn; -1: none
+  schedule: str = 'linear'  # of the number of masked slots: linear | cosine
+  confidence: str = 'probability'  # a key of candidates.CONFIDENCES
+  threshold: float = 0.9  # of the rule of that name
+  factor: float = 1.0  # of the rule of that name
+  top_k: int = 0  # most probable tokens that are drawn from; 0: all
+  top_p: float = 1.0  # their probability in all
+  guidance: float = 0.0  # scale of classifier-free guidance
+  stop_at_eos: bool = False  # nothing after an eos matters: see `stop`
+  logits_eos_inf: bool = False
+  confidence_eos_eot_inf: bool = False
+  cache: str = 'none'  # one of CACHES
+  # A pass over the whole canvas every so many steps of a block; 0: at its
+  # first step alone.
+  refresh: int = 0
+  # Blocks after the current one of which the network sees the masks; -1: all.
+  # With 0 or more it is not told how much room there is.
+  lookahead: int = -1
+
+
+class Carry(NamedTuple):
+  """State of the denoising loop. Rows go on by themselves."""
+
+  block: jax.Array  # [B] int32, blocks done
+  step: jax.Array  # [B] int32, steps done of the current block
+  canvas: jax.Array  # [B, L] int32
+  masked: jax.Array  # [B, blocks, S] bool, slots to be committed yet
+  calls: jax.Array  # int32, how often the network was called
+  # Of a row, whatever the other rows are, [B] int32 each: passes in which it
+  # took part, and positions that they needed of it: those that are visible, or
+  # in the window. More are computed, for padding and for few shapes. Guidance
+  # takes two passes for one.
+  forwards: jax.Array
+  positions: jax.Array
+  broken: jax.Array  # [B] bool, given up: logits were NaN or infinite
+
+
+class Layout(NamedTuple):
+  """What stays the same over the loop."""
+
+  slots: jax.Array  # [B, blocks, S] int32, positions; L where a row has none
+  num_slots: jax.Array  # [B, blocks] int32
+  fill: jax.Array  # [B, L] bool, True on slots
+  valid: jax.Array  # [B, L] bool, False on padding
+  order: jax.Array  # [B, L] int32, the block of a slot; -1 on what is given
+  steps: jax.Array  # [B] int32, of a block
+  seeds: jax.Array  # [B] uint32
+
+
+def prepare(c, canvas, fill, valid, seeds):
+  """Checks the request and lays out its blocks.
+
+  Returns:
+    The first Carry, the Layout, and the shapes of passes, see `shapes`.
+
+  Raises:
+    UserError: shapes differ, steps cannot be shared by the blocks, there is
+      nothing to fill, a name is unknown, there is no eos_id that is needed,
+      an autoregressive network is asked for what it cannot do, a row goes on
+      after slots that are not to be seen, slots stand on padding, or a seed is
+      no uint32.
+  """
+  canvas = np.asarray(canvas, np.int32)
+  fill, valid = np.asarray(fill, bool), np.asarray(valid, bool)
+  if canvas.ndim != 2 or not canvas.shape == fill.shape == valid.shape:
+    raise UserError(
+      f'canvas {canvas.shape}, fill {fill.shape} and valid {valid.shape} must '
+      'have one shape [B, L]'
+    )
+  _check_settings(c)
+  for row in np.flatnonzero(np.any(fill & ~valid, axis=1)):
+    raise UserError(f'row {row} has slots on its padding: fill needs valid')
+  for seed in seeds:
+    if not 0 <= seed < 2**32:
+      raise UserError(f'seed {seed} is not from 0 to {2**32 - 1}')
+  most = int(fill.sum(axis=1).max(initial=0))
+  if most == 0:
+    raise UserError('nothing to fill: ask for gen_length of at least 1')
+  most = max(most, c.gen_length)
+  if c.block_length < 1:
+    raise UserError(f'block_length={c.block_length} must be at least 1')
+  size = min(c.block_length, most)
+  blocks = -(-most // size)
+  if c.steps < 0 or (not c.own_blocks and (not c.steps or c.steps % blocks)):
+    raise UserError(
+      f'steps={c.steps} cannot be shared equally by {blocks} block(s) of '
+      f'{size} tokens; choose a multiple of {blocks}'
+    )
+  batch, length = canvas.shape
+  slots = np.full((batch, blocks * size), length, np.int32)
+  for row, filled in enumerate(fill):
+    (where,) = np.nonzero(filled)
+    slots[row, : len(where)] = where
+  order = np.where(fill, np.cumsum(fill, axis=1) - 1, -size) // size
+  if c.lookahead >= 0 and np.any(valid[:, 1:] & fill[:, :-1] & ~fill[:, 1:]):
+    raise UserError(
+      f'lookahead={c.lookahead} hides slots at the end of a row, and here text '
+      'follows a gap: leave it at -1'
+    )
+  slots = slots.reshape(batch, blocks, size)
+  has = np.full(batch, most)
+  if c.own_blocks:
+    has = np.maximum(fill.sum(axis=1), 1)
+  sizes = np.minimum(size, has)
+  steps = -(-c.steps // -(-has // sizes)) if c.steps else sizes
+  zeros = np.zeros(batch, np.int32)
+  carry = Carry(
+    block=zeros,
+    step=zeros,
+    canvas=np.where(fill, np.int32(c.mask_id), canvas),
+    masked=slots < length,
+    calls=np.int32(0),
+    forwards=zeros,
+    positions=zeros,
+    broken=np.zeros(batch, bool),
+  )
+  layout = Layout(
+    slots=slots,
+    num_slots=(slots < length).sum(axis=2, dtype=np.int32),
+    fill=fill,
+    valid=valid,
+    order=order.astype(np.int32),
+    steps=steps.astype(np.int32),
+    seeds=np.asarray(seeds, np.uint32),
+  )
+  return carry, layout, shapes(c, length, size)
+
+
+def _check_settings(c):
+  causal = OBJECTIVES[c.objective].left_to_right
+  if causal and c.block_length != 1:
+    raise UserError(
+      f'block_length={c.block_length}: a model trained with the autoregressive '
+      'objective fills one token at a time; set block_length=1'
+    )
+  if c.guidance and not OBJECTIVES[c.objective].can_guide:
+    raise UserError(
+      f'guidance={c.guidance}: a model trained with the autoregressive '
+      'objective has not learned to do without a prompt that is masked'
+    )
+  if causal and (c.cache, c.lookahead) != ('none', -1):
+    raise UserError(
+      f'cache={c.cache!r} and lookahead={c.lookahead} are for networks that '
+      'see both sides, and one trained with the autoregressive objective does '
+      "not: leave them at 'none' and -1"
+    )
+  if c.refresh < 0 or (c.refresh and c.cache == 'none'):
+    raise UserError(
+      f'refresh={c.refresh} is how often a cache is made anew: choose '
+      "cache='dual' or 'prefix' too, or 0"
+    )
+  for key, known in (
+    ('cache', CACHES),
+    ('remasking', remasking.RULES),
+    ('confidence', candidates.CONFIDENCES),
+    ('schedule', SCHEDULES),
+  ):
+    if getattr(c, key) not in known:
+      raise UserError(
+        f'{key}={getattr(c, key)!r} is unknown; choose one of {sorted(known)}'
+      )
+  for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
+    if getattr(c, key) and c.eos_id < 0:
+      raise UserError(f'{key}=True needs an eos_id')
+
+
+def shapes(c, length, size):
+  """How much of the rows the passes of a round may cover: a few choices.
+
+  A round takes the smallest that covers what is visible of all its rows. They
+  do not depend on the prompts, so that a program serves all of a length.
+
+  Args:
+    c: SamplerConfig.
+    length: L.
+    size: slots of a block.
+
+  Returns:
+    Tuple of (length, window), rising: positions of the pass over the canvas,
+    and of those after it, which a cache serves. At most MAX_SHAPES.
+  """
+  if c.lookahead < 0 and c.cache != 'prefix':
+    return ((length, size),)
+  if c.lookahead < 0:
+    return tuple((length, window) for window in halves(length, size))
+  ahead = min((1 + c.lookahead) * size, length)
+  window = ahead if c.cache == 'prefix' else size
+  return tuple((n, window) for n in halves(length, ahead))
+
+
+def halves(most, least):
+  """`most`, half of it and so on, not below `least`, rising."""
+  sizes = [most]
+  while len(sizes) < MAX_SHAPES and -(-sizes[-1] // 2) >= least:
+    sizes.append(-(-sizes[-1] // 2))
+  return sizes[::-1]
+
+
+def sampler_config(config):
+  """The frozen config of the sampler; autoregressive models go one by one."""
+  s, causal = config.sample, OBJECTIVES[config.objective.name].left_to_right
+  return SamplerConfig(
+    steps=s.gen_length if causal else s.steps,
+    block_length=1 if causal else s.block_length,
+    temperature=s.temperature,
+    remasking=s.remasking,
+    objective=config.objective.name,
+    predict_mask=config.objective.predict_mask,
+    mask_id=config.tokens.mask_id,
+    bos_id=config.tokens.bos_id,
+    gen_length=s.gen_length,
+    eos_id=config.tokens.eos_id,
+    eot_id=s.eot_id,
+    schedule=s.schedule,
+    confidence=s.confidence,
+    threshold=s.threshold,
+    factor=s.factor,
+    top_k=s.top_k,
+    top_p=s.top_p,
+    guidance=s.guidance,
+    stop_at_eos=s.stop_at_eos,
+    logits_eos_inf=s.logits_eos_inf,
+    confidence_eos_eot_inf=s.confidence_eos_eot_inf,
+    cache=s.cache,
+    refresh=s.refresh,
+    lookahead=s.lookahead,
+  )
+
+
+def sampler_model(config):
+  """The TransformerConfig that samples and scores.
+
+  A kernel that the config insists on is for training: prompts are few and of
+  any length, and may be answered on another kind of machine.
+  """
+  model = TransformerConfig(**config.model)
+  if model.attention == 'xla':
+    return model
+  return dataclasses.replace(model, attention='auto')

@@ -1,0 +1,169 @@
+"""Opens the tokenizer and the data of a config, and makes batches of them."""
+
+import functools
+
+import jax
+
+from maskdiff.data import pipeline, prepare, records
+from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.distributed import runtime
+from maskdiff.errors import UserError
+
+READ_THREADS = 2
+
+
+def open_tokenizer(config):
+  """Loads the tokenizer and checks it against the config.
+
+  Raises:
+    UserError: an id or the vocabulary size differs.
+  """
+  tokenizer = tokenizer_lib.with_config_ids(
+    config, tokenizer_lib.load(config.data.tokenizer)
+  )
+  for name, value in config.tokens.items():
+    if getattr(tokenizer, name) != value:
+      raise UserError(
+        f'config.tokens.{name}={value}, but {config.data.tokenizer} has '
+        f'{getattr(tokenizer, name)}; set --config.tokens.{name}='
+        f'{getattr(tokenizer, name)} or choose another config.data.tokenizer'
+      )
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise UserError(
+      f'{config.data.tokenizer} has {tokenizer.vocab_size} pieces, more than '
+      f'config.model.vocab_size={config.model.vocab_size}; set '
+      f'--config.model.vocab_size={tokenizer.vocab_size}'
+    )
+  return tokenizer
+
+
+def open_data(config, tokenizer, path=None):
+  """The datasets of a path of the config, after a check of every shard.
+
+  The embedded corpus is prepared on first use, by process 0 for all hosts
+  that share its directory.
+
+  Args:
+    config: the config.
+    tokenizer: data.tokenizer.Tokenizer.
+    path: as config.data.path, which is the default.
+
+  Returns:
+    List of data.pipeline.Dataset.
+
+  Raises:
+    UserError: a directory or shard is missing or damaged, or was prepared with
+      another tokenizer.
+  """
+  datasets = []
+  for name, weight in pipeline.parse_mixture(path or config.data.path):
+    directory = name
+    if name == 'embedded':
+      directory = runtime.main_process_first(
+        functools.partial(
+          prepare.embedded,
+          tokenizer,
+          config.data.cache_dir,
+          config.data.length,
+          runtime.say,
+        )
+      )
+    manifest = records.read_manifest(directory)
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+      raise UserError(
+        f'{directory} was prepared with tokenizer '
+        f'{manifest.tokenizer_fingerprint}, but {config.data.tokenizer} is '
+        f'{tokenizer.fingerprint}; set config.data.tokenizer to the one it was '
+        f'prepared with, a copy of which is in {directory}'
+      )
+    if manifest.eos_id != tokenizer.eos_id:
+      raise UserError(
+        f'the documents of {directory} end with the eos id {manifest.eos_id}, '
+        f'but config.tokens.eos_id={tokenizer.eos_id}: use the copy of the '
+        f'tokenizer that is in {directory}'
+      )
+    # A run that puts up with damaged rows must be able to start with them.
+    check = 'none' if config.data.max_damaged_rows else 'sample'
+    records.verify(
+      directory,
+      manifest,
+      rows='all' if config.data.verify == 'all' else check,
+      share=(jax.process_index(), jax.process_count()),
+    )
+    datasets.append(pipeline.Dataset(name, str(directory), weight, manifest))
+  return datasets
+
+
+def train_batches(config, datasets, mesh, start_sample):
+  """Iterator of [B, L] int32 batches on the mesh, without end.
+
+  Args:
+    config: the config.
+    datasets: from `open_data`.
+    mesh: device mesh.
+    start_sample: samples consumed so far.
+
+  Raises:
+    UserError: the length does not fit the prepared rows.
+  """
+  sharding = mesh_lib.batch_sharding(mesh)
+  shape = (config.train.batch, config.data.length)
+  batches = pipeline.train_batches(
+    datasets,
+    global_batch=config.train.batch,
+    length=config.data.length,
+    seed=config.seed,
+    start_sample=start_sample,
+    rows=pipeline.host_rows(sharding, shape),
+    num_threads=READ_THREADS,
+    max_damaged_rows=config.data.max_damaged_rows,
+    skip=config.data.skip_samples,
+  )
+  return pipeline.to_device(batches, sharding, shape)
+
+
+def read_samples(config, datasets, first, end):
+  """The samples of a range, [end - first, L] int32, on the host.
+
+  Args:
+    config: the config.
+    datasets: from `open_data`.
+    first: number of the first sample.
+    end: number of the one after the last.
+  """
+  batches = pipeline.train_batches(
+    datasets,
+    global_batch=end - first,
+    length=config.data.length,
+    seed=config.seed,
+    start_sample=first,
+    rows=range(end - first),
+    num_threads=0,
+    max_damaged_rows=config.data.max_damaged_rows,
+  )
+  return next(batches)
+
+
+def heldout_batches(config, dataset, mesh):
+  """Iterator of the batches of an evaluation, the same every time.
+
+  Args:
+    config: the config.
+    dataset: one of `open_data`.
+    mesh: device mesh.
+
+  Raises:
+    UserError: there is less held-out text than asked for.
+  """
+  sharding = mesh_lib.batch_sharding(mesh)
+  shape = (config.eval.batch, config.data.length)
+  batches = pipeline.heldout_batches(
+    dataset,
+    batch=config.eval.batch,
+    length=config.data.length,
+    num_batches=config.eval.batches,
+    rows=pipeline.host_rows(sharding, shape),
+    num_threads=READ_THREADS,
+  )
+  return pipeline.to_device(batches, sharding, shape)

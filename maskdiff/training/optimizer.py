@@ -1,0 +1,118 @@
+"""AdamW, clipped, with weight decay on matrices and a learning-rate plan."""
+
+import dataclasses
+
+import jax
+import optax
+
+from maskdiff.distributed.mesh import is_matrix
+
+SCHEDULES = ('wsd', 'cosine', 'piecewise')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  schedule: str  # one of SCHEDULES
+  learning_rate: float
+  final_learning_rate: float
+  warmup_steps: int
+  decay_steps: int  # wsd: length of the last stretch
+  pieces: tuple  # piecewise: (last step, rate at its start, rate at its end)
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+  moments: str  # dtype in which both of Adam's are stored
+
+
+def learning_rate(c, steps):
+  """Returns the plan as a function of the step, an int32 scalar.
+
+  `wsd`: linear warmup from 0, constant, linear decay over the last
+  `decay_steps`. `cosine`: linear warmup, then half a cosine. Both end at
+  `final_learning_rate`. `piecewise`: the stretches given by hand, each linear
+  between two rates, which may jump from one to the next: the plan of LLaDA 8B
+  (arXiv 2502.09992, section 2.2) is four of them.
+
+  Args:
+    c: OptimizerConfig.
+    steps: steps of the whole training.
+  """
+  if c.schedule == 'cosine':
+    return optax.warmup_cosine_decay_schedule(
+      0.0, c.learning_rate, c.warmup_steps, steps, c.final_learning_rate
+    )
+  pieces = c.pieces
+  if c.schedule == 'wsd':
+    pieces = (
+      (c.warmup_steps, 0.0, c.learning_rate),
+      (steps - c.decay_steps, c.learning_rate, c.learning_rate),
+      (steps, c.learning_rate, c.final_learning_rate),
+    )
+  ends = [end for end, _, _ in pieces]
+  starts = [0, *ends[:-1]]
+  lines = [
+    optax.linear_schedule(first, last, end - start)
+    for start, (end, first, last) in zip(starts, pieces, strict=True)
+    if end > start
+  ]
+  joints = [e for s, e in zip(starts, ends, strict=True) if e > s][:-1]
+  return optax.join_schedules(lines, joints)
+
+
+def make_optimizer(c, steps, axes):
+  """Builds the update rule.
+
+  Args:
+    c: OptimizerConfig.
+    steps: steps of the whole training.
+    axes: tree of the parameters' logical axes. Matrices decay, gains do not.
+  """
+  decays = jax.tree.map(is_matrix, axes, is_leaf=lambda a: isinstance(a, tuple))
+  return optax.chain(
+    optax.clip_by_global_norm(c.clip_norm),
+    scale_by_adam(c),
+    optax.add_decayed_weights(c.weight_decay, mask=decays),
+    optax.scale_by_learning_rate(learning_rate(c, steps)),
+  )
+
+
+def scale_by_adam(c):
+  """optax.scale_by_adam with both moments stored in the dtype `c.moments`.
+
+  The arithmetic is float32. bfloat16 saves 4 bytes a parameter, as in
+  DeepSeek-V3 (arXiv 2412.19437, section 3.3.3); it wants b2 well below 1,
+  because an update that is less than 1/256 of the moment is rounded away.
+  """
+  adam = optax.scale_by_adam(c.b1, c.b2, c.eps)
+
+  def cast(state, dtype):
+    mu, nu = optax.tree.cast((state.mu, state.nu), dtype)
+    return state._replace(mu=mu, nu=nu)
+
+  def update(gradients, state, params=None):
+    updates, state = adam.update(gradients, cast(state, 'float32'), params)
+    return updates, cast(state, c.moments)
+
+  return optax.GradientTransformation(
+    lambda params: cast(adam.init(params), c.moments), update
+  )
+
+
+def state_shardings(optimizer, params, param_shardings, replicated):
+  """Shardings of the optimizer state: moments lie like their parameters.
+
+  Args:
+    optimizer: from make_optimizer.
+    params: tree of arrays or ShapeDtypeStructs.
+    param_shardings: the same tree of shardings.
+    replicated: sharding of everything else.
+  """
+  return optax.tree.map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, params),
+    param_shardings,
+    transform_non_params=lambda _: replicated,
+  )

@@ -1,0 +1,165 @@
+"""One number for all bits of an array, wherever its parts lie."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maskdiff.checkpoints.fingerprint import fingerprint, fingerprints
+
+DTYPES = ['float32', 'bfloat16', 'int32', 'uint32', 'bool', 'int8', 'float16']
+SHAPES = [(), (1,), (7,), (8, 16), (13, 5, 3), (2, 3, 4, 5), (0, 3)]
+MASK = 2**32 - 1
+
+
+def bits_of(x):
+  x = np.asarray(x)
+  return x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+
+
+def mix(x):
+  x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
+  x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
+  return x ^ (x >> 16)
+
+
+def by_hand(x):
+  """The fingerprint in integers of Python, element by element."""
+  total = 0
+  for index, value in np.ndenumerate(bits_of(x)):
+    position = len(index)
+    for i in index:
+      position = mix((position * 0x9E3779B1 + i) & MASK)
+    total += mix(int(value) ^ position)
+  return total & MASK
+
+
+def noise(shape, dtype, seed=0):
+  """Any bits: also NaNs, infinities and denormals."""
+  random = np.random.default_rng(seed)
+  dtype = jnp.dtype(dtype)
+  if dtype.kind == 'b':
+    return random.integers(2, size=shape).astype(bool)
+  raw = random.bytes(int(np.prod(shape)) * dtype.itemsize)
+  return np.frombuffer(raw, dtype).reshape(shape).copy()
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_it_is_what_is_computed_by_hand(shape, dtype):
+  x = noise(shape, dtype)
+  assert int(fingerprint(x)) == by_hand(x)
+
+
+@pytest.mark.parametrize(
+  'shape', [(300_001,), (3, 419, 217), (2, 200_003)], ids=str
+)
+def test_what_is_added_up_in_tiles_is_what_is_computed_by_hand(shape):
+  x = noise(shape, 'bfloat16')
+  assert int(jax.jit(fingerprint)(x)) == by_hand(x)
+
+
+def test_it_does_not_change_from_one_version_to_the_next():
+  """Checkpoints of last year must still be found whole."""
+  x = jnp.arange(1000, dtype=jnp.float32).reshape(10, 100)
+  tree = {'a': x, 'b': x.astype(jnp.bfloat16), 'c': x[0] > 5}
+  found = {k: int(v) for k, v in fingerprints(tree).items()}
+  assert found == {'a': 1018675246, 'b': 8935460, 'c': 1626297293}
+
+
+@pytest.mark.parametrize(
+  ('shape', 'dtype'),
+  [
+    ((8, 24, 16), 'float32'),
+    ((8, 24, 16), 'bfloat16'),
+    ((8, 24, 16), 'int32'),
+    ((8, 24, 16), 'bool'),
+    ((8, 24, 1480), 'float32'),
+  ],
+)
+def test_it_is_the_same_on_any_mesh(shape, dtype):
+  x = noise(shape, dtype)
+  alone = int(fingerprint(x))
+  for sizes, spec in [
+    ((8, 1), P('a')),
+    ((8, 1), P(None, 'a')),
+    ((2, 4), P('a', 'b')),
+    ((2, 4), P(('b', 'a'), None, None)),
+    ((2, 2), P(None, 'b', 'a')),
+    ((4, 2), P('b', None, 'a')),
+    ((4, 2), P()),
+  ]:
+    mesh = jax.make_mesh(
+      sizes,
+      ('a', 'b'),
+      axis_types=(AxisType.Auto,) * 2,
+      devices=jax.devices()[: sizes[0] * sizes[1]],
+    )
+    placed = jax.device_put(x, NamedSharding(mesh, spec))
+    assert int(fingerprints([placed])[0]) == alone, (sizes, spec)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'int8'])
+def test_any_flipped_bit_changes_it(dtype):
+  x = noise((64, 40), dtype)
+  take = jax.jit(fingerprint)
+  whole = int(take(x))
+  random = np.random.default_rng(1)
+  for _ in range(200):
+    damaged = x.copy()
+    bits = bits_of(damaged).reshape(-1)
+    at = random.integers(bits.size)
+    bits[at] ^= bits.dtype.type(1 << random.integers(8 * x.dtype.itemsize))
+    assert int(take(damaged)) != whole
+
+
+def test_any_other_value_of_an_element_changes_it():
+  """Not by luck, as a checksum would see it, but every single one."""
+  values = jnp.arange(2**16, dtype=jnp.uint16)
+  rows = jnp.zeros((2**16, 3), jnp.uint16).at[:, 1].set(values)
+  assert len(np.unique(jax.jit(jax.vmap(fingerprint))(rows))) == 2**16
+
+
+def test_what_is_moved_changes_it():
+  x = noise((32, 16), 'float32')
+  moved = [
+    x[::-1],
+    x[:, ::-1],
+    np.roll(x, 1),
+    np.roll(x, 1, axis=0),
+    x[[1, 0, *range(2, 32)]],
+    x[:, [1, 0, *range(2, 16)]],
+    x.reshape(16, 32),
+    x.reshape(-1),
+    x.reshape(16, 32).T,
+  ]
+  found = {int(fingerprint(y)) for y in [x, *moved]}
+  assert len(found) == len(moved) + 1
+
+
+@pytest.mark.parametrize('dtype', ['bool', 'int32', 'float32'])
+def test_swaps_of_two_equal_looking_elements_change_it(dtype):
+  """Few different values and small ones, as in counters and masks."""
+  x = np.random.default_rng(0).integers(2, size=(16, 32)).astype(dtype)
+  take = jax.jit(fingerprint)
+  whole, random = int(take(x)), np.random.default_rng(1)
+  for _ in range(100):
+    a, b = (tuple(random.integers((16, 32))) for _ in range(2))
+    swapped = x.copy()
+    swapped[a], swapped[b] = x[b], x[a]
+    assert (int(take(swapped)) != whole) == (x[a] != x[b])
+
+
+def test_zeros_of_both_signs_and_nans_are_told_apart():
+  same = [[0.0, 1.0], [-0.0, 1.0], [np.nan, 1.0], [-np.nan, 1.0]]
+  found = {int(fingerprint(np.float32(x))) for x in same}
+  assert len(found) == len(same)
+
+
+def test_large_arrays_have_no_temporaries_of_their_size():
+  for shape in [(4096, 512), (12, 333, 571), (2_000_003,)]:
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    memory = jax.jit(fingerprint).lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < x.size * 4 / 4, shape

@@ -1,0 +1,472 @@
+"""Configs build, add up, and say what is wrong with them in one line."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from maskdiff import config as config_lib
+from maskdiff.errors import UserError
+from maskdiff.model import attention, transformer
+from maskdiff.objectives import canvas, schedule
+from maskdiff.objectives import table as table_lib
+from maskdiff.sampling import candidates, remasking, request
+from maskdiff.training import optimizer
+from maskdiff.training import step as step_lib
+from maskdiff.training.optimizer import OptimizerConfig, learning_rate
+
+ROOT = pathlib.Path(__file__).parents[2]
+# But that of a published folder, of which there is none:
+# tests/interop/test_warm_start.py.
+NAMES = sorted(
+  path.name
+  for path in (ROOT / 'configs').glob('*.py')
+  if path.name != 'published.py'
+)
+
+
+def module(name):
+  return runpy.run_path(str(ROOT / 'configs' / name.partition(':')[0]))
+
+
+# And FILE:MACHINE for every machine that a file has a batch for, or puzzle.
+FILES = NAMES + [
+  f'{name}:{entry}'
+  for name in NAMES
+  for table in ('MACHINES', 'PUZZLES')
+  for entry in module(name).get(table, {})
+]
+
+
+def build(name):
+  machine = name.partition(':')[2]
+  return module(name)['get_config'](*[machine] if machine else [])
+
+
+def changed(**changes):
+  """The default with some values changed: a__b stands for a.b."""
+  c = config_lib.default()
+  c.update_from_flattened_dict(
+    {key.replace('__', '.'): value for key, value in changes.items()}
+  )
+  return c
+
+
+def num_params(name):
+  return transformer.num_params(step_lib.step_config(build(name)).model)[0]
+
+
+# The files of configs/
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_is_locked_valid_and_has_exactly_the_default_keys(name):
+  c = build(name)
+  assert c.is_locked
+  config_lib.validate(c)
+  default = config_lib.flatten(config_lib.default())
+  flat = config_lib.flatten(c)
+  assert flat.keys() == default.keys()
+  assert {k: type(v) for k, v in flat.items()} == {
+    k: type(v) for k, v in default.items()
+  }
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_becomes_the_frozen_configs_of_the_library(name):
+  c = build(name)
+  step, sampler = step_lib.step_config(c), request.sampler_config(c)
+  assert hash((step, sampler)) == hash((step_lib.step_config(c), sampler))
+  assert step.length == c.data.length
+  learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)(0)
+
+
+def test_a_kernel_for_training_is_not_asked_to_sample():
+  """Prompts have no lengths that suit it, and other machines do not have it."""
+  c = build('tiny.py')
+  for trains, samples in (('splash', 'auto'), ('xla', 'xla')):
+    c.model.attention = trains
+    assert step_lib.step_config(c).model.attention == trains
+    assert request.sampler_model(c).attention == samples
+
+
+@pytest.mark.parametrize(
+  'name, number', [('8b.py', 8_015_581_184), ('1b.py', 1_487_243_264)]
+)
+def test_llada_has_its_published_number_of_parameters(name, number):
+  assert num_params(name) == number
+
+
+@pytest.mark.parametrize(
+  'name, least, most',
+  [('tiny.py', 1e6, 1e7), ('150m.py', 135e6, 165e6)],
+)
+def test_a_config_is_about_as_large_as_it_says(name, least, most):
+  assert least < num_params(name) < most
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_docstring_counts_parameters_exactly(name):
+  docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
+  for number in re.findall(r'([\d,]{7,}) parameters', docstring):
+    assert num_params(name) == int(number.replace(',', ''))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_docstring_launches_its_own_file(name):
+  docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
+  assert f'launch/pretrain.py --config configs/{name} ' in docstring
+
+
+@pytest.mark.parametrize(
+  'step, rate',
+  [
+    (0, 0.0),
+    (1_000, 2e-4),
+    (2_000, 4e-4),
+    (100_000, 4e-4),
+    (228_881, 4e-4),
+    (228_882, 1e-4),
+    (381_470, 1e-4),
+    (410_080, 5.5e-5),
+    (438_690, 1e-5),
+  ],
+)
+def test_the_learning_rate_of_8b_is_that_of_llada(step, rate):
+  c = build('8b.py')
+  plan = learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)
+  assert float(plan(step)) == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize('machine', ['v5e-256', 'v6e-256'])
+def test_8b_reads_as_many_tokens_on_other_machines(machine):
+  c, paper = build(f'8b.py:{machine}'), build('8b.py')
+  ends = lambda c: [
+    end * c.train.batch * c.data.length for end, _, _ in c.optimizer.pieces[1:]
+  ]
+  assert ends(c) == pytest.approx(ends(paper), rel=1e-5)
+  rates = lambda c: [piece[1:] for piece in c.optimizer.pieces]
+  assert rates(c) == rates(paper)
+
+
+def test_8b_reads_the_tokens_of_llada_by_the_ends_of_its_pieces():
+  c = build('8b.py')
+  tokens = [
+    end * c.train.batch * c.data.length for end, _, _ in c.optimizer.pieces
+  ]
+  assert tokens[1:] == pytest.approx([1.2e12, 2.0e12, 2.3e12], rel=1e-5)
+
+
+# Validation
+
+
+PIECEWISE = dict(optimizer__schedule='piecewise', train__steps=100)
+INVALID = {
+  'train.microbatches': dict(train__batch=32, train__microbatches=5),
+  'train.batch': dict(train__batch=33),
+  'eval.batch': dict(eval__batch=31),
+  'tokens.mask_id': dict(tokens__mask_id=4096),
+  'tokens.bos_id': dict(tokens__bos_id=-1),
+  'tokens.eos_id': dict(tokens__eos_id=4096),
+  'model.kv_heads': dict(model__heads=4, model__kv_heads=3),
+  'model.head_dim': dict(model__head_dim=7),
+  'model.layers': dict(model__layers=0),
+  'objective.eps': dict(objective__eps=1.0),
+  'objective.random_length_fraction': dict(objective__random_length_fraction=2),
+  'train.steps': dict(train__steps=150),  # less than warmup and decay
+  'sample.steps': dict(sample__steps=63, sample__block_length=32),
+  'sample.top_p': dict(sample__top_p=0.0, sample__temperature=1.0),
+  'sample.top_k': dict(sample__top_k=5),  # at temperature 0
+  'sample.eot_id': dict(sample__eot_id=4096),
+  'sample.refresh': dict(sample__refresh=2),  # without a cache
+  'sample.lookahead': dict(sample__lookahead=-2),
+  'sample.cache_shift': dict(sample__cache='dual', model__predict_next=True),
+  'sample.cache': dict(sample__cache='dual', objective__name='autoregressive'),
+  'sample.guidance': dict(
+    sample__guidance=1.0, objective__name='autoregressive'
+  ),
+  'sample.threshold': dict(sample__threshold=-0.1),
+  'checkpoint.keep': dict(checkpoint__keep=0),
+}
+
+
+@pytest.mark.parametrize('key', INVALID)
+def test_an_invalid_value_is_refused_by_its_key(key):
+  name = key.partition('_shift')[0]
+  with pytest.raises(UserError, match=rf'config\.{name}=') as error:
+    config_lib.validate(changed(**INVALID[key]))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('key', config_lib.CHOICES)
+def test_a_mistyped_choice_is_refused_with_the_right_one(key):
+  right = config_lib.CHOICES[key][-1]
+  c = changed(**{key.replace('.', '__'): right[:-1]})
+  with pytest.raises(
+    UserError, match=rf'config\.{key}=.*did you mean {right!r}'
+  ):
+    config_lib.validate(c)
+
+
+@pytest.mark.parametrize(
+  'pieces',
+  [
+    (),
+    ((90, 0.0, 1.0),),
+    ((50, 0.0, 1.0), (110, 1.0, 0.0)),
+    ((100, 0.0, 1.0), (50, 1.0, 0.0)),
+    ((100, 0.1),),
+    (100,),
+  ],
+)
+def test_pieces_that_do_not_end_with_the_training_are_refused(pieces):
+  c = changed(**PIECEWISE)
+  c.optimizer.pieces = pieces
+  with pytest.raises(UserError, match='config.optimizer.pieces.*steps=100'):
+    config_lib.validate(c)
+
+
+@pytest.mark.parametrize('schedule', ['wsd', 'cosine', 'piecewise'])
+def test_a_valid_schedule_has_a_rate_at_every_step(schedule):
+  """Also where the warmup is all of the training, or all but a step."""
+  warmup = 99 if schedule == 'cosine' else 100
+  c = changed(
+    train__steps=100, optimizer__warmup_steps=warmup, optimizer__decay_steps=0
+  )
+  c.optimizer.schedule = schedule
+  c.optimizer.pieces = ((100, 0.0, 1.0),)
+  config_lib.validate(c)
+  plan = learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)
+  assert float(plan(0)) == 0
+  assert 0 < float(plan(99)) <= 1
+
+
+def test_a_cosine_needs_a_step_after_the_warmup():
+  c = changed(
+    train__steps=100, optimizer__warmup_steps=100, optimizer__decay_steps=0
+  )
+  c.optimizer.schedule = 'cosine'
+  with pytest.raises(UserError, match='warmup_steps=100.*steps=100'):
+    config_lib.validate(c)
+
+
+def mesh_of(shards):
+  return dict(replica=1, fsdp=shards, sequence=1, tensor=1)
+
+
+@pytest.mark.parametrize('section', ['train', 'eval'])
+@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize('shards', [3, 5, 6, 8, 12, 64])
+def test_the_batch_that_is_suggested_for_a_mesh_will_do(
+  shards, microbatches, section
+):
+  c = changed(train__microbatches=microbatches)
+  c.train.batch = c.eval.batch = 2 * shards * microbatches
+  c[section].batch += 2
+  config_lib.validate(c)
+  flag = rf'--config\.{section}\.batch=(\d+)'
+  with pytest.raises(UserError, match=flag) as error:
+    config_lib.validate_mesh(c, mesh_of(shards))
+  c[section].batch = int(re.search(flag, str(error.value))[1])
+  config_lib.validate(c)
+  config_lib.validate_mesh(c, mesh_of(shards))
+
+
+def test_a_length_must_split_over_the_sequence_axis():
+  c = changed(data__length=36, mesh__sequence=8)
+  with pytest.raises(UserError, match=r'config\.data\.length=36'):
+    config_lib.validate_mesh(c, mesh_of(1) | dict(sequence=8))
+
+
+# Configs of checkpoints
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_survives_json(name):
+  c = build(name)
+  again = config_lib.from_dict(json.loads(c.to_json()))
+  flat, back = config_lib.flatten(c), config_lib.flatten(again)
+  assert back == flat
+  assert {k: type(v) for k, v in back.items()} == {
+    k: type(v) for k, v in flat.items()
+  }
+  hash((step_lib.step_config(again), OptimizerConfig(**again.optimizer)))
+
+
+def test_a_saved_config_with_keys_that_are_gone_is_refused_by_their_names():
+  tree = json.loads(config_lib.default().to_json())
+  tree['model']['fast'] = True
+  tree['train']['micro_batches'] = 1
+  with pytest.raises(UserError, match=r'model\.fast, train\.micro_batches'):
+    config_lib.from_dict(tree)
+
+
+def test_a_key_that_a_saved_config_does_not_have_yet_has_its_default():
+  tree = json.loads(config_lib.default().to_json())
+  del tree['sample']['cache']
+  tree['sample']['gen_length'] = 7
+  c = config_lib.from_dict(tree)
+  assert (c.sample.cache, c.sample.gen_length) == ('none', 7)
+
+
+# The command line
+
+
+def command(*argv, timeout=60):
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+  return subprocess.run(
+    [sys.executable, *argv],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+def parse(*argv):
+  """The config that a script of launch/ would be given, after tiny.py."""
+  script = (
+    'from maskdiff import config; config.define_config_flag(); '
+    'config.run_script(lambda args: print(config.flatten(args.config)))'
+  )
+  return command('-c', script, '--config=configs/tiny.py', *argv)
+
+
+def refused(result):
+  """The one line of a refusal."""
+  assert result.returncode == 2, result.stderr[-1000:]
+  assert result.stdout == ''
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert '\\n' not in line
+  assert len(line) < 300
+  return line
+
+
+def test_flags_override_values_with_their_types():
+  result = parse(
+    '--config.model.heads=2',
+    '--config.optimizer.learning_rate=1',
+    '--config.model.tie_embeddings=false',
+    '--config.objective.name=autoregressive',
+    '--config.sample.prompts=("a", "b")',
+    '--config.optimizer.pieces=((10, 0.0, 1.0), (20, 1.0, 0.5))',
+  )
+  flat = ast.literal_eval(result.stdout)
+  expected = config_lib.flatten(build('tiny.py')) | {
+    'model.heads': 2,
+    'optimizer.learning_rate': 1.0,
+    'model.tie_embeddings': False,
+    'objective.name': 'autoregressive',
+    'sample.prompts': ('a', 'b'),
+    'optimizer.pieces': ((10, 0.0, 1.0), (20, 1.0, 0.5)),
+  }
+  assert flat == expected
+  assert isinstance(flat['optimizer.learning_rate'], float)
+
+
+def test_replacing_a_section_does_not_lose_its_other_keys():
+  result = parse('--config.model={"embed": 32}')
+  if result.returncode:
+    assert 'model' in refused(result)
+  else:
+    flat = config_lib.flatten(build('tiny.py'))
+    assert ast.literal_eval(result.stdout) == flat | {'model.embed': 32}
+
+
+CONFIG_FILE = """
+from maskdiff.config import default
+
+def get_config():
+  c = default()
+  {line}
+  return c
+"""
+TINY = '--config=configs/tiny.py'
+WORKDIR = '--workdir=/nowhere/run'
+REFUSED = {
+  'key': (
+    [TINY, WORKDIR, '--config.model.head=2'],
+    "'model.head'; did you mean 'model.heads'?",
+  ),
+  'section': (
+    [TINY, WORKDIR, '--config.modle.heads=2'],
+    "'modle.heads'; did you mean 'model.heads'?",
+  ),
+  'type': ([TINY, WORKDIR, '--config.model.heads=two'], 'config.model.heads'),
+  'no dashes': (
+    [TINY, WORKDIR, 'config.model.heads=2'],
+    'did you mean --config.model.heads=2?',
+  ),
+  'argument': ([TINY, WORKDIR, 'resume'], "'resume'"),
+  'flag': ([TINY, '--wrkdir=/nowhere/run'], "did you mean 'workdir'?"),
+  'no workdir': ([TINY], '--workdir'),
+  'no config': ([WORKDIR], '--config'),
+  'no file': (['--config=configs/tinny.py', WORKDIR], 'configs/tinny.py'),
+  'machine': (
+    ['--config=configs/8b.py:v5e-265', WORKDIR],
+    "v5p-128, v5e-256, v6e-256; did you mean 'v5e-256'?",
+  ),
+  'choice': (
+    [TINY, WORKDIR, '--config.objective.name=autoregresive'],
+    "did you mean 'autoregressive'?",
+  ),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_a_bad_command_line_ends_with_one_line_that_helps(case):
+  argv, message = REFUSED[case]
+  assert message in refused(command('launch/pretrain.py', *argv))
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    (
+      'c.train.batchs = 64',
+      "unknown config key 'batchs'.*did you mean 'batch'",
+    ),
+    ('c.modle.heads = 2', "unknown config key 'modle'.*did you mean 'model'"),
+    ('c.train.batch = "many"', 'batch'),
+    ('c.train.batch = ', 'invalid syntax'),
+  ],
+  ids=['key', 'section', 'type', 'syntax'],
+)
+def test_a_bad_config_file_ends_with_one_line_that_helps(
+  tmp_path, line, message
+):
+  path = tmp_path / 'mine.py'
+  path.write_text(CONFIG_FILE.format(line=line))
+  result = command('launch/pretrain.py', f'--config={path}', WORKDIR)
+  assert re.search(message, refused(result))
+
+
+def test_sampling_from_nowhere_names_the_command_that_trains(tmp_path):
+  result = command('launch/sample.py', f'--workdir={tmp_path}/none')
+  assert result.returncode == 2
+  last = result.stderr.splitlines()[-1]
+  assert re.match('error: .*no checkpoint.*launch/pretrain.py', last)
+
+
+def test_the_choices_are_those_of_the_code():
+  assert config_lib.CHOICES['model.remat'] == tuple(transformer.REMAT_POLICIES)
+  assert config_lib.CHOICES['model.attention'] == attention.IMPLEMENTATIONS
+  assert config_lib.CHOICES['objective.name'] == tuple(table_lib.OBJECTIVES)
+  assert config_lib.CHOICES['objective.schedule'] == schedule.SCHEDULES
+  sampling = config_lib.CHOICES['objective.time_sampling']
+  assert sampling == schedule.TIME_SAMPLINGS
+  within = config_lib.CHOICES['objective.attend_within']
+  assert within == canvas.ATTEND_WITHIN
+  assert config_lib.CHOICES['optimizer.schedule'] == optimizer.SCHEDULES
+  assert config_lib.CHOICES['sample.remasking'] == tuple(remasking.RULES)
+  confidences = config_lib.CHOICES['sample.confidence']
+  assert confidences == tuple(candidates.CONFIDENCES)
+  assert set(config_lib.CHOICES['sample.schedule']) <= set(schedule.SCHEDULES)

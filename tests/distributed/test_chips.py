@@ -1,0 +1,53 @@
+"""Chips by the names that JAX and topologies have for them."""
+
+import pytest
+
+from maskdiff.distributed import chips
+from maskdiff.errors import UserError
+
+
+@pytest.mark.parametrize(
+  'kind, name', [('TPU v5 lite', 'v5e'), ('TPU v5', 'v5p'), ('TPU v6e', 'v6e')]
+)
+def test_a_chip_by_its_device_kind(kind, name):
+  assert chips.by_kind(kind).name == name
+  assert chips.PEAK_FLOPS[kind] == chips.by_kind(kind).peak_flops
+
+
+def test_an_unknown_device_kind_has_no_chip():
+  assert chips.by_kind('abacus') is None
+
+
+def test_names_and_kinds_are_unique():
+  kinds = [kind for chip in chips.CHIPS for kind in chip.device_kinds]
+  assert len(set(kinds)) == len(kinds)
+  assert len({chip.name for chip in chips.CHIPS}) == len(chips.CHIPS)
+
+
+@pytest.mark.parametrize(
+  'topology, name, shape',
+  [
+    ('v5p:4x4x4', 'v5p', (4, 4, 4)),
+    ('v5e:1x1', 'v5e', (1, 1)),
+    ('v6e:16x16', 'v6e', (16, 16)),
+  ],
+)
+def test_a_topology_is_a_chip_and_a_shape(topology, name, shape):
+  chip, found = chips.parse_topology(topology)
+  assert (chip.name, found) == (name, shape)
+
+
+@pytest.mark.parametrize(
+  'topology, says',
+  [
+    ('v5p', 'give a chip of v4, v5e, v5p, v6e and a shape'),
+    ('v9:2x2', 'give a chip of'),
+    ('v5p-128', 'give a chip of'),
+    ('v5p:2x2', 'a shape of v5p has 3 axes, e.g. v5p:4x4x4'),
+    ('v5e:2x2x2', 'a shape of v5e has 2 axes, e.g. v5e:4x4'),
+    ('v5e:0x2', 'a shape of v5e has 2 axes'),
+  ],
+)
+def test_other_names_say_what_is_expected(topology, says):
+  with pytest.raises(UserError, match=says):
+    chips.parse_topology(topology)

@@ -1,0 +1,229 @@
+"""What several processes decide together: when to end, and whether to begin."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from maskdiff.distributed import consensus
+from maskdiff.distributed.consensus import Preemption
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# One process
+
+
+def test_sigterm_is_noticed_at_the_next_poll_and_stays():
+  before = signal.getsignal(signal.SIGTERM)
+  with Preemption() as preemption:
+    assert not preemption.poll() and not preemption.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.poll() and preemption.poll()
+    os.kill(os.getpid(), signal.SIGTERM)  # from somebody impatient
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_handler_is_put_back_after_an_error():
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(KeyError), Preemption():
+    assert signal.getsignal(signal.SIGTERM) is not before
+    raise KeyError
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+  before, polls = signal.getsignal(signal.SIGTERM), []
+
+  def work():
+    with Preemption() as preemption:
+      polls.append((preemption.poll(), signal.getsignal(signal.SIGTERM)))
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert polls == [(False, before)]
+
+
+def test_a_single_process_agrees_with_itself():
+  consensus.agree({'config': 'a'})
+
+
+def test_the_code_version_sees_every_file(tmp_path, monkeypatch):
+  package = tmp_path / 'maskdiff'
+  shutil.copytree(ROOT / 'maskdiff', package)
+  version = consensus.code_version()
+  monkeypatch.setattr(
+    consensus, '__file__', str(package / 'distributed' / 'consensus.py')
+  )
+  assert consensus.code_version() == version
+  (package / 'data' / 'notes.txt').write_text('no code')
+  assert consensus.code_version() == version
+  seen = {version}
+  order = package / 'data' / 'order.py'
+  for change in (
+    lambda: order.write_text(order.read_text() + '#\n'),
+    lambda: order.rename(package / 'data' / 'orders.py'),
+    lambda: (package / 'more.py').write_text(''),
+  ):
+    change()
+    seen.add(consensus.code_version())
+  assert len(seen) == 4
+
+
+# Several
+
+BEGIN = """
+import os, sys, time
+from maskdiff import consensus, runtime
+from maskdiff.errors import Preempted
+me = int(os.environ['JAX_PROCESS_ID'])
+"""
+
+
+def start(program, *arguments, processes=2):
+  """Starts a program in several processes; returns them."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    address = f'localhost:{s.getsockname()[1]}'
+  environ = {
+    **os.environ,
+    'PYTHONPATH': str(ROOT),
+    'JAX_COORDINATOR_ADDRESS': address,
+    'JAX_NUM_PROCESSES': str(processes),
+  }
+  return [
+    subprocess.Popen(
+      [sys.executable, '-u', '-c', BEGIN + program, *map(str, arguments)],
+      env=environ | {'JAX_PROCESS_ID': str(i)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(processes)
+  ]
+
+
+@pytest.fixture
+def run():
+  """As `start`; what still runs is killed at the end."""
+  started = []
+
+  def run(*args, **kwargs):
+    started.extend(start(*args, **kwargs))
+    return started
+
+  yield run
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+def wait_for(line, process):
+  for text in process.stdout:
+    if text.rstrip() == line:
+      return
+  raise AssertionError(process.stderr.read())
+
+
+POLLS = """
+try:
+  with runtime.started('.'), consensus.Preemption() as preemption:
+    print('here')
+    time.sleep(float(sys.argv[1]))
+    n = 1
+    while not preemption.poll():
+      n += 1
+      time.sleep(0.02 if me else 0.008)
+      assert n < 2000
+    print(f'ends at {n}, {preemption.poll()}')
+    raise Preempted(n)
+except Preempted:
+  sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(
+  'told, compile_s',
+  [
+    ([0], 0),
+    ([1], 0),
+    ([1], 1.5),
+    pytest.param([0, 1], 0, marks=pytest.mark.slow),
+  ],
+)
+def test_a_sigterm_to_any_ends_all_at_the_same_poll(run, told, compile_s):
+  """They poll at different speeds; or not yet, while they compile."""
+  processes = run(POLLS, compile_s)
+  for process in processes:
+    wait_for('here', process)
+  time.sleep(0.3)
+  for i in told:
+    processes[i].send_signal(signal.SIGTERM)
+  ends = set()
+  for process in processes:
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 75, err
+    assert 'Traceback' not in err and '*** Check failure' not in err
+    ends.add(re.search(r'^ends at (\d+), True$', out, re.MULTILINE)[1])
+  assert len(ends) == 1
+  assert (ends == {'1'}) == bool(compile_s)
+
+
+AGREES = """
+with runtime.started('.'):
+  same = {'config': 'c0', 'code': 'v0', 'data': 'd0'}
+  consensus.agree(same)
+  print('agreed')
+  consensus.agree(same | ({'config': f'c{me}', 'data': 'd7'} if me else {}))
+"""
+
+
+def test_what_differs_is_named_by_all_processes(run):
+  processes = run(AGREES, processes=3)
+  for i, process in enumerate(processes):
+    out, err = process.communicate(timeout=100)
+    assert 'agreed' in out.splitlines()
+    assert process.returncode == 2, err
+    (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
+    assert 'config is c0 in process 0, but c1 in process 1, c2 in' in line
+    assert 'data is d0 in process 0, but d7 in process 1, d7 in' in line
+    assert 'code' not in line.partition(';')[0]
+    assert f'(process {i} of 3' in line
+
+
+def test_of_many_that_differ_four_are_named():
+  told = [(i, {'code': f'v{i}'}) for i in range(1, 9)]
+  message = consensus._disagreement({'config': 'c', 'code': 'v0'}, told)
+  assert 'v1 in process 1' in message and 'v4 in process 4' in message
+  assert 'v4 in process 4 and 4 more' in message
+  assert 'config' not in message
+
+
+DIES = """
+with runtime.started('.', heartbeat_s=10):
+  consensus.agree({})
+  print('here')
+  time.sleep(200)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_a_killed_process_ends_the_others_within_the_heartbeat(run, killed):
+  processes = run(DIES)
+  for process in processes:
+    wait_for('here', process)
+  processes[killed].kill()
+  began = time.monotonic()
+  _, err = processes[1 - killed].communicate(timeout=100)
+  seconds = time.monotonic() - began
+  assert seconds < 20, 'beyond the heartbeat and what a busy machine adds'
+  assert processes[1 - killed].returncode not in (0, 2), err

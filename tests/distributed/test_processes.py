@@ -1,0 +1,327 @@
+"""Runs of several processes, started as on a pod: one command for each.
+
+Two processes with four fake devices each must do what one does with eight.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from maskdiff import config as config_lib
+from maskdiff.monitoring import metrics
+from maskdiff.training import loop
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS = 6
+
+SETTINGS = {
+  'model.embed': 16,
+  'model.layers': 1,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.head_dim': 8,
+  'model.mlp': 16,
+  'model.dtype': 'float32',
+  'model.remat': 'none',
+  'objective.loss_chunk_tokens': 32,
+  'optimizer.learning_rate': 1e-2,
+  'optimizer.warmup_steps': 2,
+  'optimizer.decay_steps': 2,
+  'data.length': 16,
+  'train.steps': STEPS,
+  'train.batch': 32,
+  'train.log_every_steps': 1,
+  'eval.every_steps': 4,
+  'eval.batch': 16,
+  'eval.batches': 2,
+  'sample.prompts': ('def read(',),
+  'sample.gen_length': 4,
+  'sample.block_length': 4,
+  'sample.steps': 4,
+  'checkpoint.every_steps': 4,
+}
+
+# Writes down which rows of the global batches the process reads.
+WATCHED = """
+import json, os, runpy, sys
+
+# What Gloo prints of its connections, from several threads at once, goes
+# elsewhere: only Python writes to what was standard output.
+sys.stdout = os.fdopen(os.dup(1), 'w')
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+from maskdiff.data import pipeline
+
+for name in ('train_batches', 'heldout_batches'):
+  def watched(*args, real=getattr(pipeline, name), name=name, **kwargs):
+    path = f"{sys.argv[sys.argv.index('--workdir') + 1]}.{name}"
+    with open(path + os.environ['JAX_PROCESS_ID'], 'w') as f:
+      json.dump([int(row) for row in kwargs['rows']], f)
+    for batch in real(*args, **kwargs):
+      assert len(batch) == len(kwargs['rows'])
+      yield batch
+  setattr(pipeline, name, watched)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.fixture(scope='module')
+def settings(corpus, tokenizer):
+  """The config by dotted key."""
+  return SETTINGS | {
+    'data.path': str(corpus),
+    'data.tokenizer': str(tokenizer.path),
+  }
+
+
+@pytest.fixture(scope='module')
+def config(settings):
+  c = config_lib.default()
+  c.update_from_flattened_dict(settings)
+  return c
+
+
+@pytest.fixture(scope='module')
+def config_file(settings, tmp_path_factory):
+  path = tmp_path_factory.mktemp('config') / 'small.py'
+  path.write_text(
+    'from maskdiff import config\n\n'
+    'def get_config():\n'
+    '  c = config.default()\n'
+    f'  c.update_from_flattened_dict({settings!r})\n'
+    '  return c\n'
+  )
+  return path
+
+
+def start(script, *arguments, processes=2, of_process=None):
+  """Starts the processes of a run; returns what each ended with.
+
+  Args:
+    script: path of a script in launch/.
+    *arguments: for all.
+    of_process: more arguments, by process.
+  """
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  devices = f'--xla_force_host_platform_device_count={8 // processes}'
+  environ = {
+    **os.environ,
+    'XLA_FLAGS': re.sub(
+      r'--xla_force_host_platform_device_count=\d+',
+      devices,
+      os.environ['XLA_FLAGS'],
+    ),
+    'PYTHONPATH': str(ROOT),
+    'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+    'JAX_NUM_PROCESSES': str(processes),
+  }
+  started = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        '-c',
+        WATCHED,
+        str(ROOT / 'launch' / script),
+        *map(str, arguments),
+        *(of_process or {}).get(i, []),
+      ],
+      env=environ | {'JAX_PROCESS_ID': str(i)},
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(processes)
+  ]
+  try:
+    ended = [(*p.communicate(timeout=400), p.returncode) for p in started]
+  finally:
+    for p in started:
+      p.kill()
+  return ended
+
+
+def pretrain(config_file, workdir, *arguments):
+  """Trains in two processes; returns their outputs."""
+  ended = start(
+    'pretrain.py', '--config', config_file, '--workdir', workdir, *arguments
+  )
+  for _, err, status in ended:
+    assert status == 0, err[-4000:]
+  return ended
+
+
+@pytest.fixture(scope='module')
+def one(config, tmp_path_factory):
+  """The work directory of a run of one process."""
+  workdir = tmp_path_factory.mktemp('one')
+  loop.run(config, str(workdir))
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def two(config_file, tmp_path_factory):
+  """The work directory of the same run in two, and what they printed."""
+  workdir = tmp_path_factory.mktemp('runs') / 'two'
+  return workdir, pretrain(config_file, workdir)
+
+
+def rows_of(workdir):
+  """All metrics by step and name, but for times."""
+  rows = {}
+  for row in metrics.read(workdir / 'metrics.jsonl'):
+    for name, value in row.items():
+      assert (row['step'], name) not in rows or name == 'step'
+      rows[row['step'], name] = value
+  times = ('train/step_s', 'train/tokens_per_s')
+  return {key: v for key, v in rows.items() if key[1] not in times}
+
+
+def assert_same_metrics(workdir, other):
+  ours, theirs = rows_of(workdir), rows_of(other)
+  assert ours.keys() == theirs.keys()
+  assert {step for step, _ in ours} == set(range(STEPS + 1))
+  for key, value in ours.items():
+    if isinstance(value, str):
+      assert theirs[key] == value, key
+    else:
+      assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_two_processes_train_to_the_losses_of_one(one, two):
+  assert_same_metrics(one, two[0])
+
+
+def test_a_process_reads_its_own_rows_alone(two):
+  for name, batch in (('train_batches', 32), ('heldout_batches', 16)):
+    read = [
+      json.loads(pathlib.Path(f'{two[0]}.{name}{i}').read_text())
+      for i in range(2)
+    ]
+    assert [len(rows) for rows in read] == [batch // 2] * 2
+    assert sorted(read[0] + read[1]) == list(range(batch))
+
+
+def test_only_the_first_process_speaks(two):
+  workdir, ((out, err, _), (other_out, other_err, _)) = two
+  assert 'held-out bound' in out
+  assert f'step {STEPS}/{STEPS}' in err
+  assert other_out == ''
+  assert 'nats' not in other_err and 'sample' not in other_err
+  header = (workdir / 'header.txt').read_text()
+  assert '8 x cpu, replica=1, fsdp=8, sequence=1, tensor=1, 2 proc' in header
+
+
+def without_the_last_step(workdir, copy):
+  shutil.copytree(workdir, copy)
+  shutil.rmtree(copy / 'checkpoints' / str(STEPS))
+  return copy
+
+
+def test_one_process_goes_on_where_two_stopped(one, two, config, tmp_path):
+  workdir = without_the_last_step(two[0], tmp_path / 'run')
+  loop.run(config, str(workdir))
+  assert_same_metrics(one, workdir)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_stopped(one, config_file, tmp_path):
+  workdir = without_the_last_step(one, tmp_path / 'run')
+  (_, err, _), _ = pretrain(config_file, workdir)
+  assert 'resuming at step 4' in err
+  assert_same_metrics(one, workdir)
+  assert {p.name for p in (workdir / 'checkpoints').iterdir()} == {'4', '6'}
+
+
+@pytest.mark.slow
+def test_rows_and_parameters_may_be_split_over_processes(
+  one, config_file, tmp_path
+):
+  """Every host then reads all rows; it puts its own columns on its devices."""
+  pretrain(
+    config_file,
+    tmp_path / 'run',
+    '--config.mesh.fsdp=1',
+    '--config.mesh.sequence=4',
+    '--config.mesh.tensor=2',
+  )
+  assert_same_metrics(one, tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_one_prints(two):
+  arguments = ('--workdir', two[0], '--prompt', 'def read(')
+  arguments += ('--gen_length', 4, '--steps', 4)
+  (out, _, status), (other_out, _, _) = start('sample.py', *arguments)
+  assert (status, other_out) == (0, '')
+  assert out == rows_of(two[0])[STEPS, 'sample/0'] + '\n'
+  (shown, _, status), (other_out, _, _) = start(
+    'sample.py', *arguments, '--show'
+  )
+  assert (status, other_out) == (0, '')
+  assert shown.endswith(f'{"=" * 8}\n{out}{"=" * 8}\n')
+  assert shown.count('=' * 8) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('failing', [0, 1])
+def test_an_error_of_one_process_ends_all(config_file, tmp_path, failing):
+  ended = start(
+    'pretrain.py',
+    *('--config', config_file, '--workdir', tmp_path / 'run'),
+    of_process={failing: ['--config.data.path=/nowhere']},
+  )
+  _, err, status = ended[failing]
+  (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
+  assert status == 2 and '/nowhere' in line
+  assert f'process {failing} of 2' in line
+  assert ended[1 - failing][2] not in (0, 2)
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_told_by_all(config_file, tmp_path):
+  ended = start(
+    'pretrain.py',
+    *('--config', config_file, '--workdir', tmp_path / 'run'),
+    '--config.train.batch=12',
+  )
+  for i, (_, err, status) in enumerate(ended):
+    assert status == 2
+    (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
+    assert 'config.train.batch=12' in line
+    assert f'process {i} of 2' in line
+
+
+ONCE = """
+import os, pathlib, sys, time
+from maskdiff import runtime
+
+def make(name):
+  path = pathlib.Path(sys.argv[1], name)
+  if not path.exists():
+    time.sleep(1)
+    path.write_text(os.environ['JAX_PROCESS_ID'])
+  return path.read_text()
+
+with runtime.started('.'):
+  for name in ('first', 'second'):
+    print(name, runtime.main_process_first(lambda: make(name)))
+"""
+
+
+def test_what_is_made_once_is_made_by_the_first_process(tmp_path):
+  (tmp_path / 'once.py').write_text(ONCE)
+  ended = start(tmp_path / 'once.py', tmp_path)
+  for out, err, status in ended:
+    assert status == 0, err
+    assert out == 'first 0\nsecond 0\n'

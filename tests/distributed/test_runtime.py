@@ -1,0 +1,333 @@
+"""Who the processes of a run are, as told by the environment."""
+
+import contextlib
+import http.server
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+from maskdiff.distributed import runtime
+from maskdiff.errors import NotJoined, UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EXPLICIT = {
+  'JAX_COORDINATOR_ADDRESS': '10.0.0.1:1234',
+  'JAX_NUM_PROCESSES': '4',
+  'JAX_PROCESS_ID': '3',
+}
+SLURM = {
+  'SLURM_JOB_ID': '17',
+  'SLURM_STEP_NODELIST': 'node[1-2]',
+  'SLURM_NTASKS': '16',
+  'SLURM_STEP_NUM_TASKS': '16',
+  'SLURM_PROCID': '3',
+  'SLURM_LOCALID': '3',
+}
+MPI = {'OMPI_MCA_orte_hnp_uri': '1.0;tcp://h:1', 'OMPI_COMM_WORLD_SIZE': '2'}
+TPU = 'tpu,cpu'  # what JAX makes of jax_platforms where it finds chips
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+  """The tests that want a server make one on this machine."""
+  create_connection = socket.create_connection
+
+  def local(address, *args, **kwargs):
+    assert address[0] in ('127.0.0.1', 'localhost'), address
+    return create_connection(address, *args, **kwargs)
+
+  monkeypatch.setattr(socket, 'create_connection', local)
+
+
+@contextlib.contextmanager
+def metadata_server(status):
+  """A server that answers like that of Google Cloud; yields HOST:PORT."""
+  paths = []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      paths.append((self.path, self.headers['Metadata-Flavor']))
+      self.send_response(status)
+      self.end_headers()
+
+    def log_message(self, *args):
+      pass
+
+  server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  yield f'127.0.0.1:{server.server_port}'
+  server.shutdown()
+  server.server_close()
+  path = '/computeMetadata/v1/instance/attributes/agent-worker-number'
+  assert set(paths) == {(path, 'Google')}
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+  'environ, platforms',
+  [
+    ({}, None),  # a laptop
+    ({}, 'cpu'),
+    ({}, 'cuda'),
+    ({'TPU_SKIP_MDS_QUERY': '1'}, 'tpu'),  # JAX has found no chips
+    ({**EXPLICIT, 'JAX_NUM_PROCESSES': '1'}, None),
+    ({'JAX_NUM_PROCESSES': '1', 'TPU_WORKER_HOSTNAMES': 'a,b'}, TPU),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 'cpu'),  # a CPU process on a pod
+    ({'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}, TPU),
+    ({'COLAB_RELEASE_TAG': 'release-colab'}, TPU),
+    ({**SLURM, 'SLURM_NTASKS': '1'}, None),
+    ({**SLURM, 'SLURM_STEP_NUM_TASKS': '1'}, None),  # a shell of salloc
+    ({'SLURM_JOB_ID': '17', 'SLURM_NTASKS': '16'}, None),  # a batch script
+    ({**MPI, 'OMPI_COMM_WORLD_SIZE': '1'}, None),
+  ],
+)
+def test_a_single_process_asks_nobody(environ, platforms):
+  assert runtime.detect(environ, platforms) is None
+
+
+@pytest.mark.parametrize(
+  'environ, platforms',
+  [
+    (SLURM, None),
+    (SLURM, 'cpu'),
+    (MPI, None),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, TPU),  # GKE
+    ({'TPU_PROCESS_ADDRESSES': 'a,b', 'TPU_WORKER_HOSTNAMES': 'a'}, TPU),
+    ({'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_NUM_SLICES': '2'}, TPU),
+    ({**SLURM, 'JAX_COORDINATOR_ADDRESS': '10.0.0.1:1234'}, None),
+  ],
+)
+def test_jax_finds_out_the_processes_of_a_cluster(environ, platforms):
+  assert runtime.detect(environ, platforms) == {}
+
+
+def test_what_is_said_explicitly_goes_before_the_cluster():
+  assert runtime.detect({**SLURM, **EXPLICIT}, TPU) == {
+    'coordinator_address': '10.0.0.1:1234',
+    'num_processes': 4,
+    'process_id': 3,
+    'cluster_detection_method': 'deactivate',
+  }
+
+
+@pytest.mark.parametrize('status, expected', [(200, {}), (404, None)])
+def test_a_tpu_vm_is_known_by_its_metadata(status, expected):
+  with metadata_server(status) as address:
+    assert runtime.detect({'GCE_METADATA_IP': address}, TPU) == expected
+
+
+def test_chips_without_a_metadata_server_are_a_single_process(monkeypatch):
+  nobody = f'127.0.0.1:{free_port()}'
+  assert runtime.detect({'GCE_METADATA_IP': nobody}, TPU) is None
+  monkeypatch.setattr(runtime, '_METADATA_TIMEOUT_S', 0.2)
+  with socket.create_server(('127.0.0.1', 0)) as silent:
+    address = f'127.0.0.1:{silent.getsockname()[1]}'
+    began = time.monotonic()
+    assert runtime.detect({'GCE_METADATA_IP': address}, TPU) is None
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+  'environ, message',
+  [
+    (
+      {'JAX_COORDINATOR_ADDRESS': 'h:1'},
+      'JAX_COORDINATOR_ADDRESS without JAX_NUM_PROCESSES and JAX_PROCESS_ID',
+    ),
+    (
+      {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'},
+      'JAX_NUM_PROCESSES and JAX_PROCESS_ID without JAX_COORDINATOR_ADDRESS',
+    ),
+    ({**SLURM, 'JAX_PROCESS_ID': '1'}, 'JAX_PROCESS_ID without'),
+    ({**EXPLICIT, 'JAX_COORDINATOR_ADDRESS': 'host'}, "'host' must be HOST"),
+    ({**EXPLICIT, 'JAX_PROCESS_ID': '4'}, "'4' must be one of 0 to"),
+    ({**EXPLICIT, 'JAX_NUM_PROCESSES': 'all'}, "JAX_NUM_PROCESSES='all'"),
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, 'set JAX_COORDINATOR_ADDRESS, '),
+  ],
+)
+def test_contradictions_are_named(environ, message):
+  with pytest.raises(UserError, match=message) as error:
+    runtime.detect(environ, None)
+  assert '\n' not in str(error.value)
+
+
+def start(process_id, address, timeout_s):
+  """Starts a process of two that does nothing but come and go."""
+  script = (
+    'import sys\n'
+    'from maskdiff.distributed import runtime\n'
+    f'with runtime.started(".", {timeout_s}):\n'
+    '  print("here", flush=True)\n'
+  )
+  return subprocess.Popen(
+    [sys.executable, '-c', script],
+    env={
+      **os.environ,
+      'PYTHONPATH': str(ROOT),
+      'JAX_COORDINATOR_ADDRESS': address,
+      'JAX_NUM_PROCESSES': '2',
+      'JAX_PROCESS_ID': str(process_id),
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  'process_id, message',
+  [
+    (1, 'no coordinator at {} after 2 s'),
+    (0, 'not all processes came to the coordinator {} in 2 s'),
+  ],
+)
+def test_a_process_that_is_alone_ends_with_one_line(process_id, message):
+  address = f'localhost:{free_port()}'
+  out, err = (process := start(process_id, address, 2)).communicate(timeout=120)
+  (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
+  assert message.format(address) in line
+  assert f'process {process_id} of 2' in line
+  assert (process.returncode, out) == (75, '')  # a restart may find it
+  assert 'Traceback' not in err and '*** Check failure' not in err
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+  """Replaces jax.distributed.initialize by a function of the test's."""
+  return lambda f: monkeypatch.setattr(jax.distributed, 'initialize', f)
+
+
+def test_the_heartbeat_is_that_of_the_run(initialize):
+  told = {}
+  initialize(lambda **arguments: told.update(arguments))
+  runtime.join({'process_id': 3}, 5, heartbeat_s=20)
+  assert told['process_id'] == 3
+  assert told['heartbeat_timeout_seconds'] == 20
+  assert told['initialization_timeout'] > 5
+
+
+@pytest.mark.parametrize(
+  'error, expected', [(RuntimeError, NotJoined), (ValueError, UserError)]
+)
+def test_what_may_pass_is_told_from_what_stays_wrong(
+  initialize, error, expected
+):
+  """JAX raises RuntimeErrors of its own about the network."""
+
+  def fail(**arguments):
+    raise error('a\nlong story')
+
+  initialize(fail)
+  with pytest.raises(
+    UserError, match='other processes: a long story'
+  ) as raised:
+    runtime.join({}, 5)
+  assert type(raised.value) is expected
+
+
+@pytest.mark.parametrize(
+  'error, expected',
+  [
+    ('errors.UserError("bad")', 2),
+    ('errors.NotJoined("late")', 75),
+    ('errors.Preempted(3)', 75),
+    ('KeyError("bug")', 1),
+    ('KeyboardInterrupt()', 1),
+  ],
+)
+def test_the_status_says_whether_to_start_again(error, expected):
+  """A process that has peers; here it only believes so."""
+  script = (
+    'import sys\n'
+    'from maskdiff import errors\n'
+    'from maskdiff.distributed import runtime\n'
+    'runtime.detect = lambda *args: {}\n'
+    'runtime.join = runtime.use_compile_cache = lambda *args: None\n'
+    'runtime.distributed.global_state.num_processes = 2\n'
+    'runtime.distributed.global_state.process_id = 1\n'
+    'try:\n'
+    '  with runtime.started("."):\n'
+    f'    raise {error}\n'
+    'except errors.Preempted as error:\n'
+    '  assert error.step == 3\n'
+    '  sys.exit(errors.STATUS_AGAIN)\n'
+  )
+  ended = subprocess.run(
+    [sys.executable, '-c', script],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == expected, ended.stderr
+  if expected != 75 or 'NotJoined' in error:
+    assert 'process 1 of 2 on ' in ended.stderr
+
+
+def test_two_processes_find_each_other():
+  address = f'localhost:{free_port()}'
+  processes = [start(i, address, 100) for i in range(2)]
+  for process in processes:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert 'here' in out.splitlines()
+
+
+def test_a_single_process_keeps_its_errors(monkeypatch, tmp_path):
+  for name in EXPLICIT:
+    monkeypatch.delenv(name, raising=False)
+  error = UserError('of the run')
+  with pytest.raises(UserError) as raised, runtime.started(tmp_path):
+    raise error
+  assert raised.value is error
+
+
+# The compile cache
+
+
+@pytest.fixture
+def cache_dir(monkeypatch):
+  """Reads the configured directory; puts it back afterwards."""
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  before = jax.config.jax_compilation_cache_dir
+  yield lambda: jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+def test_programs_for_accelerators_are_kept_with_the_run(
+  cache_dir, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  runtime.use_compile_cache(tmp_path)
+  assert cache_dir() == str(tmp_path / 'compile_cache')
+
+
+def test_programs_for_cpus_are_not_kept(cache_dir, tmp_path):
+  before = cache_dir()
+  runtime.use_compile_cache(tmp_path)
+  assert cache_dir() == before
+
+
+def test_the_environment_may_choose_where(cache_dir, monkeypatch, tmp_path):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'gs://bucket/programs')
+  before = cache_dir()  # JAX has read the variable itself, at its import
+  runtime.use_compile_cache(tmp_path)
+  assert cache_dir() == before
+
+
+def test_in_a_single_process_work_is_done_once():
+  calls = []
+  result = runtime.main_process_first(lambda: calls.append(1) or len(calls))
+  assert (result, calls) == (1, [1])

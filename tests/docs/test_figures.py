@@ -1,0 +1,192 @@
+"""The figures of plans are the same wherever they stand.
+
+In the docstrings of configs/, which have them from launch/plan.py, in the
+tables of README.md and docs/speed.md, and in docs/from_laptop_to_pod.md, with
+what that page works out from them.
+"""
+
+import pathlib
+import re
+import runpy
+
+import pytest
+
+from maskdiff.model import transformer
+from maskdiff.training import step as step_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = (ROOT / 'docs' / 'from_laptop_to_pod.md').read_text()
+README = (ROOT / 'README.md').read_text()
+SAID = re.compile(
+  r"(?P<topology>v\w+:[\dx]+): (?P<hbm>[\d.]+) of a chip's (?P<room>[\d.]+) GiB"
+  r', (?P<step>[\d.]+) s a step, (?P<speed>[\d,]+) tokens/s, MFU (?P<mfu>\d+)%;'
+  r' [\d.]+ \w+ and (?P<hours>[\d,.]+) chip-hours'
+)
+# Columns of the page that a plan stands behind.
+PLANNED = {
+  '150m.py': 'v5e:1x1',
+  '1b.py': 'v5e:2x4',
+  '8b.py': 'v5p:4x4x4',
+}
+
+
+def number(text):
+  return float(text.replace(',', ''))
+
+
+def rounded(value, like):
+  """The value with as many decimals as a figure, and its unit, if any."""
+  units = {'M': 1e6, 'B': 1e9, 'T': 1e12}
+  unit = like[-1] if like[-1] in units else ''
+  decimals = len(like.removesuffix(unit).partition('.')[2])
+  return f'{value / units.get(unit, 1):,.{decimals}f}{unit}'
+
+
+def table(text, first):
+  """The rows of the table whose head begins so, as lists of cells."""
+  lines = text[text.index(f'\n| {first} |') + 1 :].splitlines()
+  rows = []
+  for line in lines:
+    if not line.startswith('|'):
+      break
+    rows.append([cell.strip() for cell in line.strip('|').split('|')])
+  return [rows[0], *rows[2:]]
+
+
+def plans_of(text):
+  """{(config, topology): figures} of a table of plans, as `said` has them."""
+  found = {}
+  for config, where, _, hbm, step, speed, mfu, total, _ in table(
+    text, '`configs/`'
+  )[1:]:
+    topology = re.search(r'v\w+:[\dx]+', where)[0]
+    found[config.partition(':')[0].split()[0], topology] = {
+      **dict(zip(('hbm', 'room'), hbm.split(' of '), strict=True)),
+      **dict(step=step, speed=speed, mfu=f'{number(mfu[:-1]):.0f}'),
+      'hours': total.split(', ', 1)[1],
+    }
+  return found
+
+
+def said(config):
+  """{topology: figures} of a config's docstring."""
+  doc = runpy.run_path(str(ROOT / 'configs' / config))['__doc__']
+  return {
+    found.pop('topology'): found
+    for found in (m.groupdict() for m in SAID.finditer(' '.join(doc.split())))
+  }
+
+
+def columns():
+  """{config: {row: cell}} of the page's table of steps."""
+  (_, *heads), *rows = table(PAGE, '| laptop')
+  names = next(cells for name, *cells in rows if name == '`configs/`')
+  assert len(heads) == len(names) == 4
+  return {
+    name: {row[0]: row[i + 1] for row in rows} for i, name in enumerate(names)
+  }
+
+
+def config_of(name):
+  return runpy.run_path(str(ROOT / 'configs' / name))['get_config']()
+
+
+def params_of(name):
+  return transformer.num_params(step_lib.step_config(config_of(name)).model)[0]
+
+
+def test_the_tables_of_plans_are_those_of_the_docstrings():
+  plans = plans_of(README)
+  assert len(plans) >= 9
+  for (config, topology), figures in plans.items():
+    assert said(config)[topology] == figures, (config, topology)
+  rows = table(README, '`configs/`')
+  assert table((ROOT / 'docs' / 'speed.md').read_text(), '`configs/`') == rows
+
+
+@pytest.mark.parametrize(
+  'row', table(README, '`configs/`')[1:], ids=lambda x: x[0]
+)
+def test_a_run_that_dies_has_lost_less_than_an_hour(row):
+  name, machine = re.fullmatch(r'(\w+\.py)(?::(\S+))?.*', row[0]).groups()
+  get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
+  c = get_config(machine) if machine else get_config()
+  assert c.checkpoint.every_steps * number(row[4]) < 3600
+  assert c.checkpoint.keep_every_steps % c.checkpoint.every_steps == 0
+
+
+@pytest.mark.parametrize('config', PLANNED)
+def test_the_page_has_the_figures_of_the_plans(config):
+  column, plan = columns()[config], said(config)[PLANNED[config]]
+  assert column['memory a chip, GiB'] == f'{plan["hbm"]} of {plan["room"]}'
+  assert column['step, s'] == plan['step']
+  assert column['tokens/s'] == plan['speed']
+  assert f'{number(column["MFU"][:-1]):.0f}' == plan['mfu']
+  assert column['chip-hours for all tokens'] == plan['hours']
+  chips = 1
+  for side in PLANNED[config].partition(':')[2].split('x'):
+    chips *= int(side)
+  assert int(column['chips'].split()[0]) == chips
+
+
+@pytest.mark.parametrize('config', ['tiny.py', *PLANNED])
+def test_the_page_has_the_sizes_of_the_configs(config):
+  c, column = config_of(config), columns()[config]
+  parameters, tokens = column['parameters'], column['tokens in all']
+  assert parameters == rounded(params_of(config), parameters)
+  rows = f'{c.train.batch:,} x {c.data.length:,}'
+  assert column['rows x tokens a step'] == rows
+  read = c.train.steps * c.train.batch * c.data.length
+  assert tokens == rounded(read, tokens)
+
+
+def test_days_and_chip_hours_of_published_points_follow_from_the_plans():
+  head, *rows = table(PAGE, 'LLaDA')
+  assert len(rows) == 5
+  for size, tokens, steps, days, hours, *_ in rows:
+    config = f'{size.lower()}.py'
+    c, plan = config_of(config), said(config)[PLANNED[config]]
+    steps, chips = number(steps), int(columns()[config]['chips'].split()[0])
+    of_all = number(plan['hours']) * steps / c.train.steps
+    assert hours == rounded(of_all, hours)
+    assert days == rounded(of_all / chips / 24, days)
+    read = steps * c.train.batch * c.data.length
+    # As the paper has them, cut and not rounded.
+    assert number(tokens[:-1]) == pytest.approx(read / 1e9, abs=0.01)
+
+
+def test_what_the_page_says_of_checkpoints_rows_and_compiling_adds_up():
+  """A checkpoint has three float32 a parameter, a row four bytes a token."""
+  sizes = re.findall(r'([\d.]+) GB\b', PAGE)
+  for size, config in zip(sizes, PLANNED, strict=True):
+    assert size == rounded(12e-9 * params_of(config), size)
+  tokens = (461.37e9, 37.75e9, 2.3e12)
+  for size, n in zip(re.findall(r'([\d.]+) TB\b', PAGE), tokens, strict=True):
+    assert size == rounded(4e-12 * n, size)
+  times = {row[0]: row[-1] for row in table(README, '`configs/`')[1:]}
+  assert f'took {times["1b.py"]}\n(1B) and {times["8b.py"]} (8B)' in PAGE
+
+
+def test_what_changes_from_step_to_step_is_what_the_configs_change():
+  chips = {c: int(columns()[c]['chips'].split()[0]) for c in PLANNED}
+  text = ' '.join(PAGE.split())
+  for config, rows, words in (
+    ('1b.py', 2, 'cut into {parts} parts of two rows a chip'),
+    ('8b.py', 4, 'Four rows a chip at once in {parts} parts'),
+  ):
+    c = config_of(config)
+    assert words.format(parts=c.train.microbatches) in text
+    assert c.train.batch == rows * chips[config] * c.train.microbatches
+    assert f"`config.model.remat='{c.model.remat}'`" in text
+    assert c.mesh.fsdp == -1
+
+
+def test_what_the_page_expects_of_the_tiny_run_is_what_the_readme_shows():
+  text = ' '.join(README.split())
+  bound, bits, entropy = re.search(
+    r'([\d.]+) nats per token \(([\d.]+) bits per byte\).*?against ([\d.]+)',
+    PAGE,
+    re.S,
+  ).groups()
+  assert f'is {bound} nats per token ({bits} bits per byte)' in text
+  assert f'against {entropy}' in text

@@ -1,0 +1,279 @@
+"""The pages of docs/how_to/, followed to the letter in a copy of the code.
+
+Each page's diffs are applied by git, its files written and its commands run, in
+the order of the page; then comes what the page says of the result.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pages
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = ROOT / 'docs' / 'how_to'
+COPIED = ('maskdiff', 'launch', 'configs', 'tokenizer', 'tests')
+MOST_LINES = 20
+MASK = '░'
+
+
+class Copy:
+  """A copy of the code to which a page has been done.
+
+  Attributes:
+    path: its root.
+    printed: what each block of commands printed, in order.
+  """
+
+  def __init__(self, path, page):
+    self.path, self.printed = path, []
+    for name in COPIED:
+      shutil.copytree(
+        ROOT / name, path / name, ignore=shutil.ignore_patterns('__pycache__')
+      )
+    shutil.copy(ROOT / 'pyproject.toml', path)
+    for language, title, text in blocks(page):
+      if language == 'diff':
+        self.run(['git', 'apply', '-'], text)
+      elif title:
+        (path / title).write_text(text)
+      elif language == 'bash':
+        self.printed.append(self.run(['bash', '-euc', text]))
+
+  def run(self, command, text=None):
+    """Runs a command as a user would, and returns what it printed."""
+    environment = {
+      **os.environ,
+      'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
+      'PYTHONPATH': str(self.path),
+      'JAX_PLATFORMS': 'cpu',
+      # Below a directory under version control git would look for its files.
+      'GIT_CEILING_DIRECTORIES': str(self.path.parent),
+    }
+    environment.pop('XLA_FLAGS', None)  # a single device, as a laptop has
+    result = subprocess.run(
+      command,
+      input=text,
+      cwd=self.path,
+      env=environment,
+      capture_output=True,
+      text=True,
+    )
+    assert not result.returncode, f'{result.stdout}\n{result.stderr}'
+    return result.stdout
+
+  def python(self, code):
+    """Runs code with the package of the copy; returns the JSON it printed."""
+    return json.loads(self.run([sys.executable, '-c', code]).splitlines()[-1])
+
+
+def blocks(page):
+  """The fenced blocks of a page: (language, title, text)."""
+  found = pages.blocks((PAGES / f'{page}.md').read_text())
+  return [(b.language, b.title, '\n'.join(b.lines) + '\n') for b in found]
+
+
+def passed(printed):
+  """How many tests pytest says have passed."""
+  return int(re.search(r'(\d+) passed', printed)[1])
+
+
+def follow(page, tmp_path_factory):
+  return Copy(tmp_path_factory.mktemp(page), page)
+
+
+@pytest.mark.parametrize(
+  'page', sorted(PAGES.glob('*.md')), ids=lambda p: p.stem
+)
+def test_a_page_asks_for_fewer_than_twenty_lines(page):
+  written = []
+  for language, title, text in blocks(page.stem):
+    lines = text.splitlines()
+    if language == 'diff':
+      added = [x[1:] for x in lines if re.match(r'\+(?!\+\+ )', x)]
+      written += [x for x in added if x.strip()]
+    elif title:
+      written += [x for x in lines if x.strip()]
+  assert 5 < len(written) < MOST_LINES
+
+
+# A dataset
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+  return follow('add_a_dataset', tmp_path_factory)
+
+
+def test_rows_of_the_new_format_hold_its_text(dataset):
+  assert '2 + 0 documents' in dataset.printed[-1]
+  rows = dataset.python(
+    """
+import json
+from maskdiff.data import records, tokenizer
+manifest = records.read_manifest('data/snippets')
+source = records.RowSource('data/snippets', manifest, 'train')
+tok = tokenizer.load('data/snippets')
+print(json.dumps([tok.decode(source[i]) for i in range(len(source))]))
+"""
+  )
+  text = ''.join(rows)
+  assert text.startswith('def add(a, b):\n  return a + b\n')
+
+
+def test_the_new_format_is_read_whole_and_skips_what_is_no_text(dataset):
+  """Large enough to be cut, with quoted lines; one document is not UTF-8."""
+  count, parts, first, skipped, error = dataset.python(
+    r"""
+import gzip, json
+from maskdiff.data import sources
+from maskdiff.errors import UserError
+row = b'1,"' + b'a,""b""\n' * 20000 + b'"\n'
+with open('large.csv', 'wb') as f:
+  f.write(b'\xef\xbb\xbfid,text\n' + row * 60 + b'2,\xff\n3,last\n')
+with gzip.open('small.csv.gz', 'wb') as f:
+  f.write(b'id,text\n1,packed\n')
+plan = sources.plan(['large.csv', 'small.csv.gz'])
+texts = [text for part in plan.parts for text in sources.read(part)]
+skipped = [t.reason for t in texts if not isinstance(t, str)]
+texts = [t for t in texts if isinstance(t, str)]
+try:
+  list(sources.read(sources.plan(['large.csv'], text_key='body').parts[0]))
+except UserError as e:
+  error = str(e)
+print(json.dumps([len(texts), len(plan.parts), texts[0], skipped, error]))
+"""
+  )
+  assert (count, parts) == (62, 2)
+  assert first == 'a,"b"\n' * 20000
+  assert skipped == ['not Unicode']
+  assert "no field 'body' among ['id', 'text']" in error
+
+
+# An objective
+
+
+@pytest.fixture(scope='module')
+def objective(tmp_path_factory):
+  return follow('add_an_objective', tmp_path_factory)
+
+
+def metrics(copy, run):
+  lines = (copy.path / run / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_a_run_with_the_new_objective_learns_and_fills_a_gap(objective):
+  rows = metrics(objective, 'runs/spans')
+  bounds = {
+    r['step']: r['eval/loss_nats_per_token']
+    for r in rows
+    if 'eval/loss_nats_per_token' in r
+  }
+  assert bounds[40] < 7.5 < np.log(4096) < bounds[0]
+  config = json.loads((objective.path / 'runs/spans/config.json').read_text())
+  assert config['objective']['name'] == 'masked_spans'
+  assert 'def ' in objective.printed[0] and '(x):' in objective.printed[0]
+
+
+def test_the_new_objective_masks_runs_with_the_weights_of_a_bound(objective):
+  """The weights of a token average to 1; a last run may be shorter."""
+  masked, weights, ratio = map(
+    np.array,
+    objective.python(
+      """
+import dataclasses, json, jax, jax.numpy as jnp
+from maskdiff import config
+from maskdiff.objectives import table
+from maskdiff.training import step
+c = config.default()
+c.objective.name = 'masked_spans'
+c = step.step_config(c).objective
+tokens = jax.random.randint(jax.random.key(1), (512, 30), 5, 4096)
+canvas = table.make_canvas(
+  c, tokens, jnp.arange(512), jax.random.key(0), 512)
+assert (jnp.where(canvas.weights > 0, c.mask_id, tokens) == canvas.inputs).all()
+print(json.dumps([x.tolist() for x in (
+  canvas.inputs == c.mask_id, canvas.weights, canvas.mask_ratio)]))
+"""
+    ),
+  )
+  runs = [masked[:, i : i + 4] for i in range(0, 30, 4)]
+  assert all((run == run[:, :1]).all() for run in runs)
+  first = np.stack([run[:, 0] for run in runs], axis=1)
+  assert ((first[:, :-1] != first[:, 1:]).mean() > 0.25).all()
+  error = np.sqrt(ratio * (1 - ratio) / len(runs))
+  assert np.abs(first.mean(axis=1) - ratio).max() < 5 * error.max()
+  np.testing.assert_allclose(weights, masked / ratio[:, None], rtol=1e-5)
+
+
+def test_the_tests_of_objectives_take_the_new_one_in(objective):
+  assert passed(objective.printed[-1]) >= 3
+
+
+# A rule
+
+
+@pytest.fixture(scope='module')
+def rule(tmp_path_factory):
+  return follow('add_a_remasking_rule', tmp_path_factory)
+
+
+def test_the_new_rule_keeps_the_most_confident_in_its_window(rule):
+  """Against a loop over rows and slots."""
+  random = np.random.default_rng(0)
+  confidence = random.random((200, 24)).astype(np.float32)
+  masked = random.random((200, 24)) < 0.7
+  budget = random.integers(1, 14, 200)
+  np.savez(rule.path / 'case.npz', c=confidence, m=masked, b=budget)
+  keep = rule.python(
+    """
+import json, numpy as np
+from maskdiff.sampling import remasking
+case = np.load('case.npz')
+keep = remasking.RULES['leftmost'](case['c'], case['m'], case['b'], None)
+print(json.dumps(keep.tolist()))
+"""
+  )
+  for row in range(200):
+    window = np.flatnonzero(masked[row])[: max(8, budget[row])]
+    best = sorted(window, key=lambda slot: -confidence[row, slot])
+    expected = set(best[: budget[row]])
+    assert set(np.flatnonzero(keep[row])) == expected
+
+
+def test_text_is_filled_from_the_left_with_the_new_rule(rule):
+  """Two of 32 slots a step; the n-th reaches 8 masked ones, 2n + 6 in all."""
+  *texts, _ = rule.printed[0].split('\n========\n')
+  assert len(texts) == 17
+  for n, text in enumerate(texts):
+    assert text.count(MASK) == 32 - 2 * n
+    assert text.endswith(MASK * (26 - 2 * n))
+
+
+def test_the_tests_of_rules_take_the_new_one_in(rule):
+  assert passed(rule.printed[-1]) >= 2
+
+
+# A size
+
+
+@pytest.fixture(scope='module')
+def size(tmp_path_factory):
+  return follow('add_a_model_size', tmp_path_factory)
+
+
+def test_the_new_size_has_as_many_parameters_as_the_page_says(size):
+  page = (PAGES / 'add_a_model_size.md').read_text()
+  layers, embed, mlp, vocab = 12, 640, 1664, 4096
+  inner = layers * (4 * embed**2 + 3 * embed * mlp + 2 * embed) + embed
+  expected = f'({inner + vocab * embed}, {inner})'
+  assert size.printed[0].strip() == expected
+  assert f'prints `{expected}`' in page
+  assert passed(size.printed[-1]) >= 2

@@ -1,0 +1,276 @@
+"""The worked example of docs/idea.md: what the page says is what is computed.
+
+Its tables are those of benchmarks/worked_example.py, which counts fractions.
+Here the package's own loss, likelihood and sampler are given the two denoisers
+in place of the network, and must come to the numbers on the page.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdiff import config
+from maskdiff.likelihood import bounds, estimators, queries
+from maskdiff.likelihood.queries import LikelihoodConfig
+from maskdiff.objectives import canvas as canvas_lib
+from maskdiff.objectives import masked_diffusion
+from maskdiff.sampling import layouts, passes, sampler
+from maskdiff.sampling.request import SamplerConfig
+from maskdiff.training import step
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGE = (ROOT / 'docs' / 'idea.md').read_text()
+EXAMPLE = runpy.run_path(str(ROOT / 'benchmarks' / 'worked_example.py'))
+
+LANGUAGE = {
+  'the cat sat down': 1 / 2,
+  'the dog sat down': 1 / 4,
+  'the dog ran away': 1 / 4,
+}
+SENTENCES = list(LANGUAGE)
+MASK, FIRST = 4, 5  # ids of words follow those of special tokens
+WORDS = sorted({word for s in SENTENCES for word in s.split()})
+VOCAB, L = FIRST + len(WORDS), 4
+encode = lambda text: [
+  MASK if word == '_' else FIRST + WORDS.index(word) for word in text.split()
+]
+IDS = np.array([encode(s) for s in SENTENCES])
+CHANCES = np.array(list(LANGUAGE.values()))
+SEES = {
+  'exact': [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]],
+  'neighbours': [[1], [0, 2], [1, 3], [2]],
+}
+NEVER = -1e4  # log-probability of what cannot be; finite, for products with 0
+
+
+class Denoiser:
+  """Stands for the network: its hidden states are log-probabilities."""
+
+  def __init__(self, name, params):
+    self.sees = SEES[name]
+
+  def __call__(self, tokens, labels):
+    there = tokens[:, None, :L]
+    fits = (there == IDS) | (there == MASK)  # [B, sentences, L]
+    words = jax.nn.one_hot(IDS, VOCAB)
+    rows = []
+    for i, seen in enumerate(self.sees):
+      w = CHANCES * fits[:, :, jnp.array(seen)].all(axis=2)
+      p = w @ words[:, i] / w.sum(axis=1, keepdims=True)
+      rows.append(jnp.where(p > 0, jnp.log(p), NEVER))
+    log_p = jnp.stack(rows, axis=1)
+    return jnp.pad(log_p, ((0, 0), (0, tokens.shape[1] - L), (0, 0)))
+
+  def vocabulary(self):
+    return jnp.eye(VOCAB)
+
+  def logits(self, hidden):
+    return hidden
+
+
+def table_with(head):
+  """Rows of the page's table whose heading has this cell, as lists of text."""
+  lines = PAGE.splitlines()
+  cells = lambda line: [c.strip(' *`') for c in line.strip('|').split('|')]
+  start = next(
+    i for i, line in enumerate(lines) if f'| {head} |' in line and '|' in line
+  )
+  body = itertools.takewhile(lambda line: line[:1] == '|', lines[start + 2 :])
+  return [cells(line) for line in body]
+
+
+SHOWN = table_with('shown')[:-1]
+OF_SENTENCES = table_with('bound, exact')
+BOUND = {  # of each sentence, by denoiser
+  'exact': [float(row[3]) for row in OF_SENTENCES],
+  'neighbours': [float(row[5]) for row in OF_SENTENCES],
+}
+close = lambda x: pytest.approx(x, abs=6e-5)  # as far as the page has digits
+
+
+@pytest.mark.parametrize('name', EXAMPLE['TABLES'])
+def test_the_page_has_the_tables_that_the_script_prints(name):
+  assert EXAMPLE['TABLES'][name]() in PAGE
+
+
+HIDDEN = (np.arange(16)[:, None] >> np.arange(L) & 1).astype(bool)
+# Gauss's rule over [0, 1]: exact for polynomials up to degree 7.
+POINTS, SHARES = (x / 2 for x in np.polynomial.legendre.leggauss(4))
+POINTS += 0.5
+
+
+@pytest.fixture(scope='module', params=SEES)
+def every(request):
+  """Name of a denoiser, and [sentence, time, mask] nll [L] and weights [L] of
+  the objective for every mask of every sentence at some times."""
+  c = config.default()
+  c.tokens.mask_id = MASK
+  c = dataclasses.replace(step.step_config(c).objective, eps=0.0)
+  shape = (len(IDS), len(POINTS), len(HIDDEN), L)
+  flat = lambda x: jnp.array(np.broadcast_to(x, shape).reshape(-1, L))
+
+  @jax.jit
+  def compute():
+    canvas = masked_diffusion.corrupt(
+      c,
+      flat(IDS[:, None, None]),
+      flat(POINTS[:, None, None])[:, 0],
+      flat(np.where(HIDDEN, 0.0, 1 - 2.0**-24)),
+      flat(L)[:, 0],
+    )
+    _, nll = canvas_lib.canvas_loss(c, Denoiser(request.param, None), canvas)
+    return nll.reshape(shape), canvas.weights.reshape(shape)
+
+  return request.param, *map(np.asarray, compute())
+
+
+def test_hidden_words_cost_what_the_page_says(every):
+  """The objective's own nll of every mask, added up."""
+  name, nll, _ = every
+  costs = nll[SENTENCES.index('the dog sat down'), 0].sum(axis=1)
+  cost = dict(zip(map(tuple, HIDDEN), costs, strict=True))
+  column = 2 + list(SEES).index(name)
+  assert len(SHOWN) == 16
+  for row in SHOWN:
+    mask = tuple(word == '_' for word in row[0].split())
+    assert cost.pop(mask) == close(float(row[column])), row[0]
+  assert not cost
+
+
+def test_the_expected_loss_is_the_bound_on_the_page(every):
+  """Over masks by enumeration, over times by a rule that is exact: the chance
+  of a mask, times 1/t, is a polynomial of degree 3."""
+  name, nll, weights = every
+  t, l = POINTS[:, None], HIDDEN.sum(axis=1)
+  chance = t**l * (1 - t) ** (L - l)
+  losses = (nll * weights).sum(axis=3)
+  expected = np.einsum('t,tm,stm->s', SHARES, chance, losses)
+  assert list(expected) == close(BOUND[name][:3])
+
+
+class Name(str):
+  """Stands for the config of a model, which is asked for one thing."""
+
+  vocab_size = VOCAB
+
+
+@pytest.fixture
+def scored(monkeypatch):
+  """Function from a denoiser's name to arguments of likelihood's functions."""
+  monkeypatch.setattr(queries, 'bind', Denoiser)
+  c = LikelihoodConfig(
+    objective='masked_diffusion',
+    context=L,
+    guidance=0.0,
+    predict_mask=False,
+    mask_id=MASK,
+    bos_id=1,
+    tokens_per_call=256,
+    loss_chunk_tokens=64,
+  )
+  whole = np.ones(IDS.shape, bool)
+  return lambda name: (Name(name), c, {}, IDS, whole, whole)
+
+
+@pytest.mark.parametrize('name', SEES)
+def test_orders_one_by_one_are_those_of_the_page(name, scored):
+  """What the network writes is the mean over all orders; the bound, the mean
+  of their logarithms."""
+  orders = np.array(list(itertools.permutations(range(L))))
+  values = bounds.chain_rule(*scored(name), [orders] * 3)
+  by_words = {
+    tuple(WORDS.index(w) for w in row[0].split(', ')): float(row[3])
+    for row in table_with('order')[:-1]
+  }
+  assert len(by_words) == 6
+  for i, row in enumerate(OF_SENTENCES[:-1]):
+    assert -values[i].mean() == close(BOUND[name][i])
+    own = -np.log(np.exp(values[i]).mean())
+    assert own == close(float(row[4] if name == 'neighbours' else row[2]))
+  if name == 'neighbours':
+    for order, value in zip(orders, values[1], strict=True):
+      in_doubt = tuple(IDS[1, i] - FIRST for i in order if i > 0)
+      assert -value == close(by_words[in_doubt])
+
+
+@pytest.mark.parametrize('form', estimators.FORMS)
+def test_an_estimate_of_the_bound_comes_to_it(form, scored):
+  estimator = estimators.Estimator(form, 4096, 16)
+  found = bounds.bound(*scored('neighbours'), estimator, seeds=[0, 1, 2])
+  errors = -found.log_likelihood - BOUND['neighbours'][:3]
+  assert (np.abs(errors) < 4 * found.stderr).all()
+  assert (found.stderr < 0.04).all()
+
+
+def test_means_over_the_language_are_those_of_the_page():
+  *rows, mean = OF_SENTENCES
+  columns = np.array([[float(x) for x in row[2:]] for row in rows])
+  for of_page, computed in zip(mean[2:], CHANCES @ columns, strict=True):
+    assert float(of_page) == pytest.approx(computed, abs=1.1e-4)
+  entropy = -(CHANCES * np.log(CHANCES)).sum()
+  assert float(mean[2]) == close(entropy)
+  assert f'{entropy / L:.4f} per token' in PAGE
+  own, bound = float(mean[4]), float(mean[5])
+  assert own > entropy and bound > own
+  assert f'The other one loses {own - entropy:.4f}' in PAGE
+
+
+def test_the_most_probable_words_come_in_the_order_of_the_page(monkeypatch):
+  monkeypatch.setattr(passes, 'bind', Denoiser)
+  c = SamplerConfig(
+    steps=L,
+    block_length=L,
+    temperature=0.0,
+    remasking='low_confidence',
+    objective='masked_diffusion',
+    predict_mask=False,
+    mask_id=MASK,
+    bos_id=1,
+  )
+  layout = layouts.continue_prompts([[]], L)
+  moments = [
+    (np.asarray(carry.canvas)[0].tolist(), sure[0])
+    for carry, sure in sampler.walk('exact', c, jnp.zeros(()), *layout, [0])
+  ]
+  rows = table_with('surest word')
+  assert len(rows) == len(moments) - 1 == L
+  for row, before, after in zip(rows, moments, moments[1:], strict=False):
+    _, canvas, word, probability = row
+    assert before[0] == encode(canvas)
+    (at,) = np.flatnonzero(~np.isnan(after[1]))
+    assert after[0][at] == encode(word)[0]
+    numerator, _, denominator = probability.partition('/')
+    chance = int(numerator) / int(denominator or 1)
+    assert after[1][at] == pytest.approx(chance, abs=1e-5)
+
+
+def test_noise_of_the_loss_is_what_the_page_says():
+  """7.6% for 8 rows of 128 tokens that are equally hard."""
+  c = config.default()
+  c.objective.random_length_fraction = 0.0
+  c.objective.time_sampling = 'iid'  # of no consequence if all are as hard
+  c = step.step_config(c).objective
+  rows, length, draws = 8, 128, 1000
+  tokens = jnp.full((rows, length), 9)
+
+  @jax.jit
+  @jax.vmap
+  def loss(key):
+    canvas = masked_diffusion.masked_diffusion(
+      c, tokens, jnp.arange(rows), key, rows
+    )
+    return canvas.weights.sum() / canvas.num_tokens.sum()
+
+  found = np.asarray(loss(jax.random.split(jax.random.key(0), draws)))
+  spread = lambda tokens: ((np.log(1 / c.eps) - 1) / tokens) ** 0.5
+  assert found.mean() == pytest.approx(1, abs=0.01)
+  assert found.std() == pytest.approx(spread(rows * length), rel=0.1)
+  assert f'{spread(rows * length):.1%} for 8 rows of 128' in PAGE
+  assert f'{6 * spread(rows * length):.2f}\nnats' in PAGE
+  assert f'{spread(1280 * 4096):.2%} for the 1,280 rows of 4,096' in PAGE

@@ -1,0 +1,346 @@
+"""launch/plan.py with the real TPU compiler, in processes of their own.
+
+No TPU is needed, but libtpu wants its settings before JAX starts.
+"""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import tpu_compiler
+from tpu_compiler import ENVIRONMENT, ROOT, needs_libtpu
+
+from maskdiff.distributed import chips
+from maskdiff.planner import hlo, hlo_cost, plan
+from maskdiff.planner.hlo_collectives import Machine
+
+# 7,342,592 parameters.
+SMALL = (
+  '--config.model.embed=512 --config.model.layers=2 --config.model.heads=4 '
+  '--config.model.kv_heads=4 --config.model.head_dim=128 '
+  '--config.model.mlp=1024 --config.model.dtype=bfloat16 '
+  '--config.data.length=512 --config.train.batch=32 '
+  '--config.objective.loss_chunk_tokens=256'
+).split()
+PARAMETERS = 4096 * 512 + 2 * (4 * 512 * 512 + 3 * 512 * 1024 + 1024) + 512
+
+
+def launch(*args, config='configs/tiny.py', path=str(ROOT)):
+  return subprocess.run(
+    [sys.executable, 'launch/plan.py', '--config', config, *args],
+    env=ENVIRONMENT | {'PYTHONPATH': path},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def planned(tmp_path, *args):
+  """The numbers of a plan that fits, and what was printed."""
+  file = tmp_path / 'plan.json'
+  result = launch('--json', str(file), *args)
+  assert result.returncode == 0, result.stderr[-4000:]
+  return json.loads(file.read_text()), result.stdout
+
+
+@pytest.mark.parametrize(
+  'args, says',
+  [
+    (['--topology', 'v5x:2x2'], 'give a chip of v4, v5e, v5p, v6e'),
+    (['--topology', 'v5p:2x2'], 'a shape of v5p has 3 axes'),
+    (
+      ['--topology', 'v5e:2x2', '--sweep', '--plot', 'x.png'],
+      '--sweep goes with neither',
+    ),
+    (
+      ['--topology', 'v5e:2x2', '--sweep', '--sweep_rows', '1,two'],
+      "'two' is not a positive number",
+    ),
+    (
+      ['--topology', 'v5e:2x2', '--sweep', '--sweep_mesh', 'tensor'],
+      'write axis=size',
+    ),
+  ],
+)
+def test_what_the_user_can_fix_is_one_line(args, says):
+  result = launch(*args)
+  assert result.returncode == 2
+  assert says in result.stderr
+  assert 'Traceback' not in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+@needs_libtpu
+def test_a_mesh_that_does_not_fit_the_topology():
+  result = launch('--topology', 'v5e:2x4', '--config.mesh.tensor=3')
+  assert result.returncode == 2
+  assert 'does not multiply to the 8 devices' in result.stderr
+
+
+@pytest.mark.parametrize('flag', ['json', 'plot'])
+def test_a_file_that_cannot_be_written_is_told_before_compiling(tmp_path, flag):
+  if flag == 'plot':
+    pytest.importorskip('matplotlib')
+  path = tmp_path / 'no' / 'plan.png'
+  # Whatever is asked of the compiler fails at once, and otherwise.
+  result = launch('--topology', 'v5x:2x2', f'--{flag}={path}')
+  assert result.returncode == 2
+  assert f"--{flag}: cannot write '{path}'" in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_plan_that_fails_leaves_files_as_they_were(tmp_path):
+  (tmp_path / 'old.json').write_text('{}')
+  for name in ('old.json', 'new.json'):
+    result = launch('--topology', 'v5x:2x2', f'--json={tmp_path / name}')
+    assert 'give a chip of' in result.stderr
+  assert [f.name for f in tmp_path.iterdir()] == ['old.json']
+  assert (tmp_path / 'old.json').read_text() == '{}'
+
+
+def test_a_missing_matplotlib_is_told_before_compiling(tmp_path):
+  (tmp_path / 'matplotlib.py').write_text('raise ImportError')
+  result = launch(
+    '--topology',
+    'v5x:2x2',
+    f'--plot={tmp_path}/plan.png',
+    path=f'{tmp_path}:{ROOT}',
+  )
+  assert result.returncode == 2
+  assert 'pip install matplotlib' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+COMPILE = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from maskdiff import config
+from maskdiff.planner.target import open_target
+
+def on(topology, function, *shapes):
+  target = open_target(config.default(), topology)
+  whole = NamedSharding(target.mesh, PartitionSpec())
+  shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+  compiled = jax.jit(function, in_shardings=whole).lower(*shapes).compile()
+  return compiled.as_text()
+
+def layers(x, weights):
+  step = lambda x, w: (jnp.tanh(x @ w), None)
+  return jax.lax.scan(step, x, weights)[0]
+
+shape = (4096, 4096)
+topologies = 'v4:2x2x1', 'v5e:1x1', 'v5p:2x2x1', 'v6e:1x1', 'v6e:2x4'
+print(json.dumps({
+  'products': {t: on(t, lambda a, b: a @ b, shape, shape) for t in topologies},
+  'loop': on('v5e:2x4', layers, shape, (12, *shape)),
+}))
+"""
+
+
+@pytest.fixture(scope='module')
+def texts():
+  """HLO of one matrix product for several chips, and of a loop of twelve."""
+  return tpu_compiler.run(COMPILE)
+
+
+def price(text, topology):
+  chip, shape = chips.parse_topology(topology)
+  machine = Machine(chip, shape, {'fsdp': 1}, ((0,) * len(shape),), (0,))
+  return hlo_cost.price(hlo.parse(text), machine)
+
+
+@needs_libtpu
+def test_a_large_matrix_product_comes_out_near_the_peak(texts):
+  for topology, text in texts['products'].items():
+    chip, _ = chips.parse_topology(topology)
+    share = 2 * 4096**3 / price(text, topology).total_s / chip.peak_flops
+    print(f'{topology}: {share:.1%} of the peak')
+    assert 0.7 < share < 1, topology
+
+
+@needs_libtpu
+def test_cycles_of_a_loop_agree_with_a_simple_count(texts):
+  """The count: all estimates, those of the loop's body twelve times."""
+  cost = price(texts['loop'], 'v5e:2x4')
+  assert [trips for _, trips, _ in cost.loops] in ([12], [11])  # or one peeled
+  assert not cost.unresolved
+  loops = re.findall(r' while\(.*body=%([\w.\-]+)', texts['loop'])
+  total = 0
+  for computation in re.split(r'\n\n', texts['loop']):
+    cycles = sum(
+      int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', computation)
+    )
+    name = re.match(r'(?:ENTRY )?%([\w.\-]+)', computation.strip())
+    inside = name and name[1] in loops
+    total += cycles * (cost.loops[0][1] if inside else 1)
+  assert cost.cycles == pytest.approx(total, rel=0.02)
+  flops = 12 * 2 * 4096**3
+  peak = chips.by_kind('TPU v5e').peak_flops
+  assert 0.6 < flops / cost.total_s / peak < 1
+
+
+@needs_libtpu
+def test_a_plan_of_sampling(tmp_path):
+  found, text = planned(
+    tmp_path, '--topology', 'v5e:2x4', '--mode', 'sample', *SMALL
+  )
+  assert found.keys() == plan.FIELDS.keys()
+  assert (found['mode'], found['status']) == ('sample', 'fits')
+  assert found['length'] == 128 + 64
+  # Float32 weights of the model, an eighth on every chip.
+  weights = 4 * PARAMETERS / 8 / 2**30
+  assert weights < found['hbm_arguments_gib'] < 1.1 * weights
+  assert found['latency_s'] == pytest.approx(64 * found['step_s'])
+  assert found['tokens_per_s'] == pytest.approx(8 * 64 / found['latency_s'])
+  assert found['window_step_s'] is None
+  assert not any('loop' in w for w in found['warnings'])
+  assert 'denoising step' in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_of_serving_with_a_cache(tmp_path):
+  """Tensor parallel, weights in bfloat16, blocks of 16 slots."""
+  found, text = planned(
+    tmp_path,
+    *('--topology', 'v5e:2x4', '--mode', 'sample'),
+    *('--tensor', '4', '--dtype', 'bfloat16'),
+    '--config.sample.cache=dual',
+    '--config.sample.block_length=16',
+    *SMALL,
+  )
+  assert found['mesh'] == 'replica=1,fsdp=2,sequence=1,tensor=4'
+  weights = 2 * PARAMETERS / 8 / 2**30
+  assert weights < found['hbm_arguments_gib'] < 1.1 * weights
+  assert found['window_step_s'] < found['step_s']
+  assert found['latency_s'] == pytest.approx(
+    4 * found['step_s'] + 60 * found['window_step_s']
+  )
+  assert 'step with a cache' in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_of_training(tmp_path):
+  picture = tmp_path / 'plan.png'
+  plots = importlib.util.find_spec('matplotlib') is not None
+  found, text = planned(
+    tmp_path,
+    '--topology',
+    'v5e:2x2',
+    *(['--plot', str(picture)] if plots else []),
+    *SMALL,
+  )
+  assert found.keys() == plan.FIELDS.keys()
+  assert (found['status'], found['fits']) == ('fits', True)
+  assert found['parameters'] == PARAMETERS
+  # Parameters and two moments in float32, a quarter on every chip.
+  state = 3 * 4 * PARAMETERS / 4 / 2**30
+  assert state < found['hbm_arguments_gib'] < 1.1 * state
+  # 32 rows at once in an evaluation, as in the step, but nothing to keep.
+  total = found['hbm_total_gib']
+  assert found['hbm_arguments_gib'] < found['hbm_evaluation_gib'] < total
+  # Half of the 8 x 512 tokens of a chip, and 78, in chunks of 256.
+  assert found['loss_chunks'] == 9
+  assert not any('loop' in w for w in found['warnings'])
+  # The step is its parts, and is slower than the work at the peak.
+  parts = [
+    'cycles_s',
+    'attention_s',
+    'exposed_ici_s',
+    'exposed_dcn_s',
+    'exposed_host_s',
+    'exposed_prefetch_s',
+  ]
+  assert found['step_s'] == pytest.approx(sum(found[p] for p in parts))
+  assert 0.02 < found['mfu'] < 1
+  step_tokens = 32 * 512
+  assert found['tokens_per_s'] == pytest.approx(step_tokens / found['step_s'])
+  assert found['total_tokens'] == 1300 * step_tokens
+  assert found['chip_hours'] == pytest.approx(24 * 4 * found['days'])
+  assert {c['axes'] for c in found['collectives']} == {'fsdp'}
+  names = {o['part'] for o in found['operations']}
+  assert {
+    'mlp gate/up forward',
+    'mlp gate/up recomputed',
+    'mlp down backward',
+    'attention query forward',
+    'attention kernel forward',
+    'attention kernel backward',
+    'normalisation forward',
+    'loss: logits',
+    'optimizer',
+  } <= names
+  assert text.count('FITS') == 2  # the step, and an evaluation
+  assert picture.exists() == plots
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_of_two_slices(tmp_path):
+  found, _ = planned(
+    tmp_path,
+    '--topology',
+    'v5p:2x2x1',
+    '--num_slices',
+    '2',
+    '--config.mesh.replica=2',
+    *SMALL,
+  )
+  assert (found['chips'], found['num_slices']) == (8, 2)
+  between = [c for c in found['collectives'] if c['network'] == 'dcn']
+  assert between and all(c['axes'] == 'replica' for c in between)
+  # The gradients of a chip's quarter, at least in bfloat16.
+  assert sum(c['gb'] for c in between) > 2 * PARAMETERS / 4 / 1e9
+  assert all(
+    c['axes'] == 'fsdp' for c in found['collectives'] if c['network'] == 'ici'
+  )
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_sweep_ranks_what_fits(tmp_path):
+  file = tmp_path / 'sweep.json'
+  result = launch(
+    '--topology',
+    'v6e:1x1',
+    '--sweep',
+    '--sweep_rows',
+    '8,65536',
+    '--sweep_remat',
+    'none',
+    '--sweep_mesh',
+    'fsdp=-1',
+    '--sweep_mesh',
+    'tensor=2',
+    '--json',
+    str(file),
+    *SMALL,
+  )
+  assert result.returncode == 0, result.stderr[-4000:]
+  fits, *rest = json.loads(file.read_text())
+  assert (fits['status'], fits['rows_per_chip']) == ('fits', 8)
+  assert {p['status'] for p in rest} == {'does not fit', 'does not compile'}
+  over = next(p for p in rest if p['status'] == 'does not fit')
+  assert over['hbm_total_gib'] > over['hbm_capacity_gib']
+  assert len(result.stdout.splitlines()) == 4  # a head and three candidates
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_step_that_does_not_fit(tmp_path):
+  result = launch(
+    '--topology',
+    'v5e:1x1',
+    *SMALL,
+    '--config.model.remat=none',
+    '--config.train.batch=65536',
+    '--config.eval.batch=32',
+  )
+  assert result.returncode == 1, result.stderr[-4000:]
+  assert 'DOES NOT FIT' in result.stdout
+  assert '--config.train.microbatches=2' in result.stdout

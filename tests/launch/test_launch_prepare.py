@@ -1,0 +1,383 @@
+"""The command line of preparation, also when it is killed."""
+
+import contextlib
+import gzip
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+
+import pytest
+
+from maskdiff.data import prepare, records
+
+ROOT = pathlib.Path(__file__).parents[2]
+LIBRARY = pathlib.Path(sysconfig.get_paths()['stdlib'])
+SETTINGS = [
+  '--tokenizer=tokenizer/stdlib_4k.model',
+  '--row_length=256',
+  '--heldout_fraction=0.1',
+  '--workers=2',
+]
+
+
+started = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+  """After a test that failed."""
+  yield
+  while started:
+    process = started.pop()
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+      process.communicate()
+
+
+def start(*args, file_limit=None):
+  """Starts launch/prepare.py as the leader of a process group of its own.
+
+  With a `file_limit` it may not write more than that many bytes of a file.
+  """
+
+  def prepare():
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if file_limit is not None:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit,) * 2)
+
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  environment.pop('PYTHONUNBUFFERED', None)  # lines must come without it
+  process = subprocess.Popen(
+    [sys.executable, 'launch/prepare.py', *map(str, args)],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+    preexec_fn=prepare,
+  )
+  started.append(process)
+  return process
+
+
+def run(*args, status=0):
+  """Runs launch/prepare.py to its end; its output, or else its complaint."""
+  process = start(*args)
+  output, errors = process.communicate(timeout=60)
+  assert process.returncode == status, errors
+  if status == 0:
+    assert not errors
+    return output
+  assert errors.startswith('error: ') and errors.count('\n') == 1
+  return errors
+
+
+def contents(directory):
+  return {
+    str(path.relative_to(directory)): None
+    if path.is_dir()
+    else path.read_bytes()
+    for path in sorted(directory.rglob('*'))
+  }
+
+
+def read_lines(process, count):
+  """What it prints first, as soon as it does."""
+  too_late = threading.Timer(20, process.kill)
+  too_late.start()
+  lines = [process.stdout.readline() for _ in range(count)]
+  too_late.cancel()
+  return lines
+
+
+def wait_for(condition, process):
+  """Until it holds; False if the process is gone before."""
+  while not condition():
+    if process.poll() is not None:
+      return False
+    time.sleep(0.002)
+  return True
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  """Three megabytes in twelve parts: neighbours of one format are together."""
+  folder = tmp_path_factory.mktemp('corpus')
+  modules = sorted(LIBRARY.glob('*.py'))[:120]
+  for n in range(6):
+    *many, a, b, c = modules[20 * n : 20 * n + 20]
+    with gzip.open(folder / f'{n}a.jsonl.gz', 'wt', compresslevel=1) as f:
+      for path in many:
+        text = path.read_text(encoding='utf-8')
+        f.write(json.dumps({'text': text}) + '\n')
+    for path in (a, b, c):
+      (folder / f'{n}b_{path.name}').write_bytes(path.read_bytes())
+  return folder
+
+
+@pytest.fixture(scope='module')
+def undisturbed(corpus, tmp_path_factory):
+  """The directory of a run to the end and how long it worked on it."""
+  directory = tmp_path_factory.mktemp('undisturbed') / 'rows'
+  process = start('--source', corpus, '--out', directory, *SETTINGS)
+  assert wait_for(directory.exists, process)
+  began = time.monotonic()
+  output, errors = process.communicate(timeout=60)
+  assert process.returncode == 0, errors
+  return directory, time.monotonic() - began, output
+
+
+def test_it_says_what_it_will_do_and_what_it_has_done(corpus, undisturbed):
+  directory, _, output = undisturbed
+  manifest = records.read_manifest(directory)
+  first, last = output.splitlines()
+  assert first.startswith(f'{corpus}: 1.') and first.endswith('MB, 12 parts')
+  assert last == f'{directory}: {prepare.summary(manifest)}'
+  assert len(manifest.splits['train'].shards) == 13
+  records.verify(directory, manifest, rows='all')
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+  """A directory of rows from documents of which some cannot be read."""
+  folder = tmp_path_factory.mktemp('small')
+  texts = [f'def f{n}(x):\n  return x + {n}\n' for n in range(300)]
+  lines = [json.dumps({'content': text}).encode() for text in texts]
+  lines[5:5] = [b'{"content": "latin \xe9"}', b'{"content": ""}']
+  (folder / 'a.jsonl').write_bytes(b'\n'.join(lines))
+  (folder / 'b.txt').write_bytes(b'latin \xe9')
+  output = run(
+    f'--source={folder / "a.jsonl"}',
+    f'--source={folder}/*.txt',
+    '--text_key=content',
+    '--out',
+    folder / 'rows',
+    '--row_length=32',
+    '--heldout_fraction=0.3',
+    '--tokenizer=tokenizer/stdlib_4k.model',
+    '--workers=1',
+  )
+  return folder / 'rows', output
+
+
+# Killed, interrupted, out of space, twice at once.
+
+
+def kill_9(kill, corpus, directory, parts, seconds):
+  """So long after so many parts are done; False if it had ended before."""
+  process = start('--source', corpus, '--out', directory, *SETTINGS)
+  done = lambda: len(list(directory.glob('.prepare/0*.npz')))
+  if wait_for(lambda: directory.exists() and done() >= parts, process):
+    time.sleep(seconds)
+  alive = process.poll() is None
+  if alive:
+    kill(process.pid, signal.SIGKILL)
+  killed = time.monotonic()
+  # Its workers have the same output, which ends when the last of them does.
+  process.communicate(timeout=20)
+  assert time.monotonic() - killed < 5
+  return alive
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_kill_9_does_not_show(corpus, undisturbed, tmp_path, seed):
+  """At any moment, the parent alone or all processes, and then once more."""
+  wanted, duration, _ = undisturbed
+  directory = tmp_path / 'rows'
+  rng = random.Random(seed)
+  first, second = [os.kill, os.killpg][:: (-1) ** seed]
+  # All seeds together spread them over the whole duration...
+  seconds = (seed + rng.random()) / 5 * duration
+  while not kill_9(first, corpus, directory, 0, seconds):
+    shutil.rmtree(directory)
+    seconds *= 0.8  # the machine is faster now
+  # ... and over the parts, which take less of it than the workers' start.
+  parts = 2 * seed + rng.randint(1, 3)
+  kill_9(second, corpus, directory, parts, rng.random() / 20)
+  run('--source', corpus, '--out', directory, *SETTINGS)
+  assert contents(directory) == contents(wanted)
+
+
+def test_an_interrupt_ends_it_at_once_and_keeps_what_is_done(
+  corpus, undisturbed, tmp_path
+):
+  wanted, _, _ = undisturbed
+  for attempt in range(5):  # until one is not too late, on a busy machine
+    directory = tmp_path / f'rows-{attempt}'
+    process = start('--source', corpus, '--out', directory, *SETTINGS)
+    done = lambda d=directory: list((d / '.prepare').glob('0*.npz'))
+    wait_for(done, process)
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    interrupted = time.monotonic()
+    process.communicate(timeout=20)
+    assert time.monotonic() - interrupted < 5
+    if process.returncode:
+      break
+  assert process.returncode
+  assert done() and not (directory / records.MANIFEST).exists()
+  output = run('--source', corpus, '--out', directory, *SETTINGS)
+  assert 'going on: ' in output
+  assert contents(directory) == contents(wanted)
+
+
+@pytest.mark.parametrize('end', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_end_does_not_wait_for_input_that_hangs(small, tmp_path, end):
+  (tmp_path / 'a.jsonl').write_bytes((small[0].parent / 'a.jsonl').read_bytes())
+  os.mkfifo(tmp_path / 'b.txt')  # to open it takes until someone writes
+  rows = tmp_path / 'rows'
+  args = ['--source', tmp_path, '--text_key=content', '--out', rows]
+  process = start(*args, *SETTINGS)
+  assert wait_for((rows / '.prepare' / '00000.npz').exists, process)
+  process.send_signal(end)
+  process.communicate(timeout=5)
+  assert process.returncode
+
+
+def test_a_full_disk_is_named_and_finished_parts_are_kept(
+  corpus, undisturbed, tmp_path
+):
+  wanted, _, _ = undisturbed
+  directory = tmp_path / 'rows'
+  sizes = sorted(p.stat().st_size for p in wanted.glob('train-*'))
+  assert sizes[0] < sizes[-1]
+  args = ['--source', corpus, '--out', directory, *SETTINGS]
+  process = start(*args, file_limit=sizes[0])
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 2
+  assert errors.startswith(f'error: cannot write prepared data to {directory}')
+  assert 'File too large' in errors and errors.count('\n') == 1
+  run(*args)
+  assert contents(directory) == contents(wanted)
+
+
+def test_two_at_once_make_the_same_as_one(corpus, undisturbed, tmp_path):
+  wanted, _, _ = undisturbed
+  directory = tmp_path / 'rows'
+  args = ['--source', corpus, '--out', directory, *SETTINGS]
+  first = start(*args)
+  assert wait_for((directory / '.prepare').exists, first)
+  first.send_signal(signal.SIGSTOP)
+  second = start(*args)
+  _, line = read_lines(second, 2)
+  assert line.startswith(f'another process is preparing {directory}')
+  first.send_signal(signal.SIGCONT)
+  summaries = [
+    p.communicate(timeout=60)[0].splitlines()[-1:] for p in (first, second)
+  ]
+  assert first.returncode == second.returncode == 0
+  assert summaries[0] == summaries[1] != []
+  assert contents(directory) == contents(wanted)
+
+
+def test_the_one_that_waits_takes_over_from_one_that_is_killed(
+  corpus, undisturbed, tmp_path
+):
+  wanted, _, _ = undisturbed
+  directory = tmp_path / 'rows'
+  args = ['--source', corpus, '--out', directory, *SETTINGS]
+  first = start(*args)
+  assert wait_for((directory / '.prepare').exists, first)
+  first.send_signal(signal.SIGSTOP)
+  second = start(*args)
+  assert 'waiting' in read_lines(second, 2)[1]
+  first.kill()
+  second.communicate(timeout=60)
+  assert second.returncode == 0
+  first.communicate(timeout=5)
+  assert contents(directory) == contents(wanted)
+
+
+# Input that is not all text, and the other modes.
+
+
+def test_what_is_left_out_is_counted(small):
+  directory, output = small
+  assert '(2 not UTF-8, 1 empty left out)' in output.splitlines()[-1]
+  manifest = records.read_manifest(directory)
+  assert manifest.skipped == {'not UTF-8': 2, 'empty': 1}
+  assert sum(s.documents for s in manifest.splits.values()) == 300
+
+
+def test_a_split_without_rows_is_pointed_out(small, tmp_path):
+  source = small[0].parent / 'a.jsonl'
+  args = ['--source', source, '--text_key=content', '--out', tmp_path / 'rows']
+  output = run(*args, *SETTINGS, '--heldout_fraction=0')
+  assert "no row in the split 'heldout'" in output.splitlines()[-1]
+
+
+def test_inspect_shows_statistics_and_rows(small):
+  directory, _ = small
+  manifest = records.read_manifest(directory)
+  output = run('--inspect', directory, '--rows=2')
+  assert prepare.summary(manifest) in output
+  assert manifest.tokenizer_fingerprint in output and 'uint16' in output
+  for name, split in manifest.splits.items():
+    entropy = f'{split.unigram_entropy_nats:.3f} nats per token'
+    assert f'{name}: 1 shards, ' in output and entropy in output
+    assert output.count(f'--- {name} row ') == 2
+  assert output.count('return x + ') > 2
+  assert '---' not in run('--inspect', directory, '--rows=0')
+
+
+def test_verify_finds_one_changed_byte(small, tmp_path):
+  directory, _ = small
+  output = run('--verify', directory)
+  manifest = records.read_manifest(directory)
+  rows = sum(split.rows for split in manifest.splits.values())
+  assert output == f'{directory}: all {rows} rows match their checksums\n'
+
+  damaged = tmp_path / 'damaged'
+  damaged.mkdir()
+  for name, data in contents(directory).items():
+    if name == 'train-00000.array_record':
+      # In the middle of the rows; the rest of a small file is padding.
+      middle = data.index(b'\0' * 1000) // 2
+      data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    (damaged / name).write_bytes(data)
+  error = run('--verify', damaged, status=2)
+  assert 'train-00000.array_record' in error
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    ([], 'give one of --out DIR, --inspect DIR and --verify DIR'),
+    (['--out=x', '--verify=x'], 'give one of --out DIR'),
+    (['--out=x'], '--out needs --source'),
+    (['--out=x', '--source=embedded'], '--out needs --tokenizer'),
+    (['--out=x', '--rowlength=3'], "rowlength; did you mean 'row_length'?"),
+    (['--out=x', '--row_length=0'], 'row_length'),
+    (['--out=x', '--heldout_fraction=2'], 'heldout_fraction'),
+    (['--out=x', '--workers=0'], 'workers'),
+    (['--out=x', '--source=a.txt', 'b.txt'], "unexpected argument 'b.txt'"),
+    (['--inspect=absent'], 'cannot read absent/manifest.json'),
+    (['--verify=absent'], 'cannot read absent/manifest.json'),
+    (
+      ['--out=x', '--source=absent', '--tokenizer=tokenizer'],
+      'no file or directory absent',
+    ),
+    (['--out=x', '--source=launch', '--tokenizer=absent'], 'tokenizer absent'),
+  ],
+  ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
+)
+def test_a_wrong_command_line_ends_with_one_line(args, message):
+  assert message in run(*args, status=2)
+  assert not (ROOT / 'x').exists()
+
+
+def test_help_shows_the_flags():
+  output = run('--help')
+  for shown in ('python launch/prepare.py', '--source', '--row_length'):
+    assert shown in output

@@ -1,0 +1,86 @@
+"""Puzzles from a file: written by one script, answered by the other."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import untrained_run
+
+from maskdiff.evals import puzzles
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def launch(script, *flags):
+  return subprocess.run(
+    [sys.executable, f'launch/{script}.py', *flags],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+
+
+def lines_of(text):
+  return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope='module')
+def workdir(tokenizer, tmp_path_factory):
+  path = tmp_path_factory.mktemp('run')
+  untrained_run.save(path, tokenizer)
+  return path
+
+
+def test_puzzles_are_written_and_answered(workdir, tmp_path):
+  out = tmp_path / 'asked.jsonl'
+  flags = ('--task=addition', '--num=5', '--digits=3', '--seed=2')
+  written = launch('puzzles', *flags, '--heldout', f'--out={out}')
+  assert written.returncode == 0, written.stderr
+  lines = lines_of(out.read_text())
+  assert lines == puzzles.make('addition', 2, 5, digits=3)
+
+  done = launch(
+    'evaluate',
+    *(f'--workdir={workdir}', '--task=addition', f'--data={out}'),
+    *('--sample=steps=1', '--sample=confidence=margin'),
+  )
+  assert done.returncode == 0, done.stderr
+  *rows, total = lines_of(done.stdout)
+  assert [{k: row[k] for k in ('prompt', 'answer')} for row in rows] == lines
+  right = [row['text'] == row['answer'] for row in rows]
+  assert [row['correct'] for row in rows] == right
+  assert total['accuracy'] == sum(right) / 5
+  assert total['forwards_per_token'] == 1 / 5  # four digits and an eos at once
+  sampler = total['sampler']
+  assert (sampler['steps'], sampler['confidence']) == (1, 'margin')
+  assert (total['task'], total['data']) == ('addition', str(out))
+
+
+def test_lines_to_train_on_are_not_those_to_ask(tmp_path):
+  out = tmp_path / 'text.jsonl'
+  done = launch('puzzles', '--task=sudoku', '--num=9', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  assert lines_of(out.read_text()) == puzzles.training_lines('sudoku', 0, 9)
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (('--task=bound',), '--task bound needs --data'),
+    (('--task=choices', '--sample=steps=1'), 'no sampling in --task choices'),
+    (('--task=sudoku', '--sample=steps'), "'steps': write KEY=VALUE"),
+    (('--task=sudoku', '--data=FILE'), "asked.jsonl:1: '6' is no right answer"),
+  ],
+  ids=['no_data', 'sample', 'pair', 'other_lines'],
+)
+def test_what_cannot_be_asked_is_one_line(workdir, tmp_path, flags, message):
+  data = tmp_path / 'asked.jsonl'
+  data.write_text('{"prompt": "2 x 3 = ", "answer": "6"}\n')
+  flags = [f.replace('FILE', str(data)) for f in flags]
+  done = launch('evaluate', f'--workdir={workdir}', *flags)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert message in done.stderr.splitlines()[-1]

@@ -1,0 +1,61 @@
+"""launch/report.py as a command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import made_runs
+import pytest
+from made_runs import eval_row, train_row
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  return made_runs.write(
+    tmp_path / 'run', [eval_row(0, 9.0), train_row(2, 8.0)]
+  )
+
+
+def launch(*args):
+  return subprocess.run(
+    [sys.executable, 'launch/report.py', *map(str, args)],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_page_comes_to_the_first_directory_or_where_it_is_told(workdir):
+  result = launch(workdir)
+  assert result.returncode == 0, result.stderr
+  page = workdir / 'report.html'
+  assert result.stdout.strip() == str(page)
+  text = page.read_text()
+  assert text.startswith('<!doctype html>') and text.rstrip().endswith(
+    '</html>'
+  )
+  assert 'src=' not in text.split('<script')[0]
+  other = workdir.parent / 'other.html'
+  assert launch(workdir, '--out', other).returncode == 0
+  assert other.exists() and not list(workdir.parent.glob('*.part'))
+
+
+def test_what_the_user_can_fix_is_one_line(workdir):
+  empty = made_runs.write(workdir.parent / 'empty', [])
+  for args, says in (
+    ([], 'give one or more work directories'),
+    ([workdir.parent / 'none'], 'there is no work directory'),
+    ([empty], 'has no rows of metrics'),
+    ([workdir, workdir], 'have the same name'),
+    ([workdir, '--out', workdir / 'none' / 'x.html'], '--out: cannot write'),
+    ([workdir, '--plan', workdir / 'none.json'], 'cannot read the plan'),
+    ([workdir, '--ouh=x'], "unknown flag --ouh; did you mean 'out'?"),
+  ):
+    result = launch(*args)
+    assert result.returncode == 2
+    assert says in result.stderr and result.stdout == ''
+    assert len(result.stderr.strip().splitlines()) == 1

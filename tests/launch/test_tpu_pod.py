@@ -1,0 +1,244 @@
+"""The script for TPU pods, against a gcloud that is a script of the test.
+
+It writes down how it was called, and runs what is to run on the hosts of a
+slice in a directory of that slice.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / 'launch' / 'tpu_pod.sh'
+WHERE = ('--name', 'pod', '--zone', 'us-east5-a')
+
+GCLOUD = f"""#!{sys.executable}
+import json, os, pathlib, shutil, subprocess, sys
+here, arguments = pathlib.Path(os.environ['FAKE']), sys.argv[1:]
+with open(here / 'calls', 'a') as f:
+  f.write(json.dumps(arguments) + '\\n')
+if 'describe' in arguments:
+  states = (here / 'states').read_text().split()
+  (here / 'states').write_text(' '.join(states[1:] or states))
+  print(states[0])
+if 'scp' in arguments:
+  shutil.copy(arguments[4], here / arguments[5].strip(':'))
+if 'ssh' in arguments:
+  home = here / arguments[4]
+  (command,) = [a for a in arguments if a.startswith('--command=')]
+  sys.exit(subprocess.run(
+    ['bash', '-c', command.removeprefix('--command=')],
+    cwd=home,
+    env=os.environ | {{'HOME': str(home)}},
+  ).returncode)
+"""
+
+PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "${COLOUR:-none}" "$@" >../arguments
+while true; do sleep 0.1; done
+"""
+
+
+def write_program(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  path.chmod(0o755)
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  """A directory with a gcloud, and hosts of the slices pod-0 and pod-1."""
+  write_program(tmp_path / 'bin' / 'gcloud', GCLOUD)
+  (tmp_path / 'states').write_text('ACTIVE')
+  for node in ('pod-0', 'pod-1'):
+    write_program(tmp_path / node / 'maskdiff/.venv/bin/python', PYTHON)
+  yield tmp_path
+  for pid in tmp_path.glob('pod-*/maskdiff.pid'):
+    subprocess.run(['kill', '-KILL', pid.read_text().strip()])
+
+
+def pod(cloud, *arguments):
+  """Runs the script; returns the finished process."""
+  return subprocess.run(
+    ['bash', SCRIPT, *arguments],
+    env=os.environ
+    | {'FAKE': str(cloud), 'PATH': f'{cloud / "bin"}:{os.environ["PATH"]}'},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+
+
+def dry(cloud, *arguments):
+  """The commands that it would run, each a list of words."""
+  result = pod(cloud, *arguments, '--dry_run')
+  assert (result.returncode, result.stderr) == (0, '')
+  assert not (cloud / 'calls').exists()
+  # Read by a shell, since it is made for one.
+  again = 'gcloud() { printf "%s\\0" gcloud "$@"; printf "\\0"; }\n'
+  read = subprocess.run(
+    ['bash', '-c', again + result.stdout], capture_output=True, check=True
+  )
+  commands = read.stdout.decode().removesuffix('\0\0').split('\0\0')
+  return [command.split('\0') for command in commands]
+
+
+def calls(cloud):
+  return [json.loads(c) for c in (cloud / 'calls').read_text().splitlines()]
+
+
+def test_one_slice_is_a_node_of_its_name(cloud):
+  create = ('create', *WHERE, '--type=v5p-128', '--runtime', 'v2-alpha-tpuv5')
+  (command,) = dry(cloud, *create, '--spot', '--project', 'p')
+  assert command == (
+    'gcloud compute tpus queued-resources create pod '
+    '--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 '
+    '--node-id=pod --spot --zone=us-east5-a --project=p'
+  ).split(' ')
+
+
+def test_several_slices_are_numbered(cloud):
+  create = ('create', *WHERE, '--type=v5e-16', '--runtime=v2-alpha-tpuv5-lite')
+  (command,) = dry(cloud, *create, '--slices', '2')
+  assert {'--node-count=2', '--node-prefix=pod'} <= set(command)
+  assert not [word for word in command if word.startswith('--node-id')]
+  ssh = dry(cloud, 'stop', *WHERE, '--slices', '2')
+  assert [c[5] for c in ssh] == ['pod-0', 'pod-1']
+  assert all('--worker=all' in c for c in ssh)
+
+
+def test_the_output_of_the_first_process_is_watched(cloud):
+  (command,) = dry(cloud, 'watch', *WHERE, '--slices=2')
+  assert command[3:7] == ['tpu-vm', 'ssh', 'pod-0', '--worker=0']
+
+
+def test_deleting_asks_unless_told_not_to(cloud):
+  (command,) = dry(cloud, 'delete', *WHERE)
+  assert command[3:7] == ['queued-resources', 'delete', 'pod', '--force']
+  assert '--quiet' not in command
+  (command,) = dry(cloud, 'delete', *WHERE, '--yes')
+  assert '--quiet' in command
+
+
+def test_creating_waits_until_the_machines_are_there(cloud):
+  write_program(cloud / 'bin' / 'sleep', '#!/bin/sh\n')
+  create = ('create', *WHERE, '--type=v5e-16', '--runtime=r')
+  (cloud / 'states').write_text('ACCEPTED PROVISIONING ACTIVE')
+  result = pod(cloud, *create)
+  assert result.returncode == 0, result.stderr
+  assert [c[3] for c in calls(cloud)] == ['create'] + ['describe'] * 3
+  (cloud / 'states').write_text('ACCEPTED FAILED')
+  result = pod(cloud, *create)
+  assert result.returncode == 1
+  assert 'error: pod will not come' in result.stderr
+
+
+def wait_for(path):
+  deadline = time.monotonic() + 20
+  while not path.exists():
+    assert time.monotonic() < deadline, path
+    time.sleep(0.05)
+  time.sleep(0.1)
+  return path.read_text()
+
+
+def test_a_run_is_started_found_and_stopped_on_every_host(cloud):
+  slices = (*WHERE, '--slices=2')
+  given = ['--workdir', '/gcs/b/my run', "--config.sample.prompts=('a $b\"',)"]
+  start = ('start', *slices, '--env', "COLOUR=it's red", '--', *given)
+  result = pod(cloud, *start)
+  assert result.returncode == 0, result.stderr
+  for node in ('pod-0', 'pod-1'):
+    colour, script, *arguments = wait_for(
+      cloud / node / 'arguments'
+    ).splitlines()
+    assert (colour, script) == ("it's red", 'launch/pretrain.py')
+    assert arguments == given
+
+  assert pod(cloud, 'status', *slices).stdout.count('runs') == 2
+  again = pod(cloud, *start)
+  assert again.returncode == 1
+  assert 'a run is there already' in again.stderr
+
+  pids = [int(p.read_text()) for p in cloud.glob('pod-*/maskdiff.pid')]
+  assert pod(cloud, 'stop', *slices).returncode == 0
+  assert pod(cloud, 'status', *slices).stdout.count('does not run') == 2
+  for pid in pids:
+    assert not pathlib.Path(f'/proc/{pid}/cmdline').exists()
+  assert pod(cloud, 'stop', *slices).returncode == 0  # nothing to stop
+
+
+def test_the_checkout_is_copied_to_every_slice(cloud):
+  if not (ROOT / '.git').exists():
+    pytest.skip('not a git checkout')
+  for node in ('pod-0', 'pod-1'):  # what must not be fetched is there already
+    write_program(
+      cloud / node / '.local' / 'bin' / 'uv',
+      f'#!/bin/sh\necho "$PWD $@" >{cloud / node / "uv"}\n',
+    )
+  result = pod(cloud, 'install', *WHERE, '--slices=2')
+  assert result.returncode == 0, result.stderr
+  for node in ('pod-0', 'pod-1'):
+    with tarfile.open(cloud / node / 'maskdiff.tar.gz') as archive:
+      names = set(archive.getnames())
+    assert {'launch/tpu_pod.sh', 'maskdiff/training/loop.py'} <= names
+    assert not [n for n in names if n.startswith('.git/')]
+    home = cloud / node / 'maskdiff'
+    assert (home / 'maskdiff' / 'training' / 'loop.py').exists()
+    assert (cloud / node / 'uv').read_text() == (
+      f'{home} pip install --quiet --python .venv/bin/python '
+      '-r requirements-tpu.txt\n'
+    )
+
+
+def test_a_bucket_is_mounted_where_the_data_reader_looks(cloud):
+  (command,) = dry(cloud, 'mount', *WHERE, '--bucket', 'gs://rows')
+  (line,) = [x for x in command[7].splitlines() if 'gcsfuse --' in x]
+  assert line.endswith(' rows /gcs/rows')
+  assert '--implicit-dirs --rename-dir-limit=' in line
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (('launch', *WHERE), 'unknown command launch'),
+    (('stop', '--zone', 'z'), 'stop needs --name'),
+    (('stop', '--name', 'pod'), 'stop needs --zone'),
+    (('stop', *WHERE, '--slices=none'), '--slices none must be 1 or more'),
+    (('stop', *WHERE, '--nodes=2'), 'unknown argument --nodes'),
+    (('stop', *WHERE, '--project'), '--project needs a value'),
+    (('stop', *WHERE, '--', 'x'), 'stop takes nothing after --'),
+    (('create', *WHERE, '--runtime=r'), 'create needs --type'),
+    (('create', *WHERE, '--type=v5e-8'), 'create needs --runtime'),
+    (('start', *WHERE), 'start needs the arguments of pretrain.py after --'),
+    (('start', *WHERE, '--env=A', '--', 'x'), '--env A must be KEY=VALUE'),
+    (('mount', *WHERE), 'mount needs --bucket'),
+  ],
+)
+def test_wrong_usage_is_told_in_one_line(cloud, arguments, message):
+  result = pod(cloud, *arguments)
+  assert result.returncode == 2
+  assert result.stderr.startswith(f'error: {message}')
+  assert result.stderr.count('\n') == 1
+  assert not (cloud / 'calls').exists()
+
+
+def test_help_names_every_command(cloud):
+  result = pod(cloud, '--help')
+  assert result.returncode == 0
+  for (
+    name
+  ) in 'create install mount start watch logs status stop delete'.split():
+    assert f'\n  {name} ' in result.stdout
+
+
+def test_a_failing_host_is_not_passed_over(cloud):
+  (cloud / 'pod-1' / 'maskdiff').rename(cloud / 'elsewhere')
+  result = pod(cloud, 'start', *WHERE, '--slices=2', '--', '--workdir', 'x')
+  assert result.returncode == 1

@@ -1,0 +1,750 @@
+"""Likelihoods against LLaDA's recorded ones, enumeration and plain loops."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+import types
+
+import golden_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from every_mask import (
+  counts_from_nothing,
+  elbo,
+  reference_counts,
+  subsets,
+)
+
+from maskdiff.distributed import mesh
+from maskdiff.errors import UserError
+from maskdiff.evals import scored as scored_lib
+from maskdiff.likelihood import bounds, estimators, queries
+from maskdiff.likelihood.estimators import Estimator, Looks
+from maskdiff.likelihood.queries import LikelihoodConfig
+from maskdiff.model import masks, transformer
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import SamplerConfig
+
+MASK, BOS, VOCAB = 4, 1, 24
+TINY = TransformerConfig(
+  vocab_size=VOCAB,
+  embed=16,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=8,
+  mlp=24,
+  tie_embeddings=False,
+  rope_theta=1e4,
+  norm_eps=1e-5,
+  dtype='float32',
+  remat='none',
+  attention='xla',
+)
+CONFIG = LikelihoodConfig(
+  objective='masked_diffusion',
+  context=64,
+  guidance=0.0,
+  predict_mask=False,
+  mask_id=MASK,
+  bos_id=BOS,
+  tokens_per_call=1024,
+  loss_chunk_tokens=64,
+)
+GUIDED = dataclasses.replace(CONFIG, guidance=0.7)
+CAUSAL = dataclasses.replace(CONFIG, objective='autoregressive')
+FEW = Estimator(samples=16, strata=4)
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], []]
+ANSWERS = [[5, 9], [6, 7, 8, 9, 10], [20] * 20, [23, 22, 21]]
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Gains of 1, and matrices so large that predictions differ by position."""
+  random = np.random.default_rng(5)
+
+  def draw(axes, x):
+    if 'vocab' not in axes and len(axes) < 3:
+      return jnp.ones(x.shape)
+    return jnp.asarray(random.normal(size=x.shape) / 2, jnp.float32)
+
+  return jax.tree.map(
+    draw,
+    transformer.axes(TINY),
+    transformer.shapes(TINY),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(labels, params, tokens):
+  network = transformer.bind(TINY, params)
+  shown = getattr(masks, labels)(jnp.ones(tokens.shape, bool))
+  return network.logits(network(tokens, shown))
+
+
+def log_p(params, row, answer, hidden, guidance=0.0):
+  """[L, V] of one row, written out: full logits, and guidance on them."""
+  row = np.array(row)
+  shown = np.where(hidden, MASK, row)
+  logits = np.array(logits_of('bidirectional', params, shown[None])[0])
+  if guidance:
+    shown = np.where(hidden | ~answer, MASK, row)
+    without = np.array(logits_of('bidirectional', params, shown[None])[0])
+    logits = without + (guidance + 1) * (logits - without)
+  logits = logits.astype(np.float64)
+  logits[:, MASK] = -np.inf
+  return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def enumerate_masks(params, row, answer, guidance=0.0):
+  """[2^A, A] log p of each answer token by the set of hidden ones."""
+  row, where = np.array(row), np.flatnonzero(answer)
+  table = []
+  for some in subsets(len(where)):
+    hidden = np.zeros(len(row), bool)
+    hidden[where[some]] = True
+    all_p = log_p(params, row, answer, hidden, guidance)
+    table.append(all_p[where, row[where]])
+  return np.array(table)
+
+
+def by_order(table):
+  """Log-likelihood of each of the A! orders."""
+  size = table.shape[1]
+  orders = np.array(list(itertools.permutations(range(size))))
+  bits = 1 << orders
+  left = bits[:, ::-1].cumsum(axis=1)[:, ::-1]  # what each step has hidden
+  return orders, table[left, orders].sum(axis=1)
+
+
+def request(prompt, answer):
+  return bounds.suffixes([prompt], [answer])
+
+
+# The recorded likelihoods of LLaDA and others
+
+IDS = {'model_a': 510, 'model_b': 297}
+
+
+@pytest.fixture(scope='module', params=IDS)
+def golden(request):
+  """Model, and the arrays of likelihood.npz that are about it."""
+  name = request.param
+  model_config, weights = golden_models.load(name)
+  with np.load(golden_models.GOLDEN / 'likelihood.npz') as file:
+    arrays = {
+      key.removeprefix(f'{name}.'): file[key]
+      for key in file
+      if key.startswith(name)
+    }
+
+  def network(guidance):
+    c = dataclasses.replace(
+      CONFIG,
+      guidance=float(guidance),
+      predict_mask=True,
+      mask_id=IDS[name],
+      tokens_per_call=256,
+    )
+    return model_config, c, weights
+
+  return name, network, arrays
+
+
+def golden_values(network, prompts, answers, drawn):
+  """The values of given looks."""
+  rows = queries.rows_of(*network[:2], *bounds.suffixes(prompts, answers))
+  return queries.evaluate(*network, rows, lambda i: drawn[i])
+
+
+@pytest.mark.parametrize('cases', [(0, 1, 3), (2,)], ids=['plain', 'guided'])
+def test_log_likelihoods_are_those_of_llada_under_its_masks(golden, cases):
+  _, network, arrays = golden
+  of = lambda field: [arrays[f'mc{i}.{field}'] for i in cases]
+  drawn = []
+  for k, batch, ranks in zip(
+    of('k'), of('batch_size'), of('perms'), strict=True
+  ):
+    size = ranks.shape[-1]
+    counts = [reference_counts(int(one), size, int(batch)) for one in k]
+    drawn.append(
+      estimators.exact_count(
+        np.concatenate(counts), ranks.reshape(-1, size), coupled=False
+      )
+    )
+  network = network(of('cfg_scale')[0])
+  found = golden_values(network, of('prompt'), of('answer'), drawn)
+  for value, loss, whole in zip(
+    found, of('batch_loss'), of('log_likelihood'), strict=True
+  ):
+    assert abs(value.mean() - whole) < 2e-4
+    np.testing.assert_allclose(
+      -value.reshape(len(loss), -1).mean(axis=1), loss, atol=2e-4
+    )
+
+
+def test_the_masks_under_injected_ranks_are_those_of_llada(golden):
+  _, _, arrays = golden
+  ranks, noisy = arrays['mc0.perms'], arrays['mc0.noisy']
+  size = ranks.shape[-1]
+  for k, of_batch, shown in zip(arrays['mc0.k'], ranks, noisy, strict=True):
+    counts = reference_counts(int(k), size, len(of_batch))
+    hidden = estimators.exact_count(counts, of_batch, coupled=False).hidden
+    np.testing.assert_array_equal(
+      np.where(hidden, IDS[golden[0]], arrays['mc0.answer']), shown[:, -size:]
+    )
+
+
+@pytest.mark.parametrize('case', [0, 1, 2])
+def test_left_to_right_is_the_chain_rule_of_smdm(golden, case):
+  _, network, arrays = golden
+  of = lambda field: arrays[f'chain{case}.{field}']
+  value, error = bounds.left_to_right(
+    *network(of('cfg_scale')), *request(of('prefix'), of('target'))
+  )
+  assert abs(value[0] + of('nll')) < 2e-4
+  assert error[0] == 0
+
+
+@pytest.mark.parametrize('case', [0, 1, 2])
+def test_the_greedy_check_decides_as_that_of_llada(golden, monkeypatch, case):
+  """And commits in the same order, where it goes to the end."""
+  _, network, arrays = golden
+  of = lambda field: arrays[f'greedy{case}.{field}']
+  seen = []
+
+  def predict(*arguments):
+    seen.extend(m for i, _, m, _ in arguments[-1] if i == 0)
+    return inner(*arguments)
+
+  inner = queries.predict
+  monkeypatch.setattr(queries, 'predict', predict)
+  targets = of('target')
+  right = bounds.greedy_matches(
+    *network(of('cfg_scale')),
+    *bounds.suffixes([of('prefix')] * len(targets), targets),
+  )
+  np.testing.assert_array_equal(right, of('result'))
+  left = [set(np.flatnonzero(m)) for m in seen] + [set()]
+  order = [a - b for a, b in itertools.pairwise(left)]
+  assert order == [{i} for i in of('commit_order')]
+
+
+@pytest.mark.parametrize('case', range(8))
+def test_every_mask_every_order_and_their_averages_are_as_recorded(case):
+  """Token by token under every mask; the bound; the random-order marginal."""
+  model_config, weights = golden_models.load('model_a')
+  c = dataclasses.replace(
+    CONFIG, predict_mask=True, mask_id=IDS['model_a'], tokens_per_call=1024
+  )
+  network = model_config, c, weights
+  with np.load(golden_models.GOLDEN / 'likelihood.npz') as file:
+    of = lambda field: file[f'model_a.enum{case}.{field}']
+    prompt, answer, recorded = of('prompt'), of('answer'), of('token_logp')
+    bound, marginal = of('elbo'), of('log_marginal_random_order')
+  hidden = subsets(len(answer))
+  row, token = np.nonzero(hidden)
+  one_by_one = Looks(
+    hidden[row], np.eye(len(answer), dtype=bool)[token], np.ones(len(row))
+  )
+  (found,) = golden_values(network, [prompt], [answer], [one_by_one])
+  np.testing.assert_allclose(found, recorded[row, token], atol=2e-4)
+  orders = np.array(list(itertools.permutations(range(len(answer)))))
+  (found,) = bounds.chain_rule(*network, *request(prompt, answer), [orders])
+  assert abs(found.mean() - bound) < 2e-4
+  mean_exp = np.logaddexp.reduce(found) - np.log(len(found))
+  assert abs(mean_exp - marginal) < 2e-4
+
+
+def espo(golden, case, draw):
+  """The estimates of looks under ESPO's counts and permutations, and its own.
+
+  Args:
+    golden: the fixture.
+    case: number of the recorded case.
+    draw: from the counts [n], which lie in 0..L, and ranks [n, L] of a row to
+      Looks.
+  """
+  name, network, _ = golden
+  with np.load(golden_models.GOLDEN / 'espo.npz') as file:
+    of = lambda field: file[f'{name}.elbo{case}.{field}']
+    ids, ks, ranks, recorded = of('ids'), of('k'), of('perms'), of('elbo')
+    start, coupled, noisy = int(of('prompt_len')), of('coupled'), of('noisy')
+  rows, size = len(ids), ids.shape[1] - start
+  counts = [reference_counts(int(k), size + 1, rows) for k in ks]
+  counts = np.array(counts) % (size + 1)
+  drawn = [draw(counts[:, j], ranks[:, j]) for j in range(rows)]
+  for j, some in enumerate(drawn):
+    np.testing.assert_array_equal(some.hidden, noisy[:, j, start:] == IDS[name])
+  found = golden_values(
+    network(0), list(ids[:, :start]), list(ids[:, start:]), drawn
+  )
+  return [v.mean() for v in found], recorded, bool(coupled)
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_coupled_estimates_are_those_of_espo_under_its_masks(golden, case):
+  draw = functools.partial(estimators.exact_count, coupled=True)
+  found, recorded, coupled = espo(golden, case, draw)
+  assert coupled
+  np.testing.assert_allclose(found, recorded, atol=2e-4)
+
+
+def test_estimates_without_complements_are_those_of_espo_under_its_masks(
+  golden,
+):
+  """Its counts start from 0 here too, with weight (L + 1) / l.
+
+  That is unbiased, and no estimator of this package: one draw in L + 1 hides
+  nothing, as in a row of model_a, and is worth 0 whatever the network says.
+  tests/likelihood/test_estimators.py has what that costs.
+  """
+  found, recorded, coupled = espo(golden, 2, counts_from_nothing)
+  assert not coupled
+  np.testing.assert_allclose(found, recorded, atol=2e-4)
+  assert (recorded == 0).sum() == {'model_a': 1, 'model_b': 0}[golden[0]]
+
+
+# Bounds
+
+
+@pytest.mark.parametrize('coupled', [False, True])
+@pytest.mark.parametrize('form', estimators.FORMS)
+@pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
+def test_a_bound_is_the_enumeration_to_three_standard_errors(
+  params, c, form, coupled
+):
+  """For answers of one to six tokens, in one call."""
+  answers = [[9, 5, 20, 8, 6, 7][:size] for size in range(1, 7)]
+  prompts = [[7, 8, 9]] * len(answers)
+  value, error = bounds.bound(
+    TINY,
+    c,
+    params,
+    *bounds.suffixes(prompts, answers),
+    Estimator(form, 8192, 4, coupled),
+    range(len(answers)),
+  )
+  for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    row = prompt + answer
+    scored = np.arange(len(row)) >= len(prompt)
+    exact = elbo(enumerate_masks(params, row, scored, c.guidance))
+    assert abs(value[i] - exact) <= 3 * error[i] + 1e-4
+
+
+def test_one_token_has_no_error(params):
+  value, error = bounds.bound(
+    TINY, CONFIG, params, *request([7, 8], [9]), FEW, [0]
+  )
+  exact = log_p(params, [7, 8, 9], None, np.array([False, False, True]))[2, 9]
+  np.testing.assert_allclose(value, exact, rtol=1e-5)
+  assert error[0] < 1e-12
+
+
+def test_a_single_group_has_an_unknown_error(params):
+  one = Estimator(samples=16, strata=16)
+  _, error = bounds.bound(
+    TINY, CONFIG, params, *request([7, 8], [9, 10]), one, [0]
+  )
+  assert np.isnan(error).all()
+
+
+def test_any_part_of_a_row_is_scored_given_the_rest(params):
+  """The rest, also what follows, is never masked."""
+  row = [7, 8, 9, 10, 11, 12]
+  answer = np.array([False, True, False, True, True, False])
+  layout = np.array([row]), answer[None], np.ones((1, 6), bool)
+  table = enumerate_masks(params, row, answer)
+  orders, exact = by_order(table)
+  (found,) = bounds.chain_rule(TINY, CONFIG, params, *layout, [orders])
+  np.testing.assert_allclose(found, exact, rtol=1e-5)
+  value, error = bounds.bound(
+    TINY, CONFIG, params, *layout, Estimator(samples=4096), [0]
+  )
+  assert abs(value[0] - elbo(table)) <= 3 * error[0]
+
+
+@pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
+def test_a_line_with_a_suffix_is_scored_under_all_masks_of_its_answer(
+  params, c, tmp_path
+):
+  """From the line of a file to the enumeration given prompt and suffix."""
+  path = tmp_path / 'gap.jsonl'
+  path.write_text('{"prompt": "bc", "answer": "hjm", "suffix": "dpk"}\n')
+  letters = types.SimpleNamespace(
+    encode=lambda text: [ord(x) - 92 for x in text]
+  )
+  row = np.array(letters.encode('bchjmdpk'))
+  answer = np.isin(np.arange(8), [2, 3, 4])
+  exact = elbo(enumerate_masks(params, row, answer, c.guidance))
+  orders = np.array(list(itertools.permutations(range(3))))
+  network = TINY, c, params
+
+  def all_orders(tokens, answer, valid, seeds):
+    (found,) = bounds.chain_rule(*network, tokens, answer, valid, [orders])
+    return bounds.Estimate(found.mean(keepdims=True), np.zeros(1))
+
+  def by_chance(*layout):
+    *layout, seeds = layout
+    e = Estimator(samples=8192, strata=4)
+    return bounds.bound(*network, *layout, e, seeds)
+
+  lines = scored_lib.read(str(path), 'bound')
+  (found,), _ = scored_lib.bound(lines, letters, c.context, all_orders)
+  assert found['nats'] == pytest.approx(-exact, rel=1e-5)
+  (found,), _ = scored_lib.bound(lines, letters, c.context, by_chance)
+  assert abs(found['nats'] + exact) <= 4 * found['stderr_nats']
+  # As if nothing followed, it would be another number.
+  alone = elbo(enumerate_masks(params, row[:5], answer[:5], c.guidance))
+  assert abs(exact - alone) > 1
+
+
+@pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
+def test_the_chain_rule_is_the_sum_of_predictions_made_one_by_one(params, c):
+  prompt, answer, order = [7, 8, 9], [10, 20, 5, 6], [2, 0, 3, 1]
+  row = np.array(prompt + answer)
+  scored, hidden = np.arange(7) >= 3, np.arange(7) >= 3
+  total = 0
+  for j in order:
+    step = log_p(params, row, scored, hidden, c.guidance)
+    total += step[3 + j, row[3 + j]]
+    hidden = hidden & (np.arange(7) != 3 + j)
+  (found,) = bounds.chain_rule(
+    TINY, c, params, *request(prompt, answer), [np.array([order])]
+  )
+  np.testing.assert_allclose(found, [total], rtol=1e-5)
+
+
+def importance_weighted(exact, k):
+  """The bound of K orders in expectation: a sum over all multisets of K."""
+  total = 0.0
+  for drawn in itertools.combinations_with_replacement(range(len(exact)), k):
+    counts = np.bincount(drawn, minlength=len(exact))
+    ways = math.factorial(k) / math.prod(map(math.factorial, counts.tolist()))
+    value = np.logaddexp.reduce(exact[list(drawn)]) - np.log(k)
+    total += ways / len(exact) ** k * value
+  return total
+
+
+def test_more_samples_tighten_the_importance_weighted_bound(params):
+  """To the enumeration over all draws of K of the 6 orders, and below the
+  marginal; docs/likelihood.md has the values."""
+  prompt, answer, seeds = [7, 8], [9, 5, 20], 300
+  row = prompt + answer
+  table = enumerate_masks(params, row, np.arange(5) >= 2)
+  _, exact = by_order(table)
+  marginal = np.logaddexp.reduce(exact) - np.log(len(exact))
+  expected = {k: importance_weighted(exact, k) for k in (1, 4, 16)}
+  assert expected[1] == pytest.approx(elbo(table))
+  assert expected[1] < expected[4] < expected[16] < marginal
+  page = pathlib.Path(__file__).parents[2] / 'docs' / 'likelihood.md'
+  figures = [*expected.values(), marginal]
+  assert f'| {" | ".join(f"{x:.2f}" for x in figures)} |' in page.read_text()
+  for k, mean in expected.items():
+    found = bounds.multi_sample(
+      TINY,
+      CONFIG,
+      params,
+      *bounds.suffixes([prompt] * seeds, [answer] * seeds),
+      k,
+      range(seeds),
+    ).log_likelihood
+    assert abs(found.mean() - mean) < 3 * found.std(ddof=1) / seeds**0.5
+  many, error = bounds.multi_sample(
+    TINY, CONFIG, params, *request(prompt, answer), 4000, [0]
+  )
+  assert abs(many[0] - marginal) < 3 * error[0]
+  with pytest.raises(UserError, match='num_orders=0'):
+    bounds.multi_sample(TINY, CONFIG, params, *request([7], [8]), 0, [0])
+
+
+def test_a_corpus_adds_up():
+  estimate = bounds.Estimate(np.array([-3.0, -5.0]), np.array([0.3, 0.4]))
+  whole = bounds.corpus(estimate, num_tokens=4, num_bytes=16)
+  assert whole == pytest.approx(
+    {
+      'nats_per_token': 2.0,
+      'stderr_nats_per_token': 0.125,
+      'perplexity': np.exp(2.0),
+      'bits_per_byte': 0.5 / np.log(2),
+    }
+  )
+
+
+# The greedy check
+
+
+@pytest.fixture(scope='module')
+def decoded(params):
+  """Greedy continuations by the sampler, of 6 tokens each.
+
+  Of prompts: where all is masked, all positions are equally confident.
+  """
+
+  def sample(objective):
+    c = SamplerConfig(
+      steps=6,
+      block_length=1 if objective == 'autoregressive' else 6,
+      temperature=0.0,
+      remasking='low_confidence',
+      objective=objective,
+      predict_mask=False,
+      mask_id=MASK,
+      bos_id=BOS,
+    )
+    canvas, fill, valid = layouts.continue_prompts(PROMPTS[:3], 6)
+    out = sampler.generate(TINY, c, params, canvas, fill, valid, range(3))
+    return np.asarray(out)[fill].reshape(3, 6).tolist()
+
+  return sample
+
+
+@pytest.mark.parametrize('c', [CONFIG, CAUSAL], ids=lambda c: c.objective)
+def test_what_the_sampler_writes_passes_and_nothing_else(params, decoded, c):
+  answers = decoded(c.objective)
+  wrong = [list(answer) for answer in answers]
+  for i, answer in enumerate(wrong):
+    answer[i] = 5 if answer[i] != 5 else 6
+  right = bounds.greedy_matches(
+    TINY, c, params, *bounds.suffixes(PROMPTS[:3] * 2, answers + wrong)
+  )
+  assert right.tolist() == [True] * 3 + [False] * 3
+
+
+def test_an_answer_between_texts_is_decoded_with_both_in_sight(params):
+  """By the most confident token first, as a plain loop does."""
+  row = np.array([7, 8, 0, 0, 0, 11, 12])
+  answer = np.isin(np.arange(7), [2, 3, 4])
+  hidden = answer.copy()
+  while hidden.any():
+    step = np.where(hidden[:, None], log_p(params, row, answer, hidden), -9e9)
+    where = step.max(axis=1).argmax()
+    row[where], hidden[where] = step[where].argmax(), False
+  wrong = row + (np.arange(7) == 3) * (1 if row[3] < VOCAB - 1 else -1)
+  layout = (
+    np.array([row, wrong]),
+    np.tile(answer, (2, 1)),
+    np.ones((2, 7), bool),
+  )
+  right = bounds.greedy_matches(TINY, CONFIG, params, *layout)
+  assert right.tolist() == [True, False]
+
+
+# Rows together
+
+
+LAYOUT = bounds.suffixes(PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
+def test_a_row_alone_is_what_it_is_among_rows_of_other_lengths(params, c):
+  seeds = [3, 4, 5, 6]
+  together = bounds.bound(TINY, c, params, *LAYOUT, FEW, seeds)
+  for i in range(4):
+    alone = bounds.bound(
+      TINY, c, params, *request(PROMPTS[i], ANSWERS[i]), FEW, [seeds[i]]
+    )
+    for whole, part in zip(together, alone, strict=True):
+      np.testing.assert_allclose(whole[i], part[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_seed_decides_which_tokens_are_hidden(params):
+  row = request(PROMPTS[1], ANSWERS[1])
+  three = [np.repeat(x, 3, axis=0) for x in row]
+  value = bounds.bound(TINY, CONFIG, params, *three, FEW, [7, 7, 8])
+  a, b, c = value.log_likelihood
+  assert a == b != c
+
+
+def test_padding_of_either_side_has_no_influence(params):
+  tokens, answer, valid = request(PROMPTS[2], ANSWERS[2])
+  plain = bounds.bound(TINY, CONFIG, params, tokens, answer, valid, FEW, [0])
+  pad = lambda x, value: np.pad(x, ((0, 0), (9, 5)), constant_values=value)
+  padded = pad(tokens, MASK), pad(answer, False), pad(valid, False)
+  found = bounds.bound(TINY, CONFIG, params, *padded, FEW, [0])
+  np.testing.assert_array_equal(found, plain)
+
+
+def test_what_stands_on_the_padding_of_a_call_has_no_influence(params):
+  """Straight into the compiled function, with other tokens on the padding."""
+  call = queries.Call(
+    tokens=np.full((4, 16), 9, np.int32),
+    valid=np.arange(16) < np.array([[7], [16], [8], [9]]),
+    prompt=np.arange(16) < np.full((4, 1), 3),
+    hidden=np.isin(np.arange(16), [3, 5, 6]) & np.ones((4, 1), bool),
+    asked=np.isin(np.arange(16), [3, 5, 6]) & np.ones((4, 1), bool),
+  )
+  other = call._replace(tokens=np.where(call.valid, call.tokens, 17))
+  for c in (CONFIG, GUIDED):
+    (found,), (again,) = (
+      queries._log_probs(TINY, c, params, x) for x in (call, other)
+    )
+    np.testing.assert_array_equal(found, again)
+    assert (np.asarray(found) != 0).tolist() == call.asked.tolist()
+
+
+def test_a_mesh_gives_what_one_device_gives(params):
+  layout = bounds.suffixes(PROMPTS[:2], ANSWERS[:2])
+  devices = mesh.make_mesh()
+  split = jax.device_put(
+    params,
+    mesh.param_shardings(
+      devices, transformer.axes(TINY), transformer.shapes(TINY)
+    ),
+  )
+
+  def both(params):
+    return (
+      *bounds.bound(TINY, GUIDED, params, *layout, FEW, range(2)),
+      bounds.greedy_matches(TINY, GUIDED, params, *layout),
+    )
+
+  with jax.set_mesh(devices):
+    found = both(split)
+  np.testing.assert_allclose(found, both(params), rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_are_padded_to_few():
+  lengths = {queries.padded_length(n) for n in range(1, 4097)}
+  assert len(lengths) == 17
+  assert max(lengths) == 4096
+  assert {16, 24, 32, 48, 192, 3072} < lengths
+  assert all(n <= queries.padded_length(n) for n in range(1, 4097))
+  assert all(queries.padded_length(n) < 1.5 * n for n in range(16, 4097))
+
+
+def test_many_rows_are_compiled_for_few_shapes(params):
+  """Not one a length, nor one a number of looks."""
+  random = np.random.default_rng(0)
+  sizes = random.integers(1, 28, 40)
+  layout = bounds.suffixes(
+    [[7] * int(n) for n in random.integers(1, 28, 40)],
+    [[8] * int(n) for n in sizes],
+  )
+  before = queries._log_probs._cache_size()
+  bounds.bound(TINY, CONFIG, params, *layout, FEW, range(40))
+  assert queries._log_probs._cache_size() - before <= 6
+
+
+def test_masks_that_come_up_again_are_computed_once(params, monkeypatch):
+  computed = []
+
+  def count(model_config, c, params, call):
+    computed.append(call.asked.any(axis=1).sum())
+    return inner(model_config, c, params, call)
+
+  inner = queries._log_probs
+  monkeypatch.setattr(queries, '_log_probs', count)
+  many = Estimator(samples=1024)
+  bounds.bound(TINY, CONFIG, params, *request([7], [8, 9, 10]), many, [0])
+  assert sum(computed) == 2**3 - 1
+
+
+# Autoregressive networks
+
+
+def test_an_autoregressive_network_needs_one_look(params):
+  value, error = bounds.bound(TINY, CAUSAL, params, *LAYOUT, FEW, range(4))
+  exact = bounds.chain_rule(TINY, CAUSAL, params, *LAYOUT)
+  np.testing.assert_array_equal(value, np.concatenate(exact))
+  assert not error.any()
+  for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+    row = np.array([BOS, *prompt, *answer])
+    logits = np.array(logits_of('causal', params, row[None, :-1])[0], float)
+    logits[:, MASK] = -np.inf
+    all_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    total = all_p[np.arange(len(row) - 1), row[1:]][len(prompt) :].sum()
+    np.testing.assert_allclose(value[i], total, rtol=1e-5)
+
+
+# What is refused
+
+
+ROW = [[5, 6, 7, 8]]
+END = [[False, False, True, True]]
+ALL = [[True] * 4]
+REFUSED = {
+  'mask': (CONFIG, [[5, MASK, 7, 8]], END, ALL, 'row 0: token 1 is the mask'),
+  'long': (
+    dataclasses.replace(CONFIG, context=3),
+    *(ROW, END, ALL, 'row 0.*4 tokens, more than the 3'),
+  ),
+  'no_answer': (CONFIG, ROW, [[False] * 4], ALL, 'row 0: there is no answer'),
+  'answer_on_padding': (CONFIG, ROW, END, [[True] * 3 + [False]], 'padding'),
+  'all_padding': (CONFIG, ROW, END, [[False] * 4], 'row 0: there is no answer'),
+  'vocabulary': (CONFIG, [[5, 6, 7, VOCAB]], END, ALL, r'lie in \[0, 24\)'),
+  'negative': (CONFIG, [[5, -1, 7, 8]], END, ALL, r'lie in \[0, 24\)'),
+  'shapes': (CONFIG, ROW, [[True] * 3], ALL, r'\(1, 4\), answer \(1, 3\)'),
+  'causal_gap': (
+    CAUSAL,
+    *(ROW, [[False, True, False, True]], ALL, 'the end of a row only'),
+  ),
+  'causal_guidance': (
+    dataclasses.replace(CAUSAL, guidance=0.5),
+    *(ROW, END, ALL, 'guidance=0.5'),
+  ),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_a_request_that_cannot_be_served_says_why(params, case):
+  c, *layout, message = REFUSED[case]
+  layout = [np.array(x) for x in layout]
+  for function, rest in (
+    (bounds.bound, (FEW, [0])),
+    (bounds.chain_rule, ()),
+    (bounds.greedy_matches, ()),
+    (bounds.multi_sample, (2, [0])),
+  ):
+    with pytest.raises(UserError, match=message):
+      function(TINY, c, params, *layout, *rest)
+
+
+def test_an_empty_prompt_is_no_condition(params):
+  """With guidance too: there is nothing to leave out."""
+  table = enumerate_masks(params, [9, 5, 20], np.ones(3, bool))
+  for c in (CONFIG, GUIDED):
+    value, error = bounds.bound(
+      TINY, c, params, *request([], [9, 5, 20]), Estimator(samples=4096), [0]
+    )
+    assert abs(value[0] - elbo(table)) <= 3 * error[0] + 1e-4
+
+
+def test_no_rows_have_no_likelihoods(params):
+  none = bounds.suffixes([], [])
+  value, error = bounds.bound(TINY, CONFIG, params, *none, FEW, [])
+  assert len(value) == len(error) == 0
+  assert len(bounds.greedy_matches(TINY, CONFIG, params, *none)) == 0
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_numbers_that_are_none_are_refused(params, value):
+  broken = params | {'norm': params['norm'].at[3].set(value)}
+  message = 'row 0: the network gives.*no finite number'
+  layout = request([7, 8], [9, 10])
+  with pytest.raises(UserError, match=message):
+    bounds.bound(TINY, CONFIG, broken, *layout, FEW, [0])
+  with pytest.raises(UserError, match=message):
+    bounds.greedy_matches(TINY, CONFIG, broken, *layout)
+
+
+@pytest.mark.parametrize('order', [[0, 0, 1], [0, 1], [1, 2, 3]])
+def test_an_order_that_is_no_permutation_is_refused(params, order):
+  layout = request([7, 8], [9, 10, 11])
+  with pytest.raises(
+    UserError, match='row 0: an order must name each of the 3'
+  ):
+    bounds.chain_rule(TINY, CONFIG, params, *layout, [np.array([order])])
+
+
+def test_an_autoregressive_network_has_no_other_order(params):
+  with pytest.raises(UserError, match='one order only'):
+    bounds.chain_rule(
+      TINY, CAUSAL, params, *request([7], [8]), [np.array([[0]])]
+    )

@@ -1,0 +1,245 @@
+"""Estimators against enumeration: which tokens they hide, and with what weight.
+
+In place of a network stands a table with the log-probability of every token
+under every set of hidden ones.
+"""
+
+import itertools
+
+import golden_models
+import numpy as np
+import pytest
+import scipy.stats
+from every_mask import (
+  counts_from_nothing,
+  elbo,
+  reference_counts,
+  subsets,
+)
+
+from maskdiff.errors import UserError
+from maskdiff.likelihood import estimators
+from maskdiff.likelihood.estimators import Estimator
+
+A = 5
+EVERY = [
+  Estimator(form, 4096, strata, coupled)
+  for form in estimators.FORMS
+  for strata in (1, 16)
+  for coupled in (False, True)
+]
+name = lambda e: f'{e.form}-{e.strata}' + '-coupled' * e.coupled
+
+
+def random_table(size, seed=0):
+  """[2^A, A]: log p of each token by the set of hidden ones."""
+  random = np.random.default_rng(seed)
+  return -random.exponential(2.0, (2**size, size))
+
+
+def trained_table(size):
+  """As of a trained model: the more is hidden, the harder is each token."""
+  random = np.random.default_rng(1)
+  hidden = subsets(size)
+  share = hidden.mean(axis=1, keepdims=True)
+  return -random.exponential(1.0, size) * (0.2 + 2 * share)
+
+
+def values(looks, table):
+  """The value of each look."""
+  row = looks.hidden @ (1 << np.arange(table.shape[1]))
+  return looks.weight * np.where(looks.asked, table[row], 0).sum(axis=1)
+
+
+def stderr(e, looks, table):
+  means = values(looks, table).reshape(e.groups, -1).mean(axis=1)
+  return means.mean(), means.std(ddof=1) / e.groups**0.5
+
+
+# The expectation
+
+
+@pytest.mark.parametrize('coupled', [False, True])
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_exact_counts_average_to_the_bound_over_all_sets(size, coupled):
+  """Every count with every permutation."""
+  table = random_table(size)
+  counts = range(0 if coupled else 1, size + 1)
+  draws = list(itertools.product(counts, itertools.permutations(range(size))))
+  counts, ranks = map(np.array, zip(*draws, strict=True))
+  looks = estimators.exact_count(counts, ranks, coupled)
+  np.testing.assert_allclose(values(looks, table).mean(), elbo(table))
+
+
+@pytest.mark.parametrize('coupled', [False, True])
+@pytest.mark.parametrize('size', [1, 3, 5])
+def test_random_masks_average_to_the_bound_over_all_times(size, coupled):
+  """Every set of hidden tokens at the nodes of a quadrature over times."""
+  table, hidden = random_table(size), subsets(size)
+  nodes, weights = np.polynomial.legendre.leggauss(8)
+  total = 0
+  for t, w in zip((nodes + 1) / 2, weights / 2, strict=True):
+    noise = np.where(hidden, t / 2, (1 + t) / 2)
+    looks = estimators.bernoulli(np.full(len(hidden), t), noise, coupled)
+    chance = np.prod(np.where(hidden, t, 1 - t), axis=1)
+    of_draw = values(looks, table).reshape(len(hidden), -1).mean(axis=1)
+    total += w * (chance @ of_draw)
+  np.testing.assert_allclose(total, elbo(table))
+
+
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_the_chain_rule_averages_to_the_bound_over_all_orders(size):
+  table = random_table(size)
+  orders = np.array(list(itertools.permutations(range(size))))
+  of_look = values(estimators.chain(orders), table)
+  np.testing.assert_allclose(of_look.sum() / len(orders), elbo(table))
+
+
+@pytest.mark.parametrize('e', EVERY, ids=name)
+@pytest.mark.parametrize('size', [1, 3, 6])
+def test_a_draw_is_unbiased_to_within_three_standard_errors(e, size):
+  table = random_table(size)
+  looks = estimators.draw(e, size, np.random.default_rng(0))
+  mean, error = stderr(e, looks, table)
+  assert abs(mean - elbo(table)) <= 3 * error + 1e-9
+
+
+def test_the_weight_l_over_count_would_be_biased_with_complements():
+  """The trap: counts from 0 on take the weight (A + 1) / l."""
+  table = random_table(A)
+  draws = itertools.product(range(A + 1), itertools.permutations(range(A)))
+  counts, ranks = map(np.array, zip(*draws, strict=True))
+  looks = estimators.exact_count(counts, ranks, True)
+  naive = looks._replace(weight=looks.weight * A / (A + 1))
+  assert abs(values(naive, table).mean() / elbo(table) - 1) > 0.1
+
+
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_counts_from_nothing_are_unbiased_and_worse_than_counts_from_one(size):
+  """Why ESPO's estimate without complements is not offered.
+
+  Its mean is the bound too. But one draw in A + 1 hides nothing and is worth 0,
+  so that its variance is larger by the square of the bound over A + 1, even
+  where such draws cost no forward pass and others are made in their place.
+  """
+  table = random_table(size)
+  orders = list(itertools.permutations(range(size)))
+
+  def every(counts, looks_of):
+    draws = list(itertools.product(counts, orders))
+    return looks_of(*map(np.array, zip(*draws, strict=True)))
+
+  theirs = every(range(size + 1), counts_from_nothing)
+  ours = every(
+    range(1, size + 1),
+    lambda counts, ranks: estimators.exact_count(counts, ranks, coupled=False),
+  )
+  bound, passes = elbo(table), theirs.hidden.any(axis=1).mean()
+  np.testing.assert_allclose(values(theirs, table).mean(), bound)
+  np.testing.assert_allclose(passes, size / (size + 1))
+  np.testing.assert_allclose(
+    values(theirs, table).var() * passes,
+    values(ours, table).var() + bound**2 / (size + 1),
+  )
+
+
+@pytest.mark.parametrize('e', [e for e in EVERY if e.form == 'count'], ids=name)
+def test_the_standard_error_is_the_spread_of_estimates(e):
+  e = Estimator(e.form, 512, e.strata, e.coupled)
+  table, rng = random_table(A), np.random.default_rng(1)
+  drawn = [stderr(e, estimators.draw(e, A, rng), table) for _ in range(400)]
+  means, errors = np.array(drawn).T
+  spread = means.std(ddof=1)
+  assert 0.85 < np.sqrt(np.mean(errors**2)) / spread < 1.15
+
+
+# The draws
+
+
+def test_counts_are_uniform_where_those_of_llada_are_not():
+  """LLaDA's differ by design: half-to-even rounding favours even counts."""
+  with np.load(golden_models.GOLDEN / 'likelihood.npz') as arrays:
+    recorded = arrays['mask_counts'].tolist()
+  for k, size, batch, *counts in recorded:
+    assert counts[:batch] == reference_counts(k, size, batch)
+  theirs = [c for k in range(1, 11) for c in reference_counts(k, 10, 4)]
+  assert len(set(np.bincount(theirs, minlength=11)[1:])) > 1
+  looks = estimators.draw(
+    Estimator(samples=40_000, strata=4), 10, np.random.default_rng(0)
+  )
+  ours = np.bincount(looks.hidden.sum(axis=1), minlength=11)
+  assert ours[0] == 0
+  assert scipy.stats.chisquare(ours[1:]).pvalue > 1e-3
+
+
+def test_complements_count_from_nothing_to_everything_evenly():
+  e = Estimator(samples=48_000, strata=1, coupled=True)
+  looks = estimators.draw(e, 7, np.random.default_rng(0))
+  counts = np.bincount(looks.hidden[::2].sum(axis=1), minlength=8)
+  assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('form', estimators.FORMS)
+def test_a_pair_hides_every_token_once(form):
+  e = Estimator(form, 64, 4, coupled=True)
+  hidden = estimators.draw(e, A, np.random.default_rng(0)).hidden
+  np.testing.assert_array_equal(hidden[::2], ~hidden[1::2])
+
+
+def test_the_strata_of_a_group_share_out_the_counts():
+  looks = estimators.draw(
+    Estimator(samples=64, strata=16), 32, np.random.default_rng(0)
+  )
+  counts = looks.hidden.sum(axis=1).reshape(4, 16)
+  stratum = np.arange(16)
+  assert ((2 * stratum < counts) & (counts <= 2 * stratum + 2)).all()
+
+
+def test_a_look_that_hides_nothing_is_worth_nothing():
+  looks = estimators.bernoulli([1.0, 0.5], np.array([[0.1], [0.9]]), True)
+  assert looks.hidden[:, 0].tolist() == [True, False, False, True]
+  assert looks.weight.tolist() == [1, 0, 0, 2]
+
+
+# The variance
+
+
+def variance(e, table):
+  e = Estimator(e.form, 4096 * 4, e.strata, e.coupled)
+  looks = estimators.draw(e, table.shape[1], np.random.default_rng(0))
+  return (stderr(e, looks, table)[1]) ** 2
+
+
+def test_each_refinement_lowers_the_variance_at_equally_many_looks():
+  """Where harder masks make harder tokens, as for a trained model."""
+  table = trained_table(10)
+  plain, strata, count, count_strata, coupled = (
+    variance(e, table)
+    for e in (
+      Estimator('bernoulli', strata=1),
+      Estimator('bernoulli', strata=16),
+      Estimator('count', strata=1),
+      Estimator('count', strata=16),
+      Estimator('count', strata=16, coupled=True),
+    )
+  )
+  assert plain > strata > count_strata
+  assert plain > 2 * count
+  assert count > 1.2 * count_strata
+  assert count_strata > 1.5 * coupled
+
+
+REFUSED = {
+  'form': (dict(form='counts'), "'counts'.*count, bernoulli"),
+  'nothing': (dict(samples=0), 'samples=0'),
+  'strata': (dict(samples=24), 'samples=24.*multiple of 16.*strata=16'),
+  'pairs': (dict(samples=16, coupled=True), 'multiple of 32.*16 pairs'),
+  'no_strata': (dict(strata=0), 'strata=0'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_an_estimator_that_cannot_be_says_why(case):
+  changes, message = REFUSED[case]
+  with pytest.raises(UserError, match=message):
+    Estimator(**changes)

@@ -1,0 +1,199 @@
+"""The chunked, masked-only cross entropy equals the dense one."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from maskdiff.distributed import mesh
+from maskdiff.model.cross_entropy import cross_entropy
+
+B, L, D, V = 8, 8, 16, 32
+T = B * L
+
+WEIGHTS = {
+  'half': lambda w: np.where(np.arange(T) % 2, w, 0),
+  'random': lambda w: np.where(np.sin(np.arange(T) ** 2) > 0, w, 0),
+  'one': lambda w: np.where(np.arange(T) == 37, w, 0),
+  'one_row': lambda w: np.where(np.arange(T) // L == 5, w, 0),
+  'all': lambda w: w,
+  'none': lambda w: 0 * w,
+}
+MESHES = {
+  'one_device': dict(fsdp=1),
+  'fsdp8': dict(fsdp=8),
+  'replica2_fsdp2_tensor2': dict(replica=2, fsdp=2, tensor=2),
+  'fsdp2_sequence2_tensor2': dict(fsdp=2, sequence=2, tensor=2),
+  'tensor8': dict(fsdp=1, tensor=8),
+}
+
+
+def example(weights='half', dtype=jnp.float32):
+  """hidden, head, targets, weights; targets are never the last token."""
+  random = np.random.default_rng(0)
+  hidden = random.normal(size=(B, L, D))
+  head = random.normal(size=(D, V)) / 2
+  targets = random.integers(0, V - 1, (B, L))
+  weights = WEIGHTS[weights](random.uniform(0.5, 20, T)).reshape(B, L)
+  return (
+    jnp.asarray(hidden, dtype),
+    jnp.asarray(head, jnp.float32),
+    jnp.asarray(targets, jnp.int32),
+    jnp.asarray(weights, jnp.float32),
+  )
+
+
+def dense(hidden, head, targets, weights, exclude, chunk):
+  """All logits at once; differentiated by JAX."""
+  del chunk
+  logits = jnp.einsum('bld,dv->blv', hidden, head)
+  if exclude is not None:
+    logits = logits.at[..., exclude].set(-jnp.inf)
+  log_p = jax.nn.log_softmax(logits)
+  nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+  nll = jnp.where(weights != 0, nll, 0)
+  return jnp.sum(weights * nll), nll
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def evaluate(function, arrays, exclude=None, chunk=8):
+  """Returns (loss, nll), (gradient by hidden, gradient by head)."""
+  return jax.value_and_grad(function, argnums=(0, 1), has_aux=True)(
+    *arrays, exclude, chunk
+  )
+
+
+def on_mesh(sizes, arrays, *args):
+  """`evaluate` of the chunked loss on a mesh of these sizes."""
+  devices = jax.devices()[: np.prod(list(sizes.values()))]
+  with jax.set_mesh(mesh.make_mesh(**sizes, devices=devices)):
+    return evaluate(cross_entropy, arrays, *args)
+
+
+def assert_close(actual, expected, accuracy=2e-6):
+  """Each array within `accuracy` of the largest entry of the expected one."""
+  for a, e in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    a, e = (np.asarray(x, np.float32) for x in (a, e))
+    atol = accuracy * max(np.abs(e).max(), 1e-6)
+    np.testing.assert_allclose(a, e, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_loss_nll_and_gradients_equal_the_dense_ones(weights):
+  arrays = example(weights)
+  assert_close(evaluate(cross_entropy, arrays), evaluate(dense, arrays))
+
+
+@pytest.mark.parametrize('chunk', [1, 5, 16, T, 1000])
+def test_chunk_size_does_not_matter(chunk):
+  """Whether it divides the tokens, the weighted tokens or neither."""
+  arrays = example('random')
+  assert_close(
+    evaluate(cross_entropy, arrays, None, chunk), evaluate(dense, arrays)
+  )
+
+
+def test_excluded_token_has_no_probability_and_no_gradient():
+  arrays = example()
+  actual = evaluate(cross_entropy, arrays, V - 1)
+  assert_close(actual, evaluate(dense, arrays, V - 1))
+  (loss, _), (_, d_head) = actual
+  assert not np.asarray(d_head[:, V - 1]).any()
+  assert loss < evaluate(cross_entropy, arrays)[0][0]
+
+
+@pytest.mark.parametrize('exclude', [None, V - 1])
+@pytest.mark.parametrize('sizes', MESHES.values(), ids=MESHES)
+def test_meshes_give_the_dense_answer(sizes, exclude):
+  """Also with a chunk that divides nobody's share of the tokens."""
+  arrays = example('random')
+  expected = evaluate(dense, arrays, exclude)
+  assert_close(on_mesh(sizes, arrays, exclude, 5), expected)
+
+
+@pytest.mark.parametrize('weights', ['none', 'one', 'one_row', 'all'])
+def test_devices_may_have_different_shares_of_the_loss(weights):
+  arrays = example(weights)
+  actual = on_mesh(dict(fsdp=2, sequence=2, tensor=2), arrays)
+  assert_close(actual, evaluate(dense, arrays))
+
+
+def test_no_weight_gives_exactly_zero():
+  for leaf in jax.tree.leaves(evaluate(cross_entropy, example('none'))):
+    np.testing.assert_array_equal(leaf, 0)
+
+
+def test_positions_without_weight_may_hold_anything():
+  hidden, head, targets, weights = example()
+  silent = weights == 0
+  anything = jnp.where(silent[..., None], jnp.nan, hidden)
+  assert_close(
+    evaluate(cross_entropy, (anything, head, targets, weights)),
+    evaluate(dense, (hidden, head, targets, weights)),
+  )
+
+
+def test_gradients_scale_with_the_cotangent():
+  arrays = example()
+  scaled = lambda *args: (-3.0 * cross_entropy(*args)[0], ())
+  _, expected = evaluate(dense, arrays)
+  _, actual = evaluate(scaled, arrays)
+  assert_close(actual, jax.tree.map(lambda g: -3.0 * g, expected))
+
+
+def test_nll_has_no_gradient():
+  only_nll = lambda *args: (jnp.sum(cross_entropy(*args)[1]), ())
+  for gradient in jax.tree.leaves(evaluate(only_nll, example())[1]):
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize('sizes', [None, MESHES['fsdp2_sequence2_tensor2']])
+def test_bfloat16_states_give_a_float32_gradient_of_the_head(sizes):
+  """As close to the exact one as 8 bits allow: nothing is summed in bf16."""
+  hidden, head, targets, weights = example('all', jnp.bfloat16)
+  arrays = (hidden, head, targets, weights)
+  (loss, nll), (d_hidden, d_head) = (
+    on_mesh(sizes, arrays) if sizes else evaluate(cross_entropy, arrays)
+  )
+  assert loss.dtype == nll.dtype == d_head.dtype == jnp.float32
+  assert d_hidden.dtype == jnp.bfloat16
+  rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
+  exact = evaluate(
+    dense, (hidden.astype(jnp.float32), rounded, targets, weights)
+  )
+  assert_close((loss, nll), exact[0], 1e-5)
+  assert_close((d_hidden, d_head), exact[1], 2**-8)
+
+
+def array_sizes(jaxpr):
+  """Sizes of all arrays that a jaxpr computes, those of its inner ones too."""
+  for equation in jaxpr.eqns:
+    yield from (v.aval.size for v in equation.outvars)
+    for inner in jaxprs_in_params(equation.params):
+      yield from array_sizes(inner)
+
+
+def sizes_in_loss_and_gradients(function, chunk):
+  gradients = lambda *arrays: jax.value_and_grad(
+    function, argnums=(0, 1), has_aux=True
+  )(*arrays, None, chunk)
+  return set(array_sizes(jax.make_jaxpr(gradients)(*example()).jaxpr))
+
+
+@pytest.mark.parametrize('sizes', [None, MESHES['fsdp2_sequence2_tensor2']])
+def test_no_array_of_all_logits_exists_only_chunks_of_it(sizes):
+  m = mesh.make_mesh(**sizes) if sizes else None
+  with jax.set_mesh(m) if m else contextlib.nullcontext():
+    found = sizes_in_loss_and_gradients(cross_entropy, chunk=4)
+  assert 4 * V in found  # the search does look into the loop
+  assert max(found) <= max(T * D, D * V) < T * V
+
+
+def test_the_dense_loss_does_hold_all_logits():
+  assert T * V in sizes_in_loss_and_gradients(dense, None)

@@ -1,0 +1,286 @@
+"""The splash kernel gives the answer of the rule, and skips what it can.
+
+Pallas interprets the kernel here: slow, but the same program.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tpu_compiler
+from attention_cases import (
+  assert_equals_xla,
+  cpu_mesh,
+  packed,
+  padded,
+  sdlm,
+)
+from tpu_compiler import needs_libtpu
+
+from maskdiff.distributed import compiler
+from maskdiff.model import attention, masks, splash
+from maskdiff.model.masks import Regime
+
+L = 256
+REGIMES = {
+  'bidirectional': masks.BIDIRECTIONAL,
+  'causal': masks.CAUSAL,
+  'block-causal of 96': masks.block_causal(jnp.ones((1, L), bool), 96).regime,
+  'block-causal of 128': masks.block_causal(jnp.ones((1, L), bool), 128).regime,
+  'block diffusion': masks.block_diffusion(jnp.ones((1, L), bool), 32).regime,
+  # 128 clean positions and 4 windows of 32.
+  'windows': Regime(sdlm, (128, 32, 1, 40, 77, 127)),
+}
+DOCUMENTS = {'row': 0, 'packed': packed(L)}
+every_regime = pytest.mark.parametrize('regime', REGIMES.values(), ids=REGIMES)
+with_documents = pytest.mark.parametrize(
+  'doc', DOCUMENTS.values(), ids=DOCUMENTS
+)
+
+
+def assert_splash_equals_xla(labels, heads, kv_heads, head_dim=128, m=None):
+  assert_equals_xla(
+    attention.splash, labels, heads, kv_heads, head_dim, m, interpret=True
+  )
+
+
+def rule(regime, length):
+  """[L, L] bool: who sees whom in a row that is one document."""
+  row = masks.row(regime, length)
+  return masks.visible(row, row)[0]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+  """Tiles of 128 x 128, so that a row has several."""
+  monkeypatch.setattr(splash, 'SMALL', splash.Tile(128, 128, 128))
+
+
+@every_regime
+def test_masks_are_the_rule_in_any_slice(regime):
+  mask = splash.make_mask(regime, L)
+  assert mask.shape == (L, L)
+  for index in np.s_[:, :], np.s_[64:192, 32:], np.s_[128:136, :128]:
+    np.testing.assert_array_equal(mask[index], rule(regime, L)[index])
+
+
+@every_regime
+def test_masks_are_equal_where_regimes_and_lengths_are(regime):
+  """Or the kernel would work out the same tiles for every layer."""
+  mask = splash.make_mask(regime, L)
+  again = splash.make_mask(Regime(regime.make, regime.sizes), L)
+  assert mask == again and hash(mask) == hash(again)
+  others = [splash.make_mask(r, L) for r in REGIMES.values() if r != regime]
+  assert all(mask != other for other in others)
+
+
+def test_regimes_with_clean_keys_in_order_load_no_mask():
+  loads = {
+    name: splash.make_kernel(regime, L).fwd_mask_info.partial_mask_blocks
+    is not None
+    for name, regime in REGIMES.items()
+  }
+  assert [name for name in loads if loads[name]] == [
+    'block diffusion',
+    'windows',
+  ]
+
+
+@pytest.mark.parametrize('heads, kv_heads', [(2, 2), (4, 2)])
+@pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
+def test_splash_equals_xla_with_gradients(make, heads, kv_heads):
+  assert_splash_equals_xla(make(padded(L)), heads, kv_heads)
+
+
+@with_documents
+@every_regime
+def test_splash_equals_xla_where_whole_tiles_see_nothing(
+  small_tiles, regime, doc
+):
+  """For being other documents, or by the regime."""
+  assert_splash_equals_xla(masks.follow(regime, padded(L), doc), 2, 2)
+
+
+@every_regime
+def test_splash_equals_xla_with_a_kernel_of_its_own_for_dq(
+  monkeypatch, small_tiles, regime
+):
+  monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 1)
+  sizes = splash.block_sizes(splash.make_mask(regime, L), L, L, None)
+  assert not sizes.use_fused_bwd_kernel
+  assert_splash_equals_xla(masks.follow(regime, padded(L), packed(L)), 4, 2)
+
+
+def test_splash_serves_heads_that_are_narrower_than_its_tiles():
+  """LLaDA 1B has heads of 64."""
+  assert_splash_equals_xla(masks.bidirectional(padded(L)), 4, 2, head_dim=64)
+
+
+def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():
+  m = cpu_mesh(fsdp=2, tensor=2)
+  assert_splash_equals_xla(masks.bidirectional(padded(L)[1:]), 4, 4, m=m)
+
+
+@with_documents
+@every_regime
+def test_splash_equals_xla_with_queries_split_over_a_mesh(regime, doc):
+  labels = masks.follow(regime, padded(L), doc)
+  assert_splash_equals_xla(labels, 4, 2, m=cpu_mesh(sequence=2))
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('name', ['bidirectional', 'causal', 'windows'])
+def test_splash_equals_xla_with_everything_split_over_8_devices(
+  monkeypatch, small_tiles, name, fused
+):
+  monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 8 if fused else 1)
+  m = cpu_mesh(fsdp=2, sequence=2, tensor=2)
+  labels = masks.follow(REGIMES[name], padded(L)[1:], packed(L)[1:])
+  assert_splash_equals_xla(labels, 4, 2, m=m)
+
+
+@pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
+def test_splash_equals_xla_with_one_tile_of_queries_on_each_of_4_devices(make):
+  labels = make(padded(512), packed(512))
+  assert_splash_equals_xla(labels, 2, 1, m=cpu_mesh(sequence=4))
+
+
+def tiles_of(dense, tile):
+  """[L / tile, L / tile] of how many of a tile's pairs see each other."""
+  n = len(dense) // tile
+  return dense.reshape(n, tile, n, tile).sum(axis=(1, 3))
+
+
+@pytest.mark.parametrize('parts', [1, 2, 4])
+@pytest.mark.parametrize(
+  'regime, computed',
+  [
+    (masks.BIDIRECTIONAL, 64),
+    (masks.CAUSAL, 36),
+    # 4 blocks of 2 x 2 tiles: those on the diagonal and below.
+    (masks.block_causal(jnp.ones((1, 1), bool), 256).regime, 4 * 10),
+    # Noisy copy: 4 tiles on its diagonal, and of the clean one 4 with blocks
+    # that are both before and after, and 6 before. Clean copy: 10.
+    (masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime, 4 + 10 + 10),
+    # Whole tiles: of the clean copy, no block of the diagonal is seen.
+    (masks.block_diffusion(jnp.ones((1, 1), bool), 128).regime, 4 + 6 + 10),
+  ],
+)
+def test_tiles_where_nothing_is_seen_are_skipped(
+  small_tiles, regime, computed, parts
+):
+  """8 x 8 tiles of a row of 1024, forward and backward."""
+  dense = tiles_of(rule(regime, 1024), 128)
+  assert (dense > 0).sum() == computed
+  kernel = splash.make_kernel(regime, 1024, parts)
+  for info in kernel.fwd_mask_info, kernel.dkv_mask_info:
+    kinds = np.asarray(info.block_mask)
+    assert (kinds > 0).sum() == computed
+    assert (kinds == 2).sum() == (dense == 128 * 128).sum()
+
+
+def test_the_grid_of_a_whole_row_has_only_the_tiles_of_its_busiest_queries(
+  small_tiles,
+):
+  """In block diffusion of 4 x 128 those are 5 of 8: clean, and own block."""
+  regime = masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime
+  kernel = splash.make_kernel(regime, 1024)
+  assert kernel.fwd_mask_info.block_mask.shape == (1, 8, 5)
+
+
+@pytest.mark.parametrize('chip', ['v4', 'v5e', 'v5p', 'v6e', None])
+@pytest.mark.parametrize(
+  'length, parts',
+  [(length, 1) for length in (128, 512, 640, 1152, 3072, 8192, 32768)]
+  + [(length, 2) for length in (512, 3072, 8192, 32768)]
+  + [(640, 5), (1152, 3), (32768, 16)],
+)
+def test_tiles_divide_every_length(length, parts, chip):
+  queries = length // parts
+  for regime in masks.BIDIRECTIONAL, masks.CAUSAL, REGIMES['block diffusion']:
+    sizes = splash.block_sizes(
+      splash.make_mask(regime, length), queries, length, chip
+    )
+    of_queries = [sizes.block_q, sizes.block_q_dkv]
+    of_keys = [
+      (sizes.block_kv, sizes.block_kv_compute),
+      (sizes.block_kv_dkv, sizes.block_kv_dkv_compute),
+    ]
+    if not sizes.use_fused_bwd_kernel:
+      of_queries.append(sizes.block_q_dq)
+      of_keys.append((length, sizes.block_kv_dq))
+    for block in of_queries:
+      assert queries % block == 0 and block % splash.LANES == 0
+    for block, compute in of_keys:
+      assert length % block == block % compute == compute % splash.LANES == 0
+    partial_dq = length // sizes.block_kv_dkv
+    assert sizes.use_fused_bwd_kernel == (partial_dq <= splash.MAX_PARTIAL_DQ)
+
+
+def test_tiles_of_odd_lengths_are_as_large_as_they_can_be():
+  sizes = splash.block_sizes(
+    splash.make_mask(masks.CAUSAL, 3072), 3072, 3072, 'v5p'
+  )
+  assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (
+    1024,
+    1536,
+    512,
+  )
+  assert (sizes.block_q_dkv, sizes.block_kv_dkv) == (1024, 3072)
+
+
+def test_larger_backward_tiles_are_for_chips_with_a_larger_vmem_limit():
+  """compiler.py raises the limit of these, and of no others."""
+  assert splash.TILES.keys() == compiler.OPTIONS.keys()
+
+
+COMPILE = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+from maskdiff import compiler, masks
+from maskdiff.attention import attend
+from maskdiff.mesh import BATCH_AXES, make_mesh
+
+devices = topologies.get_topology_desc(
+  platform='tpu', topology_name='v5e:2x4'
+).devices
+m = make_mesh(fsdp=2, sequence=4, devices=devices)
+
+def shape(size, dtype, *spec):
+  sharding = NamedSharding(m, P(BATCH_AXES, *spec))
+  return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+q = shape((2, 4, 2048, 128), jnp.bfloat16, 'tensor', 'sequence')
+k = shape((2, 2, 2048, 128), jnp.bfloat16, 'tensor')
+valid = shape((2, 2048), bool, 'sequence')
+doc = shape((2, 2048), jnp.int32, 'sequence')
+regimes = {
+  'bidirectional': masks.BIDIRECTIONAL,
+  'causal': masks.CAUSAL,
+  'block diffusion': masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime,
+}
+
+def compile(regime):
+  def loss(q, k, v, valid, doc):
+    out = attend(q, k, v, masks.follow(regime, valid, doc), 'auto')
+    return out.astype(jnp.float32).sum()
+  step = jax.jit(
+    jax.grad(loss, argnums=(0, 1, 2)), compiler_options=compiler.options(m)
+  )
+  with jax.set_mesh(m):
+    return step.lower(q, k, k, valid, doc).compile().as_text()
+
+print(json.dumps({name: compile(regimes[name]) for name in regimes}))
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_rows_split_over_4_devices_compile_for_a_pod_without_a_square_array():
+  """By the real TPU compiler; `auto` takes splash there."""
+  for name, hlo in tpu_compiler.run(COMPILE).items():
+    assert 'splash_mha_fwd' in hlo and 'splash_mha_dkv' in hlo, name
+    # Neither whole nor for the 512 queries of one device.
+    for square in ('2048,2048]', '512,2048]', '2048,512]'):
+      assert square not in hlo, name

@@ -1,0 +1,175 @@
+"""What is read of a run, finished or not."""
+
+import json
+
+import made_runs
+import numpy as np
+import pytest
+from made_runs import eval_row, train_row
+
+from maskdiff.errors import UserError
+from maskdiff.monitoring import history
+
+
+def run(rows, **config):
+  return history.Run('run', 'run', rows, config)
+
+
+def test_a_run_is_read_from_its_directory(tmp_path):
+  skipped = {'event': 'skipped', 'step': 3, 'time': 3.0, 'seconds': {}}
+  ledger = [
+    {'time': 0.0, 'event': 'opened', 'seconds': {}},
+    {'time': 1.0, 'event': 'started', 'step': 0, 'seconds': {'init': 1.0}},
+    skipped,
+    {'time': 4.0, 'step': 4, 'seconds': {'step': 3.0}},
+  ]
+  rows = [eval_row(0, 9.0), train_row(4, 8.0)]
+  workdir = made_runs.write(tmp_path / 'a', rows, ledger, train__steps=10)
+  (found,) = history.read_runs([str(workdir)])
+  assert found.name == 'a' and found.rows == rows and found.last_step == 4
+  assert found.config['train.steps'] == 10 and not found.causal
+  assert found.goodput['goodput'] == 0.75
+  assert found.skipped == [skipped]
+  assert found.header == 'total  1,234\n' and found.plan is None
+
+
+def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path):
+  workdir = made_runs.write(tmp_path / 'a', [eval_row(0, 9.0)])
+  with open(workdir / 'metrics.jsonl', 'a') as f:
+    f.write('{"step": 20, "train/lo')
+  (workdir / 'ledger.jsonl').write_text('{"time": 1.0, "ev')
+  (workdir / 'config.json').write_text('{"seed": 0, "mod')
+  (workdir / 'header.txt').unlink()
+  found = history.read_run(workdir)
+  assert found.last_step == 0
+  assert (found.config, found.header, found.goodput) == ({}, '', None)
+
+
+def test_directories_that_are_no_runs_are_said(tmp_path):
+  a = made_runs.write(tmp_path / 'a', [eval_row(0, 9.0)])
+  other = made_runs.write(tmp_path / 'other' / 'a', [eval_row(0, 9.0)])
+  empty = made_runs.write(tmp_path / 'empty', [])
+  for workdirs, says in (
+    ([tmp_path / 'none'], 'there is no work directory'),
+    ([a, empty], 'has no rows of metrics'),
+    ([a, other], "have the same name 'a'"),
+    ([a, f'{a}/'], "have the same name 'a'"),
+  ):
+    with pytest.raises(UserError, match=says) as error:
+      history.read_runs([str(w) for w in workdirs])
+    assert '\n' not in str(error.value)
+
+
+def test_a_plan_is_that_of_the_run_or_the_one_given(tmp_path):
+  given = tmp_path / 'given.json'
+  given.write_text(json.dumps(made_runs.plan(step_s=1.0)))
+  a, b = (made_runs.write(tmp_path / x, [eval_row(0, 9.0)]) for x in ('a', 'b'))
+  (b / 'plan.json').write_text(json.dumps(made_runs.plan(step_s=2.0)))
+  found = history.read_runs([a, b], str(given))
+  assert [r.plan['step_s'] for r in found] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+  'text, says',
+  [
+    (None, 'cannot read the plan'),
+    ('{"mode"', 'no JSON'),
+    ('[{}]', 'is a sweep'),
+    ('{"mode": "sample"}', 'no plan of a training'),
+  ],
+)
+def test_a_plan_that_cannot_be_used_is_said(tmp_path, text, says):
+  file = tmp_path / 'plan.json'
+  if text:
+    file.write_text(text)
+  with pytest.raises(UserError, match=says):
+    history.read_plan(str(file))
+
+
+def test_a_series_has_the_rows_with_a_finite_value():
+  rows = [eval_row(0, 9.0), train_row(2, float('nan')), train_row(4, 7.0)]
+  steps, values = history.series(run(rows), 'train/loss_nats_per_token')
+  assert (steps.tolist(), values.tolist()) == ([4.0], [7.0])
+  steps, values = history.series(run(rows), 'train/mfu')
+  assert len(steps) == len(values) == 0
+
+
+def test_tokens_are_counted_though_the_batch_changes():
+  """128 tokens a step up to step 10, then 256."""
+  rows = [eval_row(0, 9.0), train_row(4, 8.0), train_row(10, 7.0)]
+  rows += [train_row(20, 6.0, batch=16, step_s=0.3)]
+  tokens = history.tokens_at(run(rows), [0, 2, 10, 15, 20, 21])
+  assert tokens.tolist() == [0, 256, 1280, 2560, 3840, 4096]
+
+
+def test_tokens_before_the_first_row_are_those_of_the_config():
+  config = {'train.batch': 8, 'data.length': 16}
+  tokens = history.tokens_at(run([eval_row(0, 9.0)], **config), [0, 10])
+  assert tokens.tolist() == [0, 1280]
+
+
+def test_a_mixture_has_its_datasets_and_their_bits_per_byte():
+  row = eval_row(2, 8.0, bits_per_nat=0.25)
+  row |= eval_row(2, 6.0, bits_per_nat=0.5, dataset='data/web')
+  row |= eval_row(2, 9.0, bits_per_nat=0.75, dataset='code')
+  mixed = run([row])
+  assert history.datasets(mixed) == ['', 'code', 'data/web']
+  assert [history.bits_per_nat(mixed, d) for d in ('', 'data/web', 'code')] == [
+    *(0.25, 0.5, 0.75)
+  ]
+  assert history.datasets(run([eval_row(0, 9.0)])) == ['']
+  assert history.bits_per_nat(run([train_row(1, 8.0)])) is None
+
+
+def test_loss_by_mask_ratio_is_the_newest():
+  rows = [
+    eval_row(0, 9.0, ratios=[('0.1', 9.0)]),
+    eval_row(4, 8.0, ratios=[('0.9', 8.5), ('0.1', 7.5)]),
+    train_row(6, 8.0),
+  ]
+  assert history.by_ratio(run(rows), 'eval') == (4, [(0.1, 7.5), (0.9, 8.5)])
+  assert history.by_ratio(run(rows), 'train') == (None, [])
+
+
+def test_samples_are_gathered_by_prompt():
+  rows = [
+    {'step': 0, 'first_row': 'text'},
+    {'step': 0, 'sample/10': 'ten'},
+    {'step': 0, 'sample/2': 'two'},
+    {'step': 5, 'sample/2': 'two, later'},
+  ]
+  assert history.samples(run(rows)) == {
+    2: [(0, 'two'), (5, 'two, later')],
+    10: [(0, 'ten')],
+  }
+  assert list(history.samples(run(rows))) == [2, 10]
+
+
+def test_configs_are_compared_by_key(tmp_path):
+  """One of an older version has the defaults where it says nothing."""
+  rows = [eval_row(0, 9.0)]
+  a = made_runs.write(tmp_path / 'a', rows, seed=0, sample__prompts=('x',))
+  b = made_runs.write(tmp_path / 'b', rows, seed=3, sample__prompts=('x',))
+  old = json.loads((b / 'config.json').read_text())
+  del old['train']['stall_s']
+  (b / 'config.json').write_text(json.dumps(old))
+  found = history.read_runs([a, b])
+  assert history.differences(found) == {'seed': ['0', '3']}
+  assert history.differences(found[:1]) == {}
+
+
+def test_smoothing_is_the_mean_of_neighbours():
+  values = np.array([9.0, 3.0, 6.0, 0.0, 3.0])
+  assert history.smooth(values, 1).tolist() == [9.0, 6.0, 3.0, 3.0, 1.5]
+  assert history.smooth(values, 0).tolist() == values.tolist()
+  line = np.arange(50.0)
+  assert np.allclose(history.smooth(line, 4)[:46], line[:46])
+
+
+def test_thinning_keeps_what_it_is_asked_for():
+  steps, values = np.arange(1, 8), np.array([1.0, 5, 2, 2, 9, 0, 3])
+  for how, expected in ((np.max, [5, 9, 3]), (np.mean, [8 / 3, 11 / 3, 3])):
+    thinned = history.thin(steps, values, how, most=3)
+    assert thinned[0].tolist() == [3, 6, 7]
+    assert np.allclose(thinned[1], expected)
+  assert history.thin(steps, values, np.max)[1] is values

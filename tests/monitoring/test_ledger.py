@@ -1,0 +1,404 @@
+"""Every second of a run is counted once, whatever becomes of it."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+from maskdiff.errors import UserError
+from maskdiff.monitoring import ledger as ledger_lib
+from maskdiff.monitoring.ledger import KINDS, Ledger, format_goodput, goodput
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that stands until a test moves it on by `clock.pass_(seconds)`."""
+  fake = types.SimpleNamespace(now=1000.0)
+  fake.time = lambda: fake.now
+  fake.monotonic = lambda: fake.now
+
+  def pass_(seconds):
+    fake.now += seconds
+
+  fake.pass_ = pass_
+  monkeypatch.setattr(ledger_lib, 'time', fake)
+  return fake
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / 'ledger.jsonl'
+
+
+def lines_of(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# What a process writes
+
+
+def test_time_is_counted_as_what_it_was_spent_on(clock, path):
+  ledger = Ledger(path, active=True)
+  clock.pass_(1)
+  with ledger.span('step'):
+    clock.pass_(2)
+    with ledger.span('data'):
+      clock.pass_(4)
+    clock.pass_(8)
+  ledger.write(7)
+  clock.pass_(16)
+  ledger.event('durable', step=6)
+  opened, row, durable = lines_of(path)
+  assert opened == {'time': 1000, 'event': 'opened', 'seconds': {}}
+  seconds = {'other': 1, 'step': 10, 'data': 4}
+  assert row == {'time': 1015, 'step': 7, 'seconds': seconds}
+  assert durable['event'] == 'durable' and durable['step'] == 6
+  assert durable['seconds'] == {'other': 16}
+
+
+def test_a_span_that_is_open_is_counted_line_by_line(clock, path):
+  ledger = Ledger(path, active=True)
+  with ledger.span('eval'):
+    clock.pass_(3)
+    ledger.write(1)
+    clock.pass_(4)
+  ledger.write(2)
+  assert [x['seconds'] for x in lines_of(path)[1:]] == [
+    {'eval': 3},
+    {'eval': 4},
+  ]
+
+
+def test_an_error_ends_the_span(clock, path):
+  ledger = Ledger(path, active=True)
+  with pytest.raises(KeyError), ledger.span('restore'), ledger.span('data'):
+    clock.pass_(1)
+    raise KeyError
+  clock.pass_(2)
+  ledger.close()
+  assert lines_of(path)[-1]['seconds'] == {'data': 1, 'other': 2}
+
+
+@pytest.mark.parametrize('seed', range(30))
+def test_seconds_by_kind_sum_to_the_time_that_passed(seed, clock, path):
+  """Over random programs of spans, lines, kills and restarts."""
+  rng = random.Random(seed)
+  first = clock.now
+
+  def live(ledger, depth):
+    for _ in range(rng.randint(1, 6)):
+      clock.pass_(rng.random())
+      if rng.random() < 0.4:
+        rng.choice([ledger.write, lambda n: ledger.event('e', n=n)])(1)
+      if depth < 3 and rng.random() < 0.6:
+        with ledger.span(rng.choice(KINDS)):
+          live(ledger, depth + 1)
+
+  for _ in range(rng.randint(1, 5)):
+    ledger = Ledger(path, active=True)
+    live(ledger, 0)
+    if rng.random() < 0.5:  # the others are killed
+      ledger.close()
+    clock.pass_(rng.random() * 10)
+  result = goodput(path)
+  end = lines_of(path)[-1]['time']
+  assert result['wall_s'] == pytest.approx(end - first, abs=0.01)
+  assert sum(result['seconds'].values()) == pytest.approx(result['wall_s'])
+  assert all(spent >= 0 for spent in result['seconds'].values())
+
+
+def test_kinds_are_a_fixed_set(path):
+  ledger = Ledger(path, active=False)
+  with pytest.raises(ValueError, match='stpe'), ledger.span('stpe'):
+    pass
+
+
+def test_only_the_active_one_writes(clock, path):
+  ledger = Ledger(path, active=False)
+  with ledger.span('step'):
+    clock.pass_(2)
+    assert ledger.current() == ('step', 2)
+  ledger.write(1)
+  ledger.close()
+  assert ledger.totals()['step'] == 2
+  assert not path.exists()
+
+
+def test_any_thread_can_ask_what_goes_on(clock, path):
+  ledger = Ledger(path, active=False)
+  answers = []
+  ask = lambda: answers.append(ledger.current())
+  with ledger.span('eval'):
+    clock.pass_(5)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    with ledger.span('data'):
+      clock.pass_(1)
+      ask()
+    ask()  # what an inner span suspended begins anew
+    clock.pass_(3)
+    ledger.beat()
+    clock.pass_(2)
+    ask()
+  ask()
+  assert answers == [
+    ('eval', 5),
+    ('data', 1),
+    ('eval', 0),
+    ('eval', 2),
+    ('other', 0),
+  ]
+  assert ledger.totals()['eval'] == 10  # a beat loses no time
+
+
+def test_a_full_disk_does_not_end_the_run(path):
+  if not os.path.exists('/dev/full'):
+    pytest.skip('no /dev/full here')
+  os.symlink('/dev/full', path)
+  ledger = Ledger(path, active=True)
+  ledger.write(1)
+  ledger.close()
+
+
+# What a kill leaves
+
+LIVE = """
+import sys
+from maskdiff.ledger import Ledger
+ledger = Ledger(sys.argv[1], active=True)
+ledger.event('started', step=0)
+for step in range(1, 10**9):
+  with ledger.span('step'):
+    pass
+  ledger.write(step)
+"""
+
+
+def test_a_killed_process_leaves_its_lines(path):
+  for _ in range(2):
+    size = path.stat().st_size if path.exists() else 0
+    process = subprocess.Popen(
+      [sys.executable, '-c', LIVE, str(path)],
+      env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
+    while not path.exists() or path.stat().st_size < size + 10_000:
+      assert process.poll() is None
+      time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  result = goodput(path)
+  assert result['restarts'] == 1
+  assert result['steps'] > 10
+
+
+def test_a_line_that_was_cut_anywhere_is_passed_over(clock, path):
+  with_spans(path, clock)
+  whole = path.read_bytes()
+  for cut in range(len(whole)):
+    path.write_bytes(whole[:cut])
+    kept = whole[: cut + 1].count(b'\n')
+    if not kept:
+      with pytest.raises(UserError, match='no whole line'):
+        goodput(path)
+      continue
+    goodput(path)
+    Ledger(path, active=True).event('started', step=1)
+    assert len(ledger_lib.read(path)) == kept + 2
+    assert goodput(path)['restarts'] == 1
+
+
+def with_spans(path, clock):
+  ledger = Ledger(path, active=True)
+  ledger.event('started', step=0)
+  for step in (10, 20):
+    with ledger.span('step'):
+      clock.pass_(10)
+    ledger.write(step)
+
+
+# Goodput, computed by hand
+
+
+def made_up(path, *lines):
+  """Writes lines of (time, seconds by kind, what happened)."""
+  with open(path, 'w') as f:
+    for at, seconds, values in lines:
+      row = {'time': at, **values, 'seconds': seconds}
+      f.write(json.dumps(row) + '\n')
+
+
+OPENED, ENDED = {'event': 'opened'}, {'event': 'ended'}
+
+
+def started(step):
+  return {'event': 'started', 'step': step}
+
+
+def did(step):
+  return {'step': step}
+
+
+def test_a_run_without_a_restart(path):
+  made_up(
+    path,
+    (100, {}, OPENED),
+    (110, {'init': 4, 'restore': 6}, started(0)),
+    (140, {'compile': 12, 'step': 17, 'other': 1}, did(10)),
+    (160, {'step': 15, 'data': 5}, did(20)),
+    (163, {'save': 3}, ENDED),
+  )
+  result = goodput(path)
+  assert result['wall_s'] == 63
+  assert result['goodput'] == pytest.approx(32 / 63)
+  assert (result['lost_s'], result['restarts'], result['steps']) == (0, 0, 20)
+  expected = {'init': 4, 'restore': 6, 'compile': 12, 'step': 32, 'data': 5}
+  expected |= {'save': 3, 'other': 1}
+  assert {k: s for k, s in result['seconds'].items() if s} == expected
+
+
+def test_steps_that_are_done_again_and_time_without_a_process_are_lost(path):
+  made_up(
+    path,
+    (0, {}, OPENED),
+    (10, {'init': 10}, started(0)),
+    (30, {'step': 20}, did(10)),
+    (60, {'step': 30}, did(20)),
+    (62, {'step': 1, 'save': 1}, {'event': 'durable', 'step': 14}),
+    # killed; the steps 15 to 20 and the second after them are lost
+    (70, {}, OPENED),
+    (75, {'restore': 5}, started(14)),
+    (95, {'step': 20}, did(24)),
+    (96, {'save': 1}, ENDED),
+  )
+  result = goodput(path)
+  assert result['wall_s'] == 96
+  assert result['seconds']['repeated'] == pytest.approx(30 * 6 / 10 + 1)
+  assert result['seconds']['down'] == 8
+  assert result['lost_s'] == pytest.approx(27)
+  assert result['seconds']['step'] == pytest.approx(20 + 12 + 20)
+  assert result['goodput'] == pytest.approx(52 / 96)
+  assert (result['restarts'], result['steps']) == (1, 24)
+
+
+def test_what_was_done_three_times_counts_once(path):
+  """The second process falls behind the start of the one before it."""
+  made_up(
+    path,
+    (0, {}, OPENED),
+    (0, {}, started(0)),
+    (100, {'step': 100}, did(100)),
+    (100, {}, OPENED),
+    (100, {}, started(80)),
+    (140, {'step': 40}, did(120)),
+    (140, {}, OPENED),  # killed before it had restored anything
+    (145, {'restore': 5}, {'event': 'closed'}),
+    (145, {}, OPENED),
+    (145, {}, started(50)),
+    (220, {'step': 75}, did(125)),
+  )
+  result = goodput(path)
+  assert result['seconds']['step'] == pytest.approx(50 + 75)
+  assert result['seconds']['repeated'] == pytest.approx(50 + 40)
+  assert result['wall_s'] == 220
+  assert (result['restarts'], result['steps']) == (3, 125)
+
+
+def test_a_preempted_run_loses_no_step(path):
+  made_up(
+    path,
+    (0, {}, OPENED),
+    (0, {}, started(0)),
+    (10, {'step': 10}, did(10)),
+    (13, {'save': 3}, {'event': 'preempted'}),
+    (20, {}, OPENED),
+    (21, {'restore': 1}, started(10)),
+  )
+  result = goodput(path)
+  assert result['seconds']['repeated'] == 0
+  assert result['seconds']['step'] == 10
+  assert result['seconds']['down'] == result['lost_s'] == 7
+  assert result['steps'] == 10
+
+
+def test_the_time_after_an_end_belongs_to_nobody(path):
+  made_up(
+    path,
+    (0, {}, OPENED),
+    (0, {}, started(0)),
+    (10, {'step': 10}, did(10)),
+    (10, {}, ENDED),
+    (99_999, {}, OPENED),  # with more steps, a day later
+    (99_999, {}, started(10)),
+    (100_009, {'step': 10}, did(20)),
+  )
+  assert goodput(path)['wall_s'] == 20
+  assert goodput(path)['goodput'] == 1
+
+
+def test_a_clock_that_goes_backwards_takes_no_time_away(path):
+  made_up(
+    path,
+    (50, {}, OPENED),
+    (60, {'step': 10}, did(10)),
+    (40, {}, OPENED),
+    (42, {'restore': 2}, started(10)),
+  )
+  result = goodput(path)
+  assert result['seconds']['down'] == 0
+  assert result['wall_s'] == 12
+
+
+def test_a_run_that_only_opened_has_no_goodput(path):
+  made_up(path, (5, {}, OPENED))
+  assert goodput(path)['goodput'] is None
+  assert 'goodput unknown' in format_goodput(goodput(path))
+
+
+# The table
+
+
+def script(*arguments):
+  return subprocess.run(
+    [sys.executable, 'launch/goodput.py', *map(str, arguments)],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_script_prints_the_table(path):
+  made_up(
+    path,
+    (0, {}, OPENED),
+    (0, {}, started(0)),
+    (1500, {'step': 1500}, did(1000)),
+    (1900, {}, OPENED),
+    (2000, {'restore': 100}, started(1000)),
+  )
+  ended = script('--workdir', path.parent)
+  assert ended.stdout.splitlines() == [
+    'step          1,500.0 s   75.0%',
+    'down            400.0 s   20.0%',
+    'restore         100.0 s    5.0%',
+    'wall          2,000.0 s',
+    '1,000 steps, 1 restart, goodput 75.0%',
+  ]
+
+
+def test_the_script_says_what_is_no_run(tmp_path):
+  ended = script('--workdir', tmp_path)
+  (line,) = ended.stderr.splitlines()
+  assert ended.returncode == 2
+  assert line.startswith('error: cannot read') and 'work directory' in line

@@ -1,0 +1,172 @@
+"""Answers in batches, watched, and one by one, with a fake network."""
+
+import dataclasses
+import re
+
+import fake_networks
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdiff.sampling import answers, sampler
+from maskdiff.sampling.answers import Sampling
+from maskdiff.sampling.prompts import Prompt
+from maskdiff.sampling.request import SamplerConfig
+
+LENGTH = 8  # of an answer
+
+
+def nearest(table, tokens, valid):
+  """Logits by the two tokens on either side, as far as they are there."""
+  known = jnp.where(valid, tokens, 0)
+  left, right = jnp.roll(known, 1, axis=1), jnp.roll(known, -1, axis=1)
+  right = right.at[:, -1].set(0)
+  return table[left.at[:, 0].set(0)] + table[right]
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+  fake_networks.put_in(monkeypatch)
+
+
+@pytest.fixture(scope='module')
+def sampling(tokenizer):
+  """A network that likes some thirty tokens, among them eos."""
+  random = np.random.default_rng(0)
+  size = tokenizer.vocab_size
+  table = np.full((size, size), -30.0)
+  some = [tokenizer.eos_id, *range(300, 330)]
+  table[:, some] = random.normal(size=(size, len(some))) * 2
+  c = SamplerConfig(
+    steps=LENGTH,
+    block_length=4,
+    temperature=0.7,
+    remasking='low_confidence',
+    objective='masked_diffusion',
+    predict_mask=False,
+    mask_id=tokenizer.mask_id,
+    bos_id=tokenizer.bos_id,
+    eos_id=tokenizer.eos_id,
+    gen_length=LENGTH,
+  )
+  table = jnp.asarray(table, jnp.float32)
+  return Sampling(nearest, c, table, tokenizer, context=100)
+
+
+def with_config(sampling, **changes):
+  return sampling._replace(c=dataclasses.replace(sampling.c, **changes))
+
+
+def ask(sampling, texts, gaps=False):
+  asked = [Prompt(text, seed) for seed, text in enumerate(texts)]
+  return answers.ask(asked, gaps, sampling.tokenizer.encode, LENGTH)
+
+
+def talk(sampling, lines):
+  """Answers, and what is noted besides."""
+  notes = []
+  return list(answers.converse(sampling, lines, 0, notes.append)), notes
+
+
+TEXTS = ['def f(', '', 'x = 1', 'a much longer text, of many words more', '"']
+GAPS = ['def {{2}}({{1}}):', '{{3}}', 'a{{1}}b{{1}}c{{1}}']
+
+
+def test_answers_do_not_depend_on_the_batch(sampling):
+  asked = ask(sampling, TEXTS)
+  found = list(answers.in_batches(sampling, asked, 2))
+  assert found == list(answers.in_batches(sampling, asked, 5))
+  assert [a['prompt'] for a in found] == TEXTS
+  assert [a['seed'] for a in found] == list(range(5))
+  for answer in found:
+    assert answer['text'] == answer['prompt'] + answer['answer']
+    assert answer['tokens'] == answer['forwards'] == LENGTH
+
+
+def test_answers_end_at_their_eos_and_filled_gaps_do_not(sampling):
+  s = with_config(sampling, stop_at_eos=True)
+  found = list(answers.in_batches(s, ask(s, ['x'] * 24), 24))
+  short = [a for a in found if a['tokens'] < LENGTH]
+  assert short and len(short) < len(found)
+  assert all(a['forwards'] <= LENGTH for a in found)
+  found, _ = talk(s, ['x {{8}} y'] * 24)
+  assert {a['tokens'] for a in found} == {LENGTH}
+  assert all(a['text'].endswith(' y') for a in found)
+
+
+@pytest.mark.parametrize('gaps', [False, True])
+def test_watched_answers_are_those_of_the_batch(sampling, gaps, tokenizer):
+  texts = GAPS if gaps else TEXTS
+  asked, seen = ask(sampling, texts, gaps), []
+  found, recording = answers.watched(sampling, asked, seen.append)
+  assert found == list(answers.in_batches(sampling, asked, len(texts)))
+  assert seen[-1] == [answer['text'] for answer in found]
+  assert len(recording.canvases) == len(recording.sure) == len(seen)
+  for texts_then, canvas in zip(seen, recording.canvases, strict=True):
+    rows = zip(canvas, recording.valid, strict=True)
+    assert texts_then == [tokenizer.decode(row[there]) for row, there in rows]
+  assert (~np.isnan(recording.sure)).sum() == recording.fill.sum()
+
+
+def test_a_conversation_gives_the_answers_of_the_batch(sampling):
+  """Though its rows are padded; and nothing is learned from line to line."""
+  asked = [text for text in TEXTS if text]
+  found, _ = talk(sampling, asked)
+  batch = answers.in_batches(sampling, ask(sampling, asked), len(asked))
+  assert found == list(batch)
+
+
+def test_a_conversation_fills_gaps_with_prompts_between(sampling):
+  found, _ = talk(sampling, [GAPS[0], 'x = 1', GAPS[2]])
+  assert [a.get('infill') for a in found] == [GAPS[0], None, GAPS[2]]
+  assert found[0]['text'].startswith('def ')
+  assert found[0]['text'].endswith('):')
+  assert [a['tokens'] for a in found] == [3, LENGTH, 3]
+
+
+def test_few_programs_are_compiled_and_each_is_told(sampling):
+  """For rows of up to 32, 64 and, the context, 100 tokens."""
+  before = sampler.run._cache_size()
+  texts = ['a' + ' b' * n for n in (1, 3, 40, 5, 70, 41, 71, 2)]
+  lengths = [len(sampling.tokenizer.encode(text)) + LENGTH for text in texts]
+  assert min(lengths) <= 32 < 64 < max(lengths) <= 100
+  found, notes = talk(with_config(sampling, top_k=9), texts)
+  assert len(found) == len(texts)
+  assert notes == [
+    f'compiling for texts of up to {n} tokens' for n in (32, 64, 100)
+  ]
+  assert sampler.run._cache_size() == before + 3
+
+
+BAD_LINES = {
+  'empty': ('', 'the line is empty'),
+  'blank': (' \t', 'the line is empty'),
+  'long': ('a b ' * 60, 'tokens together.*data.length=100'),
+  'letter': ('a{{b}}', r'braces that are no gap: write \{\{n\}\}'),
+  'open': ('a{{2', 'braces that are no gap'),
+  'one_bad': ('a{{2}} {{', 'braces that are no gap'),
+  'none': ('a{{0}}', 'no gap in'),
+  'too_many': ('a{{9}}', 'gaps have 9 tokens.*--gen_length=9 instead of 8'),
+  'huge': ('a{{' + '9' * 30 + '}}', 'too long'),
+  'bytes': ('a\udcff', 'not UTF-8'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_LINES)
+def test_a_bad_line_is_told_in_one_and_the_conversation_goes_on(sampling, case):
+  line, message = BAD_LINES[case]
+  found, notes = talk(sampling, ['x', line, 'y'])
+  assert [(a['prompt'], a['seed']) for a in found] == [('x', 0), ('y', 1)]
+  (told,) = [note for note in notes if note.startswith('error: ')]
+  assert '\n' not in told
+  assert re.search(message, told)
+
+
+def test_a_line_on_which_the_network_fails_is_told_too(sampling, monkeypatch):
+  def fails_at_x(table, tokens, valid):
+    bad = (tokens == sampling.tokenizer.encode('x')[0]).any(axis=1)
+    return jnp.where(bad[:, None, None], jnp.nan, nearest(table, tokens, valid))
+
+  found, notes = talk(sampling._replace(model=fails_at_x), ['x', 'y'])
+  assert [a['prompt'] for a in found] == ['y']
+  assert 'NaN or infinite' in notes[-1]

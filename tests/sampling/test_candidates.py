@@ -1,0 +1,205 @@
+"""Tokens and their confidence, against LLaDA's draws and plain NumPy."""
+
+import golden_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from maskdiff.sampling import candidates
+
+TEMPERATURES = ['0.0', '0.2', '0.5', '1.0', '1.5']
+
+
+def keys(n):
+  return jax.random.split(jax.random.key(0), n)
+
+
+def draws(logits, temperature, top_k=0, top_p=1.0, number=6000):
+  """How often each of the tokens of one slot is drawn."""
+  many = jnp.broadcast_to(
+    jnp.asarray(logits, jnp.float32), (number, 1, len(logits))
+  )
+  token = candidates.draw(many, temperature, top_k, top_p, keys(number))
+  return np.bincount(np.asarray(token)[:, 0], minlength=len(logits))
+
+
+LOGITS = np.array([0.3, -1.0, 1.2, 0.0, 2.0, 0.8, -0.2])
+
+
+# The draw
+
+
+@pytest.mark.parametrize('temperature', TEMPERATURES)
+def test_the_token_drawn_is_that_of_llada_for_the_same_noise(
+  monkeypatch, temperature
+):
+  """LLaDA divides exponentials in float64; here it is a sum in float32."""
+  with np.load(golden_models.GOLDEN / 'gumbel_op.npz') as file:
+    logits, u = file['logits'], file['u']
+    recorded = file[f'T{temperature}.argmax']
+  noise = jnp.asarray(-np.log(-np.log(u)), jnp.float32)[:, None]
+  monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: noise)
+  token = candidates.draw(
+    jnp.asarray(logits)[:, None], float(temperature), 0, 1.0, keys(len(u))
+  )
+  np.testing.assert_array_equal(token[:, 0], recorded)
+
+
+@pytest.mark.parametrize('temperature', TEMPERATURES[1:])
+def test_scores_are_those_of_llada_in_log_space(temperature):
+  with np.load(golden_models.GOLDEN / 'gumbel_op.npz') as file:
+    noise = (-np.log(-np.log(file['u']))).astype(np.float32)
+    scores = file['logits'] / np.float32(temperature) + noise
+    recorded = file[f'T{temperature}.log_scores_over_T']
+  np.testing.assert_allclose(scores, recorded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'temperature, top_k, top_p',
+  [
+    (0.5, 0, 1.0),
+    (1.0, 0, 1.0),
+    (2.0, 0, 1.0),
+    (0.7, 3, 1.0),
+    (1.5, 0, 0.8),
+    (1.0, 5, 0.75),
+  ],
+)
+def test_draws_follow_the_truncated_softmax(temperature, top_k, top_p):
+  p = scipy.special.softmax(LOGITS / temperature)
+  order = np.argsort(-p)
+  stay = order[: top_k or len(p)]
+  before = np.cumsum(p[stay] / p[stay].sum()) - p[stay] / p[stay].sum()
+  stay = stay[before < top_p]
+  counts = draws(LOGITS, temperature, top_k, top_p)
+  assert counts[stay].sum() == counts.sum()
+  expected = p[stay] / p[stay].sum() * counts.sum()
+  assert scipy.stats.chisquare(counts[stay], expected).pvalue > 1e-3
+
+
+def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
+  logits = jnp.log(jnp.array([0.15, 0.4, 0.05, 0.3, 0.1]))
+  for top_p, stay in (
+    (0.39, [1]),
+    (0.41, [1, 3]),
+    (0.69, [1, 3]),
+    (0.71, [0, 1, 3]),
+    (0.99, [0, 1, 2, 3, 4]),
+  ):
+    left = candidates.truncate(logits, 0, top_p)
+    assert np.flatnonzero(left > -np.inf).tolist() == stay
+    np.testing.assert_array_equal(left[np.array(stay)], logits[np.array(stay)])
+
+
+def test_top_p_is_of_what_top_k_leaves():
+  logits = jnp.log(jnp.array([0.15, 0.4, 0.05, 0.3, 0.1]))
+  # Of 0.4 and 0.3 the first is 0.57.
+  assert (candidates.truncate(logits, 2, 0.5) > -np.inf).sum() == 1
+  assert (candidates.truncate(logits, 2, 0.6) > -np.inf).sum() == 2
+
+
+def test_the_most_probable_token_is_always_left():
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 9)) * 9)
+  for top_k, top_p in ((1, 1.0), (0, 1e-6), (1, 1e-6), (100, 1.0)):
+    left = candidates.truncate(logits, top_k, top_p)
+    np.testing.assert_array_equal(left.argmax(-1), logits.argmax(-1))
+
+
+def test_a_token_that_is_suppressed_is_never_drawn():
+  left = candidates.suppress(jnp.asarray(LOGITS)[None, None], (4, 2))
+  for temperature in (0.0, 1.0):
+    counts = draws(left[0, 0], temperature, 6, 0.95)
+    assert counts[4] == counts[2] == 0
+
+
+def test_nothing_to_suppress_changes_nothing():
+  logits = jnp.asarray(LOGITS)
+  assert candidates.suppress(logits, ()) is logits
+
+
+# Confidence
+
+
+@pytest.fixture
+def slots():
+  random = np.random.default_rng(1)
+  logits = random.normal(size=(3, 4, 6)) * 2
+  token = random.integers(0, 6, (3, 4))
+  return logits, token, scipy.special.softmax(logits, axis=-1)
+
+
+def confidence(kind, logits, token):
+  return candidates.CONFIDENCES[kind](
+    jnp.asarray(logits, jnp.float32), jnp.asarray(token)
+  )
+
+
+def test_probability_is_that_of_the_token_drawn(slots):
+  logits, token, p = slots
+  expected = np.take_along_axis(p, token[..., None], -1)[..., 0]
+  np.testing.assert_allclose(
+    confidence('probability', logits, token), expected, rtol=1e-5
+  )
+
+
+def test_entropy_is_one_minus_its_share_of_the_largest(slots):
+  logits, token, p = slots
+  expected = 1 - scipy.stats.entropy(p, axis=-1) / np.log(6)
+  np.testing.assert_allclose(
+    confidence('entropy', logits, token), expected, atol=1e-5
+  )
+
+
+def test_margin_is_between_the_two_most_probable_tokens(slots):
+  logits, token, p = slots
+  falling = -np.sort(-p, axis=-1)
+  np.testing.assert_allclose(
+    confidence('margin', logits, token),
+    falling[..., 0] - falling[..., 1],
+    atol=1e-6,
+  )
+
+
+@pytest.mark.parametrize('kind', candidates.CONFIDENCES)
+def test_confidence_is_one_when_a_single_token_is_possible(kind):
+  logits = jnp.full((1, 1, 5), -jnp.inf).at[..., 2].set(0.3)
+  np.testing.assert_allclose(confidence(kind, logits, [[2]]), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'kind, lowest', [('probability', 0.2), ('entropy', 0), ('margin', 0)]
+)
+def test_confidence_is_lowest_when_all_tokens_are_alike(kind, lowest):
+  np.testing.assert_allclose(
+    confidence(kind, np.zeros((1, 1, 5)), [[2]]), lowest, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize('kind', candidates.CONFIDENCES)
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_confidence_is_nan_when_logits_are_no_numbers(kind, bad):
+  logits = np.zeros((1, 3, 5))
+  logits[0, 1, 3] = bad
+  logits[0, 2] = bad
+  token = candidates.draw(jnp.asarray(logits), 0.0, 0, 1.0, None)
+  found = np.isnan(confidence(kind, logits, token))
+  assert found.tolist() == [[False, True, True]]
+
+
+def test_guidance_of_zero_leaves_the_conditional_logits():
+  c, u = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
+  np.testing.assert_allclose(candidates.guide(c, u, 0.0), c)
+  np.testing.assert_allclose(candidates.guide(c, u, 1.5), [1.75, 0.5])
+
+
+def test_the_most_probable_token_is_the_first_of_those_that_tie():
+  rng = np.random.default_rng(0)
+  logits = rng.integers(-3, 3, (4, 5, 40)).astype(np.float32)
+  logits[0, 0], logits[0, 1, 7] = -np.inf, np.inf
+  logits[0, 2, :39] = -np.inf
+  found = jax.jit(candidates.best)(logits)
+  assert found.dtype == jnp.int32
+  np.testing.assert_array_equal(found, logits.argmax(axis=-1))

@@ -1,0 +1,119 @@
+"""Many requests through a small batch: each is what it would be alone."""
+
+import dataclasses
+
+import fake_networks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdiff.distributed import mesh
+from maskdiff.sampling import layouts, refill, sampler
+from maskdiff.sampling.request import SamplerConfig
+
+MASK, EOS, VOCAB, ROOM = 4, 5, 16, 16
+CONFIG = SamplerConfig(
+  steps=ROOM,
+  block_length=4,
+  temperature=0.0,
+  remasking='low_confidence',
+  objective='masked_diffusion',
+  predict_mask=False,
+  mask_id=MASK,
+  bos_id=1,
+  eos_id=EOS,
+  gen_length=ROOM,
+  stop_at_eos=True,
+  lookahead=0,
+)
+
+
+def countdown(given, tokens, valid):
+  """Goes on with the first token of a row, which says when the eos comes.
+
+  A prompt of token n is followed by n - 7 tokens and then eos.
+  """
+  length = tokens.shape[1]
+  number = tokens[:, :1] - 7
+  place = jnp.arange(length)
+  answer = jnp.where(place == number + 1, EOS, tokens[:, :1])
+  return 9.0 * jax.nn.one_hot(answer, VOCAB) + 0.01 * place[None, ::-1, None]
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+  fake_networks.put_in(monkeypatch)
+
+
+PROMPTS = [[7 + n] for n in (0, 7, 1, 3, 8, 2, 0, 5, 1, 6)]
+
+
+def all_answers(c, batch, prompts=PROMPTS):
+  layout = layouts.continue_prompts(prompts, ROOM)
+  return list(
+    refill.answers(countdown, c, None, *layout, range(len(prompts)), batch)
+  )
+
+
+@pytest.mark.parametrize('batch', [1, 3, 100])
+def test_every_request_is_answered_once_and_as_if_alone(batch):
+  layout = layouts.continue_prompts(PROMPTS, ROOM)
+  alone = sampler.complete(countdown, CONFIG, None, *layout, range(10))
+  found = all_answers(CONFIG, batch)
+  assert sorted(answer.row for answer in found) == list(range(10))
+  for answer in found:
+    np.testing.assert_array_equal(answer.tokens, alone.canvas[answer.row])
+    number = PROMPTS[answer.row][0] - 7
+    assert answer.tokens.tolist() == (
+      [7 + number] * (1 + number) + [EOS] * (ROOM - number)
+    )
+    assert answer.forwards == alone.forwards[answer.row]
+    assert answer.positions == alone.positions[answer.row]
+    assert not answer.broken
+
+
+def test_short_answers_do_not_wait_for_long_ones():
+  """Nine tokens and one: the short ones pass by the long one."""
+  found = all_answers(CONFIG, 2, [[15], [7], [7], [7], [7]])
+  assert [answer.row for answer in found][:3] == [1, 2, 3]
+
+
+def test_fewer_calls_than_batch_by_batch(monkeypatch):
+  calls = []
+  run = sampler.run
+  monkeypatch.setattr(
+    sampler, 'run', lambda *a: calls.append(run(*a)) or calls[-1]
+  )
+  long, short = [15], [7]
+  prompts = [long, short, short, short, short, short, short, short] * 2
+  all_answers(CONFIG, 4, prompts)
+  continuous = sum(int(carry.calls) for carry in calls)
+  calls.clear()
+  for first in range(0, 16, 4):
+    all_answers(CONFIG, 4, prompts[first : first + 4])
+  assert continuous < sum(int(carry.calls) for carry in calls)
+
+
+def test_one_program_serves_all(monkeypatch):
+  sampler.run.clear_cache()
+  all_answers(CONFIG, 2)
+  assert sampler.run._cache_size() == 1
+
+
+def test_a_damaged_row_is_told_and_the_others_go_on():
+  def ill(given, tokens, valid):
+    logits = countdown(given, tokens, valid)
+    return jnp.where(tokens[:, :1, None] == 10, jnp.nan, logits)
+
+  layout = layouts.continue_prompts(PROMPTS, ROOM)
+  found = refill.answers(ill, CONFIG, None, *layout, range(10), 3)
+  assert {a.row for a in found if a.broken} == {3}
+
+
+def test_on_a_mesh_as_without_one():
+  c = dataclasses.replace(CONFIG, temperature=0.7)
+  expected = {a.row: a.tokens.tolist() for a in all_answers(c, 4)}
+  with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
+    found = {a.row: a.tokens.tolist() for a in all_answers(c, 4)}
+  assert found == expected

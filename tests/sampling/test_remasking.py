@@ -1,0 +1,347 @@
+"""Commit rules against LLaDA's counts and brute force."""
+
+import itertools
+
+import golden_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from maskdiff.sampling import candidates, remasking
+
+
+@pytest.fixture(scope='module')
+def golden():
+  return np.load(golden_models.GOLDEN / 'transfer_tokens.npz')
+
+
+def brute_force_top(score, masked, budget):
+  keep = np.zeros_like(masked)
+  for row in range(len(score)):
+    slots = [s for s in range(score.shape[1]) if masked[row, s]]
+    slots.sort(key=lambda s: (-score[row, s], s))
+    keep[row, slots[: budget[row]]] = True
+  return keep
+
+
+def keep_top(score, masked, budget):
+  return np.asarray(
+    remasking.keep_top(
+      jnp.asarray(score, jnp.float32),
+      jnp.asarray(masked),
+      jnp.asarray(budget, jnp.int32),
+    )
+  )
+
+
+@pytest.mark.parametrize('case', range(12))
+def test_quota_is_that_of_llada(golden, case):
+  count, steps, expected = (
+    golden[f'single.{case}.{k}'] for k in ('mask_count', 'steps', 'counts')
+  )
+  quota = remasking.quota(count, np.arange(steps), steps)
+  np.testing.assert_array_equal(quota, expected)
+
+
+def test_quota_of_a_batch_is_that_of_llada(golden):
+  count = jnp.asarray(golden['batch.mask'].sum(axis=1, dtype=np.int32))
+  steps = int(golden['batch.steps'])
+  quota = np.stack(
+    [remasking.quota(count, s, steps) for s in range(steps)], axis=1
+  )
+  np.testing.assert_array_equal(quota, golden['batch.counts'])
+
+
+def test_quota_sums_to_the_masked_count_and_is_even():
+  for count, steps in itertools.product(range(20), range(1, 25)):
+    quota = remasking.quota(count, np.arange(steps), steps)
+    assert quota.sum() == count
+    assert quota.max() - quota.min() <= 1
+    assert (np.diff(quota) <= 0).all()
+
+
+def test_keep_top_equals_brute_force():
+  random = np.random.default_rng(0)
+  score = random.normal(size=(200, 9))
+  masked = random.random((200, 9)) < random.random((200, 1))
+  budget = random.integers(0, 12, 200)  # also 0 and more than there are
+  np.testing.assert_array_equal(
+    keep_top(score, masked, budget), brute_force_top(score, masked, budget)
+  )
+
+
+def test_ties_go_to_the_lowest_index():
+  random = np.random.default_rng(1)
+  score = random.integers(0, 3, (200, 9))
+  masked = random.random((200, 9)) < 0.7
+  budget = random.integers(0, 10, 200)
+  np.testing.assert_array_equal(
+    keep_top(score, masked, budget), brute_force_top(score, masked, budget)
+  )
+
+
+def test_infinitely_low_scores_still_come_before_unmasked_slots():
+  score = np.array([[5.0, -np.inf, 5.0, 0.0]])
+  masked = np.array([[False, True, False, True]])
+  np.testing.assert_array_equal(keep_top(score, masked, [1])[0], [0, 0, 0, 1])
+  np.testing.assert_array_equal(keep_top(score, masked, [2])[0], [0, 1, 0, 1])
+
+
+def test_budget_zero_keeps_nothing_and_a_large_one_all_that_is_masked():
+  masked = np.array([[True, False, True], [False, False, False]])
+  score = np.ones((2, 3))
+  assert not keep_top(score, masked, [0, 0]).any()
+  np.testing.assert_array_equal(keep_top(score, masked, [9, 9]), masked)
+
+
+def keys(n):
+  return jax.random.split(jax.random.key(0), n)
+
+
+def test_low_confidence_keeps_the_most_confident():
+  random = np.random.default_rng(2)
+  confidence = random.random((50, 7)).astype(np.float32)
+  masked = random.random((50, 7)) < 0.6
+  budget = random.integers(0, 8, 50)
+  keep = remasking.RULES['low_confidence'](confidence, masked, budget, keys(50))
+  np.testing.assert_array_equal(
+    keep, brute_force_top(confidence, masked, budget)
+  )
+
+
+def test_random_keeps_exactly_the_budget():
+  random = np.random.default_rng(3)
+  masked = random.random((200, 9)) < 0.5
+  budget = random.integers(0, 11, 200)
+  keep = np.asarray(
+    remasking.RULES['random'](
+      jnp.ones((200, 9)), jnp.asarray(masked), jnp.asarray(budget), keys(200)
+    )
+  )
+  assert not (keep & ~masked).any()
+  np.testing.assert_array_equal(
+    keep.sum(axis=1), np.minimum(budget, masked.sum(axis=1))
+  )
+
+
+def test_random_keeps_every_subset_equally_often_whatever_the_confidence():
+  rows = 6000
+  masked = np.tile([True, True, False, True, True], (rows, 1))
+  confidence = jnp.tile(jnp.array([0.9, 0.1, 1.0, 0.5, 0.2]), (rows, 1))
+  keep = np.asarray(
+    remasking.RULES['random'](
+      confidence, jnp.asarray(masked), jnp.full((rows,), 2), keys(rows)
+    )
+  )
+  pairs = list(itertools.combinations([0, 1, 3, 4], 2))
+  counts = [keep[:, list(pair)].all(axis=1).sum() for pair in pairs]
+  assert sum(counts) == rows
+  deviation = np.sqrt(rows * (1 / 6) * (5 / 6))
+  np.testing.assert_allclose(counts, rows / 6, atol=4.5 * deviation)
+
+
+# Fast-dLLM
+
+
+@pytest.fixture(scope='module')
+def fast_dllm():
+  """Confidence, masked slots, and what was recorded for them."""
+  with np.load(golden_models.GOLDEN / 'fast_dllm.npz') as file:
+    recorded = {k: file[k] for k in file if k.startswith('rule.')}
+  logits = jnp.asarray(recorded['rule.logits'])
+  token = jnp.argmax(logits, axis=-1)
+  confidence = candidates.CONFIDENCES['probability'](logits, token)
+  return confidence, jnp.asarray(recorded['rule.mask_index']), recorded
+
+
+@pytest.mark.parametrize('tau', ['0', '0.3', '0.5', '0.9', '1'])
+def test_threshold_keeps_what_fast_dllm_accepts(fast_dllm, tau):
+  confidence, masked, recorded = fast_dllm
+  keep = remasking.threshold(confidence, masked, float(tau), None)
+  np.testing.assert_array_equal(keep, recorded[f'rule.tau{tau}.transfer'])
+
+
+@pytest.mark.parametrize('f', ['0.5', '1', '2'])
+def test_factor_keeps_what_the_dllm_library_accepts(fast_dllm, f):
+  confidence, masked, recorded = fast_dllm
+  keep = remasking.factor(confidence, masked, float(f), None)
+  np.testing.assert_array_equal(keep, recorded[f'rule.factor{f}.transfer'])
+
+
+def test_low_confidence_keeps_what_fast_dllm_accepts_for_a_quota(fast_dllm):
+  confidence, masked, recorded = fast_dllm
+  budget = jnp.asarray(recorded['rule.quota.k'])
+  keep = remasking.low_confidence(confidence, masked, budget, None)
+  np.testing.assert_array_equal(keep, recorded['rule.quota.transfer'])
+
+
+def brute_force_factor(confidence, masked, f):
+  """The longest list by falling confidence that the formula allows."""
+  keep = np.zeros_like(masked)
+  for row in range(len(masked)):
+    slots = sorted(
+      np.flatnonzero(masked[row]), key=lambda s: -confidence[row, s]
+    )
+    n = min(1, len(slots))
+    while n < len(slots) and confidence[row, slots[n]] >= 1 - f / (n + 2):
+      n += 1
+    keep[row, slots[:n]] = True
+  return keep
+
+
+@pytest.mark.parametrize('f', [0.1, 0.5, 1.0, 2.0, 20.0])
+def test_factor_equals_brute_force(f):
+  random = np.random.default_rng(4)
+  confidence = (1 - random.random((300, 7)) ** 3).astype(np.float32)
+  masked = random.random((300, 7)) < 0.7
+  keep = remasking.factor(jnp.asarray(confidence), jnp.asarray(masked), f, None)
+  np.testing.assert_array_equal(keep, brute_force_factor(confidence, masked, f))
+
+
+def count_of_fast_dllm(confidence, f):
+  """How many slots the code of NVlabs' Fast-dLLM and of dInfer accepts.
+
+  Its loop over the ranks ends at the first that falls short, or at the last. At
+  the last it cannot tell whether that one fell short, and accepts it.
+  """
+  surest_first = sorted(confidence, reverse=True)
+  last = len(surest_first) - 1
+  for rank in range(1, last):
+    if surest_first[rank] < 1 - f / (rank + 2):
+      return rank
+  return last + 1
+
+
+def test_factor_does_not_keep_the_last_slot_when_it_alone_falls_short():
+  """NVlabs' and dInfer's code keeps four of these; the formula allows three."""
+  confidence = np.array([[0.946, 0.935, 0.897, 0.769]])
+  keep = remasking.factor(
+    jnp.asarray(confidence), jnp.ones((1, 4), bool), 1.0, None
+  )
+  assert keep.tolist() == [[True, True, True, False]]
+  assert confidence[0, 3] < 1 - 1 / 5
+  assert count_of_fast_dllm(confidence[0], 1.0) == 4
+
+
+@pytest.mark.parametrize('f', [0.5, 1.0, 2.0])
+def test_factor_keeps_what_fast_dllm_accepts_but_for_that_slot(f):
+  """One slot less in the rows where all but the last pass, else as many."""
+  random = np.random.default_rng(6)
+  confidence = (1 - random.random((300, 4)) ** 3).astype(np.float32)
+  masked = np.ones((300, 4), bool)
+  keep = remasking.factor(jnp.asarray(confidence), jnp.asarray(masked), f, None)
+  ours = np.asarray(keep).sum(axis=1)
+  theirs = np.array([count_of_fast_dllm(row, f) for row in confidence])
+  np.testing.assert_array_equal(theirs, np.where(ours == 3, 4, ours))
+  assert (ours == 3).any() and (ours < 3).any() and (ours == 4).any()
+
+
+@pytest.mark.parametrize('rule', ['threshold', 'factor'])
+def test_the_most_confident_slot_is_kept_however_unsure(rule):
+  confidence = jnp.array([[0.01, 0.03, 0.02], [0.9, 0.0, 0.0]])
+  masked = jnp.array([[True, True, True], [False, True, True]])
+  budget = {'threshold': 2.0, 'factor': 0.0}[rule]
+  keep = remasking.RULES[rule](confidence, masked, budget, None)
+  assert keep.tolist() == [[False, True, False], [False, True, False]]
+
+
+@pytest.mark.parametrize(
+  'rule, all_of_it', [('threshold', 0.0), ('factor', 99.0)]
+)
+def test_all_is_kept_if_nothing_is_asked(rule, all_of_it):
+  masked = jnp.array([[True, False, True], [False, False, False]])
+  keep = remasking.RULES[rule](jnp.zeros((2, 3)), masked, all_of_it, None)
+  np.testing.assert_array_equal(keep, masked)
+
+
+# The reverse process
+
+
+def test_ancestral_keeps_each_slot_on_its_own_with_the_chance():
+  rows, chance = 4000, 0.3
+  masked = np.tile([True, True, False, True], (rows, 1))
+  keep = remasking.ancestral(
+    jnp.ones((rows, 4)),
+    jnp.asarray(masked),
+    jnp.full((rows,), chance),
+    keys(rows),
+  )
+  counts = np.bincount(np.asarray(keep)[:, [0, 1, 3]] @ [1, 2, 4], minlength=8)
+  each = np.array([bin(i).count('1') for i in range(8)])
+  expected = rows * chance**each * (1 - chance) ** (3 - each)
+  assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
+  assert not np.asarray(keep)[:, 2].any()
+
+
+@pytest.mark.parametrize('chance, kept', [(0.0, False), (1.0, True)])
+def test_ancestral_at_the_ends(chance, kept):
+  masked = jnp.ones((100, 5), bool)
+  chance = jnp.full((100,), chance)
+  keep = remasking.ancestral(jnp.ones((100, 5)), masked, chance, keys(100))
+  assert (keep == kept).all()
+
+
+def test_first_hitting_keeps_one_slot_any_of_them():
+  rows = 4000
+  masked = np.tile([True, False, True, True], (rows, 1))
+  keep = remasking.first_hitting(
+    jnp.linspace(0, 1, 4) * jnp.ones((rows, 1)),
+    jnp.asarray(masked),
+    jnp.full((rows,), 3),
+    keys(rows),
+  )
+  counts = np.asarray(keep).sum(axis=0)
+  assert (np.asarray(keep).sum(axis=1) == 1).all()
+  assert scipy.stats.chisquare(counts[[0, 2, 3]]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('rule', remasking.RULES)
+def test_what_is_committed_is_never_chosen_again(rule):
+  masked = jnp.zeros((3, 4), bool)
+  budget = jnp.full((3,), 2)
+  if rule in ('threshold', 'factor', 'ancestral'):
+    budget = jnp.full((3,), 0.5) if rule == 'ancestral' else 0.5
+  assert not remasking.RULES[rule](
+    jnp.ones((3, 4)), masked, budget, keys(3)
+  ).any()
+
+
+# Other schedules
+
+
+def schedule_counts(num_slots, ratios):
+  masked, counts = num_slots, []
+  for ratio in ratios:
+    counts.append(
+      int(remasking.quota_to(ratio, num_slots, masked)) if masked else 0
+    )
+    masked -= counts[-1]
+  return counts
+
+
+@pytest.mark.parametrize(
+  'num_slots, steps', [(16, 4), (64, 8), (10, 3), (5, 9)]
+)
+def test_a_cosine_schedule_leaves_its_share_of_masks(num_slots, steps):
+  ratios = np.cos(np.pi / 2 * np.arange(1, steps + 1) / steps)
+  counts = schedule_counts(num_slots, ratios.astype(np.float32))
+  assert sum(counts) == num_slots
+  left = num_slots - np.cumsum(counts)
+  allowed = np.floor(num_slots * ratios + 1e-6)
+  assert (left <= allowed).all()
+  if num_slots >= 8 * steps:  # else one token a step comes first
+    np.testing.assert_array_equal(left, allowed)
+
+
+def test_a_cosine_schedule_starts_slowly():
+  ratios = np.cos(np.pi / 2 * np.arange(1, 9) / 8)
+  counts = schedule_counts(64, ratios.astype(np.float32))
+  assert counts == [2, 3, 6, 8, 10, 11, 12, 12]
+
+
+def test_every_step_of_a_cosine_schedule_commits_something():
+  ratios = np.cos(np.pi / 2 * np.arange(1, 33) / 32)
+  counts = schedule_counts(16, ratios.astype(np.float32))
+  assert counts[:16] == [1] * 16

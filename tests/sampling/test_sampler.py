@@ -1,0 +1,571 @@
+"""Sampling against LLaDA's recorded traces, oracles and hand-written loops."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import golden_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.experimental import io_callback
+
+from maskdiff.distributed import mesh
+from maskdiff.errors import UserError
+from maskdiff.model import masks, transformer
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.sampling import (
+  candidates,
+  commit,
+  layouts,
+  passes,
+  remasking,
+  sampler,
+)
+from maskdiff.sampling.request import SamplerConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MASK, BOS, VOCAB = 4, 1, 24
+TINY = TransformerConfig(
+  vocab_size=VOCAB,
+  embed=16,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=8,
+  mlp=24,
+  tie_embeddings=False,
+  rope_theta=1e4,
+  norm_eps=1e-5,
+  dtype='float32',
+  remat='none',
+  attention='xla',
+)
+GREEDY = SamplerConfig(
+  steps=8,
+  block_length=8,
+  temperature=0.0,
+  remasking='low_confidence',
+  objective='masked_diffusion',
+  predict_mask=False,
+  mask_id=MASK,
+  bos_id=BOS,
+)
+
+
+def config(**changes):
+  return dataclasses.replace(GREEDY, **changes)
+
+
+CASES = [
+  'pure',
+  'semi2',
+  'semi4',
+  'few_steps_pure',
+  'few_steps_semi2',
+  'more_steps_than_tokens',
+  'left_padded',
+  'cfg',
+  'cfg_left_padded',
+  'logits_eos_inf',
+  'confidence_eos_eot_inf',
+  'both_eos_flags',
+]
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], []]
+WORDS = 'abcdefghijklmnopqrs'
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Gains of 1, and matrices so large that predictions differ by slot."""
+  random = np.random.default_rng(5)
+
+  def draw(axes, x):
+    if 'vocab' not in axes and len(axes) < 3:
+      return jnp.ones(x.shape)
+    return jnp.asarray(random.normal(size=x.shape) / 2, jnp.float32)
+
+  return jax.tree.map(
+    draw,
+    transformer.axes(TINY),
+    transformer.shapes(TINY),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def encode(text):
+  return [5 + WORDS.index(letter) for letter in text]
+
+
+def generate(c, params, layout, seeds=None):
+  seeds = range(len(layout[0])) if seeds is None else seeds
+  return np.asarray(sampler.generate(TINY, c, params, *layout, seeds))
+
+
+def trace(c, params, layout, seeds=None):
+  seeds = range(len(layout[0])) if seeds is None else seeds
+  return list(sampler.trace(TINY, c, params, *layout, seeds))
+
+
+# The recorded runs of LLaDA
+
+
+def golden_request(name, case):
+  """Arguments of `generate`, and the recorded canvases and result."""
+  with np.load(golden_models.GOLDEN / 'generate.npz') as file:
+    recorded = {
+      key.rpartition('.')[2]: file[key]
+      for key in file
+      if key.startswith(f'{name}.{case}.')
+    }
+    mask_id, eos_id, eot_id = map(int, file[f'{name}.ids'])
+  model_config, params = golden_models.load(name)
+  c = config(
+    steps=int(recorded['steps']),
+    block_length=int(recorded['block_length']),
+    temperature=float(recorded['temperature']),
+    guidance=float(recorded['cfg_scale']),
+    logits_eos_inf=bool(recorded['logits_eos_inf']),
+    confidence_eos_eot_inf=bool(recorded['confidence_eos_eot_inf']),
+    predict_mask=True,
+    mask_id=mask_id,
+    eos_id=eos_id,
+    eot_id=eot_id,
+  )
+  prompt, answer = recorded['prompt'], int(recorded['gen_length'])
+  fill = np.zeros(recorded['out'].shape, bool)
+  fill[:, -answer:] = True
+  canvas = np.pad(prompt, ((0, 0), (0, answer)))
+  valid = np.pad(
+    recorded.get('attention_mask', np.ones_like(prompt)).astype(bool),
+    ((0, 0), (0, answer)),
+    constant_values=True,
+  )
+  seeds = range(len(prompt))
+  return (model_config, c, params, canvas, fill, valid, seeds), recorded
+
+
+def without_repeats(canvases):
+  """LLaDA also calls the network for steps that have nothing to commit."""
+  changed = [(a != b).any() for a, b in itertools.pairwise(canvases)]
+  return canvases[[True, *changed]]
+
+
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+@pytest.mark.parametrize('case', CASES)
+def test_canvases_of_every_step_are_those_of_llada(case, name):
+  request, recorded = golden_request(name, case)
+  canvases = np.stack(list(sampler.trace(*request)))
+  np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
+
+
+def test_a_step_that_commits_nothing_takes_a_pass_in_llada_and_none_here():
+  """Where there are more steps than tokens; the tokens are the same."""
+  request, recorded = golden_request('model_b', 'more_steps_than_tokens')
+  tokens, steps = int(recorded['gen_length']), request[1].steps
+  carry = sampler.complete(*request)
+  np.testing.assert_array_equal(carry.canvas, recorded['out'])
+  assert len(recorded['trace']) - 1 == steps > tokens
+  assert int(carry.calls) == tokens
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_generate_returns_the_tokens_of_llada(case):
+  request, recorded = golden_request('model_b', case)
+  np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
+
+
+def test_a_mesh_returns_the_tokens_of_llada():
+  """Two rows with guidance on eight devices, which they do not divide."""
+  request, recorded = golden_request('model_b', 'cfg_left_padded')
+  with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
+    np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
+
+
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+def test_random_remasking_is_that_of_llada(monkeypatch, name):
+  """With the scores that LLaDA drew: those of the block, step by step."""
+  request, recorded = golden_request(name, 'random_remasking')
+  model_config, c, *rest = request
+  size, prompt = c.block_length, recorded['prompt'].shape[1]
+  blocks = int(recorded['gen_length']) // size
+  scores = iter(
+    recorded['u'][step, :, prompt + block * size :][:, :size]
+    for step, block in enumerate(np.repeat(range(blocks), c.steps // blocks))
+  )
+
+  def injected(confidence, masked, budget, keys):
+    drawn = jax.ShapeDtypeStruct(masked.shape, jnp.float32)
+    score = io_callback(lambda: next(scores), drawn, ordered=True)
+    return remasking.keep_top(score, masked, budget)
+
+  monkeypatch.setitem(remasking.RULES, 'injected', injected)
+  c = dataclasses.replace(c, remasking='injected')
+  canvases = np.stack(list(sampler.trace(model_config, c, *rest)))
+  np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
+
+
+def test_draws_at_a_temperature_are_those_of_llada(monkeypatch):
+  """With the uniform numbers that LLaDA drew, for the whole canvas."""
+  request, recorded = golden_request('model_b', 'gumbel')
+  answer = recorded['prompt'].shape[1]
+  noise = iter(-np.log(-np.log(recorded['u'][:, :, answer:])))
+
+  def injected(keys, shape):
+    drawn = jax.ShapeDtypeStruct((len(keys), *shape), jnp.float32)
+    draw = lambda: next(noise).astype(np.float32)
+    return io_callback(draw, drawn, ordered=True)
+
+  monkeypatch.setattr(candidates, 'gumbel', injected)
+  canvases = np.stack(list(sampler.trace(*request)))
+  np.testing.assert_array_equal(canvases, recorded['trace'])
+
+
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+def test_masks_of_a_prompt_stay_where_llada_fills_some(name):
+  """LLaDA lets them compete for the quota of the answer, which then keeps
+
+  masks; here a mask that is not to be filled is context like any other.
+  """
+  request, recorded = golden_request(name, 'maskprompt')
+  model_config, c, params, canvas, fill, valid, seeds = request
+  prompt, out = recorded['prompt'], np.asarray(sampler.generate(*request))
+  assert (prompt == c.mask_id).sum() == 2
+  np.testing.assert_array_equal(out[~fill], canvas[~fill])
+  assert not (out[fill] == c.mask_id).any()
+  assert (recorded['out'][fill] == c.mask_id).any()
+
+  @jax.jit
+  def predict(canvas):
+    network = transformer.bind(model_config, params)
+    logits = network.logits(network(canvas, masks.bidirectional(valid)))
+    return commit.choose(c, logits, None)
+
+  # LLaDA's, from the same parts: all masks up to the end of the block compete.
+  length, size = canvas.shape[1], c.block_length
+  canvas = np.where(fill, c.mask_id, canvas)
+  canvases = [canvas]
+  for step in range(c.steps):
+    end = prompt.shape[1] + size * (step // (c.steps // 2) + 1)
+    token, confidence = predict(canvas)
+    masked = (canvas == c.mask_id) & (np.arange(length) < end)
+    keep = remasking.keep_top(confidence, jnp.asarray(masked), jnp.array([1]))
+    canvas = np.where(keep, token, canvas)
+    canvases.append(canvas)
+  np.testing.assert_array_equal(canvases, recorded['trace'])
+
+  # Who wants them filled says so.
+  fill = canvases[0] == c.mask_id
+  c = dataclasses.replace(c, steps=10, block_length=10)
+  every = sampler.generate(
+    model_config, c, params, canvases[0], fill, valid, seeds
+  )
+  assert not (np.asarray(every) == c.mask_id).any()
+
+
+# The loop
+
+
+LOOPS = {
+  'pure': dict(steps=8, block_length=8),
+  'few_steps': dict(steps=3, block_length=8),
+  'two_blocks': dict(steps=6, block_length=4),
+  'last_block_short': dict(steps=6, block_length=3),
+  'one_by_one': dict(steps=8, block_length=1),
+  'one_step': dict(steps=1, block_length=8),
+  'too_many_steps': dict(steps=20, block_length=8),
+}
+
+
+SAMPLINGS = {
+  'few_steps': config(temperature=0.7, **LOOPS['few_steps']),
+  'random_in_blocks': config(
+    temperature=0.7, remasking='random', **LOOPS['last_block_short']
+  ),
+}
+
+
+class Oracle:
+  """A network that knows the answer, more surely at some positions."""
+
+  def __init__(self, answer):
+    self.answer = answer  # [B, L]
+
+  def __call__(self, tokens, labels):
+    sure = 5 + jax.random.uniform(jax.random.key(0), tokens.shape)
+    return sure[..., None] * jax.nn.one_hot(self.answer, VOCAB)
+
+  def logits(self, hidden):
+    return hidden
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+  """Makes the sampler use Oracle(params) in place of the network."""
+  monkeypatch.setattr(passes, 'bind', lambda _, answer: Oracle(answer))
+
+  def run(c, answer, layout):
+    seeds = range(len(answer))
+    return np.asarray(
+      sampler.generate('oracle', c, jnp.asarray(answer), *layout, seeds)
+    )
+
+  return run
+
+
+EVERY_LOOP = [
+  (rule, loop)
+  for rule in remasking.RULES
+  for loop in LOOPS
+  if rule in ('low_confidence', 'random') or loop == 'last_block_short'
+]
+
+
+@pytest.mark.parametrize('rule, loop', EVERY_LOOP)
+def test_an_oracle_is_believed(oracle, rule, loop):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  canvas, fill, _ = layout
+  answer = np.random.default_rng(0).integers(5, VOCAB, canvas.shape)
+  out = oracle(config(remasking=rule, **LOOPS[loop]), answer, layout)
+  np.testing.assert_array_equal(out, np.where(fill, answer, canvas))
+
+
+def test_an_empty_prompt_can_be_continued(oracle):
+  answer = np.arange(5, 13)[None]
+  out = oracle(GREEDY, answer, layouts.continue_prompts([[]], 8))
+  np.testing.assert_array_equal(out, answer)
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_the_mask_is_never_predicted_unless_allowed(oracle, temperature):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  canvas, fill, _ = layout
+  answer = np.full(canvas.shape, MASK)  # the network wants nothing else
+  c = config(temperature=temperature)
+  assert not (oracle(c, answer, layout) == MASK).any()
+  allowed = dataclasses.replace(c, predict_mask=True)
+  assert (oracle(allowed, answer, layout)[fill] == MASK).mean() > 0.5
+
+
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_the_trace_ends_with_what_generate_returns(params, sampling):
+  c, layout = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
+  canvases = trace(c, params, layout)
+  np.testing.assert_array_equal(canvases[-1], generate(c, params, layout))
+  assert len(canvases) == c.steps + 1
+  assert (canvases[0] == MASK).sum() == 8 * len(PROMPTS)
+
+
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_the_walk_says_how_sure_the_network_was_of_what_it_committed(
+  params, sampling
+):
+  """The probability of the token, by the network called on its own."""
+
+  @jax.jit
+  def probabilities(canvas, valid):
+    network = transformer.bind(TINY, params)
+    labels = masks.bidirectional(valid)
+    logits = network.logits(network(canvas, labels)).at[..., MASK].set(-jnp.inf)
+    return jax.nn.softmax(logits, axis=-1)
+
+  c, layout = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
+  walked = list(sampler.walk(TINY, c, params, *layout, range(len(PROMPTS))))
+  canvases = [np.asarray(carry.canvas) for carry, _ in walked]
+  np.testing.assert_array_equal(canvases, trace(c, params, layout))
+  assert np.isnan(walked[0][1]).all()
+  pairs = itertools.pairwise(canvases)
+  for (before, after), (_, sure) in zip(pairs, walked[1:], strict=True):
+    came = before != after
+    np.testing.assert_array_equal(np.isnan(sure), ~came)
+    p = np.asarray(probabilities(before, layout[2]))
+    p = np.take_along_axis(p, after[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(sure[came], p[came], rtol=1e-4)
+
+
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_blocks_are_filled_left_to_right_and_never_revised(params, sampling):
+  c = SAMPLINGS[sampling]
+  layout = _, fill, _ = layouts.continue_prompts(PROMPTS, 8)
+  canvases = trace(c, params, layout)
+  for before, after in itertools.pairwise(canvases):
+    np.testing.assert_array_equal(after[before != MASK], before[before != MASK])
+  for canvas in canvases[1:-1]:
+    for answer in canvas[fill].reshape(len(canvas), 8):
+      blocks = np.flatnonzero(answer != MASK) // c.block_length
+      open_blocks = np.flatnonzero(answer == MASK) // c.block_length
+      assert blocks.max() <= open_blocks.min(initial=8)
+
+
+def test_prompts_and_padding_are_not_changed(params):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  canvas, fill, valid = layout
+  out = generate(SAMPLINGS['few_steps'], params, layout)
+  np.testing.assert_array_equal(out[~fill], canvas[~fill])
+  for row, ok, prompt in zip(out, valid, PROMPTS, strict=True):
+    assert list(row[: len(prompt)]) == prompt
+    assert ok.sum() == len(prompt) + 8
+
+
+def test_only_the_gaps_of_a_text_are_filled(params):
+  texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{0}}b{{6}}']
+  layout = canvas, fill, valid = layouts.fill_gaps(texts, encode)
+  assert fill.sum(axis=1).tolist() == [7, 1, 4, 6]
+  assert canvas[0, valid[0] & ~fill[0]].tolist() == encode('abcd')
+  assert fill[0].nonzero()[0].tolist() == [2, 3, 5, 6, 7, 8, 9]
+  out = generate(config(steps=4, block_length=4), params, layout)
+  np.testing.assert_array_equal(out[~fill], canvas[~fill])
+  assert not (out == MASK).any()
+
+
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_a_row_does_not_depend_on_other_rows_or_padding(params, sampling):
+  c, seeds = SAMPLINGS[sampling], [3, 4, 5, 6]
+  layout = _, _, valid = layouts.continue_prompts(PROMPTS, 8)
+  together = generate(c, params, layout, seeds)
+  for row in (0, 1):
+    alone = layouts.continue_prompts([PROMPTS[row]], 8)
+    np.testing.assert_array_equal(
+      generate(c, params, alone, [seeds[row]])[0], together[row, valid[row]]
+    )
+
+
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_a_seed_belongs_to_its_row(params, sampling):
+  c, layout = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
+  out, others = (
+    generate(c, params, layout, s) for s in ([0] * 4, [0, 7, 0, 8])
+  )
+  same = (out == others).all(axis=1)
+  assert same.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
+def test_one_slot_is_drawn_from_the_softmax(monkeypatch, temperature):
+  draws, logits = 4000, np.array([0.3, -1.0, 1.2, 0.0, 9.0, 0.8, -0.2])
+
+  class Fixed(Oracle):
+    def __call__(self, tokens, labels):
+      return jnp.broadcast_to(self.answer, (*tokens.shape, len(logits)))
+
+  monkeypatch.setattr(passes, 'bind', lambda _, answer: Fixed(answer))
+  layout = layouts.continue_prompts([[]] * draws, 1)
+  c = config(steps=1, temperature=temperature)
+  out = sampler.generate(
+    'fixed', c, jnp.asarray(logits, jnp.float32), *layout, range(draws)
+  )
+  counts = np.bincount(np.asarray(out)[:, 0], minlength=len(logits))
+  others = np.arange(len(logits)) != MASK
+  weights = np.exp(logits[others] / temperature)
+  assert counts[MASK] == 0
+  test = scipy.stats.chisquare(counts[others], draws * weights / weights.sum())
+  assert test.pvalue > 1e-3
+
+
+def test_one_compilation_per_shape_and_config(oracle):
+  def compilations(c, prompts, answer):
+    before = sampler.run._cache_size()
+    layout = layouts.continue_prompts(prompts, 9)
+    oracle(c, np.full(layout[0].shape, answer), layout)
+    return sampler.run._cache_size() - before
+
+  assert compilations(GREEDY, [[7, 8], [9]], 10) == 1
+  assert compilations(config(), [[7, 8], [9]], 11) == 0
+  assert compilations(GREEDY, [[5], [6, 7]], 10) == 0
+  assert compilations(config(steps=4), [[7, 8], [9]], 10) == 1
+  assert compilations(GREEDY, [[7], [9]], 10) == 1
+
+
+# Autoregressive networks
+
+
+def test_autoregressive_sampling_is_next_token_prediction(params):
+  @jax.jit
+  def next_token(tokens):
+    network = transformer.bind(TINY, params)
+    hidden = network(tokens[None], masks.causal(jnp.ones((1, len(tokens)))))
+    return network.logits(hidden)[0, -1].at[MASK].set(-jnp.inf).argmax()
+
+  c = config(steps=2, block_length=1, objective='autoregressive')
+  prompts = [[7, 8, 9], []]
+  out = generate(c, params, layouts.continue_prompts(prompts, 2))
+  for row, prompt in zip(out, prompts, strict=True):
+    tokens = [BOS, *prompt]
+    for _ in range(2):
+      tokens.append(int(next_token(jnp.asarray(tokens))))
+    assert row[: len(prompt) + 2].tolist() == tokens[1:]
+
+
+# What is refused
+
+
+CANVAS = np.full((1, 8), 5)
+ALL = np.ones((1, 8), bool)
+REFUSED = {
+  'steps': (dict(steps=3, block_length=4), ALL, 'steps=3.* multiple of 2'),
+  'no_steps': (dict(steps=0), ALL, 'steps=0'),
+  'nothing': ({}, ~ALL, 'nothing to fill'),
+  'rule': (dict(remasking='lowest'), ALL, "'lowest'.*'low_confidence'"),
+  'shapes': ({}, ALL[:, :7], r'\(1, 8\).*\(1, 7\)'),
+  'causal': (dict(objective='autoregressive'), ALL, 'block_length=1'),
+  'confidence': (dict(confidence='hope'), ALL, "'hope'.*'probability'"),
+  'no_block': (dict(block_length=0), ALL, 'block_length=0'),
+  'guidance': (
+    dict(objective='autoregressive', block_length=1, guidance=1.0),
+    ALL,
+    'guidance=1.0.*autoregressive',
+  ),
+  'schedule': (dict(schedule='sine'), ALL, "'sine'.*'linear'"),
+  'no_eos': (dict(stop_at_eos=True), ALL, 'stop_at_eos.*eos_id'),
+  'no_eos_either': (dict(logits_eos_inf=True), ALL, 'logits_eos_inf.*eos_id'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_a_request_that_cannot_be_served_says_why(params, case):
+  changes, fill, message = REFUSED[case]
+  with pytest.raises(UserError, match=message):
+    generate(config(**changes), params, (CANVAS, fill, ALL))
+
+
+@pytest.mark.parametrize('text', ['abc', '', 'ab{{0}}', 'a{{b}}', 'a{2}'])
+def test_a_text_without_a_gap_is_refused(text):
+  with pytest.raises(UserError, match='no gap'):
+    layouts.fill_gaps(['a{{1}}', text], lambda text: [5] * len(text))
+
+
+@pytest.mark.parametrize('n', ['1000000', '9' * 5000])
+def test_a_gap_longer_than_any_row_is_refused(n):
+  with pytest.raises(UserError, match='too long'):
+    layouts.fill_gaps(['a{{' + n + '}}'], encode)
+
+
+def test_no_slots_after_a_prompt_is_refused(params):
+  with pytest.raises(UserError, match='nothing to fill'):
+    generate(GREEDY, params, layouts.continue_prompts([[7]], 0))
+
+
+@pytest.mark.parametrize('flag', ['block_length', 'steps', 'gen_length'])
+@pytest.mark.parametrize('value', [0, -4])
+def test_numbers_on_the_command_line_are_positive(tmp_path, flag, value):
+  """Told before the run is looked for, which is not there."""
+  result = subprocess.run(
+    [
+      sys.executable,
+      'launch/sample.py',
+      f'--workdir={tmp_path}/none',
+      f'--{flag}={value}',
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 2
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert flag in result.stderr and str(value) in result.stderr

@@ -1,0 +1,402 @@
+"""Sampling with a cache, and with slots that are not to be seen yet."""
+
+import dataclasses
+import itertools
+
+import fake_networks
+import golden_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdiff.distributed import mesh
+from maskdiff.errors import UserError
+from maskdiff.model import masks, transformer
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.sampling import layouts, refill, sampler
+from maskdiff.sampling.request import SamplerConfig
+
+MASK, EOS, VOCAB = 4, 5, 16
+TINY = TransformerConfig(
+  vocab_size=VOCAB,
+  embed=32,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  mlp=48,
+  tie_embeddings=True,
+  rope_theta=1e4,
+  norm_eps=1e-5,
+  dtype='float32',
+  remat='none',
+  attention='xla',
+)
+PLAIN = SamplerConfig(
+  steps=12,
+  block_length=4,
+  temperature=0.0,
+  remasking='low_confidence',
+  objective='masked_diffusion',
+  predict_mask=False,
+  mask_id=MASK,
+  bos_id=1,
+  eos_id=EOS,
+  gen_length=12,
+)
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 7, 7, 9]]
+
+
+def config(**changes):
+  return dataclasses.replace(PLAIN, **changes)
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Random weights, larger than at the start of a training: less uniform."""
+  tree = transformer.init(TINY, jax.random.key(0))
+  return jax.tree.map(lambda w: w * 2 if w.ndim > 1 else w, tree)
+
+
+def complete(c, params, layout):
+  return sampler.complete(TINY, c, params, *layout, range(len(layout[0])))
+
+
+# The recorded runs of Fast-dLLM
+
+
+def fast_dllm_request(name, mode, variant):
+  """Arguments of `generate` and what was recorded."""
+  with np.load(golden_models.GOLDEN / 'fast_dllm.npz') as file:
+    of = lambda key: file[f'{name}.{mode}.{key}']
+    layout = layouts.continue_prompts(
+      of('prompt').tolist(), int(of('gen_length'))
+    )
+    c = config(
+      steps=int(of('steps')),
+      block_length=int(of('block_length')),
+      gen_length=0,
+      predict_mask=True,
+      mask_id=int(file[f'{name}.ids'][0]),
+      cache={'nocache': 'none'}.get(variant, variant),
+    )
+    tau, canvases = float(of('threshold')), of(f'{variant}.trace')
+    lengths = of(f'{variant}.forward_lengths')
+  if tau >= 0:
+    c = dataclasses.replace(c, remasking='threshold', threshold=tau)
+  model_config, params = golden_models.load(name)
+  return (model_config, c, params, *layout, [0]), canvases, lengths
+
+
+@pytest.mark.parametrize('variant', ['nocache', 'prefix', 'dual'])
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+@pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
+def test_canvases_and_counts_are_those_of_fast_dllm(mode, name, variant):
+  """But for passes that it makes although the block is complete already."""
+  request, recorded, lengths = fast_dllm_request(name, mode, variant)
+  changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
+  canvases = np.stack(list(sampler.trace(*request)))
+  np.testing.assert_array_equal(canvases[:, 0], recorded[[True, *changed]])
+  assert len(canvases) - 1 == sum(changed)
+  assert variant != 'nocache' or all(changed)
+
+
+@pytest.mark.parametrize('variant', ['nocache', 'prefix', 'dual'])
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+@pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
+def test_passes_and_positions_are_counted_as_by_fast_dllm(mode, name, variant):
+  """Without the passes that find their block complete."""
+  request, recorded, lengths = fast_dllm_request(name, mode, variant)
+  changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
+  carry = sampler.complete(*request)
+  np.testing.assert_array_equal(carry.canvas[0], recorded[-1])
+  assert int(carry.calls) == int(carry.forwards[0]) == sum(changed)
+  assert int(carry.positions[0]) == lengths[changed].sum()
+
+
+def test_fast_dllm_passes_complete_blocks_once_more_and_we_do_not():
+  request, recorded, lengths = fast_dllm_request('model_a', 'tau0', 'dual')
+  blocks = 2
+  assert len(lengths) == 2 * blocks
+  assert len(list(sampler.trace(*request))) - 1 == blocks
+
+
+# A window and the whole
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_window_beside_a_cache_is_a_part_of_the_whole(params, dtype):
+  """Windows of any positions, also absent ones; rows with padding."""
+  random = np.random.default_rng(1)
+  batch, length, size = 3, 20, 6
+  tokens = random.integers(0, VOCAB, (batch, length))
+  valid = np.arange(length) < np.array([[20], [13], [17]])
+  where = np.sort(
+    np.stack([random.permutation(13)[:size] for _ in range(batch)])
+  )
+  there = np.ones(where.shape, bool)
+  there[1, 4:] = False
+  kept = valid.copy()
+  for row in range(batch):
+    kept[row, where[row][there[row]]] = False
+  c = dataclasses.replace(TINY, dtype=dtype)
+
+  @jax.jit
+  def both(params, tokens):
+    network = transformer.bind(c, params)
+    hidden, cache = network.prefill(tokens, masks.bidirectional(valid))
+    window = jnp.take_along_axis(tokens, where, axis=1)
+    part = network.extend(window, where, there, kept, cache)
+    at = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    return at, part, network(tokens, masks.bidirectional(valid)) - hidden
+
+  whole, part, difference = both(params, jnp.asarray(tokens))
+  tolerance = 1e-5 if dtype == 'float32' else 0.05
+  np.testing.assert_allclose(
+    np.asarray(part, np.float32)[there],
+    np.asarray(whole, np.float32)[there],
+    atol=tolerance,
+  )
+  assert not difference.any()
+
+
+def test_a_cache_that_is_not_refreshed_is_of_the_old_canvas(params):
+  """The window sees what changed in it, and what did not change elsewhere."""
+  random = np.random.default_rng(2)
+  tokens = random.integers(6, VOCAB, (1, 12))
+  valid = np.ones((1, 12), bool)
+  where, there = np.arange(4, 8)[None], np.ones((1, 4), bool)
+  kept = valid & ~np.isin(np.arange(12), where)
+  network = transformer.bind(TINY, params)
+  labels = masks.bidirectional(valid)
+  changed = tokens.copy()
+  changed[0, 5] = MASK
+  _, cache = network.prefill(jnp.asarray(tokens), labels)
+  fresh, _ = network.prefill(jnp.asarray(changed), labels)
+  stale = network.extend(
+    jnp.asarray(changed[:, 4:8]), where, there, kept, cache
+  )
+  # Keys of the second layer depend on the window, and were cached before.
+  assert 1e-4 < np.abs(stale - fresh[:, 4:8]).max()
+  assert np.abs(stale - fresh[:, 4:8]).max() < np.abs(fresh[:, 4:8]).max()
+
+
+REQUESTS = {
+  'prompts': lambda: layouts.continue_prompts(PROMPTS, 12),
+  'gaps': lambda: layouts.fill_gaps(
+    ['ab{{5}}cde{{3}}', '{{2}}abcdefghijk{{1}}n{{9}}'],
+    lambda text: [7 + ord(letter) % 9 for letter in text],
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  'cache, layout, options',
+  [
+    ('dual', 'prompts', dict()),
+    ('prefix', 'gaps', dict(guidance=0.7, steps=6)),
+    ('dual', 'gaps', dict(remasking='threshold', threshold=0.3)),
+    ('prefix', 'prompts', dict(temperature=0.8, lookahead=1)),
+  ],
+)
+def test_refreshed_at_every_step_a_cache_changes_nothing(
+  params, cache, layout, options
+):
+  layout = REQUESTS[layout]()
+  plain = complete(config(**options), params, layout)
+  cached = complete(config(cache=cache, refresh=1, **options), params, layout)
+  for field in ('canvas', 'forwards', 'positions'):
+    np.testing.assert_array_equal(getattr(plain, field), getattr(cached, field))
+
+
+@pytest.mark.parametrize('cache, refresh', [('prefix', 0), ('dual', 3)])
+def test_passes_and_positions_of_a_cache(params, cache, refresh):
+  """Twelve slots in blocks of four, one a step."""
+  c = config(cache=cache, refresh=refresh)
+  layout = layouts.continue_prompts(PROMPTS, 12)
+  carry = complete(c, params, layout)
+  assert carry.forwards.tolist() == [12] * 3
+  assert int(carry.calls) == 12
+  steps = [step % refresh if refresh else step for step in range(4)]
+  for row, prompt in enumerate(PROMPTS):
+    whole = len(prompt) + 12
+    windows = [4] * 3 if cache == 'dual' else [12, 8, 4]
+    expected = sum(w if s else whole for w in windows for s in steps)
+    assert int(carry.positions[row]) == expected
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(cache='prefix', remasking='threshold', threshold=0.3),
+    dict(cache='dual', refresh=2, temperature=0.9, guidance=0.6),
+    dict(cache='dual', lookahead=1, remasking='ancestral'),
+    dict(lookahead=0, stop_at_eos=True, temperature=0.8),
+  ],
+  ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()),
+)
+def test_a_row_alone_is_what_it_is_among_others(params, options):
+  c = config(**options)
+  layout = layouts.continue_prompts(PROMPTS, 12)
+  together = complete(c, params, layout)
+  canvases = list(sampler.trace(TINY, c, params, *layout, range(3)))
+  np.testing.assert_array_equal(canvases[-1], together.canvas)
+  assert len(canvases) - 1 == together.calls
+  for row in (1,):
+    alone = layouts.continue_prompts([PROMPTS[row]], 12)
+    alone = sampler.complete(TINY, c, params, *alone, [row])
+    np.testing.assert_array_equal(
+      alone.canvas[0], together.canvas[row][layout[2][row]]
+    )
+    assert alone.forwards[0] == together.forwards[row]
+    assert alone.positions[0] == together.positions[row]
+
+
+GAPS = [
+  'a{{9}}',
+  'abcdefg{{16}}',
+  '{{3}}ab{{4}}c',
+  'abc{{12}}',
+  '{{1}}',
+]
+
+
+@pytest.mark.parametrize('cache', ['prefix', 'dual'])
+def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
+  params, cache
+):
+  """Rows of other lengths, at other blocks, which come while it is in use."""
+  # Less sure of its tokens, so that old keys lead to others.
+  params = jax.tree.map(lambda w: w * 0.75 if w.ndim > 1 else w, params)
+  encode = lambda text: [7 + ord(letter) % 9 for letter in text]
+  c = config(
+    steps=16,
+    gen_length=16,
+    remasking='threshold',
+    threshold=0.3,
+    temperature=0.8,
+    cache=cache,
+    refresh=0,
+  )
+  layout = layouts.fill_gaps(GAPS, encode)
+  found = {
+    answer.row: answer
+    for answer in refill.answers(TINY, c, params, *layout, range(len(GAPS)), 2)
+  }
+  assert sorted(found) == list(range(len(GAPS)))
+  for row, answer in found.items():
+    request = *layouts.fill_gaps([GAPS[row]], encode), [row]
+    alone = sampler.complete(TINY, c, params, *request)
+    there = layout[2][row]
+    np.testing.assert_array_equal(answer.tokens[there], alone.canvas[0])
+    assert answer.forwards == alone.forwards[0]
+    assert answer.positions == alone.positions[0]
+  # The cache was used: old keys lead to other tokens.
+  without = dataclasses.replace(c, cache='none')
+  plain = sampler.complete(TINY, without, params, *layout, range(len(GAPS)))
+  tokens = np.stack([found[row].tokens for row in range(len(GAPS))])
+  assert (tokens != plain.canvas).any()
+  assert sum(a.positions for a in found.values()) < plain.positions.sum()
+
+
+@pytest.mark.parametrize('cache', ['none', 'dual'])
+def test_a_mesh_returns_the_same_tokens(params, cache):
+  """Also where the heads do not split, and a window does not."""
+  c = config(cache=cache)
+  layout = layouts.continue_prompts([*PROMPTS, [8, 8]], 12)
+  expected = complete(c, params, layout)
+  for sizes in (dict(fsdp=4, tensor=2), dict(tensor=4, sequence=2)):
+    with jax.set_mesh(mesh.make_mesh(**{'fsdp': 1} | sizes)):
+      np.testing.assert_array_equal(
+        complete(c, params, layout).canvas, expected.canvas
+      )
+
+
+# Slots that are not seen yet
+
+
+def count_seen(given, tokens, valid):
+  """Says how many masks the network sees, and three."""
+  seen = ((tokens == MASK) & valid).sum(axis=1)
+  logits = 9.0 * jax.nn.one_hot(seen + 3, VOCAB)
+  return jnp.broadcast_to(logits[:, None], (*tokens.shape, VOCAB))
+
+
+@pytest.mark.parametrize(
+  'lookahead, seen',
+  [(-1, [12, 8, 4]), (0, [4, 4, 4]), (1, [8, 8, 4])],
+)
+def test_no_masks_are_seen_beyond_the_blocks_ahead(
+  monkeypatch, lookahead, seen
+):
+  fake_networks.put_in(monkeypatch)
+  c = config(lookahead=lookahead, steps=3, predict_mask=True)
+  layout = layouts.continue_prompts([[7], [8, 8, 8]], 12)
+  carry = sampler.complete(count_seen, c, None, *layout, range(2))
+  for row, prompt in enumerate([1, 3]):
+    answer = carry.canvas[row][prompt : prompt + 12]
+    assert answer.tolist() == (np.repeat(seen, 4) + 3).tolist()
+
+
+def test_what_is_not_seen_is_as_if_it_were_not_there(params):
+  """Blocks one by one on canvases that end with them."""
+  c = config(lookahead=0)
+  layout = layouts.continue_prompts(PROMPTS[:1], 12)
+  carry = complete(c, params, layout)
+  tokens, positions = PROMPTS[0], 0
+  for _ in range(3):
+    block = layouts.continue_prompts([tokens], 4)
+    one = complete(config(steps=4, gen_length=4), params, block)
+    tokens = one.canvas[0].tolist()
+    positions += int(one.positions[0])
+  assert carry.canvas[0].tolist() == tokens
+  assert int(carry.positions[0]) == positions
+
+
+def test_room_that_is_not_used_costs_nothing(params, monkeypatch):
+  """With an end in sight, the most that an answer may have does not matter."""
+  found = []
+  for room in (12, 48):
+    c = config(steps=room, gen_length=room, lookahead=0, stop_at_eos=True)
+    layout = layouts.continue_prompts([[7, 9]], room)
+    shapes = sampler.prepare(c, *layout, [0])[2]
+    assert shapes[0][0] < 2 + 12
+    network = lambda answer, tokens, valid: (
+      9.0 * jax.nn.one_hot(answer[: tokens.shape[1]], VOCAB)[None]
+    )
+    with monkeypatch.context() as patch:
+      fake_networks.put_in(patch)
+      answer = jnp.full(64, 9).at[7].set(EOS)
+      found.append(sampler.complete(network, c, answer, *layout, [0]))
+  assert found[0].forwards.tolist() == found[1].forwards.tolist() == [6]
+  assert found[0].positions.tolist() == found[1].positions.tolist()
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+  'options, problem',
+  [
+    (dict(cache='fast'), "cache='fast' is unknown; choose one of"),
+    (dict(refresh=2), 'refresh=2 is how often a cache is made anew: choose'),
+    (dict(cache='dual', refresh=-1), 'refresh=-1'),
+    (
+      dict(objective='autoregressive', block_length=1, cache='dual'),
+      'for networks that see both sides',
+    ),
+    (
+      dict(objective='autoregressive', block_length=1, lookahead=0),
+      'for networks that see both sides',
+    ),
+  ],
+)
+def test_options_that_do_not_go_together_are_refused(params, options, problem):
+  with pytest.raises(UserError, match=problem):
+    complete(config(**options), params, layouts.continue_prompts(PROMPTS, 12))
+
+
+def test_slots_can_only_be_hidden_at_the_end_of_a_row(params):
+  with pytest.raises(UserError, match='lookahead=0 hides slots at the end'):
+    complete(config(lookahead=0), params, REQUESTS['gaps']())

@@ -1,0 +1,355 @@
+"""The sampler's options: eos, guidance, counts, seeds, damaged weights."""
+
+import dataclasses
+
+import fake_networks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdiff.errors import UserError
+from maskdiff.sampling import candidates, commit, layouts, remasking, sampler
+from maskdiff.sampling.request import SamplerConfig
+
+MASK, EOS, EOT, VOCAB = 4, 5, 6, 16
+PLAIN = SamplerConfig(
+  steps=8,
+  block_length=4,
+  temperature=1.0,
+  remasking='low_confidence',
+  objective='masked_diffusion',
+  predict_mask=False,
+  mask_id=MASK,
+  bos_id=1,
+  eos_id=EOS,
+  eot_id=EOT,
+  gen_length=8,
+)
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], []]
+
+
+def config(**changes):
+  return dataclasses.replace(PLAIN, **changes)
+
+
+def mixing(table, tokens, valid):
+  """Logits by the row's other tokens, the nearest ones most."""
+  where = jnp.arange(tokens.shape[1])
+  near = 0.5 ** jnp.abs(where[:, None] - where)  # [L, L]
+  votes = jnp.where(valid[..., None], table[tokens], 0.0)
+  return jnp.einsum('ij,bjv->biv', near, votes)
+
+
+def certain(answer, tokens, valid):
+  """A network that knows the answer."""
+  return 50.0 * jax.nn.one_hot(answer, VOCAB)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+  fake_networks.put_in(monkeypatch)
+
+
+@pytest.fixture
+def table():
+  """Of `mixing`: masks say nothing, other tokens want some, eos a little."""
+  random = np.random.default_rng(0)
+  votes = random.normal(size=(VOCAB, VOCAB)) * 3
+  votes[:, EOS] = 1
+  votes[MASK] = 0
+  return jnp.asarray(votes, jnp.float32)
+
+
+def complete(c, given, layout, seeds=None, network=mixing):
+  seeds = range(len(layout[0])) if seeds is None else seeds
+  return sampler.complete(network, c, given, *layout, seeds)
+
+
+# A request alone and among others
+
+
+OPTIONS = {
+  'threshold': dict(remasking='threshold', threshold=0.4),
+  'factor': dict(remasking='factor', factor=0.7, confidence='margin'),
+  'ancestral': dict(remasking='ancestral', schedule='cosine'),
+  'first_hitting': dict(remasking='first_hitting'),
+  'cosine_entropy': dict(schedule='cosine', confidence='entropy', steps=4),
+  'nucleus': dict(top_p=0.8, top_k=5),
+  'guided': dict(guidance=0.8),
+  'eos': dict(stop_at_eos=True, confidence_eos_eot_inf=True),
+}
+FAST = ('eos',)
+
+
+def filled_together_and_alone(c, given, texts, seeds, rows):
+  """The last Carry of all texts; asserts that these rows alone are the same."""
+  encode = lambda text: [7 + ord(letter) % 9 for letter in text]
+  layout = _, _, valid = layouts.fill_gaps(texts, encode)
+  together = complete(c, given, layout, seeds)
+  for row in rows:
+    alone = layouts.fill_gaps([texts[row]], encode)
+    alone = complete(c, given, alone, [seeds[row]])
+    np.testing.assert_array_equal(
+      alone.canvas[0], together.canvas[row][valid[row]]
+    )
+    assert alone.forwards[0] == together.forwards[row]
+  return together
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    pytest.param(o, marks=() if o in FAST else pytest.mark.slow)
+    for o in OPTIONS
+  ],
+)
+def test_a_request_alone_is_what_it_is_among_others(table, options):
+  """Whatever the lengths of the others, of prompts and of gaps, and padding."""
+  c = config(**OPTIONS[options])
+  texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{8}}b']
+  together = filled_together_and_alone(c, table, texts, [3, 4, 5, 6], (0, 2))
+  assert int(together.calls) * (2 if c.guidance else 1) >= max(
+    together.forwards
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('steps', [0, 3])
+@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
+def test_gaps_alone_are_what_they_are_among_longer_ones(table, options, steps):
+  """Also if no bound on the slots is known: steps are those of the row."""
+  own = dict(own_blocks=True, gen_length=0, steps=steps)
+  c = config(**{**options, **own})
+  texts = ['ab{{2}}c', 'a{{9}}bc', '{{5}}']
+  filled_together_and_alone(c, table, texts, [3, 4, 5], range(3))
+
+
+@pytest.mark.parametrize(
+  'steps, forwards',
+  [(0, [2, 9]), (2, [2, 3]), (6, [2, 5]), (60, [2, 9])],
+  ids=['one a token', 'one a block at least', 'two a block', 'more than slots'],
+)
+def test_gaps_take_their_own_steps(table, steps, forwards):
+  """Two slots are one block of four, nine are three."""
+  c = config(steps=steps, own_blocks=True, gen_length=0)
+  layout = layouts.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
+  assert complete(c, table, layout).forwards.tolist() == forwards
+
+
+# What it takes
+
+
+def test_a_quota_takes_a_forward_a_step_or_a_token(table):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  for steps, forwards in ((4, 4), (80, 8)):
+    carry = complete(config(steps=steps), table, layout)
+    assert int(carry.calls) == forwards
+    assert carry.forwards.tolist() == [forwards] * 4
+
+
+def test_guidance_takes_two_forwards_a_step(table):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  carry = complete(config(guidance=1.0), table, layout)
+  assert int(carry.calls) == 8
+  assert carry.forwards.tolist() == [16] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rule', ['threshold', 'factor'])
+def test_less_caution_takes_fewer_forwards(table, rule):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  levels = {'threshold': (1.1, 0.25, 0.0), 'factor': (0.0, 2.3, 99.0)}
+  forwards = [
+    complete(config(remasking=rule, **{rule: x}), table, layout).forwards
+    for x in levels[rule]
+  ]
+  forwards = [int(x.sum()) for x in forwards]
+  assert forwards[0] == 4 * 8  # rows, a token each
+  assert forwards[-1] == 4 * 2  # a block each
+  assert forwards[0] > forwards[1] > forwards[2]
+
+
+def test_a_threshold_above_1_is_one_token_a_step_by_confidence(table):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  c = config(remasking='threshold', threshold=1.1, steps=2)
+  one_by_one = complete(config(), table, layout)
+  np.testing.assert_array_equal(
+    complete(c, table, layout).canvas, one_by_one.canvas
+  )
+
+
+def test_first_hitting_takes_a_forward_a_token_whatever_the_steps(table):
+  layout = layouts.continue_prompts(PROMPTS, 8)
+  c = config(remasking='first_hitting', steps=2)
+  assert int(complete(c, table, layout).calls) == 8
+
+
+def test_a_cosine_schedule_commits_few_tokens_first(table):
+  layout = layouts.continue_prompts([[7]], 16)
+  c = config(steps=4, block_length=16, gen_length=16, schedule='cosine')
+  canvases = list(sampler.trace(mixing, c, table, *layout, [0]))
+  left = [int((canvas == MASK).sum()) for canvas in canvases]
+  assert left == [16, 14, 11, 6, 0]  # 16 cos(pi/2 i/4), rounded down
+
+
+# Guidance
+
+
+def votes(bias, tokens, valid):
+  """A network that votes for the tokens it sees."""
+  seen = jax.nn.one_hot(tokens, VOCAB).sum(axis=1, keepdims=True)
+  return jnp.broadcast_to(seen + bias, (*tokens.shape, VOCAB))
+
+
+def test_guidance_leaves_the_prompt_out_and_extrapolates_from_there():
+  bias = jnp.zeros(VOCAB).at[9].set(2.5)  # what it says without a prompt
+  layout = layouts.continue_prompts([[7, 7]], 1)
+  for guidance, token in ((0.0, 9), (0.2, 9), (0.3, 7)):
+    c = config(temperature=0.0, steps=2, guidance=guidance)
+    # 7 has (w + 1) 2, and 9 has 2.5 with or without the prompt.
+    carry = complete(c, bias, layout, network=votes)
+    assert carry.canvas[0, -1] == token
+
+
+# The end of text
+
+
+@pytest.mark.parametrize(
+  'rule, block_length, least',
+  [('low_confidence', 4, 0.1), ('threshold', 16, 0.0), ('ancestral', 4, 0.1)],
+)
+def test_stopping_at_eos_saves_forwards_and_changes_nothing_before_it(
+  table, rule, block_length, least
+):
+  prompts = [[7 + i % 9] * (i % 4) for i in range(32)]
+  layout = _, fill, valid = layouts.continue_prompts(prompts, 16)
+  c = config(gen_length=16, steps=16, block_length=block_length, remasking=rule)
+  whole = complete(c, table, layout)
+  c = dataclasses.replace(c, stop_at_eos=True)
+  stopped = complete(c, table, layout)
+  cut = layouts.cut(whole.canvas, fill, EOS)
+  np.testing.assert_array_equal(cut, layouts.cut(stopped.canvas, fill, EOS))
+  np.testing.assert_array_equal(
+    np.where(cut, whole.canvas, 0), np.where(cut, stopped.canvas, 0)
+  )
+  assert (np.asarray(stopped.forwards) <= np.asarray(whole.forwards)).all()
+  saved = 1 - int(stopped.forwards.sum()) / int(whole.forwards.sum())
+  assert saved > least
+  assert not stopped.masked.any()
+  assert not (np.asarray(stopped.canvas)[valid] == MASK).any()
+
+
+def test_the_slots_after_an_eos_become_eos_when_a_row_stops():
+  answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9], [9, 9, 9, 9, 9, 9, 9, EOS]])
+  layout = layouts.continue_prompts([[], []], 8)
+  c = config(temperature=0.0, stop_at_eos=True, block_length=2)
+  carry = complete(c, answer, layout, network=certain)
+  assert carry.canvas.tolist() == [[9] + [EOS] * 7, answer[1].tolist()]
+  assert carry.forwards.tolist() == [2, 8]
+  assert int(carry.calls) == 8
+
+
+def test_slots_that_are_given_up_have_no_confidence(table):
+  answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9]])
+  layout = layouts.continue_prompts([[]], 8)
+  c = config(temperature=0.0, stop_at_eos=True, block_length=2)
+  *_, (carry, sure) = sampler.walk(certain, c, answer, *layout, [0])
+  assert carry.canvas.tolist() == [[9] + [EOS] * 7]
+  assert np.isnan(sure).tolist() == [[True, False] + [True] * 6]
+
+
+def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
+  canvas = jnp.array([[9, MASK, EOS, MASK], [9, 9, EOS, MASK]])
+  fill = np.ones((2, 4), bool)
+  _, layout, _ = sampler.prepare(
+    config(gen_length=4), canvas, fill, fill, range(2)
+  )
+  masked = canvas[:, None] == MASK
+  canvas, masked = commit.stop(EOS, canvas, masked, layout)
+  assert canvas.tolist() == [[9, MASK, EOS, MASK], [9, 9, EOS, EOS]]
+  assert masked[:, 0].tolist() == [[False, True, False, True], [False] * 4]
+
+
+def test_an_eos_of_the_prompt_does_not_stop_a_row(table):
+  layout = layouts.continue_prompts([[EOS, 9]], 8)
+  c = config(stop_at_eos=True, logits_eos_inf=True)
+  carry = complete(c, table, layout)
+  assert carry.forwards.tolist() == [8]
+  assert not (carry.canvas[0, 2:] == EOS).any()
+
+
+def test_eos_is_never_predicted_with_logits_eos_inf(table):
+  layout = _, fill, _ = layouts.continue_prompts([[]] * 50, 8)
+  drawn = lambda c: np.asarray(complete(c, table, layout).canvas)[fill]
+  assert (drawn(config()) == EOS).any()
+  assert not (drawn(config(logits_eos_inf=True)) == EOS).any()
+
+
+@pytest.mark.parametrize('confidence', candidates.CONFIDENCES)
+@pytest.mark.parametrize('temperature', [0.0, 0.7])
+def test_eos_and_eot_are_committed_last_with_confidence_eos_eot_inf(
+  confidence, temperature
+):
+  answer = jnp.array([[EOS, 9, EOT, 9, 9, EOS, 9, 9]])
+  c = config(
+    block_length=8,
+    temperature=temperature,
+    confidence=confidence,
+    confidence_eos_eot_inf=True,
+  )
+  layout = layouts.continue_prompts([[]], 8)
+  canvases = list(sampler.trace(certain, c, answer, *layout, [0]))
+  assert canvases[5].tolist() == [[MASK, 9, MASK, 9, 9, MASK, 9, 9]]
+  assert canvases[8].tolist() == answer.tolist()
+
+
+def test_at_a_temperature_llada_still_commits_eos_early_and_we_do_not(
+  monkeypatch,
+):
+  """Its code sets the eos logit of another array than the one it reads.
+
+  Slot 0 has eos as its candidate and slot 1 another token, less surely.
+  """
+  logits = jnp.zeros((1, 2, VOCAB)).at[0, 0, EOS].set(5).at[0, 1, 9].set(3)
+  monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: 0.0)
+  c = config(temperature=0.5, confidence_eos_eot_inf=True, predict_mask=True)
+  token, ours = commit.choose(c, logits, None)
+  assert token.tolist() == [[EOS, 9]]
+  assert ours[0, 0] == 0 < ours[0, 1]
+
+  theirs = candidates.probability(candidates.suppress(logits, (EOT,)), token)
+  assert theirs[0, 0] > theirs[0, 1]
+  keep = lambda confidence: remasking.keep_top(
+    confidence, jnp.ones((1, 2), bool), jnp.array([1])
+  ).tolist()
+  assert keep(ours) == [[False, True]]
+  assert keep(theirs) == [[True, False]]
+
+
+# Input that is not as it should be
+
+
+def ill_at_15(bad, tokens, valid):
+  ill = jnp.any(tokens == 15, axis=1)[:, None, None]
+  return jnp.where(ill, bad, certain(jnp.full(tokens.shape, 9), tokens, valid))
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_logits_that_are_no_numbers_give_up_their_row_alone(bad):
+  layout = _, fill, _ = layouts.continue_prompts([[7], [15], [8]], 8)
+  carry = complete(config(), bad, layout, network=ill_at_15)
+  assert carry.broken.tolist() == [False, True, False]
+  out = np.asarray(carry.canvas)
+  assert (out[1][fill[1]] == MASK).all()
+  assert (out[[0, 2]][fill[[0, 2]]] == 9).all()
+  for sample in (sampler.generate, lambda *a: list(sampler.trace(*a))):
+    with pytest.raises(UserError, match=r'row\(s\) \[1\] were NaN or infinite'):
+      sample(ill_at_15, config(), bad, *layout, range(3))
+
+
+def test_a_mask_in_the_prompt_stays(table):
+  layout = layouts.continue_prompts([[7, MASK, 9]], 8)
+  out = np.asarray(complete(config(), table, layout).canvas)
+  assert out[0, :3].tolist() == [7, MASK, 9]
+  assert not (out[0, 3:] == MASK).any()

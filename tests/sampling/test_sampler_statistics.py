@@ -1,0 +1,153 @@
+"""Samples of a known distribution, from its exact denoiser.
+
+Three tokens of a vocabulary of three. The network is their joint distribution
+itself: it gives the exact probabilities of a token given those that are known.
+"""
+
+import itertools
+
+import fake_networks
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import SamplerConfig
+
+MASK, VOCAB, IDS = 4, 8, (5, 6, 7)
+JOINT = np.random.default_rng(7).dirichlet(np.full(27, 0.5)).reshape(3, 3, 3)
+JOINT = (JOINT + 0.01) / (JOINT + 0.01).sum()
+DENOISER = fake_networks.conditionals(JOINT, IDS, MASK, VOCAB)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+  fake_networks.put_in(monkeypatch)
+
+
+def counts(number, remasking, steps, **options):
+  """How often each of the 27 texts is sampled, [3, 3, 3]."""
+  c = SamplerConfig(
+    steps=steps,
+    block_length=3,
+    temperature=1.0,
+    remasking=remasking,
+    objective='masked_diffusion',
+    predict_mask=False,
+    mask_id=MASK,
+    bos_id=1,
+    **options,
+  )
+  layout = layouts.continue_prompts([[]] * number, 3)
+  out = sampler.generate(DENOISER, c, jnp.zeros(()), *layout, range(number))
+  found = np.zeros((3, 3, 3), int)
+  np.add.at(found, tuple(np.asarray(out).T - IDS[0]), 1)
+  return found
+
+
+def p_value(found, expected):
+  return scipy.stats.chisquare(
+    found.ravel(), expected.ravel() * found.sum()
+  ).pvalue
+
+
+def known(state):
+  """The joint restricted to what a state says; None is a mask."""
+  kept = np.zeros_like(JOINT)
+  where = tuple(slice(None) if x is None else slice(x, x + 1) for x in state)
+  kept[where] = JOINT[where]
+  return kept / kept.sum()
+
+
+def law_of_ancestral(ratios):
+  """The exact distribution of the texts that a number of steps gives.
+
+  Every step unmasks each masked token on its own, with chance
+  1 - ratios[i + 1] / ratios[i], from its probabilities given the state: all
+  states are followed, in float64.
+
+  Args:
+    ratios: mask ratios at the times of the steps, from 1 to 0.
+  """
+  chances = {(None, None, None): 1.0}
+  for before, after in itertools.pairwise(ratios):
+    unmask = 1 - after / before
+    following = {}
+    for state, chance in chances.items():
+      p = known(state)
+      options = []
+      for axis, x in enumerate(state):
+        others = tuple(a for a in range(3) if a != axis)
+        drawn = list(enumerate(unmask * p.sum(others)))
+        options.append(
+          [(x, 1.0)] if x is not None else [(None, 1 - unmask), *drawn]
+        )
+      for choice in itertools.product(*options):
+        state = tuple(x for x, _ in choice)
+        add = chance * np.prod([q for _, q in choice])
+        if add > 0:
+          following[state] = following.get(state, 0.0) + add
+    chances = following
+  law = np.zeros((3, 3, 3))
+  for state, chance in chances.items():
+    law[state] = chance
+  return law
+
+
+EXACT = {
+  'first_hitting': dict(remasking='first_hitting', steps=1),
+  'random_one_by_one': dict(remasking='random', steps=3),
+  # The order may depend on what is known, if not on what is drawn.
+  'by_entropy_one_by_one': dict(
+    remasking='low_confidence', steps=3, confidence='entropy'
+  ),
+  'threshold_out_of_reach': dict(
+    remasking='threshold', steps=1, threshold=2.0, confidence='margin'
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    case
+    if case == 'first_hitting'
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in EXACT
+  ],
+)
+def test_one_token_a_step_gives_the_distribution_itself(case):
+  assert p_value(counts(6000, **EXACT[case]), JOINT) > 1e-3
+
+
+def test_an_order_by_the_probability_of_what_was_drawn_does_not():
+  """Likely draws are kept first and unlikely ones are drawn again."""
+  found = counts(6000, 'low_confidence', steps=3)
+  assert p_value(found, JOINT) < 1e-6
+
+
+@pytest.mark.slow
+def test_ancestral_sampling_in_many_steps_gives_the_distribution_itself():
+  assert p_value(counts(4000, 'ancestral', steps=200), JOINT) > 1e-3
+
+
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+def test_ancestral_sampling_in_few_steps_follows_its_own_law(schedule):
+  """Tokens of one step do not see each other, so it is another distribution."""
+  times = 1 - np.arange(4) / 3
+  ratios = {'linear': times, 'cosine': np.sin(np.pi / 2 * times)}[schedule]
+  law = law_of_ancestral(ratios)
+  assert law.sum() == pytest.approx(1)
+  found = counts(6000, 'ancestral', steps=3, schedule=schedule)
+  assert p_value(found, law) > 1e-3
+  assert p_value(found, JOINT) < 1e-6
+
+
+def test_the_law_of_ancestral_sampling_tends_to_the_distribution():
+  far = [
+    np.abs(law_of_ancestral(1 - np.arange(n + 1) / n) - JOINT).sum() / 2
+    for n in (1, 4, 16, 64)
+  ]
+  assert far == sorted(far, reverse=True)
+  assert far[0] > 0.1 > 0.01 > far[-1]

@@ -1,0 +1,519 @@
+"""What a run survives: killed, told to end, damaged, poisoned.
+
+Each fault is set off in a real run, launch/pretrain.py in a process of its own
+or several; afterwards the run must be where an undisturbed one is, bit for
+bit. docs/reliability.md has the table.
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+import saved
+
+from maskdiff.monitoring import ledger, metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS = 60
+SETTINGS = {
+  'model.embed': 16,
+  'model.layers': 1,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.head_dim': 8,
+  'model.mlp': 16,
+  'model.dtype': 'float32',
+  'model.remat': 'none',
+  'objective.loss_chunk_tokens': 32,
+  'optimizer.learning_rate': 1e-2,
+  'optimizer.warmup_steps': 2,
+  'optimizer.decay_steps': 2,
+  'data.length': 16,
+  'train.steps': STEPS,
+  'train.batch': 16,
+  'train.log_every_steps': 3,
+  'train.heartbeat_s': 10,
+  'eval.every_steps': 25,
+  'eval.batch': 16,
+  'eval.batches': 2,
+  'sample.prompts': (),
+  'checkpoint.every_steps': 7,
+}
+
+
+@pytest.fixture(scope='module')
+def config_file(corpus, tokenizer, tmp_path_factory):
+  settings = SETTINGS | {
+    'data.path': str(corpus),
+    'data.tokenizer': str(tokenizer.path),
+  }
+  path = tmp_path_factory.mktemp('config') / 'small.py'
+  path.write_text(
+    'from maskdiff import config\n\n'
+    'def get_config():\n'
+    '  c = config.default()\n'
+    f'  c.update_from_flattened_dict({settings!r})\n'
+    '  return c\n'
+  )
+  return path
+
+
+def environ(devices, cache):
+  flags = re.sub(
+    r'--xla_force_host_platform_device_count=\d+',
+    f'--xla_force_host_platform_device_count={devices}',
+    os.environ['XLA_FLAGS'],
+  )
+  return {
+    **os.environ,
+    'XLA_FLAGS': flags,
+    'PYTHONPATH': str(ROOT),
+    # A restart should not take longer than what it is there to prove.
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+
+
+class Runs:
+  """Starts runs in one work directory."""
+
+  def __init__(self, config_file, workdir):
+    self.workdir = workdir
+    self._cache = config_file.parent / 'compile_cache'
+    self._command = [*('--config', str(config_file), '--workdir', str(workdir))]
+    self._running = []
+
+  def start(self, *flags, processes=1, **faults):
+    """Starts a run; returns its processes."""
+    variables = [{}]
+    if processes > 1:
+      with socket.socket() as s:
+        s.bind(('localhost', 0))
+        address = f'localhost:{s.getsockname()[1]}'
+      variables = [
+        {
+          'JAX_COORDINATOR_ADDRESS': address,
+          'JAX_NUM_PROCESSES': str(processes),
+          'JAX_PROCESS_ID': str(i),
+        }
+        for i in range(processes)
+      ]
+    command = [
+      *(sys.executable, str(ROOT / 'tests' / 'faulty_pretrain.py')),
+      *(json.dumps(faults), *self._command, *flags),
+    ]
+    started = []
+    for own in variables:
+      # Not a pipe: nobody reads while the run goes on.
+      with tempfile.TemporaryFile('w+') as said:
+        process = subprocess.Popen(
+          command,
+          env=environ(2 // processes, self._cache) | own,
+          cwd=ROOT,
+          stdout=subprocess.DEVNULL,
+          stderr=said,
+        )
+        process.said = os.fdopen(os.dup(said.fileno()))
+      started.append(process)
+    self._running += started
+    return started
+
+  def end_of(self, process, timeout=300):
+    """Waits for the end of a process; returns what it said."""
+    process.wait(timeout=timeout)
+    process.said.seek(0)
+    return process.said.read()
+
+  def finish(self, *flags, processes=1, status=0, timeout=300, **faults):
+    """Runs to the end; returns what the first process said."""
+    said = None
+    for process in self.start(*flags, processes=processes, **faults):
+      errors = self.end_of(process, timeout)
+      assert process.returncode == status, errors[-4000:]
+      said = errors if said is None else said
+    return said
+
+  def reached(self):
+    """The last step in the metrics, 0 if there is none."""
+    rows = metrics.read(self.workdir / 'metrics.jsonl')
+    return max([row['step'] for row in rows], default=0)
+
+  def restarts(self):
+    """How often a run has begun here, each at its step."""
+    path = self.workdir / 'ledger.jsonl'
+    return ledger.goodput(path)['restarts'] if path.exists() else 0
+
+  def wait_for(self, step, processes, restarts=0):
+    """Until that step is in the metrics; those of a dead process stay there
+    until the next one has begun, so that this may have to be waited for."""
+    while (restarts and self.restarts() < restarts) or self.reached() < step:
+      for process in processes:
+        assert process.poll() is None, self.end_of(process)[-4000:]
+      time.sleep(0.02)
+
+  def stop_all(self):
+    for process in self._running:
+      process.kill()
+      process.wait()
+      process.said.close()
+
+
+@pytest.fixture
+def runs(config_file, tmp_path):
+  runs = Runs(config_file, tmp_path / 'run')
+  yield runs
+  runs.stop_all()
+
+
+@pytest.fixture(scope='module')
+def undisturbed(config_file, tmp_path_factory):
+  """The work directory of a run that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+  Runs(config_file, workdir).finish()
+  return workdir
+
+
+def rows(workdir):
+  """All metrics by step and name but for times; each may stand there once."""
+  found = {}
+  for row in metrics.read(workdir / 'metrics.jsonl'):
+    for name, value in row.items():
+      assert (row['step'], name) not in found or name == 'step'
+      found[row['step'], name] = value
+  times = ('train/step_s', 'train/tokens_per_s')
+  return {key: v for key, v in found.items() if key[1] not in times}
+
+
+def assert_same(workdir, other, same_rows=True):
+  (step, _, ours), (last, _, theirs) = map(saved.newest, (workdir, other))
+  assert step == last == STEPS
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    assert value.dtype == theirs[name].dtype
+    assert value.tobytes() == theirs[name].tobytes(), name
+  if same_rows:
+    assert rows(workdir) == rows(other)
+
+
+def evaluations(workdir):
+  return {k: v for k, v in rows(workdir).items() if k[1].startswith('eval/')}
+
+
+# Killed
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_moment(runs, undisturbed):
+  """Some while it starts, others in the middle of steps, saves, evaluations."""
+  moments = random.Random(0)
+  for kill in range(20):
+    restarts = runs.restarts() + bool(kill)
+    (process,) = runs.start(step_s=0.1)
+    if kill % 4 == 1:
+      time.sleep(moments.uniform(0, 5))
+    else:
+      runs.wait_for(3 * kill + 1, [process], restarts)
+      time.sleep(moments.uniform(0, 0.25))
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+  runs.finish()
+  assert_same(runs.workdir, undisturbed)
+  total = ledger.goodput(runs.workdir / 'ledger.jsonl')
+  assert total['restarts'] >= 15 and total['lost_s'] > 0
+  assert total['steps'] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kill_s', [0.0, 0.01, 0.03, 0.1, 0.3])
+def test_a_kill_while_a_checkpoint_is_written(runs, undisturbed, kill_s):
+  (process,) = runs.start(step_s=0.05, kill_s=kill_s, kill_at=21)
+  process.wait(timeout=300)
+  assert process.returncode == -signal.SIGKILL
+  said = runs.finish()
+  assert re.search(r'resuming at step (14|21)\n', said), said[-3000:]
+  assert_same(runs.workdir, undisturbed)
+  left = {p.name for p in (runs.workdir / 'checkpoints').iterdir()}
+  assert left == {'56', str(STEPS)}
+
+
+@pytest.fixture(scope='module')
+def undisturbed_two(config_file, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('runs') / 'two'
+  Runs(config_file, workdir).finish(processes=2)
+  return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_one_of_two_processes_is_killed_while_both_save(
+  runs, undisturbed_two, victim
+):
+  both = runs.start(processes=2, process=victim, kill_s=0.02, kill_at=21)
+  both[victim].wait(timeout=300)
+  assert both[victim].returncode == -signal.SIGKILL
+  died = time.monotonic()
+  errors = runs.end_of(both[1 - victim], timeout=60)
+  assert both[1 - victim].returncode not in (0, 2), errors[-3000:]
+  assert time.monotonic() - died < 25  # 10 of heartbeat, and the CPU is shared
+  said = runs.finish(processes=2)
+  assert re.search(r'resuming at step (14|21)\n', said), said[-3000:]
+  assert_same(runs.workdir, undisturbed_two)
+
+
+# Told to end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'term, step',
+  [
+    ([0, 'compile'], 0),
+    ([23, 'step'], 23),
+    ([25, 'eval'], 25),
+    ([28, 'save'], 28),
+  ],
+)
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(
+  runs, undisturbed, term, step
+):
+  said = runs.finish(status=75, term=term)
+  assert f'step {step} is saved' in said
+  assert saved.newest(runs.workdir)[0] == step
+  runs.finish()
+  assert_same(runs.workdir, undisturbed, same_rows=False)
+  assert evaluations(runs.workdir) == evaluations(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'told, term',
+  [
+    (1, [0, 'compile']),
+    (0, [23, 'step']),
+    (1, [23, 'step']),
+    (1, [25, 'eval']),
+    (1, [28, 'save']),
+  ],
+)
+def test_sigterm_to_one_of_two_saves_one_step_of_both(
+  runs, undisturbed_two, told, term
+):
+  """They agree within a second or two, of 0.1 s a step."""
+  said = runs.finish(
+    processes=2, status=75, step_s=0.1, process=told, term=term
+  )
+  step, _, _ = saved.newest(runs.workdir)
+  assert term[0] <= step < min(term[0] + 25, STEPS)
+  assert f'step {step} is saved' in said
+  said = runs.finish(processes=2)
+  assert f'resuming at step {step}\n' in said or step == 0
+  assert_same(runs.workdir, undisturbed_two, same_rows=False)
+  assert evaluations(runs.workdir) == evaluations(undisturbed_two)
+
+
+# Damaged
+
+
+def biggest_file(directory):
+  files = [p for p in directory.rglob('*') if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip(step):
+  path = biggest_file(step / 'params')
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 4
+  path.write_bytes(content)
+
+
+def truncate(step):
+  path = biggest_file(step / 'params')
+  path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', [flip, truncate, shutil.rmtree])
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_damaged_checkpoint_is_set_aside(
+  runs, undisturbed, undisturbed_two, damage, processes
+):
+  whole = undisturbed_two if processes == 2 else undisturbed
+  shutil.copytree(whole, runs.workdir)
+  newest = runs.workdir / 'checkpoints' / str(STEPS)
+  damage(newest)
+  newest.mkdir(exist_ok=True)
+  for _ in range(3):  # two processes may have to end to agree
+    both = runs.start(processes=processes)
+    said = [runs.end_of(p, timeout=200) for p in both]
+    if all(p.returncode == 0 for p in both):
+      break
+  assert [p.returncode for p in both] == [0] * processes, said[0][-3000:]
+  assert 'resuming at step 56' in said[0]
+  assert (runs.workdir / 'checkpoints.aside' / str(STEPS)).is_dir()
+  assert_same(runs.workdir, whole)
+
+
+@pytest.fixture
+def small_disk(runs):
+  """The checkpoints of the runs lie on a disk of 4 MB of their own."""
+  checkpoints = runs.workdir / 'checkpoints'
+  checkpoints.mkdir(parents=True)
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'none', str(checkpoints)]
+  if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('only root may mount a small disk')
+  yield checkpoints
+  runs.stop_all()
+  subprocess.run(['umount', str(checkpoints)], check=True)
+
+
+def fill(disk):
+  """Leaves no room on a disk; returns the file that takes it."""
+  ballast = disk / 'ballast'
+  with open(ballast, 'wb', buffering=0) as f:
+    try:
+      while f.write(bytes(4096)):
+        pass
+    except OSError:
+      return ballast
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_while_the_disk_is_full(runs, undisturbed, small_disk):
+  (process,) = runs.start('--config.checkpoint.max_failures=100', step_s=0.1)
+  runs.wait_for(10, [process])
+  ballast = fill(small_disk)
+  runs.wait_for(25, [process])
+  ballast.unlink()
+  errors = runs.end_of(process, timeout=120)
+  assert process.returncode == 0, errors[-3000:]
+  said = 'checkpoint of step 21 is not saved: No space left on device; make'
+  assert said in errors and 'the run goes on' in errors
+  assert_same(runs.workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_the_run_with_the_last_step_whole(
+  runs, undisturbed, small_disk
+):
+  (process,) = runs.start('--config.checkpoint.max_failures=1', step_s=0.1)
+  runs.wait_for(10, [process])
+  ballast = fill(small_disk)
+  errors = runs.end_of(process, timeout=120)
+  assert process.returncode == 2
+  (line,) = [x for x in errors.splitlines() if x.startswith('error: ')]
+  assert 'step 21 is not saved: No space left on device' in line
+  assert line.endswith('the newest whole checkpoint is that of step 7')
+  ballast.unlink()
+  assert 'resuming at step 7\n' in runs.finish()
+  assert_same(runs.workdir, undisturbed, same_rows=False)
+
+
+# Stalled
+
+
+@pytest.mark.slow
+def test_a_stalled_batch_is_told_with_stacks_and_counted(runs, undisturbed):
+  said = runs.finish('--config.train.stall_s=1', stall=[20, 3])
+  assert "stall: 'data' has lasted" in said
+  assert 'in late\n    time.sleep(stall_s)' in said
+  assert_same(runs.workdir, undisturbed)
+  total = ledger.goodput(runs.workdir / 'ledger.jsonl')
+  assert total['seconds']['data'] > 3
+
+
+# Moved
+
+
+@pytest.mark.slow
+def test_two_processes_and_one_take_turns(runs, undisturbed):
+  """The data and the noise are the same; sums are rounded differently."""
+  runs.finish('--config.train.steps=60', term=[10, 'step'], status=75)
+  both = runs.start(processes=2, step_s=0.1)
+  runs.wait_for(30, both)
+  both[1].send_signal(signal.SIGTERM)
+  for process in both:
+    process.wait(timeout=120)
+  runs.finish()
+  ours, theirs = evaluations(runs.workdir), evaluations(undisturbed)
+  assert ours.keys() == theirs.keys()
+  for key, value in ours.items():
+    assert value == pytest.approx(theirs[key], rel=1e-4, abs=1e-6)
+
+
+# Poisoned
+
+
+@pytest.mark.slow
+def test_poisoned_steps_are_skipped_and_a_streak_stops_the_run(runs):
+  nan_steps = [9, 20, 21, *range(40, 60)]
+  said = runs.finish(
+    '--config.guard.max_in_a_row=4', nan_steps=nan_steps, status=2
+  )
+  for step in (9, 20, 21, 40, 41, 42, 43):
+    assert f'step {step}: update skipped' in said
+    first = (step - 1) * 16
+    assert f'samples {first} to {first + 15}\n' in said
+  assert '4 updates in a row were skipped, up to step 43' in said
+  dump = json.loads((runs.workdir / 'skipped_to_step_43.json').read_text())
+  assert [u['step'] for u in dump['updates']] == [40, 41, 42, 43]
+  assert len(dump['texts_of_the_last']) == 16
+  skip = re.search(r'--config\.data\.skip_samples="(\(.*?\),\))"', said)[1]
+  assert skip == '((624, 688),)'
+  said = runs.finish(
+    f'--config.data.skip_samples={skip}', nan_steps=[9, 20, 21]
+  )
+  assert 'changed since' in said and 'skip_samples' in said
+  # It went on from step 42, three poisoned steps into what is passed over.
+  step, meta, state = saved.newest(runs.workdir)
+  assert (step, meta['samples']) == (STEPS, 688 + (STEPS - 42) * 16)
+  assert state["['guard']['skipped']"] == 6
+
+
+@pytest.mark.slow
+def test_spikes_are_skipped_once_there_is_something_to_compare_with(runs):
+  """Steps 1 to 128 fill the guard's window; 140 and 141 are poisoned."""
+  said = runs.finish(
+    '--config.guard.spike_sigmas=12',
+    '--config.train.steps=160',
+    '--config.eval.every_steps=160',
+    spike_steps=[140, 141],
+  )
+  skipped = re.findall(r'step (\d+): update skipped', said)
+  assert skipped == ['140', '141']
+  step, _, state = saved.newest(runs.workdir)
+  assert step == 160 and state["['guard']['skipped']"] == 2
+  counts = [v for k, v in state.items() if k.endswith("['count']")]
+  assert counts and all(count == 158 for count in counts)
+
+
+@pytest.mark.slow
+def test_a_skip_list_is_kept_to_over_restarts(runs):
+  """The list that a run gave when it gave up; with and without a restart."""
+  steps = '--config.train.steps=32'
+  said = runs.finish(
+    steps, '--config.guard.max_in_a_row=8', nan_steps=[*range(9, 17)], status=2
+  )
+  skip = re.search(r'--config\.data\.skip_samples="(\(.*?\),\))"', said)[1]
+  assert skip == '((128, 256),)'
+  shutil.rmtree(runs.workdir)
+  flag = f'--config.data.skip_samples={skip}'
+  runs.finish(steps, flag, term=[12, 'step'], status=75)
+  runs.finish(steps, flag)
+  first = saved.newest(runs.workdir)
+  shutil.rmtree(runs.workdir)
+  runs.finish(steps, flag)
+  again = saved.newest(runs.workdir)
+  assert first[1]['samples'] == again[1]['samples'] == 32 * 16 + 128
+  for name, value in first[2].items():
+    assert value.tobytes() == again[2][name].tobytes(), name

@@ -1,0 +1,1009 @@
+"""The loop, run for real on a tiny corpus: resuming, meshes, refusals."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import pathlib
+import re
+import runpy
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import saved
+
+from maskdiff import config as config_lib
+from maskdiff.checkpoints import checkpoint
+from maskdiff.data import pipeline, prepare, records, sources
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.errors import UserError
+from maskdiff.interop import load as load_lib
+from maskdiff.model import transformer
+from maskdiff.monitoring import metrics
+from maskdiff.sampling import layouts, request, sampler
+from maskdiff.training import evaluation, loop
+from maskdiff.training import step as step_lib
+from maskdiff.training import workdir as workdir_lib
+
+BATCH, LENGTH, STEPS = 32, 16, 8
+ROOT = pathlib.Path(__file__).parents[2]
+
+compilations = []
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, seconds, **kwargs: (
+    compilations.append(kwargs.get('fun_name'))
+    if event == '/jax/core/compile/backend_compile_duration'
+    else None
+  )
+)
+
+
+@pytest.fixture(scope='module')
+def make_config(tokenizer, corpus):
+  def make(**changes):
+    c = config_lib.default()
+    settings = dict(
+      model__embed=16,
+      model__layers=1,
+      model__heads=2,
+      model__kv_heads=2,
+      model__head_dim=8,
+      model__mlp=16,
+      model__dtype='float32',
+      model__remat='none',
+      objective__loss_chunk_tokens=32,
+      optimizer__learning_rate=1e-2,
+      optimizer__warmup_steps=2,
+      optimizer__decay_steps=4,
+      data__path=str(corpus),
+      data__tokenizer=tokenizer.path,
+      data__length=LENGTH,
+      train__steps=STEPS,
+      train__batch=BATCH,
+      train__log_every_steps=1,
+      eval__every_steps=4,
+      eval__batch=16,
+      eval__batches=2,
+      sample__prompts=('def read(',),
+      sample__gen_length=4,
+      sample__block_length=4,
+      sample__steps=4,
+      checkpoint__every_steps=3,
+    )
+    c.update_from_flattened_dict(
+      {k.replace('__', '.'): v for k, v in (settings | changes).items()}
+    )
+    return c
+
+  return make
+
+
+class Run(types.SimpleNamespace):
+  """A run that went through: its directory and what was seen of it."""
+
+  @property
+  def rows(self):
+    return metrics.read(self.workdir / 'metrics.jsonl')
+
+  def scalars(self, name):
+    return {row['step']: row[name] for row in self.rows if name in row}
+
+  def state(self):
+    """The arrays of the last checkpoint, as saved."""
+    return saved_state(self.workdir)
+
+
+def saved_state(workdir):
+  return saved.newest(workdir)[2]
+
+
+@pytest.fixture(scope='module')
+def finished(make_config, tmp_path_factory):
+  """An uninterrupted run, and what a kill would have left at some moments.
+
+  `killed` has copies of the work directory by moment: after the checkpoint of
+  step 3 was saved, and after the row of step 5 was written. `compiled` counts
+  the compilations so far at every row of metrics.
+  """
+  workdir = tmp_path_factory.mktemp('finished')
+  copies = tmp_path_factory.mktemp('killed')
+  compiled = []
+  save, scalars = checkpoint.Checkpointer.save, metrics.Writer.scalars
+
+  def save_and_copy(self, step, *args):
+    save(self, step, *args)
+    self._manager.wait_until_finished()
+    if step == 3:
+      shutil.copytree(workdir, copies / 'after_saving_step_3')
+
+  def scalars_and_copy(self, step, values):
+    scalars(self, step, values)
+    compiled.append((step, len(compilations)))
+    if step == 5:
+      shutil.copytree(workdir, copies / 'after_the_row_of_step_5')
+
+  config = make_config()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint.Checkpointer, 'save', save_and_copy)
+    patch.setattr(metrics.Writer, 'scalars', scalars_and_copy)
+    before = len(compilations)
+    result = loop.run(config, str(workdir))
+  return Run(
+    workdir=workdir,
+    config=config,
+    result=result,
+    killed=copies,
+    compiled=compiled,
+    before=before,
+    names=compilations[before:],
+  )
+
+
+@contextlib.contextmanager
+def one_device():
+  """Makes a run see the first device alone."""
+  with pytest.MonkeyPatch.context() as patch:
+    make_mesh = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
+    patch.setattr(mesh_lib, 'make_mesh', make_mesh)
+    yield
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    assert x.tobytes() == y.tobytes()
+
+
+# What a run leaves behind
+
+
+def test_every_step_has_one_row_of_training_metrics(finished):
+  steps = [r['step'] for r in finished.rows if 'train/learning_rate' in r]
+  assert steps == list(range(1, STEPS + 1))
+  names = {
+    'train/loss_nats_per_token',
+    'train/learning_rate',
+    'train/tokens_per_s',
+    'train/step_s',
+    'train/grad_norm',
+  }
+  for row in finished.rows:
+    if row['step'] in steps and 'train/learning_rate' in row:
+      assert names <= row.keys()
+      assert all(np.isfinite(v) and v >= 0 for v in row.values())
+
+
+def test_evaluations_stand_at_the_first_the_chosen_and_the_last_step(finished):
+  for name in ('loss_nats_per_token', 'bits_per_byte', 'stderr_nats_per_token'):
+    assert finished.scalars(f'eval/{name}').keys() == {0, 4, 8}
+  assert finished.scalars('sample/0').keys() == {0, 4, 8}
+  last = {k: v for r in finished.rows[-2:] for k, v in r.items()}
+  assert {k: last[k] for k in finished.result} == finished.result
+
+
+def test_the_learning_rate_follows_the_plan(finished):
+  rates = finished.scalars('train/learning_rate')
+  peak, end = 1e-2, finished.config.optimizer.final_learning_rate
+  expected = [0, peak / 2, peak, peak, peak]
+  expected += [peak + (end - peak) * n / 4 for n in (1, 2, 3)]
+  np.testing.assert_allclose(list(rates.values()), expected, rtol=1e-5)
+
+
+def test_training_reduces_the_bound(finished):
+  bounds = finished.scalars('eval/loss_nats_per_token')
+  assert bounds[0] == pytest.approx(np.log(4096), rel=0.2)
+  assert bounds[8] < bounds[0] - 0.5
+
+
+def test_bits_per_byte_are_counted_on_the_text(finished, corpus, tokenizer):
+  rows = records.RowSource(corpus, records.read_manifest(corpus), 'heldout')
+  text = tokenizer.decode(np.concatenate([rows[i] for i in range(len(rows))]))
+  bits = finished.result['eval/loss_nats_per_token'] / np.log(2)
+  assert finished.result['eval/bits_per_byte'] == pytest.approx(
+    bits * len(rows) * LENGTH / len(text.encode()), rel=1e-4
+  )
+
+
+def test_config_and_tokenizer_lie_beside_the_checkpoints(finished, tokenizer):
+  saved = json.loads((finished.workdir / 'config.json').read_text())
+  again = config_lib.flatten(config_lib.from_dict(saved))
+  assert again == config_lib.flatten(finished.config)
+  model_file = finished.workdir / 'tokenizer.model'
+  assert model_file.read_bytes() == pathlib.Path(tokenizer.path).read_bytes()
+  checkpoints = (finished.workdir / 'checkpoints').iterdir()
+  assert {path.name for path in checkpoints} == {'6', '8'}
+  assert list((finished.workdir / 'tensorboard').iterdir())
+
+
+def test_the_step_is_compiled_once_and_nothing_while_training(finished):
+  """But for what the first checkpoint needs."""
+  names = finished.names
+  assert [n for n in names if 'train_step' in n] == ['jit(train_step)']
+  counts = [count for step, count in finished.compiled if step > 0]
+  in_training = names[
+    counts[0] - finished.before : counts[-1] - finished.before
+  ]
+  assert set(in_training) <= {'jit(slice)', 'jit(fingerprints)'}
+  after_saving = [count for step, count in finished.compiled if step > 3]
+  assert len(set(after_saving)) == 1
+
+
+# Stop and resume
+
+
+TIMES = ('train/step_s', 'train/tokens_per_s')
+
+
+def without_times(rows):
+  return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
+
+
+@pytest.fixture
+def killed(finished, tmp_path):
+  """Puts the work directory of a killed run into tmp_path."""
+
+  def copy(moment):
+    shutil.copytree(finished.killed / moment, tmp_path / moment)
+    return tmp_path / moment
+
+  return copy
+
+
+@pytest.mark.parametrize(
+  'moment', ['after_saving_step_3', 'after_the_row_of_step_5']
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+  finished, killed, moment
+):
+  """Bit for bit, in the parameters, the optimizer and the metrics."""
+  workdir = killed(moment)
+  result = loop.run(finished.config, str(workdir))
+  assert result == finished.result
+  assert_same_bits(saved_state(workdir), finished.state())
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert without_times(rows) == without_times(finished.rows)
+
+
+def test_a_finished_run_is_evaluated_and_not_changed(finished, tmp_path):
+  workdir = shutil.copytree(finished.workdir, tmp_path / 'again')
+  assert loop.run(finished.config, str(workdir)) == finished.result
+  assert_same_bits(saved_state(workdir), finished.state())
+
+
+def test_a_new_batch_size_goes_on_at_the_same_sample(
+  killed, make_config, corpus, monkeypatch
+):
+  workdir, smaller = killed('after_the_row_of_step_5'), BATCH // 2
+  batches, train_batches = [], pipeline.train_batches
+
+  def recorded(*args, **kwargs):
+    for batch in train_batches(*args, **kwargs):
+      batches.append(batch)
+      yield batch
+
+  monkeypatch.setattr(pipeline, 'train_batches', recorded)
+  loop.run(make_config(train__batch=smaller), str(workdir))
+  step, meta, _ = saved.newest(workdir)
+  assert (step, meta['samples']) == (STEPS, 3 * BATCH + 5 * smaller)
+  in_pairs = train_batches(
+    datasets(corpus),
+    global_batch=2,
+    length=LENGTH,
+    seed=0,
+    start_sample=0,
+    rows=[0, 1],
+    num_threads=0,
+  )
+  order = np.concatenate(list(itertools.islice(in_pairs, 3 * BATCH)))
+  np.testing.assert_array_equal(
+    np.concatenate(batches)[: 3 * BATCH], order[3 * BATCH :]
+  )
+
+
+def test_a_batch_may_be_a_single_row(corpus):
+  batches = pipeline.train_batches(
+    datasets(corpus),
+    global_batch=1,
+    length=LENGTH,
+    seed=0,
+    start_sample=5,
+    rows=[0],
+    num_threads=0,
+  )
+  assert next(batches).shape == (1, LENGTH)
+
+
+def datasets(corpus):
+  manifest = records.read_manifest(corpus)
+  return [pipeline.Dataset('corpus', str(corpus), 1.0, manifest)]
+
+
+def other_corpus(tokenizer, directory):
+  directory.mkdir()
+  for n in range(20):
+    (directory / f'{n}.txt').write_text(f'another text, {n}\n' * 40)
+  prepare.prepare(
+    sources.plan([str(directory)]),
+    tokenizer,
+    directory / 'rows',
+    row_length=LENGTH,
+    heldout_fraction=0.5,
+    workers=0,
+  )
+  return str(directory / 'rows')
+
+
+@pytest.mark.parametrize(
+  'field, changes',
+  [
+    ('seed', dict(seed=1)),
+    ('rows|shards', dict(data__path='another')),
+    ('checkpoints/3', dict(model__embed=32)),
+    ('checkpoints/3', dict(model__tie_embeddings=False)),
+  ],
+)
+def test_resuming_with_something_else_is_refused_by_its_name(
+  killed, make_config, tokenizer, tmp_path, field, changes
+):
+  workdir, config = killed('after_the_row_of_step_5'), make_config(**changes)
+  if config.data.path == 'another':
+    config.data.path = other_corpus(tokenizer, tmp_path / 'another')
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  with pytest.raises(UserError, match=field) as error:
+    loop.run(config, str(workdir))
+  assert '\n' not in str(error.value)
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_other_data_may_be_allowed_and_is_read_from_the_same_sample_on(
+  killed, make_config, tokenizer, tmp_path, capfd
+):
+  workdir = killed('after_the_row_of_step_5')
+  other = other_corpus(tokenizer, tmp_path / 'another')
+  config = make_config(data__path=other, data__allow_change=True)
+  loop.run(config, str(workdir))
+  step, meta, _ = saved.newest(workdir)
+  assert (step, meta['samples']) == (STEPS, STEPS * BATCH)
+  assert meta['data'] == pipeline.fingerprint(
+    datasets(other), seed=0, length=LENGTH
+  )
+  assert 'was trained on data with rows=' in capfd.readouterr().err
+
+
+# Meshes and microbatches
+
+
+VARIANTS = {
+  'one_device': {},
+  'all_axes_and_microbatches': dict(
+    mesh__replica=2, mesh__tensor=2, train__microbatches=4
+  ),
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_losses_do_not_depend_on_how_the_work_is_split(
+  finished, make_config, tmp_path, variant
+):
+  config = make_config(sample__prompts=(), **VARIANTS[variant])
+  context = (
+    one_device() if variant == 'one_device' else contextlib.nullcontext()
+  )
+  with context:
+    loop.run(config, str(tmp_path))
+  other = Run(workdir=tmp_path)
+  for name in ('train', 'eval'):
+    ours = finished.scalars(f'{name}/loss_nats_per_token')
+    theirs = other.scalars(f'{name}/loss_nats_per_token')
+    assert theirs.keys() == ours.keys()
+    np.testing.assert_allclose(
+      list(theirs.values()), list(ours.values()), rtol=1e-4
+    )
+
+
+# Using a finished run
+
+
+def evaluate(workdir):
+  """Evaluates a run on its mesh; returns the result and the parameters."""
+  config, _, params, mesh = load_lib.load(str(workdir))
+  (dataset,) = datasets(config.data.path)
+  e, split = config.eval, dataset.manifest.splits['heldout']
+  batches = pipeline.heldout_batches(
+    dataset,
+    batch=e.batch,
+    length=LENGTH,
+    num_batches=e.batches,
+    rows=range(e.batch),
+    num_threads=0,
+  )
+  sharding = mesh_lib.batch_sharding(mesh)
+  batches = list(pipeline.to_device(batches, sharding, (e.batch, LENGTH)))
+  with jax.set_mesh(mesh):
+    return evaluation.evaluate(
+      step_lib.step_config(config),
+      params,
+      batches,
+      split.tokens / split.text_bytes,
+    )
+
+
+def test_a_loaded_run_evaluates_to_the_number_of_the_training(finished):
+  assert evaluate(finished.workdir) == finished.result
+  assert evaluate(finished.workdir) == finished.result
+
+
+def test_an_evaluation_does_not_depend_on_the_mesh(finished):
+  with one_device():
+    result = evaluate(finished.workdir)
+  assert result == pytest.approx(finished.result, rel=1e-5)
+
+
+def test_a_loaded_run_samples_the_text_of_the_training(finished):
+  """The samples in the metrics, again from the checkpoint."""
+  config, tokenizer, params, mesh = load_lib.load(str(finished.workdir))
+  prompt = tokenizer.encode(config.sample.prompts[0])
+  layout = layouts.continue_prompts([prompt], 4)
+  with jax.set_mesh(mesh):
+    (row,) = np.asarray(
+      sampler.generate(
+        step_lib.step_config(config).model,
+        request.sampler_config(config),
+        params,
+        *layout,
+        seeds=[0],
+      )
+    )
+  text = tokenizer.decode(row)
+  assert text.startswith('def read(')
+  assert text == finished.scalars('sample/0')[STEPS]
+
+
+OVERRIDES = (
+  'temperature top_k top_p remasking schedule confidence threshold factor '
+  'guidance stop_at_eos logits_eos_inf confidence_eos_eot_inf eot_id cache '
+  'refresh lookahead'
+).split()
+
+
+@pytest.fixture(scope='module')
+def sample_script():
+  return runpy.run_path(str(ROOT / 'launch' / 'sample.py'))['main']
+
+
+def run_script(script, workdir, **changes):
+  flags = dict(
+    workdir=str(workdir),
+    prompt=[],
+    infill=[],
+    gen_length=4,
+    steps=None,
+    block_length=None,
+    prompts=None,
+    interactive=False,
+    out=None,
+    batch=16,
+    seed=0,
+    show=False,
+    html=None,
+    open_length=False,
+    tensor=1,
+    suppress_mask=False,
+    dtype=None,
+    **dict.fromkeys(OVERRIDES),
+  )
+  script(types.SimpleNamespace(**(flags | changes)))
+
+
+def sample(script, workdir, capsys, **changes):
+  capsys.readouterr()
+  run_script(script, workdir, **changes)
+  return capsys.readouterr().out
+
+
+def test_the_script_continues_a_prompt(finished, sample_script, capsys):
+  out = sample(sample_script, finished.workdir, capsys, prompt=['def read('])
+  assert out == finished.scalars('sample/0')[STEPS] + '\n'
+
+
+def test_the_script_shows_every_step(finished, sample_script, capsys):
+  out = sample(
+    sample_script, finished.workdir, capsys, prompt=['def read('], show=True
+  )
+  *shown, end = out.split('=' * 8 + '\n')
+  masks = [text.count('░') for text in shown]
+  assert (masks, end) == ([4, 3, 2, 1, 0], '')
+
+
+def test_the_script_fills_gaps(finished, sample_script, capsys):
+  texts = ['def {{2}}(alpha):\n', '  return {{1}} + {{3}}']
+  out = sample(sample_script, finished.workdir, capsys, infill=texts)
+  first, second = out.split('\n---\n')
+  assert re.fullmatch(r'def .*\(alpha\):\n', first, re.DOTALL)
+  assert re.fullmatch(r'  return .* \+ .*\n', second, re.DOTALL)
+
+
+def test_gaps_are_filled_as_they_are_without_the_texts_beside_them(
+  finished, sample_script, capsys, tmp_path
+):
+  """Though the longest of a batch has more blocks; from a file, too."""
+  ask = functools.partial(
+    sample,
+    sample_script,
+    finished.workdir,
+    capsys,
+    steps=2,
+    block_length=2,
+    temperature=1.0,
+  )
+  texts = ['def {{2}}(a):', 'return {{7}}']
+  together = ask(infill=texts)
+  assert together.split('\n---\n')[0] == ask(infill=texts[:1]).rstrip('\n')
+  path = tmp_path / 'gaps.jsonl'
+  path.write_text(''.join(json.dumps({'infill': t}) + '\n' for t in texts))
+  assert ask(prompts=str(path)) == together
+
+
+def test_the_script_answers_a_file_of_prompts_in_json_lines(
+  finished, sample_script, capsys, tmp_path
+):
+  """Two at a time, each as it would be alone."""
+  asked = [
+    {'prompt': 'def read('},
+    {'prompt': 'def write(alpha, ', 'seed': 9},
+    {'prompt': ''},
+  ]
+  file, out = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+  file.write_text(''.join(json.dumps(row) + '\n' for row in asked))
+  how = dict(temperature=1.0, remasking='threshold', threshold=0.05)
+  printed = sample(
+    sample_script,
+    finished.workdir,
+    capsys,
+    prompts=str(file),
+    out=str(out),
+    batch=2,
+    seed=5,
+    **how,
+  )
+  assert printed == ''
+  answers = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [a['prompt'] for a in answers] == [a['prompt'] for a in asked]
+  assert [a['seed'] for a in answers] == [5, 9, 7]
+  for answer in answers:
+    assert answer['text'] == answer['prompt'] + answer['answer']
+    assert answer['tokens'] == 4
+    assert 1 <= answer['forwards'] <= 4
+  alone = sample(
+    sample_script,
+    finished.workdir,
+    capsys,
+    prompt=[asked[1]['prompt']],
+    seed=9,
+    **how,
+  )
+  assert alone == answers[1]['text'] + '\n'
+
+
+def test_the_script_makes_a_page_of_what_it_prints(
+  finished, sample_script, capsys, tmp_path
+):
+  """And shows it, and writes it as JSON lines, if asked to."""
+  asked = dict(prompt=['def </script>(', 'x = "'], block_length=2)
+  plain = sample(sample_script, finished.workdir, capsys, **asked)
+  for number, more in enumerate((dict(), dict(show=True), dict(out='out'))):
+    path = tmp_path / f'{number}.html'
+    more = {
+      key: str(tmp_path / v) if v == 'out' else v for key, v in more.items()
+    }
+    out = sample(
+      sample_script, finished.workdir, capsys, html=str(path), **asked, **more
+    )
+    if 'out' in more:
+      rows = (tmp_path / 'out').read_text().splitlines()
+      out = '\n---\n'.join(json.loads(row)['text'] for row in rows) + '\n'
+    assert out.replace('=' * 8 + '\n', '').endswith(plain)
+    (recording,) = re.findall(
+      r'"application/json">(.*?)</script>', path.read_text()
+    )
+    data = json.loads(recording)
+    assert data['steps'] == 4
+    assert [t['title'] for t in data['texts']] == [
+      'prompt 1, seed 0',
+      'prompt 2, seed 1',
+    ]
+    for text, printed in zip(
+      data['texts'], plain.split('\n---\n'), strict=True
+    ):
+      given = text['steps'].count(0)
+      assert text['blocks'] == [-1] * given + [0, 0, 1, 1]
+      assert sorted(text['steps'][given:]) == [1, 2, 3, 4]
+      assert all(0 <= sure <= 1 for sure in text['sure'][given:])
+      if all(isinstance(piece, str) for piece in text['pieces']):
+        assert ''.join(text['pieces']) == printed.rstrip('\n')
+    settings = dict(data['settings'])
+    assert (settings['steps'], settings['block_length']) == ('4', '2')
+
+
+class Typed(io.StringIO):
+  """Standard input that ends with Ctrl-C."""
+
+  def __next__(self):
+    line = self.readline()
+    if not line:
+      raise KeyboardInterrupt
+    return line
+
+
+@pytest.mark.parametrize('ended_by', [io.StringIO, Typed])
+def test_the_script_answers_lines_as_they_come(
+  finished, sample_script, capsys, monkeypatch, tmp_path, ended_by
+):
+  """As if they had been given on the command line, and ends in order."""
+  lines = ['def read(', '', 'def write(']
+  monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines) + '\n'))
+  out = sample(sample_script, finished.workdir, capsys, interactive=True)
+  asked = [line for line in lines if line]
+  assert out == sample(sample_script, finished.workdir, capsys, prompt=asked)
+  monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines)))
+  path = tmp_path / 'out.jsonl'
+  run_script(sample_script, finished.workdir, interactive=True, out=str(path))
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  assert captured.err.splitlines()[-1].startswith('8 tokens in 8 forward')
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [(r['prompt'], r['seed']) for r in rows] == [
+    ('def read(', 0),
+    ('def write(', 1),
+  ]
+
+
+def test_the_script_serves_as_it_samples(
+  finished, sample_script, capsys, tmp_path
+):
+  """On another mesh, with a cache that is refreshed, two rows at a time."""
+  path = tmp_path / 'out.jsonl'
+  texts = ['def read(', 'class ', 'import ']
+  expected = sample(
+    sample_script, finished.workdir, capsys, prompt=texts, block_length=2
+  )
+  flags = dict(tensor=2, cache='dual', refresh=1, batch=2, out=str(path))
+  run_script(
+    sample_script, finished.workdir, prompt=texts, block_length=2, **flags
+  )
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert '---\n'.join(r['text'] + '\n' for r in rows) == expected
+
+
+def test_the_script_gives_answers_of_open_length(
+  finished, sample_script, capsys, tmp_path
+):
+  """Each up to an eos or the length of the training's rows."""
+  path = tmp_path / 'out.jsonl'
+  texts = ['def read(', 'x']
+  run_script(
+    sample_script,
+    finished.workdir,
+    prompt=texts,
+    open_length=True,
+    gen_length=None,
+    block_length=4,
+    dtype='bfloat16',
+    out=str(path),
+  )
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  encode = load_lib.load(str(finished.workdir))[1].encode
+  for text, row in zip(texts, rows, strict=True):
+    room = 16 - len(encode(text))  # config.data.length
+    assert row['tokens'] == row['forwards'] == room  # it knows no eos yet
+    assert row['positions'] < room * 16
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_a_run_is_sampled_with_weights_of_the_dtype_that_is_asked_for(
+  finished, sample_script, capsys, monkeypatch, dtype
+):
+  """All of them; by default as stored, in float32."""
+  loaded = []
+  load = load_lib.load
+  monkeypatch.setattr(
+    load_lib, 'load', lambda *a: loaded.append(load(*a)) or loaded[-1]
+  )
+  texts = ['def read(', 'x']
+  sample(sample_script, finished.workdir, capsys, prompt=texts, dtype=dtype)
+  config, tokenizer, params, mesh = loaded[0]
+  _, _, stored = saved.newest(finished.workdir)
+  leaves = jax.tree_util.tree_leaves_with_path({'params': params})
+  for path, leaf in leaves:
+    original = stored[jax.tree_util.keystr(path)]
+    assert original.dtype == jnp.float32
+    assert leaf.dtype == jnp.dtype(dtype or 'float32')
+    np.testing.assert_array_equal(leaf, original.astype(leaf.dtype))
+  c = request.sampler_config(config)
+  layout = layouts.continue_prompts(
+    [tokenizer.encode(text) for text in texts], c.gen_length
+  )
+  with jax.set_mesh(mesh):
+    out = sampler.generate(
+      request.sampler_model(config), c, params, *layout, range(2)
+    )
+  out = np.asarray(out)
+  np.testing.assert_array_equal(out[~layout[1]], layout[0][~layout[1]])
+  assert not (out == tokenizer.mask_id).any()
+
+
+def test_the_script_says_what_it_took(finished, sample_script, capsys):
+  capsys.readouterr()
+  flags = dict(remasking='threshold', threshold=0.0, block_length=2)
+  run_script(sample_script, finished.workdir, prompt=['def '], **flags)
+  assert re.match(
+    r'4 tokens in 2 forward passes of a row, 0.50 per token, over (\d+) '
+    r'positions, [0-9.]+ per token, and .* s, ',
+    capsys.readouterr().err.splitlines()[-1],
+  )
+
+
+REFUSED_FLAGS = {
+  'rule': (dict(threshold=0.5), '--threshold is for --remasking threshold'),
+  'nucleus': (dict(top_p=0.9), 'top_p=0.9.*temperature above 0'),
+  'gaps': (
+    dict(infill=['a{{2}}b'], stop_at_eos=True),
+    '--stop_at_eos and --open_length are for prompts',
+  ),
+  'open': (
+    dict(infill=['a{{2}}b'], open_length=True),
+    '--open_length are for prompts',
+  ),
+  'refresh': (dict(refresh=2), 'refresh=2 is how often a cache is made anew'),
+  'heads': (dict(prompt=['a'], tensor=8), 'not divisible by mesh.tensor = 8'),
+  'context': (dict(gen_length=100), 'tokens together.*data.length=16'),
+  'two': (dict(prompt=['a'], infill=['a{{2}}b']), 'give one of'),
+  'shown': (dict(show=True, out='o.jsonl'), '--show'),
+  'talk': (dict(interactive=True, show=True), '--show prints'),
+  'both': (dict(interactive=True, prompt=['a']), 'give one of'),
+  'page': (dict(interactive=True, html='a.html'), '--html replays'),
+  'no_page': (dict(html='/nowhere/a.html'), '--html: cannot write'),
+  'bytes': (dict(prompt=['\udcff']), 'not UTF-8'),
+  'unwritable': (dict(out='/nowhere/o.jsonl'), '--out: cannot write'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED_FLAGS)
+def test_flags_of_the_script_that_do_not_fit_are_refused(
+  finished, sample_script, case
+):
+  flags, message = REFUSED_FLAGS[case]
+  with pytest.raises(UserError, match=message):
+    run_script(sample_script, finished.workdir, **flags)
+
+
+# The other objective
+
+
+def test_one_changed_line_trains_an_autoregressive_model(make_config, tmp_path):
+  config = make_config(objective__name='autoregressive')
+  result = loop.run(config, str(tmp_path))
+  rows = Run(workdir=tmp_path)
+  bounds = rows.scalars('eval/loss_nats_per_token')
+  assert bounds[0] == pytest.approx(np.log(4096), rel=0.1)
+  assert result['eval/loss_nats_per_token'] < bounds[0] - 0.5
+  assert set(rows.scalars('train/masked_share').values()) == {1.0}
+  assert rows.scalars('sample/0')[STEPS].startswith('def read(')
+
+
+# Mixtures
+
+
+def test_a_mixture_is_trained_on_and_each_part_of_it_evaluated(
+  make_config, corpus, tokenizer, tmp_path
+):
+  other = other_corpus(tokenizer, tmp_path / 'another')
+  config = make_config(
+    data__path=f'{corpus}=0.75,{other}=0.25', eval__batches=1
+  )
+  result = loop.run(config, str(tmp_path / 'run'))
+  header = (tmp_path / 'run' / 'header.txt').read_text()
+  for path, share in ((corpus, '75.00%'), (other, '25.00%')):
+    (line,) = [x for x in header.splitlines() if f' {path}: an epoch' in x]
+    assert line.endswith(f'{share} of its tokens')
+  names = [str(path).strip('/') for path in (corpus, other)]
+  value = lambda key: [result[f'eval/{name}/{key}'] for name in names]
+  losses = value('loss_nats_per_token')
+  assert losses[0] != losses[1]
+  assert result['eval/loss_nats_per_token'] == pytest.approx(
+    0.75 * losses[0] + 0.25 * losses[1]
+  )
+  # Bits per byte are a ratio of means: bits of a token over bytes of a token.
+  bytes_per_token = [
+    loss / np.log(2) / bits
+    for loss, bits in zip(losses, value('bits_per_byte'), strict=True)
+  ]
+  assert result['eval/bits_per_byte'] == pytest.approx(
+    result['eval/loss_nats_per_token']
+    / np.log(2)
+    / (0.75 * bytes_per_token[0] + 0.25 * bytes_per_token[1])
+  )
+  spreads = value('stderr_nats_per_token')
+  assert result['eval/stderr_nats_per_token'] == pytest.approx(
+    np.hypot(0.75 * spreads[0], 0.25 * spreads[1])
+  )
+
+
+def test_other_data_may_be_evaluated_on(
+  finished, make_config, tokenizer, tmp_path
+):
+  other = other_corpus(tokenizer, tmp_path / 'another')
+  config = make_config(eval__path=other, eval__batches=1)
+  result = loop.run(config, str(tmp_path / 'run'))
+  assert result.keys() == finished.result.keys()
+  assert result != finished.result
+  ours = Run(workdir=tmp_path / 'run').scalars('train/loss_nats_per_token')
+  assert ours == finished.scalars('train/loss_nats_per_token')
+
+
+# What is refused
+
+
+def with_swapped_shards(corpus, directory):
+  """Both files are sound, and neither is what the manifest says."""
+  shutil.copytree(corpus, directory)
+  train, heldout = (
+    directory / f'{split}-00000.array_record' for split in records.SPLITS
+  )
+  content = train.read_bytes(), heldout.read_bytes()
+  heldout.write_bytes(content[0])
+  train.write_bytes(content[1])
+  return str(directory)
+
+
+def with_another_eos(corpus, directory):
+  shutil.copytree(corpus, directory)
+  manifest = records.read_manifest(directory)
+  records.write_manifest(directory, dataclasses.replace(manifest, eos_id=7))
+  return str(directory)
+
+
+def with_another_tokenizer(corpus, directory):
+  shutil.copytree(corpus, directory)
+  manifest = json.loads((directory / 'manifest.json').read_text())
+  manifest['tokenizer_fingerprint'] = '0' * 16
+  (directory / 'manifest.json').write_text(json.dumps(manifest))
+  return str(directory)
+
+
+REFUSED = {
+  'tokenizer of the data': (
+    dict(data__path='with_another_tokenizer'),
+    'prepared with tokenizer 0000000000000000.*config.data.tokenizer',
+  ),
+  'shard': (
+    dict(data__path='with_swapped_shards'),
+    'train-00000.* its manifest says',
+  ),
+  'eos': (dict(data__path='with_another_eos'), 'eos id 7.*eos_id=2'),
+  'mixture': (dict(data__path='a=1,b'), "'b' must be DIRECTORY=WEIGHT"),
+  'no data': (dict(data__path='/nowhere/rows'), '/nowhere/rows.*data.path'),
+  'no tokenizer': (
+    dict(data__tokenizer='/nowhere/t.model'),
+    '/nowhere/t.model.*config.data.tokenizer',
+  ),
+  'mask id': (dict(tokens__mask_id=5), 'config.tokens.mask_id=5.* has 4'),
+  'vocabulary': (dict(model__vocab_size=4000), 'config.model.vocab_size=4000'),
+  'mesh': (dict(mesh__tensor=3), 'tensor=3.* 8 devices'),
+  'heads': (
+    dict(mesh__tensor=4, mesh__fsdp=2),
+    'heads = 2 is not divisible by mesh.tensor = 4',
+  ),
+  'batch': (dict(train__batch=36), 'config.train.batch=36.*batch=32 is'),
+  'eval batch': (dict(eval__batch=18), 'config.eval.batch=18.*batch=16 is'),
+  'length': (dict(data__length=12), 'length of 12 .* rows of 16 tokens'),
+  'held-out text': (dict(eval__batches=10_000), 'config.eval.batches'),
+  'choice': (dict(objective__name='autoregresive'), "'autoregressive'"),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_bad_input_is_refused_before_anything_is_compiled(
+  make_config, corpus, tmp_path, case
+):
+  changes, message = REFUSED[case]
+  config = make_config(**changes)
+  for make in (with_another_tokenizer, with_swapped_shards, with_another_eos):
+    if config.data.path == make.__name__:
+      config.data.path = make(corpus, tmp_path / 'data')
+  before = len(compilations)
+  with pytest.raises(UserError, match=message) as error:
+    loop.run(config, str(tmp_path / 'run'))
+  assert '\n' not in str(error.value)
+  assert compilations[before:] == []
+
+
+def test_a_missing_wandb_is_said_before_anything_is_opened(
+  make_config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='pip install wandb'):
+    loop.run(make_config(train__wandb_project='p'), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_one_step_is_queued_behind_the_one_that_runs_and_no_more(
+  make_config, tmp_path, monkeypatch
+):
+  """However rarely metrics are written: a checkpoint that SIGTERM asks for has
+  to wait for every step that is queued."""
+  events, queued = [], []
+  call, wait = jax.stages.Compiled.__call__, jax.block_until_ready
+
+  def recorded_call(compiled, *args):
+    found = call(compiled, *args)
+    if isinstance(found, tuple) and 'skipped_before' in found[-1]:
+      queued.append(found[-1])
+      events.append(f'step {len(queued)} is queued')
+    return found
+
+  def recorded_wait(x):
+    for number, values in enumerate(queued, 1):
+      if values is x:
+        events.append(f'step {number} has ended')
+    return wait(x)
+
+  monkeypatch.setattr(jax.stages.Compiled, '__call__', recorded_call)
+  monkeypatch.setattr(jax, 'block_until_ready', recorded_wait)
+  config = make_config(
+    train__steps=4,
+    train__log_every_steps=100,
+    eval__every_steps=100,
+    checkpoint__every_steps=100,
+    optimizer__decay_steps=1,
+  )
+  loop.run(config, str(tmp_path / 'run'))
+  assert events == [
+    'step 1 is queued',
+    'step 2 is queued',
+    'step 1 has ended',
+    'step 3 is queued',
+    'step 2 has ended',
+    'step 4 is queued',
+    'step 3 has ended',
+  ]
+
+
+@pytest.mark.parametrize('remat', ['full', 'minimal'])
+def test_too_little_memory_is_told_with_the_keys_that_lower_it(
+  make_config, tmp_path, monkeypatch, remat
+):
+  def too_large():
+    return jax.block_until_ready(jax.jit(lambda: jnp.zeros(1 << 44))())
+
+  lowered = types.SimpleNamespace(compile=too_large)
+  jitted = types.SimpleNamespace(lower=lambda *args: lowered)
+  monkeypatch.setattr(step_lib, 'compile_train_step', lambda *args: jitted)
+  with pytest.raises(UserError, match='too little memory') as error:
+    loop.run(make_config(model__remat=remat), str(tmp_path / 'run'))
+  for key in ('train.microbatches=', 'loss_chunk_tokens='):
+    assert key in str(error.value)
+  change = 'set --config.model.remat=minimal to full,'
+  assert (change in str(error.value)) == (remat != 'full')
+  assert ('model.remat' in str(error.value)) == (remat != 'full')
+  assert '\n' not in str(error.value)
+
+
+def test_the_parameters_in_the_header_are_counted(finished, capsys):
+  c = step_lib.step_config(finished.config)
+  shapes = transformer.shapes(c.model)
+  mesh = mesh_lib.make_mesh()
+  header = workdir_lib.describe(
+    finished.config, c, mesh, datasets(finished.config.data.path)
+  )
+  number = sum(x.size for x in jax.tree.leaves(shapes))
+  assert re.search(rf'^total +{number:,}$', header, re.MULTILINE)
+  assert '8 x cpu, replica=1, fsdp=8, sequence=1, tensor=1' in header
+  assert 'objective.name' in header

@@ -1,0 +1,453 @@
+"""The train step is the same function on every mesh and in microbatches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdiff.distributed import mesh
+from maskdiff.model import transformer
+from maskdiff.model.transformer import TransformerConfig
+from maskdiff.objectives import masked_diffusion, table
+from maskdiff.objectives.canvas import ObjectiveConfig
+from maskdiff.objectives.schedule import Schedule
+from maskdiff.training import guard, optimizer, step
+from maskdiff.training.guard import GuardConfig
+from maskdiff.training.optimizer import OptimizerConfig
+
+BATCH, LENGTH, STEPS, LONG = 32, 16, 3, 60
+MODEL = TransformerConfig(
+  vocab_size=32,
+  embed=16,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  mlp=24,
+  tie_embeddings=True,
+  rope_theta=1e4,
+  norm_eps=1e-5,
+  dtype='float32',
+  remat='full',
+  attention='xla',
+)
+OBJECTIVE = ObjectiveConfig(
+  name='masked_diffusion',
+  schedule=Schedule(),
+  eps=1e-3,
+  time_sampling='antithetic',
+  random_length_fraction=0.2,
+  attend_within='row',
+  predict_mask=False,
+  mask_id=4,
+  bos_id=1,
+  eos_id=2,
+  loss_chunk_tokens=16,
+)
+GUARD = GuardConfig(spike_sigmas=0.0)
+# A tenth of the tokens end a document.
+CONFINED = dataclasses.replace(OBJECTIVE, attend_within='document', eos_id=10)
+OPTIMIZER = OptimizerConfig(
+  schedule='wsd',
+  learning_rate=1e-2,
+  final_learning_rate=1e-3,
+  warmup_steps=0,
+  decay_steps=10,
+  pieces=(),
+  b1=0.9,
+  b2=0.95,
+  eps=1e-5,  # not less, lest noise in tiny gradients become full steps
+  weight_decay=0.1,
+  clip_norm=1.0,
+  moments='float32',
+)
+MESHES = {
+  'one_device': dict(fsdp=1),
+  'fsdp8': dict(fsdp=8),
+  'replica2_fsdp2_tensor2': dict(replica=2, fsdp=2, tensor=2),
+  'fsdp2_sequence2_tensor2': dict(fsdp=2, sequence=2, tensor=2),
+}
+OTHERS = [
+  ('one_device', 4),
+  ('fsdp8', 1),
+  ('replica2_fsdp2_tensor2', 4),
+  ('fsdp2_sequence2_tensor2', 4),
+]
+KEY = 7
+
+compilations = []
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, seconds, **_: (
+    compilations.append(event)
+    if event == '/jax/core/compile/backend_compile_duration'
+    else None
+  )
+)
+
+
+def make_mesh(name):
+  sizes = MESHES[name]
+  devices = jax.devices()[: np.prod(list(sizes.values()))]
+  return mesh.make_mesh(**sizes, devices=devices)
+
+
+def make_tokens():
+  """Text with structure to learn: few tokens, most of them the same."""
+  random = np.random.default_rng(0)
+  return random.choice([9, 10, 11], (BATCH, LENGTH), p=[0.8, 0.1, 0.1]).astype(
+    np.int32
+  )
+
+
+def initial_params(std=0.2):
+  random = np.random.default_rng(1)
+  draw = lambda x: (std * random.normal(size=x.shape)).astype(np.float32)
+  return jax.tree.map(draw, transformer.shapes(MODEL))
+
+
+def initial_state(tx, std=0.2):
+  params = initial_params(std)
+  zeros = jax.tree.map(
+    lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, params)
+  )
+  return step.TrainState(np.zeros((), np.int32), params, zeros, guard.init())
+
+
+@dataclasses.dataclass
+class Run:
+  """What every step of a training returned and did."""
+
+  metrics: list  # of dicts
+  params: list  # of trees
+  donated: list  # whether every buffer of the old state is gone
+  compilations: list  # how many programs were compiled
+
+
+@functools.cache
+def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
+  """A short training from the same parameters on the same batch."""
+  m = make_mesh(mesh_name)
+  tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
+  c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD)
+  out = Run([], [], [], [])
+  with jax.set_mesh(m):
+    state = jax.device_put(
+      initial_state(tx, std), step.state_shardings(MODEL, tx, m)
+    )
+    update = step.compile_train_step(c, tx, m)
+    tokens = jax.device_put(make_tokens(), mesh.batch_sharding(m))
+    for _ in range(steps):
+      before, old = len(compilations), jax.tree.leaves(state)
+      state, metrics = update(state, tokens, jax.random.key(KEY))
+      jax.block_until_ready(state)
+      out.compilations.append(len(compilations) - before)
+      out.donated.append(all(x.is_deleted() for x in old))
+      out.metrics.append(jax.tree.map(np.asarray, metrics))
+      # Copies: an array that NumPy looks into cannot be donated.
+      out.params.append(jax.tree.map(np.array, state.params))
+  assert state.step == steps
+  return out
+
+
+def of_each_step(name, metrics):
+  return np.array([m[name] for m in metrics[:STEPS]])
+
+
+@pytest.fixture(scope='module')
+def reference():
+  """One device, one batch, and more steps than the others, to learn."""
+  return run('one_device', 1, LONG)
+
+
+# The step itself
+
+
+@functools.cache
+def canvas_of(c, key, step):
+  draw = jax.jit(functools.partial(table.make_canvas, c), static_argnums=3)
+  key = jax.random.fold_in(jax.random.key(key), step)
+  return draw(make_tokens(), jnp.arange(BATCH), key, BATCH)
+
+
+@jax.jit
+def dense_loss(params, canvas):
+  """Nats per token and gradient, with all logits, on one device."""
+
+  def loss(params):
+    network = transformer.bind(dataclasses.replace(MODEL, remat='none'), params)
+    logits = network.logits(network(canvas.inputs, canvas.labels))
+    logits = logits.at[..., OBJECTIVE.mask_id].set(-jnp.inf)
+    log_p = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_p, canvas.targets[..., None], axis=-1)
+    return (canvas.weights * nll[..., 0]).sum() / canvas.num_tokens.sum()
+
+  return jax.value_and_grad(loss)(params)
+
+
+def test_a_state_starts_at_step_0_with_moments_of_its_parameters():
+  tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
+  init = functools.partial(step.init_state, MODEL, tx)
+  describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  state = jax.eval_shape(init, jax.random.key(0))
+  assert describe(state) == describe(initial_state(tx))
+
+
+def test_first_step_descends_the_gradient_of_the_loss_per_token(reference):
+  value, gradient = dense_loss(initial_params(), canvas_of(OBJECTIVE, KEY, 0))
+  first = reference.metrics[0]
+  np.testing.assert_allclose(
+    first['weighted_nll'] / first['num_tokens'], value, rtol=1e-5
+  )
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(first['grad_norm'], norm, rtol=1e-4)
+
+
+def test_every_step_draws_noise_of_its_own(reference):
+  """The batch is constant, so only the noise can tell the steps apart."""
+  for name in ('num_predicted', 'num_tokens'):
+    assert len(set(of_each_step(name, reference.metrics))) == STEPS
+
+
+def test_counts_by_mask_ratio_add_up(reference):
+  for metrics in reference.metrics:
+    assert metrics['ratio_count'].sum() == metrics['num_predicted']
+
+
+def test_rows_are_counted_in_the_bucket_of_their_mask_ratio():
+  canvas = canvas_of(OBJECTIVE, KEY, 0)
+  rows = jnp.arange(BATCH)
+  nll = jnp.where(canvas.weights != 0, 1.0 + rows[:, None], 0)
+  sums = step.summarize(canvas, jnp.sum(canvas.weights * nll), nll)
+  count, total = np.zeros(5), np.zeros(5)
+  for r in range(BATCH):
+    bucket = int(canvas.mask_ratio[r] // 0.2)
+    count[bucket] += np.count_nonzero(canvas.weights[r])
+    total[bucket] += nll[r].sum()
+  np.testing.assert_array_equal(sums['ratio_count'], count)
+  np.testing.assert_allclose(sums['ratio_nll'], total, rtol=1e-6)
+  assert sums['num_predicted'] == count.sum()
+  assert sums['num_tokens'] == canvas.num_tokens.sum()
+
+
+def test_the_largest_mask_ratio_falls_into_the_last_bucket():
+  canvas = masked_diffusion.corrupt(
+    OBJECTIVE,
+    jnp.full((1, LENGTH), 9),
+    jnp.array([1 - 2.0**-24]),
+    jnp.zeros((1, LENGTH)),
+    jnp.array([LENGTH]),
+  )
+  sums = step.summarize(canvas, 0.0, jnp.ones((1, LENGTH)))
+  np.testing.assert_array_equal(sums['ratio_count'], [0, 0, 0, 0, LENGTH])
+
+
+# Meshes and microbatches
+
+
+@pytest.mark.parametrize('other', OTHERS, ids=str)
+def test_noise_is_the_same_on_every_mesh_and_in_microbatches(other, reference):
+  for name in ('num_predicted', 'num_tokens', 'ratio_count'):
+    np.testing.assert_array_equal(
+      of_each_step(name, run(*other).metrics),
+      of_each_step(name, reference.metrics),
+    )
+
+
+@pytest.mark.parametrize('other', OTHERS, ids=str)
+def test_losses_equal_those_of_one_device_and_one_batch(other, reference):
+  for name in ('weighted_nll', 'grad_norm', 'param_norm', 'ratio_nll'):
+    np.testing.assert_allclose(
+      of_each_step(name, run(*other).metrics),
+      of_each_step(name, reference.metrics),
+      rtol=2e-5,
+      err_msg=name,
+    )
+
+
+@pytest.mark.parametrize('other', OTHERS, ids=str)
+def test_parameters_move_as_on_one_device_and_in_one_batch(other, reference):
+  """The distance between the ends is small against the way there."""
+
+  def compare(path, actual, expected, start):
+    way = np.linalg.norm(expected - start)
+    assert way > 0
+    gap = np.linalg.norm(actual - expected)
+    assert gap < 1e-3 * way, jax.tree_util.keystr(path)
+
+  jax.tree_util.tree_map_with_path(
+    compare,
+    run(*other).params[STEPS - 1],
+    reference.params[STEPS - 1],
+    initial_params(),
+  )
+
+
+@pytest.mark.parametrize(
+  'name', ['one_device', 'fsdp8', 'fsdp2_sequence2_tensor2']
+)
+def test_packed_documents_have_the_same_loss_on_every_mesh(name):
+  """Also where the length is split, along which documents are counted."""
+  std = 1.0  # large, or attention would hardly matter to the loss
+  params = initial_params(std)
+  value, gradient = dense_loss(params, canvas_of(CONFINED, KEY, 0))
+  of_rows, _ = dense_loss(params, canvas_of(OBJECTIVE, KEY, 0))
+  assert abs(value - of_rows) > 1e-2 * of_rows
+  (metrics,) = run(name, 1, 1, CONFINED, std).metrics
+  loss = metrics['weighted_nll'] / metrics['num_tokens']
+  assert np.isfinite(loss)
+  np.testing.assert_allclose(loss, value, rtol=1e-5)
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-4)
+
+
+ALL = [('one_device', 1, LONG), *OTHERS]
+
+
+@pytest.mark.parametrize('of', ALL, ids=str)
+def test_only_the_first_step_compiles(of):
+  first, *later = run(*of).compilations
+  assert first > 0
+  assert not any(later)
+
+
+@pytest.mark.parametrize('of', ALL, ids=str)
+def test_the_old_state_is_donated(of):
+  assert all(run(*of).donated)
+
+
+# Microbatches
+
+
+def splits(batch, parts, mesh_name):
+  """[parts, shards, rows of one device in one microbatch] row numbers."""
+  m = make_mesh(mesh_name)
+  with jax.set_mesh(m):
+    rows = jax.jit(lambda x: step.split_rows(x, parts))(jnp.arange(batch))
+  return np.asarray(rows).reshape(parts, mesh.batch_shards(m), -1)
+
+
+@pytest.mark.parametrize('mesh_name', MESHES)
+@pytest.mark.parametrize('parts', [1, 2, 4])
+def test_microbatches_hold_every_row_once_and_pairs_together(parts, mesh_name):
+  split = splits(64, parts, mesh_name)
+  np.testing.assert_array_equal(np.sort(split.ravel()), np.arange(64))
+  pairs = split.reshape(-1, 2)
+  np.testing.assert_array_equal(pairs[:, 0] % 2, 0)
+  np.testing.assert_array_equal(pairs[:, 1], pairs[:, 0] + 1)
+
+
+@pytest.mark.parametrize('mesh_name', MESHES)
+@pytest.mark.parametrize('batch', [64, 32])
+def test_each_device_keeps_its_rows_in_every_microbatch(batch, mesh_name):
+  """Also where a microbatch has no room for pairs: 32 rows by 4 by 8."""
+  split = splits(batch, 4, mesh_name)
+  shards = split.shape[1]
+  owner = split // (batch // shards)
+  expected = np.broadcast_to(np.arange(shards)[:, None], owner.shape)
+  np.testing.assert_array_equal(owner, expected)
+
+
+def test_all_arrays_are_split_alike():
+  rows, tokens = jnp.arange(16), jnp.arange(64).reshape(16, 4)
+  split_rows, split_tokens = step.split_rows((rows, tokens), 4)
+  assert split_tokens.shape == (4, 4, 4)
+  np.testing.assert_array_equal(split_tokens, tokens[split_rows])
+
+
+# Updates that are not worth making
+
+
+@pytest.mark.parametrize('microbatches', [1, 4])
+@pytest.mark.parametrize('mesh_name', ['fsdp8', 'replica2_fsdp2_tensor2'])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(
+  mesh_name, microbatches, monkeypatch
+):
+  """One poisoned step; the others are as without it."""
+  whole = step.batch_gradients
+
+  def poisoned(c, params, tokens, key):
+    gradients, sums = whole(c, params, tokens, key)
+    bad = jnp.where(tokens[0, 0] == 31, jnp.nan, 0)
+    head = {'norm': gradients['norm'].at[3].add(bad)}
+    return gradients | head, sums
+
+  monkeypatch.setattr(step, 'batch_gradients', poisoned)
+  m = make_mesh(mesh_name)
+  tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
+  c = step.StepConfig(MODEL, OBJECTIVE, LENGTH, microbatches, GUARD)
+  with jax.set_mesh(m):
+    update = step.compile_train_step(c, tx, m)
+    place = lambda tokens: jax.device_put(tokens, mesh.batch_sharding(m))
+    good, bad = make_tokens(), make_tokens()
+    bad[0, 0] = 31
+    state = jax.device_put(
+      initial_state(tx), step.state_shardings(MODEL, tx, m)
+    )
+    state, _ = update(state, place(good), jax.random.key(KEY))
+    before = jax.tree.map(np.asarray, state)
+    state, metrics = jax.block_until_ready(
+      update(state, place(bad), jax.random.key(KEY))
+    )
+    assert metrics['skipped'] and metrics['skipped_in_a_row'] == 1
+    assert not np.isfinite(metrics['grad_norm'])
+    assert np.isfinite(metrics['param_norm'])
+    for old, new in zip(
+      jax.tree.leaves((before.params, before.opt_state)),
+      jax.tree.leaves((state.params, state.opt_state)),
+      strict=True,
+    ):
+      np.testing.assert_array_equal(old, new)
+    assert state.step == before.step + 1
+    state, metrics = jax.block_until_ready(
+      update(state, place(good), jax.random.key(KEY))
+    )
+    assert not metrics['skipped'] and metrics['skipped_before'] == 1
+    assert np.any(np.asarray(state.params['norm']) != before.params['norm'])
+
+
+# Evaluation and learning
+
+
+WHOLE_ROWS = step.StepConfig(
+  model=MODEL,
+  objective=dataclasses.replace(OBJECTIVE, random_length_fraction=0.0),
+  length=LENGTH,
+  microbatches=1,
+  guard=GUARD,
+)
+
+
+@jax.jit
+def evaluate(params, key):
+  return step.eval_step(WHOLE_ROWS, params, make_tokens(), key)
+
+
+def test_evaluation_repeats_bit_for_bit_and_depends_on_its_key():
+  sums = lambda key: evaluate(initial_params(), jax.random.key(key))
+  jax.tree.map(np.testing.assert_array_equal, sums(0), sums(0))
+  assert sums(0)['weighted_nll'] != sums(1)['weighted_nll']
+  assert sums(0)['num_tokens'] == BATCH * LENGTH
+
+
+def test_evaluation_is_the_loss_of_its_batch():
+  key = jax.random.fold_in(jax.random.key(KEY), 0)
+  sums = evaluate(initial_params(), key)
+  canvas = canvas_of(WHOLE_ROWS.objective, KEY, 0)
+  np.testing.assert_allclose(
+    sums['weighted_nll'] / sums['num_tokens'],
+    dense_loss(initial_params(), canvas)[0],
+    rtol=1e-5,
+  )
+
+
+def test_training_on_a_constant_batch_reduces_its_loss(reference):
+  def bound(params):
+    sums = evaluate(params, jax.random.key(1))
+    return sums['weighted_nll'] / sums['num_tokens']
+
+  entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.1))  # of a token of this text
+  assert bound(initial_params()) > np.log(16)
+  assert bound(reference.params[-1]) < 1.5 * entropy
