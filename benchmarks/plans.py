@@ -1,4 +1,4 @@
-"""The table of plans in README.md and docs/speed.md, from one clean run.
+"""The table of plans in docs/speed.md, from one clean run.
 
 python benchmarks/plans.py [--only 1b] > table.md
 

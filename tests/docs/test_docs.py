@@ -45,7 +45,8 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code():
 def test_scripts_and_configs_that_are_named_exist(path):
   text = path.read_text()
   files = re.findall(
-    r'\b(?:launch|configs|benchmarks|docs|tests|tokenizer)/\w+\.(?:py|sh|md|yaml|service)\b',
+    r'(?<![\w/])(?:launch|configs|benchmarks|docs|tests|tokenizer|maskdiff)'
+    r'/(?:\w+/)*\w+\.(?:py|sh|md|yaml|service)\b',
     text,
   )
   missing = [name for name in set(files) if not (ROOT / name).exists()]
