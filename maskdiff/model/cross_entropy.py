@@ -141,9 +141,10 @@ def _walk(
     h = hidden.at[index].get(mode='fill', fill_value=0)
     y = targets.at[index].get(mode='fill', fill_value=0)
     w = weights.at[index].get(mode='fill', fill_value=0)
-    logits = jnp.einsum(
-      'td,dv->tv', h, head, preferred_element_type=jnp.float32
-    )
+    with jax.named_scope('part(loss: logits)'):
+      logits = jnp.einsum(
+        'td,dv->tv', h, head, preferred_element_type=jnp.float32
+      )
     if exclude is not None:
       logits = jnp.where(vocab == exclude, -jnp.inf, logits)
     is_target = vocab == y[:, None]
@@ -155,11 +156,13 @@ def _walk(
     if gradients:
       d_logits = (jnp.exp(logits - log_norm[:, None]) - is_target) * w[:, None]
       d_logits = d_logits.astype(dtype)
-      d_h = jnp.einsum('tv,dv->td', d_logits, head)
+      with jax.named_scope('part(loss: gradient of hidden states)'):
+        d_h = jnp.einsum('tv,dv->td', d_logits, head)
       d_hidden = d_hidden.at[index].set(d_h, mode='drop')
-      d_head += jnp.einsum(
-        'td,tv->dv', h, d_logits, preferred_element_type=jnp.float32
-      )
+      with jax.named_scope('part(loss: gradient of the head)'):
+        d_head += jnp.einsum(
+          'td,tv->dv', h, d_logits, preferred_element_type=jnp.float32
+        )
     return loss, nll, d_hidden, d_head
 
   start = (

@@ -1,4 +1,4 @@
-"""Layers without weights of their own: RMS norm, rotary positions, embedding lookup."""
+"""Layers without weights: RMS norm, rotary positions, embedding lookup."""
 
 import functools
 
@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from maskdiff.distributed.mesh import BATCH_AXES, shard
 
 
+@jax.named_scope('network(normalisation)')
 def rms_norm(x, gain, eps):
   """x / rms(x) * gain along the last axis, computed in float32, like x."""
   f = x.astype(jnp.float32)
@@ -16,6 +17,7 @@ def rms_norm(x, gain, eps):
   return (f * gain).astype(x.dtype)
 
 
+@jax.named_scope('network(rotary positions)')
 def rope(pos, head_dim, theta, scaling=()):
   """Cosines and sines of rotary position embedding (arXiv 2104.09864).
 

@@ -227,6 +227,7 @@ def split_spec(kernel, axis):
   )
 
 
+@jax.named_scope('network(attention besides kernel)')
 def run(kernel, q, k, v, doc_q, doc_k):
   """Attention of the rows and heads of one device.
 

@@ -201,15 +201,17 @@ class Transformer(nnx.Module):
   def _layers(self, tokens, pos, attention, cache=None, keep=False):
     """Hidden states, and with `keep` the keys and values of all layers."""
     c = self.config
-    x = lookup(self.embed[...], tokens, c.dtype)
-    x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
+    with jax.named_scope('network(embedding)'):
+      x = lookup(self.embed[...], tokens, c.dtype)
+      x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
     rotation = rope(pos, c.head_dim, c.rope_theta, c.rope_scaling)
     # Matrices are cast before the scan, so that what a mesh gathers for each
     # layer is already in the compute dtype.
-    layers = jax.tree.map(
-      lambda w: w.astype(c.dtype) if w.ndim > 2 else w,
-      nnx.to_pure_dict(nnx.state(self.blocks)),
-    )
+    with jax.named_scope('part(weights: cast and copy)'):
+      layers = jax.tree.map(
+        lambda w: w.astype(c.dtype) if w.ndim > 2 else w,
+        nnx.to_pure_dict(nnx.state(self.blocks)),
+      )
 
     def layer(x, given):
       weights, cached = given
@@ -222,7 +224,8 @@ class Transformer(nnx.Module):
       layer = jax.checkpoint(
         layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False
       )
-    x, kv = jax.lax.scan(layer, x, (layers, cache))
+    with jax.named_scope('network(layer: stacked arrays)'):
+      x, kv = jax.lax.scan(layer, x, (layers, cache))
     return rms_norm(x, self.norm[...], c.norm_eps), kv
 
   def vocabulary(self):
@@ -230,6 +233,7 @@ class Transformer(nnx.Module):
     tied = self.config.tie_embeddings
     return self.embed[...].T if tied else self.head[...]
 
+  @jax.named_scope('part(logits)')
   def logits(self, hidden):
     """Projects hidden states [..., D] onto the vocabulary, [..., V] float32."""
     head = self.vocabulary().astype(hidden.dtype)
@@ -238,6 +242,7 @@ class Transformer(nnx.Module):
     )
 
 
+@jax.named_scope('network(layer: elementwise)')
 def block(c, w, x, rotation, attention):
   """One layer.
 
@@ -257,16 +262,21 @@ def block(c, w, x, rotation, attention):
   # Keys and values are whole along the length: every query may see them.
   k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
   v = checkpoint_name(shard(v, 'batch', 'kv_heads', None, 'head_dim'), 'v')
-  attended = attention(q, k, v)
+  with jax.named_scope('network(attention)'):
+    attended = attention(q, k, v)
   attended = shard(attended, 'batch', 'heads', 'length', 'head_dim')
-  x = x + jnp.einsum('bhlk,hkd->bld', attended, w['o'])
+  with jax.named_scope('network(attention output)'):
+    x = x + jnp.einsum('bhlk,hkd->bld', attended, w['o'])
   x = checkpoint_name(shard(x, 'batch', 'length', 'embed'), 'middle')
 
   h = rms_norm(x, w['norm2'], c.norm_eps)
-  gate = checkpoint_name(jnp.einsum('bld,df->blf', h, w['gate']), 'gate')
-  up = checkpoint_name(jnp.einsum('bld,df->blf', h, w['up']), 'up')
-  inner = shard(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
-  x = x + jnp.einsum('blf,fd->bld', inner, w['down'])
+  with jax.named_scope('network(mlp gate/up)'):
+    gate = checkpoint_name(jnp.einsum('bld,df->blf', h, w['gate']), 'gate')
+    up = checkpoint_name(jnp.einsum('bld,df->blf', h, w['up']), 'up')
+  with jax.named_scope('network(mlp activation)'):
+    inner = shard(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
+  with jax.named_scope('network(mlp down)'):
+    x = x + jnp.einsum('blf,fd->bld', inner, w['down'])
   return shard(x, 'batch', 'length', 'embed'), (k, v)
 
 
@@ -291,11 +301,15 @@ def project_qkv(c, w, h, rotation):
 
   def turn(x, name):
     x = rms_norm(x, w[f'{name}_norm'], c.norm_eps) if c.qk_norm else x
-    return rotate(x, rotation)
+    with jax.named_scope('network(rotary positions)'):
+      return rotate(x, rotation)
 
-  q = turn(project('bld,dhk->bhlk', 'q'), 'q')
-  k = turn(project('bld,dgk->bglk', 'k'), 'k')
-  return q, k, project('bld,dgk->bglk', 'v')
+  with jax.named_scope('network(attention query)'):
+    q = turn(project('bld,dhk->bhlk', 'q'), 'q')
+  with jax.named_scope('network(attention key/value)'):
+    k = turn(project('bld,dgk->bglk', 'k'), 'k')
+    v = project('bld,dgk->bglk', 'v')
+  return q, k, v
 
 
 def from_the_left(x, labels):

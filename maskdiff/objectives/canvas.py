@@ -90,11 +90,12 @@ def canvas_loss(c, model, canvas):
     [B, L] float32 nll, 0 where the weight is 0 and without gradient.
   """
   hidden = model(canvas.inputs, canvas.labels)
-  return cross_entropy(
-    hidden,
-    model.vocabulary(),
-    canvas.targets,
-    canvas.weights,
-    None if c.predict_mask else c.mask_id,
-    c.loss_chunk_tokens,
-  )
+  with jax.named_scope('part(loss)'):
+    return cross_entropy(
+      hidden,
+      model.vocabulary(),
+      canvas.targets,
+      canvas.weights,
+      None if c.predict_mask else c.mask_id,
+      c.loss_chunk_tokens,
+    )

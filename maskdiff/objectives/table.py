@@ -7,6 +7,8 @@ objective, add an entry to OBJECTIVES.
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from maskdiff.model import transformer
 from maskdiff.objectives import autoregressive, masked_diffusion
 
@@ -62,6 +64,7 @@ OBJECTIVES = {
 }
 
 
+@jax.named_scope('part(noise)')
 def make_canvas(c, tokens, rows, key, batch):
   """Returns the Canvas of the objective `c.name`.
 

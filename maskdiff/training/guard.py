@@ -8,6 +8,7 @@ or stands out from the last `WINDOW` of its kind.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 WINDOW = 128
@@ -29,6 +30,7 @@ def init():
   }
 
 
+@jax.named_scope('part(guard)')
 def judge(c, guard, loss, grad_norm):
   """Whether a step's update is to be made.
 

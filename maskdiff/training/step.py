@@ -65,23 +65,25 @@ def train_step(c, optimizer, state, tokens, key):
   """
   key = jax.random.fold_in(key, state.step)
   gradients, sums = batch_gradients(c, state.params, tokens, key)
-  gradients = jax.tree.map(lambda g: g / sums['num_tokens'], gradients)
-  grad_norm = optax.tree.norm(gradients)
-  ok, guard = guard_lib.judge(
-    c.guard, state.guard, sums['weighted_nll'] / sums['num_tokens'], grad_norm
-  )
-  updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params
-  )
-  params, opt_state = jax.tree.map(
-    lambda new, old: jnp.where(ok, new, old),
-    (optax.apply_updates(state.params, updates), opt_state),
-    (state.params, state.opt_state),
-  )
+  with jax.named_scope('part(optimizer)'):
+    gradients = jax.tree.map(lambda g: g / sums['num_tokens'], gradients)
+    grad_norm = optax.tree.norm(gradients)
+    ok, guard = guard_lib.judge(
+      c.guard, state.guard, sums['weighted_nll'] / sums['num_tokens'], grad_norm
+    )
+    updates, opt_state = optimizer.update(
+      gradients, state.opt_state, state.params
+    )
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(ok, new, old),
+      (optax.apply_updates(state.params, updates), opt_state),
+      (state.params, state.opt_state),
+    )
+    param_norm = optax.tree.norm(params)
   metrics = {
     **sums,
     'grad_norm': grad_norm,
-    'param_norm': optax.tree.norm(params),
+    'param_norm': param_norm,
     'skipped': ~ok,
     'skipped_in_a_row': guard['in_a_row'],
     'skipped_before': state.guard['skipped'],
@@ -119,9 +121,10 @@ def batch_gradients(c, params, tokens, key):
     lambda x: jnp.zeros(x.shape, x.dtype),
     jax.eval_shape(gradient, params, rows, tokens),
   )
-  sums, _ = jax.lax.scan(
-    accumulate, zeros, split_rows((rows, tokens), c.microbatches)
-  )
+  with jax.named_scope('part(gradient sum over microbatches)'):
+    sums, _ = jax.lax.scan(
+      accumulate, zeros, split_rows((rows, tokens), c.microbatches)
+    )
   return sums
 
 
@@ -158,6 +161,7 @@ def loss_sums(c, params, tokens, rows, key, batch):
   return summarize(canvas, total, nll)
 
 
+@jax.named_scope('part(metrics)')
 def summarize(canvas, total, nll):
   """What a batch adds to the metrics, as sums, so that batches add up.
 
