@@ -1,10 +1,11 @@
-"""How a run ends other than done: the errors that mean something to others."""
+"""Exceptions that launch scripts act on, and the exit status of each."""
 
 import contextlib
+import difflib
 
 STATUS_UNEXPECTED = 1
-STATUS_USER = 2  # a restart would only repeat it
-STATUS_AGAIN = 75  # EX_TEMPFAIL: the same command may do better, or goes on
+STATUS_USER = 2  # do not restart: the same error would follow
+STATUS_AGAIN = 75  # EX_TEMPFAIL: start the same command again
 
 
 class UserError(ValueError):
@@ -15,27 +16,49 @@ class UserError(ValueError):
 
 
 class NotJoined(UserError):
-  """Other processes of the run were not there in time.
+  """The other processes of the run did not start in time.
 
-  A restart can find them, so that scripts exit with status 75.
+  Scripts in launch/ exit with status 75, since a restart can find them.
   """
 
 
 class Preempted(Exception):
-  """The run was told to end, and has saved what it had done.
+  """The run received SIGTERM and saved its state.
 
-  Scripts in launch/ exit with status 75: the same command goes on.
+  Scripts in launch/ exit with status 75: the same command resumes the run.
   """
 
   def __init__(self, step):
-    """`step` is the one that was saved."""
-    super().__init__(f'told to end; step {step} is saved')
+    """`step` is the step of the saved checkpoint."""
+    super().__init__(f'preempted; step {step} is saved')
     self.step = step
+
+
+def no_checkpoint(workdir):
+  """Returns the UserError for a directory that is not a work directory."""
+  return UserError(
+    f'{workdir} holds no checkpoint; train one with launch/pretrain.py '
+    f'--workdir {workdir}'
+  )
+
+
+def one_line(error, length=200):
+  """Returns the message of an error on one line of at most `length` letters.
+
+  An error without a message gives the name of its class.
+  """
+  return ' '.join(str(error).split())[:length] or type(error).__name__
+
+
+def suggestion(word, known):
+  """Returns '; did you mean ...?' with the closest known word, or ''."""
+  close = difflib.get_close_matches(str(word), list(known), n=1)
+  return f'; did you mean {close[0]!r}?' if close else ''
 
 
 @contextlib.contextmanager
 def writing(flag, path):
-  """Turns errors of the disk into a UserError that names the flag of a file."""
+  """Turns an OSError into a UserError that names the flag and the path."""
   try:
     yield
   except OSError as error:

@@ -1,16 +1,21 @@
-"""The configuration: every key with its default, type, choices and check.
+"""The config: one file per section declares the keys, with their checks.
 
-Files in configs/ call `default()` and change some values. Scripts call
-`run_script`, which parses the command line.
+Files in configs/ call `default()` and change values. Scripts call
+`run_script`, which parses the command line. No module here imports JAX.
 """
 
-from maskdiff.config.checks import CHOICES, WEIGHTS, validate, validate_mesh
+from maskdiff.config.checks import validate
 from maskdiff.config.command_line import (
+  WEIGHTS,
   define_config_flag,
   define_load_flags,
+  define_sample_flags,
+  require_workdir,
   run_script,
 )
 from maskdiff.config.keys import (
+  CHOICES,
+  KEYS,
   check_keys,
   choose,
   default,
@@ -18,18 +23,22 @@ from maskdiff.config.keys import (
   from_dict,
   lookup,
 )
+from maskdiff.config.mesh import validate_mesh
 
 __all__ = [
   'CHOICES',
+  'KEYS',
   'WEIGHTS',
   'check_keys',
   'choose',
   'default',
   'define_config_flag',
   'define_load_flags',
+  'define_sample_flags',
   'flatten',
   'from_dict',
   'lookup',
+  'require_workdir',
   'run_script',
   'validate',
   'validate_mesh',

@@ -1,24 +1,41 @@
-"""The command line."""
+"""Command lines of the scripts in launch/: parsing, flags, exit statuses."""
 
+import os
 import re
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
-from maskdiff.config.checks import WEIGHTS
-from maskdiff.config.keys import check_keys, default, flatten, suggestion
-from maskdiff.errors import STATUS_AGAIN, STATUS_USER, Preempted, UserError
+from maskdiff.config import sample
+from maskdiff.config.keys import KEYS, SECTIONS, check_keys
+from maskdiff.errors import (
+  STATUS_AGAIN,
+  STATUS_USER,
+  Preempted,
+  UserError,
+  no_checkpoint,
+  one_line,
+  suggestion,
+)
+
+# Dtypes to which the weights of a loaded model can be cast.
+WEIGHTS = ('float32', 'bfloat16')
 
 
 def run_script(main, argv=None, positional=False):
   """Parses the command line of a script in launch/ and calls main(FLAGS).
 
-  The script has defined its absl flags; one that is `positional` takes other
-  arguments too, and is called as main(FLAGS, arguments). --help prints them
-  after its docstring. Everything that the user can fix ends with one line on
-  standard error and status 2: an unknown flag or config key, forgotten dashes,
-  and every UserError. Status 75 means: start me again.
+  Errors that the user can fix (unknown flags and config keys, missing dashes,
+  every UserError) are printed as one line on standard error; the exit status is
+  2. Status 75 asks for the same command again. --help prints the docstring of
+  the script and its flags.
+
+  Args:
+    main: function of FLAGS; with `positional`, of FLAGS and a list of the other
+      arguments.
+    argv: command line; sys.argv by default.
+    positional: whether the script takes arguments that are not flags.
   """
   argv = sys.argv if argv is None else argv
   if '--help' in argv[1:]:
@@ -36,12 +53,12 @@ def run_script(main, argv=None, positional=False):
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(STATUS_USER)
-  except Preempted:  # it has been said
+  except Preempted:  # the training loop has printed it
     sys.exit(STATUS_AGAIN)
 
 
 def _help():
-  # Those of this module are --config, --tensor and --dtype.
+  # The define_* functions below register their flags under this module.
   known = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__))
   return '\n'.join([sys.modules['__main__'].__doc__, *filter(None, known)])
 
@@ -50,26 +67,26 @@ def _parse(argv):
   try:
     rest = flags.FLAGS(argv)[1:]
     if 'config' in flags.FLAGS:
-      check_keys(flags.FLAGS.config)  # the flag puts its errors off till read
+      # Reading the flag raises its errors; ml_collections defers them.
+      check_keys(flags.FLAGS.config)
   except UserError:
     raise
-  except Exception as e:  # a config file is a program, and may raise anything
+  except Exception as e:  # a config file is a program and can raise anything
     raise UserError(_explain(e, argv)) from e
   return flags.FLAGS, rest
 
 
 def _explain(error, argv):
-  """Says in one line what is wrong with a flag or a config file."""
+  """Returns one line on what is wrong with a flag or a config file."""
   if isinstance(error, flags.UnrecognizedFlagError):
     return f'unknown flag --{error.flagname}' + suggestion(
       error.flagname, flags.FLAGS
     )
-  keys = flatten(default())
   for argument in argv[1:]:
     match = re.match(r'--config\.([^=]+)', argument)
-    if match and match[1] not in keys and match[1] not in default():
-      return f'unknown config key {match[1]!r}' + suggestion(match[1], keys)
-  # What is left are errors raised by the file, ml_collections' own among them.
+    if match and match[1] not in KEYS and match[1] not in SECTIONS:
+      return f'unknown config key {match[1]!r}' + suggestion(match[1], KEYS)
+  # The file raised the error; ml_collections has errors of its own.
   message = str(error).replace('\\', '')
   if match := re.search(r'errors\.UserError: (.*)', message):
     return match[1]
@@ -87,31 +104,50 @@ def _explain(error, argv):
     )
   if match := re.search(r"override field '(\w+)' .*cast.* to type", message):
     _, _, detail = message.partition('(reference). ')
-    return f'config key {match[1]!r}: {_short(detail)}'
+    return f'config key {match[1]!r}: {one_line(detail)}'
   if isinstance(error, flags.Error):
-    return _short(message)
-  return f'cannot load the config file: {_short(message)}'
-
-
-def _short(message):
-  return ' '.join(str(message).split())[:200]
+    return one_line(message)
+  return f'cannot load the config file: {one_line(message)}'
 
 
 def define_config_flag():
-  """Defines --config FILE with its --config.key=value overrides."""
+  """Defines --config FILE and its --config.key=value overrides."""
   config_flags.DEFINE_config_file(
-    'config', None, 'A file of configs/, e.g. configs/tiny.py.'
+    'config', None, 'File in configs/, such as configs/tiny.py.'
   )
 
 
 def define_load_flags():
-  """Defines --tensor and --dtype: how a trained model lies on the devices.
-
-  They are the arguments of run.load with these names.
-  """
+  """Defines --tensor and --dtype, the arguments of interop.load.load."""
   flags.DEFINE_integer(
-    'tensor', 1, 'Devices that share every layer.', lower_bound=1
+    'tensor', 1, 'Devices that divide every layer.', lower_bound=1
   )
   flags.DEFINE_enum(
-    'dtype', None, WEIGHTS, 'Of the weights; default: as stored.'
+    'dtype', None, WEIGHTS, 'Dtype of the weights. Default: as stored.'
   )
+
+
+def define_sample_flags():
+  """Defines a flag for each key of config.sample except `prompts`.
+
+  The default of each is None: leave the value of the run's config.
+  """
+  for name, key in sample.SETTINGS.items():
+    kind, bounds = type(key.default), (key.minimum, key.maximum)
+    if key.choices:
+      flags.DEFINE_enum(name, None, key.choices, key.help)
+    elif kind is bool:
+      flags.DEFINE_bool(name, None, key.help)
+    elif kind is int:
+      flags.DEFINE_integer(name, None, key.help, *bounds)
+    else:
+      flags.DEFINE_float(name, None, key.help, *bounds)
+
+
+def require_workdir(workdir):
+  """Raises UserError unless the directory exists.
+
+  Scripts call it before they import JAX, which takes seconds.
+  """
+  if not os.path.isdir(workdir):
+    raise no_checkpoint(workdir)

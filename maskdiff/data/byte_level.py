@@ -10,7 +10,7 @@ import json
 import pathlib
 import unicodedata
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 # The files beside tokenizer.json that name its special tokens; the later wins.
 BESIDE = ('special_tokens_map.json', 'tokenizer_config.json')
@@ -61,7 +61,7 @@ def read(path: pathlib.Path, content: bytes):
     processor = tokenizers.Tokenizer.from_buffer(content)
   except Exception as e:  # the library raises nothing more specific
     raise UserError(
-      f'{path} is not a tokenizer.json ({" ".join(str(e).split())}): {_FIX}'
+      f'{path} is not a tokenizer.json ({one_line(e)}): {_FIX}'
     ) from e
   first_step = spec.get('pre_tokenizer') or {}
   steps = [first_step, *first_step.get('pretokenizers', [])]

@@ -30,6 +30,7 @@ from maskdiff.errors import (
   NotJoined,
   Preempted,
   UserError,
+  one_line,
 )
 
 JOIN_TIMEOUT_S = 300
@@ -220,7 +221,7 @@ def join(arguments, timeout_s, heartbeat_s=HEARTBEAT_S):
     raise (NotJoined if passing else UserError)(
       'cannot join the other processes'
       + (f' at {address}' if address else '')
-      + f': {" ".join(str(errors[0]).split())[:300]}'
+      + f': {one_line(errors[0], 300)}'
     ) from errors[0]
   if address is None:
     raise UserError(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 CONFIG = 'config.json'
 LINEAR = {
@@ -293,8 +293,7 @@ def read_config(folder):
     with open(path, encoding='utf-8') as f:
       found = json.load(f)
   except (OSError, ValueError) as error:
-    reason = ' '.join(str(error).split())[:100]
-    raise UserError(f'cannot read {path} ({reason})') from error
+    raise UserError(f'cannot read {path} ({one_line(error, 100)})') from error
   if not isinstance(found, dict):
     raise UserError(f'{path} holds no JSON object')
   return found

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 DTYPES = {
   'F64': np.dtype(np.float64),
@@ -123,7 +123,7 @@ def read_header(path):
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f'{path} is damaged or no safetensors file: its header cannot be read '
-      f'({" ".join(str(error).split())[:100]})'
+      f'({one_line(error, 100)})'
     ) from error
   tensors, data, end = {}, 8 + length, 0
   for name, (dtype, shape, first, last) in sorted(
@@ -183,7 +183,7 @@ def read_folder(folder):
       where = json.load(f)['weight_map']
     files = sorted(set(where.values()))
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    reason = ' '.join(str(error).split())[:100]
+    reason = one_line(error, 100)
     raise UserError(
       f'{index} cannot be read as an index ({reason}): it needs a "weight_map"'
     ) from error

@@ -16,7 +16,7 @@ import tensorboardX
 import tqdm
 
 from maskdiff.distributed.chips import PEAK_FLOPS
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 # How long wandb may hold up a training at its start, and at its end.
 WANDB_START_S, WANDB_END_S = 30, 60
@@ -152,7 +152,7 @@ class _Wandb:
       return self._wandb.init(**about)
     except Exception as error:
       _say(
-        f'warning: wandb: {_line(error)}; rows are kept for `wandb sync` in '
+        f'warning: wandb: {one_line(error)}; rows are kept for `wandb sync` in '
         f'{os.path.join(workdir, "wandb")}'
       )
     with contextlib.suppress(Exception):
@@ -166,7 +166,7 @@ class _Wandb:
       yield
     except Exception as error:
       self._run = None
-      _say(f'warning: wandb, {what}: {_line(error)}; going on without it')
+      _say(f'warning: wandb, {what}: {one_line(error)}; going on without it')
 
   def scalars(self, step, values):
     if self._run:
@@ -191,10 +191,6 @@ class _Wandb:
 def _say(text):
   """A line on standard error that leaves a progress bar whole."""
   tqdm.tqdm.write(text, file=sys.stderr)
-
-
-def _line(error):
-  return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 def read(path):

@@ -15,7 +15,7 @@ from maskdiff import config as config_lib
 from maskdiff.checkpoints import checkpoint
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
 from maskdiff.monitoring import metrics
@@ -29,12 +29,11 @@ def memory_advice(config):
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    first = ' '.join(str(error).split())[:200]
     ways = f'raise --config.train.microbatches={config.train.microbatches}, '
     if config.model.remat != 'full':
       ways += f'set --config.model.remat={config.model.remat} to full, '
     raise UserError(
-      f'a device has too little memory ({first}): {ways}or lower '
+      f'a device has too little memory ({one_line(error)}): {ways}or lower '
       f'--config.objective.loss_chunk_tokens='
       f'{config.objective.loss_chunk_tokens}; for a TPU, launch/plan.py '
       '--sweep finds what fits'

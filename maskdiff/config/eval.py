@@ -1,0 +1,23 @@
+"""Config keys of the evaluations during training."""
+
+from maskdiff.config import train
+from maskdiff.config.key import Key
+
+KEYS = {
+  'path': Key(
+    '',
+    'Data whose held-out part is evaluated, written as config.data.path. '
+    'Empty: the training data.',
+  ),
+  'every_steps': Key(
+    500,
+    'Steps between evaluations. The last step is evaluated too.',
+    minimum=1,
+  ),
+  'batch': Key(32, 'Rows per batch, over all devices.', minimum=1),
+  'batches': Key(8, 'Batches of each dataset.', minimum=1),
+}
+
+
+def check(c):
+  train.check_pairs(c, 'eval')

@@ -1,0 +1,63 @@
+"""The declaration of a config key, and the check of its value."""
+
+from typing import Any, NamedTuple
+
+from maskdiff.errors import UserError, suggestion
+
+
+class Key(NamedTuple):
+  """Declares a config key.
+
+  Attributes:
+    default: value of the key unless a config file or a flag sets it. Its type
+      is the type of the key.
+    help: one or two sentences on what the key sets.
+    choices: allowed values; () allows every value within the bounds.
+    minimum: smallest allowed value, or None.
+    maximum: largest allowed value, or None.
+    above: the value must be larger than this number; None for no bound.
+    below: the value must be smaller than this number; None for no bound.
+  """
+
+  default: Any
+  help: str
+  choices: tuple = ()
+  minimum: float | None = None
+  maximum: float | None = None
+  above: float | None = None
+  below: float | None = None
+
+
+def require(condition, message):
+  """Raises UserError with the message unless the condition holds."""
+  if not condition:
+    raise UserError(message)
+
+
+def check_value(name, key, value):
+  """Checks one value against the declaration of its key.
+
+  Args:
+    name: dotted name of the key, for the message.
+    key: Key.
+    value: value of the key in a config.
+
+  Raises:
+    UserError: the value is not one of the choices, or is out of bounds.
+  """
+  require(
+    not key.choices or value in key.choices,
+    f'config.{name}={value!r}: choose one of {", ".join(key.choices)}'
+    + suggestion(value, key.choices),
+  )
+  # NaN is within no bounds.
+  for bound, text, holds in (
+    (key.minimum, 'at least', lambda bound: value >= bound),
+    (key.maximum, 'at most', lambda bound: value <= bound),
+    (key.above, 'above', lambda bound: value > bound),
+    (key.below, 'below', lambda bound: value < bound),
+  ):
+    require(
+      bound is None or holds(bound),
+      f'config.{name}={value}: must be {text} {bound}',
+    )

@@ -1,0 +1,80 @@
+"""Config keys of the network."""
+
+from maskdiff.config.key import Key, require
+
+KEYS = {
+  'vocab_size': Key(4096, 'Vocabulary size V.', minimum=1),
+  'embed': Key(256, 'Embedding dimension D.', minimum=1),
+  'layers': Key(4, 'Number of layers N.', minimum=1),
+  'heads': Key(4, 'Number of attention heads H.', minimum=1),
+  'kv_heads': Key(
+    4,
+    'Number of key and value heads G; divides heads. Equal to heads: '
+    'multi-head attention.',
+    minimum=1,
+  ),
+  'head_dim': Key(64, 'Dimension K of a head; even.', minimum=1),
+  'mlp': Key(704, 'Hidden dimension F of the feed-forward layers.', minimum=1),
+  'tie_embeddings': Key(
+    True, 'Use one matrix for the input embedding and the output head.'
+  ),
+  'rope_theta': Key(500_000.0, 'Base of the rotary wavelengths.', above=0),
+  'norm_eps': Key(
+    1e-5, 'Added to the mean square in RMS normalization.', above=0
+  ),
+  'dtype': Key(
+    'bfloat16',
+    'Dtype of activations. Parameters are float32.',
+    ('float32', 'bfloat16'),
+  ),
+  'remat': Key(
+    'full',
+    'Rematerialization: what each layer stores for the backward pass, from '
+    'everything (none) to nothing (full).',
+    ('none', 'minimal', 'attention', 'attended', 'offload', 'full'),
+  ),
+  'attention': Key(
+    'auto',
+    'Attention kernel. splash needs a TPU, cudnn an NVIDIA GPU.',
+    ('auto', 'xla', 'splash', 'cudnn'),
+  ),
+  'qkv_bias': Key(False, 'Add biases to queries, keys and values, as Qwen2.'),
+  'qk_norm': Key(
+    False, 'Normalize queries and keys in each head (RMS norm), as Qwen3.'
+  ),
+  'predict_next': Key(
+    False,
+    'The output at a position predicts the token of the next position, as in '
+    'Dream and in other networks that began as autoregressive ones.',
+  ),
+  'rope_scaling': Key(
+    (),
+    'RoPE scaling of Llama 3.1 as (factor, low_freq_factor, high_freq_factor, '
+    'original context length); (): none.',
+  ),
+}
+
+
+def check(c):
+  m = c.model
+  require(
+    m.heads % m.kv_heads == 0,
+    f'config.model.heads={m.heads} is not a multiple of '
+    f'config.model.kv_heads={m.kv_heads}',
+  )
+  require(
+    m.head_dim % 2 == 0,
+    f'config.model.head_dim={m.head_dim} must be even: rotary embeddings '
+    'rotate pairs of dimensions',
+  )
+  require(
+    not m.predict_next or c.objective.name == 'masked_diffusion',
+    'config.model.predict_next=True is for '
+    "config.objective.name='masked_diffusion': the autoregressive objective "
+    'predicts the next token already',
+  )
+  require(
+    len(m.rope_scaling) in (0, 4) and all(x > 0 for x in m.rope_scaling),
+    f"config.model.rope_scaling={m.rope_scaling}: must be () or Llama 3.1's "
+    '(factor, low_freq_factor, high_freq_factor, length)',
+  )

@@ -1,0 +1,143 @@
+"""Config keys of the sampler.
+
+Each key except `prompts` is also a field of request.SamplerConfig and a flag of
+launch/sample.py.
+"""
+
+from maskdiff.config.key import Key, require
+
+KEYS = {
+  'prompts': Key(
+    ('',), 'Prompts that every evaluation continues; (): no samples.'
+  ),
+  'gen_length': Key(64, 'Tokens to add to a prompt.', minimum=1),
+  'block_length': Key(
+    64, 'Tokens per block. Blocks are filled from left to right.', minimum=1
+  ),
+  'steps': Key(
+    64,
+    'Denoising steps in total, divided equally among the blocks.',
+    minimum=1,
+  ),
+  'temperature': Key(
+    0.0, 'Sampling temperature. 0: take the most probable token.', minimum=0
+  ),
+  'top_k': Key(
+    0, 'Sample among the k most probable tokens. 0: all.', minimum=0
+  ),
+  'top_p': Key(
+    1.0,
+    'Nucleus sampling: the smallest set of tokens with this total '
+    'probability. 1: all.',
+    above=0,
+    maximum=1,
+  ),
+  'remasking': Key(
+    'low_confidence',
+    'Remasking rule: which predictions a denoising step commits. ancestral '
+    "and first_hitting sample the model's own distribution at temperature 1, "
+    'ancestral in the limit of many steps.',
+    (
+      'low_confidence',
+      'random',
+      'threshold',
+      'factor',
+      'ancestral',
+      'first_hitting',
+    ),
+  ),
+  'schedule': Key(
+    'linear',
+    'Number of masked tokens over the denoising steps. threshold, factor and '
+    'first_hitting do not read it.',
+    ('linear', 'cosine'),
+  ),
+  'confidence': Key(
+    'probability',
+    'Confidence by which predictions are ranked.',
+    ('probability', 'entropy', 'margin'),
+  ),
+  'threshold': Key(
+    0.9, 'remasking=threshold commits from this confidence on.', minimum=0
+  ),
+  'factor': Key(
+    1.0, 'remasking=factor: a larger factor commits more tokens.', minimum=0
+  ),
+  'guidance': Key(
+    0.0,
+    'Scale of classifier-free guidance. A scale above 0 doubles the forward '
+    'passes. 0: off.',
+    minimum=0,
+  ),
+  'stop_at_eos': Key(
+    False, 'End an answer at its first eos; sample no token after it.'
+  ),
+  'logits_eos_inf': Key(False, 'Never predict eos.'),
+  'confidence_eos_eot_inf': Key(False, 'Commit eos and end of turn last.'),
+  'eot_id': Key(-1, 'Id of the end-of-turn token. -1: none.', minimum=-1),
+  'cache': Key(
+    'none',
+    'KV cache, computed at the first step of a block: of the tokens before '
+    'the block (prefix), or of all tokens outside it (dual). Results change '
+    'a little unless refresh is 1.',
+    ('none', 'prefix', 'dual'),
+  ),
+  'refresh': Key(
+    0,
+    'Recompute the cache after this many steps of a block. 0: only at the '
+    'first step of a block.',
+    minimum=0,
+  ),
+  'lookahead': Key(
+    -1,
+    'Blocks of mask tokens after the current block that the network sees. '
+    '-1: all. With 0 or more, the network cannot see how long the answer may '
+    'become.',
+    minimum=-1,
+  ),
+}
+# Settings of the sampler: everything except the prompts of evaluations.
+SETTINGS = {name: key for name, key in KEYS.items() if name != 'prompts'}
+
+
+def check(c):
+  s, masked_diffusion = c.sample, c.objective.name == 'masked_diffusion'
+  require(
+    all(isinstance(prompt, str) for prompt in s.prompts),
+    f'config.sample.prompts={s.prompts}: must be strings',
+  )
+  for key, off in (('top_k', 0), ('top_p', 1)):
+    require(
+      s.temperature > 0 or s[key] == off,
+      f'config.sample.{key}={s[key]} has no effect at temperature 0: set '
+      'config.sample.temperature above 0',
+    )
+  require(
+    s.eot_id < c.model.vocab_size,
+    f'config.sample.eot_id={s.eot_id} is outside the vocabulary of '
+    f'config.model.vocab_size={c.model.vocab_size}; -1 for none',
+  )
+  require(
+    not s.refresh or s.cache != 'none',
+    f'config.sample.refresh={s.refresh} recomputes a cache: set '
+    'config.sample.cache too',
+  )
+  require(
+    s.cache == 'none' or not c.model.predict_next,
+    f'config.sample.cache={s.cache} does not work with '
+    'config.model.predict_next=True, where the first token of a block is '
+    'predicted at the position before the block; set '
+    'config.sample.cache=none',
+  )
+  for key, off in (('guidance', 0), ('cache', 'none'), ('lookahead', -1)):
+    require(
+      s[key] == off or masked_diffusion,
+      f'config.sample.{key}={s[key]} needs '
+      "config.objective.name='masked_diffusion'",
+    )
+  blocks = -(-s.gen_length // min(s.block_length, s.gen_length))
+  require(
+    s.steps % blocks == 0,
+    f'config.sample.steps={s.steps} cannot be divided equally among {blocks} '
+    f'blocks; choose a multiple of {blocks}',
+  )

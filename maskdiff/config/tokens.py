@@ -1,0 +1,18 @@
+"""Config keys of the special tokens."""
+
+from maskdiff.config.key import Key, require
+
+KEYS = {
+  'mask_id': Key(4, 'Id of the mask token.'),
+  'bos_id': Key(1, 'Id of the token before the first token of a text.'),
+  'eos_id': Key(2, 'Id of the token that ends a text.'),
+}
+
+
+def check(c):
+  for name, value in c.tokens.items():
+    require(
+      0 <= value < c.model.vocab_size,
+      f'config.tokens.{name}={value} is outside the vocabulary of '
+      f'config.model.vocab_size={c.model.vocab_size}',
+    )

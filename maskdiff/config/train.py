@@ -1,0 +1,51 @@
+"""Config keys of the training loop."""
+
+from maskdiff.config.key import Key, require
+
+KEYS = {
+  'steps': Key(1000, 'Training steps.', minimum=1),
+  'batch': Key(32, 'Rows per step B, over all devices.', minimum=1),
+  'microbatches': Key(
+    1,
+    'Parts of a batch that are computed one after another, to save memory. '
+    'Their gradients are summed.',
+    minimum=1,
+  ),
+  'log_every_steps': Key(10, 'Steps between rows of metrics.', minimum=1),
+  'wandb_project': Key(
+    '',
+    'Also log metrics and samples to this wandb project, if wandb is '
+    'installed. WANDB_MODE=offline keeps them for `wandb sync`. Empty: off.',
+  ),
+  'stall_s': Key(
+    600.0,
+    'Seconds after which a step or a batch is reported as stalled.',
+    minimum=0,
+  ),
+  'heartbeat_s': Key(
+    10,
+    'Seconds of silence after which a process counts as dead and the others '
+    'end.',
+    minimum=1,
+  ),
+}
+
+
+def check(c):
+  t = c.train
+  require(
+    t.batch % t.microbatches == 0,
+    f'config.train.batch={t.batch} is not divisible by '
+    f'config.train.microbatches={t.microbatches}',
+  )
+  check_pairs(c, 'train')
+
+
+def check_pairs(c, section):
+  """Checks that antithetic time sampling can pair the rows of a batch."""
+  batch = c[section].batch
+  require(
+    c.objective.time_sampling != 'antithetic' or batch % 2 == 0,
+    f'config.{section}.batch={batch} must be even: antithetic time sampling '
+    'draws times for pairs of rows',
+  )
