@@ -124,20 +124,20 @@ def table(runs):
 
 
 def verdict(runs):
-  """What the baseline is ahead by, in a sentence."""
+  """Sentences that compare the bound with the loss of the baseline."""
   _, losses = curve(runs['masked'], LOSS)
   tokens = passes(runs['autoregressive'], losses[-1])
   final = curve(runs['autoregressive'], LOSS)[1][-1]
   text = (
     f'The bound is {losses[-1] - final:.2f} nats per token above the loss of '
-    'the baseline'
+    'the baseline.'
   )
   if tokens is None:
-    return text + ', which never was as high.'
+    return text
   share = curve(runs['masked'], LOSS)[0][-1] / tokens
   return (
-    f'{text}, whose training loss passed it after {tokens / 1e6:.2f}M tokens, '
-    f'1/{share:.0f} of them.'
+    f'{text} The training loss of the baseline fell below the bound after '
+    f'{tokens / 1e6:.2f}M tokens, 1/{share:.0f} of all tokens.'
   )
 
 

@@ -126,7 +126,7 @@ def test_a_run_that_dies_has_lost_less_than_an_hour(row):
 @pytest.mark.parametrize('config', PLANNED)
 def test_the_page_has_the_figures_of_the_plans(config):
   column, plan = columns()[config], said(config)[PLANNED[config]]
-  assert column['memory a chip, GiB'] == f'{plan["hbm"]} of {plan["room"]}'
+  assert column['memory per chip, GiB'] == f'{plan["hbm"]} of {plan["room"]}'
   assert column['step, s'] == plan['step']
   assert column['tokens/s'] == plan['speed']
   assert f'{number(column["MFU"][:-1]):.0f}' == plan['mfu']
@@ -143,7 +143,7 @@ def test_the_page_has_the_sizes_of_the_configs(config):
   parameters, tokens = column['parameters'], column['tokens in all']
   assert parameters == rounded(params_of(config), parameters)
   rows = f'{c.train.batch:,} x {c.data.length:,}'
-  assert column['rows x tokens a step'] == rows
+  assert column['rows x tokens per step'] == rows
   read = c.train.steps * c.train.batch * c.data.length
   assert tokens == rounded(read, tokens)
 
@@ -180,8 +180,8 @@ def test_what_changes_from_step_to_step_is_what_the_configs_change():
   chips = {c: int(columns()[c]['chips'].split()[0]) for c in PLANNED}
   text = ' '.join(PAGE.split())
   for config, rows, words in (
-    ('1b.py', 2, 'cut into {parts} parts of two rows a chip'),
-    ('8b.py', 4, 'Four rows a chip at once in {parts} parts'),
+    ('1b.py', 2, 'cut into {parts} parts of two rows per chip'),
+    ('8b.py', 4, 'Four rows per chip are computed at once, in {parts} parts'),
   ):
     c = config_of(config)
     assert words.format(parts=c.train.microbatches) in text

@@ -59,7 +59,7 @@ def test_the_baseline_passes_the_bound_where_five_rows_lie_below_it(runs):
   assert proof.passes(runs['autoregressive'], 5.05) == 3_200_000
   assert proof.passes(runs['autoregressive'], 1.0) is None
   assert '1.00 nats' in proof.verdict(runs)
-  assert '3.30M tokens, 1/1 of them' in proof.verdict(runs)
+  assert '3.30M tokens, 1/1 of all tokens' in proof.verdict(runs)
 
 
 def test_samples_are_the_last_ones(runs):
