@@ -30,7 +30,7 @@ PLANS = [
   ('150m.py:v6e-1', '', 'v6e:1x1', 1),
 ]
 HEAD = (
-  '| `configs/` | topology, chips | rows a step | HBM a chip, GiB '
+  '| `configs/` | topology, chips | rows per step | HBM per chip, GiB '
   '| step, s | tokens/s | MFU | days, chip-hours | compiled in |'
 )
 
