@@ -2,13 +2,13 @@
 
 python launch/pretrain.py --config configs/150m.py --workdir runs/150m
 
-153,641,984 parameters; 5000 steps of 64 x 1024 tokens, 328M, are 35 epochs. It
-has not been trained yet.
+153,641,984 parameters; 5000 steps of 64 x 1024 tokens are 328M tokens, 35
+epochs. It has not been trained yet.
 
-What a layer keeps for the backward pass is chosen for the machine,
-configs/150m.py:MACHINE, by default a chip of v5e; launch/colab.ipynb takes that
-for a GPU, too. On v6e there would be room to keep more, 22.1 GiB with
-remat=minimal, but by the plan it is slower: 0.37 s a step.
+config.model.remat is set for the machine, configs/150m.py:MACHINE, by default
+one chip of v5e; launch/colab.ipynb uses that default on a GPU too. A v6e chip
+has memory for remat=minimal (22.1 GiB), but the plan says that it is slower:
+0.37 s a step.
 
 launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
   v5e-1, v5e:1x1: 5.9 of a chip's 15.75 GiB, 0.81 s a step, 80,459 tokens/s,

@@ -8,14 +8,14 @@ python launch/pretrain.py --config configs/1b.py --workdir DIR
 are the paper's; the length of the run is not published exactly: 88,000 steps,
 461B tokens, is the last point of its scaling curves.
 
-The token ids are those of LLaDA's own tokenizer, a tokenizer.json; for another
-one set config.tokens. Preparation leaves a copy of it with the rows.
+The token ids are those of LLaDA's tokenizer, a tokenizer.json; for another
+tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 
-The batch is cut for the machine, configs/1b.py:MACHINE; without one for 8 chips
-of v5e. One chip of v6e, as Colab has it, trains the whole model on batches of
-64 rows; on one of v5e the state leaves no room, and `v5e-1` is a model of its
-own: 9 layers of the same kind. Both keep Adam's moments in bfloat16, read 23B
-tokens, and keep a learning rate that is not tried with so small a batch.
+configs/1b.py:MACHINE sets batch and microbatches for a machine, by default 8
+chips of v5e. One chip of v6e, as in Colab, trains the whole model on batches of
+64 rows. The state does not fit one chip of v5e, so `v5e-1` has 9 of the 22
+layers. Both store Adam's moments in bfloat16 and read 23B tokens; their
+learning rate has not been tried with such a small batch.
 
 launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
   v5e-8, v5e:2x4: 7.9 of a chip's 15.75 GiB, 84.96 s a step, 61,711 tokens/s,

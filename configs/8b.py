@@ -7,15 +7,15 @@ python launch/pretrain.py --config configs/8b.py --workdir DIR
 8,015,581,184 parameters, 2.3T tokens in 438,690 steps of 1280 x 4096 (section
 2.2 and appendix B.2): 0 -> 4e-4 over 2000 steps, constant to 1.2T tokens, 1e-4
 for the next 0.8T, and down to 1e-5 over the last 0.3T. Adam's betas and the
-clipping are not published; these are SMDM's (arXiv 2410.18514). The mask id
-has a column in the head and takes part in the softmax, as in LLaDA.
+clipping norm are not published; these are SMDM's (arXiv 2410.18514). The mask
+token has a column in the head and is part of the softmax, as in LLaDA.
 
-The token ids are those of LLaDA's own tokenizer, a tokenizer.json; for another
-one set config.tokens. Preparation leaves a copy of it with the rows.
+The token ids are those of LLaDA's tokenizer, a tokenizer.json; for another
+tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 
-The batch is cut for the machine, configs/8b.py:MACHINE; without one for 64
-chips of v5p, with the paper's batch. 256 chips take a fifth more, 1536 rows,
-for as many tokens.
+configs/8b.py:MACHINE sets batch and microbatches for a machine, by default 64
+chips of v5p with the paper's batch. 256 chips take a batch of 1536 rows, a
+fifth more, and the same number of tokens.
 
 launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
   v5p-128, v5p:4x4x4: 56.4 of a chip's 95.74 GiB, 12.08 s a step, 433,990
@@ -53,7 +53,7 @@ def get_config(machine='v5p-128'):
   c.tokens.eos_id = 126_081
 
   c.objective.predict_mask = True
-  # Just over 1/8 of the tokens that a chip has masked out of 4 rows.
+  # Just over 1/8 of the masked tokens that a chip has in 4 rows.
   c.objective.loss_chunk_tokens = 1056
 
   c.data.path = 'data/rows'
@@ -78,7 +78,7 @@ def get_config(machine='v5p-128'):
   c.sample.gen_length = 128
   c.sample.block_length = 32
   c.sample.steps = 128
-  c.guard.spike_sigmas = 6.0  # millions of tokens a batch: no spikes of chance
-  c.checkpoint.every_steps = 250  # under an hour on 64 chips of v5p
+  c.guard.spike_sigmas = 6.0  # with millions of tokens, none by chance
+  c.checkpoint.every_steps = 250  # less than an hour on 64 chips of v5p
   c.checkpoint.keep_every_steps = 10_000
   return c

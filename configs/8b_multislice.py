@@ -1,11 +1,11 @@
-"""LLaDA 8B on two slices of v5p-128, 128 chips: configs/8b.py on more of them.
+"""LLaDA 8B (configs/8b.py) on two slices of v5p-128, 128 chips in total.
 
 python launch/pretrain.py --config configs/8b_multislice.py --workdir DIR
 
-8,015,581,184 parameters. Each slice holds a whole replica of the state, and the
-network of the data centre carries the sum of the gradients between them, once
-a step: a slice takes its half of the batch, 10 rows a chip, at once. For that
-the layers keep less than in configs/8b.py.
+8,015,581,184 parameters. Each slice holds a whole replica of the state. The
+slices sum their gradients over the data-centre network once per step, so a
+slice computes its half of the batch, 10 rows per chip, in one microbatch. To
+fit it, layers store fewer activations than in configs/8b.py.
 
 launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
   two slices of v5p:4x4x4: 61.9 of a chip's 95.74 GiB, 6.58 s a step, 796,566

@@ -5,8 +5,9 @@ python launch/pretrain.py --config configs/proof.py \
   --workdir runs/autoregressive --config.objective.name=autoregressive
 
 The model of configs/tiny.py, trained for 6,000 steps instead of 1,300: two
-thirds of an epoch of the embedded corpus, under an hour on one CPU core. Both
-runs see the same rows in the same order, with the same model and optimizer.
+thirds of an epoch of the embedded corpus, less than an hour on one CPU core.
+Both runs read the same rows in the same order, with the same model and
+optimizer.
 """
 
 from maskdiff.config import default

@@ -1,12 +1,12 @@
-"""A training that begins with a published checkpoint, named after the colon.
+"""Warm start from a Hugging Face folder, named after the colon.
 
 python launch/pretrain.py --config configs/published.py:DIR \
   --workdir runs/warm --config.data.path=data/rows
 
-DIR is a folder in Hugging Face's form: LLaDA and Dream are trained further,
-Llama and Qwen become masked diffusion models that predict the next position,
-as Dream was made of Qwen. Model, token ids, tokenizer and config.init_from are
-DIR's; rates and lengths are only a beginning.
+LLaDA and Dream are trained further. Llama and Qwen become masked diffusion
+models that predict the next position, as Dream was made from Qwen. The folder
+sets config.model, config.tokens, the tokenizer and config.init_from. Learning
+rates and lengths are starting points to tune.
 """
 
 from maskdiff.config import default

@@ -9,16 +9,16 @@ python launch/pretrain.py --config configs/puzzles.py --workdir runs/sudoku \
   --config.data.path=data/sudoku --config.data.tokenizer=digits.model
 python launch/evaluate.py --workdir runs/sudoku --task sudoku
 
-Likewise for configs/puzzles.py:countdown and the others, with the vocabulary
-and the row length below. docs/evaluation.md says what comes out.
+For other puzzles use configs/puzzles.py:countdown and so on, with the
+vocabulary and the row length below. docs/evaluation.md has the results.
 """
 
 from maskdiff.config import choose, default
 
-# Vocabulary, tokens of a row, what a position sees. The vocabulary is as small
-# as can be: characters, and names in the case of reversal. A row is a whole
-# number of puzzles, so that none is cut; but facts have any length, and stand
-# in rows as text does.
+# Vocabulary size, tokens per row, attend_within. The vocabulary is as small as
+# possible: characters, and for reversal names. A row holds a whole number of
+# puzzles, so that no puzzle is cut. The facts of reversal vary in length; rows
+# pack them as text.
 PUZZLES = {
   'sudoku': (282, 136, 'document'),
   'addition': (288, 100, 'document'),

@@ -2,10 +2,10 @@
 
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny
 
-Expect 5.6 nats per token on held-out text, against 6.2 for single tokens.
-The rows are short, so the rotary wavelengths are too (theta 1000 instead of
-500000): the bound falls faster for it. Rematerialization stays on because on a
-CPU recomputing a layer is faster than keeping it.
+Expect a bound of 5.6 nats per token on held-out text; the unigram entropy is
+6.2. Rows are short, so rotary wavelengths are short too (theta 1000 instead of
+500000), and the bound falls faster. Rematerialization stays on: on a CPU,
+recomputing a layer is faster than storing its activations.
 """
 
 from maskdiff.config import default

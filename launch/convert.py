@@ -1,12 +1,12 @@
-r"""Converts published checkpoints to work directories, and back; or checks one.
+r"""Converts a Hugging Face folder to a work directory, or back; or checks one.
 
 python launch/convert.py --from hf --in models/LLaDA-8B-Base --out runs/llada
 python launch/convert.py --to hf --in runs/tiny --out models/tiny
 python launch/convert.py --check --in models/LLaDA-8B-Base
 
-A folder in Hugging Face's form has config.json and safetensors, and perhaps a
-tokenizer. With --from or --to, --check compares after the conversion: logits
-computed in NumPy as the published code does with those of this package.
+A Hugging Face folder holds config.json, safetensors and usually a tokenizer.
+--check compares logits of this package with logits of a NumPy implementation of
+the published code; with --from or --to, after the conversion.
 """
 
 import os
@@ -17,28 +17,36 @@ from maskdiff import config
 from maskdiff.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')
-flags.DEFINE_enum('from', None, ['hf'], 'Make a work directory of a folder.')
-flags.DEFINE_enum('to', None, ['hf'], 'Make a folder of a work directory.')
+flags.DEFINE_enum('from', None, ['hf'], 'Write a work directory.')
+flags.DEFINE_enum('to', None, ['hf'], 'Write a Hugging Face folder.')
 flags.DEFINE_bool('check', False, 'Print the tensors and compare logits.')
-flags.DEFINE_string('in', None, 'What to convert, or to check.')
-flags.DEFINE_string('out', None, 'Where to; must not be there yet.')
+flags.DEFINE_string('in', None, 'Directory to convert or to check.')
+flags.DEFINE_string('out', None, 'Output directory; must not exist.')
 flags.DEFINE_enum(
-  'dtype', None, DTYPES, 'Of what is written; by default as stored.'
+  'dtype', None, DTYPES, 'Dtype of the written weights. Default: as stored.'
 )
 flags.DEFINE_enum(
   'family',
   None,
   ['llada', 'dream', 'qwen2', 'qwen3', 'llama'],
-  'Of the folder that --to writes; by default what fits.',
+  'Model family of the folder that --to writes. Default: the one that fits.',
 )
 flags.DEFINE_float(
-  'shard_gb', 5.0, 'Size of the files that --to writes.', lower_bound=0
+  'shard_gb',
+  5.0,
+  'Size in GB of the safetensors files that --to writes.',
+  lower_bound=0,
 )
 flags.DEFINE_integer(
-  'mask_id', None, 'Of a network that never had a mask.', lower_bound=0
+  'mask_id',
+  None,
+  'Id of the mask token, for a network that was trained without one.',
+  lower_bound=0,
 )
 flags.DEFINE_bool(
-  'without_tokenizer', False, 'Leave out a tokenizer that cannot be used here.'
+  'without_tokenizer',
+  False,
+  'Convert without the tokenizer, if maskdiff cannot read it.',
 )
 flags.mark_flag_as_required('in')
 
@@ -49,7 +57,7 @@ def main(args):
   if all(kind.values()) or not (any(kind.values()) or args.check):
     raise UserError('give one of --from hf, --to hf and --check')
   if any(kind.values()) and out is None:
-    raise UserError('--out is missing: where to convert to')
+    raise UserError('--out is missing: give the output directory')
   if not os.path.isdir(source):
     raise UserError(f'--in {source}: there is no such directory')
   for name, needs in (
@@ -61,9 +69,9 @@ def main(args):
       raise UserError(f'--{name} is for --{needs} hf')
   import jax
 
-  if any(kind.values()) and not args.check:  # no accelerator is needed
+  if any(kind.values()) and not args.check:  # needs no accelerator
     jax.config.update('jax_platforms', 'cpu')
-  # Orbax warns that the checkpoint is opened to be read only: it is meant so.
+  # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
 
   from maskdiff.interop import convert

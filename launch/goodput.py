@@ -1,9 +1,9 @@
-"""Says where the time of a run went, over all its restarts.
+"""Prints where the wall time of a run went, over all its restarts.
 
 python launch/goodput.py --workdir runs/tiny
 
-Goodput is the share of the time from the first start to the last sign of life
-that was spent on steps whose result was used.
+Goodput is the share of the time between the first start and the last ledger
+entry that was spent on steps whose result was used.
 """
 
 import os
@@ -13,7 +13,7 @@ from absl import flags
 from maskdiff import config
 from maskdiff.monitoring import ledger
 
-flags.DEFINE_string('workdir', None, 'The run to look at.')
+flags.DEFINE_string('workdir', None, 'Work directory of the run.')
 flags.mark_flag_as_required('workdir')
 
 

@@ -1,12 +1,12 @@
-r"""Evaluates a trained model on tasks of lm-eval, which must be installed.
+r"""Evaluates a trained model on tasks of lm-eval (pip install lm-eval).
 
 python launch/harness.py --workdir runs/tiny --tasks arc_easy,lambada_openai \
   --limit 100 --model samples=64 --model steps=32 --out results.json
 python launch/harness.py --workdir runs/tiny --include_path my_tasks \
   --tasks my_questions
 
-Settings of likelihoods and of the sampler are those of
-maskdiff/evals/harness.py; they are stored with the results.
+maskdiff/evals/harness.py lists the settings of the likelihood and the sampler.
+The results contain them.
 """
 
 import json
@@ -16,23 +16,24 @@ from absl import flags, logging
 from maskdiff import config
 from maskdiff.errors import UserError, writing
 
-flags.DEFINE_string('workdir', None, 'The run to load.')
-flags.DEFINE_list('tasks', None, 'Names of tasks.')
-flags.DEFINE_string('include_path', None, 'Directory with tasks of your own.')
+flags.DEFINE_string('workdir', None, 'Work directory or Hugging Face folder.')
+flags.DEFINE_list('tasks', None, 'Names of tasks, separated by commas.')
+flags.DEFINE_string('include_path', None, 'Directory with your own tasks.')
 flags.DEFINE_multi_string(
   'model',
   [],
   'KEY=VALUE, a setting: samples, strata, form, coupled, guidance, '
-  'check_greedy, seed, batch_size, or one of config.sample; may be repeated.',
+  'check_greedy, seed, batch_size, or a key of config.sample; may be repeated.',
 )
-flags.DEFINE_integer('num_fewshot', None, 'Examples before a question.')
-flags.DEFINE_integer('limit', None, 'Questions of a task; by default all.')
-flags.DEFINE_string('out', None, 'File for all results, samples included.')
+flags.DEFINE_integer('num_fewshot', None, 'Examples before each question.')
+flags.DEFINE_integer('limit', None, 'Questions per task. Default: all.')
+flags.DEFINE_string('out', None, 'File for all results, with the answers.')
 config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'tasks'])
 
 
 def main(args):
+  config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
 
@@ -43,24 +44,24 @@ def main(args):
 def evaluate(args):
   import jax
 
-  from maskdiff.evals import answered, harness  # says if lm-eval is not there
+  from maskdiff.evals import answered, harness  # reports a missing lm-eval
 
   import lm_eval  # isort: skip
   from lm_eval.tasks import TaskManager
   from lm_eval.utils import handle_non_serializable, make_table
 
-  # Orbax warns that the checkpoint is opened to be read only: it is meant so.
+  # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
 
   tasks = TaskManager(include_path=args.include_path)
   unknown = [name for name in args.tasks if not tasks.match_tasks([name])]
   if unknown:
-    raise UserError(f'--tasks: lm-eval knows no {", ".join(unknown)}')
+    raise UserError(f'--tasks: lm-eval has no task {", ".join(unknown)}')
   settings = answered.pairs(args.model)
   loaded = {key: getattr(args, key) for key in ('workdir', 'tensor', 'dtype')}
   for key in loaded:
     if key in settings:
-      raise UserError(f'--model {key}: there is a flag for it, --{key}')
+      raise UserError(f'--model {key}: use the flag --{key}')
   model = harness.MaskDiff.create_from_arg_string(
     ','.join(f'{key}={value}' for key, value in settings.items()),
     loaded,

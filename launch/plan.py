@@ -1,14 +1,14 @@
-r"""Says what a config takes on TPUs, without one: memory, time, communication.
+r"""Plans a config on TPUs, without a TPU: memory, time and communication.
 
 python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 \
   [--num_slices 2] [--json FILE] [--plot FILE.png] [--config.train.batch=320]
 python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 --sweep
 python launch/plan.py --config configs/8b.py --topology v5e:2x4 --mode sample
 
-The TPU compiler (pip install -r requirements-tpu.txt) compiles the very step
-that launch/pretrain.py runs; a large model takes it a minute or two. Memory is
-what the compiler allocates; time is an estimate. Status 1 means that nothing
-was found that fits.
+The TPU compiler (pip install -r requirements-tpu.txt) compiles the same step
+that launch/pretrain.py runs, a large model in one or two minutes. Memory is
+what the compiler allocates; time is an estimate. Exit status 1: the config, or
+every config of a sweep, needs more memory than a chip has.
 """
 
 import json
@@ -22,41 +22,50 @@ from maskdiff.errors import UserError, writing
 from maskdiff.planner import COMPILER_ENVIRONMENT
 
 config.define_config_flag()
-flags.DEFINE_string('topology', None, 'Of one slice, e.g. v5p:4x4x4.')
-flags.DEFINE_integer('num_slices', 1, 'Slices of that topology.')
-flags.DEFINE_enum('mode', 'train', ['train', 'sample'], 'Which step to plan.')
-flags.DEFINE_integer('prompts', 8, 'sample: prompts answered at once.')
-flags.DEFINE_integer('prompt_tokens', 128, 'sample: tokens of a prompt.')
+flags.DEFINE_string(
+  'topology', None, 'Topology of one slice, such as v5p:4x4x4.'
+)
+flags.DEFINE_integer('num_slices', 1, 'Number of slices.')
+flags.DEFINE_enum(
+  'mode',
+  'train',
+  ['train', 'sample'],
+  'Plan a training step, or a denoising step.',
+)
+flags.DEFINE_integer('prompts', 8, 'sample: prompts per batch.')
+flags.DEFINE_integer('prompt_tokens', 128, 'sample: tokens per prompt.')
 flags.DEFINE_integer(
-  'tensor', 1, 'sample: chips that share every layer.', lower_bound=1
+  'tensor', 1, 'sample: chips that divide every layer.', lower_bound=1
 )
 flags.DEFINE_enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'sample: of the weights.'
+  'dtype', 'float32', ['float32', 'bfloat16'], 'sample: dtype of the weights.'
 )
-flags.DEFINE_bool('sweep', False, 'Try and rank many configurations.')
-flags.DEFINE_list('sweep_rows', '1,2,4,8', 'Rows per chip at once to try.')
+flags.DEFINE_bool('sweep', False, 'Plan and rank many configs.')
+flags.DEFINE_list(
+  'sweep_rows', '1,2,4,8', 'Rows per chip and microbatch to try.'
+)
 flags.DEFINE_list(
   'sweep_remat', 'minimal,full', 'Values of model.remat to try.'
 )
 flags.DEFINE_multi_string(
   'sweep_mesh',
   ['fsdp=-1', 'fsdp=-1,tensor=2'],
-  'Mesh axes to try, e.g. fsdp=-1,tensor=2; may be repeated.',
+  'Mesh to try, such as fsdp=-1,tensor=2; may be repeated.',
 )
 flags.DEFINE_string(
-  'json', None, 'File for all numbers; planner/plan.py has them.'
+  'json', None, 'File for all numbers; listed in planner/plan.py.'
 )
-flags.DEFINE_string('plot', None, 'File for a picture of where the time goes.')
+flags.DEFINE_string('plot', None, 'File for a plot of the time of each part.')
 flags.mark_flags_as_required(['config', 'topology'])
 
 
 def main(args):
   os.environ.update(COMPILER_ENVIRONMENT)
-  from maskdiff.planner import plan, report  # after the environment
+  from maskdiff.planner import plan, report  # reads the environment
 
   if args.sweep and (args.plot or args.mode == 'sample'):
     raise UserError('--sweep goes with neither --plot nor --mode sample')
-  # Before minutes of compiling.
+  # Check the files before compiling for minutes.
   if args.plot:
     report.check_plot(args.plot)
   for flag in ('json', 'plot'):
@@ -105,7 +114,7 @@ def _positive(text):
 
 
 def _mesh(text):
-  """A dict of sizes from axis=size,axis=size."""
+  """Returns a dict of mesh sizes from axis=size,axis=size."""
   pairs = [part.split('=') for part in text.split(',')]
   try:
     return {axis: int(size) for axis, size in pairs}
@@ -116,10 +125,10 @@ def _mesh(text):
 
 
 def _require_writable(flag, path):
-  """Raises UserError unless a file could be written; leaves none behind."""
+  """Raises UserError unless a file can be written; creates no file."""
   new = not os.path.exists(path)
   with writing(flag, path):
-    with open(path, 'a'):  # what is there stays
+    with open(path, 'a'):  # an existing file stays as it is
       pass
     if new:
       os.remove(os.path.realpath(path))

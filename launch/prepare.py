@@ -1,4 +1,4 @@
-r"""Turns text into rows of tokens that training reads; or looks at such rows.
+r"""Turns text into rows of tokens for training, or inspects such rows.
 
 python launch/prepare.py --source 'data/web/*.jsonl.zst' --source data/books \
   --tokenizer tokenizer/stdlib_4k.model --out data/rows --row_length 4096 \
@@ -6,7 +6,7 @@ python launch/prepare.py --source 'data/web/*.jsonl.zst' --source data/books \
 python launch/prepare.py --inspect data/rows
 python launch/prepare.py --verify data/rows
 
-Run it again after an interruption, and it goes on.
+After an interruption, the same command resumes.
 """
 
 import os
@@ -20,27 +20,35 @@ from maskdiff.errors import UserError
 flags.DEFINE_multi_string(
   'source',
   [],
-  'embedded, a file, directory or quoted glob of .txt .md .py .jsonl .json '
-  '(these also with .gz, .zst) .parquet, or tfds:DIR:SPLIT; may be repeated.',
+  'embedded; a file, directory or quoted glob of .txt .md .py .jsonl .json '
+  '(also with .gz or .zst) or .parquet; or tfds:DIR:SPLIT. May be repeated.',
 )
 flags.DEFINE_string('tokenizer', None, 'A .model or tokenizer.json file.')
-flags.DEFINE_string('out', None, 'Directory for the rows.')
+flags.DEFINE_string('out', None, 'Output directory for the rows.')
 flags.DEFINE_integer('row_length', 4096, 'Tokens per row.', lower_bound=1)
 flags.DEFINE_float(
   'heldout_fraction',
   0.005,
-  'Share of the documents kept for evaluation, by a hash of their text.',
+  'Share of held-out documents, selected by a hash of their text.',
   lower_bound=0,
   upper_bound=1,
 )
 flags.DEFINE_integer(
-  'workers', os.cpu_count() or 1, 'Processes.', lower_bound=1
+  'workers', os.cpu_count() or 1, 'Number of processes.', lower_bound=1
 )
-flags.DEFINE_string('text_key', 'text', 'Field of JSON, Parquet and tfds.')
-flags.DEFINE_bool('by_line', False, 'Each line of a .txt is a document.')
-flags.DEFINE_string('inspect', None, 'Directory to show: statistics and rows.')
-flags.DEFINE_integer('rows', 3, 'Rows to show with --inspect.', lower_bound=0)
-flags.DEFINE_string('verify', None, 'Directory whose every row to check.')
+flags.DEFINE_string(
+  'text_key', 'text', 'Field or column with the text in JSON, Parquet and tfds.'
+)
+flags.DEFINE_bool(
+  'by_line', False, 'Read each line of a .txt file as a document.'
+)
+flags.DEFINE_string(
+  'inspect', None, 'Print statistics and rows of this directory.'
+)
+flags.DEFINE_integer('rows', 3, 'Rows that --inspect prints.', lower_bound=0)
+flags.DEFINE_string(
+  'verify', None, 'Compare all rows of this directory with their checksums.'
+)
 
 
 def main(args):
@@ -53,7 +61,7 @@ def main(args):
 def prepare(args):
   from maskdiff.data import prepare, sources, tokenizer
 
-  sys.stdout.reconfigure(line_buffering=True)  # lines of progress, to a file
+  sys.stdout.reconfigure(line_buffering=True)  # shows progress in a log file
   for name in ('source', 'tokenizer'):
     if not args[name].value:
       raise UserError(f'--out needs --{name}')
@@ -67,8 +75,8 @@ def prepare(args):
   if large:
     print(
       f'note: {len(large)} parts are over 1 GiB, such as {large[0].paths[0]}: '
-      'one process reads each from the start to the end; split the files to '
-      'divide the work'
+      'a single process reads each of them; split the files to divide the '
+      'work'
     )
   manifest = prepare.prepare(
     plan,

@@ -1,11 +1,11 @@
-r"""Trains a model, or goes on training it.
+r"""Trains a model, or resumes its training.
 
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny \
   [--config.train.steps=2000 ...]
 
-On a pod the same command runs on every host; see docs/pods.md. The same command
-goes on with a run that has ended; status 75 asks for that, status 2 for a
-change by the user. See docs/reliability.md.
+On a pod, run the same command on every host; see docs/pods.md. The same command
+resumes a run that has ended. Exit status 75: start the command again. Exit
+status 2: fix the command first. See docs/reliability.md.
 """
 
 from absl import flags
@@ -13,12 +13,14 @@ from absl import flags
 from maskdiff import config
 
 config.define_config_flag()
-flags.DEFINE_string('workdir', None, 'Where the run is written and resumed.')
+flags.DEFINE_string(
+  'workdir', None, 'Directory of the run, for checkpoints and metrics.'
+)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main(args):
-  # After the flags: a bad one is told at once.
+  # Imported after flags are parsed, so that a bad flag is reported at once.
   from maskdiff.distributed import runtime
   from maskdiff.training import loop
 

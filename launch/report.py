@@ -1,11 +1,12 @@
-"""Makes a page of one or several runs: curves, samples, what differs.
+"""Writes an HTML report of runs: curves, samples, config differences.
 
 python launch/report.py runs/tiny [runs/other ...] [--out report.html] \
   [--plan plan.json]
 
-One HTML file that needs no other and no network. A run may still be going on:
-run it again for a newer page. A plan of `launch/plan.py --json` stands beside
-the measured step time; a run's own is plan.json in its work directory.
+The report is one HTML file that loads no other file. The runs may still be
+training; run the command again for newer curves. A plan of `launch/plan.py
+--json`, or plan.json in the work directory of a run, is shown beside the
+measured step time.
 """
 
 import os
@@ -13,19 +14,22 @@ import os
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError, writing
+from maskdiff.errors import UserError, no_workdir, writing
 
 flags.DEFINE_string(
-  'out', None, 'File to write; by default report.html in the first directory.'
+  'out', None, 'Output file. Default: report.html in the first work directory.'
 )
 flags.DEFINE_string(
-  'plan', None, 'File of launch/plan.py --json, for runs without plan.json.'
+  'plan', None, 'File of launch/plan.py --json, for runs without a plan.json.'
 )
 
 
 def main(args, workdirs):
   if not workdirs:
     raise UserError('give one or more work directories of runs')
+  for workdir in workdirs:
+    if not os.path.isdir(workdir):
+      raise no_workdir(workdir)
   from maskdiff.monitoring import history, report
 
   runs = history.read_runs(workdirs, args.plan)
@@ -35,7 +39,7 @@ def main(args, workdirs):
 
 
 def write(path, text):
-  """Writes a file whole, so that a browser never loads half of it."""
+  """Writes a file atomically, so that a browser never loads half of it."""
   part = path + '.part'
   with writing('out', path):
     with open(part, 'w', encoding='utf-8') as f:

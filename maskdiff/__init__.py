@@ -1,5 +1,8 @@
 """maskdiff: masked diffusion language models in JAX.
 
-Nothing is imported here, so that a process that only reads tokens does not
-pay for JAX. WORKSPACE.md is the map; start at `train.run`.
+This module imports nothing, so that processes that only read tokens start
+without JAX. WORKSPACE.md describes the rooms; the training loop is
+training.loop.run.
 """
+
+__version__ = '0.2.0'

@@ -42,6 +42,11 @@ def no_checkpoint(workdir):
   )
 
 
+def no_workdir(workdir):
+  """Returns the UserError for a work directory that does not exist."""
+  return UserError(f'there is no work directory {workdir!r}')
+
+
 def one_line(error, length=200):
   """Returns the message of an error on one line of at most `length` letters.
 

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, no_workdir
 from maskdiff.monitoring import ledger, metrics
 from maskdiff.objectives.table import OBJECTIVES
 
@@ -89,7 +89,7 @@ def read_run(workdir, plan=None):
     UserError: there is no run.
   """
   if not os.path.isdir(workdir):
-    raise UserError(f'there is no work directory {workdir!r}')
+    raise no_workdir(workdir)
   file = lambda name: os.path.join(workdir, name)
   rows = metrics.read(file('metrics.jsonl'))
   rows = [r for r in rows if isinstance(r, dict) and 'step' in r]
