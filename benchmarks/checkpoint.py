@@ -35,6 +35,7 @@ from absl import logging
 
 from maskdiff.checkpoints import checkpoint
 from maskdiff.checkpoints.fingerprint import fingerprints
+from maskdiff.checkpoints.manifest import Meta
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.training import optimizer
@@ -152,7 +153,7 @@ def measure(make, folder, rounds):
     ours = checkpoint.Checkpointer(folder / 'ours', keep=1)
     with time_it('save'):
       with time_it('save: blocked'):
-        ours.save(number, state, {})
+        ours.save(number, state, Meta())
       ours.finish()
     del state
     meta = ours.read_meta(number)
@@ -195,7 +196,7 @@ def save_without(state, folder, number, time_it):
   with mock.patch.object(checkpoint, 'fingerprints', nothing):
     ours = checkpoint.Checkpointer(folder / 'without', keep=1)
     with time_it('save without'):
-      ours.save(number, state, {})
+      ours.save(number, state, Meta())
       ours.finish()
     ours.close()
   shutil.rmtree(folder / 'without')

@@ -5,7 +5,7 @@ import contextlib
 import jax
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.model import transformer
@@ -36,7 +36,7 @@ def save(path, tokenizer, **changes):
     }
   )
   params = transformer.init(step.step_config(config).model, jax.random.key(0))
-  meta = {'config': checkpoint.config_json(config)}
+  meta = manifest.Meta(config=manifest.config_json(config))
   with contextlib.closing(Checkpointer(path / 'checkpoints', keep=1)) as saver:
     saver.save(1, {'params': params}, meta)
   tokenizer_lib.copy(tokenizer, str(path))

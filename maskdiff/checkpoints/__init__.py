@@ -1,0 +1,8 @@
+"""Checkpoints that are verified on restore.
+
+- `checkpoint`: `Checkpointer` saves and restores steps in a directory.
+- `restore`: finds the newest undamaged step; verifies a step; rolls back.
+- `manifest`: `Meta`, what a checkpoint records beside its arrays.
+- `fingerprint`: hash of an array that does not depend on its sharding.
+- `orbax_manager`: the Orbax CheckpointManager with our options.
+"""

@@ -23,7 +23,7 @@ from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.fingerprint import fingerprints
 from maskdiff.checkpoints.manifest import Damaged, flat
 from maskdiff.checkpoints.orbax_manager import SaveLateJson, open_manager
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 _DAMAGED_FILE = 'damaged.txt'
 _DISK_FULL = re.compile('No space left on device|Disk quota exceeded')
@@ -40,8 +40,8 @@ class SaveError(Exception):
   """
 
   def __init__(self, step, cause):
-    cause = _one_line(cause)
-    super().__init__(f'the checkpoint of step {step} was not saved: {cause}')
+    cause = _reason(cause)
+    super().__init__(f'the checkpoint of step {step} is not saved: {cause}')
     self.step = step
     self.disk_full = bool(_DISK_FULL.search(cause))
 
@@ -199,7 +199,7 @@ class Checkpointer:
     except Exception as error:
       if 'RESOURCE_EXHAUSTED' in str(error):
         raise
-      reason = f'it cannot be read: {_one_line(error)}'
+      reason = f'it cannot be read: {_reason(error)}'
       if jax.process_count() > 1:
         # Other processes may have read their part and be waiting for this one,
         # which cannot send them a message. The mark tells the next start.
@@ -248,7 +248,7 @@ class Checkpointer:
     except MemoryError:
       raise
     except Exception as error:
-      raise Damaged(f'{name} cannot be read: {_one_line(error)}') from error
+      raise Damaged(f'{name} cannot be read: {_reason(error)}') from error
     if manifest.changed(meta.leaves, {name: fingerprints(array)}):
       raise Damaged(f'bits of {name} have changed since they were saved')
     return array
@@ -302,9 +302,8 @@ class Checkpointer:
       self._manager.close()
 
 
-def _one_line(error):
-  """Shortens an error to one line; Orbax's messages can be pages long."""
-  text = ' '.join(str(error).split()) or type(error).__name__
-  if full := _DISK_FULL.search(text):
+def _reason(error):
+  """Shortens an error to one line; says what to do if the disk is full."""
+  if full := _DISK_FULL.search(str(error)):
     return f'{full[0]}; make room, or keep fewer checkpoints'
-  return text[:300]
+  return one_line(error, 300)

@@ -1,29 +1,60 @@
-"""What a checkpoint says of itself: its arrays and their fingerprints.
+"""What a checkpoint records beside its arrays.
 
-A dict of JSON values, kept beside the arrays of a step as its `meta`:
+`Meta` in memory; on disk a JSON object with the keys
 
-    format_version, leaves: {name: {shape, dtype, fingerprint}}, digest,
+    format_version, config, samples, data, evaluation_due,
+    leaves: {name: {shape, dtype, fingerprint}}, digest,
 
-where the digest is of all the rest, and whatever else the caller puts there.
+where `leaves` is the manifest: every array with its fingerprint. `digest` is a
+hash of all other keys.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 
 import jax
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 FORMAT_VERSION = 2
 
 
 class Damaged(Exception):
-  """A step on disk is not what was saved; the message says how it is seen."""
+  """A step on disk differs from what was saved; the message says how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What a checkpoint records beside its arrays; None: not recorded.
+
+  Attributes:
+    config: the run's config as JSON values, from `config_json`.
+    samples: number of training samples consumed so far.
+    data: fingerprint of the training data, from data.pipeline.fingerprint.
+    evaluation_due: whether the evaluation of this step was interrupted, so
+      that a resumed run must repeat it.
+    leaves: {name: {shape, dtype, fingerprint}} of every array; set by `make`.
+  """
+
+  config: dict | None = None
+  samples: int | None = None
+  data: dict | None = None
+  evaluation_due: bool | None = None
+  leaves: dict | None = None
+
+
+_KEYS = tuple(field.name for field in dataclasses.fields(Meta))
+
+
+def config_json(config):
+  """Converts a ConfigDict to plain JSON values."""
+  return json.loads(config.to_json())
 
 
 def flat(tree):
-  """The leaves of a tree by their paths, such as params/blocks/q."""
+  """Leaves of a tree by path, such as params/blocks/q."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -31,7 +62,7 @@ def flat(tree):
 
 
 def nest(named):
-  """The reverse of `flat`, as dicts of dicts whatever the tree was made of."""
+  """The inverse of `flat`: nested dicts, also where the tree had tuples."""
   tree = {}
   for name, leaf in named.items():
     *folders, last = name.split('/')
@@ -43,7 +74,7 @@ def nest(named):
 
 
 def describe(items):
-  """Shapes and dtypes of the arrays of a tree, a dict by name."""
+  """Shape and dtype of every array of a tree, a dict by name."""
   return {
     name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
     for name, leaf in flat(items).items()
@@ -51,90 +82,90 @@ def describe(items):
 
 
 def make(meta, leaves, fingerprints):
-  """The manifest of a step.
+  """Returns the JSON object that is written to disk.
 
   Args:
-    meta: dict of JSON values to put in.
-    leaves: from `describe`.
-    fingerprints: tree of numbers, of the same arrays.
+    meta: Meta. Fields that are None are not written.
+    leaves: shapes and dtypes of the arrays, from `describe`.
+    fingerprints: tree of integers, one for each array.
   """
   prints = flat(fingerprints)
-  meta = {
+  recorded = {
+    key: value for key in _KEYS if (value := getattr(meta, key)) is not None
+  }
+  values = {
     'format_version': FORMAT_VERSION,
-    **meta,
+    **recorded,
     'leaves': {
       name: {**leaf, 'fingerprint': int(prints[name])}
       for name, leaf in leaves.items()
     },
   }
-  return {**meta, 'digest': _digest(meta)}
+  return {**values, 'digest': _digest(values)}
 
 
 def read(path):
-  """Reads the manifest of a step, a dict.
-
-  Args:
-    path: of the file.
+  """Reads the file that holds the result of `make`; returns a Meta.
 
   Raises:
-    Damaged: it is not there, or not as it was written.
-    UserError: it was written by another version.
+    Damaged: the file is missing or differs from what was written.
+    UserError: the file has the format of another version.
   """
   try:
     with open(path) as f:
-      meta = json.load(f)
+      values = json.load(f)
   except (OSError, ValueError) as error:
-    reason = ' '.join(str(error).split())
-    raise Damaged(f'its meta cannot be read: {reason}') from error
-  digest = meta.pop('digest', None) if isinstance(meta, dict) else None
-  intact = digest is not None and digest == _digest(meta)
-  version = meta.get('format_version') if isinstance(meta, dict) else None
-  # The first format had no digest; of others a version that is not intact
-  # may be a flipped bit of this one.
+    raise Damaged(f'its meta cannot be read: {one_line(error)}') from error
+  is_dict = isinstance(values, dict)
+  digest = values.pop('digest', None) if is_dict else None
+  intact = digest is not None and digest == _digest(values)
+  version = values.get('format_version') if is_dict else None
+  # Format 1 had no digest. In later formats the version itself may be a
+  # flipped bit of this version's number, unless the digest matches.
   known = version == 1 if digest is None else intact
   if known and version != FORMAT_VERSION:
     raise UserError(
       f'{os.path.dirname(os.path.dirname(path))} has checkpoint format '
-      f'{version}; this version reads {FORMAT_VERSION}'
+      f'{version}; this version of maskdiff reads format {FORMAT_VERSION}'
     )
   if not intact:
-    raise Damaged('its meta is not as it was written')
-  return meta
+    raise Damaged('its meta differs from what was written')
+  return Meta(**{key: values[key] for key in _KEYS if key in values})
 
 
-def compare(step_path, leaves, wanted):
-  """Compares the arrays of a step with those that are wanted.
+def compare(step_path, leaves, targets):
+  """Checks that the arrays of a step have the expected shapes and dtypes.
 
   Args:
-    step_path: path, for messages.
-    leaves: of a manifest.
-    wanted: dict from an item, the first part of a name, to a tree of shapes.
+    step_path: path of the step, for the error message.
+    leaves: `Meta.leaves` of the step.
+    targets: dict from item (the first part of a name) to a tree of shapes.
 
   Raises:
-    UserError: a name, shape or dtype differs; it names the array and both.
+    UserError: a name, shape or dtype differs. Names the array and both.
   """
-  ours = describe(wanted)
-  theirs = {
+  expected = describe(targets)
+  on_disk = {
     name: {'shape': leaf['shape'], 'dtype': leaf['dtype']}
     for name, leaf in leaves.items()
-    if name.partition('/')[0] in wanted
+    if name.partition('/')[0] in targets
   }
   show = lambda leaf: f'{leaf["dtype"]}{leaf["shape"]}' if leaf else 'none'
-  for name in sorted(ours.keys() | theirs.keys()):
-    if ours.get(name) != theirs.get(name):
+  for name in sorted(expected.keys() | on_disk.keys()):
+    if expected.get(name) != on_disk.get(name):
       raise UserError(
         f'{step_path} does not fit this config: it has '
-        f'{show(theirs.get(name))} for {name}, where '
-        f'{show(ours.get(name))} is wanted'
+        f'{show(on_disk.get(name))} for {name}, but the config needs '
+        f'{show(expected.get(name))}'
       )
 
 
 def changed(leaves, fingerprints):
-  """The names of arrays whose fingerprint is not that of a manifest's leaves.
+  """Names of the arrays whose fingerprint differs from the manifest's.
 
   Args:
-    leaves: of a manifest.
-    fingerprints: tree of numbers, of some of its arrays.
+    leaves: `Meta.leaves`.
+    fingerprints: tree of integers, for some or all of these arrays.
   """
   return [
     name
@@ -143,6 +174,6 @@ def changed(leaves, fingerprints):
   ]
 
 
-def _digest(meta):
-  text = json.dumps(meta, sort_keys=True)
+def _digest(values):
+  text = json.dumps(values, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

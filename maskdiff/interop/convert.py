@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
@@ -71,14 +71,14 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
       params = os.path.join(new, leaves_lib.PARAMS)
       os.mkdir(params)
       with open(os.path.join(new, 'config.json'), 'w') as f:
-        json.dump(checkpoint.config_json(config), f, indent=2)
+        json.dump(manifest.config_json(config), f, indent=2)
     hf.carry(folder, os.path.join(new, hf.PUBLISHED))
     if tokenizer is not None:
       tokenizer_lib.copy(tokenizer, new)
     leaves_lib.write(
       params,
       published.leaves,
-      {'config': checkpoint.config_json(config)},
+      manifest.Meta(config=manifest.config_json(config)),
       dtype,
     )
   number, size = 0, 0
@@ -273,17 +273,17 @@ def _open_workdir(workdir, stack):
   params = os.path.join(workdir, leaves_lib.PARAMS)
   if os.path.isdir(params):
     leaves, meta = leaves_lib.open_folder(params)
-    return config_lib.from_dict(meta['config']), leaves, params
-  checkpointer = checkpoint.open_run(workdir)
+    return config_lib.from_dict(meta.config), leaves, params
+  checkpointer = restore.open_run(workdir)
   stack.enter_context(contextlib.closing(checkpointer))
-  step, meta = checkpoint.newest_meta(checkpointer)
+  step, meta = restore.newest_meta(checkpointer)
 
   # One array at a time: the tensors of all its layers are written in a row.
   @functools.lru_cache(maxsize=1)
   def read(name):
     try:
       return checkpointer.read_array(step, meta, name)
-    except checkpoint.Damaged as error:
+    except manifest.Damaged as error:
       raise UserError(
         f'step {step} of {checkpointer.directory} is damaged: {error}; '
         'launch/checkpoints.py --rollback goes back to one before'
@@ -295,10 +295,10 @@ def _open_workdir(workdir, stack):
       np.dtype(leaf['dtype']),
       lambda index, name=name: read(name)[index],
     )
-    for name, leaf in meta['leaves'].items()
+    for name, leaf in meta.leaves.items()
     if name.startswith('params/')
   }
-  config = config_lib.from_dict(meta['config'])
+  config = config_lib.from_dict(meta.config)
   return config, leaves, f'step {step} of {workdir}'
 
 

@@ -64,7 +64,7 @@ def write(folder, leaves, meta, dtype=None):
   Args:
     folder: that is there, and empty.
     leaves: dict of Leaf by name, such as blocks/q.
-    meta: dict of JSON values for the manifest.
+    meta: checkpoints.manifest.Meta, written beside the arrays.
     dtype: of all that is written, by default as stored.
 
   Raises:
@@ -93,7 +93,7 @@ def open_folder(folder):
   """What `write` has put there.
 
   Returns:
-    dict of Leaf by name, and the manifest.
+    dict of Leaf by name, and the Meta.
 
   Raises:
     UserError: something is missing or damaged.
@@ -103,7 +103,7 @@ def open_folder(folder):
   except manifest.Damaged as error:
     raise UserError(f'{folder} cannot be used: {error}') from error
   leaves = {}
-  for name, entry in meta['leaves'].items():
+  for name, entry in meta.leaves.items():
     path = os.path.join(folder, _file(name))
     tensor = safetensors.read_header(path).get(name)
     stored = tensor and {

@@ -6,7 +6,7 @@ import os
 import jax
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import checkpoint, manifest
+from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
@@ -80,10 +80,10 @@ def load_params(path, mesh, dtype=None):
   if not os.path.isdir(params_dir):
     return _load_checkpoint(path, mesh, dtype)
   leaves, meta = leaves_lib.open_folder(params_dir)
-  config = config_lib.from_dict(meta['config'])
+  config = config_lib.from_dict(meta.config)
   shardings = manifest.flat(_shardings(config, mesh)[1])
   return config, leaves_lib.place(
-    leaves, shardings, dtype, meta['leaves'], params_dir
+    leaves, shardings, dtype, meta.leaves, params_dir
   )
 
 
@@ -95,14 +95,14 @@ def _load_published(published, mesh, dtype):
 
 def _load_checkpoint(workdir, mesh, dtype):
   def targets_of(step, meta):
-    config = config_lib.from_dict(meta['config'])
-    return {'params': checkpoint.targets(*_shardings(config, mesh))}
+    config = config_lib.from_dict(meta.config)
+    return {'params': restore.targets(*_shardings(config, mesh))}
 
-  with contextlib.closing(checkpoint.open_run(workdir)) as checkpointer:
-    _, meta, (params,) = checkpoint.restore_newest(checkpointer, targets_of)
+  with contextlib.closing(restore.open_run(workdir)) as checkpointer:
+    _, meta, (params,) = restore.newest(checkpointer, targets_of)
   if dtype is not None:
     params = leaves_lib.cast(params, dtype)
-  return config_lib.from_dict(meta['config']), params
+  return config_lib.from_dict(meta.config), params
 
 
 def _shardings(config, mesh):

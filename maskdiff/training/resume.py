@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints import manifest, restore
 from maskdiff.distributed import consensus, runtime
 from maskdiff.errors import UserError
 from maskdiff.interop import load
@@ -45,7 +45,7 @@ def agree(config, identity):
   ).hexdigest()
   consensus.agree(
     {
-      'config': digest(checkpoint.config_json(config)),
+      'config': digest(manifest.config_json(config)),
       'code': consensus.code_version(),
       'data': digest(identity),
     }
@@ -74,7 +74,7 @@ def restore_or_init(config, c, key, optimizer, shardings, checkpointer, data):
       config.init_from has another model.
   """
   init = functools.partial(step_lib.init_state, c.model, optimizer)
-  targets = checkpoint.targets(jax.eval_shape(init, key), shardings)
+  targets = restore.targets(jax.eval_shape(init, key), shardings)
 
   def targets_of(step, meta):
     _check(f'{checkpointer.directory}/{step}', meta, config, data)
@@ -82,7 +82,7 @@ def restore_or_init(config, c, key, optimizer, shardings, checkpointer, data):
       params=targets.params, opt_state=targets.opt_state, guard=targets.guard
     )
 
-  found = checkpoint.restore_newest(checkpointer, targets_of)
+  found = restore.newest(checkpointer, targets_of)
   if found is None and config.init_from:
     params = load.warm_start(config, shardings.step.mesh)
     runtime.say(f'parameters are those of {config.init_from}')
@@ -99,7 +99,7 @@ def restore_or_init(config, c, key, optimizer, shardings, checkpointer, data):
 def _check(name, meta, config, data):
   """Compares a checkpoint with the config and the data of the run."""
   for item, now in data.items():
-    before = meta['data'].get(item)
+    before = meta.data.get(item)
     if before == now:
       continue
     differs = f'{name} was trained on data with {item}={before}, not {now}'
@@ -109,7 +109,7 @@ def _check(name, meta, config, data):
         '--config.data.allow_change=True to go on from here'
       )
     runtime.say(differs)
-  was = config_lib.flatten(config_lib.from_dict(meta['config']))
+  was = config_lib.flatten(config_lib.from_dict(meta.config))
   changed = {
     key: f'{was[key]!r}, now {value!r}'
     for key, value in config_lib.flatten(config).items()

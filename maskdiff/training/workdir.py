@@ -12,7 +12,7 @@ import os
 import jax
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints import manifest
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
@@ -72,7 +72,7 @@ def save_run_files(config, tokenizer, header, workdir):
   with open(os.path.join(workdir, 'header.txt'), 'w') as f:
     f.write(header + '\n')
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
-    json.dump(checkpoint.config_json(config), f, indent=2)
+    json.dump(manifest.config_json(config), f, indent=2)
   tokenizer_lib.copy(tokenizer, workdir)
   carry(config, workdir)
 

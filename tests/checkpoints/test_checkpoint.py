@@ -1,6 +1,7 @@
 """What is saved comes back bit for bit, on any mesh, or not at all."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maskdiff.checkpoints import checkpoint, manifest
-from maskdiff.checkpoints.checkpoint import Checkpointer, Damaged, SaveError
+from maskdiff.checkpoints import restore as restore_lib
+from maskdiff.checkpoints.checkpoint import Checkpointer, SaveError
+from maskdiff.checkpoints.manifest import Damaged, Meta
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import transformer
@@ -63,7 +66,7 @@ MESHES = {
   'one_device': dict(fsdp=1),
 }
 ITEMS = ('params', 'opt_state', 'guard')
-META = {'samples': 48, 'data': {'seed': 3, 'rows': 'ab'}, 'list': [1, [2.5]]}
+META = Meta(samples=48, data={'seed': 3, 'rows': 'ab', 'list': [1, [2.5]]})
 
 
 def make_mesh(name):
@@ -79,7 +82,7 @@ def shapes():
 
 def targets(mesh_name):
   shardings = step.state_shardings(MODEL, OPTIMIZER, make_mesh(mesh_name))
-  return checkpoint.targets(shapes(), shardings)
+  return restore_lib.targets(shapes(), shardings)
 
 
 def make_state(mesh_name='fsdp8', seed=0):
@@ -121,7 +124,7 @@ def restore_newest(directory, wanted, **kwargs):
   """The newest whole step, its meta, its items by name; or None."""
   checkpointer = Checkpointer(directory, keep=2, **kwargs)
   with contextlib.closing(checkpointer):
-    found = checkpoint.restore_newest(checkpointer, lambda step, meta: wanted)
+    found = restore_lib.newest(checkpointer, lambda step, meta: wanted)
   return found and (*found[:2], dict(zip(wanted, found[2], strict=True)))
 
 
@@ -157,7 +160,7 @@ def three_steps(tmp_path_factory):
   directory = tmp_path_factory.mktemp('three') / 'checkpoints'
   checkpointer = Checkpointer(directory, keep=None)
   for number in (10, 20, 30):
-    checkpointer.save(number, small(number), {'samples': number})
+    checkpointer.save(number, small(number), Meta(samples=number))
   checkpointer.close()
   return directory
 
@@ -210,15 +213,15 @@ def test_a_state_of_any_mesh_comes_back_on_eight_devices(tmp_path, source):
 
 def test_parameters_are_restored_without_the_optimizer_state(saved):
   directory, state = saved
-  checkpointer = checkpoint.open_run(directory.parent)
+  checkpointer = restore_lib.open_run(directory.parent)
   wanted = {'params': targets('all_axes').params}
-  number, meta, (params,) = checkpoint.restore_newest(
+  number, meta, (params,) = restore_lib.newest(
     checkpointer, lambda step, meta: wanted
   )
   checkpointer.close()
   assert number == checkpointer.durable_step == 3
   assert_same_bits(params, state.params)
-  assert {key: meta[key] for key in META} == META
+  assert dataclasses.replace(meta, leaves=None) == META
 
 
 def test_what_is_saved_is_what_the_state_was(tmp_path):
@@ -276,7 +279,7 @@ def test_a_step_is_durable_when_it_is_on_disk_and_not_before(
   checkpointer = Checkpointer(tmp_path, keep=2)
   assert checkpointer.durable_step is None
   assert checkpointer.finish() is None and checkpointer.poll() is None
-  checkpointer.save(5, small(5), {})
+  checkpointer.save(5, small(5), Meta())
   assert checkpointer.durable_step is None
   with monkeypatch.context() as m:
     m.setattr(checkpointer._manager, 'is_saving_in_progress', lambda: True)
@@ -285,7 +288,7 @@ def test_a_step_is_durable_when_it_is_on_disk_and_not_before(
   assert checkpointer.finish() == 5
   assert checkpointer.durable_step == 5
   assert checkpointer.finish() is None
-  checkpointer.save(6, small(6), {})
+  checkpointer.save(6, small(6), Meta())
   while (step := checkpointer.poll()) is None:
     assert checkpointer.durable_step == 5
   assert step == checkpointer.durable_step == 6
@@ -295,7 +298,7 @@ def test_a_step_is_durable_when_it_is_on_disk_and_not_before(
 def test_the_latest_and_every_so_many_steps_are_kept(tmp_path):
   checkpointer = Checkpointer(tmp_path, keep=2, keep_every=4)
   for number in range(1, 12):
-    checkpointer.save(number, small(number), {})
+    checkpointer.save(number, small(number), Meta())
   checkpointer.close()
   assert names(tmp_path) == {'4', '8', '10', '11'}
   assert checkpointer.steps() == [4, 8, 10, 11]
@@ -314,9 +317,9 @@ def test_the_half_step_of_a_killed_run_is_cleared_away(tmp_path):
   half = tmp_path / '3.orbax-checkpoint-tmp'
   (half / 'params').mkdir(parents=True)
   checkpointer = Checkpointer(tmp_path, keep=2)
-  found = checkpoint.restore_newest(checkpointer, lambda step, meta: {})
+  found = restore_lib.newest(checkpointer, lambda step, meta: {})
   assert found is None
-  checkpointer.save(2, small(2), {})
+  checkpointer.save(2, small(2), Meta())
   assert checkpointer.finish() == 2
   checkpointer.close()
   assert names(tmp_path) == {'2'}
@@ -326,9 +329,9 @@ def test_nothing_is_saved_silently_beside_a_later_step(steps):
   checkpointer = Checkpointer(steps, keep=None)
   before = tree_of_files(steps)
   with pytest.raises(RuntimeError, match=r'step 15 was not saved.*10, 20, 30'):
-    checkpointer.save(15, small(15), {})
+    checkpointer.save(15, small(15), Meta())
   with pytest.raises((RuntimeError, SaveError)):
-    checkpointer.save(30, small(15), {})
+    checkpointer.save(30, small(15), Meta())
   assert checkpointer.finish() is None
   checkpointer.close()
   assert tree_of_files(steps) == before
@@ -352,13 +355,13 @@ def test_a_full_disk_is_an_error_and_the_old_step_stays(
   tmp_path, file_limit, limit
 ):
   checkpointer = Checkpointer(tmp_path, keep=1)
-  checkpointer.save(1, small(1), {})
+  checkpointer.save(1, small(1), Meta())
   assert checkpointer.finish() == 1
   unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
   for number in (2, 3):
     file_limit(limit)
     with pytest.raises(SaveError, match=f'step {number} is not saved') as error:
-      checkpointer.save(number, small(number), {})
+      checkpointer.save(number, small(number), Meta())
       checkpointer.finish()
     assert error.value.step == number
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
@@ -366,7 +369,7 @@ def test_a_full_disk_is_an_error_and_the_old_step_stays(
     assert checkpointer.durable_step == 1
     assert whole(tmp_path) == {'1'}
     assert_same_bits(restore(tmp_path, small_targets(), 1), small(1))
-  checkpointer.save(4, small(4), {})
+  checkpointer.save(4, small(4), Meta())
   assert checkpointer.finish() == 4
   checkpointer.close()
   assert whole(tmp_path) == {'4'}
@@ -379,10 +382,10 @@ def test_an_error_in_the_background_names_its_step(tmp_path, monkeypatch):
   with monkeypatch.context() as m:
     m.setattr(manifest, 'make', lambda *args: (_ for _ in ()).throw(full))
     with pytest.raises(SaveError, match='make room') as error:
-      checkpointer.save(1, small(1), {})  # may be quick enough to know
-      checkpointer.save(2, small(2), {})
+      checkpointer.save(1, small(1), Meta())  # may be quick enough to know
+      checkpointer.save(2, small(2), Meta())
   assert error.value.step == 1
-  checkpointer.save(2, small(2), {})
+  checkpointer.save(2, small(2), Meta())
   assert checkpointer.finish() == 2
   checkpointer.close()
   assert whole(tmp_path) == {'2'}
@@ -390,7 +393,7 @@ def test_an_error_in_the_background_names_its_step(tmp_path, monkeypatch):
 
 def test_a_step_that_vanishes_is_not_durable(tmp_path):
   checkpointer = Checkpointer(tmp_path, keep=2)
-  checkpointer.save(1, small(1), {})
+  checkpointer.save(1, small(1), Meta())
   checkpointer._manager.wait_until_finished()
   shutil.rmtree(tmp_path / '1')
   with pytest.raises(SaveError, match='not in the directory'):
@@ -405,7 +408,7 @@ def test_close_raises_if_the_last_step_is_not_saved(tmp_path, monkeypatch):
   monkeypatch.setattr(
     manifest, 'make', lambda *args: (_ for _ in ()).throw(full)
   )
-  checkpointer.save(1, small(1), {})
+  checkpointer.save(1, small(1), Meta())
   with pytest.raises(SaveError):
     checkpointer.close()
 
@@ -478,19 +481,19 @@ DAMAGES = {
   ),
   'meta with another position': (
     lambda step: edit_meta(step, '"samples": 30', '"samples": 31'),
-    'meta is not as it was written',
+    'meta differs from what was written',
   ),
   'meta with another version': (
     lambda step: edit_meta(step, '"format_version": 2', '"format_version": 3'),
-    'meta is not as it was written',
+    'meta differs from what was written',
   ),
   'meta without a digest': (
     lambda step: edit_meta(step, '"digest"', '"dijest"'),
-    'meta is not as it was written',
+    'meta differs from what was written',
   ),
   'meta that is a list': (
     lambda step: (step / 'meta' / 'metadata').write_text('[]'),
-    'meta is not as it was written',
+    'meta differs from what was written',
   ),
   'nothing in it': (empty, 'meta cannot be read'),
   'a mark of another process': (
@@ -508,7 +511,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_used(
   hurt(steps / '30')
   damaged = tree_of_files(steps / '30')
   number, meta, trees = restore_newest(steps, small_targets())
-  assert (number, meta['samples']) == (20, 20)
+  assert (number, meta.samples) == (20, 20)
   assert_same_bits(trees, small(20))
   aside = steps.parent / 'checkpoints.aside' / '30'
   assert names(steps) == {'10', '20'}
@@ -548,7 +551,7 @@ def test_any_damage_to_any_file_is_found_or_does_not_matter(steps):
         found += 1
       else:
         assert_same_bits(dict(zip(wanted, trees, strict=True)), small(30))
-        assert meta['samples'] == 30
+        assert meta.samples == 30
       path.write_bytes(content)
   checkpointer.close()
   assert found > len(files)
@@ -568,7 +571,7 @@ def test_a_damaged_step_is_read_a_second_time_before_it_is_given_up(
     return real(*args, **kwargs)
 
   monkeypatch.setattr(checkpointer._manager, 'restore', flaky)
-  number, _, _ = checkpoint.restore_newest(
+  number, _, _ = restore_lib.newest(
     checkpointer, lambda step, meta: small_targets()
   )
   checkpointer.close()
@@ -584,7 +587,7 @@ def test_too_little_memory_is_no_damage(steps, monkeypatch):
 
   monkeypatch.setattr(checkpointer._manager, 'restore', fail)
   with pytest.raises(RuntimeError, match='Out of memory'):
-    checkpoint.restore_newest(checkpointer, lambda step, meta: small_targets())
+    restore_lib.newest(checkpointer, lambda step, meta: small_targets())
   checkpointer.close()
   assert names(steps) == {'10', '20', '30'}
 
@@ -592,7 +595,9 @@ def test_too_little_memory_is_no_damage(steps, monkeypatch):
 def test_a_run_never_starts_from_scratch_where_there_were_steps(steps):
   for number in ('10', '20', '30'):
     flip(biggest_file(steps / number / 'params'), 0.5)
-  with pytest.raises(UserError, match='no checkpoint in .* is whole') as error:
+  with pytest.raises(
+    UserError, match='all checkpoints in .* are damaged'
+  ) as error:
     restore_newest(steps, small_targets())
   for part in ('10: ', '20: ', '30: ', BITS, 'another --workdir'):
     assert part in str(error.value)
@@ -618,8 +623,8 @@ def test_what_is_set_aside_is_never_overwritten(steps):
   for name in ('30', '30-2', '30-3'):
     contents.append(tree_of_files(steps / '30'))
     aside = steps.parent / 'checkpoints.aside'
-    assert checkpointer.set_aside(30) == str(aside / name)
-    checkpointer.save(30, small(len(contents)), {})
+    assert checkpointer.move_aside(30) == str(aside / name)
+    checkpointer.save(30, small(len(contents)), Meta())
     assert checkpointer.finish() == 30
   checkpointer.close()
   found = [tree_of_files(aside / name) for name in ('30', '30-2', '30-3')]
@@ -630,9 +635,9 @@ def test_a_run_goes_on_after_a_damaged_step(steps):
   """Orbax forgets it too, and saves that step again."""
   empty(steps / '30')
   checkpointer = Checkpointer(steps, keep=2)
-  checkpoint.restore_newest(checkpointer, lambda step, meta: small_targets())
+  restore_lib.newest(checkpointer, lambda step, meta: small_targets())
   assert checkpointer.durable_step == 20
-  checkpointer.save(30, small(7), {})
+  checkpointer.save(30, small(7), Meta())
   assert checkpointer.finish() == 30
   checkpointer.close()
   assert_same_bits(restore(steps, small_targets(), 30), small(7))
@@ -653,8 +658,8 @@ def test_a_reader_passes_over_damage_and_changes_nothing(steps, capsys):
   (steps / '40').mkdir()
   (steps / '50.orbax-checkpoint-tmp').mkdir()
   before = tree_of_files(steps.parent)
-  checkpointer = checkpoint.open_run(steps.parent)
-  number, _, _ = checkpoint.restore_newest(
+  checkpointer = restore_lib.open_run(steps.parent)
+  number, _, _ = restore_lib.newest(
     checkpointer, lambda step, meta: small_targets()
   )
   checkpointer.close()
@@ -669,7 +674,7 @@ def test_a_reader_of_nothing_whole_is_told_so(steps):
   for number in ('10', '20', '30'):
     empty(steps / number)
   for _ in range(2):
-    with pytest.raises(UserError, match='no checkpoint in .* is whole'):
+    with pytest.raises(UserError, match='all checkpoints in .* are damaged'):
       restore_newest(steps, small_targets(), read_only=True)
   assert names(steps) == {'10', '20', '30'}
 
@@ -678,7 +683,7 @@ def test_a_reader_never_saves(steps):
   before = tree_of_files(steps)
   checkpointer = Checkpointer(steps, keep=None, read_only=True)
   with pytest.raises(RuntimeError, match='step 40 was not saved'):
-    checkpointer.save(40, small(40), {})
+    checkpointer.save(40, small(40), Meta())
   checkpointer.close()
   assert tree_of_files(steps) == before
 
@@ -687,10 +692,10 @@ def test_no_checkpoint_names_the_command_that_makes_one(tmp_path):
   with pytest.raises(
     UserError, match=f'launch/pretrain.py.* --workdir {tmp_path}'
   ):
-    checkpoint.open_run(tmp_path)
+    restore_lib.open_run(tmp_path)
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(UserError, match='saved no checkpoint yet'):
-    checkpoint.open_run(tmp_path)
+    restore_lib.open_run(tmp_path)
 
 
 # Misfits
@@ -707,19 +712,20 @@ def with_dtype(x, dtype):
 MISFITS = {
   'another shape': (
     lambda p: {**p, 'embed': with_shape(p['embed'], 32, 64)},
-    r'has float32\[32, 16\] for params/embed, where float32\[32, 64\] is',
+    r'has float32\[32, 16\] for params/embed, '
+    r'but the config needs float32\[32, 64\]',
   ),
   'another dtype': (
     lambda p: {**p, 'norm': with_dtype(p['norm'], jnp.bfloat16)},
-    r'has float32\[16\] for params/norm, where bfloat16\[16\] is wanted',
+    r'has float32\[16\] for params/norm, but the config needs bfloat16\[16\]',
   ),
   'a parameter more': (
     lambda p: {**p, 'bias': p['norm']},
-    r'has none for params/bias, where float32\[16\] is wanted',
+    r'has none for params/bias, but the config needs float32\[16\]',
   ),
   'a parameter less': (
     lambda p: {k: v for k, v in p.items() if k != 'head'},
-    r'has float32\[16, 32\] for params/head, where none is wanted',
+    r'has float32\[16, 32\] for params/head, but the config needs none',
   ),
 }
 
@@ -743,11 +749,11 @@ def test_another_model_is_refused_by_the_name_of_the_array(
 
 def test_a_config_that_does_not_fit_moves_nothing(steps):
   def refuse(step, meta):
-    raise UserError(f'step {step} saw {meta["samples"]} other samples')
+    raise UserError(f'step {step} saw {meta.samples} other samples')
 
   checkpointer = Checkpointer(steps, keep=None)
   with pytest.raises(UserError, match='step 30 saw 30 other samples'):
-    checkpoint.restore_newest(checkpointer, refuse)
+    restore_lib.newest(checkpointer, refuse)
   checkpointer.close()
   assert names(steps) == {'10', '20', '30'}
 
@@ -758,14 +764,15 @@ def test_another_format_is_refused_and_is_no_damage(
 ):
   monkeypatch.setattr(manifest, 'FORMAT_VERSION', version)
   checkpointer = Checkpointer(steps, keep=None)
-  checkpointer.save(40, small(40), {})
+  checkpointer.save(40, small(40), Meta())
   checkpointer.close()
   monkeypatch.undo()
   if version == 1:  # which had no digest
     path = steps / '40' / 'meta' / 'metadata'
     path.write_text(json.dumps({'format_version': 1, 'samples': 40}))
   with pytest.raises(
-    UserError, match=f'{steps}/40 has checkpoint format {version}; .* reads 2'
+    UserError,
+    match=f'{steps}/40 has checkpoint format {version}; .* reads format 2',
   ):
     restore_newest(steps, small_targets())
   assert names(steps) == {'10', '20', '30', '40'}
@@ -775,7 +782,7 @@ def test_tuples_and_dicts_are_the_same_on_disk(tmp_path):
   """A step is not taken for damaged because optax renamed a class."""
   x = jnp.arange(4.0)
   checkpointer = Checkpointer(tmp_path, keep=2)
-  checkpointer.save(1, {'opt_state': ((), (x, {'a': x + 1}), None)}, {})
+  checkpointer.save(1, {'opt_state': ((), (x, {'a': x + 1}), None)}, Meta())
   checkpointer.finish()
   meta = checkpointer.read_meta(1)
   like = jax.ShapeDtypeStruct((4,), x.dtype, sharding=x.sharding)
@@ -794,14 +801,14 @@ def test_tuples_and_dicts_are_the_same_on_disk(tmp_path):
 
 def test_a_run_goes_on_from_where_it_was_rolled_back_to(steps):
   checkpointer = Checkpointer(steps, keep=None)
-  assert checkpoint.roll_back(checkpointer, 10) == [20, 30]
+  assert restore_lib.roll_back(checkpointer, 10) == [20, 30]
   assert names(steps) == {'10'}
   assert names(steps.parent / 'checkpoints.aside') == {'20', '30'}
-  number, _, _ = checkpoint.restore_newest(
+  number, _, _ = restore_lib.newest(
     checkpointer, lambda step, meta: small_targets()
   )
   assert number == 10
-  checkpointer.save(15, small(15), {})
+  checkpointer.save(15, small(15), Meta())
   assert checkpointer.finish() == 15
   checkpointer.close()
   assert_same_bits(restore(steps, small_targets(), 15), small(15))
@@ -812,7 +819,7 @@ def test_a_run_goes_on_from_where_it_was_rolled_back_to(steps):
 def test_only_a_step_that_is_there_can_be_rolled_back_to(steps):
   checkpointer = Checkpointer(steps, keep=None)
   with pytest.raises(UserError, match='has no step 15; it has 10, 20, 30'):
-    checkpoint.roll_back(checkpointer, 15)
-  assert checkpoint.roll_back(checkpointer, 30) == []
+    restore_lib.roll_back(checkpointer, 15)
+  assert restore_lib.roll_back(checkpointer, 30) == []
   checkpointer.close()
   assert names(steps) == {'10', '20', '30'}

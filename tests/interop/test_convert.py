@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints import checkpoint, manifest
 from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
@@ -147,7 +147,7 @@ def save_run(tokenizer, path, **changes):
   random = np.random.default_rng(0)
   draw = lambda x: random.normal(size=x.shape).astype(np.float32)
   params = jax.tree.map(draw, shapes)
-  meta = {'config': checkpoint.config_json(config)}
+  meta = manifest.Meta(config=manifest.config_json(config))
   with contextlib.closing(Checkpointer(path / 'checkpoints', keep=1)) as saver:
     saver.save(3, {'params': params}, meta)
   tokenizer_lib.copy(tokenizer, path)
@@ -188,7 +188,7 @@ def test_a_damaged_array_is_not_exported(tokenizer, tmp_path):
 
   def wrong(self, step):
     meta = real(self, step)
-    meta['leaves']['params/blocks/q']['fingerprint'] += 1
+    meta.leaves['params/blocks/q']['fingerprint'] += 1
     return meta
 
   with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +197,7 @@ def test_a_damaged_array_is_not_exported(tokenizer, tmp_path):
       convert.to_hf(workdir, tmp_path / 'out')
   assert os.listdir(tmp_path) == ['run']
   path.write_text('{}')
-  with pytest.raises(UserError, match='no checkpoint in .* is whole'):
+  with pytest.raises(UserError, match='all checkpoints in .* are damaged'):
     convert.to_hf(workdir, tmp_path / 'out')
 
 

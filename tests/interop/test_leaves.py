@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdiff.checkpoints.fingerprint import fingerprint
+from maskdiff.checkpoints.manifest import Meta
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.interop.leaves import Leaf
 
-META = {'config': {}}
+META = Meta(config={})
 
 
 def counting(array):
@@ -51,7 +52,7 @@ def test_what_was_written_is_read_in_parts_of_bounded_size(
   for name, array in arrays.items():
     assert found[name].dtype == array.dtype
     np.testing.assert_array_equal(found[name].read((slice(None),)), array)
-    assert meta['leaves'][name]['fingerprint'] == int(fingerprint(array))
+    assert meta.leaves[name]['fingerprint'] == int(fingerprint(array))
 
 
 def test_a_device_is_given_its_slice_and_nothing_else_is_read():
@@ -73,7 +74,7 @@ def test_the_dtype_is_what_was_asked_for(tmp_path, dtype):
   leaves_lib.write(str(tmp_path), {'w': counting(array)[0]}, META)
   leaves, meta = leaves_lib.open_folder(str(tmp_path))
   where = {'w': mesh_lib.replicated(mesh_lib.make_mesh())}
-  placed = leaves_lib.place(leaves, where, dtype, meta['leaves'])['w']
+  placed = leaves_lib.place(leaves, where, dtype, meta.leaves)['w']
   assert placed.dtype == dtype
   np.testing.assert_array_equal(placed, array.astype(dtype))
 
@@ -87,7 +88,7 @@ def test_a_flipped_bit_is_noticed(tmp_path):
   leaves, meta = leaves_lib.open_folder(str(tmp_path))
   where = {'w': mesh_lib.replicated(mesh_lib.make_mesh())}
   with pytest.raises(UserError, match='HERE: bits of w have changed'):
-    leaves_lib.place(leaves, where, None, meta['leaves'], 'HERE')
+    leaves_lib.place(leaves, where, None, meta.leaves, 'HERE')
 
 
 def test_a_folder_that_does_not_agree_with_its_manifest(tmp_path):
@@ -102,7 +103,7 @@ def test_a_folder_that_does_not_agree_with_its_manifest(tmp_path):
   meta = json.loads((tmp_path / 'meta.json').read_text())
   meta['leaves']['w']['fingerprint'] += 1
   (tmp_path / 'meta.json').write_text(json.dumps(meta))
-  with pytest.raises(UserError, match='its meta is not as it was written'):
+  with pytest.raises(UserError, match='its meta differs from what was written'):
     leaves_lib.open_folder(str(tmp_path))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints import checkpoint, manifest, restore
 from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.errors import UserError
 
@@ -54,7 +54,7 @@ def three_steps(tmp_path_factory):
       'opt_state': ((), ({'mu': {'w': w}},), jnp.int32(step)),
       'guard': {'seen': jnp.int32(step)},
     }
-    checkpointer.save(step, items, {'samples': step})
+    checkpointer.save(step, items, manifest.Meta(samples=step))
   checkpointer.close()
   return workdir
 
@@ -152,12 +152,12 @@ def test_arrays_are_verified_in_parts_on_all_devices(workdir, monkeypatch):
   real = Checkpointer.restore
 
   def watch(self, step, meta, **targets):
-    seen.update(checkpoint.flat(targets))
+    seen.update(manifest.flat(targets))
     return real(self, step, meta, **targets)
 
   monkeypatch.setattr(Checkpointer, 'restore', watch)
-  checkpointer = checkpoint.open_run(workdir)
-  checkpoint.verify(checkpointer, 20, checkpointer.read_meta(20))
+  checkpointer = restore.open_run(workdir)
+  restore.verify(checkpointer, 20, checkpointer.read_meta(20))
   checkpointer.close()
   assert jax.device_count() == 8
   parts = {k: x.sharding.shard_shape(tuple(x.shape)) for k, x in seen.items()}

@@ -1,0 +1,79 @@
+"""The Orbax CheckpointManager with our options, and JSON written late."""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+
+from maskdiff.errors import UserError
+
+
+def open_manager(directory, keep, keep_every, read_only):
+  """Opens a CheckpointManager; creates the directory unless `read_only`.
+
+  Args:
+    directory: absolute path.
+    keep: number of latest steps to keep; None keeps all.
+    keep_every: multiples of this step number are never deleted; 0: none.
+    read_only: changes nothing in the directory.
+
+  Raises:
+    UserError: the directory cannot be created or read.
+  """
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).addFilter(_drop_orbax_errors)
+  policies = [checkpoint_managers.LatestN(keep)]
+  if keep_every:
+    policies.append(checkpoint_managers.EveryNSteps(keep_every))
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+    cleanup_tmp_directories=not read_only,
+    read_only=read_only,
+  )
+  try:
+    manager = ocp.CheckpointManager(directory, options=options)
+  except OSError as error:
+    raise UserError(
+      f'cannot use {directory} for checkpoints ({error.strerror})'
+    ) from error
+  # Orbax would poll JAX's preemption service with its own step numbers. The
+  # processes would then no longer agree on the step at which they stop; see
+  # consensus.Preemption.
+  manager.reached_preemption = lambda step: False
+  return manager
+
+
+def _drop_orbax_errors(record):
+  """Filters out Orbax's logged errors: it raises the same errors as well."""
+  path = os.path.join('orbax', 'checkpoint', '')
+  return record.levelno < logging.ERROR or (
+    path not in record.pathname and path not in record.getMessage()
+  )
+
+
+class _LateJsonHandler(ocp.JsonCheckpointHandler):
+  """Writes JSON that is computed while the arrays are being written."""
+
+  async def async_save(self, directory, item=None, args=None):
+    write = self._write(directory, args.make)
+    return [CommitFutureAwaitingContractedSignals(write, name='meta')]
+
+  async def _write(self, directory, make):
+    if jax.process_index() == 0:
+      (directory / 'metadata').write_text(json.dumps(make()))
+
+
+@ocp.args.register_with_handler(
+  _LateJsonHandler, for_save=True, for_restore=True
+)
+@dataclasses.dataclass
+class SaveLateJson(ocp.args.CheckpointArgs):
+  """Save argument: `make` returns the JSON values, called in the background."""
+
+  make: Callable[[], dict]
