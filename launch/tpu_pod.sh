@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Runs launch/pretrain.py on a TPU pod of Google Cloud; see usage below and
+# Runs launch/pretrain.py on a Google Cloud TPU pod; see usage below and
 # docs/pods.md.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Runs launch/pretrain.py on all hosts of a TPU pod, or of several (slices).
+Runs launch/pretrain.py on all hosts of one TPU slice or of several.
 
 launch/tpu_pod.sh COMMAND --name NAME --zone ZONE [--project P] [--slices N]
                   [--dry_run] [...]
 
-  create   asks for the machines and waits until they are there
+  create   requests the machines and waits until they are ready
              --type v5p-128 --runtime v2-alpha-tpuv5 [--spot | --reserved]
-  install  copies this checkout to ~/maskdiff of every host (no files that git
-           ignores) and installs requirements-tpu.txt there; again to update
+  install  copies this checkout, without files that git ignores, to ~/maskdiff
+           on every host and installs requirements-tpu.txt; repeat to update
   mount    mounts a bucket at /gcs/BUCKET on every host, with gcsfuse
              --bucket BUCKET
   start    starts launch/pretrain.py on every host, in the background
              [--env KEY=VALUE ...] -- --config configs/8b.py --workdir DIR ...
-  watch    follows the output of the run, until control-C, which does not
-           stop it
-  logs     the last lines of every host
-  status   the state of the machines, and which hosts run
+  watch    follows the output of the run; control-C ends the watching, not
+           the run
+  logs     prints the last lines of every host
+  status   prints the state of the machines and the hosts that run
   stop     ends the run on every host; start with the same arguments resumes
-  delete   ends the run and gives the machines back; asks first, if not --yes
+  delete   ends the run and deletes the machines; asks first unless --yes
 
---slices N is for create and all that follows, by default 1.
---dry_run prints the gcloud commands and runs none.
+--slices N: number of slices, the same for all commands; default 1.
+--dry_run prints the gcloud commands without running them.
 TEXT
 }
 
@@ -35,7 +35,7 @@ fail() {
   exit 2
 }
 
-# Runs a command, or prints it so that a shell would read it the same.
+# Runs a command, or prints it quoted for a shell.
 run() {
   if [[ $dry_run == 1 ]]; then
     printf '%q ' "$@"
@@ -45,14 +45,14 @@ run() {
   fi
 }
 
-# gcloud compute tpus ... with zone and project.
+# Runs gcloud compute tpus ... with zone and project.
 tpus() {
   local where=("--zone=$zone")
   [[ -z $project ]] || where+=("--project=$project")
   run gcloud compute tpus "$@" "${where[@]}"
 }
 
-# The names of the slices; process 0 is on the first worker of the first.
+# Prints the names of the slices. Process 0 runs on worker 0 of the first.
 nodes() {
   local i
   if [[ $slices == 1 ]]; then
@@ -62,7 +62,7 @@ nodes() {
   fi
 }
 
-# Runs a command line on the workers of every slice, all slices at once.
+# Runs a command line on all workers of all slices in parallel.
 on_hosts() {
   local node pid pids=() failed=0
   for node in $(nodes); do
@@ -73,7 +73,7 @@ on_hosts() {
       pids+=("$!")
     fi
   done
-  # With ${x[@]+...} an empty array is no error in the bash of macOS either.
+  # ${x[@]+...} avoids an error for empty arrays in the bash of macOS.
   for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || failed=1; done
   return "$failed"
 }
@@ -99,7 +99,7 @@ create() {
     case $state in
       ACTIVE) ;;
       FAILED | SUSPENDED | SUSPENDING | DELETING)
-        echo "error: $name will not come; see: gcloud compute tpus" \
+        echo "error: $name was not created; see: gcloud compute tpus" \
           "queued-resources describe $name --zone=$zone" >&2
         return 1
         ;;
@@ -117,7 +117,7 @@ install() {
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     archive=$scratch/maskdiff.tar.gz
-    # Files deleted from the work tree are still listed.
+    # git still lists files that were deleted from the work tree.
     (cd "$root" && git ls-files -z --cached --others --exclude-standard |
       while IFS= read -r -d '' file; do
         [[ ! -e $file ]] || printf '%s\0' "$file"
@@ -126,7 +126,7 @@ install() {
   for node in $(nodes); do
     tpus tpu-vm scp "$archive" "$node:" --worker=all
   done
-  # The images have Python 3.10; uv brings its own.
+  # The images have Python 3.10; uv installs 3.12.
   on_hosts 'set -e
 mkdir -p maskdiff
 tar -xzf maskdiff.tar.gz -C maskdiff
@@ -142,7 +142,7 @@ mount_bucket() {
   bucket=${bucket#gs://}
   local quoted
   quoted=$(printf '%q' "$bucket")
-  # Checkpoints are directories that get their names when they are complete.
+  # Saving a checkpoint renames a directory with many files.
   on_hosts "set -e
 command -v gcsfuse >/dev/null || {
   echo 'gcsfuse is not installed on this host' >&2
@@ -155,7 +155,7 @@ mountpoint -q /gcs/$quoted || {
 }"
 }
 
-# setsid makes a group of the run, so that stop ends its children too.
+# setsid gives the run a process group, so that stop ends its children too.
 start() {
   [[ $# -gt 0 ]] || fail 'start needs the arguments of pretrain.py after --'
   local environment='' arguments
@@ -165,7 +165,7 @@ start() {
   on_hosts "cd maskdiff || exit 1
 if [ -e ../maskdiff.pid ] && kill -0 \"\$(cat ../maskdiff.pid)\" 2>/dev/null
 then
-  echo 'a run is there already: stop it first' >&2
+  echo 'a run is already active: stop it first' >&2
   exit 1
 fi
 nohup setsid ${environment}.venv/bin/python launch/pretrain.py$arguments \\
@@ -252,13 +252,14 @@ esac
 [[ -n $name ]] || fail "$command needs --name"
 [[ -n $zone ]] || fail "$command needs --zone"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices must be 1 or more"
-[[ $command == start || $# == 0 ]] || fail "$command takes nothing after --"
+[[ $command == start || $# == 0 ]] ||
+  fail "$command takes no arguments after --"
 for variable in ${variables[@]+"${variables[@]}"}; do
   [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
     fail "--env $variable must be KEY=VALUE"
 done
 [[ $dry_run == 1 ]] || command -v gcloud >/dev/null ||
-  fail 'gcloud is not here: install the Google Cloud CLI and log in'
+  fail 'gcloud not found: install the Google Cloud CLI and log in'
 
 case $command in
   mount) mount_bucket ;;

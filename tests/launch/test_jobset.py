@@ -1,4 +1,4 @@
-"""The JobSet of launch/: its numbers fit each other and the configs."""
+"""launch/jobset.yaml: restarts, signals, and numbers that match the config."""
 
 import math
 import pathlib
@@ -20,7 +20,7 @@ def spec():
   return yaml.safe_load((ROOT / 'launch' / 'jobset.yaml').read_text())['spec']
 
 
-def test_only_errors_of_the_user_are_not_started_again(spec):
+def test_only_user_errors_are_not_restarted(spec):
   (job,) = spec['replicatedJobs']
   one = job['template']['spec']
   (rule,) = one['podFailurePolicy']['rules']
@@ -30,20 +30,21 @@ def test_only_errors_of_the_user_are_not_started_again(spec):
   (rule,) = spec['failurePolicy']['rules']
   assert rule['action'] == 'FailJobSet'
   assert rule['onJobFailureReasons'] == ['PodFailurePolicy']
-  # One pod that ends with any other status ends its job, and with it all.
+  # A pod with any other status fails its job, which restarts all jobs.
   assert one['backoffLimit'] == 0
   assert spec['failurePolicy']['maxRestarts'] >= 100
 
 
-def test_a_pod_that_is_told_to_end_has_time_for_a_checkpoint(spec):
+def test_a_preempted_pod_has_time_for_a_checkpoint(spec):
   (job,) = spec['replicatedJobs']
   pod = job['template']['spec']['template']['spec']
   assert pod['terminationGracePeriodSeconds'] >= 120
   (container,) = pod['containers']
-  assert container['command'][0] == 'python'  # a shell would keep the signal
+  # A shell would not pass on the signal.
+  assert container['command'][0] == 'python'
 
 
-def test_the_numbers_of_the_jobset_fit_each_other(spec):
+def test_the_numbers_match_each_other_and_the_config(spec):
   (job,) = spec['replicatedJobs']
   slices, one = job['replicas'], job['template']['spec']
   pod = one['template']['spec']
@@ -56,7 +57,7 @@ def test_the_numbers_of_the_jobset_fit_each_other(spec):
   assert limits == {'google.com/tpu': CHIPS_PER_HOST}
   (rule,) = one['podFailurePolicy']['rules']
   assert rule['onExitCodes']['containerName'] == container['name']
-  assert pod['restartPolicy'] == 'Never'  # a pod failure policy wants it
+  assert pod['restartPolicy'] == 'Never'  # a pod failure policy requires it
 
   script, *_ = [x for x in container['command'] if x.endswith('.py')]
   assert (ROOT / script).exists()

@@ -1,4 +1,4 @@
-"""The systemd unit of launch/: it restarts what should be, and only that."""
+"""launch/maskdiff.service: restarts, signals and the command it starts."""
 
 import configparser
 import pathlib
@@ -21,7 +21,7 @@ UNIT = ROOT / 'launch' / 'maskdiff.service'
 def unit():
   parser = configparser.ConfigParser(interpolation=None, delimiters='=')
   parser.optionxform = str
-  # A line that ends in a backslash goes on.
+  # A backslash at the end of a line continues it.
   parser.read_string(UNIT.read_text().replace('\\\n', ' '))
   assert parser.sections() == ['Unit', 'Service', 'Install']
   return parser
@@ -32,7 +32,7 @@ def service(unit):
   return unit['Service']
 
 
-def test_only_errors_of_the_user_are_not_started_again(service):
+def test_only_user_errors_are_not_restarted(service):
   assert service['Restart'] == 'on-failure'
   assert service['RestartPreventExitStatus'] == str(errors.STATUS_USER)
   assert service['RestartForceExitStatus'].split() == [
@@ -42,20 +42,20 @@ def test_only_errors_of_the_user_are_not_started_again(service):
   assert service['SuccessExitStatus'] == str(errors.STATUS_AGAIN)
 
 
-def test_a_run_that_is_told_to_end_has_time_for_a_checkpoint(service):
+def test_a_preempted_run_has_time_for_a_checkpoint(service):
   assert service['KillSignal'] == 'SIGTERM'
   assert service['KillMode'] == 'mixed'
   assert int(service['TimeoutStopSec']) >= 120
 
 
-def test_hosts_that_wait_for_each_other_do_not_give_up(unit, service):
-  """A host that is alone ends every JOIN_TIMEOUT_S, and is started again."""
+def test_hosts_waiting_for_each_other_do_not_give_up(unit, service):
+  """A lone host ends after JOIN_TIMEOUT_S and is restarted."""
   assert unit['Unit']['StartLimitIntervalSec'] == '1h'
   starts = 3600 / (runtime.JOIN_TIMEOUT_S + int(service['RestartSec']))
   assert int(unit['Unit']['StartLimitBurst']) > 2 * starts
 
 
-def test_what_is_started_is_there(service):
+def test_the_started_command_is_valid(service):
   python, script, *arguments = shlex.split(service['ExecStart'])
   assert python == f'{service["WorkingDirectory"]}/.venv/bin/python'
   assert (ROOT / script).exists()
@@ -71,7 +71,7 @@ def test_what_is_started_is_there(service):
 @pytest.mark.skipif(
   not shutil.which('systemd-analyze'), reason='needs systemd-analyze'
 )
-def test_systemd_understands_it(tmp_path):
+def test_systemd_accepts_the_unit(tmp_path):
   unit = tmp_path / UNIT.name
   text = UNIT.read_text().replace('/opt/maskdiff/.venv/bin/python', '/bin/sh')
   unit.write_text(text.replace('USER', 'root'))

@@ -1,7 +1,7 @@
-"""The script for TPU pods, against a gcloud that is a script of the test.
+"""launch/tpu_pod.sh with a fake gcloud.
 
-It writes down how it was called, and runs what is to run on the hosts of a
-slice in a directory of that slice.
+The fake records its calls. It runs the commands for the hosts of a slice in a
+directory of that slice.
 """
 
 import json
@@ -53,7 +53,7 @@ def write_program(path, text):
 
 @pytest.fixture
 def cloud(tmp_path):
-  """A directory with a gcloud, and hosts of the slices pod-0 and pod-1."""
+  """A directory with the fake gcloud and the hosts of pod-0 and pod-1."""
   write_program(tmp_path / 'bin' / 'gcloud', GCLOUD)
   (tmp_path / 'states').write_text('ACTIVE')
   for node in ('pod-0', 'pod-1'):
@@ -76,11 +76,11 @@ def pod(cloud, *arguments):
 
 
 def dry(cloud, *arguments):
-  """The commands that it would run, each a list of words."""
+  """Returns the commands of a dry run, each a list of words."""
   result = pod(cloud, *arguments, '--dry_run')
   assert (result.returncode, result.stderr) == (0, '')
   assert not (cloud / 'calls').exists()
-  # Read by a shell, since it is made for one.
+  # The printed commands are quoted for a shell, so a shell reads them.
   again = 'gcloud() { printf "%s\\0" gcloud "$@"; printf "\\0"; }\n'
   read = subprocess.run(
     ['bash', '-c', again + result.stdout], capture_output=True, check=True
@@ -93,7 +93,7 @@ def calls(cloud):
   return [json.loads(c) for c in (cloud / 'calls').read_text().splitlines()]
 
 
-def test_one_slice_is_a_node_of_its_name(cloud):
+def test_one_slice_is_one_node(cloud):
   create = ('create', *WHERE, '--type=v5p-128', '--runtime', 'v2-alpha-tpuv5')
   (command,) = dry(cloud, *create, '--spot', '--project', 'p')
   assert command == (
@@ -113,12 +113,12 @@ def test_several_slices_are_numbered(cloud):
   assert all('--worker=all' in c for c in ssh)
 
 
-def test_the_output_of_the_first_process_is_watched(cloud):
+def test_watch_follows_the_first_process(cloud):
   (command,) = dry(cloud, 'watch', *WHERE, '--slices=2')
   assert command[3:7] == ['tpu-vm', 'ssh', 'pod-0', '--worker=0']
 
 
-def test_deleting_asks_unless_told_not_to(cloud):
+def test_delete_asks_first_unless_yes(cloud):
   (command,) = dry(cloud, 'delete', *WHERE)
   assert command[3:7] == ['queued-resources', 'delete', 'pod', '--force']
   assert '--quiet' not in command
@@ -126,7 +126,7 @@ def test_deleting_asks_unless_told_not_to(cloud):
   assert '--quiet' in command
 
 
-def test_creating_waits_until_the_machines_are_there(cloud):
+def test_create_waits_until_the_machines_are_ready(cloud):
   write_program(cloud / 'bin' / 'sleep', '#!/bin/sh\n')
   create = ('create', *WHERE, '--type=v5e-16', '--runtime=r')
   (cloud / 'states').write_text('ACCEPTED PROVISIONING ACTIVE')
@@ -136,7 +136,7 @@ def test_creating_waits_until_the_machines_are_there(cloud):
   (cloud / 'states').write_text('ACCEPTED FAILED')
   result = pod(cloud, *create)
   assert result.returncode == 1
-  assert 'error: pod will not come' in result.stderr
+  assert 'error: pod was not created' in result.stderr
 
 
 def wait_for(path):
@@ -148,7 +148,7 @@ def wait_for(path):
   return path.read_text()
 
 
-def test_a_run_is_started_found_and_stopped_on_every_host(cloud):
+def test_a_run_starts_and_stops_on_every_host(cloud):
   slices = (*WHERE, '--slices=2')
   given = ['--workdir', '/gcs/b/my run', "--config.sample.prompts=('a $b\"',)"]
   start = ('start', *slices, '--env', "COLOUR=it's red", '--', *given)
@@ -164,7 +164,7 @@ def test_a_run_is_started_found_and_stopped_on_every_host(cloud):
   assert pod(cloud, 'status', *slices).stdout.count('runs') == 2
   again = pod(cloud, *start)
   assert again.returncode == 1
-  assert 'a run is there already' in again.stderr
+  assert 'a run is already active' in again.stderr
 
   pids = [int(p.read_text()) for p in cloud.glob('pod-*/maskdiff.pid')]
   assert pod(cloud, 'stop', *slices).returncode == 0
@@ -174,10 +174,10 @@ def test_a_run_is_started_found_and_stopped_on_every_host(cloud):
   assert pod(cloud, 'stop', *slices).returncode == 0  # nothing to stop
 
 
-def test_the_checkout_is_copied_to_every_slice(cloud):
+def test_install_copies_the_checkout_to_every_slice(cloud):
   if not (ROOT / '.git').exists():
     pytest.skip('not a git checkout')
-  for node in ('pod-0', 'pod-1'):  # what must not be fetched is there already
+  for node in ('pod-0', 'pod-1'):  # a uv that is installed already
     write_program(
       cloud / node / '.local' / 'bin' / 'uv',
       f'#!/bin/sh\necho "$PWD $@" >{cloud / node / "uv"}\n',
@@ -197,7 +197,7 @@ def test_the_checkout_is_copied_to_every_slice(cloud):
     )
 
 
-def test_a_bucket_is_mounted_where_the_data_reader_looks(cloud):
+def test_a_bucket_is_mounted_under_gcs(cloud):
   (command,) = dry(cloud, 'mount', *WHERE, '--bucket', 'gs://rows')
   (line,) = [x for x in command[7].splitlines() if 'gcsfuse --' in x]
   assert line.endswith(' rows /gcs/rows')
@@ -213,7 +213,7 @@ def test_a_bucket_is_mounted_where_the_data_reader_looks(cloud):
     (('stop', *WHERE, '--slices=none'), '--slices none must be 1 or more'),
     (('stop', *WHERE, '--nodes=2'), 'unknown argument --nodes'),
     (('stop', *WHERE, '--project'), '--project needs a value'),
-    (('stop', *WHERE, '--', 'x'), 'stop takes nothing after --'),
+    (('stop', *WHERE, '--', 'x'), 'stop takes no arguments after --'),
     (('create', *WHERE, '--runtime=r'), 'create needs --type'),
     (('create', *WHERE, '--type=v5e-8'), 'create needs --runtime'),
     (('start', *WHERE), 'start needs the arguments of pretrain.py after --'),
@@ -221,7 +221,7 @@ def test_a_bucket_is_mounted_where_the_data_reader_looks(cloud):
     (('mount', *WHERE), 'mount needs --bucket'),
   ],
 )
-def test_wrong_usage_is_told_in_one_line(cloud, arguments, message):
+def test_wrong_usage_is_one_line(cloud, arguments, message):
   result = pod(cloud, *arguments)
   assert result.returncode == 2
   assert result.stderr.startswith(f'error: {message}')
@@ -238,7 +238,7 @@ def test_help_names_every_command(cloud):
     assert f'\n  {name} ' in result.stdout
 
 
-def test_a_failing_host_is_not_passed_over(cloud):
+def test_a_failing_host_fails_the_command(cloud):
   (cloud / 'pod-1' / 'maskdiff').rename(cloud / 'elsewhere')
   result = pod(cloud, 'start', *WHERE, '--slices=2', '--', '--workdir', 'x')
   assert result.returncode == 1
