@@ -1,4 +1,4 @@
-"""The command line of preparation, also when it is killed."""
+"""launch/prepare.py: its output, kills and interrupts, and its errors."""
 
 import contextlib
 import gzip
@@ -33,8 +33,8 @@ started = []
 
 
 @pytest.fixture(autouse=True)
-def nothing_goes_on():
-  """After a test that failed."""
+def no_process_left():
+  """Kills the processes of a test that failed."""
   yield
   while started:
     process = started.pop()
@@ -44,19 +44,19 @@ def nothing_goes_on():
 
 
 def start(*args, file_limit=None):
-  """Starts launch/prepare.py as the leader of a process group of its own.
+  """Starts launch/prepare.py in its own process group.
 
-  With a `file_limit` it may not write more than that many bytes of a file.
+  `file_limit` is the largest size in bytes of the files that it can write.
   """
 
   def prepare():
-    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    # Processes that a shell runs in the background ignore SIGINT.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if file_limit is not None:
       resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit,) * 2)
 
   environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  environment.pop('PYTHONUNBUFFERED', None)  # lines must come without it
+  environment.pop('PYTHONUNBUFFERED', None)  # output must not depend on it
   process = subprocess.Popen(
     [sys.executable, 'launch/prepare.py', *map(str, args)],
     cwd=ROOT,
@@ -72,7 +72,7 @@ def start(*args, file_limit=None):
 
 
 def run(*args, status=0):
-  """Runs launch/prepare.py to its end; its output, or else its complaint."""
+  """Runs launch/prepare.py; returns its output, or its error message."""
   process = start(*args)
   output, errors = process.communicate(timeout=60)
   assert process.returncode == status, errors
@@ -93,7 +93,7 @@ def contents(directory):
 
 
 def read_lines(process, count):
-  """What it prints first, as soon as it does."""
+  """Returns the first lines of its output, as soon as they are printed."""
   too_late = threading.Timer(20, process.kill)
   too_late.start()
   lines = [process.stdout.readline() for _ in range(count)]
@@ -102,7 +102,7 @@ def read_lines(process, count):
 
 
 def wait_for(condition, process):
-  """Until it holds; False if the process is gone before."""
+  """Waits for the condition; returns False if the process ends first."""
   while not condition():
     if process.poll() is not None:
       return False
@@ -112,7 +112,7 @@ def wait_for(condition, process):
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-  """Three megabytes in twelve parts: neighbours of one format are together."""
+  """Three megabytes in twelve parts, which alternate between two formats."""
   folder = tmp_path_factory.mktemp('corpus')
   modules = sorted(LIBRARY.glob('*.py'))[:120]
   for n in range(6):
@@ -128,7 +128,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def undisturbed(corpus, tmp_path_factory):
-  """The directory of a run to the end and how long it worked on it."""
+  """Rows of a preparation without interruption, its seconds and output."""
   directory = tmp_path_factory.mktemp('undisturbed') / 'rows'
   process = start('--source', corpus, '--out', directory, *SETTINGS)
   assert wait_for(directory.exists, process)
@@ -138,7 +138,7 @@ def undisturbed(corpus, tmp_path_factory):
   return directory, time.monotonic() - began, output
 
 
-def test_it_says_what_it_will_do_and_what_it_has_done(corpus, undisturbed):
+def test_the_source_and_a_summary_are_printed(corpus, undisturbed):
   directory, _, output = undisturbed
   manifest = records.read_manifest(directory)
   first, last = output.splitlines()
@@ -150,7 +150,7 @@ def test_it_says_what_it_will_do_and_what_it_has_done(corpus, undisturbed):
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-  """A directory of rows from documents of which some cannot be read."""
+  """Rows from documents of which three are skipped, and the output."""
   folder = tmp_path_factory.mktemp('small')
   texts = [f'def f{n}(x):\n  return x + {n}\n' for n in range(300)]
   lines = [json.dumps({'content': text}).encode() for text in texts]
@@ -171,11 +171,14 @@ def small(tmp_path_factory):
   return folder / 'rows', output
 
 
-# Killed, interrupted, out of space, twice at once.
+# Kills, interrupts, a full disk, two processes.
 
 
 def kill_9(kill, corpus, directory, parts, seconds):
-  """So long after so many parts are done; False if it had ended before."""
+  """Kills a preparation some seconds after `parts` parts are done.
+
+  Returns False if it ended before.
+  """
   process = start('--source', corpus, '--out', directory, *SETTINGS)
   done = lambda: len(list(directory.glob('.prepare/0*.npz')))
   if wait_for(lambda: directory.exists() and done() >= parts, process):
@@ -191,29 +194,27 @@ def kill_9(kill, corpus, directory, parts, seconds):
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_kill_9_does_not_show(corpus, undisturbed, tmp_path, seed):
-  """At any moment, the parent alone or all processes, and then once more."""
+def test_rows_do_not_depend_on_kills(corpus, undisturbed, tmp_path, seed):
+  """Two kills at random moments: the parent only, or all processes."""
   wanted, duration, _ = undisturbed
   directory = tmp_path / 'rows'
   rng = random.Random(seed)
   first, second = [os.kill, os.killpg][:: (-1) ** seed]
-  # All seeds together spread them over the whole duration...
+  # The seeds spread the first kill over the whole duration, ...
   seconds = (seed + rng.random()) / 5 * duration
   while not kill_9(first, corpus, directory, 0, seconds):
     shutil.rmtree(directory)
-    seconds *= 0.8  # the machine is faster now
-  # ... and over the parts, which take less of it than the workers' start.
+    seconds *= 0.8  # the machine has become faster
+  # ... and the second over the parts, which take less time than the start.
   parts = 2 * seed + rng.randint(1, 3)
   kill_9(second, corpus, directory, parts, rng.random() / 20)
   run('--source', corpus, '--out', directory, *SETTINGS)
   assert contents(directory) == contents(wanted)
 
 
-def test_an_interrupt_ends_it_at_once_and_keeps_what_is_done(
-  corpus, undisturbed, tmp_path
-):
+def test_an_interrupt_keeps_finished_parts(corpus, undisturbed, tmp_path):
   wanted, _, _ = undisturbed
-  for attempt in range(5):  # until one is not too late, on a busy machine
+  for attempt in range(5):  # on a busy machine an interrupt can be too late
     directory = tmp_path / f'rows-{attempt}'
     process = start('--source', corpus, '--out', directory, *SETTINGS)
     done = lambda d=directory: list((d / '.prepare').glob('0*.npz'))
@@ -233,9 +234,9 @@ def test_an_interrupt_ends_it_at_once_and_keeps_what_is_done(
 
 
 @pytest.mark.parametrize('end', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_end_does_not_wait_for_input_that_hangs(small, tmp_path, end):
+def test_signals_end_it_while_input_hangs(small, tmp_path, end):
   (tmp_path / 'a.jsonl').write_bytes((small[0].parent / 'a.jsonl').read_bytes())
-  os.mkfifo(tmp_path / 'b.txt')  # to open it takes until someone writes
+  os.mkfifo(tmp_path / 'b.txt')  # opening it blocks until someone writes
   rows = tmp_path / 'rows'
   args = ['--source', tmp_path, '--text_key=content', '--out', rows]
   process = start(*args, *SETTINGS)
@@ -245,9 +246,7 @@ def test_the_end_does_not_wait_for_input_that_hangs(small, tmp_path, end):
   assert process.returncode
 
 
-def test_a_full_disk_is_named_and_finished_parts_are_kept(
-  corpus, undisturbed, tmp_path
-):
+def test_a_full_disk_keeps_finished_parts(corpus, undisturbed, tmp_path):
   wanted, _, _ = undisturbed
   directory = tmp_path / 'rows'
   sizes = sorted(p.stat().st_size for p in wanted.glob('train-*'))
@@ -262,7 +261,9 @@ def test_a_full_disk_is_named_and_finished_parts_are_kept(
   assert contents(directory) == contents(wanted)
 
 
-def test_two_at_once_make_the_same_as_one(corpus, undisturbed, tmp_path):
+def test_two_processes_write_the_same_rows_as_one(
+  corpus, undisturbed, tmp_path
+):
   wanted, _, _ = undisturbed
   directory = tmp_path / 'rows'
   args = ['--source', corpus, '--out', directory, *SETTINGS]
@@ -281,7 +282,7 @@ def test_two_at_once_make_the_same_as_one(corpus, undisturbed, tmp_path):
   assert contents(directory) == contents(wanted)
 
 
-def test_the_one_that_waits_takes_over_from_one_that_is_killed(
+def test_a_waiting_process_takes_over_from_a_killed_one(
   corpus, undisturbed, tmp_path
 ):
   wanted, _, _ = undisturbed
@@ -299,10 +300,10 @@ def test_the_one_that_waits_takes_over_from_one_that_is_killed(
   assert contents(directory) == contents(wanted)
 
 
-# Input that is not all text, and the other modes.
+# Input that is not text, and the other modes.
 
 
-def test_what_is_left_out_is_counted(small):
+def test_skipped_documents_are_counted(small):
   directory, output = small
   assert '(2 not UTF-8, 1 empty left out)' in output.splitlines()[-1]
   manifest = records.read_manifest(directory)
@@ -310,14 +311,14 @@ def test_what_is_left_out_is_counted(small):
   assert sum(s.documents for s in manifest.splits.values()) == 300
 
 
-def test_a_split_without_rows_is_pointed_out(small, tmp_path):
+def test_a_split_without_rows_is_reported(small, tmp_path):
   source = small[0].parent / 'a.jsonl'
   args = ['--source', source, '--text_key=content', '--out', tmp_path / 'rows']
   output = run(*args, *SETTINGS, '--heldout_fraction=0')
   assert "no row in the split 'heldout'" in output.splitlines()[-1]
 
 
-def test_inspect_shows_statistics_and_rows(small):
+def test_inspect_prints_statistics_and_rows(small):
   directory, _ = small
   manifest = records.read_manifest(directory)
   output = run('--inspect', directory, '--rows=2')
@@ -342,7 +343,7 @@ def test_verify_finds_one_changed_byte(small, tmp_path):
   damaged.mkdir()
   for name, data in contents(directory).items():
     if name == 'train-00000.array_record':
-      # In the middle of the rows; the rest of a small file is padding.
+      # In the middle of the rows; a small file ends with padding.
       middle = data.index(b'\0' * 1000) // 2
       data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
     (damaged / name).write_bytes(data)
@@ -372,12 +373,12 @@ def test_verify_finds_one_changed_byte(small, tmp_path):
   ],
   ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
-def test_a_wrong_command_line_ends_with_one_line(args, message):
+def test_a_wrong_command_line_is_one_line(args, message):
   assert message in run(*args, status=2)
   assert not (ROOT / 'x').exists()
 
 
-def test_help_shows_the_flags():
+def test_help_lists_the_flags():
   output = run('--help')
   for shown in ('python launch/prepare.py', '--source', '--row_length'):
     assert shown in output
