@@ -261,9 +261,7 @@ def test_a_full_disk_keeps_finished_parts(corpus, undisturbed, tmp_path):
   assert contents(directory) == contents(wanted)
 
 
-def test_two_processes_write_the_same_rows_as_one(
-  corpus, undisturbed, tmp_path
-):
+def test_two_processes_write_the_rows_of_one(corpus, undisturbed, tmp_path):
   wanted, _, _ = undisturbed
   directory = tmp_path / 'rows'
   args = ['--source', corpus, '--out', directory, *SETTINGS]
