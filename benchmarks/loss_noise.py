@@ -16,7 +16,7 @@ import numpy as np
 
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.interop import load
-from maskdiff.monitoring import metrics
+from maskdiff.monitoring import terminal
 from maskdiff.training import inputs
 from maskdiff.training import step as step_lib
 
@@ -65,7 +65,7 @@ def main():
   b, l = config.train.batch, c.length
   print(f'{args.batches} batches of {b} x {l} tokens, nats per token')
   head = ['times', 'what differs', 'mean', 'deviation', 'least', 'most']
-  print(metrics.table([head, *rows]))
+  print(terminal.table([head, *rows]))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,15 @@
+"""What a run records, and the report that shows it.
+
+- metrics: rows of `metrics.jsonl`, TensorBoard and wandb; model FLOPs
+  utilization.
+- wandb_run: the wandb run that receives the same rows.
+- terminal: progress bar and tables of text.
+- ledger: where the wall time of a run goes; goodput.
+- skipped: messages about updates that the guard skipped.
+- history: reads a run back from its work directory.
+- json_lines: reads files of JSON lines.
+- smoothing: smooths and thins series.
+- traces: runs as Plotly traces, and axis ranges.
+- curves: the figures of the report.
+- report: the HTML report of launch/report.py.
+"""

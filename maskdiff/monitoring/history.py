@@ -1,7 +1,7 @@
-"""What a work directory tells of a run: one that is over, or still going on.
+"""Reads a run back from its work directory: config, metrics, ledger, plan.
 
-Everything is read from files that the run appends to, so that a line which is
-only half written is passed over and what is not there yet is simply missing.
+The run may still be training. Incomplete lines are skipped, and files that do
+not exist yet leave their attribute empty.
 """
 
 import dataclasses
@@ -21,17 +21,18 @@ RATIO = '/nll_at_mask_ratio_'
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run as it stands.
+  """Contents of the work directory of a run.
 
   Attributes:
-    name: of its directory.
-    workdir: the directory.
+    name: name of the directory.
+    workdir: path of the directory.
     rows: dicts of metrics.jsonl, each with `step`.
     config: dict from a key such as 'train.batch' to its value, with defaults
-      where the run does not say; {} without a config.json.
-    header: header.txt, or ''.
-    skipped: dicts of the ledger, one for each update that was skipped.
-    goodput: of `ledger.goodput`, or None without a ledger.
+      for keys that the run's config.json does not have; {} without a
+      config.json.
+    header: contents of header.txt, or ''.
+    skipped: dicts of the ledger, one per skipped update.
+    goodput: result of `ledger.goodput`; None without a ledger.
     plan: dict with the keys of planner.plan.FIELDS, or None.
   """
 
@@ -46,47 +47,54 @@ class Run:
 
   @property
   def causal(self):
+    """Whether the objective predicts tokens from left to right."""
     name = self.config.get('objective.name')
     return name in OBJECTIVES and OBJECTIVES[name].left_to_right
 
   @property
   def last_step(self):
+    """Last step that has a row of metrics."""
     return max(row['step'] for row in self.rows)
 
 
 def read_runs(workdirs, plan=None):
-  """Reads runs.
+  """Reads several runs.
 
   Args:
-    workdirs: directories.
-    plan: file of launch/plan.py --json, for runs that have no plan.json.
+    workdirs: work directories.
+    plan: file written by launch/plan.py --json, for runs without a plan.json.
 
   Returns:
     List of Run.
 
   Raises:
-    UserError: a directory or its metrics are not there, two have the same
-      name, or a plan cannot be used.
+    UserError: a directory or its metrics do not exist, two directories have
+      the same name, or a plan is invalid.
   """
-  known = read_plan(plan) if plan else None
-  runs, places = [], {}
+  default_plan = read_plan(plan) if plan else None
+  runs, workdir_of = [], {}
   for workdir in workdirs:
-    run = read_run(workdir, known)
-    if run.name in places:
+    run = read_run(workdir, default_plan)
+    if run.name in workdir_of:
       raise UserError(
-        f'{places[run.name]} and {workdir} have the same name {run.name!r}: '
-        'give each run once, and rename one of two directories'
+        f'{workdir_of[run.name]} and {workdir} have the same name '
+        f'{run.name!r}: give each run once, and rename one of two directories'
       )
-    places[run.name] = workdir
+    workdir_of[run.name] = workdir
     runs.append(run)
   return runs
 
 
 def read_run(workdir, plan=None):
-  """Reads a run; `plan` is for one without a plan.json of its own.
+  """Reads a run.
+
+  Args:
+    workdir: work directory.
+    plan: dict to use if the directory has no plan.json.
 
   Raises:
-    UserError: there is no run.
+    UserError: the directory or its metrics do not exist, or its plan.json is
+      invalid.
   """
   if not os.path.isdir(workdir):
     raise no_workdir(workdir)
@@ -96,10 +104,10 @@ def read_run(workdir, plan=None):
   if not rows:
     raise UserError(
       f'{workdir} has no rows of metrics: give the --workdir of a '
-      'launch/pretrain.py that has come to its first evaluation'
+      'launch/pretrain.py run that has finished its first evaluation'
     )
-  own = file('plan.json')
-  lines, total = _read_ledger(file('ledger.jsonl'))
+  own_plan = file('plan.json')
+  lines, goodput = _read_ledger(file('ledger.jsonl'))
   return Run(
     name=os.path.basename(os.path.abspath(workdir)),
     workdir=str(workdir),
@@ -107,12 +115,13 @@ def read_run(workdir, plan=None):
     config=_read_config(file('config.json')),
     header=_text(file('header.txt')),
     skipped=[x for x in lines if x.get('event') == 'skipped'],
-    goodput=total,
-    plan=read_plan(own) if os.path.exists(own) else plan,
+    goodput=goodput,
+    plan=read_plan(own_plan) if os.path.exists(own_plan) else plan,
   )
 
 
 def _text(path):
+  """Contents of a text file; '' if it does not exist."""
   if not os.path.exists(path):
     return ''
   with open(path, encoding='utf-8', errors='replace') as f:
@@ -120,16 +129,17 @@ def _text(path):
 
 
 def _read_config(path):
+  """Values of a config.json by dotted key, over the defaults; {} without."""
   try:
-    theirs = json.loads(_text(path))
-  except json.JSONDecodeError:  # none, or one that is being written
+    saved = json.loads(_text(path))
+  except json.JSONDecodeError:  # no file, or it is being written
     return {}
   defaults = config_lib.flatten(config_lib.default())
-  return json.loads(json.dumps(defaults)) | config_lib.flatten(theirs)
+  return json.loads(json.dumps(defaults)) | config_lib.flatten(saved)
 
 
 def _read_ledger(path):
-  """Its lines and what they add up to; [] and None if there is nothing."""
+  """Lines of a ledger and their goodput; [] and None without lines."""
   if not os.path.exists(path):
     return [], None
   lines = ledger.read(path)
@@ -137,10 +147,10 @@ def _read_ledger(path):
 
 
 def read_plan(path):
-  """A plan of a training, as launch/plan.py --json has written it.
+  """Reads the plan of a training that launch/plan.py --json has written.
 
   Raises:
-    UserError: it is something else.
+    UserError: the file cannot be read or is not the plan of one training.
   """
   try:
     with open(path) as f:
@@ -150,21 +160,23 @@ def read_plan(path):
       f'cannot read the plan {path} ({error.strerror})'
     ) from error
   except ValueError as error:
-    raise UserError(f'the plan {path} is no JSON ({error})') from error
+    raise UserError(f'the plan {path} is not JSON ({error})') from error
   if isinstance(plan, list):
     raise UserError(f'{path} is a sweep: plan one config, without --sweep')
   if not isinstance(plan, dict) or plan.get('mode') != 'train':
     raise UserError(
-      f'{path} is no plan of a training: launch/plan.py --json FILE writes one'
+      f'{path} is not the plan of a training: write one with launch/plan.py '
+      '--json FILE'
     )
   return plan
 
 
 def series(run, key):
-  """A value over the run.
+  """Values of a metric over the steps of a run.
 
   Returns:
-    steps and values, two float64 arrays of the rows that have a finite one.
+    steps and values: two float64 arrays, from the rows where the metric is
+    finite.
   """
   pairs = [
     (row['step'], row[key])
@@ -176,10 +188,10 @@ def series(run, key):
 
 
 def tokens_at(run, steps):
-  """Tokens that were trained on until each step, float64.
+  """Number of tokens trained on up to each step, float64.
 
-  A row says how many a step took at that time, so that runs whose batch was
-  changed on the way are counted right.
+  Each row of metrics gives the tokens per step at its time, so the count stays
+  right if the batch size changes during a run.
   """
   knots, per_step = [(0.0, 0.0)], None
   for row in run.rows:
@@ -198,7 +210,7 @@ def tokens_at(run, steps):
 
 
 def datasets(run):
-  """Names of the parts of its held-out text; [''] where it is one."""
+  """Names of the held-out datasets, after '' for all of them together."""
   found = (
     re.fullmatch('eval/(.+)/loss_nats_per_token', key)
     for row in run.rows
@@ -209,12 +221,12 @@ def datasets(run):
 
 
 def prefix(dataset):
-  """What the names of the metrics of `datasets` begin with."""
+  """Prefix of the metric names of one of `datasets`."""
   return f'eval/{dataset}' if dataset else 'eval'
 
 
 def bits_per_nat(run, dataset=''):
-  """Bits per byte that a nat per token is on held-out text; None if unknown."""
+  """Factor from nats per token to bits per byte, on held-out text, or None."""
   p = prefix(dataset)
   for row in reversed(run.rows):
     loss, bits = (
@@ -233,7 +245,7 @@ def by_ratio(run, where):
     where: 'train', or `prefix` of a dataset.
 
   Returns:
-    The step, or None; and a list of (ratio, nats per token).
+    The step, or None; and a list of (mask ratio, nats per masked token).
   """
   start = where + RATIO
   for row in reversed(run.rows):
@@ -248,7 +260,7 @@ def by_ratio(run, where):
 
 
 def samples(run):
-  """The texts of each prompt: from its number to a list of (step, text)."""
+  """Samples of a run: dict from prompt number to a list of (step, text)."""
   found = {}
   for row in run.rows:
     for key, value in row.items():
@@ -260,56 +272,21 @@ def samples(run):
 
 
 def differences(runs):
-  """Config keys that are not the same in all runs.
+  """Config keys whose values differ between runs.
 
   Returns:
-    Dict from a key to a list with a text for each run; '' where a run does
-    not have it.
+    Dict from key to a list of texts, one per run; '' if a run does not have
+    the key.
   """
   keys = sorted({key for run in runs for key in run.config})
   texts = {
-    key: [_shown(run.config[key]) if key in run.config else '' for run in runs]
+    key: [_format(run.config[key]) if key in run.config else '' for run in runs]
     for key in keys
   }
   return {key: row for key, row in texts.items() if len(set(row)) > 1}
 
 
-def _shown(value):
+def _format(value):
   if isinstance(value, str) and value:
     return value
   return json.dumps(value, ensure_ascii=False)
-
-
-def smooth(values, half):
-  """Means over the `half` values before and after each, and it.
-
-  At the start, where a loss falls steeply, there are as few after a value as
-  before it; at the end there are those that there are.
-  """
-  values = np.asarray(values, float)
-  total = np.concatenate([[0.0], np.cumsum(values)])
-  at = np.arange(len(values))
-  first = np.maximum(at - half, 0)
-  end = np.minimum(at + np.minimum(at, half) + 1, len(values))
-  return (total[end] - total[first]) / (end - first)
-
-
-def thin(steps, values, how, most=1000):
-  """At most so many points: each stands for as many neighbours.
-
-  Args:
-    steps, values: arrays of the same length.
-    how: function from the values of neighbours to one, such as np.mean.
-    most: number of points.
-
-  Returns:
-    steps, the last of every group, and values.
-  """
-  each = -(-len(steps) // most)
-  if each <= 1:
-    return steps, values
-  groups = np.split(np.arange(len(steps)), range(each, len(steps), each))
-  return (
-    np.array([steps[g[-1]] for g in groups]),
-    np.array([how(values[g]) for g in groups]),
-  )

@@ -1,9 +1,9 @@
-"""Where the time of a run goes, over all its restarts.
+"""Records where the wall time of a run goes, over all its restarts.
 
-`ledger.jsonl` in the work directory gets a line whenever something is worth
-one: `time` (s since 1970), `seconds` by kind since the line before, and either
-the step that was reached or an event. A process that is killed leaves its
-lines; `goodput` adds up those of all processes of the run.
+Each line of `ledger.jsonl` in the work directory holds `time` (s since 1970),
+`seconds` by kind since the previous line, and either the step reached or an
+event. Lines are flushed one by one, so a killed process leaves its lines
+behind. `goodput` sums the lines of all processes of the run.
 """
 
 import contextlib
@@ -12,34 +12,42 @@ import os
 import time
 
 from maskdiff.errors import UserError
+from maskdiff.monitoring import json_lines
 
 KINDS = ('init', 'restore', 'compile', 'data', 'step', 'eval', 'save', 'other')
 
 
 class Ledger:
-  """Counts every second of this process once, under what it was doing."""
+  """Counts each second of this process once, under one of KINDS."""
 
   def __init__(self, path, active):
-    """Opens the file; one that is not `active` counts, but writes nothing."""
+    """Opens the file for appending; writes nothing unless `active`."""
     self._totals = dict.fromkeys(KINDS, 0.0)
     self._written = dict(self._totals)
-    self._now = ('other', time.monotonic())
-    self._counted = self._now[1]
+    self._span = ('other', time.monotonic())
+    self._counted = self._span[1]
     self._file = None
     if active:
-      unfinished = _ends_in_half_a_line(path)
+      cut_short = _last_line_is_cut_short(path)
       self._file = open(path, 'a')
-      if unfinished:
+      if cut_short:
         self._file.write('\n')
       self.event('opened')
 
   @contextlib.contextmanager
   def span(self, kind):
-    """Counts the time inside as `kind`, one of KINDS.
+    """Context manager that counts the time inside it as `kind`.
 
-    A span inside another one suspends it; outside all is `other`.
+    A span inside another span suspends the outer one. Time outside all spans
+    is `other`.
+
+    Args:
+      kind: one of KINDS.
+
+    Raises:
+      ValueError: the kind is unknown.
     """
-    outer = self._now[0]
+    outer = self._span[0]
     self._begin(kind)
     try:
       yield
@@ -47,28 +55,29 @@ class Ledger:
       self._begin(outer)
 
   def beat(self):
-    """Says that a long span gets on, so that it is not taken for a stall."""
-    self._now = (self._now[0], time.monotonic())
+    """Restarts the time of the current span, so that it is not a stall."""
+    self._span = (self._span[0], time.monotonic())
 
   def write(self, step):
-    """Appends a line that says that `step` steps are done."""
+    """Appends a line: `step` steps are done."""
     self._append({'step': step})
 
   def event(self, name, **values):
-    """Appends a line about something that happened.
+    """Appends a line about an event.
 
-    `started` with the step that the process goes on from, and `ended` when the
-    run is over, are what `goodput` reads; others are for people.
+    `goodput` reads two events: `started`, with the step from which the process
+    resumes, and `ended`, written when the run is complete. All others are for
+    people.
     """
     self._append({'event': name, **values})
 
   def current(self):
-    """The kind of time now, and the s since it began. For any thread."""
-    kind, began = self._now
+    """The kind of the current span and its seconds so far; thread-safe."""
+    kind, began = self._span
     return kind, time.monotonic() - began
 
   def totals(self):
-    """Seconds of this process by kind, but for the span that goes on."""
+    """Seconds of this process by kind, without the current span."""
     return dict(self._totals)
 
   def close(self):
@@ -80,13 +89,13 @@ class Ledger:
 
   def _begin(self, kind):
     if kind not in self._totals:
-      raise ValueError(f'{kind!r} is none of {KINDS}')
-    self._now = (kind, self._count())
+      raise ValueError(f'unknown kind {kind!r}; choose one of {KINDS}')
+    self._span = (kind, self._count())
 
   def _count(self):
-    """Puts down the time until now; returns now."""
+    """Adds the time since the last call to the current kind; returns now."""
     now = time.monotonic()
-    self._totals[self._now[0]] += now - self._counted
+    self._totals[self._span[0]] += now - self._counted
     self._counted = now
     return now
 
@@ -101,14 +110,14 @@ class Ledger:
     }
     self._written = dict(self._totals)
     line = {'time': round(time.time(), 3), **values, 'seconds': seconds}
-    # A full disk must not end a run for want of its diary; what could not be
-    # written now goes with a later line.
+    # A full disk must not end the run because of its ledger. The line stays in
+    # the buffer, and a later flush may write it.
     with contextlib.suppress(OSError):
       self._file.write(json.dumps(line) + '\n')
       self._file.flush()
 
 
-def _ends_in_half_a_line(path):
+def _last_line_is_cut_short(path):
   if not os.path.exists(path) or not os.path.getsize(path):
     return False
   with open(path, 'rb') as f:
@@ -117,17 +126,13 @@ def _ends_in_half_a_line(path):
 
 
 def read(path):
-  """The lines of a ledger; those that a kill cut short are passed over.
+  """Reads the lines of a ledger; skips lines that a kill cut short.
 
   Raises:
-    UserError: there is no ledger.
+    UserError: the file cannot be read.
   """
-  lines = []
   try:
-    with open(path, errors='replace') as f:
-      for text in f:
-        with contextlib.suppress(json.JSONDecodeError):
-          lines.append(json.loads(text))
+    lines = json_lines.read(path)
   except OSError as error:
     raise UserError(
       f'cannot read {path} ({error.strerror}): give the work directory of a run'
@@ -136,24 +141,28 @@ def read(path):
 
 
 def goodput(path):
-  """Adds up a ledger over all processes that wrote it.
+  """Computes the goodput of a run from its ledger, over all its processes.
 
-  A step counts if its result was used: those that were done again, because a
-  later process started from an earlier step, do not. Time without a process
-  is `down`, but for that after a run had come to its end.
+  A step counts if its result was used. It does not count if a later process
+  started from an earlier step and repeated it. Time without a process is
+  `down`, except time after the end of a run.
 
   Returns:
-    A dict: `wall_s`; `seconds`, by kind, where `step` holds the steps that
-    count, `repeated` the others, and `down` is what it says, so that they add
-    up to wall_s; `lost_s`, repeated and down; `restarts`; `steps`, the last
-    one done; and `goodput`, step / wall_s, None without any time.
+    Dict with
+      wall_s: all seconds.
+      seconds: seconds by kind, which sum to wall_s. `step` holds the steps
+        that count, `repeated` the others, `down` the time without a process.
+      lost_s: seconds of `repeated` and `down`.
+      restarts: number of processes after the first.
+      steps: last step done.
+      goodput: seconds of `step` / wall_s; None if wall_s is 0.
 
   Raises:
-    UserError: there is no ledger, or no whole line in it.
+    UserError: the ledger cannot be read or has no complete line.
   """
   lines = read(path)
   if not lines:
-    raise UserError(f'{path} holds no whole line; nothing has been run yet')
+    raise UserError(f'{path} has no complete line: the run has not started yet')
   runs = _runs(lines)
   seconds = dict.fromkeys((*KINDS, 'repeated', 'down'), 0.0)
   for line in lines:
@@ -163,12 +172,12 @@ def goodput(path):
     if not any(line.get('event') == 'ended' for line in before):
       # The clocks of two machines may differ.
       seconds['down'] += max(0.0, after[0]['time'] - before[-1]['time'])
-  kept = float('inf')  # steps after this one were, or will be, done again
+  last_used = float('inf')  # later steps are repeated by a later process
   for run in reversed(runs):
-    repeated = _step_seconds_after(run, kept)
+    repeated = _step_seconds_after(run, last_used)
     seconds['step'] -= repeated
     seconds['repeated'] += repeated
-    kept = min([kept, *_starts(run)])
+    last_used = min([last_used, *_starts(run)])
   wall = sum(seconds.values())
   return {
     'wall_s': wall,
@@ -181,7 +190,7 @@ def goodput(path):
 
 
 def _runs(lines):
-  """The lines of each process."""
+  """Splits the lines by process."""
   runs = []
   for line in lines:
     if not runs or line.get('event') == 'opened':
@@ -191,11 +200,12 @@ def _runs(lines):
 
 
 def _starts(run):
+  """Steps from which a process started."""
   return [line['step'] for line in run if line.get('event') == 'started']
 
 
 def _reached(run):
-  """Pairs of a step and the seconds of steps until it was done."""
+  """Pairs of a step and the seconds spent on steps until its end."""
   pairs, spent = [], 0.0
   for line in run:
     spent += line['seconds'].get('step', 0.0)
@@ -205,7 +215,10 @@ def _reached(run):
 
 
 def _step_seconds_after(run, step):
-  """Seconds that a process spent on steps after `step`."""
+  """Seconds that a process spent on steps after `step`.
+
+  Between two lines of the ledger all steps are taken to last equally long.
+  """
   total = sum(line['seconds'].get('step', 0.0) for line in run)
   pairs = _reached(run)
   if not pairs or step > pairs[-1][0]:
@@ -220,7 +233,7 @@ def _step_seconds_after(run, step):
 
 
 def format_goodput(result):
-  """A small table of what `goodput` returns."""
+  """Formats the result of `goodput` as a table."""
   wall = result['wall_s']
   rows = sorted(result['seconds'].items(), key=lambda row: -row[1])
   lines = [

@@ -1,7 +1,7 @@
-"""A page about runs, finished or not: one file that needs no other.
+"""HTML report about runs, complete or still training, in a single file.
 
-`curves.py` makes the figures, Plotly's JavaScript stands in the page, and
-`report.html` puts both together with what is told in words.
+`curves.py` makes the figures. The page contains Plotly's JavaScript, and
+`report.html` is the template that draws figures, tables and samples.
 """
 
 import importlib.resources
@@ -11,18 +11,18 @@ import time
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from maskdiff.monitoring import curves, history, skipped
+from maskdiff.monitoring import curves, history, skipped, smoothing, traces
 
 
 def page(runs, now=None):
-  """The runs as a page.
+  """Returns the report about some runs as HTML.
 
   Args:
     runs: list of history.Run.
-    now: time it is written at, s since 1970; None for the clock's.
+    now: time shown on the page, s since 1970; None for the current time.
 
   Returns:
-    HTML that fetches nothing from elsewhere.
+    HTML that loads nothing from the network.
   """
   now = time.time() if now is None else now
   data = {
@@ -34,8 +34,8 @@ def page(runs, now=None):
     'plans': [_plan_row(i, run) for i, run in enumerate(runs) if run.plan],
     **_defaults(runs),
   }
-  # In ASCII no letter of a text can be misread; and without < none of it can
-  # end the script that it stands in.
+  # ASCII is safe under any encoding. Without '<' no text can close the script
+  # element that holds the JSON.
   encoded = json.dumps(data, ensure_ascii=True, separators=(',', ':'))
   encoded = encoded.replace('<', '\\u003c')
   template = importlib.resources.files('maskdiff.monitoring').joinpath(
@@ -46,21 +46,26 @@ def page(runs, now=None):
 
 
 def _split(template):
+  """The template before Plotly, between Plotly and the data, and after."""
   head, rest = template.split('@PLOTLY@')
   return head, *rest.split('@REPORT@')
 
 
 def _defaults(runs):
-  """What the page opens with: tokens where steps differ, and bits per byte
-  where tokens do."""
+  """Initial axes of the page.
+
+  The x axis shows tokens if the runs take different numbers of tokens per
+  step. Losses are in bits per byte if the runs have different tokenizers.
+  """
   at = [float(history.tokens_at(run, [1000])[0]) for run in runs]
   factors = [history.bits_per_nat(run) for run in runs]
   known = [f for f in factors if f]
+  has_bits = len(known) == len(runs)
   same = not known or max(known) < 1.001 * min(known)
   return {
     'tokens': max(at) > 1.001 * min(at),
-    'bits': not same and len(known) == len(runs),
-    'has_bits': len(known) == len(runs),
+    'bits': not same and has_bits,
+    'has_bits': has_bits,
   }
 
 
@@ -77,7 +82,7 @@ def _panel_json(panel):
 
 
 def _facts(run, i):
-  """What is told of a run at the top: name, colour, and pairs of texts."""
+  """Card of run number i: name, colour, and (label, value) pairs of text."""
   c, last = run.config, run.last_step
   steps = c.get('train.steps')
   pairs = [
@@ -88,39 +93,25 @@ def _facts(run, i):
   ]
   if parameters := _parameters(run.header):
     pairs.append(('parameters', _si(parameters)))
-  bits = history.bits_per_nat(run)
-  _, heldout = history.series(run, 'eval/loss_nats_per_token')
-  _, error = history.series(run, 'eval/stderr_nats_per_token')
-  if len(heldout):
-    text = f'{heldout[-1]:.3f}'
-    text += f' ± {error[-1]:.3f}' if len(error) else ''
-    pairs.append(('held-out, nats/token', text))
-    if bits:
-      text = f'{heldout[-1] * bits:.3f}'
-      text += f' ± {error[-1] * bits:.3f}' if len(error) else ''
-      pairs.append(('held-out, bits/byte', text))
-  _, loss = history.series(run, 'train/loss_nats_per_token')
-  if len(loss):
-    smoothed = history.smooth(loss, curves.half_window(loss))[-1]
-    pairs.append(('training, nats/token', f'{smoothed:.3f}'))
+  pairs += _losses(run)
   for name, key, form in (
     ('tokens/s', 'train/tokens_per_s', lambda x: f'{x:,.0f}'),
     ('MFU', 'train/mfu', lambda x: f'{x:.1%}'),
   ):
-    value = _usual(run, key)
+    value = _median(run, key)
     if value is not None:
       pairs.append((name, form(value)))
   if run.goodput and run.goodput['goodput'] is not None:
     pairs.append(('goodput', f'{run.goodput["goodput"]:.1%}'))
     pairs.append(('restarts', f'{run.goodput["restarts"]}'))
-  _, missed = history.series(run, 'train/skipped_updates')
-  if len(missed):
-    pairs.append(('skipped updates', f'{int(missed.sum()):,}'))
+  _, num_skipped = history.series(run, 'train/skipped_updates')
+  if len(num_skipped):
+    pairs.append(('skipped updates', f'{int(num_skipped.sum()):,}'))
   return {
     'name': run.name,
     'workdir': run.workdir,
-    'colour': curves.colour(i),
-    'dash': curves.dash(i),
+    'colour': traces.colour(i),
+    'dash': traces.dash(i),
     'objective': c.get('objective.name', '').replace('_', ' '),
     'facts': pairs,
     'header': run.header,
@@ -128,8 +119,27 @@ def _facts(run, i):
   }
 
 
+def _losses(run):
+  """(label, value) pairs of the newest held-out and training loss."""
+  pairs = []
+  bits = history.bits_per_nat(run)
+  _, heldout = history.series(run, 'eval/loss_nats_per_token')
+  _, stderr = history.series(run, 'eval/stderr_nats_per_token')
+  if len(heldout):
+    for unit, factor in (('nats/token', 1.0), ('bits/byte', bits)):
+      if factor:
+        text = f'{heldout[-1] * factor:.3f}'
+        text += f' ± {stderr[-1] * factor:.3f}' if len(stderr) else ''
+        pairs.append((f'held-out, {unit}', text))
+  _, loss = history.series(run, 'train/loss_nats_per_token')
+  if len(loss):
+    smoothed = smoothing.smooth(loss, smoothing.half_window(loss))[-1]
+    pairs.append(('training, nats/token', f'{smoothed:.3f}'))
+  return pairs
+
+
 def _parameters(header):
-  """The number in the line `total` of a header; None without one."""
+  """Number of parameters from the line `total` of a header, or None."""
   for line in header.splitlines():
     words = line.split()
     if len(words) == 2 and words[0] == 'total':
@@ -137,28 +147,28 @@ def _parameters(header):
   return None
 
 
-def _usual(run, key):
-  """The median after the first steps, which wait for caches to fill."""
+def _median(run, key):
+  """Median of a metric after the first steps, which are slower; or None."""
   steps, values = history.series(run, key)
   if not len(values):
     return None
-  later = steps >= curves.EARLY * steps[-1]
+  later = smoothing.after_first_steps(steps, steps[-1])
   return float(np.median(values[later]))
 
 
 def _plan_row(i, run):
-  """What was planned beside what was measured: triples of texts."""
+  """Plan and measurement of run number i, as texts for the page."""
   plan, c, rows = run.plan, run.config, []
   for name, field, key, form in (
     ('step, s', 'step_s', 'train/step_s', '.4g'),
     ('tokens/s', 'tokens_per_s', 'train/tokens_per_s', ',.0f'),
     ('MFU', 'mfu', 'train/mfu', '.1%'),
   ):
-    planned, measured = plan.get(field), _usual(run, key)
-    say = lambda value, form=form: '' if value is None else format(value, form)
+    planned, measured = plan.get(field), _median(run, key)
+    show = lambda value, form=form: '' if value is None else format(value, form)
     both = planned and measured is not None
     ratio = f'{measured / planned:.2f}' if both else ''
-    rows.append((name, say(planned), say(measured), ratio))
+    rows.append((name, show(planned), show(measured), ratio))
   warnings = [
     f'the plan is for {field} {plan[field]:,}, the run has {c[key]:,}'
     for field, key in (('batch', 'train.batch'), ('length', 'data.length'))
@@ -177,7 +187,7 @@ def _plan_row(i, run):
 
 
 def _samples(runs):
-  """The prompts, and for each the texts of every run: [[step, text], ...]."""
+  """Samples by prompt: for each run the prompt and its (step, text) pairs."""
   found = [history.samples(run) for run in runs]
   numbers = sorted({n for texts in found for n in texts})
   prompts = [run.config.get('sample.prompts', []) for run in runs]
@@ -192,7 +202,7 @@ def _samples(runs):
 
 
 def _si(number):
-  """A number in three digits, such as 2.56M."""
+  """Formats a number with three digits and an SI letter, such as 2.56M."""
   for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
     if number >= size:
       return f'{number / size:.3g}{letter}'

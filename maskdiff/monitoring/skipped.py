@@ -1,21 +1,22 @@
-"""What to say of updates that the guard skipped; see guard.py."""
+"""Describes updates that the guard skipped; see training/guard.py."""
 
 import json
 import os
 
 
 def find(step, fetched, first_sample):
-  """The skipped updates of a window.
+  """Finds the skipped updates in a window of steps.
 
   Args:
-    step: the last of the window.
+    step: last step of the window.
     fetched: what `step.train_step` returned at each step, on the host.
-    first_sample: function from a step to the number of the first sample that
-      comes after it.
+    first_sample: function from a step to the index of the first sample after
+      that step.
 
   Returns:
-    List of dicts: step, loss (nats per token) and gradient norm, the range of
-    its samples (first, end), and how many were skipped in a row up to it.
+    List of dicts with the step, loss (nats per token), gradient norm, range of
+    sample indices (first, end), and number of consecutive skipped updates up
+    to this one.
   """
   return [
     {
@@ -33,7 +34,7 @@ def find(step, fetched, first_sample):
 
 
 def describe(update):
-  """One of `find` as a line."""
+  """Formats one result of `find` as a line."""
   first, end = update['samples']
   return (
     f'step {update["step"]}: update skipped, loss '
@@ -43,16 +44,16 @@ def describe(update):
 
 
 def give_up(workdir, updates, read_texts):
-  """Writes the updates of a streak down, with the text of the last one.
+  """Writes consecutive skipped updates to a file and returns an error message.
 
   Args:
     workdir: of the run.
-    updates: of `find`, those in a row.
-    read_texts: None, or on the one host that writes, a function from a range
-      of samples to their texts.
+    updates: results of `find`, the consecutive ones.
+    read_texts: function from a range of samples to their texts, on the host
+      that writes the file; None on all others.
 
   Returns:
-    What happened and what can be done, in one line.
+    One line: what happened and what the user can do.
   """
   first, last = updates[0], updates[-1]
   path = os.path.join(workdir, f'skipped_to_step_{last["step"]}.json')
@@ -62,9 +63,9 @@ def give_up(workdir, updates, read_texts):
       json.dump({'updates': updates, 'texts_of_the_last': texts}, f, indent=2)
   return (
     f'{last["in_a_row"]} updates in a row were skipped, up to step '
-    f'{last["step"]}; {path} has their losses and samples, and the text of the '
-    'last. To pass over them: --config.data.skip_samples="(('
-    f'{first["samples"][0]}, {last["samples"][1]}),)"; to go on from an older '
+    f'{last["step"]}; {path} lists their losses and samples, and the texts of '
+    'the last one. To leave these samples out: --config.data.skip_samples="(('
+    f'{first["samples"][0]}, {last["samples"][1]}),)"; to resume from an older '
     'step: launch/checkpoints.py --rollback STEP; otherwise the learning rate '
     'may be too high'
   )

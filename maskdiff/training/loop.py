@@ -24,7 +24,7 @@ from maskdiff.distributed.watchdog import watch
 from maskdiff.errors import Preempted, UserError
 from maskdiff.model import transformer
 from maskdiff.monitoring import ledger as ledger_lib
-from maskdiff.monitoring import metrics, skipped
+from maskdiff.monitoring import metrics, skipped, terminal, wandb_run
 from maskdiff.objectives import table
 from maskdiff.training import evaluation, inputs, resume
 from maskdiff.training import step as step_lib
@@ -65,7 +65,7 @@ def run(config, workdir):
 
 def _run(config, workdir, stack):
   config_lib.validate(config)
-  metrics.require_wandb(config.train.wandb_project)
+  wandb_run.require_wandb(config.train.wandb_project)
   c = step_lib.step_config(config)
   steps, batch, length = config.train.steps, config.train.batch, c.length
   optimizer_config = OptimizerConfig(**config.optimizer)
@@ -114,7 +114,7 @@ def _run(config, workdir, stack):
   project = config.train.wandb_project if start < steps else ''
   writer = metrics.Writer(workdir, start, main_host, project, config.to_dict())
   stack.callback(writer.close)
-  progress = metrics.Progress(start, steps, main_host)
+  progress = terminal.Progress(start, steps, main_host)
   stack.callback(progress.close)
   if main_host:
     header = workdir_lib.describe(config, c, mesh, datasets)

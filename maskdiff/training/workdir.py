@@ -18,7 +18,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
-from maskdiff.monitoring import metrics
+from maskdiff.monitoring import terminal
 
 
 @contextlib.contextmanager
@@ -112,9 +112,9 @@ def describe(config, c, mesh, datasets):
     )
   return '\n'.join(
     [
-      metrics.table([(k, repr(v)) for k, v in flat.items()]),
+      terminal.table([(k, repr(v)) for k, v in flat.items()]),
       '',
-      metrics.table(rows),
+      terminal.table(rows),
       '',
       f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {sizes}'
       + (f', {processes} processes' if processes > 1 else ''),

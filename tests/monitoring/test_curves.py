@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from made_runs import eval_row, train_row
 
-from maskdiff.monitoring import curves, history
+from maskdiff.monitoring import curves, history, traces
 
 RATIOS = [('0.1', 5.0), ('0.5', 6.0), ('0.9', 7.0)]
 CAUSAL = {'objective.name': 'autoregressive'}
@@ -47,7 +47,7 @@ def test_a_run_with_a_single_row_is_drawn():
 
 def test_runs_have_the_same_colour_everywhere():
   rows = [eval_row(0, 9.0), train_row(4, 8.0), train_row(8, 7.0)]
-  ledger = dict(wall_s=1.0, seconds=dict.fromkeys(curves.TIMES, 0.1))
+  ledger = dict(wall_s=1.0, seconds=dict.fromkeys(traces.TIMES, 0.1))
   runs = [make(rows, f'run{i}', goodput=ledger) for i in range(10)]
   looks = {}
   for found in curves.panels(runs):
@@ -163,7 +163,7 @@ def test_the_planned_step_time_lies_beside_the_measured_one():
 
 
 def test_the_bars_of_goodput_are_shares_of_the_time():
-  seconds = dict.fromkeys(curves.TIMES, 0.0) | {'step': 6.0, 'down': 2.0}
+  seconds = dict.fromkeys(traces.TIMES, 0.0) | {'step': 6.0, 'down': 2.0}
   a = make([eval_row(0, 9.0)], 'a', goodput=dict(wall_s=8.0, seconds=seconds))
   more = seconds | {'eval': 8.0}
   b = make([eval_row(0, 9.0)], 'b', goodput=dict(wall_s=16.0, seconds=more))

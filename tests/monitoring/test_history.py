@@ -8,7 +8,7 @@ import pytest
 from made_runs import eval_row, train_row
 
 from maskdiff.errors import UserError
-from maskdiff.monitoring import history
+from maskdiff.monitoring import history, smoothing
 
 
 def run(rows, **config):
@@ -73,9 +73,9 @@ def test_a_plan_is_that_of_the_run_or_the_one_given(tmp_path):
   'text, says',
   [
     (None, 'cannot read the plan'),
-    ('{"mode"', 'no JSON'),
+    ('{"mode"', 'not JSON'),
     ('[{}]', 'is a sweep'),
-    ('{"mode": "sample"}', 'no plan of a training'),
+    ('{"mode": "sample"}', 'not the plan of a training'),
   ],
 )
 def test_a_plan_that_cannot_be_used_is_said(tmp_path, text, says):
@@ -160,16 +160,16 @@ def test_configs_are_compared_by_key(tmp_path):
 
 def test_smoothing_is_the_mean_of_neighbours():
   values = np.array([9.0, 3.0, 6.0, 0.0, 3.0])
-  assert history.smooth(values, 1).tolist() == [9.0, 6.0, 3.0, 3.0, 1.5]
-  assert history.smooth(values, 0).tolist() == values.tolist()
+  assert smoothing.smooth(values, 1).tolist() == [9.0, 6.0, 3.0, 3.0, 1.5]
+  assert smoothing.smooth(values, 0).tolist() == values.tolist()
   line = np.arange(50.0)
-  assert np.allclose(history.smooth(line, 4)[:46], line[:46])
+  assert np.allclose(smoothing.smooth(line, 4)[:46], line[:46])
 
 
 def test_thinning_keeps_what_it_is_asked_for():
   steps, values = np.arange(1, 8), np.array([1.0, 5, 2, 2, 9, 0, 3])
   for how, expected in ((np.max, [5, 9, 3]), (np.mean, [8 / 3, 11 / 3, 3])):
-    thinned = history.thin(steps, values, how, most=3)
+    thinned = smoothing.thin(steps, values, how, most=3)
     assert thinned[0].tolist() == [3, 6, 7]
     assert np.allclose(thinned[1], expected)
-  assert history.thin(steps, values, np.max)[1] is values
+  assert smoothing.thin(steps, values, np.max)[1] is values

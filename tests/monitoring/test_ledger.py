@@ -11,6 +11,7 @@ import threading
 import time
 import types
 
+import forked
 import pytest
 
 from maskdiff.errors import UserError
@@ -175,7 +176,7 @@ def test_a_full_disk_does_not_end_the_run(path):
 
 LIVE = """
 import sys
-from maskdiff.ledger import Ledger
+from maskdiff.monitoring.ledger import Ledger
 ledger = Ledger(sys.argv[1], active=True)
 ledger.event('started', step=0)
 for step in range(1, 10**9):
@@ -209,7 +210,7 @@ def test_a_line_that_was_cut_anywhere_is_passed_over(clock, path):
     path.write_bytes(whole[:cut])
     kept = whole[: cut + 1].count(b'\n')
     if not kept:
-      with pytest.raises(UserError, match='no whole line'):
+      with pytest.raises(UserError, match='no complete line'):
         goodput(path)
       continue
     goodput(path)
@@ -369,12 +370,10 @@ def test_a_run_that_only_opened_has_no_goodput(path):
 
 
 def script(*arguments):
-  return subprocess.run(
-    [sys.executable, 'launch/goodput.py', *map(str, arguments)],
+  return forked.run(
+    ['launch/goodput.py', *map(str, arguments)],
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
     cwd=ROOT,
-    capture_output=True,
-    text=True,
   )
 
 

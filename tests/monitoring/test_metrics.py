@@ -9,7 +9,7 @@ import types
 import pytest
 
 from maskdiff.errors import UserError
-from maskdiff.monitoring import metrics
+from maskdiff.monitoring import metrics, terminal, wandb_run
 
 
 def write(workdir, rows, start_step=0, active=True):
@@ -233,21 +233,21 @@ def test_without_a_way_to_wandb_rows_are_kept(
   monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
   monkeypatch.setenv('WANDB_API_KEY', key)
   monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
-  monkeypatch.setattr(metrics, 'WANDB_START_S', 1)
-  said = []
-  monkeypatch.setattr(metrics, '_say', said.append)
+  monkeypatch.setattr(wandb_run, 'START_S', 1)
+  warnings = []
+  monkeypatch.setattr(terminal, 'warn', warnings.append)
   writer = wandb_writer(tmp_path)
   writer.scalars(2, {'loss': 1.0})
   writer.close()
   ((_, rows, _),) = wandb_runs(tmp_path)
   assert rows == [(2, 'loss', 1.0)]
-  (warning,) = said
+  (warning,) = warnings
   assert 'wandb sync' in warning and '\n' not in warning
 
 
 def test_a_wandb_that_fails_is_done_without(tmp_path, wandb, monkeypatch):
-  said = []
-  monkeypatch.setattr(metrics, '_say', said.append)
+  warnings = []
+  monkeypatch.setattr(terminal, 'warn', warnings.append)
   writer = wandb_writer(tmp_path)
   writer.scalars(2, {'loss': 1.0})
 
@@ -259,33 +259,35 @@ def test_a_wandb_that_fails_is_done_without(tmp_path, wandb, monkeypatch):
   writer.text(4, 'sample/0', 'text')
   writer.close()
   assert steps(tmp_path) == [2, 4, 4]
-  assert said == [
-    'warning: wandb, the row of step 4: Connection lost; going on without it'
+  assert warnings == [
+    'warning: wandb, the row of step 4: Connection lost; '
+    'the run continues without it'
   ]
 
 
 def test_a_wandb_that_cannot_be_opened_is_done_without(
   tmp_path, wandb, monkeypatch
 ):
-  said = []
-  monkeypatch.setattr(metrics, '_say', said.append)
+  warnings = []
+  monkeypatch.setattr(terminal, 'warn', warnings.append)
   monkeypatch.setattr(wandb, 'init', lambda **_: 1 / 0)
   writer = wandb_writer(tmp_path)
   writer.scalars(2, {'loss': 1.0})
   writer.close()
   assert steps(tmp_path) == [2]
-  assert len(said) == 2 and said[1].endswith('going on without it')
+  assert len(warnings) == 2
+  assert warnings[1].endswith('the run continues without it')
 
 
-def test_a_missing_wandb_is_said(monkeypatch):
-  monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
-  metrics.require_wandb('')
+def test_a_missing_wandb_is_warnings(monkeypatch):
+  monkeypatch.setattr(wandb_run.importlib.util, 'find_spec', lambda name: None)
+  wandb_run.require_wandb('')
   with pytest.raises(UserError, match='pip install wandb'):
-    metrics.require_wandb('project')
+    wandb_run.require_wandb('project')
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
-  progress = metrics.Progress(start_step=10, steps=1000, active=True)
+  progress = terminal.Progress(start_step=10, steps=1000, active=True)
   progress.update(20, 4.0, 'loss 2.5')  # 980 steps to go
   progress.say('a message')
   progress.close()
@@ -295,7 +297,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
 
 
 def test_progress_of_other_hosts_is_silent(capsys):
-  progress = metrics.Progress(0, 10, active=False)
+  progress = terminal.Progress(0, 10, active=False)
   progress.update(1, 1.0, 'loss')
   progress.say('a message')
   progress.close()
@@ -303,8 +305,8 @@ def test_progress_of_other_hosts_is_silent(capsys):
 
 
 def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
-  monkeypatch.setattr(metrics.sys.stderr, 'isatty', lambda: True)
-  progress = metrics.Progress(0, 10, active=True)
+  monkeypatch.setattr(terminal.sys.stderr, 'isatty', lambda: True)
+  progress = terminal.Progress(0, 10, active=True)
   progress.update(5, 1.0, 'loss 2.5')
   progress.say('a message')
   progress.update(10, 1.0, 'loss 2.0')
@@ -316,7 +318,7 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
 
 def test_a_table_lines_up_with_numbers_to_the_right():
   rows = [('name', 'shape', 'number'), ('embed', (4, 2), 8), ('q', (), 12_345)]
-  assert metrics.table(rows).splitlines() == [
+  assert terminal.table(rows).splitlines() == [
     'name   shape   number',
     'embed  (4, 2)       8',
     'q      ()      12,345',

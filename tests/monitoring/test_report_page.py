@@ -9,7 +9,7 @@ import pytest
 from browser import DESK, PHONE, element, look
 from made_runs import eval_row, train_row
 
-from maskdiff.monitoring import curves, history, report
+from maskdiff.monitoring import history, report, traces
 from maskdiff.monitoring.ledger import KINDS
 
 STEPS = 40
@@ -135,7 +135,7 @@ def rgb(colour):
 def test_the_curves_are_drawn(opened):
   """In their runs' colours, through every point that there is."""
   heldout = lines(opened, 'heldout')
-  assert [x['stroke'] for x in heldout] == [rgb(c) for c in curves.COLOURS[:2]]
+  assert [x['stroke'] for x in heldout] == [rgb(c) for c in traces.COLOURS[:2]]
   assert [x['points'] for x in heldout] == [len(EVALUATIONS)] * 2
   marks = opened.find_elements('css selector', '#heldout .points path.point')
   assert len(marks) == 2 * len(EVALUATIONS) + 1  # the third run has one
@@ -217,11 +217,11 @@ def test_the_legend_shows_and_hides_a_run_everywhere(opened, runs):
       path => getComputedStyle(path).stroke);
     """
   )
-  assert keys == [rgb(c) for c in curves.COLOURS[:3]]
+  assert keys == [rgb(c) for c in traces.COLOURS[:3]]
   buttons[0].click()
   for panel in ('heldout', 'training', 'step_s', 'by_ratio'):
     drawn = {line['stroke'] for line in lines(opened, panel)}
-    assert rgb(curves.COLOURS[0]) not in drawn
+    assert rgb(traces.COLOURS[0]) not in drawn
   buttons[0].click()
   assert len(lines(opened, 'heldout')) == 2
 
@@ -337,8 +337,8 @@ def test_the_page_asks_for_nothing_and_has_no_errors(opened, page):
 
 
 def test_every_kind_of_time_has_a_colour():
-  assert set(curves.TIMES) == {*KINDS, 'repeated', 'down'}
-  assert len(set(curves.TIMES.values())) == len(curves.TIMES)
+  assert set(traces.TIMES) == {*KINDS, 'repeated', 'down'}
+  assert len(set(traces.TIMES.values())) == len(traces.TIMES)
 
 
 def test_a_plan_of_another_run_is_said(tmp_path):

@@ -1,0 +1,67 @@
+"""Prints the progress of a training, and tables of text."""
+
+import sys
+
+
+def warn(text):
+  """Prints a line on standard error without breaking a progress bar."""
+  import tqdm  # only for warnings and progress bars
+
+  tqdm.tqdm.write(text, file=sys.stderr)
+
+
+class Progress:
+  """A progress bar with the time left on a terminal, plain lines elsewhere.
+
+  Both go to standard error. Nothing is printed unless `active`.
+  """
+
+  def __init__(self, start_step, steps, active):
+    self._steps, self._active, self._bar = steps, active, None
+    if active and sys.stderr.isatty():
+      import tqdm
+
+      self._bar = tqdm.tqdm(
+        total=steps, initial=start_step, unit='step', dynamic_ncols=True
+      )
+
+  def update(self, step, step_s, text):
+    """Shows that `step` steps are done; a step takes about step_s seconds."""
+    if self._bar:
+      self._bar.update(step - self._bar.n)
+      self._bar.set_postfix_str(text)
+    elif self._active:
+      left = _duration(step_s * (self._steps - step))
+      self.say(f'step {step}/{self._steps}  {text}  {left} left')
+
+  def say(self, text):
+    """Prints a message without breaking the bar."""
+    if self._bar:
+      self._bar.write(text, file=sys.stderr)
+    elif self._active:
+      print(text, file=sys.stderr, flush=True)
+
+  def close(self):
+    if self._bar:
+      self._bar.close()
+
+
+def _duration(seconds):
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def table(rows):
+  """Formats rows of cells as aligned columns; integers are right-aligned."""
+  cells = [
+    [f'{c:,}' if isinstance(c, int) else str(c) for c in r] for r in rows
+  ]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return '\n'.join(
+    '  '.join(
+      c.rjust(w) if isinstance(raw, int) else c.ljust(w)
+      for c, raw, w in zip(line, row, widths, strict=True)
+    ).rstrip()
+    for line, row in zip(cells, rows, strict=True)
+  )

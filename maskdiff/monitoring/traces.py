@@ -1,0 +1,151 @@
+"""Runs as Plotly traces, and the range of the y axis.
+
+The `meta` of a trace holds what report.html needs beside the trace itself:
+`run`, the index of the run; `tokens`, the other x axis; `bits`, a factor from
+nats per token to bits per byte, or None; `choice`, the entry of the panel's
+menu to which the trace belongs, or None.
+"""
+
+import html
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+
+from maskdiff.monitoring import history, ledger, smoothing
+
+# Distinguishable with colour blindness, on white and on black.
+COLOURS = (
+  *('#3b82c4', '#e07b28', '#2f9e68', '#b05fb5'),
+  *('#d64f5a', '#8a8f2a', '#2a9fb0', '#9a7257'),
+)
+DASHES = ('solid', 'dash', 'dot', 'dashdot')  # one per round of COLOURS
+# Mask ratios, from low to high.
+SHADES = ('#f2b134', '#e8743b', '#c9466b', '#8b4a9c', '#4a5aa8')
+# Kinds of time in the ledger.
+TIMES = dict(
+  zip(
+    (*ledger.KINDS, 'repeated', 'down'),
+    (
+      *('#8fa3b5', '#6f8fc9', '#b58fd1', '#e0a94f', '#2f9e68'),
+      *('#3aa7b5', '#9a7257', '#c9ced3', '#d64f5a', '#5b6169'),
+    ),
+    strict=True,
+  )
+)
+
+
+class Series(NamedTuple):
+  """Points that determine the range of the y axis.
+
+  Attributes:
+    steps, values: arrays of the same length.
+    bits: factor from nats per token to bits per byte; None if unknown.
+  """
+
+  steps: object
+  values: object
+  bits: float | None = None
+
+
+def colour(i):
+  """Colour of run number i."""
+  return COLOURS[i % len(COLOURS)]
+
+
+def dash(i):
+  """Plotly dash style of run number i."""
+  return DASHES[i // len(COLOURS) % len(DASHES)]
+
+
+def run_name(run, most=40):
+  """Name of the run, shortened and escaped: Plotly interprets some HTML."""
+  name = run.name if len(run.name) <= most else run.name[: most - 1] + '…'
+  return html.escape(name)
+
+
+def line(run, i, steps, values, choice=None, bits=None, mode='lines'):
+  """Trace of run number i. See the module docstring for choice and bits."""
+  return go.Scatter(
+    x=numbers(steps),
+    y=numbers(values),
+    mode=mode if len(steps) > 1 else 'markers',
+    name=run_name(run),
+    line=dict(color=colour(i), dash=dash(i), width=2),
+    marker=dict(size=6, color=colour(i)),
+    hovertemplate=f'%{{y:.4~g}}<extra>{run_name(run)}</extra>',
+    meta={
+      'run': i,
+      'tokens': numbers(history.tokens_at(run, steps), 9),
+      'bits': bits,
+      'choice': choice,
+    },
+  )
+
+
+def add_noisy_line(figure, run, i, steps, values, how, bits=None):
+  """Adds a faint trace of the values and a bold one of their moving average.
+
+  Args:
+    figure: plotly Figure.
+    run, i: the run and its number.
+    steps, values: arrays of the same length.
+    how: see `smoothing.thin`.
+    bits: factor from nats per token to bits per byte, or None.
+
+  Returns:
+    List of Series for `axis_range`.
+  """
+  if not len(steps):
+    return []
+  steps, values = smoothing.thin(steps, values, how)
+  half = smoothing.half_window(steps)
+  if half:
+    faint = line(run, i, steps, values, bits=bits)
+    faint.opacity, faint.line.width = 0.5, 1
+    faint.hoverinfo, faint.hovertemplate = 'skip', None
+    figure.add_trace(faint)
+  bold = smoothing.smooth(values, half)
+  figure.add_trace(line(run, i, steps, bold, bits=bits))
+  return [
+    Series(steps, bold, bits),
+    Series(*smoothing.without_outliers(steps, values), bits),
+  ]
+
+
+def numbers(values, digits=6):
+  """Floats rounded to `digits` significant digits, to keep the JSON short."""
+  return [float(f'{float(v):.{digits}g}') for v in values]
+
+
+def axis_ranges(series, low=None):
+  """Ranges of the y axis that show all series except their first steps.
+
+  Args:
+    series: list of Series.
+    low: lower end of the axis; None to fit the values.
+
+  Returns:
+    [low, high] in the unit of the values, and in bits per byte. Each is None
+    without values; the second also if a series has no factor.
+  """
+  series = [s for s in series if len(s.steps)]
+  last_step = max((s.steps[-1] for s in series), default=0)
+  nats, bits = [], []
+  for steps, values, factor in series:
+    later = smoothing.after_first_steps(steps, last_step)
+    visible = values[later] if later.sum() >= 3 else values
+    nats += [visible.min(), visible.max()]
+    if factor:
+      bits += [visible.min() * factor, visible.max() * factor]
+  complete = len(bits) == len(nats) > 0
+  return _padded(nats, low), _padded(bits, low) if complete else None
+
+
+def _padded(values, low):
+  if not values:
+    return None
+  least, most = min(values), max(values)
+  if low is not None:
+    return [low, 1.08 * most or 1.0]
+  pad = 0.06 * (most - least) or 0.05 * abs(most) or 1.0
+  return [least - pad, most + pad]
