@@ -1,21 +1,33 @@
-"""Tests run on the CPU with 8 fake devices, chosen before JAX is imported."""
+"""Settings of all tests: the CPU with 8 fake devices, one compile cache.
+
+They are chosen before JAX is imported. Workers of pytest-xdist, and programs
+that tests start, inherit them.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# XLA's pool has a thread for each device, and a device that has two collectives
-# under way takes two. When all threads wait, each for one that has none, the
-# process hangs: so there are some to spare.
+# XLA's pool has one thread per device, and a device with two collectives in
+# flight takes two. If every thread waits for a collective of a device without
+# one, the process hangs: spare threads prevent that.
 os.environ.setdefault('PJRT_NPROC', '64')
-# Most of the time is compilation, and the programs are tiny.
-# On a busy machine 8 devices may wait for each other for more than the 40 s
-# after which XLA aborts the process.
+# Most of the time goes into compiling tiny programs, so they are not optimized.
+# On a busy machine 8 devices may wait for each other longer than the 40 s after
+# which XLA aborts the process.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_force_host_platform_device_count=8'
   + ' --xla_backend_optimization_level=0'
   + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 )
+# A program is compiled once per session, in whatever process.
+COMPILED = None
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  COMPILED = tempfile.mkdtemp(prefix='compiled')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = COMPILED
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import gc  # noqa: E402
 import json  # noqa: E402
@@ -24,11 +36,42 @@ import random  # noqa: E402
 
 import pytest  # noqa: E402
 
+# The files that take longest, so that one worker does not start them last.
+LONGEST = (
+  'docs/test_commands.py',
+  'training/test_faults.py',
+  'launch/test_launch_plan.py',
+  'launch/test_pods.py',
+  'objectives/test_markov.py',
+  'distributed/test_processes.py',
+  'docs/test_how_to.py',
+  'sampling/test_sampler_cache.py',
+  'launch/test_colab.py',
+  'training/test_loop.py',
+  'interop/test_warm_start.py',
+  'launch/test_launch_evaluate.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the longest files first, in the order above."""
+  folder = pathlib.Path(__file__).parent
+  order = {str(folder / name): rank for rank, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(str(item.path), len(order)))
+
+
+def pytest_unconfigure():
+  if COMPILED:
+    shutil.rmtree(COMPILED, ignore_errors=True)
+
 
 @pytest.fixture(scope='module', autouse=True)
-def compiled_programs_are_given_back():
-  """Each takes regions of memory, of which a process may have only so many:
-  with some thousands of programs the compiler ends in a segmentation fault."""
+def free_compiled_programs():
+  """Drops compiled programs after each module.
+
+  Each program maps regions of memory, and a process may map a limited number:
+  after some thousands of programs the compiler crashes.
+  """
   yield
   import jax
 

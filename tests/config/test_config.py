@@ -6,13 +6,13 @@ import os
 import pathlib
 import re
 import runpy
-import subprocess
-import sys
 
+import forked
 import pytest
 
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError
+from maskdiff.interop import load
 from maskdiff.model import attention, transformer
 from maskdiff.objectives import canvas, schedule
 from maskdiff.objectives import table as table_lib
@@ -93,7 +93,7 @@ def test_a_kernel_for_training_is_not_asked_to_sample():
   for trains, samples in (('splash', 'auto'), ('xla', 'xla')):
     c.model.attention = trains
     assert step_lib.step_config(c).model.attention == trains
-    assert request.sampler_model(c).attention == samples
+    assert load.network(c, None).config.attention == samples
 
 
 @pytest.mark.parametrize(
@@ -320,12 +320,10 @@ def test_a_key_that_a_saved_config_does_not_have_yet_has_its_default():
 
 def command(*argv, timeout=60):
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
-  return subprocess.run(
-    [sys.executable, *argv],
+  return forked.run(
+    argv,
     cwd=ROOT,
     env=environment,
-    capture_output=True,
-    text=True,
     timeout=timeout,
   )
 

@@ -10,8 +10,8 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 
+import forked
 import pytest
 
 from maskdiff import config as config_lib
@@ -126,9 +126,8 @@ def start(script, *arguments, processes=2, of_process=None):
     'JAX_NUM_PROCESSES': str(processes),
   }
   started = [
-    subprocess.Popen(
+    forked.start(
       [
-        sys.executable,
         '-c',
         WATCHED,
         str(ROOT / 'launch' / script),
@@ -139,7 +138,6 @@ def start(script, *arguments, processes=2, of_process=None):
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
-      text=True,
     )
     for i in range(processes)
   ]

@@ -6,10 +6,10 @@ import os
 import pathlib
 import socket
 import subprocess
-import sys
 import threading
 import time
 
+import forked
 import jax
 import pytest
 
@@ -171,8 +171,8 @@ def start(process_id, address, timeout_s):
     f'with runtime.started(".", {timeout_s}):\n'
     '  print("here", flush=True)\n'
   )
-  return subprocess.Popen(
-    [sys.executable, '-c', script],
+  return forked.start(
+    ['-c', script],
     env={
       **os.environ,
       'PYTHONPATH': str(ROOT),
@@ -182,7 +182,6 @@ def start(process_id, address, timeout_s):
     },
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    text=True,
   )
 
 
@@ -264,11 +263,9 @@ def test_the_status_says_whether_to_start_again(error, expected):
     '  assert error.step == 3\n'
     '  sys.exit(errors.STATUS_AGAIN)\n'
   )
-  ended = subprocess.run(
-    [sys.executable, '-c', script],
+  ended = forked.run(
+    ['-c', script],
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
   )
   assert ended.returncode == expected, ended.stderr
   if expected != 75 or 'NotJoined' in error:

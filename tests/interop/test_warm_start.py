@@ -5,9 +5,8 @@ import os
 import pathlib
 import runpy
 import shutil
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import published_folders
 import pytest
@@ -118,12 +117,10 @@ def test_the_config_asks_for_a_folder():
 
 
 def script(name, *flags):
-  return subprocess.run(
-    [sys.executable, f'launch/{name}.py', *flags],
+  return forked.run(
+    [f'launch/{name}.py', *flags],
     cwd=ROOT,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
   )
 
 

@@ -5,12 +5,11 @@ import pathlib
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 import time
 import types
 from unittest import mock
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,11 +201,9 @@ def test_the_command_line(workdir, tmp_path):
   """Both in one process after the other, since imports take their time."""
 
   def launch(*args):
-    return subprocess.run(
-      [sys.executable, str(SCRIPT), *args],
+    return forked.run(
+      [str(SCRIPT), *args],
       env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'none'},
-      capture_output=True,
-      text=True,
     )
 
   # A list needs no device: those of the host may be taken by the run.

@@ -3,9 +3,8 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import untrained_run
 from maskdiff.interop import load
 from maskdiff.likelihood import bounds, queries
 from maskdiff.likelihood.estimators import Estimator
-from maskdiff.sampling import request
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAIRS = [
@@ -34,15 +32,13 @@ def workdir(tokenizer, tmp_path_factory):
 def evaluate(workdir, lines, *flags):
   path = workdir / 'data.jsonl'
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-  return subprocess.run(
+  return forked.run(
     [
-      *(sys.executable, 'launch/evaluate.py', f'--workdir={workdir}'),
+      *('launch/evaluate.py', f'--workdir={workdir}'),
       *(f'--data={path}', *flags),
     ],
     cwd=ROOT,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
   )
 
 
@@ -56,21 +52,20 @@ def complaint(result):
   return result.stderr.strip().splitlines()[-1]
 
 
-def by_library(workdir, function, layout, *rest):
-  """What a function of likelihood.py gives for the run."""
+def by_library(workdir, function, answers, *rest):
+  """What a function of bounds.py gives for the run."""
   config, _, params, mesh = load.load(str(workdir))
   with jax.set_mesh(mesh):
     return function(
-      request.sampler_model(config),
+      load.network(config, params),
       queries.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
-      params,
-      *layout,
+      answers,
       *rest,
     )
 
 
-def layout_of_pairs(tokenizer):
-  return bounds.suffixes(
+def answers_of_pairs(tokenizer):
+  return bounds.lay_out(
     [tokenizer.encode('def read('), tokenizer.encode('return')],
     [tokenizer.encode('self):'), tokenizer.encode(' alpha + beta')],
   )
@@ -79,12 +74,12 @@ def layout_of_pairs(tokenizer):
 def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
   flags = ('--task=bound', '--samples=32', '--strata=8', '--seed=3')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
-  layout = layout_of_pairs(tokenizer)
+  answers = answers_of_pairs(tokenizer)
   e = Estimator(samples=32, strata=8)
-  value, error = by_library(workdir, bounds.bound, layout, e, [3, 4])
+  value, error = by_library(workdir, bounds.bound, answers, e, [3, 4])
   np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
   np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=1e-3)
-  assert total['tokens'] == layout[1].sum()
+  assert total['tokens'] == answers.answer.sum()
   assert total['nats_per_token'] == pytest.approx(
     -value.sum() / total['tokens']
   )
@@ -93,8 +88,8 @@ def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
 def test_more_orders_give_the_importance_weighted_bound(workdir, tokenizer):
   flags = ('--task=bound', '--form=multi_sample', '--orders=4', '--seed=3')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
-  layout = layout_of_pairs(tokenizer)
-  value, error = by_library(workdir, bounds.multi_sample, layout, 4, [3, 4])
+  answers = answers_of_pairs(tokenizer)
+  value, error = by_library(workdir, bounds.multi_sample, answers, 4, [3, 4])
   np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
   np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=1e-3)
   assert total['estimator'] == {'form': 'multi_sample', 'orders': 4}
@@ -110,8 +105,8 @@ def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
   flags = ('--task=bound', '--form=left_to_right')
   row, total = rows_of(evaluate(workdir, [gap | {'way': 'infill'}], *flags))
   parts = [[tokenizer.encode(gap[key])] for key in gap]
-  layout = bounds.suffixes(*parts)
-  value, _ = by_library(workdir, bounds.left_to_right, layout)
+  answers = bounds.lay_out(*parts)
+  value, _ = by_library(workdir, bounds.left_to_right, answers)
   assert row['nats'] == pytest.approx(-value[0], rel=1e-5)
   assert row['tokens'] == total['tokens'] == len(parts[1][0])
   assert row['bits_per_byte'] == pytest.approx(row['nats'] / 23 / np.log(2))

@@ -3,9 +3,8 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
+import forked
 import pytest
 import untrained_run
 
@@ -15,12 +14,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def launch(script, *flags):
-  return subprocess.run(
-    [sys.executable, f'launch/{script}.py', *flags],
+  return forked.run(
+    [f'launch/{script}.py', *flags],
     cwd=ROOT,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
   )
 
 

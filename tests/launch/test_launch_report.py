@@ -1,10 +1,9 @@
 """launch/report.py as a command."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import made_runs
 import pytest
 from made_runs import eval_row, train_row
@@ -20,12 +19,10 @@ def workdir(tmp_path):
 
 
 def launch(*args):
-  return subprocess.run(
-    [sys.executable, 'launch/report.py', *map(str, args)],
+  return forked.run(
+    ['launch/report.py', *map(str, args)],
     cwd=ROOT,
     env=os.environ | {'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
   )
 
 

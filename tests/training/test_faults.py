@@ -14,10 +14,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 
+import forked
 import pytest
 import saved
 
@@ -109,14 +109,14 @@ class Runs:
         for i in range(processes)
       ]
     command = [
-      *(sys.executable, str(ROOT / 'tests' / 'faulty_pretrain.py')),
+      str(ROOT / 'tests' / 'faulty_pretrain.py'),
       *(json.dumps(faults), *self._command, *flags),
     ]
     started = []
     for own in variables:
       # Not a pipe: nobody reads while the run goes on.
       with tempfile.TemporaryFile('w+') as said:
-        process = subprocess.Popen(
+        process = forked.start(
           command,
           env=environ(2 // processes, self._cache) | own,
           cwd=ROOT,
