@@ -18,7 +18,8 @@ import numpy as np
 
 from maskdiff.evals import answered, heldout
 from maskdiff.interop import load
-from maskdiff.sampling import layouts, request, sampler
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import sampler_config
 
 PROMPT, KTH = 16, (10, 50, 100)
 BINS = 8
@@ -37,22 +38,15 @@ def positions(model, rule, temperature, num):
   long = [ids[:PROMPT] for ids in found if len(ids) >= PROMPT]
   prompts = list(itertools.islice(itertools.cycle(long), num))
   values = {'gen_length': slots, 'block_length': slots, 'remasking': rule}
-  c = request.sampler_config(
+  c = sampler_config(
     answered.settings(config, {**values, 'temperature': temperature})
   )
   c = dataclasses.replace(c, stop_at_eos=False)
-  canvas, fill, valid = layouts.continue_prompts(prompts, slots)
+  network = model.network
+  request = layouts.continue_prompts(prompts, slots)
   with jax.set_mesh(model.mesh):
-    steps = list(
-      sampler.trace(
-        request.sampler_model(config),
-        c,
-        model.params,
-        *(canvas, fill, valid),
-        seeds=range(num),
-      )
-    )
-  masked = np.stack(steps)[:, :, PROMPT:] == c.mask_id
+    steps = list(sampler.trace(network, c, request))
+  masked = np.stack(steps)[:, :, PROMPT:] == network.mask_id
   committed = masked[:-1] & ~masked[1:]  # [slots, num, slots], one a step
   return committed.argmax(axis=2).T
 

@@ -26,8 +26,8 @@ from maskdiff.likelihood import bounds, estimators, queries
 from maskdiff.likelihood.estimators import Estimator
 from maskdiff.likelihood.queries import LikelihoodConfig
 from maskdiff.model import masks, transformer
+from maskdiff.model.network import Network
 from maskdiff.model.transformer import TransformerConfig
-from maskdiff.sampling import request
 from maskdiff.training import inputs
 
 MASK_ID, SAMPLES, COPIES = 4, 128, 16
@@ -47,12 +47,8 @@ MODEL = TransformerConfig(
   attention='auto',
 )
 CONFIG = LikelihoodConfig(
-  objective='masked_diffusion',
   context=256,
   guidance=0.0,
-  predict_mask=False,
-  mask_id=MASK_ID,
-  bos_id=1,
   tokens_per_call=4096,
   loss_chunk_tokens=512,
 )
@@ -98,16 +94,18 @@ def compare(params, name, prompt, answer, rounds):
   ]
   prompts, answers = draw(prompt), draw(answer)
   estimator = Estimator(samples=SAMPLES, strata=COPIES)
+  network = Network(
+    config=MODEL,
+    params=params,
+    objective='masked_diffusion',
+    predict_mask=False,
+    mask_id=MASK_ID,
+    bos_id=1,
+  )
 
   def batched():
-    return bounds.bound(
-      MODEL,
-      CONFIG,
-      params,
-      *bounds.suffixes(prompts, answers),
-      estimator,
-      range(REQUESTS),
-    )
+    rows = bounds.lay_out(prompts, answers)
+    return bounds.bound(network, CONFIG, rows, estimator, range(REQUESTS))
 
   def loop():
     return np.array(
@@ -153,12 +151,12 @@ def one_request(params, prompt, answer, estimator, seed):
   drawn = estimators.draw(estimator, len(answer), np.random.default_rng(seed))
   total = 0.0
   for start in range(0, SAMPLES, COPIES):
-    hidden = drawn.hidden[start : start + COPIES]
+    masked = drawn.masked[start : start + COPIES]
     rows = np.tile(tokens, (COPIES, 1))
     shown = rows.copy()
-    shown[:, len(prompt) :][hidden] = MASK_ID
+    shown[:, len(prompt) :][masked] = MASK_ID
     log_probs = np.asarray(forward(params, rows, shown))[:, len(prompt) :]
-    sums = np.where(hidden, log_probs, 0).sum(axis=1)
+    sums = np.where(masked, log_probs, 0).sum(axis=1)
     total += drawn.weight[start : start + COPIES] @ sums
   return total / SAMPLES
 
@@ -181,14 +179,13 @@ def standard_errors(workdir):
       many = Estimator(e.form, 512, e.strata, e.coupled)
       with jax.set_mesh(devices):
         value, stderr = bounds.bound(
-          request.sampler_model(config),
+          load.network(config, params),
           c,
-          params,
-          *(tokens, every, every),
+          queries.Answers(tokens, every, every),
           many,
           range(rows),
         )
-      # Of a mean over 512 looks, to one over 128.
+      # The mean is over 512 queries; report the error of a mean over 128.
       error = np.sqrt(np.mean(stderr**2) * many.samples / SAMPLES)
       print(
         f'  {e.form:9} strata {e.strata:2} {"coupled" * e.coupled:7}: '

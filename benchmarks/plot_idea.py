@@ -20,7 +20,8 @@ from maskdiff import config as config_lib
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.interop import load
 from maskdiff.objectives import masked_diffusion
-from maskdiff.sampling import layouts, request, sampler
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import sampler_config
 from maskdiff.training import step as step_lib
 
 matplotlib.use('Agg')
@@ -180,7 +181,8 @@ def noise(out):
 def reverse(workdir, text, seed, out):
   """Slots over steps, coloured by the confidence they were kept with."""
   config, tokenizer, params, mesh = load.load(workdir)
-  canvas, fill, valid = layouts.fill_gaps([text], tokenizer.encode)
+  request = layouts.fill_gaps([text], tokenizer.encode, [seed])
+  fill, valid = request.fill, request.valid
   slots = np.flatnonzero(fill[0])
   config.sample.gen_length = len(slots)
   config.sample.steps = config.sample.block_length = len(slots)
@@ -188,11 +190,7 @@ def reverse(workdir, text, seed, out):
   with jax.set_mesh(mesh):
     moments = list(
       sampler.walk(
-        request.sampler_model(config),
-        request.sampler_config(config),
-        params,
-        *(canvas, fill, valid),
-        [seed],
+        load.network(config, params), sampler_config(config), request
       )
     )
   final = np.asarray(moments[-1][0].canvas)[0]

@@ -20,6 +20,7 @@ import numpy as np
 from timing import alternate
 
 from maskdiff.model import masks, transformer
+from maskdiff.model.network import Network
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import SamplerConfig
@@ -84,6 +85,10 @@ def compare(model, params, prompt, gen_length, block_length, steps, rounds):
     block_length=block_length,
     temperature=0.0,
     remasking='low_confidence',
+  )
+  network = Network(
+    config=model,
+    params=params,
     objective='masked_diffusion',
     predict_mask=False,
     mask_id=MASK_ID,
@@ -91,10 +96,11 @@ def compare(model, params, prompt, gen_length, block_length, steps, rounds):
   )
 
   def jitted():
-    return sampler.generate(model, c, params, *request, seeds=range(BATCH))
+    return sampler.generate(network, c, request)
 
   def loop():
-    return python_loop(model, params, request[0], prompt, block_length, steps)
+    canvas = request.canvas
+    return python_loop(model, params, canvas, prompt, block_length, steps)
 
   ways = {'jitted': jitted, 'loop': loop}
   if importlib.util.find_spec('torch'):
@@ -102,7 +108,7 @@ def compare(model, params, prompt, gen_length, block_length, steps, rounds):
 
     weights = torch_sampler.load(model, params)
     ways['torch'] = lambda: torch_sampler.generate(
-      model, weights, request[0], prompt, block_length, steps, MASK_ID
+      model, weights, request.canvas, prompt, block_length, steps, MASK_ID
     )
   expected = np.asarray(jitted())
   for name in ways:

@@ -18,8 +18,9 @@ from sampler import MASK_ID, SMALL  # the benchmark of that name
 from timing import alternate
 
 from maskdiff.model import masks, transformer
+from maskdiff.model.network import Network
 from maskdiff.sampling import layouts, refill, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling.request import Request, SamplerConfig
 
 EOS_ID = 5
 REQUESTS, BATCH, PROMPT, ROOM, BLOCK = 24, 4, 64, 64, 16
@@ -30,11 +31,6 @@ PLAIN = SamplerConfig(
   block_length=BLOCK,
   temperature=1.0,
   remasking='low_confidence',
-  objective='masked_diffusion',
-  predict_mask=False,
-  mask_id=MASK_ID,
-  bos_id=1,
-  eos_id=EOS_ID,
   gen_length=ROOM,
 )
 
@@ -45,8 +41,17 @@ def main():
   rounds = parser.parse_args().rounds
   random = np.random.default_rng(0)
   prompts = random.integers(9, MODEL.vocab_size, (REQUESTS, PROMPT)).tolist()
-  layout = layouts.continue_prompts(prompts, ROOM)
-  params = with_eos(transformer.init(MODEL, jax.random.key(0)), layout[0])
+  request = layouts.continue_prompts(prompts, ROOM)
+  params = transformer.init(MODEL, jax.random.key(0))
+  network = Network(
+    config=MODEL,
+    params=with_eos(params, request.canvas),
+    objective='masked_diffusion',
+    predict_mask=False,
+    mask_id=MASK_ID,
+    bos_id=1,
+    eos_id=EOS_ID,
+  )
   print(
     f'{jax.devices()[0].device_kind}: {REQUESTS} requests, batch {BATCH}, '
     f'prompt {PROMPT}, at most {ROOM} tokens in blocks of {BLOCK}'
@@ -55,8 +60,8 @@ def main():
   print('\nCaches, all answers of full length:')
   greedy = change(temperature=0.0, logits_eos_inf=True)
   compare(
-    params,
-    layout,
+    network,
+    request,
     {
       'no cache': (greedy, batches),
       'prefix cache': (dataclasses.replace(greedy, cache='prefix'), batches),
@@ -78,8 +83,8 @@ def main():
   stop = dataclasses.replace(whole, stop_at_eos=True)
   open_end = dataclasses.replace(stop, lookahead=0)
   compare(
-    params,
-    layout,
+    network,
+    request,
     {
       'full length, then cut': (whole, batches),
       'early end, batch by batch': (stop, batches),
@@ -113,23 +118,21 @@ def with_eos(params, canvas):
   return params | {'head': params['head'].at[:, EOS_ID].set(eos)}
 
 
-def batches(c, params, layout):
+def batches(network, c, request):
   """(tokens [R, L], forwards, positions) of R requests, batch by batch."""
   found = []
   for first in range(0, REQUESTS, BATCH):
     rows = slice(first, first + BATCH)
-    carry = sampler.complete(
-      MODEL, c, params, *(x[rows] for x in layout), range(first, first + BATCH)
-    )
+    carry = sampler.complete(network, c, Request(*(x[rows] for x in request)))
     found.append(
       jax.device_get((carry.canvas, carry.forwards, carry.positions))
     )
   return [np.concatenate(x) for x in zip(*found, strict=True)]
 
 
-def refilled(c, params, layout):
+def refilled(network, c, request):
   """As `batches`, with a request in the place of each that has ended."""
-  answers = refill.answers(MODEL, c, params, *layout, range(REQUESTS), BATCH)
+  answers = refill.answers(network, c, request, BATCH)
   answers = sorted(answers, key=lambda answer: answer.row)
   return [
     np.array([getattr(a, name) for a in answers])
@@ -137,16 +140,15 @@ def refilled(c, params, layout):
   ]
 
 
-def compare(params, layout, variants, rounds):
+def compare(network, request, variants, rounds):
   """Prints a table, with ratios to the first of the variants."""
-  _, fill, _ = layout
-  found = {name: f(c, params, layout) for name, (c, f) in variants.items()}
-  seconds = alternate(
-    {
-      n: lambda c=c, f=f: f(c, params, layout) for n, (c, f) in variants.items()
-    },
-    rounds,
-  )
+  fill = request.fill
+  functions = {
+    name: lambda c=c, f=f: f(network, c, request)
+    for name, (c, f) in variants.items()
+  }
+  found = {name: function() for name, function in functions.items()}
+  seconds = alternate(functions, rounds)
   first = None
   print(
     '| | tokens | tokens/s | ratio | forwards per token | positions per token '

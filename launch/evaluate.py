@@ -60,13 +60,13 @@ flags.DEFINE_enum(
   'count',
   ['count', 'bernoulli', 'left_to_right', 'multi_sample'],
   'Masks of a fixed number of tokens, weighted by L/l; of each token by '
-  'chance, weighted by 1/t; the exact chain rule, a look a token; or the '
+  'chance, weighted by 1/t; the exact chain rule, one query per token; or the '
   'importance-weighted bound, the chain rule in --orders random orders.',
 )
 flags.DEFINE_integer(
   'orders',
   16,
-  'Orders per answer, of --form multi_sample; each takes a look a token.',
+  'Orders per answer, of --form multi_sample; each takes one query per token.',
   lower_bound=1,
 )
 flags.DEFINE_integer('samples', 128, 'Masks per answer.', lower_bound=1)
@@ -175,13 +175,12 @@ def score(args, model, estimator, lines):
   from maskdiff.evals import scored
   from maskdiff.likelihood import bounds, queries
   from maskdiff.objectives.table import OBJECTIVES
-  from maskdiff.sampling import request
 
   c = queries.likelihood_config(
     model.config, args.guidance, args.tokens_per_call
   )
-  network = request.sampler_model(model.config), c, model.params
-  if OBJECTIVES[c.objective].left_to_right:
+  network = model.network
+  if OBJECTIVES[network.objective].left_to_right:
     scored.check_ends(lines)
     if args.form == 'multi_sample':
       raise UserError(
@@ -189,17 +188,16 @@ def score(args, model, estimator, lines):
         'gives the log-likelihood itself: leave out --form'
       )
 
-  def bound(tokens, answer, valid, seeds):
-    layout = tokens, answer, valid
+  def bound(answers, seeds):
     if args.form == 'left_to_right':
-      return bounds.left_to_right(*network, *layout)
+      return bounds.left_to_right(network, c, answers)
     seeds = [args.seed + s for s in seeds]
     if args.form == 'multi_sample':
-      return bounds.multi_sample(*network, *layout, args.orders, seeds)
-    return bounds.bound(*network, *layout, estimator, seeds)
+      return bounds.multi_sample(network, c, answers, args.orders, seeds)
+    return bounds.bound(network, c, answers, estimator, seeds)
 
-  def matches(tokens, answer, valid):
-    return bounds.greedy_matches(*network, tokens, answer, valid)
+  def matches(answers):
+    return bounds.greedy_matches(network, c, answers)
 
   with jax.set_mesh(model.mesh):
     rows, total = scored.TASKS[args.task](

@@ -184,25 +184,24 @@ def sample(args):
   if args.open_length and not args.gen_length:
     most = context
   if not args.interactive:
-    asked = answers.ask(
+    texts = answers.encode_texts(
       prompts,
       gaps,
       tokenizer.encode,
       most,
       context if args.open_length else None,
     )
-    _, fill, valid = asked.layout
-    layouts.check_context(context, valid)
+    layouts.check_context(context, texts.request.valid)
     if gaps:
-      most = int(fill.sum(axis=1).max())
+      most = int(texts.request.fill.sum(axis=1).max())
   override(run_config, args, most, gaps)
   c = request.sampler_config(run_config)
+  network = load.network(run_config, params)
   if args.suppress_mask:
-    c = dataclasses.replace(c, predict_mask=False)
+    network = dataclasses.replace(network, predict_mask=False)
   s = answers.Sampling(
-    request.sampler_model(run_config),
+    network,
     answers.for_gaps(c, args.steps) if gaps else c,
-    params,
     tokenizer,
     context,
   )
@@ -217,11 +216,11 @@ def sample(args):
       lines = prompts_lib.typed(sys.stdin)
       found = answers.converse(s, lines, args.seed, runtime_lib.say, args.steps)
     elif args.show or args.html:
-      found, recording = answers.watched(s, asked, show if args.show else None)
+      found, recording = answers.watched(s, texts, show if args.show else None)
       if write_page:
-        write_page(answers.page(s, asked, recording, workdir=args.workdir))
+        write_page(answers.page(s, texts, recording, workdir=args.workdir))
     else:
-      found = answers.in_batches(s, asked, args.batch)
+      found = answers.in_batches(s, texts, args.batch)
     for number, answer in enumerate(found):
       num_tokens += answer['tokens']
       num_forwards += answer['forwards']

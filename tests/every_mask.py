@@ -14,8 +14,8 @@ def subsets(size):
 
 def elbo(table):
   """sum over l of 1/l times the mean of S over all sets of l tokens."""
-  hidden = subsets(table.shape[1])
-  sums, counts = np.where(hidden, table, 0).sum(axis=1), hidden.sum(axis=1)
+  masked = subsets(table.shape[1])
+  sums, counts = np.where(masked, table, 0).sum(axis=1), masked.sum(axis=1)
   return sum(sums[counts == l].mean() / l for l in range(1, table.shape[1] + 1))
 
 
@@ -34,4 +34,4 @@ def counts_from_nothing(counts, ranks):
   look of each pair of its coupled form, at its full weight.
   """
   pairs = estimators.exact_count(counts, ranks, coupled=True)
-  return estimators.Looks(*(field[::2] for field in pairs))
+  return estimators.Queries(*(field[::2] for field in pairs))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from maskdiff.model.network import Network
 from maskdiff.sampling import passes
 
 
@@ -22,8 +23,22 @@ class Fake:
     return hidden
 
 
+def network(function, params=None, **fields):
+  """Returns a Network that computes a function, for use after `put_in`.
+
+  Args:
+    function: (params, tokens, valid) -> logits, as for `Fake`.
+    params: an array or a tree of arrays.
+    **fields: fields of Network that differ from the defaults here.
+  """
+  defaults = dict(
+    objective='masked_diffusion', predict_mask=False, mask_id=4, bos_id=1
+  )
+  return Network(config=function, params=params, **{**defaults, **fields})
+
+
 def put_in(monkeypatch):
-  """Makes the sampler use the function that it is given as model_config."""
+  """Makes the sampler call the function that stands for Network.config."""
   monkeypatch.setattr(passes, 'bind', Fake)
 
 

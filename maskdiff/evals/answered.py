@@ -8,7 +8,9 @@ import jax
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError
 from maskdiff.evals.scored import accuracy
-from maskdiff.sampling import layouts, refill, request, sampler
+from maskdiff.interop import load
+from maskdiff.sampling import layouts, refill, sampler
+from maskdiff.sampling.request import describe, sampler_config
 
 
 class Model(NamedTuple):
@@ -18,6 +20,11 @@ class Model(NamedTuple):
   tokenizer: object  # data.tokenizer.Tokenizer
   params: dict
   mesh: jax.sharding.Mesh
+
+  @property
+  def network(self):
+    """model.network.Network, for sampling and scoring."""
+    return load.network(self.config, self.params)
 
   @property
   def dtype(self):
@@ -109,23 +116,21 @@ def complete(model, c, prompts, suffixes, slots, seeds, batch):
   Raises:
     UserError: a row is longer than the model's context; see sampler.generate.
   """
-  canvas, fill, valid = layouts.lay_out(
-    [
-      [*prompt, *[None] * n, *suffix]
-      for prompt, n, suffix in zip(prompts, slots, suffixes, strict=True)
-    ]
-  )
-  layouts.check_context(model.config.data.length, valid)
-  network = request.sampler_model(model.config)
-  tokens, forwards = [None] * len(canvas), 0
+  rows = [
+    [*prompt, *[None] * n, *suffix]
+    for prompt, n, suffix in zip(prompts, slots, suffixes, strict=True)
+  ]
+  request = layouts.lay_out(rows, seeds)
+  layouts.check_context(model.config.data.length, request.valid)
+  network = model.network
+  tokens, forwards = [None] * len(rows), 0
   with jax.set_mesh(model.mesh):
-    for found in refill.answers(
-      network, c, model.params, canvas, fill, valid, seeds, batch
-    ):
+    for found in refill.answers(network, c, request, batch):
       if found.broken:
         raise sampler.broken_error([found.row])
-      slot = fill[found.row]
-      keep = slot & layouts.cut(found.tokens[None], slot[None], c.eos_id)[0]
+      slot = request.fill[found.row]
+      eos_id = network.eos_id
+      keep = slot & layouts.cut(found.tokens[None], slot[None], eos_id)[0]
       tokens[found.row] = found.tokens[keep].tolist()
       forwards += found.forwards
   return Answers(tokens, forwards, sum(slots))
@@ -166,7 +171,7 @@ def ask(model, values, lines, correct, seed, batch):
     for n, suffix in zip(lengths, suffixes, strict=True)
   ]
   config = settings(model.config, {**values, 'gen_length': max(slots)})
-  c = request.sampler_config(config)
+  c = sampler_config(config)
   if any(suffixes):
     steps = c.steps if 'steps' in values else 0
     c = dataclasses.replace(c, steps=steps, own_blocks=True)
@@ -183,6 +188,6 @@ def ask(model, values, lines, correct, seed, batch):
     total |= accuracy(f'accuracy_{way}', of_way)
   total |= {
     'forwards_per_token': answers.forwards / answers.slots,
-    'sampler': dataclasses.asdict(c),
+    'sampler': describe(model.network, c),
   }
   return rows, total

@@ -28,7 +28,7 @@ from maskdiff.evals import answered
 from maskdiff.interop import load
 from maskdiff.likelihood import bounds, queries
 from maskdiff.likelihood.estimators import Estimator
-from maskdiff.sampling import request as request_lib
+from maskdiff.sampling.request import describe, sampler_config
 
 try:
   from lm_eval import utils
@@ -74,7 +74,7 @@ class MaskDiff(TemplateLM):
       check_greedy: whether continuations are compared with greedy decoding;
         else is_greedy is False for all.
       seed: of noise and sampling.
-      tokens_per_call: see looks.LikelihoodConfig.
+      tokens_per_call: see queries.LikelihoodConfig.
       tensor: devices that share every layer; see run.load.
       dtype: of the weights, float32 or bfloat16; by default as stored.
       batch_size: texts that are continued together.
@@ -159,7 +159,9 @@ class MaskDiff(TemplateLM):
     if self.check_greedy:
       with jax.set_mesh(self.model.mesh):
         greedy = bounds.greedy_matches(
-          *self._network(), *bounds.suffixes(*zip(*pairs, strict=True))
+          self.model.network,
+          self.likelihood,
+          bounds.lay_out(*zip(*pairs, strict=True)),
         ).tolist()
     answers = list(zip(values, greedy, strict=True))
     for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -217,8 +219,8 @@ class MaskDiff(TemplateLM):
           f'{slots} tokens are to be generated, more than the '
           f'{self.max_length} that the network was trained on: set gen_length'
         )
-      c = request_lib.sampler_config(config)
-      described = dataclasses.asdict(c)
+      c = sampler_config(config)
+      described = describe(self.model.network, c)
       if described not in self.info['samplers']:
         self.info['samplers'].append(described)
       prompts = [_last(self.tok_encode(text), room) for _, text, _ in members]
@@ -257,10 +259,6 @@ class MaskDiff(TemplateLM):
       logging.warning('maskdiff: no use for %s of a task', sorted(asked))
     return [stop for stop in until if stop], {**values, **self.values}
 
-  def _network(self):
-    config = request_lib.sampler_model(self.model.config)
-    return config, self.likelihood, self.model.params
-
   def _fit(self, context, rest):
     """Takes from the beginning of a context what is too much."""
     if len(rest) > self.max_length:
@@ -277,14 +275,13 @@ class MaskDiff(TemplateLM):
     """[log-likelihood in nats] of the second of each pair given the first."""
     if not pairs:
       return []
-    layout = bounds.suffixes(*zip(*pairs, strict=True))
+    answers = bounds.lay_out(*zip(*pairs, strict=True))
+    network, c = self.model.network, self.likelihood
     with jax.set_mesh(self.model.mesh):
       if self.estimator is None:
-        estimate = bounds.left_to_right(*self._network(), *layout)
+        estimate = bounds.left_to_right(network, c, answers)
       else:
-        estimate = bounds.bound(
-          *self._network(), *layout, self.estimator, seeds
-        )
+        estimate = bounds.bound(network, c, answers, self.estimator, seeds)
     return estimate.log_likelihood.tolist()
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskdiff.errors import UserError
-from maskdiff.likelihood.bounds import corpus, suffixes
+from maskdiff.likelihood.bounds import corpus, lay_out
 
 
 class Line(NamedTuple):
@@ -118,8 +118,8 @@ def bound(lines, tokenizer, context, score):
     lines: list of Line.
     tokenizer: data.tokenizer.Tokenizer.
     context: tokens of the longest row.
-    score: function from tokens, answer, valid and seeds (from 0 on) to an
-      Estimate; see likelihood.py.
+    score: function from queries.Answers and seeds (from 0 on) to a
+      bounds.Estimate.
 
   Returns:
     list of dicts with the nats of each line (an upper bound, with its standard
@@ -142,7 +142,7 @@ def bound(lines, tokenizer, context, score):
       pieces = [row]
     parts += pieces
     line_of += [i] * len(pieces)
-  estimate = score(*suffixes(*zip(*parts, strict=True)), range(len(parts)))
+  estimate = score(lay_out(*zip(*parts, strict=True)), range(len(parts)))
   by_line = lambda x: np.bincount(line_of, x, minlength=len(lines))
   nats = -by_line(estimate.log_likelihood)
   stderr = np.sqrt(by_line(estimate.stderr**2))
@@ -177,7 +177,7 @@ def choices(lines, tokenizer, context, score):
     for choice in line.value['choices']
   ]
   line_of, *parts, num_bytes = zip(*encoded, strict=True)
-  estimate = score(*suffixes(*parts), line_of)
+  estimate = score(lay_out(*parts), line_of)
   rows = []
   for i, line in enumerate(lines):
     mine = np.array(line_of) == i
@@ -207,7 +207,7 @@ def greedy(lines, tokenizer, context, matches):
     lines: as for `bound`.
     tokenizer: as for `bound`.
     context: as for `bound`.
-    matches: function from tokens, answer and valid to [B] bool.
+    matches: function from queries.Answers to [B] bool.
 
   Returns:
     list of dicts, and a dict of the accuracy.
@@ -216,7 +216,7 @@ def greedy(lines, tokenizer, context, matches):
     _encode(line, line.value['answer'], tokenizer, context) for line in lines
   ]
   *parts, _ = zip(*encoded, strict=True)
-  right = matches(*suffixes(*parts)).tolist()
+  right = matches(lay_out(*parts)).tolist()
   rows = [{'match': match} for match in right]
   return rows, {'lines': len(lines), **accuracy('accuracy', right)}
 

@@ -1,6 +1,7 @@
 """Loads a trained model from a work directory or a published folder."""
 
 import contextlib
+import dataclasses
 import os
 
 import jax
@@ -13,6 +14,7 @@ from maskdiff.errors import UserError
 from maskdiff.interop import families, hf
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import transformer
+from maskdiff.model.network import Network
 from maskdiff.model.transformer import TransformerConfig
 
 
@@ -56,6 +58,31 @@ def load(workdir, tensor=1, dtype=None):
   config, params = _load_published(published, mesh, dtype)
   hf.fill(config, published, tokenizer)
   return config, tokenizer, params, mesh
+
+
+def network(config, params):
+  """Returns the Network of a run, for sampling and scoring.
+
+  An attention kernel that the config chooses is for training. The Network
+  chooses one itself, since prompts have other lengths and may be sampled on
+  other hardware; only `xla` stays.
+
+  Args:
+    config: ConfigDict of the run.
+    params: parameter tree.
+  """
+  model = TransformerConfig(**config.model)
+  if model.attention != 'xla':
+    model = dataclasses.replace(model, attention='auto')
+  return Network(
+    config=model,
+    params=params,
+    objective=config.objective.name,
+    predict_mask=config.objective.predict_mask,
+    mask_id=config.tokens.mask_id,
+    bos_id=config.tokens.bos_id,
+    eos_id=config.tokens.eos_id,
+  )
 
 
 def load_params(path, mesh, dtype=None):

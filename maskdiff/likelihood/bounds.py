@@ -3,23 +3,20 @@
 The part that is scored is the row's answer: what follows a prompt, or any other
 subset of the positions. The rest is always shown. Bounds, the chain rule in
 any order and the greedy check differ only in which tokens of the answer they
-hide at a time (estimators.py); looks.py computes them for all rows together.
+hide at a time (estimators.py); queries.py computes them for all rows together.
 
 Noise is keyed by a row's seed: what comes out for a row does not depend on the
 rows beside it, beyond float32 rounding. Nothing is normalised by length.
 
 Arguments that all functions here share:
 
-- `model_config`: model.TransformerConfig.
-- `c`: looks.LikelihoodConfig.
-- `params`: parameter tree.
-- `tokens`: [B, L] int32.
-- `answer`: [B, L] bool, the positions that are scored, anywhere in the row.
-- `valid`: [B, L] bool, False on padding, which stands at the ends of a row.
+- `network`: model.network.Network.
+- `c`: queries.LikelihoodConfig.
+- `answers`: queries.Answers, B rows; see `lay_out`.
 - `seeds`: [B] int >= 0. Rows of one seed and equally long answers hide the
   same tokens, so that chance matters less to their difference.
 
-Any of them raises a UserError if looks.rows_of refuses the request, or if the
+Any of them raises a UserError if queries.rows_of refuses the request, or if the
 network gives something that is no number.
 """
 
@@ -37,22 +34,22 @@ class Estimate(NamedTuple):
   stderr: np.ndarray  # [B] float64, nats; nan where it cannot be told
 
 
-def suffixes(prompts, answers, after=None):
+def lay_out(prompts, answers, suffixes=None):
   """Lays out answers after their prompts.
 
   Args:
     prompts: list of token lists; one may be empty.
     answers: list of token lists, one for each prompt.
-    after: list of token lists, what follows each answer and is given like its
-      prompt; by default nothing.
+    suffixes: list of token lists, text after each answer, which is shown like
+      its prompt; by default nothing.
 
   Returns:
-    tokens, answer and valid; short rows are padded on the right.
+    queries.Answers; short rows are padded on the right.
   """
-  after = [[]] * len(prompts) if after is None else after
+  suffixes = [[]] * len(prompts) if suffixes is None else suffixes
   rows = [
     (list(p), list(a), list(s))
-    for p, a, s in zip(prompts, answers, after, strict=True)
+    for p, a, s in zip(prompts, answers, suffixes, strict=True)
   ]
   length = max((len(p) + len(a) + len(s) for p, a, s in rows), default=0)
   tokens = np.zeros((len(rows), length), np.int32)
@@ -62,10 +59,10 @@ def suffixes(prompts, answers, after=None):
     tokens[i, :end] = p + a + s
     answer[i, len(p) : len(p) + len(a)] = True
     valid[i, :end] = True
-  return tokens, answer, valid
+  return queries.Answers(tokens, answer, valid)
 
 
-def bound(model_config, c, params, tokens, answer, valid, estimator, seeds):
+def bound(network, c, answers, estimator, seeds):
   """The Monte Carlo lower bound on the log-likelihood of each answer.
 
   Under guidance it is that of the guided model. An autoregressive network
@@ -77,11 +74,9 @@ def bound(model_config, c, params, tokens, answer, valid, estimator, seeds):
   Returns:
     Estimate; its error is nan if the estimator has a single group.
   """
-  rows = queries.rows_of(model_config, c, tokens, answer, valid)
-  evaluate = lambda looks: queries.evaluate(
-    model_config, c, params, rows, looks
-  )
-  if OBJECTIVES[c.objective].left_to_right:
+  rows = queries.rows_of(network, c, answers)
+  evaluate = lambda queries_of: queries.evaluate(network, c, rows, queries_of)
+  if OBJECTIVES[network.objective].left_to_right:
     exact = evaluate(lambda i: estimators.causal(rows[i].answer.sum()))
     return Estimate(np.array(exact).reshape(-1), np.zeros(len(rows)))
   values = evaluate(
@@ -93,7 +88,7 @@ def bound(model_config, c, params, tokens, answer, valid, estimator, seeds):
   return Estimate(*_mean(np.reshape(values, shape).mean(axis=2)))
 
 
-def chain_rule(model_config, c, params, tokens, answer, valid, orders=None):
+def chain_rule(network, c, answers, orders=None):
   """Exact log-likelihoods of decoding the answers token by token.
 
   Each token is predicted with itself and all later ones of the order masked
@@ -111,12 +106,10 @@ def chain_rule(model_config, c, params, tokens, answer, valid, orders=None):
     UserError: an order is no permutation; an autoregressive network is asked
       for another than its own.
   """
-  rows = queries.rows_of(model_config, c, tokens, answer, valid)
+  rows = queries.rows_of(network, c, answers)
   sizes = [int(row.answer.sum()) for row in rows]
-  evaluate = lambda looks: queries.evaluate(
-    model_config, c, params, rows, looks
-  )
-  if OBJECTIVES[c.objective].left_to_right:
+  evaluate = lambda queries_of: queries.evaluate(network, c, rows, queries_of)
+  if OBJECTIVES[network.objective].left_to_right:
     if orders is not None:
       raise UserError('an autoregressive network has one order only')
     return evaluate(lambda i: estimators.causal(sizes[i]))
@@ -137,15 +130,13 @@ def chain_rule(model_config, c, params, tokens, answer, valid, orders=None):
   ]
 
 
-def left_to_right(model_config, c, params, tokens, answer, valid):
+def left_to_right(network, c, answers):
   """`chain_rule` from left to right, as an Estimate without error."""
-  values = chain_rule(model_config, c, params, tokens, answer, valid)
+  values = chain_rule(network, c, answers)
   return Estimate(np.array(values).reshape(-1), np.zeros(len(values)))
 
 
-def multi_sample(
-  model_config, c, params, tokens, answer, valid, num_orders, seeds
-):
+def multi_sample(network, c, answers, num_orders, seeds):
   """The importance-weighted bound: log of the mean over K random orders.
 
   Decoding in a random order gives the answer with probability
@@ -162,16 +153,14 @@ def multi_sample(
   """
   if num_orders < 1:
     raise UserError(f'num_orders={num_orders} must be at least 1')
-  rows = queries.rows_of(model_config, c, tokens, answer, valid)
+  rows = queries.rows_of(network, c, answers)
   orders = [
     np.random.default_rng(int(seed)).permuted(
       np.tile(np.arange(row.answer.sum()), (num_orders, 1)), axis=1
     )
     for row, seed in zip(rows, seeds, strict=True)
   ]
-  values = np.array(
-    chain_rule(model_config, c, params, tokens, answer, valid, orders)
-  )
+  values = np.array(chain_rule(network, c, answers, orders))
   peak = values.max(axis=1)
   mean, stderr = _mean(np.exp(values - peak[:, None]))
   return Estimate(peak + np.log(mean), stderr / mean)
@@ -185,7 +174,7 @@ def _mean(values):
   return values.mean(axis=1), spread / n**0.5
 
 
-def greedy_matches(model_config, c, params, tokens, answer, valid):
+def greedy_matches(network, c, answers):
   """Whether greedy decoding gives the answer, token for token.
 
   A step commits one token, the most confident (LLaDA, eval_llada.py,
@@ -195,15 +184,17 @@ def greedy_matches(model_config, c, params, tokens, answer, valid):
   Returns:
     [B] bool.
   """
-  rows = queries.rows_of(model_config, c, tokens, answer, valid)
+  rows = queries.rows_of(network, c, answers)
   targets = [row.tokens[row.answer] for row in rows]
-  causal = OBJECTIVES[c.objective].left_to_right
+  causal = OBJECTIVES[network.objective].left_to_right
   right = np.ones(len(rows), bool)
   for size, members in queries.by_length(rows).items():
     masked = {i: np.ones(len(targets[i]), bool) for i in members}
     while masked:
-      looks = [(i, None, m & (not causal), m.copy()) for i, m in masked.items()]
-      predicted = queries.predict(model_config, c, params, rows, size, looks)
+      queried = [
+        (i, None, m & (not causal), m.copy()) for i, m in masked.items()
+      ]
+      predicted = queries.predict(network, c, rows, size, queried)
       for i, _, token, log_prob in predicted:
         confidence = np.where(masked[i], log_prob, -np.inf)
         # What an autoregressive network is shown are the right tokens: as long

@@ -63,14 +63,14 @@ class Estimator:
     return self.samples // (self.strata * (2 if self.coupled else 1))
 
 
-class Looks(NamedTuple):
+class Queries(NamedTuple):
   """Some forward passes over one answer.
 
   The value of a look is weight x sum over `asked` of log p(token | not hidden).
   """
 
-  hidden: np.ndarray  # [n, A] bool, tokens that the network is not shown
-  asked: np.ndarray  # [n, A] bool, tokens whose log-probability counts
+  masked: np.ndarray  # [n, A] bool, tokens hidden by the mask token
+  scored: np.ndarray  # [n, A] bool, tokens whose log-probability is computed
   weight: np.ndarray  # [n] float64
 
 
@@ -112,7 +112,7 @@ def bernoulli(times, noise, coupled):
     Looks, n of them or 2 n.
   """
   times = np.asarray(times)[:, None]
-  return _looks(noise < times, times, 1 - times, coupled)
+  return _queries(noise < times, times, 1 - times, coupled)
 
 
 def exact_count(counts, ranks, coupled):
@@ -133,20 +133,20 @@ def exact_count(counts, ranks, coupled):
   size = ranks.shape[1]
   counts = np.asarray(counts)[:, None]
   whole = size + 1 if coupled else size
-  return _looks(
+  return _queries(
     ranks < counts, counts / whole, (size - counts) / whole, coupled
   )
 
 
-def _looks(hidden, chance, rest, coupled):
+def _queries(masked, chance, rest, coupled):
   if coupled:
-    hidden = np.stack([hidden, ~hidden], axis=1).reshape(-1, hidden.shape[1])
+    masked = np.stack([masked, ~masked], axis=1).reshape(-1, masked.shape[1])
     chance = np.stack([chance, rest], axis=1)
-  # A look that hides nothing is worth 0; its chance may be 0 as well.
-  some = hidden.any(axis=1)
-  weight = np.zeros(len(hidden))
+  # A query that masks nothing has value 0; its chance may be 0 as well.
+  some = masked.any(axis=1)
+  weight = np.zeros(len(masked))
   weight[some] = 1 / chance.reshape(-1)[some]
-  return Looks(hidden, hidden, weight)
+  return Queries(masked, masked, weight)
 
 
 def chain(orders):
@@ -161,10 +161,11 @@ def chain(orders):
   ranks = np.argsort(orders, axis=1)[:, None, :]
   step = np.arange(ranks.shape[2])[:, None]
   flat = lambda x: x.reshape(-1, x.shape[-1])
-  asked = flat(ranks == step)
-  return Looks(flat(ranks >= step), asked, np.ones(len(asked)))
+  scored = flat(ranks == step)
+  return Queries(flat(ranks >= step), scored, np.ones(len(scored)))
 
 
 def causal(size):
   """The one look that an autoregressive network needs: it hides by itself."""
-  return Looks(np.zeros((1, size), bool), np.ones((1, size), bool), np.ones(1))
+  scored = np.ones((1, size), bool)
+  return Queries(~scored, scored, np.ones(1))

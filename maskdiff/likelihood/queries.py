@@ -30,17 +30,21 @@ SHORTEST = 16  # rows are padded to at least this length
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodConfig:
-  objective: str  # that the network was trained with, of objective.OBJECTIVES
   context: int  # tokens of the longest row, prompt and answer together
   # w of classifier-free guidance, 0 for none: the logits are those without
   # the prompt plus (w + 1) times what the prompt adds (LLaDA,
   # get_log_likelihood.py)
   guidance: float
-  predict_mask: bool  # whether the mask id takes part in the softmax
-  mask_id: int
-  bos_id: int
   tokens_per_call: int  # of the looks of a call, about; sets its memory
   loss_chunk_tokens: int  # memory: this x vocab_size float32
+
+
+class Answers(NamedTuple):
+  """Rows of which a part is scored, the answer."""
+
+  tokens: np.ndarray  # [B, L] int32
+  answer: np.ndarray  # [B, L] bool, the positions that are scored, anywhere
+  valid: np.ndarray  # [B, L] bool, False on padding, at the ends of a row
 
 
 class Row(NamedTuple):
@@ -56,19 +60,17 @@ class Call(NamedTuple):
   tokens: np.ndarray  # int32
   valid: np.ndarray  # bool, False on padding
   prompt: np.ndarray  # bool, valid and not the answer
-  hidden: np.ndarray  # bool
-  asked: np.ndarray  # bool
+  masked: np.ndarray  # bool
+  scored: np.ndarray  # bool
 
 
-def rows_of(model_config, c, tokens, answer, valid):
+def rows_of(network, c, answers):
   """Checks a request and takes off its padding.
 
   Args:
-    model_config: model.TransformerConfig.
+    network: Network.
     c: LikelihoodConfig.
-    tokens: [B, L] int32.
-    answer: [B, L] bool, the positions that are scored, anywhere in the row.
-    valid: [B, L] bool, False on padding, which stands at the ends of a row.
+    answers: Answers.
 
   Returns:
     list of Row.
@@ -78,14 +80,15 @@ def rows_of(model_config, c, tokens, answer, valid):
       context, or holds the mask id or one outside the vocabulary; or the
       network cannot give what is asked for.
   """
-  tokens = np.asarray(tokens, np.int32)
-  answer, valid = np.asarray(answer, bool), np.asarray(valid, bool)
+  tokens = np.asarray(answers.tokens, np.int32)
+  answer = np.asarray(answers.answer, bool)
+  valid = np.asarray(answers.valid, bool)
   if tokens.ndim != 2 or not tokens.shape == answer.shape == valid.shape:
     raise UserError(
       f'tokens {tokens.shape}, answer {answer.shape} and valid {valid.shape} '
       'must have one shape [B, L]'
     )
-  causal = OBJECTIVES[c.objective].left_to_right
+  causal = OBJECTIVES[network.objective].left_to_right
   if causal and c.guidance:
     raise UserError(
       f'guidance={c.guidance:g}: it masks the prompt, and an autoregressive '
@@ -101,14 +104,15 @@ def rows_of(model_config, c, tokens, answer, valid):
         f'row {i}: prompt and answer have {len(row.tokens)} tokens, more than '
         f'the {c.context} that the network was trained on'
       )
-    if c.mask_id in row.tokens:
+    if network.mask_id in row.tokens:
+      position = list(row.tokens).index(network.mask_id)
       raise UserError(
-        f'row {i}: token {list(row.tokens).index(c.mask_id)} is the mask, id '
-        f'{c.mask_id}, which stands for no text'
+        f'row {i}: token {position} is the mask, id {network.mask_id}, which '
+        'stands for no text'
       )
-    if row.tokens.min() < 0 or row.tokens.max() >= model_config.vocab_size:
+    if row.tokens.min() < 0 or row.tokens.max() >= network.config.vocab_size:
       raise UserError(
-        f'row {i}: token ids must lie in [0, {model_config.vocab_size})'
+        f'row {i}: token ids must lie in [0, {network.config.vocab_size})'
       )
     if causal and not row.answer[np.argmax(row.answer) :].all():
       raise UserError(
@@ -139,19 +143,18 @@ def by_length(rows):
   return groups
 
 
-def evaluate(model_config, c, params, rows, looks):
+def evaluate(network, c, rows, queries_of):
   """The values of looks.
 
   Args:
-    model_config: model.TransformerConfig.
+    network: Network.
     c: LikelihoodConfig.
-    params: parameter tree.
     rows: list of Row.
-    looks: function from the number of a row to its estimators.Looks, n of
-      them; called once a row, when its turn comes.
+    queries_of: function from the number of a row to its estimators.Queries, n
+      of them; called once for each row, when the row is computed.
 
   Returns:
-    list of [n] float64: weight x sum over the asked tokens of log p, in nats.
+    list of [n] float64: weight x sum over the scored tokens of log p, in nats.
 
   Raises:
     UserError: the network gives something that is no number.
@@ -161,44 +164,43 @@ def evaluate(model_config, c, params, rows, looks):
 
   def distinct(members):
     for i in members:
-      some = looks(i)
+      queries = queries_of(i)
       _, first, inverse = np.unique(
-        np.packbits(some.hidden, axis=1),
+        np.packbits(queries.masked, axis=1),
         axis=0,
         return_index=True,
         return_inverse=True,
       )
       inverse = inverse.reshape(-1)
-      asked = np.zeros((len(first), some.asked.shape[1]), bool)
-      np.logical_or.at(asked, inverse, some.asked)
-      drawn[i] = some, inverse, np.zeros(asked.shape)
-      values[i] = np.zeros(len(some.weight))
-      for k in np.flatnonzero(asked.any(axis=1)):
-        yield i, k, some.hidden[first[k]], asked[k]
+      scored = np.zeros((len(first), queries.scored.shape[1]), bool)
+      np.logical_or.at(scored, inverse, queries.scored)
+      drawn[i] = queries, inverse, np.zeros(scored.shape)
+      values[i] = np.zeros(len(queries.weight))
+      for k in np.flatnonzero(scored.any(axis=1)):
+        yield i, k, queries.masked[first[k]], scored[k]
 
-  function = functools.partial(_log_probs, model_config, c, params)
+  function = functools.partial(_log_probs, network, c)
   for size, members in by_length(rows).items():
     results = run(function, c, rows, size, distinct(members))
     for i, results_of_row in itertools.groupby(results, lambda r: r[0]):
-      some, inverse, log_probs = drawn.pop(i)
+      queries, inverse, log_probs = drawn.pop(i)
       for _, k, (log_prob,) in results_of_row:
         log_probs[k] = log_prob
       check_finite(i, log_probs)
-      sums = np.where(some.asked, log_probs[inverse], 0).sum(axis=1)
-      values[i] = some.weight * sums
+      sums = np.where(queries.scored, log_probs[inverse], 0).sum(axis=1)
+      values[i] = queries.weight * sums
   return values
 
 
-def predict(model_config, c, params, rows, size, looks):
-  """The most probable tokens at the asked positions.
+def predict(network, c, rows, size, queries):
+  """The most probable tokens at the scored positions.
 
   Args:
-    model_config: as for `evaluate`.
+    network: as for `evaluate`.
     c: as for `evaluate`.
-    params: as for `evaluate`.
     rows: as for `evaluate`.
     size: as for `run`.
-    looks: as for `run`.
+    queries: as for `run`.
 
   Yields:
     (row number, k, [A] int32 tokens, [A] float32 their log-probabilities).
@@ -206,8 +208,8 @@ def predict(model_config, c, params, rows, size, looks):
   Raises:
     UserError: the network gives something that is no number.
   """
-  function = functools.partial(_predictions, model_config, c, params)
-  for i, k, (token, log_prob) in run(function, c, rows, size, looks):
+  function = functools.partial(_predictions, network, c)
+  for i, k, (token, log_prob) in run(function, c, rows, size, queries):
     check_finite(i, log_prob)
     yield i, k, token, log_prob
 
@@ -221,7 +223,7 @@ def check_finite(i, log_probs):
     )
 
 
-def run(function, c, rows, size, looks):
+def run(function, c, rows, size, queries):
   """Computes looks in calls that are as large as may be.
 
   Args:
@@ -229,8 +231,8 @@ def run(function, c, rows, size, looks):
     c: LikelihoodConfig.
     rows: list of Row.
     size: L, at least the length of the rows that are looked at.
-    looks: iterable of (row number, k, hidden [A], asked [A]), read as needed;
-      k is for the caller.
+    queries: iterable of (row number, k, masked [A], scored [A]), read as
+      needed; k is for the caller.
 
   Yields:
     (row number, k, the function's arrays at the positions of the answer, [A]
@@ -239,9 +241,9 @@ def run(function, c, rows, size, looks):
   mesh = jax.sharding.get_abstract_mesh()
   shards = 1 if mesh.empty else batch_shards(mesh)
   most = max(1, c.tokens_per_call // (size * shards)) * shards
-  looks = iter(looks)
+  queries = iter(queries)
   waiting = None  # the call that the devices are busy with
-  while batch := list(itertools.islice(looks, most)):
+  while batch := list(itertools.islice(queries, most)):
     count = shards
     while count < len(batch):
       count *= 4
@@ -258,14 +260,14 @@ def _call(rows, size, count, batch):
     np.zeros((count, size), np.int32),
     *(np.zeros((count, size), bool) for _ in range(4)),
   )
-  for r, (i, _, hidden, asked) in enumerate(batch):
+  for r, (i, _, masked, scored) in enumerate(batch):
     tokens, answer = rows[i]
     end = len(tokens)
     call.tokens[r, :end] = tokens
     call.valid[r, :end] = True
     call.prompt[r, :end] = ~answer
-    call.hidden[r, :end][answer] = hidden
-    call.asked[r, :end][answer] = asked
+    call.masked[r, :end][answer] = masked
+    call.scored[r, :end][answer] = scored
   return call
 
 
@@ -276,80 +278,76 @@ def _results(rows, batch, arrays):
     yield i, k, tuple(a[r, : len(answer)][answer] for a in arrays)
 
 
-def _states(model, c, call):
+def _states(network, model, c, call):
   """Final hidden states of a Call, [B, L, D].
 
   The projection onto the vocabulary is linear, so that guidance may combine
   states in place of logits: it costs no second projection.
   """
 
-  def states(hidden):
-    shown = jnp.where(hidden, c.mask_id, call.tokens)
-    return model(*show(c.objective, shown, call.valid, c.bos_id))
+  def states(masked):
+    shown = jnp.where(masked, network.mask_id, call.tokens)
+    return model(*show(network.objective, shown, call.valid, network.bos_id))
 
-  given = states(call.hidden)
+  given = states(call.masked)
   if not c.guidance:
     return given
-  without = states(call.hidden | call.prompt).astype(jnp.float32)
+  without = states(call.masked | call.prompt).astype(jnp.float32)
   return candidates.guide(given, without, c.guidance).astype(given.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _log_probs(model_config, c, params, call):
+@functools.partial(jax.jit, static_argnums=1)
+def _log_probs(network, c, call):
   """Log-probability of each asked token, 0 elsewhere: a tuple of [B, L]."""
-  model = bind(model_config, params)
+  model = bind(network.config, network.params)
   _, nll = cross_entropy(
-    _states(model, c, call),
+    _states(network, model, c, call),
     model.vocabulary(),
     call.tokens,
-    call.asked.astype(jnp.float32),
-    None if c.predict_mask else c.mask_id,
+    call.scored.astype(jnp.float32),
+    None if network.predict_mask else network.mask_id,
     c.loss_chunk_tokens,
   )
   return whole((-nll,))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _predictions(model_config, c, params, call):
+@functools.partial(jax.jit, static_argnums=1)
+def _predictions(network, c, call):
   """The most probable token where asked and its log-probability; 0 elsewhere.
 
   As in the cross entropy, only asked positions are projected, in chunks.
   """
-  model = bind(model_config, params)
-  states = _states(model, c, call)
+  model = bind(network.config, network.params)
+  states = _states(network, model, c, call)
   states = states.reshape(-1, states.shape[-1])
-  asked = call.asked.reshape(-1)
-  chunk = min(c.loss_chunk_tokens, len(asked))
-  order = jnp.argsort(~asked, stable=True)
+  scored = call.scored.reshape(-1)
+  chunk = min(c.loss_chunk_tokens, len(scored))
+  order = jnp.argsort(~scored, stable=True)
   # Out of range: reads give 0, writes are dropped.
-  order = jnp.where(jnp.arange(len(order)) < asked.sum(), order, len(order))
-  order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(asked))
+  order = jnp.where(jnp.arange(len(order)) < scored.sum(), order, len(order))
+  order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(scored))
 
   def body(i, found):
     index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
     logits = model.logits(states.at[index].get(mode='fill', fill_value=0))
-    if not c.predict_mask:
-      logits = candidates.suppress(logits, (c.mask_id,))
+    if not network.predict_mask:
+      logits = candidates.suppress(logits, (network.mask_id,))
     log_prob = logits.max(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     here = jnp.argmax(logits, axis=-1).astype(jnp.int32), log_prob
     return tuple(
       f.at[index].set(h, mode='drop') for f, h in zip(found, here, strict=True)
     )
 
-  found = jnp.zeros(len(asked), jnp.int32), jnp.zeros(len(asked))
-  found = jax.lax.fori_loop(0, -(-asked.sum() // chunk), body, found)
-  return whole(tuple(f.reshape(call.asked.shape) for f in found))
+  found = jnp.zeros(len(scored), jnp.int32), jnp.zeros(len(scored))
+  found = jax.lax.fori_loop(0, -(-scored.sum() // chunk), body, found)
+  return whole(tuple(f.reshape(call.scored.shape) for f in found))
 
 
 def likelihood_config(config, guidance, tokens_per_call):
   """The frozen config of likelihoods; see looks.LikelihoodConfig."""
   return LikelihoodConfig(
-    objective=config.objective.name,
     context=config.data.length,
     guidance=guidance,
-    predict_mask=config.objective.predict_mask,
-    mask_id=config.tokens.mask_id,
-    bos_id=config.tokens.bos_id,
     tokens_per_call=tokens_per_call,
     loss_chunk_tokens=config.objective.loss_chunk_tokens,
   )

@@ -19,10 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed import chips
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
+from maskdiff.interop import load
 from maskdiff.model import transformer
 from maskdiff.planner.hlo_collectives import Machine
-from maskdiff.sampling import request, sampler
+from maskdiff.sampling import sampler
+from maskdiff.sampling.request import Request, sampler_config
 from maskdiff.training import evaluation, step
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -198,28 +200,30 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   Returns:
     Compiled.
   """
-  model, c = request.sampler_model(config), request.sampler_config(config)
+  c = sampler_config(config)
   canvas = np.zeros((prompts, length), np.int32)
   fill = np.arange(length) >= length - config.sample.gen_length
   fill = np.broadcast_to(fill, canvas.shape)
   valid = np.ones(canvas.shape, bool)
-  carry, layout, sizes = sampler.prepare(
-    c, canvas, fill, valid, np.arange(prompts)
-  )
+  model = load.network(config, None).config
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
     params_on(model, target.mesh),
+  )
+  network = load.network(config, params)
+  carry, layout, sizes = sampler.begin(
+    network, c, Request(canvas, fill, valid, np.arange(prompts))
   )
   whole = mesh_lib.replicated(target.mesh)
   given = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
     (carry, layout),
   )
-  full = functools.partial(sampler.refresh, model, c, sizes[-1])
+  full = jax.jit(sampler.refresh, static_argnums=(1, 2))
   if not window:
-    return _compile(jax.jit(full), target.mesh, params, *given)
+    return _compile(full, target.mesh, network, c, sizes[-1], *given)
   with jax.set_mesh(target.mesh):
-    _, fresh, _, cache = jax.eval_shape(full, params, *given)
+    _, fresh, _, cache = full.eval_shape(network, c, sizes[-1], *given)
   rows = mesh_lib.batch_shards(target.mesh)
   split = P(
     None,
@@ -230,12 +234,13 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
     x.shape, x.dtype, sharding=NamedSharding(target.mesh, spec)
   )
   cache = jax.tree.map(lambda x: place(x, split), cache)
-  part = functools.partial(sampler.follow, model, c, sizes[-1])
   carry, layout = given
   return _compile(
-    jax.jit(part),
+    jax.jit(sampler.follow, static_argnums=(1, 2)),
     target.mesh,
-    params,
+    network,
+    c,
+    sizes[-1],
     carry,
     place(fresh, P()),
     cache,
@@ -248,8 +253,3 @@ def _compile(function, mesh, *args):
   with jax.set_mesh(mesh):
     executable = function.lower(*args).compile()
   return Compiled(executable, time.monotonic() - began)
-
-
-def one_line(error):
-  """The start of an error's message, in one line."""
-  return ' '.join(str(error).split())[:200]

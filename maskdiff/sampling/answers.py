@@ -8,16 +8,16 @@ whole; of prompts `answer`, what was added, up to its eos if that ends it;
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
-from maskdiff.model.transformer import TransformerConfig
+from maskdiff.model.network import Network
 from maskdiff.sampling import layouts, prompts, refill, replay, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling.request import Request, SamplerConfig, describe
 
 SHORTEST_ROW = 32  # that a program is compiled for in a conversation
 
@@ -25,9 +25,8 @@ SHORTEST_ROW = 32  # that a program is compiled for in a conversation
 class Sampling(NamedTuple):
   """A loaded model, and how to sample from it."""
 
-  model: TransformerConfig
+  network: Network
   c: SamplerConfig
-  params: Any
   tokenizer: Tokenizer
   context: int  # tokens of the rows that it was trained on
 
@@ -39,75 +38,74 @@ class Counts(NamedTuple):
   positions: int
 
 
-class Asked(NamedTuple):
-  """Texts to continue, or to fill gaps of."""
+class Texts(NamedTuple):
+  """Texts to continue, or texts with gaps to fill, one in each row."""
 
   prompts: list[prompts.Prompt]
-  gaps: bool  # whether they have gaps; else the answers come after them
-  layout: tuple  # canvas, fill and valid, of `request`
+  gaps: bool  # True: texts with gaps; False: prompts to continue
+  request: Request
 
 
-def ask(asked, gaps, encode, gen_length, context=None):
-  """Lays out texts.
+def encode_texts(texts, gaps, encode, gen_length, context=None):
+  """Encodes texts into a Request.
 
   Args:
-    asked: list of prompts.Prompt.
+    texts: list of prompts.Prompt.
     gaps: whether their gaps are to be filled.
     encode: from text to a list of tokens.
     gen_length: of the answers, if there are no gaps.
     context: see `layouts.continue_prompts`.
 
   Returns:
-    Asked.
+    Texts.
 
   Raises:
     UserError: see `layouts.fill_gaps`; or a text is no Unicode.
   """
-  texts = [p.text for p in asked]
-  for text in texts:
+  seeds = [p.seed for p in texts]
+  strings = [p.text for p in texts]
+  for text in strings:
     prompts.check_unicode(text, f'{text[:60]!r} is not UTF-8')
   if gaps:
-    layout = layouts.fill_gaps(texts, encode)
+    request = layouts.fill_gaps(strings, encode, seeds)
   else:
-    encoded = list(map(encode, texts))
-    layout = layouts.continue_prompts(encoded, gen_length, context)
-  return Asked(asked, gaps, layout)
+    request = layouts.continue_prompts(
+      list(map(encode, strings)), gen_length, seeds, context
+    )
+  return Texts(texts, gaps, request)
 
 
-def in_batches(s, asked, batch):
+def in_batches(s, texts, batch):
   """Yields the answers in order, up to `batch` of them computed together.
 
   Args:
     s: Sampling.
-    asked: Asked.
+    texts: Texts.
     batch: texts sampled at once.
 
   Raises:
     UserError: see `sampler.generate`; after the answers that could be given.
   """
-  seeds = [p.seed for p in asked.prompts]
   early, first, broken = {}, 0, []
-  for found in refill.answers(
-    s.model, s.c, s.params, *asked.layout, seeds, batch
-  ):
+  for found in refill.answers(s.network, s.c, texts.request, batch):
     early[found.row] = found
     while first in early:
       found = early.pop(first)
       if found.broken:
         broken.append(first)
       else:
-        yield _answer(s, asked, first, found.tokens, found)
+        yield _answer(s, texts, first, found.tokens, found)
       first += 1
   if broken:
     raise sampler.broken_error(broken)
 
 
-def watched(s, asked, see):
+def watched(s, texts, see):
   """Answers, step by step.
 
   Args:
     s: Sampling.
-    asked: Asked.
+    texts: Texts.
     see: None, or what is called with the list of texts before every step and
       after the last.
 
@@ -118,15 +116,14 @@ def watched(s, asked, see):
     UserError: see `sampler.generate`.
   """
   canvases, sures = [], []
-  seeds = [p.seed for p in asked.prompts]
 
   def answers_of(canvas, counts):
     return [
-      _answer(s, asked, row, tokens, Counts(*counts))
+      _answer(s, texts, row, tokens, Counts(*counts))
       for row, (tokens, *counts) in enumerate(zip(canvas, *counts, strict=True))
     ]
 
-  for carry, sure in sampler.walk(s.model, s.c, s.params, *asked.layout, seeds):
+  for carry, sure in sampler.walk(s.network, s.c, texts.request):
     canvas, *counts = jax.device_get(
       (carry.canvas, carry.forwards, carry.positions)
     )
@@ -135,27 +132,29 @@ def watched(s, asked, see):
     if see:
       see([a['text'] for a in answers_of(canvas, counts)])
   found = answers_of(canvas, counts)
-  _, fill, valid = asked.layout
   return found, replay.Recording(
-    np.stack(canvases), np.stack(sures), fill, valid
+    np.stack(canvases),
+    np.stack(sures),
+    texts.request.fill,
+    texts.request.valid,
   )
 
 
-def page(s, asked, recording, **settings):
+def page(s, texts, recording, **settings):
   """The page that replays what was watched; see `replay.page`.
 
   Args:
     s: Sampling.
-    asked: Asked.
+    texts: Texts.
     recording: replay.Recording.
     **settings: what to tell besides the SamplerConfig.
   """
-  kind = 'gaps' if asked.gaps else 'prompt'
+  kind = 'gaps' if texts.gaps else 'prompt'
   titles = [
     f'{kind} {number}, seed {prompt.seed}'
-    for number, prompt in enumerate(asked.prompts, start=1)
+    for number, prompt in enumerate(texts.prompts, start=1)
   ]
-  settings = dataclasses.asdict(s.c) | settings
+  settings = describe(s.network, s.c) | settings
   return replay.page(recording, s.tokenizer, titles, settings)
 
 
@@ -189,13 +188,13 @@ def converse(s, lines, seed, note, gap_steps=None):
   compiled = set()
   for line in lines:
     try:
-      asked = _ask_line(s, line, seed)
-      c = for_gaps(s.c, gap_steps) if asked.gaps else s.c
-      length = asked.layout[0].shape[1]
+      texts = _encode_line(s, line, seed)
+      c = for_gaps(s.c, gap_steps) if texts.gaps else s.c
+      length = texts.request.canvas.shape[1]
       if (c, length) not in compiled:
         note(f'compiling for texts of up to {length} tokens')
         compiled.add((c, length))
-      (found,) = in_batches(s._replace(c=c), asked, batch=1)
+      (found,) = in_batches(s._replace(c=c), texts, batch=1)
     except UserError as error:
       note(f'error: {error}')
       continue
@@ -203,7 +202,7 @@ def converse(s, lines, seed, note, gap_steps=None):
     yield found
 
 
-def _ask_line(s, line, seed):
+def _encode_line(s, line, seed):
   if not line.strip():
     raise UserError(
       'the line is empty: write a text to continue, or one with gaps, {{n}} '
@@ -215,39 +214,40 @@ def _ask_line(s, line, seed):
       f'{line[:60]!r} has braces that are no gap: write {{{{n}}}} where n '
       'tokens are to be filled, or give a text with such braces as --prompt'
     )
-  asked = ask(
+  texts = encode_texts(
     [prompts.Prompt(line, seed)],
     gaps,
     s.tokenizer.encode,
     s.c.gen_length,
     s.context if s.c.lookahead >= 0 else None,
   )
-  _, fill, valid = asked.layout
-  layouts.check_context(s.context, valid)
-  if fill.sum() > s.c.gen_length:
+  request = texts.request
+  layouts.check_context(s.context, request.valid)
+  slots, length = request.fill.sum(), request.canvas.shape[1]
+  if slots > s.c.gen_length:
     raise UserError(
-      f'the gaps have {fill.sum()} tokens together: start again with '
-      f'--gen_length={fill.sum()} instead of {s.c.gen_length}'
+      f'the gaps have {slots} tokens together: start again with '
+      f'--gen_length={slots} instead of {s.c.gen_length}'
     )
-  length = max(SHORTEST_ROW, 1 << (valid.shape[1] - 1).bit_length())
-  length = max(valid.shape[1], min(length, s.context))
-  return asked._replace(layout=layouts.widen(asked.layout, length))
+  padded = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
+  padded = max(length, min(padded, s.context))
+  return texts._replace(request=layouts.widen(request, padded))
 
 
-def _answer(s, asked, row, tokens, took):
+def _answer(s, texts, row, tokens, took):
   """The answer in a row, given its [L] tokens and what it took."""
-  _, fill, valid = (x[row] for x in asked.layout)
+  fill, valid = texts.request.fill[row], texts.request.valid[row]
   answer = fill
   if s.c.stop_at_eos:
-    answer = fill & layouts.cut(tokens[None], fill[None], s.c.eos_id)[0]
+    answer = fill & layouts.cut(tokens[None], fill[None], s.network.eos_id)[0]
   found = {
-    'infill' if asked.gaps else 'prompt': asked.prompts[row].text,
-    'seed': asked.prompts[row].seed,
+    'infill' if texts.gaps else 'prompt': texts.prompts[row].text,
+    'seed': texts.prompts[row].seed,
     'text': s.tokenizer.decode(tokens[(valid & ~fill) | answer]),
     'tokens': int(answer.sum()),
     'forwards': int(took.forwards),
     'positions': int(took.positions),
   }
-  if not asked.gaps:
+  if not texts.gaps:
     found['answer'] = s.tokenizer.decode(tokens[answer])
   return found

@@ -8,12 +8,13 @@ from maskdiff.sampling import candidates, remasking
 from maskdiff.sampling.request import Carry
 
 
-def advance(c, carry, layout, logits, turn, needed):
+def advance(network, c, carry, layout, logits, turn, needed):
   """Commits some of the predictions for the masked slots of a block.
 
   A block that is complete before its steps are over gives them up.
 
   Args:
+    network: Network.
     c: SamplerConfig.
     carry: Carry.
     layout: Layout.
@@ -32,7 +33,7 @@ def advance(c, carry, layout, logits, turn, needed):
   fold = jax.vmap(jax.random.fold_in)
   keys = fold(fold(jax.vmap(jax.random.key)(layout.seeds), block), step)
   draw_keys, keep_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-  token, confidence = choose(c, logits, draw_keys)
+  token, confidence = choose(network, c, logits, draw_keys)
   bad = jnp.any(masked & jnp.isnan(confidence), axis=1)
   num_slots, num_masked = of_block(layout.num_slots, block), masked.sum(axis=1)
   allowed = budget(c, num_slots, num_masked, step, layout.steps)
@@ -49,7 +50,7 @@ def advance(c, carry, layout, logits, turn, needed):
   left = carry.masked.at[rows[:, 0], block].set(left, mode='drop')
   left &= ~bad[:, None, None]
   if c.stop_at_eos:
-    canvas, left = stop(c.eos_id, canvas, left, layout)
+    canvas, left = stop(network.eos_id, canvas, left, layout)
   done = turn & ~of_block(left, block).any(axis=1)
   step = jnp.where(done, 0, step + turn)
   carry = Carry(
@@ -74,10 +75,11 @@ def of_block(x, block):
   return x[rows, jnp.minimum(block, x.shape[1] - 1)]
 
 
-def choose(c, logits, keys):
+def choose(network, c, logits, keys):
   """Draws a token per slot and says how sure the network is.
 
   Args:
+    network: Network.
     c: SamplerConfig.
     logits: [B, S, V] float32.
     keys: [B] PRNG keys.
@@ -85,13 +87,13 @@ def choose(c, logits, keys):
   Returns:
     token [B, S] int32, and confidence [B, S] float32.
   """
-  never = () if c.predict_mask else (c.mask_id,)
-  never += (c.eos_id,) if c.logits_eos_inf else ()
+  never = () if network.predict_mask else (network.mask_id,)
+  never += (network.eos_id,) if c.logits_eos_inf else ()
   logits = candidates.suppress(logits, never)
   token = candidates.draw(logits, c.temperature, c.top_k, c.top_p, keys)
   if not c.confidence_eos_eot_inf:
     return token, candidates.CONFIDENCES[c.confidence](logits, token)
-  last = tuple(i for i in (c.eos_id, c.eot_id) if i >= 0)
+  last = tuple(i for i in (network.eos_id, c.eot_id) if i >= 0)
   logits = candidates.suppress(logits, last)
   confidence = candidates.CONFIDENCES[c.confidence](logits, token)
   return token, jnp.where(jnp.isin(token, jnp.array(last)), 0.0, confidence)

@@ -1,7 +1,6 @@
 """Canvases with slots to fill: prompts with room for answers, texts with gaps.
 
-A layout is canvas [B, L] int32, fill [B, L] bool, the slots, and valid [B, L]
-bool, False on padding; all NumPy.
+Functions here return a Request: see request.Request.
 """
 
 import re
@@ -9,21 +8,23 @@ import re
 import numpy as np
 
 from maskdiff.errors import UserError
+from maskdiff.sampling.request import Request
 
 GAP = re.compile(r'\{\{(\d+)\}\}')
 
 
-def continue_prompts(prompts, gen_length, context=None):
+def continue_prompts(prompts, gen_length, seeds=None, context=None):
   """Lays out prompts of any lengths with room for an answer after each.
 
   Args:
     prompts: list of token lists.
     gen_length: slots after each prompt.
+    seeds: see `lay_out`.
     context: if it is given, no more slots than are left of so many tokens; but
       one, so that a prompt that is too long is noticed.
 
   Returns:
-    canvas, fill and valid for `generate`; short rows are padded on the right.
+    Request; short rows are padded on the right.
 
   Raises:
     UserError: there are no prompts.
@@ -34,7 +35,7 @@ def continue_prompts(prompts, gen_length, context=None):
     if context is not None:
       slots = max(min(slots, context - len(prompt)), 1)
     rows.append([*prompt, *[None] * slots])
-  return lay_out(rows)
+  return lay_out(rows, seeds)
 
 
 def cut(canvas, fill, eos_id):
@@ -52,15 +53,16 @@ def cut(canvas, fill, eos_id):
   return np.cumsum(ends, axis=1) == 0
 
 
-def fill_gaps(texts, encode):
+def fill_gaps(texts, encode, seeds=None):
   """Lays out texts in which {{n}} stands for a gap of n tokens.
 
   Args:
     texts: list of str, e.g. 'def area(r): return {{4}} * r ** 2'.
     encode: from text to a list of tokens.
+    seeds: see `lay_out`.
 
   Returns:
-    canvas, fill and valid for `generate`.
+    Request.
 
   Raises:
     UserError: a text has no gap, or none but empty ones, or one of a million
@@ -79,21 +81,22 @@ def fill_gaps(texts, encode):
         f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
       )
     rows.append(row)
-  return lay_out(rows)
+  return lay_out(rows, seeds)
 
 
-def widen(layout, length):
+def widen(request, length):
   """The same rows with padding on the right, [B, length].
 
   What is sampled for a row does not depend on it, but a program is compiled
   for every length.
 
   Args:
-    layout: canvas, fill and valid.
-    length: at least theirs.
+    request: Request.
+    length: at least L of the request.
   """
-  more = length - layout[0].shape[1]
-  return tuple(np.pad(x, ((0, 0), (0, more))) for x in layout)
+  *arrays, seeds = request
+  more = length - request.canvas.shape[1]
+  return Request(*(np.pad(x, ((0, 0), (0, more))) for x in arrays), seeds)
 
 
 def check_context(context, valid):
@@ -115,14 +118,15 @@ def check_context(context, valid):
     )
 
 
-def lay_out(rows):
+def lay_out(rows, seeds=None):
   """Pads rows of tokens, None where a slot is, to one length.
 
   Args:
-    rows: list of lists of int or None.
+    rows: list of B lists of int or None.
+    seeds: [B] int; by default 0, 1, 2, ...
 
   Returns:
-    canvas, fill and valid for `generate`.
+    Request.
 
   Raises:
     UserError: there are no rows.
@@ -136,4 +140,5 @@ def lay_out(rows):
     canvas[i, : len(row)] = [0 if t is None else t for t in row]
     fill[i, : len(row)] = [t is None for t in row]
     valid[i, : len(row)] = True
-  return canvas, fill, valid
+  seeds = range(len(rows)) if seeds is None else seeds
+  return Request(canvas, fill, valid, np.array(seeds))

@@ -12,14 +12,13 @@ from maskdiff.sampling import candidates
 from maskdiff.sampling.commit import of_block
 
 
-def over_canvas(model_config, c, shape, params, carry, layout):
+def over_canvas(network, c, shape, carry, layout):
   """A pass over the first shape[0] positions of all rows.
 
   Args:
-    model_config: model.TransformerConfig.
+    network: Network.
     c: SamplerConfig.
     shape: one of request.shapes.
-    params: parameter tree.
     carry, layout: Carry and Layout.
 
   Returns:
@@ -28,9 +27,9 @@ def over_canvas(model_config, c, shape, params, carry, layout):
   """
   length, _ = shape
   slots = of_block(layout.slots, carry.block)
-  tokens, valid = (x[:, :length] for x in view(c, carry, layout))
-  model = bind(model_config, params)
-  inputs, labels = show(c.objective, tokens, valid, c.bos_id)
+  tokens, valid = (x[:, :length] for x in view(network, c, carry, layout))
+  model = bind(network.config, network.params)
+  inputs, labels = show(network.objective, tokens, valid, network.bos_id)
   if c.cache == 'none':
     hidden, cache = model(inputs, labels), None
   else:
@@ -40,7 +39,7 @@ def over_canvas(model_config, c, shape, params, carry, layout):
   return logits, needed, cache
 
 
-def over_windows(model_config, c, shape, params, carry, cache, layout):
+def over_windows(network, c, shape, carry, cache, layout):
   """A pass over windows of shape[1] positions beside a cache.
 
   Args:
@@ -51,7 +50,7 @@ def over_windows(model_config, c, shape, params, carry, cache, layout):
   """
   length, size = shape
   slots = of_block(layout.slots, carry.block)
-  tokens, valid = (x[:, :length] for x in view(c, carry, layout))
+  tokens, valid = (x[:, :length] for x in view(network, c, carry, layout))
   first = slots[:, :1]
   where = slots if c.cache == 'dual' else first + jnp.arange(size)
   copies = len(tokens) // len(slots)
@@ -61,7 +60,7 @@ def over_windows(model_config, c, shape, params, carry, cache, layout):
   # An absent slot (position L) is not there, like what is not visible.
   there = (where < length) & valid[rows, inside]
   kept = valid.at[rows, jnp.where(there, where, length)].set(False, mode='drop')
-  model = bind(model_config, params)
+  model = bind(network.config, network.params)
   hidden = model.extend(tokens[rows, inside], where, there, kept, cache)
   in_window = jnp.arange(slots.shape[1]) if c.cache == 'dual' else slots - first
   logits = logits_at(c, model, hidden, jnp.broadcast_to(in_window, slots.shape))
@@ -69,7 +68,7 @@ def over_windows(model_config, c, shape, params, carry, cache, layout):
   return logits, needed
 
 
-def view(c, carry, layout):
+def view(network, c, carry, layout):
   """What the network is shown: tokens [R, L] int32, and which of them, bool.
 
   With guidance R is 2 B, otherwise B: the network also sees the canvas with all
@@ -79,7 +78,7 @@ def view(c, carry, layout):
   canvas, valid = carry.canvas, visible(c, carry, layout)
   if not c.guidance:
     return canvas, valid
-  nothing = jnp.where(layout.fill, canvas, c.mask_id)
+  nothing = jnp.where(layout.fill, canvas, network.mask_id)
   return jnp.concatenate([canvas, nothing]), jnp.concatenate([valid, valid])
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from maskdiff.distributed.mesh import whole
 from maskdiff.sampling import sampler
-from maskdiff.sampling.request import prepare
+from maskdiff.sampling.request import begin
 
 
 class Answer(NamedTuple):
@@ -29,23 +29,19 @@ class Answer(NamedTuple):
   broken: bool  # given up: its logits were NaN or infinite
 
 
-def answers(model_config, c, params, canvas, fill, valid, seeds, batch):
+def answers(network, c, request, batch):
   """Yields an Answer for each of R requests, as they end.
 
   Args:
-    model_config: as for `sampler.generate`.
-    c: as for `sampler.generate`.
-    params: as for `sampler.generate`.
-    canvas: [R, L] int32.
-    fill: [R, L] bool.
-    valid: [R, L] bool.
-    seeds: [R] int.
+    network: Network.
+    c: SamplerConfig.
+    request: Request of R rows.
     batch: rows in progress at once.
 
   Raises:
-    UserError: see `request.prepare`.
+    UserError: see `request.begin`.
   """
-  carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
+  carry, layout, shapes = begin(network, c, request)
   requests = len(layout.seeds)
   batch = min(batch, requests)
   holds = np.arange(batch)  # the request of each row; -1: none any more
@@ -57,9 +53,7 @@ def answers(model_config, c, params, canvas, fill, valid, seeds, batch):
     now, its_layout = state
     # When no request waits, those in progress may as well end together.
     until = (holds >= 0).sum() - 1 if left > batch else 0
-    now = sampler.run(
-      model_config, c, shapes, params, now, its_layout, np.int32(until)
-    )
+    now = sampler.run(network, c, shapes, now, its_layout, np.int32(until))
     tokens, masked, forwards, positions, broken = jax.device_get(
       (now.canvas, now.masked, now.forwards, now.positions, now.broken)
     )

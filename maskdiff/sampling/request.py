@@ -1,6 +1,6 @@
 """What a sampler is asked for: the settings, and canvases with slots to fill.
 
-`prepare` checks a request and divides its slots into blocks, in NumPy.
+`begin` checks a request and divides its slots into blocks, in NumPy.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from maskdiff.errors import UserError
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives.schedule import SCHEDULES
 from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.sampling import candidates, remasking
@@ -47,10 +46,6 @@ class SamplerConfig:
   block_length: int  # slots filled together
   temperature: float  # 0 takes the most probable token
   remasking: str  # a key of remasking.RULES
-  objective: str  # that the network was trained with, of objective.OBJECTIVES
-  predict_mask: bool  # whether the mask id may be predicted
-  mask_id: int
-  bos_id: int
   # Slots of the longest request there is, which share the steps; 0: of the
   # longest row of the batch, on which results then depend.
   gen_length: int = 0
@@ -58,7 +53,6 @@ class SamplerConfig:
   # longest request: for gaps, which differ, so that results do not depend on
   # what else is asked.
   own_blocks: bool = False
-  eos_id: int = -1  # end of text
   eot_id: int = -1  # end of turn; -1: none
   schedule: str = 'linear'  # of the number of masked slots: linear | cosine
   confidence: str = 'probability'  # a key of candidates.CONFIDENCES
@@ -77,6 +71,18 @@ class SamplerConfig:
   # Blocks after the current one of which the network sees the masks; -1: all.
   # With 0 or more it is not told how much room there is.
   lookahead: int = -1
+
+
+class Request(NamedTuple):
+  """Rows with slots to fill. Fields are NumPy arrays."""
+
+  canvas: np.ndarray  # [B, L] int32; tokens at the slots are not read
+  fill: np.ndarray  # [B, L] bool, True on slots
+  valid: np.ndarray  # [B, L] bool, False on padding
+  # [B] int in [0, 2^32), one per row. The result of a row depends on its own
+  # seed and on no other row, if no row has more than gen_length slots or
+  # own_blocks is set.
+  seeds: np.ndarray
 
 
 class Carry(NamedTuple):
@@ -108,8 +114,13 @@ class Layout(NamedTuple):
   seeds: jax.Array  # [B] uint32
 
 
-def prepare(c, canvas, fill, valid, seeds):
-  """Checks the request and lays out its blocks.
+def begin(network, c, request):
+  """Checks a request and divides its slots into blocks.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    request: Request.
 
   Returns:
     The first Carry, the Layout, and the shapes of passes, see `shapes`.
@@ -121,17 +132,17 @@ def prepare(c, canvas, fill, valid, seeds):
       after slots that are not to be seen, slots stand on padding, or a seed is
       no uint32.
   """
-  canvas = np.asarray(canvas, np.int32)
-  fill, valid = np.asarray(fill, bool), np.asarray(valid, bool)
+  canvas = np.asarray(request.canvas, np.int32)
+  fill, valid = np.asarray(request.fill, bool), np.asarray(request.valid, bool)
   if canvas.ndim != 2 or not canvas.shape == fill.shape == valid.shape:
     raise UserError(
       f'canvas {canvas.shape}, fill {fill.shape} and valid {valid.shape} must '
       'have one shape [B, L]'
     )
-  _check_settings(c)
+  _check_settings(network, c)
   for row in np.flatnonzero(np.any(fill & ~valid, axis=1)):
     raise UserError(f'row {row} has slots on its padding: fill needs valid')
-  for seed in seeds:
+  for seed in request.seeds:
     if not 0 <= seed < 2**32:
       raise UserError(f'seed {seed} is not from 0 to {2**32 - 1}')
   most = int(fill.sum(axis=1).max(initial=0))
@@ -168,7 +179,7 @@ def prepare(c, canvas, fill, valid, seeds):
   carry = Carry(
     block=zeros,
     step=zeros,
-    canvas=np.where(fill, np.int32(c.mask_id), canvas),
+    canvas=np.where(fill, np.int32(network.mask_id), canvas),
     masked=slots < length,
     calls=np.int32(0),
     forwards=zeros,
@@ -182,19 +193,20 @@ def prepare(c, canvas, fill, valid, seeds):
     valid=valid,
     order=order.astype(np.int32),
     steps=steps.astype(np.int32),
-    seeds=np.asarray(seeds, np.uint32),
+    seeds=np.asarray(request.seeds, np.uint32),
   )
   return carry, layout, shapes(c, length, size)
 
 
-def _check_settings(c):
-  causal = OBJECTIVES[c.objective].left_to_right
+def _check_settings(network, c):
+  objective = OBJECTIVES[network.objective]
+  causal = objective.left_to_right
   if causal and c.block_length != 1:
     raise UserError(
       f'block_length={c.block_length}: a model trained with the autoregressive '
       'objective fills one token at a time; set block_length=1'
     )
-  if c.guidance and not OBJECTIVES[c.objective].can_guide:
+  if c.guidance and not objective.can_guide:
     raise UserError(
       f'guidance={c.guidance}: a model trained with the autoregressive '
       'objective has not learned to do without a prompt that is masked'
@@ -221,7 +233,7 @@ def _check_settings(c):
         f'{key}={getattr(c, key)!r} is unknown; choose one of {sorted(known)}'
       )
   for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
-    if getattr(c, key) and c.eos_id < 0:
+    if getattr(c, key) and network.eos_id < 0:
       raise UserError(f'{key}=True needs an eos_id')
 
 
@@ -265,12 +277,7 @@ def sampler_config(config):
     block_length=1 if causal else s.block_length,
     temperature=s.temperature,
     remasking=s.remasking,
-    objective=config.objective.name,
-    predict_mask=config.objective.predict_mask,
-    mask_id=config.tokens.mask_id,
-    bos_id=config.tokens.bos_id,
     gen_length=s.gen_length,
-    eos_id=config.tokens.eos_id,
     eot_id=s.eot_id,
     schedule=s.schedule,
     confidence=s.confidence,
@@ -288,13 +295,12 @@ def sampler_config(config):
   )
 
 
-def sampler_model(config):
-  """The TransformerConfig that samples and scores.
+def describe(network, c):
+  """Returns the settings that sampling depends on, a dict for reports.
 
-  A kernel that the config insists on is for training: prompts are few and of
-  any length, and may be answered on another kind of machine.
+  Args:
+    network: Network.
+    c: SamplerConfig.
   """
-  model = TransformerConfig(**config.model)
-  if model.attention == 'xla':
-    return model
-  return dataclasses.replace(model, attention='auto')
+  keys = ('objective', 'predict_mask', 'mask_id', 'bos_id', 'eos_id')
+  return dataclasses.asdict(c) | {key: getattr(network, key) for key in keys}

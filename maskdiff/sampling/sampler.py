@@ -28,57 +28,51 @@ from maskdiff.distributed.mesh import whole
 from maskdiff.errors import UserError
 from maskdiff.sampling import passes
 from maskdiff.sampling.commit import advance
-from maskdiff.sampling.request import prepare
+from maskdiff.sampling.request import begin
 
 
-def generate(model_config, c, params, canvas, fill, valid, seeds):
+def generate(network, c, request):
   """Fills the canvas.
 
   Args:
-    model_config: model.TransformerConfig.
+    network: Network.
     c: SamplerConfig.
-    params: parameter tree.
-    canvas: [B, L] int32; what stands at the slots does not matter.
-    fill: [B, L] bool, the slots.
-    valid: [B, L] bool, False on the padding of short rows.
-    seeds: [B] int >= 0, one per row; a row's result depends on its own alone,
-      not on the other rows, if these have no more than c.gen_length slots or
-      c.own_blocks is set.
+    request: Request.
 
   Returns:
     [B, L] int32, the filled canvas, on device.
 
   Raises:
-    UserError: see `prepare`; or the network's logits were NaN or infinite.
+    UserError: see `begin`; or the network's logits were NaN or infinite.
   """
-  carry = complete(model_config, c, params, canvas, fill, valid, seeds)
+  carry = complete(network, c, request)
   check(carry)
   return carry.canvas
 
 
-def complete(model_config, c, params, canvas, fill, valid, seeds):
+def complete(network, c, request):
   """Fills the canvas and says what it took; arguments as for `generate`.
 
   Returns:
     The last Carry, on device. Rows that are `broken` still have masks.
 
   Raises:
-    UserError: see `prepare`.
+    UserError: see `begin`.
   """
-  carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
-  return run(model_config, c, shapes, params, carry, layout)
+  carry, layout, shapes = begin(network, c, request)
+  return run(network, c, shapes, carry, layout)
 
 
-def trace(model_config, c, params, canvas, fill, valid, seeds):
+def trace(network, c, request):
   """Yields the canvas as NumPy before every step and after the last.
 
   Arguments and errors as for `generate`, and the same final result.
   """
-  for carry, _ in walk(model_config, c, params, canvas, fill, valid, seeds):
+  for carry, _ in walk(network, c, request):
     yield np.asarray(carry.canvas)
 
 
-def walk(model_config, c, params, canvas, fill, valid, seeds):
+def walk(network, c, request):
   """Like `trace`, with all that is known at each moment.
 
   Yields:
@@ -86,7 +80,7 @@ def walk(model_config, c, params, canvas, fill, valid, seeds):
     last step committed and NaN elsewhere: before the first step, and at slots
     given up behind an eos.
   """
-  carry, layout, shapes = prepare(c, canvas, fill, valid, seeds)
+  carry, layout, shapes = begin(network, c, request)
   # Placed like what a step returns, so that one program serves all steps.
   carry, layout = jax.jit(whole)((carry, layout))
   sure = np.full(carry.canvas.shape, np.nan, np.float32)
@@ -97,13 +91,11 @@ def walk(model_config, c, params, canvas, fill, valid, seeds):
       break
     if fresh is not None and np.asarray(fresh).any():
       carry, fresh, sure = _follow(
-        model_config, c, shape, params, carry, fresh, cache, layout
+        network, c, shape, carry, fresh, cache, layout
       )
     else:
       shape = shapes[int(_choose_shape(c, shapes, carry, layout))]
-      carry, fresh, sure, cache = _refresh(
-        model_config, c, shape, params, carry, layout
-      )
+      carry, fresh, sure, cache = _refresh(network, c, shape, carry, layout)
   check(carry)
 
 
@@ -122,7 +114,7 @@ def broken_error(rows):
   )
 
 
-def round_of(model_config, c, shape, params, carry, layout):
+def round_of(network, c, shape, carry, layout):
   """A pass over the canvas and, with a cache, those over windows after it.
 
   The second kind goes on until every row needs a new cache: because its block
@@ -134,14 +126,12 @@ def round_of(model_config, c, shape, params, carry, layout):
   Returns:
     The next Carry.
   """
-  carry, fresh, _, cache = refresh(
-    model_config, c, shape, params, carry, layout
-  )
+  carry, fresh, _, cache = refresh(network, c, shape, carry, layout)
   if c.cache == 'none':
     return carry
 
   def next_pass(state):
-    return follow(model_config, c, shape, params, *state, cache, layout)[:2]
+    return follow(network, c, shape, *state, cache, layout)[:2]
 
   carry, _ = jax.lax.while_loop(
     lambda state: state[1].any(), next_pass, (carry, fresh)
@@ -149,20 +139,18 @@ def round_of(model_config, c, shape, params, carry, layout):
   return carry
 
 
-def refresh(model_config, c, shape, params, carry, layout):
+def refresh(network, c, shape, carry, layout):
   """One step of all rows by a pass over the canvas.
 
   Returns:
     What `commit.advance` returns; and the cache, or None if there is none.
   """
-  logits, needed, cache = passes.over_canvas(
-    model_config, c, shape, params, carry, layout
-  )
+  logits, needed, cache = passes.over_canvas(network, c, shape, carry, layout)
   turn = carry.masked.any((1, 2))
-  return *advance(c, carry, layout, logits, turn, needed), cache
+  return *advance(network, c, carry, layout, logits, turn, needed), cache
 
 
-def follow(model_config, c, shape, params, carry, fresh, cache, layout):
+def follow(network, c, shape, carry, fresh, cache, layout):
   """One step of the rows that the cache serves, by a pass over windows.
 
   Args:
@@ -172,19 +160,17 @@ def follow(model_config, c, shape, params, carry, fresh, cache, layout):
   Returns:
     What `commit.advance` returns.
   """
-  logits, needed = passes.over_windows(
-    model_config, c, shape, params, carry, cache, layout
-  )
-  return advance(c, carry, layout, logits, fresh, needed)
+  logits, needed = passes.over_windows(network, c, shape, carry, cache, layout)
+  return advance(network, c, carry, layout, logits, fresh, needed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _refresh(*args):
   *found, cache = refresh(*args)
   return *whole(found), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _follow(*args):
   return whole(follow(*args))
 
@@ -192,26 +178,22 @@ def _follow(*args):
 _choose_shape = jax.jit(passes.choose_shape, static_argnums=(0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def run(model_config, c, shapes, params, carry, layout, until=0):
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def run(network, c, shapes, carry, layout, until=0):
   """Goes on until no more than `until` rows are in progress after a round.
 
   Args:
-    model_config: as for `generate`.
+    network: as for `generate`.
     c: as for `generate`.
-    shapes: from `prepare`.
-    params: as for `generate`.
-    carry: from `prepare`.
-    layout: from `prepare`.
+    shapes: from `begin`.
+    carry: from `begin`.
+    layout: from `begin`.
     until: int.
 
   Returns:
     The last Carry, whole on every device.
   """
-  rounds = [
-    functools.partial(round_of, model_config, c, shape, params)
-    for shape in shapes
-  ]
+  rounds = [functools.partial(round_of, network, c, shape) for shape in shapes]
 
   def next_round(carry):
     if len(rounds) == 1:

@@ -1,4 +1,4 @@
-"""The bound on held-out text, the rows of metrics, and samples in passing."""
+"""Evaluation of a run: the bound on held-out text, and samples."""
 
 import dataclasses
 import functools
@@ -7,63 +7,22 @@ import jax
 import numpy as np
 
 from maskdiff.distributed.mesh import whole
-from maskdiff.sampling import layouts, request, sampler
+from maskdiff.interop import load
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import sampler_config
 from maskdiff.training import inputs
 from maskdiff.training import step as step_lib
 
 
-def step_config(c):
-  """A training's StepConfig for its evaluations: all of every row, and times
-  in no pairs."""
-  objective = dataclasses.replace(
-    c.objective, random_length_fraction=0.0, time_sampling='stratified'
-  )
-  return dataclasses.replace(c, objective=objective)
-
-
-def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
-  """The bound on held-out text, under noise that is the same every time.
-
-  Args:
-    c: StepConfig.
-    params: parameter tree.
-    batches: list of [B, L] int32.
-    tokens_per_byte: of the held-out text, for bits per byte.
-    between: called before every batch; may raise to break off.
-
-  Returns:
-    loss in nats per token with its standard error over batches (0 for a single
-    one), bits per byte, and the nll of masked tokens by mask ratio.
-  """
-  c = step_config(c)
-  keys = jax.random.split(jax.random.key(0), len(batches))
-  sums = []
-  for tokens, key in zip(batches, keys, strict=True):
-    between()
-    sums.append(_eval_step(c, params, tokens, key))
-    sums[-2:-1] = jax.device_get(sums[-2:-1])  # one at most is waiting
-  sums = jax.device_get(sums)
-  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
-  means = [s['weighted_nll'] / s['num_tokens'] for s in sums]
-  spread = np.std(means, ddof=1) if len(means) > 1 else 0.0
-  loss = float(total['weighted_nll'] / total['num_tokens'])
-  return {
-    'eval/loss_nats_per_token': loss,
-    'eval/stderr_nats_per_token': float(spread / len(means) ** 0.5),
-    'eval/bits_per_byte': loss * tokens_per_byte / float(np.log(2)),
-    **by_ratio('eval', total),
-  }
-
-
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-  """The held-out part of a dataset.
+  """Held-out text of one dataset of a mixture.
 
   Attributes:
-    name: of the dataset.
-    share: of it in the mixture, in (0, 1].
-    tokens_per_byte: of its held-out text.
-    unigram_entropy_nats: per token, of its held-out text.
+    name: name of the dataset.
+    share: share of the dataset in the mixture, in (0, 1].
+    tokens_per_byte: tokens per byte of its held-out text.
+    unigram_entropy_nats: entropy of single tokens of its held-out text, nats.
     batches: list of [B, L] int32 arrays on the mesh.
   """
 
@@ -74,11 +33,65 @@ class Heldout:
   batches: list
 
 
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """Upper bound on the negative log-likelihood of held-out text.
+
+  Attributes:
+    loss_nats_per_token: the bound.
+    stderr_nats_per_token: its standard error over batches; 0 for one batch.
+    bits_per_byte: the bound in bits per byte of text.
+    nll_by_mask_ratio: dict from the middle of a bucket of mask ratios, such as
+      '0.1', to the mean nll of its masked tokens. {} for a mixture.
+    parts: dict from the name of a dataset to its Bound; {} unless a mixture.
+  """
+
+  loss_nats_per_token: float
+  stderr_nats_per_token: float
+  bits_per_byte: float
+  nll_by_mask_ratio: dict
+  parts: dict = dataclasses.field(default_factory=dict)
+
+  def row(self, prefix='eval'):
+    """Returns the metrics by name, as written to metrics.jsonl."""
+    row = {
+      f'{prefix}/loss_nats_per_token': self.loss_nats_per_token,
+      f'{prefix}/stderr_nats_per_token': self.stderr_nats_per_token,
+      f'{prefix}/bits_per_byte': self.bits_per_byte,
+      **ratio_metrics(prefix, self.nll_by_mask_ratio),
+    }
+    for name, part in self.parts.items():
+      row |= part.row(f'{prefix}/{name}')
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Result of one evaluation during a run.
+
+  Attributes:
+    row: dict of floats by name of metric.
+    texts: list of samples.
+    line: summary, one line for the terminal.
+    conclusion: lines to print if the run ends here.
+  """
+
+  row: dict
+  texts: list
+  line: str
+  conclusion: str
+
+
 def open_heldout(config, datasets, mesh):
-  """The batches to evaluate on, of each dataset; see run.heldout_batches.
+  """Reads the batches to evaluate on; returns a list of Heldout.
+
+  Args:
+    config: ConfigDict of the run.
+    datasets: list of data.pipeline.Dataset.
+    mesh: device mesh.
 
   Raises:
-    UserError: a dataset has less held-out text than asked for.
+    UserError: a dataset has less held-out text than config.eval asks for.
   """
   total = sum(d.weight for d in datasets)
   heldout = []
@@ -97,121 +110,165 @@ def open_heldout(config, datasets, mesh):
   return heldout
 
 
+def evaluate_and_sample(
+  config, c, params, tokenizer, heldout, between=lambda: None
+):
+  """Computes the held-out bound and draws samples; returns an Evaluation.
+
+  Args:
+    config: ConfigDict of the run.
+    c: its StepConfig.
+    params: parameter tree.
+    tokenizer: data.tokenizer.Tokenizer.
+    heldout: list of Heldout.
+    between: called before every batch; may raise to stop the evaluation.
+  """
+  bound = evaluate_mixture(c, params, heldout, between)
+  return Evaluation(
+    row=bound.row(),
+    texts=sample_texts(config, params, tokenizer),
+    line=(
+      f'held-out bound {bound.loss_nats_per_token:.4f} '
+      f'± {bound.stderr_nats_per_token:.4f} nats/token, '
+      f'{bound.bits_per_byte:.4f} bits/byte'
+    ),
+    conclusion=conclude(bound, heldout),
+  )
+
+
 def evaluate_mixture(c, params, heldout, between=lambda: None):
-  """The bound on a mixture: `evaluate` of each dataset, and their mean.
+  """Computes the bound of each dataset and of the mixture.
 
   Args:
     c: StepConfig.
     params: parameter tree.
-    heldout: list of Heldout. A single one gives what `evaluate` gives.
+    heldout: list of Heldout.
     between: see `evaluate`.
 
   Returns:
-    as `evaluate`, for a token drawn from the mixture; and for each dataset
-    under 'eval/NAME/' in place of 'eval/'.
+    Bound for a token drawn from the mixture, with a Bound for each dataset in
+    `parts`. For a single dataset, the result of `evaluate`.
   """
-  results = [
+  bounds = [
     evaluate(c, params, h.batches, h.tokens_per_byte, between) for h in heldout
   ]
   if len(heldout) == 1:
-    return results[0]
+    return bounds[0]
   share = np.array([h.share for h in heldout])
-  of = lambda key: np.array([r[f'eval/{key}_nats_per_token'] for r in results])
+  losses = np.array([b.loss_nats_per_token for b in bounds])
+  stderrs = np.array([b.stderr_nats_per_token for b in bounds])
   bytes_per_token = share @ [1 / h.tokens_per_byte for h in heldout]
-  loss = float(share @ of('loss'))
-  row = {
-    'eval/loss_nats_per_token': loss,
-    'eval/stderr_nats_per_token': float(np.linalg.norm(share * of('stderr'))),
-    'eval/bits_per_byte': float(loss / np.log(2) / bytes_per_token),
-  }
-  for h, result in zip(heldout, results, strict=True):
-    row |= {
-      key.replace('eval/', f'eval/{h.name}/', 1): value
-      for key, value in result.items()
-    }
-  return row
+  loss = float(share @ losses)
+  return Bound(
+    loss_nats_per_token=loss,
+    stderr_nats_per_token=float(np.linalg.norm(share * stderrs)),
+    bits_per_byte=float(loss / np.log(2) / bytes_per_token),
+    nll_by_mask_ratio={},
+    parts={h.name: b for h, b in zip(heldout, bounds, strict=True)},
+  )
+
+
+def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
+  """Computes the bound on held-out text; the noise is the same every time.
+
+  Args:
+    c: StepConfig.
+    params: parameter tree.
+    batches: list of [B, L] int32.
+    tokens_per_byte: tokens per byte of the text, for bits per byte.
+    between: called before every batch; may raise to stop the evaluation.
+
+  Returns:
+    Bound.
+  """
+  c = eval_config(c)
+  keys = jax.random.split(jax.random.key(0), len(batches))
+  sums = []
+  for tokens, key in zip(batches, keys, strict=True):
+    between()
+    sums.append(jit_eval_step(c, params, tokens, key))
+    # At most one batch is queued behind the one that runs.
+    sums[-2:-1] = jax.device_get(sums[-2:-1])
+  sums = jax.device_get(sums)
+  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
+  means = [s.loss for s in sums]
+  deviation = np.std(means, ddof=1) if len(means) > 1 else 0.0
+  loss = float(total.loss)
+  return Bound(
+    loss_nats_per_token=loss,
+    stderr_nats_per_token=float(deviation / len(means) ** 0.5),
+    bits_per_byte=loss * tokens_per_byte / float(np.log(2)),
+    nll_by_mask_ratio=nll_by_mask_ratio(total),
+  )
+
+
+def eval_config(c):
+  """Returns a run's StepConfig for evaluations: whole rows, no time pairs."""
+  objective = dataclasses.replace(
+    c.objective, random_length_fraction=0.0, time_sampling='stratified'
+  )
+  return dataclasses.replace(c, objective=objective)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _eval_step(c, params, tokens, key):
+def jit_eval_step(c, params, tokens, key):
+  """`step.eval_step`, compiled; every process gets the whole result."""
   return whole(step_lib.eval_step(c, params, tokens, key))
 
 
-def by_ratio(prefix, sums):
-  """Mean nll of the predicted tokens in each bucket of the mask ratio."""
-  buckets = zip(sums['ratio_nll'], sums['ratio_count'], strict=True)
+def nll_by_mask_ratio(sums):
+  """Mean nll of the masked tokens in each bucket of mask ratios.
+
+  Args:
+    sums: step.LossSums on the host.
+
+  Returns:
+    dict from the middle of a bucket, such as '0.1', to a float; only buckets
+    with masked tokens.
+  """
+  buckets = zip(sums.ratio_nll, sums.ratio_count, strict=True)
   return {
-    f'{prefix}/nll_at_mask_ratio_{(i + 0.5) / step_lib.RATIO_BUCKETS:.1f}': (
-      float(nll / count)
-    )
+    f'{(i + 0.5) / step_lib.RATIO_BUCKETS:.1f}': float(nll / count)
     for i, (nll, count) in enumerate(buckets)
     if count > 0
   }
 
 
-def train_row(fetched, learning_rate, step_s):
-  """The metrics of a window of steps, by name.
-
-  Args:
-    fetched: what `step.train_step` returned at each step, on the host.
-    learning_rate: of the last step.
-    step_s: seconds per step.
-
-  Returns:
-    dict of floats; losses are means over the window without the updates that
-    were skipped, the gradient norm its largest.
-  """
-  made = [f for f in fetched if not f['skipped']]
-  row = {
-    'train/param_norm': float(fetched[-1]['param_norm']),
-    'train/learning_rate': float(learning_rate),
-    'train/step_s': step_s,
-    'train/skipped_updates': len(fetched) - len(made),
-  }
-  if not made:
-    return row
-  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *made)
-  return row | {
-    'train/loss_nats_per_token': float(
-      total['weighted_nll'] / total['num_tokens']
-    ),
-    'train/grad_norm': float(max(f['grad_norm'] for f in made)),
-    'train/masked_share': float(total['num_predicted'] / total['num_tokens']),
-    **by_ratio('train', total),
+def ratio_metrics(prefix, nll_by_mask_ratio):
+  """Names the result of `nll_by_mask_ratio` for metrics.jsonl."""
+  return {
+    f'{prefix}/nll_at_mask_ratio_{ratio}': nll
+    for ratio, nll in nll_by_mask_ratio.items()
   }
 
 
 def sample_texts(config, params, tokenizer):
-  """The configured prompts with their continuations, a list of texts."""
+  """Returns the prompts of config.sample with their continuations."""
   if not config.sample.prompts:
     return []
-  s = request.sampler_config(config)
+  s = sampler_config(config)
   prompts = [tokenizer.encode(p) for p in config.sample.prompts]
-  canvas, fill, valid = layouts.continue_prompts(
-    prompts, config.sample.gen_length
-  )
-  model = request.sampler_model(config)
-  # Not `generate`, which raises when logits are NaN: what is wrong with a
-  # training is told elsewhere, and a sample must not end it.
-  carry = sampler.complete(
-    model, s, params, canvas, fill, valid, seeds=range(len(prompts))
-  )
-  out = np.asarray(carry.canvas)
+  network = load.network(config, params)
+  request = layouts.continue_prompts(prompts, config.sample.gen_length)
+  # Not `generate`, which raises if logits are NaN. A sample must not end the
+  # run; the guard and the bound report NaN.
+  out = np.asarray(sampler.complete(network, s, request).canvas)
+  valid = request.valid
   if s.stop_at_eos:
-    valid = valid & layouts.cut(out, fill, s.eos_id)
+    valid = valid & layouts.cut(out, request.fill, network.eos_id)
   return [tokenizer.decode(row[ok]) for row, ok in zip(out, valid, strict=True)]
 
 
-def conclude(result, heldout):
-  """Compares the last bound with the entropy of single tokens."""
+def conclude(bound, heldout):
+  """Compares the bound of each dataset with the entropy of single tokens."""
   lines = []
   for h in heldout:
-    prefix = f'eval/{h.name}/' if len(heldout) > 1 else 'eval/'
+    part = bound.parts.get(h.name, bound)
     unigram = h.unigram_entropy_nats
     lines += [f'{h.name}:'] if len(heldout) > 1 else []
     lines += [
-      f'held-out bound   {result[prefix + "loss_nats_per_token"]:.4f} '
-      f'nats/token  {result[prefix + "bits_per_byte"]:.4f} bits/byte',
+      f'held-out bound   {part.loss_nats_per_token:.4f} '
+      f'nats/token  {part.bits_per_byte:.4f} bits/byte',
       f'unigram entropy  {unigram:.4f} nats/token  '
       f'{unigram * h.tokens_per_byte / np.log(2):.4f} bits/byte',
     ]

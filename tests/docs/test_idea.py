@@ -18,6 +18,7 @@ import pytest
 from maskdiff import config
 from maskdiff.likelihood import bounds, estimators, queries
 from maskdiff.likelihood.queries import LikelihoodConfig
+from maskdiff.model.network import Network
 from maskdiff.objectives import canvas as canvas_lib
 from maskdiff.objectives import masked_diffusion
 from maskdiff.sampling import layouts, passes, sampler
@@ -26,6 +27,7 @@ from maskdiff.training import step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / 'docs' / 'idea.md').read_text()
+TEXT = ' '.join(PAGE.split())
 EXAMPLE = runpy.run_path(str(ROOT / 'benchmarks' / 'worked_example.py'))
 
 LANGUAGE = {
@@ -154,6 +156,18 @@ def test_the_expected_loss_is_the_bound_on_the_page(every):
   assert list(expected) == close(BOUND[name][:3])
 
 
+def network_of(name):
+  """The Network whose module `Denoiser` replaces."""
+  return Network(
+    config=name,
+    params={},
+    objective='masked_diffusion',
+    predict_mask=False,
+    mask_id=MASK,
+    bos_id=1,
+  )
+
+
 class Name(str):
   """Stands for the config of a model, which is asked for one thing."""
 
@@ -165,17 +179,17 @@ def scored(monkeypatch):
   """Function from a denoiser's name to arguments of likelihood's functions."""
   monkeypatch.setattr(queries, 'bind', Denoiser)
   c = LikelihoodConfig(
-    objective='masked_diffusion',
     context=L,
     guidance=0.0,
-    predict_mask=False,
-    mask_id=MASK,
-    bos_id=1,
     tokens_per_call=256,
     loss_chunk_tokens=64,
   )
   whole = np.ones(IDS.shape, bool)
-  return lambda name: (Name(name), c, {}, IDS, whole, whole)
+  return lambda name: (
+    network_of(Name(name)),
+    c,
+    queries.Answers(IDS, whole, whole),
+  )
 
 
 @pytest.mark.parametrize('name', SEES)
@@ -215,10 +229,10 @@ def test_means_over_the_language_are_those_of_the_page():
     assert float(of_page) == pytest.approx(computed, abs=1.1e-4)
   entropy = -(CHANCES * np.log(CHANCES)).sum()
   assert float(mean[2]) == close(entropy)
-  assert f'{entropy / L:.4f} per token' in PAGE
+  assert f'{entropy / L:.4f} per token' in TEXT
   own, bound = float(mean[4]), float(mean[5])
   assert own > entropy and bound > own
-  assert f'The other one loses {own - entropy:.4f}' in PAGE
+  assert f'The neighbours network loses {own - entropy:.4f}' in TEXT
 
 
 def test_the_most_probable_words_come_in_the_order_of_the_page(monkeypatch):
@@ -228,15 +242,11 @@ def test_the_most_probable_words_come_in_the_order_of_the_page(monkeypatch):
     block_length=L,
     temperature=0.0,
     remasking='low_confidence',
-    objective='masked_diffusion',
-    predict_mask=False,
-    mask_id=MASK,
-    bos_id=1,
   )
-  layout = layouts.continue_prompts([[]], L)
+  request = layouts.continue_prompts([[]], L)
   moments = [
     (np.asarray(carry.canvas)[0].tolist(), sure[0])
-    for carry, sure in sampler.walk('exact', c, jnp.zeros(()), *layout, [0])
+    for carry, sure in sampler.walk(network_of('exact'), c, request)
   ]
   rows = table_with('surest word')
   assert len(rows) == len(moments) - 1 == L
@@ -271,6 +281,6 @@ def test_noise_of_the_loss_is_what_the_page_says():
   spread = lambda tokens: ((np.log(1 / c.eps) - 1) / tokens) ** 0.5
   assert found.mean() == pytest.approx(1, abs=0.01)
   assert found.std() == pytest.approx(spread(rows * length), rel=0.1)
-  assert f'{spread(rows * length):.1%} for 8 rows of 128' in PAGE
-  assert f'{6 * spread(rows * length):.2f}\nnats' in PAGE
-  assert f'{spread(1280 * 4096):.2%} for the 1,280 rows of 4,096' in PAGE
+  assert f'{spread(rows * length):.1%} for 8 rows of 128' in TEXT
+  assert f'{6 * spread(rows * length):.2f} nats' in TEXT
+  assert f'{spread(1280 * 4096):.2%} for the 1,280 rows of 4,096' in TEXT

@@ -12,7 +12,7 @@ from maskdiff import config as config_lib
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.evals import answered, puzzles
-from maskdiff.sampling import request
+from maskdiff.interop import load
 
 
 def knows(rows, tokens, valid):
@@ -31,7 +31,11 @@ def knows(rows, tokens, valid):
 def model(tokenizer, monkeypatch):
   """Makes a model that has learned the lines by heart."""
   fake_networks.put_in(monkeypatch)
-  monkeypatch.setattr(request, 'sampler_model', lambda config: knows)
+
+  def network(config, params):
+    return fake_networks.network(knows, params, eos_id=tokenizer.eos_id)
+
+  monkeypatch.setattr(load, 'network', network)
   config = config_lib.default()
   config.data.length = 64
 

@@ -6,10 +6,9 @@ Tasks are local files; the network has random weights.
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ import untrained_run
 
 from maskdiff.errors import UserError
 from maskdiff.likelihood import bounds, queries
-from maskdiff.sampling import layouts, request, sampler
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import sampler_config
 
 lm_eval = pytest.importorskip('lm_eval')  # requirements-eval-test.txt
 
@@ -101,16 +101,13 @@ def results(model, tasks, tmp_path_factory):
 
 def exact(model, prompt, answer):
   """Log-likelihood of tokens given tokens, and whether they are greedy."""
-  config = model.model.config
-  network = (
-    request.sampler_model(config),
-    queries.likelihood_config(config, guidance=0.0, tokens_per_call=4096),
-    model.model.params,
+  c = queries.likelihood_config(
+    model.model.config, guidance=0.0, tokens_per_call=4096
   )
-  layout = bounds.suffixes([prompt], [answer])
+  asked = model.model.network, c, bounds.lay_out([prompt], [answer])
   with jax.set_mesh(model.model.mesh):
-    value = bounds.left_to_right(*network, *layout).log_likelihood[0]
-    return value, bounds.greedy_matches(*network, *layout)[0]
+    value = bounds.left_to_right(*asked).log_likelihood[0]
+    return value, bounds.greedy_matches(*asked)[0]
 
 
 def test_choices_are_scored_after_their_question(results, model, tokenizer):
@@ -159,20 +156,14 @@ def test_answers_are_the_samplers_up_to_a_stop_string(
   config = model.model.config.copy_and_resolve_references()
   config.sample.update(gen_length=6, block_length=3, steps=6, temperature=0.0)
   prompts = [tokenizer.encode(q['question']) for q in QUESTIONS]
-  canvas, fill, valid = layouts.continue_prompts(prompts, 6)
+  request = layouts.continue_prompts(prompts, 6)
   with jax.set_mesh(model.model.mesh):
     out = np.asarray(
-      sampler.generate(
-        request.sampler_model(config),
-        request.sampler_config(config),
-        model.model.params,
-        *(canvas, fill, valid),
-        seeds=range(3),
-      )
+      sampler.generate(model.model.network, sampler_config(config), request)
     )
   cuts = 0
   for i, sample in enumerate(results['samples']['md_until']):
-    ids = out[i, fill[i]].tolist()
+    ids = out[i, request.fill[i]].tolist()
     ids = ids[: (ids + [tokenizer.eos_id]).index(tokenizer.eos_id)]
     text = tokenizer.decode(ids)
     expected = text.partition('e')[0].partition('a')[0]
@@ -267,9 +258,9 @@ def test_what_cannot_be_done_is_one_line(model, workdir):
 @pytest.mark.slow
 def test_the_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
   def launch(*flags):
-    return subprocess.run(
+    return forked.run(
       [
-        *(sys.executable, 'launch/harness.py', f'--workdir={workdir}'),
+        *('launch/harness.py', f'--workdir={workdir}'),
         *(f'--include_path={tasks}', *flags),
       ],
       cwd=ROOT,
@@ -278,8 +269,6 @@ def test_the_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
         'PYTHONPATH': str(ROOT),
         'HF_DATASETS_CACHE': str(tmp_path / 'cache'),
       },
-      capture_output=True,
-      text=True,
     )
 
   out = tmp_path / 'results.json'

@@ -34,9 +34,9 @@ def scored():
 
 @pytest.fixture
 def score(scored):
-  def score(tokens, answer, valid, seeds):
-    scored.append((tokens, answer, valid, list(seeds)))
-    nats = answer.sum(axis=1).astype(float)
+  def score(answers, seeds):
+    scored.append((*answers, list(seeds)))
+    nats = answers.answer.sum(axis=1).astype(float)
     return Estimate(-nats, np.full(len(nats), 0.5))
 
   return score
@@ -122,9 +122,9 @@ def test_what_follows_an_answer_is_given_and_not_scored(
     answers = [' read', ' write']
   lines = scored_lib.read(write(line), task)
 
-  def matches(tokens, answer, valid):
-    scored.append((tokens, answer, valid, [0]))
-    return answer.any(axis=1)
+  def matches(answers):
+    scored.append((*answers, [0]))
+    return answers.answer.any(axis=1)
 
   function = matches if task == 'greedy' else score
   (row,), _ = scored_lib.TASKS[task](lines, tokenizer, 64, function)

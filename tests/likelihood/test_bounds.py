@@ -7,6 +7,7 @@ import math
 import pathlib
 import types
 
+import fake_networks
 import golden_models
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,11 @@ from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.evals import scored as scored_lib
 from maskdiff.likelihood import bounds, estimators, queries
-from maskdiff.likelihood.estimators import Estimator, Looks
-from maskdiff.likelihood.queries import LikelihoodConfig
+from maskdiff.likelihood.estimators import Estimator, Queries
+from maskdiff.likelihood.queries import Answers, LikelihoodConfig
 from maskdiff.model import masks, transformer
 from maskdiff.model.transformer import TransformerConfig
+from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import SamplerConfig
 
@@ -47,24 +49,19 @@ TINY = TransformerConfig(
   attention='xla',
 )
 CONFIG = LikelihoodConfig(
-  objective='masked_diffusion',
   context=64,
   guidance=0.0,
-  predict_mask=False,
-  mask_id=MASK,
-  bos_id=BOS,
   tokens_per_call=1024,
   loss_chunk_tokens=64,
 )
 GUIDED = dataclasses.replace(CONFIG, guidance=0.7)
-CAUSAL = dataclasses.replace(CONFIG, objective='autoregressive')
 FEW = Estimator(samples=16, strata=4)
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], []]
 ANSWERS = [[5, 9], [6, 7, 8, 9, 10], [20] * 20, [23, 22, 21]]
 
 
 @pytest.fixture(scope='module')
-def params():
+def network():
   """Gains of 1, and matrices so large that predictions differ by position."""
   random = np.random.default_rng(5)
 
@@ -73,43 +70,49 @@ def params():
       return jnp.ones(x.shape)
     return jnp.asarray(random.normal(size=x.shape) / 2, jnp.float32)
 
-  return jax.tree.map(
+  params = jax.tree.map(
     draw,
     transformer.axes(TINY),
     transformer.shapes(TINY),
     is_leaf=lambda x: isinstance(x, tuple),
   )
+  return fake_networks.network(TINY, params, mask_id=MASK, bos_id=BOS)
+
+
+@pytest.fixture(scope='module')
+def causal(network):
+  return dataclasses.replace(network, objective='autoregressive')
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits_of(labels, params, tokens):
-  network = transformer.bind(TINY, params)
+def logits_of(labels, network, tokens):
+  model = transformer.bind(network.config, network.params)
   shown = getattr(masks, labels)(jnp.ones(tokens.shape, bool))
-  return network.logits(network(tokens, shown))
+  return model.logits(model(tokens, shown))
 
 
-def log_p(params, row, answer, hidden, guidance=0.0):
+def log_p(network, row, answer, masked, guidance=0.0):
   """[L, V] of one row, written out: full logits, and guidance on them."""
   row = np.array(row)
-  shown = np.where(hidden, MASK, row)
-  logits = np.array(logits_of('bidirectional', params, shown[None])[0])
+  shown = np.where(masked, MASK, row)
+  logits = np.array(logits_of('bidirectional', network, shown[None])[0])
   if guidance:
-    shown = np.where(hidden | ~answer, MASK, row)
-    without = np.array(logits_of('bidirectional', params, shown[None])[0])
+    shown = np.where(masked | ~answer, MASK, row)
+    without = np.array(logits_of('bidirectional', network, shown[None])[0])
     logits = without + (guidance + 1) * (logits - without)
   logits = logits.astype(np.float64)
   logits[:, MASK] = -np.inf
   return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
-def enumerate_masks(params, row, answer, guidance=0.0):
-  """[2^A, A] log p of each answer token by the set of hidden ones."""
+def enumerate_masks(network, row, answer, guidance=0.0):
+  """[2^A, A] log p of each answer token by the set of masked ones."""
   row, where = np.array(row), np.flatnonzero(answer)
   table = []
   for some in subsets(len(where)):
-    hidden = np.zeros(len(row), bool)
-    hidden[where[some]] = True
-    all_p = log_p(params, row, answer, hidden, guidance)
+    masked = np.zeros(len(row), bool)
+    masked[where[some]] = True
+    all_p = log_p(network, row, answer, masked, guidance)
     table.append(all_p[where, row[where]])
   return np.array(table)
 
@@ -123,8 +126,8 @@ def by_order(table):
   return orders, table[left, orders].sum(axis=1)
 
 
-def request(prompt, answer):
-  return bounds.suffixes([prompt], [answer])
+def one_row(prompt, answer):
+  return bounds.lay_out([prompt], [answer])
 
 
 # The recorded likelihoods of LLaDA and others
@@ -144,22 +147,22 @@ def golden(request):
       if key.startswith(name)
     }
 
-  def network(guidance):
-    c = dataclasses.replace(
-      CONFIG,
-      guidance=float(guidance),
-      predict_mask=True,
-      mask_id=IDS[name],
-      tokens_per_call=256,
-    )
-    return model_config, c, weights
+  network = fake_networks.network(
+    model_config, weights, predict_mask=True, mask_id=IDS[name]
+  )
 
-  return name, network, arrays
+  def guided(guidance):
+    c = dataclasses.replace(
+      CONFIG, guidance=float(guidance), tokens_per_call=256
+    )
+    return network, c
+
+  return name, guided, arrays
 
 
 def golden_values(network, prompts, answers, drawn):
-  """The values of given looks."""
-  rows = queries.rows_of(*network[:2], *bounds.suffixes(prompts, answers))
+  """The values of given queries."""
+  rows = queries.rows_of(*network, bounds.lay_out(prompts, answers))
   return queries.evaluate(*network, rows, lambda i: drawn[i])
 
 
@@ -195,9 +198,9 @@ def test_the_masks_under_injected_ranks_are_those_of_llada(golden):
   size = ranks.shape[-1]
   for k, of_batch, shown in zip(arrays['mc0.k'], ranks, noisy, strict=True):
     counts = reference_counts(int(k), size, len(of_batch))
-    hidden = estimators.exact_count(counts, of_batch, coupled=False).hidden
+    masked = estimators.exact_count(counts, of_batch, coupled=False).masked
     np.testing.assert_array_equal(
-      np.where(hidden, IDS[golden[0]], arrays['mc0.answer']), shown[:, -size:]
+      np.where(masked, IDS[golden[0]], arrays['mc0.answer']), shown[:, -size:]
     )
 
 
@@ -206,7 +209,7 @@ def test_left_to_right_is_the_chain_rule_of_smdm(golden, case):
   _, network, arrays = golden
   of = lambda field: arrays[f'chain{case}.{field}']
   value, error = bounds.left_to_right(
-    *network(of('cfg_scale')), *request(of('prefix'), of('target'))
+    *network(of('cfg_scale')), one_row(of('prefix'), of('target'))
   )
   assert abs(value[0] + of('nll')) < 2e-4
   assert error[0] == 0
@@ -228,7 +231,7 @@ def test_the_greedy_check_decides_as_that_of_llada(golden, monkeypatch, case):
   targets = of('target')
   right = bounds.greedy_matches(
     *network(of('cfg_scale')),
-    *bounds.suffixes([of('prefix')] * len(targets), targets),
+    bounds.lay_out([of('prefix')] * len(targets), targets),
   )
   np.testing.assert_array_equal(right, of('result'))
   left = [set(np.flatnonzero(m)) for m in seen] + [set()]
@@ -240,36 +243,36 @@ def test_the_greedy_check_decides_as_that_of_llada(golden, monkeypatch, case):
 def test_every_mask_every_order_and_their_averages_are_as_recorded(case):
   """Token by token under every mask; the bound; the random-order marginal."""
   model_config, weights = golden_models.load('model_a')
-  c = dataclasses.replace(
-    CONFIG, predict_mask=True, mask_id=IDS['model_a'], tokens_per_call=1024
+  network = fake_networks.network(
+    model_config, weights, predict_mask=True, mask_id=IDS['model_a']
   )
-  network = model_config, c, weights
+  network = network, dataclasses.replace(CONFIG, tokens_per_call=1024)
   with np.load(golden_models.GOLDEN / 'likelihood.npz') as file:
     of = lambda field: file[f'model_a.enum{case}.{field}']
     prompt, answer, recorded = of('prompt'), of('answer'), of('token_logp')
     bound, marginal = of('elbo'), of('log_marginal_random_order')
-  hidden = subsets(len(answer))
-  row, token = np.nonzero(hidden)
-  one_by_one = Looks(
-    hidden[row], np.eye(len(answer), dtype=bool)[token], np.ones(len(row))
+  masked = subsets(len(answer))
+  row, token = np.nonzero(masked)
+  one_by_one = Queries(
+    masked[row], np.eye(len(answer), dtype=bool)[token], np.ones(len(row))
   )
   (found,) = golden_values(network, [prompt], [answer], [one_by_one])
   np.testing.assert_allclose(found, recorded[row, token], atol=2e-4)
   orders = np.array(list(itertools.permutations(range(len(answer)))))
-  (found,) = bounds.chain_rule(*network, *request(prompt, answer), [orders])
+  (found,) = bounds.chain_rule(*network, one_row(prompt, answer), [orders])
   assert abs(found.mean() - bound) < 2e-4
   mean_exp = np.logaddexp.reduce(found) - np.log(len(found))
   assert abs(mean_exp - marginal) < 2e-4
 
 
 def espo(golden, case, draw):
-  """The estimates of looks under ESPO's counts and permutations, and its own.
+  """The estimates of queries under ESPO's counts and permutations, and its own.
 
   Args:
     golden: the fixture.
     case: number of the recorded case.
     draw: from the counts [n], which lie in 0..L, and ranks [n, L] of a row to
-      Looks.
+      Queries.
   """
   name, network, _ = golden
   with np.load(golden_models.GOLDEN / 'espo.npz') as file:
@@ -281,7 +284,7 @@ def espo(golden, case, draw):
   counts = np.array(counts) % (size + 1)
   drawn = [draw(counts[:, j], ranks[:, j]) for j in range(rows)]
   for j, some in enumerate(drawn):
-    np.testing.assert_array_equal(some.hidden, noisy[:, j, start:] == IDS[name])
+    np.testing.assert_array_equal(some.masked, noisy[:, j, start:] == IDS[name])
   found = golden_values(
     network(0), list(ids[:, :start]), list(ids[:, start:]), drawn
   )
@@ -318,61 +321,56 @@ def test_estimates_without_complements_are_those_of_espo_under_its_masks(
 @pytest.mark.parametrize('form', estimators.FORMS)
 @pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
 def test_a_bound_is_the_enumeration_to_three_standard_errors(
-  params, c, form, coupled
+  network, c, form, coupled
 ):
   """For answers of one to six tokens, in one call."""
   answers = [[9, 5, 20, 8, 6, 7][:size] for size in range(1, 7)]
   prompts = [[7, 8, 9]] * len(answers)
   value, error = bounds.bound(
-    TINY,
+    network,
     c,
-    params,
-    *bounds.suffixes(prompts, answers),
+    bounds.lay_out(prompts, answers),
     Estimator(form, 8192, 4, coupled),
     range(len(answers)),
   )
   for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
     row = prompt + answer
     scored = np.arange(len(row)) >= len(prompt)
-    exact = elbo(enumerate_masks(params, row, scored, c.guidance))
+    exact = elbo(enumerate_masks(network, row, scored, c.guidance))
     assert abs(value[i] - exact) <= 3 * error[i] + 1e-4
 
 
-def test_one_token_has_no_error(params):
-  value, error = bounds.bound(
-    TINY, CONFIG, params, *request([7, 8], [9]), FEW, [0]
-  )
-  exact = log_p(params, [7, 8, 9], None, np.array([False, False, True]))[2, 9]
+def test_one_token_has_no_error(network):
+  value, error = bounds.bound(network, CONFIG, one_row([7, 8], [9]), FEW, [0])
+  exact = log_p(network, [7, 8, 9], None, np.array([False, False, True]))[2, 9]
   np.testing.assert_allclose(value, exact, rtol=1e-5)
   assert error[0] < 1e-12
 
 
-def test_a_single_group_has_an_unknown_error(params):
+def test_a_single_group_has_an_unknown_error(network):
   one = Estimator(samples=16, strata=16)
-  _, error = bounds.bound(
-    TINY, CONFIG, params, *request([7, 8], [9, 10]), one, [0]
-  )
+  _, error = bounds.bound(network, CONFIG, one_row([7, 8], [9, 10]), one, [0])
   assert np.isnan(error).all()
 
 
-def test_any_part_of_a_row_is_scored_given_the_rest(params):
+def test_any_part_of_a_row_is_scored_given_the_rest(network):
   """The rest, also what follows, is never masked."""
   row = [7, 8, 9, 10, 11, 12]
   answer = np.array([False, True, False, True, True, False])
-  layout = np.array([row]), answer[None], np.ones((1, 6), bool)
-  table = enumerate_masks(params, row, answer)
+  answers = Answers(np.array([row]), answer[None], np.ones((1, 6), bool))
+  table = enumerate_masks(network, row, answer)
   orders, exact = by_order(table)
-  (found,) = bounds.chain_rule(TINY, CONFIG, params, *layout, [orders])
+  (found,) = bounds.chain_rule(network, CONFIG, answers, [orders])
   np.testing.assert_allclose(found, exact, rtol=1e-5)
   value, error = bounds.bound(
-    TINY, CONFIG, params, *layout, Estimator(samples=4096), [0]
+    network, CONFIG, answers, Estimator(samples=4096), [0]
   )
   assert abs(value[0] - elbo(table)) <= 3 * error[0]
 
 
 @pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
 def test_a_line_with_a_suffix_is_scored_under_all_masks_of_its_answer(
-  params, c, tmp_path
+  network, c, tmp_path
 ):
   """From the line of a file to the enumeration given prompt and suffix."""
   path = tmp_path / 'gap.jsonl'
@@ -382,18 +380,16 @@ def test_a_line_with_a_suffix_is_scored_under_all_masks_of_its_answer(
   )
   row = np.array(letters.encode('bchjmdpk'))
   answer = np.isin(np.arange(8), [2, 3, 4])
-  exact = elbo(enumerate_masks(params, row, answer, c.guidance))
+  exact = elbo(enumerate_masks(network, row, answer, c.guidance))
   orders = np.array(list(itertools.permutations(range(3))))
-  network = TINY, c, params
 
-  def all_orders(tokens, answer, valid, seeds):
-    (found,) = bounds.chain_rule(*network, tokens, answer, valid, [orders])
+  def all_orders(answers, seeds):
+    (found,) = bounds.chain_rule(network, c, answers, [orders])
     return bounds.Estimate(found.mean(keepdims=True), np.zeros(1))
 
-  def by_chance(*layout):
-    *layout, seeds = layout
+  def by_chance(answers, seeds):
     e = Estimator(samples=8192, strata=4)
-    return bounds.bound(*network, *layout, e, seeds)
+    return bounds.bound(network, c, answers, e, seeds)
 
   lines = scored_lib.read(str(path), 'bound')
   (found,), _ = scored_lib.bound(lines, letters, c.context, all_orders)
@@ -401,22 +397,22 @@ def test_a_line_with_a_suffix_is_scored_under_all_masks_of_its_answer(
   (found,), _ = scored_lib.bound(lines, letters, c.context, by_chance)
   assert abs(found['nats'] + exact) <= 4 * found['stderr_nats']
   # As if nothing followed, it would be another number.
-  alone = elbo(enumerate_masks(params, row[:5], answer[:5], c.guidance))
+  alone = elbo(enumerate_masks(network, row[:5], answer[:5], c.guidance))
   assert abs(exact - alone) > 1
 
 
 @pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
-def test_the_chain_rule_is_the_sum_of_predictions_made_one_by_one(params, c):
+def test_the_chain_rule_is_the_sum_of_predictions_made_one_by_one(network, c):
   prompt, answer, order = [7, 8, 9], [10, 20, 5, 6], [2, 0, 3, 1]
   row = np.array(prompt + answer)
-  scored, hidden = np.arange(7) >= 3, np.arange(7) >= 3
+  scored, masked = np.arange(7) >= 3, np.arange(7) >= 3
   total = 0
   for j in order:
-    step = log_p(params, row, scored, hidden, c.guidance)
+    step = log_p(network, row, scored, masked, c.guidance)
     total += step[3 + j, row[3 + j]]
-    hidden = hidden & (np.arange(7) != 3 + j)
+    masked = masked & (np.arange(7) != 3 + j)
   (found,) = bounds.chain_rule(
-    TINY, c, params, *request(prompt, answer), [np.array([order])]
+    network, c, one_row(prompt, answer), [np.array([order])]
   )
   np.testing.assert_allclose(found, [total], rtol=1e-5)
 
@@ -432,12 +428,12 @@ def importance_weighted(exact, k):
   return total
 
 
-def test_more_samples_tighten_the_importance_weighted_bound(params):
+def test_more_samples_tighten_the_importance_weighted_bound(network):
   """To the enumeration over all draws of K of the 6 orders, and below the
   marginal; docs/likelihood.md has the values."""
   prompt, answer, seeds = [7, 8], [9, 5, 20], 300
   row = prompt + answer
-  table = enumerate_masks(params, row, np.arange(5) >= 2)
+  table = enumerate_masks(network, row, np.arange(5) >= 2)
   _, exact = by_order(table)
   marginal = np.logaddexp.reduce(exact) - np.log(len(exact))
   expected = {k: importance_weighted(exact, k) for k in (1, 4, 16)}
@@ -448,20 +444,19 @@ def test_more_samples_tighten_the_importance_weighted_bound(params):
   assert f'| {" | ".join(f"{x:.2f}" for x in figures)} |' in page.read_text()
   for k, mean in expected.items():
     found = bounds.multi_sample(
-      TINY,
+      network,
       CONFIG,
-      params,
-      *bounds.suffixes([prompt] * seeds, [answer] * seeds),
+      bounds.lay_out([prompt] * seeds, [answer] * seeds),
       k,
       range(seeds),
     ).log_likelihood
     assert abs(found.mean() - mean) < 3 * found.std(ddof=1) / seeds**0.5
   many, error = bounds.multi_sample(
-    TINY, CONFIG, params, *request(prompt, answer), 4000, [0]
+    network, CONFIG, one_row(prompt, answer), 4000, [0]
   )
   assert abs(many[0] - marginal) < 3 * error[0]
   with pytest.raises(UserError, match='num_orders=0'):
-    bounds.multi_sample(TINY, CONFIG, params, *request([7], [8]), 0, [0])
+    bounds.multi_sample(network, CONFIG, one_row([7], [8]), 0, [0])
 
 
 def test_a_corpus_adds_up():
@@ -481,133 +476,130 @@ def test_a_corpus_adds_up():
 
 
 @pytest.fixture(scope='module')
-def decoded(params):
+def decoded():
   """Greedy continuations by the sampler, of 6 tokens each.
 
   Of prompts: where all is masked, all positions are equally confident.
   """
 
-  def sample(objective):
+  def sample(network):
+    left_to_right = OBJECTIVES[network.objective].left_to_right
     c = SamplerConfig(
       steps=6,
-      block_length=1 if objective == 'autoregressive' else 6,
+      block_length=1 if left_to_right else 6,
       temperature=0.0,
       remasking='low_confidence',
-      objective=objective,
-      predict_mask=False,
-      mask_id=MASK,
-      bos_id=BOS,
     )
-    canvas, fill, valid = layouts.continue_prompts(PROMPTS[:3], 6)
-    out = sampler.generate(TINY, c, params, canvas, fill, valid, range(3))
-    return np.asarray(out)[fill].reshape(3, 6).tolist()
+    request = layouts.continue_prompts(PROMPTS[:3], 6)
+    out = np.asarray(sampler.generate(network, c, request))
+    return out[request.fill].reshape(3, 6).tolist()
 
   return sample
 
 
-@pytest.mark.parametrize('c', [CONFIG, CAUSAL], ids=lambda c: c.objective)
-def test_what_the_sampler_writes_passes_and_nothing_else(params, decoded, c):
-  answers = decoded(c.objective)
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_what_the_sampler_writes_passes_and_nothing_else(
+  network, decoded, objective
+):
+  network = dataclasses.replace(network, objective=objective)
+  answers = decoded(network)
   wrong = [list(answer) for answer in answers]
   for i, answer in enumerate(wrong):
     answer[i] = 5 if answer[i] != 5 else 6
   right = bounds.greedy_matches(
-    TINY, c, params, *bounds.suffixes(PROMPTS[:3] * 2, answers + wrong)
+    network, CONFIG, bounds.lay_out(PROMPTS[:3] * 2, answers + wrong)
   )
   assert right.tolist() == [True] * 3 + [False] * 3
 
 
-def test_an_answer_between_texts_is_decoded_with_both_in_sight(params):
+def test_an_answer_between_texts_is_decoded_with_both_in_sight(network):
   """By the most confident token first, as a plain loop does."""
   row = np.array([7, 8, 0, 0, 0, 11, 12])
   answer = np.isin(np.arange(7), [2, 3, 4])
-  hidden = answer.copy()
-  while hidden.any():
-    step = np.where(hidden[:, None], log_p(params, row, answer, hidden), -9e9)
+  masked = answer.copy()
+  while masked.any():
+    step = np.where(masked[:, None], log_p(network, row, answer, masked), -9e9)
     where = step.max(axis=1).argmax()
-    row[where], hidden[where] = step[where].argmax(), False
+    row[where], masked[where] = step[where].argmax(), False
   wrong = row + (np.arange(7) == 3) * (1 if row[3] < VOCAB - 1 else -1)
-  layout = (
-    np.array([row, wrong]),
-    np.tile(answer, (2, 1)),
-    np.ones((2, 7), bool),
+  answers = Answers(
+    np.array([row, wrong]), np.tile(answer, (2, 1)), np.ones((2, 7), bool)
   )
-  right = bounds.greedy_matches(TINY, CONFIG, params, *layout)
+  right = bounds.greedy_matches(network, CONFIG, answers)
   assert right.tolist() == [True, False]
 
 
 # Rows together
 
 
-LAYOUT = bounds.suffixes(PROMPTS, ANSWERS)
+ROWS = bounds.lay_out(PROMPTS, ANSWERS)
 
 
 @pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
-def test_a_row_alone_is_what_it_is_among_rows_of_other_lengths(params, c):
+def test_a_row_alone_is_what_it_is_among_rows_of_other_lengths(network, c):
   seeds = [3, 4, 5, 6]
-  together = bounds.bound(TINY, c, params, *LAYOUT, FEW, seeds)
+  together = bounds.bound(network, c, ROWS, FEW, seeds)
   for i in range(4):
     alone = bounds.bound(
-      TINY, c, params, *request(PROMPTS[i], ANSWERS[i]), FEW, [seeds[i]]
+      network, c, one_row(PROMPTS[i], ANSWERS[i]), FEW, [seeds[i]]
     )
     for whole, part in zip(together, alone, strict=True):
       np.testing.assert_allclose(whole[i], part[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_seed_decides_which_tokens_are_hidden(params):
-  row = request(PROMPTS[1], ANSWERS[1])
-  three = [np.repeat(x, 3, axis=0) for x in row]
-  value = bounds.bound(TINY, CONFIG, params, *three, FEW, [7, 7, 8])
+def test_a_seed_decides_which_tokens_are_hidden(network):
+  three = bounds.lay_out([PROMPTS[1]] * 3, [ANSWERS[1]] * 3)
+  value = bounds.bound(network, CONFIG, three, FEW, [7, 7, 8])
   a, b, c = value.log_likelihood
   assert a == b != c
 
 
-def test_padding_of_either_side_has_no_influence(params):
-  tokens, answer, valid = request(PROMPTS[2], ANSWERS[2])
-  plain = bounds.bound(TINY, CONFIG, params, tokens, answer, valid, FEW, [0])
+def test_padding_of_either_side_has_no_influence(network):
+  row = one_row(PROMPTS[2], ANSWERS[2])
+  plain = bounds.bound(network, CONFIG, row, FEW, [0])
   pad = lambda x, value: np.pad(x, ((0, 0), (9, 5)), constant_values=value)
-  padded = pad(tokens, MASK), pad(answer, False), pad(valid, False)
-  found = bounds.bound(TINY, CONFIG, params, *padded, FEW, [0])
+  padded = Answers(*map(pad, row, (MASK, False, False)))
+  found = bounds.bound(network, CONFIG, padded, FEW, [0])
   np.testing.assert_array_equal(found, plain)
 
 
-def test_what_stands_on_the_padding_of_a_call_has_no_influence(params):
+def test_what_stands_on_the_padding_of_a_call_has_no_influence(network):
   """Straight into the compiled function, with other tokens on the padding."""
   call = queries.Call(
     tokens=np.full((4, 16), 9, np.int32),
     valid=np.arange(16) < np.array([[7], [16], [8], [9]]),
     prompt=np.arange(16) < np.full((4, 1), 3),
-    hidden=np.isin(np.arange(16), [3, 5, 6]) & np.ones((4, 1), bool),
-    asked=np.isin(np.arange(16), [3, 5, 6]) & np.ones((4, 1), bool),
+    masked=np.isin(np.arange(16), [3, 5, 6]) & np.ones((4, 1), bool),
+    scored=np.isin(np.arange(16), [3, 5, 6]) & np.ones((4, 1), bool),
   )
   other = call._replace(tokens=np.where(call.valid, call.tokens, 17))
   for c in (CONFIG, GUIDED):
     (found,), (again,) = (
-      queries._log_probs(TINY, c, params, x) for x in (call, other)
+      queries._log_probs(network, c, x) for x in (call, other)
     )
     np.testing.assert_array_equal(found, again)
-    assert (np.asarray(found) != 0).tolist() == call.asked.tolist()
+    assert (np.asarray(found) != 0).tolist() == call.scored.tolist()
 
 
-def test_a_mesh_gives_what_one_device_gives(params):
-  layout = bounds.suffixes(PROMPTS[:2], ANSWERS[:2])
+def test_a_mesh_gives_what_one_device_gives(network):
+  rows = bounds.lay_out(PROMPTS[:2], ANSWERS[:2])
   devices = mesh.make_mesh()
-  split = jax.device_put(
-    params,
-    mesh.param_shardings(
-      devices, transformer.axes(TINY), transformer.shapes(TINY)
-    ),
+  shardings = mesh.param_shardings(
+    devices, transformer.axes(TINY), transformer.shapes(TINY)
+  )
+  split = dataclasses.replace(
+    network, params=jax.device_put(network.params, shardings)
   )
 
-  def both(params):
+  def both(network):
     return (
-      *bounds.bound(TINY, GUIDED, params, *layout, FEW, range(2)),
-      bounds.greedy_matches(TINY, GUIDED, params, *layout),
+      *bounds.bound(network, GUIDED, rows, FEW, range(2)),
+      bounds.greedy_matches(network, GUIDED, rows),
     )
 
   with jax.set_mesh(devices):
     found = both(split)
-  np.testing.assert_allclose(found, both(params), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(found, both(network), rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_are_padded_to_few():
@@ -619,44 +611,44 @@ def test_lengths_are_padded_to_few():
   assert all(queries.padded_length(n) < 1.5 * n for n in range(16, 4097))
 
 
-def test_many_rows_are_compiled_for_few_shapes(params):
-  """Not one a length, nor one a number of looks."""
+def test_many_rows_are_compiled_for_few_shapes(network):
+  """Fewer than there are lengths, or numbers of queries."""
   random = np.random.default_rng(0)
   sizes = random.integers(1, 28, 40)
-  layout = bounds.suffixes(
+  rows = bounds.lay_out(
     [[7] * int(n) for n in random.integers(1, 28, 40)],
     [[8] * int(n) for n in sizes],
   )
   before = queries._log_probs._cache_size()
-  bounds.bound(TINY, CONFIG, params, *layout, FEW, range(40))
+  bounds.bound(network, CONFIG, rows, FEW, range(40))
   assert queries._log_probs._cache_size() - before <= 6
 
 
-def test_masks_that_come_up_again_are_computed_once(params, monkeypatch):
+def test_masks_that_come_up_again_are_computed_once(network, monkeypatch):
   computed = []
 
-  def count(model_config, c, params, call):
-    computed.append(call.asked.any(axis=1).sum())
-    return inner(model_config, c, params, call)
+  def count(network, c, call):
+    computed.append(call.scored.any(axis=1).sum())
+    return inner(network, c, call)
 
   inner = queries._log_probs
   monkeypatch.setattr(queries, '_log_probs', count)
   many = Estimator(samples=1024)
-  bounds.bound(TINY, CONFIG, params, *request([7], [8, 9, 10]), many, [0])
+  bounds.bound(network, CONFIG, one_row([7], [8, 9, 10]), many, [0])
   assert sum(computed) == 2**3 - 1
 
 
 # Autoregressive networks
 
 
-def test_an_autoregressive_network_needs_one_look(params):
-  value, error = bounds.bound(TINY, CAUSAL, params, *LAYOUT, FEW, range(4))
-  exact = bounds.chain_rule(TINY, CAUSAL, params, *LAYOUT)
+def test_an_autoregressive_network_needs_one_query(causal):
+  value, error = bounds.bound(causal, CONFIG, ROWS, FEW, range(4))
+  exact = bounds.chain_rule(causal, CONFIG, ROWS)
   np.testing.assert_array_equal(value, np.concatenate(exact))
   assert not error.any()
   for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
     row = np.array([BOS, *prompt, *answer])
-    logits = np.array(logits_of('causal', params, row[None, :-1])[0], float)
+    logits = np.array(logits_of('causal', causal, row[None, :-1])[0], float)
     logits[:, MASK] = -np.inf
     all_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     total = all_p[np.arange(len(row) - 1), row[1:]][len(prompt) :].sum()
@@ -682,20 +674,22 @@ REFUSED = {
   'negative': (CONFIG, [[5, -1, 7, 8]], END, ALL, r'lie in \[0, 24\)'),
   'shapes': (CONFIG, ROW, [[True] * 3], ALL, r'\(1, 4\), answer \(1, 3\)'),
   'causal_gap': (
-    CAUSAL,
+    CONFIG,
     *(ROW, [[False, True, False, True]], ALL, 'the end of a row only'),
   ),
   'causal_guidance': (
-    dataclasses.replace(CAUSAL, guidance=0.5),
+    dataclasses.replace(CONFIG, guidance=0.5),
     *(ROW, END, ALL, 'guidance=0.5'),
   ),
 }
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_a_request_that_cannot_be_served_says_why(params, case):
-  c, *layout, message = REFUSED[case]
-  layout = [np.array(x) for x in layout]
+def test_a_request_that_cannot_be_served_says_why(network, case):
+  c, *fields, message = REFUSED[case]
+  answers = Answers(*map(np.array, fields))
+  if case.startswith('causal'):
+    network = dataclasses.replace(network, objective='autoregressive')
   for function, rest in (
     (bounds.bound, (FEW, [0])),
     (bounds.chain_rule, ()),
@@ -703,48 +697,48 @@ def test_a_request_that_cannot_be_served_says_why(params, case):
     (bounds.multi_sample, (2, [0])),
   ):
     with pytest.raises(UserError, match=message):
-      function(TINY, c, params, *layout, *rest)
+      function(network, c, answers, *rest)
 
 
-def test_an_empty_prompt_is_no_condition(params):
+def test_an_empty_prompt_is_no_condition(network):
   """With guidance too: there is nothing to leave out."""
-  table = enumerate_masks(params, [9, 5, 20], np.ones(3, bool))
+  table = enumerate_masks(network, [9, 5, 20], np.ones(3, bool))
   for c in (CONFIG, GUIDED):
     value, error = bounds.bound(
-      TINY, c, params, *request([], [9, 5, 20]), Estimator(samples=4096), [0]
+      network, c, one_row([], [9, 5, 20]), Estimator(samples=4096), [0]
     )
     assert abs(value[0] - elbo(table)) <= 3 * error[0] + 1e-4
 
 
-def test_no_rows_have_no_likelihoods(params):
-  none = bounds.suffixes([], [])
-  value, error = bounds.bound(TINY, CONFIG, params, *none, FEW, [])
+def test_no_rows_have_no_likelihoods(network):
+  none = bounds.lay_out([], [])
+  value, error = bounds.bound(network, CONFIG, none, FEW, [])
   assert len(value) == len(error) == 0
-  assert len(bounds.greedy_matches(TINY, CONFIG, params, *none)) == 0
+  assert len(bounds.greedy_matches(network, CONFIG, none)) == 0
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_numbers_that_are_none_are_refused(params, value):
-  broken = params | {'norm': params['norm'].at[3].set(value)}
+def test_numbers_that_are_none_are_refused(network, value):
+  params = network.params
+  params = params | {'norm': params['norm'].at[3].set(value)}
+  broken = dataclasses.replace(network, params=params)
   message = 'row 0: the network gives.*no finite number'
-  layout = request([7, 8], [9, 10])
+  row = one_row([7, 8], [9, 10])
   with pytest.raises(UserError, match=message):
-    bounds.bound(TINY, CONFIG, broken, *layout, FEW, [0])
+    bounds.bound(broken, CONFIG, row, FEW, [0])
   with pytest.raises(UserError, match=message):
-    bounds.greedy_matches(TINY, CONFIG, broken, *layout)
+    bounds.greedy_matches(broken, CONFIG, row)
 
 
 @pytest.mark.parametrize('order', [[0, 0, 1], [0, 1], [1, 2, 3]])
-def test_an_order_that_is_no_permutation_is_refused(params, order):
-  layout = request([7, 8], [9, 10, 11])
+def test_an_order_that_is_no_permutation_is_refused(network, order):
+  row = one_row([7, 8], [9, 10, 11])
   with pytest.raises(
     UserError, match='row 0: an order must name each of the 3'
   ):
-    bounds.chain_rule(TINY, CONFIG, params, *layout, [np.array([order])])
+    bounds.chain_rule(network, CONFIG, row, [np.array([order])])
 
 
-def test_an_autoregressive_network_has_no_other_order(params):
+def test_an_autoregressive_network_has_no_other_order(causal):
   with pytest.raises(UserError, match='one order only'):
-    bounds.chain_rule(
-      TINY, CAUSAL, params, *request([7], [8]), [np.array([[0]])]
-    )
+    bounds.chain_rule(causal, CONFIG, one_row([7], [8]), [np.array([[0]])])

@@ -45,14 +45,14 @@ def trained_table(size):
   return -random.exponential(1.0, size) * (0.2 + 2 * share)
 
 
-def values(looks, table):
+def values(queries, table):
   """The value of each look."""
-  row = looks.hidden @ (1 << np.arange(table.shape[1]))
-  return looks.weight * np.where(looks.asked, table[row], 0).sum(axis=1)
+  row = queries.masked @ (1 << np.arange(table.shape[1]))
+  return queries.weight * np.where(queries.scored, table[row], 0).sum(axis=1)
 
 
-def stderr(e, looks, table):
-  means = values(looks, table).reshape(e.groups, -1).mean(axis=1)
+def stderr(e, queries, table):
+  means = values(queries, table).reshape(e.groups, -1).mean(axis=1)
   return means.mean(), means.std(ddof=1) / e.groups**0.5
 
 
@@ -67,8 +67,8 @@ def test_exact_counts_average_to_the_bound_over_all_sets(size, coupled):
   counts = range(0 if coupled else 1, size + 1)
   draws = list(itertools.product(counts, itertools.permutations(range(size))))
   counts, ranks = map(np.array, zip(*draws, strict=True))
-  looks = estimators.exact_count(counts, ranks, coupled)
-  np.testing.assert_allclose(values(looks, table).mean(), elbo(table))
+  queries = estimators.exact_count(counts, ranks, coupled)
+  np.testing.assert_allclose(values(queries, table).mean(), elbo(table))
 
 
 @pytest.mark.parametrize('coupled', [False, True])
@@ -80,9 +80,9 @@ def test_random_masks_average_to_the_bound_over_all_times(size, coupled):
   total = 0
   for t, w in zip((nodes + 1) / 2, weights / 2, strict=True):
     noise = np.where(hidden, t / 2, (1 + t) / 2)
-    looks = estimators.bernoulli(np.full(len(hidden), t), noise, coupled)
+    queries = estimators.bernoulli(np.full(len(hidden), t), noise, coupled)
     chance = np.prod(np.where(hidden, t, 1 - t), axis=1)
-    of_draw = values(looks, table).reshape(len(hidden), -1).mean(axis=1)
+    of_draw = values(queries, table).reshape(len(hidden), -1).mean(axis=1)
     total += w * (chance @ of_draw)
   np.testing.assert_allclose(total, elbo(table))
 
@@ -91,16 +91,16 @@ def test_random_masks_average_to_the_bound_over_all_times(size, coupled):
 def test_the_chain_rule_averages_to_the_bound_over_all_orders(size):
   table = random_table(size)
   orders = np.array(list(itertools.permutations(range(size))))
-  of_look = values(estimators.chain(orders), table)
-  np.testing.assert_allclose(of_look.sum() / len(orders), elbo(table))
+  of_query = values(estimators.chain(orders), table)
+  np.testing.assert_allclose(of_query.sum() / len(orders), elbo(table))
 
 
 @pytest.mark.parametrize('e', EVERY, ids=name)
 @pytest.mark.parametrize('size', [1, 3, 6])
 def test_a_draw_is_unbiased_to_within_three_standard_errors(e, size):
   table = random_table(size)
-  looks = estimators.draw(e, size, np.random.default_rng(0))
-  mean, error = stderr(e, looks, table)
+  queries = estimators.draw(e, size, np.random.default_rng(0))
+  mean, error = stderr(e, queries, table)
   assert abs(mean - elbo(table)) <= 3 * error + 1e-9
 
 
@@ -109,8 +109,8 @@ def test_the_weight_l_over_count_would_be_biased_with_complements():
   table = random_table(A)
   draws = itertools.product(range(A + 1), itertools.permutations(range(A)))
   counts, ranks = map(np.array, zip(*draws, strict=True))
-  looks = estimators.exact_count(counts, ranks, True)
-  naive = looks._replace(weight=looks.weight * A / (A + 1))
+  queries = estimators.exact_count(counts, ranks, True)
+  naive = queries._replace(weight=queries.weight * A / (A + 1))
   assert abs(values(naive, table).mean() / elbo(table) - 1) > 0.1
 
 
@@ -125,16 +125,16 @@ def test_counts_from_nothing_are_unbiased_and_worse_than_counts_from_one(size):
   table = random_table(size)
   orders = list(itertools.permutations(range(size)))
 
-  def every(counts, looks_of):
+  def every(counts, queries_of):
     draws = list(itertools.product(counts, orders))
-    return looks_of(*map(np.array, zip(*draws, strict=True)))
+    return queries_of(*map(np.array, zip(*draws, strict=True)))
 
   theirs = every(range(size + 1), counts_from_nothing)
   ours = every(
     range(1, size + 1),
     lambda counts, ranks: estimators.exact_count(counts, ranks, coupled=False),
   )
-  bound, passes = elbo(table), theirs.hidden.any(axis=1).mean()
+  bound, passes = elbo(table), theirs.masked.any(axis=1).mean()
   np.testing.assert_allclose(values(theirs, table).mean(), bound)
   np.testing.assert_allclose(passes, size / (size + 1))
   np.testing.assert_allclose(
@@ -164,41 +164,41 @@ def test_counts_are_uniform_where_those_of_llada_are_not():
     assert counts[:batch] == reference_counts(k, size, batch)
   theirs = [c for k in range(1, 11) for c in reference_counts(k, 10, 4)]
   assert len(set(np.bincount(theirs, minlength=11)[1:])) > 1
-  looks = estimators.draw(
+  queries = estimators.draw(
     Estimator(samples=40_000, strata=4), 10, np.random.default_rng(0)
   )
-  ours = np.bincount(looks.hidden.sum(axis=1), minlength=11)
+  ours = np.bincount(queries.masked.sum(axis=1), minlength=11)
   assert ours[0] == 0
   assert scipy.stats.chisquare(ours[1:]).pvalue > 1e-3
 
 
 def test_complements_count_from_nothing_to_everything_evenly():
   e = Estimator(samples=48_000, strata=1, coupled=True)
-  looks = estimators.draw(e, 7, np.random.default_rng(0))
-  counts = np.bincount(looks.hidden[::2].sum(axis=1), minlength=8)
+  queries = estimators.draw(e, 7, np.random.default_rng(0))
+  counts = np.bincount(queries.masked[::2].sum(axis=1), minlength=8)
   assert scipy.stats.chisquare(counts).pvalue > 1e-3
 
 
 @pytest.mark.parametrize('form', estimators.FORMS)
 def test_a_pair_hides_every_token_once(form):
   e = Estimator(form, 64, 4, coupled=True)
-  hidden = estimators.draw(e, A, np.random.default_rng(0)).hidden
+  hidden = estimators.draw(e, A, np.random.default_rng(0)).masked
   np.testing.assert_array_equal(hidden[::2], ~hidden[1::2])
 
 
 def test_the_strata_of_a_group_share_out_the_counts():
-  looks = estimators.draw(
+  queries = estimators.draw(
     Estimator(samples=64, strata=16), 32, np.random.default_rng(0)
   )
-  counts = looks.hidden.sum(axis=1).reshape(4, 16)
+  counts = queries.masked.sum(axis=1).reshape(4, 16)
   stratum = np.arange(16)
   assert ((2 * stratum < counts) & (counts <= 2 * stratum + 2)).all()
 
 
 def test_a_look_that_hides_nothing_is_worth_nothing():
-  looks = estimators.bernoulli([1.0, 0.5], np.array([[0.1], [0.9]]), True)
-  assert looks.hidden[:, 0].tolist() == [True, False, False, True]
-  assert looks.weight.tolist() == [1, 0, 0, 2]
+  queries = estimators.bernoulli([1.0, 0.5], np.array([[0.1], [0.9]]), True)
+  assert queries.masked[:, 0].tolist() == [True, False, False, True]
+  assert queries.weight.tolist() == [1, 0, 0, 2]
 
 
 # The variance
@@ -206,11 +206,11 @@ def test_a_look_that_hides_nothing_is_worth_nothing():
 
 def variance(e, table):
   e = Estimator(e.form, 4096 * 4, e.strata, e.coupled)
-  looks = estimators.draw(e, table.shape[1], np.random.default_rng(0))
-  return (stderr(e, looks, table)[1]) ** 2
+  queries = estimators.draw(e, table.shape[1], np.random.default_rng(0))
+  return (stderr(e, queries, table)[1]) ** 2
 
 
-def test_each_refinement_lowers_the_variance_at_equally_many_looks():
+def test_each_refinement_lowers_the_variance_at_equally_many_queries():
   """Where harder masks make harder tokens, as for a trained model."""
   table = trained_table(10)
   plain, strata, count, count_strata, coupled = (

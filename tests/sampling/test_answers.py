@@ -42,24 +42,25 @@ def sampling(tokenizer):
     block_length=4,
     temperature=0.7,
     remasking='low_confidence',
-    objective='masked_diffusion',
-    predict_mask=False,
+    gen_length=LENGTH,
+  )
+  network = fake_networks.network(
+    nearest,
+    jnp.asarray(table, jnp.float32),
     mask_id=tokenizer.mask_id,
     bos_id=tokenizer.bos_id,
     eos_id=tokenizer.eos_id,
-    gen_length=LENGTH,
   )
-  table = jnp.asarray(table, jnp.float32)
-  return Sampling(nearest, c, table, tokenizer, context=100)
+  return Sampling(network, c, tokenizer, context=100)
 
 
 def with_config(sampling, **changes):
   return sampling._replace(c=dataclasses.replace(sampling.c, **changes))
 
 
-def ask(sampling, texts, gaps=False):
-  asked = [Prompt(text, seed) for seed, text in enumerate(texts)]
-  return answers.ask(asked, gaps, sampling.tokenizer.encode, LENGTH)
+def encode(sampling, texts, gaps=False):
+  prompts = [Prompt(text, seed) for seed, text in enumerate(texts)]
+  return answers.encode_texts(prompts, gaps, sampling.tokenizer.encode, LENGTH)
 
 
 def talk(sampling, lines):
@@ -73,9 +74,9 @@ GAPS = ['def {{2}}({{1}}):', '{{3}}', 'a{{1}}b{{1}}c{{1}}']
 
 
 def test_answers_do_not_depend_on_the_batch(sampling):
-  asked = ask(sampling, TEXTS)
-  found = list(answers.in_batches(sampling, asked, 2))
-  assert found == list(answers.in_batches(sampling, asked, 5))
+  texts = encode(sampling, TEXTS)
+  found = list(answers.in_batches(sampling, texts, 2))
+  assert found == list(answers.in_batches(sampling, texts, 5))
   assert [a['prompt'] for a in found] == TEXTS
   assert [a['seed'] for a in found] == list(range(5))
   for answer in found:
@@ -85,7 +86,7 @@ def test_answers_do_not_depend_on_the_batch(sampling):
 
 def test_answers_end_at_their_eos_and_filled_gaps_do_not(sampling):
   s = with_config(sampling, stop_at_eos=True)
-  found = list(answers.in_batches(s, ask(s, ['x'] * 24), 24))
+  found = list(answers.in_batches(s, encode(s, ['x'] * 24), 24))
   short = [a for a in found if a['tokens'] < LENGTH]
   assert short and len(short) < len(found)
   assert all(a['forwards'] <= LENGTH for a in found)
@@ -96,10 +97,10 @@ def test_answers_end_at_their_eos_and_filled_gaps_do_not(sampling):
 
 @pytest.mark.parametrize('gaps', [False, True])
 def test_watched_answers_are_those_of_the_batch(sampling, gaps, tokenizer):
-  texts = GAPS if gaps else TEXTS
-  asked, seen = ask(sampling, texts, gaps), []
-  found, recording = answers.watched(sampling, asked, seen.append)
-  assert found == list(answers.in_batches(sampling, asked, len(texts)))
+  texts = encode(sampling, GAPS if gaps else TEXTS, gaps)
+  seen, rows = [], len(texts.prompts)
+  found, recording = answers.watched(sampling, texts, seen.append)
+  assert found == list(answers.in_batches(sampling, texts, rows))
   assert seen[-1] == [answer['text'] for answer in found]
   assert len(recording.canvases) == len(recording.sure) == len(seen)
   for texts_then, canvas in zip(seen, recording.canvases, strict=True):
@@ -110,9 +111,9 @@ def test_watched_answers_are_those_of_the_batch(sampling, gaps, tokenizer):
 
 def test_a_conversation_gives_the_answers_of_the_batch(sampling):
   """Though its rows are padded; and nothing is learned from line to line."""
-  asked = [text for text in TEXTS if text]
-  found, _ = talk(sampling, asked)
-  batch = answers.in_batches(sampling, ask(sampling, asked), len(asked))
+  texts = [text for text in TEXTS if text]
+  found, _ = talk(sampling, texts)
+  batch = answers.in_batches(sampling, encode(sampling, texts), len(texts))
   assert found == list(batch)
 
 
@@ -167,6 +168,7 @@ def test_a_line_on_which_the_network_fails_is_told_too(sampling, monkeypatch):
     bad = (tokens == sampling.tokenizer.encode('x')[0]).any(axis=1)
     return jnp.where(bad[:, None, None], jnp.nan, nearest(table, tokens, valid))
 
-  found, notes = talk(sampling._replace(model=fails_at_x), ['x', 'y'])
+  network = dataclasses.replace(sampling.network, config=fails_at_x)
+  found, notes = talk(sampling._replace(network=network), ['x', 'y'])
   assert [a['prompt'] for a in found] == ['y']
   assert 'NaN or infinite' in notes[-1]

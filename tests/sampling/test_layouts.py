@@ -19,10 +19,11 @@ def test_an_answer_ends_before_its_first_eos():
 
 
 def test_answers_may_be_given_the_room_that_a_context_leaves():
-  layout = layouts.continue_prompts([[7] * 3, [8], [9] * 9], 6, context=8)
-  assert layout[1].sum(axis=1).tolist() == [5, 6, 1]
+  prompts = [[7] * 3, [8], [9] * 9]
+  request = layouts.continue_prompts(prompts, 6, context=8)
+  assert request.fill.sum(axis=1).tolist() == [5, 6, 1]
   with pytest.raises(UserError, match='10 tokens together'):
-    layouts.check_context(8, layout[2])
+    layouts.check_context(8, request.valid)
 
 
 def test_an_answer_may_be_empty():
@@ -31,12 +32,13 @@ def test_an_answer_may_be_empty():
 
 
 def test_rows_can_be_widened_with_padding():
-  layout = layouts.continue_prompts([[7, 8], [9]], 2)
-  canvas, fill, valid = layouts.widen(layout, 6)
-  assert canvas.shape == (2, 6)
-  assert fill.sum(axis=1).tolist() == [2, 2]
-  assert valid.sum(axis=1).tolist() == [4, 3]
-  np.testing.assert_array_equal(canvas[:, :4], layout[0])
+  request = layouts.continue_prompts([[7, 8], [9]], 2, seeds=[3, 4])
+  wide = layouts.widen(request, 6)
+  assert wide.canvas.shape == (2, 6)
+  assert wide.fill.sum(axis=1).tolist() == [2, 2]
+  assert wide.valid.sum(axis=1).tolist() == [4, 3]
+  np.testing.assert_array_equal(wide.canvas[:, :4], request.canvas)
+  assert wide.seeds.tolist() == request.seeds.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize('layout', ['prompts', 'gaps'])
@@ -51,13 +53,13 @@ def test_no_text_at_all_is_refused(layout):
 def test_rows_may_be_as_long_as_those_of_the_training_and_no_longer():
   c = config_lib.default()
   fits = layouts.continue_prompts([[7] * (c.data.length - 8), [7]], 8)
-  layouts.check_context(c.data.length, fits[2])
-  _, _, longer = layouts.continue_prompts([[7] * (c.data.length - 7)], 8)
+  layouts.check_context(c.data.length, fits.valid)
+  longer = layouts.continue_prompts([[7] * (c.data.length - 7)], 8)
   with pytest.raises(UserError, match='257 tokens.*config.data.length=256'):
-    layouts.check_context(c.data.length, longer)
+    layouts.check_context(c.data.length, longer.valid)
 
 
 def test_padding_does_not_count_as_context():
   c = config_lib.default()
-  _, _, valid = layouts.continue_prompts([[7], [7]], 8)
-  layouts.check_context(c.data.length, np.pad(valid, ((0, 0), (300, 0))))
+  request = layouts.widen(layouts.continue_prompts([[7], [7]], 8), 300)
+  layouts.check_context(c.data.length, request.valid)

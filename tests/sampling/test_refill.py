@@ -18,11 +18,6 @@ CONFIG = SamplerConfig(
   block_length=4,
   temperature=0.0,
   remasking='low_confidence',
-  objective='masked_diffusion',
-  predict_mask=False,
-  mask_id=MASK,
-  bos_id=1,
-  eos_id=EOS,
   gen_length=ROOM,
   stop_at_eos=True,
   lookahead=0,
@@ -49,17 +44,18 @@ def fake(monkeypatch):
 PROMPTS = [[7 + n] for n in (0, 7, 1, 3, 8, 2, 0, 5, 1, 6)]
 
 
+NETWORK = fake_networks.network(countdown, mask_id=MASK, eos_id=EOS)
+
+
 def all_answers(c, batch, prompts=PROMPTS):
-  layout = layouts.continue_prompts(prompts, ROOM)
-  return list(
-    refill.answers(countdown, c, None, *layout, range(len(prompts)), batch)
-  )
+  request = layouts.continue_prompts(prompts, ROOM)
+  return list(refill.answers(NETWORK, c, request, batch))
 
 
 @pytest.mark.parametrize('batch', [1, 3, 100])
 def test_every_request_is_answered_once_and_as_if_alone(batch):
-  layout = layouts.continue_prompts(PROMPTS, ROOM)
-  alone = sampler.complete(countdown, CONFIG, None, *layout, range(10))
+  request = layouts.continue_prompts(PROMPTS, ROOM)
+  alone = sampler.complete(NETWORK, CONFIG, request)
   found = all_answers(CONFIG, batch)
   assert sorted(answer.row for answer in found) == list(range(10))
   for answer in found:
@@ -106,8 +102,9 @@ def test_a_damaged_row_is_told_and_the_others_go_on():
     logits = countdown(given, tokens, valid)
     return jnp.where(tokens[:, :1, None] == 10, jnp.nan, logits)
 
-  layout = layouts.continue_prompts(PROMPTS, ROOM)
-  found = refill.answers(ill, CONFIG, None, *layout, range(10), 3)
+  network = dataclasses.replace(NETWORK, config=ill)
+  request = layouts.continue_prompts(PROMPTS, ROOM)
+  found = refill.answers(network, CONFIG, request, 3)
   assert {a.row for a in found if a.broken} == {3}
 
 

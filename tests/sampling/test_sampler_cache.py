@@ -38,11 +38,6 @@ PLAIN = SamplerConfig(
   block_length=4,
   temperature=0.0,
   remasking='low_confidence',
-  objective='masked_diffusion',
-  predict_mask=False,
-  mask_id=MASK,
-  bos_id=1,
-  eos_id=EOS,
   gen_length=12,
 )
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 7, 7, 9]]
@@ -52,6 +47,10 @@ def config(**changes):
   return dataclasses.replace(PLAIN, **changes)
 
 
+def network_of(config, params):
+  return fake_networks.network(config, params, mask_id=MASK, eos_id=EOS)
+
+
 @pytest.fixture(scope='module')
 def params():
   """Random weights, larger than at the start of a training: less uniform."""
@@ -59,8 +58,9 @@ def params():
   return jax.tree.map(lambda w: w * 2 if w.ndim > 1 else w, tree)
 
 
-def complete(c, params, layout):
-  return sampler.complete(TINY, c, params, *layout, range(len(layout[0])))
+@pytest.fixture(scope='module')
+def network(params):
+  return network_of(TINY, params)
 
 
 # The recorded runs of Fast-dLLM
@@ -70,23 +70,24 @@ def fast_dllm_request(name, mode, variant):
   """Arguments of `generate` and what was recorded."""
   with np.load(golden_models.GOLDEN / 'fast_dllm.npz') as file:
     of = lambda key: file[f'{name}.{mode}.{key}']
-    layout = layouts.continue_prompts(
+    request = layouts.continue_prompts(
       of('prompt').tolist(), int(of('gen_length'))
     )
     c = config(
       steps=int(of('steps')),
       block_length=int(of('block_length')),
       gen_length=0,
-      predict_mask=True,
-      mask_id=int(file[f'{name}.ids'][0]),
       cache={'nocache': 'none'}.get(variant, variant),
     )
     tau, canvases = float(of('threshold')), of(f'{variant}.trace')
     lengths = of(f'{variant}.forward_lengths')
+    mask_id = int(file[f'{name}.ids'][0])
   if tau >= 0:
     c = dataclasses.replace(c, remasking='threshold', threshold=tau)
-  model_config, params = golden_models.load(name)
-  return (model_config, c, params, *layout, [0]), canvases, lengths
+  network = fake_networks.network(
+    *golden_models.load(name), predict_mask=True, mask_id=mask_id
+  )
+  return (network, c, request), canvases, lengths
 
 
 @pytest.mark.parametrize('variant', ['nocache', 'prefix', 'dual'])
@@ -201,21 +202,21 @@ REQUESTS = {
   ],
 )
 def test_refreshed_at_every_step_a_cache_changes_nothing(
-  params, cache, layout, options
+  network, cache, layout, options
 ):
-  layout = REQUESTS[layout]()
-  plain = complete(config(**options), params, layout)
-  cached = complete(config(cache=cache, refresh=1, **options), params, layout)
+  request, cached = REQUESTS[layout](), dict(cache=cache, refresh=1)
+  plain = sampler.complete(network, config(**options), request)
+  cached = sampler.complete(network, config(**cached, **options), request)
   for field in ('canvas', 'forwards', 'positions'):
     np.testing.assert_array_equal(getattr(plain, field), getattr(cached, field))
 
 
 @pytest.mark.parametrize('cache, refresh', [('prefix', 0), ('dual', 3)])
-def test_passes_and_positions_of_a_cache(params, cache, refresh):
+def test_passes_and_positions_of_a_cache(network, cache, refresh):
   """Twelve slots in blocks of four, one a step."""
   c = config(cache=cache, refresh=refresh)
-  layout = layouts.continue_prompts(PROMPTS, 12)
-  carry = complete(c, params, layout)
+  request = layouts.continue_prompts(PROMPTS, 12)
+  carry = sampler.complete(network, c, request)
   assert carry.forwards.tolist() == [12] * 3
   assert int(carry.calls) == 12
   steps = [step % refresh if refresh else step for step in range(4)]
@@ -236,18 +237,18 @@ def test_passes_and_positions_of_a_cache(params, cache, refresh):
   ],
   ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()),
 )
-def test_a_row_alone_is_what_it_is_among_others(params, options):
+def test_a_row_alone_is_what_it_is_among_others(network, options):
   c = config(**options)
-  layout = layouts.continue_prompts(PROMPTS, 12)
-  together = complete(c, params, layout)
-  canvases = list(sampler.trace(TINY, c, params, *layout, range(3)))
+  request = layouts.continue_prompts(PROMPTS, 12)
+  together = sampler.complete(network, c, request)
+  canvases = list(sampler.trace(network, c, request))
   np.testing.assert_array_equal(canvases[-1], together.canvas)
   assert len(canvases) - 1 == together.calls
   for row in (1,):
-    alone = layouts.continue_prompts([PROMPTS[row]], 12)
-    alone = sampler.complete(TINY, c, params, *alone, [row])
+    alone = layouts.continue_prompts([PROMPTS[row]], 12, [row])
+    alone = sampler.complete(network, c, alone)
     np.testing.assert_array_equal(
-      alone.canvas[0], together.canvas[row][layout[2][row]]
+      alone.canvas[0], together.canvas[row][request.valid[row]]
     )
     assert alone.forwards[0] == together.forwards[row]
     assert alone.positions[0] == together.positions[row]
@@ -268,7 +269,9 @@ def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
 ):
   """Rows of other lengths, at other blocks, which come while it is in use."""
   # Less sure of its tokens, so that old keys lead to others.
-  params = jax.tree.map(lambda w: w * 0.75 if w.ndim > 1 else w, params)
+  network = network_of(
+    TINY, jax.tree.map(lambda w: w * 0.75 if w.ndim > 1 else w, params)
+  )
   encode = lambda text: [7 + ord(letter) % 9 for letter in text]
   c = config(
     steps=16,
@@ -279,37 +282,34 @@ def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
     cache=cache,
     refresh=0,
   )
-  layout = layouts.fill_gaps(GAPS, encode)
-  found = {
-    answer.row: answer
-    for answer in refill.answers(TINY, c, params, *layout, range(len(GAPS)), 2)
-  }
+  request = layouts.fill_gaps(GAPS, encode)
+  found = {a.row: a for a in refill.answers(network, c, request, 2)}
   assert sorted(found) == list(range(len(GAPS)))
   for row, answer in found.items():
-    request = *layouts.fill_gaps([GAPS[row]], encode), [row]
-    alone = sampler.complete(TINY, c, params, *request)
-    there = layout[2][row]
-    np.testing.assert_array_equal(answer.tokens[there], alone.canvas[0])
+    alone = layouts.fill_gaps([GAPS[row]], encode, [row])
+    alone = sampler.complete(network, c, alone)
+    valid = request.valid[row]
+    np.testing.assert_array_equal(answer.tokens[valid], alone.canvas[0])
     assert answer.forwards == alone.forwards[0]
     assert answer.positions == alone.positions[0]
   # The cache was used: old keys lead to other tokens.
   without = dataclasses.replace(c, cache='none')
-  plain = sampler.complete(TINY, without, params, *layout, range(len(GAPS)))
+  plain = sampler.complete(network, without, request)
   tokens = np.stack([found[row].tokens for row in range(len(GAPS))])
   assert (tokens != plain.canvas).any()
   assert sum(a.positions for a in found.values()) < plain.positions.sum()
 
 
 @pytest.mark.parametrize('cache', ['none', 'dual'])
-def test_a_mesh_returns_the_same_tokens(params, cache):
+def test_a_mesh_returns_the_same_tokens(network, cache):
   """Also where the heads do not split, and a window does not."""
   c = config(cache=cache)
-  layout = layouts.continue_prompts([*PROMPTS, [8, 8]], 12)
-  expected = complete(c, params, layout)
+  request = layouts.continue_prompts([*PROMPTS, [8, 8]], 12)
+  expected = sampler.complete(network, c, request)
   for sizes in (dict(fsdp=4, tensor=2), dict(tensor=4, sequence=2)):
     with jax.set_mesh(mesh.make_mesh(**{'fsdp': 1} | sizes)):
       np.testing.assert_array_equal(
-        complete(c, params, layout).canvas, expected.canvas
+        sampler.complete(network, c, request).canvas, expected.canvas
       )
 
 
@@ -331,44 +331,47 @@ def test_no_masks_are_seen_beyond_the_blocks_ahead(
   monkeypatch, lookahead, seen
 ):
   fake_networks.put_in(monkeypatch)
-  c = config(lookahead=lookahead, steps=3, predict_mask=True)
-  layout = layouts.continue_prompts([[7], [8, 8, 8]], 12)
-  carry = sampler.complete(count_seen, c, None, *layout, range(2))
+  network = fake_networks.network(count_seen, predict_mask=True, mask_id=MASK)
+  c = config(lookahead=lookahead, steps=3)
+  request = layouts.continue_prompts([[7], [8, 8, 8]], 12)
+  carry = sampler.complete(network, c, request)
   for row, prompt in enumerate([1, 3]):
     answer = carry.canvas[row][prompt : prompt + 12]
     assert answer.tolist() == (np.repeat(seen, 4) + 3).tolist()
 
 
-def test_what_is_not_seen_is_as_if_it_were_not_there(params):
+def test_what_is_not_seen_is_as_if_it_were_not_there(network):
   """Blocks one by one on canvases that end with them."""
   c = config(lookahead=0)
-  layout = layouts.continue_prompts(PROMPTS[:1], 12)
-  carry = complete(c, params, layout)
+  request = layouts.continue_prompts(PROMPTS[:1], 12)
+  carry = sampler.complete(network, c, request)
   tokens, positions = PROMPTS[0], 0
   for _ in range(3):
     block = layouts.continue_prompts([tokens], 4)
-    one = complete(config(steps=4, gen_length=4), params, block)
+    one = sampler.complete(network, config(steps=4, gen_length=4), block)
     tokens = one.canvas[0].tolist()
     positions += int(one.positions[0])
   assert carry.canvas[0].tolist() == tokens
   assert int(carry.positions[0]) == positions
 
 
-def test_room_that_is_not_used_costs_nothing(params, monkeypatch):
+def test_room_that_is_not_used_costs_nothing(monkeypatch):
   """With an end in sight, the most that an answer may have does not matter."""
   found = []
   for room in (12, 48):
     c = config(steps=room, gen_length=room, lookahead=0, stop_at_eos=True)
-    layout = layouts.continue_prompts([[7, 9]], room)
-    shapes = sampler.prepare(c, *layout, [0])[2]
-    assert shapes[0][0] < 2 + 12
-    network = lambda answer, tokens, valid: (
-      9.0 * jax.nn.one_hot(answer[: tokens.shape[1]], VOCAB)[None]
+    request = layouts.continue_prompts([[7, 9]], room)
+    network = network_of(
+      lambda answer, tokens, valid: (
+        9.0 * jax.nn.one_hot(answer[: tokens.shape[1]], VOCAB)[None]
+      ),
+      jnp.full(64, 9).at[7].set(EOS),
     )
+    shapes = sampler.begin(network, c, request)[2]
+    assert shapes[0][0] < 2 + 12
     with monkeypatch.context() as patch:
       fake_networks.put_in(patch)
-      answer = jnp.full(64, 9).at[7].set(EOS)
-      found.append(sampler.complete(network, c, answer, *layout, [0]))
+      found.append(sampler.complete(network, c, request))
   assert found[0].forwards.tolist() == found[1].forwards.tolist() == [6]
   assert found[0].positions.tolist() == found[1].positions.tolist()
 
@@ -392,11 +395,15 @@ def test_room_that_is_not_used_costs_nothing(params, monkeypatch):
     ),
   ],
 )
-def test_options_that_do_not_go_together_are_refused(params, options, problem):
+def test_options_that_do_not_go_together_are_refused(network, options, problem):
+  options = dict(options)
+  objective = options.pop('objective', 'masked_diffusion')
+  network = dataclasses.replace(network, objective=objective)
+  request = layouts.continue_prompts(PROMPTS, 12)
   with pytest.raises(UserError, match=problem):
-    complete(config(**options), params, layouts.continue_prompts(PROMPTS, 12))
+    sampler.complete(network, config(**options), request)
 
 
-def test_slots_can_only_be_hidden_at_the_end_of_a_row(params):
+def test_slots_can_only_be_hidden_at_the_end_of_a_row(network):
   with pytest.raises(UserError, match='lookahead=0 hides slots at the end'):
-    complete(config(lookahead=0), params, REQUESTS['gaps']())
+    sampler.complete(network, config(lookahead=0), REQUESTS['gaps']())

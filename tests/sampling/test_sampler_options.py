@@ -10,7 +10,7 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.sampling import candidates, commit, layouts, remasking, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling.request import Request, SamplerConfig
 
 MASK, EOS, EOT, VOCAB = 4, 5, 6, 16
 PLAIN = SamplerConfig(
@@ -18,11 +18,6 @@ PLAIN = SamplerConfig(
   block_length=4,
   temperature=1.0,
   remasking='low_confidence',
-  objective='masked_diffusion',
-  predict_mask=False,
-  mask_id=MASK,
-  bos_id=1,
-  eos_id=EOS,
   eot_id=EOT,
   gen_length=8,
 )
@@ -61,9 +56,12 @@ def table():
   return jnp.asarray(votes, jnp.float32)
 
 
-def complete(c, given, layout, seeds=None, network=mixing):
-  seeds = range(len(layout[0])) if seeds is None else seeds
-  return sampler.complete(network, c, given, *layout, seeds)
+def network_of(function, params):
+  return fake_networks.network(function, params, mask_id=MASK, eos_id=EOS)
+
+
+def complete(c, params, request, function=mixing):
+  return sampler.complete(network_of(function, params), c, request)
 
 
 # A request alone and among others
@@ -85,13 +83,13 @@ FAST = ('eos',)
 def filled_together_and_alone(c, given, texts, seeds, rows):
   """The last Carry of all texts; asserts that these rows alone are the same."""
   encode = lambda text: [7 + ord(letter) % 9 for letter in text]
-  layout = _, _, valid = layouts.fill_gaps(texts, encode)
-  together = complete(c, given, layout, seeds)
+  request = layouts.fill_gaps(texts, encode, seeds)
+  together = complete(c, given, request)
   for row in rows:
-    alone = layouts.fill_gaps([texts[row]], encode)
-    alone = complete(c, given, alone, [seeds[row]])
+    alone = layouts.fill_gaps([texts[row]], encode, [seeds[row]])
+    alone = complete(c, given, alone)
     np.testing.assert_array_equal(
-      alone.canvas[0], together.canvas[row][valid[row]]
+      alone.canvas[0], together.canvas[row][request.valid[row]]
     )
     assert alone.forwards[0] == together.forwards[row]
   return together
@@ -133,24 +131,24 @@ def test_gaps_alone_are_what_they_are_among_longer_ones(table, options, steps):
 def test_gaps_take_their_own_steps(table, steps, forwards):
   """Two slots are one block of four, nine are three."""
   c = config(steps=steps, own_blocks=True, gen_length=0)
-  layout = layouts.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
-  assert complete(c, table, layout).forwards.tolist() == forwards
+  request = layouts.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
+  assert complete(c, table, request).forwards.tolist() == forwards
 
 
 # What it takes
 
 
 def test_a_quota_takes_a_forward_a_step_or_a_token(table):
-  layout = layouts.continue_prompts(PROMPTS, 8)
+  request = layouts.continue_prompts(PROMPTS, 8)
   for steps, forwards in ((4, 4), (80, 8)):
-    carry = complete(config(steps=steps), table, layout)
+    carry = complete(config(steps=steps), table, request)
     assert int(carry.calls) == forwards
     assert carry.forwards.tolist() == [forwards] * 4
 
 
 def test_guidance_takes_two_forwards_a_step(table):
-  layout = layouts.continue_prompts(PROMPTS, 8)
-  carry = complete(config(guidance=1.0), table, layout)
+  request = layouts.continue_prompts(PROMPTS, 8)
+  carry = complete(config(guidance=1.0), table, request)
   assert int(carry.calls) == 8
   assert carry.forwards.tolist() == [16] * 4
 
@@ -158,10 +156,10 @@ def test_guidance_takes_two_forwards_a_step(table):
 @pytest.mark.slow
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])
 def test_less_caution_takes_fewer_forwards(table, rule):
-  layout = layouts.continue_prompts(PROMPTS, 8)
+  request = layouts.continue_prompts(PROMPTS, 8)
   levels = {'threshold': (1.1, 0.25, 0.0), 'factor': (0.0, 2.3, 99.0)}
   forwards = [
-    complete(config(remasking=rule, **{rule: x}), table, layout).forwards
+    complete(config(remasking=rule, **{rule: x}), table, request).forwards
     for x in levels[rule]
   ]
   forwards = [int(x.sum()) for x in forwards]
@@ -171,24 +169,24 @@ def test_less_caution_takes_fewer_forwards(table, rule):
 
 
 def test_a_threshold_above_1_is_one_token_a_step_by_confidence(table):
-  layout = layouts.continue_prompts(PROMPTS, 8)
+  request = layouts.continue_prompts(PROMPTS, 8)
   c = config(remasking='threshold', threshold=1.1, steps=2)
-  one_by_one = complete(config(), table, layout)
+  one_by_one = complete(config(), table, request)
   np.testing.assert_array_equal(
-    complete(c, table, layout).canvas, one_by_one.canvas
+    complete(c, table, request).canvas, one_by_one.canvas
   )
 
 
 def test_first_hitting_takes_a_forward_a_token_whatever_the_steps(table):
-  layout = layouts.continue_prompts(PROMPTS, 8)
+  request = layouts.continue_prompts(PROMPTS, 8)
   c = config(remasking='first_hitting', steps=2)
-  assert int(complete(c, table, layout).calls) == 8
+  assert int(complete(c, table, request).calls) == 8
 
 
 def test_a_cosine_schedule_commits_few_tokens_first(table):
-  layout = layouts.continue_prompts([[7]], 16)
+  request = layouts.continue_prompts([[7]], 16)
   c = config(steps=4, block_length=16, gen_length=16, schedule='cosine')
-  canvases = list(sampler.trace(mixing, c, table, *layout, [0]))
+  canvases = list(sampler.trace(network_of(mixing, table), c, request))
   left = [int((canvas == MASK).sum()) for canvas in canvases]
   assert left == [16, 14, 11, 6, 0]  # 16 cos(pi/2 i/4), rounded down
 
@@ -204,11 +202,11 @@ def votes(bias, tokens, valid):
 
 def test_guidance_leaves_the_prompt_out_and_extrapolates_from_there():
   bias = jnp.zeros(VOCAB).at[9].set(2.5)  # what it says without a prompt
-  layout = layouts.continue_prompts([[7, 7]], 1)
+  request = layouts.continue_prompts([[7, 7]], 1)
   for guidance, token in ((0.0, 9), (0.2, 9), (0.3, 7)):
     c = config(temperature=0.0, steps=2, guidance=guidance)
     # 7 has (w + 1) 2, and 9 has 2.5 with or without the prompt.
-    carry = complete(c, bias, layout, network=votes)
+    carry = complete(c, bias, request, function=votes)
     assert carry.canvas[0, -1] == token
 
 
@@ -223,11 +221,11 @@ def test_stopping_at_eos_saves_forwards_and_changes_nothing_before_it(
   table, rule, block_length, least
 ):
   prompts = [[7 + i % 9] * (i % 4) for i in range(32)]
-  layout = _, fill, valid = layouts.continue_prompts(prompts, 16)
+  request = _, fill, valid, _ = layouts.continue_prompts(prompts, 16)
   c = config(gen_length=16, steps=16, block_length=block_length, remasking=rule)
-  whole = complete(c, table, layout)
+  whole = complete(c, table, request)
   c = dataclasses.replace(c, stop_at_eos=True)
-  stopped = complete(c, table, layout)
+  stopped = complete(c, table, request)
   cut = layouts.cut(whole.canvas, fill, EOS)
   np.testing.assert_array_equal(cut, layouts.cut(stopped.canvas, fill, EOS))
   np.testing.assert_array_equal(
@@ -242,9 +240,9 @@ def test_stopping_at_eos_saves_forwards_and_changes_nothing_before_it(
 
 def test_the_slots_after_an_eos_become_eos_when_a_row_stops():
   answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9], [9, 9, 9, 9, 9, 9, 9, EOS]])
-  layout = layouts.continue_prompts([[], []], 8)
+  request = layouts.continue_prompts([[], []], 8)
   c = config(temperature=0.0, stop_at_eos=True, block_length=2)
-  carry = complete(c, answer, layout, network=certain)
+  carry = complete(c, answer, request, function=certain)
   assert carry.canvas.tolist() == [[9] + [EOS] * 7, answer[1].tolist()]
   assert carry.forwards.tolist() == [2, 8]
   assert int(carry.calls) == 8
@@ -252,9 +250,9 @@ def test_the_slots_after_an_eos_become_eos_when_a_row_stops():
 
 def test_slots_that_are_given_up_have_no_confidence(table):
   answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9]])
-  layout = layouts.continue_prompts([[]], 8)
+  request = layouts.continue_prompts([[]], 8)
   c = config(temperature=0.0, stop_at_eos=True, block_length=2)
-  *_, (carry, sure) = sampler.walk(certain, c, answer, *layout, [0])
+  *_, (carry, sure) = sampler.walk(network_of(certain, answer), c, request)
   assert carry.canvas.tolist() == [[9] + [EOS] * 7]
   assert np.isnan(sure).tolist() == [[True, False] + [True] * 6]
 
@@ -262,8 +260,9 @@ def test_slots_that_are_given_up_have_no_confidence(table):
 def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
   canvas = jnp.array([[9, MASK, EOS, MASK], [9, 9, EOS, MASK]])
   fill = np.ones((2, 4), bool)
-  _, layout, _ = sampler.prepare(
-    config(gen_length=4), canvas, fill, fill, range(2)
+  request = Request(canvas, fill, fill, range(2))
+  _, layout, _ = sampler.begin(
+    network_of(mixing, table), config(gen_length=4), request
   )
   masked = canvas[:, None] == MASK
   canvas, masked = commit.stop(EOS, canvas, masked, layout)
@@ -272,16 +271,16 @@ def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
 
 
 def test_an_eos_of_the_prompt_does_not_stop_a_row(table):
-  layout = layouts.continue_prompts([[EOS, 9]], 8)
+  request = layouts.continue_prompts([[EOS, 9]], 8)
   c = config(stop_at_eos=True, logits_eos_inf=True)
-  carry = complete(c, table, layout)
+  carry = complete(c, table, request)
   assert carry.forwards.tolist() == [8]
   assert not (carry.canvas[0, 2:] == EOS).any()
 
 
 def test_eos_is_never_predicted_with_logits_eos_inf(table):
-  layout = _, fill, _ = layouts.continue_prompts([[]] * 50, 8)
-  drawn = lambda c: np.asarray(complete(c, table, layout).canvas)[fill]
+  request = _, fill, _, _ = layouts.continue_prompts([[]] * 50, 8)
+  drawn = lambda c: np.asarray(complete(c, table, request).canvas)[fill]
   assert (drawn(config()) == EOS).any()
   assert not (drawn(config(logits_eos_inf=True)) == EOS).any()
 
@@ -298,8 +297,8 @@ def test_eos_and_eot_are_committed_last_with_confidence_eos_eot_inf(
     confidence=confidence,
     confidence_eos_eot_inf=True,
   )
-  layout = layouts.continue_prompts([[]], 8)
-  canvases = list(sampler.trace(certain, c, answer, *layout, [0]))
+  request = layouts.continue_prompts([[]], 8)
+  canvases = list(sampler.trace(network_of(certain, answer), c, request))
   assert canvases[5].tolist() == [[MASK, 9, MASK, 9, 9, MASK, 9, 9]]
   assert canvases[8].tolist() == answer.tolist()
 
@@ -313,8 +312,9 @@ def test_at_a_temperature_llada_still_commits_eos_early_and_we_do_not(
   """
   logits = jnp.zeros((1, 2, VOCAB)).at[0, 0, EOS].set(5).at[0, 1, 9].set(3)
   monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: 0.0)
-  c = config(temperature=0.5, confidence_eos_eot_inf=True, predict_mask=True)
-  token, ours = commit.choose(c, logits, None)
+  c = config(temperature=0.5, confidence_eos_eot_inf=True)
+  network = dataclasses.replace(network_of(None, None), predict_mask=True)
+  token, ours = commit.choose(network, c, logits, None)
   assert token.tolist() == [[EOS, 9]]
   assert ours[0, 0] == 0 < ours[0, 1]
 
@@ -337,19 +337,19 @@ def ill_at_15(bad, tokens, valid):
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_logits_that_are_no_numbers_give_up_their_row_alone(bad):
-  layout = _, fill, _ = layouts.continue_prompts([[7], [15], [8]], 8)
-  carry = complete(config(), bad, layout, network=ill_at_15)
+  request = _, fill, _, _ = layouts.continue_prompts([[7], [15], [8]], 8)
+  carry = complete(config(), bad, request, function=ill_at_15)
   assert carry.broken.tolist() == [False, True, False]
   out = np.asarray(carry.canvas)
   assert (out[1][fill[1]] == MASK).all()
   assert (out[[0, 2]][fill[[0, 2]]] == 9).all()
   for sample in (sampler.generate, lambda *a: list(sampler.trace(*a))):
     with pytest.raises(UserError, match=r'row\(s\) \[1\] were NaN or infinite'):
-      sample(ill_at_15, config(), bad, *layout, range(3))
+      sample(network_of(ill_at_15, bad), config(), request)
 
 
 def test_a_mask_in_the_prompt_stays(table):
-  layout = layouts.continue_prompts([[7, MASK, 9]], 8)
-  out = np.asarray(complete(config(), table, layout).canvas)
+  request = layouts.continue_prompts([[7, MASK, 9]], 8)
+  out = np.asarray(complete(config(), table, request).canvas)
   assert out[0, :3].tolist() == [7, MASK, 9]
   assert not (out[0, 3:] == MASK).any()

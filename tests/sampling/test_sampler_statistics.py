@@ -7,7 +7,6 @@ itself: it gives the exact probabilities of a token given those that are known.
 import itertools
 
 import fake_networks
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -18,7 +17,9 @@ from maskdiff.sampling.request import SamplerConfig
 MASK, VOCAB, IDS = 4, 8, (5, 6, 7)
 JOINT = np.random.default_rng(7).dirichlet(np.full(27, 0.5)).reshape(3, 3, 3)
 JOINT = (JOINT + 0.01) / (JOINT + 0.01).sum()
-DENOISER = fake_networks.conditionals(JOINT, IDS, MASK, VOCAB)
+NETWORK = fake_networks.network(
+  fake_networks.conditionals(JOINT, IDS, MASK, VOCAB), mask_id=MASK
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +34,10 @@ def counts(number, remasking, steps, **options):
     block_length=3,
     temperature=1.0,
     remasking=remasking,
-    objective='masked_diffusion',
-    predict_mask=False,
-    mask_id=MASK,
-    bos_id=1,
     **options,
   )
-  layout = layouts.continue_prompts([[]] * number, 3)
-  out = sampler.generate(DENOISER, c, jnp.zeros(()), *layout, range(number))
+  request = layouts.continue_prompts([[]] * number, 3)
+  out = sampler.generate(NETWORK, c, request)
   found = np.zeros((3, 3, 3), int)
   np.add.at(found, tuple(np.asarray(out).T - IDS[0]), 1)
   return found

@@ -26,7 +26,8 @@ from maskdiff.errors import UserError
 from maskdiff.interop import load as load_lib
 from maskdiff.model import transformer
 from maskdiff.monitoring import metrics
-from maskdiff.sampling import layouts, request, sampler
+from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling.request import sampler_config
 from maskdiff.training import evaluation, loop
 from maskdiff.training import step as step_lib
 from maskdiff.training import workdir as workdir_lib
@@ -450,15 +451,12 @@ def test_a_loaded_run_samples_the_text_of_the_training(finished):
   """The samples in the metrics, again from the checkpoint."""
   config, tokenizer, params, mesh = load_lib.load(str(finished.workdir))
   prompt = tokenizer.encode(config.sample.prompts[0])
-  layout = layouts.continue_prompts([prompt], 4)
   with jax.set_mesh(mesh):
     (row,) = np.asarray(
       sampler.generate(
-        step_lib.step_config(config).model,
-        request.sampler_config(config),
-        params,
-        *layout,
-        seeds=[0],
+        load_lib.network(config, params),
+        sampler_config(config),
+        layouts.continue_prompts([prompt], 4),
       )
     )
   text = tokenizer.decode(row)
@@ -726,16 +724,14 @@ def test_a_run_is_sampled_with_weights_of_the_dtype_that_is_asked_for(
     assert original.dtype == jnp.float32
     assert leaf.dtype == jnp.dtype(dtype or 'float32')
     np.testing.assert_array_equal(leaf, original.astype(leaf.dtype))
-  c = request.sampler_config(config)
-  layout = layouts.continue_prompts(
+  c = sampler_config(config)
+  request = layouts.continue_prompts(
     [tokenizer.encode(text) for text in texts], c.gen_length
   )
   with jax.set_mesh(mesh):
-    out = sampler.generate(
-      request.sampler_model(config), c, params, *layout, range(2)
-    )
-  out = np.asarray(out)
-  np.testing.assert_array_equal(out[~layout[1]], layout[0][~layout[1]])
+    out = sampler.generate(load_lib.network(config, params), c, request)
+  out, given = np.asarray(out), ~request.fill
+  np.testing.assert_array_equal(out[given], request.canvas[given])
   assert not (out == tokenizer.mask_id).any()
 
 

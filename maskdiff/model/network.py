@@ -1,0 +1,48 @@
+"""A trained network as one value."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from maskdiff.model.transformer import TransformerConfig
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['params'],
+  meta_fields=[
+    'config',
+    'objective',
+    'predict_mask',
+    'mask_id',
+    'bos_id',
+    'eos_id',
+  ],
+)
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """The parameters of a network, and everything its training has fixed.
+
+  A Network is a pytree whose leaves are the parameters. The other fields are
+  static: a function that is compiled for one Network serves every Network that
+  differs from it in the parameters only.
+
+  Attributes:
+    config: TransformerConfig.
+    params: parameter tree.
+    objective: name of the training objective, a key of table.OBJECTIVES.
+    predict_mask: whether the network may predict the mask token.
+    mask_id: id of the mask token.
+    bos_id: id of the token before the first token of a left-to-right row.
+    eos_id: id of the end-of-text token; -1 if the tokenizer has none.
+  """
+
+  config: TransformerConfig
+  params: Any
+  objective: str
+  predict_mask: bool
+  mask_id: int
+  bos_id: int
+  eos_id: int = -1
