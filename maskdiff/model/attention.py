@@ -1,13 +1,13 @@
 """Attention under the visibility rule of masks.py.
 
-`attend` chooses the fastest implementation for the machine; all give the same
-answer. `xla` evaluates the rule into a mask and runs anywhere. `splash`
-(splash.py) is the Pallas kernel for TPU, `cudnn` is flash attention on NVIDIA
-GPUs; neither ever holds [B, H, L, L] scores.
+`attend` chooses the fastest of three implementations of the same function.
+`xla` evaluates the rule into a mask and runs on any device. `splash`
+(splash.py) is the Pallas kernel for TPUs. `cudnn` is flash attention on NVIDIA
+GPUs. The two kernels never hold the [B, H, L, L] scores.
 
-On a mesh the kernels run on each device's own rows and heads, and on its own
-part of the queries where `sequence` splits the length. Keys and values are
-whole along the length, so that the softmax is exact.
+On a mesh a kernel computes the rows and heads of its own device, and the
+queries of its own device if `sequence` splits the length. Keys and values are
+whole along the length, so the softmax is exact.
 """
 
 import functools
@@ -26,33 +26,36 @@ from maskdiff.model import splash as splash_lib
 from maskdiff.model.splash import RESIDUALS
 
 IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'cudnn')
-# By the first word of a device kind; older GPUs of NVIDIA start with Tesla.
+# By the first word of the device kind; that of older NVIDIA GPUs is Tesla.
 KERNELS = {'TPU': 'splash', 'NVIDIA': 'cudnn', 'Tesla': 'cudnn'}
-CUDNN_CAPABILITY = (8, 0)  # Ampere: the first with flash attention in cuDNN
+CUDNN_CAPABILITY = (8, 0)  # Ampere, the first with flash attention in cuDNN
 CUDNN_DTYPES = ('bfloat16', 'float16')
-CUDNN_MAX_HEAD_DIM = 128  # on every GPU that has it; 256 from Hopper on
+CUDNN_MAX_HEAD_DIM = 128  # on Ampere; Hopper and later allow 256
 
 
 def attend(q, k, v, labels, implementation):
-  """Softmax attention of every position over the positions it sees.
+  """Returns softmax attention of each position over the positions it sees.
 
-  Scores are scaled by 1/sqrt(K) and normalised in float32. Consecutive groups
-  of H/G query heads share a key head. A position that sees nothing (there is
-  none under the constructors of masks.py) would return the mean of all values.
-  Padding returns something finite, which depends on the implementation.
+  Scores are scaled by 1/sqrt(K) and normalised in float32. H/G consecutive
+  query heads share one key head. The output at padding is finite and depends on
+  the implementation. A position that sees nothing would return the mean of all
+  values; the constructors of masks.py make no such position.
 
   Args:
     q: [B, H, L, K].
-    k: [B, G, L, K], v: [B, G, L, K]; G divides H.
+    k: [B, G, L, K]; G divides H.
+    v: [B, G, L, K].
     labels: masks.Labels of the L positions.
-    implementation: one of IMPLEMENTATIONS. `auto` is splash on TPU and cudnn on
-      NVIDIA GPUs where they suit the arrays, the labels and the mesh, else xla.
+    implementation: one of IMPLEMENTATIONS. `auto` is splash on TPUs and cudnn
+      on NVIDIA GPUs if the kernel supports the arrays, the labels and the mesh,
+      else xla.
 
   Returns:
     [B, H, L, K] in the dtype of q.
 
   Raises:
-    UserError: the implementation is not for this machine or does not suit.
+    UserError: the implementation does not run on this device, or does not
+      support these arguments.
   """
   if implementation == 'auto':
     implementation = fastest(q, k, labels)
@@ -62,20 +65,20 @@ def attend(q, k, v, labels, implementation):
 
 
 def fastest(q, k, labels):
-  """The implementation that `auto` stands for; arguments as for `attend`."""
+  """Returns the implementation that `auto` selects, as for `attend`."""
   kernel = _kernel(device_kind())
   if kernel is None or misfit(kernel, q, k, labels):
     return 'xla'
-  # A mask for cuDNN is L^2 numbers, and so is the gradient it makes of it:
-  # take that where it is asked for.
+  # A mask for cuDNN has L^2 entries, and so has the gradient that it computes
+  # for the mask. The kernel with a mask must be selected by name.
   masked = kernel == 'cudnn' and not _needs_no_mask(labels)
   return 'xla' if masked else kernel
 
 
 def device_kind():
-  """What the program runs on, as JAX names it."""
-  # A mesh of a topology that is not here (ahead-of-time compilation) says what
-  # it is made of; otherwise ask the backend.
+  """Returns JAX's name for the kind of device that the program runs on."""
+  # In ahead-of-time compilation for another machine only the mesh knows the
+  # kind of its devices. Otherwise the backend does.
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else getattr(mesh, 'abstract_device', None)
   kind = getattr(device, 'device_kind', None)
@@ -83,9 +86,9 @@ def device_kind():
 
 
 def _capability():
-  """The CUDA compute capability as two integers, or None if it is unknown."""
+  """Returns the CUDA compute capability as two integers, or None if unknown."""
   device = jax.devices()[0]
-  # A mesh does not tell it, and may be of machines that are not here.
+  # Unknown if the mesh is of another machine's devices.
   if device.device_kind != device_kind():
     return None
   capability = getattr(device, 'compute_capability', None)
@@ -97,13 +100,13 @@ def _kernel(kind):
 
 
 def _parts():
-  """Into how many parts the mesh splits the length."""
+  """Returns the number of parts into which the mesh splits the length."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape['sequence']
 
 
 def misfit(kernel, q, k, labels):
-  """Why `splash` or `cudnn` cannot serve these arguments, or None."""
+  """Returns why `splash` or `cudnn` cannot compute these arguments, or None."""
   batch, heads, length, head_dim = q.shape
   groups, parts = k.shape[1], _parts()
   mesh = jax.sharding.get_abstract_mesh()
@@ -112,12 +115,12 @@ def misfit(kernel, q, k, labels):
     shards, tensor = batch_shards(mesh), mesh.shape['tensor']
   if batch % shards:
     return (
-      f'{batch} rows do not split over the {shards} devices of '
-      'config.mesh.replica and fsdp'
+      f'a batch of {batch} rows is not divisible by the {shards} devices of '
+      'config.mesh.replica and config.mesh.fsdp'
     )
   if heads % tensor or groups % tensor:
     return (
-      f'{heads} heads and {groups} kv_heads do not split over '
+      f'{heads} heads and {groups} kv_heads are not both divisible by '
       f'config.mesh.tensor={tensor}'
     )
   if kernel == 'splash':
@@ -129,11 +132,14 @@ def _splash_misfit(length, parts, labels):
   unit = parts * splash_lib.LANES
   if length % unit:
     return (
-      f'the length of {length} is not a multiple of {unit}, '
-      f'{splash_lib.LANES} for each part of config.mesh.sequence={parts}'
+      f'the length {length} is not a multiple of {unit} '
+      f'({splash_lib.LANES} x config.mesh.sequence={parts})'
     )
   if labels.regime == masks.GENERAL:
-    return 'it skips tiles by a regime (masks.py), and these labels follow none'
+    return (
+      'splash needs one of the fixed regimes of masks.py (bidirectional, '
+      'causal, block-causal, block diffusion); these labels were built by hand'
+    )
   return None
 
 
@@ -141,36 +147,41 @@ def _cudnn_misfit(length, parts, labels, dtype, head_dim):
   if (capability := _capability()) and capability < CUDNN_CAPABILITY:
     dotted = lambda version: '.'.join(map(str, version))
     return (
-      f'it needs compute capability {dotted(CUDNN_CAPABILITY)} (Ampere), and '
+      f'cudnn needs compute capability {dotted(CUDNN_CAPABILITY)} (Ampere); '
       f'this GPU ({device_kind()}) has {dotted(capability)}'
     )
   if dtype not in CUDNN_DTYPES:
-    return f'it computes in bfloat16, not in config.model.dtype={dtype}'
+    return f'cudnn computes in bfloat16, not in config.model.dtype={dtype}'
   if head_dim % 8 or head_dim > CUDNN_MAX_HEAD_DIM:
     return (
-      f'config.model.head_dim={head_dim} is not a multiple of 8 up to '
+      f'config.model.head_dim={head_dim} is not a multiple of 8 or exceeds '
       f'{CUDNN_MAX_HEAD_DIM}'
     )
   if length % parts:
-    return f'the length {length} does not split over {parts} devices'
+    return (
+      f'the length {length} is not divisible by config.mesh.sequence={parts}'
+    )
   if not _needs_no_mask(labels) and (length // parts) % 2:
-    return f'documents need a mask, and a mask an even length, not {length}'
+    return (
+      'cudnn needs a mask for these labels, and a mask needs an even length, '
+      f'not {length}'
+    )
   return None
 
 
 def _require(kernel, kind, q, k, labels):
   reason = misfit(kernel, q, k, labels)
   if _kernel(kind) != kernel:
-    reason = f'it does not run on this device ({kind})'
+    reason = f'{kernel} does not run on this device ({kind})'
   if reason:
     raise UserError(
       f'config.model.attention={kernel}: {reason}; '
-      '--config.model.attention=auto chooses what fits'
+      'set --config.model.attention=auto'
     )
 
 
 def xla(q, k, v, labels):
-  """Dense attention; see `attend`. Scores take [B, H, L, L] float32."""
+  """Dense attention; see `attend`. It holds [B, H, L, L] float32 scores."""
   batch, heads, length, head_dim = q.shape
   groups = k.shape[1]
   q = q.reshape(batch, groups, heads // groups, length, head_dim)
@@ -179,10 +190,11 @@ def xla(q, k, v, labels):
   )
   scores *= 1 / math.sqrt(head_dim)
   if labels.regime == masks.BIDIRECTIONAL:
-    seen = labels.doc[:, :, None] == labels.doc[:, None, :]
+    visible = labels.doc[:, :, None] == labels.doc[:, None, :]
   else:
-    seen = masks.visible(labels, labels)
-  scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    visible = masks.visible(labels, labels)
+  lowest = jnp.finfo(jnp.float32).min
+  scores = jnp.where(visible[:, None, None], scores, lowest)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum('bghls,bgsk->bghlk', weights, v)
   out = out.reshape(batch, heads, length, head_dim)
@@ -190,15 +202,16 @@ def xla(q, k, v, labels):
 
 
 def splash(q, k, v, labels, interpret=False):
-  """Pallas splash attention; see `attend`.
+  """Pallas splash attention; see `attend` for q, k, v and labels.
 
-  Where a causal regime is split over `sequence`, the last part has the most to
-  do and the others wait for it; a bidirectional one is balanced.
+  If `sequence` splits the queries of a causal regime, the last part has the
+  most work and the other devices wait for it. A bidirectional regime is
+  balanced.
 
-  Its gradient needs compiler.options on the chips of splash.TILES.
+  On the chips of splash.TILES the gradient needs compiler.options.
 
   Args:
-    interpret: run the kernel's Python on any machine, to test it.
+    interpret: emulate the kernel in Python on any device, for tests.
 
   Raises:
     UserError: see `misfit`.
@@ -218,7 +231,7 @@ def splash(q, k, v, labels, interpret=False):
 
 
 def _on_each_device(function, arrays, labels, more=(), specs=()):
-  """function(*more, q, k, v, labels of queries, labels of keys), by device."""
+  """Calls function(*more, q, k, v, query labels, key labels) on each device."""
   if jax.sharding.get_abstract_mesh().empty:
     return function(*more, *arrays, labels, labels)
   queries = P(BATCH_AXES, 'tensor', 'sequence', None)
@@ -234,24 +247,24 @@ def _on_each_device(function, arrays, labels, more=(), specs=()):
       P(BATCH_AXES, None),
     ),
     out_specs=queries,
-    check_vma=False,  # Pallas calls do not say how their outputs vary
+    check_vma=False,  # Pallas calls do not declare how their outputs vary
   )(*more, *arrays, labels, labels)
 
 
 def cudnn(q, k, v, labels, implementation='cudnn'):
-  """cuDNN flash attention through jax.nn.dot_product_attention; see `attend`.
+  """cuDNN flash attention by jax.nn.dot_product_attention; see `attend`.
 
-  Rows of a single document need no mask where all of it is seen, or all that
-  comes before: padding is cut off by the number of keys of each row. Others
-  are given the rule as a mask, [B, 1, L, L], which cuDNN adds to the scores in
-  the dtype of q: still flash attention, but with L^2 to read.
+  Rows of one document need no mask in the bidirectional and causal regimes: the
+  number of keys of each row excludes the padding. Other labels need the rule as
+  a mask, [B, 1, L, L], which cuDNN adds to the scores in the dtype of q. That
+  is still flash attention, but it reads L^2 entries.
 
-  Rematerialisation runs the forward kernel again, since JAX gives its residual
-  no name. Written without a GPU: the arguments are tested by having the same
-  call run with XLA, and by lowering it for CUDA.
+  Rematerialization runs the forward kernel again, because JAX gives its
+  residual no name.
 
   Args:
-    implementation: of jax.nn.dot_product_attention.
+    implementation: argument of jax.nn.dot_product_attention. With 'xla' tests
+      run the same call on a CPU.
 
   Raises:
     UserError: see `misfit`.
@@ -269,22 +282,24 @@ def cudnn(q, k, v, labels, implementation='cudnn'):
 
 
 def _needs_no_mask(labels):
-  # cuDNN counts the queries of causal attention from the first key.
-  whole = labels.regime == masks.CAUSAL and _parts() == 1
-  return labels.single and (whole or labels.regime == masks.BIDIRECTIONAL)
+  # In causal attention cuDNN takes query 0 to be at key 0, which is wrong for
+  # the later parts of a split length.
+  causal = labels.regime == masks.CAUSAL and _parts() == 1
+  return labels.single and (causal or labels.regime == masks.BIDIRECTIONAL)
 
 
 def _cudnn_mask(attention, q, k, v, query, key):
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  seen = masks.visible(query, key)[:, None]
-  return attention(q, k, v, mask=seen).swapaxes(1, 2)
+  visible = masks.visible(query, key)[:, None]
+  return attention(q, k, v, mask=visible).swapaxes(1, 2)
 
 
 def _cudnn_prefix(attention, q, k, v, query, key):
-  """Padding on the left is turned to the right, where cuDNN can cut it off.
+  """Attention without a mask, after moving left padding to the right.
 
-  All queries are kept: those of padding see the row's document, and nothing
-  sees them.
+  cuDNN excludes padding on the right by the number of keys of each row. All
+  queries are computed: those of padding see the row's document, and no query
+  sees padding.
   """
   valid = key.doc >= 0
   count = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32), 1)
@@ -292,16 +307,16 @@ def _cudnn_prefix(attention, q, k, v, query, key):
   causal = query.regime == masks.CAUSAL
   roll = jax.vmap(lambda x, by: jnp.roll(x, by, axis=1))
 
-  def turn(by, *arrays):
+  def roll_rows(by, *arrays):
     rolled = lambda *arrays: [roll(x, by) for x in arrays]
-    same = lambda *arrays: list(arrays)
-    return jax.lax.cond(jnp.any(by != 0), rolled, same, *arrays)
+    unchanged = lambda *arrays: list(arrays)
+    return jax.lax.cond(jnp.any(by != 0), rolled, unchanged, *arrays)
 
   if causal:
-    q, k, v = turn(-start, q, k, v)
-  else:  # in which order the keys stand does not matter
-    k, v = turn(-start, k, v)
+    q, k, v = roll_rows(-start, q, k, v)
+  else:  # the order of the keys does not matter
+    k, v = roll_rows(-start, k, v)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   out = attention(q, k, v, is_causal=causal, key_value_seq_lengths=count)
   out = out.swapaxes(1, 2)
-  return turn(start, out)[0] if causal else out
+  return roll_rows(start, out)[0] if causal else out

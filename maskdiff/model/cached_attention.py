@@ -1,8 +1,8 @@
-"""Attention of a window of positions over itself and over cached keys.
+"""Attention of a window of positions to itself and to cached keys.
 
-For sampling with a cache: a few queries, many keys, no gradient. Scores are
-[B, H, S, L + S], which is little for a block of slots; nothing is copied out of
-the cache, or into it.
+For sampling with a cache: few queries, many keys, no gradient. The scores are
+[B, H, S, L + S], which is small for one block of slots. Nothing is copied into
+or out of the cache.
 """
 
 import functools
@@ -12,15 +12,20 @@ import jax
 import jax.numpy as jnp
 
 
-def attend_window(q, k, v, there, cached_k, cached_v, kept):
-  """Softmax attention, bidirectional; scaled and normalised as in attention.py.
+def attend_window(q, k, v, in_window, cached_k, cached_v, cache_valid):
+  """Returns bidirectional softmax attention over the window and the cache.
+
+  Scores are scaled and normalised as in attention.py. All queries of a row
+  attend to the same keys.
 
   Args:
     q: [B, H, S, K], of the window.
-    k, v: [B, G, S, K], of the window; G divides H.
-    there: [B, S] bool, False on what is no part of the window.
-    cached_k, cached_v: [B, G, L, K].
-    kept: [B, L] bool, which of them are seen. Every query sees the same keys.
+    k: [B, G, S, K], of the window; G divides H.
+    v: [B, G, S, K], of the window.
+    in_window: [B, S] bool, False on padding of the window.
+    cached_k: [B, G, L, K].
+    cached_v: [B, G, L, K].
+    cache_valid: [B, L] bool, the cached positions to attend to.
 
   Returns:
     [B, H, S, K] in the dtype of q.
@@ -29,19 +34,23 @@ def attend_window(q, k, v, there, cached_k, cached_v, kept):
   groups = k.shape[1]
   q = q.reshape(batch, groups, heads // groups, size, head_dim)
 
-  def scores(k, seen):
-    found = jnp.einsum(
+  def scores(k, valid):
+    products = jnp.einsum(
       'bghsk,bgck->bghsc', q, k, preferred_element_type=jnp.float32
     )
-    found *= 1 / math.sqrt(head_dim)
-    least = jnp.finfo(jnp.float32).min
-    return jnp.where(seen[:, None, None, None], found, least)
+    products *= 1 / math.sqrt(head_dim)
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.where(valid[:, None, None, None], products, lowest)
 
-  both = jnp.concatenate([scores(cached_k, kept), scores(k, there)], axis=-1)
+  both = jnp.concatenate(
+    [scores(cached_k, cache_valid), scores(k, in_window)], axis=-1
+  )
   weights = jax.nn.softmax(both, axis=-1).astype(v.dtype)
-  of_cache, of_window = jnp.split(weights, [kept.shape[1]], axis=-1)
-  values = functools.partial(
+  cache_weights, window_weights = jnp.split(
+    weights, [cache_valid.shape[1]], axis=-1
+  )
+  mix = functools.partial(
     jnp.einsum, 'bghsc,bgck->bghsk', preferred_element_type=jnp.float32
   )
-  out = values(of_cache, cached_v) + values(of_window, v)
+  out = mix(cache_weights, cached_v) + mix(window_weights, v)
   return out.astype(q.dtype).reshape(batch, heads, size, head_dim)

@@ -1,16 +1,16 @@
-"""Weighted cross entropy over the vocabulary, only where the weight is not 0.
+"""Weighted cross entropy over the vocabulary that skips positions of weight 0.
 
-About half of the tokens of masked diffusion carry no loss. The positions that
-do are ordered first and walked in chunks of fixed size with a dynamic trip
-count, and the loop computes the loss and both gradients at once, so the cost
-follows the number of masked tokens and no array of [B, L, V] logits exists.
-The result is exact, not an approximation.
+About half of the tokens of masked diffusion carry no loss. The positions with a
+loss are sorted to the front, and a loop with a dynamic trip count computes them
+in chunks of fixed size: the loss and both gradients at once. The cost is
+proportional to the number of masked tokens, and no [B, L, V] array of logits
+exists. The result is exact, not an approximation.
 
-On a mesh each device walks its own tokens against the whole head, gathered
-once in the compute dtype; devices along `tensor`, which hold the same tokens,
-take every n-th of them. There is no collective inside the loop, so trip counts
-may differ between devices. The gradient of the head is accumulated in float32
-and reduce-scattered to the shards of the parameter.
+On a mesh each device computes its own tokens with the whole head, which is
+gathered once in the compute dtype. The n devices along `tensor` hold the same
+tokens and take every n-th. The loop contains no collective, so trip counts may
+differ between devices. The gradient of the head is accumulated in float32 and
+reduce-scattered to the shards of the parameter.
 """
 
 import functools
@@ -30,9 +30,9 @@ def cross_entropy(hidden, head, targets, weights, exclude, chunk):
     hidden: [B, L, D], final hidden states in the compute dtype.
     head: [D, V], the vocabulary projection, float32 or the compute dtype.
     targets: [B, L] int32.
-    weights: [B, L] float32; a position of weight 0 costs nothing.
-    exclude: token id that cannot be predicted, or None.
-    chunk: tokens per step of the loop; memory is chunk x V float32.
+    weights: [B, L] float32; a position of weight 0 is not computed.
+    exclude: token id left out of the softmax, or None.
+    chunk: tokens per iteration of the loop, which holds chunk x V float32.
 
   Returns:
     - `loss`: float32 scalar, nats. The only output with a gradient.
@@ -48,7 +48,7 @@ def _forward(hidden, head, targets, weights, exclude, chunk):
   loss, nll, d_hidden, d_head = _apply(
     hidden, head, targets, weights, exclude, chunk, gradients=True
   )
-  # The residual only tells the backward pass the head's dtype.
+  # The scalar carries the dtype of the head to the backward pass.
   return (loss, nll), (d_hidden, d_head, jnp.zeros((), head.dtype))
 
 
@@ -68,17 +68,17 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _apply(hidden, head, targets, weights, exclude, chunk, gradients):
-  """Runs the walk on every device; see `cross_entropy` for the arguments."""
-  walk = functools.partial(
-    _walk, exclude=exclude, chunk=chunk, gradients=gradients
+  """Runs the loop on every device; see `cross_entropy` for the arguments."""
+  loop = functools.partial(
+    _loop, exclude=exclude, chunk=chunk, gradients=gradients
   )
   head = head.astype(hidden.dtype)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return walk(hidden, head, targets, weights, part=0, parts=1)
+    return loop(hidden, head, targets, weights, part=0, parts=1)
 
   def on_device(hidden, head, targets, weights):
-    loss, nll, d_hidden, d_head = walk(
+    loss, nll, d_hidden, d_head = loop(
       hidden,
       head,
       targets,
@@ -94,8 +94,8 @@ def _apply(hidden, head, targets, weights, exclude, chunk, gradients):
       d_head = jax.lax.psum_scatter(
         d_head, 'tensor', scatter_dimension=1, tiled=True
       )
-      # XLA would move the reduction out of the loop over microbatches, and
-      # carry the whole unreduced gradient through it.
+      # Without the barrier XLA moves the reduction out of the loop over
+      # microbatches, and the loop carries the whole unreduced gradient.
       d_head = jax.lax.optimization_barrier(d_head)
       d_head = jax.lax.psum(d_head, ('replica', 'sequence'))
     return loss, nll, d_hidden, d_head
@@ -111,22 +111,22 @@ def _apply(hidden, head, targets, weights, exclude, chunk, gradients):
       states if gradients else None,
       P('fsdp', 'tensor') if gradients else None,
     ),
-    # The trip count differs between devices, which the checker cannot follow.
+    # The checker does not support trip counts that differ between devices.
     check_vma=False,
   )(hidden, head, targets, weights)
 
 
-def _walk(
+def _loop(
   hidden, head, targets, weights, *, part, parts, exclude, chunk, gradients
 ):
-  """Loss, nll and gradients of the `part`-th of `parts` of these tokens."""
+  """Returns loss, nll and gradients of tokens part, part + parts, ..."""
   shape, dtype = targets.shape, hidden.dtype
   hidden = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
   targets, weights = targets.reshape(-1), weights.reshape(-1)  # [T]
   size = len(targets)
   chunk = min(chunk, -(-size // parts))
 
-  # Out-of-range entries pad the order to whole chunks: reads give 0, writes
+  # Out-of-range indices pad the last chunk: they read 0, and writes to them
   # are dropped.
   order = jnp.argsort(weights == 0, stable=True)
   order = jnp.pad(

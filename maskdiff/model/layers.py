@@ -1,17 +1,116 @@
-"""Layers without weights: RMS norm, rotary positions, embedding lookup."""
+"""The parts of a layer as functions of its weights and activations.
+
+The letters are those of transformer.py.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed.mesh import BATCH_AXES, shard
 
 
+@jax.named_scope('network(layer: elementwise)')
+def block(c, w, x, rotation, attention):
+  """Applies one layer.
+
+  Args:
+    c: TransformerConfig.
+    w: dict, the weights of transformer.Blocks without the leading axis.
+    x: [B, L, D].
+    rotation: from `rope`.
+    attention: (q [B, H, L, K], k, v [B, G, L, K]) -> [B, H, L, K].
+
+  Returns:
+    [B, L, D] in the dtype of x; and the pair of k and v.
+  """
+  h = rms_norm(x, w['norm1'], c.norm_eps)
+  q, k, v = project_qkv(c, w, h, rotation)
+  q = checkpoint_name(shard(q, 'batch', 'heads', 'length', 'head_dim'), 'q')
+  # Keys and values are whole along the length, because any query may attend to
+  # any of them.
+  k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
+  v = checkpoint_name(shard(v, 'batch', 'kv_heads', None, 'head_dim'), 'v')
+  with jax.named_scope('network(attention)'):
+    attended = attention(q, k, v)
+  attended = shard(attended, 'batch', 'heads', 'length', 'head_dim')
+  with jax.named_scope('network(attention output)'):
+    x = x + jnp.einsum('bhlk,hkd->bld', attended, w['o'])
+  x = checkpoint_name(shard(x, 'batch', 'length', 'embed'), 'middle')
+
+  h = rms_norm(x, w['norm2'], c.norm_eps)
+  with jax.named_scope('network(mlp gate/up)'):
+    gate = checkpoint_name(jnp.einsum('bld,df->blf', h, w['gate']), 'gate')
+    up = checkpoint_name(jnp.einsum('bld,df->blf', h, w['up']), 'up')
+  with jax.named_scope('network(mlp activation)'):
+    inner = shard(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
+  with jax.named_scope('network(mlp down)'):
+    x = x + jnp.einsum('blf,fd->bld', inner, w['down'])
+  return shard(x, 'batch', 'length', 'embed'), (k, v)
+
+
+def project_qkv(c, w, h, rotation):
+  """Returns the queries, keys and values of a layer.
+
+  Args:
+    c: TransformerConfig.
+    w: the weights of the layer, as for `block`.
+    h: [B, L, D], normalised.
+    rotation: from `rope`.
+
+  Returns:
+    q [B, H, L, K], k [B, G, L, K] and v [B, G, L, K]; q and k are rotated.
+  """
+
+  def project(equation, name):
+    x = jnp.einsum(equation, h, w[name])
+    if not c.qkv_bias:
+      return x
+    return x + w[f'{name}_bias'].astype(x.dtype).reshape(-1, 1, c.head_dim)
+
+  def normalise_and_rotate(x, name):
+    x = rms_norm(x, w[f'{name}_norm'], c.norm_eps) if c.qk_norm else x
+    with jax.named_scope('network(rotary positions)'):
+      return rotate(x, rotation)
+
+  with jax.named_scope('network(attention query)'):
+    q = normalise_and_rotate(project('bld,dhk->bhlk', 'q'), 'q')
+  with jax.named_scope('network(attention key/value)'):
+    k = normalise_and_rotate(project('bld,dgk->bglk', 'k'), 'k')
+    v = project('bld,dgk->bglk', 'v')
+  return q, k, v
+
+
+def shift_right(x, labels):
+  """Moves the hidden state of each position to the next position.
+
+  A network with `predict_next` predicts a token from the position before it.
+  After the shift a position holds the hidden state that predicts its own token.
+  The first position of a document keeps its own hidden state, because no other
+  position of the document precedes it. Dream's generation_utils.py does this at
+  position 0.
+
+  Args:
+    x: [B, L, D].
+    labels: masks.Labels.
+
+  Returns:
+    [B, L, D].
+  """
+  left = lambda a: jnp.concatenate([a[:, :1], a[:, :-1]], axis=1)
+  continues = labels.doc == left(labels.doc)
+  return jnp.where(continues[..., None], left(x), x)
+
+
 @jax.named_scope('network(normalisation)')
 def rms_norm(x, gain, eps):
-  """x / rms(x) * gain along the last axis, computed in float32, like x."""
+  """Returns x / rms(x) * gain over the last axis.
+
+  The computation is in float32; the result has the dtype of x.
+  """
   f = x.astype(jnp.float32)
   f *= jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
   return (f * gain).astype(x.dtype)
@@ -19,7 +118,7 @@ def rms_norm(x, gain, eps):
 
 @jax.named_scope('network(rotary positions)')
 def rope(pos, head_dim, theta, scaling=()):
-  """Cosines and sines of rotary position embedding (arXiv 2104.09864).
+  """Returns cosines and sines of rotary position embedding (arXiv 2104.09864).
 
   Args:
     pos: [B, L] int32.
@@ -28,57 +127,62 @@ def rope(pos, head_dim, theta, scaling=()):
     scaling: TransformerConfig.rope_scaling.
 
   Returns:
-    A pair of [B, 1, L, K] float32: the cosines, twice, and the sines, negative
-    in the first half.
+    A pair of [B, 1, L, K] float32: the cosines, repeated in both halves, and
+    the sines, negated in the first half.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
   if scaling:
-    frequency = slow_down(frequency, *scaling)
+    frequency = scale_frequencies(frequency, *scaling)
   angle = pos[:, None, :, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   join = functools.partial(jnp.concatenate, axis=-1)
   return join([cos, cos]), join([-sin, sin])
 
 
-def slow_down(frequency, factor, low, high, length):
-  """Llama 3.1's frequencies for contexts longer than the first training.
+def scale_frequencies(frequency, factor, low, high, length):
+  """Scales rotary frequencies for longer contexts, as Llama 3.1 does.
 
-  Those that turn less than `low` times over the length trained on before are
-  divided by the factor, those that turn more than `high` times stay, and in
-  between the two are mixed. No paper has the rule, only the published code.
+  A frequency that makes fewer than `low` revolutions over the original context
+  is divided by `factor`. One that makes more than `high` is unchanged. Between
+  the two limits the two results are interpolated. No paper describes the rule;
+  it is taken from the published code.
 
   Args:
     frequency: [K/2], radians per position.
-    factor: like the rest, of TransformerConfig.rope_scaling.
-    low: turns.
-    high: turns.
-    length: tokens.
+    factor: number.
+    low: revolutions.
+    high: revolutions.
+    length: tokens of the original context.
+
+  Returns:
+    [K/2], radians per position.
   """
-  turns = length * frequency / (2 * jnp.pi)
-  keep = jnp.clip((turns - low) / (high - low), 0, 1)
-  return frequency * (keep + (1 - keep) / factor)
+  revolutions = length * frequency / (2 * jnp.pi)
+  unchanged = jnp.clip((revolutions - low) / (high - low), 0, 1)
+  return frequency * (unchanged + (1 - unchanged) / factor)
 
 
 @jax.custom_vjp
 def rotate(x, rotation):
   """Rotates pairs (i, i + K/2) of the last axis in float32; x is [B, H, L, K].
 
-  This is the rotate-half convention of Llama and LLaDA. The halves are swapped
-  by a product with a permutation, exact since every sum has one term, because
-  K/2 is half of a TPU's lanes and slices of it are slow. The gradient is the
-  inverse rotation; left to autodiff that product would be one of float32.
+  This is the rotate-half convention of Llama and LLaDA. K/2 is half of the
+  lanes of a TPU and slices of that size are slow, so a product with a
+  permutation matrix swaps the halves. The product is exact, since every sum has
+  one nonzero term. The gradient is the inverse rotation; autodiff would make
+  this product one of float32.
   """
   cos, sin = rotation
   half = x.shape[-1] // 2
   swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1)
-  other = jnp.einsum(
+  swapped = jnp.einsum(
     'bhlk,kj->bhlj',
     x,
     swap,
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
-  return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+  return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
 def _rotate_forward(x, rotation):
@@ -95,11 +199,11 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table, tokens, dtype):
-  """Rows of the embedding table in `dtype`, [B, L, D].
+  """Returns rows of the embedding table in `dtype`, [B, L, D].
 
-  About half of the tokens of a batch are the mask, so the gradient of its row
-  is a sum over thousands of positions: it is added up in float32 whatever the
-  compute dtype.
+  The gradient is summed in float32 whatever the compute dtype: about half of
+  the tokens of a batch are the mask token, so the gradient of its row is a sum
+  over thousands of positions.
 
   Args:
     table: [V, D] float32.
@@ -110,7 +214,7 @@ def lookup(table, tokens, dtype):
 
 
 def _lookup_forward(table, tokens, dtype):
-  # The residual only tells the backward pass the size of the table.
+  # The empty slice carries the size of the table to the backward pass.
   return lookup(table, tokens, dtype), (tokens, jnp.zeros_like(table[:, :0]))
 
 
@@ -119,7 +223,7 @@ def _lookup_backward(dtype, residuals, d_rows):
   tokens, table = residuals
   mesh = jax.sharding.get_abstract_mesh()
   parts = 1 if mesh.empty else mesh.shape['tensor']
-  size = table.shape[0] // parts  # vocabulary rows of this part
+  size = table.shape[0] // parts  # vocabulary rows on one device
 
   def add_up(tokens, d_rows, part):
     local = tokens - part * size
@@ -132,7 +236,7 @@ def _lookup_backward(dtype, residuals, d_rows):
     d_table = jax.lax.psum_scatter(
       d_table, 'fsdp', scatter_dimension=1, tiled=True
     )
-    # Reduced in every microbatch, as in cross_entropy.py.
+    # Keeps the reduction in the loop over microbatches, as in cross_entropy.py.
     d_table = jax.lax.optimization_barrier(d_table)
     return jax.lax.psum(d_table, ('replica', 'sequence'))
 
@@ -143,7 +247,8 @@ def _lookup_backward(dtype, residuals, d_rows):
     on_device,
     in_specs=(rows, P(BATCH_AXES, 'sequence', None)),
     out_specs=P('tensor', 'fsdp'),
-    check_vma=False,  # the sum over `tensor` is by construction, not by psum
+    # Each device along `tensor` sums its own vocabulary rows, without a psum.
+    check_vma=False,
   )(tokens, d_rows)
   return d_table, None
 

@@ -1,19 +1,21 @@
 """Who may attend to whom: four integers per position and one rule.
 
-Each position carries
-  doc    the document it belongs to; positions of different documents never
-         see each other. -1 is padding.
-  pos    its place, which is also its rotary position. Only differences and
-         order within a document matter, so it may count from anywhere.
-  block  the noisy block it belongs to, or -1 if it is clean.
-  reach  it sees clean positions before this one.
+The four integers of a position:
+  doc    the document it belongs to; -1 is padding. Positions of different
+         documents never see each other.
+  pos    its position in the document or the row, used for rotary embedding.
+         Only differences and order within a document matter, so the first may
+         be any number.
+  block  the noisy block it belongs to; -1 if its token is clean.
+  reach  it sees the clean positions with pos < reach.
 
-A query sees a key of its own document when the key is clean and
-key.pos < query.reach, or noisy and key.block == query.block. The constructors
-below are the regimes in use. In each of them pos, block and reach are the same
-in every row, and known before anything is compiled: `regime` says so, and how
-they are made, so that attention can tell which parts of the rule never hold
-and skip them.
+The rule: a query sees a key of its own document if the key is clean and
+key.pos < query.reach, or if the key is noisy and key.block == query.block.
+
+The constructors below make the labels of the regimes in use. In a regime pos,
+block and reach are the same in every row and known before compilation. `regime`
+records which function makes them, so that an attention kernel can skip the
+tiles in which no query sees any key.
 """
 
 import dataclasses
@@ -27,40 +29,40 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
-  """pos, block and reach of a row, the same for all rows.
+  """The function that makes pos, block and reach of a row.
 
-  Static and hashable: equal regimes are compiled once.
+  A Regime is static and hashable: equal regimes are compiled once.
 
   Attributes:
-    make: (places, *sizes) -> pos, block and reach of each place, where places
-      is [L] int, 0..L-1. A function of a module, since functions are compared
-      by identity.
-    sizes: what it takes besides.
+    make: (index, *sizes) -> pos, block and reach of each position, where index
+      is [L] int, 0..L-1. It must be a function of a module, because functions
+      are compared by identity.
+    sizes: the other arguments of `make`.
   """
 
   make: Callable
   sizes: tuple[int, ...] = ()
 
 
-def _bidirectional(place):
-  return place, 0, 0
+def _bidirectional(index):
+  return index, 0, 0
 
 
-def _block_causal(place, block_length):
-  return place, -1, (place // block_length + 1) * block_length
+def _block_causal(index, block_length):
+  return index, -1, (index // block_length + 1) * block_length
 
 
-def _block_diffusion(place, block_length):
-  half = len(place) // 2
-  clean = place >= half
-  pos = np.where(clean, place - half, place)
+def _block_diffusion(index, block_length):
+  half = len(index) // 2
+  clean = index >= half
+  pos = np.where(clean, index - half, index)
   block = pos // block_length
   return pos, np.where(clean, -1, block), (block + clean) * block_length
 
 
 BIDIRECTIONAL = Regime(_bidirectional)  # sees all of its document
 CAUSAL = Regime(_block_causal, (1,))  # sees it up to and including itself
-GENERAL = None  # nothing promised: evaluate the rule
+GENERAL = None  # no regime: the rule must be evaluated
 
 
 @functools.partial(
@@ -73,8 +75,8 @@ class Labels:
   """The four integers of each position, [B, L] int32 each.
 
   Attributes:
-    regime: the Regime that pos, block and reach follow, or GENERAL.
-    single: whether a row is one document, and its padding at the ends.
+    regime: the Regime of pos, block and reach, or GENERAL.
+    single: whether each row is one document, with padding only at its ends.
   """
 
   doc: jax.Array
@@ -87,15 +89,15 @@ class Labels:
 
 @functools.lru_cache(maxsize=32)
 def row(regime, length):
-  """Labels of a whole row that is one document, [1, L] NumPy int32 each."""
-  places = np.arange(length, dtype=np.int32)
+  """Returns the Labels of a row that is one document, [1, L] NumPy int32."""
+  index = np.arange(length, dtype=np.int32)
   wide = lambda x: np.broadcast_to(np.asarray(x, np.int32), (1, length))
-  pos, block, reach = map(wide, regime.make(places, *regime.sizes))
+  pos, block, reach = map(wide, regime.make(index, *regime.sizes))
   return Labels(wide(0), pos, block, reach, regime, single=True)
 
 
 def visible(query, key):
-  """Evaluates the rule.
+  """Evaluates the rule for all pairs of a query and a key.
 
   Args:
     query: Labels with [B, L] fields, of JAX or NumPy.
@@ -117,28 +119,28 @@ def positions(batch, length):
 
 
 def documents(tokens, eos_id):
-  """The document of each token of rows in which every document ends with eos.
+  """Returns the document number of each token of packed rows.
 
   Args:
-    tokens: [B, L] int32, clean.
+    tokens: [B, L] int32, clean; every document ends with eos.
     eos_id: belongs to the document that it ends.
 
   Returns:
-    [B, L] int32: how many eos stand before the token in its row.
+    [B, L] int32: the number of eos tokens before the token in its row.
   """
   eos = (tokens == eos_id).astype(jnp.int32)
   return jnp.cumsum(eos, axis=1) - eos
 
 
-def follow(regime, valid, doc=0):
-  """The Labels of rows that follow a regime.
+def make_labels(regime, valid, doc=0):
+  """Returns the Labels of rows in a regime.
 
   Args:
     regime: Regime.
-    valid: [B, L] bool, False on padding, which is a document of its own and
-      stands at the ends of a row: valid positions are next to each other.
-    doc: [B, L] int32 >= 0, the document of each position; a number when the
-      row is a single one.
+    valid: [B, L] bool, False on padding. Padding is a document of its own and
+      stands at the ends of a row: the valid positions are contiguous.
+    doc: [B, L] int32 >= 0, the document of each position; or an int if each row
+      is one document.
   """
   one = row(regime, valid.shape[1])
   wide = lambda x: jnp.broadcast_to(jnp.asarray(x), valid.shape)
@@ -153,50 +155,50 @@ def follow(regime, valid, doc=0):
 
 
 def bidirectional(valid, doc=0):
-  """Valid positions of a document all see each other (masked diffusion).
+  """Labels of masked diffusion: a position sees all of its document.
 
-  Arguments as for `follow`.
+  Arguments as for `make_labels`.
   """
-  return follow(BIDIRECTIONAL, valid, doc)
+  return make_labels(BIDIRECTIONAL, valid, doc)
 
 
 def causal(valid, doc=0):
-  """Each valid position sees itself and those before it in its document.
+  """Labels of autoregression: a position sees itself and those to its left.
 
-  This is autoregression. Arguments as for `follow`.
+  Arguments as for `make_labels`.
   """
-  return follow(CAUSAL, valid, doc)
+  return make_labels(CAUSAL, valid, doc)
 
 
 def block_causal(valid, block_length, doc=0):
-  """Each valid position sees its document up to the end of its own block.
+  """Labels by which a position sees up to the end of its own block.
 
-  Blocks are counted from the start of the row, also where documents are
-  packed; the last may be shorter. The other arguments are as for `follow`.
+  Blocks are counted from the start of the row, also in packed rows; the last
+  one may be shorter. The other arguments are as for `make_labels`.
   """
-  return follow(Regime(_block_causal, (block_length,)), valid, doc)
+  return make_labels(Regime(_block_causal, (block_length,)), valid, doc)
 
 
 def block_diffusion(valid, block_length, doc=0):
-  """Training of block diffusion: each row is its noisy and its clean copy.
+  """Labels for training block diffusion: [noisy copy ; clean copy] of each row.
 
-  A noisy position sees its own noisy block and the clean blocks before it; a
-  clean one sees clean blocks up to its own (arXiv 2503.09573). Both copies
-  have positions 0..L-1. Blocks are counted as in `block_causal`.
+  A noisy position sees its own noisy block and the clean blocks before it. A
+  clean position sees the clean blocks up to its own (arXiv 2503.09573). Both
+  copies have positions 0..L-1. Blocks are counted as in `block_causal`.
 
   Args:
-    valid: [B, L] bool, as for `follow`, of one copy.
+    valid: [B, L] bool, of one copy; as for `make_labels`.
     block_length: positions of a block.
-    doc: [B, L] int32 or a number, as for `follow`, of one copy.
+    doc: [B, L] int32 or int, of one copy; as for `make_labels`.
 
   Returns:
     Labels of [noisy ; clean], [B, 2 L].
   """
   twice = lambda x: jnp.concatenate([x, x], axis=1)
-  labels = follow(
+  labels = make_labels(
     Regime(_block_diffusion, (block_length,)),
     twice(valid),
     doc if isinstance(doc, int) else twice(doc),
   )
-  # The padding of one copy lies in the middle of the row.
+  # The padding of one copy is in the middle of the row.
   return dataclasses.replace(labels, single=False)

@@ -1,9 +1,9 @@
-"""The Pallas splash kernel of JAX, for the visibility rule of masks.py.
+"""JAX's Pallas splash attention kernel, with the visibility rule of masks.py.
 
-The kernel never holds [B, H, L, S] scores, and skips a tile of queries and
-keys where no query sees any key. Which tiles those are is worked out while
-compiling, so they follow from a masks.Regime; documents and padding may differ
-from row to row and are compared inside the tiles.
+The kernel never holds [B, H, L, S] scores. It skips a tile of queries and keys
+if no query of the tile sees any of its keys. The skipped tiles are computed
+before compilation, so they depend only on a masks.Regime. Documents and padding
+may differ between rows; the kernel compares them inside the tiles.
 """
 
 import dataclasses
@@ -25,41 +25,42 @@ from jax.sharding import PartitionSpec as P
 
 from maskdiff.model import masks
 
-# What the backward pass needs of the forward pass, by name for remat policies.
+# Name of the kernel's residuals in remat policies.
 RESIDUALS = 'attended'
-# Tiles are multiples of this, and the head dimension is filled up to it.
+# Tile sizes are multiples of this, and the head dimension is padded to one.
 LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """Queries and keys of a tile; scores of `compute` keys are in flight."""
+  """Queries and keys of a tile, of which `compute` keys are scored at once."""
 
   queries: int
   keys: int
   compute: int
 
 
-# Of the forward and of the backward kernel, by the name of a chip in chips.py.
-# The forward one fits the 16 MiB of VMEM that a kernel may use by default. The
-# backward one needs the larger limit that compiler.py sets for these chips, for
-# its sums of dk and dv over many keys: it leaves one partial dq per block of
-# keys, which XLA must read again and add up, and up to 4096 there is but one.
+# Tiles of the forward and of the backward kernel, by chip name (chips.py). The
+# forward kernel fits into 16 MiB of VMEM, the default limit of a kernel. The
+# backward kernel needs the larger limit that compiler.py sets for these chips:
+# it holds the sums of dk and dv of all keys of a tile. Large key tiles pay
+# because the kernel writes one partial dq per key tile, which XLA reads and
+# adds up; with 4096 keys per tile, rows of up to 4096 have one.
 LARGE = Tile(1024, 2048, 512), Tile(1024, 4096, 512)
 TILES = {'v5p': LARGE, 'v5e': LARGE, 'v6e': LARGE}
-# On other chips; fits 16 MiB, also in float32, and also where the mask of a
-# tile is loaded, which takes 4 bytes a score, twice.
+# For other chips. It fits into 16 MiB also in float32 and also if the kernel
+# loads the mask of a tile, which takes two buffers of 4 bytes per score.
 SMALL = Tile(512, 1024, 512)
-# With more partial dq than this a second kernel makes dq: two of five matrix
-# products are done twice, but memory does not grow with the square of L.
+# With more partial dq than this a second kernel computes dq. It repeats two of
+# five matrix products, but memory does not grow with the square of L.
 MAX_PARTIAL_DQ = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class RuleMask(splash_mask.Mask):
-  """The rule for a single document of a regime, evaluated slice by slice.
+  """The rule for a row of one document, evaluated slice by slice.
 
-  The kernel loads the mask of tiles that are neither full nor empty.
+  The kernel loads this mask for the tiles that are neither full nor empty.
   """
 
   regime: masks.Regime
@@ -70,24 +71,24 @@ class RuleMask(splash_mask.Mask):
     return self.length, self.length
 
   def __getitem__(self, index):
-    query, key = (self._labels(places) for places in index)
+    query, key = (self._labels(positions) for positions in index)
     return masks.visible(query, key)[0]
 
-  def _labels(self, places):
+  def _labels(self, positions):
     row = masks.row(self.regime, self.length)
-    return jax.tree.map(lambda x: x[:, places], row)
+    return jax.tree.map(lambda x: x[:, positions], row)
 
 
 class CleanMask(RuleMask):
   """A RuleMask whose keys are all clean and in order, as in causal regimes.
 
-  The rule is then `place of the key < reach of the query`, so the kernel
-  evaluates it instead of loading it. These attributes are what it looks for.
+  The rule is then `key.pos < query.reach`. The kernel evaluates it inside a
+  tile instead of loading a mask; it reads `mask_function` and `q_sequence`.
   """
 
   @staticmethod
-  def mask_function(reach, place):
-    return place < reach
+  def mask_function(reach, pos):
+    return pos < reach
 
   @property
   def q_sequence(self):
@@ -95,12 +96,12 @@ class CleanMask(RuleMask):
 
   def __getitem__(self, index):
     queries, keys = index
-    reach, place = self.q_sequence[queries], np.arange(self.length)[keys]
-    return self.mask_function(reach[:, None], place[None])
+    reach, pos = self.q_sequence[queries], np.arange(self.length)[keys]
+    return self.mask_function(reach[:, None], pos[None])
 
 
 def make_mask(regime, length):
-  """The splash mask of a regime for rows of L positions, [L, L]."""
+  """Returns the splash mask of a regime for rows of L positions, [L, L]."""
   if regime == masks.BIDIRECTIONAL:
     return splash_mask.FullMask((length, length))
   row = masks.row(regime, length)
@@ -109,12 +110,12 @@ def make_mask(regime, length):
 
 
 def block_sizes(mask, queries, keys, chip):
-  """Tiles that divide the lengths and fit the chip.
+  """Returns tile sizes that divide the lengths and fit the chip.
 
   Args:
     mask: from `make_mask`.
-    queries: on one device, a multiple of LANES.
-    keys: L, a multiple of LANES.
+    queries: number of queries on one device, a multiple of LANES.
+    keys: number of keys, L, a multiple of LANES.
     chip: name in chips.py, or None.
   """
   forward, backward = TILES.get(chip, (SMALL, SMALL))
@@ -144,7 +145,7 @@ def _fit(tile, queries, keys):
 
 
 def _divisor(length, limit):
-  """The largest multiple of LANES that divides the length, up to a limit."""
+  """Returns the largest multiple of LANES <= limit that divides the length."""
   return max(
     size
     for size in range(LANES, min(length, limit) + 1, LANES)
@@ -153,25 +154,25 @@ def _divisor(length, limit):
 
 
 def make_kernel(regime, length, parts=1, chip=None, interpret=False):
-  """The kernel of one row, to be called in or outside of shard_map.
+  """Returns the kernel for one row; it runs inside or outside of shard_map.
 
   Args:
     regime: masks.Regime.
     length: L.
-    parts: into how many the queries of a row are split over a mesh axis.
+    parts: number of parts into which a mesh axis splits the queries of a row.
     chip: name in chips.py, or None.
-    interpret: run the kernel's Python on any machine, to test it.
+    interpret: emulate the kernel in Python on any device, for tests.
 
   Returns:
-    A SplashAttentionKernel, which is a tree of arrays: what each tile sees.
-    shard_map splits it by `split_spec`. One mask serves all heads.
+    A SplashAttentionKernel. It is a tree of arrays that describe the tiles, and
+    shard_map splits it by `split_spec`. All heads share one mask.
   """
   mask = make_mask(regime, length)
   sizes = block_sizes(mask, length // parts, length, chip)
-  # What splash_kernel.make_splash_mha does, but for one thing: when the queries
-  # are split, the grid is not shrunk to the tiles in use. That fails where all
-  # tiles are either full or empty, and the part that sees most sets the size
-  # for all. Empty tiles are skipped all the same.
+  # The same as splash_kernel.make_splash_mha, except that the grid does not
+  # shrink to the tiles in use if the queries are split. Shrinking fails if all
+  # tiles are full or empty, and it gains nothing for the part with the most
+  # tiles. The kernel skips empty tiles anyway.
   whole, fused = parts == 1, sizes.use_fused_bwd_kernel
 
   def tiles(process, queries, keys, shrink_grid):
@@ -199,7 +200,7 @@ def make_kernel(regime, length, parts=1, chip=None, interpret=False):
     dq,
     dkv,
     block_sizes=sizes,
-    is_mqa=False,  # grouped key heads included
+    is_mqa=False,  # this form includes grouped-query attention
     save_residuals=False,
     mask_value=splash_kernel.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=None,
@@ -210,7 +211,7 @@ def make_kernel(regime, length, parts=1, chip=None, interpret=False):
 
 
 def split_spec(kernel, axis):
-  """Specs for shard_map of a kernel of several parts, along a mesh axis."""
+  """Returns the in_specs of a kernel whose queries a mesh axis splits."""
   tiles = P(None, axis)
   specs = splash_mask_info.MaskInfo(tiles, tiles, tiles, P(), P(axis))
 
@@ -229,21 +230,24 @@ def split_spec(kernel, axis):
 
 @jax.named_scope('network(attention besides kernel)')
 def run(kernel, q, k, v, doc_q, doc_k):
-  """Attention of the rows and heads of one device.
+  """Returns attention for the rows and heads of one device.
 
   Args:
-    kernel: from `make_kernel`; its own part where queries are split.
+    kernel: from `make_kernel`; the device's part if the queries are split.
     q: [B, H, L, K].
-    k: [B, G, S, K], v: [B, G, S, K]; G divides H.
-    doc_q: [B, L] int32, doc_k: [B, S] int32.
+    k: [B, G, S, K]; G divides H.
+    v: [B, G, S, K].
+    doc_q: [B, L] int32, Labels.doc of the queries.
+    doc_k: [B, S] int32, Labels.doc of the keys.
 
   Returns:
     [B, H, L, K] in the dtype of q.
   """
   head_dim = q.shape[-1]
-  # The kernel does not scale. Zeros that fill a narrow head change no score.
+  # The kernel does not scale the scores. Zero padding of the head dimension
+  # does not change them.
   q = (q.astype(jnp.float32) / math.sqrt(head_dim)).astype(q.dtype)
-  fill = [(0, 0), (0, 0), (0, 0), (0, -head_dim % LANES)]
-  q, k, v = (jnp.pad(x, fill) for x in (q, k, v))
+  padding = [(0, 0), (0, 0), (0, 0), (0, -head_dim % LANES)]
+  q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
   segments = splash_kernel.SegmentIds(doc_q, doc_k)
   return jax.vmap(kernel)(q, k, v, segments)[..., :head_dim]

@@ -1,15 +1,16 @@
 """The network: a pre-norm Transformer with rotary positions and SwiGLU.
 
-What is unusual: attention takes `masks.Labels` instead of a mask and is
-bidirectional for masked diffusion; the network never sees the time t, since
-the best denoiser does not need it (LLaDA, arXiv 2502.09992, eq. 11); and the
-forward pass stops at the hidden states, because the loss only projects the
-masked positions onto the vocabulary.
+Three things are unusual. Attention takes `masks.Labels` instead of a mask, and
+is bidirectional for masked diffusion. The network does not see the time t,
+because the optimal denoiser does not depend on it (LLaDA, arXiv 2502.09992,
+eq. 11). The forward pass ends at the hidden states, because the loss projects
+only the masked positions onto the vocabulary.
 
 A weight is declared once, in `Transformer` or `Blocks`: shape, logical axes
-and initial scale. Everything else derives from that. Outside this file
-parameters are a plain tree of arrays: `init` makes one, `shapes` and `axes`
-describe it, `bind` turns it back into a module inside jit.
+and initial scale. Shardings, counts and name tables derive from the
+declaration. Outside of this file parameters are a plain tree of arrays: `init`
+draws one, `shapes` and `axes` describe it, and `bind` turns it back into a
+module inside jit.
 
 Letters: B batch, L length, D embed, H heads, G kv heads, K head dim, F mlp,
 V vocab, N layers.
@@ -21,24 +22,23 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from maskdiff.distributed.mesh import shard
 from maskdiff.errors import UserError
 from maskdiff.model.attention import RESIDUALS, attend
 from maskdiff.model.cached_attention import attend_window
-from maskdiff.model.layers import lookup, rms_norm, rope, rotate
+from maskdiff.model.layers import block, lookup, rms_norm, rope, shift_right
 
 _save = jax.checkpoint_policies.save_only_these_names
-# What the backward pass finds of a layer besides its input, from everything to
-# nothing; the rest is computed again. Only under `full` does that include the
-# splash kernel; cuDNN's always runs again.
+# Arrays of a layer that the backward pass keeps besides the layer's input, from
+# all of them to none. The others are recomputed. Recomputation runs the splash
+# kernel again only under `full`; it always runs the cuDNN kernel again.
 REMAT_POLICIES = {
   'none': None,
   'minimal': _save('q', 'k', 'v', RESIDUALS, 'middle', 'gate', 'up'),
   'attention': _save('q', 'k', 'v', RESIDUALS),
   'attended': _save(RESIDUALS),
-  # As `attention`, in the memory of the host.
+  # The arrays of `attention`, in host memory.
   'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=['q', 'k', 'v', RESIDUALS],
@@ -64,12 +64,13 @@ class TransformerConfig:
   dtype: str  # of activations and matrix products; parameters are float32
   remat: str  # a key of REMAT_POLICIES
   attention: str  # one of attention.IMPLEMENTATIONS
-  qkv_bias: bool = False  # a bias on queries, keys and values (Qwen2, Dream)
-  qk_norm: bool = False  # queries and keys normalised by head (Qwen3)
-  # The output at a position predicts the next token: a network trained that
-  # way, which masked diffusion goes on with (Dream).
+  qkv_bias: bool = False  # biases of queries, keys and values (Qwen2, Dream)
+  qk_norm: bool = False  # RMS norm of queries and keys per head (Qwen3)
+  # The output at a position predicts the next token. Dream trains an
+  # autoregressive network further with masked diffusion and keeps this.
   predict_next: bool = False
-  # () or Llama 3's (factor, low_freq_factor, high_freq_factor, length before)
+  # () or the arguments of layers.scale_frequencies (Llama 3.1): factor,
+  # low_freq_factor, high_freq_factor, original context length
   rope_scaling: tuple[float, ...] = ()
 
 
@@ -80,12 +81,12 @@ def weight(rngs, shape, axes, std):
 
 
 def scale(shape, axes):
-  """Declares the gain of a normalisation, which starts at 1."""
+  """Declares the gain of a normalisation; it starts at 1."""
   return nnx.Param(jnp.ones(shape), axes=axes)
 
 
 def zeros(shape, axes):
-  """Declares a bias, which starts at 0."""
+  """Declares a bias; it starts at 0."""
   return nnx.Param(jnp.zeros(shape), axes=axes)
 
 
@@ -104,7 +105,7 @@ class Blocks(nnx.Module):
     )
     self.k = weight(rngs, (N, D, G, K), kv, into)
     self.v = weight(rngs, (N, D, G, K), kv, into)
-    if c.qkv_bias:  # flat: vectors are neither split nor decayed
+    if c.qkv_bias:  # flat, so that they count as vectors: not split, no decay
       self.q_bias = zeros((N, H * K), ('layers', 'heads'))
       self.k_bias = zeros((N, G * K), ('layers', 'kv_heads'))
       self.v_bias = zeros((N, G * K), ('layers', 'kv_heads'))
@@ -146,42 +147,47 @@ class Transformer(nnx.Module):
       labels: masks.Labels of the same positions.
 
     Returns:
-      [B, L, D] in the compute dtype, after the last normalisation: what a
-      position predicts itself from, also where the network has learnt to
-      predict the next one.
+      [B, L, D] in the compute dtype, after the last normalisation. The hidden
+      state at a position predicts the token of that position; with
+      `predict_next` the states are shifted by one to make it so.
     """
     hidden, _ = self._layers(tokens, labels.pos, self._attend(labels))
     shifted = self.config.predict_next
-    return from_the_left(hidden, labels) if shifted else hidden
+    return shift_right(hidden, labels) if shifted else hidden
 
   def prefill(self, tokens, labels):
-    """As a call, and also returns keys and values, for `extend`.
+    """Returns the final hidden states and a KV cache for `extend`.
+
+    Args:
+      tokens: [B, L] int32.
+      labels: masks.Labels of the same positions.
 
     Returns:
-      hidden [B, L, D]; and the pair of [N, B, G, L, K] in the compute dtype,
-      keys rotated.
+      hidden [B, L, D]; and a pair of [N, B, G, L, K], the rotated keys and the
+      values, all in the compute dtype.
 
     Raises:
-      UserError: the network predicts the next token: the first prediction of a
-        window would stand to the left of it.
+      UserError: the network predicts the next token. The prediction for the
+        first position of a window would be at the position before the window.
     """
     if self.config.predict_next:
       raise UserError(
-        'sampling with a cache is not for networks with '
-        'config.model.predict_next=True: leave config.sample.cache=none'
+        'a network with config.model.predict_next=True cannot sample with a '
+        'cache; leave config.sample.cache=none'
       )
     return self._layers(tokens, labels.pos, self._attend(labels), keep=True)
 
-  def extend(self, tokens, pos, there, kept, cache):
-    """Hidden states of windows that see themselves and a part of a cache.
+  def extend(self, tokens, pos, in_window, cache_valid, cache):
+    """Returns hidden states of windows that attend to themselves and a cache.
 
     Attention is bidirectional.
 
     Args:
-      tokens: [B, S] int32, of the windows.
-      pos: [B, S] int32, their places in the rows that made the cache.
-      there: [B, S] bool, False on what is no part of a window.
-      kept: [B, L] bool, of the cache; False where a window stands.
+      tokens: [B, S] int32, the tokens of the windows.
+      pos: [B, S] int32, their positions in the rows of the cache.
+      in_window: [B, S] bool, False on padding of a window.
+      cache_valid: [B, L] bool, the positions of the cache to attend to. False
+        at the positions of the window, whose cached keys are out of date.
       cache: from `prefill`.
 
     Returns:
@@ -189,7 +195,7 @@ class Transformer(nnx.Module):
     """
 
     def attention(q, k, v, cached):
-      return attend_window(q, k, v, there, *cached, kept)
+      return attend_window(q, k, v, in_window, *cached, cache_valid)
 
     hidden, _ = self._layers(tokens, pos, attention, cache)
     return hidden
@@ -199,22 +205,22 @@ class Transformer(nnx.Module):
     return lambda q, k, v, cached: attend(q, k, v, labels, implementation)
 
   def _layers(self, tokens, pos, attention, cache=None, keep=False):
-    """Hidden states, and with `keep` the keys and values of all layers."""
+    """Returns hidden states and, with `keep`, the keys and values per layer."""
     c = self.config
     with jax.named_scope('network(embedding)'):
       x = lookup(self.embed[...], tokens, c.dtype)
       x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
     rotation = rope(pos, c.head_dim, c.rope_theta, c.rope_scaling)
-    # Matrices are cast before the scan, so that what a mesh gathers for each
-    # layer is already in the compute dtype.
+    # Matrices are cast before the scan, so that a mesh gathers the weights of
+    # each layer in the compute dtype.
     with jax.named_scope('part(weights: cast and copy)'):
       layers = jax.tree.map(
         lambda w: w.astype(c.dtype) if w.ndim > 2 else w,
         nnx.to_pure_dict(nnx.state(self.blocks)),
       )
 
-    def layer(x, given):
-      weights, cached = given
+    def layer(x, xs):
+      weights, cached = xs
       x, kv = block(
         c, weights, x, rotation, functools.partial(attention, cached=cached)
       )
@@ -242,91 +248,6 @@ class Transformer(nnx.Module):
     )
 
 
-@jax.named_scope('network(layer: elementwise)')
-def block(c, w, x, rotation, attention):
-  """One layer.
-
-  Args:
-    c: TransformerConfig.
-    w: the layer's weights, as in Blocks without the leading axis.
-    x: [B, L, D].
-    rotation: from `rope`.
-    attention: (q [B, H, L, K], k, v [B, G, L, K]) -> [B, H, L, K].
-
-  Returns:
-    [B, L, D], like x; and the pair of k and v.
-  """
-  h = rms_norm(x, w['norm1'], c.norm_eps)
-  q, k, v = project_qkv(c, w, h, rotation)
-  q = checkpoint_name(shard(q, 'batch', 'heads', 'length', 'head_dim'), 'q')
-  # Keys and values are whole along the length: every query may see them.
-  k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
-  v = checkpoint_name(shard(v, 'batch', 'kv_heads', None, 'head_dim'), 'v')
-  with jax.named_scope('network(attention)'):
-    attended = attention(q, k, v)
-  attended = shard(attended, 'batch', 'heads', 'length', 'head_dim')
-  with jax.named_scope('network(attention output)'):
-    x = x + jnp.einsum('bhlk,hkd->bld', attended, w['o'])
-  x = checkpoint_name(shard(x, 'batch', 'length', 'embed'), 'middle')
-
-  h = rms_norm(x, w['norm2'], c.norm_eps)
-  with jax.named_scope('network(mlp gate/up)'):
-    gate = checkpoint_name(jnp.einsum('bld,df->blf', h, w['gate']), 'gate')
-    up = checkpoint_name(jnp.einsum('bld,df->blf', h, w['up']), 'up')
-  with jax.named_scope('network(mlp activation)'):
-    inner = shard(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
-  with jax.named_scope('network(mlp down)'):
-    x = x + jnp.einsum('blf,fd->bld', inner, w['down'])
-  return shard(x, 'batch', 'length', 'embed'), (k, v)
-
-
-def project_qkv(c, w, h, rotation):
-  """Queries, keys and values of a layer.
-
-  Args:
-    c: TransformerConfig.
-    w: the layer's weights, as for `block`.
-    h: [B, L, D], normalised.
-    rotation: from `rope`.
-
-  Returns:
-    q [B, H, L, K], k [B, G, L, K] and v [B, G, L, K], q and k rotated.
-  """
-
-  def project(equation, name):
-    x = jnp.einsum(equation, h, w[name])
-    if not c.qkv_bias:
-      return x
-    return x + w[f'{name}_bias'].astype(x.dtype).reshape(-1, 1, c.head_dim)
-
-  def turn(x, name):
-    x = rms_norm(x, w[f'{name}_norm'], c.norm_eps) if c.qk_norm else x
-    with jax.named_scope('network(rotary positions)'):
-      return rotate(x, rotation)
-
-  with jax.named_scope('network(attention query)'):
-    q = turn(project('bld,dhk->bhlk', 'q'), 'q')
-  with jax.named_scope('network(attention key/value)'):
-    k = turn(project('bld,dgk->bglk', 'k'), 'k')
-    v = project('bld,dgk->bglk', 'v')
-  return q, k, v
-
-
-def from_the_left(x, labels):
-  """Puts what a position says of the next one there.
-
-  The first position of a document keeps its own: it is the only one that may
-  say something of it. Dream's generation_utils.py does so at position 0.
-
-  Args:
-    x: [B, L, D].
-    labels: masks.Labels.
-  """
-  left = lambda a: jnp.concatenate([a[:, :1], a[:, :-1]], axis=1)
-  continues = labels.doc == left(labels.doc)
-  return jnp.where(continues[..., None], left(x), x)
-
-
 def init(config, key):
   """Returns freshly drawn parameters: a dict tree of float32 arrays."""
   return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
@@ -339,12 +260,12 @@ def _declaration(config):
 
 
 def shapes(config):
-  """The parameter tree with ShapeDtypeStructs for arrays."""
+  """Returns the parameter tree with a ShapeDtypeStruct for each array."""
   return nnx.to_pure_dict(_declaration(config)[1])
 
 
 def axes(config):
-  """The parameter tree with tuples of logical axis names for arrays."""
+  """Returns the parameter tree with a tuple of logical axes for each array."""
   named = jax.tree.map(
     lambda p: p.axes,
     _declaration(config)[1],
@@ -356,15 +277,16 @@ def axes(config):
 def bind(config, params):
   """Returns the Transformer that computes with these parameters."""
   definition, state = _declaration(config)
-  state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays bare
+  # A copy, so that the cached declaration keeps its shapes.
+  state = jax.tree.map(lambda x: x, state)
   nnx.replace_by_pure_dict(state, params)
   return nnx.merge(definition, state)
 
 
 def num_params(config):
-  """Number of parameters: (all, without embedding and head)."""
+  """Returns the number of parameters: (all, without embedding and head)."""
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   tree = shapes(config)
-  everything = count(tree)
+  total = count(tree)
   vocabulary = count([tree['embed'], tree.get('head', [])])
-  return everything, everything - vocabulary
+  return total, total - vocabulary

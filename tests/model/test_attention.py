@@ -230,10 +230,10 @@ def test_an_old_gpu_that_is_asked_for_cudnn_says_what_it_lacks(
 ):
   gpu(kind, capability)
   q, k, labels = shapes(FULL)
-  message = f'needs compute capability 8.0 (Ampere), and this GPU ({kind})'
+  message = f'needs compute capability 8.0 (Ampere); this GPU ({kind})'
   with pytest.raises(UserError, match=re.escape(message)) as error:
     attention.attend(q, k, k, labels, 'cudnn')
-  assert 'has 7.5; --config.model.attention=auto' in str(error.value)
+  assert 'has 7.5; set --config.model.attention=auto' in str(error.value)
   assert '\n' not in str(error.value)
 
 
@@ -264,7 +264,13 @@ def test_auto_leaves_causal_rows_that_are_split_to_xla_on_a_gpu(on):
 @pytest.mark.parametrize(
   'name, machine, labels, options, message',
   [
-    ('splash', 'cpu', FULL, {}, 'splash: it does not run on this device (cpu)'),
+    (
+      'splash',
+      'cpu',
+      FULL,
+      {},
+      'splash: splash does not run on this device (cpu)',
+    ),
     ('splash', 'gpu', FULL, {}, 'does not run on this device (NVIDIA H100'),
     ('cudnn', 'tpu', FULL, {}, 'does not run on this device (TPU v5p)'),
     (
@@ -272,14 +278,14 @@ def test_auto_leaves_causal_rows_that_are_split_to_xla_on_a_gpu(on):
       'tpu',
       masks.bidirectional(jnp.ones((8, 200), bool)),
       {},
-      'the length of 200 is not a multiple of 128',
+      'the length 200 is not a multiple of 128',
     ),
     (
       'splash',
       'tpu',
       two_documents(8, 128, 16),
       {},
-      'these labels follow none',
+      'these labels were built by hand',
     ),
     (
       'cudnn',
@@ -313,9 +319,9 @@ def test_an_implementation_that_does_not_suit_is_one_clear_error(
 @pytest.mark.parametrize(
   'sizes, heads, message',
   [
-    ({'fsdp': 3}, 4, '8 rows do not split over the 3 devices'),
-    ({'tensor': 8}, 4, 'do not split over config.mesh.tensor=8'),
-    ({'sequence': 4}, 4, '128 for each part of config.mesh.sequence=4'),
+    ({'fsdp': 3}, 4, 'a batch of 8 rows is not divisible by the 3 devices'),
+    ({'tensor': 8}, 4, 'not both divisible by config.mesh.tensor=8'),
+    ({'sequence': 4}, 4, '(128 x config.mesh.sequence=4)'),
   ],
 )
 def test_a_mesh_that_does_not_suit_is_one_clear_error(

@@ -97,7 +97,7 @@ def test_splash_equals_xla_where_whole_tiles_see_nothing(
   small_tiles, regime, doc
 ):
   """For being other documents, or by the regime."""
-  assert_splash_equals_xla(masks.follow(regime, padded(L), doc), 2, 2)
+  assert_splash_equals_xla(masks.make_labels(regime, padded(L), doc), 2, 2)
 
 
 @every_regime
@@ -107,7 +107,9 @@ def test_splash_equals_xla_with_a_kernel_of_its_own_for_dq(
   monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 1)
   sizes = splash.block_sizes(splash.make_mask(regime, L), L, L, None)
   assert not sizes.use_fused_bwd_kernel
-  assert_splash_equals_xla(masks.follow(regime, padded(L), packed(L)), 4, 2)
+  assert_splash_equals_xla(
+    masks.make_labels(regime, padded(L), packed(L)), 4, 2
+  )
 
 
 def test_splash_serves_heads_that_are_narrower_than_its_tiles():
@@ -123,7 +125,7 @@ def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():
 @with_documents
 @every_regime
 def test_splash_equals_xla_with_queries_split_over_a_mesh(regime, doc):
-  labels = masks.follow(regime, padded(L), doc)
+  labels = masks.make_labels(regime, padded(L), doc)
   assert_splash_equals_xla(labels, 4, 2, m=cpu_mesh(sequence=2))
 
 
@@ -134,7 +136,7 @@ def test_splash_equals_xla_with_everything_split_over_8_devices(
 ):
   monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 8 if fused else 1)
   m = cpu_mesh(fsdp=2, sequence=2, tensor=2)
-  labels = masks.follow(REGIMES[name], padded(L)[1:], packed(L)[1:])
+  labels = masks.make_labels(REGIMES[name], padded(L)[1:], packed(L)[1:])
   assert_splash_equals_xla(labels, 4, 2, m=m)
 
 
@@ -263,7 +265,7 @@ regimes = {
 
 def compile(regime):
   def loss(q, k, v, valid, doc):
-    out = attend(q, k, v, masks.follow(regime, valid, doc), 'auto')
+    out = attend(q, k, v, masks.make_labels(regime, valid, doc), 'auto')
     return out.astype(jnp.float32).sum()
   step = jax.jit(
     jax.grad(loss, argnums=(0, 1, 2)), compiler_options=compiler.options(m)

@@ -61,7 +61,7 @@ def layer(config, weights, x, labels):
   """One layer alone."""
   rotation = layers.rope(labels.pos, config.head_dim, config.rope_theta)
   attention = lambda q, k, v: attend(q, k, v, labels, config.attention)
-  return transformer.block(config, weights, x, rotation, attention)[0]
+  return layers.block(config, weights, x, rotation, attention)[0]
 
 
 def everyone(tokens):
