@@ -23,6 +23,6 @@ def validate(c):
   """
   check_keys(c)
   for name, key in KEYS.items():
-    check_value(name, key, lookup(c, name))
+    check_value(f'config.{name}', key, lookup(c, name))
   for section in (model, tokens, optimizer, data, train, evaluation, sample):
     section.check(c)

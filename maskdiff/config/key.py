@@ -34,22 +34,30 @@ def require(condition, message):
     raise UserError(message)
 
 
+def check_choice(name, key, value):
+  """Raises UserError if the Key has choices and the value is not one of them.
+
+  `name` is the name of the key in the message.
+  """
+  require(
+    not key.choices or value in key.choices,
+    f'{name}={value!r}: choose one of {", ".join(key.choices)}'
+    + suggestion(value, key.choices),
+  )
+
+
 def check_value(name, key, value):
   """Checks one value against the declaration of its key.
 
   Args:
-    name: dotted name of the key, for the message.
+    name: name of the key, for the message.
     key: Key.
-    value: value of the key in a config.
+    value: value of the key.
 
   Raises:
     UserError: the value is not one of the choices, or is out of bounds.
   """
-  require(
-    not key.choices or value in key.choices,
-    f'config.{name}={value!r}: choose one of {", ".join(key.choices)}'
-    + suggestion(value, key.choices),
-  )
+  check_choice(name, key, value)
   # NaN is within no bounds.
   for bound, text, holds in (
     (key.minimum, 'at least', lambda bound: value >= bound),
@@ -59,5 +67,5 @@ def check_value(name, key, value):
   ):
     require(
       bound is None or holds(bound),
-      f'config.{name}={value}: must be {text} {bound}',
+      f'{name}={value}: must be {text} {bound}',
     )

@@ -9,68 +9,57 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from maskdiff.config.key import check_choice
+from maskdiff.config.sample import SETTINGS
 from maskdiff.errors import UserError
-from maskdiff.objectives.schedule import SCHEDULES
 from maskdiff.objectives.table import OBJECTIVES
-from maskdiff.sampling import candidates, remasking
 
-CACHES = ('none', 'prefix', 'dual')
-MAX_SHAPES = 5  # that a program has passes for
+MAX_SHAPES = 5  # compile at most this many sequence lengths per program
+
+# One field for each key of config.sample, with its type and default.
+_Settings = dataclasses.make_dataclass(
+  '_Settings',
+  [(name, type(key.default), key.default) for name, key in SETTINGS.items()],
+  frozen=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-  """How to sample. What has a default is off by default.
+class SamplerConfig(_Settings):
+  """Settings of the sampler: the keys of config.sample, and `own_blocks`.
 
-  Of a model that ends short answers with many eos, the published evaluations
-  of LLaDA (EVAL.md) suppress eos in one of two ways. `logits_eos_inf`
-  (HumanEval): it is never predicted. `confidence_eos_eot_inf` (GSM8K, MATH,
-  GPQA, MBPP): it is, and so is the end of turn, but they have confidence 0 and
-  are committed last, and the confidence of other tokens is a share of what
-  these two leave. At temperatures above 0 LLaDA's code does the second to the
-  end of turn alone, by an oversight; here eos is treated alike at any
-  temperature. Rules that do not look at confidence take no notice of it.
+  maskdiff/config/sample.py declares the keys, with defaults and help. Two
+  differ here. `gen_length` is the number of slots over which `steps` is
+  divided. 0: those of the longest row; results then depend on the batch.
+  `steps` may be 0 with own_blocks: one step per slot.
 
-  A `cache` keeps keys and values of a pass over the whole canvas, which also
-  commits the first tokens of a block, for the steps after it (Fast-dLLM, arXiv
-  2505.22618). `prefix` keeps those of what stands before the block, and later
-  steps pass from the block's start to the end of the row; `dual` keeps all but
-  the block's, and later steps pass the block alone. They are what they were
-  when the pass was made, so that results differ a little from those without a
-  cache; with refresh=1 they are the same.
+  Models tuned on answers padded with eos predict eos early. The published
+  evaluations of LLaDA (EVAL.md) suppress eos in one of two ways. With
+  `logits_eos_inf` (HumanEval) eos is never predicted. With
+  `confidence_eos_eot_inf` (GSM8K, MATH, GPQA, MBPP) eos and the end of turn are
+  predicted, but have confidence 0 and are committed last; the confidence of
+  other tokens is normalized without these two. At temperatures above 0 LLaDA's
+  code does the second to the end of turn only, by an oversight; here eos is
+  treated alike at any temperature. Remasking rules that do not read the
+  confidence ignore both.
+
+  A `cache` stores keys and values of a forward pass over the whole canvas,
+  which also commits the first tokens of a block, for the later steps of the
+  block (Fast-dLLM, arXiv 2505.22618). `prefix` stores the positions before the
+  block; later steps compute from the start of the block to the end of the row.
+  `dual` stores all positions outside the block; later steps compute the block
+  only. The cached values are as old as that pass, so results differ a little
+  from those without a cache. With refresh=1 they are equal.
+
+  Attributes:
+    own_blocks: divide `steps` among the blocks of each row, at least one step
+      per block, instead of the blocks of the longest request. Gaps need it,
+      since their number of slots differs: results then do not depend on the
+      batch.
   """
 
-  # Denoising steps in all, shared equally by the blocks; 0, with own_blocks: as
-  # many as a block has slots.
-  steps: int
-  block_length: int  # slots filled together
-  temperature: float  # 0 takes the most probable token
-  remasking: str  # a key of remasking.RULES
-  # Slots of the longest request there is, which share the steps; 0: of the
-  # longest row of the batch, on which results then depend.
   gen_length: int = 0
-  # A row's own blocks share the steps, at least one each, and not those of the
-  # longest request: for gaps, which differ, so that results do not depend on
-  # what else is asked.
   own_blocks: bool = False
-  eot_id: int = -1  # end of turn; -1: none
-  schedule: str = 'linear'  # of the number of masked slots: linear | cosine
-  confidence: str = 'probability'  # a key of candidates.CONFIDENCES
-  threshold: float = 0.9  # of the rule of that name
-  factor: float = 1.0  # of the rule of that name
-  top_k: int = 0  # most probable tokens that are drawn from; 0: all
-  top_p: float = 1.0  # their probability in all
-  guidance: float = 0.0  # scale of classifier-free guidance
-  stop_at_eos: bool = False  # nothing after an eos matters: see `stop`
-  logits_eos_inf: bool = False
-  confidence_eos_eot_inf: bool = False
-  cache: str = 'none'  # one of CACHES
-  # A pass over the whole canvas every so many steps of a block; 0: at its
-  # first step alone.
-  refresh: int = 0
-  # Blocks after the current one of which the network sees the masks; -1: all.
-  # With 0 or more it is not told how much room there is.
-  lookahead: int = -1
 
 
 class Request(NamedTuple):
@@ -222,16 +211,8 @@ def _check_settings(network, c):
       f'refresh={c.refresh} is how often a cache is made anew: choose '
       "cache='dual' or 'prefix' too, or 0"
     )
-  for key, known in (
-    ('cache', CACHES),
-    ('remasking', remasking.RULES),
-    ('confidence', candidates.CONFIDENCES),
-    ('schedule', SCHEDULES),
-  ):
-    if getattr(c, key) not in known:
-      raise UserError(
-        f'{key}={getattr(c, key)!r} is unknown; choose one of {sorted(known)}'
-      )
+  for name, key in SETTINGS.items():
+    check_choice(name, key, getattr(c, name))
   for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
     if getattr(c, key) and network.eos_id < 0:
       raise UserError(f'{key}=True needs an eos_id')
@@ -270,29 +251,14 @@ def halves(most, least):
 
 
 def sampler_config(config):
-  """The frozen config of the sampler; autoregressive models go one by one."""
-  s, causal = config.sample, OBJECTIVES[config.objective.name].left_to_right
-  return SamplerConfig(
-    steps=s.gen_length if causal else s.steps,
-    block_length=1 if causal else s.block_length,
-    temperature=s.temperature,
-    remasking=s.remasking,
-    gen_length=s.gen_length,
-    eot_id=s.eot_id,
-    schedule=s.schedule,
-    confidence=s.confidence,
-    threshold=s.threshold,
-    factor=s.factor,
-    top_k=s.top_k,
-    top_p=s.top_p,
-    guidance=s.guidance,
-    stop_at_eos=s.stop_at_eos,
-    logits_eos_inf=s.logits_eos_inf,
-    confidence_eos_eot_inf=s.confidence_eos_eot_inf,
-    cache=s.cache,
-    refresh=s.refresh,
-    lookahead=s.lookahead,
-  )
+  """Returns the SamplerConfig of a run's config.
+
+  Left-to-right networks get blocks of one slot and one step per token.
+  """
+  settings = {name: config.sample[name] for name in SETTINGS}
+  if OBJECTIVES[config.objective.name].left_to_right:
+    settings |= dict(steps=settings['gen_length'], block_length=1)
+  return SamplerConfig(**settings)
 
 
 def describe(network, c):

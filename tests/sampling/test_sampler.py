@@ -15,6 +15,8 @@ import pytest
 import scipy.stats
 from jax.experimental import io_callback
 
+from maskdiff.config.key import Key
+from maskdiff.config.sample import SETTINGS
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import masks, transformer
@@ -195,6 +197,7 @@ def test_random_remasking_is_that_of_llada(monkeypatch, name):
     return remasking.keep_top(score, masked, budget)
 
   monkeypatch.setitem(remasking.RULES, 'injected', injected)
+  monkeypatch.setitem(SETTINGS, 'remasking', Key('injected', '', ('injected',)))
   c = dataclasses.replace(c, remasking='injected')
   canvases = np.stack(list(sampler.trace(network, c, request)))
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
@@ -503,17 +506,17 @@ REFUSED = {
   'steps': (dict(steps=3, block_length=4), ALL, 'steps=3.* multiple of 2'),
   'no_steps': (dict(steps=0), ALL, 'steps=0'),
   'nothing': ({}, ~ALL, 'nothing to fill'),
-  'rule': (dict(remasking='lowest'), ALL, "'lowest'.*'low_confidence'"),
+  'rule': (dict(remasking='lowest'), ALL, "'lowest'.*low_confidence"),
   'shapes': ({}, ALL[:, :7], r'\(1, 8\).*\(1, 7\)'),
   'causal': (dict(objective='autoregressive'), ALL, 'block_length=1'),
-  'confidence': (dict(confidence='hope'), ALL, "'hope'.*'probability'"),
+  'confidence': (dict(confidence='hope'), ALL, "'hope'.*probability"),
   'no_block': (dict(block_length=0), ALL, 'block_length=0'),
   'guidance': (
     dict(objective='autoregressive', block_length=1, guidance=1.0),
     ALL,
     'guidance=1.0.*autoregressive',
   ),
-  'schedule': (dict(schedule='sine'), ALL, "'sine'.*'linear'"),
+  'schedule': (dict(schedule='sine'), ALL, "'sine'.*linear"),
   'no_eos': (dict(stop_at_eos=True), ALL, 'stop_at_eos.*eos_id'),
   'no_eos_either': (dict(logits_eos_inf=True), ALL, 'logits_eos_inf.*eos_id'),
 }
