@@ -16,6 +16,7 @@ import itertools
 import jax
 import numpy as np
 
+from maskdiff import config as config_lib
 from maskdiff.evals import answered, heldout
 from maskdiff.interop import load
 from maskdiff.sampling import layouts, sampler
@@ -39,7 +40,7 @@ def positions(model, rule, temperature, num):
   prompts = list(itertools.islice(itertools.cycle(long), num))
   values = {'gen_length': slots, 'block_length': slots, 'remasking': rule}
   c = sampler_config(
-    answered.settings(config, {**values, 'temperature': temperature})
+    config_lib.with_settings(config, {**values, 'temperature': temperature})
   )
   c = dataclasses.replace(c, stop_at_eos=False)
   network = model.network

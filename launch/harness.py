@@ -44,7 +44,7 @@ def main(args):
 def evaluate(args):
   import jax
 
-  from maskdiff.evals import answered, harness  # reports a missing lm-eval
+  from maskdiff.evals import harness  # reports a missing lm-eval
 
   import lm_eval  # isort: skip
   from lm_eval.tasks import TaskManager
@@ -57,7 +57,7 @@ def evaluate(args):
   unknown = [name for name in args.tasks if not tasks.match_tasks([name])]
   if unknown:
     raise UserError(f'--tasks: lm-eval has no task {", ".join(unknown)}')
-  settings = answered.pairs(args.model)
+  settings = config.parse_pairs(args.model)
   loaded = {key: getattr(args, key) for key in ('workdir', 'tensor', 'dtype')}
   for key in loaded:
     if key in settings:

@@ -24,6 +24,7 @@ from maskdiff.config.keys import (
   lookup,
 )
 from maskdiff.config.mesh import validate_mesh
+from maskdiff.config.settings import parse_pairs, with_settings
 
 __all__ = [
   'CHOICES',
@@ -38,8 +39,10 @@ __all__ = [
   'flatten',
   'from_dict',
   'lookup',
+  'parse_pairs',
   'require_workdir',
   'run_script',
   'validate',
   'validate_mesh',
+  'with_settings',
 ]

@@ -41,63 +41,6 @@ class Answers(NamedTuple):
   slots: int  # tokens that were filled in, in all
 
 
-def settings(config, values):
-  """The config of a run with other settings of its sampler.
-
-  Args:
-    config: ConfigDict of the run; stays as it is.
-    values: dict of keys of config.sample. A value may be text, as on a
-      command line.
-
-  Returns:
-    ConfigDict. Steps are one a token if they are not given.
-
-  Raises:
-    UserError: a key or a value is not possible.
-  """
-  config = config.copy_and_resolve_references()
-  s = config.sample
-  for key, value in values.items():
-    if key not in s or key == 'prompts':
-      known = sorted(set(s) - {'prompts'})
-      raise UserError(
-        f'sampler setting {key!r}: choose among {", ".join(known)}'
-      )
-    try:
-      s[key] = _parse(value, type(s[key]))
-    except (KeyError, TypeError, ValueError) as error:
-      raise UserError(
-        f'sampler setting {key}={value!r}: must be {type(s[key]).__name__}'
-      ) from error
-  if s.gen_length < 1:
-    raise UserError(f'sampler setting gen_length={s.gen_length}: must be >= 1')
-  if 'steps' not in values:
-    size = max(1, min(s.block_length, s.gen_length))
-    s.steps = -(-s.gen_length // size) * size
-  config_lib.validate(config)
-  return config
-
-
-def pairs(texts):
-  """A dict from texts KEY=VALUE.
-
-  Raises:
-    UserError: there is no = in one.
-  """
-  for text in texts:
-    if '=' not in text:
-      raise UserError(f'sampler setting {text!r}: write KEY=VALUE')
-  return dict(text.split('=', 1) for text in texts)
-
-
-def _parse(value, kind):
-  if not isinstance(value, str) or kind is str:
-    return value
-  if kind is bool:
-    return {'true': True, 'false': False}[value.lower()]
-  return kind(value)
-
-
 def complete(model, c, prompts, suffixes, slots, seeds, batch):
   """Fills in what stands between prompts and suffixes.
 
@@ -146,7 +89,7 @@ def ask(model, values, lines, correct, seed, batch):
 
   Args:
     model: Model.
-    values: as for `settings`; gen_length is that of the most slots.
+    values: as for config.with_settings; gen_length is that of the most slots.
     lines: list of dicts with text as `prompt`, `answer` and perhaps `suffix`
       and `way`.
     correct: function from a line and a text to a bool.
@@ -154,7 +97,7 @@ def ask(model, values, lines, correct, seed, batch):
     batch: lines that are answered together.
 
   Raises:
-    UserError: see `settings` and `complete`; or gen_length is given.
+    UserError: see config.with_settings and `complete`; or gen_length is given.
 
   Returns:
     list of dicts, a line each; and a dict with the accuracy, that of each way,
@@ -170,7 +113,9 @@ def ask(model, values, lines, correct, seed, batch):
     n if suffix else max(lengths) + 1
     for n, suffix in zip(lengths, suffixes, strict=True)
   ]
-  config = settings(model.config, {**values, 'gen_length': max(slots)})
+  config = config_lib.with_settings(
+    model.config, {**values, 'gen_length': max(slots)}
+  )
   c = sampler_config(config)
   if any(suffixes):
     steps = c.steps if 'steps' in values else 0

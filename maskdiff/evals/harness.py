@@ -100,7 +100,7 @@ class MaskDiff(TemplateLM):
     config = self.model.config
     # Whether steps fit is known when a task says how long its answers are.
     checked = {k: v for k, v in self.values.items() if k != 'steps'}
-    answered.settings(config, {**GREEDY, **checked})
+    config_lib.with_settings(config, {**GREEDY, **checked})
     self.likelihood = queries.likelihood_config(
       config, guidance, tokens_per_call
     )
@@ -211,7 +211,7 @@ class MaskDiff(TemplateLM):
       groups.setdefault(key, []).append((i, request.args[0], until))
     answers = [''] * len(requests)
     for key, members in groups.items():
-      config = answered.settings(self.model.config, dict(key))
+      config = config_lib.with_settings(self.model.config, dict(key))
       slots = config.sample.gen_length
       room = self.max_length - slots
       if room < 0:

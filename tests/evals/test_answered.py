@@ -144,6 +144,6 @@ def test_a_row_that_is_too_long_is_named(model):
 
 
 def test_a_setting_is_a_key_and_a_value():
-  assert answered.pairs(['a=b=c', 'd=']) == {'a': 'b=c', 'd': ''}
+  assert config_lib.parse_pairs(['a=b=c', 'd=']) == {'a': 'b=c', 'd': ''}
   with pytest.raises(UserError, match="'steps': write KEY=VALUE"):
-    answered.pairs(['steps'])
+    config_lib.parse_pairs(['steps'])
