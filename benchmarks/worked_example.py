@@ -137,7 +137,7 @@ def table_of_orders():
   p = generated(name, SENTENCE)
   mean = bound(name, SENTENCE)
   rows.append(['mean of the six', '', f'**{p}**', f'**{mean:.4f}**'])
-  return table(['order', 'chances', 'product', '-ln'], rows)
+  return table(['order', 'probabilities', 'product', '-ln'], rows)
 
 
 def table_of_sentences():
@@ -160,14 +160,14 @@ def table_of_sentences():
 
 
 def table_of_steps():
-  """What comes out with one word a step, and with all at once."""
+  """The distribution of sampled sentences: one word per step, or all at once."""
   rows = []
   for sentence in LANGUAGE:
     row = [generated(name, sentence) for name in SEES]
     rows.append([' '.join(sentence), *row, at_once('exact', sentence)])
   rest = [1 - sum(row[c] for row in rows) for c in (1, 2, 3)]
   rows.append(['anything else', *rest])
-  head = ['sentence', 'one a step, exact', 'one a step, neighbours']
+  head = ['sentence', 'one per step, exact', 'one per step, neighbours']
   return table([*head, 'all at once, either'], rows)
 
 

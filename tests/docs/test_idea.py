@@ -248,7 +248,7 @@ def test_the_most_probable_words_come_in_the_order_of_the_page(monkeypatch):
     (np.asarray(carry.canvas)[0].tolist(), sure[0])
     for carry, sure in sampler.walk(network_of('exact'), c, request)
   ]
-  rows = table_with('surest word')
+  rows = table_with('most probable word')
   assert len(rows) == len(moments) - 1 == L
   for row, before, after in zip(rows, moments, moments[1:], strict=False):
     _, canvas, word, probability = row
