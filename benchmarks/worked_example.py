@@ -1,10 +1,11 @@
-"""The numbers of the worked example in docs/idea.md, as its tables.
+"""Prints the tables of the worked example in docs/idea.md.
 
 python benchmarks/worked_example.py
 
-A language of three sentences, and two denoisers that are known exactly: all
-masks and all orders are enumerated, chances as fractions. tests/docs/test_idea.py
-holds the page against this, and this against maskdiff's own functions.
+The language has three sentences, and the two denoisers are known exactly. All
+masks and all orders are enumerated, with probabilities as fractions.
+tests/docs/test_idea.py compares the page with these tables, and the tables with
+maskdiff's own functions.
 """
 
 import itertools
@@ -160,7 +161,7 @@ def table_of_sentences():
 
 
 def table_of_steps():
-  """The distribution of sampled sentences: one word per step, or all at once."""
+  """Distribution of samples: one word per step, or all words at once."""
   rows = []
   for sentence in LANGUAGE:
     row = [generated(name, sentence) for name in SEES]
