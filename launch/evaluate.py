@@ -98,7 +98,7 @@ def main(args):
     raise UserError(f'--task {args.task} needs --data')
   if args.sample and args.task not in ANSWERED:
     raise UserError(f'--sample: there is no sampling in --task {args.task}')
-  with runtime.started(load.own_directory(args.workdir)):
+  with runtime.started(load.writable_workdir(args.workdir)):
     evaluate(args)
 
 

@@ -1,4 +1,4 @@
-"""Loads a trained model from a work directory or a published folder."""
+"""Loads a trained model from a work directory or a Hugging Face folder."""
 
 import contextlib
 import dataclasses
@@ -19,35 +19,33 @@ from maskdiff.model.transformer import TransformerConfig
 
 
 def load(workdir, tensor=1, dtype=None):
-  """Loads the newest whole checkpoint of a run, to use the model.
+  """Loads the newest intact checkpoint of a run, for sampling and scoring.
 
   Args:
-    workdir: directory given to `train.run`, or made by launch/convert.py; or a
-      published folder in Hugging Face's form.
-    tensor: devices that share every layer, its heads and mlp; the others split
-      the parameters and the rows.
-    dtype: of the parameters, by default as stored. Where config.model.dtype is
-      bfloat16, they may as well be: half the memory, the same products.
+    workdir: work directory of launch/pretrain.py or launch/convert.py, or a
+      Hugging Face folder.
+    tensor: number of devices that share every layer (its heads and its mlp).
+      The remaining mesh axis shards the parameters and the rows.
+    dtype: name of the parameters' dtype; default: as stored. Where
+      config.model.dtype is bfloat16, bfloat16 parameters take half the memory
+      and give the same products.
 
   Returns:
     - `config`: ConfigDict of the run.
-    - `tokenizer`: data.tokenizer.Tokenizer, the one it was trained with.
-    - `params`: parameter tree, split over all devices of a slice, as stored.
-    - `mesh`: the mesh it lies on, with a replica for every slice.
+    - `tokenizer`: the data.tokenizer.Tokenizer that the model was trained with.
+    - `params`: parameter tree, sharded over all devices of a slice.
+    - `mesh`: mesh of the parameters, with one replica per slice.
 
   Raises:
-    UserError: there is no checkpoint, or it does not fit this version.
+    UserError: there is no checkpoint, or this version cannot read it.
   """
   slices = mesh_lib.split_by_slice(jax.devices())
   mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
   if not families.is_published(workdir):
     config, params = load_params(workdir, mesh, dtype)
-    return (
-      config,
-      tokenizer_lib.with_config_ids(config, tokenizer_lib.load(workdir)),
-      params,
-      mesh,
-    )
+    tokenizer = tokenizer_lib.load(workdir)
+    tokenizer = tokenizer_lib.with_config_ids(config, tokenizer)
+    return config, tokenizer, params, mesh
   published = hf.open_folder(workdir)
   tokenizer = hf.open_tokenizer(published)
   if tokenizer is None:
@@ -60,12 +58,42 @@ def load(workdir, tensor=1, dtype=None):
   return config, tokenizer, params, mesh
 
 
+def load_params(path, mesh, dtype=None):
+  """Loads parameters onto a mesh. Each process reads its devices' shards.
+
+  Args:
+    path: work directory or Hugging Face folder.
+    mesh: device mesh.
+    dtype: name of the parameters' dtype; default: as stored.
+
+  Returns:
+    - `config`: ConfigDict of the run; for a Hugging Face folder, the config of
+      a run with this model.
+    - `params`: parameter tree.
+
+  Raises:
+    UserError: the parameters are missing or damaged, or do not fit this version
+      or the mesh.
+  """
+  if families.is_published(path):
+    return _load_published(hf.open_folder(path), mesh, dtype)
+  params_dir = os.path.join(path, leaves_lib.PARAMS)
+  if not os.path.isdir(params_dir):
+    return _load_checkpoint(path, mesh, dtype)
+  leaves, meta = leaves_lib.open_folder(params_dir)
+  config = config_lib.from_dict(meta.config)
+  shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
+  return config, leaves_lib.place(
+    leaves, shardings, dtype, meta.leaves, params_dir
+  )
+
+
 def network(config, params):
   """Returns the Network of a run, for sampling and scoring.
 
-  An attention kernel that the config chooses is for training. The Network
-  chooses one itself, since prompts have other lengths and may be sampled on
-  other hardware; only `xla` stays.
+  An attention kernel set in the config is meant for training. The Network
+  chooses its own kernel, since prompts have other lengths and may be sampled on
+  other hardware; only `xla` is kept.
 
   Args:
     config: ConfigDict of the run.
@@ -85,45 +113,44 @@ def network(config, params):
   )
 
 
-def load_params(path, mesh, dtype=None):
-  """Loads parameters onto a mesh, each process what its devices hold.
+def warm_start(config, mesh):
+  """Loads the initial parameters of a run from config.init_from, in float32.
 
   Args:
-    path: as for `load`.
+    config: ConfigDict of the new run.
     mesh: device mesh.
-    dtype: of the parameters, by default as stored.
-
-  Returns:
-    - `config`: ConfigDict of the run, or of a run with this model.
-    - `params`: parameter tree.
 
   Raises:
-    UserError: there is nothing to load; or it is damaged or does not fit this
-      version or the mesh.
+    UserError: the stored model has another architecture, or cannot be loaded.
   """
-  if families.is_published(path):
-    return _load_published(hf.open_folder(path), mesh, dtype)
-  params_dir = os.path.join(path, leaves_lib.PARAMS)
-  if not os.path.isdir(params_dir):
-    return _load_checkpoint(path, mesh, dtype)
-  leaves, meta = leaves_lib.open_folder(params_dir)
-  config = config_lib.from_dict(meta.config)
-  shardings = manifest.flat(_shardings(config, mesh)[1])
-  return config, leaves_lib.place(
-    leaves, shardings, dtype, meta.leaves, params_dir
-  )
+  path = config.init_from
+  stored, params = load_params(path, mesh, 'float32')
+  for field in families.FIELDS:
+    if stored.model[field] != config.model[field]:
+      raise UserError(
+        f'--config.init_from={path} has config.model.{field}='
+        f'{stored.model[field]!r}, not {config.model[field]!r}: set '
+        f'--config.model.{field}={stored.model[field]!r}, or take the whole '
+        f'model with --config configs/published.py:{path}'
+      )
+  return params
+
+
+def writable_workdir(workdir):
+  """Returns `workdir`; None for a Hugging Face folder, which is only read."""
+  return None if families.is_published(workdir) else workdir
 
 
 def _load_published(published, mesh, dtype):
   config = hf.run_config(published, None)
-  shardings = manifest.flat(_shardings(config, mesh)[1])
+  shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
   return config, leaves_lib.place(published.leaves, shardings, dtype)
 
 
 def _load_checkpoint(workdir, mesh, dtype):
   def targets_of(step, meta):
     config = config_lib.from_dict(meta.config)
-    return {'params': restore.targets(*_shardings(config, mesh))}
+    return {'params': restore.targets(*_shapes_and_shardings(config, mesh))}
 
   with contextlib.closing(restore.open_run(workdir)) as checkpointer:
     _, meta, (params,) = restore.newest(checkpointer, targets_of)
@@ -132,37 +159,8 @@ def _load_checkpoint(workdir, mesh, dtype):
   return config_lib.from_dict(meta.config), params
 
 
-def _shardings(config, mesh):
-  """Shapes of a config's parameters and where they lie, two trees."""
+def _shapes_and_shardings(config, mesh):
+  """Returns the trees of shapes and of shardings of a config's parameters."""
   c = TransformerConfig(**config.model)
   shapes = transformer.shapes(c)
   return shapes, mesh_lib.param_shardings(mesh, transformer.axes(c), shapes)
-
-
-def warm_start(config, mesh):
-  """The parameters that a run begins with, of config.init_from, in float32.
-
-  Args:
-    config: the config.
-    mesh: device mesh.
-
-  Raises:
-    UserError: they are of another model.
-  """
-  path = config.init_from
-  theirs, params = load_params(path, mesh, 'float32')
-  for field in families.FIELDS:
-    if theirs.model[field] != config.model[field]:
-      raise UserError(
-        f'--config.init_from={path} has config.model.{field}='
-        f'{theirs.model[field]!r}, not {config.model[field]!r}: set '
-        f'--config.model.{field}={theirs.model[field]!r}, or take the whole '
-        f'model with --config configs/published.py:{path}'
-      )
-  return params
-
-
-def own_directory(workdir):
-  """The directory, or None if it is a published folder: nothing is written
-  there."""
-  return None if families.is_published(workdir) else workdir
