@@ -24,7 +24,11 @@ from maskdiff.config.keys import (
   lookup,
 )
 from maskdiff.config.mesh import validate_mesh
-from maskdiff.config.settings import parse_pairs, with_settings
+from maskdiff.config.settings import (
+  parse_pairs,
+  sample_settings,
+  with_settings,
+)
 
 __all__ = [
   'CHOICES',
@@ -42,6 +46,7 @@ __all__ = [
   'parse_pairs',
   'require_workdir',
   'run_script',
+  'sample_settings',
   'validate',
   'validate_mesh',
   'with_settings',

@@ -40,6 +40,45 @@ def with_settings(config, settings):
   return config
 
 
+def sample_settings(args, run_config, num_slots, gaps):
+  """Returns the settings that the flags of launch/sample.py ask for.
+
+  Args:
+    args: FLAGS, with those of define_sample_flags.
+    run_config: the config of the run.
+    num_slots: slots of the longest text.
+    gaps: whether the texts have gaps. answers.for_gaps sets their steps.
+
+  Returns:
+    dict for `with_settings`.
+
+  Raises:
+    UserError: a flag would have no effect.
+  """
+  settings = {
+    name: getattr(args, name)
+    for name in SETTINGS
+    if getattr(args, name) is not None
+  }
+  for key in ('threshold', 'factor'):
+    remasking = settings.get('remasking', run_config.sample.remasking)
+    if key in settings and remasking != key:
+      raise UserError(f'--{key} is for --remasking {key} only')
+  if gaps:
+    if args.stop_at_eos or args.open_length:
+      raise UserError(
+        '--stop_at_eos and --open_length are for prompts: text follows a gap'
+      )
+    if args.lookahead not in (None, -1):
+      raise UserError('--lookahead is for prompts: text follows a gap')
+    settings.pop('steps', None)
+  if args.open_length:
+    settings = {'stop_at_eos': True, 'lookahead': 0} | settings
+  size = settings.get('block_length', run_config.sample.block_length)
+  fitted = {'gen_length': num_slots, 'block_length': min(size, num_slots)}
+  return settings | fitted
+
+
 def parse_pairs(texts):
   """Returns a dict from a list of texts KEY=VALUE.
 

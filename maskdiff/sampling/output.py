@@ -1,0 +1,52 @@
+"""Prints answers and denoising steps, and writes answers to files."""
+
+import contextlib
+import json
+import sys
+
+import jax
+
+from maskdiff.distributed import runtime
+from maskdiff.errors import writing
+
+
+def write_answers(found, write, shown, totals):
+  """Writes or prints answers as they come, and adds up what they took.
+
+  Args:
+    found: iterable of answers, see maskdiff/sampling/answers.py.
+    write: function that writes a line to --out, or None.
+    shown: whether --show has printed them already.
+    totals: Counter of tokens, forwards and positions, updated in place.
+  """
+  for number, answer in enumerate(found):
+    for key in ('tokens', 'forwards', 'positions'):
+      totals[key] += answer[key]
+    if write:
+      write(json.dumps(answer, ensure_ascii=False) + '\n')
+    elif not shown:
+      line = '---\n' if number else ''
+      runtime.print_once(line + answer['text'], file=sys.stdout)
+
+
+def print_step(texts):
+  """Prints the texts of a step; on a terminal, over those of the last step."""
+  clear, end = '', '\n' + '=' * 8
+  if sys.stdout.isatty():
+    clear, end = '\x1b[2J\x1b[H', ''
+  runtime.print_once(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
+
+
+@contextlib.contextmanager
+def open_file(flag, path):
+  """Yields a function that writes text to the file of a flag.
+
+  Yields None without a path. Only process 0 writes; each line is flushed.
+  """
+  if not path or jax.process_index():
+    yield path and (lambda text: None)
+    return
+  with writing(flag, path):
+    f = open(path, 'w', encoding='utf-8', buffering=1)
+  with f:
+    yield f.write
