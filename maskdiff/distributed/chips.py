@@ -1,18 +1,19 @@
-"""What accelerators can do: peaks, memory and links of one chip.
+"""Peak FLOP/s, memory and link bandwidths of accelerator chips.
 
-Peaks and HBM bandwidths are the vendors' published ones. What else a time
-estimate needs is partly assumed, and said so where it stands:
+Peaks and HBM bandwidths are published by the vendors. Other figures that a
+time estimate needs are derived or assumed:
 
-- `clock_hz` is the rate at which the TPU compiler's cost model counts. It is
-  not published; these clocks make the compiler's best large matrix product
-  come out at 87% to 97% of the peak.
-- `hbm_gib` is what the compiler lets a program use, from its own out-of-memory
-  messages, and less than what is sold as the chip's memory.
+- `clock_hz` is the clock of the TPU compiler's cost model. It is not
+  published. With these values the compiler's estimate for its best large
+  matrix product is 87% to 97% of the peak.
+- `hbm_gib` is the memory that the compiler lets a program use, taken from its
+  out-of-memory messages. It is less than the advertised memory of the chip.
 - `link_bandwidth` is one direction of one ICI link: the published
-  bidirectional bandwidth of a chip over twice its number of links.
-- `dcn_bandwidth` is the host's published network cards over its chips. It is
-  reached only by large transfers of all chips at once.
-- `host_bandwidth` is one direction of PCIe, generation 4 or 5 by chip: assumed.
+  bidirectional bandwidth of a chip divided by twice its number of links.
+- `dcn_bandwidth` is the published network bandwidth of a host divided by its
+  number of chips. Only large transfers of all chips at once reach it.
+- `host_bandwidth` is one direction of PCIe, with generation 4 or 5 assumed by
+  chip.
 """
 
 import dataclasses
@@ -23,20 +24,22 @@ from maskdiff.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  name: str  # as in the name of a topology: v5p of v5p:4x4x4
-  device_kinds: tuple  # as JAX names its devices
+  """Figures of one TPU chip; see the module docstring for their sources."""
+
+  name: str  # as in the name of a topology: v5p in v5p:4x4x4
+  device_kinds: tuple  # values of jax.Device.device_kind
   peak_flops: float  # dense bfloat16, FLOP/s
   clock_hz: float
-  hbm_gib: float  # that a program may use
+  hbm_gib: float  # usable by a program
   hbm_bandwidth: float  # bytes/s
   link_bandwidth: float  # bytes/s, one ICI link, one direction
   torus_axes: int  # dimensions of the ICI torus
-  wrap_multiple: int  # a torus axis closes to a ring at multiples of this
+  wrap_multiple: int  # an axis of a multiple of this size is a ring
   host_bandwidth: float  # bytes/s to or from host memory, one direction
   dcn_bandwidth: float  # bytes/s between slices, one direction
 
 
-# 4 chips a host and 200 Gbit/s for v4 and v5p; 8 chips and 2 x 100 Gbit/s for
+# 4 chips per host and 200 Gbit/s for v4 and v5p; 8 chips and 2 x 100 Gbit/s for
 # v5e; 8 chips and 4 x 200 Gbit/s for v6e.
 CHIPS = (
   Chip(
@@ -93,7 +96,7 @@ CHIPS = (
   ),
 )
 
-# Dense bfloat16 peak, FLOP/s per device, as JAX names the device kind.
+# Dense bfloat16 peak, FLOP/s per device, by jax.Device.device_kind.
 PEAK_FLOPS = {
   **{kind: chip.peak_flops for chip in CHIPS for kind in chip.device_kinds},
   'NVIDIA A100-SXM4-40GB': 312e12,
@@ -104,7 +107,7 @@ PEAK_FLOPS = {
 
 
 def by_kind(device_kind):
-  """The Chip of a JAX device kind, or None."""
+  """Returns the Chip of a JAX device kind; None if it is unknown."""
   for chip in CHIPS:
     if device_kind in chip.device_kinds:
       return chip
@@ -112,16 +115,17 @@ def by_kind(device_kind):
 
 
 def parse_topology(topology):
-  """Reads the name of a TPU slice.
+  """Parses the name of a TPU slice.
 
   Args:
     topology: chip and shape, e.g. 'v5p:4x4x4' or 'v5e:2x4'.
 
   Returns:
-    The Chip, and its shape as a tuple with as many axes as the chip's torus.
+    The Chip, and the shape of the slice as a tuple with one entry per torus
+    axis.
 
   Raises:
-    UserError: the name has another form, or the chip is unknown.
+    UserError: the name is malformed, or the chip is unknown.
   """
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', topology)
   known = {chip.name: chip for chip in CHIPS}

@@ -1,17 +1,17 @@
-"""What the TPU compiler is told beside the program, and why.
+"""XLA options for the TPU compiler, by chip.
 
-Chosen by compiling the 8B train step, or its products alone, for each chip and
-reading the compiler's own estimate of the result; docs/speed.md has what they
-gave on v5p. They are options of one compilation, not settings of the process,
-so that the planner and the run compile the same program.
+They were chosen by compiling the 8B train step, or only its matrix products,
+for each chip and comparing the compiler's own time estimates. docs/speed.md
+lists the gains on v5p. The options apply to one compilation, not to the
+process, so that the planner and the run compile the same program.
 """
 
 from maskdiff.distributed import chips
 
-# Gathers of weights and reductions of gradients run on the chip's SparseCores,
-# beside the matrix products. Without this XLA lowers the reduce-scatter of a
-# gradient over a torus of two or three axes to a whole all-reduce followed by
-# a slice: twice the bytes, and every product waits for it.
+# The SparseCores of the chip gather weights and reduce gradients while the
+# matrix products run. Without these options XLA lowers the reduce-scatter of a
+# gradient over a torus of two or three axes to a complete all-reduce followed
+# by a slice: twice the bytes, and every product waits for it.
 SPARSE_CORE = {
   'xla_tpu_enable_sparse_core_collective_offload_all_gather': True,
   'xla_tpu_enable_sparse_core_collective_offload_2d_all_gather': True,
@@ -22,25 +22,25 @@ SPARSE_CORE = {
   'xla_tpu_enable_sparse_core_reduce_scatter_v2': True,
 }
 
-# On up to 32 chips or so XLA would gather a weight piece by piece between
-# pieces of its product, and add the results up through HBM: 60,000 transfers a
-# step and half of the speed, by its own estimate.
+# On up to about 32 chips XLA would interleave the gather of a weight with parts
+# of its product and sum the results in HBM (windowed einsum): 60,000 transfers
+# per step and half the speed, by the compiler's own estimate.
 WHOLE_PRODUCTS = {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 1_000_000}
 
 
 def _vmem(mib):
-  """Lets a fusion use this much on-chip memory, of 64 (v5p) or 128 MiB.
+  """Limit on the on-chip memory of a fusion, out of 64 (v5p) or 128 MiB.
 
-  The default is 16. With more, matrix products keep larger tiles and wait less
-  for HBM: on v5p those of the 8B MLP go from 76% to 97% of peak in the
-  compiler's estimate. Beyond these values little is left to gain, and
-  compilation takes several times as long. The splash kernel's backward tiles
-  need 32.
+  The default is 16 MiB. With a higher limit matrix products use larger tiles
+  and wait less for HBM: on v5p the products of the 8B MLP go from 76% to 97%
+  of the peak in the compiler's estimate. Higher limits than those below gain
+  little, and compilation takes several times as long. The backward tiles of
+  the splash kernel need 32 MiB.
   """
   return {'xla_tpu_scoped_vmem_limit_kib': mib * 1024}
 
 
-# By the name of the chip in chips.py; v5e has no SparseCores.
+# By Chip.name; v5e has no SparseCores.
 OPTIONS = {
   'v5p': _vmem(32) | WHOLE_PRODUCTS | SPARSE_CORE,
   'v5e': _vmem(32) | WHOLE_PRODUCTS,
@@ -49,6 +49,6 @@ OPTIONS = {
 
 
 def options(mesh):
-  """Options for jax.jit of a program that runs on this mesh; may be empty."""
+  """Returns compiler options for jax.jit on this mesh; may be empty."""
   chip = chips.by_kind(mesh.devices.flat[0].device_kind)
   return OPTIONS.get(chip.name, {}) if chip else {}

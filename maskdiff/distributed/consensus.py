@@ -1,4 +1,4 @@
-"""What the processes of a run must see alike: when to end, what they run."""
+"""Agreement between the processes of a run: preemption, config and code."""
 
 import hashlib
 import itertools
@@ -8,7 +8,7 @@ import signal
 import threading
 
 import jax
-from jax._src import distributed  # the service of the processes is not public
+from jax._src import distributed  # the key-value service is not public
 from jax.experimental import multihost_utils
 
 from maskdiff.distributed.runtime import BARRIER_TIMEOUT_S
@@ -18,28 +18,28 @@ _calls = itertools.count()
 
 
 class Preemption:
-  """Whether the run has been told to end.
+  """Detects SIGTERM, at the same step in all processes of a run.
 
       with Preemption() as preemption:
         while not preemption.poll():
           ...
 
-  A single process installs a handler of SIGTERM, and puts the one before back
-  at the end; it can only do so in the main thread. Several have one of JAX's
-  since they joined: a SIGTERM to any of them makes `poll` true at the same
-  call in all.
+  A single process installs a SIGTERM handler and restores the previous one on
+  exit. This works in the main thread only; in other threads `poll` stays
+  false. Several processes use the handler that JAX installs when they join: a
+  SIGTERM to any of them makes `poll` true at the same call in all of them.
   """
 
   def __init__(self):
-    self._told = False
+    self._preempted = False
     self._polls = 0
     self._handler_before = None
 
   def __enter__(self):
-    # A handler of Python's would displace that of JAX.
-    alone = distributed.global_state.client is None
-    if alone and threading.current_thread() is threading.main_thread():
-      before = signal.signal(signal.SIGTERM, self._tell)
+    # With several processes a Python handler would replace the one of JAX.
+    single = distributed.global_state.client is None
+    if single and threading.current_thread() is threading.main_thread():
+      before = signal.signal(signal.SIGTERM, self._on_sigterm)
       self._handler_before = signal.SIG_DFL if before is None else before
     return self
 
@@ -49,62 +49,70 @@ class Preemption:
       self._handler_before = None
 
   def poll(self):
-    """Whether to end now.
+    """Returns whether to stop now.
 
-    All processes must call it equally often, at the same places: they agree on
-    the number of the call at which it becomes true, one that none has made
-    yet. A call that only some make is one at which the others do not end. With
-    several processes it waits, once SIGTERM has come, until all know of it.
+    All processes must call it equally often and at the same places: they agree
+    on the number of the call at which it becomes true, a call that none of
+    them has made yet. If some processes skip a call, they stop at different
+    steps. After a SIGTERM the call waits until all processes know of it.
     """
-    if distributed.global_state.preemption_sync_manager and not self._told:
+    if distributed.global_state.preemption_sync_manager and not self._preempted:
       self._polls += 1
-      self._told = multihost_utils.reached_preemption_sync_point(self._polls)
-    return self._told
+      self._preempted = multihost_utils.reached_preemption_sync_point(
+        self._polls
+      )
+    return self._preempted
 
-  def _tell(self, number, frame):
-    self._told = True
+  def _on_sigterm(self, number, frame):
+    self._preempted = True
 
 
-def agree(what):
-  """Stops all processes if they are not about to do the same.
+def agree(values):
+  """Checks that all processes have the same values.
 
-  All must call it, with the same items.
+  All processes must call it with the same keys.
 
   Args:
-    what: short strings by item, such as digests of the config.
+    values: dict of short strings, such as {'config': digest of the config}.
 
   Raises:
-    UserError: in all processes, if one differs from process 0; it names the
-      items and the processes.
+    UserError: in all processes, if a value differs from that of process 0. The
+      message names the keys and the processes.
   """
   if jax.process_count() == 1:
     return
   client, call = distributed.global_state.client, next(_calls)
   key = f'maskdiff_agree_{call}'
-  who, timeout_ms = jax.process_index(), BARRIER_TIMEOUT_S * 1000
-  if who == 0:
-    client.key_value_set(f'{key}/first', json.dumps(what))
+  process, timeout_ms = jax.process_index(), BARRIER_TIMEOUT_S * 1000
+  if process == 0:
+    client.key_value_set(f'{key}/first', json.dumps(values))
   first = json.loads(client.blocking_key_value_get(f'{key}/first', timeout_ms))
-  differing = {k: text for k, text in what.items() if first.get(k) != text}
+  differing = {k: text for k, text in values.items() if first.get(k) != text}
   if differing:
-    client.key_value_set(f'{key}/differ/{who}', json.dumps(differing))
+    client.key_value_set(f'{key}/differ/{process}', json.dumps(differing))
   client.wait_at_barrier(key, timeout_ms)
-  told = sorted(
+  others = sorted(
     (int(name.rpartition('/')[2]), json.loads(text))
     for name, text in client.key_value_dir_get(f'{key}/differ/')
   )
-  if told:
-    raise UserError(_disagreement(first, told))
+  if others:
+    raise UserError(_disagreement(first, others))
 
 
-def _disagreement(first, told):
+def _disagreement(first, others):
+  """Error message about processes that differ from process 0.
+
+  Args:
+    first: values of process 0.
+    others: list of (process index, dict of the values that differ).
+  """
   parts = []
-  for item, expected in first.items():
-    others = [(i, texts[item]) for i, texts in told if item in texts]
-    if others:
-      some = ', '.join(f'{text} in process {i}' for i, text in others[:4])
-      more = f' and {len(others) - 4} more' if len(others) > 4 else ''
-      parts.append(f'{item} is {expected} in process 0, but {some}{more}')
+  for key, expected in first.items():
+    found = [(i, values[key]) for i, values in others if key in values]
+    if found:
+      some = ', '.join(f'{value} in process {i}' for i, value in found[:4])
+      more = f' and {len(found) - 4} more' if len(found) > 4 else ''
+      parts.append(f'{key} is {expected} in process 0, but {some}{more}')
   return (
     f'the processes differ: {"; ".join(parts)}; start all with the same '
     'arguments, code and data'
@@ -112,7 +120,7 @@ def _disagreement(first, told):
 
 
 def code_version():
-  """Digest of the files of this package, which hosts should have alike."""
+  """Returns a digest of all Python files of the package maskdiff."""
   root = pathlib.Path(__file__).parents[1]
   digest = hashlib.blake2b(digest_size=8)
   for path in sorted(root.rglob('*.py')):

@@ -1,10 +1,14 @@
-"""The device mesh and the tables that say how arrays lie on it.
+"""The device mesh and the shardings of parameters and activations.
 
-Four mesh axes: `replica` (whole copies of the state, at least one per slice),
-`fsdp` (the state and the batch are split), `sequence` (the length is split)
-and `tensor` (heads, mlp and vocabulary are split). Arrays are described by
-logical axes, which the two tables map to mesh axes. All mesh axes are Auto:
-XLA places the collectives, led by `shard` at a few points of the model.
+The mesh has four axes:
+- `replica` holds complete copies of the state, at least one per slice.
+- `fsdp` splits the state and the batch.
+- `sequence` splits the length.
+- `tensor` splits heads, mlp and vocabulary.
+
+Arrays are described by logical axes, which two tables map to mesh axes. All
+mesh axes are Auto: XLA inserts the collectives, guided by sharding constraints
+(`shard`) at a few points of the model.
 """
 
 import collections
@@ -42,44 +46,44 @@ ACTIVATION_RULES = {
 
 
 def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
-  """Builds the mesh; one of the four sizes may be -1 and takes what is left.
+  """Builds the device mesh; one of the sizes may be -1, for all that remain.
 
-  Only `replica` spans slices of TPUs, which are connected by the network of
-  the data centre: a slice holds an equal number of replicas, and the groups of
-  the other three axes stay on the fast links inside it.
+  Only `replica` spans TPU slices, which the data centre network connects. Each
+  slice holds the same number of replicas, and the other three axes stay on the
+  fast links (ICI) inside a slice.
 
   Args:
     replica: size of this axis.
-    fsdp: size of this axis; by default all devices are on it.
+    fsdp: size of this axis; -1 by default, which puts all devices on it.
     sequence: size of this axis.
     tensor: size of this axis.
-    devices: the devices to use, all of them by default; a topology's when
-      compiling for machines that are not here.
+    devices: devices to use; None for all. Pass the devices of a topology to
+      compile for machines that are not attached.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or replicas
-      do not fit into slices.
+    UserError: the product of the sizes is not the number of devices, or
+      slices do not hold equal numbers of replicas.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [replica, fsdp, sequence, tensor]
   named = ', '.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise UserError(
-      f'config.mesh ({named}): sizes are positive, and one of them may be -1'
+      f'config.mesh ({named}): give positive sizes, of which one may be -1'
     )
   rest, remainder = divmod(len(devices), math.prod(s for s in sizes if s > 0))
   sizes = [rest if s == -1 else s for s in sizes]
   if remainder or math.prod(sizes) != len(devices):
     raise UserError(
-      f'config.mesh ({named}) does not multiply to the {len(devices)} devices '
-      'that are here; set one axis to -1 to let it take what is left'
+      f'config.mesh ({named}): the product of the sizes is not the number of '
+      f'devices, {len(devices)}; set one axis to -1 to use all devices'
     )
   slices = split_by_slice(devices)
   if sizes[0] % len(slices) or len(set(map(len, slices))) > 1:
     raise UserError(
-      f'config.mesh ({named}): the devices are {len(slices)} slices of '
-      f'{", ".join(str(n) for n in sorted(set(map(len, slices))))}, which '
-      'hold equal numbers of whole replicas: set '
+      f'config.mesh ({named}): there are {len(slices)} slices of '
+      f'{", ".join(str(n) for n in sorted(set(map(len, slices))))} devices, '
+      'and each slice must hold the same number of replicas: set '
       f'--config.mesh.replica={len(slices)} or a multiple of it, and '
       '--config.mesh.fsdp=-1'
     )
@@ -92,9 +96,13 @@ def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
 
 
 def split_by_slice(devices):
-  """The devices as a list of slices, each a list; one slice if not on TPUs.
+  """Groups devices by TPU slice; devices other than TPUs are one slice.
 
-  GPUs have slices too, one a node, but between nodes they need no replicas.
+  JAX also gives GPUs a slice index, one per node, but every mesh axis may span
+  GPU nodes.
+
+  Returns:
+    List of lists of devices.
   """
   slices = collections.defaultdict(list)
   for device in devices:
@@ -104,20 +112,21 @@ def split_by_slice(devices):
 
 
 def _arrange(sizes, devices):
-  """The devices of a slice as an array, neighbours on the axes being close."""
+  """Arranges the devices of a slice so that mesh neighbours are close."""
   for split in (False, True):
     try:
       return mesh_utils.create_device_mesh(
         sizes, devices, allow_split_physical_axes=split
       )
     except (NotImplementedError, AssertionError, ValueError):
-      pass  # an axis is not a product of whole physical axes
-  # Part of a slice, or two devices a chip: JAX lays out whole tori alone.
-  if devices[0].platform == 'tpu' and len(devices) > 2:  # two have one order
+      pass  # an axis is not a product of complete physical axes
+  # Part of a slice, or two devices per chip: JAX arranges complete tori only.
+  # The order of two devices does not matter.
+  if devices[0].platform == 'tpu' and len(devices) > 2:
     named = ', '.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))
     warnings.warn(
-      f'a mesh of {named} is not laid out along the links between these '
-      f'{len(devices)} TPU devices, and may be slow: use all devices of a '
+      f'a mesh of {named} does not follow the links between these '
+      f'{len(devices)} TPU devices and may be slow: use all devices of a '
       'slice, and sizes in config.mesh that are products of its axes',
       stacklevel=2,
     )
@@ -125,7 +134,7 @@ def _arrange(sizes, devices):
 
 
 def batch_shards(mesh):
-  """The number of parts that the rows of a batch are split into."""
+  """Number of shards into which the rows of a batch are split."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
@@ -135,7 +144,7 @@ def batch_sharding(mesh):
 
 
 def replicated(mesh):
-  """Sharding of an array that every device holds whole."""
+  """Sharding of an array that is replicated on all devices."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -147,7 +156,7 @@ def is_matrix(axes):
 def param_spec(axes):
   """PartitionSpec of a parameter with these logical axes.
 
-  A vector is not worth a collective: only matrices are split.
+  Only matrices are split: a vector is too small to be worth a collective.
   """
   if not is_matrix(axes):
     return PartitionSpec()
@@ -155,14 +164,16 @@ def param_spec(axes):
 
 
 def param_shardings(mesh, axes, shapes):
-  """Shardings of a parameter tree.
+  """Returns the shardings of a parameter tree.
 
   Args:
+    mesh: device mesh.
     axes: tree of tuples of logical axis names.
     shapes: the same tree, of arrays or ShapeDtypeStructs.
 
   Raises:
-    UserError: a dimension cannot be split evenly; names parameter and axis.
+    UserError: a dimension cannot be split evenly. The message names the
+      parameter and the axis.
   """
 
   def one(path, shape, axes):
@@ -179,33 +190,35 @@ def param_shardings(mesh, axes, shapes):
   return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
 
-def whole(tree):
-  """Puts every array of a tree whole on every device, for any host to read."""
+def replicate(tree):
+  """Replicates all arrays of a tree, so that each host can read them."""
   return jax.tree.map(lambda x: shard(x, *[None] * x.ndim), tree)
 
 
 def shard(x, *axes):
-  """Constrains an activation to its place on the current mesh.
+  """Constrains the sharding of an activation on the current mesh.
 
-  Does nothing outside `jax.set_mesh`. A dimension that its mesh axes do not
-  divide (a batch of two prompts on eight chips) stays whole.
+  Does nothing outside `jax.set_mesh`. A dimension whose size is not divisible
+  by its mesh axes is not split, e.g. a batch of two prompts on eight chips.
 
   Args:
     x: array.
     *axes: one logical axis name or None per dimension.
+
+  Raises:
+    ValueError: the number of axes is not the number of dimensions.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
 
-  def place(size, axis):
+  def mesh_axes(size, axis):
     names = ACTIVATION_RULES[axis] if axis else None
     split = (names,) if isinstance(names, str) else names or ()
-    return (
-      names if size % math.prod(mesh.shape[n] for n in split) == 0 else None
-    )
+    divisible = size % math.prod(mesh.shape[n] for n in split) == 0
+    return names if divisible else None
 
   if len(axes) != x.ndim:
     raise ValueError(f'{len(axes)} axes for an array of {x.ndim} dimensions')
-  spec = PartitionSpec(*map(place, x.shape, axes))
+  spec = PartitionSpec(*map(mesh_axes, x.shape, axes))
   return jax.lax.with_sharding_constraint(x, spec)

@@ -1,13 +1,13 @@
-"""Several processes as one run, and where compiled programs are kept.
+"""Joins the processes of a run, and sets up the compilation cache.
 
-A run is one process on a laptop, and one per host on a pod. `started` finds
-out which from the environment, joins the processes through `jax.distributed`,
-and sees to it that a process which fails does not wait for the others:
+A run is one process on a laptop and one process per host on a pod. `started`
+reads the environment, joins the processes through `jax.distributed`, and makes
+sure that a process which fails does not wait for the others:
 
     with runtime.started(workdir):
-      train.run(config, workdir)
+      loop.run(config, workdir)
 
-It comes before anything that asks JAX for its devices.
+Enter it before any call that asks JAX for its devices.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import traceback
 import urllib.request
 
 import jax
-from jax._src import distributed  # the address and the barrier are not public
+from jax._src import distributed  # address and barrier are not public
 
 from maskdiff.errors import (
   STATUS_AGAIN,
@@ -37,7 +37,7 @@ JOIN_TIMEOUT_S = 300
 HEARTBEAT_S = 10
 BARRIER_TIMEOUT_S = 4 * 3600
 _METADATA_TIMEOUT_S = 3
-_LINGER_S = 3
+_EXIT_DELAY_S = 3
 _EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _CACHE = 'JAX_COMPILATION_CACHE_DIR'
 
@@ -46,24 +46,24 @@ _barriers = itertools.count()
 
 @contextlib.contextmanager
 def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
-  """Joins the other processes of the run, if there are any.
+  """Context manager that joins the other processes of the run, if any.
 
-  With several, an error inside ends this process at once, with status 2 after
-  a UserError, 75 if the others are not there and 1 after other errors: an
-  orderly end would wait for processes that wait for this one. Those end when
-  JAX notices, about heartbeat_s later: it aborts them (SIGABRT, status 134
-  in a shell), and nothing of theirs in `finally` or `atexit` is run. After
-  Preempted, which all raise alike, they end in order.
+  With several processes an error inside ends this process at once: a normal
+  exit would wait for processes that wait for this one. The exit status is 2
+  after a UserError, 75 if the other processes are missing, and 1 after other
+  errors. JAX notices after about heartbeat_s and aborts the other processes
+  (SIGABRT, status 134 in a shell), without their `finally` and `atexit` code.
+  Preempted, which all processes raise together, ends them normally.
 
   Args:
-    workdir: of the run, or None; compiled programs are kept there, see
+    workdir: work directory for the compilation cache, or None; see
       `use_compile_cache`.
-    timeout_s: seconds to wait for the others.
-    heartbeat_s: whole seconds without a sign of life after which a process
-      counts as dead and the others end.
+    timeout_s: seconds to wait for the other processes.
+    heartbeat_s: whole seconds without a heartbeat after which a process counts
+      as dead and the others are aborted.
 
   Raises:
-    UserError: the variables of the environment contradict each other.
+    UserError: environment variables contradict each other.
   """
   arguments = detect(os.environ, jax.config.jax_platforms)
   if arguments is None:
@@ -81,19 +81,18 @@ def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
 
 
 def detect(environ, platforms):
-  """What to tell `jax.distributed.initialize`, or None for a single process.
+  """Returns arguments for `jax.distributed.initialize`; None for one process.
 
-  Nothing outside this machine is asked, except on TPUs that no variable of the
-  environment describes: there the metadata server of Google Cloud is, for at
-  most 3 s.
+  On TPUs that no environment variable describes this queries the metadata
+  server of Google Cloud, for at most 3 s. There is no other network access.
 
   Args:
-    environ: variables of the environment, after JAX was imported.
-    platforms: the value of jax_platforms: JAX puts 'tpu' there if it finds TPU
-      chips and no JAX_PLATFORMS.
+    environ: environment variables, after JAX was imported.
+    platforms: value of jax_platforms. JAX sets it to include 'tpu' if it finds
+      TPU chips and JAX_PLATFORMS is not set.
 
   Returns:
-    The arguments, {} if JAX finds them out itself.
+    Dict of arguments; {} if JAX detects the cluster itself.
 
   Raises:
     UserError: a variable is missing or malformed.
@@ -108,16 +107,17 @@ def detect(environ, platforms):
     missing = [name for name in _EXPLICIT if name not in given]
     raise UserError(
       f'{" and ".join(given)} without {" and ".join(missing)}: set all of them '
-      'in every process, or none'
+      'in every process, or none of them'
     )
   return {} if cluster else None
 
 
 def _explicit(address, num_processes, process_id):
+  """Arguments for `jax.distributed.initialize` from the three variables."""
   host, _, port = address.rpartition(':')
   if not host or not port.isdecimal():
     raise UserError(
-      f'JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT, of process 0'
+      f'JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT of process 0'
     )
   if not (
     num_processes.isdecimal()
@@ -137,16 +137,17 @@ def _explicit(address, num_processes, process_id):
 
 
 def _in_cluster(environ, platforms):
-  """Whether JAX can find out the other processes from where it runs."""
+  """Whether this is a cluster of several processes that JAX can detect."""
   several = lambda name: int(environ.get(name) or 1) > 1
   if 'OMPI_MCA_orte_hnp_uri' in environ:
     return several('OMPI_COMM_WORLD_SIZE')
   if several('OMPI_COMM_WORLD_SIZE'):
     raise UserError(
-      'this Open MPI does not tell the address of its coordinator: set '
+      'this Open MPI does not give the address of its coordinator: set '
       f'{", ".join(_EXPLICIT)} in every process'
     )
-  # A batch script or an interactive shell has not all of them, or one task.
+  # A batch script lacks some of these variables; a shell of salloc has a step
+  # of one task.
   if all(
     f'SLURM_{name}' in environ
     for name in ('JOB_ID', 'STEP_NODELIST', 'NTASKS', 'PROCID', 'LOCALID')
@@ -159,15 +160,16 @@ def _in_cluster(environ, platforms):
   hosts = environ.get(
     'TPU_PROCESS_ADDRESSES', environ.get('TPU_WORKER_HOSTNAMES')
   )
-  if hosts is not None:  # GKE, and Colab with a single one
+  if hosts is not None:  # GKE, and Colab with a single host
     return ',' in hosts or several('MEGASCALE_NUM_SLICES')
-  # JAX sets the first where it finds no chip.
+  # JAX sets TPU_SKIP_MDS_QUERY if it finds no TPU chip.
   if 'TPU_SKIP_MDS_QUERY' in environ or 'COLAB_RELEASE_TAG' in environ:
     return False
   return _on_cloud_tpu_vm(environ)
 
 
 def _on_cloud_tpu_vm(environ):
+  """Whether the metadata server says that this is a TPU VM."""
   server = environ.get('GCE_METADATA_IP', '169.254.169.254')
   request = urllib.request.Request(
     f'http://{server}/computeMetadata/v1/instance/attributes/'
@@ -183,23 +185,24 @@ def _on_cloud_tpu_vm(environ):
 
 
 def join(arguments, timeout_s, heartbeat_s=HEARTBEAT_S):
-  """Connects this process with the others of the run.
+  """Connects this process to the other processes of the run.
 
   Args:
-    arguments: from `detect`.
-    timeout_s: seconds to wait for all of them.
+    arguments: result of `detect`.
+    timeout_s: seconds to wait for all processes.
     heartbeat_s: see `started`.
 
   Raises:
-    UserError: the variables of the environment are wrong.
-    NotJoined: the coordinator cannot be reached, or processes are missing. The
-      attempt goes on in the background, so the process has to be ended.
+    UserError: environment variables are wrong.
+    NotJoined: the coordinator cannot be reached, or processes are missing. A
+      background thread still tries to connect, so the caller must end the
+      process.
   """
   errors = []
 
   def initialize():
     try:
-      # JAX aborts with a stack trace of C++ when its own time is over.
+      # After its own timeout JAX aborts with a C++ stack trace.
       jax.distributed.initialize(
         **arguments,
         initialization_timeout=timeout_s + 60,
@@ -216,31 +219,33 @@ def join(arguments, timeout_s, heartbeat_s=HEARTBEAT_S):
   state = distributed.global_state
   address = state.coordinator_address
   if errors:
-    # Such as a coordinator that still counts on the process before this one.
-    passing = isinstance(errors[0], RuntimeError)
-    raise (NotJoined if passing else UserError)(
+    # A network error may be temporary, e.g. while the coordinator still waits
+    # for the previous process of this host.
+    temporary = isinstance(errors[0], RuntimeError)
+    raise (NotJoined if temporary else UserError)(
       'cannot join the other processes'
       + (f' at {address}' if address else '')
       + f': {one_line(errors[0], 300)}'
     ) from errors[0]
   if address is None:
     raise UserError(
-      f'the address of the coordinator could not be found out in {timeout_s} '
-      f's: set {", ".join(_EXPLICIT)} in every process'
+      f'no coordinator address was detected in {timeout_s} s: set '
+      f'{", ".join(_EXPLICIT)} in every process'
     )
   if state.process_id and not _reachable(address):
     raise NotJoined(
       f'no coordinator at {address} after {timeout_s} s: check that process 0 '
-      'was started and runs there, that this machine knows the name, and that '
-      'no firewall closes the port'
+      'runs there, that this machine can resolve the host name, and that no '
+      'firewall blocks the port'
     )
   raise NotJoined(
-    f'not all processes came to the coordinator {address} in {timeout_s} s: '
-    'check that every one was started, and what those that ended have printed'
+    f'not all processes joined the coordinator {address} in {timeout_s} s: '
+    'check that every process was started, and the output of those that ended'
   )
 
 
 def _reachable(address):
+  """Whether HOST:PORT accepts connections."""
   host, _, port = address.rpartition(':')
   try:
     with socket.create_connection((host.strip('[]'), int(port)), timeout=5):
@@ -250,13 +255,18 @@ def _reachable(address):
 
 
 def use_compile_cache(workdir):
-  """Keeps compiled programs on disk, so that a restart does not compile anew.
+  """Enables JAX's persistent compilation cache, so that restarts are faster.
 
-  JAX_COMPILATION_CACHE_DIR says where, by default `compile_cache` in the work
-  directory: where all processes can read what process 0, which alone writes,
-  has put there. On CPUs, where another machine may not know the instructions
-  of a program, only with the variable; likewise if there is no directory of
-  the run's own, None. JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+  The cache is in JAX_COMPILATION_CACHE_DIR, or else in `compile_cache` in the
+  work directory. Process 0 writes it, so all processes must be able to read
+  the directory. JAX_ENABLE_COMPILATION_CACHE=0 disables it.
+
+  On CPUs the cache is used only if JAX_COMPILATION_CACHE_DIR is set, because
+  another machine may lack the instructions of a compiled program.
+
+  Args:
+    workdir: work directory, or None for a cache only in
+      JAX_COMPILATION_CACHE_DIR.
   """
   if os.environ.get(_CACHE) or jax.default_backend() == 'cpu':
     return
@@ -269,10 +279,13 @@ def use_compile_cache(workdir):
 
 
 def main_process_first(work):
-  """Calls `work` in process 0, then in the others, all with its result.
+  """Calls `work` in process 0, then in all others; returns its result.
 
-  For what is made once and then found by all, if they share the disk; those
-  that do not make their own.
+  Use it for files that are made once: with a shared disk the other processes
+  find the files of process 0, otherwise each makes its own.
+
+  Args:
+    work: function without arguments that makes the files if they are missing.
   """
   main = jax.process_index() == 0
   result = work() if main else None
@@ -283,8 +296,8 @@ def main_process_first(work):
   return result if main else work()
 
 
-def who():
-  """Which process this is, for messages; '' where there is only one."""
+def process_name():
+  """Index and host of this process, for messages; '' for a single process."""
   state = distributed.global_state
   if state.num_processes == 1:
     return ''
@@ -295,8 +308,8 @@ def who():
 
 
 def _leave(error):
-  """Says what is wrong and ends the process without waiting for any other."""
-  name = who() or f'a process on {socket.gethostname()}'
+  """Prints the error and exits without waiting for other processes."""
+  name = process_name() or f'a process on {socket.gethostname()}'
   if isinstance(error, UserError):
     print(f'error: {error} ({name})', file=sys.stderr)
   else:
@@ -305,14 +318,15 @@ def _leave(error):
   sys.stdout.flush()
   sys.stderr.flush()
   if distributed.global_state.process_id == 0:
-    # The others end with it; when all fail alike, each should say so itself.
-    time.sleep(_LINGER_S)
+    # The exit of process 0 ends the others. If all fail, the delay lets each
+    # print its own error.
+    time.sleep(_EXIT_DELAY_S)
   if isinstance(error, NotJoined):
     os._exit(STATUS_AGAIN)
   os._exit(STATUS_USER if isinstance(error, UserError) else STATUS_UNEXPECTED)
 
 
-def say(text, file=None):
-  """Prints a line, by default on standard error, once for all hosts."""
+def print_once(text, file=None):
+  """Prints a line from process 0 only, on standard error unless `file`."""
   if jax.process_index() == 0:
     print(text, file=file or sys.stderr, flush=True)

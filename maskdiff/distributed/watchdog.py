@@ -1,4 +1,4 @@
-"""Says where a run hangs: what it is doing, for how long, and all stacks."""
+"""Reports where a stalled run hangs: kind of work, duration and all stacks."""
 
 import collections
 import contextlib
@@ -8,30 +8,30 @@ import traceback
 
 from maskdiff.distributed import runtime
 
-COMPILE_FACTOR = 10  # a compilation may last so many times as long
-_LOOK_S = 10
+COMPILE_FACTOR = 10  # a compilation may last this many times stall_s
+_MAX_INTERVAL_S = 10  # between two checks
 
 
 @contextlib.contextmanager
 def watch(ledger, stall_s, out=None):
-  """Reports, from a thread of its own, when the run does not get on.
+  """Context manager that reports stalls from a thread.
 
-  Once the same span of the ledger lasts longer than stall_s, and then every
-  stall_s, it prints the kind of span, its seconds, the seconds by kind so far
-  and the stack of every Python thread. It ends nothing: what is slow may still
-  come.
+  When a span of the ledger lasts longer than stall_s, and again after every
+  further stall_s, it prints the kind of the span, its seconds, the seconds by
+  kind before it, and the stack of every Python thread. It never ends the run,
+  which may only be slow.
 
   Args:
     ledger: Ledger of this process.
-    stall_s: seconds; 0 for no watchdog.
-    out: text file, standard error by default.
+    stall_s: seconds; 0 disables the watchdog.
+    out: text file; None for standard error.
   """
   if not stall_s:
     yield
     return
   done = threading.Event()
   thread = threading.Thread(
-    target=_look,
+    target=_check,
     args=(ledger, stall_s, out, done),
     name='watchdog',
     daemon=True,
@@ -44,9 +44,10 @@ def watch(ledger, stall_s, out=None):
     thread.join()
 
 
-def _look(ledger, stall_s, out, done):
+def _check(ledger, stall_s, out, done):
+  """Checks for stalls until the event `done` is set."""
   reports = 0
-  while not done.wait(min(stall_s / 4, _LOOK_S)):
+  while not done.wait(min(stall_s / 4, _MAX_INTERVAL_S)):
     kind, seconds = ledger.current()
     limit = stall_s * (COMPILE_FACTOR if kind == 'compile' else 1)
     if seconds < limit:
@@ -54,30 +55,35 @@ def _look(ledger, stall_s, out, done):
     elif seconds >= limit + reports * stall_s:
       reports = int((seconds - limit) // stall_s) + 1
       text = describe(kind, seconds, ledger.totals())
-      with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+      with contextlib.suppress(OSError, ValueError):  # closed terminal
         print(text, file=out or sys.stderr, flush=True)
 
 
 def describe(kind, seconds, totals):
-  """What `watch` prints."""
+  """Formats a report about a stall.
+
+  Args:
+    kind, seconds: kind of the current span and how long it has lasted.
+    totals: seconds by kind before it.
+  """
   spent = ', '.join(f'{k} {s:,.1f}' for k, s in totals.items() if s)
-  who = runtime.who()
+  process = runtime.process_name()
   return (
     f'stall: {kind!r} has lasted {seconds:,.1f} s'
-    + (f' in {who}' if who else '')
+    + (f' in {process}' if process else '')
     + f'; seconds before by kind: {spent or "none"}\n{_stacks()}'
   )
 
 
 def _stacks():
-  """The stacks of all other threads, those that are alike together."""
+  """Stacks of all other threads; threads with equal stacks are grouped."""
   names = {t.ident: t.name for t in threading.enumerate()}
-  alike = collections.defaultdict(list)
+  threads_by_stack = collections.defaultdict(list)
   for ident, frame in sys._current_frames().items():
     if ident != threading.get_ident():
       stack = ''.join(traceback.format_stack(frame))
-      alike[stack].append(names.get(ident, str(ident)))
+      threads_by_stack[stack].append(names.get(ident, str(ident)))
   return '\n'.join(
     f'thread {", ".join(sorted(threads))}:\n{stack}'
-    for stack, threads in alike.items()
+    for stack, threads in threads_by_stack.items()
   )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdiff.distributed.mesh import batch_shards, whole
+from maskdiff.distributed.mesh import batch_shards, replicate
 from maskdiff.errors import UserError
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.model.transformer import bind
@@ -308,7 +308,7 @@ def _log_probs(network, c, call):
     None if network.predict_mask else network.mask_id,
     c.loss_chunk_tokens,
   )
-  return whole((-nll,))
+  return replicate((-nll,))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -340,7 +340,7 @@ def _predictions(network, c, call):
 
   found = jnp.zeros(len(scored), jnp.int32), jnp.zeros(len(scored))
   found = jax.lax.fori_loop(0, -(-scored.sum() // chunk), body, found)
-  return whole(tuple(f.reshape(call.scored.shape) for f in found))
+  return replicate(tuple(f.reshape(call.scored.shape) for f in found))
 
 
 def likelihood_config(config, guidance, tokens_per_call):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdiff.distributed.mesh import whole
+from maskdiff.distributed.mesh import replicate
 from maskdiff.sampling import sampler
 from maskdiff.sampling.request import begin
 
@@ -47,7 +47,7 @@ def answers(network, c, request, batch):
   holds = np.arange(batch)  # the request of each row; -1: none any more
   waiting = iter(range(batch, requests))
   # Placed like what the loop returns, so that one program serves all rounds.
-  state = jax.jit(whole)((_take(carry, holds), _take(layout, holds)))
+  state = jax.jit(replicate)((_take(carry, holds), _take(layout, holds)))
   left = requests
   while left:
     now, its_layout = state
@@ -92,4 +92,4 @@ def _replace(old, new, which):
       return old
     return jnp.where(which.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-  return whole(jax.tree.map(one, old, new))
+  return replicate(jax.tree.map(one, old, new))

@@ -1,49 +1,54 @@
-"""Sampling: fill the masked slots of a canvas in a number of denoising steps.
+"""Sampling: fills the masked slots of a canvas in a number of denoising steps.
 
-A canvas is a row of tokens in which some positions are to be filled: the end
-of a prompt, or gaps anywhere in a text. The positions to fill are its slots.
-Blocks of `block_length` slots are filled left to right (one block: pure
-diffusion; several: semi-autoregressive); within a block every step predicts
-all masked slots (candidates.py) and a commit rule (remasking.py) keeps some of
-them. Committed tokens are never revised. This is `generate` of LLaDA (arXiv
-2502.09992, section 2.4), with gaps in place of a suffix. A network trained
-with the autoregressive objective is sampled by the same loop in blocks of one
-slot.
+A canvas is a row of tokens in which some positions, the slots, are to be
+filled: after a prompt, or in gaps anywhere in a text. Slots are filled in
+blocks of `block_length`, left to right. One block is pure diffusion; several
+are semi-autoregressive. A network trained left to right is sampled by the same
+loop in blocks of one slot. Committed tokens are never revised.
 
-Only the slots are filled: a mask that stands elsewhere is context that the
-network is not told, and stays. LLaDA's code lets masks of the prompt take part
-in the choice and may then return masks in the answer.
+This is `generate` of LLaDA (arXiv 2502.09992, section 2.4), with gaps in place
+of a suffix. A mask token outside of the slots is context, and stays. LLaDA's
+code lets masks of the prompt compete with the slots, and may then return masks
+in the answer.
 
-`complete` is one compiled loop, `generate` its tokens alone; `walk` runs the
-same step from Python and yields what there is in between, `trace` its canvases
-alone.
+The file reads top to bottom:
+
+1. `generate` and `complete`: request.begin divides the slots into blocks, and
+   `run` compiles one loop over rounds.
+2. `run_round`: a denoising step by a forward pass over the canvas and, with a
+   cache, further steps by passes over a window (passes.py).
+3. `denoise`: one denoising step, given the logits of the current block. The
+   network predicts a token and a confidence for each slot (commit.predict,
+   candidates.py), the remasking rule selects some of the predictions
+   (remasking.py), and their tokens are committed.
+4. `walk` and `trace`: the same steps from Python, one at a time.
+
+state.py has the state of the loop, Carry and Layout; its letters are used here.
 """
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from maskdiff.distributed.mesh import whole
+from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
-from maskdiff.sampling import passes
-from maskdiff.sampling.commit import advance
+from maskdiff.sampling import commit, passes, remasking
 from maskdiff.sampling.request import begin
+from maskdiff.sampling.state import Carry, current, in_progress
 
 
 def generate(network, c, request):
-  """Fills the canvas.
+  """Returns the canvas with its slots filled, [B, L] int32 on device.
 
   Args:
     network: Network.
     c: SamplerConfig.
     request: Request.
 
-  Returns:
-    [B, L] int32, the filled canvas, on device.
-
   Raises:
-    UserError: see `begin`; or the network's logits were NaN or infinite.
+    UserError: see `request.begin`; or logits were NaN or infinite.
   """
   carry = complete(network, c, request)
   check(carry)
@@ -51,149 +56,34 @@ def generate(network, c, request):
 
 
 def complete(network, c, request):
-  """Fills the canvas and says what it took; arguments as for `generate`.
+  """Fills the slots and counts the work; arguments as for `generate`.
 
   Returns:
-    The last Carry, on device. Rows that are `broken` still have masks.
+    The last Carry, on device. `broken` rows still have masks.
 
   Raises:
-    UserError: see `begin`.
+    UserError: see `request.begin`.
   """
   carry, layout, shapes = begin(network, c, request)
   return run(network, c, shapes, carry, layout)
 
 
-def trace(network, c, request):
-  """Yields the canvas as NumPy before every step and after the last.
-
-  Arguments and errors as for `generate`, and the same final result.
-  """
-  for carry, _ in walk(network, c, request):
-    yield np.asarray(carry.canvas)
-
-
-def walk(network, c, request):
-  """Like `trace`, with all that is known at each moment.
-
-  Yields:
-    Carry; and [B, L] float32 as NumPy, the confidence of the tokens that the
-    last step committed and NaN elsewhere: before the first step, and at slots
-    given up behind an eos.
-  """
-  carry, layout, shapes = begin(network, c, request)
-  # Placed like what a step returns, so that one program serves all steps.
-  carry, layout = jax.jit(whole)((carry, layout))
-  sure = np.full(carry.canvas.shape, np.nan, np.float32)
-  fresh = shape = cache = None
-  while True:
-    yield carry, np.asarray(sure)
-    if not np.asarray(carry.masked).any():
-      break
-    if fresh is not None and np.asarray(fresh).any():
-      carry, fresh, sure = _follow(
-        network, c, shape, carry, fresh, cache, layout
-      )
-    else:
-      shape = shapes[int(_choose_shape(c, shapes, carry, layout))]
-      carry, fresh, sure, cache = _refresh(network, c, shape, carry, layout)
-  check(carry)
-
-
-def check(carry):
-  """Raises UserError if rows were given up."""
-  rows = np.flatnonzero(jax.device_get(carry.broken)).tolist()
-  if rows:
-    raise broken_error(rows)
-
-
-def broken_error(rows):
-  """The UserError that is raised when rows were given up."""
-  return UserError(
-    f'the logits of row(s) {rows} were NaN or infinite: the weights are '
-    'damaged or the training diverged; take an older checkpoint'
-  )
-
-
-def round_of(network, c, shape, carry, layout):
-  """A pass over the canvas and, with a cache, those over windows after it.
-
-  The second kind goes on until every row needs a new cache: because its block
-  is complete, or by c.refresh. Rows that need one sooner wait.
-
-  Args:
-    shape: one of request.shapes.
-
-  Returns:
-    The next Carry.
-  """
-  carry, fresh, _, cache = refresh(network, c, shape, carry, layout)
-  if c.cache == 'none':
-    return carry
-
-  def next_pass(state):
-    return follow(network, c, shape, *state, cache, layout)[:2]
-
-  carry, _ = jax.lax.while_loop(
-    lambda state: state[1].any(), next_pass, (carry, fresh)
-  )
-  return carry
-
-
-def refresh(network, c, shape, carry, layout):
-  """One step of all rows by a pass over the canvas.
-
-  Returns:
-    What `commit.advance` returns; and the cache, or None if there is none.
-  """
-  logits, needed, cache = passes.over_canvas(network, c, shape, carry, layout)
-  turn = carry.masked.any((1, 2))
-  return *advance(network, c, carry, layout, logits, turn, needed), cache
-
-
-def follow(network, c, shape, carry, fresh, cache, layout):
-  """One step of the rows that the cache serves, by a pass over windows.
-
-  Args:
-    fresh: [B] bool, those rows.
-    cache: from `refresh`.
-
-  Returns:
-    What `commit.advance` returns.
-  """
-  logits, needed = passes.over_windows(network, c, shape, carry, cache, layout)
-  return advance(network, c, carry, layout, logits, fresh, needed)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _refresh(*args):
-  *found, cache = refresh(*args)
-  return *whole(found), cache
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _follow(*args):
-  return whole(follow(*args))
-
-
-_choose_shape = jax.jit(passes.choose_shape, static_argnums=(0, 1))
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def run(network, c, shapes, carry, layout, until=0):
-  """Goes on until no more than `until` rows are in progress after a round.
+  """Runs rounds until at most `until` rows are in progress.
 
   Args:
-    network: as for `generate`.
-    c: as for `generate`.
-    shapes: from `begin`.
-    carry: from `begin`.
-    layout: from `begin`.
+    network: Network.
+    c: SamplerConfig.
+    shapes: from `request.begin`.
+    carry: Carry.
+    layout: Layout.
     until: int.
 
   Returns:
-    The last Carry, whole on every device.
+    The last Carry, replicated on all devices.
   """
-  rounds = [functools.partial(round_of, network, c, shape) for shape in shapes]
+  rounds = [functools.partial(run_round, network, c, shape) for shape in shapes]
 
   def next_round(carry):
     if len(rounds) == 1:
@@ -201,9 +91,206 @@ def run(network, c, shapes, carry, layout, until=0):
     index = passes.choose_shape(c, shapes, carry, layout)
     return jax.lax.switch(index, rounds, carry, layout)
 
-  in_progress = lambda carry: carry.masked.any((1, 2)).sum()
-  return whole(
+  return replicate(
     jax.lax.while_loop(
-      lambda carry: in_progress(carry) > until, next_round, carry
+      lambda carry: in_progress(carry).sum() > until, next_round, carry
     )
   )
+
+
+def run_round(network, c, shape, carry, layout):
+  """Runs a step by a pass over the canvas, then the steps its cache serves.
+
+  Steps by passes over a window go on until every row needs a new cache: its
+  block is complete, or c.refresh steps are done. Rows that need one sooner
+  wait for the others.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    shape: one of passes.shapes.
+    carry: Carry.
+    layout: Layout.
+
+  Returns:
+    The next Carry.
+  """
+  carry, use_cache, _, cache = canvas_step(network, c, shape, carry, layout)
+  if c.cache == 'none':
+    return carry
+
+  def next_step(state):
+    return window_step(network, c, shape, *state, cache, layout)[:2]
+
+  carry, _ = jax.lax.while_loop(
+    lambda state: state[1].any(), next_step, (carry, use_cache)
+  )
+  return carry
+
+
+def canvas_step(network, c, shape, carry, layout):
+  """A denoising step of all rows in progress, by a pass over the canvas.
+
+  Returns:
+    What `denoise` returns; and the cache, None if c.cache is 'none'.
+  """
+  logits, num_positions, cache = passes.over_canvas(
+    network, c, shape, carry, layout
+  )
+  active = in_progress(carry)
+  return *denoise(
+    network, c, carry, layout, logits, active, num_positions
+  ), cache
+
+
+def window_step(network, c, shape, carry, use_cache, cache, layout):
+  """A denoising step by a pass over a window, beside a cache.
+
+  Args:
+    network, c, shape, carry, layout: as for `run_round`.
+    use_cache: [B] bool, the rows that take the step.
+    cache: from `canvas_step`.
+
+  Returns:
+    What `denoise` returns.
+  """
+  logits, num_positions = passes.over_window(
+    network, c, shape, carry, cache, layout
+  )
+  return denoise(network, c, carry, layout, logits, use_cache, num_positions)
+
+
+@jax.named_scope('part(sampling: choice of tokens)')
+def denoise(network, c, carry, layout, logits, active, num_positions):
+  """One denoising step: commits some of the predictions for a block.
+
+  A block that is complete before its steps are over skips the rest of them.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    carry: Carry.
+    layout: Layout.
+    logits: [B, S, V] float32, of each row's current block.
+    active: [B] bool, the rows that take a step; others stay as they are.
+    num_positions: [B] int32, number of positions computed for each row.
+
+  Returns:
+    - the next Carry;
+    - [B] bool, active rows whose next step can use the cache;
+    - [B, L] float32, confidence of the tokens that this step committed; NaN
+      elsewhere.
+  """
+  block, step = carry.block, carry.step
+  slots = current(layout.slots, block)  # [B, S]
+  masked = current(carry.masked, block) & active[:, None]
+  draw_keys, rule_keys = commit.step_keys(layout.seeds, block, step)
+
+  # The network's predictions.
+  token, confidence = commit.predict(network, c, logits, draw_keys)
+  broken = jnp.any(masked & jnp.isnan(confidence), axis=1)
+
+  # The remasking rule selects some of them.
+  num_slots, num_masked = current(layout.num_slots, block), masked.sum(axis=1)
+  budget = commit.budget(c, num_slots, num_masked, step, layout.steps)
+  rule = remasking.RULES[c.remasking]
+  committed = rule(confidence, masked, budget, rule_keys) & ~broken[:, None]
+
+  # Their tokens are committed; the other slots stay masked.
+  canvas = commit.write(carry.canvas, slots, committed, token)
+  nowhere = jnp.full(canvas.shape, jnp.nan)
+  step_confidence = commit.write(nowhere, slots, committed, confidence)
+  open_slots = current(carry.masked, block) & ~committed
+  masked = carry.masked.at[jnp.arange(len(block)), block].set(
+    open_slots, mode='drop'
+  )
+  masked &= ~broken[:, None, None]
+  if c.stop_at_eos:
+    canvas, masked = commit.end_at_eos(network.eos_id, canvas, masked, layout)
+
+  # A row without masks in its block goes to the next block.
+  complete = active & ~current(masked, block).any(axis=1)
+  step = jnp.where(complete, 0, step + active)
+  carry = Carry(
+    block=block + complete,
+    step=step,
+    canvas=canvas,
+    masked=masked,
+    calls=carry.calls + 1,
+    forwards=carry.forwards + active * (2 if c.guidance else 1),
+    positions=carry.positions + active * num_positions,
+    broken=carry.broken | broken,
+  )
+  use_cache = active & ~complete & in_progress(carry)
+  if c.refresh:
+    use_cache &= step % c.refresh != 0
+  return carry, use_cache & (c.cache != 'none'), step_confidence
+
+
+def check(carry):
+  """Raises a UserError if rows were abandoned."""
+  rows = np.flatnonzero(jax.device_get(carry.broken)).tolist()
+  if rows:
+    raise broken_error(rows)
+
+
+def broken_error(rows):
+  """Returns the UserError that names the abandoned rows."""
+  return UserError(
+    f'the logits of row(s) {rows} were NaN or infinite: the weights are '
+    'damaged or the training diverged; take an older checkpoint'
+  )
+
+
+def trace(network, c, request):
+  """Yields the canvas before every step and after the last, as NumPy.
+
+  Arguments, errors and the final canvas as for `generate`.
+  """
+  for carry, _ in walk(network, c, request):
+    yield np.asarray(carry.canvas)
+
+
+def walk(network, c, request):
+  """Yields the state before every step and after the last.
+
+  Arguments and errors as for `generate`.
+
+  Yields:
+    Carry; and [B, L] float32 as NumPy, the confidence of the tokens that the
+    last step committed. It is NaN elsewhere: before the first step, and at
+    slots that were filled with eos after an eos.
+  """
+  carry, layout, shapes = begin(network, c, request)
+  # Placed like the results of a step, so that one program serves all steps.
+  carry, layout = jax.jit(replicate)((carry, layout))
+  confidence = np.full(carry.canvas.shape, np.nan, np.float32)
+  use_cache = shape = cache = None
+  while True:
+    yield carry, np.asarray(confidence)
+    if not np.asarray(carry.masked).any():
+      break
+    if use_cache is not None and np.asarray(use_cache).any():
+      carry, use_cache, confidence = _window_step(
+        network, c, shape, carry, use_cache, cache, layout
+      )
+    else:
+      shape = shapes[int(_choose_shape(c, shapes, carry, layout))]
+      carry, use_cache, confidence, cache = _canvas_step(
+        network, c, shape, carry, layout
+      )
+  check(carry)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _canvas_step(*args):
+  *results, cache = canvas_step(*args)
+  return *replicate(results), cache
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _window_step(*args):
+  return replicate(window_step(*args))
+
+
+_choose_shape = jax.jit(passes.choose_shape, static_argnums=(0, 1))

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from maskdiff.distributed.mesh import whole
+from maskdiff.distributed.mesh import replicate
 from maskdiff.interop import load
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import sampler_config
@@ -213,7 +213,7 @@ def eval_config(c):
 @functools.partial(jax.jit, static_argnums=0)
 def jit_eval_step(c, params, tokens, key):
   """`step.eval_step`, compiled; every process gets the whole result."""
-  return whole(step_lib.eval_step(c, params, tokens, key))
+  return replicate(step_lib.eval_step(c, params, tokens, key))
 
 
 def nll_by_mask_ratio(sums):

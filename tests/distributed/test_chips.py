@@ -1,4 +1,4 @@
-"""Chips by the names that JAX and topologies have for them."""
+"""Chips by device kind and by topology name."""
 
 import pytest
 
@@ -9,12 +9,12 @@ from maskdiff.errors import UserError
 @pytest.mark.parametrize(
   'kind, name', [('TPU v5 lite', 'v5e'), ('TPU v5', 'v5p'), ('TPU v6e', 'v6e')]
 )
-def test_a_chip_by_its_device_kind(kind, name):
+def test_chip_is_found_by_device_kind(kind, name):
   assert chips.by_kind(kind).name == name
   assert chips.PEAK_FLOPS[kind] == chips.by_kind(kind).peak_flops
 
 
-def test_an_unknown_device_kind_has_no_chip():
+def test_unknown_device_kind_is_none():
   assert chips.by_kind('abacus') is None
 
 
@@ -32,13 +32,13 @@ def test_names_and_kinds_are_unique():
     ('v6e:16x16', 'v6e', (16, 16)),
   ],
 )
-def test_a_topology_is_a_chip_and_a_shape(topology, name, shape):
+def test_topology_is_parsed_into_chip_and_shape(topology, name, shape):
   chip, found = chips.parse_topology(topology)
   assert (chip.name, found) == (name, shape)
 
 
 @pytest.mark.parametrize(
-  'topology, says',
+  'topology, message',
   [
     ('v5p', 'give a chip of v4, v5e, v5p, v6e and a shape'),
     ('v9:2x2', 'give a chip of'),
@@ -48,6 +48,6 @@ def test_a_topology_is_a_chip_and_a_shape(topology, name, shape):
     ('v5e:0x2', 'a shape of v5e has 2 axes'),
   ],
 )
-def test_other_names_say_what_is_expected(topology, says):
-  with pytest.raises(UserError, match=says):
+def test_malformed_topology_is_refused(topology, message):
+  with pytest.raises(UserError, match=message):
     chips.parse_topology(topology)

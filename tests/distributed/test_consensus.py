@@ -1,4 +1,4 @@
-"""What several processes decide together: when to end, and whether to begin."""
+"""Preemption, and agreement between processes on config and code."""
 
 import os
 import pathlib
@@ -18,20 +18,20 @@ from maskdiff.distributed.consensus import Preemption
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# One process
+# A single process
 
 
-def test_sigterm_is_noticed_at_the_next_poll_and_stays():
+def test_sigterm_makes_every_later_poll_true():
   before = signal.getsignal(signal.SIGTERM)
   with Preemption() as preemption:
     assert not preemption.poll() and not preemption.poll()
     os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.poll() and preemption.poll()
-    os.kill(os.getpid(), signal.SIGTERM)  # from somebody impatient
+    os.kill(os.getpid(), signal.SIGTERM)
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_handler_is_put_back_after_an_error():
+def test_handler_is_restored_after_an_error():
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(KeyError), Preemption():
     assert signal.getsignal(signal.SIGTERM) is not before
@@ -39,7 +39,7 @@ def test_the_handler_is_put_back_after_an_error():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_outside_the_main_thread_signals_are_left_alone():
+def test_other_threads_install_no_handler():
   before, polls = signal.getsignal(signal.SIGTERM), []
 
   def work():
@@ -52,11 +52,11 @@ def test_outside_the_main_thread_signals_are_left_alone():
   assert polls == [(False, before)]
 
 
-def test_a_single_process_agrees_with_itself():
+def test_single_process_always_agrees():
   consensus.agree({'config': 'a'})
 
 
-def test_the_code_version_sees_every_file(tmp_path, monkeypatch):
+def test_code_version_covers_every_room(tmp_path, monkeypatch):
   package = tmp_path / 'maskdiff'
   shutil.copytree(ROOT / 'maskdiff', package)
   version = consensus.code_version()
@@ -64,25 +64,31 @@ def test_the_code_version_sees_every_file(tmp_path, monkeypatch):
     consensus, '__file__', str(package / 'distributed' / 'consensus.py')
   )
   assert consensus.code_version() == version
-  (package / 'data' / 'notes.txt').write_text('no code')
+  (package / 'data' / 'notes.txt').write_text('not code')
   assert consensus.code_version() == version
-  seen = {version}
-  order = package / 'data' / 'order.py'
-  for change in (
-    lambda: order.write_text(order.read_text() + '#\n'),
-    lambda: order.rename(package / 'data' / 'orders.py'),
-    lambda: (package / 'more.py').write_text(''),
-  ):
-    change()
-    seen.add(consensus.code_version())
-  assert len(seen) == 4
+  rooms = [path.parent for path in package.rglob('__init__.py')]
+  assert {package, package / 'data', package / 'distributed'} <= set(rooms)
+  versions = [version]
+
+  def record():
+    versions.append(consensus.code_version())
+
+  for room in rooms:
+    file = max(room.glob('*.py'), key=lambda path: path.stat().st_size)
+    file.write_text(file.read_text() + '#\n')
+    record()
+    file.rename(room / 'renamed.py')
+    record()
+    (room / 'added.py').write_text('')
+    record()
+  assert len(set(versions)) == len(versions) == 1 + 3 * len(rooms)
 
 
-# Several
+# Several processes
 
 BEGIN = """
 import os, sys, time
-from maskdiff import consensus, runtime
+from maskdiff.distributed import consensus, runtime
 from maskdiff.errors import Preempted
 me = int(os.environ['JAX_PROCESS_ID'])
 """
@@ -113,7 +119,7 @@ def start(program, *arguments, processes=2):
 
 @pytest.fixture
 def run():
-  """As `start`; what still runs is killed at the end."""
+  """`start`, whose processes are killed after the test."""
   started = []
 
   def run(*args, **kwargs):
@@ -127,6 +133,7 @@ def run():
 
 
 def wait_for(line, process):
+  """Reads the output of a process up to this line."""
   for text in process.stdout:
     if text.rstrip() == line:
       return
@@ -151,7 +158,7 @@ except Preempted:
 
 
 @pytest.mark.parametrize(
-  'told, compile_s',
+  'preempted, compile_s',
   [
     ([0], 0),
     ([1], 0),
@@ -159,13 +166,15 @@ except Preempted:
     pytest.param([0, 1], 0, marks=pytest.mark.slow),
   ],
 )
-def test_a_sigterm_to_any_ends_all_at_the_same_poll(run, told, compile_s):
-  """They poll at different speeds; or not yet, while they compile."""
+def test_sigterm_to_any_process_stops_all_at_the_same_poll(
+  run, preempted, compile_s
+):
+  """The processes poll at different speeds, and not while they compile."""
   processes = run(POLLS, compile_s)
   for process in processes:
     wait_for('here', process)
   time.sleep(0.3)
-  for i in told:
+  for i in preempted:
     processes[i].send_signal(signal.SIGTERM)
   ends = set()
   for process in processes:
@@ -186,7 +195,7 @@ with runtime.started('.'):
 """
 
 
-def test_what_differs_is_named_by_all_processes(run):
+def test_differences_are_reported_by_all_processes(run):
   processes = run(AGREES, processes=3)
   for i, process in enumerate(processes):
     out, err = process.communicate(timeout=100)
@@ -199,9 +208,9 @@ def test_what_differs_is_named_by_all_processes(run):
     assert f'(process {i} of 3' in line
 
 
-def test_of_many_that_differ_four_are_named():
-  told = [(i, {'code': f'v{i}'}) for i in range(1, 9)]
-  message = consensus._disagreement({'config': 'c', 'code': 'v0'}, told)
+def test_at_most_four_differing_processes_are_listed():
+  others = [(i, {'code': f'v{i}'}) for i in range(1, 9)]
+  message = consensus._disagreement({'config': 'c', 'code': 'v0'}, others)
   assert 'v1 in process 1' in message and 'v4 in process 4' in message
   assert 'v4 in process 4 and 4 more' in message
   assert 'config' not in message
@@ -217,7 +226,7 @@ with runtime.started('.', heartbeat_s=10):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('killed', [0, 1])
-def test_a_killed_process_ends_the_others_within_the_heartbeat(run, killed):
+def test_killed_process_ends_the_others_within_the_heartbeat(run, killed):
   processes = run(DIES)
   for process in processes:
     wait_for('here', process)
@@ -225,5 +234,5 @@ def test_a_killed_process_ends_the_others_within_the_heartbeat(run, killed):
   began = time.monotonic()
   _, err = processes[1 - killed].communicate(timeout=100)
   seconds = time.monotonic() - began
-  assert seconds < 20, 'beyond the heartbeat and what a busy machine adds'
+  assert seconds < 20, 'longer than the heartbeat plus a margin for load'
   assert processes[1 - killed].returncode not in (0, 2), err

@@ -1,4 +1,4 @@
-"""The mesh and how arrays lie on it. Eight fake devices."""
+"""The device mesh and shardings, on eight fake devices."""
 
 import json
 import math
@@ -21,8 +21,8 @@ def two_by_two_by_two():
   return mesh.make_mesh(fsdp=2, sequence=2, tensor=2)
 
 
-def placed(m, shape, *axes):
-  """An array of this shape after `shard` under jit on the mesh."""
+def sharded(m, shape, *axes):
+  """Zeros of this shape after `shard` under jit on the mesh."""
   with jax.set_mesh(m):
     return jax.jit(lambda x: mesh.shard(x, *axes))(jnp.zeros(shape))
 
@@ -36,7 +36,7 @@ def placed(m, shape, *axes):
     ({'fsdp': 8, 'tensor': -1}, (1, 8, 1, 1)),
   ],
 )
-def test_an_axis_of_minus_1_takes_what_is_left(sizes, expected):
+def test_axis_of_minus_1_takes_the_remaining_devices(sizes, expected):
   m = mesh.make_mesh(**sizes)
   assert tuple(m.shape.items()) == tuple(zip(mesh.AXES, expected, strict=True))
   assert m.size == 8
@@ -47,7 +47,7 @@ def test_mesh_axes_are_auto():
   assert axis_types == {jax.sharding.AxisType.Auto}
 
 
-def test_mesh_uses_only_the_devices_given():
+def test_mesh_uses_only_the_given_devices():
   devices = jax.devices()[2:4]
   m = mesh.make_mesh(fsdp=-1, devices=devices)
   assert set(m.devices.flat) == set(devices)
@@ -56,13 +56,13 @@ def test_mesh_uses_only_the_devices_given():
 @pytest.mark.parametrize(
   'sizes', [{'fsdp': 3}, {'fsdp': 4}, {'fsdp': 16}, {'tensor': 3}]
 )
-def test_wrong_product_names_the_sizes_and_the_fix(sizes):
+def test_wrong_product_is_refused(sizes):
   with pytest.raises(UserError) as error:
     mesh.make_mesh(**sizes)
   message = str(error.value)
   (name, size), *_ = sizes.items()
   assert f'{name}={size}' in message
-  assert '8 devices' in message
+  assert 'devices, 8' in message
   assert 'set one axis to -1' in message
   assert '\n' not in message
 
@@ -70,8 +70,8 @@ def test_wrong_product_names_the_sizes_and_the_fix(sizes):
 @pytest.mark.parametrize(
   'sizes', [{'fsdp': 0}, {'fsdp': -2}, {'fsdp': -1, 'tensor': -1}]
 )
-def test_impossible_sizes_are_refused(sizes):
-  with pytest.raises(UserError, match='one of them may be -1'):
+def test_invalid_sizes_are_refused(sizes):
+  with pytest.raises(UserError, match='one may be -1'):
     mesh.make_mesh(**sizes)
 
 
@@ -103,7 +103,7 @@ def test_matrices_are_split_and_vectors_are_not(axes, spec):
   assert mesh.param_spec(axes) == spec
 
 
-def test_an_indivisible_parameter_is_named_with_its_axis(two_by_two_by_two):
+def test_indivisible_parameter_is_refused(two_by_two_by_two):
   axes = {'blocks': {'up': ('layers', 'embed', 'mlp')}}
   shapes = {'blocks': {'up': jax.ShapeDtypeStruct((2, 8, 7), jnp.float32)}}
   with pytest.raises(UserError) as error:
@@ -119,15 +119,15 @@ def test_shard_outside_a_mesh_is_the_identity():
   assert mesh.shard(x, 'batch', 'length') is x
 
 
-def test_shard_places_activations_by_their_axes(two_by_two_by_two):
-  x = placed(two_by_two_by_two, (4, 6, 8), 'batch', 'length', 'mlp')
+def test_shard_splits_activations_by_their_axes(two_by_two_by_two):
+  x = sharded(two_by_two_by_two, (4, 6, 8), 'batch', 'length', 'mlp')
   assert x.sharding.shard_shape(x.shape) == (2, 3, 4)
-  x = placed(two_by_two_by_two, (4, 6, 2, 8), 'batch', None, 'heads', None)
+  x = sharded(two_by_two_by_two, (4, 6, 2, 8), 'batch', None, 'heads', None)
   assert x.sharding.shard_shape(x.shape) == (2, 6, 1, 8)
 
 
-def test_shard_leaves_indivisible_dimensions_whole(two_by_two_by_two):
-  x = placed(two_by_two_by_two, (3, 6, 7), 'batch', 'length', 'mlp')
+def test_shard_does_not_split_indivisible_dimensions(two_by_two_by_two):
+  x = sharded(two_by_two_by_two, (3, 6, 7), 'batch', 'length', 'mlp')
   assert x.sharding.shard_shape(x.shape) == (3, 3, 7)
 
 
@@ -138,16 +138,16 @@ def test_shard_does_not_change_values(two_by_two_by_two):
   np.testing.assert_array_equal(x, y)
 
 
-def test_shard_wants_an_axis_per_dimension(two_by_two_by_two):
+def test_shard_needs_one_axis_per_dimension(two_by_two_by_two):
   with pytest.raises(ValueError, match='1 axes'):
-    placed(two_by_two_by_two, (4, 6), 'batch')
+    sharded(two_by_two_by_two, (4, 6), 'batch')
 
 
 # Several slices
 
 
 def fake_slices(number, shape=(2, 2, 2), platform='tpu', kind='TPU v5'):
-  """Devices like those of a multislice TPU job, in a confusing order."""
+  """Devices like those of a multislice TPU job, in shuffled order."""
   devices = [
     types.SimpleNamespace(
       id=index,
@@ -164,13 +164,13 @@ def fake_slices(number, shape=(2, 2, 2), platform='tpu', kind='TPU v5'):
 
 
 def slices_of_replicas(m):
-  """The set of slices that each replica lies on."""
+  """The set of slices of each replica."""
   return [{d.slice_index for d in replica.flat} for replica in m.devices]
 
 
 @pytest.fixture(autouse=True)
 def meshes_of_fakes(monkeypatch):
-  """A Mesh wants real devices; of fakes their array and names are enough."""
+  """Replaces Mesh, which needs real devices, by an array and its shape."""
   real = jax.sharding.Mesh
 
   def make(devices, names, axis_types):
@@ -198,17 +198,17 @@ def test_only_replicas_span_slices(slices, sizes, expected):
   m = mesh.make_mesh(**sizes, devices=fake_slices(slices))
   assert m.devices.shape == expected
   assert sorted(d.id for d in m.devices.flat) == list(range(slices * 8))
-  on = slices_of_replicas(m)
-  assert all(len(each) == 1 for each in on)
   per_slice = expected[0] // slices
-  assert on == [{s} for s in range(slices) for _ in range(per_slice)]
+  assert slices_of_replicas(m) == [
+    {s} for s in range(slices) for _ in range(per_slice)
+  ]
 
 
 @pytest.mark.parametrize(
   'slices, sizes',
   [(2, {}), (2, dict(replica=1, tensor=2)), (3, dict(replica=2, fsdp=12))],
 )
-def test_replicas_that_do_not_fit_into_slices_are_refused(slices, sizes):
+def test_unequal_replicas_per_slice_are_refused(slices, sizes):
   with pytest.raises(UserError) as error:
     mesh.make_mesh(**sizes, devices=fake_slices(slices))
   message = str(error.value)
@@ -223,7 +223,7 @@ def test_slices_of_different_sizes_are_refused():
     mesh.make_mesh(replica=2, devices=devices)
 
 
-def test_nodes_of_gpus_need_no_replicas():
+def test_fsdp_axis_may_span_gpu_nodes():
   devices = fake_slices(2, platform='gpu', kind='NVIDIA H100 80GB HBM3')
   m = mesh.make_mesh(devices=devices)
   assert m.devices.shape == (1, 16, 1, 1)
@@ -238,8 +238,8 @@ def test_any_number_of_devices_makes_a_mesh(number):
   assert mesh.make_mesh(devices=part_of_a_slice).devices.size == number
 
 
-def test_an_axis_may_be_a_part_of_a_physical_axis():
-  """jax.make_mesh makes this of 64 chips of v5e, but not of v5p."""
+def test_axis_may_be_part_of_a_physical_axis():
+  """jax.make_mesh supports this for 64 chips of v5e, but not of v5p."""
   devices = fake_slices(1, (4, 4, 4))
   m = mesh.make_mesh(replica=2, tensor=2, devices=devices)
   assert m.devices.shape == (2, 16, 1, 2)
@@ -249,7 +249,7 @@ def test_an_axis_may_be_a_part_of_a_physical_axis():
 ODD = [(0, 0, 0), (1, 0, 0), (0, 1, 0)]  # three chips of a square
 
 
-def test_tpus_that_are_laid_out_in_plain_order_are_warned_about():
+def test_arbitrary_order_of_tpus_gives_a_warning():
   devices = [d for d in fake_slices(1) if d.coords in ODD]
   with pytest.warns(UserWarning, match='fsdp=3.*use all devices of a slice'):
     mesh.make_mesh(devices=devices)
@@ -268,7 +268,7 @@ def test_tpus_that_are_laid_out_in_plain_order_are_warned_about():
   ],
   ids=['cube', 'pod', 'neighbours', 'corners', 'gpus', 'cpus'],
 )
-def test_no_warning_where_the_order_is_good_or_does_not_matter(devices):
+def test_good_or_irrelevant_order_gives_no_warning(devices):
   mesh.make_mesh(devices=devices)
 
 
@@ -276,7 +276,7 @@ TOPOLOGIES = """
 import json, sys
 import jax
 from jax.experimental import mesh_utils, topologies
-from maskdiff import mesh
+from maskdiff.distributed import mesh
 
 for name, slices, sizes in json.loads(sys.argv[1]):
   more = {'num_slices': slices} if slices > 1 else {}
@@ -299,7 +299,7 @@ for name, slices, sizes in json.loads(sys.argv[1]):
 @pytest.mark.slow
 @needs_libtpu
 def test_meshes_of_real_topologies():
-  """Also of odd sizes; of several slices as JAX itself would lay them out."""
+  """Odd sizes too. Several slices must equal JAX's hybrid mesh."""
   cases = [
     ('v5p:4x4x4', 2, dict(replica=2)),
     ('v5p:4x4x4', 2, dict(replica=4)),

@@ -1,6 +1,6 @@
-"""Runs of several processes, started as on a pod: one command for each.
+"""Runs of several processes, each started by its own command as on a pod.
 
-Two processes with four fake devices each must do what one does with eight.
+Two processes with four fake devices each must match one process with eight.
 """
 
 import json
@@ -48,26 +48,26 @@ SETTINGS = {
   'checkpoint.every_steps': 4,
 }
 
-# Writes down which rows of the global batches the process reads.
-WATCHED = """
+# Records which rows of the global batches the process reads.
+RECORD_ROWS = """
 import json, os, runpy, sys
 
-# What Gloo prints of its connections, from several threads at once, goes
-# elsewhere: only Python writes to what was standard output.
+# Gloo prints about its connections from several threads at once. Send that to
+# /dev/null: only Python writes to the original standard output.
 sys.stdout = os.fdopen(os.dup(1), 'w')
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 from maskdiff.data import pipeline
 
 for name in ('train_batches', 'heldout_batches'):
-  def watched(*args, real=getattr(pipeline, name), name=name, **kwargs):
+  def recorded(*args, real=getattr(pipeline, name), name=name, **kwargs):
     path = f"{sys.argv[sys.argv.index('--workdir') + 1]}.{name}"
     with open(path + os.environ['JAX_PROCESS_ID'], 'w') as f:
       json.dump([int(row) for row in kwargs['rows']], f)
     for batch in real(*args, **kwargs):
       assert len(batch) == len(kwargs['rows'])
       yield batch
-  setattr(pipeline, name, watched)
+  setattr(pipeline, name, recorded)
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -75,7 +75,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 @pytest.fixture(scope='module')
 def settings(corpus, tokenizer):
-  """The config by dotted key."""
+  """Values of the config by dotted key."""
   return SETTINGS | {
     'data.path': str(corpus),
     'data.tokenizer': str(tokenizer.path),
@@ -103,12 +103,16 @@ def config_file(settings, tmp_path_factory):
 
 
 def start(script, *arguments, processes=2, of_process=None):
-  """Starts the processes of a run; returns what each ended with.
+  """Runs a script in several processes.
 
   Args:
-    script: path of a script in launch/.
-    *arguments: for all.
-    of_process: more arguments, by process.
+    script: path of a script, relative to launch/.
+    *arguments: for all processes.
+    processes: number of processes.
+    of_process: dict from a process index to more arguments.
+
+  Returns:
+    List of (standard output, standard error, exit status).
   """
   with socket.socket() as s:
     s.bind(('localhost', 0))
@@ -129,7 +133,7 @@ def start(script, *arguments, processes=2, of_process=None):
     forked.start(
       [
         '-c',
-        WATCHED,
+        RECORD_ROWS,
         str(ROOT / 'launch' / script),
         *map(str, arguments),
         *(of_process or {}).get(i, []),
@@ -150,7 +154,7 @@ def start(script, *arguments, processes=2, of_process=None):
 
 
 def pretrain(config_file, workdir, *arguments):
-  """Trains in two processes; returns their outputs."""
+  """Trains in two processes; returns the result of `start`."""
   ended = start(
     'pretrain.py', '--config', config_file, '--workdir', workdir, *arguments
   )
@@ -160,22 +164,22 @@ def pretrain(config_file, workdir, *arguments):
 
 
 @pytest.fixture(scope='module')
-def one(config, tmp_path_factory):
-  """The work directory of a run of one process."""
+def run_of_one(config, tmp_path_factory):
+  """Work directory of a run of one process."""
   workdir = tmp_path_factory.mktemp('one')
   loop.run(config, str(workdir))
   return workdir
 
 
 @pytest.fixture(scope='module')
-def two(config_file, tmp_path_factory):
-  """The work directory of the same run in two, and what they printed."""
+def run_of_two(config_file, tmp_path_factory):
+  """Work directory of the same run in two processes, and their outputs."""
   workdir = tmp_path_factory.mktemp('runs') / 'two'
   return workdir, pretrain(config_file, workdir)
 
 
 def rows_of(workdir):
-  """All metrics by step and name, but for times."""
+  """All metrics by step and name, except times."""
   rows = {}
   for row in metrics.read(workdir / 'metrics.jsonl'):
     for name, value in row.items():
@@ -186,32 +190,32 @@ def rows_of(workdir):
 
 
 def assert_same_metrics(workdir, other):
-  ours, theirs = rows_of(workdir), rows_of(other)
-  assert ours.keys() == theirs.keys()
-  assert {step for step, _ in ours} == set(range(STEPS + 1))
-  for key, value in ours.items():
+  rows, other_rows = rows_of(workdir), rows_of(other)
+  assert rows.keys() == other_rows.keys()
+  assert {step for step, _ in rows} == set(range(STEPS + 1))
+  for key, value in rows.items():
     if isinstance(value, str):
-      assert theirs[key] == value, key
+      assert other_rows[key] == value, key
     else:
-      assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+      assert other_rows[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
-def test_two_processes_train_to_the_losses_of_one(one, two):
-  assert_same_metrics(one, two[0])
+def test_two_processes_have_the_metrics_of_one(run_of_one, run_of_two):
+  assert_same_metrics(run_of_one, run_of_two[0])
 
 
-def test_a_process_reads_its_own_rows_alone(two):
+def test_each_process_reads_only_its_own_rows(run_of_two):
   for name, batch in (('train_batches', 32), ('heldout_batches', 16)):
     read = [
-      json.loads(pathlib.Path(f'{two[0]}.{name}{i}').read_text())
+      json.loads(pathlib.Path(f'{run_of_two[0]}.{name}{i}').read_text())
       for i in range(2)
     ]
     assert [len(rows) for rows in read] == [batch // 2] * 2
     assert sorted(read[0] + read[1]) == list(range(batch))
 
 
-def test_only_the_first_process_speaks(two):
-  workdir, ((out, err, _), (other_out, other_err, _)) = two
+def test_only_process_0_prints(run_of_two):
+  workdir, ((out, err, _), (other_out, other_err, _)) = run_of_two
   assert 'held-out bound' in out
   assert f'step {STEPS}/{STEPS}' in err
   assert other_out == ''
@@ -226,26 +230,28 @@ def without_the_last_step(workdir, copy):
   return copy
 
 
-def test_one_process_goes_on_where_two_stopped(one, two, config, tmp_path):
-  workdir = without_the_last_step(two[0], tmp_path / 'run')
+def test_one_process_resumes_a_run_of_two(
+  run_of_one, run_of_two, config, tmp_path
+):
+  workdir = without_the_last_step(run_of_two[0], tmp_path / 'run')
   loop.run(config, str(workdir))
-  assert_same_metrics(one, workdir)
+  assert_same_metrics(run_of_one, workdir)
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_stopped(one, config_file, tmp_path):
-  workdir = without_the_last_step(one, tmp_path / 'run')
+def test_two_processes_resume_a_run_of_one(run_of_one, config_file, tmp_path):
+  workdir = without_the_last_step(run_of_one, tmp_path / 'run')
   (_, err, _), _ = pretrain(config_file, workdir)
   assert 'resuming at step 4' in err
-  assert_same_metrics(one, workdir)
+  assert_same_metrics(run_of_one, workdir)
   assert {p.name for p in (workdir / 'checkpoints').iterdir()} == {'4', '6'}
 
 
 @pytest.mark.slow
-def test_rows_and_parameters_may_be_split_over_processes(
-  one, config_file, tmp_path
+def test_sequence_and_tensor_axes_may_span_processes(
+  run_of_one, config_file, tmp_path
 ):
-  """Every host then reads all rows; it puts its own columns on its devices."""
+  """Every host reads all rows and puts its own columns on its devices."""
   pretrain(
     config_file,
     tmp_path / 'run',
@@ -253,16 +259,17 @@ def test_rows_and_parameters_may_be_split_over_processes(
     '--config.mesh.sequence=4',
     '--config.mesh.tensor=2',
   )
-  assert_same_metrics(one, tmp_path / 'run')
+  assert_same_metrics(run_of_one, tmp_path / 'run')
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_one_prints(two):
-  arguments = ('--workdir', two[0], '--prompt', 'def read(')
+def test_two_processes_sample_and_process_0_prints(run_of_two):
+  workdir = run_of_two[0]
+  arguments = ('--workdir', workdir, '--prompt', 'def read(')
   arguments += ('--gen_length', 4, '--steps', 4)
   (out, _, status), (other_out, _, _) = start('sample.py', *arguments)
   assert (status, other_out) == (0, '')
-  assert out == rows_of(two[0])[STEPS, 'sample/0'] + '\n'
+  assert out == rows_of(workdir)[STEPS, 'sample/0'] + '\n'
   (shown, _, status), (other_out, _, _) = start(
     'sample.py', *arguments, '--show'
   )
@@ -273,7 +280,7 @@ def test_two_processes_sample_and_one_prints(two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('failing', [0, 1])
-def test_an_error_of_one_process_ends_all(config_file, tmp_path, failing):
+def test_error_in_one_process_ends_all(config_file, tmp_path, failing):
   ended = start(
     'pretrain.py',
     *('--config', config_file, '--workdir', tmp_path / 'run'),
@@ -287,7 +294,7 @@ def test_an_error_of_one_process_ends_all(config_file, tmp_path, failing):
 
 
 @pytest.mark.slow
-def test_an_error_of_all_processes_is_told_by_all(config_file, tmp_path):
+def test_error_in_all_processes_is_printed_by_all(config_file, tmp_path):
   ended = start(
     'pretrain.py',
     *('--config', config_file, '--workdir', tmp_path / 'run'),
@@ -302,7 +309,7 @@ def test_an_error_of_all_processes_is_told_by_all(config_file, tmp_path):
 
 ONCE = """
 import os, pathlib, sys, time
-from maskdiff import runtime
+from maskdiff.distributed import runtime
 
 def make(name):
   path = pathlib.Path(sys.argv[1], name)
@@ -317,7 +324,7 @@ with runtime.started('.'):
 """
 
 
-def test_what_is_made_once_is_made_by_the_first_process(tmp_path):
+def test_main_process_first_makes_a_file_once(tmp_path):
   (tmp_path / 'once.py').write_text(ONCE)
   ended = start(tmp_path / 'once.py', tmp_path)
   for out, err, status in ended:

@@ -1,4 +1,4 @@
-"""Who the processes of a run are, as told by the environment."""
+"""Detection of the processes of a run, joining them, compilation cache."""
 
 import contextlib
 import http.server
@@ -31,12 +31,12 @@ SLURM = {
   'SLURM_LOCALID': '3',
 }
 MPI = {'OMPI_MCA_orte_hnp_uri': '1.0;tcp://h:1', 'OMPI_COMM_WORLD_SIZE': '2'}
-TPU = 'tpu,cpu'  # what JAX makes of jax_platforms where it finds chips
+TPU = 'tpu,cpu'  # jax_platforms if JAX finds TPU chips
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-  """The tests that want a server make one on this machine."""
+  """Allows connections to this machine only."""
   create_connection = socket.create_connection
 
   def local(address, *args, **kwargs):
@@ -48,7 +48,7 @@ def no_network(monkeypatch):
 
 @contextlib.contextmanager
 def metadata_server(status):
-  """A server that answers like that of Google Cloud; yields HOST:PORT."""
+  """A metadata server like that of Google Cloud; yields HOST:PORT."""
   paths = []
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -81,7 +81,7 @@ def free_port():
     ({}, None),  # a laptop
     ({}, 'cpu'),
     ({}, 'cuda'),
-    ({'TPU_SKIP_MDS_QUERY': '1'}, 'tpu'),  # JAX has found no chips
+    ({'TPU_SKIP_MDS_QUERY': '1'}, 'tpu'),  # JAX found no chips
     ({**EXPLICIT, 'JAX_NUM_PROCESSES': '1'}, None),
     ({'JAX_NUM_PROCESSES': '1', 'TPU_WORKER_HOSTNAMES': 'a,b'}, TPU),
     ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 'cpu'),  # a CPU process on a pod
@@ -93,7 +93,7 @@ def free_port():
     ({**MPI, 'OMPI_COMM_WORLD_SIZE': '1'}, None),
   ],
 )
-def test_a_single_process_asks_nobody(environ, platforms):
+def test_single_process_is_detected_without_network(environ, platforms):
   assert runtime.detect(environ, platforms) is None
 
 
@@ -109,11 +109,11 @@ def test_a_single_process_asks_nobody(environ, platforms):
     ({**SLURM, 'JAX_COORDINATOR_ADDRESS': '10.0.0.1:1234'}, None),
   ],
 )
-def test_jax_finds_out_the_processes_of_a_cluster(environ, platforms):
+def test_cluster_is_left_to_jax(environ, platforms):
   assert runtime.detect(environ, platforms) == {}
 
 
-def test_what_is_said_explicitly_goes_before_the_cluster():
+def test_explicit_variables_override_the_cluster():
   assert runtime.detect({**SLURM, **EXPLICIT}, TPU) == {
     'coordinator_address': '10.0.0.1:1234',
     'num_processes': 4,
@@ -123,14 +123,14 @@ def test_what_is_said_explicitly_goes_before_the_cluster():
 
 
 @pytest.mark.parametrize('status, expected', [(200, {}), (404, None)])
-def test_a_tpu_vm_is_known_by_its_metadata(status, expected):
+def test_tpu_vm_is_detected_by_its_metadata(status, expected):
   with metadata_server(status) as address:
     assert runtime.detect({'GCE_METADATA_IP': address}, TPU) == expected
 
 
-def test_chips_without_a_metadata_server_are_a_single_process(monkeypatch):
-  nobody = f'127.0.0.1:{free_port()}'
-  assert runtime.detect({'GCE_METADATA_IP': nobody}, TPU) is None
+def test_tpu_without_metadata_server_is_a_single_process(monkeypatch):
+  closed = f'127.0.0.1:{free_port()}'
+  assert runtime.detect({'GCE_METADATA_IP': closed}, TPU) is None
   monkeypatch.setattr(runtime, '_METADATA_TIMEOUT_S', 0.2)
   with socket.create_server(('127.0.0.1', 0)) as silent:
     address = f'127.0.0.1:{silent.getsockname()[1]}'
@@ -157,14 +157,14 @@ def test_chips_without_a_metadata_server_are_a_single_process(monkeypatch):
     ({'OMPI_COMM_WORLD_SIZE': '2'}, 'set JAX_COORDINATOR_ADDRESS, '),
   ],
 )
-def test_contradictions_are_named(environ, message):
+def test_contradictory_variables_are_refused(environ, message):
   with pytest.raises(UserError, match=message) as error:
     runtime.detect(environ, None)
   assert '\n' not in str(error.value)
 
 
 def start(process_id, address, timeout_s):
-  """Starts a process of two that does nothing but come and go."""
+  """Starts one of two processes; it joins, prints a line and exits."""
   script = (
     'import sys\n'
     'from maskdiff.distributed import runtime\n'
@@ -189,41 +189,39 @@ def start(process_id, address, timeout_s):
   'process_id, message',
   [
     (1, 'no coordinator at {} after 2 s'),
-    (0, 'not all processes came to the coordinator {} in 2 s'),
+    (0, 'not all processes joined the coordinator {} in 2 s'),
   ],
 )
-def test_a_process_that_is_alone_ends_with_one_line(process_id, message):
+def test_missing_processes_end_the_run_with_one_line(process_id, message):
   address = f'localhost:{free_port()}'
   out, err = (process := start(process_id, address, 2)).communicate(timeout=120)
   (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
   assert message.format(address) in line
   assert f'process {process_id} of 2' in line
-  assert (process.returncode, out) == (75, '')  # a restart may find it
+  assert (process.returncode, out) == (75, '')  # restart it
   assert 'Traceback' not in err and '*** Check failure' not in err
 
 
 @pytest.fixture
 def initialize(monkeypatch):
-  """Replaces jax.distributed.initialize by a function of the test's."""
+  """Returns a function that replaces jax.distributed.initialize."""
   return lambda f: monkeypatch.setattr(jax.distributed, 'initialize', f)
 
 
-def test_the_heartbeat_is_that_of_the_run(initialize):
-  told = {}
-  initialize(lambda **arguments: told.update(arguments))
+def test_heartbeat_and_timeout_are_passed_to_jax(initialize):
+  passed = {}
+  initialize(lambda **arguments: passed.update(arguments))
   runtime.join({'process_id': 3}, 5, heartbeat_s=20)
-  assert told['process_id'] == 3
-  assert told['heartbeat_timeout_seconds'] == 20
-  assert told['initialization_timeout'] > 5
+  assert passed['process_id'] == 3
+  assert passed['heartbeat_timeout_seconds'] == 20
+  assert passed['initialization_timeout'] > 5
 
 
 @pytest.mark.parametrize(
   'error, expected', [(RuntimeError, NotJoined), (ValueError, UserError)]
 )
-def test_what_may_pass_is_told_from_what_stays_wrong(
-  initialize, error, expected
-):
-  """JAX raises RuntimeErrors of its own about the network."""
+def test_network_errors_are_not_user_errors(initialize, error, expected):
+  """JAX raises RuntimeError for errors of the network."""
 
   def fail(**arguments):
     raise error('a\nlong story')
@@ -246,8 +244,8 @@ def test_what_may_pass_is_told_from_what_stays_wrong(
     ('KeyboardInterrupt()', 1),
   ],
 )
-def test_the_status_says_whether_to_start_again(error, expected):
-  """A process that has peers; here it only believes so."""
+def test_exit_status_of_a_process_with_peers(error, expected):
+  """The peers are simulated."""
   script = (
     'import sys\n'
     'from maskdiff import errors\n'
@@ -272,7 +270,7 @@ def test_the_status_says_whether_to_start_again(error, expected):
     assert 'process 1 of 2 on ' in ended.stderr
 
 
-def test_two_processes_find_each_other():
+def test_two_processes_join():
   address = f'localhost:{free_port()}'
   processes = [start(i, address, 100) for i in range(2)]
   for process in processes:
@@ -281,7 +279,7 @@ def test_two_processes_find_each_other():
     assert 'here' in out.splitlines()
 
 
-def test_a_single_process_keeps_its_errors(monkeypatch, tmp_path):
+def test_single_process_propagates_errors(monkeypatch, tmp_path):
   for name in EXPLICIT:
     monkeypatch.delenv(name, raising=False)
   error = UserError('of the run')
@@ -290,19 +288,19 @@ def test_a_single_process_keeps_its_errors(monkeypatch, tmp_path):
   assert raised.value is error
 
 
-# The compile cache
+# The compilation cache
 
 
 @pytest.fixture
 def cache_dir(monkeypatch):
-  """Reads the configured directory; puts it back afterwards."""
+  """Returns a function that reads the cache directory; restores it after."""
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
   before = jax.config.jax_compilation_cache_dir
   yield lambda: jax.config.jax_compilation_cache_dir
   jax.config.update('jax_compilation_cache_dir', before)
 
 
-def test_programs_for_accelerators_are_kept_with_the_run(
+def test_accelerators_cache_programs_in_the_workdir(
   cache_dir, monkeypatch, tmp_path
 ):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
@@ -310,21 +308,23 @@ def test_programs_for_accelerators_are_kept_with_the_run(
   assert cache_dir() == str(tmp_path / 'compile_cache')
 
 
-def test_programs_for_cpus_are_not_kept(cache_dir, tmp_path):
+def test_cpus_cache_no_programs_by_default(cache_dir, tmp_path):
   before = cache_dir()
   runtime.use_compile_cache(tmp_path)
   assert cache_dir() == before
 
 
-def test_the_environment_may_choose_where(cache_dir, monkeypatch, tmp_path):
+def test_environment_variable_sets_the_cache_directory(
+  cache_dir, monkeypatch, tmp_path
+):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'gs://bucket/programs')
-  before = cache_dir()  # JAX has read the variable itself, at its import
+  before = cache_dir()  # JAX reads the variable itself at import
   runtime.use_compile_cache(tmp_path)
   assert cache_dir() == before
 
 
-def test_in_a_single_process_work_is_done_once():
+def test_single_process_calls_work_once():
   calls = []
   result = runtime.main_process_first(lambda: calls.append(1) or len(calls))
   assert (result, calls) == (1, [1])

@@ -1,4 +1,4 @@
-"""A run that hangs says where; one that gets on says nothing."""
+"""Reports of the watchdog about stalled runs."""
 
 import io
 import threading
@@ -15,64 +15,70 @@ def ledger(tmp_path):
   return Ledger(tmp_path / 'ledger.jsonl', active=False)
 
 
-class Told:
-  """What `watch` prints on a clock of its own that a test lets run.
+class FakeRun:
+  """Ledger and event for the watchdog, on a simulated clock.
 
-  `reports(seconds)` is when it reported within so many seconds, while `now`
-  tells for a time what `Ledger.current` returns then.
+  Args:
+    stall_s: see `watch`.
+    current: function from a time to the result of `Ledger.current` at it.
+    monkeypatch: pytest fixture.
   """
 
-  def __init__(self, stall_s, now, monkeypatch):
-    self._stall_s, self._now, self._at, self._reports = stall_s, now, 0, []
+  def __init__(self, stall_s, current, monkeypatch):
+    self._stall_s, self._current = stall_s, current
+    self._time, self._reports = 0, []
     monkeypatch.setattr(watchdog, 'describe', self._describe)
 
   def current(self):
-    return self._now(self._at)
+    return self._current(self._time)
 
   def totals(self):
     return {}
 
   def wait(self, seconds):
-    self._at += seconds
-    return self._at > self._end
+    self._time += seconds
+    return self._time > self._end
 
   def _describe(self, kind, seconds, totals):
-    self._reports.append(self._at)
+    self._reports.append(self._time)
     return ''
 
   def reports(self, seconds):
+    """Times of the reports within so many seconds."""
     self._end = seconds
-    watchdog._look(self, self._stall_s, io.StringIO(), self)
+    watchdog._check(self, self._stall_s, io.StringIO(), self)
     return self._reports
 
 
-def test_a_stall_is_told_once_per_stall_s(monkeypatch):
-  told = Told(20, lambda at: ('step', at), monkeypatch)
-  assert told.reports(95) == [20, 40, 60, 80]
+def test_stall_is_reported_once_per_stall_s(monkeypatch):
+  run = FakeRun(20, lambda at: ('step', at), monkeypatch)
+  assert run.reports(95) == [20, 40, 60, 80]
 
 
-def test_beats_that_go_on_are_no_stall(monkeypatch):
-  told = Told(20, lambda at: ('step', at % 19), monkeypatch)
-  assert told.reports(1000) == []
+def test_beats_prevent_a_report(monkeypatch):
+  run = FakeRun(20, lambda at: ('step', at % 19), monkeypatch)
+  assert run.reports(1000) == []
 
 
-def test_a_second_stall_is_told_like_the_first(monkeypatch):
-  told = Told(20, lambda at: ('data', at if at < 50 else at - 50), monkeypatch)
-  assert told.reports(95) == [20, 40, 70, 90]
+def test_second_stall_is_reported_like_the_first(monkeypatch):
+  run = FakeRun(
+    20, lambda at: ('data', at if at < 50 else at - 50), monkeypatch
+  )
+  assert run.reports(95) == [20, 40, 70, 90]
 
 
-def test_a_compilation_may_last_ten_times_as_long(monkeypatch):
-  told = Told(20, lambda at: ('compile', at), monkeypatch)
-  assert told.reports(245) == [200, 220, 240]
+def test_compilation_may_last_ten_times_as_long(monkeypatch):
+  run = FakeRun(20, lambda at: ('compile', at), monkeypatch)
+  assert run.reports(245) == [200, 220, 240]
 
 
-def wait_for_data(go_on):
-  go_on.wait()
+def wait_for_data(resume):
+  resume.wait()
 
 
-def test_what_is_told_names_the_span_and_all_stacks(ledger):
-  out, go_on = io.StringIO(), threading.Event()
-  sleeper = threading.Thread(target=wait_for_data, args=[go_on], name='reader')
+def test_report_has_the_span_and_all_stacks(ledger):
+  out, resume = io.StringIO(), threading.Event()
+  sleeper = threading.Thread(target=wait_for_data, args=[resume], name='reader')
   sleeper.start()
   with watchdog.watch(ledger, 0.2, out):
     with ledger.span('init'):
@@ -80,7 +86,7 @@ def test_what_is_told_names_the_span_and_all_stacks(ledger):
     with ledger.span('data'):
       while 'test_watchdog' not in out.getvalue():  # ends by this test's stack
         time.sleep(0.05)
-  go_on.set()
+  resume.set()
   sleeper.join()
   first, *rest = out.getvalue().splitlines()
   assert first.startswith("stall: 'data' has lasted 0.")
@@ -88,14 +94,14 @@ def test_what_is_told_names_the_span_and_all_stacks(ledger):
   (reader,) = [i for i, line in enumerate(rest) if line == 'thread reader:']
   assert any('in wait_for_data' in line for line in rest[reader:])
   (main,) = [i for i, line in enumerate(rest) if 'MainThread' in line]
-  here = 'in test_what_is_told_names_the_span_and_all_stacks'
+  here = 'in test_report_has_the_span_and_all_stacks'
   assert any(here in line for line in rest[main:])
 
 
-def test_threads_that_wait_alike_are_told_together(ledger):
-  go_on = threading.Event()
+def test_threads_with_equal_stacks_are_grouped(ledger):
+  resume = threading.Event()
   threads = [
-    threading.Thread(target=wait_for_data, args=[go_on], name=f'reader {i}')
+    threading.Thread(target=wait_for_data, args=[resume], name=f'reader {i}')
     for i in range(3)
   ]
   for thread in threads:
@@ -104,27 +110,29 @@ def test_threads_that_wait_alike_are_told_together(ledger):
   together = 'thread reader 0, reader 1, reader 2:'
   while together not in (text := watchdog.describe('data', 1, {})):
     assert time.monotonic() < deadline, text
-  go_on.set()
+  resume.set()
   for thread in threads:
     thread.join()
 
 
-def test_a_process_of_several_says_which_it_is(monkeypatch):
-  monkeypatch.setattr(watchdog.runtime, 'who', lambda: 'process 3 of 4 on h')
+def test_report_names_the_process(monkeypatch):
+  monkeypatch.setattr(
+    watchdog.runtime, 'process_name', lambda: 'process 3 of 4 on h'
+  )
   assert 'lasted 1.0 s in process 3 of 4 on h;' in watchdog.describe(
     'step', 1, {}
   )
 
 
 @pytest.mark.parametrize('stall_s', [0, 0.2])
-def test_no_thread_is_left_behind(ledger, stall_s):
+def test_thread_ends_with_the_context(ledger, stall_s):
   before = threading.active_count()
   with watchdog.watch(ledger, stall_s, io.StringIO()):
     assert threading.active_count() == before + bool(stall_s)
   assert threading.active_count() == before
 
 
-def test_a_closed_terminal_does_not_end_the_watch(ledger):
+def test_closed_terminal_does_not_stop_the_watchdog(ledger):
   out = io.StringIO()
   out.close()
   with watchdog.watch(ledger, 0.04, out):

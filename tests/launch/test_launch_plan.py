@@ -77,7 +77,7 @@ def test_what_the_user_can_fix_is_one_line(args, says):
 def test_a_mesh_that_does_not_fit_the_topology():
   result = launch('--topology', 'v5e:2x4', '--config.mesh.tensor=3')
   assert result.returncode == 2
-  assert 'does not multiply to the 8 devices' in result.stderr
+  assert 'is not the number of devices, 8' in result.stderr
 
 
 @pytest.mark.parametrize('flag', ['json', 'plot'])

@@ -10,8 +10,9 @@ import pytest
 from maskdiff import config
 from maskdiff.distributed.chips import parse_topology
 from maskdiff.errors import UserError
-from maskdiff.planner import hlo_cost, plan, target
+from maskdiff.planner import hlo_cost, plan, pricing, sweep, target
 from maskdiff.training import evaluation
+from maskdiff.training.step import LossSums
 
 SIZES = {'replica': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
 
@@ -66,24 +67,6 @@ def test_a_chunk_is_not_larger_than_what_there_is():
   assert chunks(**{'objective.loss_chunk_tokens': 100_000}) == 1
 
 
-@pytest.mark.parametrize(
-  'message, gib',
-  [
-    (
-      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
-      'for HLO temporaries (768.00G) exceeds available HBM (30.75G).',
-      768,
-    ),
-    ('Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.', 17.5),
-    ('Used 1.5T of 15.75G hbm', 1536),
-    ('Used 512.0M of 256.0M hbm', 0.5),
-    ('something else', None),
-  ],
-)
-def test_what_an_out_of_memory_message_asks_for(message, gib):
-  assert plan.needed_gib(message) == gib
-
-
 @pytest.fixture
 def cpu_target(monkeypatch):
   """Devices that are here in place of a topology."""
@@ -97,7 +80,8 @@ def cpu_target(monkeypatch):
     )
 
   monkeypatch.setattr(plan, 'open_target', open_target)
-  monkeypatch.setattr(plan, 'topology_devices', lambda *_: [])
+  monkeypatch.setattr(sweep, 'open_target', open_target)
+  monkeypatch.setattr(sweep, 'topology_devices', lambda *_: [])
 
 
 def failing(message):
@@ -153,8 +137,8 @@ def allocated(arguments_gib, peak_gib):
 def compiled(cpu_target, monkeypatch):
   """compiled(train, evaluation) sets what their compilations return."""
   cost = hlo_cost.Cost(total_s=1.0)
-  monkeypatch.setattr(plan.hlo, 'parse', lambda text: None)
-  monkeypatch.setattr(plan.hlo_cost, 'price', lambda *_: cost)
+  monkeypatch.setattr(pricing.hlo, 'parse', lambda text: None)
+  monkeypatch.setattr(pricing.hlo_cost, 'price', lambda *_: cost)
 
   def outcome(result):
     calls = []
@@ -257,7 +241,7 @@ def test_a_sweep_keeps_the_batch_of_an_evaluation(compiled):
   """To the nearest that the chips divide, whatever is trained on at once."""
   calls = compiled(allocated(6, 8), allocated(1, 2))
   c = wide(**{'eval.batch': 20, 'train.batch': 128})
-  plan.sweep(c, 'v5e:2x4', [1, 4], ['full'], [{}], say=lambda line: None)
+  sweep.sweep(c, 'v5e:2x4', [1, 4], ['full'], [{}], say=lambda line: None)
   assert [(c.train.batch, c.eval.batch) for c in calls] == [(128, 16)] * 2
 
 
@@ -268,7 +252,7 @@ def test_the_evaluation_that_is_compiled_is_the_one_that_runs(monkeypatch):
   mesh = plan.mesh_lib.make_mesh()
   ran = []
   monkeypatch.setattr(
-    evaluation, '_eval_step', lambda *args: ran.append(args) or SUMS
+    evaluation, 'jit_eval_step', lambda *args: ran.append(args) or SUMS
   )
   step = plan.step.step_config(c)
   tokens = jnp.zeros((16, 32), jnp.int32)
@@ -293,15 +277,16 @@ def test_the_evaluation_that_is_compiled_is_the_one_that_runs(monkeypatch):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
-SUMS = {
-  'weighted_nll': np.ones(()),
-  'num_tokens': np.ones(()),
-  'ratio_nll': np.ones(5),
-  'ratio_count': np.ones(5),
-}
+SUMS = LossSums(
+  num_predicted=np.ones(()),
+  num_tokens=np.ones(()),
+  ratio_count=np.ones(5),
+  ratio_nll=np.ones(5),
+  weighted_nll=np.ones(()),
+)
 
 
-def sweep(monkeypatch, needed, **options):
+def run_sweep(monkeypatch, needed, **options):
   """A sweep in which 1000 tokens/s a chip and row come out."""
   tried = []
 
@@ -321,7 +306,7 @@ def sweep(monkeypatch, needed, **options):
       'mfu': 0.1 * rows if fits else None,
     }
 
-  monkeypatch.setattr(plan, '_plan_on', one)
+  monkeypatch.setattr(sweep, 'plan_on', one)
   lines = []
   options = {
     'rows': [1, 2, 4, 8],
@@ -329,7 +314,7 @@ def sweep(monkeypatch, needed, **options):
     'meshes': [{}],
     'say': lines.append,
   } | options
-  found = plan.sweep(changed(**{'train.batch': 64}), 'v5e:2x4', **options)
+  found = sweep.sweep(changed(**{'train.batch': 64}), 'v5e:2x4', **options)
   assert len(lines) == len(found)
   return found, tried
 
@@ -337,7 +322,7 @@ def sweep(monkeypatch, needed, **options):
 def test_a_sweep_ranks_what_fits_and_stops_where_it_does_not(
   cpu_target, monkeypatch
 ):
-  found, tried = sweep(
+  found, tried = run_sweep(
     monkeypatch,
     lambda rows, remat: rows * (8 if remat == 'none' else 4),
     remats=['none', 'full'],
@@ -363,15 +348,15 @@ def test_a_sweep_ranks_what_fits_and_stops_where_it_does_not(
 
 
 def test_a_candidate_that_fails_is_part_of_the_result(cpu_target, monkeypatch):
-  found, _ = sweep(
+  found, _ = run_sweep(
     monkeypatch, lambda *_: 1, rows=[1], meshes=[{'tensor': 3}, {}]
   )
   assert [p['status'] for p in found] == ['fits', 'does not compile']
   assert found[1].keys() == plan.FIELDS.keys()
   # The mesh itself does not fit the devices.
-  assert 'does not multiply to the 8 devices' in found[1]['error']
+  assert 'is not the number of devices, 8' in found[1]['error']
 
 
 def test_an_axis_that_does_not_exist(cpu_target, monkeypatch):
   with pytest.raises(UserError, match='is not a mesh axis'):
-    sweep(monkeypatch, lambda *_: 1, meshes=[{'data': 2}])
+    run_sweep(monkeypatch, lambda *_: 1, meshes=[{'data': 2}])
