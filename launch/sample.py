@@ -79,7 +79,7 @@ def main(args):
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
 
-  with runtime.started(load.own_directory(args.workdir)):
+  with runtime.started(load.writable_workdir(args.workdir)):
     sample(args)
 
 
