@@ -1,4 +1,4 @@
-r"""Scores lines of text with a trained model by likelihood, or lets it answer.
+r"""Scores text by likelihood, or samples answers and counts the right ones.
 
 python launch/evaluate.py --workdir runs/tiny --task bound --data texts.jsonl
 python launch/evaluate.py --workdir runs/tiny --task choices \
@@ -10,14 +10,15 @@ python launch/evaluate.py --workdir runs/addition --task addition \
 By likelihood: lines are {"prompt": "...", "answer": "..."} or {"text": "..."}
 for bound, {"prompt": "...", "choices": ["...", ...], "answer": 0} for choices,
 and {"prompt": "...", "answer": "..."} for greedy. A line with a prompt may have
-"suffix": "...", text after the answer, which is then scored given both.
+"suffix": "...", the text after the answer, on which the score is conditioned
+too.
 
-By the sampler: addition, sudoku, countdown and reversal are puzzles, cloze asks
-for words of the run's held-out text. They make their own lines, and so does
-choices without --data. --data takes lines of `launch/puzzles.py --heldout`.
+By sampling: addition, sudoku, countdown and reversal are puzzles; cloze asks
+for words of the run's held-out text. These tasks, and choices without --data,
+generate their own lines. --data takes lines of `launch/puzzles.py --heldout`.
 
-A JSON line is printed for each, in order, and a last one for all of them, with
-the settings. docs/evaluation.md says more.
+Prints one JSON line per line of data, in order, and a last one with the totals
+and the settings. See docs/evaluation.md.
 """
 
 import functools
@@ -31,59 +32,60 @@ from maskdiff.evals import puzzles
 
 SCORED = ('bound', 'choices', 'greedy')
 ANSWERED = (*puzzles.PUZZLES, 'cloze')
-MADE = (*ANSWERED, 'choices')
+GENERATED = (*ANSWERED, 'choices')
 
-flags.DEFINE_string(
-  'workdir', None, "The run to load, or a folder in Hugging Face's form."
-)
+flags.DEFINE_string('workdir', None, 'Work directory or Hugging Face folder.')
 flags.DEFINE_enum(
   'task',
   None,
   [*SCORED, *ANSWERED],
-  'bound: nats and bits per byte; choices: accuracy of the likeliest choice; '
-  'greedy: whether greedy decoding gives the answer; the others: what the '
-  'sampler answers.',
+  'bound: nats per token and bits per byte; choices: accuracy of the most '
+  'likely choice; greedy: whether greedy decoding gives the answer; the '
+  'others: whether the sampler gives a right answer.',
 )
 flags.DEFINE_string(
-  'data', None, 'File of JSON lines; by default lines that are made.'
+  'data', None, 'File of JSON lines. Default: generated lines.'
 )
-flags.DEFINE_integer('num', 200, 'Lines to make.', lower_bound=1)
+flags.DEFINE_integer('num', 200, 'Lines to generate.', lower_bound=1)
 flags.DEFINE_multi_string(
   'sample',
   [],
-  'KEY=VALUE, a setting of config.sample for those that the sampler answers; '
-  'may be repeated.',
+  'KEY=VALUE, a key of config.sample, for tasks that the sampler answers; may '
+  'be repeated.',
 )
-flags.DEFINE_integer('batch', 32, 'Lines answered at once.', lower_bound=1)
+flags.DEFINE_integer('batch', 32, 'Lines sampled at once.', lower_bound=1)
 flags.DEFINE_enum(
   'form',
   'count',
   ['count', 'bernoulli', 'left_to_right', 'multi_sample'],
-  'Masks of a fixed number of tokens, weighted by L/l; of each token by '
-  'chance, weighted by 1/t; the exact chain rule, one query per token; or the '
-  'importance-weighted bound, the chain rule in --orders random orders.',
+  'Estimator. count: mask a fixed number of tokens, weight L/l. bernoulli: '
+  'mask each token with probability t, weight 1/t. left_to_right: the exact '
+  'chain rule, one query per token. multi_sample: the importance-weighted '
+  'bound, the chain rule in --orders random orders.',
 )
 flags.DEFINE_integer(
   'orders',
   16,
-  'Orders per answer, of --form multi_sample; each takes one query per token.',
+  'Orders per answer for --form multi_sample, one query per token each.',
   lower_bound=1,
 )
 flags.DEFINE_integer('samples', 128, 'Masks per answer.', lower_bound=1)
 flags.DEFINE_integer(
   'strata', 16, 'Masks that share a stratified draw.', lower_bound=1
 )
-flags.DEFINE_bool('coupled', False, 'Take each mask with its complement.')
+flags.DEFINE_bool(
+  'coupled', False, 'Use each mask together with its complement.'
+)
 flags.DEFINE_float(
-  'guidance', 0.0, 'Classifier-free guidance, w of LLaDA; 0 for none.'
+  'guidance', 0.0, 'Scale w of classifier-free guidance, as in LLaDA. 0: off.'
 )
 flags.DEFINE_integer(
-  'seed', 0, 'Of the first line; the next has seed + 1.', lower_bound=0
+  'seed', 0, 'Seed of the first line; the next has seed + 1.', lower_bound=0
 )
 flags.DEFINE_integer(
   'tokens_per_call',
   4096,
-  'Tokens that the network computes at once; sets its memory.',
+  'Tokens per forward pass; sets the memory.',
   lower_bound=1,
 )
 config.define_load_flags()
@@ -91,13 +93,14 @@ flags.mark_flags_as_required(['workdir', 'task'])
 
 
 def main(args):
+  if not args.data and args.task not in GENERATED:
+    raise UserError(f'--task {args.task} needs --data')
+  if args.sample and args.task not in ANSWERED:
+    raise UserError(f'--sample: --task {args.task} does not sample')
+  config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
 
-  if not args.data and args.task not in MADE:
-    raise UserError(f'--task {args.task} needs --data')
-  if args.sample and args.task not in ANSWERED:
-    raise UserError(f'--sample: there is no sampling in --task {args.task}')
   with runtime.started(load.writable_workdir(args.workdir)):
     evaluate(args)
 
@@ -110,7 +113,7 @@ def evaluate(args):
   from maskdiff.interop import load
   from maskdiff.likelihood.estimators import FORMS, Estimator
 
-  # Orbax warns that the checkpoint is opened to be read only: it is meant so.
+  # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
 
   answered = args.task in ANSWERED
@@ -121,15 +124,15 @@ def evaluate(args):
       answer = line.value['answer']
       if not puzzles.correct(args.task, line.value, answer):
         raise UserError(
-          f'{line.where}: {answer!r} is no right answer, so this is no line of '
-          f'--task {args.task}; see launch/puzzles.py'
+          f'{line.where}: {answer!r} is not a right answer of --task '
+          f'{args.task}; see launch/puzzles.py'
         )
   if args.form in FORMS and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = config.parse_pairs(args.sample)
   model = answered_lib.Model(*load.load(args.workdir, args.tensor, args.dtype))
   if lines is None:
-    lines = [scored.Line(*line) for line in made(args, model)]
+    lines = [scored.Line(*line) for line in generate(args, model)]
   if answered:
     rows, total = answered_lib.ask(
       model,
@@ -152,8 +155,8 @@ def evaluate(args):
       print(json.dumps(row), flush=True)
 
 
-def made(args, model):
-  """Lines of the task with where they come from."""
+def generate(args, model):
+  """Returns (name, line) of each generated line of the task."""
   from maskdiff.evals import heldout
 
   if args.task in puzzles.PUZZLES:
@@ -167,7 +170,7 @@ def made(args, model):
 
 
 def score(args, model, estimator, lines):
-  """Rows and total of a task that is scored by likelihood."""
+  """Returns the rows and the totals of a task scored by likelihood."""
   import dataclasses
 
   import jax
@@ -185,7 +188,7 @@ def score(args, model, estimator, lines):
     if args.form == 'multi_sample':
       raise UserError(
         '--form multi_sample: an autoregressive model has one order only and '
-        'gives the log-likelihood itself: leave out --form'
+        'gives the exact log-likelihood: leave out --form'
       )
 
   def bound(answers, seeds):

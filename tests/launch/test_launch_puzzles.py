@@ -1,4 +1,4 @@
-"""Puzzles from a file: written by one script, answered by the other."""
+"""launch/puzzles.py writes puzzles, launch/evaluate.py answers them."""
 
 import json
 import os
@@ -51,13 +51,14 @@ def test_puzzles_are_written_and_answered(workdir, tmp_path):
   right = [row['text'] == row['answer'] for row in rows]
   assert [row['correct'] for row in rows] == right
   assert total['accuracy'] == sum(right) / 5
-  assert total['forwards_per_token'] == 1 / 5  # four digits and an eos at once
+  # One step commits four digits and an eos.
+  assert total['forwards_per_token'] == 1 / 5
   sampler = total['sampler']
   assert (sampler['steps'], sampler['confidence']) == (1, 'margin')
   assert (total['task'], total['data']) == ('addition', str(out))
 
 
-def test_lines_to_train_on_are_not_those_to_ask(tmp_path):
+def test_training_lines_are_written(tmp_path):
   out = tmp_path / 'text.jsonl'
   done = launch('puzzles', '--task=sudoku', '--num=9', f'--out={out}')
   assert done.returncode == 0, done.stderr
@@ -68,13 +69,16 @@ def test_lines_to_train_on_are_not_those_to_ask(tmp_path):
   'flags, message',
   [
     (('--task=bound',), '--task bound needs --data'),
-    (('--task=choices', '--sample=steps=1'), 'no sampling in --task choices'),
+    (('--task=choices', '--sample=steps=1'), '--task choices does not sample'),
     (('--task=sudoku', '--sample=steps'), "'steps': write KEY=VALUE"),
-    (('--task=sudoku', '--data=FILE'), "asked.jsonl:1: '6' is no right answer"),
+    (
+      ('--task=sudoku', '--data=FILE'),
+      "asked.jsonl:1: '6' is not a right answer",
+    ),
   ],
   ids=['no_data', 'sample', 'pair', 'other_lines'],
 )
-def test_what_cannot_be_asked_is_one_line(workdir, tmp_path, flags, message):
+def test_wrong_flags_and_lines_are_one_line(workdir, tmp_path, flags, message):
   data = tmp_path / 'asked.jsonl'
   data.write_text('{"prompt": "2 x 3 = ", "answer": "6"}\n')
   flags = [f.replace('FILE', str(data)) for f in flags]
