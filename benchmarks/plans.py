@@ -36,7 +36,7 @@ HEAD = (
 
 
 def plan(config, topology, slices):
-  """The plan of a config as a dict; see planner/plan.py."""
+  """The plan of a config as a dict; see planner/fields.py."""
   with tempfile.NamedTemporaryFile(suffix='.json') as file:
     result = subprocess.run(
       [

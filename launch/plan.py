@@ -19,7 +19,7 @@ from absl import flags
 
 from maskdiff import config
 from maskdiff.errors import UserError, writing
-from maskdiff.planner import COMPILER_ENVIRONMENT
+from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 
 config.define_config_flag()
 flags.DEFINE_string(
@@ -53,7 +53,7 @@ flags.DEFINE_multi_string(
   'Mesh to try, such as fsdp=-1,tensor=2; may be repeated.',
 )
 flags.DEFINE_string(
-  'json', None, 'File for all numbers; listed in planner/plan.py.'
+  'json', None, 'File for all numbers; listed in planner/fields.py.'
 )
 flags.DEFINE_string('plot', None, 'File for a plot of the time of each part.')
 flags.mark_flags_as_required(['config', 'topology'])
@@ -61,18 +61,19 @@ flags.mark_flags_as_required(['config', 'topology'])
 
 def main(args):
   os.environ.update(COMPILER_ENVIRONMENT)
-  from maskdiff.planner import plan, report  # reads the environment
+  # These modules import JAX, which reads the environment.
+  from maskdiff.planner import plan, plan_sample, plot, sweep, tables
 
   if args.sweep and (args.plot or args.mode == 'sample'):
     raise UserError('--sweep goes with neither --plot nor --mode sample')
   # Check the files before compiling for minutes.
   if args.plot:
-    report.check_plot(args.plot)
+    plot.check_plot(args.plot)
   for flag in ('json', 'plot'):
     if args[flag].value:
       _require_writable(flag, args[flag].value)
   if args.sweep:
-    result = plan.sweep(
+    result = sweep.sweep(
       args.config,
       args.topology,
       rows=[_positive(rows) for rows in args.sweep_rows],
@@ -81,11 +82,11 @@ def main(args):
       num_slices=args.num_slices,
       say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print(report.format_sweep(result))
+    print(tables.format_sweep(result))
     fits = any(p['fits'] for p in result)
   else:
     if args.mode == 'sample':
-      result = plan.sample_plan(
+      result = plan_sample.plan_sample(
         args.config,
         args.topology,
         args.prompts,
@@ -96,13 +97,13 @@ def main(args):
       )
     else:
       result = plan.plan(args.config, args.topology, args.num_slices)
-    print(report.format_table(result))
+    print(tables.format_table(result))
     fits = result['fits']
   if args.json:
     with writing('json', args.json), open(args.json, 'w') as f:
       f.write(json.dumps(result, indent=2) + '\n')
   if args.plot:
-    report.plot(result, args.plot)
+    plot.plot(result, args.plot)
   if not fits:
     sys.exit(1)
 

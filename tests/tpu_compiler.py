@@ -1,7 +1,7 @@
-"""The real TPU compiler, for tests that compile for machines not here.
+"""Runs programs with the real TPU compiler, on a machine without a TPU.
 
-Each program runs in a process of its own, because libtpu wants its settings
-before JAX starts.
+Each program runs in its own process, because libtpu reads its settings when
+JAX starts.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from maskdiff.planner import COMPILER_ENVIRONMENT
+from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Without the fake devices of conftest.py.
@@ -28,7 +28,10 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def run(program, *args):
-  """Runs a Python program; returns its last line, which is JSON, or None."""
+  """Runs a Python program and returns its last line, parsed as JSON.
+
+  Returns None if the program prints nothing.
+  """
   result = subprocess.run(
     [sys.executable, '-c', program, *args],
     env=ENVIRONMENT | COMPILER_ENVIRONMENT,

@@ -12,14 +12,13 @@ What a reader of such texts should know:
 - Kernels put metadata with raw newlines into an instruction, so that one
   instruction may span lines.
 - Loops seldom state their trip counts; hlo_loops.py works them out.
-- `metadata={op_name=... stack_frame_id=...}` says which line of Python an
-  instruction is from; the header has the tables that resolve the number.
+- `metadata={op_name=...}` holds the named scopes that an instruction was traced
+  in; parts.py reads them.
 """
 
 import dataclasses
 import functools
 import math
-import pathlib
 import re
 
 DTYPE_BITS = {
@@ -82,7 +81,6 @@ class Instruction:
 class Module:
   computations: dict  # name -> {name: Instruction}, in the order of execution
   entry: str
-  frames: dict  # stack_frame_id -> functions as file.name, innermost first
   num_partitions: int  # devices that the program addresses
 
   @functools.cached_property
@@ -128,9 +126,7 @@ def parse(text):
   if entry is None:
     raise ValueError('this HLO text has no ENTRY computation')
   partitions = re.search(r'num_partitions=(\d+)', text[:100_000])
-  return Module(
-    computations, entry, _frames(text), int(partitions[1]) if partitions else 1
-  )
+  return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def _instruction(line):
@@ -160,46 +156,6 @@ def closing(text, start):
   return len(text)
 
 
-def _frames(text):
-  """The header's tables as a dict from frame number to a chain of functions.
-
-  A function is written as its file and qualified name, `model.block`.
-  """
-
-  def section(title, following):
-    match = re.search(rf'^{title}\n(.*?)^\n?{following}', text, re.M | re.S)
-    return match[1] if match else ''
-
-  quoted = r'^(\d+) "(.*)"$'
-  files = dict(re.findall(quoted, section('FileNames', 'Func'), re.M))
-  names = dict(re.findall(quoted, section('FunctionNames', 'File'), re.M))
-  locations = {
-    location: f'{pathlib.PurePath(files.get(file, "")).stem}.{names.get(name)}'
-    for location, file, name in re.findall(
-      r'^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)',
-      section('FileLocations', 'Stack'),
-      re.M,
-    )
-  }
-  frames = re.findall(
-    r'^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?',
-    section('StackFrames', r'(?:%|ENTRY)'),
-    re.M,
-  )
-  # A frame without a caller has parent 1; other parents are off by one.
-  table = {int(i): (place, int(up or 1) - 1) for i, place, up in frames}
-
-  def chain(frame):
-    functions, seen = [], set()
-    while frame in table and frame not in seen:
-      seen.add(frame)
-      place, frame = table[frame]
-      functions.append(locations.get(place, ''))
-    return tuple(functions)
-
-  return {frame: chain(frame) for frame in table}
-
-
 def arrays(kind):
   """The arrays of a type, tuples flattened, as a list of Array."""
   return [
@@ -225,12 +181,6 @@ def elements(kind):
       parts.append(kind[start:i].strip())
       start = i + 1
   return [part for part in parts if part]
-
-
-def functions(module, instruction):
-  """The Python functions that an instruction is from, innermost first."""
-  match = re.search(r'stack_frame_id=(\d+)', instruction.attributes)
-  return module.frames.get(int(match[1]), ()) if match else ()
 
 
 def describing(module, instruction):

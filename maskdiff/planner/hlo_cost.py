@@ -47,7 +47,6 @@ class Operation:
   """All instructions that come from one place of the program."""
 
   op_name: str  # or the instruction's name without its number
-  functions: tuple  # of Python that it is from, see hlo.functions
   seconds: float = 0.0
   count: float = 0.0
 
@@ -113,14 +112,14 @@ def price(module, machine, expected_trips=None, causal=False):
   Args:
     module: hlo.Module.
     machine: hlo_collectives.Machine.
-    expected_trips: from the op_name and the functions (hlo.functions) of a
-      loop whose trip count depends on data to the count to expect, or None.
+    expected_trips: (op_name) -> the expected trip count of a loop whose trip
+      count depends on data, or None.
     causal: attention kernels skip the blocks above the diagonal.
 
   Returns:
     Cost.
   """
-  expected_trips = expected_trips or (lambda op_name, functions: None)
+  expected_trips = expected_trips or (lambda op_name: None)
   p = _Pricing(module, machine, expected_trips, causal, Cost())
   p.cost.total_s = _run(p, module.entry, 1.0)
   p.cost.cycles_s = p.cost.cycles / machine.chip.clock_hz
@@ -162,8 +161,7 @@ def _run(p, computation, weight):
 def _trips(p, computation, loop):
   count, how = hlo_loops.trip_count(p.module, computation, loop), 'known'
   if count is None:
-    functions = hlo.functions(p.module, loop)
-    count, how = p.expected_trips(loop.op_name, functions), 'expected'
+    count, how = p.expected_trips(loop.op_name), 'expected'
   if count is None:
     count, how = 1, 'unresolved'
     p.cost.unresolved.append(loop.op_name or loop.name)
@@ -194,9 +192,7 @@ def _compute(p, clock, i, weight):
 def _note_operation(p, i, seconds, weight):
   source = hlo.describing(p.module, i)
   name = source.op_name or _stem(i.name)
-  functions = hlo.functions(p.module, source)
-  key = name, functions
-  operation = p.cost.operations.setdefault(key, Operation(name, functions))
+  operation = p.cost.operations.setdefault(name, Operation(name))
   operation.seconds += seconds * weight
   operation.count += weight
 

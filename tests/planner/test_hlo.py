@@ -8,19 +8,6 @@ TEXT = """HloModule jit_f, is_scheduled=true, num_partitions=4
 
 FileNames
 1 "/somewhere/model.py"
-2 "/somewhere/step.py"
-
-FunctionNames
-1 "block"
-2 "train_step.<locals>.loss"
-
-FileLocations
-1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=2 end_column=9}
-2 {file_name_id=2 function_name_id=2 line=9 end_line=9 column=2 end_column=9}
-
-StackFrames
-1 {file_location_id=2 parent_frame_id=1}
-2 {file_location_id=1 parent_frame_id=2}
 
 %fused (param: bf16[8,128]) -> bf16[8,128] {
   %param = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
@@ -56,18 +43,6 @@ def test_metadata_with_raw_newlines_belongs_to_its_instruction():
   assert kernel.op == 'custom-call'
   assert kernel.op_name == 'jit(f)/kernel'
   assert kernel.cycles == 0
-
-
-def test_stack_frames_name_the_functions_innermost_first():
-  module = hlo.parse(TEXT)
-  product = module.computations['fused']['product']
-  assert hlo.functions(module, product) == (
-    'model.block',
-    'step.train_step.<locals>.loss',
-  )
-  kernel = module.computations['main']['kernel.1']
-  assert hlo.functions(module, kernel) == ('step.train_step.<locals>.loss',)
-  assert hlo.functions(module, module.computations['main']['b']) == ()
 
 
 def test_a_fusion_without_a_name_is_described_by_its_matrix_product():

@@ -1,89 +1,155 @@
-"""Names of the parts of the model, from what the compiler keeps of the code."""
+"""Parts of the model, from the named scopes of a compiled program."""
 
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from maskdiff.planner.parts import model_part
+from maskdiff import config as config_lib
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.model import transformer
+from maskdiff.planner.parts import model_part, part
+from maskdiff.training import step
+from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
-FORWARD = 'jit(train_step)/jvp()/while/body/closed_call/'
-BACKWARD = 'jit(train_step)/transpose(jvp())/while/body/closed_call/checkpoint/'
-AGAIN = BACKWARD + 'rematted_computation/'
-LOSS = 'jit(train_step)/jvp()/shard_map/while/body/'
-
-
-@pytest.mark.parametrize(
-  'op_name, part',
-  [
-    (FORWARD + 'bld,df->blf/dot_general', 'mlp gate/up forward'),
-    (BACKWARD + 'bld,df->blf/dot_general', 'mlp gate/up backward'),
-    (AGAIN + 'bld,df->blf/dot_general', 'mlp gate/up recomputed'),
-    (FORWARD + 'blf,fd->bld/dot_general', 'mlp down forward'),
-    (FORWARD + 'bld,dhk->blhk/dot_general', 'attention query forward'),
-    (FORWARD + 'bld,dhk->bhlk/dot_general', 'attention query forward'),
-    (BACKWARD + 'bld,dgk->bglk/dot_general', 'attention key/value backward'),
-    (AGAIN + 'bhlk,hkd->bld/dot_general', 'attention output recomputed'),
-    (FORWARD + 'bghlk,bgsk->bghls/dot_general', 'attention forward'),
-    (LOSS + 'td,dv->tv/dot_general', 'loss: logits'),
-    (LOSS + 'tv,dv->td/dot_general', 'loss: gradient of hidden states'),
-    (LOSS + 'td,tv->dv/dot_general', 'loss: gradient of the head'),
-    ('jit(denoise)/...d,dv->...v/dot_general', 'logits'),
-  ],
+FORWARD = 'jit(train_step)/jvp(network(layer: stacked arrays))/while/body/'
+BACKWARD = (
+  'jit(train_step)/transpose(jvp(network(layer: stacked arrays)))/while/body/'
 )
-def test_einsums_by_their_letters(op_name, part):
-  assert model_part(op_name, ()) == part
+LAYER = 'closed_call/checkpoint/network(layer: elementwise)/'
+RECOMPUTED = 'closed_call/checkpoint/rematted_computation/'
 
 
 @pytest.mark.parametrize(
-  'op_name, part',
+  'op_name, expected',
   [
-    (FORWARD + 'splash_mha_fwd_residuals/pallas_call', 'forward'),
-    (AGAIN + 'splash_mha_fwd_residuals/pallas_call', 'recomputed'),
-    (BACKWARD + 'splash_mha_dkv_no_residuals/pallas_call', 'backward'),
-  ],
-)
-def test_attention_kernels(op_name, part):
-  assert model_part(op_name, ()) == f'attention kernel {part}'
-
-
-@pytest.mark.parametrize(
-  'functions, part',
-  [
-    (('layers.rms_norm', 'transformer.block'), 'normalisation forward'),
-    (('layers.rotate', 'transformer.block'), 'rotary positions forward'),
-    (('transformer.block', 'step.train_step'), 'layer: elementwise forward'),
-    (('_transform.scale_by_adam.<locals>.update_fn',), 'optimizer'),
-    (('cross_entropy._walk.<locals>.body',), 'loss'),
-    (('guard.judge.<locals>.note', 'step.train_step'), 'guard'),
-    (('schedule.sample_times', 'masked_diffusion.masked_diffusion'), 'noise'),
+    (FORWARD + 'dynamic_slice', 'layer: stacked arrays forward'),
+    (FORWARD + LAYER + 'add', 'layer: elementwise forward'),
     (
-      ('transformer.Transformer._layers.<locals>.<lambda>', 'sampler.refresh'),
-      'weights: cast and copy',
+      FORWARD + LAYER + 'network(mlp gate/up)/bld,df->blf/dot_general',
+      'mlp gate/up forward',
     ),
-    (('transformer.Transformer.logits', 'sampler.refresh'), 'logits'),
     (
-      ('step.batch_gradients.<locals>.accumulate',),
-      'gradient sum over microbatches',
+      BACKWARD + LAYER + 'network(mlp gate/up)/bld,df->blf/dot_general',
+      'mlp gate/up backward',
     ),
-    (('somewhere.unheard_of', 'layers.lookup'), 'embedding forward'),
+    (
+      BACKWARD + RECOMPUTED + 'network(mlp down)/blf,fd->bld/dot_general',
+      'mlp down recomputed',
+    ),
+    ('jit(train_step)/part(optimizer)/part(guard)/reduce_sum', 'guard'),
+    (
+      'jit(train_step)/jvp(part(loss))/shard_map/while/body/'
+      'part(loss: logits)/td,dv->tv/dot_general',
+      'loss: logits',
+    ),
+    ('jit(canvas_step)/vmap(part(sampling))/add', 'sampling'),
   ],
 )
-def test_functions_from_the_innermost_outwards(functions, part):
-  assert model_part('jit(train_step)/mul', functions) == part
+def test_innermost_scope_names_the_part(op_name, expected):
+  assert model_part(op_name) == expected
 
 
-def test_slices_of_the_stacked_layers():
-  name = BACKWARD.replace('closed_call/checkpoint/', '')
-  name += 'jit(dynamic_index_in_dim)/dynamic_slice'
-  functions = ('transformer.Transformer._layers',)
-  assert model_part(name, functions) == 'layer: stacked arrays backward'
+@pytest.mark.parametrize(
+  'op_name, direction',
+  [
+    (FORWARD, 'forward'),
+    (BACKWARD + RECOMPUTED, 'recomputed'),
+    (BACKWARD + 'closed_call/checkpoint/', 'backward'),
+  ],
+)
+def test_splash_kernel_is_a_part_of_its_own(op_name, direction):
+  op_name += 'network(attention besides kernel)/jit(_splash_attention)/'
+  name = 'attention besides kernel'
+  assert model_part(op_name + 'slice') == f'{name} {direction}'
+  kernel = op_name + 'splash_mha_fwd_residuals/pallas_call'
+  assert model_part(kernel) == f'attention kernel {direction}'
 
 
-def test_what_cannot_be_told_keeps_its_name():
-  assert model_part('jit(train_step)/cumsum', ()) == 'cumsum'
-  assert model_part('copy.12', ()) == 'copy'
-  # The model has no named scopes, so a word is no sign of a part.
-  assert model_part('jit(train_step)/loss/mul', ()) == 'loss/mul'
+def test_instruction_without_a_scope_keeps_its_name():
+  assert model_part('jit(train_step)/cumsum') == 'cumsum'
+  assert model_part('copy.12') == 'copy'
+  # JAX's own transformations are not scopes.
+  assert model_part('jit(train_step)/transpose(jvp())/mul') == (
+    'transpose(jvp())/mul'
+  )
 
 
-def test_arguments_are_weights():
-  name = "state.params[\\'blocks\\'][\\'q\\']"
-  assert model_part(name, ()) == 'weights: cast and copy'
+@pytest.mark.parametrize(
+  'argument', ['state.params', 'params', 'network.params']
+)
+def test_casts_of_arguments_are_parts_of_the_weights(argument):
+  name = f"{argument}[\\'blocks\\'][\\'q\\']"
+  assert model_part(name) == 'weights: cast and copy'
+
+
+def test_part_is_none_outside_of_scopes():
+  assert part('jit(train_step)/while') is None
+  assert part('jit(f)/jvp(part(loss))/shard_map/while') == 'loss'
+
+
+@functools.cache
+def op_names_of_the_train_step():
+  """Returns the op names of a tiny train step, from its StableHLO text.
+
+  The text is not compiled, so no compilation cache can return old names.
+  """
+  c = config_lib.default()
+  c.model.update(
+    vocab_size=64, embed=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp=64
+  )
+  c.train.update(batch=4, microbatches=2, steps=4)
+  c.optimizer.update(warmup_steps=1, decay_steps=1)
+  c.tokens.update(mask_id=63)
+  c.data.length = 16
+  c.model.remat = 'full'
+  s = step.step_config(c)
+  optimizer = make_optimizer(
+    OptimizerConfig(**c.optimizer), c.train.steps, transformer.axes(s.model)
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(
+    functools.partial(step.init_state, s.model, optimizer), key
+  )
+  tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    program = step.compile_train_step(s, optimizer, mesh)
+    text = program.lower(state, tokens, key).as_text(debug_info=True)
+  names = set(re.findall(r'loc\("([^"]+)"', text))
+  return [name for name in names if '/' in name and not name.startswith('/')]
+
+
+def test_every_matrix_product_of_the_train_step_has_a_part():
+  products = [n for n in op_names_of_the_train_step() if 'dot_general' in n]
+  assert len(products) > 20
+  assert all(part(name) for name in products)
+
+
+def test_parts_of_the_train_step():
+  assert {part(n) for n in op_names_of_the_train_step()} - {None} == {
+    'attention',
+    'attention key/value',
+    'attention output',
+    'attention query',
+    'embedding',
+    'gradient sum over microbatches',
+    'guard',
+    'layer: elementwise',
+    'layer: stacked arrays',
+    'loss',
+    'loss: gradient of hidden states',
+    'loss: gradient of the head',
+    'loss: logits',
+    'metrics',
+    'mlp activation',
+    'mlp down',
+    'mlp gate/up',
+    'noise',
+    'normalisation',
+    'optimizer',
+    'rotary positions',
+    'weights: cast and copy',
+  }

@@ -1,0 +1,104 @@
+"""Plans sampling on TPUs without a TPU; plan.py plans training."""
+
+from maskdiff import config as config_lib
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.errors import UserError
+from maskdiff.objectives.table import OBJECTIVES
+from maskdiff.planner import pricing
+from maskdiff.planner.target import compile_denoise, open_target
+from maskdiff.sampling import request
+
+
+def plan_sample(
+  config,
+  topology,
+  prompts,
+  prompt_tokens,
+  num_slices=1,
+  tensor=1,
+  dtype='float32',
+):
+  """Plans sampling: each prompt gets config.sample.gen_length tokens.
+
+  Memory is that of a denoising step over the canvas, with the cache if the
+  config has one. If the sampler chooses among several lengths, as with a prefix
+  cache or a lookahead, the largest is priced: an upper bound.
+
+  Args:
+    config: ConfigDict with the keys of config.default().
+    topology: topology of one slice, e.g. 'v5e:2x4'.
+    prompts: number of prompts answered at once.
+    prompt_tokens: length of each.
+    num_slices: number of slices.
+    tensor: chips that share every layer; the other axes split the rows.
+    dtype: dtype of the weights.
+
+  Returns:
+    Dict with the keys of FIELDS; its values can be written as JSON.
+
+  Raises:
+    UserError: config, topology and mesh do not fit each other.
+  """
+  if prompts < 1 or prompt_tokens < 0:
+    raise UserError('--prompts must be positive, --prompt_tokens not negative')
+  config_lib.validate(config)
+  # The mesh that interop.load uses for sampling, whatever the training mesh.
+  config = config.copy_and_resolve_references()
+  config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=tensor)
+  target = open_target(config, topology, num_slices)
+  steps, slots = request.sampler_config(config).steps, config.sample.gen_length
+  length = prompt_tokens + slots
+  shards = mesh_lib.batch_shards(target.mesh)
+  split = prompts % shards == 0  # otherwise every chip computes all rows
+  facts = pricing.facts(config, target, 'sample') | {
+    'length': length,
+    'batch': prompts,
+    'microbatches': 1,
+    'rows_per_chip': prompts / shards if split else float(prompts),
+    'denoising_steps': steps,
+  }
+
+  def price(window):
+    return pricing.price(
+      facts,
+      target,
+      lambda: compile_denoise(config, target, prompts, length, dtype, window),
+      expected_trips=None,
+      causal=OBJECTIVES[config.objective.name].left_to_right,
+    )
+
+  result = price(window=False)
+  if result['status'] == 'does not fit':
+    result['levers'] = ['fewer --prompts', 'a larger --topology']
+  if result['step_s'] is None:
+    return result
+  if config.sample.cache != 'none':
+    cached = price(window=True)
+    if cached['step_s'] is None:
+      return result | {k: cached[k] for k in ('status', 'fits', 'error')}
+    result['window_step_s'] = cached['step_s']
+  cached_steps = _cached_steps(config.sample, steps)
+  latency = (steps - cached_steps) * result['step_s']
+  latency += cached_steps * (result['window_step_s'] or 0)
+  return result | {
+    'latency_s': latency,
+    'tokens_per_s': prompts * slots / latency,
+    'tokens_per_s_per_chip': prompts * slots / latency / facts['chips'],
+  }
+
+
+def _cached_steps(s, steps):
+  """Returns how many of the denoising steps use the cache.
+
+  Args:
+    s: ConfigDict, config.sample.
+    steps: denoising steps in all.
+  """
+  if s.cache == 'none':
+    return 0
+  slots = s.gen_length
+  blocks = -(-slots // min(s.block_length, slots))
+  steps_per_block = steps // blocks
+  # A block fills the cache at its start and every s.refresh steps.
+  fills = -(-steps_per_block // s.refresh) if s.refresh else 1
+  return steps - blocks * fills

@@ -1,0 +1,180 @@
+"""Plans as tables for a terminal."""
+
+from maskdiff.monitoring import terminal
+
+TOP_OPERATIONS = 10
+
+
+def format_table(plan):
+  """Returns a plan as text for a terminal."""
+  text = [terminal.table(_summary(plan))]
+  if plan['collectives']:
+    rows = [('collective', 'axes', 'over', 'type', 'GB', 'seconds', 'in sync')]
+    rows += [
+      (
+        c['kind'],
+        c['axes'],
+        c['network'],
+        c['dtype'],
+        f'{c["gb"]:.3f}',
+        f'{c["seconds"]:.4f}',
+        f'{c["sync_count"]:.0f} of {c["count"]:.0f}',
+      )
+      for c in plan['collectives']
+    ]
+    text.append(terminal.table(rows))
+  if plan['operations']:
+    rows = [('where the time goes', 'ms', 'share', 'times')]
+    rows += [
+      (
+        o['part'][-60:],
+        f'{o["seconds"] * 1e3:.2f}',
+        f'{o["share"]:.1%}',
+        f'{o["count"]:.0f}',
+      )
+      for o in plan['operations'][:TOP_OPERATIONS]
+    ]
+    text.append(terminal.table(rows))
+  text += [f'warning: {w}' for w in plan['warnings']]
+  return '\n\n'.join(text)
+
+
+def _summary(p):
+  slices = f'{p["num_slices"]} x ' if p['num_slices'] != 1 else ''
+  step = f'{p["batch"]} prompts, canvases of {p["length"]} tokens'
+  if p['mode'] == 'train':
+    step = (
+      f'{p["batch"]} rows of {p["length"]} tokens; a chip computes '
+      f'{p["rows_per_chip"]:g} at once, {p["microbatches"]} times; '
+      f'remat {p["remat"]}'
+    )
+  return [
+    ('machines', f'{slices}{p["topology"]}, {p["chips"]} chips ({p["mesh"]})'),
+    ('parameters', f'{p["parameters"]:,}'),
+    ('step', step),
+    *_memory_rows(p),
+    *([] if p['step_s'] is None else _time_rows(p)),
+  ]
+
+
+def _memory_rows(p):
+  if p['status'] == 'does not compile':
+    return [('DOES NOT COMPILE', p['error'])]
+  rows = []
+  if p['hbm_arguments_gib'] is not None:
+    parts = (
+      f'{p["hbm_arguments_gib"]:.2f} GiB arguments + '
+      f'{p["hbm_temporaries_gib"]:.2f} GiB temporaries'
+    )
+    if p['host_gib']:
+      parts += f'; {p["host_gib"]:.2f} GiB of host memory'
+    rows.append(('HBM per chip', parts))
+  only_evaluation = _only_evaluation_exceeds(p)
+  status = 'FITS' if only_evaluation else p['status'].upper()
+  rows.append(('', f'{_of_capacity(p, "total")} at the peak: {status}'))
+  if only_evaluation or p['hbm_evaluation_gib'] is not None:
+    peak = _of_capacity(p, 'evaluation')
+    rows.append(('', f'{peak} in an evaluation: {p["status"].upper()}'))
+  heads = ['to make it fit', *[''] * len(p['levers'])]
+  return rows + list(zip(heads, p['levers'], strict=False))
+
+
+def _of_capacity(p, program):
+  gib = p[f'hbm_{program}_gib']
+  peak = 'more than the capacity' if gib is None else f'{gib:.2f} GiB'
+  return f'{peak} of {p["hbm_capacity_gib"]} GiB'
+
+
+def _only_evaluation_exceeds(p):
+  """Returns whether the train step fits and the evaluation does not."""
+  total = p['hbm_total_gib']
+  return (
+    p['status'] == 'does not fit'
+    and p['step_s'] is not None
+    and total <= p['hbm_capacity_gib']
+  )
+
+
+def _time_rows(p):
+  train = p['mode'] == 'train'
+  step = (
+    f'{p["step_s"]:.4f} s estimated = {p["cycles_s"]:.4f} compiled + '
+    f'{p["attention_s"]:.4f} attention kernels'
+  )
+  for key, name in (
+    ('ici', 'collectives'),
+    ('dcn', 'collectives between slices'),
+    ('host', 'host copies'),
+    ('prefetch', 'prefetches'),
+  ):
+    if p[f'exposed_{key}_s'] >= 5e-5:
+      step += f' + {p[f"exposed_{key}_s"]:.4f} {name}'
+  speed = (
+    f'{p["tokens_per_s"]:,.0f} tokens/s, '
+    f'{p["tokens_per_s_per_chip"]:,.0f} per chip'
+  )
+  if train:
+    speed += f', MFU {p["mfu"]:.1%}'
+    total = (
+      f'{p["total_tokens"]:,} tokens',
+      f'{_number(p["days"])} days, {_number(p["chip_hours"])} chip-hours',
+    )
+  else:
+    total = (
+      f'{p["denoising_steps"]} steps',
+      f'{p["latency_s"]:.2f} s for all prompts',
+    )
+  name = 'train step' if train else 'denoising step'
+  rows = [(name, step), ('speed', speed), total]
+  if p['window_step_s'] is not None:
+    cached = f'{p["window_step_s"]:.4f} s estimated'
+    rows.insert(1, ('step with a cache', cached))
+  return rows
+
+
+def _number(x):
+  return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+
+
+def sweep_line(p):
+  """Returns one plan of a sweep as a line."""
+  name = f'{p["rows_per_chip"]:g} rows, remat {p["remat"]}, {p["mesh"]}'
+  if p['status'] == 'does not compile':
+    return f'{name}: does not compile ({p["error"]})'
+  evaluation = _only_evaluation_exceeds(p)
+  total = p['hbm_evaluation_gib' if evaluation else 'hbm_total_gib']
+  memory = '' if total is None else f', {total:.2f} GiB'
+  if p['status'] != 'fits':
+    return f'{name}: {_problem(p)}{memory}'
+  return (
+    f'{name}: {p["tokens_per_s_per_chip"]:,.0f} tokens/s/chip, '
+    f'MFU {p["mfu"]:.1%}{memory}'
+  )
+
+
+def _problem(p):
+  if _only_evaluation_exceeds(p):
+    return 'evaluation does not fit, lower config.eval.batch'
+  return p['error'] or p['status']
+
+
+def format_sweep(plans):
+  """Returns the plans of a sweep as a table, in the given order."""
+  rows = [
+    ('tokens/s/chip', 'MFU', 'HBM GiB', 'rows', 'parts', 'remat', 'mesh', '')
+  ]
+  known = lambda value, form: '' if value is None else format(value, form)
+  rows += [
+    (
+      known(p['tokens_per_s_per_chip'], ',.0f'),
+      known(p['mfu'], '.1%'),
+      known(p['hbm_total_gib'], '.2f'),
+      f'{p["rows_per_chip"]:g}',
+      known(p['microbatches'], 'd'),
+      p['remat'],
+      p['mesh'],
+      '' if p['status'] == 'fits' else _problem(p),
+    )
+    for p in plans
+  ]
+  return terminal.table(rows)
