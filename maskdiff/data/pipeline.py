@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-import grain
 import jax
 import numpy as np
 
@@ -380,6 +379,8 @@ class _Batches:
 
 
 def _iterate(batches: _Batches, num_threads: int) -> Iterator[np.ndarray]:
+  import grain  # takes 0.1 s, and evaluation of files needs no batches
+
   # An element is a whole batch: grain takes 0.1 ms an element.
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
