@@ -1,4 +1,4 @@
-"""Chromium without a head, for tests that look at a page."""
+"""Headless Chromium for tests of HTML pages."""
 
 import contextlib
 import json
@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 
-# As root there is no sandbox; the rest keeps Chromium from asking the network
-# for things of its own.
+# Root needs --no-sandbox; the other flags stop Chromium's own network requests.
 FLAGS = (
   '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run '
   '--disable-background-networking --disable-component-update --disable-sync'
@@ -18,7 +17,7 @@ PHONE, DESK = (390, 844), (1280, 900)
 
 @contextlib.contextmanager
 def started(profile):
-  """A Chromium with this directory for its profile; skips without one."""
+  """Starts Chromium with a profile directory; skips the test without one."""
   binary = next(filter(None, map(shutil.which, CHROMIUMS)), None)
   driver = shutil.which('chromedriver')
   if not binary or not driver:
@@ -41,7 +40,7 @@ def started(profile):
 
 
 def look(browser, size, scheme='light'):
-  """Sets the width and height of the window, and light or dark."""
+  """Sets the size of the window, and the light or dark scheme."""
   width, height = size
   metrics = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
   browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', metrics)
@@ -54,7 +53,7 @@ def element(browser, name):
 
 
 def beyond(browser):
-  """Pixels that the page is wider than the window, and its rightmost one."""
+  """Returns the overflow of the page in pixels, and its rightmost pixel."""
   return browser.execute_script(
     """
     const all = [...document.querySelectorAll('body, body *')];
@@ -66,8 +65,8 @@ def beyond(browser):
 
 
 def requests(browser):
-  """What was asked for since the log was last read: pairs of the address of the
-  page that asked, and of what it asked for."""
+  """Returns (address of the page, requested address) of all requests since the
+  last call."""
   messages = [
     json.loads(entry['message'])['message']
     for entry in browser.get_log('performance')
@@ -80,8 +79,8 @@ def requests(browser):
 
 
 def asked(browser, uri):
-  """Addresses that a page has asked for since its log was last read; data that
-  it brings along itself has none."""
+  """Returns the addresses that a page requested since the last call, without
+  data: URLs."""
   return {
     url
     for page, url in requests(browser)

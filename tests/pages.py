@@ -1,9 +1,9 @@
-"""The commands that the documents and docstrings of this repository name.
+"""Finds the commands in the documents and docstrings of this repository.
 
-A document shows commands in fenced blocks of bash. Those that cannot be run on
-any machine say so: ```bash {.cluster} for what needs a cluster or its tools,
-```bash {.download} for what needs more of the network than packages. Neither
-GitHub nor MkDocs shows that. ```python {.run} is a program that is run too.
+Documents show commands in fenced blocks of bash. A mark says that a block does
+not run on any machine: ```bash {.cluster} needs a cluster or its tools,
+```bash {.download} downloads more than packages. GitHub and MkDocs do not show
+the marks. ```python {.run} is a program that is run too.
 """
 
 import ast
@@ -13,7 +13,7 @@ import shlex
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Pages that add files and change the code stand or fall with a test of theirs.
+# Pages that change the code have a test of their own.
 FOLLOWED = {'how_to': ROOT / 'tests' / 'docs' / 'test_how_to.py'}
 PAGES = [
   path
@@ -32,10 +32,10 @@ class Block(NamedTuple):
 
   Attributes:
     line: number of its first line.
-    language: as it is named.
-    marks: what stands in braces, without dots.
-    title: the file that it is, or ''.
-    lines: of it.
+    language: language after the fence.
+    marks: marks in braces, without dots.
+    title: file that the block is the text of, or ''.
+    lines: list of lines.
   """
 
   line: int
@@ -46,14 +46,14 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-  """A simple command, as words without quotes, and where it stands."""
+  """A simple command as words without quotes, and its place."""
 
   where: str
   words: list
 
 
 def blocks(text):
-  """The fenced blocks of a page, in order.
+  """Returns the fenced blocks of a page, in order.
 
   Raises:
     ValueError: a block has no end.
@@ -79,18 +79,18 @@ def blocks(text):
 
 
 def runs(block):
-  """Whether a block is commands or a program that any machine can run."""
+  """Returns whether a block runs on any machine."""
   if block.language == 'python':
     return 'run' in block.marks
   return block.language == 'bash' and not set(block.marks) & set(MARKS)
 
 
 def shell(text, chosen):
-  """Blocks of a page as a script for bash, with the page's line numbers.
+  """Returns blocks of a page as a bash script with the page's line numbers.
 
   Args:
-    text: of the page.
-    chosen: the Blocks.
+    text: text of the page.
+    chosen: list of Blocks.
   """
   script = [''] * (len(text.splitlines()) + 1)
   for block in chosen:
@@ -103,8 +103,11 @@ def shell(text, chosen):
 
 
 def simple_commands(text):
-  """The commands of a piece of shell, as lists of words; quotes are taken off,
-  and what redirects, assigns or expands is left out or as it is."""
+  """Returns the commands of a shell script as lists of words.
+
+  Quotes are removed, and redirections and assignments are left out. Expansions
+  stay as they are.
+  """
   found, pending = [], ''
   for line in text.replace('\\\n', ' ').splitlines():
     pending += line
@@ -112,7 +115,7 @@ def simple_commands(text):
     lexer.whitespace_split = True
     try:
       words = list(lexer)
-    except ValueError:  # a quote goes on in the next line
+    except ValueError:  # a quote continues in the next line
       pending += '\n'
       continue
     pending = ''
@@ -134,8 +137,8 @@ def simple_commands(text):
 
 
 def docstring_commands(text):
-  """The commands of a docstring: lines that begin with python and a script,
-  and what they go on with. [--flag] is taken as --flag."""
+  """Returns the commands of a docstring: lines that begin with python and a
+  script, with their continuation lines. [--flag] counts as --flag."""
   lines, found = text.replace('\\\n', ' ').splitlines(), []
   for number, line in enumerate(lines):
     if re.match(rf' *python {SCRIPT}', line):
@@ -148,13 +151,13 @@ def docstring_commands(text):
 
 
 def without_brackets(line):
-  """A line with [--flag] as --flag."""
+  """Returns a line with [--flag] as --flag."""
   return re.sub(r'\[(--[^][]*)\]', r'\1', line)
 
 
 def all_commands():
-  """Every Command of every block of bash, run or not, of lines of code in
-  documents that begin with a script, and of the docstrings of scripts."""
+  """Returns every Command: of all bash blocks, run or not; of code spans that
+  begin with a script; and of docstrings of scripts."""
   found = []
   for path in [*PAGES, ROOT / 'WORKSPACE.md']:
     page, text = path.relative_to(ROOT), path.read_text()
@@ -177,8 +180,8 @@ def all_commands():
 
 
 def scripts(command):
-  """What scripts of this repository a Command starts, as (script, arguments):
-  also those in a word for another shell, and what launch/tpu_pod.sh starts."""
+  """Returns the scripts of this repository that a Command starts, as
+  (script, arguments), also inside a word for another shell or tpu_pod.sh."""
   found, words = [], command.words
   for i, word in enumerate(words):
     if re.fullmatch(rf'(\./)?{SCRIPT}', word):

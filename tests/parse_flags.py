@@ -1,8 +1,10 @@
-"""Parses the flags of many commands without running what they stand for.
+"""Parses the flags of many commands without running them.
 
-python tests/parse_flags.py < COMMANDS, a JSON list of [script, arguments];
-prints a JSON list with what is wrong with each, '' for nothing. Each is parsed
-by the script itself, in a fork of a process that has imported the package.
+python tests/parse_flags.py < COMMANDS
+
+COMMANDS is a JSON list of [script, arguments]. Prints a JSON list with the
+error of each, '' for none. The script itself parses its flags, in a fork of a
+process that has imported the package.
 """
 
 import argparse
@@ -12,11 +14,11 @@ import runpy
 import sys
 import tempfile
 
-from maskdiff import config  # noqa: F401, what scripts import, once
+from maskdiff import config  # noqa: F401, imported once for all forks
 
 
 def parse(script, arguments):
-  """Runs a script up to where its flags are known, and ends."""
+  """Runs a script until its flags are parsed, then exits."""
   run_script, parse_args = config.run_script, argparse.ArgumentParser.parse_args
 
   def check(args, rest=()):
@@ -38,13 +40,13 @@ def parse(script, arguments):
 
 
 def problem(script, arguments):
-  """What the process says that cannot parse its flags, or ''."""
-  with tempfile.TemporaryFile('w+') as said:
+  """Returns the error of a script that cannot parse its flags, or ''."""
+  with tempfile.TemporaryFile('w+') as printed:
     child = os.fork()
     if not child:
       status = 1
       try:
-        os.dup2(said.fileno(), 2)
+        os.dup2(printed.fileno(), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         parse(script, arguments)
         status = 0
@@ -56,8 +58,8 @@ def problem(script, arguments):
         sys.stderr.flush()
         os._exit(status)
     _, status = os.waitpid(child, 0)
-    said.seek(0)
-    return said.read() or f'status {status}' if status else ''
+    printed.seek(0)
+    return printed.read() or f'status {status}' if status else ''
 
 
 if __name__ == '__main__':

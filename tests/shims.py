@@ -1,8 +1,7 @@
-"""The programs that commands of a page start while tests/docs/test_commands.py runs
-it: each in its own place, but with less to do.
+"""Programs that replace python and pip while test_commands.py runs a page.
 
-RULES says what is different. A program that has no rule is run as written. What
-ran is written down, a line of JSON for each, in the file of $COMMAND_LOG.
+Each runs the real program with less work, as RULES says; without a rule, as
+written. Each command is logged as a line of JSON in the file $COMMAND_LOG.
 """
 
 import importlib.util
@@ -19,12 +18,12 @@ TIMEOUT_S = 600
 
 
 class Rule(NamedTuple):
-  """What is done with some commands.
+  """How to change some commands.
 
-  pattern: regular expression that finds them, in words joined by spaces.
-  add: words at their end, which go before those of the page.
-  needs: module without which they are not run.
-  run: whether they are.
+  pattern: regular expression of the command, words joined by spaces.
+  add: words to append; they override those of the page.
+  needs: module without which the command is not run.
+  run: False if the command is never run.
   """
 
   pattern: str
@@ -33,9 +32,8 @@ class Rule(NamedTuple):
   run: bool = True
 
 
-# All that apply, in this order.
+# All rules that match apply, in this order.
 RULES = {
-  # A step of two rows a device costs as much as compiling it does anyway.
   'two steps': Rule(
     r'launch/pretrain\.py',
     '--config.train.steps=2 --config.train.batch=8 '
@@ -49,7 +47,7 @@ RULES = {
     '--config.model.kv_heads=2 --config.model.head_dim=8 '
     '--config.model.mlp=16',
   ),
-  # A quarter of the text is held out, so that little text is enough.
+  # Little text is enough if a quarter of it is held out.
   'two workers': Rule(
     r'launch/prepare\.py .*--out', '--workers=2 --heldout_fraction=0.25'
   ),
@@ -59,7 +57,7 @@ RULES = {
   'few puzzles': Rule(r'launch/puzzles\.py .*--num \d{4,}', '--num=400'),
   'few lines': Rule(r'launch/evaluate\.py', '--num=2 --samples=4 --strata=2'),
   'few questions': Rule(r'launch/harness\.py', '--limit=1', needs='lm_eval'),
-  # What is compiled for a TPU is a model of some million parameters.
+  # Compile a model of some million parameters for the TPU.
   'small plan': Rule(
     r'launch/plan\.py',
     '--config.model.vocab_size=4096 --config.model.embed=512 '
@@ -76,8 +74,8 @@ RULES = {
     r'launch/plan\.py .*--sweep',
     '--sweep_rows=2 --sweep_remat=full --sweep_mesh=fsdp=-1',
   ),
-  # The environment of the test takes the place of a fresh one; a test of its
-  # own compares it with what the pages install.
+  # The environment of the tests replaces a fresh one; another test compares it
+  # with the packages that the pages install.
   'no environment': Rule(r'python3? -m venv', run=False),
   'no installation': Rule(r'pip install', run=False),
   'one file of tests': Rule(
@@ -85,6 +83,22 @@ RULES = {
   ),
   'dry run': Rule(r'launch/tpu_pod\.sh'),
 }
+
+
+def start(program):
+  """Starts a program with both outputs captured.
+
+  Scripts are forked from the server of the test (forked.py), except for
+  launch/plan.py: libtpu reads its settings when JAX is imported.
+  """
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  script = program[1] if program[0] == sys.executable else ''
+  if script.endswith('.py') and script != 'launch/plan.py':
+    sys.path.append(os.environ['TESTS'])
+    import forked
+
+    return forked.start(program[1:], stdin=0, **pipes)
+  return subprocess.Popen(program, text=True, **pipes)
 
 
 def main():
@@ -103,8 +117,8 @@ def main():
   run = True
   for rule in (RULES[r] for r in rules):
     program += rule.add.split()
-    there = not rule.needs or importlib.util.find_spec(rule.needs)
-    run = run and rule.run and bool(there)
+    installed = not rule.needs or importlib.util.find_spec(rule.needs)
+    run = run and rule.run and bool(installed)
   if words[1:3] == ['-m', 'venv']:
     activate = pathlib.Path(words[3], 'bin', 'activate')
     activate.parent.mkdir(parents=True)
@@ -113,15 +127,15 @@ def main():
   log = {'words': words, 'rules': rules, 'run': run, 'status': 0}
   log['process'] = os.environ.get('JAX_PROCESS_ID', '0')
   if run:
+    process = start(program)
     try:
-      done = subprocess.run(program, capture_output=True, timeout=TIMEOUT_S)
-      outcome = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-      outcome = 124, late.stdout or b'', late.stderr or b''
-    log['status'] = outcome[0]
-    sys.stdout.buffer.write(outcome[1])
-    sys.stderr.buffer.write(outcome[2])
-    log['stdout'], log['stderr'] = (text.decode() for text in outcome[1:])
+      log['status'] = process.wait(TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      log['status'] = 124
+    log['stdout'], log['stderr'] = process.communicate()
+    sys.stdout.write(log['stdout'])
+    sys.stderr.write(log['stderr'])
   log['seconds'] = time.time() - begin
   with open(os.environ['COMMAND_LOG'], 'a') as f:
     f.write(json.dumps(log) + '\n')

@@ -1,10 +1,10 @@
-"""Every command of README.md and docs/ does what the page says it is for.
+"""Every command of README.md and docs/ runs and prints what it should.
 
-Pages are run as they are read: pasted from the top into one shell, in a copy of
-the clone of their own, beside what the README's first command has made and what
-a page takes for given. tests/shims.py makes them small. What needs a cluster or
-a download is marked in the page (tests/pages.py) and not run; of that, and of
-the commands in docstrings, the scripts still parse the flags.
+The commands of a page are pasted from the top into one shell, in a copy of the
+clone. The copy has the run of the README's first command, and the files that
+pages assume. tests/shims.py makes the commands small. Commands that need a
+cluster or a download are marked in the page (tests/pages.py) and not run, but
+the scripts still parse their flags, and those of commands in docstrings.
 """
 
 import ast
@@ -21,6 +21,7 @@ import sys
 import tomllib
 from typing import NamedTuple
 
+import forked
 import pages
 import published_folders
 import pytest
@@ -31,12 +32,12 @@ from packaging.utils import canonicalize_name as canonical
 ROOT = pages.ROOT
 PUZZLES = ROOT / 'configs' / 'puzzles.py'
 TEXTS = {path: path.read_text() for path in pages.PAGES}
-# Not of the clone: what is made there.
+# Folders that commands make in a clone.
 MADE = ('runs', 'data', 'models', 'site', 'maskdiff.egg-info')
 # Flags whose value is a file or a directory to be written.
 WRITES = '--out --output --json --plot --workdir --html --local-dir'.split()
-# Programs besides those of shims.py that a page may start. Others are not
-# found: what changes a machine or reaches into the network has to be marked.
+# Programs that a page may start, besides those of shims.py. Others are not on
+# the path: a command that changes the machine or uses the network is marked.
 PROGRAMS = 'bash cat dirname env head ls mkdir sleep tail'.split()
 BLOCKS = {
   path: list(filter(pages.runs, pages.blocks(text)))
@@ -44,12 +45,12 @@ BLOCKS = {
 }
 RUN = [path for path in BLOCKS if BLOCKS[path]]
 
-# What is said by those that succeed, by script and flags.
+# Regular expressions of commands, and of the output of those that succeed.
 SAYS = {
   r'launch/pretrain\.py': r'(?s)step 2/2 .*held-out',
   r'launch/sample\.py (?!.*--help)': r'\d+ tokens in \d+ forward passes',
   r'launch/sample\.py .*--prompt "?class': r'^class ',
-  # 64 times, each found once: with .* alone there are 2^64 ways to look.
+  # 64 separators. Atomic groups, because .* would backtrack 2^64 times.
   r'launch/sample\.py .*--show': r'(?s)\A(?>.*?={8}\n){64}',
   r'launch/evaluate\.py': r'"workdir": ',
   r'launch/evaluate\.py .*--task (choices|cloze|greedy|sudoku)': r'"accuracy',
@@ -65,7 +66,7 @@ SAYS = {
 
 
 class Ran(NamedTuple):
-  """A page that was run: status and output of the shell, and what it ran."""
+  """A page that was run: status and output of the shell, and its commands."""
 
   status: int
   output: str
@@ -73,7 +74,7 @@ class Ran(NamedTuple):
 
 
 class Shell:
-  """Runs pieces of shell in copies of the clone."""
+  """Runs shell scripts in copies of the clone."""
 
   def __init__(self, home):
     self.home = home
@@ -94,10 +95,12 @@ class Shell:
       'JAX_COMPILATION_CACHE_DIR': str(home / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'HF_HUB_OFFLINE': '1',
+      'TESTS': str(ROOT / 'tests'),
     }
+    self.environment[forked.SERVER] = forked.address(self.environment)
 
   def clone(self, name):
-    """A copy of the clone."""
+    """Returns a new copy of the clone."""
     folder = self.home / name
     folder.mkdir()
     for path in ROOT.iterdir():
@@ -114,9 +117,9 @@ class Shell:
     return folder
 
   def run(self, script, folder):
-    """Runs a piece of shell in a folder until a command fails."""
+    """Runs a shell script in a folder until a command fails."""
     log = self.home / f'{folder.name}.jsonl'
-    # What goes on in the background has to end well too.
+    # Background jobs must succeed too.
     script = f'{script}\nfor job in $(jobs -p); do wait "$job"; done\n'
     done = subprocess.run(
       ['bash', '-euo', 'pipefail', '-c', script, folder.name],
@@ -138,8 +141,8 @@ def write_program(path, text):
   path.chmod(0o755)
 
 
-def take_for_given(folder):
-  """Puts what pages name without making it into a clone where runs/tiny is."""
+def add_assumed_files(folder):
+  """Adds the files that pages assume to a clone that has runs/tiny."""
   documents = [
     f'def f{i}(x):\n  return x * {i} + len("{"abc" * (i % 7)}")\n\n' * 40
     for i in range(120)
@@ -184,15 +187,15 @@ python launch/prepare.py --source "data/web/*.jsonl.gz" \
 
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
-  """Dict from the path of a page to how it Ran; None is what came before."""
+  """Dict from the path of a page to its Ran; None: the setup of all pages."""
   shell = Shell(tmp_path_factory.mktemp('pages'))
   readme = ROOT / 'README.md'
   base = shell.clone('base')
   first = BLOCKS[readme][:1]
   begun = shell.run(pages.shell(TEXTS[readme], first), base)
   assert begun.status == 0, begun.output
-  take_for_given(base)
-  # docs/evaluation.md says that this docstring has the commands.
+  add_assumed_files(base)
+  # docs/evaluation.md refers to the commands of this docstring.
   puzzles = ast.get_docstring(ast.parse(PUZZLES.read_text())).split('\n\n')[1]
   given = shell.run(f'{puzzles}\n{ROWS}', base)
   assert given.status == 0, given.output
@@ -203,7 +206,7 @@ def ran(tmp_path_factory):
     chosen = [b for b in BLOCKS[path] if path != readme or b not in first]
     script = pages.shell(TEXTS[path], chosen)
     for made in re.findall(r'launch/pretrain\.py .*--workdir (\S+)', script):
-      shutil.rmtree(folder / made, ignore_errors=True)  # by the page itself
+      shutil.rmtree(folder / made, ignore_errors=True)  # the page makes it
     return shell.run(script, folder)
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -218,25 +221,25 @@ def name_of(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path', RUN, ids=name_of)
-def test_the_commands_of_a_page_run(ran, path):
+def test_commands_of_a_page_run(ran, path):
   page = ran[path]
   for command in page.commands:
     words = ' '.join(command['words'])
     assert command['status'] == 0, f'{words}\n{command["stderr"][-4000:]}'
     if command['run']:
       assert 'Traceback' not in command['stderr'], words
-      said = command['stdout'] + command['stderr']
+      printed = command['stdout'] + command['stderr']
       for pattern, says in SAYS.items():
-        # Of several processes one prints.
+        # Only process 0 prints.
         if command['process'] == '0' and re.search(pattern, words):
-          assert re.search(says, said, re.M), f'{words}\n{said[-4000:]}'
+          assert re.search(says, printed, re.M), f'{words}\n{printed[-4000:]}'
   assert page.status == 0, page.output
   for command in page.commands:
     print(f'{command["seconds"]:.1f} s', *command['words'])
 
 
 @pytest.mark.slow
-def test_every_rule_and_every_expectation_is_of_use(ran):
+def test_every_rule_and_expectation_is_used(ran):
   commands = [c for page in ran.values() for c in page.commands]
   assert {r for c in commands for r in c['rules']} == set(shims.RULES)
   words = [' '.join(c['words']) for c in commands]
@@ -244,13 +247,13 @@ def test_every_rule_and_every_expectation_is_of_use(ran):
     assert any(re.search(pattern, w) for w in words), pattern
 
 
-def test_pages_that_are_not_here_have_a_test_of_theirs():
+def test_excluded_pages_have_their_own_test():
   for folder, test in pages.FOLLOWED.items():
     if (ROOT / 'docs' / folder).exists():
       assert f"'{folder}'" in test.read_text()
 
 
-def test_blocks_of_bash_are_run_or_marked_and_are_bash():
+def test_bash_blocks_are_valid_and_run_or_marked():
   marks, number = set(), 0
   for path, text in TEXTS.items():
     for block in pages.blocks(text):
@@ -267,8 +270,8 @@ def test_blocks_of_bash_are_run_or_marked_and_are_bash():
   assert number > 15 and marks == set(pages.MARKS)
 
 
-def test_git_ignores_what_the_commands_of_pages_write():
-  """launch/tpu_pod.sh copies the rest to every host."""
+def test_git_ignores_files_that_commands_write():
+  """launch/tpu_pod.sh copies files that git does not ignore to every host."""
   if not (ROOT / '.git').exists() or not shutil.which('git'):
     pytest.skip('not a git checkout')
   written = set()
@@ -279,7 +282,7 @@ def test_git_ignores_what_the_commands_of_pages_write():
   for block in sum(map(pages.blocks, TEXTS.values()), []):
     if block.language == 'bash' and 'cluster' not in block.marks:
       written |= set(re.findall(r'(?m) >+ ?(\S+)$', '\n'.join(block.lines)))
-  # Not absolute, nor a name to be put in.
+  # Not absolute paths, and not names in capitals that the user replaces.
   written = {w for w in written if not re.match(r'/|gs:|[A-Z]+$', w)}
   assert {'questions.jsonl', 'plan.json', 'data/web.model'} <= written
   ignored = subprocess.run(
@@ -294,7 +297,7 @@ def test_git_ignores_what_the_commands_of_pages_write():
 
 @pytest.fixture(scope='module')
 def parsed(tmp_path_factory):
-  """[(where, script, arguments, what is wrong or '')] of all commands."""
+  """[(where, script, arguments, error or '')] of all commands."""
   folder = tmp_path_factory.mktemp('parsed')
   for name in ('launch', 'configs', 'benchmarks', 'tokenizer'):
     (folder / name).symlink_to(ROOT / name)
@@ -323,24 +326,24 @@ def parsed(tmp_path_factory):
   ]
 
 
-def test_flags_and_config_keys_of_all_commands_exist(parsed):
+def test_flags_and_config_keys_of_commands_exist(parsed):
   problems = [p for p in parsed if p[-1]]
   assert not problems, json.dumps(problems, indent=1)
   assert len(parsed) > 80
-  there = {script for _, script, _, _ in parsed}
+  parsed_scripts = {script for _, script, _, _ in parsed}
   known = {
     f'launch/{path.name}'
     for path in (ROOT / 'launch').glob('*.py')
     if 'run_script(' in path.read_text()
   }
-  assert not known - there
+  assert not known - parsed_scripts
 
 
 def requirements(arguments):
-  """Requirements that words after `pip install` name, and files they are in.
+  """Requirements named after `pip install`, directly or in -r files.
 
   Raises:
-    InvalidRequirement: a word is none.
+    InvalidRequirement: a word is not a requirement.
   """
   words, found = list(arguments), []
   while words:
@@ -362,7 +365,7 @@ def requirements(arguments):
   return found
 
 
-def test_what_is_to_be_installed_is_there_and_fits_what_is_installed():
+def test_install_commands_fit_the_installed_versions():
   installed = {canonical(d.name): d for d in importlib.metadata.distributions()}
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   found = []

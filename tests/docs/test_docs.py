@@ -1,4 +1,4 @@
-"""What the documents say of the code is there."""
+"""Tests, messages, files and config keys that documents name exist."""
 
 import ast
 import pathlib
@@ -7,27 +7,30 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / 'README.md', ROOT / 'WORKSPACE.md', *ROOT.glob('docs/*.md')]
+DOCUMENTS = [
+  *(ROOT / f'{name}.md' for name in ('README', 'WORKSPACE', 'CONTRIBUTING')),
+  *ROOT.glob('docs/*.md'),
+]
 
 
 @pytest.mark.parametrize('page', ['reliability.md', 'conventions.md'])
-def test_every_test_that_a_page_names_as_a_proof_exists(page):
+def test_tests_named_as_proofs_exist(page):
   named = set(re.findall(r'`(test_\w+)`', (ROOT / 'docs' / page).read_text()))
   files = (ROOT / 'tests').rglob('test_*.py')
-  there = set(
+  existing = set(
     re.findall(
       r'^def (test_\w+)', '\n'.join(f.read_text() for f in files), re.M
     )
   )
   assert len(named) > 30
-  assert not named - there
+  assert not named - existing
 
 
-def test_messages_that_troubleshooting_quotes_are_in_the_code():
-  """A quote must hold some words that the code has in one string."""
+def test_quoted_messages_are_in_the_code():
+  """Each quote contains a string constant of the code."""
   text = (ROOT / 'docs' / 'troubleshooting.md').read_text()
   quotes = re.findall(r'^    (?:error: |warning: |step )(.*)', text, re.M)
-  # Those that leave something out, but for one of a library.
+  # Quotes with an ellipsis, except one of libtpu.
   quotes += [q for q in re.findall(r'`([^`]*…[^`]*)`', text) if 'TPU' not in q]
   pieces = {
     ' '.join(node.value.split())
@@ -42,7 +45,7 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code():
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
-def test_scripts_and_configs_that_are_named_exist(path):
+def test_named_files_exist(path):
   text = path.read_text()
   files = re.findall(
     r'(?<![\w/])(?:launch|configs|benchmarks|docs|tests|tokenizer|maskdiff)'
@@ -54,10 +57,32 @@ def test_scripts_and_configs_that_are_named_exist(path):
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
-def test_config_keys_that_are_named_exist(path):
+def test_named_config_keys_exist(path):
   from maskdiff import config
 
   known = config.flatten(config.default())
   keys = re.findall(r'\bconfig\.(\w+\.\w+)', path.read_text())
   missing = [k for k in set(keys) if k not in known and not k.endswith('.py')]
   assert not missing
+
+
+def test_map_names_every_module():
+  """WORKSPACE.md lists the modules of each room below the name of the room."""
+  text = (ROOT / 'WORKSPACE.md').read_text()
+  block = re.search(r'<!-- rooms -->\n```text\n(.*?)```', text, re.S)[1]
+  listed, room = set(), None
+  for line in block.splitlines():
+    if match := re.match(r'(\w+)/', line):
+      room = match[1]
+    elif 'one file per section:' in line:
+      names = line.partition(':')[2].split()
+      listed |= {(room, name) for name in names}
+    elif line.startswith('  '):
+      cells = line[2:20], line[65:83]
+      listed |= {(room, c.strip()) for c in cells if c.strip()}
+  modules = {
+    (path.parent.name, path.stem)
+    for path in (ROOT / 'maskdiff').glob('*/*.py')
+    if path.stem != '__init__'
+  }
+  assert listed == modules

@@ -1,4 +1,4 @@
-"""The figures of plans are the same wherever they stand.
+"""The figures of plans are the same in every document.
 
 In the docstrings of configs/, which have them from launch/plan.py, in the table
 of docs/speed.md, in a sentence of README.md, and in docs/from_laptop_to_pod.md,
@@ -23,7 +23,7 @@ SAID = re.compile(
   r', (?P<step>[\d.]+) s a step, (?P<speed>[\d,]+) tokens/s, MFU (?P<mfu>\d+)%;'
   r' [\d.]+ \w+ and (?P<hours>[\d,.]+) chip-hours'
 )
-# Columns of the page that a plan stands behind.
+# Topology of the plan behind each column of the page.
 PLANNED = {
   '150m.py': 'v5e:1x1',
   '1b.py': 'v5e:2x4',
@@ -36,7 +36,7 @@ def number(text):
 
 
 def rounded(value, like):
-  """The value with as many decimals as a figure, and its unit, if any."""
+  """Formats a value with the decimals and the unit of a given figure."""
   units = {'M': 1e6, 'B': 1e9, 'T': 1e12}
   unit = like[-1] if like[-1] in units else ''
   decimals = len(like.removesuffix(unit).partition('.')[2])
@@ -44,7 +44,7 @@ def rounded(value, like):
 
 
 def table(text, first):
-  """The rows of the table whose head begins so, as lists of cells."""
+  """Rows, as lists of cells, of the table whose first head cell is `first`."""
   lines = text[text.index(f'\n| {first} |') + 1 :].splitlines()
   rows = []
   for line in lines:
@@ -55,7 +55,7 @@ def table(text, first):
 
 
 def plans_of(text):
-  """{(config, topology): figures} of a table of plans, as `said` has them."""
+  """{(config, topology): figures} of a table of plans; figures as in `said`."""
   found = {}
   for config, where, _, hbm, step, speed, mfu, total, _ in table(
     text, '`configs/`'
@@ -115,7 +115,7 @@ def test_the_readme_has_the_plan_of_8b():
 @pytest.mark.parametrize(
   'row', table(SPEED, '`configs/`')[1:], ids=lambda x: x[0]
 )
-def test_a_run_that_dies_has_lost_less_than_an_hour(row):
+def test_checkpoints_are_less_than_an_hour_apart(row):
   name, machine = re.fullmatch(r'(\w+\.py)(?::(\S+))?.*', row[0]).groups()
   get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
   c = get_config(machine) if machine else get_config()
@@ -124,7 +124,7 @@ def test_a_run_that_dies_has_lost_less_than_an_hour(row):
 
 
 @pytest.mark.parametrize('config', PLANNED)
-def test_the_page_has_the_figures_of_the_plans(config):
+def test_page_has_the_figures_of_the_plans(config):
   column, plan = columns()[config], said(config)[PLANNED[config]]
   assert column['memory per chip, GiB'] == f'{plan["hbm"]} of {plan["room"]}'
   assert column['step, s'] == plan['step']
@@ -138,7 +138,7 @@ def test_the_page_has_the_figures_of_the_plans(config):
 
 
 @pytest.mark.parametrize('config', ['tiny.py', *PLANNED])
-def test_the_page_has_the_sizes_of_the_configs(config):
+def test_page_has_the_sizes_of_the_configs(config):
   c, column = config_of(config), columns()[config]
   parameters, tokens = column['parameters'], column['tokens in all']
   assert parameters == rounded(params_of(config), parameters)
@@ -148,7 +148,7 @@ def test_the_page_has_the_sizes_of_the_configs(config):
   assert tokens == rounded(read, tokens)
 
 
-def test_days_and_chip_hours_of_published_points_follow_from_the_plans():
+def test_days_and_chip_hours_follow_from_the_plans():
   head, *rows = table(PAGE, 'LLaDA')
   assert len(rows) == 5
   for size, tokens, steps, days, hours, *_ in rows:
@@ -159,12 +159,12 @@ def test_days_and_chip_hours_of_published_points_follow_from_the_plans():
     assert hours == rounded(of_all, hours)
     assert days == rounded(of_all / chips / 24, days)
     read = steps * c.train.batch * c.data.length
-    # As the paper has them, cut and not rounded.
+    # The paper truncates them.
     assert number(tokens[:-1]) == pytest.approx(read / 1e9, abs=0.01)
 
 
-def test_what_the_page_says_of_checkpoints_rows_and_compiling_adds_up():
-  """A checkpoint has three float32 a parameter, a row four bytes a token."""
+def test_sizes_of_checkpoints_and_rows_and_compile_times_are_right():
+  """Checkpoints: 3 float32 per parameter. Rows: 4 bytes per token."""
   sizes = re.findall(r'([\d.]+) GB\b', PAGE)
   for size, config in zip(sizes, PLANNED, strict=True):
     assert size == rounded(12e-9 * params_of(config), size)
@@ -176,7 +176,7 @@ def test_what_the_page_says_of_checkpoints_rows_and_compiling_adds_up():
   assert f'took {times["1b.py"]} (1B) and {times["8b.py"]} (8B)' in text
 
 
-def test_what_changes_from_step_to_step_is_what_the_configs_change():
+def test_page_describes_the_changes_of_the_configs():
   chips = {c: int(columns()[c]['chips'].split()[0]) for c in PLANNED}
   text = ' '.join(PAGE.split())
   for config, rows, words in (
@@ -190,7 +190,7 @@ def test_what_changes_from_step_to_step_is_what_the_configs_change():
     assert c.mesh.fsdp == -1
 
 
-def test_what_the_page_expects_of_the_tiny_run_is_what_the_readme_shows():
+def test_tiny_run_has_the_same_figures_as_in_the_readme():
   text = ' '.join(README.split())
   bound, bits, entropy = re.search(
     r'([\d.]+) nats per token \(([\d.]+) bits per byte\).*?against ([\d.]+)',

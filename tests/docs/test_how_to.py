@@ -1,7 +1,7 @@
-"""The pages of docs/how_to/, followed to the letter in a copy of the code.
+"""The changes of docs/how_to/ work when a reader follows the pages.
 
-Each page's diffs are applied by git, its files written and its commands run, in
-the order of the page; then comes what the page says of the result.
+In a copy of the code, in the order of the page, diffs are applied by git, files
+written and commands run. Tests then check the claims of the page.
 """
 
 import json
@@ -24,7 +24,7 @@ MASK = '░'
 
 
 class Copy:
-  """A copy of the code to which a page has been done.
+  """A copy of the code with the changes of a page.
 
   Attributes:
     path: its root.
@@ -53,7 +53,7 @@ class Copy:
       'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
       'PYTHONPATH': str(self.path),
       'JAX_PLATFORMS': 'cpu',
-      # Below a directory under version control git would look for its files.
+      # Otherwise git finds a repository above the copy.
       'GIT_CEILING_DIRECTORIES': str(self.path.parent),
     }
     environment.pop('XLA_FLAGS', None)  # a single device, as a laptop has
@@ -80,7 +80,7 @@ def blocks(page):
 
 
 def passed(printed):
-  """How many tests pytest says have passed."""
+  """Number of passed tests in the output of pytest."""
   return int(re.search(r'(\d+) passed', printed)[1])
 
 
@@ -91,7 +91,7 @@ def follow(page, tmp_path_factory):
 @pytest.mark.parametrize(
   'page', sorted(PAGES.glob('*.md')), ids=lambda p: p.stem
 )
-def test_a_page_asks_for_fewer_than_twenty_lines(page):
+def test_a_change_takes_fewer_than_twenty_lines(page):
   written = []
   for language, title, text in blocks(page.stem):
     lines = text.splitlines()
@@ -111,7 +111,7 @@ def dataset(tmp_path_factory):
   return follow('add_a_dataset', tmp_path_factory)
 
 
-def test_rows_of_the_new_format_hold_its_text(dataset):
+def test_rows_hold_the_text_of_the_new_format(dataset):
   assert '2 + 0 documents' in dataset.printed[-1]
   rows = dataset.python(
     """
@@ -127,8 +127,8 @@ print(json.dumps([tok.decode(source[i]) for i in range(len(source))]))
   assert text.startswith('def add(a, b):\n  return a + b\n')
 
 
-def test_the_new_format_is_read_whole_and_skips_what_is_no_text(dataset):
-  """Large enough to be cut, with quoted lines; one document is not UTF-8."""
+def test_new_format_is_read_completely_and_bad_bytes_are_skipped(dataset):
+  """A file large enough to be split, with quoted lines and one bad document."""
   count, parts, first, skipped, error = dataset.python(
     r"""
 import gzip, json
@@ -169,7 +169,7 @@ def metrics(copy, run):
   return [json.loads(line) for line in lines]
 
 
-def test_a_run_with_the_new_objective_learns_and_fills_a_gap(objective):
+def test_new_objective_learns_and_fills_a_gap(objective):
   rows = metrics(objective, 'runs/spans')
   bounds = {
     r['step']: r['eval/loss_nats_per_token']
@@ -182,8 +182,8 @@ def test_a_run_with_the_new_objective_learns_and_fills_a_gap(objective):
   assert 'def ' in objective.printed[0] and '(x):' in objective.printed[0]
 
 
-def test_the_new_objective_masks_runs_with_the_weights_of_a_bound(objective):
-  """The weights of a token average to 1; a last run may be shorter."""
+def test_new_objective_masks_runs_with_the_weights_of_a_bound(objective):
+  """Weights average to 1 per token; the last run may be shorter."""
   masked, weights, ratio = map(
     np.array,
     objective.python(
@@ -213,7 +213,7 @@ print(json.dumps([x.tolist() for x in (
   np.testing.assert_allclose(weights, masked / ratio[:, None], rtol=1e-5)
 
 
-def test_the_tests_of_objectives_take_the_new_one_in(objective):
+def test_tests_of_objectives_include_the_new_one(objective):
   assert passed(objective.printed[-1]) >= 3
 
 
@@ -225,8 +225,8 @@ def rule(tmp_path_factory):
   return follow('add_a_remasking_rule', tmp_path_factory)
 
 
-def test_the_new_rule_keeps_the_most_confident_in_its_window(rule):
-  """Against a loop over rows and slots."""
+def test_new_rule_commits_the_most_confident_in_its_window(rule):
+  """Compared with a loop over rows and slots."""
   random = np.random.default_rng(0)
   confidence = random.random((200, 24)).astype(np.float32)
   masked = random.random((200, 24)) < 0.7
@@ -248,8 +248,8 @@ print(json.dumps(keep.tolist()))
     assert set(np.flatnonzero(keep[row])) == expected
 
 
-def test_text_is_filled_from_the_left_with_the_new_rule(rule):
-  """Two of 32 slots a step; the n-th reaches 8 masked ones, 2n + 6 in all."""
+def test_new_rule_fills_text_from_the_left(rule):
+  """2 of 32 slots per step; step n reaches 8 masked slots, 2n + 6 in total."""
   *texts, _ = rule.printed[0].split('\n========\n')
   assert len(texts) == 17
   for n, text in enumerate(texts):
@@ -257,7 +257,7 @@ def test_text_is_filled_from_the_left_with_the_new_rule(rule):
     assert text.endswith(MASK * (26 - 2 * n))
 
 
-def test_the_tests_of_rules_take_the_new_one_in(rule):
+def test_tests_of_rules_include_the_new_one(rule):
   assert passed(rule.printed[-1]) >= 2
 
 
@@ -269,7 +269,7 @@ def size(tmp_path_factory):
   return follow('add_a_model_size', tmp_path_factory)
 
 
-def test_the_new_size_has_as_many_parameters_as_the_page_says(size):
+def test_new_size_has_the_parameter_count_of_the_page(size):
   page = (PAGES / 'add_a_model_size.md').read_text()
   layers, embed, mlp, vocab = 12, 640, 1664, 4096
   inner = layers * (4 * embed**2 + 3 * embed * mlp + 2 * embed) + embed

@@ -1,8 +1,8 @@
-"""The worked example of docs/idea.md: what the page says is what is computed.
+"""The worked example of docs/idea.md has the numbers that the package computes.
 
-Its tables are those of benchmarks/worked_example.py, which counts fractions.
-Here the package's own loss, likelihood and sampler are given the two denoisers
-in place of the network, and must come to the numbers on the page.
+Its tables are printed by benchmarks/worked_example.py with exact fractions.
+Here the loss, likelihood and sampler of the package use the two denoisers in
+place of the network, and must reproduce the numbers of the page.
 """
 
 import dataclasses
@@ -48,18 +48,18 @@ SEES = {
   'exact': [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]],
   'neighbours': [[1], [0, 2], [1, 3], [2]],
 }
-NEVER = -1e4  # log-probability of what cannot be; finite, for products with 0
+NEVER = -1e4  # log-probability of impossible tokens; finite: 0 x NEVER = 0
 
 
 class Denoiser:
-  """Stands for the network: its hidden states are log-probabilities."""
+  """Replaces the network; its hidden states are log-probabilities."""
 
   def __init__(self, name, params):
     self.sees = SEES[name]
 
   def __call__(self, tokens, labels):
-    there = tokens[:, None, :L]
-    fits = (there == IDS) | (there == MASK)  # [B, sentences, L]
+    canvas = tokens[:, None, :L]
+    fits = (canvas == IDS) | (canvas == MASK)  # [B, sentences, L]
     words = jax.nn.one_hot(IDS, VOCAB)
     rows = []
     for i, seen in enumerate(self.sees):
@@ -77,7 +77,7 @@ class Denoiser:
 
 
 def table_with(head):
-  """Rows of the page's table whose heading has this cell, as lists of text."""
+  """Rows, as lists of text, of the page's table with this heading."""
   lines = PAGE.splitlines()
   cells = lambda line: [c.strip(' *`') for c in line.strip('|').split('|')]
   start = next(
@@ -93,11 +93,11 @@ BOUND = {  # of each sentence, by denoiser
   'exact': [float(row[3]) for row in OF_SENTENCES],
   'neighbours': [float(row[5]) for row in OF_SENTENCES],
 }
-close = lambda x: pytest.approx(x, abs=6e-5)  # as far as the page has digits
+close = lambda x: pytest.approx(x, abs=6e-5)  # the page has 4 decimals
 
 
 @pytest.mark.parametrize('name', EXAMPLE['TABLES'])
-def test_the_page_has_the_tables_that_the_script_prints(name):
+def test_page_has_the_tables_of_the_script(name):
   assert EXAMPLE['TABLES'][name]() in PAGE
 
 
@@ -132,8 +132,8 @@ def every(request):
   return request.param, *map(np.asarray, compute())
 
 
-def test_hidden_words_cost_what_the_page_says(every):
-  """The objective's own nll of every mask, added up."""
+def test_nll_of_masked_words_equals_the_page(every):
+  """The nll of the objective, summed over the masked words of every mask."""
   name, nll, _ = every
   costs = nll[SENTENCES.index('the dog sat down'), 0].sum(axis=1)
   cost = dict(zip(map(tuple, HIDDEN), costs, strict=True))
@@ -145,14 +145,14 @@ def test_hidden_words_cost_what_the_page_says(every):
   assert not cost
 
 
-def test_the_expected_loss_is_the_bound_on_the_page(every):
-  """Over masks by enumeration, over times by a rule that is exact: the chance
-  of a mask, times 1/t, is a polynomial of degree 3."""
+def test_expected_loss_is_the_bound_on_the_page(every):
+  """Masks are enumerated and times integrated exactly: the probability of a
+  mask times 1/t is a polynomial of degree 3."""
   name, nll, weights = every
   t, l = POINTS[:, None], HIDDEN.sum(axis=1)
-  chance = t**l * (1 - t) ** (L - l)
+  probability = t**l * (1 - t) ** (L - l)
   losses = (nll * weights).sum(axis=3)
-  expected = np.einsum('t,tm,stm->s', SHARES, chance, losses)
+  expected = np.einsum('t,tm,stm->s', SHARES, probability, losses)
   assert list(expected) == close(BOUND[name][:3])
 
 
@@ -169,14 +169,14 @@ def network_of(name):
 
 
 class Name(str):
-  """Stands for the config of a model, which is asked for one thing."""
+  """Replaces the config of a model; only its vocabulary size is read."""
 
   vocab_size = VOCAB
 
 
 @pytest.fixture
 def scored(monkeypatch):
-  """Function from a denoiser's name to arguments of likelihood's functions."""
+  """Function from a denoiser's name to arguments of functions in bounds.py."""
   monkeypatch.setattr(queries, 'bind', Denoiser)
   c = LikelihoodConfig(
     context=L,
@@ -193,9 +193,9 @@ def scored(monkeypatch):
 
 
 @pytest.mark.parametrize('name', SEES)
-def test_orders_one_by_one_are_those_of_the_page(name, scored):
-  """What the network writes is the mean over all orders; the bound, the mean
-  of their logarithms."""
+def test_likelihoods_of_orders_equal_the_page(name, scored):
+  """The likelihood is the mean over all orders; the bound is the mean of the
+  logarithms."""
   orders = np.array(list(itertools.permutations(range(L))))
   values = bounds.chain_rule(*scored(name), [orders] * 3)
   by_words = {
@@ -214,7 +214,7 @@ def test_orders_one_by_one_are_those_of_the_page(name, scored):
 
 
 @pytest.mark.parametrize('form', estimators.FORMS)
-def test_an_estimate_of_the_bound_comes_to_it(form, scored):
+def test_estimates_agree_with_the_bound(form, scored):
   estimator = estimators.Estimator(form, 4096, 16)
   found = bounds.bound(*scored('neighbours'), estimator, seeds=[0, 1, 2])
   errors = -found.log_likelihood - BOUND['neighbours'][:3]
@@ -222,7 +222,7 @@ def test_an_estimate_of_the_bound_comes_to_it(form, scored):
   assert (found.stderr < 0.04).all()
 
 
-def test_means_over_the_language_are_those_of_the_page():
+def test_means_over_the_language_equal_the_page():
   *rows, mean = OF_SENTENCES
   columns = np.array([[float(x) for x in row[2:]] for row in rows])
   for of_page, computed in zip(mean[2:], CHANCES @ columns, strict=True):
@@ -235,7 +235,7 @@ def test_means_over_the_language_are_those_of_the_page():
   assert f'The neighbours network loses {own - entropy:.4f}' in TEXT
 
 
-def test_the_most_probable_words_come_in_the_order_of_the_page(monkeypatch):
+def test_words_are_committed_in_the_order_of_the_page(monkeypatch):
   monkeypatch.setattr(passes, 'bind', Denoiser)
   c = SamplerConfig(
     steps=L,
@@ -245,8 +245,8 @@ def test_the_most_probable_words_come_in_the_order_of_the_page(monkeypatch):
   )
   request = layouts.continue_prompts([[]], L)
   moments = [
-    (np.asarray(carry.canvas)[0].tolist(), sure[0])
-    for carry, sure in sampler.walk(network_of('exact'), c, request)
+    (np.asarray(carry.canvas)[0].tolist(), confidence[0])
+    for carry, confidence in sampler.walk(network_of('exact'), c, request)
   ]
   rows = table_with('most probable word')
   assert len(rows) == len(moments) - 1 == L
@@ -256,15 +256,15 @@ def test_the_most_probable_words_come_in_the_order_of_the_page(monkeypatch):
     (at,) = np.flatnonzero(~np.isnan(after[1]))
     assert after[0][at] == encode(word)[0]
     numerator, _, denominator = probability.partition('/')
-    chance = int(numerator) / int(denominator or 1)
-    assert after[1][at] == pytest.approx(chance, abs=1e-5)
+    expected = int(numerator) / int(denominator or 1)
+    assert after[1][at] == pytest.approx(expected, abs=1e-5)
 
 
-def test_noise_of_the_loss_is_what_the_page_says():
+def test_noise_of_the_loss_equals_the_page():
   """7.6% for 8 rows of 128 tokens that are equally hard."""
   c = config.default()
   c.objective.random_length_fraction = 0.0
-  c.objective.time_sampling = 'iid'  # of no consequence if all are as hard
+  c.objective.time_sampling = 'iid'  # no effect if tokens are equally hard
   c = step.step_config(c).objective
   rows, length, draws = 8, 128, 1000
   tokens = jnp.full((rows, length), 9)

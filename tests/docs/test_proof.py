@@ -1,4 +1,4 @@
-"""The figures of the proof run are those of its raw metrics."""
+"""The figures of the proof run follow from its raw metrics."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ proof = types.SimpleNamespace(**SCRIPT)
 
 
 def run_of(train, evaluations):
-  """Raw metrics of steps of 1,000 tokens."""
+  """Returns a Proof with made-up metrics; a step has 1,000 tokens."""
   rows = [{'step': s, proof.TRAIN_LOSS: x} for s, x in train.items()]
   for step, (loss, error) in evaluations.items():
     row = {proof.LOSS: loss, proof.STDERR: error, proof.BITS: loss / 2}
@@ -45,7 +45,7 @@ def runs():
   }
 
 
-def test_the_table_has_the_last_evaluations_with_their_errors(runs):
+def test_table_has_the_last_evaluations_with_their_errors(runs):
   lines = proof.table(runs).splitlines()
   assert '4.0M tokens' in lines[0]
   assert lines[2].endswith('| 5.000 ± 0.040 | 2.500 ± 0.020 |')
@@ -54,7 +54,7 @@ def test_the_table_has_the_last_evaluations_with_their_errors(runs):
   assert lines[4].endswith('| 6.000 | 2.885 |')
 
 
-def test_the_baseline_passes_the_bound_where_five_rows_lie_below_it(runs):
+def test_baseline_passes_the_bound_when_five_rows_are_below_it(runs):
   # The mean of steps s - 400 to s is 8 - (s - 200) / 1000.
   assert proof.passes(runs['autoregressive'], 5.05) == 3_200_000
   assert proof.passes(runs['autoregressive'], 1.0) is None
@@ -67,13 +67,13 @@ def test_samples_are_the_last_ones(runs):
   assert 'text at 0' not in proof.samples(runs)
 
 
-def test_what_was_filled_in_stands_in_brackets():
+def test_filled_gaps_are_in_brackets():
   infill, text = 'for {{2}} in a[{{1}}]:', 'for x, y in a[0]:'
   assert proof.bracketed(infill, text) == 'for [x, y] in a[[0]]:'
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/proof.md'])
-def test_pages_say_what_the_raw_metrics_say(page):
+def test_pages_have_the_figures_of_the_raw_metrics(page):
   runs = {name: proof.read(proof.RAW / name) for name in proof.NAMES}
   text = (ROOT / page).read_text()
   assert '<!-- benchmarks/proof.py: table -->' in text
@@ -81,7 +81,7 @@ def test_pages_say_what_the_raw_metrics_say(page):
 
 
 @pytest.mark.parametrize('name', ['masked', 'autoregressive'])
-def test_the_raw_metrics_are_of_the_config_that_is_named(name):
+def test_raw_metrics_come_from_the_named_config(name):
   path = ROOT / 'configs' / 'proof.py'
   wanted = runpy.run_path(str(path))['get_config']()
   wanted.objective.name = {'masked': 'masked_diffusion'}.get(name, name)

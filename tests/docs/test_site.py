@@ -1,7 +1,7 @@
-"""The site of the docs: built without a warning, read without a network.
+"""The site of the docs builds without warnings and needs no network.
 
-`mkdocs build --strict` fails on a link to nowhere, a page that is not in the
-navigation, and a docstring whose arguments are not those of the function.
+`mkdocs build --strict` fails on a broken link, a page outside the navigation,
+and a docstring whose arguments differ from those of the function.
 """
 
 import ast
@@ -21,19 +21,19 @@ import pytest
 from browser import DESK, PHONE, element, look
 
 ROOT = pathlib.Path(__file__).parents[2]
-LOOKED_AT = (
+SHOWN = (
   'index',
   'from_laptop_to_pod',
   'how_to/add_an_objective',
   'api/data',
 )
-# Elements that fetch something, and where it is said from where.
+# Elements that fetch something, and the attribute with its address.
 FETCHES = {'script': 'src', 'img': 'src', 'link': 'href', 'iframe': 'src'}
 
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-  """The directory of the site, built with every warning an error."""
+  """Directory of the site, built with every warning as an error."""
   if not importlib.util.find_spec('mkdocs'):
     pytest.skip('no mkdocs here: pip install -r requirements-docs.txt')
   folder = tmp_path_factory.mktemp('site')
@@ -50,7 +50,7 @@ def site(tmp_path_factory):
 
 
 class Fetched(html.parser.HTMLParser):
-  """What a page fetches, and the ids that it has."""
+  """Addresses that a page fetches, and its ids."""
 
   def __init__(self, text):
     super().__init__()
@@ -71,7 +71,7 @@ def test_every_document_is_a_page(site):
     assert (site / document.with_suffix('.html')).exists(), document
 
 
-def test_nothing_is_fetched_from_elsewhere(site):
+def test_no_page_fetches_from_other_hosts(site):
   pages = list(site.rglob('*.html'))
   for page in pages:
     urls = filter(None, Fetched(page.read_text()).urls)
@@ -82,8 +82,8 @@ def test_nothing_is_fetched_from_elsewhere(site):
   )
 
 
-def test_functions_have_lists_of_their_arguments_and_errors(site):
-  """Of every one that has them in its docstring, on a page of the API."""
+def test_api_pages_list_arguments_and_errors(site):
+  """Every docstring with sections has them on a page of the API."""
   named = re.findall(
     r'^::: (\S+)',
     '\n'.join(p.read_text() for p in ROOT.glob('docs/api/*.md')),
@@ -114,7 +114,7 @@ def test_functions_have_lists_of_their_arguments_and_errors(site):
 
 @pytest.fixture(scope='module')
 def address(site):
-  """Where the site is served."""
+  """Address at which the site is served."""
 
   class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
@@ -133,11 +133,11 @@ def browser(address, tmp_path_factory):
     yield chromium
 
 
-@pytest.mark.parametrize('page', LOOKED_AT)
-def test_a_page_fits_a_phone_and_a_desk_and_asks_no_other_host(
+@pytest.mark.parametrize('page', SHOWN)
+def test_page_fits_phone_and_desktop_and_uses_no_other_host(
   browser, address, page
 ):
-  """Commands are wrapped, and what is wider than the screen scrolls alone."""
+  """Commands wrap; wider elements scroll by themselves."""
   for size in (PHONE, DESK):
     look(browser, size)
     browser.get(f'{address}/{page}.html')
@@ -150,7 +150,7 @@ def test_a_page_fits_a_phone_and_a_desk_and_asks_no_other_host(
       "return [...document.querySelectorAll('.language-bash code')]"
       '.every(e => e.scrollWidth <= e.clientWidth)'
     )
-  asked = [url for _, url in browser_lib.requests(browser)]
-  asked = [url for url in asked if url.startswith('http')]
-  assert asked and all(url.startswith(f'{address}/') for url in asked)
+  urls = [url for _, url in browser_lib.requests(browser)]
+  urls = [url for url in urls if url.startswith('http')]
+  assert urls and all(url.startswith(f'{address}/') for url in urls)
   assert not browser.get_log('browser')
