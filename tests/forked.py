@@ -42,6 +42,7 @@ MODULES = (
 )
 # Read when JAX or libtpu is imported; all but the last three.
 AT_IMPORT = ('JAX_', 'TPU_', 'LIBTPU_', 'GRPC_')
+SERVER = 'FORK_SERVER'
 LATER = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
@@ -110,7 +111,8 @@ def start(command, env=None, cwd=None, stdin=None, stdout=None, stderr=None):
     Process.
   """
   environment = dict(os.environ if env is None else env)
-  connection = _connect(environment)
+  connection = socket.socket(socket.AF_UNIX)
+  connection.connect(address(environment))
   captured = [
     tempfile.TemporaryFile() if file == subprocess.PIPE else None
     for file in (stdout, stderr)
@@ -166,8 +168,11 @@ def run(command, env=None, cwd=None, input='', timeout=None, check=False):
   return done
 
 
-def _connect(environment):
-  """A connection to the server whose libraries saw these variables."""
+def address(environment):
+  """Path of the socket of the server whose libraries saw these variables.
+
+  A program with this path in its environment as SERVER uses the same server.
+  """
   seen = {
     name: value
     for name, value in sorted(environment.items())
@@ -175,10 +180,8 @@ def _connect(environment):
   }
   key = json.dumps(seen)
   if key not in _servers:
-    _servers[key] = _start_server(seen)
-  connection = socket.socket(socket.AF_UNIX)
-  connection.connect(_servers[key])
-  return connection
+    _servers[key] = os.environ.get(SERVER) or _start_server(seen)
+  return _servers[key]
 
 
 def _start_server(seen):

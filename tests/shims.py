@@ -129,11 +129,12 @@ def main():
   if run:
     process = start(program)
     try:
-      log['status'] = process.wait(TIMEOUT_S)
+      outputs = process.communicate(TIMEOUT_S)
     except subprocess.TimeoutExpired:
       process.kill()
-      log['status'] = 124
-    log['stdout'], log['stderr'] = process.communicate()
+      outputs = process.communicate()
+    log['status'] = process.returncode
+    log['stdout'], log['stderr'] = outputs
     sys.stdout.write(log['stdout'])
     sys.stderr.write(log['stderr'])
   log['seconds'] = time.time() - begin
