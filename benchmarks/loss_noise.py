@@ -25,7 +25,7 @@ def losses(c, params, batches):
   """Nats per token of each of (tokens [B, L], key)."""
   sums = jax.jit(functools.partial(step_lib.eval_step, c))
   found = [jax.device_get(sums(params, *batch)) for batch in batches]
-  return np.array([f['weighted_nll'] / f['num_tokens'] for f in found])
+  return np.array([f.loss for f in found])
 
 
 def main():

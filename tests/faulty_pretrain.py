@@ -1,15 +1,17 @@
-"""launch/pretrain.py with faults: python faulty_pretrain.py FAULTS FLAGS...
+"""Runs launch/pretrain.py with faults.
 
-FAULTS is JSON, all of its keys optional:
-  step_s: seconds that every batch is late.
-  process: the number of the only process of several that has the others.
-  stall: [n, seconds]: batch n is so late besides.
-  nan_steps: steps whose gradient is not a number.
-  spike_steps: steps whose loss and gradient are a thousand times too large.
-  kill_s: the process kills itself so long after it has begun to save a step.
-  kill_at: the first step of which that is true.
-  term: [step, phase]: it sends itself SIGTERM in this phase of this step: one
-    of compile, step, eval, save.
+python faulty_pretrain.py FAULTS FLAGS...
+
+FAULTS is a JSON object. All keys are optional:
+  step_s: delay of every batch, in seconds.
+  process: process to which all other keys except step_s apply; default all.
+  stall: [n, seconds]: extra delay of batch n.
+  nan_steps: steps with a gradient of NaN.
+  spike_steps: steps with loss and gradient 1000 times too large.
+  kill_s: seconds from the start of a save to SIGKILL of the own process.
+  kill_at: first step whose save does this.
+  term: [step, phase]: the process sends itself SIGTERM in this phase of this
+    step; a phase is one of compile, step, eval, save.
 """
 
 import json
@@ -68,7 +70,7 @@ def poisoned(real, c, optimizer, state, tokens, key):
     tree, sums = gradients(*args)
     during = lambda steps: jnp.isin(now, jnp.array(faults.get(steps, [-1])))
     scale = jnp.where(during('spike_steps'), 1000.0, 1.0)
-    sums |= {'weighted_nll': sums['weighted_nll'] * scale}
+    sums = sums._replace(weighted_nll=sums.weighted_nll * scale)
     scale = jnp.where(during('nan_steps'), jnp.nan, scale)
     return jax.tree.map(lambda g: g * scale, tree), sums
 

@@ -1,5 +1,4 @@
-"""What the newest checkpoint of a run holds, read without the package's own
-restore."""
+"""Reads the newest checkpoint of a run with Orbax only."""
 
 import json
 import pathlib
@@ -12,7 +11,7 @@ ITEMS = ('params', 'opt_state', 'guard')
 
 
 def newest(workdir):
-  """The last step, its meta, and its arrays by name."""
+  """Returns the last step, its meta as JSON values, and its arrays by name."""
   steps = pathlib.Path(workdir, 'checkpoints').glob('*')
   path = max(
     (p for p in steps if p.name.isdecimal()), key=lambda p: int(p.name)
@@ -28,7 +27,7 @@ def newest(workdir):
 
 
 def arrays(path):
-  """A tree of NumPy arrays, whatever devices they were saved from."""
+  """Reads an item as a tree of NumPy arrays, whatever the saved sharding."""
   with ocp.PyTreeCheckpointer() as checkpointer:
     args = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray),

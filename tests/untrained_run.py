@@ -1,4 +1,4 @@
-"""A run that was saved before its first step."""
+"""Makes a run with random parameters and a tiny config."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ from maskdiff.training import step
 
 
 def save(path, tokenizer, **changes):
-  """Writes the run into the directory, and returns its config.
+  """Writes the run into a directory and returns its config.
 
   Args:
     path: pathlib.Path of the directory.

@@ -1,8 +1,8 @@
-"""Fingerprints of arrays that do not depend on where their parts lie.
+"""Hashes of arrays that do not depend on how the arrays are sharded.
 
-Storage may flip a bit, and what reads a checkpoint need not notice. A
-fingerprint is taken of the arrays on the devices before they are saved, and
-again after they are restored, on whatever mesh.
+Storage may flip a bit, and the code that reads a checkpoint may not notice.
+Fingerprints are computed on the devices before arrays are saved and again
+after they are restored, possibly on another mesh.
 """
 
 import math
@@ -14,17 +14,17 @@ _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def fingerprint(x, first=0):
-  """A uint32 of all bits of an array, in their places.
+  """Hashes all bits of an array and their positions.
 
-  The elements, mixed with their positions, are added up modulo 2^32: sums of
-  integers are the same in any order. Since the mixing is one to one, a change
-  of any single element of up to 4 bytes changes the sum; other changes go
-  unnoticed once in 2^32 times.
+  Each element is mixed with its position, and the results are summed modulo
+  2^32. Integer sums do not depend on the order. The mixing is a bijection, so
+  a change of any single element of up to 4 bytes changes the sum. Any other
+  change goes unnoticed with probability 2^-32.
 
   Args:
     x: array of any shape, of a dtype with 1, 2, 4 or 8 bytes.
-    first: if x is a part of an array, the place of its first row there. The
-      parts along the first axis add up to the whole, modulo 2^32.
+    first: if x holds some rows of an array, the index of the first of them.
+      The fingerprints of all rows add up to that of the array, modulo 2^32.
 
   Returns:
     uint32 scalar.
@@ -41,18 +41,18 @@ def _bits(x):
 
 
 def _mixed(bits, start):
-  """The bits of a part of an array, mixed with their places in the whole.
+  """Mixes the bits of a slice of an array with their positions in the array.
 
   Args:
-    bits: of the part.
-    start: of each axis, the index in the whole at which the part begins.
+    bits: unsigned integers, the slice.
+    start: for each axis, the index in the array at which the slice begins.
 
   Returns:
-    uint32 of the shape of the bits.
+    uint32 of the shape of `bits`.
   """
   position = jnp.full(bits.shape, bits.ndim, jnp.uint32)
   for axis, begin in enumerate(start):
-    # Axis by axis: there are arrays of more than 2^32 elements.
+    # Axis by axis, because arrays may have more than 2^32 elements.
     index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     index += jnp.asarray(begin, jnp.uint32)
     position = _mix(position * jnp.uint32(0x9E3779B1) + index)
@@ -60,7 +60,7 @@ def _mixed(bits, start):
 
 
 def _mix(x):
-  """A bijection of uint32 that leaves no bit as it was (MurmurHash3)."""
+  """Bijection of uint32 in which every bit affects all bits (MurmurHash3)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
@@ -73,11 +73,11 @@ def _sum(x, first):
 
 
 def _sum_on_cpu(x, first):
-  """Tile by tile: XLA vectorizes sums of two arrays there, but no reduction.
+  """`_sum` tile by tile, which is faster on a CPU.
 
-  A tile of a megabyte stays in the caches and is enough for some cores. Of a
-  sharded array every device makes the tiles of the whole, so that this is for
-  one device.
+  On CPUs XLA vectorizes the sum of two arrays, but not a reduction. A tile of
+  a megabyte fits into the caches and gives several cores enough work. For one
+  device only: with a sharded array, every device would compute all tiles.
   """
   if x.size <= 2**18:
     return _sum(x, first)
@@ -93,33 +93,34 @@ def _sum_on_cpu(x, first):
 
 
 def _sum_of_tiles(x, size, function):
-  """Cuts an array into tiles and adds them up.
+  """Cuts an array into tiles and sums the tiles elementwise.
 
   Args:
     x: array.
-    size: int, elements of a tile at most.
-    function: from (bits of a tile, where it begins) to as many uint32s.
+    size: int, largest number of elements of a tile.
+    function: from (bits of a tile, its start index for each axis) to uint32 of
+      the shape of the tile.
 
   Returns:
-    uint32s of the shape of a tile.
+    uint32 of the shape of a tile.
   """
   tile = []
-  for n in reversed(x.shape):  # the last axes whole, of one more a part
+  for n in reversed(x.shape):  # whole last axes, then a part of one axis
     tile.insert(0, min(n, max(size // math.prod(tile), 1)))
   counts = [-(-n // t) for n, t in zip(x.shape, tile, strict=True)]
 
   def add(i, total):
-    at = jnp.unravel_index(i, counts)
-    # The last tile of an axis begins earlier where it would not fit.
+    tile_index = jnp.unravel_index(i, counts)
+    # The last tile of an axis starts earlier if it would not fit.
     start = [
       jnp.minimum(j * t, n - t)
-      for j, t, n in zip(at, tile, x.shape, strict=True)
+      for j, t, n in zip(tile_index, tile, x.shape, strict=True)
     ]
-    # The bits are sliced, since XLA makes signalling NaNs of bfloat16 quiet in
-    # slices; and they depend on the step, since it would copy them all once.
+    # Slices bits, because XLA quiets signalling NaNs in slices of bfloat16. The
+    # barrier makes the bits depend on i; else XLA would copy the whole array.
     whole, _ = jax.lax.optimization_barrier((x, i))
     part = function(jax.lax.dynamic_slice(_bits(whole), start, tile), start)
-    for axis, (j, t) in enumerate(zip(at, tile, strict=True)):
+    for axis, (j, t) in enumerate(zip(tile_index, tile, strict=True)):
       if x.shape[axis] % t:
         index = jax.lax.broadcasted_iota(jnp.int32, part.shape, axis)
         part = jnp.where(start[axis] + index >= j * t, part, 0)
@@ -131,8 +132,8 @@ def _sum_of_tiles(x, size, function):
 
 @jax.jit
 def fingerprints(tree):
-  """The fingerprint of every array of a tree, a tree of uint32 scalars.
+  """Fingerprint of every array of a tree, a tree of uint32 scalars.
 
-  The arrays are free to be donated as soon as this returns.
+  The arrays may be donated as soon as this returns.
   """
   return jax.tree.map(fingerprint, tree)

@@ -72,7 +72,7 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
       os.mkdir(params)
       with open(os.path.join(new, 'config.json'), 'w') as f:
         json.dump(manifest.config_json(config), f, indent=2)
-    hf.carry(folder, os.path.join(new, hf.PUBLISHED))
+    hf.copy_published_files(folder, os.path.join(new, hf.PUBLISHED))
     if tokenizer is not None:
       tokenizer_lib.copy(tokenizer, new)
     leaves_lib.write(
@@ -128,7 +128,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
     with new_directory(folder) as new:
       tokenizer = _tokenizer_of(workdir)
       if os.path.isdir(beside):
-        hf.carry(beside, new, hf.TOKENIZERS if tokenizer else ())
+        hf.copy_published_files(beside, new, hf.TOKENIZERS if tokenizer else ())
       if written != original:
         path = os.path.join(new, families.CONFIG)
         with safetensors.writing(path), open(path, 'w') as f:

@@ -296,7 +296,7 @@ def fill(c, published, tokenizer):
   )
 
 
-def carry(source, target, leave_out=()):
+def copy_published_files(source, target, leave_out=()):
   """Copies the files of a folder that are no weights, such as chat templates.
 
   Args:

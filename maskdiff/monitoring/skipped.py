@@ -9,7 +9,7 @@ def find(step, fetched, first_sample):
 
   Args:
     step: last step of the window.
-    fetched: what `step.train_step` returned at each step, on the host.
+    fetched: list of step.StepMetrics on the host, one for each step.
     first_sample: function from a step to the index of the first sample after
       that step.
 
@@ -21,15 +21,13 @@ def find(step, fetched, first_sample):
   return [
     {
       'step': s,
-      'loss_nats_per_token': float(
-        values['weighted_nll'] / values['num_tokens']
-      ),
-      'grad_norm': float(values['grad_norm']),
+      'loss_nats_per_token': float(values.sums.loss),
+      'grad_norm': float(values.grad_norm),
       'samples': (first_sample(s - 1), first_sample(s)),
-      'in_a_row': int(values['skipped_in_a_row']),
+      'in_a_row': int(values.skipped_in_a_row),
     }
     for s, values in enumerate(fetched, step - len(fetched) + 1)
-    if values['skipped']
+    if values.skipped
   ]
 
 

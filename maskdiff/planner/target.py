@@ -24,7 +24,7 @@ from maskdiff.interop import load
 from maskdiff.model import transformer
 from maskdiff.planner.hlo_collectives import Machine
 from maskdiff.sampling import sampler
-from maskdiff.sampling.request import Request, sampler_config
+from maskdiff.sampling.request import Request, begin, sampler_config
 from maskdiff.training import evaluation, step
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -160,7 +160,7 @@ def compile_evaluation(config, target):
   Raises:
     jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
   """
-  c = evaluation.step_config(step.step_config(config))
+  c = evaluation.eval_config(step.step_config(config))
   params = params_on(c.model, target.mesh)
   tokens = jax.ShapeDtypeStruct(
     (config.eval.batch, c.length),
@@ -168,7 +168,7 @@ def compile_evaluation(config, target):
     sharding=mesh_lib.batch_sharding(target.mesh),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return _compile(evaluation._eval_step, target.mesh, c, params, tokens, key)
+  return _compile(evaluation.jit_eval_step, target.mesh, c, params, tokens, key)
 
 
 def params_on(model, mesh):
@@ -211,7 +211,7 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
     params_on(model, target.mesh),
   )
   network = load.network(config, params)
-  carry, layout, sizes = sampler.begin(
+  carry, layout, sizes = begin(
     network, c, Request(canvas, fill, valid, np.arange(prompts))
   )
   whole = mesh_lib.replicated(target.mesh)
@@ -219,11 +219,11 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
     (carry, layout),
   )
-  full = jax.jit(sampler.refresh, static_argnums=(1, 2))
+  full = jax.jit(sampler.canvas_step, static_argnums=(1, 2))
   if not window:
     return _compile(full, target.mesh, network, c, sizes[-1], *given)
   with jax.set_mesh(target.mesh):
-    _, fresh, _, cache = full.eval_shape(network, c, sizes[-1], *given)
+    _, use_cache, _, cache = full.eval_shape(network, c, sizes[-1], *given)
   rows = mesh_lib.batch_shards(target.mesh)
   split = P(
     None,
@@ -236,13 +236,13 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   cache = jax.tree.map(lambda x: place(x, split), cache)
   carry, layout = given
   return _compile(
-    jax.jit(sampler.follow, static_argnums=(1, 2)),
+    jax.jit(sampler.window_step, static_argnums=(1, 2)),
     target.mesh,
     network,
     c,
     sizes[-1],
     carry,
-    place(fresh, P()),
+    place(use_cache, P()),
     cache,
     layout,
   )

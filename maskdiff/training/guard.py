@@ -1,9 +1,9 @@
-"""Which updates are not worth making: not finite, or a spike.
+"""Skips updates whose loss or gradient norm is not finite or is a spike.
 
-One bad batch, or one device that computes wrongly, can undo a month. The step
-therefore looks at its loss and at the norm of its gradient before it uses
-them, and leaves parameters and optimizer as they are if either is not finite,
-or stands out from the last `WINDOW` of its kind.
+One bad batch, or one faulty device, can destroy weeks of training. The train
+step therefore checks its loss and gradient norm before it applies the update.
+Parameters and optimizer state stay unchanged if either value is not finite, or
+is far above the last `WINDOW` values.
 """
 
 import dataclasses
@@ -16,48 +16,57 @@ WINDOW = 128
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-  spike_sigmas: float  # standard deviations above the mean; 0: any is fine
+  """Settings of the guard.
+
+  Attributes:
+    spike_sigmas: a value this many standard deviations above the mean of the
+      last WINDOW values is a spike. 0: only values that are not finite are
+      skipped.
+  """
+
+  spike_sigmas: float
 
 
 def init():
-  """The guard of a fresh run, a dict of arrays."""
+  """Returns the state of the guard for a new run, a dict of arrays."""
   return {
     'losses': jnp.zeros(WINDOW, jnp.float32),
     'grad_norms': jnp.zeros(WINDOW, jnp.float32),
-    'seen': jnp.zeros((), jnp.int32),  # finite steps
-    'skipped': jnp.zeros((), jnp.int32),  # of the whole run
-    'in_a_row': jnp.zeros((), jnp.int32),  # skipped up to now
+    'seen': jnp.zeros((), jnp.int32),  # steps with finite values
+    'skipped': jnp.zeros((), jnp.int32),  # over the whole run
+    'in_a_row': jnp.zeros((), jnp.int32),  # up to the last step
   }
 
 
 @jax.named_scope('part(guard)')
 def judge(c, guard, loss, grad_norm):
-  """Whether a step's update is to be made.
+  """Decides whether to apply the update of a step.
 
-  A spike is noted as the limit that it passed, so that one does not hide the
-  next, while a lasting change of level is taken for normal after some steps.
-  No spike is seen before the window is full.
+  In the window, a spike is replaced by the limit that it exceeded. So one
+  spike does not hide the next, and a lasting change of level is accepted after
+  some steps. There are no spikes until the window is full.
 
   Args:
     c: GuardConfig.
-    guard: from `init` or the step before.
+    guard: from `init` or the previous step.
     loss: float32 scalar, nats per token.
     grad_norm: float32 scalar, before clipping.
 
   Returns:
-    A bool scalar, and the next guard.
+    A bool scalar, and the next state of the guard.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  at = guard['seen'] % WINDOW
+  index = guard['seen'] % WINDOW
 
-  def note(history, value):
+  def record(history, value):
     limit = history.mean() + c.spike_sigmas * history.std()
     spike = (guard['seen'] >= WINDOW) & (value > limit) & (c.spike_sigmas > 0)
     value = jnp.where(spike, limit, value)
-    return ~spike, history.at[at].set(jnp.where(finite, value, history[at]))
+    value = jnp.where(finite, value, history[index])
+    return ~spike, history.at[index].set(value)
 
-  loss_ok, losses = note(guard['losses'], loss)
-  norm_ok, grad_norms = note(guard['grad_norms'], grad_norm)
+  loss_ok, losses = record(guard['losses'], loss)
+  norm_ok, grad_norms = record(guard['grad_norms'], grad_norm)
   ok = finite & loss_ok & norm_ok
   return ok, {
     'losses': losses,

@@ -1,8 +1,9 @@
-"""Opens the tokenizer and the data of a config, and makes batches of them."""
+"""Opens the tokenizer and data of a config; makes batches on the mesh."""
 
 import functools
 
 import jax
+import numpy as np
 
 from maskdiff.data import pipeline, prepare, records
 from maskdiff.data import tokenizer as tokenizer_lib
@@ -14,10 +15,13 @@ READ_THREADS = 2
 
 
 def open_tokenizer(config):
-  """Loads the tokenizer and checks it against the config.
+  """Loads the tokenizer of config.data and checks it against the config.
+
+  Returns:
+    data.tokenizer.Tokenizer.
 
   Raises:
-    UserError: an id or the vocabulary size differs.
+    UserError: a token id differs, or the vocabulary is too large.
   """
   tokenizer = tokenizer_lib.with_config_ids(
     config, tokenizer_lib.load(config.data.tokenizer)
@@ -39,15 +43,15 @@ def open_tokenizer(config):
 
 
 def open_data(config, tokenizer, path=None):
-  """The datasets of a path of the config, after a check of every shard.
+  """Opens the datasets of a data path and verifies every shard.
 
   The embedded corpus is prepared on first use, by process 0 for all hosts
   that share its directory.
 
   Args:
-    config: the config.
+    config: ConfigDict.
     tokenizer: data.tokenizer.Tokenizer.
-    path: as config.data.path, which is the default.
+    path: in the form of config.data.path, which is the default.
 
   Returns:
     List of data.pipeline.Dataset.
@@ -66,7 +70,7 @@ def open_data(config, tokenizer, path=None):
           tokenizer,
           config.data.cache_dir,
           config.data.length,
-          runtime.say,
+          runtime.print_once,
         )
       )
     manifest = records.read_manifest(directory)
@@ -74,16 +78,16 @@ def open_data(config, tokenizer, path=None):
       raise UserError(
         f'{directory} was prepared with tokenizer '
         f'{manifest.tokenizer_fingerprint}, but {config.data.tokenizer} is '
-        f'{tokenizer.fingerprint}; set config.data.tokenizer to the one it was '
-        f'prepared with, a copy of which is in {directory}'
+        f'{tokenizer.fingerprint}; set config.data.tokenizer to the copy of '
+        f'the right tokenizer in {directory}'
       )
     if manifest.eos_id != tokenizer.eos_id:
       raise UserError(
         f'the documents of {directory} end with the eos id {manifest.eos_id}, '
-        f'but config.tokens.eos_id={tokenizer.eos_id}: use the copy of the '
-        f'tokenizer that is in {directory}'
+        f'but config.tokens.eos_id={tokenizer.eos_id}; set '
+        f'config.data.tokenizer to the copy of the tokenizer in {directory}'
       )
-    # A run that puts up with damaged rows must be able to start with them.
+    # A run that tolerates damaged rows must be able to start with them.
     check = 'none' if config.data.max_damaged_rows else 'sample'
     records.verify(
       directory,
@@ -96,16 +100,16 @@ def open_data(config, tokenizer, path=None):
 
 
 def train_batches(config, datasets, mesh, start_sample):
-  """Iterator of [B, L] int32 batches on the mesh, without end.
+  """Endless iterator of training batches, [B, L] int32 on the mesh.
 
   Args:
-    config: the config.
+    config: ConfigDict.
     datasets: from `open_data`.
     mesh: device mesh.
-    start_sample: samples consumed so far.
+    start_sample: number of samples consumed so far.
 
   Raises:
-    UserError: the length does not fit the prepared rows.
+    UserError: config.data.length does not fit the prepared rows.
   """
   sharding = mesh_lib.batch_sharding(mesh)
   shape = (config.train.batch, config.data.length)
@@ -123,14 +127,41 @@ def train_batches(config, datasets, mesh, start_sample):
   return pipeline.to_device(batches, sharding, shape)
 
 
-def read_samples(config, datasets, first, end):
-  """The samples of a range, [end - first, L] int32, on the host.
+def samples_after(config, start, step):
+  """Number of training samples consumed after a step of a run.
 
   Args:
-    config: the config.
+    config: ConfigDict.
+    start: resume.Start of the run.
+    step: int, at least start.step.
+  """
+  return int(
+    pipeline.sample_number(
+      start.samples,
+      (step - start.step) * config.train.batch,
+      config.data.skip_samples,
+    )
+  )
+
+
+def first_row(tokens, mesh):
+  """Copies row 0 of a batch to every host, [L] int32; all must call it."""
+  whole = mesh_lib.replicated(mesh)
+  first = jax.jit(lambda tokens: tokens[0], out_shardings=whole)
+  return np.asarray(first(tokens))
+
+
+def read_samples(config, datasets, first, end):
+  """Reads training samples first, ..., end - 1 onto the host.
+
+  Args:
+    config: ConfigDict.
     datasets: from `open_data`.
     first: number of the first sample.
-    end: number of the one after the last.
+    end: number of the last sample, plus 1.
+
+  Returns:
+    [end - first, L] int32.
   """
   batches = pipeline.train_batches(
     datasets,
@@ -146,15 +177,17 @@ def read_samples(config, datasets, first, end):
 
 
 def heldout_batches(config, dataset, mesh):
-  """Iterator of the batches of an evaluation, the same every time.
+  """Iterator of held-out batches, [B, L] int32 on the mesh.
+
+  The batches are the same at every evaluation.
 
   Args:
-    config: the config.
-    dataset: one of `open_data`.
+    config: ConfigDict.
+    dataset: one of the results of `open_data`.
     mesh: device mesh.
 
   Raises:
-    UserError: there is less held-out text than asked for.
+    UserError: the dataset has less held-out text than config.eval needs.
   """
   sharding = mesh_lib.batch_sharding(mesh)
   shape = (config.eval.batch, config.data.length)

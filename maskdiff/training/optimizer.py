@@ -1,4 +1,4 @@
-"""AdamW, clipped, with weight decay on matrices and a learning-rate plan."""
+"""AdamW with gradient clipping, weight decay and learning-rate schedules."""
 
 import dataclasses
 
@@ -12,32 +12,34 @@ SCHEDULES = ('wsd', 'cosine', 'piecewise')
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+  """Settings of the optimizer; see config/optimizer.py."""
+
   schedule: str  # one of SCHEDULES
   learning_rate: float
   final_learning_rate: float
   warmup_steps: int
-  decay_steps: int  # wsd: length of the last stretch
+  decay_steps: int  # wsd: number of steps of the linear decay
   pieces: tuple  # piecewise: (last step, rate at its start, rate at its end)
   b1: float
   b2: float
   eps: float
   weight_decay: float
   clip_norm: float
-  moments: str  # dtype in which both of Adam's are stored
+  moments: str  # dtype in which both moments of Adam are stored
 
 
 def learning_rate(c, steps):
-  """Returns the plan as a function of the step, an int32 scalar.
+  """Returns the learning-rate schedule, a function of the step (int32 scalar).
 
-  `wsd`: linear warmup from 0, constant, linear decay over the last
-  `decay_steps`. `cosine`: linear warmup, then half a cosine. Both end at
-  `final_learning_rate`. `piecewise`: the stretches given by hand, each linear
-  between two rates, which may jump from one to the next: the plan of LLaDA 8B
-  (arXiv 2502.09992, section 2.2) is four of them.
+  `wsd` (warmup, stable, decay): linear warmup from 0, constant, linear decay
+  over the last `decay_steps`. `cosine`: linear warmup, then half a cosine.
+  Both end at `final_learning_rate`. `piecewise`: linear between two rates in
+  each piece, with jumps between pieces allowed. The schedule of LLaDA 8B
+  (arXiv 2502.09992, section 2.2) has four pieces.
 
   Args:
     c: OptimizerConfig.
-    steps: steps of the whole training.
+    steps: number of steps of the whole training.
   """
   if c.schedule == 'cosine':
     return optax.warmup_cosine_decay_schedule(
@@ -62,18 +64,21 @@ def learning_rate(c, steps):
 
 
 def make_optimizer(c, steps, axes):
-  """Builds the update rule.
+  """Builds the optimizer, an optax.GradientTransformation.
 
   Args:
     c: OptimizerConfig.
-    steps: steps of the whole training.
-    axes: tree of the parameters' logical axes. Matrices decay, gains do not.
+    steps: number of steps of the whole training.
+    axes: tree of the parameters' logical axes. Weight decay applies to
+      matrices, not to the gains of normalization layers.
   """
-  decays = jax.tree.map(is_matrix, axes, is_leaf=lambda a: isinstance(a, tuple))
+  decay_mask = jax.tree.map(
+    is_matrix, axes, is_leaf=lambda a: isinstance(a, tuple)
+  )
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),
     scale_by_adam(c),
-    optax.add_decayed_weights(c.weight_decay, mask=decays),
+    optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
     optax.scale_by_learning_rate(learning_rate(c, steps)),
   )
 
@@ -81,9 +86,9 @@ def make_optimizer(c, steps, axes):
 def scale_by_adam(c):
   """optax.scale_by_adam with both moments stored in the dtype `c.moments`.
 
-  The arithmetic is float32. bfloat16 saves 4 bytes a parameter, as in
-  DeepSeek-V3 (arXiv 2412.19437, section 3.3.3); it wants b2 well below 1,
-  because an update that is less than 1/256 of the moment is rounded away.
+  The arithmetic is float32. bfloat16 saves 4 bytes per parameter, as in
+  DeepSeek-V3 (arXiv 2412.19437, section 3.3.3). It needs b2 well below 1: a
+  change of less than 1/256 of the moment is rounded away.
   """
   adam = optax.scale_by_adam(c.b1, c.b2, c.eps)
 
@@ -101,13 +106,13 @@ def scale_by_adam(c):
 
 
 def state_shardings(optimizer, params, param_shardings, replicated):
-  """Shardings of the optimizer state: moments lie like their parameters.
+  """Shardings of the optimizer state: moments are sharded like parameters.
 
   Args:
     optimizer: from make_optimizer.
     params: tree of arrays or ShapeDtypeStructs.
-    param_shardings: the same tree of shardings.
-    replicated: sharding of everything else.
+    param_shardings: tree of shardings with the structure of `params`.
+    replicated: sharding of everything else, such as step counts.
   """
   return optax.tree.map_params(
     optimizer,

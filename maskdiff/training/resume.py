@@ -1,13 +1,13 @@
-"""Where a run begins: at its newest whole checkpoint, or with the parameters of
-another, or with fresh ones.
+"""Where a run starts: newest checkpoint, warm start, or random parameters.
 
-A run goes on only as what it was: the model, the objective and the data of its
-checkpoints. Everything else may change, and is said.
+A run resumes only with the model, the objective, the token ids and the data of
+its checkpoint. All other config keys may change; each change is printed.
 """
 
 import functools
 import hashlib
 import json
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from maskdiff.training import step as step_lib
 from maskdiff.training.step import TrainState
 
 FIXED = ('model', 'objective', 'tokens')
-# What the step computes does not depend on these, up to rounding.
+# The result of a step does not depend on these keys, except for rounding.
 MAY_CHANGE = (
   'model.dtype',
   'model.remat',
@@ -30,15 +30,29 @@ MAY_CHANGE = (
 )
 
 
-def agree(config, identity):
-  """Stops all processes if one has another config, code or data.
+class Start(NamedTuple):
+  """Where a run starts.
+
+  Attributes:
+    step: number of steps done; 0 for a new run.
+    samples: number of training samples consumed.
+    evaluation_due: whether the evaluation of this step was interrupted.
+  """
+
+  step: int = 0
+  samples: int = 0
+  evaluation_due: bool = False
+
+
+def agree(config, data_identity):
+  """Checks that all processes have the same config, code and data.
 
   Args:
     config: ConfigDict.
-    identity: fingerprint of the data.
+    data_identity: fingerprint of the data.
 
   Raises:
-    UserError: names what differs, and where.
+    UserError: in all processes; names what differs, and in which processes.
   """
   digest = lambda value: hashlib.blake2b(
     json.dumps(value, sort_keys=True).encode(), digest_size=8
@@ -47,80 +61,88 @@ def agree(config, identity):
     {
       'config': digest(manifest.config_json(config)),
       'code': consensus.code_version(),
-      'data': digest(identity),
+      'data': digest(data_identity),
     }
   )
 
 
-def restore_or_init(config, c, key, optimizer, shardings, checkpointer, data):
-  """Restores the newest checkpoint; if there never was one, takes parameters
-  from config.init_from, or draws them.
+def restore_or_init(config, setup, key, checkpointer):
+  """Restores the newest checkpoint, or makes the state of a new run.
+
+  A new run takes its parameters from config.init_from, or draws them.
 
   Args:
-    config: the config, and c its StepConfig.
-    key: PRNG key of fresh parameters.
-    optimizer: from make_optimizer.
-    shardings: TrainState of shardings.
+    config: ConfigDict of the run.
+    setup: RunSetup.
+    key: PRNG key of random parameters.
     checkpointer: Checkpointer of the run.
-    data: fingerprint of the data.
 
   Returns:
-    The TrainState, the steps done, and the meta of the checkpoint, {} if the
-    run starts from scratch.
+    The TrainState, and Start.
 
   Raises:
-    UserError: the checkpoint saw other data, or is of another model or
-      objective; or there are checkpoints and none is whole; or
-      config.init_from has another model.
+    UserError: the checkpoint has other data or another model or objective;
+      all checkpoints are damaged; or config.init_from has another model.
   """
-  init = functools.partial(step_lib.init_state, c.model, optimizer)
+  optimizer, shardings = setup.optimizer, setup.shardings
+  init = functools.partial(step_lib.init_state, setup.c.model, optimizer)
   targets = restore.targets(jax.eval_shape(init, key), shardings)
 
   def targets_of(step, meta):
-    _check(f'{checkpointer.directory}/{step}', meta, config, data)
+    name = f'{checkpointer.directory}/{step}'
+    _check(name, meta, config, setup.data_identity)
     return dict(
       params=targets.params, opt_state=targets.opt_state, guard=targets.guard
     )
 
   found = restore.newest(checkpointer, targets_of)
   if found is None and config.init_from:
-    params = load.warm_start(config, shardings.step.mesh)
-    runtime.say(f'parameters are those of {config.init_from}')
-    begin = functools.partial(step_lib.start_state, optimizer)
-    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=0)
-    return begin(params), 0, {}
+    params = load.warm_start(config, setup.mesh)
+    runtime.print_once(f'parameters are those of {config.init_from}')
+    start_state = functools.partial(step_lib.start_state, optimizer)
+    start_state = jax.jit(
+      start_state, out_shardings=shardings, donate_argnums=0
+    )
+    return start_state(params), Start()
   if found is None:
-    return jax.jit(init, out_shardings=shardings)(key), 0, {}
+    return jax.jit(init, out_shardings=shardings)(key), Start()
   step, meta, (params, opt_state, guard) = found
   count = jax.device_put(np.int32(step), shardings.step)
-  return TrainState(count, params, opt_state, guard), step, meta
+  # Checkpoints of early versions lack some of these fields.
+  start = Start(step, meta.samples or 0, bool(meta.evaluation_due))
+  return TrainState(count, params, opt_state, guard), start
 
 
-def _check(name, meta, config, data):
-  """Compares a checkpoint with the config and the data of the run."""
-  for item, now in data.items():
+def _check(name, meta, config, data_identity):
+  """Compares a checkpoint with the config and the data of the run.
+
+  Args:
+    name: of the checkpoint, for messages.
+    meta: manifest.Meta.
+    config: ConfigDict of the run.
+    data_identity: fingerprint of the data.
+  """
+  for item, now in data_identity.items():
     before = meta.data.get(item)
     if before == now:
       continue
-    differs = f'{name} was trained on data with {item}={before}, not {now}'
+    difference = f'{name} was trained on data with {item}={before}, not {now}'
     if not config.data.allow_change:
       raise UserError(
-        f'{differs}; use that again or another --workdir, or '
-        '--config.data.allow_change=True to go on from here'
+        f'{difference}; use the same data or another --workdir, or set '
+        '--config.data.allow_change=True to continue with this data'
       )
-    runtime.say(differs)
-  was = config_lib.flatten(config_lib.from_dict(meta.config))
-  changed = {
-    key: f'{was[key]!r}, now {value!r}'
-    for key, value in config_lib.flatten(config).items()
-    if was[key] != value
-  }
+    runtime.print_once(difference)
+  old = config_lib.flatten(config_lib.from_dict(meta.config))
+  new = config_lib.flatten(config)
+  changed = [key for key, value in new.items() if old[key] != value]
   for key in changed:
     if key.partition('.')[0] in FIXED and key not in MAY_CHANGE:
       raise UserError(
-        f'{name} was trained with config.{key}={was[key]!r}, not '
-        f'{config_lib.flatten(config)[key]!r}; use that again or another '
-        '--workdir'
+        f'{name} was trained with config.{key}={old[key]!r}, not {new[key]!r}; '
+        'use the same value or another --workdir'
       )
-  for key, how in changed.items():
-    runtime.say(f'changed since {name}: config.{key} was {how}')
+  for key in changed:
+    runtime.print_once(
+      f'changed since {name}: config.{key} was {old[key]!r}, now {new[key]!r}'
+    )

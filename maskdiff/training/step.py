@@ -1,7 +1,8 @@
-"""The train step and the evaluation step, as pure functions of arrays."""
+"""Train step and evaluation step, pure functions of arrays."""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from maskdiff.training import guard as guard_lib
 from maskdiff.training import optimizer as optimizer_lib
 from maskdiff.training.guard import GuardConfig
 
-# Rows are also counted by mask ratio, in this many equal buckets.
+# Losses are also summed by the mask ratio of the row, in equal buckets.
 RATIO_BUCKETS = 5
 
 
@@ -31,15 +32,24 @@ RATIO_BUCKETS = 5
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  step: jax.Array  # int32 scalar, batches done
-  params: dict  # float32
-  opt_state: tuple  # counts the updates made
-  guard: dict  # see guard.py
+  """Everything that a train step changes.
+
+  Attributes:
+    step: int32 scalar, number of batches processed.
+    params: parameter tree, float32.
+    opt_state: optax state; its count leaves out skipped updates.
+    guard: state of the spike guard, see guard.py.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: tuple
+  guard: dict
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """All that the compiled step depends on, apart from the optimizer."""
+  """Static settings of the compiled step, except the optimizer's."""
 
   model: TransformerConfig
   objective: ObjectiveConfig
@@ -48,29 +58,93 @@ class StepConfig:
   guard: GuardConfig
 
 
+def step_config(config):
+  """Builds the StepConfig of a run's config."""
+  o = config.objective
+  return StepConfig(
+    model=TransformerConfig(**config.model),
+    objective=ObjectiveConfig(
+      name=o.name,
+      schedule=Schedule(o.schedule, o.schedule_power),
+      eps=o.eps,
+      time_sampling=o.time_sampling,
+      random_length_fraction=o.random_length_fraction,
+      attend_within=o.attend_within,
+      predict_mask=o.predict_mask,
+      mask_id=config.tokens.mask_id,
+      bos_id=config.tokens.bos_id,
+      eos_id=config.tokens.eos_id,
+      loss_chunk_tokens=o.loss_chunk_tokens,
+    ),
+    length=config.data.length,
+    microbatches=config.train.microbatches,
+    guard=GuardConfig(config.guard.spike_sigmas),
+  )
+
+
+class LossSums(NamedTuple):
+  """Sums over the rows of a batch; sums of several batches add up.
+
+  Attributes:
+    num_predicted: float32, number of positions that carry a loss.
+    num_tokens: float32, number of tokens of text.
+    ratio_count: [RATIO_BUCKETS] float32, `num_predicted` by mask ratio.
+    ratio_nll: [RATIO_BUCKETS] float32, unweighted nll in nats by mask ratio.
+    weighted_nll: float32, sum of weight x nll in nats.
+  """
+
+  num_predicted: jax.Array
+  num_tokens: jax.Array
+  ratio_count: jax.Array
+  ratio_nll: jax.Array
+  weighted_nll: jax.Array
+
+  @property
+  def loss(self):
+    """Loss in nats per token."""
+    return self.weighted_nll / self.num_tokens
+
+
+class StepMetrics(NamedTuple):
+  """What a train step reports.
+
+  Attributes:
+    sums: LossSums of the batch.
+    grad_norm: float32, norm of the gradient before clipping.
+    param_norm: float32, norm of the parameters after the update.
+    skipped: bool, whether the guard refused the update.
+    skipped_before: int32, number of skipped updates in all earlier steps.
+    skipped_in_a_row: int32, number of consecutive skipped updates up to and
+      including this step.
+  """
+
+  sums: LossSums
+  grad_norm: jax.Array
+  param_norm: jax.Array
+  skipped: jax.Array
+  skipped_before: jax.Array
+  skipped_in_a_row: jax.Array
+
+
 def train_step(c, optimizer, state, tokens, key):
-  """One update, or none if the guard objects.
+  """Makes one optimizer update, unless the guard refuses it.
 
   Args:
     c: StepConfig.
     optimizer: optax.GradientTransformation.
     state: TrainState.
     tokens: [B, L] int32, the global batch of clean tokens.
-    key: PRNG key of the run; the step's own is folded from it.
+    key: PRNG key of the run, folded with the step number.
 
   Returns:
-    The next TrainState, and a dict of float32 and int32: what `summarize`
-    returns, the norms of gradients and parameters, whether the update was
-    skipped, and how many were in a row and before.
+    The next TrainState, and StepMetrics.
   """
   key = jax.random.fold_in(key, state.step)
   gradients, sums = batch_gradients(c, state.params, tokens, key)
   with jax.named_scope('part(optimizer)'):
-    gradients = jax.tree.map(lambda g: g / sums['num_tokens'], gradients)
+    gradients = jax.tree.map(lambda g: g / sums.num_tokens, gradients)
     grad_norm = optax.tree.norm(gradients)
-    ok, guard = guard_lib.judge(
-      c.guard, state.guard, sums['weighted_nll'] / sums['num_tokens'], grad_norm
-    )
+    ok, guard = guard_lib.judge(c.guard, state.guard, sums.loss, grad_norm)
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
@@ -80,19 +154,19 @@ def train_step(c, optimizer, state, tokens, key):
       (state.params, state.opt_state),
     )
     param_norm = optax.tree.norm(params)
-  metrics = {
-    **sums,
-    'grad_norm': grad_norm,
-    'param_norm': param_norm,
-    'skipped': ~ok,
-    'skipped_in_a_row': guard['in_a_row'],
-    'skipped_before': state.guard['skipped'],
-  }
+  metrics = StepMetrics(
+    sums=sums,
+    grad_norm=grad_norm,
+    param_norm=param_norm,
+    skipped=~ok,
+    skipped_before=state.guard['skipped'],
+    skipped_in_a_row=guard['in_a_row'],
+  )
   return TrainState(state.step + 1, params, opt_state, guard), metrics
 
 
 def batch_gradients(c, params, tokens, key):
-  """Gradients of a batch's summed loss, microbatch by microbatch.
+  """Gradient of the summed loss of a batch, accumulated over microbatches.
 
   Args:
     c: StepConfig.
@@ -101,13 +175,13 @@ def batch_gradients(c, params, tokens, key):
     key: PRNG key of this step.
 
   Returns:
-    A tree like params, and the sums of `summarize`.
+    A tree like params, and the LossSums of the batch.
   """
   batch = tokens.shape[0]
 
   def loss(params, rows, tokens):
     sums = loss_sums(c, params, tokens, rows, key, batch)
-    return sums['weighted_nll'], sums
+    return sums.weighted_nll, sums
 
   gradient = jax.grad(loss, has_aux=True)
 
@@ -129,10 +203,10 @@ def batch_gradients(c, params, tokens, key):
 
 
 def eval_step(c, params, tokens, key):
-  """The sums of one batch under fixed noise; see `summarize`.
+  """LossSums of one batch of held-out text under fixed noise.
 
   Args:
-    c: StepConfig; its objective cuts no sequence.
+    c: StepConfig from `evaluation.eval_config`.
     params: parameter tree.
     tokens: [B, L] int32.
     key: PRNG key of this batch, the same at every evaluation.
@@ -143,18 +217,18 @@ def eval_step(c, params, tokens, key):
 
 
 def loss_sums(c, params, tokens, rows, key, batch):
-  """Corrupts some rows of a global batch and sums up their loss.
+  """Corrupts some rows of a global batch and sums their losses.
 
   Args:
     c: StepConfig.
     params: parameter tree.
     tokens: [b, L] int32.
-    rows: [b] int32, their numbers in the global batch.
+    rows: [b] int32, row numbers in the global batch.
     key: PRNG key of this step.
-    batch: rows of the global batch.
+    batch: number of rows of the global batch.
 
   Returns:
-    See `summarize`; `weighted_nll` is the one with a gradient.
+    LossSums. Only `weighted_nll` has a gradient.
   """
   canvas = make_canvas(c.objective, tokens, rows, key, batch)
   total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
@@ -163,39 +237,38 @@ def loss_sums(c, params, tokens, rows, key, batch):
 
 @jax.named_scope('part(metrics)')
 def summarize(canvas, total, nll):
-  """What a batch adds to the metrics, as sums, so that batches add up.
+  """Returns the LossSums of a canvas.
 
-  Returns:
-    - `weighted_nll`: float32, sum of weight x nll in nats.
-    - `num_tokens`: float32, tokens of text.
-    - `num_predicted`: float32, positions that carry a loss.
-    - `ratio_nll`, `ratio_count`: [RATIO_BUCKETS] float32, unweighted nll and
-      number of predicted positions of the rows by mask ratio.
+  Args:
+    canvas: Canvas of b rows.
+    total: float32 scalar, sum of weight x nll in nats.
+    nll: [b, L] float32, nats; 0 where there is no loss.
   """
   predicted = canvas.weights != 0
   bucket = jnp.minimum(
     (canvas.mask_ratio * RATIO_BUCKETS).astype(jnp.int32), RATIO_BUCKETS - 1
   )
   by_bucket = lambda x: jnp.zeros(RATIO_BUCKETS).at[bucket].add(x.sum(axis=1))
-  return {
-    'weighted_nll': total,
-    'num_tokens': canvas.num_tokens.sum(),
-    'num_predicted': predicted.sum().astype(jnp.float32),
-    'ratio_nll': by_bucket(nll),
-    'ratio_count': by_bucket(predicted.astype(jnp.float32)),
-  }
+  return LossSums(
+    weighted_nll=total,
+    num_tokens=canvas.num_tokens.sum(),
+    num_predicted=predicted.sum().astype(jnp.float32),
+    ratio_nll=by_bucket(nll),
+    ratio_count=by_bucket(predicted.astype(jnp.float32)),
+  )
 
 
 def split_rows(tree, parts):
   """Splits the leading axis of every leaf into `parts` microbatches.
 
-  Each device keeps its own rows, and the two rows of a pair (`sample_times`)
-  stay together where a microbatch has room for pairs, so that no data moves
-  and every device has its half of tokens masked in every microbatch.
+  Each device keeps its own rows, so that no data moves between devices. The
+  two rows of an antithetic pair (`sample_times`) stay in one microbatch if its
+  size allows. Every device then masks about half of its tokens in every
+  microbatch.
 
   Args:
     tree: arrays [B, ...].
-    parts: M, divides B.
+    parts: number M of microbatches, a divisor of B.
 
   Returns:
     arrays [M, B / M, ...].
@@ -217,7 +290,13 @@ def split_rows(tree, parts):
 
 
 def state_shardings(c, optimizer, mesh):
-  """The TrainState with a sharding for every array."""
+  """Returns a TrainState of shardings.
+
+  Args:
+    c: TransformerConfig.
+    optimizer: from make_optimizer.
+    mesh: device mesh.
+  """
   shapes = transformer.shapes(c)
   params = mesh_lib.param_shardings(mesh, transformer.axes(c), shapes)
   replicated = mesh_lib.replicated(mesh)
@@ -229,19 +308,34 @@ def state_shardings(c, optimizer, mesh):
 
 
 def init_state(c, optimizer, key):
-  """A fresh TrainState for a TransformerConfig; jit it with out_shardings."""
+  """Returns a TrainState with random parameters; jit it with out_shardings.
+
+  Args:
+    c: TransformerConfig.
+    optimizer: from make_optimizer.
+    key: PRNG key.
+  """
   return start_state(optimizer, transformer.init(c, key))
 
 
 def start_state(optimizer, params):
-  """The TrainState of a training that begins with these parameters."""
+  """Returns the TrainState at step 0 with these parameters."""
   return TrainState(
     jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.init()
   )
 
 
 def compile_train_step(c, optimizer, mesh):
-  """Jits the train step with its shardings; the state is donated."""
+  """Jits `train_step` with shardings. The state is donated.
+
+  Args:
+    c: StepConfig.
+    optimizer: from make_optimizer.
+    mesh: device mesh.
+
+  Returns:
+    Function of (TrainState, tokens, key).
+  """
   states = state_shardings(c.model, optimizer, mesh)
   replicated = mesh_lib.replicated(mesh)
   return jax.jit(
@@ -250,28 +344,4 @@ def compile_train_step(c, optimizer, mesh):
     out_shardings=(states, replicated),
     donate_argnums=0,
     compiler_options=compiler.options(mesh),
-  )
-
-
-def step_config(config):
-  """The frozen configs that the compiled step depends on."""
-  o = config.objective
-  return StepConfig(
-    model=TransformerConfig(**config.model),
-    objective=ObjectiveConfig(
-      name=o.name,
-      schedule=Schedule(o.schedule, o.schedule_power),
-      eps=o.eps,
-      time_sampling=o.time_sampling,
-      random_length_fraction=o.random_length_fraction,
-      attend_within=o.attend_within,
-      predict_mask=o.predict_mask,
-      mask_id=config.tokens.mask_id,
-      bos_id=config.tokens.bos_id,
-      eos_id=config.tokens.eos_id,
-      loss_chunk_tokens=o.loss_chunk_tokens,
-    ),
-    length=config.data.length,
-    microbatches=config.train.microbatches,
-    guard=GuardConfig(config.guard.spike_sigmas),
   )

@@ -1,9 +1,4 @@
-"""What a config and a work directory stand for.
-
-Between the outside (ConfigDicts, paths, files of a run) and the library (frozen
-configs, arrays): each function opens one thing, checks that it fits the
-others, and says in one line what is wrong if it does not.
-"""
+"""Files of a work directory besides checkpoints and metrics."""
 
 import contextlib
 import json
@@ -23,7 +18,7 @@ from maskdiff.monitoring import terminal
 
 @contextlib.contextmanager
 def memory_advice(config):
-  """Turns want of device memory into a UserError that says what to change."""
+  """Turns an out-of-memory error into a UserError that says what to change."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
@@ -40,26 +35,29 @@ def memory_advice(config):
     ) from error
 
 
-def carry(config, workdir):
-  """Puts the small files of a published folder that a run begins with, or that
-  came with it, into the run's own directory, for an export."""
+def copy_published_files(config, workdir):
+  """Copies tokenizer and config files of config.init_from, for an export.
+
+  The source is a Hugging Face folder, or a work directory that keeps such
+  files. Without either, nothing is copied.
+  """
   source = config.init_from
   if source and not families.is_published(source):
     source = os.path.join(source, hf.PUBLISHED)
   if source and os.path.isdir(source):
-    hf.carry(source, os.path.join(workdir, hf.PUBLISHED))
+    hf.copy_published_files(source, os.path.join(workdir, hf.PUBLISHED))
 
 
 def make_workdir(workdir):
-  """Makes the work directory.
+  """Creates the work directory.
 
   Raises:
-    UserError: that cannot be, or it is not a local path.
+    UserError: it cannot be created, or is not a local path.
   """
   if '://' in workdir:
     raise UserError(
-      f'--workdir {workdir}: only paths of this machine are supported; mount a '
-      'bucket and give the mount point'
+      f'--workdir {workdir}: only local paths are supported; mount the bucket '
+      'and give the mount point'
     )
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -68,22 +66,32 @@ def make_workdir(workdir):
 
 
 def save_run_files(config, tokenizer, header, workdir):
-  """Puts config, header and tokenizer beside the checkpoints."""
+  """Writes config.json, header.txt and the tokenizer.
+
+  Also copies files of a Hugging Face folder that the run starts from.
+
+  Args:
+    config: ConfigDict.
+    tokenizer: data.tokenizer.Tokenizer.
+    header: text from `describe`.
+    workdir: work directory.
+  """
   with open(os.path.join(workdir, 'header.txt'), 'w') as f:
     f.write(header + '\n')
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
     json.dump(manifest.config_json(config), f, indent=2)
   tokenizer_lib.copy(tokenizer, workdir)
-  carry(config, workdir)
+  copy_published_files(config, workdir)
 
 
 def describe(config, c, mesh, datasets):
-  """The header of a run as text: config, parameters, devices, data.
+  """Describes a run as text: config, parameters, devices and data.
 
   Args:
-    config: the config, and c its StepConfig.
+    config: ConfigDict.
+    c: StepConfig of the config.
     mesh: device mesh.
-    datasets: from `open_data`.
+    datasets: from `inputs.open_data`.
   """
   shapes, axes = transformer.shapes(c.model), transformer.axes(c.model)
   rows = [('parameter', 'shape', 'axes', 'number')]
@@ -92,8 +100,8 @@ def describe(config, c, mesh, datasets):
   for (path, leaf), axis_names in zip(leaves, names, strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     rows.append((name, leaf.shape, ' '.join(axis_names), leaf.size))
-  everything, inner = transformer.num_params(c.model)
-  rows.append(('total', '', '', everything))
+  total, inner = transformer.num_params(c.model)
+  rows.append(('total', '', '', total))
   rows.append(('without vocabulary', '', '', inner))
   flat = config_lib.flatten(config)
   processes = jax.process_count()

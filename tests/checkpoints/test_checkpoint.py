@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, on any mesh, or not at all."""
+"""A checkpoint restores bit for bit on any mesh, or counts as damaged."""
 
 import contextlib
 import dataclasses
@@ -86,7 +86,7 @@ def targets(mesh_name):
 
 
 def make_state(mesh_name='fsdp8', seed=0):
-  """A TrainState full of noise, on a mesh."""
+  """Makes a TrainState of random values on a mesh."""
   random = np.random.default_rng(seed)
 
   def noise(x):
@@ -100,7 +100,7 @@ def make_state(mesh_name='fsdp8', seed=0):
 
 
 def items_of(state):
-  """The parts of a TrainState, or of targets, that are saved."""
+  """Returns the parts of a TrainState, or of targets, that are saved."""
   return {name: getattr(state, name) for name in ITEMS}
 
 
@@ -111,31 +111,31 @@ def save(directory, state, *numbers, keep=2, keep_every=0, meta=META):
   checkpointer.close()
 
 
-def restore(directory, wanted, number=3):
-  """The items of a step by name."""
+def restore(directory, specs, number=3):
+  """Restores the items of a step; returns them by name."""
   checkpointer = Checkpointer(directory, keep=None, read_only=True)
   meta = checkpointer.read_meta(number)
-  trees = checkpointer.restore(number, meta, **wanted)
+  trees = checkpointer.restore(number, meta, **specs)
   checkpointer.close()
-  return dict(zip(wanted, trees, strict=True))
+  return dict(zip(specs, trees, strict=True))
 
 
-def restore_newest(directory, wanted, **kwargs):
-  """The newest whole step, its meta, its items by name; or None."""
+def restore_newest(directory, specs, **kwargs):
+  """Restores the newest undamaged step: (step, Meta, items by name) or None."""
   checkpointer = Checkpointer(directory, keep=2, **kwargs)
   with contextlib.closing(checkpointer):
-    found = restore_lib.newest(checkpointer, lambda step, meta: wanted)
-  return found and (*found[:2], dict(zip(wanted, found[2], strict=True)))
+    found = restore_lib.newest(checkpointer, lambda step, meta: specs)
+  return found and (*found[:2], dict(zip(specs, found[2], strict=True)))
 
 
 @pytest.fixture(autouse=True)
-def no_second_try(monkeypatch):
+def no_wait_before_retry(monkeypatch):
   monkeypatch.setattr(checkpoint, '_RETRY_S', 0)
 
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """A directory and the state that was saved in it, at step 3."""
+  """A directory with a checkpoint of step 3, and the state saved in it."""
   directory = tmp_path_factory.mktemp('run') / 'checkpoints'
   state = make_state()
   save(directory, state)
@@ -143,7 +143,7 @@ def saved(tmp_path_factory):
 
 
 def small(value):
-  """Items that are saved in no time."""
+  """Items that are quick to save."""
   x = jnp.arange(2000, dtype=jnp.float32) + value
   return {'params': {'w': x, 'b': x[:3]}, 'guard': {'seen': jnp.int32(value)}}
 
@@ -176,7 +176,7 @@ def names(directory):
 
 
 def tree_of_files(directory):
-  """All files below with their contents."""
+  """Contents of all files below a directory, by path."""
   return {
     path.relative_to(directory): path.is_file() and path.read_bytes()
     for path in pathlib.Path(directory).rglob('*')
@@ -190,33 +190,33 @@ def assert_same_bits(a, b):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-# There and back
+# Save and restore
 
 
 @pytest.mark.parametrize('mesh_name', MESHES)
-def test_a_state_comes_back_bit_for_bit_on_any_mesh(saved, mesh_name):
+def test_restore_is_bitwise_exact_on_any_mesh(saved, mesh_name):
   directory, state = saved
-  wanted = items_of(targets(mesh_name))
-  trees = restore(directory, wanted)
+  specs = items_of(targets(mesh_name))
+  trees = restore(directory, specs)
   assert_same_bits(trees, items_of(state))
-  for x, y in zip(jax.tree.leaves(trees), jax.tree.leaves(wanted), strict=True):
+  for x, y in zip(jax.tree.leaves(trees), jax.tree.leaves(specs), strict=True):
     assert x.sharding == y.sharding
 
 
 @pytest.mark.parametrize('source', ['all_axes', 'one_device'])
-def test_a_state_of_any_mesh_comes_back_on_eight_devices(tmp_path, source):
+def test_state_of_any_mesh_restores_on_eight_devices(tmp_path, source):
   state = make_state(source, seed=1)
   save(tmp_path, state)
   trees = restore(tmp_path, items_of(targets('fsdp8')))
   assert_same_bits(trees, items_of(state))
 
 
-def test_parameters_are_restored_without_the_optimizer_state(saved):
+def test_parameters_restore_without_optimizer_state(saved):
   directory, state = saved
   checkpointer = restore_lib.open_run(directory.parent)
-  wanted = {'params': targets('all_axes').params}
+  specs = {'params': targets('all_axes').params}
   number, meta, (params,) = restore_lib.newest(
-    checkpointer, lambda step, meta: wanted
+    checkpointer, lambda step, meta: specs
   )
   checkpointer.close()
   assert number == checkpointer.durable_step == 3
@@ -224,10 +224,10 @@ def test_parameters_are_restored_without_the_optimizer_state(saved):
   assert dataclasses.replace(meta, leaves=None) == META
 
 
-def test_what_is_saved_is_what_the_state_was(tmp_path):
-  """Saving goes on in the background while the next step reuses the memory."""
+def test_donation_after_save_does_not_change_the_checkpoint(tmp_path):
+  """The save continues in the background while a step reuses the memory."""
   state = make_state()
-  kept = jax.tree.map(np.array, items_of(state))
+  before = jax.tree.map(np.array, items_of(state))
   checkpointer = Checkpointer(tmp_path, 2)
   checkpointer.save(3, items_of(state), META)
   overwrite = jax.jit(
@@ -236,10 +236,10 @@ def test_what_is_saved_is_what_the_state_was(tmp_path):
   overwrite(items_of(state))
   checkpointer.close()
   trees = restore(tmp_path, items_of(targets('fsdp8')))
-  assert_same_bits(trees, kept)
+  assert_same_bits(trees, before)
 
 
-def test_names_on_disk_are_plain(saved):
+def test_names_on_disk_are_parameter_paths(saved):
   directory, state = saved
   metadata = json.loads((directory / '3' / 'params' / '_METADATA').read_text())
   on_disk = {
@@ -257,7 +257,7 @@ def test_plain_orbax_reads_the_parameters(saved):
   assert_same_bits(params, state.params)
 
 
-def test_the_manifest_names_every_array(saved):
+def test_manifest_lists_every_array(saved):
   directory, state = saved
   meta = json.loads((directory / '3' / 'meta' / 'metadata').read_text())
   leaves = manifest.flat(items_of(state))
@@ -270,12 +270,10 @@ def test_the_manifest_names_every_array(saved):
   assert len(numbers) == len(leaves)
 
 
-# What is on disk, and what only seems to be
+# Durability
 
 
-def test_a_step_is_durable_when_it_is_on_disk_and_not_before(
-  tmp_path, monkeypatch
-):
+def test_step_is_durable_only_once_on_disk(tmp_path, monkeypatch):
   checkpointer = Checkpointer(tmp_path, keep=2)
   assert checkpointer.durable_step is None
   assert checkpointer.finish() is None and checkpointer.poll() is None
@@ -295,7 +293,7 @@ def test_a_step_is_durable_when_it_is_on_disk_and_not_before(
   checkpointer.close()
 
 
-def test_the_latest_and_every_so_many_steps_are_kept(tmp_path):
+def test_latest_steps_and_multiples_are_kept(tmp_path):
   checkpointer = Checkpointer(tmp_path, keep=2, keep_every=4)
   for number in range(1, 12):
     checkpointer.save(number, small(number), Meta())
@@ -304,7 +302,7 @@ def test_the_latest_and_every_so_many_steps_are_kept(tmp_path):
   assert checkpointer.steps() == [4, 8, 10, 11]
 
 
-def test_steps_are_in_the_order_of_numbers(tmp_path):
+def test_steps_are_sorted_by_number(tmp_path):
   for name in ('9', '10', '100', 'x', '12.orbax-checkpoint-tmp'):
     (tmp_path / name).mkdir()
   checkpointer = Checkpointer(tmp_path, keep=2, read_only=True)
@@ -312,8 +310,8 @@ def test_steps_are_in_the_order_of_numbers(tmp_path):
   checkpointer.close()
 
 
-def test_the_half_step_of_a_killed_run_is_cleared_away(tmp_path):
-  """It is no step, and never was: there is nothing to fall back from."""
+def test_partial_step_of_a_killed_run_is_removed(tmp_path):
+  """A partial step does not count as damaged."""
   half = tmp_path / '3.orbax-checkpoint-tmp'
   (half / 'params').mkdir(parents=True)
   checkpointer = Checkpointer(tmp_path, keep=2)
@@ -325,7 +323,7 @@ def test_the_half_step_of_a_killed_run_is_cleared_away(tmp_path):
   assert names(tmp_path) == {'2'}
 
 
-def test_nothing_is_saved_silently_beside_a_later_step(steps):
+def test_saving_before_a_later_step_raises(steps):
   checkpointer = Checkpointer(steps, keep=None)
   before = tree_of_files(steps)
   with pytest.raises(RuntimeError, match=r'step 15 was not saved.*10, 20, 30'):
@@ -339,21 +337,19 @@ def test_nothing_is_saved_silently_beside_a_later_step(steps):
 
 @pytest.fixture
 def file_limit():
-  """A function after which no file may become larger; as on a full disk."""
+  """Returns a function that limits the size of files, like a full disk."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def whole(directory):
-  """Names of steps; after an error some writers may not have ended yet."""
+def complete_steps(directory):
+  """Names of complete steps; failed writers may still leave temporaries."""
   return {n for n in names(directory) if 'orbax-checkpoint-tmp' not in n}
 
 
 @pytest.mark.parametrize('limit', [0, 2000])
-def test_a_full_disk_is_an_error_and_the_old_step_stays(
-  tmp_path, file_limit, limit
-):
+def test_full_disk_raises_and_keeps_the_old_step(tmp_path, file_limit, limit):
   checkpointer = Checkpointer(tmp_path, keep=1)
   checkpointer.save(1, small(1), Meta())
   assert checkpointer.finish() == 1
@@ -367,31 +363,31 @@ def test_a_full_disk_is_an_error_and_the_old_step_stays(
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
     file_limit(unlimited)
     assert checkpointer.durable_step == 1
-    assert whole(tmp_path) == {'1'}
+    assert complete_steps(tmp_path) == {'1'}
     assert_same_bits(restore(tmp_path, small_targets(), 1), small(1))
   checkpointer.save(4, small(4), Meta())
   assert checkpointer.finish() == 4
   checkpointer.close()
-  assert whole(tmp_path) == {'4'}
+  assert complete_steps(tmp_path) == {'4'}
 
 
-def test_an_error_in_the_background_names_its_step(tmp_path, monkeypatch):
-  """Also if the next save finds it."""
+def test_background_error_names_its_step(tmp_path, monkeypatch):
+  """Also if the next save raises it."""
   checkpointer = Checkpointer(tmp_path, keep=2)
   full = OSError(28, 'No space left on device')
   with monkeypatch.context() as m:
     m.setattr(manifest, 'make', lambda *args: (_ for _ in ()).throw(full))
     with pytest.raises(SaveError, match='make room') as error:
-      checkpointer.save(1, small(1), Meta())  # may be quick enough to know
+      checkpointer.save(1, small(1), Meta())  # may raise already
       checkpointer.save(2, small(2), Meta())
   assert error.value.step == 1
   checkpointer.save(2, small(2), Meta())
   assert checkpointer.finish() == 2
   checkpointer.close()
-  assert whole(tmp_path) == {'2'}
+  assert complete_steps(tmp_path) == {'2'}
 
 
-def test_a_step_that_vanishes_is_not_durable(tmp_path):
+def test_vanished_step_is_not_durable(tmp_path):
   checkpointer = Checkpointer(tmp_path, keep=2)
   checkpointer.save(1, small(1), Meta())
   checkpointer._manager.wait_until_finished()
@@ -402,7 +398,7 @@ def test_a_step_that_vanishes_is_not_durable(tmp_path):
   checkpointer.close()
 
 
-def test_close_raises_if_the_last_step_is_not_saved(tmp_path, monkeypatch):
+def test_close_raises_if_the_last_save_failed(tmp_path, monkeypatch):
   checkpointer = Checkpointer(tmp_path, keep=2)
   full = OSError(28, 'No space left on device')
   monkeypatch.setattr(
@@ -413,7 +409,7 @@ def test_close_raises_if_the_last_step_is_not_saved(tmp_path, monkeypatch):
     checkpointer.close()
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+def test_error_names_a_directory_that_cannot_be_created(tmp_path):
   (tmp_path / 'file').write_text('')
   path = tmp_path / 'file' / 'checkpoints'
   with pytest.raises(UserError, match=f'cannot use {path} for checkpoints'):
@@ -504,11 +500,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_step_is_set_aside_and_the_one_before_used(
-  steps, capsys, damage
-):
-  hurt, reason = DAMAGES[damage]
-  hurt(steps / '30')
+def test_damaged_step_falls_back_to_the_previous_one(steps, capsys, damage):
+  inflict, reason = DAMAGES[damage]
+  inflict(steps / '30')
   damaged = tree_of_files(steps / '30')
   number, meta, trees = restore_newest(steps, small_targets())
   assert (number, meta.samples) == (20, 20)
@@ -521,7 +515,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_used(
   assert re.search(reason, line)
 
 
-def test_two_damaged_steps_are_passed_one_after_the_other(steps, capsys):
+def test_two_damaged_steps_are_moved_aside(steps, capsys):
   truncate(biggest_file(steps / '30' / 'guard'))
   flip(biggest_file(steps / '20' / 'params'), 0.5)
   number, _, trees = restore_newest(steps, small_targets())
@@ -531,8 +525,8 @@ def test_two_damaged_steps_are_passed_one_after_the_other(steps, capsys):
   assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_any_damage_to_any_file_is_found_or_does_not_matter(steps):
-  """Bit flips, cuts and losses all over a step; what comes back is right."""
+def test_any_damage_to_any_file_is_found_or_harmless(steps):
+  """Flips, truncates and deletes all over a step."""
   random = np.random.default_rng(0)
   files = sorted(p for p in (steps / '30').rglob('*') if p.is_file())
   checkpointer = Checkpointer(steps, keep=None, read_only=True)
@@ -540,27 +534,25 @@ def test_any_damage_to_any_file_is_found_or_does_not_matter(steps):
   for path in files:
     content = path.read_bytes()
     flips = [flip] * 3 if content else []
-    for hurt in (*flips, truncate, pathlib.Path.unlink):
-      at = (random.random(), random.integers(8)) if hurt is flip else ()
-      hurt(path, *at)
+    for inflict in (*flips, truncate, pathlib.Path.unlink):
+      at = (random.random(), random.integers(8)) if inflict is flip else ()
+      inflict(path, *at)
       try:
         meta = checkpointer.read_meta(30)
-        wanted = small_targets()
-        trees = checkpointer.restore(30, meta, **wanted)
+        specs = small_targets()
+        trees = checkpointer.restore(30, meta, **specs)
       except Damaged:
         found += 1
       else:
-        assert_same_bits(dict(zip(wanted, trees, strict=True)), small(30))
+        assert_same_bits(dict(zip(specs, trees, strict=True)), small(30))
         assert meta.samples == 30
       path.write_bytes(content)
   checkpointer.close()
   assert found > len(files)
 
 
-def test_a_damaged_step_is_read_a_second_time_before_it_is_given_up(
-  steps, monkeypatch
-):
-  """Mounted buckets fail in passing."""
+def test_failed_read_is_retried_once(steps, monkeypatch):
+  """Mounted buckets have transient failures."""
   checkpointer = Checkpointer(steps, keep=None)
   real, calls = checkpointer._manager.restore, []
 
@@ -579,7 +571,7 @@ def test_a_damaged_step_is_read_a_second_time_before_it_is_given_up(
   assert not (steps.parent / 'checkpoints.aside').exists()
 
 
-def test_too_little_memory_is_no_damage(steps, monkeypatch):
+def test_out_of_memory_is_not_damage(steps, monkeypatch):
   checkpointer = Checkpointer(steps, keep=None)
 
   def fail(*args, **kwargs):
@@ -592,7 +584,7 @@ def test_too_little_memory_is_no_damage(steps, monkeypatch):
   assert names(steps) == {'10', '20', '30'}
 
 
-def test_a_run_never_starts_from_scratch_where_there_were_steps(steps):
+def test_damaged_run_never_restarts_from_scratch(steps):
   for number in ('10', '20', '30'):
     flip(biggest_file(steps / number / 'params'), 0.5)
   with pytest.raises(
@@ -603,7 +595,7 @@ def test_a_run_never_starts_from_scratch_where_there_were_steps(steps):
     assert part in str(error.value)
   assert '\n' not in str(error.value)
   assert names(steps) == set()
-  for _ in range(2):  # nor at the next start
+  for _ in range(2):  # also at the next start
     with pytest.raises(UserError, match='checkpoints.aside has 10, 20, 30'):
       restore_newest(steps, small_targets())
   shutil.rmtree(steps)
@@ -611,13 +603,13 @@ def test_a_run_never_starts_from_scratch_where_there_were_steps(steps):
     restore_newest(steps, small_targets())
 
 
-def test_a_new_directory_has_nothing_to_restore(tmp_path):
+def test_new_directory_restores_nothing(tmp_path):
   path = tmp_path / 'run' / 'checkpoints'
   assert restore_newest(path, small_targets()) is None
   assert path.is_dir()
 
 
-def test_what_is_set_aside_is_never_overwritten(steps):
+def test_moved_steps_are_never_overwritten(steps):
   checkpointer = Checkpointer(steps, keep=None)
   contents = []
   for name in ('30', '30-2', '30-3'):
@@ -631,8 +623,8 @@ def test_what_is_set_aside_is_never_overwritten(steps):
   assert found == contents
 
 
-def test_a_run_goes_on_after_a_damaged_step(steps):
-  """Orbax forgets it too, and saves that step again."""
+def test_damaged_step_can_be_saved_again(steps):
+  """Orbax no longer knows the step that was moved aside."""
   empty(steps / '30')
   checkpointer = Checkpointer(steps, keep=2)
   restore_lib.newest(checkpointer, lambda step, meta: small_targets())
@@ -643,17 +635,17 @@ def test_a_run_goes_on_after_a_damaged_step(steps):
   assert_same_bits(restore(steps, small_targets(), 30), small(7))
 
 
-def test_a_directory_that_cannot_be_moved_is_named(steps):
+def test_error_names_a_step_that_cannot_be_moved(steps):
   empty(steps / '30')
   (steps.parent / 'checkpoints.aside').write_text('in the way')
   with pytest.raises(UserError, match=f'cannot move {steps}/30'):
     restore_newest(steps, small_targets())
 
 
-# Readers
+# Read-only
 
 
-def test_a_reader_passes_over_damage_and_changes_nothing(steps, capsys):
+def test_read_only_restore_skips_damaged_steps(steps, capsys):
   flip(biggest_file(steps / '30' / 'params'), 0.5)
   (steps / '40').mkdir()
   (steps / '50.orbax-checkpoint-tmp').mkdir()
@@ -670,7 +662,7 @@ def test_a_reader_passes_over_damage_and_changes_nothing(steps, capsys):
   assert f'{steps}/30 is damaged and passed over' in second
 
 
-def test_a_reader_of_nothing_whole_is_told_so(steps):
+def test_read_only_restore_fails_if_all_steps_are_damaged(steps):
   for number in ('10', '20', '30'):
     empty(steps / number)
   for _ in range(2):
@@ -679,7 +671,7 @@ def test_a_reader_of_nothing_whole_is_told_so(steps):
   assert names(steps) == {'10', '20', '30'}
 
 
-def test_a_reader_never_saves(steps):
+def test_read_only_checkpointer_never_saves(steps):
   before = tree_of_files(steps)
   checkpointer = Checkpointer(steps, keep=None, read_only=True)
   with pytest.raises(RuntimeError, match='step 40 was not saved'):
@@ -688,7 +680,7 @@ def test_a_reader_never_saves(steps):
   assert tree_of_files(steps) == before
 
 
-def test_no_checkpoint_names_the_command_that_makes_one(tmp_path):
+def test_missing_checkpoint_error_names_the_command(tmp_path):
   with pytest.raises(
     UserError, match=f'launch/pretrain.py.* --workdir {tmp_path}'
   ):
@@ -698,7 +690,7 @@ def test_no_checkpoint_names_the_command_that_makes_one(tmp_path):
     restore_lib.open_run(tmp_path)
 
 
-# Misfits
+# Mismatches
 
 
 def with_shape(x, *shape):
@@ -709,7 +701,7 @@ def with_dtype(x, dtype):
   return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
 
-MISFITS = {
+MISMATCHES = {
   'another shape': (
     lambda p: {**p, 'embed': with_shape(p['embed'], 32, 64)},
     r'has float32\[32, 16\] for params/embed, '
@@ -730,24 +722,24 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize('misfit', MISFITS)
-def test_another_model_is_refused_by_the_name_of_the_array(
-  saved, misfit, capsys
+@pytest.mark.parametrize('mismatch', MISMATCHES)
+def test_other_model_is_refused_and_the_error_names_the_array(
+  saved, mismatch, capsys
 ):
-  """And is no damage: the step stays where it is."""
+  """The step does not count as damaged and is not moved."""
   directory, _ = saved
-  change, message = MISFITS[misfit]
-  wanted = {'params': change(targets('fsdp8').params)}
+  change, message = MISMATCHES[mismatch]
+  specs = {'params': change(targets('fsdp8').params)}
   with pytest.raises(
     UserError, match=f'{directory}/3 does not fit this config: it {message}'
   ) as error:
-    restore_newest(directory, wanted)
+    restore_newest(directory, specs)
   assert '\n' not in str(error.value)
   assert names(directory) == {'3'}
   assert names(directory.parent) == {'checkpoints'}
 
 
-def test_a_config_that_does_not_fit_moves_nothing(steps):
+def test_config_mismatch_moves_nothing(steps):
   def refuse(step, meta):
     raise UserError(f'step {step} saw {meta.samples} other samples')
 
@@ -759,15 +751,13 @@ def test_a_config_that_does_not_fit_moves_nothing(steps):
 
 
 @pytest.mark.parametrize('version', [1, 99])
-def test_another_format_is_refused_and_is_no_damage(
-  steps, monkeypatch, version
-):
+def test_other_format_is_refused_and_not_moved(steps, monkeypatch, version):
   monkeypatch.setattr(manifest, 'FORMAT_VERSION', version)
   checkpointer = Checkpointer(steps, keep=None)
   checkpointer.save(40, small(40), Meta())
   checkpointer.close()
   monkeypatch.undo()
-  if version == 1:  # which had no digest
+  if version == 1:  # format 1 had no digest
     path = steps / '40' / 'meta' / 'metadata'
     path.write_text(json.dumps({'format_version': 1, 'samples': 40}))
   with pytest.raises(
@@ -778,28 +768,28 @@ def test_another_format_is_refused_and_is_no_damage(
   assert names(steps) == {'10', '20', '30', '40'}
 
 
-def test_tuples_and_dicts_are_the_same_on_disk(tmp_path):
-  """A step is not taken for damaged because optax renamed a class."""
+def test_tuples_and_dicts_have_the_same_names_on_disk(tmp_path):
+  """So a change of optax classes does not make a step unreadable."""
   x = jnp.arange(4.0)
   checkpointer = Checkpointer(tmp_path, keep=2)
   checkpointer.save(1, {'opt_state': ((), (x, {'a': x + 1}), None)}, Meta())
   checkpointer.finish()
   meta = checkpointer.read_meta(1)
   like = jax.ShapeDtypeStruct((4,), x.dtype, sharding=x.sharding)
-  for wanted in (
+  for specs in (
     {'1': {'0': like, '1': {'a': like}}},
     ((), [like, {'a': like}]),
   ):
-    (tree,) = checkpointer.restore(1, meta, opt_state=wanted)
-    assert jax.tree.structure(tree) == jax.tree.structure(wanted)
+    (tree,) = checkpointer.restore(1, meta, opt_state=specs)
+    assert jax.tree.structure(tree) == jax.tree.structure(specs)
     assert_same_bits(jax.tree.leaves(tree), [x, x + 1])
   checkpointer.close()
 
 
-# Rolled back
+# Rollback
 
 
-def test_a_run_goes_on_from_where_it_was_rolled_back_to(steps):
+def test_rolled_back_run_continues_from_that_step(steps):
   checkpointer = Checkpointer(steps, keep=None)
   assert restore_lib.roll_back(checkpointer, 10) == [20, 30]
   assert names(steps) == {'10'}
@@ -816,7 +806,7 @@ def test_a_run_goes_on_from_where_it_was_rolled_back_to(steps):
     assert fresh.latest_step() == 15
 
 
-def test_only_a_step_that_is_there_can_be_rolled_back_to(steps):
+def test_roll_back_refuses_a_missing_step(steps):
   checkpointer = Checkpointer(steps, keep=None)
   with pytest.raises(UserError, match='has no step 15; it has 10, 20, 30'):
     restore_lib.roll_back(checkpointer, 15)

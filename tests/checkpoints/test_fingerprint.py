@@ -1,4 +1,4 @@
-"""One number for all bits of an array, wherever its parts lie."""
+"""Fingerprints cover all bits of an array and do not depend on sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ def mix(x):
   return x ^ (x >> 16)
 
 
-def by_hand(x):
-  """The fingerprint in integers of Python, element by element."""
+def reference(x):
+  """Computes the fingerprint with Python integers, element by element."""
   total = 0
   for index, value in np.ndenumerate(bits_of(x)):
     position = len(index)
@@ -37,7 +37,7 @@ def by_hand(x):
 
 
 def noise(shape, dtype, seed=0):
-  """Any bits: also NaNs, infinities and denormals."""
+  """Random bits, including NaNs, infinities and denormals."""
   random = np.random.default_rng(seed)
   dtype = jnp.dtype(dtype)
   if dtype.kind == 'b':
@@ -48,21 +48,21 @@ def noise(shape, dtype, seed=0):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_it_is_what_is_computed_by_hand(shape, dtype):
+def test_fingerprint_equals_the_python_reference(shape, dtype):
   x = noise(shape, dtype)
-  assert int(fingerprint(x)) == by_hand(x)
+  assert int(fingerprint(x)) == reference(x)
 
 
 @pytest.mark.parametrize(
   'shape', [(300_001,), (3, 419, 217), (2, 200_003)], ids=str
 )
-def test_what_is_added_up_in_tiles_is_what_is_computed_by_hand(shape):
+def test_tiled_fingerprint_equals_the_python_reference(shape):
   x = noise(shape, 'bfloat16')
-  assert int(jax.jit(fingerprint)(x)) == by_hand(x)
+  assert int(jax.jit(fingerprint)(x)) == reference(x)
 
 
-def test_it_does_not_change_from_one_version_to_the_next():
-  """Checkpoints of last year must still be found whole."""
+def test_fingerprint_is_stable_across_versions():
+  """Old checkpoints must still verify."""
   x = jnp.arange(1000, dtype=jnp.float32).reshape(10, 100)
   tree = {'a': x, 'b': x.astype(jnp.bfloat16), 'c': x[0] > 5}
   found = {k: int(v) for k, v in fingerprints(tree).items()}
@@ -79,7 +79,7 @@ def test_it_does_not_change_from_one_version_to_the_next():
     ((8, 24, 1480), 'float32'),
   ],
 )
-def test_it_is_the_same_on_any_mesh(shape, dtype):
+def test_fingerprint_does_not_depend_on_the_mesh(shape, dtype):
   x = noise(shape, dtype)
   alone = int(fingerprint(x))
   for sizes, spec in [
@@ -102,7 +102,7 @@ def test_it_is_the_same_on_any_mesh(shape, dtype):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'int8'])
-def test_any_flipped_bit_changes_it(dtype):
+def test_flipped_bit_changes_the_fingerprint(dtype):
   x = noise((64, 40), dtype)
   take = jax.jit(fingerprint)
   whole = int(take(x))
@@ -115,14 +115,14 @@ def test_any_flipped_bit_changes_it(dtype):
     assert int(take(damaged)) != whole
 
 
-def test_any_other_value_of_an_element_changes_it():
-  """Not by luck, as a checksum would see it, but every single one."""
+def test_any_change_of_an_element_changes_the_fingerprint():
+  """All 2^16 values give different fingerprints."""
   values = jnp.arange(2**16, dtype=jnp.uint16)
   rows = jnp.zeros((2**16, 3), jnp.uint16).at[:, 1].set(values)
   assert len(np.unique(jax.jit(jax.vmap(fingerprint))(rows))) == 2**16
 
 
-def test_what_is_moved_changes_it():
+def test_moved_elements_change_the_fingerprint():
   x = noise((32, 16), 'float32')
   moved = [
     x[::-1],
@@ -140,8 +140,8 @@ def test_what_is_moved_changes_it():
 
 
 @pytest.mark.parametrize('dtype', ['bool', 'int32', 'float32'])
-def test_swaps_of_two_equal_looking_elements_change_it(dtype):
-  """Few different values and small ones, as in counters and masks."""
+def test_swapped_elements_change_the_fingerprint(dtype):
+  """Values are few and small, as in counters and masks."""
   x = np.random.default_rng(0).integers(2, size=(16, 32)).astype(dtype)
   take = jax.jit(fingerprint)
   whole, random = int(take(x)), np.random.default_rng(1)
@@ -152,13 +152,13 @@ def test_swaps_of_two_equal_looking_elements_change_it(dtype):
     assert (int(take(swapped)) != whole) == (x[a] != x[b])
 
 
-def test_zeros_of_both_signs_and_nans_are_told_apart():
+def test_signed_zeros_and_nans_have_different_fingerprints():
   same = [[0.0, 1.0], [-0.0, 1.0], [np.nan, 1.0], [-np.nan, 1.0]]
   found = {int(fingerprint(np.float32(x))) for x in same}
   assert len(found) == len(same)
 
 
-def test_large_arrays_have_no_temporaries_of_their_size():
+def test_fingerprint_needs_little_memory():
   for shape in [(4096, 512), (12, 333, 571), (2_000_003,)]:
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     memory = jax.jit(fingerprint).lower(x).compile().memory_analysis()

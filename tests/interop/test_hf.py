@@ -203,7 +203,7 @@ def test_all_small_files_but_weights_are_carried(folder, tmp_path, monkeypatch):
   (folder / 'large').write_bytes(bytes(10**5))
   (folder / '.hidden').write_text('x')
   monkeypatch.setattr(hf, 'MAX_CARRIED_BYTES', 10**5 - 1)
-  hf.carry(folder, tmp_path / 'out', leave_out=['generation_config.json'])
+  hf.copy_published_files(folder, tmp_path / 'out', leave_out=['generation_config.json'])
   names = {path.name for path in pathlib.Path(tmp_path, 'out').iterdir()}
   assert names == {
     'config.json',

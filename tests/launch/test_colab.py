@@ -219,7 +219,7 @@ def test_a_training_that_fails_is_told_with_its_last_lines(story):
 @pytest.mark.slow
 def test_the_stop_button_saves(story):
   assert 'starting from scratch' in story.stopped
-  assert f'told to end: step {story.saved} is saved' in story.stopped
+  assert f'preempted: step {story.saved} is saved' in story.stopped
 
 
 @pytest.mark.slow

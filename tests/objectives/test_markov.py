@@ -95,10 +95,10 @@ def trained_bound(objective):
       state, _ = train_step(state, batch(rng, BATCH), key)
     rng = np.random.default_rng(2)
     heldout = [batch(rng, HELDOUT_BATCH) for _ in range(HELDOUT_BATCHES)]
-    result = evaluation.evaluate(c, state.params, heldout, 1.0)
+    bound = evaluation.evaluate(c, state.params, heldout, 1.0)
   return (
-    result['eval/loss_nats_per_token'],
-    result['eval/stderr_nats_per_token'],
+    bound.loss_nats_per_token,
+    bound.stderr_nats_per_token,
     float(chain.entropy_per_token()),
   )
 

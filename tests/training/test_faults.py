@@ -398,7 +398,7 @@ def test_a_run_goes_on_while_the_disk_is_full(runs, undisturbed, small_disk):
   errors = runs.end_of(process, timeout=120)
   assert process.returncode == 0, errors[-3000:]
   said = 'checkpoint of step 21 is not saved: No space left on device; make'
-  assert said in errors and 'the run goes on' in errors
+  assert said in errors and 'the run continues' in errors
   assert_same(runs.workdir, undisturbed)
 
 
@@ -413,7 +413,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_step_whole(
   assert process.returncode == 2
   (line,) = [x for x in errors.splitlines() if x.startswith('error: ')]
   assert 'step 21 is not saved: No space left on device' in line
-  assert line.endswith('the newest whole checkpoint is that of step 7')
+  assert line.endswith('the newest complete checkpoint is step 7')
   ballast.unlink()
   assert 'resuming at step 7\n' in runs.finish()
   assert_same(runs.workdir, undisturbed, same_rows=False)

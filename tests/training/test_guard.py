@@ -1,4 +1,4 @@
-"""Which updates are refused, against a plain reading of the rule."""
+"""The spike guard refuses spikes and values that are not finite."""
 
 import functools
 
@@ -13,10 +13,10 @@ judge = jax.jit(guard.judge, static_argnums=0)
 
 
 def run(steps, sigmas=6.0):
-  """Judges (loss, grad_norm) pairs one after the other.
+  """Passes (loss, grad_norm) pairs to `judge` one after the other.
 
   Returns:
-    Which were fit for use, and the guard at the end.
+    List of bool, whether each update is applied; and the final guard state.
   """
   state, verdicts = guard.init(), []
   for loss, norm in steps:
@@ -36,7 +36,7 @@ def usual(count=WINDOW):
 @pytest.mark.parametrize('sigmas', [0.0, 6.0])
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('where', ['loss', 'norm'])
-def test_what_is_not_finite_is_refused_and_leaves_no_trace(sigmas, bad, where):
+def test_nonfinite_values_are_refused_and_not_recorded(sigmas, bad, where):
   step = (bad, 1.0) if where == 'loss' else (5.0, bad)
   for before in ([], usual(3), usual()):
     verdicts, state = run([*before, step], sigmas)
@@ -48,7 +48,7 @@ def test_what_is_not_finite_is_refused_and_leaves_no_trace(sigmas, bad, where):
 
 
 @pytest.mark.parametrize('step', [(50.0, 1.0), (5.0, 50.0)])
-def test_a_spike_of_either_is_refused_once_there_is_something_to_compare_with(
+def test_spike_is_refused_once_the_window_is_full(
   step,
 ):
   assert run([*usual(), step])[0][-1] is False
@@ -56,14 +56,14 @@ def test_a_spike_of_either_is_refused_once_there_is_something_to_compare_with(
   assert run([*usual(), step], sigmas=0.0)[0][-1] is True
 
 
-def test_the_limit_is_so_many_deviations_above_the_mean():
+def test_spike_limit_is_in_standard_deviations():
   losses = np.array([loss for loss, _ in usual()], np.float32)
   limit = losses.mean() + 6 * losses.std()
   assert run([*usual(), (limit - 1e-3, 1.0)])[0][-1]
   assert not run([*usual(), (limit + 1e-3, 1.0)])[0][-1]
 
 
-def test_low_values_are_no_spikes():
+def test_low_values_are_not_spikes():
   assert run([*usual(), (-100.0, 0.0)])[0][-1]
 
 
@@ -72,7 +72,7 @@ def test_one_spike_does_not_hide_the_next():
   assert run([*usual(), *spikes])[0][-3:] == [False, True, False]
 
 
-def test_a_lasting_change_is_taken_for_normal_after_a_while():
+def test_lasting_change_of_level_is_accepted():
   verdicts, state = run([*usual(), *[(10.0, 1.0)] * 100])
   refused = verdicts[WINDOW:].count(False)
   assert 1 <= refused < 50
@@ -80,7 +80,7 @@ def test_a_lasting_change_is_taken_for_normal_after_a_while():
   assert state['skipped'] == refused and state['in_a_row'] == 0
 
 
-def test_the_window_holds_the_last_of_each_kind():
+def test_window_holds_the_last_values():
   steps = [(n, 2 * n) for n in range(WINDOW + 3)]
   _, state = run(steps, sigmas=0.0)
   last = np.arange(3, WINDOW + 3)
@@ -88,7 +88,7 @@ def test_the_window_holds_the_last_of_each_kind():
   np.testing.assert_array_equal(np.sort(state['grad_norms']), 2 * last)
 
 
-def test_refusals_are_counted():
+def test_skipped_updates_are_counted():
   verdicts, state = run([(np.nan, 1)] * 3 + [(5, 1)] + [(5, np.inf)] * 2)
   assert verdicts == [False] * 3 + [True] + [False] * 2
   assert (state['skipped'], state['in_a_row']) == (5, 2)

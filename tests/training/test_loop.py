@@ -20,6 +20,7 @@ import saved
 
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import checkpoint
+from maskdiff.config.sample import SETTINGS
 from maskdiff.data import pipeline, prepare, records, sources
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
@@ -433,7 +434,7 @@ def evaluate(workdir):
       params,
       batches,
       split.tokens / split.text_bytes,
-    )
+    ).row()
 
 
 def test_a_loaded_run_evaluates_to_the_number_of_the_training(finished):
@@ -464,13 +465,6 @@ def test_a_loaded_run_samples_the_text_of_the_training(finished):
   assert text == finished.scalars('sample/0')[STEPS]
 
 
-OVERRIDES = (
-  'temperature top_k top_p remasking schedule confidence threshold factor '
-  'guidance stop_at_eos logits_eos_inf confidence_eos_eot_inf eot_id cache '
-  'refresh lookahead'
-).split()
-
-
 @pytest.fixture(scope='module')
 def sample_script():
   return runpy.run_path(str(ROOT / 'launch' / 'sample.py'))['main']
@@ -481,9 +475,6 @@ def run_script(script, workdir, **changes):
     workdir=str(workdir),
     prompt=[],
     infill=[],
-    gen_length=4,
-    steps=None,
-    block_length=None,
     prompts=None,
     interactive=False,
     out=None,
@@ -495,7 +486,7 @@ def run_script(script, workdir, **changes):
     tensor=1,
     suppress_mask=False,
     dtype=None,
-    **dict.fromkeys(OVERRIDES),
+    **dict.fromkeys(SETTINGS) | {'gen_length': 4},
   )
   script(types.SimpleNamespace(**(flags | changes)))
 
@@ -757,7 +748,7 @@ REFUSED_FLAGS = {
     dict(infill=['a{{2}}b'], open_length=True),
     '--open_length are for prompts',
   ),
-  'refresh': (dict(refresh=2), 'refresh=2 is how often a cache is made anew'),
+  'refresh': (dict(refresh=2), 'refresh=2 recomputes a cache'),
   'heads': (dict(prompt=['a'], tensor=8), 'not divisible by mesh.tensor = 8'),
   'context': (dict(gen_length=100), 'tokens together.*data.length=16'),
   'two': (dict(prompt=['a'], infill=['a{{2}}b']), 'give one of'),
@@ -892,7 +883,7 @@ REFUSED = {
   ),
   'mask id': (dict(tokens__mask_id=5), 'config.tokens.mask_id=5.* has 4'),
   'vocabulary': (dict(model__vocab_size=4000), 'config.model.vocab_size=4000'),
-  'mesh': (dict(mesh__tensor=3), 'tensor=3.* 8 devices'),
+  'mesh': (dict(mesh__tensor=3), 'tensor=3.*number of devices, 8'),
   'heads': (
     dict(mesh__tensor=4, mesh__fsdp=2),
     'heads = 2 is not divisible by mesh.tensor = 4',
@@ -940,7 +931,7 @@ def test_one_step_is_queued_behind_the_one_that_runs_and_no_more(
 
   def recorded_call(compiled, *args):
     found = call(compiled, *args)
-    if isinstance(found, tuple) and 'skipped_before' in found[-1]:
+    if isinstance(found, tuple) and isinstance(found[-1], step_lib.StepMetrics):
       queued.append(found[-1])
       events.append(f'step {len(queued)} is queued')
     return found

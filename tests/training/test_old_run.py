@@ -1,4 +1,4 @@
-"""Runs made by earlier versions load and resume (tests/golden/run_of_0.1)."""
+"""Runs of earlier versions load and resume (tests/golden/run_of_0.1)."""
 
 import json
 import pathlib
@@ -15,13 +15,13 @@ OLD = pathlib.Path(__file__).parents[1] / 'golden' / 'run_of_0.1'
 
 @pytest.fixture
 def old_run(tmp_path, monkeypatch):
-  """A copy of the old work directory, with its data at the path it names."""
+  """Copies the old work directory; its config has a relative data path."""
   shutil.copytree(OLD, tmp_path / 'old')
   monkeypatch.chdir(tmp_path / 'old')
   return tmp_path / 'old' / 'run'
 
 
-def test_an_old_run_resumes_with_the_losses_of_the_code_that_made_it(old_run):
+def test_old_run_resumes_with_the_same_losses(old_run):
   config = config_lib.from_dict(
     json.loads((old_run / 'config.json').read_text())
   )
@@ -42,7 +42,7 @@ def test_an_old_run_resumes_with_the_losses_of_the_code_that_made_it(old_run):
   assert compared >= 6
 
 
-def test_an_old_run_loads(old_run):
+def test_old_run_loads(old_run):
   config, tokenizer, params, _ = load.load(str(old_run))
   assert config.model.embed == params['embed'].shape[1] == 8
   assert tokenizer.decode(tokenizer.encode('def read')) == 'def read'

@@ -1,4 +1,4 @@
-"""Learning-rate plans and AdamW against its published algorithm."""
+"""Learning-rate schedules; AdamW against the published algorithm."""
 
 import dataclasses
 
@@ -45,9 +45,11 @@ TINY = TransformerConfig(
 AXES = {'matrix': ('embed', 'mlp'), 'gain': ('embed',)}
 
 
-def rates(steps_and_rates, steps=None, **plan):
-  """Checks a plan at (step, rate) landmarks."""
-  rate = optimizer.learning_rate(dataclasses.replace(CONSTANT, **plan), steps)
+def check_rates(steps_and_rates, steps=None, **settings):
+  """Checks a schedule at some (step, rate) pairs."""
+  rate = optimizer.learning_rate(
+    dataclasses.replace(CONSTANT, **settings), steps
+  )
   for step, expected in steps_and_rates:
     actual = float(rate(jnp.int32(step)))
     assert actual == pytest.approx(expected, rel=1e-4, abs=1e-12), step
@@ -67,7 +69,7 @@ def make(c, axes=AXES):
 
 
 def walk(c, params, gradients):
-  """Parameters after each of the gradients."""
+  """Returns the parameters after each update."""
   tx = make(c)
   state, trail = tx.init(params), []
   for g in gradients:
@@ -81,7 +83,7 @@ def adamw(c, params, gradients, rate=lambda step: 0.1):
   """Algorithm 2 of arXiv 1711.05101, after clipping by the global norm.
 
   theta <- theta - rate (m / (sqrt(v) + eps) + weight_decay theta), with m and
-  v corrected for their start at 0; gains do not decay.
+  v corrected for their bias towards 0; gains do not decay.
   """
   theta = {name: x.astype(np.float64) for name, x in params.items()}
   m = {name: 0 * x for name, x in theta.items()}
@@ -110,16 +112,16 @@ def assert_close(actual, expected, rtol=1e-5):
   )
 
 
-# Plans
+# Schedules
 
 
-def test_llada_8b_plan():
+def test_llada_8b_schedule():
   """arXiv 2502.09992 section 2.2, in steps of 1280 x 4096 tokens.
 
-  Up over 2000 steps, 4e-4 up to 1.2T tokens, 1e-4 for 0.8T, down to 1e-5 over
-  the last 0.3T. The fall to 1e-4 is a jump: they resumed after a NaN.
+  Warmup over 2000 steps, 4e-4 up to 1.2T tokens, 1e-4 for 0.8T, decay to 1e-5
+  over the last 0.3T. The change to 1e-4 is a jump: they resumed after a NaN.
   """
-  rates(
+  check_rates(
     [
       (0, 0),
       (1, 2e-7),
@@ -148,8 +150,8 @@ def test_llada_8b_plan():
   assert tokens(438_690) == pytest.approx(2.3, abs=1e-5)
 
 
-def test_wsd_warms_up_stays_and_decays():
-  rates(
+def test_wsd_schedule():
+  check_rates(
     [(0, 0), (5, 0.5), (10, 1), (50, 1), (80, 1), (90, 0.55), (100, 0.1)]
     + [(150, 0.1)],
     steps=100,
@@ -170,8 +172,8 @@ def test_wsd_warms_up_stays_and_decays():
     (50, 50, [(0, 0), (50, 1), (75, 0.55), (100, 0.1)]),
   ],
 )
-def test_wsd_stretches_may_be_empty(warmup, decay, landmarks):
-  rates(
+def test_wsd_phases_may_be_empty(warmup, decay, landmarks):
+  check_rates(
     landmarks,
     steps=100,
     schedule='wsd',
@@ -182,9 +184,9 @@ def test_wsd_stretches_may_be_empty(warmup, decay, landmarks):
   )
 
 
-def test_cosine_warms_up_and_falls_by_half_a_wave():
+def test_cosine_schedule():
   wave = lambda share: 0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2
-  rates(
+  check_rates(
     [(0, 0), (5, 0.5), (10, 1), (55, 0.55), (100, 0.1), (150, 0.1)]
     + [(10 + 30, wave(1 / 3)), (10 + 60, wave(2 / 3))],
     steps=100,
@@ -202,11 +204,11 @@ def test_update_is_adamw():
   c, params = dataclasses.replace(CONSTANT, clip_norm=4.0), draw()
   gradients = [draw(scale, n) for n, scale in enumerate((1, 9, 0.1, 1e-3, 5))]
   norms = [np.sqrt(sum((x**2).sum() for x in g.values())) for g in gradients]
-  assert min(norms) < c.clip_norm < max(norms)  # some are clipped, some not
+  assert min(norms) < c.clip_norm < max(norms)  # clips some
   assert_close(walk(c, params, gradients), adamw(c, params, gradients))
 
 
-def test_update_follows_the_plan_from_its_step_0():
+def test_update_follows_the_schedule():
   c = dataclasses.replace(CONSTANT, pieces=((4, 0.0, 0.1), (8, 0.1, 0.02)))
   plan = [0, 0.025, 0.05, 0.075, 0.1, 0.08, 0.06, 0.04]
   params, gradients = draw(), [draw(1, n) for n in range(8)]
@@ -215,8 +217,8 @@ def test_update_follows_the_plan_from_its_step_0():
   )
 
 
-def test_moments_in_bfloat16_are_those_of_float32_rounded_once_a_step():
-  """And one step of that is off by no more than the rounding."""
+def test_bfloat16_moments_are_rounded_once_per_step():
+  """A float32 step from the stored moments gives the same after rounding."""
   c = dataclasses.replace(CONSTANT, moments='bfloat16')
   params = draw()
   rounded, exact = make(c), make(CONSTANT)
@@ -225,7 +227,7 @@ def test_moments_in_bfloat16_are_those_of_float32_rounded_once_a_step():
   for n in range(20):
     before = adam(state)
     _, state = rounded.update(draw(1, n), state, params)
-    # The same step in float32 from what was stored before.
+    # The same step in float32, from the stored moments.
     widened = before._replace(
       mu=jax.tree.map(jnp.float32, before.mu),
       nu=jax.tree.map(jnp.float32, before.nu),
@@ -241,7 +243,7 @@ def test_moments_in_bfloat16_are_those_of_float32_rounded_once_a_step():
       )
 
 
-def test_training_with_bfloat16_moments_stays_close():
+def test_bfloat16_moments_train_like_float32():
   c = dataclasses.replace(CONSTANT, moments='bfloat16')
   params, gradients = draw(), [draw(1, n) for n in range(50)]
   assert_close(
@@ -252,7 +254,7 @@ def test_training_with_bfloat16_moments_stays_close():
 
 
 def test_only_matrices_decay():
-  """With no gradient a step shrinks them by rate x decay and moves no gain."""
+  """A zero gradient shrinks matrices by rate x decay and keeps gains."""
   filled = lambda value: jax.tree.map(
     lambda x: np.full(x.shape, value, x.dtype), transformer.shapes(TINY)
   )
@@ -269,7 +271,7 @@ def test_only_matrices_decay():
     np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
-def test_gradients_longer_than_the_clip_norm_count_as_if_that_long():
+def test_gradients_are_clipped_to_the_clip_norm():
   c = dataclasses.replace(CONSTANT, clip_norm=1.0, eps=0.1)
   params, g = draw(), draw()
   norm = np.sqrt(sum((x**2).sum() for x in g.values()))
@@ -285,7 +287,7 @@ def test_gradients_longer_than_the_clip_norm_count_as_if_that_long():
 @pytest.mark.parametrize(
   'sizes', [dict(fsdp=8), dict(fsdp=2, sequence=2, tensor=2)]
 )
-def test_moments_lie_like_their_parameters(sizes):
+def test_moments_are_sharded_like_parameters(sizes):
   m = mesh.make_mesh(**sizes)
   shapes, axes = transformer.shapes(TINY), transformer.axes(TINY)
   placed = mesh.param_shardings(m, axes, shapes)

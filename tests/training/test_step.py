@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ OPTIMIZER = OptimizerConfig(
   pieces=(),
   b1=0.9,
   b2=0.95,
-  eps=1e-5,  # not less, lest noise in tiny gradients become full steps
+  eps=1e-5,  # smaller, rounding of tiny gradients would cause full steps
   weight_decay=0.1,
   clip_norm=1.0,
   moments='float32',
@@ -95,7 +96,7 @@ def make_mesh(name):
 
 
 def make_tokens():
-  """Text with structure to learn: few tokens, most of them the same."""
+  """Makes text with structure to learn: few different tokens."""
   random = np.random.default_rng(0)
   return random.choice([9, 10, 11], (BATCH, LENGTH), p=[0.8, 0.1, 0.1]).astype(
     np.int32
@@ -118,17 +119,17 @@ def initial_state(tx, std=0.2):
 
 @dataclasses.dataclass
 class Run:
-  """What every step of a training returned and did."""
+  """Results of every step of a training."""
 
-  metrics: list  # of dicts
+  metrics: list  # of StepMetrics
   params: list  # of trees
-  donated: list  # whether every buffer of the old state is gone
-  compilations: list  # how many programs were compiled
+  donated: list  # whether all buffers of the old state were deleted
+  compilations: list  # number of programs compiled
 
 
 @functools.cache
 def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
-  """A short training from the same parameters on the same batch."""
+  """Trains from the same parameters on the same batch."""
   m = make_mesh(mesh_name)
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
   c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD)
@@ -146,19 +147,19 @@ def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
       out.compilations.append(len(compilations) - before)
       out.donated.append(all(x.is_deleted() for x in old))
       out.metrics.append(jax.tree.map(np.asarray, metrics))
-      # Copies: an array that NumPy looks into cannot be donated.
+      # Copies, because an array with a NumPy view cannot be donated.
       out.params.append(jax.tree.map(np.array, state.params))
   assert state.step == steps
   return out
 
 
 def of_each_step(name, metrics):
-  return np.array([m[name] for m in metrics[:STEPS]])
+  return np.array([operator.attrgetter(name)(m) for m in metrics[:STEPS]])
 
 
 @pytest.fixture(scope='module')
 def reference():
-  """One device, one batch, and more steps than the others, to learn."""
+  """One device, one batch; more steps than the others."""
   return run('one_device', 1, LONG)
 
 
@@ -174,7 +175,7 @@ def canvas_of(c, key, step):
 
 @jax.jit
 def dense_loss(params, canvas):
-  """Nats per token and gradient, with all logits, on one device."""
+  """Loss in nats per token and gradient, from all logits, on one device."""
 
   def loss(params):
     network = transformer.bind(dataclasses.replace(MODEL, remat='none'), params)
@@ -187,7 +188,7 @@ def dense_loss(params, canvas):
   return jax.value_and_grad(loss)(params)
 
 
-def test_a_state_starts_at_step_0_with_moments_of_its_parameters():
+def test_init_state_has_step_0_and_zero_moments():
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
   init = functools.partial(step.init_state, MODEL, tx)
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -195,28 +196,26 @@ def test_a_state_starts_at_step_0_with_moments_of_its_parameters():
   assert describe(state) == describe(initial_state(tx))
 
 
-def test_first_step_descends_the_gradient_of_the_loss_per_token(reference):
+def test_first_step_has_the_dense_loss_and_gradient(reference):
   value, gradient = dense_loss(initial_params(), canvas_of(OBJECTIVE, KEY, 0))
   first = reference.metrics[0]
-  np.testing.assert_allclose(
-    first['weighted_nll'] / first['num_tokens'], value, rtol=1e-5
-  )
+  np.testing.assert_allclose(first.sums.loss, value, rtol=1e-5)
   norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
-  np.testing.assert_allclose(first['grad_norm'], norm, rtol=1e-4)
+  np.testing.assert_allclose(first.grad_norm, norm, rtol=1e-4)
 
 
-def test_every_step_draws_noise_of_its_own(reference):
-  """The batch is constant, so only the noise can tell the steps apart."""
-  for name in ('num_predicted', 'num_tokens'):
+def test_noise_differs_between_steps(reference):
+  """The batch is constant, so only the noise differs between steps."""
+  for name in ('sums.num_predicted', 'sums.num_tokens'):
     assert len(set(of_each_step(name, reference.metrics))) == STEPS
 
 
-def test_counts_by_mask_ratio_add_up(reference):
+def test_mask_ratio_counts_add_up(reference):
   for metrics in reference.metrics:
-    assert metrics['ratio_count'].sum() == metrics['num_predicted']
+    assert metrics.sums.ratio_count.sum() == metrics.sums.num_predicted
 
 
-def test_rows_are_counted_in_the_bucket_of_their_mask_ratio():
+def test_rows_are_counted_by_mask_ratio():
   canvas = canvas_of(OBJECTIVE, KEY, 0)
   rows = jnp.arange(BATCH)
   nll = jnp.where(canvas.weights != 0, 1.0 + rows[:, None], 0)
@@ -226,13 +225,13 @@ def test_rows_are_counted_in_the_bucket_of_their_mask_ratio():
     bucket = int(canvas.mask_ratio[r] // 0.2)
     count[bucket] += np.count_nonzero(canvas.weights[r])
     total[bucket] += nll[r].sum()
-  np.testing.assert_array_equal(sums['ratio_count'], count)
-  np.testing.assert_allclose(sums['ratio_nll'], total, rtol=1e-6)
-  assert sums['num_predicted'] == count.sum()
-  assert sums['num_tokens'] == canvas.num_tokens.sum()
+  np.testing.assert_array_equal(sums.ratio_count, count)
+  np.testing.assert_allclose(sums.ratio_nll, total, rtol=1e-6)
+  assert sums.num_predicted == count.sum()
+  assert sums.num_tokens == canvas.num_tokens.sum()
 
 
-def test_the_largest_mask_ratio_falls_into_the_last_bucket():
+def test_largest_mask_ratio_is_in_the_last_bucket():
   canvas = masked_diffusion.corrupt(
     OBJECTIVE,
     jnp.full((1, LENGTH), 9),
@@ -241,15 +240,15 @@ def test_the_largest_mask_ratio_falls_into_the_last_bucket():
     jnp.array([LENGTH]),
   )
   sums = step.summarize(canvas, 0.0, jnp.ones((1, LENGTH)))
-  np.testing.assert_array_equal(sums['ratio_count'], [0, 0, 0, 0, LENGTH])
+  np.testing.assert_array_equal(sums.ratio_count, [0, 0, 0, 0, LENGTH])
 
 
 # Meshes and microbatches
 
 
 @pytest.mark.parametrize('other', OTHERS, ids=str)
-def test_noise_is_the_same_on_every_mesh_and_in_microbatches(other, reference):
-  for name in ('num_predicted', 'num_tokens', 'ratio_count'):
+def test_noise_does_not_depend_on_mesh_or_microbatches(other, reference):
+  for name in ('sums.num_predicted', 'sums.num_tokens', 'sums.ratio_count'):
     np.testing.assert_array_equal(
       of_each_step(name, run(*other).metrics),
       of_each_step(name, reference.metrics),
@@ -257,8 +256,13 @@ def test_noise_is_the_same_on_every_mesh_and_in_microbatches(other, reference):
 
 
 @pytest.mark.parametrize('other', OTHERS, ids=str)
-def test_losses_equal_those_of_one_device_and_one_batch(other, reference):
-  for name in ('weighted_nll', 'grad_norm', 'param_norm', 'ratio_nll'):
+def test_losses_do_not_depend_on_mesh_or_microbatches(other, reference):
+  for name in (
+    'sums.weighted_nll',
+    'grad_norm',
+    'param_norm',
+    'sums.ratio_nll',
+  ):
     np.testing.assert_allclose(
       of_each_step(name, run(*other).metrics),
       of_each_step(name, reference.metrics),
@@ -268,14 +272,14 @@ def test_losses_equal_those_of_one_device_and_one_batch(other, reference):
 
 
 @pytest.mark.parametrize('other', OTHERS, ids=str)
-def test_parameters_move_as_on_one_device_and_in_one_batch(other, reference):
-  """The distance between the ends is small against the way there."""
+def test_updates_do_not_depend_on_mesh_or_microbatches(other, reference):
+  """The difference is small compared with the update."""
 
   def compare(path, actual, expected, start):
-    way = np.linalg.norm(expected - start)
-    assert way > 0
-    gap = np.linalg.norm(actual - expected)
-    assert gap < 1e-3 * way, jax.tree_util.keystr(path)
+    update = np.linalg.norm(expected - start)
+    assert update > 0
+    difference = np.linalg.norm(actual - expected)
+    assert difference < 1e-3 * update, jax.tree_util.keystr(path)
 
   jax.tree_util.tree_map_with_path(
     compare,
@@ -288,19 +292,19 @@ def test_parameters_move_as_on_one_device_and_in_one_batch(other, reference):
 @pytest.mark.parametrize(
   'name', ['one_device', 'fsdp8', 'fsdp2_sequence2_tensor2']
 )
-def test_packed_documents_have_the_same_loss_on_every_mesh(name):
-  """Also where the length is split, along which documents are counted."""
-  std = 1.0  # large, or attention would hardly matter to the loss
+def test_packed_documents_loss_does_not_depend_on_the_mesh(name):
+  """Also if the length axis is sharded."""
+  std = 1.0  # large, so that attention matters to the loss
   params = initial_params(std)
   value, gradient = dense_loss(params, canvas_of(CONFINED, KEY, 0))
   of_rows, _ = dense_loss(params, canvas_of(OBJECTIVE, KEY, 0))
   assert abs(value - of_rows) > 1e-2 * of_rows
   (metrics,) = run(name, 1, 1, CONFINED, std).metrics
-  loss = metrics['weighted_nll'] / metrics['num_tokens']
+  loss = metrics.sums.loss
   assert np.isfinite(loss)
   np.testing.assert_allclose(loss, value, rtol=1e-5)
   norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
-  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-4)
+  np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
 
 
 ALL = [('one_device', 1, LONG), *OTHERS]
@@ -314,7 +318,7 @@ def test_only_the_first_step_compiles(of):
 
 
 @pytest.mark.parametrize('of', ALL, ids=str)
-def test_the_old_state_is_donated(of):
+def test_old_state_is_donated(of):
   assert all(run(*of).donated)
 
 
@@ -322,7 +326,7 @@ def test_the_old_state_is_donated(of):
 
 
 def splits(batch, parts, mesh_name):
-  """[parts, shards, rows of one device in one microbatch] row numbers."""
+  """Row numbers: [parts, shards, rows of a device in a microbatch]."""
   m = make_mesh(mesh_name)
   with jax.set_mesh(m):
     rows = jax.jit(lambda x: step.split_rows(x, parts))(jnp.arange(batch))
@@ -331,7 +335,7 @@ def splits(batch, parts, mesh_name):
 
 @pytest.mark.parametrize('mesh_name', MESHES)
 @pytest.mark.parametrize('parts', [1, 2, 4])
-def test_microbatches_hold_every_row_once_and_pairs_together(parts, mesh_name):
+def test_microbatches_keep_pairs_together(parts, mesh_name):
   split = splits(64, parts, mesh_name)
   np.testing.assert_array_equal(np.sort(split.ravel()), np.arange(64))
   pairs = split.reshape(-1, 2)
@@ -341,8 +345,8 @@ def test_microbatches_hold_every_row_once_and_pairs_together(parts, mesh_name):
 
 @pytest.mark.parametrize('mesh_name', MESHES)
 @pytest.mark.parametrize('batch', [64, 32])
-def test_each_device_keeps_its_rows_in_every_microbatch(batch, mesh_name):
-  """Also where a microbatch has no room for pairs: 32 rows by 4 by 8."""
+def test_devices_keep_their_rows_in_every_microbatch(batch, mesh_name):
+  """Also if pairs do not fit: 32 rows, 4 microbatches, 8 devices."""
   split = splits(batch, 4, mesh_name)
   shards = split.shape[1]
   owner = split // (batch // shards)
@@ -350,22 +354,22 @@ def test_each_device_keeps_its_rows_in_every_microbatch(batch, mesh_name):
   np.testing.assert_array_equal(owner, expected)
 
 
-def test_all_arrays_are_split_alike():
+def test_all_arrays_are_split_the_same_way():
   rows, tokens = jnp.arange(16), jnp.arange(64).reshape(16, 4)
   split_rows, split_tokens = step.split_rows((rows, tokens), 4)
   assert split_tokens.shape == (4, 4, 4)
   np.testing.assert_array_equal(split_tokens, tokens[split_rows])
 
 
-# Updates that are not worth making
+# Skipped updates
 
 
 @pytest.mark.parametrize('microbatches', [1, 4])
 @pytest.mark.parametrize('mesh_name', ['fsdp8', 'replica2_fsdp2_tensor2'])
-def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(
+def test_nonfinite_gradient_changes_only_the_step_count(
   mesh_name, microbatches, monkeypatch
 ):
-  """One poisoned step; the others are as without it."""
+  """The steps before and after it are applied."""
   whole = step.batch_gradients
 
   def poisoned(c, params, tokens, key):
@@ -391,9 +395,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(
     state, metrics = jax.block_until_ready(
       update(state, place(bad), jax.random.key(KEY))
     )
-    assert metrics['skipped'] and metrics['skipped_in_a_row'] == 1
-    assert not np.isfinite(metrics['grad_norm'])
-    assert np.isfinite(metrics['param_norm'])
+    assert metrics.skipped and metrics.skipped_in_a_row == 1
+    assert not np.isfinite(metrics.grad_norm)
+    assert np.isfinite(metrics.param_norm)
     for old, new in zip(
       jax.tree.leaves((before.params, before.opt_state)),
       jax.tree.leaves((state.params, state.opt_state)),
@@ -404,7 +408,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(
     state, metrics = jax.block_until_ready(
       update(state, place(good), jax.random.key(KEY))
     )
-    assert not metrics['skipped'] and metrics['skipped_before'] == 1
+    assert not metrics.skipped and metrics.skipped_before == 1
     assert np.any(np.asarray(state.params['norm']) != before.params['norm'])
 
 
@@ -425,29 +429,29 @@ def evaluate(params, key):
   return step.eval_step(WHOLE_ROWS, params, make_tokens(), key)
 
 
-def test_evaluation_repeats_bit_for_bit_and_depends_on_its_key():
+def test_evaluation_is_bitwise_repeatable():
   sums = lambda key: evaluate(initial_params(), jax.random.key(key))
   jax.tree.map(np.testing.assert_array_equal, sums(0), sums(0))
-  assert sums(0)['weighted_nll'] != sums(1)['weighted_nll']
-  assert sums(0)['num_tokens'] == BATCH * LENGTH
+  assert sums(0).weighted_nll != sums(1).weighted_nll
+  assert sums(0).num_tokens == BATCH * LENGTH
 
 
-def test_evaluation_is_the_loss_of_its_batch():
+def test_evaluation_equals_the_dense_loss():
   key = jax.random.fold_in(jax.random.key(KEY), 0)
   sums = evaluate(initial_params(), key)
   canvas = canvas_of(WHOLE_ROWS.objective, KEY, 0)
   np.testing.assert_allclose(
-    sums['weighted_nll'] / sums['num_tokens'],
+    sums.loss,
     dense_loss(initial_params(), canvas)[0],
     rtol=1e-5,
   )
 
 
-def test_training_on_a_constant_batch_reduces_its_loss(reference):
+def test_training_reduces_the_loss_of_a_constant_batch(reference):
   def bound(params):
     sums = evaluate(params, jax.random.key(1))
-    return sums['weighted_nll'] / sums['num_tokens']
+    return sums.loss
 
-  entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.1))  # of a token of this text
+  entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.1))  # per token of this text
   assert bound(initial_params()) > np.log(16)
   assert bound(reference.params[-1]) < 1.5 * entropy

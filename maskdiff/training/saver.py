@@ -1,0 +1,127 @@
+"""Saves the state of a run and handles saves that fail."""
+
+import functools
+
+import jax
+
+from maskdiff.checkpoints import manifest
+from maskdiff.checkpoints.checkpoint import SaveError
+from maskdiff.errors import UserError
+from maskdiff.training import inputs
+
+
+class Saver:
+  """Saves the state of a run.
+
+  A single process tolerates config.checkpoint.max_failures consecutive saves
+  that fail, for example on a full disk. The ledger records each save that
+  became durable and each that failed.
+  """
+
+  def __init__(self, config, setup, checkpointer, start, ledger, say):
+    """Keeps its arguments.
+
+    Args:
+      config: ConfigDict of the run.
+      setup: RunSetup.
+      checkpointer: Checkpointer of the run.
+      start: resume.Start.
+      ledger: Ledger.
+      say: function that prints a line.
+    """
+    self._config = config
+    self._data_identity = setup.data_identity
+    self._checkpointer = checkpointer
+    self._start = start
+    self._ledger = ledger
+    self._say = say
+    self._failures = 0
+
+  def poll(self):
+    """Records a save that has ended since the last call; does not wait.
+
+    Raises:
+      UserError: too many saves in a row have failed.
+    """
+    self._settle(self._checkpointer.poll)
+
+  def save(self, step, state, evaluation_due):
+    """Waits for the previous save and starts to save a step.
+
+    Args:
+      step: number of steps done.
+      state: TrainState. May be donated once this returns.
+      evaluation_due: whether a resumed run must evaluate this step first.
+
+    Raises:
+      UserError: too many saves in a row have failed.
+    """
+    with self._ledger.span('save'):
+      self._settle(self._checkpointer.finish)
+      self._settle(self._starting(step, state, evaluation_due))
+
+  def finish(self):
+    """Waits until the last save is durable.
+
+    Raises:
+      UserError: the save failed.
+    """
+    with self._ledger.span('save'):
+      self._settle(self._checkpointer.finish, tolerant=False)
+
+  def save_and_finish(self, step, state, evaluation_due):
+    """Saves a step, unless it is saved already, and waits until it is durable.
+
+    Args: see `save`.
+
+    Raises:
+      UserError: the save failed.
+    """
+    with self._ledger.span('save'):
+      self._settle(self._checkpointer.finish)
+      if self._checkpointer.durable_step != step:
+        starting = self._starting(step, state, evaluation_due)
+        self._settle(starting, tolerant=False)
+        self._settle(self._checkpointer.finish, tolerant=False)
+
+  def _starting(self, step, state, evaluation_due):
+    """Returns a function that starts to save a step."""
+    items = {
+      'params': state.params,
+      'opt_state': state.opt_state,
+      'guard': state.guard,
+    }
+    meta = manifest.Meta(
+      config=manifest.config_json(self._config),
+      samples=inputs.samples_after(self._config, self._start, step),
+      data=self._data_identity,
+      evaluation_due=evaluation_due,
+    )
+    return functools.partial(self._checkpointer.save, step, items, meta)
+
+  def _settle(self, act, tolerant=True):
+    """Calls a method of the checkpointer and records whether a save succeeded.
+
+    Args:
+      act: function that returns the step that became durable, or None.
+      tolerant: whether a few failures are only warnings.
+    """
+    try:
+      durable = act()
+    except SaveError as error:
+      self._failures += 1
+      self._ledger.event('not_saved', step=error.step, cause=str(error))
+      several = jax.process_count() > 1
+      if several and not error.disk_full:
+        raise  # another process may have died, which is not a user error
+      too_many = self._failures > self._config.checkpoint.max_failures
+      if several or too_many or not tolerant:
+        raise UserError(
+          f'{error}; the newest complete checkpoint is step '
+          f'{self._checkpointer.durable_step}'
+        ) from error
+      self._say(f'warning: {error}; the run continues')
+      return
+    if durable is not None:
+      self._failures = 0
+      self._ledger.event('durable', step=durable)
