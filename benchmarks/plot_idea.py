@@ -105,7 +105,7 @@ def losses(c, nll_at, batch, draws, seed=0):
   rows = jnp.arange(batch)
 
   def loss(key):
-    canvas = masked_diffusion.masked_diffusion(c, tokens, rows, key, batch)
+    canvas = masked_diffusion.make_canvas(c, tokens, rows, key, batch)
     nll = nll_at(canvas.mask_ratio)[:, None]
     return jnp.sum(canvas.weights * nll) / jnp.sum(canvas.num_tokens)
 
@@ -120,7 +120,7 @@ def noise(out):
   )
   c = objective_config(time_sampling='stratified', random_length_fraction=0.0)
   rows = 1500
-  canvas = masked_diffusion.masked_diffusion(
+  canvas = masked_diffusion.make_canvas(
     c,
     jnp.full((rows, LENGTH), 9),
     jnp.arange(rows),

@@ -1,25 +1,26 @@
-"""The autoregressive baseline: predict every token from those before it."""
+"""Autoregression: predict each token from the tokens before it."""
 
 import jax.numpy as jnp
 
 from maskdiff.model import masks
-from maskdiff.objectives.canvas import Canvas, documents
+from maskdiff.objectives.canvas import Canvas, document_labels
 
 
-def autoregressive(c, tokens, rows, key, batch):
-  """Shows the tokens before each one, from a bos on, and asks for it.
+def make_canvas(c, tokens, rows, key, batch):
+  """Makes every token a target that is predicted from the tokens before it.
 
-  The same L tokens are predicted as under masked diffusion, so the two losses
-  compare. Arguments as for `masked_diffusion`; there is no noise.
+  The inputs are the tokens shifted right, with bos in front. The L targets are
+  those of masked diffusion, so the two losses are comparable. Arguments as for
+  masked_diffusion.make_canvas; there is no noise.
 
-  Labels are those of the predicted token. Where attention stays within a
-  document, the first token of one is predicted from the eos before it and
-  nothing else: this eos does for it what bos does for the first of a row.
+  The labels are those of the predicted tokens. If attention stays within
+  documents, the first token of a document is predicted from the eos of the
+  document before it and nothing else, as the first token of a row is from bos.
   """
   del rows, key, batch
   b, length = tokens.shape
   valid = jnp.ones(tokens.shape, bool)
-  inputs, labels = show(tokens, valid, c.bos_id, documents(c, tokens))
+  inputs, labels = show(tokens, valid, c.bos_id, document_labels(c, tokens))
   return Canvas(
     inputs=inputs,
     labels=labels,
@@ -31,15 +32,15 @@ def autoregressive(c, tokens, rows, key, batch):
 
 
 def show(tokens, valid, bos_id, doc=0):
-  """Inputs and labels of a causal network: the tokens shifted right by one.
+  """Returns the inputs of a causal network: the tokens shifted right by one.
 
-  The prediction for a position stands at that position.
+  The prediction for a position is at that position.
 
   Args:
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
-    bos_id: stands before the first token of a row.
-    doc: what `documents` returns; by default a row is a single document.
+    bos_id: id of the token before the first token of a row.
+    doc: from `document_labels`; by default each row is one document.
 
   Returns:
     inputs [B, L] int32, and their masks.Labels.

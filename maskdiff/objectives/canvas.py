@@ -1,10 +1,10 @@
-"""Objectives: clean tokens and a key become a Canvas, a Canvas becomes nats.
+"""A Canvas: what the network sees of a batch, and what it predicts.
 
-A Canvas says what the network is shown and what it is asked for. Targets stand
-at the position that predicts them, so an objective that predicts the next
-token shifts here and nowhere else. Noise is keyed by the number of the row in
-the global batch: it is the same for any mesh, number of hosts and number of
-microbatches.
+Every objective makes a Canvas from clean tokens and a key, and `canvas_loss`
+turns a Canvas into nats. A target is at the position that predicts it: an
+objective that predicts the next token shifts the inputs, and no other code
+shifts. Noise is keyed by the number of the row in the global batch, so it does
+not depend on the mesh, the number of hosts or the number of microbatches.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from maskdiff.model import masks
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.objectives.schedule import Schedule
 
-# A row packs documents: positions see all of it, or only their own document.
+# A row packs documents. A position sees the whole row or its own document.
 ATTEND_WITHIN = ('row', 'document')
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  name: str
+  name: str  # a key of table.OBJECTIVES
   schedule: Schedule
-  eps: float  # times lie in [eps, 1)
+  eps: float  # times are in [eps, 1)
   time_sampling: str  # one of schedule.TIME_SAMPLINGS
-  random_length_fraction: float  # of the sequences, cut to a random length
+  random_length_fraction: float  # of the rows, cut to a random length
   attend_within: str  # one of ATTEND_WITHIN
-  predict_mask: bool  # whether the mask id takes part in the softmax
+  predict_mask: bool  # whether the softmax includes the mask token
   mask_id: int
   bos_id: int
-  eos_id: int  # the last token of every document, and nowhere else
-  loss_chunk_tokens: int
+  eos_id: int  # the last token of every document, and of nothing else
+  loss_chunk_tokens: int  # see cross_entropy
 
 
 @functools.partial(
@@ -49,7 +49,7 @@ class ObjectiveConfig:
 )
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-  """What the rows of a batch show the network and ask of it.
+  """The inputs and targets of the rows of a batch.
 
   The loss of a batch is sum(weights * nll) / sum(num_tokens).
   """
@@ -57,20 +57,20 @@ class Canvas:
   inputs: jax.Array  # [B, L] int32
   labels: masks.Labels  # [B, L] each
   targets: jax.Array  # [B, L] int32
-  weights: jax.Array  # [B, L] float32, 0 where nothing is asked
-  num_tokens: jax.Array  # [B] float32, tokens of text that the row stands for
+  weights: jax.Array  # [B, L] float32, 0 at positions without a loss
+  num_tokens: jax.Array  # [B] float32, tokens of text in the row
   mask_ratio: jax.Array  # [B] float32, expected share of masked tokens
 
 
-def documents(c, tokens):
-  """The documents to which attention is confined.
+def document_labels(c, tokens):
+  """Returns the documents within which positions attend.
 
   Args:
     c: ObjectiveConfig.
     tokens: [B, L] int32, clean.
 
   Returns:
-    [B, L] int32 from 0 on, or 0 if attention is not confined.
+    [B, L] int32, counted from 0; or 0 if positions attend to the whole row.
   """
   if c.attend_within == 'row':
     return 0
@@ -78,16 +78,17 @@ def documents(c, tokens):
 
 
 def canvas_loss(c, model, canvas):
-  """Sum over the canvas of weight x nll, in nats, and the nll by position.
+  """Returns the summed loss of a canvas and the nll of each position.
 
   Args:
     c: ObjectiveConfig.
-    model: model.Transformer.
+    model: transformer.Transformer.
     canvas: Canvas.
 
   Returns:
-    float32 scalar, to be divided by the batch's number of tokens, and the
-    [B, L] float32 nll, 0 where the weight is 0 and without gradient.
+    - float32 scalar, the sum of weight * nll in nats. Divide it by the number
+      of tokens of the batch.
+    - [B, L] float32 nll in nats, 0 where the weight is 0; without a gradient.
   """
   hidden = model(canvas.inputs, canvas.labels)
   with jax.named_scope('part(loss)'):

@@ -4,29 +4,30 @@ import jax
 import jax.numpy as jnp
 
 from maskdiff.model import masks
-from maskdiff.objectives.canvas import Canvas, documents
+from maskdiff.objectives.canvas import Canvas, document_labels
 from maskdiff.objectives.schedule import sample_times
 
 
-def masked_diffusion(c, tokens, rows, key, batch):
-  """Masks a random share of each row and asks for the masked tokens.
+def make_canvas(c, tokens, rows, key, batch):
+  """Masks a random share of each row; the targets are the masked tokens.
 
-  Each row draws a time t in [eps, 1) and every token is masked on its own with
-  probability p = 1 - alpha(t); a masked token weighs -alpha'(t) / p. With the
-  linear schedule that is LLaDA's pretraining loss (arXiv 2502.09992, alg. 1
-  and GUIDELINES.md): p = (1 - eps) u + eps, weight 1/p, divided by B x L.
+  Each row draws a time t in [eps, 1). Each of its tokens is masked
+  independently with probability p = 1 - alpha(t), and a masked token has the
+  weight -alpha'(t) / p. With the linear schedule this is LLaDA's pretraining
+  loss (arXiv 2502.09992, alg. 1 and GUIDELINES.md): p = (1 - eps) u + eps,
+  weight 1/p, divided by B x L.
 
-  A share of the rows is cut to a random length, which is equal to truncating
-  them: the rest is padding, hidden from attention, never masked, not counted.
+  A share of the rows is cut to a random length. This equals truncation: the
+  rest of the row is padding, which is never attended to, masked or counted.
 
-  Where attention stays within a document, it shows where documents end, also
-  past masked tokens: the bound is on the text given the lengths of its
-  documents, and a masked eos costs less.
+  If attention stays within documents, the ends of documents are visible even
+  where the eos is masked. The loss is then a bound given the lengths of the
+  documents, and predicting a masked eos is easier.
 
   Args:
     c: ObjectiveConfig.
     tokens: [b, L] int32, clean tokens.
-    rows: [b] int32, their numbers in the global batch.
+    rows: [b] int32, numbers of the rows in the global batch.
     key: PRNG key of this step.
     batch: rows of the global batch.
 
@@ -49,28 +50,29 @@ def masked_diffusion(c, tokens, rows, key, batch):
 
 
 def corrupt(c, tokens, u, noise, lengths):
-  """The Canvas of masked diffusion for given draws.
+  """Returns the Canvas of masked diffusion for given random draws.
 
   Args:
     c: ObjectiveConfig.
     tokens: [B, L] int32.
     u: [B] float32 in [0, 1); the time is (1 - eps) u + eps.
     noise: [B, L] float32 in [0, 1); a token is masked where noise < p.
-    lengths: [B] int32, tokens of each row that are kept.
+    lengths: [B] int32, tokens of each row before the cut.
   """
   t = (1 - c.eps) * u + c.eps
   mask_ratio = c.schedule.mask_ratio(t)
   valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
   masked = valid & (noise < mask_ratio[:, None])
-  # Times stop at eps. This makes the weights of a token average to 1 all the
-  # same, so that the loss of a perfect model is the entropy; 1 when linear.
-  whole = (1 - c.eps) / (1 - c.schedule.mask_ratio(c.eps))
-  weight = whole * c.schedule.weight(t)
-  shown = jnp.where(masked, c.mask_id, tokens)
-  # Of the clean tokens: a masked eos must still end its document, or the
-  # neighbours would see each other at some times and not at others.
-  doc = documents(c, tokens)
-  inputs, labels = show(shown, valid, c.bos_id, doc)
+  # No time is below eps. The factor makes the weights of a token average to 1
+  # nevertheless, so that the loss of a perfect model is the entropy of the
+  # text. It is 1 for the linear schedule.
+  correction = (1 - c.eps) / (1 - c.schedule.mask_ratio(c.eps))
+  weight = correction * c.schedule.weight(t)
+  noisy = jnp.where(masked, c.mask_id, tokens)
+  # From the clean tokens: a masked eos still ends its document. Otherwise two
+  # neighbouring documents would see each other at some times.
+  doc = document_labels(c, tokens)
+  inputs, labels = show(noisy, valid, c.bos_id, doc)
   return Canvas(
     inputs=inputs,
     labels=labels,
@@ -82,13 +84,13 @@ def corrupt(c, tokens, u, noise, lengths):
 
 
 def show(tokens, valid, bos_id, doc=0):
-  """Inputs and labels of a bidirectional network: the tokens as they are.
+  """Returns the inputs of a bidirectional network: the tokens, unshifted.
 
   Args:
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
     bos_id: not used.
-    doc: what `documents` returns; by default a row is a single document.
+    doc: from `document_labels`; by default each row is one document.
 
   Returns:
     inputs [B, L] int32, and their masks.Labels.

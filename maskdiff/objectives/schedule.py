@@ -1,10 +1,10 @@
-"""Noise schedules alpha(t), loss weights, and how the times t are drawn.
+"""Noise schedules alpha(t), loss weights, and the sampling of times t.
 
-`t` in [0, 1]: 0 is clean, 1 is all masked. `alpha(t)` is the chance that a
-token is kept, so `1 - alpha(t)` is the mask ratio. The weight of a masked
-token in the negative evidence lower bound is -alpha'(t) / (1 - alpha(t))
-(MD4, arXiv 2406.04329, eq. 4), which is 1/t for the linear schedule (LLaDA,
-arXiv 2502.09992, eq. 3).
+At t = 0 the row is clean; at t = 1 every token is masked. `alpha(t)` is the
+probability that a token is not masked, so `1 - alpha(t)` is the mask ratio. The
+weight of a masked token in the negative evidence lower bound is
+-alpha'(t) / (1 - alpha(t)) (MD4, arXiv 2406.04329, eq. 4). It is 1/t for the
+linear schedule (LLaDA, arXiv 2502.09992, eq. 3).
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """A noise schedule. `power` is only read by the polynomial one."""
+  """A noise schedule; only the polynomial one reads `power`."""
 
   name: str = 'linear'
   power: float = 2.0
 
   def mask_ratio(self, t):
-    """Returns 1 - alpha(t), the chance that a token is masked, like `t`."""
+    """Returns 1 - alpha(t), the probability of a mask, in the shape of t."""
     return {
       'linear': lambda: t,
       'polynomial': lambda: t**self.power,
@@ -30,7 +30,7 @@ class Schedule:
     }[self.name]()
 
   def weight(self, t):
-    """Returns -alpha'(t) / (1 - alpha(t)), for t > 0, like `t`."""
+    """Returns -alpha'(t) / (1 - alpha(t)) for t > 0, in the shape of t."""
     return {
       'linear': lambda: 1 / t,
       'polynomial': lambda: self.power / t,
@@ -45,18 +45,19 @@ TIME_SAMPLINGS = ('antithetic', 'stratified', 'iid')
 def sample_times(sampling, key, rows, batch):
   """Draws a time for each row, uniform on [0, 1).
 
-  A row's time depends on the key, its global number and the batch size alone,
-  so any host, device or microbatch can draw its own rows'.
+  The time of a row depends only on the key, its number in the global batch and
+  the batch size, so any host, device or microbatch can draw for its own rows.
 
-  `iid`: independent. `stratified`: [0, 1) is cut into B equal strata and each
-  row of the batch takes a random point of its own. `antithetic`: the same, but
-  the two rows of a pair (2p, 2p + 1) take t and 1 - t. They then have L masked
-  tokens between them under the linear schedule, to within sampling noise, so
-  that every device has the same share of tokens with a loss.
+  - `iid`: the times are independent.
+  - `stratified`: [0, 1) is divided into B equal strata, and each row of the
+    batch takes a random point in a stratum of its own.
+  - `antithetic`: as stratified, but the two rows of a pair (2p, 2p + 1) take t
+    and 1 - t. Under the linear schedule a pair has about L masked tokens in
+    all, so every device has the same share of tokens with a loss.
 
-  Which row gets which stratum is drawn anew with every key: a mixture of data
-  sources can be periodic in the row number, and must not meet one range of
-  times only.
+  Each key assigns the strata to the rows anew. Otherwise, if a mixture of data
+  sources is periodic in the row number, a source would get only one range of
+  times.
 
   Args:
     sampling: one of TIME_SAMPLINGS.
@@ -78,9 +79,9 @@ def sample_times(sampling, key, rows, batch):
   if sampling == 'stratified':
     t = (jax.random.permutation(order_key, batch)[unit] + u) / batch
   else:
-    # The lower row of a pair takes one of B/2 strata below 1/2.
+    # The `lower` row of a pair takes one of the B/2 strata below 1/2.
     t = (jax.random.permutation(order_key, batch // 2)[unit] + u) / batch
     lower = by_unit(jax.random.bernoulli, coin_key).astype(rows.dtype)
     t = jnp.where(rows % 2 == lower, t, 1 - t)
-  # Rounding may reach 1; the largest float32 below keeps the range open.
+  # Rounding may give 1; the result is at most the largest float32 below it.
   return jnp.minimum(t, 1 - 2.0**-24)

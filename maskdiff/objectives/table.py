@@ -1,7 +1,8 @@
 """The table of objectives: everything in which one differs from another.
 
 No other file compares the name of an objective with a string. To add an
-objective, add an entry to OBJECTIVES.
+objective, write a module with `make_canvas` and `show`, and add an entry to
+OBJECTIVES.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ class Objective:
 
   Attributes:
     make_canvas: (ObjectiveConfig, tokens [b, L] int32, rows [b] int32, key,
-      batch) -> Canvas; see masked_diffusion.masked_diffusion.
+      batch) -> Canvas; see masked_diffusion.make_canvas.
     show: (tokens [B, L] int32, valid [B, L] bool, bos_id, doc) -> inputs
       [B, L] int32 and their masks.Labels.
     order: the order in which tokens can be predicted: 'any', or
-      'left_to_right' where the network sees only the tokens to the left.
+      'left_to_right' if the network sees only the tokens to the left.
     likelihood: 'bound' if the loss is an upper bound on the negative
-      log-likelihood, 'exact' if it is equal to it.
+      log-likelihood, 'exact' if it equals it.
     can_guide: whether the network was trained with masked prompts, which
       classifier-free guidance needs.
     attention_flops: attention FLOPs of a training step per token, in units of
@@ -46,7 +47,7 @@ class Objective:
 
 OBJECTIVES = {
   'masked_diffusion': Objective(
-    make_canvas=masked_diffusion.masked_diffusion,
+    make_canvas=masked_diffusion.make_canvas,
     show=masked_diffusion.show,
     order='any',
     likelihood='bound',
@@ -54,7 +55,7 @@ OBJECTIVES = {
     attention_flops=12,
   ),
   'autoregressive': Objective(
-    make_canvas=autoregressive.autoregressive,
+    make_canvas=autoregressive.make_canvas,
     show=autoregressive.show,
     order='left_to_right',
     likelihood='exact',
@@ -68,20 +69,20 @@ OBJECTIVES = {
 def make_canvas(c, tokens, rows, key, batch):
   """Returns the Canvas of the objective `c.name`.
 
-  Arguments as for masked_diffusion.masked_diffusion.
+  Arguments as for masked_diffusion.make_canvas.
   """
   return OBJECTIVES[c.name].make_canvas(c, tokens, rows, key, batch)
 
 
 def show(name, tokens, valid, bos_id, doc=0):
-  """Returns the inputs and labels of a network trained with an objective.
+  """Returns the inputs of a network that was trained with an objective.
 
   Args:
     name: a key of OBJECTIVES.
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
-    bos_id: stands before the first token of a causal row.
-    doc: documents as [B, L] int32; by default a row is a single document.
+    bos_id: id of the token before the first token of a causal row.
+    doc: [B, L] int32, documents; by default each row is one document.
 
   Returns:
     inputs [B, L] int32, and their masks.Labels.
@@ -92,10 +93,10 @@ def show(name, tokens, valid, bos_id, doc=0):
 def flops_per_token(name, model_config, length):
   """Returns matrix-product FLOPs of a training step per token.
 
-  6 per weight that multiplies an activation, the head included, and
-  `attention_flops` N L H K for attention. Rematerialization is not counted, and
-  the head is counted for every token although the loss skips unmasked ones:
-  this is the work of a straightforward step.
+  The sum of 6 per weight that multiplies an activation, the head included, and
+  of `attention_flops` N L H K for attention. This is the work of a plain
+  implementation: rematerialization does not count, and the head counts for
+  every token although the loss skips unmasked tokens.
 
   Args:
     name: a key of OBJECTIVES.

@@ -272,7 +272,7 @@ def test_noise_of_the_loss_equals_the_page():
   @jax.jit
   @jax.vmap
   def loss(key):
-    canvas = masked_diffusion.masked_diffusion(
+    canvas = masked_diffusion.make_canvas(
       c, tokens, jnp.arange(rows), key, rows
     )
     return canvas.weights.sum() / canvas.num_tokens.sum()
