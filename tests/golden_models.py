@@ -1,4 +1,4 @@
-"""Reads the golden LLaDA checkpoints into the parameter tree of maskdiff."""
+"""Reads the golden LLaDA checkpoints as parameter trees of maskdiff."""
 
 import json
 import pathlib
@@ -10,8 +10,7 @@ from maskdiff.model.transformer import TransformerConfig
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
-# Name in the state dict, by name in the parameter tree. Those of `blocks`
-# stand after `blocks.N.`.
+# State-dict name of each parameter. Names in BLOCKS follow `blocks.N.`.
 TOP = {'embed': 'wte', 'norm': 'ln_f', 'head': 'ff_out'}
 BLOCKS = {
   'norm1': 'attn_norm',
@@ -27,7 +26,7 @@ BLOCKS = {
 
 
 def names(path):
-  """State-dict names of a parameter: one, or a pattern in the layer number.
+  """Returns the state-dict name of a parameter; for a layer, a format string.
 
   Args:
     path: 'embed', 'norm', 'head' or 'blocks/<weight>'.
@@ -38,7 +37,7 @@ def names(path):
 
 
 def load(name):
-  """Returns (TransformerConfig in float32, parameter tree) of a model."""
+  """Returns the TransformerConfig, in float32, and parameters of a model."""
   c = json.loads((GOLDEN / name / 'config.json').read_text())
   head_dim = c['d_model'] // c['n_heads']
   config = TransformerConfig(
@@ -69,7 +68,7 @@ def load(name):
 
 
 def to_torch(params):
-  """The tree, of parameters or gradients, under state-dict names and shapes."""
+  """Returns a dict of parameters or gradients in state-dict form."""
   tensors = {names(key): np.asarray(params[key]) for key in TOP}
   tensors[names('head')] = tensors[names('head')].T
   for key, stacked in params['blocks'].items():
@@ -86,7 +85,7 @@ def to_torch(params):
 
 
 def _from_torch(blocks, head_dim):
-  """Stacks of torch Linear weights, [N, out, in], to [N, in, out] by heads."""
+  """Converts stacked Linear weights, [N, out, in], to parameter-tree axes."""
   out = {}
   for key, w in blocks.items():
     w = w.swapaxes(1, 2) if w.ndim == 3 else w

@@ -1,4 +1,4 @@
-"""Makes small folders in Hugging Face's form, without transformers."""
+"""Makes small Hugging Face folders, without the package transformers."""
 
 import json
 
@@ -22,7 +22,7 @@ BASE = {
   'rope_scaling': (),
   'norm_eps': 1e-6,
 }
-# A model for each family, with what is peculiar to it.
+# Fields in which the model of a case differs from BASE.
 MODELS = {
   'llada': {'kv_heads': 4},
   'llada tied': {'tie_embeddings': True},
@@ -37,7 +37,7 @@ SPECIAL = ['<|startoftext|>', '<|endoftext|>', '<|mdm_mask|>']
 
 
 def model_of(case):
-  """The Family of a case of MODELS and the numbers of the model."""
+  """Returns the Family of a case of MODELS, and the fields of its model."""
   family = families.BY_NAME[case.split()[0]]
   model = {**BASE, **MODELS[case]}
   for field in ('qkv_bias', 'qk_norm', 'predict_next'):
@@ -46,7 +46,7 @@ def model_of(case):
 
 
 def random_leaves(model, dtype='float32', seed=0):
-  """Random parameters, gains about 1, as dict of Leaf by name."""
+  """Returns random parameters, a dict of Leaf by name; gains are about 1."""
   random = np.random.default_rng(seed)
 
   def draw(name, shape):
@@ -61,14 +61,14 @@ def random_leaves(model, dtype='float32', seed=0):
 
 
 def make(folder, case='llada', dtype='float32', tokenizer=True, **kwargs):
-  """Writes a folder of a case of MODELS.
+  """Writes the Hugging Face folder of a case of MODELS, and returns its path.
 
   Args:
-    folder: path, made here.
+    folder: path to create.
     case: key of MODELS.
-    dtype: of the weights.
-    tokenizer: whether it has one, of 259 ids.
-    **kwargs: of hf.write_weights.
+    dtype: name of the weights' dtype.
+    tokenizer: whether to write a tokenizer, which has 259 ids.
+    **kwargs: passed to hf.write_weights.
   """
   family, model = model_of(case)
   folder.mkdir()
@@ -83,7 +83,7 @@ def make(folder, case='llada', dtype='float32', tokenizer=True, **kwargs):
 
 
 def save_tokenizer(folder, words=()):
-  """A tokenizer.json of bytes, some words and three special tokens."""
+  """Writes a tokenizer of bytes, the given words and three special tokens."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {token: i for i, token in enumerate([*alphabet, *words])}
   made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -95,7 +95,7 @@ def save_tokenizer(folder, words=()):
 
 
 def contents(folder):
-  """Every file below a folder with its bytes."""
+  """Returns the bytes of every file below a folder, by relative path."""
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.rglob('*'))

@@ -1,19 +1,20 @@
-"""Whole conversions: a published folder to a work directory, and back.
+"""Converts a Hugging Face folder to a work directory, and back; compares both.
 
-A converted work directory holds
+A converted work directory has these files:
 
-    config.json   of a run, so that scripts take the directory for one
+    config.json   config of a run, so that scripts accept the directory
     params/       the parameters, see leaves.py
-    published/    config.json and all other small files of the folder it is from
-    tokenizer.json and the files beside it, or tokenizer.model
+    published/    config.json and the other small files of the source folder
+    tokenizer.json and its companions, or tokenizer.model
 
-Everything is written beside the place it belongs to and moved there at the end:
-what has the right name is whole.
+A conversion writes to a temporary directory and renames it at the end, so that
+an interrupted conversion leaves no incomplete result.
 """
 
 import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -33,27 +34,29 @@ from maskdiff.model import masks, transformer
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives.table import OBJECTIVES
 
-# Of the largest logit: what float32 leaves of a sum over many layers.
+# Largest difference of a logit, relative to the largest logit. Rounding errors
+# of float32 over many layers stay below it.
 TOLERANCE = 1e-4
-CHECK_LENGTH = 24
+CHECK_LENGTH = 24  # tokens
 
 
 def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
-  """Converts a published folder to a work directory.
+  """Converts a Hugging Face folder to a work directory.
 
   Args:
-    folder: in Hugging Face's form.
-    workdir: that is not there yet.
-    dtype: name of the dtype to store, by default that of the folder.
-    mask_id: of a network that never had a mask; by default one that no text
-      uses.
-    with_tokenizer: False leaves it out.
+    folder: Hugging Face folder.
+    workdir: directory to create.
+    dtype: name of the stored dtype; default: that of the folder.
+    mask_id: id of the mask token, for a network that was trained without one;
+      default: an id that no text uses.
+    with_tokenizer: whether to convert the tokenizer.
 
   Returns:
-    Lines to print.
+    list of lines to print.
 
   Raises:
-    UserError: see hf.open_folder; or the directory is there.
+    UserError: the folder cannot be opened, see hf.open_folder; or the directory
+      exists and is not empty.
   """
   published = hf.open_folder(folder)
   notes = list(published.notes)
@@ -61,7 +64,7 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
   if with_tokenizer:
     tokenizer = hf.open_tokenizer(published, mask_id)
     if tokenizer is None:
-      notes.append(f'{folder} has no tokenizer: only weights are converted')
+      notes.append(f'{folder} has no tokenizer: converted the weights only')
   config = hf.run_config(published, tokenizer)
   if mask_id is not None:
     config.tokens.mask_id = mask_id
@@ -81,54 +84,56 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
       manifest.Meta(config=manifest.config_json(config)),
       dtype,
     )
-  number, size = 0, 0
-  for leaf in published.leaves.values():
-    number += int(np.prod(leaf.shape, dtype=np.int64))
-    size += leaf.dtype.itemsize * int(np.prod(leaf.shape, dtype=np.int64))
+  leaves = published.leaves.values()
+  num_params = sum(math.prod(leaf.shape) for leaf in leaves)
+  num_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   ids = ', '.join(f'{k}={v}' for k, v in config.tokens.items())
   return [
     *notes,
-    f'{workdir}: {number:,} parameters, {size / 1e9:.2f} GB as published, '
-    f'{published.family.name}, {config.objective.name}, {ids}',
+    f'{workdir}: {num_params:,} parameters, {num_bytes / 1e9:.2f} GB as '
+    f'published, {published.family.name}, {config.objective.name}, {ids}',
   ]
 
 
 def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
-  """Writes the model of a work directory as a published folder.
+  """Writes the model of a work directory as a Hugging Face folder.
 
   Args:
-    workdir: of a run, or one that `from_hf` made.
-    folder: that is not there yet.
-    dtype: name of the dtype to write, by default that of the parameters.
-    family: name of the family to write, by default the one it came from, or
-      else the first that fits.
-    max_bytes: of a file of weights.
+    workdir: work directory of a run, or one that `from_hf` made.
+    folder: directory to create.
+    dtype: name of the dtype to write; default: that of the parameters.
+    family: name of the family to write; default: the source's family, or the
+      first that fits.
+    max_bytes: largest file of weights.
 
   Returns:
-    Lines to print.
+    list of lines to print.
 
   Raises:
-    UserError: the model fits no family, or not that one; there is no whole
-      checkpoint; or the folder is there.
+    UserError: the model does not fit the family, or any family; the work
+      directory has no intact checkpoint; or the folder exists and is not empty.
   """
   with contextlib.ExitStack() as stack:
-    config, leaves, described = _open_workdir(workdir, stack)
-    beside = os.path.join(workdir, hf.PUBLISHED)
+    config, leaves, source = _open_workdir(workdir, stack)
+    published_files = os.path.join(workdir, hf.PUBLISHED)
     original = None
-    if os.path.exists(os.path.join(beside, families.CONFIG)):
-      original = families.read_config(beside)
+    if os.path.exists(os.path.join(published_files, families.CONFIG)):
+      original = families.read_config(published_files)
     chosen = choose_family(config, original, family)
     if original is not None:
-      came_from = families.detect(original, beside)
-      original = original if came_from == chosen else None
+      source_family = families.detect(original, published_files)
+      original = original if source_family == chosen else None
     stored = dtype or leaves['embed'].dtype.name
     written = families.published_config(
       chosen, config.model, config.tokens, config.data.length, stored, original
     )
     with new_directory(folder) as new:
-      tokenizer = _tokenizer_of(workdir)
-      if os.path.isdir(beside):
-        hf.copy_published_files(beside, new, hf.TOKENIZERS if tokenizer else ())
+      tokenizer = None
+      if hf.has_tokenizer(workdir):
+        tokenizer = tokenizer_lib.load(workdir)
+      if os.path.isdir(published_files):
+        leave_out = hf.TOKENIZERS if tokenizer else ()
+        hf.copy_published_files(published_files, new, leave_out)
       if written != original:
         path = os.path.join(new, families.CONFIG)
         with safetensors.writing(path), open(path, 'w') as f:
@@ -136,37 +141,36 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
       if tokenizer:
         tokenizer_lib.copy(tokenizer, new)
       hf.write_weights(new, chosen, leaves, dtype, max_bytes)
-  lines = [
-    f'{folder}: {chosen.architectures[0]} from {described}, {stored}',
-  ]
+  architecture = chosen.architectures[0]
+  lines = [f'{folder}: {architecture} from {source}, {stored}']
   if config.objective.name != chosen.objective:
     lines.append(
-      f'note: trained for {config.objective.name}; the published '
-      f'{chosen.architectures[0]} is {chosen.objective}, and loaders that are '
-      'not told attend accordingly'
+      f'note: trained with {config.objective.name}, but {architecture} is '
+      f'{chosen.objective}: loaders apply the attention mask of the latter'
     )
   return lines
 
 
 def choose_family(config, original, name):
-  """The Family to write a model as.
+  """Returns the Family to write a model as.
 
   Args:
     config: ConfigDict of the run.
-    original: config.json of the folder that it came from, or None.
-    name: of the one that is wanted, or None.
+    original: config.json of the folder that the model came from, or None.
+    name: name of the family to write, or None for the first that fits.
 
   Raises:
-    UserError: it does not fit; or none does.
+    UserError: the model does not fit the named family, or any family.
   """
   model = config.model
   if name is not None:
     family = families.BY_NAME[name]
     if reason := families.misfit(family, model):
-      raise UserError(f'--family {name} has no place for {reason}')
+      raise UserError(f'--family {name} does not support {reason}')
     return family
-  came_from = original and families.detect(original, families.CONFIG)
-  ordered = [came_from, *families.FAMILIES] if came_from else families.FAMILIES
+  ordered = families.FAMILIES
+  if original:
+    ordered = (families.detect(original, families.CONFIG), *ordered)
   reasons = {}
   for family in ordered:
     reason = families.misfit(family, model)
@@ -180,23 +184,25 @@ def choose_family(config, original, name):
   raise UserError(
     'no published architecture fits: '
     + '; '.join(f'{n} has no {reason}' for n, reason in reasons.items())
-    + '; --family writes the weights as an architecture that computes them, '
-    'whatever it is trained for'
+    + '; set --family to write the weights as an architecture with another '
+    'objective'
   )
 
 
 def check(folder, workdir=None):
-  """Compares the published arithmetic with this package's on fixed tokens.
+  """Compares this package's logits with those of reference.py, on fixed tokens.
 
   Args:
-    folder: published.
-    workdir: whose parameters to compute with, by default the folder's own.
+    folder: Hugging Face folder.
+    workdir: work directory with the parameters for this package's logits;
+      default: the folder itself.
 
   Returns:
-    Lines for every tensor, and the largest difference of a logit.
+    list of lines to print: one per tensor, and the largest difference of a
+    logit.
 
   Raises:
-    UserError: the difference is more than rounding.
+    UserError: the difference exceeds TOLERANCE.
   """
   published = hf.open_folder(folder)
   tokens = check_tokens(published)
@@ -205,36 +211,41 @@ def check(folder, workdir=None):
   causal = OBJECTIVES[published.family.objective].left_to_right
   config.model.update(dtype='float32', remat='none', attention='xla')
   if workdir is not None:
-    _same_model(published, config, workdir)
-  ours = np.asarray(logits(config, params, mesh, tokens, causal))
-  theirs = reference.logits(published, tokens)
+    _check_same_model(published, config, workdir)
+  found = np.asarray(logits(config, params, mesh, tokens, causal))
+  expected = reference.logits(published, tokens)
   if config.model.predict_next:
-    theirs = np.concatenate([theirs[:1], theirs[:-1]])
-  largest = float(np.abs(theirs).max())
-  difference = float(np.abs(ours - theirs).max())
-  lines = [*table(published)]
+    expected = np.concatenate([expected[:1], expected[:-1]])
+  largest = float(np.abs(expected).max())
+  difference = float(np.abs(found - expected).max())
+  lines = [
+    f'{name}  {list(tensor.shape)}  {tensor.dtype.name}'
+    for name, tensor in published.tensors.items()
+  ]
   lines.append(
-    f'largest difference of a logit: {difference:.3g}, of a largest logit of '
-    f'{largest:.3g}, over {len(tokens)} tokens'
+    f'largest difference of a logit: {difference:.3g}; largest logit: '
+    f'{largest:.3g}; over {len(tokens)} tokens'
   )
   if not difference <= TOLERANCE * max(1.0, largest):
     raise UserError(
       f'{workdir or folder} differs from {folder}: the largest difference of '
-      f'a logit is {difference:.3g}, of a largest logit of {largest:.3g}'
+      f'a logit is {difference:.3g}, the largest logit {largest:.3g}; convert '
+      'again'
     )
   return lines
 
 
-def table(published):
-  """A line for each tensor of a folder: name, shape, dtype."""
-  return [
-    f'{name}  {list(tensor.shape)}  {tensor.dtype.name}'
-    for name, tensor in published.tensors.items()
-  ]
-
-
 def check_tokens(published):
-  """[CHECK_LENGTH] int32, the same for every model of that size."""
+  """Returns the tokens for `check`, drawn at random with a fixed seed.
+
+  Every third token is the mask token, if config.json has one.
+
+  Args:
+    published: hf.Published.
+
+  Returns:
+    [CHECK_LENGTH] int32.
+  """
   random = np.random.default_rng(0)
   size = published.model['vocab_size']
   tokens = random.integers(0, size, CHECK_LENGTH).astype(np.int32)
@@ -246,14 +257,15 @@ def check_tokens(published):
 
 @contextlib.contextmanager
 def new_directory(path):
-  """A directory to fill, which gets this name if nothing is raised.
+  """Yields a temporary directory, and renames it to `path` on success.
 
   Raises:
-    UserError: there is something at the path, or it cannot be made.
+    UserError: a file or a directory that is not empty has this path, or the
+      directory cannot be made.
   """
   path = os.path.abspath(path)
   if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
-    raise UserError(f'--out {path} is there already: choose another')
+    raise UserError(f'--out {path} exists already: choose another')
   parent, name = os.path.split(path)
   new = os.path.join(parent, f'.{name}.{secrets.token_hex(4)}')
   try:
@@ -269,7 +281,17 @@ def new_directory(path):
 
 
 def _open_workdir(workdir, stack):
-  """The config of a work directory, its leaves, and a word on them."""
+  """Opens the parameters of a work directory.
+
+  Args:
+    workdir: work directory.
+    stack: contextlib.ExitStack that closes the checkpointer.
+
+  Returns:
+    - `config`: ConfigDict.
+    - `leaves`: dict of Leaf by name.
+    - `source`: description of the parameters, for messages.
+  """
   params = os.path.join(workdir, leaves_lib.PARAMS)
   if os.path.isdir(params):
     leaves, meta = leaves_lib.open_folder(params)
@@ -278,15 +300,16 @@ def _open_workdir(workdir, stack):
   stack.enter_context(contextlib.closing(checkpointer))
   step, meta = restore.newest_meta(checkpointer)
 
-  # One array at a time: the tensors of all its layers are written in a row.
+  # All layers of an array are written before the next array, so that a cache of
+  # one array reads each array once.
   @functools.lru_cache(maxsize=1)
   def read(name):
     try:
       return checkpointer.read_array(step, meta, name)
     except manifest.Damaged as error:
       raise UserError(
-        f'step {step} of {checkpointer.directory} is damaged: {error}; '
-        'launch/checkpoints.py --rollback goes back to one before'
+        f'step {step} of {checkpointer.directory} is damaged: {error}; go back '
+        'to an earlier checkpoint with launch/checkpoints.py --rollback'
       ) from error
 
   leaves = {
@@ -302,37 +325,31 @@ def _open_workdir(workdir, stack):
   return config, leaves, f'step {step} of {workdir}'
 
 
-def _tokenizer_of(workdir):
-  """The tokenizer of a work directory, or None."""
-  if any(os.path.exists(os.path.join(workdir, n)) for n in hf.TOKENIZERS):
-    return tokenizer_lib.load(workdir)
-  return None
-
-
-def _same_model(published, config, workdir):
+def _check_same_model(published, config, workdir):
+  """Raises a UserError if a folder and a config have different models."""
   for field in families.FIELDS:
-    theirs, ours = published.model[field], config.model[field]
-    if theirs != ours:
+    expected, found = published.model[field], config.model[field]
+    if found != expected:
       raise UserError(
-        f'{workdir} has config.model.{field}={ours!r}, but '
-        f'{published.folder} says {theirs!r}'
+        f'{workdir} has config.model.{field}={found!r}, but '
+        f'{published.folder} has {expected!r}: give directories of one model'
       )
 
 
 def as_text(config):
-  """A config.json as transformers would lay it out."""
+  """Returns a config.json as text, formatted as transformers does."""
   return json.dumps(dict(sorted(config.items())), indent=2) + '\n'
 
 
 def logits(config, params, mesh, tokens, causal):
-  """This package's logits of a row, [L, V] float32.
+  """Returns this package's logits of a row, [L, V] float32.
 
   Args:
     config: ConfigDict.
     params: parameter tree.
-    mesh: that it lies on.
+    mesh: mesh of the parameters.
     tokens: [L] int.
-    causal: whether a position sees only those before it and itself.
+    causal: whether attention is causal, else bidirectional.
   """
   model_config = TransformerConfig(**config.model)
 

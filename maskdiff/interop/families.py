@@ -1,13 +1,14 @@
-"""What published checkpoints look like, as data: a table for each family.
+"""Published architectures as data: config keys, tensor names and shapes.
 
-A family says how its config.json spells a model, what must stand there for the
-arithmetic to be this package's, and what its tensors are called. LLaDA's
-names are those of the published modelling code (ML-GSAI/LLaDA), the others'
-those of transformers. Adding a family is adding a `Family` to FAMILIES.
+A `Family` maps fields of the model to keys of its config.json, lists the values
+of other keys that this package supports, and maps parameters to tensor names.
+LLaDA's names are those of its published modelling code (ML-GSAI/LLaDA), those
+of the other families are from transformers. To add a family, add a `Family` to
+FAMILIES.
 
-A matrix is published as [out, in], here it is [in, out] with the heads apart;
-LINEAR says how many axes of a parameter are inputs, and everything not in it
-has the same order in both.
+A matrix is published as [out, in]. In the parameter tree it is [in, out], and
+heads have an axis of their own. LINEAR gives the number of input axes of each
+matrix; all other parameters have the same axes in both forms.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import numpy as np
 from maskdiff.errors import UserError, one_line
 
 CONFIG = 'config.json'
+# Number of input axes of each matrix.
 LINEAR = {
   'head': 1,
   'blocks/q': 1,
@@ -32,7 +34,7 @@ LINEAR = {
   'blocks/up': 1,
   'blocks/down': 1,
 }
-# Keys of config.model that the weights depend on, and may not change.
+# Keys of config.model that the weights determine.
 FIELDS = (
   'vocab_size',
   'embed',
@@ -48,7 +50,7 @@ FIELDS = (
   'qkv_bias',
   'qk_norm',
 )
-# Of a table of names: {n} is the number of the layer.
+# {n} is the index of the layer.
 _LLAMA_NAMES = {
   'embed': 'model.embed_tokens.weight',
   'norm': 'model.norm.weight',
@@ -82,7 +84,7 @@ _LLADA_NAMES = {
   'blocks/up': 'model.transformer.blocks.{n}.up_proj.weight',
   'blocks/down': 'model.transformer.blocks.{n}.ff_out.weight',
 }
-# Written by early versions of transformers; nothing that is learnt.
+# Constants that early versions of transformers stored with the weights.
 _DERIVED = ('model.layers.{n}.self_attn.rotary_emb.inv_freq',)
 
 _LLAMA_KEYS = {
@@ -167,22 +169,26 @@ _QWEN_TEMPLATE = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """A kind of published checkpoints.
+  """One family of published architectures.
 
   Attributes:
-    name: for `--family` and messages.
-    model_type: as config.json has it.
-    architectures: the names of the class there; the first one is written.
-    keys: from a field of the model here to the key there.
-    required: from a key there to the values that this package can compute;
-      a key may be absent.
-    names: from a parameter here to the name of its tensor.
-    template: what else is written into a new config.json.
-    objective: what the networks are trained for.
-    derived: names of tensors that are passed over.
-    has_head_dim: whether config.json has the size of a head.
-    head_dim: its size where config.json is silent; 0: embed / heads.
-    scales_rope: whether config.json has `rope_scaling`.
+    name: value of `--family`, also used in messages.
+    model_type: `model_type` in config.json.
+    architectures: accepted `architectures` in config.json; the first is
+      written.
+    keys: map from a field of the model to its key in config.json.
+    required: map from a key of config.json to its supported values; the key may
+      be missing.
+    names: map from a parameter to the name of its tensor, see _LLAMA_NAMES.
+    template: other entries of a new config.json.
+    objective: training objective of the published networks.
+    derived: names of tensors that are ignored.
+    qkv_bias: value of config.model.qkv_bias.
+    qk_norm: value of config.model.qk_norm.
+    predict_next: value of config.model.predict_next.
+    has_head_dim: whether config.json may have `head_dim`.
+    head_dim: head size if config.json has none; 0: embed / heads.
+    scales_rope: whether config.json may have `rope_scaling`.
   """
 
   name: str
@@ -283,10 +289,10 @@ _DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 def read_config(folder):
-  """The config.json of a folder, a dict.
+  """Returns the config.json of a folder, a dict.
 
   Raises:
-    UserError: it is not there or no JSON object.
+    UserError: the file cannot be read or is not a JSON object.
   """
   path = os.path.join(folder, CONFIG)
   try:
@@ -295,12 +301,12 @@ def read_config(folder):
   except (OSError, ValueError) as error:
     raise UserError(f'cannot read {path} ({one_line(error, 100)})') from error
   if not isinstance(found, dict):
-    raise UserError(f'{path} holds no JSON object')
+    raise UserError(f'{path} is not a JSON object')
   return found
 
 
 def is_published(folder):
-  """Whether a folder is a checkpoint in Hugging Face's form, by its config."""
+  """Returns whether config.json is that of a Hugging Face folder."""
   try:
     found = read_config(folder)
   except UserError:
@@ -309,14 +315,14 @@ def is_published(folder):
 
 
 def detect(published, path):
-  """The Family of a config.json.
+  """Returns the Family of a config.json.
 
   Args:
-    published: dict, the config.
-    path: of it, for messages.
+    published: contents of config.json, a dict.
+    path: path of config.json, for error messages.
 
   Raises:
-    UserError: this package does not know the architecture.
+    UserError: the architecture is not in FAMILIES.
   """
   names = published.get('architectures') or []
   for family in FAMILIES:
@@ -324,25 +330,27 @@ def detect(published, path):
       not names and published.get('model_type') == family.model_type
     ):
       return family
-  what = ', '.join(map(str, names)) or published.get('model_type')
+  architecture = ', '.join(map(str, names)) or published.get('model_type')
   known = ', '.join(family.architectures[0] for family in FAMILIES)
-  raise UserError(f'{path}: unknown architecture {what}; known are {known}')
+  raise UserError(
+    f'{path}: unknown architecture {architecture}; supported are {known}'
+  )
 
 
 def model_of(family, published, path):
-  """What a config.json says of the model.
+  """Reads the fields of the model from a config.json.
 
   Args:
     family: Family.
-    published: dict, the config.
-    path: of it, for messages.
+    published: contents of config.json, a dict.
+    path: path of config.json, for error messages.
 
   Returns:
-    dict with the FIELDS, and `predict_next`, `length`, the longest context,
-    and `dtype`, of the weights.
+    dict with the keys FIELDS, `predict_next`, `length` (the longest context,
+    in tokens) and `dtype` (of the weights).
 
   Raises:
-    UserError: something is missing, or is not computed by this package.
+    UserError: a key is missing or its value is not supported.
   """
   for key, allowed in family.required.items():
     if key in published and published[key] not in allowed:
@@ -366,7 +374,7 @@ def model_of(family, published, path):
     if not isinstance(
       value, bool if field == 'tie_embeddings' else int | float
     ):
-      raise UserError(f'{path}: {key}={value!r} is no value for it')
+      raise UserError(f'{path}: {key}={value!r} has the wrong type')
   for field in ('vocab_size', 'embed', 'layers', 'heads', 'kv_heads', 'mlp'):
     if not isinstance(found[field], int) or found[field] < 1:
       raise UserError(
@@ -378,8 +386,9 @@ def model_of(family, published, path):
   )
   if found['heads'] % found['kv_heads'] or found['head_dim'] % 2:
     raise UserError(
-      f'{path}: {found["heads"]} heads are no multiple of {found["kv_heads"]} '
-      f'key-value heads, or their size {found["head_dim"]} is odd'
+      f'{path}: {found["heads"]} heads are not a multiple of '
+      f'{found["kv_heads"]} key-value heads, or the head size '
+      f'{found["head_dim"]} is odd'
     )
   found['rope_theta'], found['rope_scaling'] = _rope(family, published, path)
   dtype = published.get('torch_dtype') or published.get('dtype') or 'float32'
@@ -400,8 +409,8 @@ def model_of(family, published, path):
 
 
 def _rope(family, published, path):
-  """Base of the wavelengths, and TransformerConfig.rope_scaling."""
-  # Versions of transformers from 5 on keep both in one entry.
+  """Returns rope_theta and rope_scaling of the TransformerConfig."""
+  # transformers 5 and later store both under one key.
   entry = published.get('rope_parameters') or {}
   theta = entry.get('rope_theta', published.get('rope_theta')) or 10000.0
   scaling = entry or published.get('rope_scaling') or {}
@@ -428,11 +437,14 @@ def _rope(family, published, path):
 
 
 def misfit(family, model):
-  """Why a family cannot hold a model, or None.
+  """Returns the first config key that a family does not support, or None.
 
   Args:
     family: Family.
-    model: mapping with the FIELDS.
+    model: mapping with the keys FIELDS.
+
+  Returns:
+    str such as 'config.model.qk_norm=True'.
   """
   for field in ('qkv_bias', 'qk_norm'):
     if model[field] != getattr(family, field):
@@ -450,16 +462,16 @@ def misfit(family, model):
 
 
 def published_config(family, model, tokens, length, dtype, original=None):
-  """The config.json of a model, a dict.
+  """Returns the contents of config.json for a model, a dict.
 
   Args:
-    family: Family that fits.
-    model: mapping with the FIELDS.
+    family: Family that supports the model.
+    model: mapping with the keys FIELDS.
     tokens: mapping with mask_id, bos_id and eos_id.
-    length: longest context.
+    length: longest context, in tokens.
     dtype: name of the weights' dtype.
-    original: the config.json that the model came with, if it did. What there
-      says the same stays as it is.
+    original: contents of the config.json that the model came with, or None.
+      Entries that still describe the model are kept as they are.
   """
   known = None
   if original is not None:
@@ -468,13 +480,13 @@ def published_config(family, model, tokens, length, dtype, original=None):
     except UserError:
       original = None
   base = dict(original or family.template)
-  wanted = {
+  fields = {
     **{field: model[field] for field in FIELDS},
     'length': length,
     'dtype': dtype,
   }
-  wanted['rope_scaling'] = tuple(wanted['rope_scaling'])
-  differ = {f for f in wanted if known is None or known[f] != wanted[f]}
+  fields['rope_scaling'] = tuple(fields['rope_scaling'])
+  changed = {f for f in fields if known is None or known[f] != fields[f]}
   if not original:
     base |= {
       'architectures': [family.architectures[0]],
@@ -485,33 +497,39 @@ def published_config(family, model, tokens, length, dtype, original=None):
     }
     if family.objective == 'masked_diffusion':
       base['mask_token_id'] = tokens['mask_id']
-  base |= {family.keys[f]: wanted[f] for f in family.keys if f in differ}
-  if 'vocab_size' in differ:
-    base['vocab_size'] = wanted['vocab_size']
-  if 'head_dim' in differ and family.has_head_dim:
-    base['head_dim'] = wanted['head_dim']
-  if differ & {'rope_theta', 'rope_scaling'}:
+  base |= {family.keys[f]: fields[f] for f in family.keys if f in changed}
+  if 'vocab_size' in changed:
+    base['vocab_size'] = fields['vocab_size']
+  if 'head_dim' in changed and family.has_head_dim:
+    base['head_dim'] = fields['head_dim']
+  if changed & {'rope_theta', 'rope_scaling'}:
     base.pop('rope_parameters', None)
-    base['rope_theta'] = wanted['rope_theta']
-    if wanted['rope_scaling']:
-      factor, low, high, before = wanted['rope_scaling']
+    base['rope_theta'] = fields['rope_theta']
+    if fields['rope_scaling']:
+      factor, low, high, context = fields['rope_scaling']
       base['rope_scaling'] = {
         'factor': factor,
         'high_freq_factor': high,
         'low_freq_factor': low,
-        'original_max_position_embeddings': int(before),
+        'original_max_position_embeddings': int(context),
         'rope_type': 'llama3',
       }
     elif family.scales_rope:
       base['rope_scaling'] = None
-  if 'dtype' in differ:
+  if 'dtype' in changed:
     base.pop('dtype', None)
     base['torch_dtype'] = dtype
   return base
 
 
 def names(family, path, layers):
-  """The names of a parameter's tensors: one, or one for each layer."""
+  """Returns the tensor names of a parameter: one, or one per layer.
+
+  Args:
+    family: Family.
+    path: name of the parameter, such as 'blocks/q'.
+    layers: number of layers.
+  """
   pattern = family.names[path]
   if not path.startswith('blocks/'):
     return [pattern]
@@ -519,11 +537,11 @@ def names(family, path, layers):
 
 
 def published_shape(path, shape):
-  """The shape of a tensor, of a parameter or of one layer of it.
+  """Returns the published shape of a parameter, or of one layer of it.
 
   Args:
-    path: of the parameter, such as 'blocks/q'.
-    shape: of it, without the axis of layers.
+    path: name of the parameter, such as 'blocks/q'.
+    shape: shape in the parameter tree, without the layer axis.
   """
   inputs = LINEAR.get(path)
   if inputs is None:
@@ -532,7 +550,13 @@ def published_shape(path, shape):
 
 
 def from_published(path, tensor, shape):
-  """A view of a tensor in the shape that it has here; see `published_shape`."""
+  """Returns a view of a published tensor with the parameter tree's axes.
+
+  Args:
+    path: name of the parameter, such as 'blocks/q'.
+    tensor: array of the published shape.
+    shape: shape in the parameter tree, without the layer axis.
+  """
   inputs = LINEAR.get(path)
   if inputs is None:
     return tensor.reshape(shape)
@@ -542,7 +566,7 @@ def from_published(path, tensor, shape):
 
 
 def to_published(path, array):
-  """The reverse of `from_published`."""
+  """Returns a parameter with its published axes; inverts `from_published`."""
   inputs = LINEAR.get(path)
   if inputs is None:
     return array

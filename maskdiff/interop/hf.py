@@ -1,8 +1,8 @@
-"""Folders in Hugging Face's form: opened as leaves, and written from leaves.
+"""Hugging Face folders: opened as leaves, and written from leaves.
 
-Everything is checked when a folder is opened: the tensors that config.json asks
-for are all there and no others, each with its shape, and the tokenizer goes
-with them. Weights are read later, by slices.
+Opening a folder checks it: it has exactly the tensors that config.json implies,
+each with its shape, and the tokenizer fits them. Weights are read later, by
+slices.
 """
 
 import functools
@@ -20,27 +20,27 @@ from maskdiff.interop import families, safetensors
 from maskdiff.interop.leaves import PART_BYTES, Leaf
 from maskdiff.model import transformer
 
-PUBLISHED = 'published'  # the folder in a work directory
+# Subfolder of a work directory for the files of the folder it came from.
+PUBLISHED = 'published'
 MAX_SHARD_BYTES = 5 << 30
-# What is carried along are all files that are no weights, up to this size.
-MAX_CARRIED_BYTES = 64 << 20
+MAX_COPIED_BYTES = 64 << 20  # larger files are not copied between folders
 _WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.h5', '.msgpack', '.gguf')
-# Files a tokenizer consists of; one with none of them has no tokenizer.
+# A folder with neither file has no tokenizer.
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 _IDS = ('mask_id', 'bos_id', 'eos_id')
 
 
 class Published(NamedTuple):
-  """An opened folder.
+  """An opened Hugging Face folder.
 
   Attributes:
-    folder: path.
+    folder: path of the folder.
     family: families.Family.
-    config: its config.json.
-    model: from families.model_of.
+    config: contents of config.json, a dict.
+    model: dict from families.model_of.
     tensors: dict of safetensors.Tensor by published name.
-    leaves: dict of Leaf by name here.
-    notes: lines for the user.
+    leaves: dict of Leaf by name in the parameter tree.
+    notes: lines to print for the user.
   """
 
   folder: str
@@ -53,44 +53,48 @@ class Published(NamedTuple):
 
 
 def open_folder(folder):
-  """Opens and checks a folder, without reading weights.
+  """Opens and checks a Hugging Face folder, without reading weights.
+
+  Returns:
+    Published.
 
   Raises:
-    UserError: the architecture is unknown or not computed by this package, a
-      tensor is missing, unexpected or of another shape, or a file is damaged.
+    UserError: the architecture is unknown or not supported; a tensor is
+      missing, unexpected or has another shape; or a file is damaged.
   """
   path = os.path.join(folder, families.CONFIG)
   config = families.read_config(folder)
   family = families.detect(config, path)
   model = families.model_of(family, config, path)
   tensors = safetensors.read_folder(folder)
-  found = Published(folder, family, config, model, tensors, {}, [])
+  opened = Published(folder, family, config, model, tensors, {}, [])
   used = set()
   for name, shape in shapes(model).items():
     stack = name.startswith('blocks/')
-    layer = shape[1:] if stack else shape
-    own = [
-      _find(found, published, families.published_shape(name, layer))
+    layer_shape = shape[1:] if stack else shape
+    layers = [
+      _find(opened, published, families.published_shape(name, layer_shape))
       for published in families.names(family, name, model['layers'])
     ]
-    used |= {tensor.name for tensor in own}
-    for tensor in own:
-      if tensor.dtype != own[0].dtype:
+    used |= {tensor.name for tensor in layers}
+    first = layers[0]
+    for tensor in layers:
+      if tensor.dtype != first.dtype:
         raise UserError(
-          f'{tensor} is {tensor.dtype}, but {own[0]} is {own[0].dtype}: layers '
+          f'{tensor} is {tensor.dtype}, but {first} is {first.dtype}: layers '
           'must have one dtype'
         )
-    read = functools.partial(_read, name, own, layer, stack)
-    found.leaves[name] = Leaf(shape, own[0].dtype, read)
-  _check_rest(found, used)
-  return found
+    read = functools.partial(_read, name, layers, layer_shape, stack)
+    opened.leaves[name] = Leaf(shape, first.dtype, read)
+  _check_unused(opened, used)
+  return opened
 
 
 def shapes(model):
-  """Shapes of a model's parameters, a dict by name.
+  """Returns the shapes of a model's parameters, a dict by name.
 
   Args:
-    model: mapping with families.FIELDS.
+    model: mapping with the keys families.FIELDS.
   """
   c = transformer.TransformerConfig(
     **{field: model[field] for field in families.FIELDS},
@@ -102,95 +106,101 @@ def shapes(model):
   return {name: leaf.shape for name, leaf in named.items()}
 
 
-def _find(found, name, shape):
-  """The tensor of a name, if its shape is the one that the config implies."""
-  tensor = found.tensors.get(name)
-  config = os.path.join(found.folder, families.CONFIG)
+def _find(opened, name, shape):
+  """Returns the tensor with a published name, after checking its shape."""
+  tensor = opened.tensors.get(name)
+  config = os.path.join(opened.folder, families.CONFIG)
   if tensor is None:
-    files = sorted({t.path for t in found.tensors.values()})
+    files = sorted({t.path for t in opened.tensors.values()})
     raise UserError(
-      f'{name} is missing: it is not in {", ".join(files[:3])}'
-      f'{", ..." * (len(files) > 3)}, and {config} asks for it'
+      f'{name} is missing: {config} requires it, but it is not in '
+      f'{", ".join(files[:3])}{", ..." * (len(files) > 3)}'
     )
   if tensor.shape != shape:
     raise UserError(
-      f'{tensor} has shape {list(tensor.shape)}, but {config} makes it '
+      f'{tensor} has shape {list(tensor.shape)}, but {config} implies '
       f'{list(shape)}'
     )
   return tensor
 
 
-def _check_rest(found, used):
-  """Refuses tensors that the model has no place for."""
-  family, layers = found.family, found.model['layers']
+def _check_unused(opened, used):
+  """Raises a UserError if a tensor is not a parameter of the model.
+
+  Args:
+    opened: Published, to whose notes a line may be added.
+    used: set of the published names of all parameters.
+  """
+  family, layers = opened.family, opened.model['layers']
   derived = {p.format(n=n) for p in family.derived for n in range(layers)}
-  for name in found.tensors.keys() - used - derived:
-    tensor = found.tensors[name]
-    if name != family.names['head']:  # which a tied model does without
+  for name in opened.tensors.keys() - used - derived:
+    tensor = opened.tensors[name]
+    if name != family.names['head']:  # a tied model has no head of its own
       raise UserError(
-        f'{tensor} has no place in a {family.architectures[0]} of {layers} '
-        'layers: remove it, or correct the number of layers in '
-        f'{os.path.join(found.folder, families.CONFIG)}'
+        f'{tensor} is not a parameter of a {family.architectures[0]} of '
+        f'{layers} layers: remove it, or correct the number of layers in '
+        f'{os.path.join(opened.folder, families.CONFIG)}'
       )
-    embed = found.tensors[family.names['embed']]
+    embed = opened.tensors[family.names['embed']]
     if not _equal(tensor, embed):
       raise UserError(
         f'{tensor} differs from {embed}, though '
         f'{family.keys["tie_embeddings"]} is true in '
-        f'{os.path.join(found.folder, families.CONFIG)}: set it to false'
+        f'{os.path.join(opened.folder, families.CONFIG)}: set it to false'
       )
-    found.notes.append(f'{tensor} repeats {embed.name} and is left out')
+    opened.notes.append(f'{tensor} repeats {embed.name} and is left out')
 
 
 def _equal(a, b):
   if (a.shape, a.dtype) != (b.shape, b.dtype):
     return False
-  rows = max(1, PART_BYTES // max(1, a.size // max(1, a.shape[0])))
+  rows = max(1, PART_BYTES // max(1, a.num_bytes // max(1, a.shape[0])))
   return all(
-    # As bytes: NaN is like itself.
+    # Bytes, since NaN is not equal to itself.
     a.view()[i : i + rows].tobytes() == b.view()[i : i + rows].tobytes()
     for i in range(0, a.shape[0], rows)
   )
 
 
 def _read(name, tensors, shape, stack, index):
-  """Reads part of a parameter; see Leaf.read.
+  """Reads a slice of a parameter; see Leaf.read.
 
   Args:
-    name: of the parameter.
-    tensors: its safetensors.Tensor, one for each layer if it is a stack.
-    shape: of one of them, here.
-    stack: whether it has an axis of layers.
+    name: name of the parameter.
+    tensors: list of safetensors.Tensor, one per layer for a stack, else one.
+    shape: shape of one tensor in the parameter tree, without a layer axis.
+    stack: whether the parameter has a layer axis.
     index: tuple of slices.
   """
-  ours = lambda tensor: families.from_published(name, tensor.view(), shape)
+  view = lambda tensor: families.from_published(name, tensor.view(), shape)
   if not stack:
-    return ours(tensors[0])[index]
-  own = tensors[index[0]]
+    return view(tensors[0])[index]
+  layers = tensors[index[0]]
   out = None
-  for i, tensor in enumerate(own):
-    part = ours(tensor)[index[1:]]
+  for i, tensor in enumerate(layers):
+    part = view(tensor)[index[1:]]
     if out is None:
-      out = np.empty((len(own), *part.shape), part.dtype)
+      out = np.empty((len(layers), *part.shape), part.dtype)
     out[i] = part
   return out
 
 
 def open_tokenizer(published, mask_id=None):
-  """The tokenizer of a folder, with the ids of its config.json.
+  """Loads the tokenizer of a folder, with the token ids of its config.json.
 
   Args:
     published: Published.
-    mask_id: to use in place of the one that it has or lacks.
+    mask_id: replaces the mask id of the folder.
 
   Returns:
-    data.tokenizer.Tokenizer with all ids; None if the folder has none.
+    data.tokenizer.Tokenizer with all ids; None if the folder has no tokenizer.
 
   Raises:
-    UserError: it is of a kind that cannot be read, or is not that of the model.
+    UserError: the kind of tokenizer is not supported, or the tokenizer does not
+      fit the model.
   """
   folder = published.folder
-  if not any(os.path.exists(os.path.join(folder, n)) for n in TOKENIZERS):
+  if not has_tokenizer(folder):
     return None
   tokenizer = tokenizer_lib.load(folder)
   config = os.path.join(folder, families.CONFIG)
@@ -212,9 +222,9 @@ def open_tokenizer(published, mask_id=None):
       i < tokenizer.vocab_size and not tokenizer.pieces[i]
     ):
       raise UserError(
-        f'{config}: {name.replace("_id", "_token_id")}={i} is no special token '
-        f'of {tokenizer.path}, which has {tokenizer.vocab_size} ids: it is not '
-        'the tokenizer of this model'
+        f'{config}: {name.replace("_id", "_token_id")}={i} is not a special '
+        f'token of {tokenizer.path}, which has {tokenizer.vocab_size} ids: it '
+        'is not the tokenizer of this model'
       )
   if ids['bos_id'] is None:
     ids['bos_id'] = ids['eos_id']
@@ -223,20 +233,40 @@ def open_tokenizer(published, mask_id=None):
   if mask is None:
     mask = _spare_id(tokenizer, embed.shape[0], ids, config)
   if not 0 <= mask < embed.shape[0]:
-    raise UserError(f'mask_id={mask} is not in {embed}, of {embed.shape[0]}')
+    raise UserError(
+      f'mask_id={mask} is not a row of {embed}, which has {embed.shape[0]}'
+    )
   return tokenizer_lib.with_ids(tokenizer, mask_id=mask, **ids)
 
 
 def _id(config, key, preferred):
-  """A token id of config.json, which may list several."""
+  """Returns a token id of config.json, which may list several.
+
+  Args:
+    config: dict, contents of config.json.
+    key: such as 'eos_token_id'.
+    preferred: the id to return if it is listed, or if the key is missing.
+  """
   value = config.get(key)
   if isinstance(value, list):
     return preferred if preferred in value else next(iter(value), preferred)
   return preferred if value is None else value
 
 
+def has_tokenizer(folder):
+  """Returns whether a folder has the files of a tokenizer."""
+  return any(os.path.exists(os.path.join(folder, n)) for n in TOKENIZERS)
+
+
 def _spare_id(tokenizer, rows, ids, config):
-  """An id that no text uses, for a network that never had a mask."""
+  """Returns a mask id for a network without one: an id that no text uses.
+
+  Args:
+    tokenizer: data.tokenizer.Tokenizer.
+    rows: number of rows of the embedding.
+    ids: dict of the other special ids.
+    config: path of config.json, for error messages.
+  """
   if rows > tokenizer.vocab_size:
     return tokenizer.vocab_size
   used = {tokenizer.pad_id, *ids.values()}
@@ -244,21 +274,21 @@ def _spare_id(tokenizer, rows, ids, config):
   free = [i for i in free if i not in used]
   if not free:
     raise UserError(
-      f'{config} has no mask_token_id, and {tokenizer.path} no special token '
-      'to spare for it: add a row to the embedding'
+      f'{config} has no mask_token_id, and {tokenizer.path} has no unused '
+      'special token: add a row to the embedding'
     )
   return free[-1]
 
 
 def run_config(published, tokenizer):
-  """The config of a run that has this model.
+  """Returns the ConfigDict of a run with a folder's model.
 
   Args:
     published: Published.
     tokenizer: from `open_tokenizer`, or None.
 
   Raises:
-    UserError: without a tokenizer, config.json lacks an id.
+    UserError: a check of the config fails, such as that of the token ids.
   """
   c = config_lib.default()
   fill(c, published, tokenizer)
@@ -266,14 +296,14 @@ def run_config(published, tokenizer):
   compute = published.model['dtype']
   c.model.dtype = 'bfloat16' if compute == 'bfloat16' else 'float32'
   c.objective.name = published.family.objective
-  # As in the published losses and samplers.
+  # Published losses and samplers do not exclude the mask token.
   c.objective.predict_mask = True
   config_lib.validate(c)
   return c
 
 
 def fill(c, published, tokenizer):
-  """Puts model, token ids and tokenizer of a folder into a config.
+  """Sets model, token ids and tokenizer of a folder in a config.
 
   Args:
     c: ConfigDict, changed in place.
@@ -297,12 +327,17 @@ def fill(c, published, tokenizer):
 
 
 def copy_published_files(source, target, leave_out=()):
-  """Copies the files of a folder that are no weights, such as chat templates.
+  """Copies all small files of a folder except weights and hidden files.
+
+  Chat templates and generation configs are such files.
 
   Args:
     source: folder.
-    target: folder, made if it is not there.
-    leave_out: names of files.
+    target: folder, created if it does not exist.
+    leave_out: names of files that are not copied.
+
+  Raises:
+    UserError: a file cannot be written.
   """
   with safetensors.writing(target):
     os.makedirs(target, exist_ok=True)
@@ -312,29 +347,29 @@ def copy_published_files(source, target, leave_out=()):
         and not entry.name.startswith('.')
         and entry.name not in leave_out
         and not entry.name.endswith((*_WEIGHTS, '.index.json'))
-        and entry.stat().st_size <= MAX_CARRIED_BYTES
+        and entry.stat().st_size <= MAX_COPIED_BYTES
       ):
         shutil.copyfile(entry.path, os.path.join(target, entry.name))
 
 
 def write_weights(folder, family, leaves, dtype=None, max_bytes=None):
-  """Writes leaves under their published names, a layer at a time.
+  """Writes leaves as safetensors under their published names.
 
   Args:
-    folder: that is there.
+    folder: an existing folder.
     family: families.Family.
-    leaves: dict of Leaf by name here.
-    dtype: numpy dtype of what is written, by default as stored.
-    max_bytes: of a file, by default MAX_SHARD_BYTES.
+    leaves: dict of Leaf by name in the parameter tree.
+    dtype: numpy dtype of the written tensors; default: as stored.
+    max_bytes: largest file; default: MAX_SHARD_BYTES.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: a file cannot be written.
   """
   tensors = []
   for name, leaf in leaves.items():
     stack = name.startswith('blocks/')
-    layer = leaf.shape[1:] if stack else leaf.shape
-    shape = families.published_shape(name, layer)
+    layer_shape = leaf.shape[1:] if stack else leaf.shape
+    shape = families.published_shape(name, layer_shape)
     to = np.dtype(dtype or leaf.dtype)
     layers = leaf.shape[0] if stack else 1
     for n, published in enumerate(families.names(family, name, layers)):
@@ -344,19 +379,27 @@ def write_weights(folder, family, leaves, dtype=None, max_bytes=None):
 
 
 def _published_parts(name, leaf, stack, n, dtype):
-  """Yields a tensor by parts along the first axis that it has when published.
+  """Yields a published tensor in parts of at most PART_BYTES.
 
-  That is the last axis here of a matrix, cut in parts of bounded size.
+  Parts are cut along the first axis of the published tensor. For a matrix, that
+  is the first output axis of the leaf.
+
+  Args:
+    name: name of the parameter.
+    leaf: Leaf.
+    stack: whether the leaf has a layer axis.
+    n: index of the layer.
+    dtype: numpy dtype of the parts.
   """
-  before = (slice(n, n + 1),) if stack else ()
-  axes = leaf.shape[len(before) :]
+  layer = (slice(n, n + 1),) if stack else ()
+  axes = leaf.shape[len(layer) :]
   inputs = families.LINEAR.get(name)
-  cut = 0 if inputs is None else inputs  # the first axis of the outputs
+  cut = inputs or 0  # the first output axis
   size = np.prod(axes, dtype=np.int64) * leaf.dtype.itemsize
   rows = max(1, int(axes[cut] * PART_BYTES // max(1, size)))
   for start in range(0, axes[cut], rows):
     index = [slice(None)] * len(axes)
     index[cut] = slice(start, start + rows)
-    part = leaf.read((*before, *index))
+    part = leaf.read((*layer, *index))
     part = families.to_published(name, part[0] if stack else part)
     yield np.ascontiguousarray(part, dtype)

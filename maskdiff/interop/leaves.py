@@ -1,10 +1,10 @@
-"""Parameters on disk that are read by slices, and the folder that holds them.
+"""Parameters on disk, read by slices, and the folder that stores them.
 
-A `Leaf` is an array of the parameter tree that nobody has read yet. `place`
-puts leaves onto a mesh, each process reading the slices of its own devices;
-`write` puts them into a folder of safetensors, one file each, in parts, so that
-neither takes the memory of a whole tree. Beside the files lies `meta.json`, a
-manifest as checkpoints have one, with a fingerprint of every array.
+A `Leaf` is an array of the parameter tree that has not been read yet. `place`
+puts leaves onto a mesh: each process reads the slices of its own devices.
+`write` stores each leaf in a safetensors file of its own, part by part. Neither
+holds the whole tree in memory. The folder also has a `meta.json`, a manifest in
+the format of checkpoints, with a fingerprint of every array.
 """
 
 import functools
@@ -29,12 +29,13 @@ PART_BYTES = 64 << 20
 
 
 class Leaf(NamedTuple):
-  """An array that can be read.
+  """An array on disk.
 
   Attributes:
-    shape: tuple.
+    shape: tuple of int.
     dtype: numpy dtype, as stored.
-    read: from a tuple of slices, one for each axis, to that part of it.
+    read: function from a tuple of slices, one per axis, to that part of the
+      array.
   """
 
   shape: tuple[int, ...]
@@ -43,11 +44,11 @@ class Leaf(NamedTuple):
 
 
 def parts(leaf, dtype=None):
-  """Yields the leaf in parts along its first axis, of a bounded size.
+  """Yields the leaf in parts of at most PART_BYTES, cut along its first axis.
 
   Args:
     leaf: Leaf with at least one axis.
-    dtype: numpy dtype of the parts, by default as stored.
+    dtype: numpy dtype of the parts; default: as stored.
   """
   dtype = np.dtype(dtype or leaf.dtype)
   row = math.prod(leaf.shape[1:]) * max(dtype.itemsize, leaf.dtype.itemsize)
@@ -62,41 +63,42 @@ def write(folder, leaves, meta, dtype=None):
   """Writes a folder of parameters.
 
   Args:
-    folder: that is there, and empty.
+    folder: an existing, empty folder.
     leaves: dict of Leaf by name, such as blocks/q.
-    meta: checkpoints.manifest.Meta, written beside the arrays.
-    dtype: of all that is written, by default as stored.
+    meta: checkpoints.manifest.Meta for META.
+    dtype: dtype of all written arrays; default: as stored.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: a file cannot be written.
   """
-  prints, described = {}, {}
+  sums, entries = {}, {}
   for name, leaf in leaves.items():
     to = np.dtype(dtype or leaf.dtype)
-    found = prints[name] = _Sum()
+    sums[name] = _Sum()
 
-    def checked(leaf=leaf, to=to, found=found):
+    def summed_parts(leaf=leaf, to=to, total=sums[name]):
       for part in parts(leaf, to):
-        found.add(part)
+        total.add(part)
         yield part
 
     path = os.path.join(folder, _file(name))
-    safetensors.write(path, [safetensors.New(name, to, leaf.shape, checked)])
-    described[name] = {'shape': list(leaf.shape), 'dtype': str(to)}
-  prints = {name: found.total for name, found in prints.items()}
+    new = safetensors.New(name, to, leaf.shape, summed_parts)
+    safetensors.write(path, [new])
+    entries[name] = {'shape': list(leaf.shape), 'dtype': str(to)}
+  fingerprints = {name: total.value for name, total in sums.items()}
   path = os.path.join(folder, META)
   with safetensors.writing(path), open(path, 'w') as f:
-    json.dump(manifest.make(meta, described, manifest.nest(prints)), f)
+    json.dump(manifest.make(meta, entries, manifest.nest(fingerprints)), f)
 
 
 def open_folder(folder):
-  """What `write` has put there.
+  """Opens a folder of parameters that `write` made, without reading arrays.
 
   Returns:
-    dict of Leaf by name, and the Meta.
+    dict of Leaf by name, and the manifest.Meta.
 
   Raises:
-    UserError: something is missing or damaged.
+    UserError: a file is missing or damaged.
   """
   try:
     meta = manifest.read(os.path.join(folder, META))
@@ -110,10 +112,10 @@ def open_folder(folder):
       'shape': list(tensor.shape),
       'dtype': str(tensor.dtype),
     }
-    wanted = {key: entry[key] for key in ('shape', 'dtype')}
-    if stored != wanted:
+    expected = {key: entry[key] for key in ('shape', 'dtype')}
+    if stored != expected:
       raise UserError(
-        f'{path} has {stored} for {name}, but {META} has {wanted}: convert '
+        f'{path} has {stored} for {name}, but {META} has {expected}: convert '
         'again'
       )
     leaves[name] = Leaf(
@@ -123,20 +125,21 @@ def open_folder(folder):
 
 
 def place(leaves, shardings, dtype=None, entries=None, where=''):
-  """Reads leaves onto the devices, each process what its devices hold.
+  """Reads leaves onto the devices. Each process reads its devices' shards.
 
   Args:
     leaves: dict of Leaf by name.
     shardings: dict of Sharding by name.
-    dtype: of the arrays; by default as stored.
-    entries: of a manifest, to compare fingerprints with; None: do not.
-    where: what is read, for messages.
+    dtype: dtype of the arrays; default: as stored.
+    entries: leaves of a manifest, whose fingerprints are compared with the
+      arrays; None skips the comparison.
+    where: path of the folder, for error messages.
 
   Returns:
     The tree of arrays.
 
   Raises:
-    UserError: bits have changed.
+    UserError: an array differs from its fingerprint.
   """
   arrays = {}
   for name, leaf in leaves.items():
@@ -145,8 +148,8 @@ def place(leaves, shardings, dtype=None, entries=None, where=''):
       shardings[name],
       lambda index, leaf=leaf: np.ascontiguousarray(leaf.read(index)),
     )
-    # Of what is stored, before it is cast.
-    if entries and int(_print(array, 0)) != entries[name]['fingerprint']:
+    # Before the cast, since the fingerprint is that of the stored bits.
+    if entries and int(_fingerprint(array, 0)) != entries[name]['fingerprint']:
       raise UserError(
         f'{where}: bits of {name} have changed since it was written; convert '
         'again'
@@ -157,22 +160,22 @@ def place(leaves, shardings, dtype=None, entries=None, where=''):
 
 
 class _Sum:
-  """Fingerprint of an array that comes in parts."""
+  """Fingerprint of an array whose parts are added one by one."""
 
   def __init__(self):
-    self.total, self._rows = 0, 0
+    self.value, self._rows = 0, 0
 
   def add(self, part):
-    self.total = (self.total + int(_print(part, self._rows))) % 2**32
+    self.value = (self.value + int(_fingerprint(part, self._rows))) % 2**32
     self._rows += len(part)
 
 
-_print = jax.jit(fingerprint)
+_fingerprint = jax.jit(fingerprint)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def cast(tree, dtype):
-  """The arrays of a tree in a dtype, given by its name, where they lie."""
+  """Casts the arrays of a tree to the named dtype; shardings stay."""
   return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), tree)
 
 

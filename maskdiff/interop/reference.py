@@ -1,9 +1,10 @@
-"""The published arithmetic in NumPy, on tensors under their published names.
+"""Logits of the published architectures in NumPy, to check conversions.
 
-Written from the papers and the published code's formulas alone and in float32,
-it shares nothing with model.py but the file that holds the weights: what the
-two agree on is not a mistake of the names, the shapes or the transpositions.
-It goes layer by layer and reads each tensor when it is needed.
+The forward pass is written in float32 from the papers and the formulas of the
+published code. It reads the tensors under their published names and shares no
+code with model/transformer.py. If both give the same logits, names, shapes and
+transpositions of the conversion are right. Each tensor is read when its layer
+is computed.
 """
 
 import numpy as np
@@ -15,15 +16,14 @@ _VOCAB_ROWS = 8192
 
 
 def logits(published, tokens):
-  """The logits of a folder's model.
+  """Returns the logits of a Hugging Face folder's model, [L, V] float32.
+
+  Logits stand where the published code has them: if the network predicts the
+  next token, the logits of a token stand at the position before it.
 
   Args:
     published: hf.Published.
     tokens: [L] int.
-
-  Returns:
-    [L, V] float32, where the published code puts them: after the token that
-    they are said of, if the network predicts the next one.
   """
   m, family = published.model, published.family
   names, tensors = family.names, published.tensors
@@ -39,7 +39,7 @@ def logits(published, tokens):
     bias = tensors.get(names.get(f'blocks/{name}_bias', '').format(n=n))
     return y if bias is None else y + bias.view().astype(np.float32)
 
-  cos, sin = _turns(m, length)
+  cos, sin = _rotary_angles(m, length)
   hidden = tensors[names['embed']].view()[tokens].astype(np.float32)
   for n in range(m['layers']):
     h = _norm(hidden, read('blocks/norm1', n), m['norm_eps'])
@@ -49,16 +49,16 @@ def logits(published, tokens):
     if m['qk_norm']:
       q = _norm(q, read('blocks/q_norm', n), m['norm_eps'])
       k = _norm(k, read('blocks/k_norm', n), m['norm_eps'])
-    q, k = (_turn(x, cos, sin) for x in (q, k))
+    q, k = (_rotate(x, cos, sin) for x in (q, k))
     out = np.empty((length, H, K), np.float32)
     for head in range(H):
-      shared = head // (H // G)
-      scores = q[:, head] @ k[:, shared].T / np.float32(np.sqrt(K))
+      kv_head = head // (H // G)
+      scores = q[:, head] @ k[:, kv_head].T / np.float32(np.sqrt(K))
       if causal:
         scores[np.triu_indices(length, 1)] = -np.inf
       weights = np.exp(scores - scores.max(axis=1, keepdims=True))
       weights /= weights.sum(axis=1, keepdims=True)
-      out[:, head] = weights @ v[:, shared]
+      out[:, head] = weights @ v[:, kv_head]
     hidden = hidden + linear(out.reshape(length, H * K), 'o', n)
     h = _norm(hidden, read('blocks/norm2', n), m['norm_eps'])
     gate = linear(h, 'gate', n)
@@ -66,10 +66,10 @@ def logits(published, tokens):
     hidden = hidden + linear(inner, 'down', n)
   hidden = _norm(hidden, read('norm'), m['norm_eps'])
   tied = m['tie_embeddings']
-  table: safetensors.Tensor = tensors[names['embed' if tied else 'head']]
+  head: safetensors.Tensor = tensors[names['embed' if tied else 'head']]
   return np.concatenate(
     [
-      hidden @ table.view()[i : i + _VOCAB_ROWS].astype(np.float32).T
+      hidden @ head.view()[i : i + _VOCAB_ROWS].astype(np.float32).T
       for i in range(0, m['vocab_size'], _VOCAB_ROWS)
     ],
     axis=1,
@@ -80,25 +80,25 @@ def _norm(x, gain, eps):
   return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
-def _turns(m, length):
-  """Cosines and sines, [L, 1, K/2] each."""
+def _rotary_angles(m, length):
+  """Returns cosines and sines of the rotary embedding, [L, 1, K/2] each."""
   K = m['head_dim']
   wavelength = 2 * np.pi * m['rope_theta'] ** (np.arange(0, K, 2) / K)
   if m['rope_scaling']:
-    factor, low, high, before = m['rope_scaling']
-    mix = (before / wavelength - low) / (high - low)
-    slowed = 1 / ((1 - mix) / factor + mix)
+    factor, low, high, context = m['rope_scaling']
+    mix = (context / wavelength - low) / (high - low)
+    stretch = 1 / ((1 - mix) / factor + mix)
     wavelength = np.select(
-      [wavelength > before / low, wavelength < before / high],
+      [wavelength > context / low, wavelength < context / high],
       [wavelength * factor, wavelength],
-      wavelength * slowed,
+      wavelength * stretch,
     )
   angle = 2 * np.pi * np.arange(length)[:, None, None] / wavelength
   return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def _turn(x, cos, sin):
-  """Turns the pairs (i, i + K/2) of [L, H, K]."""
+def _rotate(x, cos, sin):
+  """Rotates the pairs (i, i + K/2) of x, [L, H, K]."""
   first, second = np.split(x, 2, axis=-1)
   return np.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1

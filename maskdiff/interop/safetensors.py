@@ -1,17 +1,18 @@
-"""The safetensors format: tensors as views of their file, and a writer.
+"""Reads and writes safetensors files; tensors are memory-mapped views.
 
-A file is eight bytes with the length of a JSON header, the header, which gives
-dtype, shape and place of each tensor, and their bytes, little-endian in row
-order (github.com/huggingface/safetensors, README). A folder with more than one
-file has an index, from the name of a tensor to its file.
+A file begins with eight bytes, the length of a JSON header. The header gives
+dtype, shape and byte range of each tensor. The data follow, little-endian and
+in row-major order (github.com/huggingface/safetensors, README). A folder with
+more than one file has an index from tensor names to files.
 
-Own code beside the package of the same name, for what that does not do: a
-transposed slice of a tensor without reading the rest, a writer that is never
-given more than a part of one, and errors that say which tensor and which file.
+The package `safetensors` lacks three things that conversions use: reading a
+transposed slice of a tensor without the rest, writing a tensor part by part,
+and errors that name the tensor and the file.
 """
 
 import contextlib
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable
@@ -34,18 +35,18 @@ DTYPES = {
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100 << 20  # as in the original reader
+_MAX_HEADER = 100 << 20  # bytes, as in the package safetensors
 
 
 class Tensor(NamedTuple):
   """A tensor in a file.
 
   Attributes:
-    path: of the file.
-    name: in the file.
+    path: path of the file.
+    name: name of the tensor in the file.
     dtype: numpy dtype.
-    shape: tuple.
-    offset: of its first byte in the file.
+    shape: tuple of int.
+    offset: position of the first byte in the file.
   """
 
   path: str
@@ -55,16 +56,16 @@ class Tensor(NamedTuple):
   offset: int
 
   @property
-  def size(self):
-    """Bytes."""
-    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+  def num_bytes(self):
+    return _num_bytes(self)
 
   def view(self):
-    """The tensor as a read-only array that reads what is looked at.
+    """Returns the tensor as a read-only array that is mapped to the file.
 
-    Its memory is that of the file; it is unmapped with the last view of it.
+    Only the accessed parts are read. The file is unmapped together with the
+    last view of the array.
     """
-    if not self.size:
+    if not self.num_bytes:
       return np.zeros(self.shape, self.dtype)
     return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
 
@@ -76,11 +77,11 @@ class New(NamedTuple):
   """A tensor to be written.
 
   Attributes:
-    name: in the file.
+    name: name in the file.
     dtype: numpy dtype.
-    shape: tuple.
-    parts: function without arguments to an iterable of arrays of the dtype,
-      which joined along the first axis are the tensor.
+    shape: tuple of int.
+    parts: function without arguments that returns an iterable of arrays of this
+      dtype. Concatenated along the first axis, they are the tensor.
   """
 
   name: str
@@ -89,16 +90,19 @@ class New(NamedTuple):
   parts: Callable[[], Iterable[np.ndarray]]
 
   @property
-  def size(self):
-    """Bytes."""
-    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+  def num_bytes(self):
+    return _num_bytes(self)
+
+
+def _num_bytes(tensor):
+  return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def read_header(path):
-  """The tensors of a file, a dict by name.
+  """Returns the tensors of a file, a dict of Tensor by name.
 
   Raises:
-    UserError: it cannot be read, is cut off, or is not of the format.
+    UserError: the file cannot be read, is cut off, or is not in the format.
   """
   try:
     size = os.path.getsize(path)
@@ -110,8 +114,8 @@ def read_header(path):
     raise UserError(f'cannot read {path} ({error.strerror})') from error
   if len(start) < 8 or len(header) < length:
     raise UserError(
-      f'{path} is cut off or no safetensors file: it has {size} bytes, and '
-      f'its header alone should have {length}; download it again'
+      f'{path} is cut off or not a safetensors file: it has {size} bytes, '
+      f'but its header alone should have {length}; download it again'
     )
   try:
     entries = json.loads(header)
@@ -122,7 +126,7 @@ def read_header(path):
     }
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f'{path} is damaged or no safetensors file: its header cannot be read '
+      f'{path} is damaged or not a safetensors file: its header is not valid '
       f'({one_line(error, 100)})'
     ) from error
   tensors, data, end = {}, 8 + length, 0
@@ -132,14 +136,13 @@ def read_header(path):
     if dtype not in DTYPES:
       raise UserError(
         f'{name} in {path} has dtype {dtype}; supported are '
-        f'{", ".join(DTYPES)}: weights that are quantized must be converted '
-        'to one of them first'
+        f'{", ".join(DTYPES)}: convert quantized weights to one of them first'
       )
     tensors[name] = Tensor(path, name, DTYPES[dtype], shape, data + first)
-    if min(shape, default=0) < 0 or last - first != tensors[name].size:
+    if min(shape, default=0) < 0 or last - first != tensors[name].num_bytes:
       raise UserError(
         f'{name} in {path} has {last - first} bytes, but {dtype}{list(shape)} '
-        f'takes {tensors[name].size}: the file is damaged'
+        f'takes {tensors[name].num_bytes}: the file is damaged'
       )
     if first != end:
       raise UserError(
@@ -162,11 +165,13 @@ def read_header(path):
 
 
 def read_folder(folder):
-  """The tensors of a folder with one file, or with several and an index.
+  """Returns the tensors of a folder, a dict of Tensor by name.
+
+  The folder has one file, or several files and an index.
 
   Raises:
-    UserError: there is neither; index and files do not agree; or a file
-      cannot be used.
+    UserError: the folder has neither, index and files disagree, or a file is
+      damaged.
   """
   single, index = os.path.join(folder, SINGLE), os.path.join(folder, INDEX)
   if not os.path.exists(index):
@@ -176,100 +181,99 @@ def read_folder(folder):
     raise UserError(
       f'{folder} has no {SINGLE} and no {INDEX}'
       + (f', only {", ".join(others[:4])}' if others else '')
-      + ': only safetensors are read'
+      + ': only safetensors files can be read'
     )
   try:
     with open(index, encoding='utf-8') as f:
-      where = json.load(f)['weight_map']
-    files = sorted(set(where.values()))
+      file_of = json.load(f)['weight_map']
+    files = sorted(set(file_of.values()))
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     reason = one_line(error, 100)
     raise UserError(
       f'{index} cannot be read as an index ({reason}): it needs a "weight_map"'
     ) from error
-  inside = {}
+  tensors = {}
   for file in files:
     path = os.path.join(folder, file)
     if os.path.basename(file) != file or not os.path.exists(path):
       raise UserError(f'{index} names {file}, which is not in {folder}')
     for name, tensor in read_header(path).items():
-      if name not in where:
+      if name not in file_of:
         raise UserError(f'{tensor} is not in {index}')
-      if where[name] != file:
-        raise UserError(f'{tensor}, but {index} has it in {where[name]}')
-      inside[name] = tensor
-  for name in where:
-    if name not in inside:
-      raise UserError(
-        f'{index} has {name} in {where[name]}, and it is not there'
-      )
-  return inside
+      if file_of[name] != file:
+        raise UserError(f'{tensor}, but {index} places it in {file_of[name]}')
+      tensors[name] = tensor
+  for name, file in file_of.items():
+    if name not in tensors:
+      raise UserError(f'{index} places {name} in {file}, which lacks it')
+  return tensors
 
 
 def write(path, tensors):
-  """Writes a file, part by part.
+  """Writes a safetensors file, part by part.
 
   Args:
-    path: of the file.
-    tensors: list of New; their data has this order.
+    path: path of the file.
+    tensors: list of New, in the order of their data.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: the file cannot be written.
   """
   entries, end = {'__metadata__': {'format': 'pt'}}, 0
   for t in tensors:
     entries[t.name] = {
       'dtype': _NAMES[t.dtype],
       'shape': list(t.shape),
-      'data_offsets': [end, end + t.size],
+      'data_offsets': [end, end + t.num_bytes],
     }
-    end += t.size
+    end += t.num_bytes
   header = json.dumps(entries, separators=(',', ':')).encode()
   header += b' ' * (-len(header) % 8)
   with writing(path), open(path, 'wb') as f:
     f.write(struct.pack('<Q', len(header)) + header)
     for t in tensors:
-      begun = f.tell()
+      start = f.tell()
       for part in t.parts():
         if part.dtype != t.dtype:
-          raise TypeError(f'{t.name}: {part.dtype} where {t.dtype} is declared')
+          raise TypeError(f'{t.name}: part of {part.dtype}, not {t.dtype}')
         part = np.ascontiguousarray(part).reshape(-1)
-        f.write(part.view(np.uint8))  # bfloat16 has no buffer of its own
-      if f.tell() - begun != t.size:
-        raise ValueError(f'{t.name}: {f.tell() - begun} bytes, not {t.size}')
+        f.write(part.view(np.uint8))  # bfloat16 has no buffer protocol
+      if f.tell() - start != t.num_bytes:
+        written = f.tell() - start
+        raise ValueError(f'{t.name}: {written} bytes, not {t.num_bytes}')
     f.flush()
     os.fsync(f.fileno())
 
 
 def write_folder(folder, tensors, max_bytes):
-  """Writes a folder: one file, or several and their index.
+  """Writes tensors to one file, or to several files and an index.
 
   Args:
-    folder: that is there.
+    folder: an existing folder.
     tensors: list of New.
-    max_bytes: of the data of a file that holds more than one tensor.
+    max_bytes: largest data of a file; a larger tensor gets a file of its own.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: a file cannot be written.
   """
-  files, room = [[]], max_bytes
+  files, free_bytes = [[]], max_bytes
   for t in tensors:
-    if files[-1] and t.size > room:
+    if files[-1] and t.num_bytes > free_bytes:
       files.append([])
-      room = max_bytes
+      free_bytes = max_bytes
     files[-1].append(t)
-    room -= t.size
+    free_bytes -= t.num_bytes
   if len(files) == 1:
     write(os.path.join(folder, SINGLE), tensors)
     return
-  where = {}
-  for i, inside in enumerate(files):
+  file_of = {}
+  for i, members in enumerate(files):
     name = f'model-{i + 1:05}-of-{len(files):05}.safetensors'
-    write(os.path.join(folder, name), inside)
-    where |= {t.name: name for t in inside}
+    write(os.path.join(folder, name), members)
+    file_of |= {t.name: name for t in members}
   index = {
-    'metadata': {'total_size': sum(t.size for t in tensors)},
-    'weight_map': dict(sorted(where.items())),
+    'metadata': {'total_size': sum(t.num_bytes for t in tensors)},
+    'weight_map': dict(sorted(file_of.items())),
   }
   path = os.path.join(folder, INDEX)
   with writing(path), open(path, 'w', encoding='utf-8') as f:
@@ -278,7 +282,7 @@ def write_folder(folder, tensors, max_bytes):
 
 @contextlib.contextmanager
 def writing(path):
-  """Turns errors of the disk into a UserError that names the file."""
+  """Turns an OSError into a UserError that names the file."""
   try:
     yield
   except OSError as error:

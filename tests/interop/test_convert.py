@@ -1,4 +1,4 @@
-"""Conversions: golden logits, byte-identical round trips, exports of runs."""
+"""Conversions: golden logits, byte-identical round trips, exported runs."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ GOLDEN = golden_models.GOLDEN
 
 
 def tensors_of(folder):
-  """Every tensor by name, read by the package safetensors."""
+  """Returns the tensors of a folder by name, read by package safetensors."""
   found = {}
   for path in sorted(pathlib.Path(folder).glob('*.safetensors')):
     found |= safetensors.numpy.load_file(path)
@@ -54,8 +54,8 @@ def logits(config, params, tokens):
 
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b', 'model_b_sharded'])
-def test_golden_logits_directly_and_converted_and_a_round_trip(name, tmp_path):
-  """On 8 devices; the recorded logits are those of the published code."""
+def test_golden_logits_before_and_after_conversion(name, tmp_path):
+  """On 8 devices. The recorded logits come from the published code."""
   folder, workdir = GOLDEN / name, tmp_path / 'run'
   convert.from_hf(folder, workdir)
   with np.load(GOLDEN / 'forward.npz') as arrays:
@@ -85,7 +85,7 @@ def test_golden_logits_directly_and_converted_and_a_round_trip(name, tmp_path):
 
 
 @pytest.mark.parametrize('case', published_folders.MODELS)
-def test_a_family_computes_what_its_formulas_say_and_comes_back(case, tmp_path):
+def test_family_logits_match_reference_and_round_trip_is_exact(case, tmp_path):
   folder = published_folders.make(tmp_path / 'in', case)
   convert.from_hf(folder, tmp_path / 'run')
   *_, last = convert.check(folder, tmp_path / 'run')
@@ -98,7 +98,7 @@ def test_a_family_computes_what_its_formulas_say_and_comes_back(case, tmp_path):
     assert name.endswith('.safetensors') or after[name] == content, name
 
 
-def test_bfloat16_stays_or_becomes_float32_without_loss(tmp_path):
+def test_bfloat16_round_trip_through_float32_is_exact(tmp_path):
   folder = published_folders.make(tmp_path / 'in', 'qwen2', 'bfloat16')
   convert.from_hf(folder, tmp_path / 'run', dtype='float32')
   convert.check(folder, tmp_path / 'run')
@@ -109,8 +109,8 @@ def test_bfloat16_stays_or_becomes_float32_without_loss(tmp_path):
   assert wide['torch_dtype'] == 'float32'
 
 
-def test_tensors_that_are_exchanged_fail_the_check(tmp_path):
-  """All shapes are right: only what is computed tells."""
+def test_swapped_tensors_fail_the_check(tmp_path):
+  """Their shapes are equal, so that only the logits reveal the swap."""
   folder = published_folders.make(tmp_path / 'in')
   convert.from_hf(folder, tmp_path / 'run')
   path = folder / 'model.safetensors'
@@ -129,7 +129,7 @@ def test_tensors_that_are_exchanged_fail_the_check(tmp_path):
 
 
 def save_run(tokenizer, path, **changes):
-  """A run that was saved at step 3, with random parameters."""
+  """Saves a run with random parameters at step 3; returns the parameters."""
   config = config_lib.default()
   config.update_from_flattened_dict(
     {
@@ -166,7 +166,7 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize('name', EXPORTS)
-def test_a_run_is_exported_with_the_same_logits(tokenizer, tmp_path, name):
+def test_exported_run_has_the_same_logits(tokenizer, tmp_path, name):
   workdir, out = tmp_path / 'run', tmp_path / 'out'
   save_run(tokenizer, workdir, **EXPORTS[name])
   lines = convert.to_hf(workdir, out)
@@ -180,7 +180,7 @@ def test_a_run_is_exported_with_the_same_logits(tokenizer, tmp_path, name):
   assert tokenizer_lib.load(out) == tokenizer
 
 
-def test_a_damaged_array_is_not_exported(tokenizer, tmp_path):
+def test_damaged_array_is_not_exported(tokenizer, tmp_path):
   workdir = tmp_path / 'run'
   save_run(tokenizer, workdir)
   path = workdir / 'checkpoints' / '3' / 'meta' / 'metadata'
@@ -202,7 +202,7 @@ def test_a_damaged_array_is_not_exported(tokenizer, tmp_path):
 
 
 NO_FAMILY = {
-  'a mask and normed queries': (
+  'masked diffusion with qk_norm': (
     {'model.qk_norm': True},
     None,
     'no published architecture fits: llada has no config.model.qk_norm=True; ',
@@ -210,12 +210,12 @@ NO_FAMILY = {
   'llada with wide heads': (
     {'model.head_dim': 16},
     'llada',
-    '--family llada has no place for config.model.head_dim=16, which is not',
+    '--family llada does not support config.model.head_dim=16, which is not',
   ),
   'qwen2 without biases': (
     {},
     'qwen2',
-    '--family qwen2 has no place for config.model.qkv_bias=False',
+    '--family qwen2 does not support config.model.qkv_bias=False',
   ),
 }
 
@@ -223,32 +223,34 @@ NO_FAMILY = {
 @pytest.mark.parametrize(
   'changes, family, message', NO_FAMILY.values(), ids=NO_FAMILY
 )
-def test_a_model_that_no_published_code_computes(changes, family, message):
+def test_model_without_a_published_architecture_is_refused(
+  changes, family, message
+):
   config = config_lib.default()
   config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=message):
     convert.choose_family(config, None, family)
 
 
-def test_another_objective_is_written_on_demand_and_said(tokenizer, tmp_path):
+def test_export_with_another_objective_prints_a_note(tokenizer, tmp_path):
   save_run(tokenizer, tmp_path / 'run', **{'model.predict_next': False})
   lines = convert.to_hf(tmp_path / 'run', tmp_path / 'out', family='llama')
   assert 'LlamaForCausalLM is autoregressive' in lines[1]
-  convert.check(tmp_path / 'out', tmp_path / 'run')  # attends as Llama does
+  convert.check(tmp_path / 'out', tmp_path / 'run')  # with causal attention
 
 
-# Nothing half-written
+# Incomplete results
 
 
-def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
+def test_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
   folder = published_folders.make(tmp_path / 'in')
-  real, calls = ours.write, []
+  write, calls = ours.write, []
 
   def full(path, tensors):
     calls.append(path)
     if len(calls) == 4:
       raise UserError(f'cannot write {path} (No space left on device)')
-    real(path, tensors)
+    write(path, tensors)
 
   convert.from_hf(folder, tmp_path / 'run')
   monkeypatch.setattr(ours, 'write', full)
@@ -261,11 +263,11 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
   assert sorted(os.listdir(tmp_path)) == ['in', 'run']
 
 
-def test_what_is_there_stays(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
   folder = published_folders.make(tmp_path / 'in')
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full' / 'thesis.tex').write_text('x')
-  with pytest.raises(UserError, match='full is there already'):
+  with pytest.raises(UserError, match='full exists already'):
     convert.from_hf(folder, tmp_path / 'full')
   assert os.listdir(tmp_path / 'full') == ['thesis.tex']
   (tmp_path / 'empty').mkdir()

@@ -1,4 +1,4 @@
-"""Tables of published families: configs in and out, shapes, refusals."""
+"""Families: config.json in and out, shapes, unsupported values."""
 
 import json
 
@@ -19,7 +19,7 @@ def config_of(case, **changes):
 
 
 @pytest.mark.parametrize('case', published_folders.MODELS)
-def test_a_written_config_says_the_model_again(case):
+def test_config_round_trip(case):
   family, model = published_folders.model_of(case)
   config = json.loads(json.dumps(config_of(case)))
   assert families.detect(config, 'config.json') == family
@@ -28,8 +28,8 @@ def test_a_written_config_says_the_model_again(case):
 
 
 @pytest.mark.parametrize('case', published_folders.MODELS)
-def test_a_config_that_says_the_same_is_kept_as_it_was(case):
-  """Whatever else stands there, and however it is put."""
+def test_unchanged_config_is_kept(case):
+  """Unknown keys stay, and so does the spelling of rope_scaling and dtype."""
   family, model = published_folders.model_of(case)
   original = config_of(case, torch_dtype=None, dtype='bfloat16', extra=[1])
   if family.scales_rope:
@@ -49,7 +49,7 @@ def test_a_config_that_says_the_same_is_kept_as_it_was(case):
   assert found == {**model, 'vocab_size': 300, 'length': 64, 'dtype': 'float32'}
 
 
-def test_what_early_configs_leave_out():
+def test_early_configs_get_defaults():
   config = config_of('llama')
   for key in ('num_key_value_heads', 'rope_theta', 'head_dim', 'torch_dtype'):
     del config[key]
@@ -59,33 +59,33 @@ def test_what_early_configs_leave_out():
 
 
 UNSUPPORTED = {
-  'biases in llada': ('llada', {'include_bias': True}, 'include_bias=True'),
-  'a window': (
+  'llada with biases': ('llada', {'include_bias': True}, 'include_bias=True'),
+  'sliding window': (
     'qwen2',
     {'use_sliding_window': True},
     'use_sliding_window=True is not supported, only False',
   ),
-  'another activation': ('llama', {'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+  'activation': ('llama', {'hidden_act': 'gelu'}, "hidden_act='gelu'"),
   'yarn': (
     'qwen3',
     {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
     "rope_scaling of type 'yarn'",
   ),
-  'half of llama 3': (
+  'incomplete llama3': (
     'llama',
     {'rope_scaling': {'rope_type': 'llama3', 'factor': 4.0}},
     "rope_scaling lacks 'low_freq_factor'",
   ),
-  'no size': ('llama', {'hidden_size': None}, "has no 'hidden_size'"),
-  'words': ('llama', {'hidden_size': 'many'}, "hidden_size='many'"),
-  'eight bits': ('llama', {'torch_dtype': 'int8'}, "torch_dtype='int8'"),
+  'missing size': ('llama', {'hidden_size': None}, "has no 'hidden_size'"),
+  'type': ('llama', {'hidden_size': 'many'}, "hidden_size='many'"),
+  'dtype': ('llama', {'torch_dtype': 'int8'}, "torch_dtype='int8'"),
 }
 
 
 @pytest.mark.parametrize(
   'case, changes, message', UNSUPPORTED.values(), ids=UNSUPPORTED
 )
-def test_what_is_not_computed_here_is_refused_by_key(case, changes, message):
+def test_unsupported_key_is_named(case, changes, message):
   config = config_of(case, **changes)
   family = families.detect(config, 'X/config.json')
   with pytest.raises(UserError, match=message) as raised:
@@ -101,8 +101,8 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize('name', UNKNOWN)
-def test_an_unknown_architecture_is_refused_by_name(name):
-  message = f'X/config.json: unknown architecture {name}; known are LLaDA'
+def test_unknown_architecture_is_named(name):
+  message = f'X/config.json: unknown architecture {name}; supported are LLaDA'
   with pytest.raises(UserError, match=message):
     families.detect(UNKNOWN[name], 'X/config.json')
 
@@ -118,7 +118,7 @@ def test_an_unknown_architecture_is_refused_by_name(name):
     ('norm', (6,)),
   ],
 )
-def test_from_published_is_a_view_and_undoes_to_published(path, shape):
+def test_from_published_is_a_view_and_inverts_to_published(path, shape):
   array = np.random.default_rng(0).normal(size=shape)
   published = np.ascontiguousarray(families.to_published(path, array))
   assert published.shape == families.published_shape(path, shape)

@@ -1,4 +1,4 @@
-"""Published folders: opened against their config.json and their tokenizer."""
+"""Hugging Face folders: tensors, config.json and tokenizer are checked."""
 
 import json
 import pathlib
@@ -32,7 +32,7 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize('case', published_folders.MODELS)
-def test_leaves_are_those_that_were_written_also_by_slices(case, tmp_path):
+def test_leaves_equal_written_arrays_whole_and_sliced(case, tmp_path):
   folder = published_folders.make(tmp_path / 'in', case, max_bytes=4000)
   assert (folder / safetensors.INDEX).exists()
   found = hf.open_folder(folder)
@@ -57,23 +57,26 @@ def put(name, *shape, dtype=np.float32):
 
 
 WRONG_TENSORS = {
-  'missing': (drop(Q1), f'{Q1} is missing: it is not in .*model.safetensors'),
+  'missing': (
+    drop(Q1),
+    f'{Q1} is missing: .* it is not in .*model.safetensors',
+  ),
   'missing head': (
     drop('model.transformer.ff_out.weight'),
     'model.transformer.ff_out.weight is missing',
   ),
   'extra': (
     put('model.transformer.blocks.0.q_proj.bias', 16),
-    r'blocks.0.q_proj.bias in .*model.safetensors has no place in a LLaDAModel',
+    r'blocks.0.q_proj.bias in .*model.safetensors is not a parameter of a LL',
   ),
   'extra layer': (
     put('model.transformer.blocks.2.attn_norm.weight', 16),
-    'blocks.2.attn_norm.weight in .* has no place .* of 2 layers',
+    'blocks.2.attn_norm.weight in .* is not a parameter .* of 2 layers',
   ),
   'shape': (
     put(Q1, 16, 15),
     rf'{Q1} in .*model.safetensors has shape \[16, 15\], but .*config.json '
-    r'makes it \[16, 16\]',
+    r'implies \[16, 16\]',
   ),
   'dtype': (
     put(Q1, 16, 16, dtype=np.float16),
@@ -85,15 +88,17 @@ WRONG_TENSORS = {
 @pytest.mark.parametrize(
   'change, message', WRONG_TENSORS.values(), ids=WRONG_TENSORS
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(folder, change, message):
+def test_wrong_tensor_is_named(folder, change, message):
   change_tensors(folder, change)
   with pytest.raises(UserError, match=message):
     hf.open_folder(folder)
 
 
-def test_a_config_of_no_model_is_refused(folder):
+def test_invalid_model_config_is_refused(folder):
   change_config(folder, n_heads=3)
-  with pytest.raises(UserError, match='config.json: 3 heads are no multiple'):
+  with pytest.raises(
+    UserError, match='config.json: 3 heads are not a multiple'
+  ):
     hf.open_folder(folder)
   change_config(folder, n_heads=0)
   with pytest.raises(
@@ -105,8 +110,8 @@ def test_a_config_of_no_model_is_refused(folder):
     hf.open_folder(folder)
 
 
-def test_a_head_that_repeats_a_tied_embedding_is_left_out(tmp_path):
-  """Qwen3 0.6B is published like that."""
+def test_head_equal_to_tied_embedding_is_left_out(tmp_path):
+  """The published Qwen3 0.6B has such a head."""
   folder = published_folders.make(tmp_path / 'in', 'qwen2')
   same = lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight']})
   change_tensors(folder, same)
@@ -119,7 +124,7 @@ def test_a_head_that_repeats_a_tied_embedding_is_left_out(tmp_path):
     hf.open_folder(folder)
 
 
-def test_tensors_that_are_not_learnt_are_passed_over(tmp_path):
+def test_constant_tensors_are_ignored(tmp_path):
   folder = published_folders.make(tmp_path / 'in', 'llama')
   name = 'model.layers.1.self_attn.rotary_emb.inv_freq'
   change_tensors(folder, put(name, 3))
@@ -129,7 +134,7 @@ def test_tensors_that_are_not_learnt_are_passed_over(tmp_path):
 # Tokenizers
 
 
-def test_ids_are_those_of_the_config_and_the_tokenizer(folder):
+def test_token_ids_match_config_and_tokenizer(folder):
   tokenizer = hf.open_tokenizer(hf.open_folder(folder))
   ids = tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id
   assert ids == (258, 256, 257)
@@ -139,20 +144,22 @@ def test_ids_are_those_of_the_config_and_the_tokenizer(folder):
   assert config.data.length == 64
 
 
-def test_a_network_without_a_mask_gets_an_id_that_no_text_uses(tmp_path):
+def test_missing_mask_id_becomes_an_unused_id(tmp_path):
   folder = published_folders.make(tmp_path / 'in', 'qwen2')
   path = folder / 'tokenizer.json'
   path.write_text(path.read_text().replace('<|mdm_mask|>', '<|fim|>'))
   open_ = lambda **kwargs: hf.open_tokenizer(hf.open_folder(folder), **kwargs)
-  assert open_().mask_id == 259  # the first row that the tokenizer leaves
+  assert open_().mask_id == 259  # the first row after the tokenizer's ids
   assert open_(mask_id=270).mask_id == 270
-  with pytest.raises(UserError, match='mask_id=272 is not in .*embed_tokens'):
+  with pytest.raises(
+    UserError, match='mask_id=272 is not a row of .*embed_tokens'
+  ):
     open_(mask_id=272)
   with pytest.raises(UserError, match='mask_id=65 is the text'):
     open_(mask_id=65)
 
 
-def test_the_eos_of_a_list_is_that_of_the_tokenizer(folder):
+def test_eos_from_a_list_is_the_tokenizers(folder):
   change_config(folder, eos_token_id=[256, 257])
   assert hf.open_tokenizer(hf.open_folder(folder)).eos_id == 257
 
@@ -167,11 +174,11 @@ WRONG_TOKENIZERS = {
   ),
   'shifted': (
     lambda folder: published_folders.save_tokenizer(folder, ['ab', 'cd']),
-    'config.json: bos_token_id=256 is no special token of .*tokenizer.json',
+    'config.json: bos_token_id=256 is not a special token of .*tokenizer.json',
   ),
   'too small': (
     lambda folder: change_config(folder, eos_token_id=265),
-    'config.json: eos_token_id=265 is no special token of .* 259 ids',
+    'config.json: eos_token_id=265 is not a special token of .* 259 ids',
   ),
   'mask is text': (
     lambda folder: change_config(folder, mask_token_id=66),
@@ -183,13 +190,13 @@ WRONG_TOKENIZERS = {
 @pytest.mark.parametrize(
   'change, message', WRONG_TOKENIZERS.values(), ids=WRONG_TOKENIZERS
 )
-def test_another_tokenizer_is_refused_by_name(folder, change, message):
+def test_tokenizer_of_another_model_is_named(folder, change, message):
   change(folder)
   with pytest.raises(UserError, match=message):
     hf.open_tokenizer(hf.open_folder(folder))
 
 
-def test_a_folder_without_a_tokenizer(tmp_path):
+def test_folder_without_a_tokenizer_opens(tmp_path):
   folder = published_folders.make(tmp_path / 'in', tokenizer=False)
   published = hf.open_folder(folder)
   assert hf.open_tokenizer(published) is None
@@ -197,13 +204,14 @@ def test_a_folder_without_a_tokenizer(tmp_path):
   assert dict(config.tokens) == published_folders.TOKENS
 
 
-def test_all_small_files_but_weights_are_carried(folder, tmp_path, monkeypatch):
+def test_small_files_except_weights_are_copied(folder, tmp_path, monkeypatch):
   (folder / 'pytorch_model.bin').write_bytes(b'weights')
   (folder / 'modeling_llada.py').write_text('code')
   (folder / 'large').write_bytes(bytes(10**5))
   (folder / '.hidden').write_text('x')
-  monkeypatch.setattr(hf, 'MAX_CARRIED_BYTES', 10**5 - 1)
-  hf.copy_published_files(folder, tmp_path / 'out', leave_out=['generation_config.json'])
+  monkeypatch.setattr(hf, 'MAX_COPIED_BYTES', 10**5 - 1)
+  leave_out = ['generation_config.json']
+  hf.copy_published_files(folder, tmp_path / 'out', leave_out)
   names = {path.name for path in pathlib.Path(tmp_path, 'out').iterdir()}
   assert names == {
     'config.json',

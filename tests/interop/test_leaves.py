@@ -1,4 +1,4 @@
-"""Parameters read by slices: who reads what, bits, dtypes."""
+"""Parameters on disk: slices that each device reads, fingerprints, dtypes."""
 
 import json
 
@@ -19,7 +19,7 @@ META = Meta(config={})
 
 
 def counting(array):
-  """A Leaf of an array, and the list of the indices that are read."""
+  """Returns a Leaf of an array, and the list of the indices read from it."""
   seen = []
 
   def read(index):
@@ -39,9 +39,7 @@ def small_parts(monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
-def test_what_was_written_is_read_in_parts_of_bounded_size(
-  tmp_path, small_parts, dtype
-):
+def test_round_trip_reads_parts_of_bounded_size(tmp_path, small_parts, dtype):
   arrays = {'blocks/q': draw((7, 3, 4), dtype), 'norm': draw((5,), dtype)}
   counted = {name: counting(array) for name, array in arrays.items()}
   leaves = {name: leaf for name, (leaf, _) in counted.items()}
@@ -55,7 +53,7 @@ def test_what_was_written_is_read_in_parts_of_bounded_size(
     assert meta.leaves[name]['fingerprint'] == int(fingerprint(array))
 
 
-def test_a_device_is_given_its_slice_and_nothing_else_is_read():
+def test_place_reads_each_devices_slice_only():
   mesh = mesh_lib.make_mesh(replica=2, fsdp=2, tensor=2)
   array = draw((3, 8, 6))
   leaf, seen = counting(array)
@@ -69,7 +67,7 @@ def test_a_device_is_given_its_slice_and_nothing_else_is_read():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_dtype_is_what_was_asked_for(tmp_path, dtype):
+def test_place_casts_to_dtype(tmp_path, dtype):
   array = draw((4, 8), ml_dtypes.bfloat16)
   leaves_lib.write(str(tmp_path), {'w': counting(array)[0]}, META)
   leaves, meta = leaves_lib.open_folder(str(tmp_path))
@@ -79,7 +77,7 @@ def test_the_dtype_is_what_was_asked_for(tmp_path, dtype):
   np.testing.assert_array_equal(placed, array.astype(dtype))
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+def test_flipped_bit_is_refused(tmp_path):
   leaves_lib.write(str(tmp_path), {'w': counting(draw((4, 8)))[0]}, META)
   path = tmp_path / 'w.safetensors'
   content = bytearray(path.read_bytes())
@@ -91,7 +89,7 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     leaves_lib.place(leaves, where, None, meta.leaves, 'HERE')
 
 
-def test_a_folder_that_does_not_agree_with_its_manifest(tmp_path):
+def test_folder_that_disagrees_with_its_manifest_is_refused(tmp_path):
   leaves_lib.write(str(tmp_path), {'w': counting(draw((4, 8)))[0]}, META)
   (tmp_path / 'other').mkdir()
   leaves_lib.write(
@@ -107,9 +105,9 @@ def test_a_folder_that_does_not_agree_with_its_manifest(tmp_path):
     leaves_lib.open_folder(str(tmp_path))
 
 
-def test_fingerprints_of_parts_add_up():
+def test_fingerprint_is_the_sum_over_parts():
   array = draw((11, 3))
-  print_ = jax.jit(fingerprint)
+  compiled = jax.jit(fingerprint)
   parts = [(0, 4), (4, 9), (9, 11)]
-  total = sum(int(print_(array[a:b], a)) for a, b in parts)
-  assert total % 2**32 == int(print_(array))
+  total = sum(int(compiled(array[a:b], a)) for a, b in parts)
+  assert total % 2**32 == int(compiled(array))

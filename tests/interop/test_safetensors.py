@@ -1,4 +1,4 @@
-"""The safetensors format: against the package of that name, and damage."""
+"""Safetensors files: compared with the safetensors package; damaged files."""
 
 import json
 import struct
@@ -24,27 +24,27 @@ def arrays():
   }
 
 
-def news(tensors):
+def new_tensors(tensors):
   return [
     ours.New(name, x.dtype, x.shape, lambda x=x: [x])
     for name, x in tensors.items()
   ]
 
 
-def test_what_the_package_writes_is_read_and_the_reverse(tmp_path):
+def test_package_and_our_files_are_interchangeable(tmp_path):
   path, back = str(tmp_path / 'a.safetensors'), str(tmp_path / 'b.safetensors')
   safetensors.numpy.save_file(arrays(), path)
-  ours.write(back, news(arrays()))
-  theirs = safetensors.numpy.load_file(back)
+  ours.write(back, new_tensors(arrays()))
+  loaded = safetensors.numpy.load_file(back)
   for name, array in arrays().items():
     tensor = ours.read_header(path)[name]
     assert (tensor.dtype, tensor.shape) == (array.dtype, array.shape)
     assert tensor.view().tobytes() == array.tobytes()
-    assert theirs[name].dtype == array.dtype
-    assert theirs[name].tobytes() == array.tobytes()
+    assert loaded[name].dtype == array.dtype
+    assert loaded[name].tobytes() == array.tobytes()
 
 
-def test_a_tensor_in_parts_is_the_tensor(tmp_path):
+def test_tensor_written_in_parts_is_complete(tmp_path):
   matrix = arrays()['matrix']
   parts = lambda: (matrix[i : i + 3] for i in (0, 3, 6))
   path = str(tmp_path / 'a.safetensors')
@@ -53,17 +53,17 @@ def test_a_tensor_in_parts_is_the_tensor(tmp_path):
 
 
 @pytest.mark.parametrize('parts', [1, 3])
-def test_parts_that_are_not_the_tensor_are_noticed(tmp_path, parts):
+def test_missing_or_extra_part_is_refused(tmp_path, parts):
   row = np.zeros((1, 4), np.float32)
   new = ours.New('m', row.dtype, (2, 4), lambda: [row] * parts)
   with pytest.raises(ValueError, match='m: '):
     ours.write(str(tmp_path / 'a.safetensors'), [new])
 
 
-def test_files_are_no_larger_than_asked_but_for_a_single_tensor(tmp_path):
+def test_files_respect_max_bytes_except_single_tensors(tmp_path):
   tensors = {f't{i}': np.full((4,), i, np.float32) for i in range(5)}
   tensors['large'] = np.zeros((100,), np.float32)
-  ours.write_folder(str(tmp_path), news(tensors), max_bytes=40)
+  ours.write_folder(str(tmp_path), new_tensors(tensors), max_bytes=40)
   index = json.loads((tmp_path / ours.INDEX).read_text())
   assert index['metadata'] == {'total_size': 480}
   assert len(set(index['weight_map'].values())) == 4
@@ -73,27 +73,27 @@ def test_files_are_no_larger_than_asked_but_for_a_single_tensor(tmp_path):
     np.testing.assert_array_equal(tensor.view(), tensors[name])
 
 
-def header_with(**entry):
-  """A file whose only tensor has the entry, over 8 bytes of data."""
+def file_with(**entry):
+  """Returns a file with one tensor w, its header entry and 8 bytes of data."""
   whole = {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8], **entry}
   header = json.dumps({'w': whole}).encode()
   return struct.pack('<Q', len(header)) + header + bytes(8)
 
 
 DAMAGE = {
-  'nothing': (b'', 'cut off or no safetensors file'),
+  'empty': (b'', 'cut off or not a safetensors file'),
   'no header': (struct.pack('<Q', 500) + b'{}', 'its header alone'),
-  'not JSON': (struct.pack('<Q', 4) + b'abcd', 'header cannot be read'),
-  'cut off': (header_with()[:-3], 'cut off within w'),
-  'too long': (header_with() + b'1', 'bytes, its header says'),
-  'dtype': (header_with(dtype='F8_E4M3'), 'w in .* has dtype F8_E4M3'),
-  'size': (header_with(shape=[3]), r'w in .* has 8 bytes, but F32\[3\]'),
-  'a hole': (header_with(data_offsets=[4, 12]), 'begins at byte 4'),
+  'not JSON': (struct.pack('<Q', 4) + b'abcd', 'header is not valid'),
+  'cut off': (file_with()[:-3], 'cut off within w'),
+  'too long': (file_with() + b'1', 'bytes, its header says'),
+  'dtype': (file_with(dtype='F8_E4M3'), 'w in .* has dtype F8_E4M3'),
+  'size': (file_with(shape=[3]), r'w in .* has 8 bytes, but F32\[3\]'),
+  'a hole': (file_with(data_offsets=[4, 12]), 'begins at byte 4'),
 }
 
 
 @pytest.mark.parametrize('content, message', DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_file_is_refused_by_name(tmp_path, content, message):
+def test_damaged_file_is_named(tmp_path, content, message):
   path = tmp_path / 'model.safetensors'
   path.write_bytes(content)
   with pytest.raises(UserError, match=message) as raised:
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, content, message):
 @pytest.fixture
 def sharded(tmp_path):
   tensors = {f't{i}': np.full((4,), i, np.float32) for i in range(3)}
-  ours.write_folder(str(tmp_path), news(tensors), max_bytes=32)
+  ours.write_folder(str(tmp_path), new_tensors(tensors), max_bytes=32)
   return tmp_path
 
 
@@ -116,21 +116,21 @@ def change_index(folder, change):
 
 SECOND = 'model-00002-of-00002.safetensors'
 WRONG_INDEX = {
-  'a tensor elsewhere': (
-    lambda w: w.update(t0=SECOND),
-    't0 in .*00001-of-00002.* has it in model-00002',
+  'tensor in another file': (
+    lambda index: index.update(t0=SECOND),
+    't0 in .*00001-of-00002.* places it in model-00002',
   ),
-  'a tensor too many': (
-    lambda w: w.update(t9=SECOND),
-    f'has t9 in {SECOND}, and it is not there',
+  'extra tensor': (
+    lambda index: index.update(t9=SECOND),
+    f'places t9 in {SECOND}, which lacks it',
   ),
-  'a tensor too few': (lambda w: w.pop('t1'), 't1 in .* is not in'),
-  'a file too many': (
-    lambda w: w.update(t9='model-00003.safetensors'),
+  'missing tensor': (lambda index: index.pop('t1'), 't1 in .* is not in'),
+  'extra file': (
+    lambda index: index.update(t9='model-00003.safetensors'),
     'names model-00003.safetensors, which is not in',
   ),
   'a path': (
-    lambda w: w.update(t2='../x.safetensors'),
+    lambda index: index.update(t2='../x.safetensors'),
     'names ../x.safetensors, which is not in',
   ),
 }
@@ -139,13 +139,13 @@ WRONG_INDEX = {
 @pytest.mark.parametrize(
   'change, message', WRONG_INDEX.values(), ids=WRONG_INDEX
 )
-def test_a_wrong_index_is_refused_by_tensor_and_file(sharded, change, message):
+def test_wrong_index_error_names_tensor_and_file(sharded, change, message):
   change_index(sharded, change)
   with pytest.raises(UserError, match=message):
     ours.read_folder(str(sharded))
 
 
-def test_an_index_that_is_none_and_a_folder_without_weights(sharded, tmp_path):
+def test_invalid_index_and_missing_weights_are_refused(sharded, tmp_path):
   (sharded / ours.INDEX).write_text('{"weights": 1}')
   with pytest.raises(UserError, match='index.json cannot be read as an index'):
     ours.read_folder(str(sharded))

@@ -1,6 +1,6 @@
-"""Against transformers itself: logits of models it builds, and the way back.
+"""Logits of models that transformers builds, before and after conversion.
 
-Needs torch and transformers, requirements-interop-test.txt; skipped without.
+Needs torch and transformers (requirements-interop-test.txt), else skipped.
 """
 
 import numpy as np
@@ -44,7 +44,7 @@ IDS = np.array([[5, 7, 11, 250, 80, 2, 9, 256], list(range(40, 48))])
 
 @pytest.fixture(scope='module', params=MODELS)
 def saved(request, tmp_path_factory):
-  """A model of transformers with random weights, and its folder."""
+  """A transformers model with random weights, and its folder."""
   torch.manual_seed(0)
   config = MODELS[request.param](transformers)
   model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -65,22 +65,22 @@ def logits_of(model):
     return model(torch.tensor(IDS)).logits.numpy()
 
 
-def test_logits_are_those_of_transformers(saved):
+def test_logits_match_transformers(saved):
   model, folder = saved
-  wanted = logits_of(model)
-  assert np.abs(wanted).max() > 2
+  expected = logits_of(model)
+  assert np.abs(expected).max() > 2
   config, params = load.load_params(str(folder), mesh_lib.make_mesh())
   assert config.objective.name == 'autoregressive'
   assert config.model.dtype == 'float32'
-  for row, of_row in zip(IDS, wanted, strict=True):
+  for row, of_row in zip(IDS, expected, strict=True):
     args = (config, params, mesh_lib.make_mesh(), row, True)
-    ours = convert.logits(*args)
-    np.testing.assert_allclose(ours, of_row, rtol=0, atol=2e-4)
-    theirs = reference.logits(hf.open_folder(folder), row)
-    np.testing.assert_allclose(theirs, of_row, rtol=0, atol=2e-4)
+    found = convert.logits(*args)
+    np.testing.assert_allclose(found, of_row, rtol=0, atol=2e-4)
+    found = reference.logits(hf.open_folder(folder), row)
+    np.testing.assert_allclose(found, of_row, rtol=0, atol=2e-4)
 
 
-def test_what_comes_back_has_identical_logits_in_transformers(saved, tmp_path):
+def test_round_trip_keeps_logits_in_transformers(saved, tmp_path):
   model, folder = saved
   convert.from_hf(str(folder), tmp_path / 'run')
   convert.to_hf(tmp_path / 'run', tmp_path / 'out', max_bytes=50_000)
@@ -92,8 +92,8 @@ def test_what_comes_back_has_identical_logits_in_transformers(saved, tmp_path):
   assert tokenizer.eos_token_id == 257
 
 
-def test_a_config_that_is_written_anew_is_read_by_transformers(saved, tmp_path):
-  """As after training, where no published config is at hand."""
+def test_transformers_reads_a_new_config(saved, tmp_path):
+  """A run that was trained from scratch has no original config.json."""
   model, folder = saved
   published = hf.open_folder(folder)
   config = hf.run_config(published, None)

@@ -1,4 +1,4 @@
-"""Trainings that begin with published weights, and scripts on a folder."""
+"""Warm starts from published weights; scripts on Hugging Face folders."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def rows(folder, tmp_path_factory):
-  """Rows of 16 tokens, of the folder's tokenizer."""
+  """Prepared rows of 16 tokens, encoded with the folder's tokenizer."""
   path = tmp_path_factory.mktemp('rows')
   with open(path / 'text.jsonl', 'w') as f:
     for i in range(60):
@@ -47,7 +47,7 @@ def rows(folder, tmp_path_factory):
 
 
 def make_config(folder, rows, **changes):
-  """configs/published.py for a single step that changes nothing."""
+  """Returns configs/published.py with one step and a learning rate of 0."""
   path = ROOT / 'configs' / 'published.py'
   c = runpy.run_path(str(path))['get_config'](str(folder))
   settings = {
@@ -69,11 +69,12 @@ def make_config(folder, rows, **changes):
   return c
 
 
-def test_a_training_begins_with_the_weights_and_is_exported(
-  folder, rows, tmp_path
-):
-  """Of Qwen2, with its output shifted, comes what Dream is; without a rate its
-  weights are the same, and a second run goes on from the first's."""
+def test_warm_start_and_export_keep_the_weights(folder, rows, tmp_path):
+  """The learning rate is 0, so that a run keeps its weights.
+
+  Qwen2, trained by masked diffusion with predict_next, is exported as Dream. A
+  second run starts from the first run's weights.
+  """
   config = make_config(folder, rows)
   assert config.model.predict_next and config.model.qkv_bias
   loop.run(config, str(tmp_path / 'run'))
@@ -101,7 +102,7 @@ def test_a_training_begins_with_the_weights_and_is_exported(
     np.testing.assert_array_equal(params['embed'], embed)
 
 
-def test_weights_of_another_model_are_refused_by_key(folder, rows):
+def test_warm_start_from_another_model_names_the_key(folder, rows):
   config = make_config(folder, rows, **{'model.rope_theta': 5e5})
   with pytest.raises(UserError, match='model.rope_theta=10000.0, not 500000.0'):
     load.warm_start(config, mesh_lib.make_mesh())
@@ -110,7 +111,7 @@ def test_weights_of_another_model_are_refused_by_key(folder, rows):
     load.warm_start(config, mesh_lib.make_mesh())
 
 
-def test_the_config_asks_for_a_folder():
+def test_published_config_needs_a_folder():
   path = ROOT / 'configs' / 'published.py'
   with pytest.raises(UserError, match='configs/published.py:DIR'):
     runpy.run_path(str(path))['get_config']()
@@ -124,8 +125,8 @@ def script(name, *flags):
   )
 
 
-def test_scripts_take_a_folder_and_leave_it_as_it_is(folder, tmp_path):
-  """What it says is that of the same weights converted."""
+def test_scripts_read_a_folder_without_changing_it(folder, tmp_path):
+  """The text is that of the converted weights."""
   before = published_folders.contents(folder)
   convert.from_hf(folder, tmp_path / 'run')
   flags = ('--prompt=def f', '--gen_length=8', '--steps=4', '--block_length=4')
@@ -148,7 +149,7 @@ def test_scripts_take_a_folder_and_leave_it_as_it_is(folder, tmp_path):
   assert published_folders.contents(folder) == before
 
 
-def test_a_folder_without_a_tokenizer_cannot_be_sampled(folder, tmp_path):
+def test_folder_without_a_tokenizer_cannot_be_sampled(folder, tmp_path):
   shutil.copytree(folder, tmp_path / 'in')
   (tmp_path / 'in' / 'tokenizer.json').unlink()
   with pytest.raises(UserError, match='in has no tokenizer: put tokenizer.js'):
@@ -158,7 +159,7 @@ def test_a_folder_without_a_tokenizer_cannot_be_sampled(folder, tmp_path):
 # launch/convert.py
 
 
-def test_the_script_converts_both_ways_and_checks(folder, tmp_path):
+def test_convert_script_converts_both_ways_and_checks(folder, tmp_path):
   workdir, out = tmp_path / 'run', tmp_path / 'out'
   result = script(
     'convert', '--from=hf', f'--in={folder}', f'--out={workdir}', '--check'
@@ -176,9 +177,7 @@ def test_the_script_converts_both_ways_and_checks(folder, tmp_path):
   assert before == after
 
 
-def test_a_file_that_is_cut_off_is_one_line_and_leaves_nothing(
-  folder, tmp_path
-):
+def test_truncated_file_is_one_error_line_and_leaves_nothing(folder, tmp_path):
   shutil.copytree(folder, tmp_path / 'in')
   path = tmp_path / 'in' / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:-100])
@@ -192,10 +191,10 @@ def test_a_file_that_is_cut_off_is_one_line_and_leaves_nothing(
 
 
 WRONG_FLAGS = {
-  'nothing to do': ((), 'give one of --from hf, --to hf and --check'),
+  'no action': ((), 'give one of --from hf, --to hf and --check'),
   'no out': (('--from=hf',), '--out is missing'),
   'no such directory': (('--check', '--in=nowhere'), 'no such directory'),
-  'of the other way': (
+  'flag of the other direction': (
     ('--from=hf', '--out=x', '--family=llama'),
     '--family is for --to hf',
   ),
@@ -205,7 +204,7 @@ WRONG_FLAGS = {
 @pytest.mark.parametrize(
   'flags, message', WRONG_FLAGS.values(), ids=WRONG_FLAGS
 )
-def test_flags_that_say_nothing_are_refused(folder, flags, message):
+def test_contradictory_flags_are_refused(folder, flags, message):
   result = script('convert', f'--in={folder}', *flags)
   assert result.returncode == 2
   (line,) = result.stderr.splitlines()
