@@ -272,6 +272,14 @@ def become(command, environment, folder):
     for number, mode, buffering in ((0, 'r', -1), (1, 'w', -1), (2, 'w', 1))
   )
   warnings.resetwarnings()
+  # What Python ignores by default.
+  for category in (
+    DeprecationWarning,
+    PendingDeprecationWarning,
+    ImportWarning,
+    ResourceWarning,
+  ):
+    warnings.simplefilter('ignore', category)
   first = '' if command[0] == '-c' else os.path.dirname(command[0])
   own = environment.get('PYTHONPATH', '').split(os.pathsep)
   rest = [p for p in sys.path[1:] if p not in before]

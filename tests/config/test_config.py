@@ -1,4 +1,4 @@
-"""Configs build, add up, and say what is wrong with them in one line."""
+"""Config files build and validate; errors are one line; the command line."""
 
 import ast
 import json
@@ -6,11 +6,14 @@ import os
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 
 import forked
 import pytest
 
 from maskdiff import config as config_lib
+from maskdiff.config import keys, sample
 from maskdiff.errors import UserError
 from maskdiff.interop import load
 from maskdiff.model import attention, transformer
@@ -22,8 +25,8 @@ from maskdiff.training import step as step_lib
 from maskdiff.training.optimizer import OptimizerConfig, learning_rate
 
 ROOT = pathlib.Path(__file__).parents[2]
-# But that of a published folder, of which there is none:
-# tests/interop/test_warm_start.py.
+# published.py needs a Hugging Face folder; tests/interop/test_warm_start.py
+# covers it.
 NAMES = sorted(
   path.name
   for path in (ROOT / 'configs').glob('*.py')
@@ -35,7 +38,7 @@ def module(name):
   return runpy.run_path(str(ROOT / 'configs' / name.partition(':')[0]))
 
 
-# And FILE:MACHINE for every machine that a file has a batch for, or puzzle.
+# Also FILE:ENTRY for each machine or puzzle in the table of a file.
 FILES = NAMES + [
   f'{name}:{entry}'
   for name in NAMES
@@ -50,7 +53,7 @@ def build(name):
 
 
 def changed(**changes):
-  """The default with some values changed: a__b stands for a.b."""
+  """Returns the default config with some values changed; a__b means a.b."""
   c = config_lib.default()
   c.update_from_flattened_dict(
     {key.replace('__', '.'): value for key, value in changes.items()}
@@ -66,7 +69,7 @@ def num_params(name):
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_a_config_is_locked_valid_and_has_exactly_the_default_keys(name):
+def test_a_config_is_locked_and_valid_with_the_default_keys(name):
   c = build(name)
   assert c.is_locked
   config_lib.validate(c)
@@ -79,7 +82,7 @@ def test_a_config_is_locked_valid_and_has_exactly_the_default_keys(name):
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_a_config_becomes_the_frozen_configs_of_the_library(name):
+def test_a_config_builds_the_frozen_configs_of_the_library(name):
   c = build(name)
   step, sampler = step_lib.step_config(c), request.sampler_config(c)
   assert hash((step, sampler)) == hash((step_lib.step_config(c), sampler))
@@ -87,8 +90,8 @@ def test_a_config_becomes_the_frozen_configs_of_the_library(name):
   learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)(0)
 
 
-def test_a_kernel_for_training_is_not_asked_to_sample():
-  """Prompts have no lengths that suit it, and other machines do not have it."""
+def test_a_training_kernel_is_not_used_to_sample():
+  """Prompts have other lengths, and may be sampled on other hardware."""
   c = build('tiny.py')
   for trains, samples in (('splash', 'auto'), ('xla', 'xla')):
     c.model.attention = trains
@@ -107,7 +110,7 @@ def test_llada_has_its_published_number_of_parameters(name, number):
   'name, least, most',
   [('tiny.py', 1e6, 1e7), ('150m.py', 135e6, 165e6)],
 )
-def test_a_config_is_about_as_large_as_it_says(name, least, most):
+def test_a_config_has_the_size_in_its_name(name, least, most):
   assert least < num_params(name) < most
 
 
@@ -119,7 +122,7 @@ def test_a_docstring_counts_parameters_exactly(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_a_docstring_launches_its_own_file(name):
+def test_the_command_in_a_docstring_names_its_file(name):
   docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
   assert f'launch/pretrain.py --config configs/{name} ' in docstring
 
@@ -138,14 +141,14 @@ def test_a_docstring_launches_its_own_file(name):
     (438_690, 1e-5),
   ],
 )
-def test_the_learning_rate_of_8b_is_that_of_llada(step, rate):
+def test_the_learning_rate_of_8b_matches_llada(step, rate):
   c = build('8b.py')
   plan = learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)
   assert float(plan(step)) == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize('machine', ['v5e-256', 'v6e-256'])
-def test_8b_reads_as_many_tokens_on_other_machines(machine):
+def test_8b_reads_the_same_tokens_on_other_machines(machine):
   c, paper = build(f'8b.py:{machine}'), build('8b.py')
   ends = lambda c: [
     end * c.train.batch * c.data.length for end, _, _ in c.optimizer.pieces[1:]
@@ -155,7 +158,7 @@ def test_8b_reads_as_many_tokens_on_other_machines(machine):
   assert rates(c) == rates(paper)
 
 
-def test_8b_reads_the_tokens_of_llada_by_the_ends_of_its_pieces():
+def test_8b_changes_its_rate_at_the_tokens_of_llada():
   c = build('8b.py')
   tokens = [
     end * c.train.batch * c.data.length for end, _, _ in c.optimizer.pieces
@@ -225,7 +228,7 @@ def test_a_mistyped_choice_is_refused_with_the_right_one(key):
     (100,),
   ],
 )
-def test_pieces_that_do_not_end_with_the_training_are_refused(pieces):
+def test_pieces_must_end_at_the_last_step(pieces):
   c = changed(**PIECEWISE)
   c.optimizer.pieces = pieces
   with pytest.raises(UserError, match='config.optimizer.pieces.*steps=100'):
@@ -234,7 +237,7 @@ def test_pieces_that_do_not_end_with_the_training_are_refused(pieces):
 
 @pytest.mark.parametrize('schedule', ['wsd', 'cosine', 'piecewise'])
 def test_a_valid_schedule_has_a_rate_at_every_step(schedule):
-  """Also where the warmup is all of the training, or all but a step."""
+  """Also where the warmup takes all steps, or all but one."""
   warmup = 99 if schedule == 'cosine' else 100
   c = changed(
     train__steps=100, optimizer__warmup_steps=warmup, optimizer__decay_steps=0
@@ -247,7 +250,7 @@ def test_a_valid_schedule_has_a_rate_at_every_step(schedule):
   assert 0 < float(plan(99)) <= 1
 
 
-def test_a_cosine_needs_a_step_after_the_warmup():
+def test_cosine_needs_a_step_after_the_warmup():
   c = changed(
     train__steps=100, optimizer__warmup_steps=100, optimizer__decay_steps=0
   )
@@ -263,9 +266,7 @@ def mesh_of(shards):
 @pytest.mark.parametrize('section', ['train', 'eval'])
 @pytest.mark.parametrize('microbatches', [1, 2])
 @pytest.mark.parametrize('shards', [3, 5, 6, 8, 12, 64])
-def test_the_batch_that_is_suggested_for_a_mesh_will_do(
-  shards, microbatches, section
-):
+def test_the_batch_suggested_for_a_mesh_is_valid(shards, microbatches, section):
   c = changed(train__microbatches=microbatches)
   c.train.batch = c.eval.batch = 2 * shards * microbatches
   c[section].batch += 2
@@ -278,13 +279,13 @@ def test_the_batch_that_is_suggested_for_a_mesh_will_do(
   config_lib.validate_mesh(c, mesh_of(shards))
 
 
-def test_a_length_must_split_over_the_sequence_axis():
+def test_the_length_must_divide_over_the_sequence_axis():
   c = changed(data__length=36, mesh__sequence=8)
   with pytest.raises(UserError, match=r'config\.data\.length=36'):
     config_lib.validate_mesh(c, mesh_of(1) | dict(sequence=8))
 
 
-# Configs of checkpoints
+# Saved configs
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -299,7 +300,7 @@ def test_a_config_survives_json(name):
   hash((step_lib.step_config(again), OptimizerConfig(**again.optimizer)))
 
 
-def test_a_saved_config_with_keys_that_are_gone_is_refused_by_their_names():
+def test_unknown_keys_of_a_saved_config_are_named():
   tree = json.loads(config_lib.default().to_json())
   tree['model']['fast'] = True
   tree['train']['micro_batches'] = 1
@@ -307,7 +308,15 @@ def test_a_saved_config_with_keys_that_are_gone_is_refused_by_their_names():
     config_lib.from_dict(tree)
 
 
-def test_a_key_that_a_saved_config_does_not_have_yet_has_its_default():
+def test_a_renamed_key_of_a_saved_config_is_read(monkeypatch):
+  tree = json.loads(config_lib.default().to_json())
+  tree['train']['num_steps'] = tree['train'].pop('steps') + 1
+  renamed = {'train.num_steps': 'train.steps'}
+  monkeypatch.setattr(keys, 'RENAMED', renamed)
+  assert config_lib.from_dict(tree).train.steps == 1001
+
+
+def test_a_missing_key_of_a_saved_config_gets_its_default():
   tree = json.loads(config_lib.default().to_json())
   del tree['sample']['cache']
   tree['sample']['gen_length'] = 7
@@ -329,7 +338,7 @@ def command(*argv, timeout=60):
 
 
 def parse(*argv):
-  """The config that a script of launch/ would be given, after tiny.py."""
+  """Runs a script with tiny.py and the flags; it prints the flat config."""
   script = (
     'from maskdiff import config; config.define_config_flag(); '
     'config.run_script(lambda args: print(config.flatten(args.config)))'
@@ -338,7 +347,7 @@ def parse(*argv):
 
 
 def refused(result):
-  """The one line of a refusal."""
+  """Returns the one line of an error."""
   assert result.returncode == 2, result.stderr[-1000:]
   assert result.stdout == ''
   (line,) = result.stderr.splitlines()
@@ -370,7 +379,7 @@ def test_flags_override_values_with_their_types():
   assert isinstance(flat['optimizer.learning_rate'], float)
 
 
-def test_replacing_a_section_does_not_lose_its_other_keys():
+def test_replacing_a_section_keeps_its_other_keys():
   result = parse('--config.model={"embed": 32}')
   if result.returncode:
     assert 'model' in refused(result)
@@ -420,7 +429,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_a_bad_command_line_ends_with_one_line_that_helps(case):
+def test_a_bad_command_line_is_one_line_with_a_hint(case):
   argv, message = REFUSED[case]
   assert message in refused(command('launch/pretrain.py', *argv))
 
@@ -438,23 +447,77 @@ def test_a_bad_command_line_ends_with_one_line_that_helps(case):
   ],
   ids=['key', 'section', 'type', 'syntax'],
 )
-def test_a_bad_config_file_ends_with_one_line_that_helps(
-  tmp_path, line, message
-):
+def test_a_bad_config_file_is_one_line_with_a_hint(tmp_path, line, message):
   path = tmp_path / 'mine.py'
   path.write_text(CONFIG_FILE.format(line=line))
   result = command('launch/pretrain.py', f'--config={path}', WORKDIR)
   assert re.search(message, refused(result))
 
 
-def test_sampling_from_nowhere_names_the_command_that_trains(tmp_path):
-  result = command('launch/sample.py', f'--workdir={tmp_path}/none')
-  assert result.returncode == 2
-  last = result.stderr.splitlines()[-1]
-  assert re.match('error: .*no checkpoint.*launch/pretrain.py', last)
+def without_jax(script, *arguments):
+  """Runs a script in a process where importing JAX fails."""
+  code = (
+    'import runpy, sys; sys.modules["jax"] = None; '
+    f'sys.argv = {[script, *arguments]}; '
+    f'runpy.run_path({script!r}, run_name="__main__")'
+  )
+  return subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
 
 
-def test_the_choices_are_those_of_the_code():
+@pytest.mark.parametrize(
+  'script, message',
+  [
+    (('sample', '--workdir'), 'no checkpoint.*launch/pretrain.py'),
+    (('evaluate', '--task=cloze', '--workdir'), 'no checkpoint'),
+    (('harness', '--tasks=x', '--workdir'), 'no checkpoint'),
+    (('checkpoints', '--workdir'), 'no checkpoint'),
+    (('goodput', '--workdir'), 'cannot read .*ledger.jsonl'),
+    (('report',), 'no work directory'),
+    (('convert', '--check', '--in'), 'no such directory'),
+  ],
+  ids=lambda value: value[0] if isinstance(value, tuple) else '',
+)
+def test_a_missing_workdir_is_refused_without_jax(tmp_path, script, message):
+  """Importing JAX takes seconds."""
+  name, *flags = script
+  result = without_jax(f'launch/{name}.py', *flags, f'{tmp_path}/none')
+  assert re.search(message, refused(result))
+
+
+@pytest.mark.parametrize(
+  'path', sorted(ROOT.glob('launch/*.py')), ids=lambda path: path.stem
+)
+def test_help_lists_the_flags_without_jax(path):
+  result = without_jax(f'launch/{path.name}', '--help')
+  assert result.returncode == 0, result.stderr
+  assert f'launch/{path.name}:' in result.stdout and '  --' in result.stdout
+
+
+def test_each_sampler_setting_is_a_flag_of_its_type():
+  """A flag that is not given is None, and overrides nothing."""
+  values = {bool: True, int: 3, float: 0.5}
+  given = {
+    name: key.choices[-1] if key.choices else values[type(key.default)]
+    for name, key in sample.SETTINGS.items()
+  }
+  script = (
+    'from maskdiff import config; config.define_sample_flags(); '
+    'config.run_script(lambda args: print('
+    '{name: getattr(args, name) for name in config.sample.SETTINGS}))'
+  )
+  result = command('-c', script, *(f'--{k}={v}' for k, v in given.items()))
+  assert ast.literal_eval(result.stdout) == given
+  nothing = ast.literal_eval(command('-c', script).stdout)
+  assert nothing == dict.fromkeys(given)
+
+
+def test_the_choices_match_the_code():
   assert config_lib.CHOICES['model.remat'] == tuple(transformer.REMAT_POLICIES)
   assert config_lib.CHOICES['model.attention'] == attention.IMPLEMENTATIONS
   assert config_lib.CHOICES['objective.name'] == tuple(table_lib.OBJECTIVES)
