@@ -1,10 +1,9 @@
-"""Two of the pod configs, compiled for TPU pods by the real compiler.
+"""Two configs for pods, compiled by the TPU compiler.
 
-No TPU is needed: libtpu compiles for a topology that is not here. Each test
-compiles the very step that launch/pretrain.py runs, in a process of its own,
-because libtpu wants its settings before JAX starts. The figures in the
-docstrings of configs/ are launch/plan.py's; these tests hold what must stay
-true of them.
+No TPU is needed: libtpu compiles for a topology by name. Each test compiles the
+train step of launch/pretrain.py in its own process, because libtpu reads its
+settings when JAX is imported. The figures in the docstrings of configs/ come
+from launch/plan.py; these tests assert properties of the same programs.
 """
 
 import json
@@ -18,7 +17,7 @@ pytestmark = [pytest.mark.slow, needs_libtpu]
 
 COMPILE = """
 import json, runpy, sys
-from maskdiff.planner import plan, target
+from maskdiff.planner import plan
 
 path, topology, overrides = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 config = runpy.run_path(path)['get_config']()
@@ -26,12 +25,14 @@ config.update_from_flattened_dict(overrides)
 texts = []
 compile_train = plan.compile_train
 
-def kept(config, target):
+def keep_text(config, target):
   compiled = compile_train(config, target)
   texts.append(compiled.executable.as_text())
   return compiled
 
-plan.compile_train = kept
+plan.compile_train = keep_text
+# The train step alone: tests/launch/test_launch_plan.py plans an evaluation.
+plan._evaluation = lambda *args: {}
 print(json.dumps({'plan': plan.plan(config, topology), 'hlo': texts[0]}))
 """
 
@@ -43,7 +44,7 @@ def compile_for(topology, config, **overrides):
   return compiled['plan'], compiled['hlo']
 
 
-def test_8b_on_a_v5p_pod_of_64_chips():
+def test_8b_fits_64_chips_of_v5p():
   plan, hlo = compile_for('v5p:4x4x4', '8b.py')
   assert plan['fits'] and plan['chips'] == 64 and plan['rows_per_chip'] == 4
   parts = plan['microbatches']
