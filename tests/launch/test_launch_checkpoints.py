@@ -1,4 +1,4 @@
-"""The script that lists, verifies and rolls back the checkpoints of a run."""
+"""launch/checkpoints.py lists, verifies and rolls back checkpoints."""
 
 import os
 import pathlib
@@ -26,10 +26,10 @@ SCRIPT = ROOT / 'launch' / 'checkpoints.py'
 
 @pytest.fixture(scope='module')
 def script():
-  """Its main, of a namespace of flags."""
+  """The main function of the script, called with keyword flags."""
   define = ('DEFINE_string', 'DEFINE_bool', 'DEFINE_integer')
   nothing = {name: mock.DEFAULT for name in define}
-  # The flags of one process may not be defined by two scripts.
+  # Two scripts cannot define the same flags in one process.
   with mock.patch.multiple(
     flags, mark_flag_as_required=mock.DEFAULT, **nothing
   ):
@@ -60,12 +60,12 @@ def three_steps(tmp_path_factory):
 
 @pytest.fixture
 def workdir(three_steps, tmp_path):
-  """A run with checkpoints of steps 10, 20 and 3000, to be damaged."""
+  """A copy of a run with checkpoints of steps 10, 20 and 3000."""
   return shutil.copytree(three_steps, tmp_path / 'run')
 
 
 @pytest.fixture(autouse=True)
-def no_second_try(monkeypatch):
+def no_wait_before_retries(monkeypatch):
   monkeypatch.setattr(checkpoint, '_RETRY_S', 0)
 
 
@@ -81,9 +81,7 @@ def lines(capsys):
   return capsys.readouterr().out.splitlines()
 
 
-def test_every_step_has_a_line_with_date_size_and_state(
-  script, workdir, capsys
-):
+def test_each_step_has_a_line_with_date_size_and_state(script, workdir, capsys):
   path = workdir / 'checkpoints' / '20'
   content = b'0' * 5_000_000
   (path / 'more').write_bytes(content)
@@ -100,7 +98,7 @@ def test_every_step_has_a_line_with_date_size_and_state(
   assert 0.005 <= float(found[1][3]) < 0.006 and float(found[0][3]) < 0.005
 
 
-def test_a_step_without_its_meta_is_called_damaged(script, workdir, capsys):
+def test_a_step_without_meta_is_damaged(script, workdir, capsys):
   shutil.rmtree(workdir / 'checkpoints' / '20' / 'meta')
   (workdir / 'checkpoints' / '4000').mkdir()
   with pytest.raises(SystemExit) as end:
@@ -112,7 +110,7 @@ def test_a_step_without_its_meta_is_called_damaged(script, workdir, capsys):
     assert state.startswith('damaged: its meta cannot be read')
 
 
-def test_all_that_is_whole_is_verified(script, workdir, capsys):
+def test_intact_steps_are_verified(script, workdir, capsys):
   script(workdir, verify=True)
   assert [line.split('  ')[-1] for line in lines(capsys)] == [
     'all 5 arrays are as they were saved'
@@ -123,11 +121,11 @@ def test_all_that_is_whole_is_verified(script, workdir, capsys):
   'item, name',
   [('params', 'params/w'), ('opt_state', 'opt_state/1/0/mu/w')],
 )
-def test_verifying_names_the_array_with_a_flipped_bit(
+def test_verify_names_the_array_with_a_flipped_bit(
   script, workdir, capsys, item, name
 ):
   flip_a_bit(workdir / 'checkpoints' / '20', item)
-  script(workdir)  # the list alone does not see it
+  script(workdir)  # the list does not read arrays
   assert all('meta intact' in line for line in lines(capsys))
   with pytest.raises(SystemExit) as end:
     script(workdir, verify=True)
@@ -137,7 +135,7 @@ def test_verifying_names_the_array_with_a_flipped_bit(
   assert 'as they were saved' in first and 'as they were saved' in third
 
 
-def test_verifying_moves_nothing(script, workdir):
+def test_verify_moves_nothing(script, workdir):
   flip_a_bit(workdir / 'checkpoints' / '3000', 'params')
   before = sorted(workdir.rglob('*'))
   with pytest.raises(SystemExit):
@@ -145,8 +143,8 @@ def test_verifying_moves_nothing(script, workdir):
   assert sorted(workdir.rglob('*')) == before
 
 
-def test_arrays_are_verified_in_parts_on_all_devices(workdir, monkeypatch):
-  """So that a checkpoint fits that no single device could hold."""
+def test_verify_restores_shards_on_all_devices(workdir, monkeypatch):
+  """So a checkpoint can be larger than the memory of one device."""
   seen = {}
   real = Checkpointer.restore
 
@@ -187,9 +185,7 @@ def test_a_rollback_moves_later_steps_aside(script, workdir, capsys):
     ({'rollback': 10, 'verify': True}, 'either --verify or --rollback'),
   ],
 )
-def test_what_cannot_be_done_is_refused_and_moves_nothing(
-  script, workdir, flags, says
-):
+def test_a_refused_rollback_moves_nothing(script, workdir, flags, says):
   shutil.rmtree(workdir / 'checkpoints' / '20' / 'meta')
   with pytest.raises(UserError, match=says):
     script(workdir, **flags)
@@ -198,7 +194,7 @@ def test_what_cannot_be_done_is_refused_and_moves_nothing(
 
 
 def test_the_command_line(workdir, tmp_path):
-  """Both in one process after the other, since imports take their time."""
+  """One test for two commands, since each imports JAX."""
 
   def launch(*args):
     return forked.run(
@@ -206,7 +202,7 @@ def test_the_command_line(workdir, tmp_path):
       env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'none'},
     )
 
-  # A list needs no device: those of the host may be taken by the run.
+  # Listing needs no device: the run may hold those of the host.
   result = launch(f'--workdir={workdir}')
   assert result.returncode == 0, result.stderr
   assert len(result.stdout.splitlines()) == 3

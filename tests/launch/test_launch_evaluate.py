@@ -1,4 +1,4 @@
-"""The script that scores lines of text, in a process of its own."""
+"""launch/evaluate.py by likelihood, in its own process."""
 
 import json
 import os
@@ -47,13 +47,13 @@ def rows_of(result):
   return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def complaint(result):
+def error_of(result):
   assert (result.returncode, result.stdout) == (2, '')
   return result.stderr.strip().splitlines()[-1]
 
 
 def by_library(workdir, function, answers, *rest):
-  """What a function of bounds.py gives for the run."""
+  """Returns the result of a function of bounds.py for the run."""
   config, _, params, mesh = load.load(str(workdir))
   with jax.set_mesh(mesh):
     return function(
@@ -71,7 +71,7 @@ def answers_of_pairs(tokenizer):
   )
 
 
-def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
+def test_bounds_match_the_library(workdir, tokenizer):
   flags = ('--task=bound', '--samples=32', '--strata=8', '--seed=3')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
   answers = answers_of_pairs(tokenizer)
@@ -85,7 +85,7 @@ def test_bounds_are_printed_as_the_library_gives_them(workdir, tokenizer):
   )
 
 
-def test_more_orders_give_the_importance_weighted_bound(workdir, tokenizer):
+def test_multi_sample_matches_the_library(workdir, tokenizer):
   flags = ('--task=bound', '--form=multi_sample', '--orders=4', '--seed=3')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
   answers = answers_of_pairs(tokenizer)
@@ -95,7 +95,7 @@ def test_more_orders_give_the_importance_weighted_bound(workdir, tokenizer):
   assert total['estimator'] == {'form': 'multi_sample', 'orders': 4}
 
 
-def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
+def test_a_suffix_is_part_of_the_row(workdir, tokenizer):
   """The lines that `launch/puzzles.py --task reversal --heldout` writes."""
   gap = {
     'prompt': '',
@@ -112,20 +112,20 @@ def test_what_follows_an_answer_is_part_of_its_row(workdir, tokenizer):
   assert row['bits_per_byte'] == pytest.approx(row['nats'] / 23 / np.log(2))
 
 
-def test_an_autoregressive_run_refuses_other_orders_and_what_follows(
+def test_an_autoregressive_run_refuses_other_orders_and_suffixes(
   tokenizer, tmp_path
 ):
   untrained_run.save(tmp_path, tokenizer, objective_name='autoregressive')
   lines = [*PAIRS, PAIRS[0] | {'suffix': ' return'}]
   for task in ('bound', 'greedy'):
-    message = complaint(evaluate(tmp_path, lines, f'--task={task}'))
+    message = error_of(evaluate(tmp_path, lines, f'--task={task}'))
     assert 'data.jsonl:3: text follows the answer' in message
   flags = ('--task=bound', '--form=multi_sample')
-  message = complaint(evaluate(tmp_path, PAIRS, *flags))
+  message = error_of(evaluate(tmp_path, PAIRS, *flags))
   assert 'one order only' in message and 'leave out --form' in message
 
 
-def test_layers_that_devices_share_score_as_on_one_each(workdir):
+def test_tensor_parallel_scores_match(workdir):
   flags = ('--task=bound', '--samples=16')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
   *shared, whole = rows_of(evaluate(workdir, PAIRS, *flags, '--tensor=2'))
@@ -135,12 +135,12 @@ def test_layers_that_devices_share_score_as_on_one_each(workdir):
     total['nats_per_token'], rel=1e-5
   )
   assert whole['dtype'] == total['dtype'] == 'float32'
-  # Heads that do not split: the flag has come through to the mesh.
+  # Four does not divide the heads, so the flag has reached the mesh.
   split = evaluate(workdir, PAIRS, *flags, '--tensor=4')
-  assert 'not divisible by mesh.tensor = 4' in complaint(split)
+  assert 'not divisible by mesh.tensor = 4' in error_of(split)
 
 
-def test_weights_in_half_the_memory_score_nearly_the_same(workdir):
+def test_bfloat16_scores_are_close(workdir):
   flags = ('--task=bound', '--samples=16', '--dtype=bfloat16')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
   assert total['dtype'] == 'bfloat16'
@@ -150,8 +150,8 @@ def test_weights_in_half_the_memory_score_nearly_the_same(workdir):
     assert row['nats'] != same['nats']
 
 
-def test_a_text_is_an_answer_to_nothing(workdir):
-  """Exactly, so that nothing depends on the seeds of lines."""
+def test_a_text_is_scored_as_an_answer_without_prompt(workdir):
+  """By the exact chain rule, which does not depend on seeds."""
   text = 'def read(self):'
   lines = [{'text': text}, {'prompt': '', 'answer': text}]
   flags = ('--task=bound', '--form=left_to_right')
@@ -171,7 +171,7 @@ def test_a_text_is_an_answer_to_nothing(workdir):
   ],
   ids=lambda flags: flags[0][7:] + flags[-1][1:],
 )
-def test_the_other_tasks_and_forms_go_through(workdir, flags):
+def test_other_tasks_and_forms_run(workdir, flags):
   line = {'prompt': 'return ', 'choices': ['alpha', 'beta'], 'answer': 1}
   lines = PAIRS if 'greedy' in flags[0] else [line, line]
   *rows, total = rows_of(evaluate(workdir, lines, *flags))
@@ -180,12 +180,12 @@ def test_the_other_tasks_and_forms_go_through(workdir, flags):
 
 
 def test_errors_are_one_line(workdir, tmp_path):
-  """Told before anything is computed; the last before the run is looked for."""
+  """Before anything is computed; --samples even before loading the run."""
   long = [{'prompt': 'x + ' * 32, 'answer': 'y'}]
-  message = complaint(evaluate(workdir, long, '--task=bound'))
+  message = error_of(evaluate(workdir, long, '--task=bound'))
   assert message.startswith('error: ') and 'data.jsonl:1' in message
   odd = evaluate(tmp_path, PAIRS, '--task=bound', '--samples=20')
-  assert 'samples=20' in complaint(odd)
+  assert 'samples=20' in error_of(odd)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_errors_are_one_line(workdir, tmp_path):
   ],
   ids=['none', 'unknown', 'samples'],
 )
-def test_a_bad_flag_is_named_in_one_line(tmp_path, flags, name):
+def test_a_bad_flag_is_one_line_with_its_name(tmp_path, flags, name):
   result = evaluate(tmp_path, PAIRS, *flags)
   assert len(result.stderr.strip().splitlines()) == 1
-  assert name in complaint(result)
+  assert name in error_of(result)

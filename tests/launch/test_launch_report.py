@@ -26,7 +26,7 @@ def launch(*args):
   )
 
 
-def test_the_page_comes_to_the_first_directory_or_where_it_is_told(workdir):
+def test_the_report_is_written_to_the_first_directory_or_to_out(workdir):
   result = launch(workdir)
   assert result.returncode == 0, result.stderr
   page = workdir / 'report.html'
@@ -41,7 +41,7 @@ def test_the_page_comes_to_the_first_directory_or_where_it_is_told(workdir):
   assert other.exists() and not list(workdir.parent.glob('*.part'))
 
 
-def test_what_the_user_can_fix_is_one_line(workdir):
+def test_user_errors_are_one_line(workdir):
   empty = made_runs.write(workdir.parent / 'empty', [])
   for args, says in (
     ([], 'give one or more work directories'),
