@@ -22,7 +22,7 @@ def started(profile):
   driver = shutil.which('chromedriver')
   if not binary or not driver:
     pytest.skip(
-      'no chromium and chromedriver here: on Debian, '
+      'chromium and chromedriver are not installed: on Debian, '
       'apt-get install chromium chromium-driver'
     )
   from selenium import webdriver
@@ -39,7 +39,7 @@ def started(profile):
   chromium.quit()
 
 
-def look(browser, size, scheme='light'):
+def set_window(browser, size, scheme='light'):
   """Sets the size of the window, and the light or dark scheme."""
   width, height = size
   metrics = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -49,10 +49,11 @@ def look(browser, size, scheme='light'):
 
 
 def element(browser, name):
+  """First element that matches a CSS selector."""
   return browser.find_element('css selector', name)
 
 
-def beyond(browser):
+def overflow(browser):
   """Returns the overflow of the page in pixels, and its rightmost pixel."""
   return browser.execute_script(
     """
@@ -78,7 +79,7 @@ def requests(browser):
   ]
 
 
-def asked(browser, uri):
+def requested_urls(browser, uri):
   """Returns the addresses that a page requested since the last call, without
   data: URLs."""
   return {

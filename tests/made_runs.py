@@ -1,4 +1,4 @@
-"""Work directories as launch/pretrain.py leaves them, made by hand."""
+"""Writes work directories like those of launch/pretrain.py."""
 
 import json
 
@@ -8,14 +8,18 @@ BATCH, LENGTH = 8, 16
 
 
 def write(workdir, rows, ledger=(), header='total  1,234\n', **changes):
-  """Writes a run with these rows, and returns its directory.
+  """Writes a work directory.
 
   Args:
-    workdir: pathlib.Path, made.
+    workdir: pathlib.Path to create.
     rows: dicts for metrics.jsonl.
     ledger: dicts for ledger.jsonl.
     header: text of header.txt.
-    changes: of the default config, with __ for dots.
+    changes: config values that differ from the defaults, by key with __ for
+      dots.
+
+  Returns:
+    workdir.
   """
   workdir.mkdir(parents=True)
   c = config.default()
@@ -33,7 +37,7 @@ def write(workdir, rows, ledger=(), header='total  1,234\n', **changes):
 
 
 def train_row(step, loss, step_s=0.5, batch=BATCH, ratios=(), **more):
-  """A row of a window of steps."""
+  """A row of training metrics."""
   return {
     'step': step,
     'train/learning_rate': 1e-3,
@@ -48,7 +52,7 @@ def train_row(step, loss, step_s=0.5, batch=BATCH, ratios=(), **more):
 
 
 def eval_row(step, loss, stderr=0.1, bits_per_nat=0.5, ratios=(), dataset=''):
-  """A row of an evaluation."""
+  """A row of evaluation metrics."""
   p = f'eval/{dataset}' if dataset else 'eval'
   return {
     'step': step,
@@ -60,7 +64,7 @@ def eval_row(step, loss, stderr=0.1, bits_per_nat=0.5, ratios=(), dataset=''):
 
 
 def plan(**changes):
-  """What launch/plan.py --json writes, as far as it is read."""
+  """The fields of a plan of launch/plan.py --json that the report reads."""
   return {
     'mode': 'train',
     'status': 'fits',

@@ -18,7 +18,7 @@ import threading
 
 import browser as browser_lib
 import pytest
-from browser import DESK, PHONE, element, look
+from browser import DESK, PHONE, element, set_window
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHOWN = (
@@ -139,7 +139,7 @@ def test_page_fits_phone_and_desktop_and_uses_no_other_host(
 ):
   """Commands wrap; wider elements scroll by themselves."""
   for size in (PHONE, DESK):
-    look(browser, size)
+    set_window(browser, size)
     browser.get(f'{address}/{page}.html')
     assert (
       browser.execute_script('return document.documentElement.scrollWidth')

@@ -1,4 +1,4 @@
-"""The numbers that are put into the figures."""
+"""Values in the figures of the report."""
 
 import made_runs
 import numpy as np
@@ -28,7 +28,7 @@ def xy(trace):
   return list(zip(trace.x, trace.y, strict=True))
 
 
-def test_the_bound_has_error_bars_and_both_units():
+def test_heldout_bound_has_error_bars_and_both_units():
   a = make([eval_row(0, 9.0, 0.3), train_row(8, 8.0), eval_row(8, 7.0, 0.2)])
   (trace,) = panel('heldout', a).figure.data
   assert xy(trace) == [(0, 9.0), (8, 7.0)]
@@ -37,7 +37,7 @@ def test_the_bound_has_error_bars_and_both_units():
   assert trace.meta['tokens'] == [0, 8 * 128]
 
 
-def test_a_run_with_a_single_row_is_drawn():
+def test_run_with_a_single_row_is_drawn():
   found = panel('heldout', make([eval_row(0, 9.0)]))
   (trace,) = found.figure.data
   assert xy(trace) == [(0, 9.0)] and trace.mode == 'markers'
@@ -45,21 +45,21 @@ def test_a_run_with_a_single_row_is_drawn():
   assert ids(make([eval_row(0, 9.0)])) == ['heldout']
 
 
-def test_runs_have_the_same_colour_everywhere():
+def test_runs_have_the_same_style_in_all_panels():
   rows = [eval_row(0, 9.0), train_row(4, 8.0), train_row(8, 7.0)]
   ledger = dict(wall_s=1.0, seconds=dict.fromkeys(traces.TIMES, 0.1))
   runs = [make(rows, f'run{i}', goodput=ledger) for i in range(10)]
-  looks = {}
+  styles = {}
   for found in curves.panels(runs):
     if found.id != 'goodput':
       for trace in found.figure.data:
-        look = (trace.line.color, trace.line.dash)
-        looks.setdefault(trace.meta['run'], set()).add(look)
-  assert [len(look) for look in looks.values()] == [1] * 10
-  assert len(set.union(*looks.values())) == 10
+        style = (trace.line.color, trace.line.dash)
+        styles.setdefault(trace.meta['run'], set()).add(style)
+  assert [len(s) for s in styles.values()] == [1] * 10
+  assert len(set.union(*styles.values())) == 10
 
 
-def test_the_noisy_loss_is_drawn_faint_and_its_mean_in_bold():
+def test_training_loss_is_faint_and_its_average_bold():
   losses = 5 + np.random.default_rng(0).normal(size=100)
   rows = [train_row(i + 1, float(x)) for i, x in enumerate(losses)]
   faint, bold = panel('training', make(rows)).figure.data
@@ -69,7 +69,7 @@ def test_the_noisy_loss_is_drawn_faint_and_its_mean_in_bold():
   assert np.allclose(bold.y[50], losses[48:53].mean(), rtol=1e-5)
 
 
-def test_the_first_steps_and_spikes_do_not_set_the_height():
+def test_first_steps_and_spikes_do_not_set_the_range():
   losses = [40.0, 20.0, *np.linspace(4, 3, 98)]
   rows = [train_row(i + 1, float(x)) for i, x in enumerate(losses)]
   rows[60]['train/step_s'] = 100.0
@@ -84,13 +84,13 @@ def test_the_first_steps_and_spikes_do_not_set_the_height():
   )
 
 
-def test_without_an_evaluation_there_are_no_bits():
+def test_bits_need_an_evaluation():
   found = panel('training', make([train_row(4, 8.0), train_row(8, 7.0)]))
   assert found.range_bits is None
   assert found.figure.data[0].meta['bits'] is None
 
 
-def test_parts_of_a_mixture_are_a_choice():
+def test_datasets_of_a_mixture_are_choices():
   row = eval_row(2, 8.0) | eval_row(2, 6.0, dataset='data/web', ratios=RATIOS)
   row |= eval_row(2, 9.0, dataset='code', ratios=RATIOS)
   heldout = panel('heldout', make([row]))
@@ -102,13 +102,13 @@ def test_parts_of_a_mixture_are_a_choice():
   assert xy(by_ratio.figure.data[0]) == [(0.1, 5.0), (0.5, 6.0), (0.9, 7.0)]
 
 
-def test_mask_ratios_of_one_run_are_lines_and_of_several_a_choice():
+def test_mask_ratios_are_lines_for_one_run_and_choices_for_several():
   rows = [train_row(n, 6.0, ratios=RATIOS) for n in (2, 4)]
-  alone = panel('training_by_ratio', make(rows))
-  assert alone.choices == []
-  names = [trace.name for trace in alone.figure.data]
+  single = panel('training_by_ratio', make(rows))
+  assert single.choices == []
+  names = [trace.name for trace in single.figure.data]
   assert names == ['ratio 0.1', 'ratio 0.5', 'ratio 0.9']
-  assert [trace.y[-1] for trace in alone.figure.data] == [5.0, 6.0, 7.0]
+  assert [trace.y[-1] for trace in single.figure.data] == [5.0, 6.0, 7.0]
   both = panel('training_by_ratio', make(rows, 'a'), make(rows, 'b'))
   assert both.choices == ['0.1', '0.5', '0.9']
   assert len(both.figure.data) == 6
@@ -128,7 +128,7 @@ def test_autoregressive_runs_have_no_mask_ratio():
   assert len(panel('heldout', masked, causal).figure.data) == 2
 
 
-def test_plain_metrics_are_drawn_as_they_are():
+def test_plain_metrics_are_drawn_unchanged():
   rows = [train_row(n, 6.0, mfu=0.25) for n in (2, 4)]
   for id, value in (
     ('learning_rate', 1e-3),
@@ -143,7 +143,7 @@ def test_plain_metrics_are_drawn_as_they_are():
   assert 'mfu' not in ids(make([train_row(2, 6.0)]))
 
 
-def test_skipped_updates_add_up():
+def test_skipped_updates_are_cumulative():
   rows = [train_row(n, 6.0) for n in (2, 4, 6)]
   assert 'skipped' not in ids(make(rows))
   for row, number in zip(rows, (1, 0, 2), strict=True):
@@ -152,7 +152,7 @@ def test_skipped_updates_add_up():
   assert xy(trace) == [(2, 1), (4, 1), (6, 3)]
 
 
-def test_the_planned_step_time_lies_beside_the_measured_one():
+def test_planned_step_time_is_drawn_with_the_measured_one():
   rows = [train_row(n, 6.0) for n in (2, 4)]
   found = panel('step_s', make(rows, plan=made_runs.plan(step_s=0.8)))
   measured, planned = found.figure.data
@@ -162,7 +162,7 @@ def test_the_planned_step_time_lies_beside_the_measured_one():
   assert found.range[1] > 0.8
 
 
-def test_the_bars_of_goodput_are_shares_of_the_time():
+def test_goodput_bars_are_shares_of_wall_time():
   seconds = dict.fromkeys(traces.TIMES, 0.0) | {'step': 6.0, 'down': 2.0}
   a = make([eval_row(0, 9.0)], 'a', goodput=dict(wall_s=8.0, seconds=seconds))
   more = seconds | {'eval': 8.0}

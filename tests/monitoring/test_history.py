@@ -1,4 +1,4 @@
-"""What is read of a run, finished or not."""
+"""Reading runs back from their work directories."""
 
 import json
 
@@ -15,7 +15,7 @@ def run(rows, **config):
   return history.Run('run', 'run', rows, config)
 
 
-def test_a_run_is_read_from_its_directory(tmp_path):
+def test_run_is_read_from_its_directory(tmp_path):
   skipped = {'event': 'skipped', 'step': 3, 'time': 3.0, 'seconds': {}}
   ledger = [
     {'time': 0.0, 'event': 'opened', 'seconds': {}},
@@ -33,7 +33,7 @@ def test_a_run_is_read_from_its_directory(tmp_path):
   assert found.header == 'total  1,234\n' and found.plan is None
 
 
-def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path):
+def test_incomplete_files_are_read_as_far_as_possible(tmp_path):
   workdir = made_runs.write(tmp_path / 'a', [eval_row(0, 9.0)])
   with open(workdir / 'metrics.jsonl', 'a') as f:
     f.write('{"step": 20, "train/lo')
@@ -45,22 +45,22 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path):
   assert (found.config, found.header, found.goodput) == ({}, '', None)
 
 
-def test_directories_that_are_no_runs_are_said(tmp_path):
+def test_invalid_directories_are_refused(tmp_path):
   a = made_runs.write(tmp_path / 'a', [eval_row(0, 9.0)])
   other = made_runs.write(tmp_path / 'other' / 'a', [eval_row(0, 9.0)])
   empty = made_runs.write(tmp_path / 'empty', [])
-  for workdirs, says in (
+  for workdirs, message in (
     ([tmp_path / 'none'], 'there is no work directory'),
     ([a, empty], 'has no rows of metrics'),
     ([a, other], "have the same name 'a'"),
     ([a, f'{a}/'], "have the same name 'a'"),
   ):
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
       history.read_runs([str(w) for w in workdirs])
     assert '\n' not in str(error.value)
 
 
-def test_a_plan_is_that_of_the_run_or_the_one_given(tmp_path):
+def test_plan_of_the_run_overrides_the_given_plan(tmp_path):
   given = tmp_path / 'given.json'
   given.write_text(json.dumps(made_runs.plan(step_s=1.0)))
   a, b = (made_runs.write(tmp_path / x, [eval_row(0, 9.0)]) for x in ('a', 'b'))
@@ -70,7 +70,7 @@ def test_a_plan_is_that_of_the_run_or_the_one_given(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'text, says',
+  'text, message',
   [
     (None, 'cannot read the plan'),
     ('{"mode"', 'not JSON'),
@@ -78,15 +78,15 @@ def test_a_plan_is_that_of_the_run_or_the_one_given(tmp_path):
     ('{"mode": "sample"}', 'not the plan of a training'),
   ],
 )
-def test_a_plan_that_cannot_be_used_is_said(tmp_path, text, says):
+def test_invalid_plan_is_refused(tmp_path, text, message):
   file = tmp_path / 'plan.json'
   if text:
     file.write_text(text)
-  with pytest.raises(UserError, match=says):
+  with pytest.raises(UserError, match=message):
     history.read_plan(str(file))
 
 
-def test_a_series_has_the_rows_with_a_finite_value():
+def test_series_has_only_finite_values():
   rows = [eval_row(0, 9.0), train_row(2, float('nan')), train_row(4, 7.0)]
   steps, values = history.series(run(rows), 'train/loss_nats_per_token')
   assert (steps.tolist(), values.tolist()) == ([4.0], [7.0])
@@ -94,21 +94,21 @@ def test_a_series_has_the_rows_with_a_finite_value():
   assert len(steps) == len(values) == 0
 
 
-def test_tokens_are_counted_though_the_batch_changes():
-  """128 tokens a step up to step 10, then 256."""
+def test_tokens_are_counted_when_the_batch_changes():
+  """128 tokens per step up to step 10, then 256."""
   rows = [eval_row(0, 9.0), train_row(4, 8.0), train_row(10, 7.0)]
   rows += [train_row(20, 6.0, batch=16, step_s=0.3)]
   tokens = history.tokens_at(run(rows), [0, 2, 10, 15, 20, 21])
   assert tokens.tolist() == [0, 256, 1280, 2560, 3840, 4096]
 
 
-def test_tokens_before_the_first_row_are_those_of_the_config():
+def test_tokens_come_from_the_config_without_training_rows():
   config = {'train.batch': 8, 'data.length': 16}
   tokens = history.tokens_at(run([eval_row(0, 9.0)], **config), [0, 10])
   assert tokens.tolist() == [0, 1280]
 
 
-def test_a_mixture_has_its_datasets_and_their_bits_per_byte():
+def test_datasets_have_their_own_bits_per_byte():
   row = eval_row(2, 8.0, bits_per_nat=0.25)
   row |= eval_row(2, 6.0, bits_per_nat=0.5, dataset='data/web')
   row |= eval_row(2, 9.0, bits_per_nat=0.75, dataset='code')
@@ -121,7 +121,7 @@ def test_a_mixture_has_its_datasets_and_their_bits_per_byte():
   assert history.bits_per_nat(run([train_row(1, 8.0)])) is None
 
 
-def test_loss_by_mask_ratio_is_the_newest():
+def test_loss_by_mask_ratio_is_from_the_newest_row():
   rows = [
     eval_row(0, 9.0, ratios=[('0.1', 9.0)]),
     eval_row(4, 8.0, ratios=[('0.9', 8.5), ('0.1', 7.5)]),
@@ -131,7 +131,7 @@ def test_loss_by_mask_ratio_is_the_newest():
   assert history.by_ratio(run(rows), 'train') == (None, [])
 
 
-def test_samples_are_gathered_by_prompt():
+def test_samples_are_grouped_by_prompt():
   rows = [
     {'step': 0, 'first_row': 'text'},
     {'step': 0, 'sample/10': 'ten'},
@@ -145,8 +145,8 @@ def test_samples_are_gathered_by_prompt():
   assert list(history.samples(run(rows))) == [2, 10]
 
 
-def test_configs_are_compared_by_key(tmp_path):
-  """One of an older version has the defaults where it says nothing."""
+def test_config_differences_are_listed_by_key(tmp_path):
+  """Keys missing from an older config.json have the defaults."""
   rows = [eval_row(0, 9.0)]
   a = made_runs.write(tmp_path / 'a', rows, seed=0, sample__prompts=('x',))
   b = made_runs.write(tmp_path / 'b', rows, seed=3, sample__prompts=('x',))
@@ -158,7 +158,7 @@ def test_configs_are_compared_by_key(tmp_path):
   assert history.differences(found[:1]) == {}
 
 
-def test_smoothing_is_the_mean_of_neighbours():
+def test_smooth_is_a_moving_average():
   values = np.array([9.0, 3.0, 6.0, 0.0, 3.0])
   assert smoothing.smooth(values, 1).tolist() == [9.0, 6.0, 3.0, 3.0, 1.5]
   assert smoothing.smooth(values, 0).tolist() == values.tolist()
@@ -166,7 +166,7 @@ def test_smoothing_is_the_mean_of_neighbours():
   assert np.allclose(smoothing.smooth(line, 4)[:46], line[:46])
 
 
-def test_thinning_keeps_what_it_is_asked_for():
+def test_thin_reduces_groups_with_the_given_function():
   steps, values = np.arange(1, 8), np.array([1.0, 5, 2, 2, 9, 0, 3])
   for how, expected in ((np.max, [5, 9, 3]), (np.mean, [8 / 3, 11 / 3, 3])):
     thinned = smoothing.thin(steps, values, how, most=3)

@@ -1,4 +1,4 @@
-"""Every second of a run is counted once, whatever becomes of it."""
+"""Each second of a run is counted once, also after kills and restarts."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that stands until a test moves it on by `clock.pass_(seconds)`."""
+  """A simulated clock that `clock.pass_(seconds)` moves forward."""
   fake = types.SimpleNamespace(now=1000.0)
   fake.time = lambda: fake.now
   fake.monotonic = lambda: fake.now
@@ -45,10 +45,10 @@ def lines_of(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# What a process writes
+# Lines of one process
 
 
-def test_time_is_counted_as_what_it_was_spent_on(clock, path):
+def test_nested_spans_are_counted_separately(clock, path):
   ledger = Ledger(path, active=True)
   clock.pass_(1)
   with ledger.span('step'):
@@ -67,7 +67,7 @@ def test_time_is_counted_as_what_it_was_spent_on(clock, path):
   assert durable['seconds'] == {'other': 16}
 
 
-def test_a_span_that_is_open_is_counted_line_by_line(clock, path):
+def test_open_span_is_split_between_lines(clock, path):
   ledger = Ledger(path, active=True)
   with ledger.span('eval'):
     clock.pass_(3)
@@ -80,7 +80,7 @@ def test_a_span_that_is_open_is_counted_line_by_line(clock, path):
   ]
 
 
-def test_an_error_ends_the_span(clock, path):
+def test_error_ends_the_span(clock, path):
   ledger = Ledger(path, active=True)
   with pytest.raises(KeyError), ledger.span('restore'), ledger.span('data'):
     clock.pass_(1)
@@ -108,7 +108,7 @@ def test_seconds_by_kind_sum_to_the_time_that_passed(seed, clock, path):
   for _ in range(rng.randint(1, 5)):
     ledger = Ledger(path, active=True)
     live(ledger, 0)
-    if rng.random() < 0.5:  # the others are killed
+    if rng.random() < 0.5:  # otherwise it is killed
       ledger.close()
     clock.pass_(rng.random() * 10)
   result = goodput(path)
@@ -118,13 +118,13 @@ def test_seconds_by_kind_sum_to_the_time_that_passed(seed, clock, path):
   assert all(spent >= 0 for spent in result['seconds'].values())
 
 
-def test_kinds_are_a_fixed_set(path):
+def test_unknown_kind_is_refused(path):
   ledger = Ledger(path, active=False)
   with pytest.raises(ValueError, match='stpe'), ledger.span('stpe'):
     pass
 
 
-def test_only_the_active_one_writes(clock, path):
+def test_inactive_ledger_writes_nothing(clock, path):
   ledger = Ledger(path, active=False)
   with ledger.span('step'):
     clock.pass_(2)
@@ -135,25 +135,25 @@ def test_only_the_active_one_writes(clock, path):
   assert not path.exists()
 
 
-def test_any_thread_can_ask_what_goes_on(clock, path):
+def test_current_works_in_any_thread(clock, path):
   ledger = Ledger(path, active=False)
-  answers = []
-  ask = lambda: answers.append(ledger.current())
+  observed = []
+  observe = lambda: observed.append(ledger.current())
   with ledger.span('eval'):
     clock.pass_(5)
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=observe)
     thread.start()
     thread.join()
     with ledger.span('data'):
       clock.pass_(1)
-      ask()
-    ask()  # what an inner span suspended begins anew
+      observe()
+    observe()  # after an inner span the time starts again
     clock.pass_(3)
     ledger.beat()
     clock.pass_(2)
-    ask()
-  ask()
-  assert answers == [
+    observe()
+  observe()
+  assert observed == [
     ('eval', 5),
     ('data', 1),
     ('eval', 0),
@@ -163,7 +163,7 @@ def test_any_thread_can_ask_what_goes_on(clock, path):
   assert ledger.totals()['eval'] == 10  # a beat loses no time
 
 
-def test_a_full_disk_does_not_end_the_run(path):
+def test_full_disk_does_not_end_the_run(path):
   if not os.path.exists('/dev/full'):
     pytest.skip('no /dev/full here')
   os.symlink('/dev/full', path)
@@ -172,7 +172,7 @@ def test_a_full_disk_does_not_end_the_run(path):
   ledger.close()
 
 
-# What a kill leaves
+# Lines of killed processes
 
 LIVE = """
 import sys
@@ -186,7 +186,7 @@ for step in range(1, 10**9):
 """
 
 
-def test_a_killed_process_leaves_its_lines(path):
+def test_killed_process_leaves_its_lines(path):
   for _ in range(2):
     size = path.stat().st_size if path.exists() else 0
     process = subprocess.Popen(
@@ -203,19 +203,19 @@ def test_a_killed_process_leaves_its_lines(path):
   assert result['steps'] > 10
 
 
-def test_a_line_that_was_cut_anywhere_is_passed_over(clock, path):
+def test_incomplete_line_is_skipped(clock, path):
   with_spans(path, clock)
   whole = path.read_bytes()
   for cut in range(len(whole)):
     path.write_bytes(whole[:cut])
-    kept = whole[: cut + 1].count(b'\n')
-    if not kept:
+    num_lines = whole[: cut + 1].count(b'\n')
+    if not num_lines:
       with pytest.raises(UserError, match='no complete line'):
         goodput(path)
       continue
     goodput(path)
     Ledger(path, active=True).event('started', step=1)
-    assert len(ledger_lib.read(path)) == kept + 2
+    assert len(ledger_lib.read(path)) == num_lines + 2
     assert goodput(path)['restarts'] == 1
 
 
@@ -228,11 +228,11 @@ def with_spans(path, clock):
     ledger.write(step)
 
 
-# Goodput, computed by hand
+# Goodput, compared with values computed by hand
 
 
-def made_up(path, *lines):
-  """Writes lines of (time, seconds by kind, what happened)."""
+def write_lines(path, *lines):
+  """Writes lines of (time, seconds by kind, step or event)."""
   with open(path, 'w') as f:
     for at, seconds, values in lines:
       row = {'time': at, **values, 'seconds': seconds}
@@ -250,8 +250,8 @@ def did(step):
   return {'step': step}
 
 
-def test_a_run_without_a_restart(path):
-  made_up(
+def test_goodput_without_a_restart(path):
+  write_lines(
     path,
     (100, {}, OPENED),
     (110, {'init': 4, 'restore': 6}, started(0)),
@@ -268,15 +268,15 @@ def test_a_run_without_a_restart(path):
   assert {k: s for k, s in result['seconds'].items() if s} == expected
 
 
-def test_steps_that_are_done_again_and_time_without_a_process_are_lost(path):
-  made_up(
+def test_repeated_steps_and_down_time_are_lost(path):
+  write_lines(
     path,
     (0, {}, OPENED),
     (10, {'init': 10}, started(0)),
     (30, {'step': 20}, did(10)),
     (60, {'step': 30}, did(20)),
     (62, {'step': 1, 'save': 1}, {'event': 'durable', 'step': 14}),
-    # killed; the steps 15 to 20 and the second after them are lost
+    # killed; steps 15 to 20 and one more second are lost
     (70, {}, OPENED),
     (75, {'restore': 5}, started(14)),
     (95, {'step': 20}, did(24)),
@@ -292,9 +292,9 @@ def test_steps_that_are_done_again_and_time_without_a_process_are_lost(path):
   assert (result['restarts'], result['steps']) == (1, 24)
 
 
-def test_what_was_done_three_times_counts_once(path):
-  """The second process falls behind the start of the one before it."""
-  made_up(
+def test_steps_done_three_times_count_once(path):
+  """The last process starts at an earlier step than the one before it."""
+  write_lines(
     path,
     (0, {}, OPENED),
     (0, {}, started(0)),
@@ -302,7 +302,7 @@ def test_what_was_done_three_times_counts_once(path):
     (100, {}, OPENED),
     (100, {}, started(80)),
     (140, {'step': 40}, did(120)),
-    (140, {}, OPENED),  # killed before it had restored anything
+    (140, {}, OPENED),  # killed during the restore
     (145, {'restore': 5}, {'event': 'closed'}),
     (145, {}, OPENED),
     (145, {}, started(50)),
@@ -315,8 +315,8 @@ def test_what_was_done_three_times_counts_once(path):
   assert (result['restarts'], result['steps']) == (3, 125)
 
 
-def test_a_preempted_run_loses_no_step(path):
-  made_up(
+def test_preemption_loses_no_step(path):
+  write_lines(
     path,
     (0, {}, OPENED),
     (0, {}, started(0)),
@@ -332,14 +332,14 @@ def test_a_preempted_run_loses_no_step(path):
   assert result['steps'] == 10
 
 
-def test_the_time_after_an_end_belongs_to_nobody(path):
-  made_up(
+def test_time_after_the_end_is_not_counted(path):
+  write_lines(
     path,
     (0, {}, OPENED),
     (0, {}, started(0)),
     (10, {'step': 10}, did(10)),
     (10, {}, ENDED),
-    (99_999, {}, OPENED),  # with more steps, a day later
+    (99_999, {}, OPENED),  # a day later, with more steps
     (99_999, {}, started(10)),
     (100_009, {'step': 10}, did(20)),
   )
@@ -347,8 +347,8 @@ def test_the_time_after_an_end_belongs_to_nobody(path):
   assert goodput(path)['goodput'] == 1
 
 
-def test_a_clock_that_goes_backwards_takes_no_time_away(path):
-  made_up(
+def test_backward_clock_gives_no_negative_time(path):
+  write_lines(
     path,
     (50, {}, OPENED),
     (60, {'step': 10}, did(10)),
@@ -360,13 +360,13 @@ def test_a_clock_that_goes_backwards_takes_no_time_away(path):
   assert result['wall_s'] == 12
 
 
-def test_a_run_that_only_opened_has_no_goodput(path):
-  made_up(path, (5, {}, OPENED))
+def test_goodput_is_unknown_without_any_time(path):
+  write_lines(path, (5, {}, OPENED))
   assert goodput(path)['goodput'] is None
   assert 'goodput unknown' in format_goodput(goodput(path))
 
 
-# The table
+# launch/goodput.py
 
 
 def script(*arguments):
@@ -377,8 +377,8 @@ def script(*arguments):
   )
 
 
-def test_the_script_prints_the_table(path):
-  made_up(
+def test_script_prints_the_table(path):
+  write_lines(
     path,
     (0, {}, OPENED),
     (0, {}, started(0)),
@@ -396,7 +396,7 @@ def test_the_script_prints_the_table(path):
   ]
 
 
-def test_the_script_says_what_is_no_run(tmp_path):
+def test_script_refuses_a_directory_without_ledger(tmp_path):
   ended = script('--workdir', tmp_path)
   (line,) = ended.stderr.splitlines()
   assert ended.returncode == 2

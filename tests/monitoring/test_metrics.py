@@ -1,4 +1,4 @@
-"""Rows of metrics that survive crashes, and lines that people can read."""
+"""Metrics files, wandb, progress and tables."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ def steps(workdir):
   return [row['step'] for row in metrics.read(workdir / 'metrics.jsonl')]
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_rows_round_trip(tmp_path):
   write(tmp_path, [(1, {'loss': 0.1, 'list': [1.0, 2.5]}), (2, {'loss': 3e-9})])
   assert metrics.read(tmp_path / 'metrics.jsonl') == [
     {'step': 1, 'loss': 0.1, 'list': [1.0, 2.5]},
@@ -31,7 +31,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
   ]
 
 
-def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
+def test_rows_are_flushed_at_once(tmp_path):
   writer = metrics.Writer(tmp_path, 0, True)
   writer.scalars(1, {'loss': 1.0})
   writer.text(1, 'sample', 'two\nlines')
@@ -55,14 +55,14 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path):
   ]
 
 
-def test_a_run_from_scratch_keeps_no_rows(tmp_path):
-  """Not even those before its first step, which it writes as well."""
+def test_new_run_drops_all_old_rows(tmp_path):
+  """Including those of step 0, which the new run writes again."""
   write(tmp_path, [(0, {'loss': 1.0}), (2, {'loss': 1.0})])
   write(tmp_path, [(0, {'loss': 2.0})])
   assert metrics.read(tmp_path / 'metrics.jsonl') == [{'step': 0, 'loss': 2.0}]
 
 
-def test_a_torn_last_line_is_passed_over(tmp_path):
+def test_incomplete_last_line_is_skipped(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   write(tmp_path, [(n, {'loss': 1.0}) for n in (2, 4, 6)])
   path.write_text(path.read_text()[:-7])
@@ -73,11 +73,11 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     json.loads(line)
 
 
-def test_no_file_has_no_rows(tmp_path):
+def test_missing_file_has_no_rows(tmp_path):
   assert metrics.read(tmp_path / 'metrics.jsonl') == []
 
 
-def test_an_inactive_writer_writes_nothing(tmp_path):
+def test_inactive_writer_writes_nothing(tmp_path):
   writer = metrics.Writer(tmp_path / 'none', 0, False)
   writer.scalars(1, {'loss': 1.0})
   writer.text(1, 'sample', 'text')
@@ -85,7 +85,7 @@ def test_an_inactive_writer_writes_nothing(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_gets_the_scalars_and_the_texts(tmp_path):
+def test_tensorboard_has_the_scalars_and_the_texts(tmp_path):
   writer = metrics.Writer(tmp_path, 0, True)
   writer.scalars(3, {'train/loss_nats_per_token': 1.5, 'list': [1.0]})
   writer.text(3, 'sample/0', 'some words')
@@ -101,19 +101,22 @@ def test_tensorboard_gets_the_scalars_and_the_texts(tmp_path):
   assert text == '```\nsome words\n```'
 
 
-def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path):
+def test_tensorboard_drops_repeated_steps(tmp_path):
   write(tmp_path, [(n, {'loss': 1.0}) for n in (2, 4, 6)])
   write(tmp_path, [(6, {'loss': 2.0})], start_step=4)
   scalars, _, restarts = board(tmp_path)
   assert (6, 'loss', 2.0) in scalars
-  assert restarts == [5]  # what came before is void from this step on
+  assert restarts == [5]  # older events are void from this step on
 
 
 def board(workdir):
-  """What is in TensorBoard's files: scalars and texts as (step, name, value),
-  and the steps from which on older files are void.
+  """Reads TensorBoard's event files.
 
-  A record is its length, 8 bytes, a checksum, 4, the event, a checksum, 4.
+  A record is the length (8 bytes), a checksum (4), the event, a checksum (4).
+
+  Returns:
+    scalars and texts as (step, name, value), and the steps from which older
+    events are void.
   """
   from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -137,7 +140,7 @@ def board(workdir):
 
 @pytest.fixture
 def wandb(monkeypatch):
-  """The package, offline."""
+  """The wandb package in offline mode."""
   package = pytest.importorskip('wandb')
   monkeypatch.setenv('WANDB_MODE', 'offline')
   yield package
@@ -145,17 +148,19 @@ def wandb(monkeypatch):
 
 
 def wandb_runs(workdir, values=('loss', 'train/mfu')):
-  """What wandb's files have of each run that was opened, the oldest first:
-  its record, rows of these values as (step, name, value), and (step, text) of
-  the texts by name.
+  """Reads wandb's files of all runs, the oldest first.
 
-  A file is a header of 7 bytes and blocks of 32 KiB; of a record, or a part of
-  one, there is a checksum, 4 bytes, the length, 2, and whether it is whole, 1,
-  begins, goes on or ends, 2 to 4.
+  A file is a header of 7 bytes and blocks of 32 KiB. Each record or part of a
+  record has a checksum (4 bytes), a length (2) and a kind (1): complete 1,
+  first part 2, middle part 3, last part 4.
+
+  Returns:
+    For each run its record, rows of `values` as (step, name, value), and a
+    dict from the names of texts to (step, text).
   """
   from wandb.proto.wandb_internal_pb2 import Record
 
-  importlib.import_module('wandb').teardown()  # all is on disk after it
+  importlib.import_module('wandb').teardown()  # flushes all files
   found = []
   files = workdir.glob('wandb/offline-run-*/*.wandb')
   for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
@@ -191,7 +196,7 @@ def wandb_writer(workdir, start_step=0, **config):
   return metrics.Writer(workdir, start_step, True, 'project', config)
 
 
-def test_wandb_gets_the_scalars_and_the_texts(tmp_path, wandb):
+def test_wandb_has_the_scalars_and_the_texts(tmp_path, wandb):
   writer = wandb_writer(tmp_path, steps=6)
   writer.scalars(3, {'loss': 1.5, 'train/mfu': 0.25, 'list': [1.0]})
   writer.text(3, 'sample/0', 'a < b\nwords')
@@ -205,18 +210,18 @@ def test_wandb_gets_the_scalars_and_the_texts(tmp_path, wandb):
   ((name, (step, text)),) = texts.items()
   assert name == 'sample/0' and step == 3
   assert text.endswith('>a &lt; b\nwords</pre>')
-  # The JSON lines are as they are without it.
+  # metrics.jsonl is the same as without wandb.
   assert steps(tmp_path) == [3, 3, 6]
 
 
-def test_a_run_goes_on_in_the_wandb_run_that_it_has(tmp_path, wandb):
-  """Though its config has changed; and one from scratch begins another."""
+def test_resumed_run_continues_its_wandb_run(tmp_path, wandb):
+  """Also with another config. A new run gets a new wandb run."""
   for start_step, size in ((0, 1), (4, 2), (0, 3)):
     writer = wandb_writer(tmp_path, start_step, size=size)
     writer.scalars(start_step + 2, {'loss': 1.0})
     writer.close()
     if not start_step:
-      time.sleep(1.1)  # the name of a folder has the run's id and the second
+      time.sleep(1.1)  # folder names contain the run id and the second
   (first, _, _), (second, rows, _), (third, _, _) = wandb_runs(tmp_path)
   assert first.run_id == second.run_id != third.run_id
   assert rows == [(6, 'loss', 1.0)]
@@ -225,7 +230,7 @@ def test_a_run_goes_on_in_the_wandb_run_that_it_has(tmp_path, wandb):
 @pytest.mark.parametrize(
   'key', ['', pytest.param('a' * 40, marks=pytest.mark.slow)]
 )
-def test_without_a_way_to_wandb_rows_are_kept(
+def test_rows_are_kept_if_wandb_is_unreachable(
   tmp_path, wandb, monkeypatch, key
 ):
   """No account, or no network."""
@@ -245,7 +250,7 @@ def test_without_a_way_to_wandb_rows_are_kept(
   assert 'wandb sync' in warning and '\n' not in warning
 
 
-def test_a_wandb_that_fails_is_done_without(tmp_path, wandb, monkeypatch):
+def test_wandb_error_does_not_end_the_run(tmp_path, wandb, monkeypatch):
   warnings = []
   monkeypatch.setattr(terminal, 'warn', warnings.append)
   writer = wandb_writer(tmp_path)
@@ -265,7 +270,7 @@ def test_a_wandb_that_fails_is_done_without(tmp_path, wandb, monkeypatch):
   ]
 
 
-def test_a_wandb_that_cannot_be_opened_is_done_without(
+def test_wandb_that_cannot_be_opened_does_not_end_the_run(
   tmp_path, wandb, monkeypatch
 ):
   warnings = []
@@ -279,14 +284,14 @@ def test_a_wandb_that_cannot_be_opened_is_done_without(
   assert warnings[1].endswith('the run continues without it')
 
 
-def test_a_missing_wandb_is_warnings(monkeypatch):
+def test_missing_wandb_is_refused(monkeypatch):
   monkeypatch.setattr(wandb_run.importlib.util, 'find_spec', lambda name: None)
   wandb_run.require_wandb('')
   with pytest.raises(UserError, match='pip install wandb'):
     wandb_run.require_wandb('project')
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
+def test_progress_is_plain_lines_without_a_terminal(capsys):
   progress = terminal.Progress(start_step=10, steps=1000, active=True)
   progress.update(20, 4.0, 'loss 2.5')  # 980 steps to go
   progress.say('a message')
@@ -296,7 +301,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
   assert err == 'step 20/1000  loss 2.5  1:05:20 left\na message\n'
 
 
-def test_progress_of_other_hosts_is_silent(capsys):
+def test_inactive_progress_prints_nothing(capsys):
   progress = terminal.Progress(0, 10, active=False)
   progress.update(1, 1.0, 'loss')
   progress.say('a message')
@@ -316,7 +321,7 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
   assert 'a message\n' in err
 
 
-def test_a_table_lines_up_with_numbers_to_the_right():
+def test_table_aligns_numbers_to_the_right():
   rows = [('name', 'shape', 'number'), ('embed', (4, 2), 8), ('q', (), 12_345)]
   assert terminal.table(rows).splitlines() == [
     'name   shape   number',
@@ -328,14 +333,14 @@ def test_a_table_lines_up_with_numbers_to_the_right():
 @pytest.mark.parametrize(
   'kind, peak', [('TPU v4', 275e12), ('NVIDIA H100 80GB HBM3', 989e12)]
 )
-def test_utilization_is_work_done_over_peak_of_all_devices(kind, peak):
+def test_utilization_is_flops_over_the_peak_of_all_devices(kind, peak):
   devices = [types.SimpleNamespace(device_kind=kind)] * 4
-  # 6 FLOPs for each of 1e9 weights, 1e5 tokens a second.
+  # 6 FLOPs for each of 1e9 weights, 1e5 tokens per second.
   assert metrics.utilization(1e5, 6e9, devices) == pytest.approx(
     6e14 / (4 * peak)
   )
 
 
-def test_utilization_of_unknown_devices_is_not_guessed():
+def test_utilization_of_unknown_devices_is_none():
   devices = [types.SimpleNamespace(device_kind='abacus')]
   assert metrics.utilization(1e5, 6e9, devices) is None

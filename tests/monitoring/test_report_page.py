@@ -1,4 +1,4 @@
-"""The page about runs, in Chromium and as text."""
+"""The HTML report, in Chromium and as text."""
 
 import json
 
@@ -6,7 +6,7 @@ import browser as browser_lib
 import made_runs
 import numpy as np
 import pytest
-from browser import DESK, PHONE, element, look
+from browser import DESK, PHONE, element, set_window
 from made_runs import eval_row, train_row
 
 from maskdiff.monitoring import history, report, traces
@@ -21,9 +21,12 @@ NAMES = ('masked "<i>1&lt;', 'autoregressive', 'short')
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  """A masked run with skipped updates, a plan and a ledger; an autoregressive
-  one of twice the batch, whose tokenizer has other pieces; and one that has
-  just begun, whose name is awkward in HTML."""
+  """Three runs, with names that need escaping in HTML.
+
+  The first is masked diffusion with a skipped update, a plan and a ledger. The
+  second is autoregressive with twice the batch and another tokenizer. The third
+  has only its first evaluation.
+  """
   folder = tmp_path_factory.mktemp('runs')
   noise = np.random.default_rng(0).normal(scale=0.3, size=(2, STEPS))
   ratios = lambda loss: [('0.1', loss - 1), ('0.5', loss), ('0.9', loss + 1)]
@@ -69,7 +72,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page(runs, tmp_path_factory):
-  """The page as a file."""
+  """The report as a file."""
   path = tmp_path_factory.mktemp('page') / 'report.html'
   path.write_text(report.page(runs, now=0), encoding='utf-8')
   return path
@@ -77,7 +80,7 @@ def page(runs, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser(page, tmp_path_factory):
-  """Chromium, and all that it said since."""
+  """Chromium for all tests of this file."""
   with browser_lib.started(tmp_path_factory.mktemp('profile')) as chromium:
     yield chromium
 
@@ -90,7 +93,7 @@ def opened(browser, page):
 def load(browser, page, size, scheme='light'):
   from selenium.webdriver.support.ui import WebDriverWait
 
-  look(browser, size, scheme)
+  set_window(browser, size, scheme)
   browser.get(page.as_uri())
   drawn = lambda b: element(b, 'body').get_attribute('class') == 'drawn'
   WebDriverWait(browser, 60).until(drawn)
@@ -98,8 +101,7 @@ def load(browser, page, size, scheme='light'):
 
 
 def lines(browser, panel):
-  """Of every curve drawn in a panel its colour, its width, and the points of
-  its SVG path on the screen, a list of [x, y]."""
+  """Curves of a panel: stroke colour, width, number of points, coordinates."""
   return browser.execute_script(
     """
     const panel = document.getElementById(arguments[0]);
@@ -116,7 +118,7 @@ def lines(browser, panel):
 
 
 def data(browser, panel, name):
-  """A list for every visible trace of what Plotly has of it."""
+  """An attribute of each visible trace in Plotly, as a list."""
   return browser.execute_script(
     f"""
     return document.querySelector('#{panel} .plot')._fullData
@@ -132,8 +134,8 @@ def rgb(colour):
 # In the browser
 
 
-def test_the_curves_are_drawn(opened):
-  """In their runs' colours, through every point that there is."""
+def test_curves_are_drawn(opened):
+  """In the colours of their runs, through all points."""
   heldout = lines(opened, 'heldout')
   assert [x['stroke'] for x in heldout] == [rgb(c) for c in traces.COLOURS[:2]]
   assert [x['points'] for x in heldout] == [len(EVALUATIONS)] * 2
@@ -155,17 +157,17 @@ def test_the_curves_are_drawn(opened):
   assert len(lines(opened, 'step_s')) == 3
 
 
-def test_what_is_drawn_falls_as_the_numbers_do(opened):
-  """SVG counts from the top: y grows as a loss falls, and x with the steps."""
+def test_curves_fall_as_the_losses_do(opened):
+  """In SVG y grows downwards, so it grows as a loss falls."""
   width = element(opened, '#heldout .plot').size['width']
-  # With tokens below, the second, of twice the batch, reaches twice as far.
+  # The x axis is tokens; the second run has twice as many.
   for line, share in zip(lines(opened, 'heldout'), (0.4, 0.8), strict=True):
     x, y = line['numbers'][::2], line['numbers'][1::2]
     assert x == sorted(x) and y == sorted(y)
     assert x[-1] - x[0] == pytest.approx(share * width, rel=0.1)
 
 
-def test_the_bars_say_where_the_time_went(opened):
+def test_goodput_bars_are_drawn(opened):
   bars = opened.find_elements('css selector', '#goodput .barlayer path')
   widths = [bar.rect['width'] for bar in bars if bar.rect['width'] > 1]
   assert len(widths) == 2 * 3  # init, step and compile of two runs
@@ -174,9 +176,9 @@ def test_the_bars_say_where_the_time_went(opened):
   assert legend == ['step', 'init', 'compile']
 
 
-def test_tokens_and_bits_are_other_axes_of_the_same_curves(opened, runs):
-  # Runs of different batch open with tokens, those of different tokenizers
-  # with bits per byte.
+def test_axes_switch_between_tokens_and_steps_and_between_units(opened, runs):
+  # The batch sizes differ, so the page opens with tokens. The tokenizers
+  # differ, so it opens with bits per byte.
   assert pressed(opened) == ['tokens', 'bits/byte']
   tokens = data(opened, 'heldout', 't.x')
   assert tokens[0] == [n * 128 for n in EVALUATIONS]
@@ -208,7 +210,7 @@ def pressed(browser):
   return [button.text for button in found]
 
 
-def test_the_legend_shows_and_hides_a_run_everywhere(opened, runs):
+def test_legend_shows_and_hides_a_run_in_all_panels(opened, runs):
   buttons = opened.find_elements('css selector', '#legend button')
   assert [b.text for b in buttons] == [run.name for run in runs]
   keys = opened.execute_script(
@@ -226,7 +228,7 @@ def test_the_legend_shows_and_hides_a_run_everywhere(opened, runs):
   assert len(lines(opened, 'heldout')) == 2
 
 
-def test_runs_are_told_in_numbers(opened, runs):
+def test_cards_show_the_figures_of_each_run(opened, runs):
   cards = opened.find_elements('css selector', '.run')
   first, second, third = (
     dict(
@@ -259,7 +261,7 @@ def test_only_the_config_keys_that_differ_are_listed(opened):
   ]
 
 
-def test_the_plan_stands_beside_what_was_measured(opened):
+def test_plan_is_compared_with_the_measurement(opened):
   rows = opened.find_elements('css selector', '#plans tbody tr')
   assert [row.text.split() for row in rows] == [
     ['step,', 's', '0.4', '0.5', '1.25'],
@@ -270,8 +272,8 @@ def test_the_plan_stands_beside_what_was_measured(opened):
   assert planned == [0.4, 0.4]
 
 
-def test_samples_are_gone_through_with_the_slider(opened):
-  """Texts that look like HTML stay texts."""
+def test_slider_selects_the_step_of_the_samples(opened):
+  """Samples that look like HTML are shown as text."""
   from selenium.webdriver.common.keys import Keys
 
   def shown():
@@ -289,7 +291,7 @@ def test_samples_are_gone_through_with_the_slider(opened):
   assert [b.get_property('textContent') for b in prompts] == [PROMPT] * 2
 
 
-def test_a_mask_ratio_or_a_dataset_is_chosen(browser, tmp_path):
+def test_menu_selects_the_dataset(browser, tmp_path):
   from selenium.webdriver.support.ui import Select
 
   row = eval_row(2, 8.0) | eval_row(2, 6.0, dataset='web')
@@ -327,21 +329,21 @@ def test_nothing_is_wider_than_the_window(browser, page, size, scheme):
   assert overflow == 0
 
 
-def test_the_page_asks_for_nothing_and_has_no_errors(opened, page):
-  """After all that the tests before this one did with it."""
+def test_page_requests_nothing_and_has_no_errors(opened, page):
+  """Includes the requests and errors of the tests before."""
   assert opened.get_log('browser') == []
-  assert browser_lib.asked(opened, page.as_uri()) == {page.as_uri()}
+  assert browser_lib.requested_urls(opened, page.as_uri()) == {page.as_uri()}
 
 
 # As text
 
 
-def test_every_kind_of_time_has_a_colour():
+def test_every_kind_of_time_has_its_own_colour():
   assert set(traces.TIMES) == {*KINDS, 'repeated', 'down'}
   assert len(set(traces.TIMES.values())) == len(traces.TIMES)
 
 
-def test_a_plan_of_another_run_is_said(tmp_path):
+def test_plan_of_another_batch_gives_a_warning(tmp_path):
   workdir = made_runs.write(tmp_path / 'a', [train_row(2, 8.0)])
   given = made_runs.plan(batch=1024, step_s=None, status='does not fit')
   run = history.read_run(workdir, given)

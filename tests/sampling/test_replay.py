@@ -8,7 +8,7 @@ import browser as browser_lib
 import matplotlib
 import numpy as np
 import pytest
-from browser import DESK, PHONE, element, look
+from browser import DESK, PHONE, element, set_window
 
 from maskdiff.sampling import replay
 from maskdiff.sampling.replay import Recording
@@ -88,7 +88,7 @@ def browser(page, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, page):
-  look(browser, DESK)
+  set_window(browser, DESK)
   browser.get(page.as_uri())
   return browser
 
@@ -202,7 +202,7 @@ def test_confidence_is_told_by_colours_that_can_be_read(
   opened, recording, scheme
 ):
   """Matplotlib's viridis, whose lightness rises with confidence."""
-  look(opened, DESK, scheme)
+  set_window(opened, DESK, scheme)
   opened.execute_script('show(last)')
   sure = np.fmax.reduce(recording.sure, axis=0)
   kept = []
@@ -287,12 +287,12 @@ def test_a_token_says_what_it_is_and_when_it_came(opened, recording, tokenizer):
 
 @pytest.mark.parametrize('size', [PHONE, DESK], ids=['phone', 'desk'])
 def test_nothing_is_wider_than_the_window(opened, size):
-  look(opened, size)
+  set_window(opened, size)
   element(opened, 'summary').click()
   for step in (0, 5, 'last'):
     opened.execute_script(f'show({step})')
-    beyond, right = browser_lib.beyond(opened)
-    assert beyond == 0 and right <= size[0] + 1
+    overflow, right = browser_lib.overflow(opened)
+    assert overflow == 0 and right <= size[0] + 1
   player = element(opened, '#player').rect
   assert player['y'] + player['height'] <= size[1] + 1
 
@@ -307,7 +307,7 @@ def test_the_page_asks_for_nothing_and_has_no_errors(opened, page):
   """After all that the tests before this one did with it."""
   opened.execute_script('show(last)')
   assert opened.get_log('browser') == []
-  assert browser_lib.asked(opened, page.as_uri()) == {page.as_uri()}
+  assert browser_lib.requested_urls(opened, page.as_uri()) == {page.as_uri()}
 
 
 def test_the_page_may_not_ask_for_anything(opened):
