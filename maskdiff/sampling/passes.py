@@ -1,33 +1,45 @@
-"""Passes through the network for a denoising step: canvas, or windows of it.
+"""The forward pass of a denoising step: over the canvas, or over a window.
 
-With a cache a pass over the canvas keeps keys and values, and later passes are
-over windows: the block (`dual`), or from the block to the end (`prefix`).
+Without a cache every step computes the whole canvas. With a cache, a pass over
+the canvas stores keys and values, and later steps compute a window only: the
+current block (`dual`), or everything from the block to the end of the row
+(`prefix`); Fast-dLLM, arXiv 2505.22618.
+
+Only slots of the current block are projected onto the vocabulary. Letters as in
+state.py, and V vocabulary, W window, R rows of the network's batch: B, or 2 B
+with guidance.
 """
 
+import jax
 import jax.numpy as jnp
 
 from maskdiff.model.transformer import bind
 from maskdiff.objectives.table import show
 from maskdiff.sampling import candidates
-from maskdiff.sampling.commit import of_block
+from maskdiff.sampling.state import current, in_progress, visible
+
+MAX_SHAPES = 5  # compile at most this many sequence lengths per program
 
 
+@jax.named_scope('part(sampling: bookkeeping)')
 def over_canvas(network, c, shape, carry, layout):
-  """A pass over the first shape[0] positions of all rows.
+  """Computes the first shape[0] positions of all rows.
 
   Args:
     network: Network.
     c: SamplerConfig.
-    shape: one of request.shapes.
-    carry, layout: Carry and Layout.
+    shape: one of `shapes`.
+    carry: Carry.
+    layout: Layout.
 
   Returns:
-    logits [B, S, V] float32 of each row's block; [B] int32, the positions of
-    the row that it is about; and the cache, or None if there is none.
+    - logits [B, S, V] float32 of each row's current block;
+    - [B] int32, number of positions computed for each row;
+    - the cache for `over_window`; None if c.cache is 'none'.
   """
   length, _ = shape
-  slots = of_block(layout.slots, carry.block)
-  tokens, valid = (x[:, :length] for x in view(network, c, carry, layout))
+  slots = current(layout.slots, carry.block)
+  tokens, valid = (x[:, :length] for x in shown(network, c, carry, layout))
   model = bind(network.config, network.params)
   inputs, labels = show(network.objective, tokens, valid, network.bos_id)
   if c.cache == 'none':
@@ -35,86 +47,128 @@ def over_canvas(network, c, shape, carry, layout):
   else:
     hidden, cache = model.prefill(inputs, labels)
   logits = logits_at(c, model, hidden, slots)
-  needed = valid.reshape(-1, len(slots), length).sum((0, 2), dtype=jnp.int32)
-  return logits, needed, cache
+  computed = valid.reshape(-1, len(slots), length)
+  return logits, computed.sum((0, 2), dtype=jnp.int32), cache
 
 
-def over_windows(network, c, shape, carry, cache, layout):
-  """A pass over windows of shape[1] positions beside a cache.
+@jax.named_scope('part(sampling: bookkeeping)')
+def over_window(network, c, shape, carry, cache, layout):
+  """Computes a window of shape[1] positions per row, beside cached keys.
 
   Args:
-    cache: from `over_canvas`, of the same shape; the others as there.
+    network: Network.
+    c: SamplerConfig.
+    shape: the shape of the pass that made the cache.
+    carry: Carry.
+    cache: keys and values, from `over_canvas`.
+    layout: Layout.
 
   Returns:
-    logits and positions, as there.
+    logits and number of positions, as `over_canvas`.
   """
   length, size = shape
-  slots = of_block(layout.slots, carry.block)
-  tokens, valid = (x[:, :length] for x in view(network, c, carry, layout))
-  first = slots[:, :1]
-  where = slots if c.cache == 'dual' else first + jnp.arange(size)
+  slots = current(layout.slots, carry.block)
+  tokens, valid = (x[:, :length] for x in shown(network, c, carry, layout))
+  start = slots[:, :1]
+  positions = slots if c.cache == 'dual' else start + jnp.arange(size)
   copies = len(tokens) // len(slots)
-  where = jnp.tile(where, (copies, 1))
+  positions = jnp.tile(positions, (copies, 1))  # [R, W]
   rows = jnp.arange(len(tokens))[:, None]
-  inside = jnp.minimum(where, length - 1)
-  # An absent slot (position L) is not there, like what is not visible.
-  there = (where < length) & valid[rows, inside]
-  kept = valid.at[rows, jnp.where(there, where, length)].set(False, mode='drop')
+  inside = jnp.minimum(positions, length - 1)
+  # False where the block has no slot (position L), or it is not visible.
+  in_window = (positions < length) & valid[rows, inside]
+  cache_valid = valid.at[rows, jnp.where(in_window, positions, length)].set(
+    False, mode='drop'
+  )
   model = bind(network.config, network.params)
-  hidden = model.extend(tokens[rows, inside], where, there, kept, cache)
-  in_window = jnp.arange(slots.shape[1]) if c.cache == 'dual' else slots - first
-  logits = logits_at(c, model, hidden, jnp.broadcast_to(in_window, slots.shape))
-  needed = there.reshape(copies, len(slots), -1).sum((0, 2), dtype=jnp.int32)
-  return logits, needed
+  hidden = model.extend(
+    tokens[rows, inside], positions, in_window, cache_valid, cache
+  )
+  columns = jnp.arange(slots.shape[1]) if c.cache == 'dual' else slots - start
+  logits = logits_at(c, model, hidden, jnp.broadcast_to(columns, slots.shape))
+  computed = in_window.reshape(copies, len(slots), -1)
+  return logits, computed.sum((0, 2), dtype=jnp.int32)
 
 
-def view(network, c, carry, layout):
-  """What the network is shown: tokens [R, L] int32, and which of them, bool.
+def shown(network, c, carry, layout):
+  """Returns the tokens that the network sees.
 
-  With guidance R is 2 B, otherwise B: the network also sees the canvas with all
-  but the slots masked, as in LLaDA's generate.py; tokens committed so far are
-  seen by both.
+  With guidance it sees two copies: the canvas, and the canvas with the prompt
+  masked (LLaDA's generate.py). Committed tokens are in both.
+
+  Returns:
+    tokens [R, L] int32; and [R, L] bool, which of them are visible.
   """
   canvas, valid = carry.canvas, visible(c, carry, layout)
   if not c.guidance:
     return canvas, valid
-  nothing = jnp.where(layout.fill, canvas, network.mask_id)
-  return jnp.concatenate([canvas, nothing]), jnp.concatenate([valid, valid])
+  no_prompt = jnp.where(layout.fill, canvas, network.mask_id)
+  return jnp.concatenate([canvas, no_prompt]), jnp.concatenate([valid, valid])
 
 
-def visible(c, carry, layout):
-  """[B, L] bool: no padding, and no slots of blocks too far ahead."""
-  if c.lookahead < 0:
-    return layout.valid
-  return layout.valid & (layout.order <= carry.block[:, None] + c.lookahead)
-
-
-def logits_at(c, model, hidden, slots):
-  """Logits of the slots of a block, [B, S, V] float32.
-
-  Only those are projected onto the vocabulary.
+def logits_at(c, model, hidden, columns):
+  """Returns logits of the slots of a block, [B, S, V] float32.
 
   Args:
-    hidden: [R, L, D]; see `view`.
-    slots: [B, S] int32; what is read for those that are absent does not matter.
+    c: SamplerConfig; with guidance, both copies of `shown` are combined.
+    model: Transformer.
+    hidden: [R, L, D] hidden states.
+    columns: [B, S] int32, indices along L; L or more where there is no slot,
+      whose logits are meaningless.
   """
-  copies, (_, length) = len(hidden) // len(slots), hidden.shape[:2]
+  copies, (_, length) = len(hidden) // len(columns), hidden.shape[:2]
   rows = jnp.arange(len(hidden))[:, None]
-  slots = jnp.minimum(jnp.tile(slots, (copies, 1)), length - 1)
-  logits = model.logits(hidden[rows, slots])
+  columns = jnp.minimum(jnp.tile(columns, (copies, 1)), length - 1)
+  logits = model.logits(hidden[rows, columns])
   if not c.guidance:
     return logits
   return candidates.guide(*jnp.split(logits, 2), c.guidance)
 
 
+def shapes(c, length, size):
+  """Returns the lengths that passes are compiled for, at most MAX_SHAPES.
+
+  A pass uses the shortest that covers the visible positions of all rows. The
+  lengths do not depend on the prompts, so that one program serves all requests
+  of a length.
+
+  Args:
+    c: SamplerConfig.
+    length: L.
+    size: S, slots per block.
+
+  Returns:
+    Tuple of (positions of a pass over the canvas, positions of a window),
+    rising.
+  """
+  if c.lookahead < 0 and c.cache != 'prefix':
+    return ((length, size),)
+  if c.lookahead < 0:
+    return tuple((length, window) for window in halves(length, size))
+  ahead = min((1 + c.lookahead) * size, length)
+  window = ahead if c.cache == 'prefix' else size
+  return tuple((n, window) for n in halves(length, ahead))
+
+
+def halves(largest, smallest):
+  """Returns `largest`, a half of it, a quarter, ..., rising.
+
+  At most MAX_SHAPES numbers, none of them below `smallest`.
+  """
+  sizes = [largest]
+  while len(sizes) < MAX_SHAPES and -(-sizes[-1] // 2) >= smallest:
+    sizes.append(-(-sizes[-1] // 2))
+  return sizes[::-1]
+
+
 def choose_shape(c, shapes, carry, layout):
-  """Index of the smallest of the shapes that covers all rows in progress."""
+  """Returns the index of the first shape that covers all rows in progress."""
   valid = visible(c, carry, layout)
   length = valid.shape[1]
   end = jnp.where(valid, jnp.arange(length) + 1, 0).max(axis=1)
-  window = end - of_block(layout.slots, carry.block)[:, 0]
+  window = end - current(layout.slots, carry.block)[:, 0]
   if c.cache != 'prefix':
     window = jnp.zeros_like(window)
-  busy = carry.masked.any((1, 2))
-  most = jnp.max(jnp.where(busy, jnp.stack([end, window]), 0), axis=1)
-  return jnp.argmax((jnp.array(shapes) >= most).all(axis=1))
+  active = in_progress(carry)
+  needs = jnp.max(jnp.where(active, jnp.stack([end, window]), 0), axis=1)
+  return jnp.argmax((jnp.array(shapes) >= needs).all(axis=1))

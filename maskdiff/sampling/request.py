@@ -1,20 +1,20 @@
-"""What a sampler is asked for: the settings, and canvases with slots to fill.
+"""Settings of the sampler, requests, and the first state of the loop.
 
-`begin` checks a request and divides its slots into blocks, in NumPy.
+`begin` checks a request and divides its slots into blocks, in NumPy. Letters as
+in state.py.
 """
 
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from maskdiff.config.key import check_choice
 from maskdiff.config.sample import SETTINGS
 from maskdiff.errors import UserError
 from maskdiff.objectives.table import OBJECTIVES
-
-MAX_SHAPES = 5  # compile at most this many sequence lengths per program
+from maskdiff.sampling import passes
+from maskdiff.sampling.state import Carry, Layout
 
 # One field for each key of config.sample, with its type and default.
 _Settings = dataclasses.make_dataclass(
@@ -63,44 +63,16 @@ class SamplerConfig(_Settings):
 
 
 class Request(NamedTuple):
-  """Rows with slots to fill. Fields are NumPy arrays."""
+  """Rows with slots to fill; layouts.py makes them. Fields are NumPy arrays.
 
-  canvas: np.ndarray  # [B, L] int32; tokens at the slots are not read
+  The tokens of a row depend on its own seed and on no other row. This holds if
+  no row has more than c.gen_length slots, or c.own_blocks is set.
+  """
+
+  canvas: np.ndarray  # [B, L] int32; tokens at slots are not read
   fill: np.ndarray  # [B, L] bool, True on slots
   valid: np.ndarray  # [B, L] bool, False on padding
-  # [B] int in [0, 2^32), one per row. The result of a row depends on its own
-  # seed and on no other row, if no row has more than gen_length slots or
-  # own_blocks is set.
-  seeds: np.ndarray
-
-
-class Carry(NamedTuple):
-  """State of the denoising loop. Rows go on by themselves."""
-
-  block: jax.Array  # [B] int32, blocks done
-  step: jax.Array  # [B] int32, steps done of the current block
-  canvas: jax.Array  # [B, L] int32
-  masked: jax.Array  # [B, blocks, S] bool, slots to be committed yet
-  calls: jax.Array  # int32, how often the network was called
-  # Of a row, whatever the other rows are, [B] int32 each: passes in which it
-  # took part, and positions that they needed of it: those that are visible, or
-  # in the window. More are computed, for padding and for few shapes. Guidance
-  # takes two passes for one.
-  forwards: jax.Array
-  positions: jax.Array
-  broken: jax.Array  # [B] bool, given up: logits were NaN or infinite
-
-
-class Layout(NamedTuple):
-  """What stays the same over the loop."""
-
-  slots: jax.Array  # [B, blocks, S] int32, positions; L where a row has none
-  num_slots: jax.Array  # [B, blocks] int32
-  fill: jax.Array  # [B, L] bool, True on slots
-  valid: jax.Array  # [B, L] bool, False on padding
-  order: jax.Array  # [B, L] int32, the block of a slot; -1 on what is given
-  steps: jax.Array  # [B] int32, of a block
-  seeds: jax.Array  # [B] uint32
+  seeds: np.ndarray  # [B] int in [0, 2^32)
 
 
 def begin(network, c, request):
@@ -112,34 +84,19 @@ def begin(network, c, request):
     request: Request.
 
   Returns:
-    The first Carry, the Layout, and the shapes of passes, see `shapes`.
+    The first Carry, the Layout, and passes.shapes of the request.
 
   Raises:
-    UserError: shapes differ, steps cannot be shared by the blocks, there is
-      nothing to fill, a name is unknown, there is no eos_id that is needed,
-      an autoregressive network is asked for what it cannot do, a row goes on
-      after slots that are not to be seen, slots stand on padding, or a seed is
-      no uint32.
+    UserError: shapes differ; the blocks cannot share the steps equally; there
+      are no slots; a setting has an unknown value; eos_id is missing; a
+      left-to-right network cannot do what the settings say; text follows a gap
+      while lookahead hides slots; slots are on padding; or a seed is not a
+      uint32.
   """
-  canvas = np.asarray(request.canvas, np.int32)
-  fill, valid = np.asarray(request.fill, bool), np.asarray(request.valid, bool)
-  if canvas.ndim != 2 or not canvas.shape == fill.shape == valid.shape:
-    raise UserError(
-      f'canvas {canvas.shape}, fill {fill.shape} and valid {valid.shape} must '
-      'have one shape [B, L]'
-    )
+  canvas, fill, valid = _arrays(request)
   _check_settings(network, c)
-  for row in np.flatnonzero(np.any(fill & ~valid, axis=1)):
-    raise UserError(f'row {row} has slots on its padding: fill needs valid')
-  for seed in request.seeds:
-    if not 0 <= seed < 2**32:
-      raise UserError(f'seed {seed} is not from 0 to {2**32 - 1}')
-  most = int(fill.sum(axis=1).max(initial=0))
-  if most == 0:
-    raise UserError('nothing to fill: ask for gen_length of at least 1')
-  most = max(most, c.gen_length)
-  if c.block_length < 1:
-    raise UserError(f'block_length={c.block_length} must be at least 1')
+  _check_rows(c, fill, valid, request.seeds)
+  most = max(int(fill.sum(axis=1).max(initial=0)), c.gen_length)
   size = min(c.block_length, most)
   blocks = -(-most // size)
   if c.steps < 0 or (not c.own_blocks and (not c.steps or c.steps % blocks)):
@@ -150,20 +107,10 @@ def begin(network, c, request):
   batch, length = canvas.shape
   slots = np.full((batch, blocks * size), length, np.int32)
   for row, filled in enumerate(fill):
-    (where,) = np.nonzero(filled)
-    slots[row, : len(where)] = where
-  order = np.where(fill, np.cumsum(fill, axis=1) - 1, -size) // size
-  if c.lookahead >= 0 and np.any(valid[:, 1:] & fill[:, :-1] & ~fill[:, 1:]):
-    raise UserError(
-      f'lookahead={c.lookahead} hides slots at the end of a row, and here text '
-      'follows a gap: leave it at -1'
-    )
+    (positions,) = np.nonzero(filled)
+    slots[row, : len(positions)] = positions
   slots = slots.reshape(batch, blocks, size)
-  has = np.full(batch, most)
-  if c.own_blocks:
-    has = np.maximum(fill.sum(axis=1), 1)
-  sizes = np.minimum(size, has)
-  steps = -(-c.steps // -(-has // sizes)) if c.steps else sizes
+  order = np.where(fill, np.cumsum(fill, axis=1) - 1, -size) // size
   zeros = np.zeros(batch, np.int32)
   carry = Carry(
     block=zeros,
@@ -181,73 +128,79 @@ def begin(network, c, request):
     fill=fill,
     valid=valid,
     order=order.astype(np.int32),
-    steps=steps.astype(np.int32),
+    steps=_steps_per_block(c, fill, size, most),
     seeds=np.asarray(request.seeds, np.uint32),
   )
-  return carry, layout, shapes(c, length, size)
+  return carry, layout, passes.shapes(c, length, size)
+
+
+def _arrays(request):
+  canvas = np.asarray(request.canvas, np.int32)
+  fill, valid = np.asarray(request.fill, bool), np.asarray(request.valid, bool)
+  if canvas.ndim != 2 or not canvas.shape == fill.shape == valid.shape:
+    raise UserError(
+      f'canvas {canvas.shape}, fill {fill.shape} and valid {valid.shape} must '
+      'have one shape [B, L]'
+    )
+  return canvas, fill, valid
+
+
+def _steps_per_block(c, fill, size, most):
+  """Returns denoising steps per block, [B] int32."""
+  slots = np.full(len(fill), most)
+  if c.own_blocks:
+    slots = np.maximum(fill.sum(axis=1), 1)
+  sizes = np.minimum(size, slots)
+  blocks = -(-slots // sizes)
+  steps = -(-c.steps // blocks) if c.steps else sizes
+  return steps.astype(np.int32)
+
+
+def _check_rows(c, fill, valid, seeds):
+  for row in np.flatnonzero(np.any(fill & ~valid, axis=1)):
+    raise UserError(f'row {row} has slots on its padding: fill needs valid')
+  for seed in seeds:
+    if not 0 <= seed < 2**32:
+      raise UserError(f'seed {seed} is not from 0 to {2**32 - 1}')
+  if not fill.any():
+    raise UserError('nothing to fill: set gen_length to at least 1')
+  if c.lookahead >= 0 and np.any(valid[:, 1:] & fill[:, :-1] & ~fill[:, 1:]):
+    raise UserError(
+      f'lookahead={c.lookahead} hides slots at the end of a row, and here text '
+      'follows a gap: set lookahead=-1'
+    )
 
 
 def _check_settings(network, c):
   objective = OBJECTIVES[network.objective]
-  causal = objective.left_to_right
-  if causal and c.block_length != 1:
+  if c.block_length < 1:
+    raise UserError(f'block_length={c.block_length} must be at least 1')
+  if objective.left_to_right and c.block_length != 1:
     raise UserError(
-      f'block_length={c.block_length}: a model trained with the autoregressive '
-      'objective fills one token at a time; set block_length=1'
+      f'block_length={c.block_length}: a model trained with objective '
+      f'{network.objective} fills one token at a time; set block_length=1'
     )
   if c.guidance and not objective.can_guide:
     raise UserError(
-      f'guidance={c.guidance}: a model trained with the autoregressive '
-      'objective has not learned to do without a prompt that is masked'
+      f'guidance={c.guidance} needs a model trained with masked prompts, and '
+      f'objective {network.objective} masks none; set guidance=0'
     )
-  if causal and (c.cache, c.lookahead) != ('none', -1):
+  if objective.left_to_right and (c.cache, c.lookahead) != ('none', -1):
     raise UserError(
-      f'cache={c.cache!r} and lookahead={c.lookahead} are for networks that '
-      'see both sides, and one trained with the autoregressive objective does '
-      "not: leave them at 'none' and -1"
+      f'cache={c.cache} and lookahead={c.lookahead} need a network that sees '
+      f'both sides of a slot, and objective {network.objective} trains none; '
+      'set cache=none and lookahead=-1'
     )
   if c.refresh < 0 or (c.refresh and c.cache == 'none'):
     raise UserError(
-      f'refresh={c.refresh} is how often a cache is made anew: choose '
-      "cache='dual' or 'prefix' too, or 0"
+      f'refresh={c.refresh} is the number of steps between cache refreshes: '
+      'set cache=dual or cache=prefix, or set refresh=0'
     )
   for name, key in SETTINGS.items():
     check_choice(name, key, getattr(c, name))
   for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
     if getattr(c, key) and network.eos_id < 0:
       raise UserError(f'{key}=True needs an eos_id')
-
-
-def shapes(c, length, size):
-  """How much of the rows the passes of a round may cover: a few choices.
-
-  A round takes the smallest that covers what is visible of all its rows. They
-  do not depend on the prompts, so that a program serves all of a length.
-
-  Args:
-    c: SamplerConfig.
-    length: L.
-    size: slots of a block.
-
-  Returns:
-    Tuple of (length, window), rising: positions of the pass over the canvas,
-    and of those after it, which a cache serves. At most MAX_SHAPES.
-  """
-  if c.lookahead < 0 and c.cache != 'prefix':
-    return ((length, size),)
-  if c.lookahead < 0:
-    return tuple((length, window) for window in halves(length, size))
-  ahead = min((1 + c.lookahead) * size, length)
-  window = ahead if c.cache == 'prefix' else size
-  return tuple((n, window) for n in halves(length, ahead))
-
-
-def halves(most, least):
-  """`most`, half of it and so on, not below `least`, rising."""
-  sizes = [most]
-  while len(sizes) < MAX_SHAPES and -(-sizes[-1] // 2) >= least:
-    sizes.append(-(-sizes[-1] // 2))
-  return sizes[::-1]
 
 
 def sampler_config(config):

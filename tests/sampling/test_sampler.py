@@ -238,7 +238,7 @@ def test_masks_of_a_prompt_stay_where_llada_fills_some(name):
   def predict(canvas):
     model = transformer.bind(network.config, network.params)
     logits = model.logits(model(canvas, masks.bidirectional(valid)))
-    return commit.choose(network, c, logits, None)
+    return commit.predict(network, c, logits, None)
 
   # LLaDA's, from the same parts: all masks up to the end of the block compete.
   length, size = canvas.shape[1], c.block_length

@@ -15,7 +15,7 @@ from maskdiff.errors import UserError
 from maskdiff.model import masks, transformer
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.sampling import layouts, refill, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling.request import SamplerConfig, begin
 
 MASK, EOS, VOCAB = 4, 5, 16
 TINY = TransformerConfig(
@@ -367,7 +367,7 @@ def test_room_that_is_not_used_costs_nothing(monkeypatch):
       ),
       jnp.full(64, 9).at[7].set(EOS),
     )
-    shapes = sampler.begin(network, c, request)[2]
+    shapes = begin(network, c, request)[2]
     assert shapes[0][0] < 2 + 12
     with monkeypatch.context() as patch:
       fake_networks.put_in(patch)
@@ -383,15 +383,15 @@ def test_room_that_is_not_used_costs_nothing(monkeypatch):
   'options, problem',
   [
     (dict(cache='fast'), "cache='fast': choose one of"),
-    (dict(refresh=2), 'refresh=2 is how often a cache is made anew: choose'),
+    (dict(refresh=2), 'refresh=2 .*: set cache=dual or cache=prefix'),
     (dict(cache='dual', refresh=-1), 'refresh=-1'),
     (
       dict(objective='autoregressive', block_length=1, cache='dual'),
-      'for networks that see both sides',
+      'need a network that sees both sides',
     ),
     (
       dict(objective='autoregressive', block_length=1, lookahead=0),
-      'for networks that see both sides',
+      'need a network that sees both sides',
     ),
   ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.sampling import candidates, commit, layouts, remasking, sampler
-from maskdiff.sampling.request import Request, SamplerConfig
+from maskdiff.sampling.request import Request, SamplerConfig, begin
 
 MASK, EOS, EOT, VOCAB = 4, 5, 6, 16
 PLAIN = SamplerConfig(
@@ -261,11 +261,9 @@ def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
   canvas = jnp.array([[9, MASK, EOS, MASK], [9, 9, EOS, MASK]])
   fill = np.ones((2, 4), bool)
   request = Request(canvas, fill, fill, range(2))
-  _, layout, _ = sampler.begin(
-    network_of(mixing, table), config(gen_length=4), request
-  )
+  _, layout, _ = begin(network_of(mixing, table), config(gen_length=4), request)
   masked = canvas[:, None] == MASK
-  canvas, masked = commit.stop(EOS, canvas, masked, layout)
+  canvas, masked = commit.end_at_eos(EOS, canvas, masked, layout)
   assert canvas.tolist() == [[9, MASK, EOS, MASK], [9, 9, EOS, EOS]]
   assert masked[:, 0].tolist() == [[False, True, False, True], [False] * 4]
 
@@ -314,7 +312,7 @@ def test_at_a_temperature_llada_still_commits_eos_early_and_we_do_not(
   monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: 0.0)
   c = config(temperature=0.5, confidence_eos_eot_inf=True)
   network = dataclasses.replace(network_of(None, None), predict_mask=True)
-  token, ours = commit.choose(network, c, logits, None)
+  token, ours = commit.predict(network, c, logits, None)
   assert token.tolist() == [[EOS, 9]]
   assert ours[0, 0] == 0 < ours[0, 1]
 

@@ -1,0 +1,65 @@
+"""State of the denoising loop: what changes (Carry) and what does not (Layout).
+
+Every row has its own blocks and its own step, so rows of a batch do not wait
+for each other. Letters: B rows, L positions, S slots per block.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Carry(NamedTuple):
+  """What a denoising step changes."""
+
+  block: jax.Array  # [B] int32, the current block; number of complete blocks
+  step: jax.Array  # [B] int32, denoising steps done in the current block
+  canvas: jax.Array  # [B, L] int32
+  masked: jax.Array  # [B, blocks, S] bool, slots without a committed token
+  calls: jax.Array  # int32, forward passes over the whole batch
+  # [B] int32: forward passes in which a row took part (guidance counts two per
+  # step), and positions that these passes computed for the row. Padding, and
+  # positions beyond the visible ones, are not counted, so that both numbers do
+  # not depend on the other rows.
+  forwards: jax.Array
+  positions: jax.Array
+  broken: jax.Array  # [B] bool, abandoned: logits were NaN or infinite
+
+
+class Layout(NamedTuple):
+  """Where the slots of each row are, and how it is sampled; constant."""
+
+  slots: jax.Array  # [B, blocks, S] int32, positions; L where there is no slot
+  num_slots: jax.Array  # [B, blocks] int32
+  fill: jax.Array  # [B, L] bool, True on slots
+  valid: jax.Array  # [B, L] bool, False on padding
+  order: jax.Array  # [B, L] int32, block of each slot; -1 on given tokens
+  steps: jax.Array  # [B] int32, denoising steps per block
+  seeds: jax.Array  # [B] uint32
+
+
+def current(x, block):
+  """Returns the current block of every row.
+
+  Args:
+    x: [B, blocks, ...].
+    block: [B] int32.
+
+  Returns:
+    [B, ...]; the last block for rows whose blocks are all complete.
+  """
+  rows = jnp.arange(len(x))
+  return x[rows, jnp.minimum(block, x.shape[1] - 1)]
+
+
+def in_progress(carry):
+  """Returns [B] bool, rows with slots that have no committed token."""
+  return carry.masked.any((1, 2))
+
+
+def visible(c, carry, layout):
+  """Returns [B, L] bool: not padding, and not in a block beyond `lookahead`."""
+  if c.lookahead < 0:
+    return layout.valid
+  return layout.valid & (layout.order <= carry.block[:, None] + c.lookahead)
