@@ -193,7 +193,7 @@ def test_greedy_matches_are_counted(write, tokenizer):
     write(*({'prompt': 'a', 'answer': x} for x in ('x', 'self', 'xx'))),
     'greedy',
   )
-  matches = lambda tokens, answer, valid: answer.sum(axis=1) == 1
+  matches = lambda answers: answers.answer.sum(axis=1) == 1
   rows, total = scored_lib.greedy(lines, tokenizer, 64, matches)
   expected = [len(tokenizer.encode(x)) == 1 for x in ('x', 'self', 'xx')]
   assert [row['match'] for row in rows] == expected
