@@ -26,14 +26,14 @@ def draw(sampling, rows, batch):
 
 
 def times(sampling, batch, rows=None):
-  """[NUM_KEYS, b] times of the rows, or of all rows of the batch."""
+  """Returns [NUM_KEYS, b], times of the rows; by default of all rows."""
   rows = np.arange(batch) if rows is None else np.asarray(rows)
-  # Always 64 of them, so that few compilations serve every test.
+  # Always 64 rows, so that few programs are compiled for all tests.
   return np.asarray(draw(sampling, np.resize(rows, 64), batch))[:, : len(rows)]
 
 
 def distance_to_uniform(sample):
-  """Kolmogorov-Smirnov: largest gap between empirical and uniform CDF."""
+  """Returns the Kolmogorov-Smirnov distance to the uniform CDF."""
   sample = np.sort(sample.ravel().astype(np.float64))
   n = len(sample)
   above = np.arange(1, n + 1) / n - sample
@@ -50,7 +50,7 @@ def test_weight_is_minus_alpha_prime_over_one_minus_alpha(schedule):
 
 
 @pytest.mark.parametrize('schedule', ALL, ids=str)
-def test_mask_ratio_rises_from_none_to_all(schedule):
+def test_mask_ratio_rises_from_0_to_1(schedule):
   ratio = np.asarray(schedule.mask_ratio(jnp.linspace(0.0, 1.0, 101)))
   np.testing.assert_allclose(ratio[[0, -1]], [0, 1], atol=1e-6)
   assert (np.diff(ratio) > 0).all()
@@ -70,10 +70,10 @@ def test_mask_ratio_rises_from_none_to_all(schedule):
   ids=str,
 )
 def test_schedules_are_those_of_md4(schedule, t, alpha, weight):
-  """MD4 squeezes alpha into [eps, 1 - eps]: alpha = (1 - 2 eps) a + eps.
+  """MD4 maps alpha into [eps, 1 - eps]: alpha = (1 - 2 eps) a + eps.
 
-  With our a = 1 - m and a' = -w m, its weight alpha' / (1 - alpha) is
-  -(1 - 2 eps) w m / (1 - alpha). The numbers come from running its code.
+  With our a = 1 - m and a' = -w m, MD4's weight alpha' / (1 - alpha) is
+  -(1 - 2 eps) w m / (1 - alpha). The numbers were computed with MD4's code.
   """
   eps = 1e-4
   m, w = float(schedule.mask_ratio(t)), float(schedule.weight(t))
@@ -95,7 +95,7 @@ def test_pooled_times_are_uniform(sampling):
 
 @pytest.mark.parametrize('sampling', TIME_SAMPLINGS)
 @pytest.mark.parametrize('batch', [6, 64])
-def test_times_lie_in_0_1(sampling, batch):
+def test_times_are_in_0_1(sampling, batch):
   t = times(sampling, batch)
   assert t.min() >= 0
   assert t.max() < 1
@@ -103,7 +103,7 @@ def test_times_lie_in_0_1(sampling, batch):
 
 @pytest.mark.parametrize('sampling', STRATIFIED)
 def test_rounding_does_not_reach_1(sampling, monkeypatch):
-  """At the very top of the last stratum, where a sum may round up."""
+  """At the top of the last stratum a sum may round up to 1."""
   monkeypatch.setattr(
     jax.random, 'uniform', lambda key: jnp.float32(1 - 2.0**-24)
   )
@@ -112,7 +112,7 @@ def test_rounding_does_not_reach_1(sampling, monkeypatch):
 
 
 @pytest.mark.parametrize('sampling', TIME_SAMPLINGS)
-def test_each_row_alone_meets_all_times(sampling):
+def test_times_of_each_row_are_uniform(sampling):
   """A source that always supplies the same rows sees every mask ratio."""
   t = times(sampling, 6)
   for row in range(6):
@@ -121,17 +121,17 @@ def test_each_row_alone_meets_all_times(sampling):
 
 @pytest.mark.parametrize('sampling', STRATIFIED)
 @pytest.mark.parametrize('batch', [6, 64])
-def test_each_of_b_equal_strata_holds_one_time(sampling, batch):
+def test_each_stratum_holds_one_time(sampling, batch):
   strata = np.floor(times(sampling, batch) * batch).astype(int)
   expected = np.broadcast_to(np.arange(batch), strata.shape)
   np.testing.assert_array_equal(np.sort(strata, axis=1), expected)
 
 
 @pytest.mark.parametrize('sampling', STRATIFIED)
-def test_place_within_a_stratum_is_uniform(sampling):
-  place = np.mod(times(sampling, 64) * 64, 1)
-  # Half of the sample counts: the rows of an antithetic pair mirror each other.
-  assert distance_to_uniform(place) < 2 / np.sqrt(place.size / 2)
+def test_times_within_a_stratum_are_uniform(sampling):
+  offset = np.mod(times(sampling, 64) * 64, 1)
+  # Half of the samples are independent: antithetic rows mirror each other.
+  assert distance_to_uniform(offset) < 2 / np.sqrt(offset.size / 2)
 
 
 def test_antithetic_pairs_sum_to_one():
@@ -140,7 +140,7 @@ def test_antithetic_pairs_sum_to_one():
 
 
 @pytest.mark.parametrize('sampling', TIME_SAMPLINGS)
-def test_times_do_not_depend_on_which_rows_are_asked_for(sampling):
+def test_times_of_a_row_do_not_depend_on_the_other_rows(sampling):
   rows = [9, 2, 3, 63]
   np.testing.assert_array_equal(
     times(sampling, 64, rows), times(sampling, 64)[:, rows]
@@ -148,6 +148,6 @@ def test_times_do_not_depend_on_which_rows_are_asked_for(sampling):
 
 
 @pytest.mark.parametrize('sampling', TIME_SAMPLINGS)
-def test_other_keys_give_other_times(sampling):
+def test_keys_give_different_times(sampling):
   t = times(sampling, 64)
   assert (t[0] != t[1]).all()

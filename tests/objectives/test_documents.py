@@ -1,0 +1,104 @@
+"""Objectives in which attention stays within a document."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from objective_cases import (
+  CONFIG,
+  CONFINED,
+  DOC,
+  EOS,
+  PACKED,
+  TINY,
+  log_probabilities,
+  loss,
+  make_canvas,
+  packed,
+  strong_params,
+  without_mask,
+)
+
+from maskdiff.objectives import masked_diffusion
+
+
+@pytest.fixture(scope='module')
+def params():
+  return strong_params(TINY)
+
+
+def log_p_and_nll(c, params, canvas):
+  log_p = log_probabilities(TINY, params, canvas.inputs, canvas.labels)
+  return without_mask(log_p), np.asarray(loss(c, TINY, params, canvas)[1])
+
+
+def assert_equal_apart(whole, apart):
+  """Asserts that packing documents into one row changes no output.
+
+  Args:
+    whole: arrays [B, 10, ...] of the packed rows.
+    apart: for each document the same arrays of rows that begin with it.
+  """
+  for number, parts in enumerate(apart):
+    for packed_part, part in zip(whole, parts, strict=True):
+      packed_part = packed_part[:, number == DOC]
+      np.testing.assert_allclose(
+        packed_part, part[:, : packed_part.shape[1]], rtol=1e-5, atol=1e-5
+      )
+
+
+def alone(x, number):
+  """Moves the columns of one document to the front."""
+  return np.concatenate([x[:, number == DOC], x[:, number != DOC]], axis=1)
+
+
+def test_packed_documents_have_the_loss_of_separate_rows(params):
+  """A separate row is a row that is cut at the end of the document."""
+  random = np.random.default_rng(0)
+  tokens, u = packed(16), random.random(16).astype(np.float32)
+  noise = random.random(tokens.shape).astype(np.float32)
+  row = masked_diffusion.corrupt(
+    CONFINED, tokens, u, noise, np.full(16, len(DOC))
+  )
+  apart = [
+    masked_diffusion.corrupt(
+      CONFIG, alone(tokens, n), u, alone(noise, n), np.full(16, sum(n == DOC))
+    )
+    for n in range(3)
+  ]
+  whole = log_p_and_nll(CONFINED, params, row)
+  assert (whole[1] > 0).any(axis=0).all()
+  assert_equal_apart(whole, [log_p_and_nll(CONFIG, params, c) for c in apart])
+
+
+def test_packed_documents_start_with_eos_instead_of_bos(params):
+  def log_p_nll(c, tokens):
+    canvas = make_canvas(c, tokens, jnp.arange(1), jax.random.key(0), 1)
+    return log_p_and_nll(c, params, canvas)
+
+  autoregressive = dataclasses.replace(CONFIG, name='autoregressive')
+  confined = dataclasses.replace(CONFINED, name='autoregressive')
+  tokens = packed(1)
+  # Only the first document follows a bos. The documents after a document do
+  # not matter, since it does not see them.
+  starts = [CONFIG.bos_id, EOS, EOS]
+  apart = [
+    log_p_nll(
+      dataclasses.replace(autoregressive, bos_id=start),
+      alone(tokens, n),
+    )
+    for n, start in enumerate(starts)
+  ]
+  assert_equal_apart(log_p_nll(confined, tokens), apart)
+
+
+def test_masked_eos_still_ends_its_document():
+  tokens, u = packed(2), np.full(2, 0.5, np.float32)
+  noise = np.stack([np.zeros(len(DOC)), np.where(PACKED == EOS, 0, 1)])
+  canvas = masked_diffusion.corrupt(
+    CONFINED, tokens, u, noise, np.full(2, len(DOC))
+  )
+  assert not (canvas.inputs == EOS).any()
+  np.testing.assert_array_equal(canvas.labels.doc, [DOC, DOC])
