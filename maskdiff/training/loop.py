@@ -17,7 +17,7 @@ from maskdiff import config as config_lib
 from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.distributed.consensus import Preemption
 from maskdiff.distributed.watchdog import watch
-from maskdiff.errors import Preempted
+from maskdiff.errors import Preempted, UserError, one_line
 from maskdiff.monitoring import wandb_run
 from maskdiff.monitoring.ledger import Ledger
 from maskdiff.training import evaluation, inputs, resume
@@ -50,15 +50,14 @@ def run(config, workdir):
       too many updates in a row were skipped; or checkpoints cannot be written.
     Preempted: the process received SIGTERM and has saved a checkpoint.
   """
-  with workdir_lib.memory_advice(config), contextlib.ExitStack() as stack:
+  with _memory_advice(config), contextlib.ExitStack() as stack:
     return _run(config, workdir, stack)
 
 
 def _run(config, workdir, stack):
-  steps = config.train.steps
-
   # Open.
   config_lib.validate(config)
+  steps = config.train.steps
   wandb_run.require_wandb(config.train.wandb_project)
   workdir_lib.make_workdir(workdir)
   main_process = jax.process_index() == 0
@@ -84,36 +83,20 @@ def _run(config, workdir, stack):
   stack.callback(reporter.close)
   saver = Saver(config, setup, checkpointer, start, ledger, reporter.say)
   if main_process:
-    header = workdir_lib.describe(config, setup.c, setup.mesh, setup.datasets)
-    workdir_lib.save_run_files(config, setup.tokenizer, header, workdir)
-    reporter.say(header)
-  reporter.say(
-    f'resuming at step {start.step}' if start.step else 'starting from scratch'
-  )
-  with ledger.span('data'):
-    batches = inputs.train_batches(
-      config, setup.datasets, setup.mesh, start.samples
-    )
-    tokens = next(batches)
-    first_row = inputs.first_row(tokens, setup.mesh)
-    first_text = setup.tokenizer.decode(first_row)
-  reporter.first_row(first_text)
+    reporter.say(workdir_lib.save_run_files(config, setup, workdir))
+  batches, tokens = _first_batch(config, setup, start, reporter, ledger)
 
   # Compile.
-  train_step = step_lib.compile_train_step(setup.c, setup.optimizer, setup.mesh)
   if start.step < steps:
     with ledger.span('compile'), jax.set_mesh(setup.mesh):
-      train_step = _compile(train_step, state, tokens, key, reporter.say)
-
-  reporter.start_clock()
+      train_step = _compile(setup, state, tokens, key, reporter.say)
 
   # Loop.
   evaluate = functools.partial(_evaluate, config, setup, reporter, ledger)
   stop_if_preempted = functools.partial(_stop_if_preempted, preemption, ledger)
   done, result = start.step, None
-  evaluation_due = (
-    start.evaluation_due or start.step == 0 or start.step >= steps
-  )
+  evaluation_due = start.evaluation_due or done == 0 or done >= steps
+  reporter.start_clock()
   try:
     if evaluation_due:
       result = evaluate(done, state.params, stop_if_preempted)
@@ -144,8 +127,7 @@ def _run(config, workdir, stack):
   except Preempted:
     reporter.write(done)
     saver.save_and_finish(done, state, evaluation_due)
-    ledger.event('preempted')
-    reporter.say(f'preempted: step {done} is saved')
+    reporter.write_preempted(done)
     raise
 
   # End.
@@ -155,9 +137,25 @@ def _run(config, workdir, stack):
   return result.row
 
 
-def _compile(train_step, state, tokens, key, say):
+def _first_batch(config, setup, start, reporter, ledger):
+  """Opens the training data; returns the iterator and its first batch."""
+  reporter.say(
+    f'resuming at step {start.step}' if start.step else 'starting from scratch'
+  )
+  with ledger.span('data'):
+    batches = inputs.train_batches(
+      config, setup.datasets, setup.mesh, start.samples
+    )
+    tokens = next(batches)
+    text = setup.tokenizer.decode(inputs.first_row(tokens, setup.mesh))
+  reporter.first_row(text)
+  return batches, tokens
+
+
+def _compile(setup, state, tokens, key, say):
   """Compiles the train step and prints how much memory it needs."""
   began = time.monotonic()
+  train_step = step_lib.compile_train_step(setup.c, setup.optimizer, setup.mesh)
   compiled = train_step.lower(state, tokens, key).compile()
   memory = compiled.memory_analysis()
   say(
@@ -195,3 +193,22 @@ def _stop_if_preempted(preemption, ledger, done):
   ledger.beat()
   if preemption.poll():
     raise Preempted(done)
+
+
+@contextlib.contextmanager
+def _memory_advice(config):
+  """Turns an out-of-memory error into a UserError that says what to change."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    ways = f'raise --config.train.microbatches={config.train.microbatches}, '
+    if config.model.remat != 'full':
+      ways += f'set --config.model.remat={config.model.remat} to full, '
+    raise UserError(
+      f'a device has too little memory ({one_line(error)}): {ways}or lower '
+      f'--config.objective.loss_chunk_tokens='
+      f'{config.objective.loss_chunk_tokens}; for a TPU, launch/plan.py '
+      '--sweep finds what fits'
+    ) from error

@@ -154,6 +154,11 @@ class Reporter:
         self._writer.text(step, f'sample/{i}', text)
       self.say(f'--- sample ---\n{text}\n--------------')
 
+  def write_preempted(self, step):
+    """Records that the run ends early, with a checkpoint of `step`."""
+    self._ledger.event('preempted')
+    self.say(f'preempted: step {step} is saved')
+
   def close(self):
     """Closes the progress bar and the files."""
     self._progress.close()

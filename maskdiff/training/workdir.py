@@ -1,6 +1,5 @@
-"""Files of a work directory besides checkpoints and metrics."""
+"""Writes the files of a work directory, except checkpoints and metrics."""
 
-import contextlib
 import json
 import os
 
@@ -10,42 +9,10 @@ from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError, one_line
+from maskdiff.errors import UserError
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
 from maskdiff.monitoring import terminal
-
-
-@contextlib.contextmanager
-def memory_advice(config):
-  """Turns an out-of-memory error into a UserError that says what to change."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    ways = f'raise --config.train.microbatches={config.train.microbatches}, '
-    if config.model.remat != 'full':
-      ways += f'set --config.model.remat={config.model.remat} to full, '
-    raise UserError(
-      f'a device has too little memory ({one_line(error)}): {ways}or lower '
-      f'--config.objective.loss_chunk_tokens='
-      f'{config.objective.loss_chunk_tokens}; for a TPU, launch/plan.py '
-      '--sweep finds what fits'
-    ) from error
-
-
-def copy_published_files(config, workdir):
-  """Copies tokenizer and config files of config.init_from, for an export.
-
-  The source is a Hugging Face folder, or a work directory that keeps such
-  files. Without either, nothing is copied.
-  """
-  source = config.init_from
-  if source and not families.is_published(source):
-    source = os.path.join(source, hf.PUBLISHED)
-  if source and os.path.isdir(source):
-    hf.copy_published_files(source, os.path.join(workdir, hf.PUBLISHED))
 
 
 def make_workdir(workdir):
@@ -65,23 +32,40 @@ def make_workdir(workdir):
     raise UserError(f'--workdir: cannot make {workdir!r} ({error})') from error
 
 
-def save_run_files(config, tokenizer, header, workdir):
-  """Writes config.json, header.txt and the tokenizer.
+def save_run_files(config, setup, workdir):
+  """Writes config.json, header.txt and the tokenizer; returns the header.
 
   Also copies files of a Hugging Face folder that the run starts from.
 
   Args:
     config: ConfigDict.
-    tokenizer: data.tokenizer.Tokenizer.
-    header: text from `describe`.
+    setup: RunSetup.
     workdir: work directory.
+
+  Returns:
+    The text of `describe`.
   """
+  header = describe(config, setup.c, setup.mesh, setup.datasets)
   with open(os.path.join(workdir, 'header.txt'), 'w') as f:
     f.write(header + '\n')
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
     json.dump(manifest.config_json(config), f, indent=2)
-  tokenizer_lib.copy(tokenizer, workdir)
+  tokenizer_lib.copy(setup.tokenizer, workdir)
   copy_published_files(config, workdir)
+  return header
+
+
+def copy_published_files(config, workdir):
+  """Copies tokenizer and config files of config.init_from, for an export.
+
+  The source is a Hugging Face folder, or a work directory that keeps such
+  files. Without either, nothing is copied.
+  """
+  source = config.init_from
+  if source and not families.is_published(source):
+    source = os.path.join(source, hf.PUBLISHED)
+  if source and os.path.isdir(source):
+    hf.copy_published_files(source, os.path.join(workdir, hf.PUBLISHED))
 
 
 def describe(config, c, mesh, datasets):

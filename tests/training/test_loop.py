@@ -26,7 +26,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import load as load_lib
 from maskdiff.model import transformer
-from maskdiff.monitoring import metrics
+from maskdiff.monitoring import metrics, wandb_run
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import sampler_config
 from maskdiff.training import evaluation, loop
@@ -915,7 +915,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(
 def test_a_missing_wandb_is_said_before_anything_is_opened(
   make_config, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(wandb_run.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install wandb'):
     loop.run(make_config(train__wandb_project='p'), str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
