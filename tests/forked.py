@@ -17,6 +17,7 @@ import array
 import atexit
 import contextlib
 import json
+import multiprocessing.process
 import os
 import runpy
 import selectors
@@ -267,6 +268,8 @@ def become(command, environment, folder):
   os.environ.clear()
   os.environ.update(environment)
   os.chdir(folder)
+  # Workers that the program spawns find its script from here.
+  multiprocessing.process.ORIGINAL_DIR = folder
   sys.stdin, sys.stdout, sys.stderr = (
     open(number, mode, buffering=buffering, closefd=False, encoding='utf-8')
     for number, mode, buffering in ((0, 'r', -1), (1, 'w', -1), (2, 'w', 1))
