@@ -1,11 +1,11 @@
-"""The machine's attention kernel against dense attention, by regime.
+"""Compares attention kernels with dense attention, by attention regime.
 
 python benchmarks/attention.py [--length 4096] [--rounds 10]
 
-Prints which share of the L^2 scores the tiles of the splash kernel cover, and,
-where the machine has a kernel that `auto` would choose, the seconds of a
-forward and backward pass dense and with it, and their ratio. B=1, 8 heads of
-128, bfloat16.
+Prints the share of the L^2 scores that the tiles of the splash kernel cover.
+If `auto` has a kernel for this machine, also prints the seconds of a forward
+and backward pass with dense attention and with the kernel, and their ratio.
+B=1, 8 heads of 128, bfloat16.
 """
 
 import argparse
@@ -30,7 +30,7 @@ REGIMES = {
 
 
 def share_of_tiles(regime, length, chip):
-  """Scores in tiles that the forward kernel computes, over L^2."""
+  """Number of scores in the tiles of the forward kernel, over L^2."""
   kernel = splash.make_kernel(regime, length, chip=chip)
   sizes = kernel.kwargs['block_sizes']
   computed = (kernel.fwd_mask_info.block_mask > 0).sum()
@@ -38,7 +38,7 @@ def share_of_tiles(regime, length, chip):
 
 
 def compare(labels, length, rounds):
-  """Seconds of (dense, kernel), or None where there is no kernel."""
+  """Seconds of (dense, kernel); None if this machine has no kernel."""
   q, k, v, g = jax.random.normal(
     jax.random.key(0), (4, 1, 8, length, 128), jnp.bfloat16
   )

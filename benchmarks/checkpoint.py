@@ -1,19 +1,19 @@
-"""Checkpoints against copying the same arrays, and against bare Orbax.
+"""Compares checkpoints with copies of the same arrays and with plain Orbax.
 
 python benchmarks/checkpoint.py [--parameters 1e8] [--moments float32]
   [--rounds 3] [--directory D]
 
-Random float32 parameters and two moments in 12 layers. Prints, as medians of
-rounds in turn:
-(a) how long `save` keeps the caller, against copying the arrays to new memory
-    of the host, and against a train step of configs/150m.py on 512 tokens,
-    which has 1.5e8 parameters;
-(b) the fingerprints alone, as a share of a save until it is on the disk; what
-    they add to a save, as the median over rounds of the difference between
-    saves with and without them; and a save against one by bare Orbax;
-(c) restoring and comparing, against restoring by bare Orbax.
-What was restored must be what was saved. Needs memory for two and a half times
-the state and as much room in the directory.
+The state is random float32 parameters and two moments in 12 layers. Prints
+medians over alternating rounds:
+(a) the time for which `save` blocks the caller, compared with a copy of the
+    arrays to new host memory, and with a train step of configs/150m.py
+    (1.5e8 parameters) on 512 tokens;
+(b) the time of the fingerprints, as a share of a save until it is durable; the
+    time that they add to a save, as the median difference between saves with
+    and without them; and a save compared with plain Orbax;
+(c) restoring with verification, compared with restoring by plain Orbax.
+The restored state must equal the saved state. Needs memory and disk space for
+2.5 times the state.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main():
     '--moments', default='float32', choices=['float32', 'bfloat16']
   )
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--directory', help='on the disk to measure')
+  parser.add_argument('--directory', help='directory on the disk to measure')
   args = parser.parse_args()
   logging.set_verbosity(logging.ERROR)
   step_s = train_step_s(args.rounds)
@@ -63,14 +63,17 @@ def main():
   with tempfile.TemporaryDirectory(dir=args.directory) as folder:
     free = shutil.disk_usage(folder).free
     if free < 2.5 * size:
-      parser.error(f'{folder} has {free / 1e9:.1f} GB left of {2.5 * size:.1e}')
+      parser.error(
+        f'{folder} has {free / 1e9:.1f} GB free, but the benchmark needs '
+        f'{2.5 * size / 1e9:.1f} GB'
+      )
     kind = jax.devices()[0].device_kind
     print(f'{kind}, {len(leaves)} arrays, {size / 1e9:.2f} GB', flush=True)
     report(measure(make, pathlib.Path(folder), args.rounds), step_s)
 
 
 def train_step_s(rounds, rows=2, length=256):
-  """Seconds of a train step, the median of rounds."""
+  """Median seconds of a train step."""
   path = pathlib.Path(__file__).parents[1] / 'configs' / '150m.py'
   config = runpy.run_path(str(path))['get_config']()
   config.data.length = length
@@ -94,7 +97,7 @@ def train_step_s(rounds, rows=2, length=256):
 
 
 def random_state(parameters, moments):
-  """Trees of weights like those of a transformer, with moments."""
+  """Random parameters of a transformer's shapes, and two moments."""
   width = max(int((parameters / LAYERS / 12) ** 0.5), 1)
   shapes = {
     **{name: (LAYERS, width, width) for name in 'qkvo'},
@@ -114,13 +117,16 @@ def random_state(parameters, moments):
 
 
 def measure(make, folder, rounds):
-  """Seconds of everything by name, a list of one value for each round.
+  """Measures saving and restoring.
 
   Args:
-    make: makes the state. What is saved is always made anew, as by a train
-      step: the memory of restored arrays is slower to read.
+    make: function that makes the state. It is called before each save, because
+      the memory of restored arrays is slower to read.
     folder: on the disk to measure.
     rounds: int.
+
+  Returns:
+    Dict from a name to a list of seconds, one per round.
   """
   state = make()
   wanted = jax.tree.map(
@@ -138,7 +144,7 @@ def measure(make, folder, rounds):
       seconds.setdefault(name, []).append(time.perf_counter() - began)
 
   for number in range(1, rounds + 2):
-    # The first fills caches and compiles.
+    # The first round fills caches and compiles.
     time_it = functools.partial(timed, count=number > 1)
     state = jax.block_until_ready(make())
     with time_it('copy'):
@@ -147,7 +153,7 @@ def measure(make, folder, rounds):
     with time_it('fingerprints'):
       jax.device_get(fingerprints(state))
 
-    # Without fingerprints, before the other in every second round.
+    # Alternate the order of saves with and without fingerprints.
     if number % 2:
       save_without(state, folder, number, time_it)
     ours = checkpoint.Checkpointer(folder / 'ours', keep=1)
@@ -164,7 +170,7 @@ def measure(make, folder, rounds):
     del trees, restored
     ours.close()
     shutil.rmtree(folder / 'ours')
-    gc.collect()  # there is no room for a state that is in cycles
+    gc.collect()  # free states in reference cycles: memory is scarce
     state = jax.block_until_ready(make())
     if not number % 2:
       save_without(state, folder, number, time_it)
@@ -191,9 +197,9 @@ def measure(make, folder, rounds):
 
 
 def save_without(state, folder, number, time_it):
-  """A save by the same code, but for the fingerprints, which are all 0."""
-  nothing = lambda tree: jax.tree.map(lambda x: np.uint32(0), tree)
-  with mock.patch.object(checkpoint, 'fingerprints', nothing):
+  """Saves with fingerprints that are all 0 and cost nothing."""
+  zeros = lambda tree: jax.tree.map(lambda x: np.uint32(0), tree)
+  with mock.patch.object(checkpoint, 'fingerprints', zeros):
     ours = checkpoint.Checkpointer(folder / 'without', keep=1)
     with time_it('save without'):
       ours.save(number, state, Meta())
@@ -207,24 +213,25 @@ def keep_one():
 
 
 def report(seconds, step_s):
+  """Prints the medians."""
   s = {name: statistics.median(times) for name, times in seconds.items()}
   pairs = zip(seconds['save'], seconds['save without'], strict=True)
   differences = [a - b for a, b in pairs]
   added = statistics.median(differences)
   quartiles = statistics.quantiles([*differences, added])
   print(
-    f'save keeps the caller {s["save: blocked"]:.3f} s, '
+    f'save blocks the caller for {s["save: blocked"]:.3f} s, '
     f'{s["save: blocked"] / s["copy"]:.2f} times a copy to the host '
     f'({s["copy"]:.3f} s) and {s["save: blocked"] / step_s:.1%} of a step '
-    f'({step_s:.2f} s); bare Orbax {s["bare save: blocked"]:.3f} s\n'
+    f'({step_s:.2f} s); plain Orbax {s["bare save: blocked"]:.3f} s\n'
     f'fingerprints take {s["fingerprints"]:.3f} s, '
     f'{s["fingerprints"] / s["save"]:.1%} of a save ({s["save"]:.2f} s); they '
-    f'add {added:+.3f} s to one, {added / s["save"]:+.1%} (quartiles '
-    f'{quartiles[0]:+.3f}, {quartiles[2]:+.3f}); it '
-    f'takes {s["save"] / s["bare save"]:.2f} times as long as by bare Orbax '
+    f'add {added:+.3f} s to a save, {added / s["save"]:+.1%} (quartiles '
+    f'{quartiles[0]:+.3f}, {quartiles[2]:+.3f}); a save '
+    f'takes {s["save"] / s["bare save"]:.2f} times as long as plain Orbax '
     f'({s["bare save"]:.2f} s)\n'
     f'restore takes {s["restore"]:.2f} s, '
-    f'{s["restore"] / s["bare restore"]:.2f} times as long as by bare Orbax '
+    f'{s["restore"] / s["bare restore"]:.2f} times as long as plain Orbax '
     f'({s["bare restore"]:.2f} s)'
   )
 

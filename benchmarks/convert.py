@@ -1,14 +1,14 @@
-"""The memory that converting a checkpoint takes, against its size.
+"""Compares the peak memory of converting a checkpoint with its size.
 
 python benchmarks/convert.py [--layers 32] [--directory D]
 
-Makes a folder of LLaDA 8B's shapes in bfloat16, in files of 5 GB with an
-index. The files have holes: only the first and last elements of each tensor
-are written, all different, so that a tensor in the wrong place is noticed.
-Converts it to a work directory and back with launch/convert.py, each in a
-process of its own, and prints the peak of its resident memory, mapped files
-included, and its time against that of copying the same files. What comes back
-must be what went in, byte by byte. Needs room for three times the size, 48 GB.
+Writes a Hugging Face folder with LLaDA 8B's shapes in bfloat16, in files of
+5 GB with an index. The files are sparse: only the first and last elements of
+each tensor are written, all different, so that a tensor in the wrong place is
+detected. launch/convert.py converts the folder to a work directory and back,
+in two processes. Prints for each the peak resident memory, with mapped files,
+and the time compared with a copy of the same files. The result must equal the
+original byte by byte. Needs disk space for three times the size, 48 GB.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--layers', type=int, default=32)
-  parser.add_argument('--directory', help='on the disk to measure')
+  parser.add_argument('--directory', help='directory on the disk to measure')
   args = parser.parse_args()
   model = {**MODEL, 'layers': args.layers}
   with tempfile.TemporaryDirectory(dir=args.directory) as folder:
@@ -60,23 +60,26 @@ def main():
     size = make(folder / 'in', model)
     free = shutil.disk_usage(folder).free
     if free < 3 * size:
-      parser.error(f'{folder} has {free / 1e9:.0f} GB left of {3 * size:.1e}')
+      parser.error(
+        f'{folder} has {free / 1e9:.0f} GB free, but the benchmark needs '
+        f'{3 * size / 1e9:.0f} GB'
+      )
     print(f'{args.layers} layers, {size / GIB:.2f} GiB as bfloat16')
     seconds = copy(folder)
     for flag, source, target in (('from', 'in', 'run'), ('to', 'run', 'out')):
       began = time.perf_counter()
       peak = convert(flag, folder / source, folder / target)
-      took = time.perf_counter() - began
+      elapsed = time.perf_counter() - began
       print(
         f'--{flag} hf: peak {peak / GIB:.2f} GiB, {peak / size:.2f} of the '
-        f'size; {took:.0f} s, {took / seconds:.2f} of a copy',
+        f'size; {elapsed:.0f} s, {elapsed / seconds:.2f} of a copy',
         flush=True,
       )
     compare(folder / 'in', folder / 'out')
 
 
 def make(folder, model):
-  """Writes the folder with holes; returns the bytes of its tensors."""
+  """Writes the sparse folder; returns the bytes of its tensors."""
   folder.mkdir()
   family = families.BY_NAME['llada']
   config = families.published_config(family, model, TOKENS, 4096, 'bfloat16')
@@ -93,27 +96,27 @@ def make(folder, model):
       files.append({})
     files[-1][name] = shape
     total += size
-  where = {}
-  for i, inside in enumerate(files):
+  weight_map = {}
+  for i, tensors in enumerate(files):
     path = f'model-{i + 1:05}-of-{len(files):05}.safetensors'
-    write_with_holes(folder / path, inside, first=len(where))
-    where |= dict.fromkeys(inside, path)
+    write_sparse(folder / path, tensors, first=len(weight_map))
+    weight_map |= dict.fromkeys(tensors, path)
   (folder / safetensors.INDEX).write_text(
-    json.dumps({'metadata': {'total_size': total}, 'weight_map': where})
+    json.dumps({'metadata': {'total_size': total}, 'weight_map': weight_map})
   )
   return total
 
 
-def write_with_holes(path, shapes, first):
-  """A safetensors file, zero but for the ends of each tensor."""
+def write_sparse(path, shapes, first):
+  """Writes a safetensors file that is zero except the ends of each tensor."""
   entries, end = {}, 0
   for name, shape in shapes.items():
     size = 2 * int(np.prod(shape, dtype=np.int64))
-    places = [end, end + size]
+    offsets = [end, end + size]
     entries[name] = {
       'dtype': 'BF16',
       'shape': list(shape),
-      'data_offsets': places,
+      'data_offsets': offsets,
     }
     end += size
   header = json.dumps(entries).encode()
@@ -122,17 +125,17 @@ def write_with_holes(path, shapes, first):
     start = f.tell()
     f.truncate(start + end)
     for number, entry in enumerate(entries.values(), first + 1):
-      for place, bits in zip(
+      for offset, bits in zip(
         (entry['data_offsets'][0], entry['data_offsets'][1] - 2),
         (number, 0x4000 + number),
         strict=True,
       ):
-        f.seek(start + place)
+        f.seek(start + offset)
         f.write(np.uint16(bits).tobytes())
 
 
 def copy(folder):
-  """Seconds to copy the files with their holes filled."""
+  """Seconds to copy the files, with all zeros written to disk."""
   (folder / 'copy').mkdir()
   began = time.perf_counter()
   for path in (folder / 'in').glob('*.safetensors'):
@@ -149,7 +152,7 @@ def copy(folder):
 
 
 def convert(flag, source, target):
-  """Runs launch/convert.py; returns the peak of its resident bytes."""
+  """Runs launch/convert.py; returns its peak resident memory in bytes."""
   process = subprocess.Popen(
     [sys.executable, 'launch/convert.py', f'--{flag}=hf', f'--in={source}']
     + [f'--out={target}'],
@@ -164,15 +167,15 @@ def convert(flag, source, target):
 
 
 def compare(before, after):
-  """Exits unless both folders hold the same tensors."""
-  ours = safetensors.read_folder(str(after))
-  theirs = safetensors.read_folder(str(before))
-  assert ours.keys() == theirs.keys()
-  for name, tensor in theirs.items():
+  """Asserts that both folders hold the same tensors."""
+  original = safetensors.read_folder(str(before))
+  converted = safetensors.read_folder(str(after))
+  assert original.keys() == converted.keys()
+  for name, tensor in original.items():
     assert tensor.dtype == ml_dtypes.bfloat16
-    a, b = (t.view().view(np.uint16) for t in (tensor, ours[name]))
+    a, b = (t.view().view(np.uint16) for t in (tensor, converted[name]))
     assert a.shape == b.shape and np.array_equal(a, b), name
-  print(f'{len(theirs)} tensors came back as they were')
+  print(f'{len(original)} tensors are unchanged')
 
 
 if __name__ == '__main__':

@@ -1,15 +1,16 @@
-"""The input path against the bare libraries under it, in one run.
+"""Compares preparation and input pipeline with the libraries under them.
 
 python benchmarks/data.py [--copies 1] [--rounds 3]
 
 (a) Preparation of the Python library as JSON lines, with one worker and with
-    two, against SentencePiece encoding the same texts, in one process and in
-    two at once. The time of starting workers counts.
-(b) Batches of the pipeline against a loop that reads the same ArrayRecord rows
-    in the same order and does nothing with them; and how many steps of the 8B
-    config this feeds on v5p-128, where each of 16 hosts supplies 80 rows.
-(c) Time and memory from nothing to the first batch over 10^4, 10^6 and 10^9
-    rows, read from nowhere, at step 0 and at step 10^6.
+    two, compared with SentencePiece encoding the same texts in one process and
+    in two. The start-up time of workers is included.
+(b) Batches of the pipeline, compared with a loop that reads the same number of
+    ArrayRecord rows in random order and discards them; and the number of steps
+    per second of the 8B config that this supports on v5p-128, where each of 16
+    hosts reads 80 rows per step.
+(c) Time and memory until the first batch over 10^4, 10^6 and 10^9 simulated
+    rows, at step 0 and at step 10^6.
 """
 
 import argparse
@@ -35,7 +36,9 @@ READ_ROWS = 4000
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--copies', type=int, default=1, help='of the corpus')
+  parser.add_argument(
+    '--copies', type=int, default=1, help='copies of the corpus'
+  )
   parser.add_argument('--rounds', type=int, default=3)
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as directory:
@@ -56,8 +59,8 @@ def preparation(directory, copies, rounds):
   for n in range(rounds):
     for workers in (1, 2):
       name = 'bare', workers
-      took, tokens[name] = bare_encoding(texts, workers)
-      seconds.setdefault(name, []).append(took)
+      elapsed, tokens[name] = bare_encoding(texts, workers)
+      seconds.setdefault(name, []).append(elapsed)
       name, out = ('prepared', workers), directory / f'rows-{workers}-{n}'
       began = time.perf_counter()
       manifest = prepare.prepare(
@@ -74,18 +77,18 @@ def preparation(directory, copies, rounds):
   rate = {k: tokens[k] / statistics.median(seconds[k]) for k in seconds}
   print(f'(a) preparation of {path.stat().st_size / 1e6:.0f} MB')
   for workers in (1, 2):
-    ours, bare = rate['prepared', workers], rate['bare', workers]
+    prepared, bare = rate['prepared', workers], rate['bare', workers]
     print(
-      f'    {workers} workers: {ours:,.0f} tokens/s, bare SentencePiece '
-      f'{bare:,.0f} tokens/s, ratio {ours / bare:.2f}'
+      f'    {workers} workers: {prepared:,.0f} tokens/s, plain SentencePiece '
+      f'{bare:,.0f} tokens/s, ratio {prepared / bare:.2f}'
     )
   for name in ('prepared', 'bare'):
     gain = rate[name, 2] / rate[name, 1]
-    print(f'    2 workers against 1, {name}: {gain:.2f}', flush=True)
+    print(f'    2 workers over 1, {name}: {gain:.2f}', flush=True)
 
 
 def bare_encoding(texts, workers):
-  """Seconds and tokens of encoding alone, in as many processes at once."""
+  """Seconds and tokens of encoding only, in `workers` processes at once."""
   context = multiprocessing.get_context('spawn')
   shares = [texts[i::workers] for i in range(workers)]
   barrier = context.Barrier(workers)
@@ -115,7 +118,7 @@ def reading(directory, rounds):
   print(f'(b) reading rows of {ROW_LENGTH}, batches of {HOST_ROWS}')
   rng = np.random.default_rng(0)
   for vocab_size in (4096, 126_464):
-    # Word frequencies, so that decompression has its usual work.
+    # Zipf frequencies, so that compression is as for real text.
     ids = np.minimum(rng.zipf(1.2, (READ_ROWS, ROW_LENGTH)), vocab_size) - 1
     rows = ids.astype(records.token_dtype(vocab_size))
     where = directory / f'rows-{vocab_size}'
@@ -138,15 +141,15 @@ def reading(directory, rounds):
     for name in ('no thread', 'two threads'):
       print(
         f'    {rows.dtype.name}, {name}: {rate[name] / 1e6:,.0f} M tokens/s, '
-        f'bare loop {rate["bare"] / 1e6:,.0f} M, ratio '
-        f'{rate[name] / rate["bare"]:.2f}; feeds '
+        f'plain loop {rate["bare"] / 1e6:,.0f} M, ratio '
+        f'{rate[name] / rate["bare"]:.2f}; supports '
         f'{rate[name] / (HOST_ROWS * ROW_LENGTH):,.0f} 8B steps/s',
         flush=True,
       )
 
 
 def bare_reads(path):
-  """Reads all rows in a random order, and does nothing with them."""
+  """Reads all rows in random order and discards them."""
   reader = records.array_record_module.ArrayRecordReader(
     str(path), options='readahead_buffer_size:0', file_reader_buffer_size=4096
   )
@@ -155,8 +158,8 @@ def bare_reads(path):
 
 
 def take(data, num_threads):
-  """Reads as many rows, those of one host of sixteen, from nothing."""
-  from maskdiff.data import pipeline  # here: workers import this file too
+  """Reads READ_ROWS rows as one of 16 hosts, with a new pipeline."""
+  from maskdiff.data import pipeline  # not at the top: workers import this file
 
   batches = pipeline.train_batches(
     [data],
@@ -172,7 +175,8 @@ def take(data, num_threads):
   batches.close()
 
 
-def dataset(where, shards, dtype, vocab_size):
+def dataset(directory, shards, dtype, vocab_size):
+  """A pipeline.Dataset with the same shards for both splits."""
   from maskdiff.data import pipeline
 
   rows = sum(shard.rows for shard in shards)
@@ -189,11 +193,11 @@ def dataset(where, shards, dtype, vocab_size):
     skipped={},
     splits={'train': split, 'heldout': split},
   )
-  return pipeline.Dataset('benchmark', str(where), 1.0, manifest)
+  return pipeline.Dataset('benchmark', str(directory), 1.0, manifest)
 
 
-class Nowhere:
-  """A RowSource of any size that reads nothing."""
+class FakeRows:
+  """A RowSource of any size whose rows are zeros."""
 
   def __init__(self, directory, manifest, split):
     self.row_length = manifest.row_length
@@ -209,8 +213,8 @@ class Nowhere:
 def starting():
   from maskdiff.data import pipeline
 
-  print('(c) from nothing to the first batch')
-  records.RowSource = Nowhere
+  print('(c) until the first batch')
+  records.RowSource = FakeRows
   for rows in (10**4, 10**6, 10**9):
     shard = records.Shard('', rows, 0, '', '')
     data = dataset('', [shard], 'uint16', 4096)

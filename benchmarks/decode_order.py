@@ -1,11 +1,11 @@
-r"""Where the 10th, 50th and 100th token falls that a sampler commits.
+r"""Plots the positions of the 10th, 50th and 100th committed token.
 
 python benchmarks/decode_order.py --workdir runs/tiny \
   --out docs/decode_order.png
 
-Continues pieces of held-out text with one block, a token a step, and draws
-histograms of the positions. A sampler that decodes left to right would have a
-single bar at 10, 50 and 100, one that takes any slot a flat line. --out needs
+Continues held-out texts with a single block, one token per denoising step, and
+draws histograms of the positions. Decoding from left to right would give a
+single bar at 10, 50 and 100; a uniformly random order a flat line. --out needs
 matplotlib.
 """
 
@@ -24,7 +24,7 @@ from maskdiff.sampling.request import sampler_config
 
 PROMPT, KTH = 16, (10, 50, 100)
 BINS = 8
-# Rule, temperature.
+# Remasking rule and temperature by label.
 RULES = {
   'low_confidence, temperature 0': ('low_confidence', 0.0),
   'low_confidence, temperature 1': ('low_confidence', 1.0),
@@ -32,7 +32,7 @@ RULES = {
 
 
 def positions(model, rule, temperature, num):
-  """[num, slots] the position of the first, second, ... committed token."""
+  """Positions of the first, second, ... committed token, [num, slots]."""
   config, tokenizer = model.config, model.tokenizer
   slots = config.data.length - PROMPT
   found = heldout.documents(config, tokenizer)
@@ -48,7 +48,7 @@ def positions(model, rule, temperature, num):
   with jax.set_mesh(model.mesh):
     steps = list(sampler.trace(network, c, request))
   masked = np.stack(steps)[:, :, PROMPT:] == network.mask_id
-  committed = masked[:-1] & ~masked[1:]  # [slots, num, slots], one a step
+  committed = masked[:-1] & ~masked[1:]  # [slots, num, slots], one per step
   return committed.argmax(axis=2).T
 
 
@@ -61,17 +61,18 @@ def main():
   model = answered.Model(*load.load(args.workdir))
   found = {}
   for name, (rule, temperature) in RULES.items():
-    found[name] = places = positions(model, rule, temperature, args.num) + 1
-    steps = np.abs(np.diff(places, axis=1))
-    said = ', '.join(
-      f'{k}th {np.median(places[:, k - 1]):.0f} '
-      f'({np.percentile(places[:, k - 1], 10):.0f} to '
-      f'{np.percentile(places[:, k - 1], 90):.0f})'
+    found[name] = order = positions(model, rule, temperature, args.num) + 1
+    steps = np.abs(np.diff(order, axis=1))
+    medians = ', '.join(
+      f'{k}th {np.median(order[:, k - 1]):.0f} '
+      f'({np.percentile(order[:, k - 1], 10):.0f} to '
+      f'{np.percentile(order[:, k - 1], 90):.0f})'
       for k in KTH
     )
     print(
-      f'{name}: median position of the {said}, of {places.shape[1]}; '
-      f'{(steps == 1).mean():.0%} of tokens beside the one before',
+      f'{name}: median position (10% to 90%) of the {medians} token, of '
+      f'{order.shape[1]}; {(steps == 1).mean():.0%} of tokens are next to the '
+      'previous one',
       flush=True,
     )
   if args.out:
@@ -90,8 +91,8 @@ def plot(found, out):
   slots = next(iter(found.values())).shape[1]
   edges = np.linspace(0.5, slots + 0.5, BINS + 1)
   for axes, k in zip(all_axes, KTH, strict=True):
-    for name, places in found.items():
-      share = np.histogram(places[:, k - 1], edges)[0] / len(places)
+    for name, order in found.items():
+      share = np.histogram(order[:, k - 1], edges)[0] / len(order)
       axes.stairs(share, edges, label=name, linewidth=1.5)
     grey = {'color': '#9aa5b1', 'linestyle': '--', 'linewidth': 1}
     axes.axvline(k, **grey, label='left to right')

@@ -1,16 +1,16 @@
-"""Likelihoods of many requests, against a loop over requests one at a time.
+"""Compares batched likelihoods with a loop over single requests.
 
 python benchmarks/likelihood.py [--rounds 3]
 python benchmarks/likelihood.py --workdir runs/tiny
 
 The loop is the published algorithm (LLaDA, get_log_likelihood.py), compiled:
-for each request, batches of 16 copies of its row at its own length, and logits
-of the whole row. Both see the same weights and the same masks, 128 for each
-request, and must return the same numbers: so the ratio is at equal standard
-error, which is printed.
+for each request it evaluates batches of 16 copies of its row, at the length of
+the row, with logits at all positions. Both use the same weights and the same
+128 masks per request and must return the same values. The ratio is therefore
+at equal standard error, which is printed.
 
-With a trained run it prints instead the standard error of each estimator at
-equally many forward passes, on rows of held-out text.
+With --workdir it prints the standard error of each estimator for the same
+number of forward passes, on rows of held-out text.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CONFIG = LikelihoodConfig(
   tokens_per_call=4096,
   loss_chunk_tokens=512,
 )
-# Tokens of prompts and answers, from and to.
+# Minimum and maximum number of tokens of prompts and of answers.
 WORKLOADS = {
   'one-token choices': ((24, 64), (1, 1)),
   'short choices': ((24, 64), (2, 8)),
@@ -86,7 +86,7 @@ def main():
 
 
 def compare(params, name, prompt, answer, rounds):
-  """Prints two lines of results: warm, and the first pass."""
+  """Prints the speed when compiled, and of the first call."""
   rng = np.random.default_rng(0)
   draw = lambda lengths: [
     rng.integers(9, MODEL.vocab_size, rng.integers(*lengths, endpoint=True))
@@ -124,45 +124,45 @@ def compare(params, name, prompt, answer, rounds):
   nats, stderr = results['batched']
   np.testing.assert_allclose(nats, results['loop'], rtol=1e-4)
   relative = np.mean(stderr / -nats)
-  print(f'{name}: both have a standard error of {relative:.2%}')
+  print(f'{name}: standard error of both {relative:.2%}')
   warm = alternate(functions, rounds)
-  for what, seconds in ('compiled', warm), ('first pass', first):
-    fast, slow = (REQUESTS / seconds[label] for label in functions)
+  for label, seconds in ('compiled', warm), ('first call', first):
+    fast, slow = (REQUESTS / seconds[function] for function in functions)
     print(
-      f'{name}, {what}: batched {fast:.2f} requests/s, loop {slow:.2f} '
+      f'{name}, {label}: batched {fast:.2f} requests/s, loop {slow:.2f} '
       f'requests/s, ratio {fast / slow:.2f}',
       flush=True,
     )
 
 
 @jax.jit
-def forward(params, tokens, shown):
+def forward(params, tokens, canvas):
   """Log-probability of each token, [B, L]."""
   model = transformer.bind(MODEL, params)
-  hidden = model(shown, masks.bidirectional(jnp.ones(shown.shape, bool)))
+  hidden = model(canvas, masks.bidirectional(jnp.ones(canvas.shape, bool)))
   logits = model.logits(hidden).at[..., MASK_ID].set(-jnp.inf)
   log_probs = jax.nn.log_softmax(logits)
   return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
 
 
 def one_request(params, prompt, answer, estimator, seed):
-  """The Monte Carlo bound of one request, written plainly."""
+  """Monte Carlo bound of one request, in plain code."""
   tokens = np.concatenate([prompt, answer]).astype(np.int32)
   drawn = estimators.draw(estimator, len(answer), np.random.default_rng(seed))
   total = 0.0
   for start in range(0, SAMPLES, COPIES):
     masked = drawn.masked[start : start + COPIES]
     rows = np.tile(tokens, (COPIES, 1))
-    shown = rows.copy()
-    shown[:, len(prompt) :][masked] = MASK_ID
-    log_probs = np.asarray(forward(params, rows, shown))[:, len(prompt) :]
+    masked_rows = rows.copy()
+    masked_rows[:, len(prompt) :][masked] = MASK_ID
+    log_probs = np.asarray(forward(params, rows, masked_rows))[:, len(prompt) :]
     sums = np.where(masked, log_probs, 0).sum(axis=1)
     total += drawn.weight[start : start + COPIES] @ sums
   return total / SAMPLES
 
 
 def standard_errors(workdir):
-  """Prints the standard error of 128 forward passes, by estimator."""
+  """Prints the standard error after 128 forward passes, by estimator."""
   config, tokenizer, params, devices = load.load(workdir)
   (dataset, *_) = inputs.open_data(config, tokenizer)
   batch = np.asarray(

@@ -1,9 +1,10 @@
-"""How much of the training loss is chance, at fixed parameters.
+"""Measures the noise of the training loss at fixed parameters.
 
 python benchmarks/loss_noise.py --workdir runs/tiny
 
-Computes the loss of many training batches without training: of different
-texts, and of one text under different masks, for each way of drawing times.
+Computes the loss of many training batches without training: for different
+texts, and for one batch of texts with different masks, under each kind of time
+sampling.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from maskdiff.training import step as step_lib
 
 
 def losses(c, params, batches):
-  """Nats per token of each of (tokens [B, L], key)."""
+  """Loss of each batch (tokens [B, L], key), nats per token."""
   sums = jax.jit(functools.partial(step_lib.eval_step, c))
   found = [jax.device_get(sums(params, *batch)) for batch in batches]
   return np.array([f.loss for f in found])

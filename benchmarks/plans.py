@@ -1,10 +1,9 @@
-"""The table of plans in docs/speed.md, from one clean run.
+"""Prints the table of plans in docs/speed.md.
 
 python benchmarks/plans.py [--only 1b] > table.md
 
-Compiles the train step of every config for TPUs with launch/plan.py, one after
-the other, and prints a row of Markdown for each. Takes half an hour on two
-cores.
+Compiles the train step of each config for TPUs with launch/plan.py and prints
+a Markdown table. Takes half an hour on two cores.
 """
 
 import argparse
@@ -53,7 +52,7 @@ def plan(config, topology, slices):
 
 
 def row(p, config, note):
-  """A row of Markdown."""
+  """Formats a plan as a row of the table."""
   slices = f'{p["num_slices"]} x ' if p['num_slices'] > 1 else ''
   chips = f'{p["chips"]} chip{"s" if p["chips"] > 1 else ""}'
   days, hours = (
@@ -69,7 +68,9 @@ def row(p, config, note):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--only', default='', help='configs that begin with this')
+  parser.add_argument(
+    '--only', default='', help='only configs whose name starts with this'
+  )
   only = parser.parse_args().only
   print(HEAD + '\n|---|---|---|---|---|---|---|---|---|')
   for config, note, topology, slices in PLANS:

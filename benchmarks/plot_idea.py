@@ -1,10 +1,10 @@
-"""Draws the three pictures of docs/idea.md.
+"""Draws the three figures of docs/idea.md.
 
 python benchmarks/plot_idea.py --workdir runs/masked
 
-The forward process on a line of Python, the noise of the loss, and the model
-of the work directory filling the gaps of a text. That of the page was trained
-with configs/proof.py. Needs matplotlib, which is in
+They show the forward process on a line of Python, the noise of the loss, and
+the model of the work directory filling gaps in a text. The model of the page
+was trained with configs/proof.py. Needs matplotlib, which is in
 requirements-test.txt.
 """
 
@@ -31,12 +31,13 @@ TEXT = 'with open(path) as f: return f.read()'
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 GAPPED = 'class Stack:\n    def __init__({{6}}):\n        self{{6}}\n'
 BLUE, RED, GREY, PALE = '#1f5fbf', '#c0392b', '#9aa5b1', '#e4e7eb'
-# The picture is as wide as a page on a phone, so letters stay legible.
+# Inches; the width of a page on a phone, so that letters stay legible.
 WIDTH, DPI = 5.2, 150
 LENGTH = 128
 
 
 def objective_config(**changes):
+  """ObjectiveConfig with these changes to the defaults."""
   c = config_lib.default()
   for key, value in changes.items():
     c.objective[key] = value
@@ -44,12 +45,13 @@ def objective_config(**changes):
 
 
 def piece(tokenizer, i):
+  """Text of a token with visible spaces and newlines."""
   text = tokenizer.pieces[i].decode('utf-8', 'replace')
   return text.replace('\n', '⏎').replace(' ', '·') or '<eos>'
 
 
 def forward(out):
-  """One line of text at several times, under one draw of noise."""
+  """Draws a line of text at several times, with the same noise."""
   tokenizer = tokenizer_lib.load('tokenizer/stdlib_4k.model')
   ids = tokenizer.encode(TEXT)
   noise = np.random.default_rng(4).random(len(ids))
@@ -100,7 +102,7 @@ def forward(out):
 
 
 def losses(c, nll_at, batch, draws, seed=0):
-  """[draws] the loss of a batch whose tokens cost nll_at(mask ratio)."""
+  """Losses of a batch whose tokens have nll nll_at(mask ratio), [draws]."""
   tokens = jnp.full((batch, LENGTH), 9)
   rows = jnp.arange(batch)
 
@@ -114,7 +116,7 @@ def losses(c, nll_at, batch, draws, seed=0):
 
 
 def noise(out):
-  """What one draw of masks says of the loss, of one row and of batches."""
+  """Draws the noise of the loss for single rows and for batches."""
   figure, (above, below) = plt.subplots(
     2, 1, figsize=(WIDTH, 7.0), layout='constrained'
   )
@@ -179,7 +181,7 @@ def noise(out):
 
 
 def reverse(workdir, text, seed, out):
-  """Slots over steps, coloured by the confidence they were kept with."""
+  """Draws slots over denoising steps, coloured by confidence."""
   config, tokenizer, params, mesh = load.load(workdir)
   request = layouts.fill_gaps([text], tokenizer.encode, [seed])
   fill, valid = request.fill, request.valid
@@ -195,35 +197,37 @@ def reverse(workdir, text, seed, out):
     )
   final = np.asarray(moments[-1][0].canvas)[0]
   print(tokenizer.decode(final))
-  sure = np.stack([s for _, s in moments])[1:, 0, :]  # [steps, L]
-  came = np.nanargmax(np.where(np.isnan(sure), -1, sure), axis=0)
+  confidence = np.stack([s for _, s in moments])[1:, 0, :]  # [steps, L]
+  committed_at = np.nanargmax(
+    np.where(np.isnan(confidence), -1, confidence), axis=0
+  )
 
   figure, axes = plt.subplots(figsize=(WIDTH, 5.4), layout='constrained')
   colors = plt.get_cmap('YlGnBu')
-  steps = len(sure)
-  places = np.arange(slots[0] - 3, min(slots[-1] + 3, valid[0].sum()))
-  for y, at in enumerate(places):
+  steps = len(confidence)
+  positions = np.arange(slots[0] - 3, min(slots[-1] + 3, valid[0].sum()))
+  for y, i in enumerate(positions):
     for step in range(steps):
-      given, there = not fill[0, at], step >= came[at]
+      given, committed = not fill[0, i], step >= committed_at[i]
       face = 'white' if given else PALE
-      if there and not given:
-        face = colors(float(sure[came[at], at]))
-      here = there and not given and step == came[at]
+      if committed and not given:
+        face = colors(float(confidence[committed_at[i], i]))
+      new = committed and not given and step == committed_at[i]
       axes.add_patch(
         plt.Rectangle(
           (step + 0.5, y - 0.5),
           *(1, 1),
           facecolor=face,
-          edgecolor='#111' if here else 'white',
-          linewidth=1.2 if here else 0.5,
-          zorder=3 if here else 1,
+          edgecolor='#111' if new else 'white',
+          linewidth=1.2 if new else 0.5,
+          zorder=3 if new else 1,
         )
       )
   axes.set_xlim(0.5, steps + 0.5)
-  axes.set_ylim(len(places) - 0.5, -0.5)
+  axes.set_ylim(len(positions) - 0.5, -0.5)
   axes.set_yticks(
-    range(len(places)),
-    [piece(tokenizer, int(final[at])) for at in places],
+    range(len(positions)),
+    [piece(tokenizer, int(final[i])) for i in positions],
     fontsize=11,
     family='monospace',
   )

@@ -1,4 +1,4 @@
-"""Draws the held-out bound of a run against the unigram entropy.
+"""Plots the held-out bound of a run and the unigram entropy.
 
 python benchmarks/plot_learning_curve.py runs/tiny docs/tiny_curve.png
 

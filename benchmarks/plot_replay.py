@@ -1,4 +1,4 @@
-"""Takes a picture of a page of launch/sample.py --html or launch/report.py.
+"""Takes a screenshot of a page of launch/sample.py --html or launch/report.py.
 
 python launch/sample.py --workdir runs/tiny --infill "$TEXT" --html replay.html
 python benchmarks/plot_replay.py replay.html docs/replay.png --step 18

@@ -1,14 +1,15 @@
-r"""The proof run: from its raw metrics to the figures of README.md and docs.
+r"""Makes the figures of README.md and docs/proof.md from raw metrics.
 
 python benchmarks/proof.py
 python benchmarks/proof.py --masked runs/masked \
   --autoregressive runs/autoregressive
 
-The raw metrics are in benchmarks/results/proof/, a folder for each of the two
-runs of configs/proof.py; the second command puts those of other runs in their
-place. Draws docs/proof.png and writes the parts of README.md and docs/proof.md
-that stand between comments which name this script. docs/proof.md has all
-commands. Needs matplotlib, which is in requirements-test.txt.
+The raw metrics of the two runs of configs/proof.py are in
+benchmarks/results/proof/, one folder per run. The second command first replaces
+them by those of other runs. The script draws docs/proof.png and rewrites the
+parts of README.md and docs/proof.md between comments that name it.
+docs/proof.md lists all commands. Needs matplotlib, which is in
+requirements-test.txt.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main():
 
 
 def gather(workdir, folder):
-  """Copies what a run leaves, and says what its held-out text is."""
+  """Copies the metrics of a run, and describes its data in data.json."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in ('metrics.jsonl', 'config.json', 'ledger.jsonl'):
     shutil.copy(workdir / name, folder / name)
@@ -61,37 +62,37 @@ def gather(workdir, folder):
   )
   (data,) = inputs.open_data(config, inputs.open_tokenizer(config))
   split = data.manifest.splits['heldout']
-  about = {
+  description = {
     'source': data.manifest.source,
     'heldout_tokens': split.tokens,
     'heldout_text_bytes': split.text_bytes,
     'heldout_unigram_entropy_nats': split.unigram_entropy_nats,
     'training_tokens': data.manifest.splits['train'].tokens,
   }
-  (folder / 'data.json').write_text(json.dumps(about, indent=2) + '\n')
+  (folder / 'data.json').write_text(json.dumps(description, indent=2) + '\n')
 
 
 class Proof(NamedTuple):
-  """A run's raw metrics, and what data.json says of its text."""
+  """Raw metrics of a run, and data.json, which describes its data."""
 
   run: history.Run
   data: dict
 
 
 def read(folder):
-  """The Proof in a folder of raw metrics."""
+  """Reads a folder of raw metrics."""
   data = json.loads((folder / 'data.json').read_text())
   return Proof(history.read_run(folder), data)
 
 
 def curve(proof, name):
-  """Tokens trained on and values of a metric, two arrays."""
+  """Number of training tokens and values of a metric: two arrays."""
   steps, values = history.series(proof.run, name)
   return history.tokens_at(proof.run, steps), values
 
 
-def passes(run, loss, window=5):
-  """Tokens after which the mean of some rows of training loss is below."""
+def tokens_until(run, loss, window=5):
+  """Training tokens until the mean training loss of 5 rows is below `loss`."""
   tokens, losses = curve(run, TRAIN_LOSS)
   for i in range(window, len(losses) + 1):
     if statistics.mean(losses[i - window : i]) < loss:
@@ -100,7 +101,7 @@ def passes(run, loss, window=5):
 
 
 def table(runs):
-  """Losses on held-out text at the end, with standard errors."""
+  """Markdown table of final held-out losses with standard errors."""
   lines = [
     '| held-out text, after {:.1f}M tokens | nats per token | bits per byte |',
     '|---|---|---|',
@@ -124,9 +125,9 @@ def table(runs):
 
 
 def verdict(runs):
-  """Sentences that compare the bound with the loss of the baseline."""
+  """Two sentences that compare the bound with the autoregressive loss."""
   _, losses = curve(runs['masked'], LOSS)
-  tokens = passes(runs['autoregressive'], losses[-1])
+  tokens = tokens_until(runs['autoregressive'], losses[-1])
   final = curve(runs['autoregressive'], LOSS)[1][-1]
   text = (
     f'The bound is {losses[-1] - final:.2f} nats per token above the loss of '
@@ -142,25 +143,25 @@ def verdict(runs):
 
 
 def samples(runs):
-  """The last samples of both runs."""
+  """The last samples of both runs, as a block of text."""
   texts = []
   for name, proof in runs.items():
     found = history.samples(proof.run).values()
     prompts = proof.run.config['sample.prompts']
-    for prompt, told in zip(prompts, found, strict=True):
-      texts.append(f'[{name}, {prompt!r}]\n{told[-1][1]}')
+    for prompt, pairs in zip(prompts, found, strict=True):
+      texts.append(f'[{name}, {prompt!r}]\n{pairs[-1][1]}')
   return fenced(texts)
 
 
 def infilled():
-  """Gaps that the masked diffusion model filled."""
+  """Texts whose gaps the masked diffusion model filled."""
   with open(RAW / 'masked' / 'infill.jsonl') as f:
     lines = [json.loads(line) for line in f]
   return fenced([bracketed(line['infill'], line['text']) for line in lines])
 
 
 def bracketed(infill, text):
-  """A text with what stands in its gaps in brackets."""
+  """Puts the contents of the gaps of a text in brackets."""
   given = re.split(r'\{\{\d+\}\}', infill)
   gaps = re.fullmatch('(.*)'.join(map(re.escape, given)), text, re.S).groups()
   return given[0] + ''.join(
@@ -181,7 +182,7 @@ PARTS = {
 
 
 def filled(text, runs):
-  """A page with its parts between comments made anew."""
+  """Replaces the parts of a page between comments of this script."""
   return re.sub(
     r'(<!-- benchmarks/proof.py: (\w+) -->\n).*?(<!-- end -->)',
     lambda m: f'{m[1]}{PARTS[m[2]](runs)}\n{m[3]}',

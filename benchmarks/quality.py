@@ -1,14 +1,14 @@
-r"""What fewer forward passes cost: accuracy on puzzles, for each commit rule.
+r"""Plots puzzle accuracy over forward passes, by remasking rule.
 
 python benchmarks/quality.py sudoku=runs/sudoku countdown=runs/countdown \
   --out docs/quality_vs_forwards.png
 
 Each rule of remasking.py and each kind of confidence answers the same puzzles
-with several numbers of steps, thresholds or factors. Prints a line for each,
-and for each rule the fewest forward passes per token at which it is within two
-points of one token a step by low_confidence. Ancestral and first-hitting
-sampling draw at temperature 1, at which they are exact; the others take the
-most probable token. --out needs matplotlib.
+with several numbers of steps, thresholds or factors. Prints the accuracy of
+each setting. For each rule it also prints the fewest forward passes per token
+with an accuracy within two points of low_confidence at one token per step.
+Ancestral and first-hitting sampling use temperature 1, at which they are exact.
+The other rules take the most probable token. --out needs matplotlib.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from maskdiff.evals import answered, puzzles
 from maskdiff.interop import load
 
 TOLERANCE = 0.02
-SAID = ('steps', 'threshold', 'factor', 'temperature')
+PRINTED = ('steps', 'threshold', 'factor', 'temperature')
 THRESHOLDS, FACTORS = (0.5, 0.7, 0.9, 0.99), (4.0, 2.0, 1.0, 0.25)
 
 
 def settings(slots):
-  """The settings to compare, as (rule, dict)."""
+  """Settings to compare: dict from a rule to a list of settings."""
   steps = sorted({slots, *(n for n in (1, 2, 4, 8) if n < slots)})
   of = lambda **values: [{**values, 'steps': n} for n in steps]
   greedy = {'temperature': 0.0}
@@ -43,14 +43,19 @@ def settings(slots):
 
 
 def measure(task, workdir, num):
-  """{rule: [(forward passes per token, accuracy, its error, setting)]}."""
+  """Measures all settings of a task.
+
+  Returns:
+    Dict from a rule to a list of (forward passes per token, accuracy, standard
+    error, setting).
+  """
   model = answered.Model(*load.load(workdir))
   lines = puzzles.make(task, 0, num)
   slots = len(model.tokenizer.encode(lines[0]['answer'])) + 1
   points = {}
   for rule, many in settings(slots).items():
     for values in many:
-      _, total = answered.ask(
+      _, total = answered.answer_lines(
         model,
         {'block_length': slots, **values},
         lines,
@@ -65,9 +70,9 @@ def measure(task, workdir, num):
         values,
       )
       points.setdefault(rule, []).append(point)
-      said = {k: v for k, v in values.items() if k in SAID}
+      printed = {k: v for k, v in values.items() if k in PRINTED}
       print(
-        f'{task}, {rule} {said}: {point[0]:.2f} forwards/token, '
+        f'{task}, {rule} {printed}: {point[0]:.2f} forwards/token, '
         f'accuracy {point[1]:.3f} ± {point[2]:.3f}',
         flush=True,
       )
@@ -75,13 +80,13 @@ def measure(task, workdir, num):
 
 
 def at_equal_quality(task, points):
-  """Prints the fewest forward passes of each rule that are good enough."""
-  _, wanted, _, _ = max(points['low_confidence'], key=lambda p: p[0])
-  wanted -= TOLERANCE
-  print(f'{task}: forwards/token for an accuracy of at least {wanted:.3f}')
+  """Prints the fewest forward passes of each rule at equal accuracy."""
+  _, accuracy, _, _ = max(points['low_confidence'], key=lambda p: p[0])
+  least = accuracy - TOLERANCE
+  print(f'{task}: forwards/token for an accuracy of at least {least:.3f}')
   for rule, some in points.items():
-    enough = [p for p in some if p[1] >= wanted]
-    best = f'{min(p[0] for p in enough):.2f}' if enough else 'not reached'
+    accurate = [p for p in some if p[1] >= least]
+    best = f'{min(p[0] for p in accurate):.2f}' if accurate else 'not reached'
     print(f'  {rule:24} {best}')
 
 

@@ -1,12 +1,12 @@
-"""The jitted sampler against the same algorithm in a loop, and in PyTorch.
+"""Compares the jitted sampler with a Python loop and with PyTorch.
 
 python benchmarks/sampler.py [--rounds 3]
 
-The loop is the published algorithm as it is usually written: per step one
-compiled forward pass with logits of the whole canvas, and the choice of tokens
-in NumPy. `torch_sampler.py` is the same in PyTorch, if that is installed. All
-fill the same canvases with the same weights in float32 and must return the
-same tokens. Loading and compiling are not counted.
+The loop is the published algorithm as it is usually written: each denoising
+step runs a compiled forward pass with logits at all positions, and selects
+tokens in NumPy. `torch_sampler.py` is the same in PyTorch, used if torch is
+installed. All fill the same canvases with the same weights in float32 and must
+return the same tokens. Loading and compilation are not timed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ WIDE = dataclasses.replace(
 )
 WIDE = dataclasses.replace(WIDE, mlp=2688, tie_embeddings=False)
 # The vocabulary of LLaDA.
-MANY_WORDS = dataclasses.replace(
+LARGE_VOCAB = dataclasses.replace(
   WIDE, vocab_size=126_464, embed=512, heads=4, kv_heads=4, mlp=1344
 )
 
@@ -60,15 +60,15 @@ def main():
   rounds = parser.parse_args().rounds
   print(f'{jax.devices()[0].device_kind}, batch {BATCH}')
   if not importlib.util.find_spec('torch'):
-    print('torch is not installed: compared with the loop alone')
+    print('torch is not installed: only the loop is compared')
   for model, shapes in (
     (SMALL, ((32, 64, 64, 64), (32, 128, 32, 64))),
     (WIDE, ((32, 64, 32, 16),)),
-    (MANY_WORDS, ((128, 64, 32, 8),)),
+    (LARGE_VOCAB, ((128, 64, 32, 8),)),
   ):
     params = transformer.init(model, jax.random.key(0))
-    everything, _ = transformer.num_params(model)
-    print(f'{everything:,} parameters, vocabulary {model.vocab_size:,}')
+    total, _ = transformer.num_params(model)
+    print(f'{total:,} parameters, vocabulary {model.vocab_size:,}')
     for shape in shapes:
       compare(model, params, *shape, rounds)
 
@@ -102,18 +102,18 @@ def compare(model, params, prompt, gen_length, block_length, steps, rounds):
     canvas = request.canvas
     return python_loop(model, params, canvas, prompt, block_length, steps)
 
-  ways = {'jitted': jitted, 'loop': loop}
+  functions = {'jitted': jitted, 'loop': loop}
   if importlib.util.find_spec('torch'):
     import torch_sampler
 
     weights = torch_sampler.load(model, params)
-    ways['torch'] = lambda: torch_sampler.generate(
+    functions['torch'] = lambda: torch_sampler.generate(
       model, weights, request.canvas, prompt, block_length, steps, MASK_ID
     )
   expected = np.asarray(jitted())
-  for name in ways:
-    np.testing.assert_array_equal(ways[name](), expected, err_msg=name)
-  seconds = alternate(ways, rounds)
+  for name in functions:
+    np.testing.assert_array_equal(functions[name](), expected, err_msg=name)
+  seconds = alternate(functions, rounds)
   rate = {name: BATCH * gen_length / s for name, s in seconds.items()}
   print(
     f'prompt {prompt}, gen_length {gen_length}, block_length {block_length}, '
@@ -135,7 +135,7 @@ def forward(model, params, canvas):
 
 
 def python_loop(model, params, canvas, prompt, block_length, steps):
-  """Low-confidence remasking, written plainly."""
+  """Low-confidence remasking in plain NumPy."""
   canvas = canvas.copy()
   canvas[:, prompt:] = MASK_ID
   blocks = (canvas.shape[1] - prompt) // block_length

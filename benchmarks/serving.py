@@ -1,11 +1,11 @@
-"""Sampling many answers: caches, an early end, refilled batches, open lengths.
+"""Compares samplers for many requests: KV caches, early stopping, refill.
 
 python benchmarks/serving.py [--rounds 3]
 
-Every line is the same requests with the same weights, which are random. What
-the caches save is told beside how much they change: the share of tokens that
-are those of the sampler without a cache. For answers of different lengths, the
-eos has a chance of about 1 in 16 at every slot.
+All rows of a table have the same requests and the same random weights. The
+last column is the share of tokens that equal those of the first row, because
+approximate caches change tokens. To give answers different lengths, the eos
+token has a probability of about 1/16 at each slot.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from maskdiff.sampling import layouts, refill, sampler
 from maskdiff.sampling.request import Request, SamplerConfig
 
 EOS_ID = 5
-REQUESTS, BATCH, PROMPT, ROOM, BLOCK = 24, 4, 64, 64, 16
+REQUESTS, BATCH, PROMPT, SLOTS, BLOCK = 24, 4, 64, 64, 16
 
 MODEL = dataclasses.replace(SMALL, tie_embeddings=False)
 PLAIN = SamplerConfig(
-  steps=ROOM,
+  steps=SLOTS,
   block_length=BLOCK,
   temperature=1.0,
   remasking='low_confidence',
-  gen_length=ROOM,
+  gen_length=SLOTS,
 )
 
 
@@ -41,7 +41,7 @@ def main():
   rounds = parser.parse_args().rounds
   random = np.random.default_rng(0)
   prompts = random.integers(9, MODEL.vocab_size, (REQUESTS, PROMPT)).tolist()
-  request = layouts.continue_prompts(prompts, ROOM)
+  request = layouts.continue_prompts(prompts, SLOTS)
   params = transformer.init(MODEL, jax.random.key(0))
   network = Network(
     config=MODEL,
@@ -54,10 +54,10 @@ def main():
   )
   print(
     f'{jax.devices()[0].device_kind}: {REQUESTS} requests, batch {BATCH}, '
-    f'prompt {PROMPT}, at most {ROOM} tokens in blocks of {BLOCK}'
+    f'prompt {PROMPT}, at most {SLOTS} tokens in blocks of {BLOCK}'
   )
   change = lambda **changes: dataclasses.replace(PLAIN, **changes)
-  print('\nCaches, all answers of full length:')
+  print('\nCaches; all answers have full length:')
   greedy = change(temperature=0.0, logits_eos_inf=True)
   compare(
     network,
@@ -77,18 +77,18 @@ def main():
     },
     rounds,
   )
-  print('\nAnswers that end with an eos:')
-  # In random order, or eos would be among the first tokens of every answer.
-  whole = change(remasking='random')
-  stop = dataclasses.replace(whole, stop_at_eos=True)
+  print('\nAnswers end at an eos token:')
+  # Random order: otherwise eos would be among the first committed tokens.
+  full_length = change(remasking='random')
+  stop = dataclasses.replace(full_length, stop_at_eos=True)
   open_end = dataclasses.replace(stop, lookahead=0)
   compare(
     network,
     request,
     {
-      'full length, then cut': (whole, batches),
-      'early end, batch by batch': (stop, batches),
-      'early end, refilled': (stop, refilled),
+      'full length, then cut': (full_length, batches),
+      'early stopping, batch by batch': (stop, batches),
+      'early stopping, refilled': (stop, refilled),
       'open length, refilled': (open_end, refilled),
       'open length, refilled, dual cache': (
         dataclasses.replace(open_end, cache='dual'),
@@ -100,7 +100,7 @@ def main():
 
 
 def with_eos(params, canvas):
-  """Weights that give eos a chance of about 1 in 16 at a masked slot."""
+  """Changes the head so that eos has probability 1/16 at a masked slot."""
 
   @jax.jit
   def hidden(params, canvas):
@@ -119,7 +119,7 @@ def with_eos(params, canvas):
 
 
 def batches(network, c, request):
-  """(tokens [R, L], forwards, positions) of R requests, batch by batch."""
+  """Samples R requests batch by batch: tokens [R, L], forwards, positions."""
   found = []
   for first in range(0, REQUESTS, BATCH):
     rows = slice(first, first + BATCH)
@@ -131,7 +131,7 @@ def batches(network, c, request):
 
 
 def refilled(network, c, request):
-  """As `batches`, with a request in the place of each that has ended."""
+  """Like `batches`, but a new request replaces each completed one."""
   answers = refill.answers(network, c, request, BATCH)
   answers = sorted(answers, key=lambda answer: answer.row)
   return [
@@ -141,7 +141,7 @@ def refilled(network, c, request):
 
 
 def compare(network, request, variants, rounds):
-  """Prints a table, with ratios to the first of the variants."""
+  """Prints a table with ratios to the first variant."""
   fill = request.fill
   functions = {
     name: lambda c=c, f=f: f(network, c, request)
@@ -155,12 +155,12 @@ def compare(network, request, variants, rounds):
     '| tokens as in the first row |\n|---|---|---|---|---|---|---|'
   )
   for name, (tokens, forwards, positions) in found.items():
-    kept = fill & layouts.cut(tokens, fill, EOS_ID)
-    number = int(kept.sum())
+    answer = fill & layouts.cut(tokens, fill, EOS_ID)
+    number = int(answer.sum())
     speed = number / seconds[name]
-    first = first or (tokens, kept, speed)
-    both = kept & first[1]
-    same = (tokens == first[0])[both].sum() / max(kept.sum(), first[1].sum())
+    first = first or (tokens, answer, speed)
+    both = answer & first[1]
+    same = (tokens == first[0])[both].sum() / max(answer.sum(), first[1].sum())
     print(
       f'| {name} | {number} | {speed:,.0f} | {speed / first[2]:.2f} '
       f'| {forwards.sum() / number:.2f} | {positions.sum() / number:.1f} '

@@ -1,12 +1,12 @@
-"""A run that something happens to all the time, against one left in peace.
+"""Compares a run with random faults to an undisturbed run, bit for bit.
 
 python benchmarks/soak.py [--steps 1000] [--batch 8] [--seed 0]
 
-Trains configs/tiny.py twice with the same poisoned steps: once undisturbed, and
-once with a fault every 20 to 50 steps, drawn at random: SIGKILL, SIGTERM, or a
-SIGKILL after which a bit of the newest checkpoint is flipped. Ends with status
-1 unless the parameters are the same bit for bit; prints what happened and the
-goodput of both.
+Trains configs/tiny.py twice, with NaN losses at the same steps. One run has a
+random fault every 20 to 50 steps: SIGKILL, SIGTERM, or SIGKILL followed by a
+flipped bit in the newest checkpoint. Prints the number of faults and the
+goodput of both runs. The exit status is 1 unless the parameters are equal bit
+for bit.
 """
 
 import argparse
@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def start(workdir, args, nan_steps):
+  """Starts a training process."""
   return subprocess.Popen(
     [
       *(sys.executable, str(ROOT / 'tests' / 'faulty_pretrain.py')),
@@ -57,15 +58,20 @@ def start(workdir, args, nan_steps):
   )
 
 
-def reached(workdir):
+def last_step(workdir):
+  """Last step that has a row of metrics."""
   rows = metrics.read(workdir / 'metrics.jsonl')
   return max([row['step'] for row in rows], default=0)
 
 
 def flip_a_bit(workdir):
-  """In the newest checkpoint; returns whether there was one."""
+  """Flips a bit in the newest checkpoint, if there is an older one.
+
+  Returns:
+    Whether a bit was flipped.
+  """
   steps = [p for p in (workdir / 'checkpoints').glob('*') if p.name.isdecimal()]
-  if len(steps) < 2:  # without an older one the run could not go on
+  if len(steps) < 2:  # the run needs an older checkpoint to resume from
     return False
   newest = max(steps, key=lambda p: int(p.name))
   files = [p for p in (newest / 'params').rglob('*') if p.is_file()]
@@ -77,13 +83,13 @@ def flip_a_bit(workdir):
 
 
 def disturbed(workdir, args, nan_steps, dice):
-  """Runs to the end in spite of everything; counts what happened."""
-  happened = collections.Counter()
+  """Runs a training with faults to its end; counts the faults."""
+  faults = collections.Counter()
   target = 0
   while True:
     process = start(workdir, args, nan_steps)
-    target = max(target, reached(workdir)) + dice.randint(20, 50)
-    while process.poll() is None and reached(workdir) < target:
+    target = max(target, last_step(workdir)) + dice.randint(20, 50)
+    while process.poll() is None and last_step(workdir) < target:
       time.sleep(0.05)
     time.sleep(dice.uniform(0, 0.5))
     fault = dice.choice(['kill', 'sigterm', 'flipped bit'])
@@ -94,12 +100,12 @@ def disturbed(workdir, args, nan_steps, dice):
       process.wait()
       if fault == 'flipped bit' and not flip_a_bit(workdir):
         fault = 'kill'
-      happened[fault] += 1
-      print(f'step {reached(workdir)}: {fault}', file=sys.stderr, flush=True)
+      faults[fault] += 1
+      print(f'step {last_step(workdir)}: {fault}', file=sys.stderr, flush=True)
     elif process.returncode:
       sys.exit(f'the run ended with status {process.returncode}; see the log')
-    if process.returncode == 0 and reached(workdir) == args.steps:
-      return happened
+    if process.returncode == 0 and last_step(workdir) == args.steps:
+      return faults
 
 
 def parameters(workdir, step):
@@ -125,11 +131,11 @@ def main():
     calm, rough = pathlib.Path(folder, 'calm'), pathlib.Path(folder, 'rough')
     if start(calm, args, nan_steps).wait():
       sys.exit((pathlib.Path(folder) / 'calm.log').read_text()[-3000:])
-    happened = disturbed(rough, args, nan_steps, dice)
+    faults = disturbed(rough, args, nan_steps, dice)
     same = parameters(rough, args.steps) == parameters(calm, args.steps)
     print(
       f'{args.steps} steps, {len(nan_steps)} of them poisoned, '
-      + ', '.join(f'{n} x {fault}' for fault, n in sorted(happened.items()))
+      + ', '.join(f'{n} x {fault}' for fault, n in sorted(faults.items()))
       + f': the parameters are {"the same" if same else "NOT THE SAME"}'
     )
     for name, workdir in (('undisturbed', calm), ('disturbed', rough)):

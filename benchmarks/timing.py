@@ -1,4 +1,4 @@
-"""Times functions against each other in one run."""
+"""Compares the run times of functions."""
 
 import statistics
 import time
@@ -7,15 +7,18 @@ import jax
 
 
 def alternate(functions, rounds):
-  """Calls the functions in turn and returns the median seconds of each.
+  """Returns the median seconds of each function, called in turn.
 
-  Turns make them share whatever else the machine does. Each is called once
-  before, to compile.
+  Alternating calls spread other load on the machine over all functions. Each
+  function is called once before, to compile.
 
   Args:
-    functions: dict from name to a function of no arguments that returns
+    functions: dict from a name to a function without arguments that returns
       arrays.
-    rounds: calls of each.
+    rounds: number of timed calls of each function.
+
+  Returns:
+    Dict from a name to seconds.
   """
   for function in functions.values():
     jax.block_until_ready(function())

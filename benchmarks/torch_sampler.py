@@ -1,9 +1,9 @@
-"""The sampler of a masked diffusion model as it is written in PyTorch.
+"""A sampler for masked diffusion models in PyTorch.
 
-What benchmarks/sampler.py compares with: the same network with the same
-weights, and low-confidence remasking at temperature 0, eagerly, in float32 and
-on all cores. As in the published code, every step computes the logits of the
-whole canvas.
+The baseline of benchmarks/sampler.py: the same network with the same weights,
+and low-confidence remasking at temperature 0, in eager mode, in float32 and on
+all cores. As in the published code, each denoising step computes logits at all
+positions.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 
 def load(c, params):
-  """The weights as torch wants them.
+  """Converts parameters to torch tensors.
 
   Args:
-    c: model.TransformerConfig.
-    params: its parameter tree, float32.
+    c: transformer.TransformerConfig.
+    params: parameter tree, float32.
 
   Returns:
     Dict of tensors: embed [V, D], head [V, D], norm [D], and layers, a list of
@@ -86,15 +86,15 @@ def _rotate(x, rotation):
 
 @torch.inference_mode()
 def generate(c, weights, canvas, prompt, block_length, steps, mask_id):
-  """Fills what follows the prompt.
+  """Fills all positions after the prompt.
 
   Args:
-    c: model.TransformerConfig.
+    c: transformer.TransformerConfig.
     weights: from `load`.
-    canvas: [B, L] int; what follows the prompt does not matter.
-    prompt: int, tokens of the prompt.
-    block_length: int, divides what follows.
-    steps: int, of all blocks together.
+    canvas: [B, L] int; values after the prompt are ignored.
+    prompt: number of prompt tokens.
+    block_length: int, divides the number of other tokens.
+    steps: int, denoising steps of all blocks together.
     mask_id: int.
 
   Returns:

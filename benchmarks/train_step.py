@@ -1,11 +1,11 @@
-"""A training step against one with a dense cross entropy, and a plain one.
+"""Compares the train step with a dense cross entropy and with a plain step.
 
 python benchmarks/train_step.py [--rounds 5]
 
-`dense` projects every position onto the vocabulary and lets JAX differentiate
-it; everything else is the same code. `plain` is the whole step as one would
-write it first, below: no mesh, no scan over layers, no rematerialisation, no
-kernel, dense cross entropy. Prints tokens/s of each and the ratios at two
+`dense` is the same code, except that it projects all positions onto the
+vocabulary and lets JAX differentiate the result. `plain` is a direct
+implementation, below: no mesh, no scan over layers, no rematerialization, no
+kernel, dense cross entropy. Prints tokens/s of each and their ratios at two
 vocabulary sizes, and the memory that the compiler reserves for temporaries.
 The losses and gradient norms must agree.
 """
@@ -31,7 +31,7 @@ BATCH, LENGTH = 16, 128
 
 
 def dense_canvas_loss(c, model, canvas):
-  """`objective.canvas_loss` over all [B, L, V] logits."""
+  """`canvas_loss` from logits at all positions, [B, L, V]."""
   logits = model.logits(model(canvas.inputs, canvas.labels))
   if not c.predict_mask:
     logits = logits.at[..., c.mask_id].set(-jnp.inf)
@@ -44,7 +44,7 @@ def dense_canvas_loss(c, model, canvas):
 
 
 def plain_logits(c, params, inputs, doc):
-  """The network of model.py, written out; [B, L, V] float32."""
+  """The network of model/transformer.py in plain code; [B, L, V] float32."""
   norm = lambda x, gain: (
     gain * x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + c.norm_eps)
   )
@@ -53,20 +53,22 @@ def plain_logits(c, params, inputs, doc):
   )
   cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
 
-  def turn(x):
+  def rotate(x):
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
-  seen = (doc[:, :, None] == doc[:, None, :])[:, None]
+  visible = (doc[:, :, None] == doc[:, None, :])[:, None]
   x = params['embed'][inputs]
   for n in range(c.layers):
     w = {name: stacked[n] for name, stacked in params['blocks'].items()}
     h = norm(x, w['norm1'])
-    q = turn(jnp.einsum('bld,dhk->blhk', h, w['q']))
+    q = rotate(jnp.einsum('bld,dhk->blhk', h, w['q']))
     k, v = (jnp.einsum('bld,dgk->blgk', h, w[name]) for name in 'kv')
-    k, v = (jnp.repeat(x, c.heads // c.kv_heads, axis=2) for x in (turn(k), v))
+    k, v = (
+      jnp.repeat(x, c.heads // c.kv_heads, axis=2) for x in (rotate(k), v)
+    )
     scores = jnp.einsum('blhk,bshk->bhls', q, k) / c.head_dim**0.5
-    attention = jax.nn.softmax(jnp.where(seen, scores, -1e30))
+    attention = jax.nn.softmax(jnp.where(visible, scores, -1e30))
     attended = jnp.einsum('bhls,bshk->blhk', attention, v)
     x = x + jnp.einsum('blhk,hkd->bld', attended, w['o'])
     h = norm(x, w['norm2'])
@@ -75,7 +77,7 @@ def plain_logits(c, params, inputs, doc):
 
 
 def plain_step(c, optimizer, state, tokens, key):
-  """`step.train_step` without anything that makes it fast or large."""
+  """`step.train_step` without any optimization for speed or memory."""
   batch = tokens.shape[0]
   key = jax.random.fold_in(key, state.step)
   rows = jnp.arange(batch, dtype=jnp.int32)
@@ -162,7 +164,7 @@ def compare(mesh, vocab_size, rounds):
     if name != 'plain':
       found = found.sums.weighted_nll, found.grad_norm
     metrics[name] = found
-    steps[name] = keep_training(compiled, state, tokens, key)
+    steps[name] = next_step(compiled, state, tokens, key)
   for other in ('dense', 'plain'):
     np.testing.assert_allclose(
       metrics['masked-only'], metrics[other], rtol=1e-4
@@ -177,8 +179,8 @@ def compare(mesh, vocab_size, rounds):
     )
 
 
-def keep_training(compiled, state, tokens, key):
-  """A function that takes one more step and returns its metrics."""
+def next_step(compiled, state, tokens, key):
+  """Returns a function that takes one more step and returns its metrics."""
 
   def step():
     nonlocal state

@@ -1,12 +1,12 @@
-r"""Walks through pages as a newcomer would, in a fresh clone, and times it.
+r"""Runs the commands of documentation pages in a fresh clone and times them.
 
 python benchmarks/walk.py docs/index.md
 
-Clones the repository and runs the commands of the pages' ```bash blocks one
-after the other, in one shell, as they are written: what a command activates or
-changes holds for those that follow. Prints the seconds of each and ends at the
-first that fails. Blocks that tests/pages.py says cannot be run on any machine
-are passed over.
+Clones the repository and runs the commands of the ```bash blocks of the pages,
+unchanged and in order, in a single shell, so that later commands see the
+environment that earlier ones set. Prints the seconds of each command and stops
+at the first that fails. Skips blocks that tests/pages.py marks as not runnable
+on every machine.
 """
 
 import pathlib
@@ -17,19 +17,19 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tests'))
-import pages as pages_lib  # noqa: E402, what tests/docs/test_commands.py runs
+import pages as pages_lib  # noqa: E402, shared with tests/docs/test_commands.py
 
 DONE = 'walk.py: done with status '
 
 
 def to_run(text):
-  """The blocks of bash of a page that any machine can run."""
+  """Bash blocks of a page that every machine can run."""
   found = filter(pages_lib.runs, pages_lib.blocks(text))
   return [block for block in found if block.language == 'bash']
 
 
 def commands(block):
-  """Splits a block into commands: lines, continued where they say so."""
+  """Splits a block into commands; joins lines that end with a backslash."""
   text = '\n'.join(block.lines).replace('\\\n', '')
   return [
     line
@@ -60,13 +60,13 @@ def main(pages):
         print(f'  {time.monotonic() - began:.0f} s', flush=True)
         if status:
           sys.exit(f'ended with status {status}:\n' + '\n'.join(output))
-    print(f'{(time.monotonic() - walk) / 60:.1f} minutes in all')
+    print(f'{(time.monotonic() - walk) / 60:.1f} minutes in total')
     shell.stdin.close()
     shell.wait()
 
 
 def run(shell, command):
-  """Has the shell run a command; returns its status and lines of output."""
+  """Runs a command in the shell; returns its status and lines of output."""
   shell.stdin.write(f'{{ {command}\n}} < /dev/null\n')
   shell.stdin.write(f'status=$?; echo; echo "{DONE}$status"\n')
   shell.stdin.flush()
