@@ -134,7 +134,7 @@ def sample(args):
       )
     elif args.show or args.html:
       print_step = output.print_step if args.show else None
-      found, recording = answers.watched(s, texts, print_step)
+      found, recording = answers.record(s, texts, print_step)
       if write_page:
         write_page(answers.page(s, texts, recording, workdir=args.workdir))
     else:

@@ -1,0 +1,17 @@
+"""Sampling from a trained network.
+
+Modules, from the request to the answer:
+
+- request: settings of the sampler, a request, and the checks of both
+- layouts: requests from prompts, and from texts with gaps
+- state: state of the denoising loop
+- passes: forward pass of a denoising step, with or without a KV cache
+- candidates: tokens drawn from logits, and their confidence
+- remasking: rules that select the predictions to commit
+- commit: parts of a denoising step after its forward pass
+- sampler: the denoising loop; `generate` fills a request
+- refill: many requests in a batch of fixed size
+- prompts: prompts from files and from a keyboard
+- answers: answers to texts, as launch/sample.py gives them
+- replay: HTML page that replays the denoising steps
+"""

@@ -1,10 +1,15 @@
-"""Answers to prompts, and texts with their gaps filled, as launch/sample.py
-gives them: many in batches, a few watched step by step, or one by one.
+"""Answers to texts: in batches, recorded step by step, or in a conversation.
 
-An answer is a dict: `prompt` or `infill`, what was asked; `seed`; `text`, the
-whole; of prompts `answer`, what was added, up to its eos if that ends it;
-`tokens` of it; `forwards`, passes through the network that they took, and
-`positions`, how many were computed in them.
+An answer is a dict, as launch/sample.py writes it:
+
+    prompt or infill  the text that was continued, or the text with gaps
+    seed              int
+    text              the whole text
+    answer            of a prompt: the added text, cut at its first eos if the
+                      sampler stops at eos
+    tokens            number of tokens in the answer, or in the gaps
+    forwards          forward passes of the row
+    positions         number of positions that these passes computed
 """
 
 import dataclasses
@@ -19,20 +24,20 @@ from maskdiff.model.network import Network
 from maskdiff.sampling import layouts, prompts, refill, replay, sampler
 from maskdiff.sampling.request import Request, SamplerConfig, describe
 
-SHORTEST_ROW = 32  # that a program is compiled for in a conversation
+SHORTEST_ROW = 32  # a conversation compiles no shorter rows
 
 
 class Sampling(NamedTuple):
-  """A loaded model, and how to sample from it."""
+  """A loaded model and the settings to sample with."""
 
   network: Network
   c: SamplerConfig
   tokenizer: Tokenizer
-  context: int  # tokens of the rows that it was trained on
+  context: int  # tokens of a training row
 
 
 class Counts(NamedTuple):
-  """What an answer took; see request.Carry."""
+  """Work for an answer; see state.Carry."""
 
   forwards: int
   positions: int
@@ -47,20 +52,17 @@ class Texts(NamedTuple):
 
 
 def encode_texts(texts, gaps, encode, gen_length, context=None):
-  """Encodes texts into a Request.
+  """Encodes texts and returns them with their Request, as Texts.
 
   Args:
     texts: list of prompts.Prompt.
-    gaps: whether their gaps are to be filled.
-    encode: from text to a list of tokens.
-    gen_length: of the answers, if there are no gaps.
-    context: see `layouts.continue_prompts`.
-
-  Returns:
-    Texts.
+    gaps: True: fill the gaps of the texts; False: continue the texts.
+    encode: function from text to a list of tokens.
+    gen_length: slots after each text; not used with gaps.
+    context: see `layouts.continue_prompts`; not used with gaps.
 
   Raises:
-    UserError: see `layouts.fill_gaps`; or a text is no Unicode.
+    UserError: see `layouts.fill_gaps`; or a text is not valid Unicode.
   """
   seeds = [p.seed for p in texts]
   strings = [p.text for p in texts]
@@ -76,37 +78,37 @@ def encode_texts(texts, gaps, encode, gen_length, context=None):
 
 
 def in_batches(s, texts, batch):
-  """Yields the answers in order, up to `batch` of them computed together.
+  """Yields the answers in order, computed in batches.
 
   Args:
     s: Sampling.
     texts: Texts.
-    batch: texts sampled at once.
+    batch: rows sampled at once.
 
   Raises:
-    UserError: see `sampler.generate`; after the answers that could be given.
+    UserError: see `sampler.generate`; after all other answers were yielded.
   """
-  early, first, broken = {}, 0, []
-  for found in refill.answers(s.network, s.c, texts.request, batch):
-    early[found.row] = found
-    while first in early:
-      found = early.pop(first)
-      if found.broken:
-        broken.append(first)
+  finished, following, broken = {}, 0, []
+  for filled in refill.answers(s.network, s.c, texts.request, batch):
+    finished[filled.row] = filled
+    while following in finished:
+      filled = finished.pop(following)
+      if filled.broken:
+        broken.append(following)
       else:
-        yield _answer(s, texts, first, found.tokens, found)
-      first += 1
+        yield _answer(s, texts, following, filled.tokens, filled)
+      following += 1
   if broken:
     raise sampler.broken_error(broken)
 
 
-def watched(s, texts, see):
-  """Answers, step by step.
+def record(s, texts, show=None):
+  """Returns the answers and a recording of every denoising step.
 
   Args:
     s: Sampling.
     texts: Texts.
-    see: None, or what is called with the list of texts before every step and
+    show: function that is called with the list of texts before every step and
       after the last.
 
   Returns:
@@ -115,7 +117,7 @@ def watched(s, texts, see):
   Raises:
     UserError: see `sampler.generate`.
   """
-  canvases, sures = [], []
+  canvases, confidences = [], []
 
   def answers_of(canvas, counts):
     return [
@@ -123,31 +125,30 @@ def watched(s, texts, see):
       for row, (tokens, *counts) in enumerate(zip(canvas, *counts, strict=True))
     ]
 
-  for carry, sure in sampler.walk(s.network, s.c, texts.request):
+  for carry, confidence in sampler.walk(s.network, s.c, texts.request):
     canvas, *counts = jax.device_get(
       (carry.canvas, carry.forwards, carry.positions)
     )
     canvases.append(canvas)
-    sures.append(sure)
-    if see:
-      see([a['text'] for a in answers_of(canvas, counts)])
-  found = answers_of(canvas, counts)
-  return found, replay.Recording(
+    confidences.append(confidence)
+    if show:
+      show([a['text'] for a in answers_of(canvas, counts)])
+  return answers_of(canvas, counts), replay.Recording(
     np.stack(canvases),
-    np.stack(sures),
+    np.stack(confidences),
     texts.request.fill,
     texts.request.valid,
   )
 
 
 def page(s, texts, recording, **settings):
-  """The page that replays what was watched; see `replay.page`.
+  """Returns the HTML page that replays a recording; see `replay.page`.
 
   Args:
     s: Sampling.
     texts: Texts.
     recording: replay.Recording.
-    **settings: what to tell besides the SamplerConfig.
+    **settings: shown on the page after the settings of the sampler.
   """
   kind = 'gaps' if texts.gaps else 'prompt'
   titles = [
@@ -159,11 +160,11 @@ def page(s, texts, recording, **settings):
 
 
 def for_gaps(c, steps=None):
-  """The settings for texts with gaps, of which each has steps of its own.
+  """Returns settings for texts with gaps, which have their own steps.
 
   Args:
     c: SamplerConfig for prompts.
-    steps: of a text; by default one a token.
+    steps: denoising steps per text; by default one per token.
   """
   return dataclasses.replace(
     c, steps=steps or 0, own_blocks=True, stop_at_eos=False, lookahead=-1
@@ -171,18 +172,19 @@ def for_gaps(c, steps=None):
 
 
 def converse(s, lines, seed, note, gap_steps=None):
-  """Yields an answer to every line that can be answered.
+  """Yields an answer to each line of a conversation.
 
-  A line is continued by c.gen_length tokens; or, if it has gaps, {{n}} for n
-  tokens, they are filled. Rows are padded to a power of two, so that few
-  programs are compiled, and answers are what they would be without.
+  A line with gaps, {{n}} for n tokens, is filled; other lines are continued by
+  c.gen_length tokens. Rows are padded to a power of two, so that few programs
+  are compiled; padding does not change the answers. A line that cannot be
+  answered is reported to `note` and has no answer.
 
   Args:
     s: Sampling.
-    lines: iterable of str, each a request.
+    lines: iterable of str.
     seed: of the first answer; the n-th after it has seed + n.
-    note: is called with a line of text when a line cannot be answered, and
-      when a program is compiled.
+    note: function that is called with a line of text for every error and for
+      every compilation.
     gap_steps: see `for_gaps`.
   """
   compiled = set()
@@ -194,12 +196,12 @@ def converse(s, lines, seed, note, gap_steps=None):
       if (c, length) not in compiled:
         note(f'compiling for texts of up to {length} tokens')
         compiled.add((c, length))
-      (found,) = in_batches(s._replace(c=c), texts, batch=1)
+      (answer,) = in_batches(s._replace(c=c), texts, batch=1)
     except UserError as error:
       note(f'error: {error}')
       continue
     seed += 1
-    yield found
+    yield answer
 
 
 def _encode_line(s, line, seed):
@@ -211,8 +213,8 @@ def _encode_line(s, line, seed):
   gaps = '{{' in line
   if '{{' in layouts.GAP.sub('', line):
     raise UserError(
-      f'{line[:60]!r} has braces that are no gap: write {{{{n}}}} where n '
-      'tokens are to be filled, or give a text with such braces as --prompt'
+      f'{line[:60]!r} has braces that are not a gap: write {{{{n}}}} where n '
+      'tokens are to be filled, or pass a text with such braces as --prompt'
     )
   texts = encode_texts(
     [prompts.Prompt(line, seed)],
@@ -226,7 +228,7 @@ def _encode_line(s, line, seed):
   slots, length = request.fill.sum(), request.canvas.shape[1]
   if slots > s.c.gen_length:
     raise UserError(
-      f'the gaps have {slots} tokens together: start again with '
+      f'the gaps have {slots} tokens together: restart with '
       f'--gen_length={slots} instead of {s.c.gen_length}'
     )
   padded = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
@@ -234,20 +236,28 @@ def _encode_line(s, line, seed):
   return texts._replace(request=layouts.widen(request, padded))
 
 
-def _answer(s, texts, row, tokens, took):
-  """The answer in a row, given its [L] tokens and what it took."""
+def _answer(s, texts, row, tokens, counts):
+  """Returns the answer of a row as a dict.
+
+  Args:
+    s: Sampling.
+    texts: Texts.
+    row: int.
+    tokens: [L] int32, the filled canvas.
+    counts: Counts or refill.Answer.
+  """
   fill, valid = texts.request.fill[row], texts.request.valid[row]
   answer = fill
   if s.c.stop_at_eos:
     answer = fill & layouts.cut(tokens[None], fill[None], s.network.eos_id)[0]
-  found = {
+  result = {
     'infill' if texts.gaps else 'prompt': texts.prompts[row].text,
     'seed': texts.prompts[row].seed,
     'text': s.tokenizer.decode(tokens[(valid & ~fill) | answer]),
     'tokens': int(answer.sum()),
-    'forwards': int(took.forwards),
-    'positions': int(took.positions),
+    'forwards': int(counts.forwards),
+    'positions': int(counts.positions),
   }
   if not texts.gaps:
-    found['answer'] = s.tokenizer.decode(tokens[answer])
-  return found
+    result['answer'] = s.tokenizer.decode(tokens[answer])
+  return result

@@ -1,8 +1,8 @@
-"""Candidates: a token for every slot, and how sure the network is of it.
+"""Tokens drawn from the logits of slots, and the confidence of each.
 
-Both come from the logits of the slots, [B, S, V] float32. A token is drawn at
-a temperature, perhaps among the most probable ones alone; confidence is always
-that of the network itself, at temperature 1 and over the whole vocabulary.
+Logits are [B, S, V] float32. A token is drawn at a temperature, among all
+tokens or the most probable ones (top-k, nucleus sampling). Confidence is
+computed at temperature 1 and over the whole vocabulary.
 """
 
 import jax
@@ -10,76 +10,70 @@ import jax.numpy as jnp
 
 
 def suppress(logits, ids):
-  """Makes tokens impossible.
+  """Returns logits with -inf at some token ids.
 
   Args:
     logits: [B, S, V] float32.
     ids: tuple of int.
-
-  Returns:
-    logits with -inf at the ids.
   """
   return logits.at[..., jnp.array(ids)].set(-jnp.inf) if ids else logits
 
 
 def guide(conditional, unconditional, scale):
-  """Classifier-free guidance: what the prompt changes, exaggerated.
+  """Returns logits under classifier-free guidance, u + (w + 1)(c - u).
 
-  u + (w + 1)(c - u), as in LLaDA's generate.py; w = 0 leaves the conditional
-  logits.
+  As in LLaDA's generate.py. w = 0 gives the conditional logits.
 
   Args:
-    conditional: [B, S, V] float32, c.
-    unconditional: [B, S, V] float32, u.
+    conditional: [B, S, V] float32, c, given the prompt.
+    unconditional: [B, S, V] float32, u, with the prompt masked.
     scale: w.
   """
   return unconditional + (scale + 1) * (conditional - unconditional)
 
 
 def truncate(logits, top_k, top_p):
-  """Leaves the most probable tokens: `top_k` first, `top_p` of what remains.
+  """Returns logits with -inf outside of the top-k tokens and the nucleus.
 
-  Tokens that tie with the last one to stay do so too.
+  The nucleus is computed from the probabilities of the top-k tokens. A token
+  with the same logit as the last one that remains also remains.
 
   Args:
     logits: [B, S, V] float32, divided by the temperature.
-    top_k: how many stay; 0: all.
-    top_p: the fewest most probable tokens stay whose probabilities add up to
-      this; 1: all (nucleus sampling, arXiv 1904.09751).
-
-  Returns:
-    logits with -inf at the other tokens.
+    top_k: number of most probable tokens; 0: all.
+    top_p: nucleus sampling (arXiv 1904.09751), the smallest set of most
+      probable tokens with this total probability; 1: all.
   """
   if 0 < top_k < logits.shape[-1]:
-    least = jax.lax.top_k(logits, top_k)[0][..., -1:]
-    logits = jnp.where(logits < least, -jnp.inf, logits)
+    lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits < lowest, -jnp.inf, logits)
   if top_p < 1:
     falling = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     p = jax.nn.softmax(falling, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p  # the mass of more probable tokens
-    stay = (before < top_p) & (falling > -jnp.inf)
-    least = jnp.min(falling, axis=-1, where=stay, initial=jnp.inf)
-    logits = jnp.where(logits < least[..., None], -jnp.inf, logits)
+    before = jnp.cumsum(p, axis=-1) - p  # probability of more probable tokens
+    in_nucleus = (before < top_p) & (falling > -jnp.inf)
+    lowest = jnp.min(falling, axis=-1, where=in_nucleus, initial=jnp.inf)
+    logits = jnp.where(logits < lowest[..., None], -jnp.inf, logits)
   return logits
 
 
 def gumbel(keys, shape):
-  """[B, *shape] float32 standard Gumbel noise, of each row by its own key."""
+  """Returns [B, *shape] float32 Gumbel noise, each row from its own key."""
   return jax.vmap(lambda key: jax.random.gumbel(key, shape))(keys)
 
 
 def draw(logits, temperature, top_k, top_p, keys):
-  """Draws a token per slot.
+  """Draws a token for each slot.
 
-  Gumbel noise is added in log space and float32: lower precision biases the
-  draw (arXiv 2409.02908). LLaDA's exp(logit) / (-ln u)^T in float64 has the
-  same argmax.
+  Gumbel noise is added to logits in float32; lower precision biases the draw
+  (arXiv 2409.02908). LLaDA's exp(logit) / (-ln u)^T in float64 has the same
+  argmax.
 
   Args:
     logits: [B, S, V] float32.
-    temperature: 0 for the most probable token.
-    top_k: see `truncate`; it does not change the most probable token.
-    top_p: see `truncate`; nor does it.
+    temperature: 0 takes the most probable token.
+    top_k: see `truncate`; not used at temperature 0.
+    top_p: see `truncate`; not used at temperature 0.
     keys: [B] PRNG keys.
 
   Returns:
@@ -92,11 +86,17 @@ def draw(logits, temperature, top_k, top_p, keys):
 
 
 def best(logits):
-  """The most probable token, the lowest id on ties, [..., V] to [...] int32.
+  """Returns the most probable token, the lowest id on ties.
 
-  XLA does not vectorize argmax on a CPU, but the maximum and minimum of floats,
-  which hold ids exactly: 8 times as fast. If a logit is NaN, so is the
-  confidence, and the token does not matter.
+  XLA on a CPU does not vectorize argmax, but it does vectorize the maximum and
+  minimum of floats, which represent ids exactly. This is 8 times as fast. If a
+  logit is NaN, the token is meaningless, and the confidence is NaN.
+
+  Args:
+    logits: [..., V] float32.
+
+  Returns:
+    [...] int32.
   """
 
   def of_floats(logits):
@@ -114,16 +114,16 @@ def best(logits):
 
 
 def probability(logits, token):
-  """That of the token that was drawn (LLaDA, arXiv 2502.09992, alg. 5)."""
-  chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-  return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+  """Returns the probability of the token (LLaDA, arXiv 2502.09992, alg. 5)."""
+  logit = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+  return jnp.exp(logit - jax.nn.logsumexp(logits, axis=-1))
 
 
 def entropy(logits, token):
-  """1 - H / ln V of the slot: 1 if the network is sure, 0 if all is equal.
+  """Returns 1 - H / ln V: 1 for a certain token, 0 for a uniform distribution.
 
-  Orders slots as the negative entropy of Dream (arXiv 2508.15487) does, on the
-  scale of SDLM's confidence, so that it compares with a threshold.
+  Slots are ranked as by the negative entropy of Dream (arXiv 2508.15487). The
+  scale is that of SDLM's confidence, so that a threshold applies.
   """
   del token
   log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -132,7 +132,7 @@ def entropy(logits, token):
 
 
 def margin(logits, token):
-  """By how much the most probable token of the slot beats the second one.
+  """Returns the difference of the two largest probabilities of the slot.
 
   arXiv 2502.06768; `topk_margin` of Dream.
   """
@@ -144,7 +144,7 @@ def margin(logits, token):
 
 
 # (logits [B, S, V], token [B, S]) -> [B, S] float32 in [0, 1]; NaN where logits
-# are NaN or inf. -inf is a token that cannot be.
+# are NaN or inf. A logit of -inf is a suppressed token.
 CONFIDENCES = {
   'probability': probability,
   'entropy': entropy,

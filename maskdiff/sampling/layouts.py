@@ -1,7 +1,4 @@
-"""Canvases with slots to fill: prompts with room for answers, texts with gaps.
-
-Functions here return a Request: see request.Request.
-"""
+"""Requests from tokens: prompts to continue, and texts with gaps to fill."""
 
 import re
 
@@ -14,14 +11,15 @@ GAP = re.compile(r'\{\{(\d+)\}\}')
 
 
 def continue_prompts(prompts, gen_length, seeds=None, context=None):
-  """Lays out prompts of any lengths with room for an answer after each.
+  """Returns a Request with slots for an answer after each prompt.
 
   Args:
-    prompts: list of token lists.
+    prompts: list of B token lists, of any lengths.
     gen_length: slots after each prompt.
     seeds: see `lay_out`.
-    context: if it is given, no more slots than are left of so many tokens; but
-      one, so that a prompt that is too long is noticed.
+    context: if given, the slots end where the row has this many tokens. At
+      least one slot remains, so that `check_context` refuses a prompt that is
+      too long.
 
   Returns:
     Request; short rows are padded on the right.
@@ -38,35 +36,20 @@ def continue_prompts(prompts, gen_length, seeds=None, context=None):
   return lay_out(rows, seeds)
 
 
-def cut(canvas, fill, eos_id):
-  """What is left of rows whose text ends at the first eos among the slots.
-
-  Args:
-    canvas: [B, L] int32, filled.
-    fill: [B, L] bool, the slots.
-    eos_id: int; one that stands in a prompt ends nothing.
-
-  Returns:
-    [B, L] bool, True before that eos.
-  """
-  ends = np.asarray(fill) & (np.asarray(canvas) == eos_id)
-  return np.cumsum(ends, axis=1) == 0
-
-
 def fill_gaps(texts, encode, seeds=None):
-  """Lays out texts in which {{n}} stands for a gap of n tokens.
+  """Returns a Request for texts in which {{n}} is a gap of n tokens.
 
   Args:
-    texts: list of str, e.g. 'def area(r): return {{4}} * r ** 2'.
-    encode: from text to a list of tokens.
+    texts: list of B str, e.g. 'def area(r): return {{4}} * r ** 2'.
+    encode: function from text to a list of tokens.
     seeds: see `lay_out`.
 
   Returns:
-    Request.
+    Request; short rows are padded on the right.
 
   Raises:
-    UserError: a text has no gap, or none but empty ones, or one of a million
-      tokens; or there is no text.
+    UserError: there are no texts; a text has no gap, or only gaps of 0 tokens;
+      or a gap has a million tokens or more.
   """
   rows = []
   for text in texts:
@@ -74,7 +57,9 @@ def fill_gaps(texts, encode, seeds=None):
     row = []
     for i, part in enumerate(parts):
       if i % 2 and len(part.lstrip('0')) > 6:
-        raise UserError(f'a gap of {part[:20]} tokens is too long: no row is')
+        raise UserError(
+          f'a gap of {part[:20]} tokens is too long for any model'
+        )
       row += [None] * int(part[-7:]) if i % 2 else encode(part)
     if None not in row:
       raise UserError(
@@ -84,26 +69,49 @@ def fill_gaps(texts, encode, seeds=None):
   return lay_out(rows, seeds)
 
 
-def widen(request, length):
-  """The same rows with padding on the right, [B, length].
+def lay_out(rows, seeds=None):
+  """Returns a Request for rows of tokens and slots, padded to one length.
 
-  What is sampled for a row does not depend on it, but a program is compiled
-  for every length.
+  Args:
+    rows: list of B lists; int for a token, None for a slot.
+    seeds: [B] int; by default 0 to B - 1.
+
+  Raises:
+    UserError: there are no rows.
+  """
+  if not rows:
+    raise UserError('there are no prompts to sample from')
+  length = max(map(len, rows))
+  canvas = np.zeros((len(rows), length), np.int32)
+  fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
+  for i, row in enumerate(rows):
+    canvas[i, : len(row)] = [0 if t is None else t for t in row]
+    fill[i, : len(row)] = [t is None for t in row]
+    valid[i, : len(row)] = True
+  seeds = range(len(rows)) if seeds is None else seeds
+  return Request(canvas, fill, valid, np.array(seeds))
+
+
+def widen(request, length):
+  """Returns the same rows with padding on the right, [B, length].
+
+  Padding does not change the tokens of a row. It serves to compile fewer
+  programs, since each length needs one.
 
   Args:
     request: Request.
     length: at least L of the request.
   """
   *arrays, seeds = request
-  more = length - request.canvas.shape[1]
-  return Request(*(np.pad(x, ((0, 0), (0, more))) for x in arrays), seeds)
+  added = length - request.canvas.shape[1]
+  return Request(*(np.pad(x, ((0, 0), (0, added))) for x in arrays), seeds)
 
 
 def check_context(context, valid):
-  """Checks that rows to sample are not longer than those of the training.
+  """Checks that rows are not longer than the rows of the training.
 
   Args:
-    context: tokens of those, config.data.length.
+    context: tokens of a training row, config.data.length.
     valid: [B, L] bool, False on padding.
 
   Raises:
@@ -118,27 +126,16 @@ def check_context(context, valid):
     )
 
 
-def lay_out(rows, seeds=None):
-  """Pads rows of tokens, None where a slot is, to one length.
+def cut(canvas, fill, eos_id):
+  """Returns the positions before the first eos among the slots.
 
   Args:
-    rows: list of B lists of int or None.
-    seeds: [B] int; by default 0, 1, 2, ...
+    canvas: [B, L] int32, filled.
+    fill: [B, L] bool, the slots.
+    eos_id: int; an eos in the prompt does not count.
 
   Returns:
-    Request.
-
-  Raises:
-    UserError: there are no rows.
+    [B, L] bool; all True in a row without eos among its slots.
   """
-  if not rows:
-    raise UserError('nothing to sample from: there are no prompts')
-  length = max(map(len, rows))
-  canvas = np.zeros((len(rows), length), np.int32)
-  fill, valid = np.zeros(canvas.shape, bool), np.zeros(canvas.shape, bool)
-  for i, row in enumerate(rows):
-    canvas[i, : len(row)] = [0 if t is None else t for t in row]
-    fill[i, : len(row)] = [t is None for t in row]
-    valid[i, : len(row)] = True
-  seeds = range(len(rows)) if seeds is None else seeds
-  return Request(canvas, fill, valid, np.array(seeds))
+  is_eos = np.asarray(fill) & (np.asarray(canvas) == eos_id)
+  return np.cumsum(is_eos, axis=1) == 0

@@ -1,4 +1,4 @@
-"""Prompts from a file, one per line or JSON lines, and from a keyboard."""
+"""Reads prompts from a file of lines or JSON lines, and from a keyboard."""
 
 import dataclasses
 import json
@@ -18,18 +18,17 @@ def read(path, first_seed):
   """Reads a file of prompts.
 
   Args:
-    path: UTF-8 text. If it ends in .jsonl, every line is an object with the
-      key `prompt`, or every line one with `infill`, a text with gaps, and, if
-      the request has a seed of its own, `seed`; else a line is a prompt, and
-      empty ones are passed over.
-    first_seed: seed of the first line; the n-th after it has first_seed + n.
+    path: UTF-8 text. In a file named *.jsonl every line is an object, all with
+      the key `prompt` or all with `infill`, a text with gaps; `seed` is
+      optional. In other files every line is a prompt. Empty lines are skipped.
+    first_seed: seed of the first prompt; the n-th after it has first_seed + n.
 
   Returns:
-    List of Prompt; and whether they have gaps.
+    List of Prompt; and a bool, whether they have gaps.
 
   Raises:
-    UserError: the file cannot be read, has no prompts, a line is wrong, or
-      some lines have gaps and some are prompts.
+    UserError: the file cannot be read or has no prompts; a line is not valid;
+      or prompts and texts with gaps are mixed.
   """
   try:
     with open(path, encoding='utf-8') as f:
@@ -48,7 +47,7 @@ def read(path, first_seed):
     )
     if gaps not in (None, has_gaps):
       raise UserError(
-        f'{where}: "prompt" and "infill" in one file: write one for each'
+        f'{where}: "prompt" and "infill" are in one file: split it into two'
       )
     gaps = has_gaps
     prompts.append(prompt)
@@ -58,14 +57,14 @@ def read(path, first_seed):
 
 
 def typed(file):
-  """Yields lines as they come, without their ends, until there are no more.
+  """Yields the lines of a stream as they arrive, without line ends.
 
   Args:
-    file: sys.stdin, or what stands for it; on a terminal, lines are asked for
-      and can be edited and called back.
+    file: sys.stdin. On a terminal the user is prompted for each line, and can
+      edit it and recall earlier ones.
   """
   if file.isatty() and sys.stdout.isatty():
-    import readline  # noqa: F401, which changes what `input` does
+    import readline  # noqa: F401, gives `input` editing and history
 
     while True:
       try:
@@ -77,14 +76,14 @@ def typed(file):
         print()
         raise
   if hasattr(file, 'reconfigure'):
-    # A line that is not UTF-8 is found by `check_unicode`, not here.
+    # `check_unicode` refuses a line that is not UTF-8; here it would end all.
     file.reconfigure(encoding='utf-8', errors='surrogateescape')
   for line in file:
     yield line.removesuffix('\n')
 
 
 def check_unicode(text, message):
-  """Raises UserError if there are letters that no UTF-8 file holds."""
+  """Raises UserError(message) if the text cannot be encoded in UTF-8."""
   if any('\ud800' <= letter <= '\udfff' for letter in text):
     raise UserError(message)
 
@@ -99,9 +98,10 @@ def _parse(line, seed, where):
   text, seed = row.get('infill' if gaps else 'prompt'), row.get('seed', seed)
   if not isinstance(text, str) or (gaps and 'prompt' in row):
     raise UserError(
-      f'{where}: wants {{"prompt": "text"}} or {{"infill": "text, {{{{n}}}}"}}'
+      f'{where}: must be {{"prompt": "text"}} or '
+      '{"infill": "text, {{n}}"}'
     )
-  check_unicode(text, f'{where}: half a surrogate pair is no text')
+  check_unicode(text, f'{where}: half a surrogate pair is not valid text')
   if not isinstance(seed, int) or not 0 <= seed < 2**32:
     raise UserError(f'{where}: "seed" must be an integer in [0, 2^32)')
   return Prompt(text, seed), gaps

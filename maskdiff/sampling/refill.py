@@ -1,10 +1,10 @@
-"""Many requests through a batch of fixed size: a row that ends makes room.
+"""Samples many requests in a batch of fixed size (continuous batching).
 
-Rows of a batch end at different times: an eos comes early, or a threshold lets
-one row commit more at a time. Waiting for the last one leaves the others idle,
-so a request takes the place of a finished one at once. Of all requests one
-program is compiled, and an answer is what it would be alone. With a cache, a
-row is replaced when the others need a new cache too.
+Rows end at different times: one has an early eos, in another a threshold
+commits more tokens per step. A row that ends is replaced by the next request at
+once, so that no row of the batch idles. One program is compiled for all
+requests. The answer to a request does not depend on the batch. With a cache, a
+row is replaced when the other rows need a new cache too.
 """
 
 import functools
@@ -20,17 +20,17 @@ from maskdiff.sampling.request import begin
 
 
 class Answer(NamedTuple):
-  """A request that ended."""
+  """A row of a Request, filled."""
 
-  row: int  # which of the requests it is
+  row: int  # index in the Request
   tokens: np.ndarray  # [L] int32, the filled canvas
-  forwards: int  # see request.Carry
-  positions: int
-  broken: bool  # given up: its logits were NaN or infinite
+  forwards: int  # see state.Carry
+  positions: int  # see state.Carry
+  broken: bool  # abandoned: its logits were NaN or infinite
 
 
 def answers(network, c, request, batch):
-  """Yields an Answer for each of R requests, as they end.
+  """Yields an Answer for each of R rows, as they end.
 
   Args:
     network: Network.
@@ -44,52 +44,60 @@ def answers(network, c, request, batch):
   carry, layout, shapes = begin(network, c, request)
   requests = len(layout.seeds)
   batch = min(batch, requests)
-  holds = np.arange(batch)  # the request of each row; -1: none any more
+  row_of = np.arange(batch)  # request row in each row of the batch; -1: none
   waiting = iter(range(batch, requests))
-  # Placed like what the loop returns, so that one program serves all rounds.
-  state = jax.jit(replicate)((_take(carry, holds), _take(layout, holds)))
-  left = requests
-  while left:
-    now, its_layout = state
-    # When no request waits, those in progress may as well end together.
-    until = (holds >= 0).sum() - 1 if left > batch else 0
-    now = sampler.run(network, c, shapes, now, its_layout, np.int32(until))
-    tokens, masked, forwards, positions, broken = jax.device_get(
-      (now.canvas, now.masked, now.forwards, now.positions, now.broken)
+  # Placed like the result of the loop, so that one program serves all calls.
+  state = jax.jit(replicate)((_take(carry, row_of), _take(layout, row_of)))
+  unanswered = requests
+  while unanswered:
+    batch_carry, batch_layout = state
+    # If no request waits, no row can be replaced, so all run to their end.
+    until = (row_of >= 0).sum() - 1 if unanswered > batch else 0
+    batch_carry = sampler.run(
+      network, c, shapes, batch_carry, batch_layout, np.int32(until)
     )
-    ended = (holds >= 0) & ~masked.any((1, 2))
+    tokens, masked, forwards, positions, broken = jax.device_get(
+      (
+        batch_carry.canvas,
+        batch_carry.masked,
+        batch_carry.forwards,
+        batch_carry.positions,
+        batch_carry.broken,
+      )
+    )
+    ended = (row_of >= 0) & ~masked.any((1, 2))
     for i in np.flatnonzero(ended):
       yield Answer(
-        int(holds[i]),
+        int(row_of[i]),
         tokens[i],
         int(forwards[i]),
         int(positions[i]),
         bool(broken[i]),
       )
-      holds[i] = next(waiting, -1)
-    left -= int(ended.sum())
-    if left:
-      comes = ended & (holds >= 0)
-      taken = np.where(comes, holds, 0)
+      row_of[i] = next(waiting, -1)
+    unanswered -= int(ended.sum())
+    if unanswered:
+      replaced = ended & (row_of >= 0)
+      rows = np.where(replaced, row_of, 0)
       state = _replace(
-        (now._replace(calls=np.int32(0)), its_layout),
-        (_take(carry, taken), _take(layout, taken)),
-        comes,
+        (batch_carry._replace(calls=np.int32(0)), batch_layout),
+        (_take(carry, rows), _take(layout, rows)),
+        replaced,
       )
 
 
 def _take(tree, rows):
-  """Rows of a Carry or Layout; what is no array of rows stays."""
+  """Returns some rows of a Carry or Layout; scalars stay."""
   return jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _replace(old, new, which):
-  """Takes the rows of `which` from the new state, the others from the old."""
+def _replace(old, new, replaced):
+  """Returns the state with the `replaced` rows taken from the new one."""
 
   def one(old, new):
     if not old.ndim:
       return old
-    return jnp.where(which.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    return jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
   return replicate(jax.tree.map(one, old, new))

@@ -1,16 +1,16 @@
-"""Commit rules: which of the predictions of a denoising step to keep.
+"""Remasking rules: which predictions a denoising step commits.
 
-A rule is a function (confidence, masked, budget, keys) -> keep over the S
+A rule is a function (confidence, masked, budget, keys) -> committed over the S
 slots of the current block:
 
-    confidence  [B, S] float32, higher is surer; see candidates.CONFIDENCES
+    confidence  [B, S] float32; see candidates.CONFIDENCES
     masked      [B, S] bool, slots that may be committed
-    budget      what the rule may commit at this step: [B] int32 tokens, or the
-                number that the rule's docstring says
+    budget      [B] int32, number of tokens to commit in this step; or the
+                number that the docstring of the rule names
     keys        [B] PRNG keys, one per row
-    keep        [B, S] bool, a part of `masked`
+    committed   [B, S] bool, a subset of `masked`
 
-Predictions that are not kept are masked again. A rule looks at each row alone.
+The other slots stay masked. The result for a row depends on that row only.
 """
 
 import jax
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 
 
 def quota(num_masked, step, steps):
-  """How many tokens to commit at `step` so that `steps` steps commit them all.
+  """Returns the number of tokens to commit in a step of a linear schedule.
 
-  M // steps each, the first M % steps steps one more
+  M // steps tokens, and one more in the first M % steps steps
   (`get_num_transfer_tokens` in LLaDA's generate.py).
 
   Args:
-    num_masked: int32, M: masked tokens of the block before its first step.
+    num_masked: int32, M, masked tokens of the block before its first step.
     step: int32, 0-based step within the block.
     steps: steps for the block.
 
@@ -35,40 +35,40 @@ def quota(num_masked, step, steps):
 
 
 def quota_to(ratio, num_slots, num_masked):
-  """How many tokens to commit so that a share `ratio` of a block stays masked.
+  """Returns the number of tokens to commit to leave a share masked.
 
-  What stays masked is rounded down, as in the code of MaskGIT (arXiv
-  2202.04200); at least one is committed, or the step would be for nothing.
+  The number of slots left masked is rounded down, as in the code of MaskGIT
+  (arXiv 2202.04200). At least one token is committed.
 
   Args:
-    ratio: float32 in [0, 1], share to be masked after this step.
+    ratio: float32 in [0, 1], share of the slots to leave masked.
     num_slots: int32, slots of the block.
-    num_masked: int32, of them masked now.
+    num_masked: int32, slots of the block that are masked now.
 
   Returns:
     int32 like `num_masked`.
   """
-  # So that the rounding of float32 does not take a whole number for less.
-  stay = jnp.floor(num_slots * ratio + 1e-3).astype(jnp.int32)
-  return jnp.maximum(num_masked - stay, 1)
+  # 1e-3: in float32 a whole number may come out slightly too small.
+  left = jnp.floor(num_slots * ratio + 1e-3).astype(jnp.int32)
+  return jnp.maximum(num_masked - left, 1)
 
 
 def ranks(score, masked):
-  """The place of each masked slot by falling score, the lowest index on ties.
+  """Returns the rank of each slot by falling score, lowest index on ties.
 
   Args:
     score: [B, S] float32.
     masked: [B, S] bool.
 
   Returns:
-    [B, S] int32 from 0; slots that are not masked come last.
+    [B, S] int32 from 0; slots that are not masked rank last.
   """
   order = jnp.lexsort((-score, ~masked), axis=-1)
   return jnp.argsort(order, axis=-1)
 
 
-def keep_top(score, masked, budget):
-  """Keeps the `budget` masked slots of highest score, lowest index on ties.
+def commit_top(score, masked, budget):
+  """Commits the `budget` masked slots of highest score, lowest index on ties.
 
   Args:
     score: [B, S] float32.
@@ -82,26 +82,26 @@ def keep_top(score, masked, budget):
 
 
 def uniform(keys, slots):
-  """[B, slots] float32 in [0, 1), of each row by its own key."""
+  """Returns [B, slots] float32 in [0, 1), each row from its own key."""
   return jax.vmap(lambda key: jax.random.uniform(key, (slots,)))(keys)
 
 
 def low_confidence(confidence, masked, budget, keys):
-  """Keeps the most confident predictions (LLaDA, arXiv 2502.09992, alg. 5)."""
+  """Commits the most confident tokens (LLaDA, arXiv 2502.09992, alg. 5)."""
   del keys
-  return keep_top(confidence, masked, budget)
+  return commit_top(confidence, masked, budget)
 
 
 def random(confidence, masked, budget, keys):
-  """Keeps a uniformly random subset (`remasking='random'` of LLaDA's code)."""
-  return keep_top(uniform(keys, confidence.shape[-1]), masked, budget)
+  """Commits a uniformly random subset (`remasking='random'` in LLaDA)."""
+  return commit_top(uniform(keys, confidence.shape[-1]), masked, budget)
 
 
 def threshold(confidence, masked, budget, keys):
-  """Keeps what reaches a confidence, and the most confident slot in any case.
+  """Commits the most confident slot, and all above a confidence threshold.
 
-  Fast-dLLM, arXiv 2505.22618. `budget` is the confidence, a
-  float; above 1 it leaves one token a step, at 0 the block takes one step.
+  Fast-dLLM, arXiv 2505.22618. `budget` is the threshold, a float. Above 1, one
+  token per step is committed; at 0, a block takes one step.
   """
   del keys
   first = ranks(confidence, masked) == 0
@@ -109,13 +109,14 @@ def threshold(confidence, masked, budget, keys):
 
 
 def factor(confidence, masked, budget, keys):
-  """Keeps the n most confident while the n-th has at least 1 - f / (n + 1).
+  """Commits the n most confident, if the n-th has at least 1 - f / (n + 1).
 
-  Fast-dLLM, arXiv 2505.22618: with f = 1 these are tokens that
-  are as probable together as one by one. `budget` is f, a float. The most
-  confident slot is kept in any case. Confidences fall with n and the bounds
-  rise, so that a slot can be judged by its own. Some published code keeps one
-  slot more when all slots pass but the last; this follows the formula.
+  Fast-dLLM, arXiv 2505.22618: with f = 1, the most probable tokens of these
+  slots are also most probable jointly. `budget` is f, a float. The most
+  confident slot is always committed. Confidences fall with n and the bounds
+  rise, so each slot can be compared with its own bound. If all slots but the
+  last pass, some published code commits the last one too; this code follows
+  the formula.
   """
   del keys
   rank = ranks(confidence, masked)
@@ -123,24 +124,25 @@ def factor(confidence, masked, budget, keys):
 
 
 def ancestral(confidence, masked, budget, keys):
-  """Keeps every prediction on its own with a chance, whatever its confidence.
+  """Commits each slot independently, with the same probability.
 
   The reverse process from time t to s: a masked token is unmasked with
   probability 1 - mask_ratio(s) / mask_ratio(t) (LLaDA, arXiv 2502.09992,
-  eq. 10; MDLM, arXiv 2406.07524). `budget` is that, [B] float32. LLaDA's
-  algorithm 4 is this; its code keeps a fixed number instead, see `random`.
+  eq. 10; MDLM, arXiv 2406.07524). `budget` is this probability, [B] float32.
+  It is LLaDA's algorithm 4; LLaDA's code commits a fixed number of tokens
+  instead, see `random`.
   """
-  chance = budget[:, None]
-  return masked & (uniform(keys, confidence.shape[-1]) < chance)
+  probability = budget[:, None]
+  return masked & (uniform(keys, confidence.shape[-1]) < probability)
 
 
 def first_hitting(confidence, masked, budget, keys):
-  """Keeps one slot, uniformly at random.
+  """Commits one slot, uniformly at random.
 
-  The reverse process in continuous time, without its waiting times: those of
-  the slots are independent and alike, so that the next one is any of them, and
-  the network does not see the time (arXiv 2409.02908). The budget
-  is not read: a block takes as many steps as it has slots.
+  The reverse process in continuous time (arXiv 2409.02908). Slots wait
+  independent and identically distributed times, so each masked slot is equally
+  likely to be next. The times themselves are not needed, since the network
+  does not see them. The budget is not read: a block takes one step per slot.
   """
   one = jnp.ones_like(budget, jnp.int32)
   return random(confidence, masked, one, keys)

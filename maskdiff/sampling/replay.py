@@ -1,8 +1,8 @@
-"""A page that replays how texts were denoised: one file that needs no other.
+"""An HTML page that replays how texts were denoised, in a single file.
 
-A Recording has every canvas. Committed tokens are never revised, so the page
-is given what stands at a position in the end and the step at which it came,
-which is the same said in fewer words. `replay.html` shows it.
+A Recording has the canvas of every step. Committed tokens are never revised, so
+the page needs only the final token of each position and the step that committed
+it. `replay.html` is the template.
 """
 
 import importlib.resources
@@ -15,27 +15,28 @@ MASK_TEXT = '\u2591'
 
 
 class Recording(NamedTuple):
-  """What `sampler.walk` yields for B texts, T times after the first."""
+  """What `sampler.walk` yields for B texts in T steps."""
 
   canvases: np.ndarray  # [T + 1, B, L] int32, before every step and at the end
-  sure: np.ndarray  # [T + 1, B, L] float32, of what came at a step; else NaN
+  # [T + 1, B, L] float32, of the tokens that the step committed; NaN elsewhere
+  confidence: np.ndarray
   fill: np.ndarray  # [B, L] bool, the slots
   valid: np.ndarray  # [B, L] bool, False on padding
 
 
 def page(recording, tokenizer, titles, settings):
-  """The recording as a page.
+  """Returns the page that replays a recording.
 
   Args:
     recording: Recording.
     tokenizer: data.tokenizer.Tokenizer.
     titles: B strings, one per text.
-    settings: dict of what to tell of the settings, the most important first,
-      with `block_length` and `confidence` among them.
+    settings: dict to show, the most important first; has `block_length` and
+      `confidence`.
 
   Returns:
-    HTML in ASCII, with nothing in it that is fetched from elsewhere. Its text
-    at step t is `tokenizer.decode` of canvas t.
+    HTML in ASCII that fetches nothing. Its text at step t is
+    `tokenizer.decode` of canvas t.
   """
   data = {
     'steps': len(recording.canvases) - 1,
@@ -49,8 +50,8 @@ def page(recording, tokenizer, titles, settings):
       for row, title in enumerate(titles)
     ],
   }
-  # In ASCII no letter of a text can be misread; and without < none of it can
-  # end the script that it stands in.
+  # ASCII is read alike in any encoding. Without < a text cannot end the script
+  # element that contains it.
   encoded = json.dumps(data, ensure_ascii=True, separators=(',', ':'))
   encoded = encoded.replace('<', '\\u003c')
   template = importlib.resources.files('maskdiff.sampling').joinpath(
@@ -61,38 +62,49 @@ def page(recording, tokenizer, titles, settings):
 
 
 def steps(recording):
-  """When the slots were filled.
+  """Returns the step at which each slot was filled.
 
   Returns:
-    [B, L] int: 0 on what was given, T + 1 where a mask is left.
+    [B, L] int: 0 on given tokens, T + 1 on slots that are still masked.
   """
-  canvases, sure, fill, _ = recording
-  came = ~np.isnan(sure[1:]) | (canvases[1:] != canvases[:-1])  # [T, B, L]
-  first = np.where(came.any(axis=0), came.argmax(axis=0) + 1, len(canvases))
-  return np.where(fill, first, 0)
+  canvases, confidence, fill, _ = recording
+  # A committed mask token does not change the canvas, but has a confidence. A
+  # slot that is filled with eos after an eos has no confidence.
+  filled = ~np.isnan(confidence[1:]) | (canvases[1:] != canvases[:-1])
+  step = np.where(filled.any(axis=0), filled.argmax(axis=0) + 1, len(canvases))
+  return np.where(fill, step, 0)
 
 
 def _text(recording, row, tokenizer, title, block_length):
-  """What the page is given of a text; lists have an entry per position."""
-  here = recording.valid[row]
-  ids = recording.canvases[-1, row, here]
-  fill = recording.fill[row, here]
-  filled = steps(recording)[row, here]
-  sure = recording.sure[:, row, here]
-  # A mask that is left takes the first entry, as what was given: NaN.
-  sure = np.take_along_axis(sure, filled[None] % len(sure), axis=0)[0]
+  """Returns the data of a text for the page; lists have one entry per token."""
+  valid = recording.valid[row]
+  ids = recording.canvases[-1, row, valid]
+  fill = recording.fill[row, valid]
+  step = steps(recording)[row, valid]
+  confidence = recording.confidence[:, row, valid]
+  # Given tokens, and slots still masked (T + 1), take entry 0, which is NaN.
+  confidence = np.take_along_axis(
+    confidence, step[None] % len(confidence), axis=0
+  )[0]
   return {
     'title': title,
     'ids': ids.tolist(),
     'pieces': [_piece(tokenizer, int(i)) for i in ids],
-    'steps': filled.tolist(),
-    'sure': [None if np.isnan(s) else round(float(s), 4) for s in sure],
+    'steps': step.tolist(),
+    'confidence': [
+      None if np.isnan(x) else round(float(x), 4) for x in confidence
+    ],
     'blocks': np.where(fill, (fill.cumsum() - 1) // block_length, -1).tolist(),
   }
 
 
 def _piece(tokenizer, i):
-  """A string, or a list of bytes that alone are none, or a name."""
+  """Returns the text of a token for the page.
+
+  Returns:
+    str; a list of bytes if they are not valid UTF-8 without their neighbours;
+    or {'label': name} for a special token.
+  """
   if i == tokenizer.mask_id:
     return MASK_TEXT
   piece = tokenizer.piece(i)

@@ -99,14 +99,14 @@ def test_answers_end_at_their_eos_and_filled_gaps_do_not(sampling):
 def test_watched_answers_are_those_of_the_batch(sampling, gaps, tokenizer):
   texts = encode(sampling, GAPS if gaps else TEXTS, gaps)
   seen, rows = [], len(texts.prompts)
-  found, recording = answers.watched(sampling, texts, seen.append)
+  found, recording = answers.record(sampling, texts, seen.append)
   assert found == list(answers.in_batches(sampling, texts, rows))
   assert seen[-1] == [answer['text'] for answer in found]
-  assert len(recording.canvases) == len(recording.sure) == len(seen)
+  assert len(recording.canvases) == len(recording.confidence) == len(seen)
   for texts_then, canvas in zip(seen, recording.canvases, strict=True):
     rows = zip(canvas, recording.valid, strict=True)
     assert texts_then == [tokenizer.decode(row[there]) for row, there in rows]
-  assert (~np.isnan(recording.sure)).sum() == recording.fill.sum()
+  assert (~np.isnan(recording.confidence)).sum() == recording.fill.sum()
 
 
 def test_a_conversation_gives_the_answers_of_the_batch(sampling):
@@ -143,9 +143,9 @@ BAD_LINES = {
   'empty': ('', 'the line is empty'),
   'blank': (' \t', 'the line is empty'),
   'long': ('a b ' * 60, 'tokens together.*data.length=100'),
-  'letter': ('a{{b}}', r'braces that are no gap: write \{\{n\}\}'),
-  'open': ('a{{2', 'braces that are no gap'),
-  'one_bad': ('a{{2}} {{', 'braces that are no gap'),
+  'letter': ('a{{b}}', r'braces that are not a gap: write \{\{n\}\}'),
+  'open': ('a{{2', 'braces that are not a gap'),
+  'one_bad': ('a{{2}} {{', 'braces that are not a gap'),
   'none': ('a{{0}}', 'no gap in'),
   'too_many': ('a{{9}}', 'gaps have 9 tokens.*--gen_length=9 instead of 8'),
   'huge': ('a{{' + '9' * 30 + '}}', 'too long'),

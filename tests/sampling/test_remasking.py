@@ -28,7 +28,7 @@ def brute_force_top(score, masked, budget):
 
 def keep_top(score, masked, budget):
   return np.asarray(
-    remasking.keep_top(
+    remasking.commit_top(
       jnp.asarray(score, jnp.float32),
       jnp.asarray(masked),
       jnp.asarray(budget, jnp.int32),

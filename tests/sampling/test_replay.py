@@ -1,4 +1,4 @@
-"""The page that replays a denoising, in Chromium and as text."""
+"""The page that replays denoising, in Chromium and as text."""
 
 import html.parser
 import json
@@ -26,11 +26,11 @@ SETTINGS = {
 
 @pytest.fixture(scope='module')
 def recording(tokenizer):
-  """Two texts, filled block by block in an order that breaks up the owl.
+  """Two texts, filled block by block in an order that splits the owl.
 
-  The first has a mask among what is given, an id that the tokenizer does not
-  know, a letter of which one byte is missing, and eos; its last slots are given
-  up. The second is short, and filled early.
+  The given tokens of the first include a mask and an id unknown to the
+  tokenizer. Its slots include a character without its last byte, and eos; the
+  last slots are filled after an eos. The second is short and filled early.
   """
   owl = tokenizer.encode('🦉')
   assert len(owl) >= 4
@@ -45,7 +45,7 @@ def recording(tokenizer):
   canvas = np.zeros((2, length), np.int32)
   fill, valid = np.zeros((2, length), bool), np.zeros((2, length), bool)
   final = canvas.copy()
-  came = np.zeros((2, length), int)
+  filled_at = np.zeros((2, length), int)
   for row, (before, after) in enumerate(rows):
     end = len(before) + len(after)
     final[row, :end] = before + after
@@ -56,18 +56,18 @@ def recording(tokenizer):
         start, min(start + SETTINGS['block_length'], len(after))
       )
       order = random.permutation(len(block)) // 2  # two at each step
-      came[row, len(before) + block] = 1 + start // 2 + order
-  canvases, sures = [], []
+      filled_at[row, len(before) + block] = 1 + start // 2 + order
+  canvases, confidences = [], []
   ended = np.zeros((2, length), bool)
   ended[0, length - 3 :] = True
-  came[0, length - 3 :] = came[0].max()
-  sure = random.uniform(size=(2, length)).astype(np.float32)
-  for step in range(came.max() + 1):
-    masked = fill & (came > step)
+  filled_at[0, length - 3 :] = filled_at[0].max()
+  confidence = random.uniform(size=(2, length)).astype(np.float32)
+  for step in range(filled_at.max() + 1):
+    masked = fill & (filled_at > step)
     canvases.append(np.where(masked, tokenizer.mask_id, final))
-    new = fill & (came == step) & ~ended
-    sures.append(np.where(new, sure, np.nan))
-  return Recording(np.stack(canvases), np.stack(sures), fill, valid)
+    new = fill & (filled_at == step) & ~ended
+    confidences.append(np.where(new, confidence, np.nan))
+  return Recording(np.stack(canvases), np.stack(confidences), fill, valid)
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +81,7 @@ def page(recording, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser(page, tmp_path_factory):
-  """Chromium with the page, and all that it said since."""
+  """Chromium, started once; its log is read at the end."""
   with browser_lib.started(tmp_path_factory.mktemp('profile')) as chromium:
     yield chromium
 
@@ -94,7 +94,7 @@ def opened(browser, page):
 
 
 def shown(browser):
-  """The texts, as they stand in the page."""
+  """Returns the texts as the page shows them."""
   script = (
     "return [...document.querySelectorAll('.text')].map(e => e.textContent)"
   )
@@ -107,11 +107,11 @@ def at(browser):
 
 def texts(recording, tokenizer, step):
   rows = zip(recording.canvases[step], recording.valid, strict=True)
-  return [tokenizer.decode(row[there]) for row, there in rows]
+  return [tokenizer.decode(row[valid]) for row, valid in rows]
 
 
 def spans(browser, row):
-  """Class, colours and place of the tokens of a text."""
+  """Returns class names and colours of the tokens of a text."""
   return browser.execute_script(
     """
     const text = document.querySelectorAll('.text')[arguments[0]];
@@ -125,12 +125,12 @@ def spans(browser, row):
 
 
 def rgb(color):
-  """From 'rgb(r, g, b)' to shares."""
+  """Returns 'rgb(r, g, b)' as three numbers in [0, 1]."""
   return np.array([int(x) for x in color[4:-1].split(',')]) / 255
 
 
 def luminance(color):
-  """Relative luminance of WCAG 2."""
+  """Returns the relative luminance of WCAG 2."""
   linear = np.where(
     color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4
   )
@@ -140,8 +140,8 @@ def luminance(color):
 # In the browser
 
 
-def test_the_text_at_every_step_is_the_canvas(opened, recording, tokenizer):
-  """Stepped through with the slider's own keys, and back to the start."""
+def test_text_at_every_step_is_the_canvas(opened, recording, tokenizer):
+  """The slider is moved with its keys, to the end and back to the start."""
   from selenium.webdriver.common.keys import Keys
 
   slider, last = element(opened, '#slider'), len(recording.canvases) - 1
@@ -155,8 +155,8 @@ def test_the_text_at_every_step_is_the_canvas(opened, recording, tokenizer):
   assert shown(opened) == texts(recording, tokenizer, 0)
 
 
-def test_the_slider_is_moved_with_the_pointer(opened, recording, tokenizer):
-  element(opened, '#slider').click()  # in its middle
+def test_pointer_moves_the_slider(opened, recording, tokenizer):
+  element(opened, '#slider').click()  # at its middle
   step = at(opened)
   assert 0 < step < len(recording.canvases) - 1
   assert shown(opened) == texts(recording, tokenizer, step)
@@ -198,47 +198,47 @@ def until(true, seconds=30):
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_confidence_is_told_by_colours_that_can_be_read(
-  opened, recording, scheme
-):
-  """Matplotlib's viridis, whose lightness rises with confidence."""
+def test_confidence_colours_are_readable(opened, recording, scheme):
+  """They are matplotlib's viridis; lightness rises with confidence."""
   set_window(opened, DESK, scheme)
   opened.execute_script('show(last)')
-  sure = np.fmax.reduce(recording.sure, axis=0)
-  kept = []
-  for row, there in enumerate(recording.valid):
-    expected = sure[row, there]
+  final = np.fmax.reduce(recording.confidence, axis=0)
+  committed = []
+  for row, valid in enumerate(recording.valid):
+    expected = final[row, valid]
     for span, confidence in zip(spans(opened, row), expected, strict=True):
-      assert ('kept' in span['names']) == (not np.isnan(confidence))
-      if 'kept' in span['names']:
-        kept.append((confidence, rgb(span['back']), rgb(span['ink'])))
-  assert len(kept) > 20
+      assert ('committed' in span['names']) == (not np.isnan(confidence))
+      if 'committed' in span['names']:
+        committed.append((confidence, rgb(span['back']), rgb(span['ink'])))
+  assert len(committed) > 20
   viridis = matplotlib.colormaps['viridis']
-  for confidence, back, ink in kept:
+  for confidence, back, ink in committed:
     np.testing.assert_allclose(back, viridis(confidence)[:3], atol=0.07)
     dark, light = sorted([luminance(back), luminance(ink)])
     assert (light + 0.05) / (dark + 0.05) >= 4.5
-  levels = [luminance(back) for _, back, _ in sorted(kept, key=lambda k: k[0])]
+  levels = [
+    luminance(back) for _, back, _ in sorted(committed, key=lambda c: c[0])
+  ]
   assert (np.diff(levels) > -1e-3).all()
 
 
-def test_masks_given_text_and_what_is_new_look_different(opened, recording):
+def test_masked_given_and_new_tokens_look_different(opened, recording):
   opened.execute_script('show(3)')
   steps, backs = replay.steps(recording), {}
-  for row, there in enumerate(recording.valid):
+  for row, valid in enumerate(recording.valid):
     found = spans(opened, row)
     for span, step, slot in zip(
-      found, steps[row, there], recording.fill[row, there], strict=True
+      found, steps[row, valid], recording.fill[row, valid], strict=True
     ):
       assert ('given' in span['names']) == (not slot)
       assert ('masked' in span['names']) == (step > 3)
       assert ('new' in span['names']) == (step == 3)
       backs |= dict.fromkeys(span['names'], span['back'])
-  looks = [backs[name] for name in ('given', 'masked', 'kept')]
+  looks = [backs[name] for name in ('given', 'masked', 'committed')]
   assert len(set(looks)) == 3 and looks[0] == 'rgba(0, 0, 0, 0)'
 
 
-def test_blocks_begin_where_they_are_shown_to(opened, recording):
+def test_block_edges_are_at_block_starts(opened, recording):
   size = SETTINGS['block_length']
   found = opened.execute_script(
     """
@@ -250,43 +250,43 @@ def test_blocks_begin_where_they_are_shown_to(opened, recording):
   (slots,) = np.nonzero(recording.fill[0])
   blocks = range(-(-len(slots) // size))
   assert found[0] == [[b + 1, slots[b * size]] for b in blocks]
-  assert found[1] == []  # it has a single one
+  assert found[1] == []  # a single block
 
 
-def test_a_token_says_what_it_is_and_when_it_came(opened, recording, tokenizer):
+def test_tooltip_names_token_step_and_confidence(opened, recording, tokenizer):
   from selenium.webdriver.common.action_chains import ActionChains
 
   steps = replay.steps(recording)[0]
 
-  def told(position):
+  def tooltip(position):
     span = f'.t[data-text="0"][data-at="{position}"]'
-    # From elsewhere, so that it is entered.
-    there = ActionChains(opened).move_to_element(element(opened, 'h1'))
-    there.move_to_element(element(opened, span)).perform()
+    # The pointer must enter the token from outside.
+    pointer = ActionChains(opened).move_to_element(element(opened, 'h1'))
+    pointer.move_to_element(element(opened, span)).perform()
     return element(opened, '#tip').text
 
   (slots,) = np.nonzero(recording.fill[0])
   slot = next(i for i in slots if steps[i] > 1)
-  assert 'masked slot of block' in told(slot)
-  assert str(recording.canvases[-1, 0, slot]) not in told(slot)
+  assert 'masked slot of block' in tooltip(slot)
+  assert str(recording.canvases[-1, 0, slot]) not in tooltip(slot)
   opened.execute_script('show(last)')
-  kept = told(slot)
-  assert kept.startswith(
+  tip = tooltip(slot)
+  assert tip.startswith(
     json.dumps(tokenizer.decode(recording.canvases[-1, 0, [slot]]))
   )
-  assert f'token {recording.canvases[-1, 0, slot]}, position {slot}' in kept
-  assert f'kept at step {steps[slot]}' in kept
-  assert f'confidence {recording.sure[steps[slot], 0, slot]:.3f}' in kept
-  assert told(slots[-1]).startswith('<eos>')
-  assert 'not predicted' in told(slots[-1])
-  assert told(0).startswith('<bos>') and 'given' in told(0)
+  assert f'token {recording.canvases[-1, 0, slot]}, position {slot}' in tip
+  assert f'committed in step {steps[slot]}' in tip
+  assert f'confidence {recording.confidence[steps[slot], 0, slot]:.3f}' in tip
+  assert tooltip(slots[-1]).startswith('<eos>')
+  assert 'not predicted' in tooltip(slots[-1])
+  assert tooltip(0).startswith('<bos>') and 'given' in tooltip(0)
   owl = tokenizer.encode('🦉')
   (byte,) = [i for i in slots if recording.canvases[-1, 0, i] == owl[-1]]
-  assert told(byte).startswith('byte 89')  # F0 9F A6 89
+  assert tooltip(byte).startswith('byte 89')  # F0 9F A6 89
 
 
 @pytest.mark.parametrize('size', [PHONE, DESK], ids=['phone', 'desk'])
-def test_nothing_is_wider_than_the_window(opened, size):
+def test_page_fits_the_window(opened, size):
   set_window(opened, size)
   element(opened, 'summary').click()
   for step in (0, 5, 'last'):
@@ -303,15 +303,14 @@ def test_settings_are_listed(opened):
   assert rows == [f'{key}\n{value}' for key, value in SETTINGS.items()]
 
 
-def test_the_page_asks_for_nothing_and_has_no_errors(opened, page):
-  """After all that the tests before this one did with it."""
+def test_page_fetches_nothing_and_logs_no_errors(opened, page):
+  """Includes what the tests above did with the page."""
   opened.execute_script('show(last)')
   assert opened.get_log('browser') == []
   assert browser_lib.requested_urls(opened, page.as_uri()) == {page.as_uri()}
 
 
-def test_the_page_may_not_ask_for_anything(opened):
-  """Not even if it wanted to."""
+def test_content_policy_refuses_fetches(opened):
   answer = opened.execute_async_script(
     """
     const done = arguments[0];
@@ -328,7 +327,7 @@ def test_the_page_may_not_ask_for_anything(opened):
 
 
 class Scripts(html.parser.HTMLParser):
-  """The contents of the scripts of a page."""
+  """Collects the contents of the scripts of a page."""
 
   def __init__(self):
     super().__init__()
@@ -347,7 +346,7 @@ class Scripts(html.parser.HTMLParser):
       self.found[-1] += data
 
 
-def test_no_text_can_leave_its_place_in_the_page(page, recording, tokenizer):
+def test_texts_cannot_inject_html(page, recording, tokenizer):
   text = page.read_text('ascii')
   parser = Scripts()
   parser.feed(text)
@@ -364,7 +363,7 @@ def test_no_text_can_leave_its_place_in_the_page(page, recording, tokenizer):
   assert first['title'] == 'first "text"'
 
 
-def test_slots_know_the_step_at_which_they_were_filled(recording):
+def test_steps_are_when_slots_were_filled(recording):
   steps = replay.steps(recording)
   for step, canvas in enumerate(recording.canvases):
     masked = recording.fill & (steps > step)
@@ -375,11 +374,11 @@ def test_slots_know_the_step_at_which_they_were_filled(recording):
   assert (steps[~recording.fill] == 0).all()
 
 
-def test_a_mask_that_is_predicted_counts_as_filled():
-  """It looks on the canvas as if nothing had come."""
+def test_committed_mask_token_counts_as_filled():
+  """It does not change the canvas."""
   canvases = np.full((3, 1, 2), 4)
-  sure = np.full((3, 1, 2), np.nan)
-  sure[1, 0, 1] = 0.5
+  confidence = np.full((3, 1, 2), np.nan)
+  confidence[1, 0, 1] = 0.5
   both = np.ones((1, 2), bool)
-  steps = replay.steps(Recording(canvases, sure, both, both))
-  assert steps.tolist() == [[3, 1]]  # the first slot is masked to the end
+  steps = replay.steps(Recording(canvases, confidence, both, both))
+  assert steps.tolist() == [[3, 1]]  # the first slot stays masked

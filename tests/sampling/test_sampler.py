@@ -194,7 +194,7 @@ def test_random_remasking_is_that_of_llada(monkeypatch, name):
   def injected(confidence, masked, budget, keys):
     drawn = jax.ShapeDtypeStruct(masked.shape, jnp.float32)
     score = io_callback(lambda: next(scores), drawn, ordered=True)
-    return remasking.keep_top(score, masked, budget)
+    return remasking.commit_top(score, masked, budget)
 
   monkeypatch.setitem(remasking.RULES, 'injected', injected)
   monkeypatch.setitem(SETTINGS, 'remasking', Key('injected', '', ('injected',)))
@@ -248,7 +248,7 @@ def test_masks_of_a_prompt_stay_where_llada_fills_some(name):
     end = prompt.shape[1] + size * (step // (c.steps // 2) + 1)
     token, confidence = predict(canvas)
     masked = (canvas == mask_id) & (np.arange(length) < end)
-    keep = remasking.keep_top(confidence, jnp.asarray(masked), jnp.array([1]))
+    keep = remasking.commit_top(confidence, jnp.asarray(masked), jnp.array([1]))
     canvas = np.where(keep, token, canvas)
     canvases.append(canvas)
   np.testing.assert_array_equal(canvases, recorded['trace'])

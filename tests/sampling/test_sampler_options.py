@@ -318,7 +318,7 @@ def test_at_a_temperature_llada_still_commits_eos_early_and_we_do_not(
 
   theirs = candidates.probability(candidates.suppress(logits, (EOT,)), token)
   assert theirs[0, 0] > theirs[0, 1]
-  keep = lambda confidence: remasking.keep_top(
+  keep = lambda confidence: remasking.commit_top(
     confidence, jnp.ones((1, 2), bool), jnp.array([1])
   ).tolist()
   assert keep(ours) == [[False, True]]

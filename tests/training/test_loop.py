@@ -614,7 +614,7 @@ def test_the_script_makes_a_page_of_what_it_prints(
       given = text['steps'].count(0)
       assert text['blocks'] == [-1] * given + [0, 0, 1, 1]
       assert sorted(text['steps'][given:]) == [1, 2, 3, 4]
-      assert all(0 <= sure <= 1 for sure in text['sure'][given:])
+      assert all(0 <= c <= 1 for c in text['confidence'][given:])
       if all(isinstance(piece, str) for piece in text['pieces']):
         assert ''.join(text['pieces']) == printed.rstrip('\n')
     settings = dict(data['settings'])
