@@ -1,17 +1,17 @@
-"""Reads the text of a compiled TPU program: instructions, shapes, loops.
+"""Parses the text of a compiled TPU program: instructions, shapes, loops.
 
-`Compiled.as_text()` of a TPU executable is its final, scheduled HLO: within a
-computation the instructions stand in the order in which they run, and most
-carry the compiler's own estimate of their cycles. hlo_cost.py prices it; here
-it is only taken apart. Nothing is executed, and JAX is not needed.
+`Compiled.as_text()` of a TPU executable is its final, scheduled HLO. The
+instructions of a computation are in order of execution, and most carry the
+compiler's estimate of their cycles. This module only parses the text;
+hlo_cost.py prices it. Nothing is executed, and JAX is not needed.
 
-What a reader of such texts should know:
+Properties of the text:
 
-- A type is `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`: dtype, shape, then layout,
-  tiling and memory space, where S(1) is on-chip memory and S(5) the host's.
-- Kernels put metadata with raw newlines into an instruction, so that one
-  instruction may span lines.
-- Loops seldom state their trip counts; hlo_loops.py works them out.
+- A type is `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`: dtype, shape, layout, tiling
+  and memory space. S(1) is VMEM, S(5) is host memory.
+- Kernels put metadata with raw newlines into an instruction, so one instruction
+  may span several lines.
+- Loops seldom state their trip counts; hlo_loops.py derives them.
 - `metadata={op_name=...}` holds the named scopes that an instruction was traced
   in; parts.py reads them.
 """
@@ -48,44 +48,44 @@ class Array:
 @dataclasses.dataclass(frozen=True)
 class Instruction:
   name: str
-  type: str  # as written; see `arrays`
+  type: str  # as in the text; see `arrays`
   op: str  # fusion, while, all-gather-start, ...
-  args: str  # what stands between the parentheses
-  attributes: str  # the rest of the line
+  args: str  # the text between the parentheses
+  attributes: str  # the rest of the text
   is_root: bool
 
   @functools.cached_property
   def operands(self):
-    """Names of the instructions that this one reads."""
+    """Names of the instructions whose results this one reads."""
     return tuple(re.findall(r'%([\w.\-]+)', self.args))
 
   @functools.cached_property
   def cycles(self):
-    """The compiler's estimate; 0 where it makes none."""
+    """The compiler's estimate; 0 if it has none."""
     match = re.search(r'"estimated_cycles":"?(\d+)', self.attributes)
     return int(match[1]) if match else 0
 
   @functools.cached_property
   def op_name(self):
-    """Where in the traced program it is from; '' if that is lost."""
+    """Named scopes and operation of the traced program; '' if unknown."""
     match = re.search(r'op_name="([^"]*)"', self.attributes)
     return match[1] if match else ''
 
   def attribute(self, key):
-    """An attribute that is a name, e.g. of the computation called, or None."""
+    """Returns an attribute that is a name, e.g. 'calls', or None."""
     match = re.search(rf'\b{key}=%?([\w.\-]+)', self.attributes)
     return match[1] if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  computations: dict  # name -> {name: Instruction}, in the order of execution
+  computations: dict  # name -> {name: Instruction}, in order of execution
   entry: str
   num_partitions: int  # devices that the program addresses
 
   @functools.cached_property
   def roots(self):
-    """The result of each computation."""
+    """From the name of a computation to its result instruction."""
     return {
       name: next((i for i in body.values() if i.is_root), None)
       for name, body in self.computations.items()
@@ -93,7 +93,7 @@ class Module:
 
   @functools.cached_property
   def loops(self):
-    """From the body or condition of a loop to (computation, instruction)."""
+    """From the body or condition of a loop to (computation, loop)."""
     return {
       loop.attribute(part): (name, loop)
       for name, body in self.computations.items()
@@ -104,10 +104,13 @@ class Module:
 
 
 def parse(text):
-  """Takes the text of an executable apart.
+  """Parses the text of an executable.
+
+  Returns:
+    Module.
 
   Raises:
-    ValueError: it has no entry computation.
+    ValueError: the text has no entry computation.
   """
   computations, entry, current, lines = {}, None, None, []
   for line in text.splitlines():
@@ -147,7 +150,7 @@ def _instruction(line):
 
 
 def closing(text, start):
-  """The index after the bracket that closes the one at `start`."""
+  """Returns the index after the bracket that closes the one at `start`."""
   depth = 0
   for i in range(start, len(text)):
     depth += (text[i] in '([{') - (text[i] in ')]}')
@@ -157,7 +160,7 @@ def closing(text, start):
 
 
 def arrays(kind):
-  """The arrays of a type, tuples flattened, as a list of Array."""
+  """Returns the arrays of a type, tuples flattened, as a list of Array."""
   return [
     Array(dtype, tuple(int(d) for d in dims.split(',') if d))
     for dtype, dims in _ARRAY.findall(kind)
@@ -166,12 +169,12 @@ def arrays(kind):
 
 
 def nbytes(kind):
-  """Bytes of a type, without padding to tiles."""
+  """Returns the bytes of a type, without padding to tiles."""
   return sum(array.nbytes for array in arrays(kind))
 
 
 def elements(kind):
-  """The element types of a tuple type; of another, the type alone."""
+  """Returns the element types of a tuple type; of another, [the type]."""
   if not kind.startswith('('):
     return [kind]
   parts, depth, start = [], 0, 1
@@ -184,10 +187,10 @@ def elements(kind):
 
 
 def describing(module, instruction):
-  """The instruction that knows best where this one is from.
+  """Returns the instruction whose op_name describes this one.
 
-  That is itself if it has an op_name. A fusion without one is described by the
-  matrix product inside it, or by its result, or by any other part of it.
+  An instruction with an op_name describes itself. For a fusion without one it
+  is the matrix product inside, else the result, else any named instruction.
   """
   if instruction.op_name or instruction.op != 'fusion':
     return instruction

@@ -1,24 +1,24 @@
-"""What a collective of a compiled TPU program moves, over what, and how long.
+"""Prices the collectives of a compiled TPU program: bytes, mesh axes, seconds.
 
-The compiler gives no estimate for collectives. They are priced as rings over
-the links of the torus that their groups span: the bytes that a device receives
-over the bandwidth of those links, plus a latency per hop. Groups are told
-apart by the mesh axes along which their devices lie, so that a report can say
-what each axis costs.
+The compiler has no estimate for collectives. They are priced as rings over the
+links of the torus that their groups span: the bytes that a device receives over
+the bandwidth of those links, plus a latency per hop. A group is described by
+the mesh axes along which its devices differ, so that a plan states the cost of
+each axis.
 
-Forms that the TPU compiler uses and that are not what they seem:
+Some forms in the text of the TPU compiler are misleading:
 
 - A reduce-scatter is often a custom fusion around an all-reduce and a
-  dynamic-slice (`calls=%all-reduce-scatter`). Its emitter is the one of real
-  reduce-scatter instructions, SingleInputAllReduceScatterFusion, and it
-  leaves only the slice in memory, so it is priced as a reduce-scatter: half of
-  the bytes of an all-reduce. An all-reduce whose result a *separate* fusion
-  slices has an all-reduce's emitter, moves everything, and is priced so.
-- An all-gather may be an all-reduce of a buffer that is zero but for the
-  device's own part. It is priced as what it is, an all-reduce.
-- Between slices a collective is a pair of send and recv through the host's
-  network (`_xla_megascale_transfer_type`), and the program addresses the
-  devices of one slice only.
+  dynamic-slice (`calls=%all-reduce-scatter`). It has the emitter of true
+  reduce-scatter instructions, SingleInputAllReduceScatterFusion, and writes
+  only the slice to memory. So it is priced as a reduce-scatter: half of the
+  bytes of an all-reduce. If a *separate* fusion slices the result of an
+  all-reduce, the all-reduce moves all bytes and is priced as an all-reduce.
+- An all-gather may be an all-reduce of a buffer that is zero except for the
+  device's own part. It is priced as an all-reduce.
+- Between slices a collective is a pair of send and recv over the host network
+  (`_xla_megascale_transfer_type`). The program addresses only the devices of
+  one slice.
 """
 
 import dataclasses
@@ -39,21 +39,21 @@ KINDS = (
   'collective-permute',
   'collective-broadcast',
 )
-# Assumed: what a message needs from chip to chip, besides its bytes' time.
+# Assumed latency of a message from chip to chip.
 ICI_HOP_S = 1e-6
-# Assumed: what a transfer between slices needs, besides its bytes' time.
+# Assumed latency of a transfer between slices.
 DCN_LATENCY_S = 50e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """The devices that a program runs on, in the order of its mesh."""
+  """The devices of a program, in the order of its mesh."""
 
   chip: Chip
-  shape: tuple  # of a slice's torus
+  shape: tuple  # of the torus of a slice
   axes: dict  # mesh axis -> size, outermost first
-  coords: tuple  # of each device in its slice's torus
-  slices: tuple  # number of each device's slice
+  coords: tuple  # of each device in the torus of its slice
+  slices: tuple  # slice number of each device
 
   @property
   def num_slices(self):
@@ -62,10 +62,10 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-  """One collective, on one device, once."""
+  """One execution of a collective on one device."""
 
   kind: str  # of KINDS
-  axes: str  # mesh axes that it goes along, e.g. 'fsdp' or 'replica+fsdp'
+  axes: str  # mesh axes of the group, e.g. 'fsdp' or 'replica+fsdp'
   network: str  # ici | dcn
   dtype: str
   nbytes: float  # received by the device
@@ -73,13 +73,13 @@ class Transfer:
 
 
 def base_kind(op):
-  """The kind of a collective op, '-start' and '-done' taken off, or None."""
+  """Returns the kind of a collective without -start and -done, or None."""
   kind = re.sub(r'-(start|done)$', '', op)
   return kind if kind in KINDS else None
 
 
 def inside(module, computation):
-  """The collectives that a computation starts, with what it calls."""
+  """Returns the collectives that a computation and its callees start."""
   found = []
   for i in module.computations.get(computation, {}).values():
     if base_kind(i.op) and not i.op.endswith('-done'):
@@ -91,7 +91,7 @@ def inside(module, computation):
 
 
 def is_reduce_scatter(module, fusion):
-  """Whether a fusion is an all-reduce of which only a slice is produced."""
+  """Returns whether a fusion is an all-reduce that writes only a slice."""
   called = fusion.attribute('calls') or ''
   root = module.roots.get(called)
   return (
@@ -106,8 +106,8 @@ def transfer(module, machine, i, scattered=False):
   Args:
     module: hlo.Module.
     machine: Machine.
-    i: the Instruction, not a '-done'.
-    scattered: it is an all-reduce of which only a slice is produced.
+    i: Instruction, not a '-done'.
+    scattered: whether it is an all-reduce that writes only a slice.
 
   Returns:
     Transfer.
@@ -135,7 +135,7 @@ def transfer(module, machine, i, scattered=False):
 
 
 def between_slices(machine, send):
-  """Prices a send that is one half of a collective between slices."""
+  """Prices a send, which is one half of a collective between slices."""
   kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
   kind = kind[1].lower().replace('_', '-')
   array = hlo.arrays(send.type)[0]
@@ -143,29 +143,30 @@ def between_slices(machine, send):
   nbytes = array.nbytes * {'all-reduce': 2 * share, 'all-to-all': share}.get(
     kind, 1
   )
-  # The same place in every slice.
-  place = machine.coords[0]
-  positions = [p for p, c in enumerate(machine.coords) if c == place]
+  # The group has the same coordinates in every slice.
+  first = machine.coords[0]
+  positions = [p for p, c in enumerate(machine.coords) if c == first]
   seconds = nbytes / machine.chip.dcn_bandwidth + DCN_LATENCY_S
   axes = axes_of(machine, positions)
   return Transfer(kind, axes, 'dcn', array.dtype, nbytes, seconds)
 
 
 def _result_bytes(i):
-  """Bytes of what a collective leaves on the device."""
+  """Returns the bytes of the result of a collective on one device."""
   parts = hlo.elements(i.type)
-  # An asynchronous one but all-reduce returns (operands, results, context).
+  # Asynchronous ones, except all-reduce, return (operands, results, context).
   if i.op.endswith('-start') and i.op != 'all-reduce-start' and len(parts) > 1:
     return hlo.nbytes(parts[1])
   return hlo.nbytes(i.type)
 
 
 def group(module, machine, i):
-  """The device numbers of a collective's first group.
+  """Returns the device numbers of the first group of a collective.
 
-  The text writes groups as lists, as a reshaped and transposed range
-  ([2,4]<=[4,2]T(1,0)), or as axes of a mesh of its own; no groups are one of
-  all devices. For a permutation it is the first pair.
+  The text has groups as lists, as a reshaped and transposed range
+  ([2,4]<=[4,2]T(1,0)), or as axes of a mesh that it declares. Without groups
+  there is one group of all devices. For a permutation the group is the first
+  pair.
   """
   everyone = list(range(module.num_partitions))
   text = i.attributes
@@ -191,50 +192,50 @@ def group(module, machine, i):
 
 
 def _mesh_group(mesh, order, names):
-  """The first group along some axes of a mesh: 'a'=2,'b'=4 and 'b'."""
+  """Returns the first group along axes of a mesh, e.g. 'a'=2,'b'=4 and 'b'."""
   sizes = {n: int(s) for n, s in re.findall(r"'?(\w+)'?=(\d+)", mesh)}
   ids = np.arange(math.prod(sizes.values()))
   match = re.search(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', order)
-  if match:  # the devices are not in their natural order
+  if match:  # the device numbers are permuted
     dims = [int(n) for n in match[1].split(',')]
-    turned = [int(n) for n in match[2].split(',')] if match[2] else None
-    ids = ids.reshape(dims).transpose(turned)
-  # An axis may be used in part: 'a':(2)4 leaves out its first factor of 2.
+    order = [int(n) for n in match[2].split(',')] if match[2] else None
+    ids = ids.reshape(dims).transpose(order)
+  # A part of an axis: 'a':(2)4 is axis a without its first factor of 2.
   used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", names)
   parts = {n: (int(b or 1), int(s or sizes[n])) for n, b, s in used}
   dims, keep = [], []
   for name, size in sizes.items():
-    before, mine = parts.get(name, (1, 1))
-    dims += [before, mine, size // before // mine]
+    before, inside = parts.get(name, (1, 1))
+    dims += [before, inside, size // before // inside]
     keep += [0, slice(None), 0] if name in parts else [0, 0, slice(None, 1)]
   return ids.reshape(dims)[tuple(keep)].reshape(-1).tolist()
 
 
 def mesh_positions(machine, ids, module):
-  """Positions in the mesh of the devices that a program numbers so.
+  """Returns the positions in the mesh of device numbers of a program.
 
-  A program for several slices numbers the devices of its own only.
+  A program for several slices numbers only the devices of its own slice.
   """
   if module.num_partitions == len(machine.slices):
     return ids
-  mine = [p for p, s in enumerate(machine.slices) if s == machine.slices[0]]
-  return [mine[n] for n in ids]
+  own = [p for p, s in enumerate(machine.slices) if s == machine.slices[0]]
+  return [own[n] for n in ids]
 
 
 def axes_of(machine, positions):
-  """The mesh axes along which these positions differ, joined by '+'."""
+  """Returns the mesh axes along which positions differ, joined by '+'."""
   shape = tuple(machine.axes.values())
-  places = np.unravel_index(positions, shape)
+  indices = np.unravel_index(positions, shape)
   names = [
     name
-    for name, index in zip(machine.axes, places, strict=True)
+    for name, index in zip(machine.axes, indices, strict=True)
     if len(set(index.tolist())) > 1
   ]
   return '+'.join(names)
 
 
 def _ici_s(machine, kind, positions, nbytes):
-  """Seconds of a collective within a slice."""
+  """Returns the seconds of a collective within a slice."""
   if len(positions) < 2:
     return 0.0
   chip = machine.chip
@@ -245,11 +246,11 @@ def _ici_s(machine, kind, positions, nbytes):
     extent = len({machine.coords[p][axis] for p in positions})
     if extent == 1:
       continue
-    # A whole axis that closes to a ring is used in both directions.
+    # A whole axis whose links close a ring is used in both directions.
     closed = extent == size and size % chip.wrap_multiple == 0
     bandwidth += chip.link_bandwidth * (2 if closed else 1)
     hops += extent // 2 if closed else extent - 1
   phases = 2 if kind == 'all-reduce' else 1
-  # Two cores of one chip share no link; their exchange is the memory's.
+  # The two cores of a chip have no link; they exchange data through HBM.
   bandwidth = bandwidth or chip.hbm_bandwidth
   return nbytes / bandwidth + phases * hops * ICI_HOP_S

@@ -1,28 +1,26 @@
-"""How long a compiled TPU program takes, from its text: an estimate.
+"""Estimates the time of a compiled TPU program from its text.
 
-Three sources, since the compiler prices only the first:
+The estimate has three parts; the compiler prices only the first:
 
-- *Cycles*: the compiler's `estimated_cycles` of every scheduled instruction,
-  times the trip counts of the loops around it, over the clock. They are
-  optimistic: large matrix products come out at 96% to 98% of the peak. Gathers
-  and scatters have none; large ones are listed as not priced.
+- *Cycles*: the compiler's `estimated_cycles` of each scheduled instruction,
+  times the trip counts of the enclosing loops, over the clock rate. They are
+  optimistic: large matrix products reach 96% to 98% of the peak. Gathers and
+  scatters have no estimate; large ones are listed as not priced.
 - *Kernels*: attention kernels are priced by their matrix products
-  (hlo_kernels.py). Any other kernel is listed as not priced.
+  (hlo_kernels.py). All other kernels are listed as not priced.
 - *Transfers*: collectives (hlo_collectives.py), copies to and from the host,
-  and prefetches into on-chip memory are queued on their links in the order of
-  the schedule. What is exposed is the time for which the program waits: all of
-  a synchronous one, and what is left of an asynchronous one when its result is
-  needed.
+  and prefetches into VMEM queue on their links in the order of the schedule.
+  The exposed time is the time that the program waits: all of a synchronous
+  transfer, and the rest of an asynchronous one when its result is read.
 
-A loop whose trip count depends on data takes the one that the caller expects.
-Where the caller has none it counts once and is listed, so that nobody takes
-the total for the whole.
+If the trip count of a loop depends on data, the caller's expected count is
+used. Without one the loop counts once and is listed as unresolved.
 
-Asynchronous forms that are understood: x-start/x-done; custom fusions named
-async-collective-start.N and -done.N, whose collective goes on inside the
-fusions between; calls on another thread (async-start); and send/recv between
-slices. Two collectives never overlap each other, which is pessimistic where
-they use different links.
+These asynchronous forms are known: x-start/x-done; custom fusions named
+async-collective-start.N and -done.N, whose collective runs inside the fusions
+between them; calls on another thread (async-start); and send/recv between
+slices. Two collectives never overlap. That is pessimistic if they use different
+links.
 """
 
 import collections
@@ -32,19 +30,19 @@ import re
 
 from maskdiff.planner import hlo, hlo_collectives, hlo_kernels, hlo_loops
 
-# Smaller arrays of an asynchronous copy are indices and semaphores.
+# Smaller arrays of an asynchronous copy are its indices and semaphores.
 SMALL_BYTES = 1024
-# The compiler has no estimate for gathers and scatters; those with results
-# larger than this are listed as not priced.
+# The compiler has no estimate for gathers and scatters. Those with a larger
+# result than this are listed as not priced.
 LARGE_BYTES = 2**20
 COMPUTES = ('fusion', 'gather', 'scatter', 'sort', 'dot', 'convolution')
-# Free of charge whatever the compiler says: it runs nothing on the TensorCore.
+# These cost nothing, whatever their estimate: they run no TensorCore code.
 NOT_RUN = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast')
 
 
 @dataclasses.dataclass
 class Operation:
-  """All instructions that come from one place of the program."""
+  """All instructions with the same op_name."""
 
   op_name: str  # or the instruction's name without its number
   seconds: float = 0.0
@@ -67,7 +65,7 @@ class Traffic:
 
 @dataclasses.dataclass
 class Cost:
-  """What one run of a program costs on one device."""
+  """Time of one run of a program on one device."""
 
   cycles: float = 0.0
   cycles_s: float = 0.0
@@ -87,19 +85,19 @@ class Cost:
 
 @dataclasses.dataclass
 class Clock:
-  """One pass through a computation."""
+  """Time and transfers during one run of a computation."""
 
   now: float = 0.0
   free: dict = dataclasses.field(default_factory=collections.Counter)
   ends: dict = dataclasses.field(default_factory=dict)  # name -> (queue, time)
 
   def begin(self, name, queue, seconds):
-    """Puts a transfer on a queue, behind those that are there."""
+    """Appends a transfer to a queue."""
     self.free[queue] = max(self.now, self.free[queue]) + seconds
     self.ends[name] = queue, self.free[queue]
 
   def wait(self, name):
-    """Waits for a transfer; returns its queue and the seconds of waiting."""
+    """Waits for a transfer; returns its queue and the seconds waited."""
     queue, end = self.ends.get(name, ('', self.now))
     waited = max(0.0, end - self.now)
     self.now += waited
@@ -114,7 +112,7 @@ def price(module, machine, expected_trips=None, causal=False):
     machine: hlo_collectives.Machine.
     expected_trips: (op_name) -> the expected trip count of a loop whose trip
       count depends on data, or None.
-    causal: attention kernels skip the blocks above the diagonal.
+    causal: whether attention kernels skip the blocks above the diagonal.
 
   Returns:
     Cost.
@@ -136,7 +134,10 @@ class _Pricing:
 
 
 def _run(p, computation, weight):
-  """Seconds of one pass; `weight` is how often the program makes it."""
+  """Returns seconds of one run of a computation.
+
+  `weight` is the number of times that the program runs it.
+  """
   clock = Clock()
   for i in p.module.computations[computation].values():
     if i.op == 'while':
@@ -145,7 +146,7 @@ def _run(p, computation, weight):
     elif i.op == 'call':
       clock.now += _run(p, i.attribute('to_apply'), weight)
     elif i.op == 'conditional':
-      branches = _branches(p, i)  # taken equally often
+      branches = _branches(p, i)  # assumed to be equally likely
       for branch in branches:
         share = 1 / len(branches)
         clock.now += share * _run(p, branch, weight * share)
@@ -180,7 +181,7 @@ def _branches(p, i):
 
 
 def _compute(p, clock, i, weight):
-  """What the compiler has an estimate for."""
+  """Prices an instruction by the compiler's estimate."""
   if not i.cycles or i.op in NOT_RUN:
     return
   seconds = i.cycles / p.machine.chip.clock_hz
@@ -202,12 +203,12 @@ def _note_unpriced(p, i, weight):
 
 
 def _stem(name):
-  """The name of an instruction without its numbers."""
+  """Returns the name of an instruction without its numbers."""
   return re.sub(r'(\.(\d+|clone))+$', '', name)
 
 
 def _kernel(p, clock, i, weight):
-  """A kernel written by hand: priced if it is attention."""
+  """Prices a Pallas kernel if it is an attention kernel."""
   if i.cycles:
     _compute(p, clock, i, weight)
     return
@@ -223,7 +224,7 @@ def _kernel(p, clock, i, weight):
 
 
 def _communicates(p, clock, i, weight):
-  """Handles an instruction that moves data; False if it is another."""
+  """Prices an instruction that moves data; returns False for any other."""
   fused = i.op == 'fusion' and re.match(
     r'async-collective-(start|done)(.*)', i.name
   )
@@ -232,7 +233,7 @@ def _communicates(p, clock, i, weight):
   elif 'xla_megascale' in i.attributes and i.op in ('send', 'recv'):
     _between_slices(p, clock, i, weight)
   elif i.op in ('send', 'recv', 'send-done'):
-    pass  # callbacks to the host, and sends that nothing waits for
+    pass  # host callbacks, and sends that no instruction waits for
   elif i.op.endswith('-done'):
     _wait(p, clock, i.operands[0], weight)
   elif i.op.endswith('-update'):
@@ -250,7 +251,7 @@ def _communicates(p, clock, i, weight):
 
 
 def _move(p, clock, name, transfers, weight, sync):
-  """Puts collectives on their networks, and waits for synchronous ones."""
+  """Queues collectives on their networks and waits for synchronous ones."""
   for t in transfers:
     key = t.kind, t.axes, t.network, t.dtype
     row = p.cost.traffic.setdefault(key, Traffic(*key))
@@ -271,7 +272,7 @@ def _wait(p, clock, name, weight):
 
 
 def _fused_collective(p, clock, i, weight, end, number):
-  """A collective that goes on inside the fusions between start and done."""
+  """Prices a collective that runs in the fusions between start and done."""
   if end == 'start':
     found = [
       hlo_collectives.transfer(p.module, p.machine, c)
@@ -284,10 +285,10 @@ def _fused_collective(p, clock, i, weight, end, number):
 
 
 def _synchronous_fusion(p, clock, i, weight):
-  """A fusion that is a whole collective; False if it is none.
+  """Prices a fusion that is a whole collective; returns False for any other.
 
-  Fusions that only carry on an asynchronous one are named so, and were
-  counted where it started.
+  Fusions that continue an asynchronous collective have `async` in their names;
+  the collective was priced at its start.
   """
   called = i.attribute('calls') or ''
   if 'async' in called.replace('-', '_') or 'async-' in i.name:
@@ -308,7 +309,7 @@ def _synchronous_fusion(p, clock, i, weight):
 
 
 def _between_slices(p, clock, i, weight):
-  """A collective between slices: it runs from the send to the recv-done."""
+  """Prices a collective between slices, from the send to the recv-done."""
   label = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
   label = 'dcn ' + (label[1] if label else i.name)
   if i.op == 'send':
@@ -319,14 +320,14 @@ def _between_slices(p, clock, i, weight):
 
 
 def _start(p, clock, i, weight):
-  """The start of an asynchronous copy, or of a call on another thread."""
+  """Prices the start of an asynchronous copy or a call on another thread."""
   called = i.attribute('calls') or i.attribute('to_apply')
   found = hlo_collectives.inside(p.module, called) if called else []
   if found:
     found = [hlo_collectives.transfer(p.module, p.machine, c) for c in found]
     _move(p, clock, i.name, found, weight, sync=False)
     return
-  # What moves is the smallest array: a slice of a buffer, or all of a copy.
+  # The smallest array is the one that moves: a slice of a buffer, or a copy.
   sizes = [a.nbytes for a in hlo.arrays(i.type) if a.nbytes >= SMALL_BYTES]
   size = min(sizes, default=0)
   chip = p.machine.chip
@@ -340,7 +341,7 @@ def _start(p, clock, i, weight):
 
 
 def _direction(i):
-  """Whether a copy is to or from the host: both can go on at once."""
+  """Returns the queue of a host copy; the two directions overlap."""
   parts = hlo.elements(i.type)
   # copy-start returns (destination, source, context), others (operands,
   # destination, context).

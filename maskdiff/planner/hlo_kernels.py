@@ -1,29 +1,29 @@
-"""What attention kernels cost, for which the compiler has no estimate.
+"""Prices attention kernels, for which the compiler has no estimate.
 
 A kernel is priced by the matrix products of the blocks that it computes, at
-EFFICIENCY of the chip's peak: all blocks for bidirectional attention, those
-that touch the lower triangle for causal attention.
+EFFICIENCY of the chip's peak. Bidirectional attention computes all blocks,
+causal attention those that intersect the lower triangle.
 """
 
 import math
 
 from maskdiff.planner import hlo
 
-# Assumed share of the peak that attention kernels reach.
+# The share of the peak that attention kernels are assumed to reach.
 EFFICIENCY = 0.5
 
 
 def seconds(chip, flops):
-  """The time that a kernel of so many FLOPs takes on a chip."""
+  """Returns the seconds that a kernel with these FLOPs takes on a chip."""
   return flops / (chip.peak_flops * EFFICIENCY)
 
 
 def attention_flops(module, i, causal):
-  """FLOPs of the blocks that a splash attention kernel computes, or None.
+  """Returns the FLOPs of a splash attention kernel, or None for other kernels.
 
-  The forward kernel has 2 matrix products; the backward one of the keys and
-  values has 4, or 5 if it makes the gradient of the queries too, else a kernel
-  of its own makes that with 3.
+  The forward kernel has 2 matrix products. The backward kernel of keys and
+  values has 5 if it computes the gradient of the queries too. Otherwise it has
+  4, and a separate kernel computes that gradient with 3.
   """
   start = i.attributes.find('operand_layout_constraints={')
   if 'splash' not in i.name or start < 0:
@@ -55,7 +55,7 @@ def _products(module, name):
 
 
 def _causal_share(grid, queries, keys):
-  """Share of a grid's blocks that touch the lower triangle."""
+  """Returns the share of blocks that intersect the lower triangle."""
   rows, columns = grid[-2:]
   if rows * columns == 1:
     return 1.0

@@ -1,26 +1,26 @@
-"""How often the loops of a compiled TPU program run.
+"""Trip counts of the loops of a compiled TPU program.
 
-Where the text does not say it, the count is worked out: from the condition
-`counter < limit`, the step of the counter in the body, and its first value,
-each followed through copies, tuples and the unchanging state of enclosing loops
-to constants. The software pipelining of the compiler peels iterations off a
-loop; they stand beside it, and the count of what is left comes out the same
-way.
+If the text does not state a count, it is derived from the condition
+`counter < limit`, the step of the counter in the body, and its first value.
+Each is followed through copies, tuples and the invariant state of enclosing
+loops to a constant. The compiler's software pipelining peels iterations off a
+loop; they are outside of the loop, and the count of the rest is derived in the
+same way.
 """
 
 import functools
 import re
 
-# Instructions that pass a value on as it is, for following it to its origin.
+# Instructions whose result is their operand, when a value is followed.
 PASSES_ON = (
   'copy copy-start copy-done bitcast reshape convert optimization-barrier'
 ).split()
-# Origins further away than this are taken to be unknown.
+# A value that is further from its constant than this is unknown.
 MAX_DEPTH = 60
 
 
 def trip_count(module, computation, loop):
-  """How often a loop of `computation` runs, or None if data decides it."""
+  """Returns the trip count of a loop of `computation`, or None if unknown."""
   known = re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.attributes)
   if known:
     return int(known[1])
@@ -62,7 +62,7 @@ def _count(module, computation, loop, counter, limit, direction):
 
 
 def _constant(module, computation, name, depth=0):
-  """The integer that an instruction always gives, or None."""
+  """Returns the integer that an instruction always yields, or None."""
   i = module.computations[computation].get(name)
   if i is None or depth > MAX_DEPTH:
     return None
@@ -88,7 +88,7 @@ def _constant(module, computation, name, depth=0):
 
 
 def _element(module, computation, name, index, depth=0):
-  """The integer that is always at `index` of a tuple, or None."""
+  """Returns the integer that is always at `index` of a tuple, or None."""
   i = module.computations[computation].get(name)
   if i is None or depth > MAX_DEPTH:
     return None
@@ -97,7 +97,7 @@ def _element(module, computation, name, index, depth=0):
   if i.op in PASSES_ON:
     return _element(module, computation, i.operands[0], index, depth + 1)
   if i.op == 'parameter' and computation in module.loops:
-    outside, loop = module.loops[computation]  # what goes round unchanged
+    outside, loop = module.loops[computation]  # it may be loop-invariant
   elif i.op == 'while':
     outside, loop = computation, i
   else:
@@ -112,7 +112,7 @@ def _element(module, computation, name, index, depth=0):
 
 
 def _carried(module, computation, name):
-  """Which element of the computation's parameter this is, or None."""
+  """Returns the index of this value in the computation's parameter, or None."""
   for _ in range(MAX_DEPTH):
     i = module.computations[computation].get(name)
     if i is None:
@@ -127,7 +127,7 @@ def _carried(module, computation, name):
 
 
 def _step(module, body, name, index, depth=0):
-  """What a loop's body adds to element `index` of its state, or None."""
+  """Returns what a loop body adds to element `index` of its state, or None."""
   i = module.computations[body].get(name)
   if i is None or depth > MAX_DEPTH:
     return None

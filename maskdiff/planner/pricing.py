@@ -5,11 +5,11 @@ import re
 import jax
 
 from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.errors import one_line
 from maskdiff.model import transformer
 from maskdiff.planner import hlo, hlo_cost
 from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.parts import model_part
-from maskdiff.planner.target import one_line
 from maskdiff.training import step
 
 GIB = 2**30

@@ -7,11 +7,11 @@ import jax
 
 from maskdiff import config as config_lib
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 from maskdiff.planner import tables
 from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.plan import plan_on
-from maskdiff.planner.target import one_line, open_target, topology_devices
+from maskdiff.planner.target import open_target, topology_devices
 
 
 def sweep(config, topology, rows, remats, meshes, num_slices=1, say=print):

@@ -1,8 +1,8 @@
-"""Compiles for TPUs that are not here.
+"""Compiles programs for a TPU topology, on a machine without a TPU.
 
 libtpu, the TPU compiler, runs on any Linux machine and takes a topology by
-name. launch/plan.py sets the environment variables that it wants before JAX
-starts.
+name. The environment variables of environment.py must be set before JAX is
+imported.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """The machines that a plan is for."""
+  """The machine of a plan."""
 
   topology: str
   mesh: jax.sharding.Mesh
@@ -49,17 +49,17 @@ class Compiled:
 
 
 def topology_devices(topology, num_slices=1):
-  """The devices of slices that are not here.
+  """Returns the devices of a topology, to compile for.
 
   Args:
-    topology: of one slice, e.g. 'v5p:4x4x4'.
-    num_slices: slices of that topology.
+    topology: topology of one slice, e.g. 'v5p:4x4x4'.
+    num_slices: number of slices.
 
   Returns:
-    List of JAX devices, to compile for.
+    List of JAX devices.
 
   Raises:
-    UserError: libtpu is missing or refuses the topology.
+    UserError: libtpu is not installed or refuses the topology.
   """
   chip, shape = chips.parse_topology(topology)
   if importlib.util.find_spec('libtpu') is None:
@@ -69,21 +69,21 @@ def topology_devices(topology, num_slices=1):
     )
   if num_slices < 1:
     raise UserError(f'--num_slices={num_slices}: must be positive')
-  # libtpu takes hosts to have 2x2 chips; smaller slices have smaller hosts.
+  # libtpu assumes hosts of 2x2 chips; smaller slices have smaller hosts.
   host = [2 if size % 2 == 0 else 1 for size in shape[:2]]
   options = {'chips_per_host_bounds': (*host, 1)} if host != [2, 2] else {}
   if num_slices > 1:
     options['num_slices'] = num_slices
-  # By default libtpu compiles for a mesh without the links that close a ring.
+  # By default libtpu compiles for a torus without the links that close a ring.
   wrap = [size % chip.wrap_multiple == 0 for size in shape]
   options['wrap'] = tuple(wrap + [False] * (3 - len(wrap)))
-  if chip.name == 'v4':  # its two cores as one device, as on a TPU VM
+  if chip.name == 'v4':  # two cores are one device, as on a TPU VM
     options['chip_config_name'] = 'megacore'
   try:
     return topologies.get_topology_desc(
       platform='tpu', topology_name=topology, **options
     ).devices
-  except Exception as error:  # of several kinds, all from libtpu
+  except Exception as error:  # libtpu raises several types
     raise UserError(
       f'--topology {topology}: libtpu refuses it ({one_line(error)}); '
       'choose a shape that exists, e.g. v5p:4x4x4 or v5e:2x4'
@@ -91,18 +91,18 @@ def topology_devices(topology, num_slices=1):
 
 
 def open_target(config, topology, num_slices=1):
-  """The mesh of a config on machines that are not here.
+  """Returns the mesh of a config on the devices of a topology.
 
   Args:
     config: ConfigDict; only config.mesh is read.
-    topology: of one slice, e.g. 'v5p:4x4x4'.
-    num_slices: slices of that topology.
+    topology: topology of one slice, e.g. 'v5p:4x4x4'.
+    num_slices: number of slices.
 
   Returns:
     Target.
 
   Raises:
-    UserError: see `topology_devices`; or the mesh does not fit them.
+    UserError: see `topology_devices`; or the mesh does not fit the devices.
   """
   chip, shape = chips.parse_topology(topology)
   devices = topology_devices(topology, num_slices)
@@ -113,17 +113,17 @@ def open_target(config, topology, num_slices=1):
     shape=shape,
     axes=dict(mesh.shape),
     coords=tuple(tuple(d.coords[: len(shape)]) for d in flat),
-    # Only devices of several slices have the attribute.
+    # Devices of a single slice do not have the attribute.
     slices=tuple(getattr(d, 'slice_index', 0) for d in flat),
   )
   return Target(topology, mesh, machine)
 
 
 def compile_train(config, target):
-  """Compiles the step that launch/pretrain.py runs.
+  """Compiles the train step that launch/pretrain.py runs.
 
   Args:
-    config: ConfigDict, checked with the mesh.
+    config: ConfigDict that passed config.validate_mesh.
     target: Target.
 
   Returns:
@@ -148,10 +148,10 @@ def compile_train(config, target):
 
 
 def compile_evaluation(config, target):
-  """Compiles the step that an evaluation of a training run makes.
+  """Compiles the step of an evaluation during a run.
 
   Args:
-    config: ConfigDict, checked with the mesh.
+    config: ConfigDict that passed config.validate_mesh.
     target: Target.
 
   Returns:
@@ -172,7 +172,7 @@ def compile_evaluation(config, target):
 
 
 def params_on(model, mesh):
-  """The parameters of a TransformerConfig, as shapes with shardings."""
+  """Returns the parameter tree as ShapeDtypeStructs with shardings."""
   shapes = transformer.shapes(model)
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
@@ -186,16 +186,16 @@ def params_on(model, mesh):
 def compile_denoise(config, target, prompts, length, dtype, window=False):
   """Compiles one denoising step of the sampler.
 
-  Weights are split as `run.load` does it.
+  The weights are sharded as interop.load does it.
 
   Args:
-    config: ConfigDict, checked with the mesh.
+    config: ConfigDict that passed config.validate_mesh.
     target: Target.
-    prompts: rows filled at once.
-    length: tokens of a row, of which config.sample.gen_length are slots.
-    dtype: of the weights.
-    window: the step by a pass over windows, which a cache serves, instead of
-      the one over the canvas.
+    prompts: number of rows.
+    length: tokens of a row; config.sample.gen_length of them are slots.
+    dtype: dtype of the weights.
+    window: compile the step over windows that uses the cache, instead of the
+      step over the canvas.
 
   Returns:
     Compiled.
