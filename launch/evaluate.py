@@ -134,7 +134,7 @@ def evaluate(args):
   if lines is None:
     lines = [scored.Line(*line) for line in generate(args, model)]
   if answered:
-    rows, total = answered_lib.ask(
+    rows, total = answered_lib.answer_lines(
       model,
       values,
       [line.value for line in lines],
@@ -184,7 +184,7 @@ def score(args, model, estimator, lines):
   )
   network = model.network
   if OBJECTIVES[network.objective].left_to_right:
-    scored.check_ends(lines)
+    scored.check_no_suffixes(lines)
     if args.form == 'multi_sample':
       raise UserError(
         '--form multi_sample: an autoregressive model has one order only and '

@@ -1,1 +1,8 @@
-"""What a trained model can do: puzzles, held-out text, and lm-eval's tasks."""
+"""Evaluation tasks for a trained model.
+
+scored    lines scored by likelihood: bound, choices, greedy
+answered  lines answered by the sampler
+puzzles   puzzles that need no download: addition, sudoku, countdown, reversal
+heldout   questions made from the held-out text of a run
+harness   a model of lm-eval
+"""

@@ -1,4 +1,4 @@
-"""Completes texts with the sampler: settings in, answers and their cost out."""
+"""Evaluation tasks that the sampler answers: answers, accuracy and cost."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from maskdiff.sampling.request import describe, sampler_config
 
 
 class Model(NamedTuple):
-  """What `run.load` gives."""
+  """A loaded model: what `load.load` returns."""
 
   config: object  # ConfigDict of the run
   tokenizer: object  # data.tokenizer.Tokenizer
@@ -28,111 +28,119 @@ class Model(NamedTuple):
 
   @property
   def dtype(self):
-    """Name of the dtype of the weights; of several, one after the other."""
+    """Names of the dtypes of the parameters, separated by commas."""
     names = {x.dtype.name for x in jax.tree.leaves(self.params)}
     return ', '.join(sorted(names))
 
 
 class Answers(NamedTuple):
-  """Of a list of texts."""
+  """The answers to a list of prompts, and their cost."""
 
-  tokens: list  # of token lists, cut before their first eos
-  forwards: int  # forward passes of a row, in all; two a step with guidance
-  slots: int  # tokens that were filled in, in all
+  tokens: list  # of token lists, each cut before its first eos
+  forwards: int  # forward passes per row, summed; guidance takes two per step
+  num_slots: int  # slots of all rows
 
 
-def complete(model, c, prompts, suffixes, slots, seeds, batch):
-  """Fills in what stands between prompts and suffixes.
+def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
+  """Samples the text between each prompt and its suffix.
 
   Args:
     model: Model.
-    c: SamplerConfig; its gen_length is that of the longest answer.
-    prompts: list of token lists, one may be empty.
-    suffixes: list of token lists, empty where an answer ends its row.
-    slots: list of int, tokens to fill in for each.
+    c: SamplerConfig; its gen_length is the number of slots of the longest
+      answer.
+    prompts: list of token lists, which may be empty.
+    suffixes: list of token lists, the text after each answer; may be empty.
+    num_slots: list of int, slots of each answer.
     seeds: list of int.
-    batch: rows in progress at once.
+    batch: rows sampled together.
 
   Returns:
     Answers.
 
   Raises:
-    UserError: a row is longer than the model's context; see sampler.generate.
+    UserError: a row is longer than the model's context, or see
+      sampler.generate.
   """
   rows = [
     [*prompt, *[None] * n, *suffix]
-    for prompt, n, suffix in zip(prompts, slots, suffixes, strict=True)
+    for prompt, n, suffix in zip(prompts, num_slots, suffixes, strict=True)
   ]
   request = layouts.lay_out(rows, seeds)
   layouts.check_context(model.config.data.length, request.valid)
   network = model.network
   tokens, forwards = [None] * len(rows), 0
   with jax.set_mesh(model.mesh):
-    for found in refill.answers(network, c, request, batch):
-      if found.broken:
-        raise sampler.broken_error([found.row])
-      slot = request.fill[found.row]
-      eos_id = network.eos_id
-      keep = slot & layouts.cut(found.tokens[None], slot[None], eos_id)[0]
-      tokens[found.row] = found.tokens[keep].tolist()
-      forwards += found.forwards
-  return Answers(tokens, forwards, sum(slots))
+    for answer in refill.answers(network, c, request, batch):
+      if answer.broken:
+        raise sampler.broken_error([answer.row])
+      fill = request.fill[answer.row]
+      before_eos = layouts.cut(answer.tokens[None], fill[None], network.eos_id)[
+        0
+      ]
+      tokens[answer.row] = answer.tokens[fill & before_eos].tolist()
+      forwards += answer.forwards
+  return Answers(tokens, forwards, sum(num_slots))
 
 
-def ask(model, values, lines, correct, seed, batch):
-  """Lets the sampler answer lines, and counts what is right.
+def answer_lines(model, settings, lines, correct, seed, batch):
+  """Samples an answer to each line, and returns the answers and the accuracy.
 
-  An answer after which the row ends has room for the longest right answer of
-  all lines and an eos: the number of slots says nothing of its length. One
-  with text after it has as many slots as the right answer has tokens, and steps
-  of its own, see request.SamplerConfig.own_blocks.
+  All answers that end their row get as many slots as the longest right answer
+  and an eos take, so that the number of slots does not reveal the length of an
+  answer. An answer that is followed by text gets as many slots as the right
+  answer has tokens, and its row has denoising steps of its own (see own_blocks
+  of request.SamplerConfig).
 
   Args:
     model: Model.
-    values: as for config.with_settings; gen_length is that of the most slots.
-    lines: list of dicts with text as `prompt`, `answer` and perhaps `suffix`
-      and `way`.
+    settings: dict of sampler settings, see config.with_settings. gen_length
+      cannot be set: it is the largest number of slots.
+    lines: list of dicts with the texts `prompt` and `answer`, and optionally
+      `suffix` and `way`.
     correct: function from a line and a text to a bool.
-    seed: of the first line; the next has seed + 1.
-    batch: lines that are answered together.
-
-  Raises:
-    UserError: see config.with_settings and `complete`; or gen_length is given.
+    seed: seed of the first line; the next line has seed + 1.
+    batch: lines sampled together.
 
   Returns:
-    list of dicts, a line each; and a dict with the accuracy, that of each way,
-    the forward passes per token and the settings of the sampler.
+    - one dict per line.
+    - dict with the accuracy in all and per `way`, the forward passes per token
+      and the settings of the sampler.
+
+  Raises:
+    UserError: gen_length is set, or see config.with_settings and `complete`.
   """
-  if 'gen_length' in values:
+  if 'gen_length' in settings:
     raise UserError('sampler setting gen_length: the task sets it')
   encode = model.tokenizer.encode
   prompts = [encode(line['prompt']) for line in lines]
   suffixes = [encode(line.get('suffix', '')) for line in lines]
   lengths = [len(encode(line['answer'])) for line in lines]
-  slots = [
+  num_slots = [
     n if suffix else max(lengths) + 1
     for n, suffix in zip(lengths, suffixes, strict=True)
   ]
   config = config_lib.with_settings(
-    model.config, {**values, 'gen_length': max(slots)}
+    model.config, {**settings, 'gen_length': max(num_slots)}
   )
   c = sampler_config(config)
   if any(suffixes):
-    steps = c.steps if 'steps' in values else 0
+    steps = c.steps if 'steps' in settings else 0
     c = dataclasses.replace(c, steps=steps, own_blocks=True)
   seeds = [seed + i for i in range(len(lines))]
-  answers = complete(model, c, prompts, suffixes, slots, seeds, batch)
+  answers = complete(model, c, prompts, suffixes, num_slots, seeds, batch)
   rows = []
   for line, tokens in zip(lines, answers.tokens, strict=True):
     text = model.tokenizer.decode(tokens)
     rows.append(line | {'text': text, 'correct': correct(line, text)})
-  right = [row['correct'] for row in rows]
-  total = {'lines': len(rows), **accuracy('accuracy', right)}
+  total = {
+    'lines': len(rows),
+    **accuracy('accuracy', [row['correct'] for row in rows]),
+  }
   for way in sorted({line['way'] for line in lines if 'way' in line}):
-    of_way = [row['correct'] for row in rows if row['way'] == way]
-    total |= accuracy(f'accuracy_{way}', of_way)
+    correct_of_way = [row['correct'] for row in rows if row['way'] == way]
+    total |= accuracy(f'accuracy_{way}', correct_of_way)
   total |= {
-    'forwards_per_token': answers.forwards / answers.slots,
+    'forwards_per_token': answers.forwards / answers.num_slots,
     'sampler': describe(model.network, c),
   }
   return rows, total

@@ -1,19 +1,20 @@
-"""A run as a model of lm-eval (github.com/EleutherAI/lm-evaluation-harness).
+"""A model class for lm-eval (github.com/EleutherAI/lm-evaluation-harness).
 
-Importing this registers it under the name maskdiff:
+Importing this module registers the class under the name maskdiff:
 
   from maskdiff.evals import harness
   lm_eval.simple_evaluate(model=harness.MaskDiff('runs/tiny'), tasks=[...])
   lm_eval.simple_evaluate(model='maskdiff', model_args='workdir=runs/tiny', ...)
 
-or `python launch/harness.py --workdir runs/tiny --tasks ...`. Needs the package
-lm-eval, and no PyTorch.
+or `python launch/harness.py --workdir runs/tiny --tasks ...`. It needs the
+package lm-eval, but not PyTorch.
 
-lm-eval's conventions are kept: white space at the end of a context is scored
-with the continuation, the two are encoded together and cut where the context
-ends, contexts that are too long lose their beginning, and an empty one becomes
-an eos, after which documents begin in rows of training. (Not if these were
-trained with attention within documents, where nothing is before a document.)
+The class follows lm-eval's conventions. White space at the end of a context is
+scored with the continuation. Context and continuation are encoded together and
+split where the context ends. A context that is too long loses its beginning. An
+empty context becomes an eos token, since an eos precedes a document in training
+rows. With attention within documents, no token precedes a document, and an
+empty context stays empty.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ try:
   from lm_eval.api.registry import register_model
 except ImportError as error:
   raise UserError(
-    f'lm-eval is not there ({error}): pip install "lm-eval>=0.4.13,<0.5"'
+    f'lm-eval is not installed ({error}): pip install "lm-eval>=0.4.13,<0.5"'
   ) from error
 
 GREEDY = {'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
@@ -44,7 +45,7 @@ GREEDY = {'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
 
 @register_model('maskdiff')
 class MaskDiff(TemplateLM):
-  """Scores and answers the requests of lm-eval's tasks."""
+  """Scores and answers requests of lm-eval's tasks."""
 
   def __init__(
     self,
@@ -64,26 +65,26 @@ class MaskDiff(TemplateLM):
     device=None,
     **sampler,
   ):
-    """Loads a run.
+    """Loads a model.
 
     Args:
-      workdir: of the run.
+      workdir: work directory or Hugging Face folder.
       form: count, bernoulli or left_to_right, as in launch/evaluate.py.
       samples, strata, coupled: see estimators.Estimator.
-      guidance: classifier-free guidance of likelihoods and of sampling.
-      check_greedy: whether continuations are compared with greedy decoding;
-        else is_greedy is False for all.
-      seed: of noise and sampling.
+      guidance: classifier-free guidance for likelihoods and sampling.
+      check_greedy: whether to compare continuations with greedy decoding;
+        without, is_greedy is False for all.
+      seed: seed of noise and sampling.
       tokens_per_call: see queries.LikelihoodConfig.
-      tensor: devices that share every layer; see run.load.
-      dtype: of the weights, float32 or bfloat16; by default as stored.
-      batch_size: texts that are continued together.
-      max_batch_size, device: given by lm-eval, not used.
-      sampler: keys of config.sample. They are put before what a task asks for;
-        gen_length also before its max_gen_toks.
+      tensor: number of devices that share every layer, see load.load.
+      dtype: dtype of the weights, float32 or bfloat16; default: as stored.
+      batch_size: number of texts sampled together.
+      max_batch_size, device: passed by lm-eval, not used.
+      sampler: keys of config.sample. They override the settings of a task;
+        gen_length overrides its max_gen_toks.
 
     Raises:
-      UserError: there is no such run, or a setting is not possible.
+      UserError: the model cannot be loaded, or a setting is not valid.
     """
     super().__init__()
     if dtype is not None and dtype not in config_lib.WEIGHTS:
@@ -92,14 +93,14 @@ class MaskDiff(TemplateLM):
       )
     del max_batch_size, device
     self.check_greedy, self.seed, self.batch = check_greedy, seed, batch_size
-    self.values = {**sampler, 'guidance': guidance}
+    self.sampler_settings = {**sampler, 'guidance': guidance}
     self.estimator = None
     if form != 'left_to_right':
       self.estimator = Estimator(form, samples, strata, coupled)
     self.model = answered.Model(*load.load(workdir, tensor, dtype))
     config = self.model.config
-    # Whether steps fit is known when a task says how long its answers are.
-    checked = {k: v for k, v in self.values.items() if k != 'steps'}
+    # `steps` is checked later, since it depends on a task's gen_length.
+    checked = {k: v for k, v in self.sampler_settings.items() if k != 'steps'}
     config_lib.with_settings(config, {**GREEDY, **checked})
     self.likelihood = queries.likelihood_config(
       config, guidance, tokens_per_call
@@ -113,8 +114,8 @@ class MaskDiff(TemplateLM):
       'estimator': dataclasses.asdict(self.estimator)
       if self.estimator
       else form,
-      'sampler_settings': self.values,
-      'samplers': [],  # as used, one for each kind of request
+      'sampler_settings': self.sampler_settings,
+      'samplers': [],  # the settings used, one entry per kind of request
     }
 
   @property
@@ -130,31 +131,35 @@ class MaskDiff(TemplateLM):
     return self.model.tokenizer.fingerprint
 
   def get_model_info(self):
-    """What lm-eval stores with the results, under `config`."""
+    """Returns the dict that lm-eval stores with the results, under `config`."""
     return {'maskdiff': self.info}
 
   def tok_encode(self, string, add_special_tokens=None, **kwargs):
-    """Token ids; special tokens are never added."""
+    """Returns token ids, without special tokens."""
     del add_special_tokens, kwargs
     return self.model.tokenizer.encode(string)
 
   def _encode_pair(self, context, continuation):
-    """As lm-eval's, unless the continuation has no token of its own so."""
+    """Encodes context and continuation together, as lm-eval does.
+
+    If that leaves the continuation without tokens, the two are encoded
+    separately.
+    """
     pair = super()._encode_pair(context, continuation)
     if not pair[1]:
       pair = self.tok_encode(context), self.tok_encode(continuation)
     return pair
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-    """The log-likelihood of each continuation, and whether it is greedy.
+    """Returns log-likelihoods of continuations, and whether they are greedy.
 
-    Continuations of one context have one seed: if they are equally long, they
-    are compared under the same masks.
+    Continuations of one context share a seed, so that continuations of equally
+    many tokens are compared under the same masks.
     """
     del disable_tqdm, kwargs
-    pairs = [self._fit(context, rest) for _, context, rest in requests]
+    pairs = [self._fit(*request[1:]) for request in requests]
     seeds = [_seed(self.seed, context) for _, context, _ in requests]
-    values = self._bound(pairs, seeds)
+    log_likelihoods = self._bound(pairs, seeds)
     greedy = [False] * len(pairs)
     if self.check_greedy:
       with jax.set_mesh(self.model.mesh):
@@ -163,18 +168,18 @@ class MaskDiff(TemplateLM):
           self.likelihood,
           bounds.lay_out(*zip(*pairs, strict=True)),
         ).tolist()
-    answers = list(zip(values, greedy, strict=True))
+    answers = list(zip(log_likelihoods, greedy, strict=True))
     for (texts, _, _), answer in zip(requests, answers, strict=True):
       if texts is not None:
         self.cache_hook.add_partial('loglikelihood', texts, answer)
     return answers
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False):
-    """The log-likelihood of each text, an empty one's being 0.
+    """Returns the log-likelihood of each text; that of an empty text is 0.
 
-    Texts that are longer than the context are cut by lm-eval: a piece is shown
-    the last token of the one before, and the last piece as many as fit, which
-    are not scored again.
+    lm-eval cuts a text that is longer than the context into pieces. Each piece
+    is scored given the last token before it, the last piece given as many
+    tokens as fit.
     """
     del disable_tqdm
     pairs, text_of = [], []
@@ -197,44 +202,46 @@ class MaskDiff(TemplateLM):
     return totals
 
   def generate_until(self, requests, disable_tqdm=False):
-    """Texts that the sampler continues contexts with, each cut before the first
-    of its stop strings and the first eos.
+    """Samples a continuation of each context.
 
-    A request's own sampling settings count where it says do_sample; else the
-    most probable tokens are taken.
+    A continuation is cut before its first stop string and its first eos. The
+    sampling settings of a request are used if it sets do_sample; otherwise the
+    temperature is 0.
     """
     del disable_tqdm
     groups = {}
     for i, request in enumerate(requests):
-      until, values = self._decoding(request.args[1])
-      key = tuple(sorted(values.items()))
+      until, settings = self._decoding(request.args[1])
+      key = tuple(sorted(settings.items()))
       groups.setdefault(key, []).append((i, request.args[0], until))
     answers = [''] * len(requests)
     for key, members in groups.items():
       config = config_lib.with_settings(self.model.config, dict(key))
-      slots = config.sample.gen_length
-      room = self.max_length - slots
-      if room < 0:
+      num_slots = config.sample.gen_length
+      max_prompt = self.max_length - num_slots
+      if max_prompt < 0:
         raise UserError(
-          f'{slots} tokens are to be generated, more than the '
-          f'{self.max_length} that the network was trained on: set gen_length'
+          f'the task generates {num_slots} tokens, more than the '
+          f'{self.max_length} of the rows in training: set gen_length'
         )
       c = sampler_config(config)
       described = describe(self.model.network, c)
       if described not in self.info['samplers']:
         self.info['samplers'].append(described)
-      prompts = [_last(self.tok_encode(text), room) for _, text, _ in members]
+      prompts = [
+        _last(self.tok_encode(text), max_prompt) for _, text, _ in members
+      ]
       seeds = [self.seed + i for i, _, _ in members]
-      filled = answered.complete(
+      sampled = answered.complete(
         self.model,
         c,
         prompts,
         [[]] * len(members),
-        [slots] * len(members),
+        [num_slots] * len(members),
         seeds,
         self.batch,
       )
-      for (i, _, until), tokens in zip(members, filled.tokens, strict=True):
+      for (i, _, until), tokens in zip(members, sampled.tokens, strict=True):
         text = self.model.tokenizer.decode(tokens)
         ends = [text.find(stop) for stop in until if stop in text]
         answers[i] = text[: min(ends, default=len(text))]
@@ -243,36 +250,49 @@ class MaskDiff(TemplateLM):
         )
     return answers
 
-  def _decoding(self, asked):
-    """Stop strings and sampler settings of a request."""
-    asked = dict(asked)
-    until = asked.pop('until', None) or []
+  def _decoding(self, gen_kwargs):
+    """Returns the stop strings and the sampler settings of a request."""
+    gen_kwargs = dict(gen_kwargs)
+    until = gen_kwargs.pop('until', None) or []
     until = [until] if isinstance(until, str) else list(until)
-    values = dict(GREEDY)
-    sampling = {key: asked.pop(key) for key in GREEDY if key in asked}
-    if asked.pop('do_sample', sampling.get('temperature', 0) > 0):
-      values |= sampling
-    length = asked.pop('max_gen_toks', None)
+    settings = dict(GREEDY)
+    sampling = {k: gen_kwargs.pop(k) for k in GREEDY if k in gen_kwargs}
+    if gen_kwargs.pop('do_sample', sampling.get('temperature', 0) > 0):
+      settings |= sampling
+    length = gen_kwargs.pop('max_gen_toks', None)
     if length is not None:
-      values['gen_length'] = int(length)
-    if asked:
-      logging.warning('maskdiff: no use for %s of a task', sorted(asked))
-    return [stop for stop in until if stop], {**values, **self.values}
+      settings['gen_length'] = int(length)
+    if gen_kwargs:
+      logging.warning('maskdiff: ignores %s of a task', sorted(gen_kwargs))
+    until = [stop for stop in until if stop]
+    return until, {**settings, **self.sampler_settings}
 
-  def _fit(self, context, rest):
-    """Takes from the beginning of a context what is too much."""
-    if len(rest) > self.max_length:
+  def _fit(self, context, continuation):
+    """Cuts the beginning of a context so that the row fits the model.
+
+    Returns:
+      (context, continuation), token lists.
+
+    Raises:
+      UserError: the continuation is too long.
+    """
+    if len(continuation) > self.max_length:
       raise UserError(
-        f'a continuation has {len(rest)} tokens, more than the '
-        f'{self.max_length} that the network was trained on'
+        f'a continuation has {len(continuation)} tokens, more than the '
+        f'{self.max_length} of the rows in training: choose another task'
       )
     within = self.model.config.objective.attend_within == 'document'
     if within and context == [self.prefix_token_id]:
       context = []
-    return _last(context, self.max_length - len(rest)), rest
+    return _last(context, self.max_length - len(continuation)), continuation
 
   def _bound(self, pairs, seeds):
-    """[log-likelihood in nats] of the second of each pair given the first."""
+    """Returns log-likelihoods of continuations given contexts, list of nats.
+
+    Args:
+      pairs: list of (context, continuation).
+      seeds: list of int.
+    """
     if not pairs:
       return []
     answers = bounds.lay_out(*zip(*pairs, strict=True))
@@ -290,5 +310,5 @@ def _last(tokens, n):
 
 
 def _seed(seed, tokens):
-  """A seed that depends on a request alone, not on those beside it."""
+  """Returns a seed that depends on this request only."""
   return zlib.crc32(repr((seed, list(tokens))).encode())

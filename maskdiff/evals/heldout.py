@@ -1,7 +1,7 @@
-"""Questions made from the held-out text of a run's own data.
+"""Questions made from the held-out text of a run's data.
 
-`choices` asks which text goes on where another ends, `cloze` for a word that
-was taken out. Both are lines for tasks.py, drawn from a seed.
+`choices` asks for the continuation of a text, `cloze` for a missing word. Both
+return lines of evaluation tasks, drawn from a seed.
 """
 
 import random
@@ -14,25 +14,26 @@ from maskdiff.errors import UserError
 from maskdiff.training import inputs
 
 NUM_CHOICES = 4
-MOST_ROWS = 4096  # of a dataset, about
-TRIES = 100  # places for each line that is to be made
-BROKEN = '\ufffd'  # where a character was cut
+MAX_ROWS = 4096  # rows read of a dataset, approximately
+TRIES = 100  # windows drawn per line
+BROKEN = '\ufffd'  # decoded from a character that a window cuts
 WORD = re.compile(r' ?[^\W\d_]{3,}')
 
 
 def documents(config, tokenizer):
-  """The held-out documents of a run's data, as token lists.
+  """Returns the held-out documents of a run's data, a list of token lists.
 
-  Those that a row cuts are pieces. Of `eval.path`, if the run was given one. Of
-  much text, rows evenly spread over it.
+  The data are those of config.eval.path, or of config.data.path without it. A
+  document that rows cut gives several pieces. Of a large dataset, about
+  MAX_ROWS evenly spaced rows are read.
 
   Raises:
-    UserError: there is no held-out text; or see run.open_data.
+    UserError: there is no held-out text, or see inputs.open_data.
   """
   found = []
   for dataset in inputs.open_data(config, tokenizer, config.eval.path or None):
     source = records.RowSource(dataset.directory, dataset.manifest, 'heldout')
-    step = max(1, len(source) // MOST_ROWS)
+    step = max(1, len(source) // MAX_ROWS)
     for i in range(0, len(source), step):
       row = np.asarray(source[i], np.int32)
       ends = np.flatnonzero(row == tokenizer.eos_id) + 1
@@ -42,45 +43,47 @@ def documents(config, tokenizer):
   if not found:
     raise UserError(
       f'{config.eval.path or config.data.path} has no held-out text to make '
-      'questions from: prepare some, or give --data'
+      'questions from: prepare data with held-out rows, or give --data'
     )
   return found
 
 
-def choices(found, tokenizer, context, seed, n):
-  """Multiple choice: how a text goes on, among continuations from elsewhere.
+def choices(texts, tokenizer, context, seed, n):
+  """Makes multiple-choice questions: which continuation belongs to a text.
+
+  The wrong continuations are from other places in the held-out text.
 
   Args:
-    found: list of token lists, from `documents`.
+    texts: list of token lists, from `documents`.
     tokenizer: data.tokenizer.Tokenizer.
-    context: tokens of the longest row.
+    context: largest number of tokens of a row.
     seed: int.
-    n: questions.
+    n: number of questions.
 
   Returns:
-    list of dicts with `prompt`, `choices` of equally many tokens, and the
-    number of the right one as `answer`.
+    list of dicts with `prompt`, `choices` of equally many tokens, and `answer`,
+    the index of the right choice.
 
   Raises:
-    UserError: the documents are too short or too few.
+    UserError: the texts are too short or too few.
   """
-  answer = min(16, context // 4)
-  size = min(64, context // 2) + answer
+  answer_length = min(16, context // 4)
+  size = min(64, context // 2) + answer_length
   rng = random.Random(f'choices {seed}')
   lines = []
-  source = _windows(found, size, rng, n)
-  for asked, *others in zip(*[source] * NUM_CHOICES, strict=False):
-    prompt = tokenizer.decode(asked[:-answer])
-    texts = [tokenizer.decode(w[-answer:]) for w in (asked, *others)]
-    if len({t.strip() for t in texts} - {''}) < NUM_CHOICES:
+  windows = _windows(texts, size, rng, n)
+  for window, *others in zip(*[windows] * NUM_CHOICES, strict=False):
+    prompt = tokenizer.decode(window[:-answer_length])
+    endings = [tokenizer.decode(w[-answer_length:]) for w in (window, *others)]
+    if len({t.strip() for t in endings} - {''}) < NUM_CHOICES:
       continue
-    if BROKEN in prompt + ''.join(texts):
+    if BROKEN in prompt + ''.join(endings):
       continue
     order = rng.sample(range(NUM_CHOICES), NUM_CHOICES)
     lines.append(
       {
         'prompt': prompt,
-        'choices': [texts[i] for i in order],
+        'choices': [endings[i] for i in order],
         'answer': order.index(0),
       }
     )
@@ -89,21 +92,21 @@ def choices(found, tokenizer, context, seed, n):
   raise _too_few(lines, n)
 
 
-def cloze(found, tokenizer, context, seed, n):
-  """Texts with a word left out.
+def cloze(texts, tokenizer, context, seed, n):
+  """Makes cloze questions: texts with one missing word.
 
-  Only words whose tokens are not joined with those beside them are asked for:
-  the tokens of the parts are those of the whole.
+  A word is used only if no token spans its border: the tokens of the parts,
+  concatenated, are those of the whole text.
 
-  Args and errors as for `choices`.
+  Arguments and errors as for `choices`.
 
   Returns:
-    list of dicts with `prompt`, `answer` and `suffix`; the answer is a word of
-    three letters at least, with the space before it.
+    list of dicts with `prompt`, `answer` and `suffix`. The answer is a word of
+    at least three letters, with the space before it.
   """
   rng = random.Random(f'cloze {seed}')
   lines = []
-  for window in _windows(found, min(64, context * 3 // 4), rng, n):
+  for window in _windows(texts, min(64, context * 3 // 4), rng, n):
     text = tokenizer.decode(window)
     whole = tokenizer.encode(text)
     words = list(WORD.finditer(text))
@@ -125,23 +128,25 @@ def cloze(found, tokenizer, context, seed, n):
 
 def _too_few(lines, n):
   return UserError(
-    f'the held-out text gives {len(lines)} of {n} lines: there are too few '
-    'words or too little that differs; give --data'
+    f'the held-out text is too short or too uniform: it gives {len(lines)} of '
+    f'{n} lines; give --data'
   )
 
 
-def _windows(found, size, rng, n):
-  """Pieces of `size` tokens, TRIES for each of n; each place is as likely."""
-  starts = np.cumsum([max(0, len(ids) - size + 1) for ids in found])
-  if starts[-1] < 100:
+def _windows(texts, size, rng, n):
+  """Yields TRIES * n windows of `size` tokens, uniformly over all positions."""
+  # num_starts[i]: number of window positions in texts[: i + 1].
+  num_starts = np.cumsum([max(0, len(ids) - size + 1) for ids in texts])
+  total = int(num_starts[-1])
+  if total < 100:
     raise UserError(
-      f'the held-out text has {starts[-1]} places to take {size} tokens in a '
-      'row from: prepare more of it, or give --data'
+      f'the held-out text has {total} windows of {size} tokens, fewer than '
+      '100: prepare more held-out text, or give --data'
     )
 
-  def of(place):
-    i = int(np.searchsorted(starts, place, side='right'))
-    start = place - int(starts[i - 1] if i else 0)
-    return found[i][start : start + size]
+  def window(k):
+    i = int(np.searchsorted(num_starts, k, side='right'))
+    start = k - int(num_starts[i - 1] if i else 0)
+    return texts[i][start : start + size]
 
-  return (of(rng.randrange(int(starts[-1]))) for _ in range(TRIES * n))
+  return (window(rng.randrange(total)) for _ in range(TRIES * n))

@@ -1,18 +1,19 @@
-"""Puzzles that need no download: made from a seed, judged by a rule.
+"""Puzzles that need no download: drawn from a seed, checked by a rule.
 
   addition   43+71=               114
   sudoku     0300100200010020=    4312124324313124
-  countdown  03,07,12->15:        12-07+10 ... any expression that is right
+  countdown  03,07,12->16:        12-03+07, or another expression of value 16
   reversal   Ada Moreau is        the quiet baker of Ghent
 
-A puzzle is a line for tasks.py, {"prompt", "answer"}, so that the same files
-are trained on, completed by the sampler (decode.py), and scored by likelihood
-(`launch/evaluate.py --task bound --data FILE`). Answers of a puzzle but for
-reversal are equally long, digit by digit, so that their length says nothing.
+A puzzle is a line {"prompt", "answer"} of an evaluation task. The same files
+are trained on, answered by the sampler (answered.py) and scored by likelihood
+(`launch/evaluate.py --task bound --data FILE`). All answers of addition, sudoku
+and countdown have the same length, so that the length of the canvas does not
+reveal an answer.
 
-A hash of its prompt says whether a puzzle is for training or for evaluation:
-whatever the seeds, no puzzle is both. Facts are to be known by heart: all are
-told, and it is asked for them in other ways than they were told.
+A hash of the prompt assigns a puzzle to training or to evaluation: no puzzle is
+in both, whatever the seeds. The facts of reversal are memorized: all of them
+are in the training text, and evaluation asks for them in another direction.
 """
 
 import fractions
@@ -27,15 +28,15 @@ import numpy as np
 
 from maskdiff.errors import UserError
 
-HELD_OUT_ONE_IN = 8  # puzzles, by hash
-DIGITS = 2  # of the numbers to add, if it is not said
-BLANKS = range(6, 11)  # cells of a sudoku to fill
-LARGEST = 20  # number of a countdown
+HELD_OUT_ONE_IN = 8  # share of puzzles for evaluation
+DIGITS = 2  # default number of digits of the summands in addition
+BLANKS = range(6, 11)  # empty cells of a sudoku
+LARGEST = 20  # largest number of a countdown
 
-# Facts are told from name to description, from description to name, or both:
-# those teach that there are two ways to ask.
-FACTS, WAYS_TOLD = 60, ('name_first', 'description_first', 'both')
-FACTS_TOGETHER = 8  # in a document to train on
+# Order of name and description in the training text. Facts with both orders
+# teach the model that both orders occur.
+FACTS, ORDERS = 60, ('name_first', 'description_first', 'both')
+FACTS_PER_DOCUMENT = 8  # in the training text
 FIRST_NAMES = (
   'Ada Boris Clara Dario Edith Felix Greta Hugo Ines Jonas Karin Louis Maria '
   'Nils Olga Pavel'
@@ -54,30 +55,30 @@ PLACES = ('Ghent Lyon Turin Bergen Porto Vienna Prague Cork Basel Riga').split()
 
 
 def make(name, seed, n, heldout=True, digits=DIGITS):
-  """Draws puzzles.
+  """Draws puzzles from a seed.
 
   Args:
-    name: a key of PUZZLES.
-    seed: int; the same gives the same puzzles.
-    n: how many; some may come twice.
-    heldout: whether they are for evaluation; else for training. The facts of
-      reversal are the same for both: asked is what was told another way.
-    digits: of the numbers of addition.
+    name: key of PUZZLES.
+    seed: int.
+    n: number of puzzles; some may be equal.
+    heldout: True draws puzzles for evaluation, False puzzles for training. For
+      reversal, both are about the same facts.
+    digits: number of digits of the summands in addition.
 
   Returns:
-    list of n dicts with the text of `prompt` and of one right `answer`; of
-    reversal also `way`, and `suffix` where text follows the answer.
+    list of n dicts with the texts `prompt` and one right `answer`. For reversal
+    also `way`, and `suffix` if text follows the answer.
 
   Raises:
-    UserError: there is no such puzzle.
+    UserError: the name is not in PUZZLES.
   """
   if name not in PUZZLES:
     raise UserError(f'puzzle {name!r}: choose one of {", ".join(PUZZLES)}')
   rng = random.Random(f'{name} {seed}')
   if name == 'reversal':
-    asked = questions() if heldout else told()
-    rng.shuffle(asked)
-    return list(itertools.islice(itertools.cycle(asked), n))
+    lines = questions() if heldout else fact_lines()
+    rng.shuffle(lines)
+    return list(itertools.islice(itertools.cycle(lines), n))
   draw = PUZZLES[name][0]
   if name == 'addition':
     draw = functools.partial(addition, digits=digits)
@@ -90,17 +91,17 @@ def make(name, seed, n, heldout=True, digits=DIGITS):
 
 
 def training_lines(name, seed, n, digits=DIGITS):
-  """Puzzles with their answers as documents to train on.
+  """Draws puzzles with their answers, as documents to train on.
 
   Returns:
-    list of n dicts as from `make`, with `text` besides. Of reversal the text
-    alone, of FACTS_TOGETHER facts drawn at random, a line each: so every fact
-    is trained on, whichever documents are held out.
+    list of n dicts as from `make`, with the document as `text`. For reversal,
+    only `text`: FACTS_PER_DOCUMENT random facts, one per line. Each fact occurs
+    in many documents, so that all are trained on, whichever are held out.
   """
   if name == 'reversal':
     rng = random.Random(f'{name} {seed}')
-    sentences = [line['prompt'] + line['answer'] for line in told()]
-    draw = lambda: rng.choices(sentences, k=FACTS_TOGETHER)
+    sentences = [line['prompt'] + line['answer'] for line in fact_lines()]
+    draw = lambda: rng.choices(sentences, k=FACTS_PER_DOCUMENT)
     return [{'text': '\n'.join(draw()) + '\n'} for _ in range(n)]
   return [
     {**p, 'text': p['prompt'] + p['answer']}
@@ -109,29 +110,29 @@ def training_lines(name, seed, n, digits=DIGITS):
 
 
 def correct(name, puzzle, text):
-  """Whether a text is a right answer to a puzzle.
+  """Returns whether a text is a right answer to a puzzle.
 
   Args:
-    name: a key of PUZZLES, or cloze (heldout.py).
-    puzzle: one of those that `make` gives.
+    name: key of PUZZLES, or cloze (heldout.py).
+    puzzle: dict from `make`.
     text: the answer.
   """
   return PUZZLES.get(name, (None, equal))[1](puzzle, text)
 
 
 def is_held_out(prompt):
-  """Whether a puzzle is for evaluation."""
+  """Returns whether the puzzle with this prompt is for evaluation."""
   digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'big') % HELD_OUT_ONE_IN == 0
 
 
 def equal(puzzle, text):
-  """The check of puzzles that have one right answer, in a line of its own."""
+  """Returns whether the first line of a text is the answer of a puzzle."""
   return text.partition('\n')[0] == puzzle['answer']
 
 
 def addition(rng, digits=DIGITS):
-  """Two numbers of so many digits, and their sum with a digit more."""
+  """Draws an addition: two summands, and a sum that has one digit more."""
   a, b = rng.randrange(10**digits), rng.randrange(10**digits)
   return {
     'prompt': f'{a:0{digits}}+{b:0{digits}}=',
@@ -140,22 +141,24 @@ def addition(rng, digits=DIGITS):
 
 
 def sudoku(rng):
-  """A 4x4 grid, row by row, 0 where a digit is missing; one solution fits."""
+  """Draws a 4x4 sudoku with one solution: cells row by row, 0 for empty."""
   grid = rng.choice(grids())
   cells = list(grid)
   blanks = rng.choice(BLANKS)
   for cell in rng.sample(range(16), 16):
     if cells.count('0') == blanks:
       break
-    kept, cells[cell] = cells[cell], '0'
+    digit, cells[cell] = cells[cell], '0'
     if len(solutions(''.join(cells))) > 1:
-      cells[cell] = kept
+      cells[cell] = digit
   return {'prompt': ''.join(cells) + '=', 'answer': grid}
 
 
 def solves_sudoku(puzzle, text):
-  """Whether a grid keeps the given digits and has no digit twice in a row, a
-  column or a square."""
+  """Returns whether a text is a valid grid with the given digits of a puzzle.
+
+  A valid grid has each digit once in every row, column and square.
+  """
   given = puzzle['prompt'][:16]
   if not re.fullmatch('[1-4]{16}', text) or len(given) < 16:
     return False
@@ -165,7 +168,7 @@ def solves_sudoku(puzzle, text):
 
 @functools.cache
 def units():
-  """The cells of each row, column and square."""
+  """Returns the cell indices of each row, column and 2x2 square."""
   rows = [[4 * r + c for c in range(4)] for r in range(4)]
   columns = [list(column) for column in zip(*rows, strict=True)]
   squares = [
@@ -178,7 +181,7 @@ def units():
 
 @functools.cache
 def grids():
-  """All 288 full grids, found row by row."""
+  """Returns all 288 valid grids, as text."""
   lines = [''.join(p) for p in itertools.permutations('1234')]
   found = ['']
   for _ in range(4):
@@ -189,8 +192,7 @@ def grids():
 
 
 def _fits(grid):
-  """Whether no unit of a grid of which the first rows are there has a digit
-  twice."""
+  """Returns whether no unit of the first rows of a grid repeats a digit."""
   for unit in units():
     digits = [grid[i] for i in unit if i < len(grid)]
     if len(set(digits)) < len(digits):
@@ -199,7 +201,7 @@ def _fits(grid):
 
 
 def solutions(given):
-  """All full grids that agree with the given digits; 0 is none."""
+  """Returns all valid grids with the given digits; 0 marks an empty cell."""
   digits = np.array(list(given))
   fits = ((digits == '0') | (_cells() == digits)).all(axis=1)
   return [grids()[i] for i in np.flatnonzero(fits)]
@@ -219,10 +221,10 @@ OPERATORS = {
 
 
 def countdown(rng):
-  """Three numbers, each to be used once, and what they are to make.
+  """Draws a countdown: three numbers, and the value to make of them.
 
-  The answer has no brackets: products and quotients come before sums and
-  differences, and quotients need not be whole.
+  The answer uses each number once and has no brackets. Products and quotients
+  precede sums and differences, and quotients need not be integers.
   """
   while True:
     numbers = sorted(rng.randint(1, LARGEST) for _ in range(3))
@@ -235,7 +237,7 @@ def countdown(rng):
 
 
 def expressions(numbers):
-  """All expressions in which each of the numbers is used once."""
+  """Returns all expressions that use each of the numbers once."""
   return [
     ''.join(itertools.chain(*itertools.zip_longest(order, used, fillvalue='')))
     for order in sorted(set(itertools.permutations(f'{n:02}' for n in numbers)))
@@ -244,9 +246,9 @@ def expressions(numbers):
 
 
 def value(expression):
-  """The value of an expression of numbers and + - * /, a Fraction.
+  """Returns the value of an expression of numbers and + - * /, a Fraction.
 
-  None if it is not well formed, or divides by zero.
+  Returns None if the expression is not well formed or divides by zero.
   """
   if not re.fullmatch(r'\d+([-+*/]\d+)*', expression, re.ASCII):
     return None
@@ -263,51 +265,54 @@ def value(expression):
 
 
 def makes_target(puzzle, text):
-  """Whether an expression uses each number once and has the value asked for."""
+  """Returns whether an expression solves a countdown.
+
+  The expression must use each number once and have the value of the prompt.
+  """
   prompt = re.fullmatch(r'(.*)->(\d+):', puzzle['prompt'], re.ASCII)
   if not prompt:
     return False
-  used = re.findall(r'\d+', text, re.ASCII)
-  right = sorted(used) == prompt[1].split(',')
-  return right and value(text) == int(prompt[2])
+  numbers = sorted(re.findall(r'\d+', text, re.ASCII))
+  return numbers == prompt[1].split(',') and value(text) == int(prompt[2])
 
 
 @functools.cache
 def facts():
-  """The (name, description, way it is told) of all facts, always the same."""
+  """Returns (name, description, order) of all facts, with order in ORDERS."""
   rng = random.Random(0)
   names = rng.sample(list(itertools.product(FIRST_NAMES, LAST_NAMES)), FACTS)
   things = rng.sample(list(itertools.product(MANNERS, TRADES, PLACES)), FACTS)
   return [
-    (' '.join(name), 'the {} {} of {}'.format(*thing), WAYS_TOLD[i % 3])
+    (' '.join(name), 'the {} {} of {}'.format(*thing), ORDERS[i % 3])
     for i, (name, thing) in enumerate(zip(names, things, strict=True))
   ]
 
 
-def told():
-  """Every fact in the order, or both, that is trained."""
+def fact_lines():
+  """Returns the facts as lines, in the orders of the training text."""
   lines = []
-  for name, description, way in facts():
-    if way != 'description_first':
+  for name, description, order in facts():
+    if order != 'description_first':
       lines.append({'prompt': f'{name} is', 'answer': f' {description}'})
-    if way != 'name_first':
+    if order != 'name_first':
       lines.append({'prompt': f'{description} is', 'answer': f' {name}'})
   return lines
 
 
 def questions():
-  """Facts that are told one way, asked three ways.
+  """Returns three lines per fact that is trained in one order only.
 
-  `told`: what comes second, as in training. `reversed`: what came first, by a
-  sentence in the other order. `infill`: what came first, at its own place
-  before the rest.
+  Their `way` is
+    told      the second part of the sentence, as in training.
+    reversed  the first part, at the end of a sentence in the other order.
+    infill    the first part, at its own place before the rest.
   """
   lines = []
-  for name, description, way in facts():
-    if way == 'both':
+  for name, description, order in facts():
+    if order == 'both':
       continue
     first, second = name, description
-    if way == 'description_first':
+    if order == 'description_first':
       first, second = second, first
     lines += [
       {'way': 'told', 'prompt': f'{first} is', 'answer': f' {second}'},
@@ -318,7 +323,7 @@ def questions():
   return lines
 
 
-# How each is drawn, and how an answer is judged.
+# Functions that draw a puzzle and check an answer.
 PUZZLES = {
   'addition': (addition, equal),
   'sudoku': (sudoku, solves_sudoku),

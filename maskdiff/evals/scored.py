@@ -1,17 +1,17 @@
-"""Tasks on lines of text that are scored by likelihood.
+"""Evaluation tasks on lines of text that are scored by likelihood.
 
-A line of a JSON lines file is an object:
+Each line of a JSON lines file is an object:
   bound    {"prompt": ..., "answer": ...}, or {"text": ...} without a prompt
   greedy   {"prompt": ..., "answer": ...}
-  choices  {"prompt": ..., "choices": [...], "answer": number of the right one}
+  choices  {"prompt": ..., "choices": [...], "answer": index of the right one}
 
 A line with a prompt may have "suffix": ..., text that follows the answer. The
-row is then prompt, answer and suffix, and the answer alone is scored, given
-both. The three are encoded each for itself, as evals/decode.py does, so that
-the answer's tokens are those of its text whatever stands beside it.
+row is then prompt, answer and suffix, and only the answer is scored, given the
+other two. The three are encoded separately, as in evals/answered.py, so that
+the tokens of the answer do not depend on the text around it.
 
-Each task takes the lines and a function that scores rows of tokens, and
-returns a dict for each line and one for all of them. As in LLaDA's evaluation
+A task takes the lines and a function that scores rows of tokens. It returns one
+dict per line and one dict for all lines. As in LLaDA's evaluation
 (eval_llada.py, _encode_pair), white space at the end of a prompt is moved to
 the answer, where tokenizers expect it.
 """
@@ -26,22 +26,25 @@ from maskdiff.likelihood.bounds import corpus, lay_out
 
 
 class Line(NamedTuple):
-  where: str  # FILE:NUMBER
+  """One example of an evaluation task."""
+
+  where: str  # FILE:NUMBER, for error messages
   value: dict
 
 
 def read(path, task):
-  """Reads and checks the lines of a task.
+  """Reads and checks the lines of an evaluation task.
 
   Args:
-    path: of a JSON lines file; empty lines are passed over.
-    task: a key of TASKS.
+    path: JSON lines file; empty lines are skipped.
+    task: key of TASKS.
 
   Returns:
     list of Line, not empty.
 
   Raises:
-    UserError: names the file, the line and what is wrong with it.
+    UserError: the file cannot be read or has no lines, or a line is not valid;
+      the message names file and line.
   """
   lines = []
   try:
@@ -63,39 +66,41 @@ def _parse(where, text, task):
     raise UserError(f'{where}: this is not JSON ({error})') from error
   if not isinstance(value, dict):
     raise UserError(f'{where}: must be a JSON object')
-  fields, scored = {'prompt': str, 'answer': str}, 'answer'
+  fields, scored_field = {'prompt': str, 'answer': str}, 'answer'
   if task == 'choices':
-    fields, scored = {'prompt': str, 'choices': list, 'answer': int}, 'choices'
+    fields = {'prompt': str, 'choices': list, 'answer': int}
+    scored_field = 'choices'
   elif task == 'bound' and 'text' in value:
-    fields, scored = {'text': str}, 'text'
+    fields, scored_field = {'text': str}, 'text'
   if 'suffix' in value:
     if 'text' in fields:
       raise UserError(
-        f'{where}: a text is scored whole and has no suffix: write prompt, '
-        'answer and suffix'
+        f'{where}: a line with text cannot have a suffix: write prompt, answer '
+        'and suffix'
       )
     fields['suffix'] = str
   if {k: type(v) for k, v in value.items() if k in fields} != fields:
     named = ', '.join(f'{k} ({t.__name__})' for k, t in fields.items())
     raise UserError(f'{where}: {task} needs {named}')
-  texts = value[scored] if task == 'choices' else [value[scored]]
+  texts = value[scored_field]
+  texts = texts if task == 'choices' else [texts]
   if not all(isinstance(t, str) and t for t in texts):
-    raise UserError(f'{where}: {scored} must be text that is not empty')
+    raise UserError(f'{where}: {scored_field} must be text that is not empty')
   if task == 'choices' and not 0 <= value['answer'] < len(texts):
     raise UserError(
-      f'{where}: answer {value["answer"]} is none of its {len(texts)} choices, '
-      'which count from 0'
+      f'{where}: answer {value["answer"]} is not the index of one of its '
+      f'{len(texts)} choices, which count from 0'
     )
   try:
-    given = value.get('prompt', ''), value.get('suffix', '')
-    ''.join([*given, *texts]).encode()
+    context = value.get('prompt', ''), value.get('suffix', '')
+    ''.join([*context, *texts]).encode()
   except UnicodeEncodeError as error:
     raise UserError(f'{where}: this is not Unicode text ({error})') from error
   return Line(where, value)
 
 
-def check_ends(lines):
-  """Checks that nothing follows an answer, as for an autoregressive model.
+def check_no_suffixes(lines):
+  """Checks that no text follows an answer, for an autoregressive model.
 
   Raises:
     UserError: a line has a suffix that is not empty.
@@ -103,32 +108,34 @@ def check_ends(lines):
   for line in lines:
     if line.value.get('suffix'):
       raise UserError(
-        f'{line.where}: text follows the answer, and an autoregressive model '
-        'knows only what stands before it: take out the suffix, or score the '
-        'line with a model of masked diffusion'
+        f'{line.where}: text follows the answer, but an autoregressive model '
+        'sees only the text before it: remove the suffix, or score the line '
+        'with a masked diffusion model'
       )
 
 
 def bound(lines, tokenizer, context, score):
-  """Scores the answers, or whole texts, cut where they exceed the context.
+  """Computes the bound for answers or whole texts.
 
-  The pieces of a text are scored as if nothing stood before them.
+  A text longer than the context is cut into pieces, which are scored
+  independently.
 
   Args:
     lines: list of Line.
     tokenizer: data.tokenizer.Tokenizer.
-    context: tokens of the longest row.
-    score: function from queries.Answers and seeds (from 0 on) to a
+    context: largest number of tokens of a row.
+    score: function from queries.Answers and seeds (0, 1, ...) to a
       bounds.Estimate.
 
   Returns:
-    list of dicts with the nats of each line (an upper bound, with its standard
-    error, None if unknown), its tokens and bits per byte; and the same for all.
+    - one dict per line: the bound in nats, its standard error (None if
+      unknown), the number of tokens, bits per byte.
+    - dict with the same figures of all lines.
 
   Raises:
-    UserError: a line that is not to be cut is longer than the context.
+    UserError: prompt, answer and suffix of a line are longer than the context.
   """
-  parts, line_of, num_bytes = [], [], np.zeros(len(lines), int)
+  rows, line_of, num_bytes = [], [], np.zeros(len(lines), int)
   for i, line in enumerate(lines):
     if 'text' in line.value:
       num_bytes[i] = len(line.value['text'].encode())
@@ -140,14 +147,14 @@ def bound(lines, tokenizer, context, score):
         line, line.value['answer'], tokenizer, context
       )
       pieces = [row]
-    parts += pieces
+    rows += pieces
     line_of += [i] * len(pieces)
-  estimate = score(lay_out(*zip(*parts, strict=True)), range(len(parts)))
-  by_line = lambda x: np.bincount(line_of, x, minlength=len(lines))
-  nats = -by_line(estimate.log_likelihood)
-  stderr = np.sqrt(by_line(estimate.stderr**2))
-  num_tokens = by_line([len(answer) for _, answer, _ in parts]).astype(int)
-  rows = [
+  estimate = score(lay_out(*zip(*rows, strict=True)), range(len(rows)))
+  sum_by_line = lambda x: np.bincount(line_of, x, minlength=len(lines))
+  nats = -sum_by_line(estimate.log_likelihood)
+  stderr = np.sqrt(sum_by_line(estimate.stderr**2))
+  num_tokens = sum_by_line([len(answer) for _, answer, _ in rows]).astype(int)
+  results = [
     {
       'nats': float(nats[i]),
       'stderr_nats': _number(stderr[i]),
@@ -156,20 +163,25 @@ def bound(lines, tokenizer, context, score):
     }
     for i in range(len(lines))
   ]
-  whole = corpus(estimate, int(num_tokens.sum()), int(num_bytes.sum()))
-  whole['stderr_nats_per_token'] = _number(whole['stderr_nats_per_token'])
-  return rows, {'lines': len(lines), 'tokens': int(num_tokens.sum()), **whole}
+  total = corpus(estimate, int(num_tokens.sum()), int(num_bytes.sum()))
+  total['stderr_nats_per_token'] = _number(total['stderr_nats_per_token'])
+  return results, {
+    'lines': len(lines),
+    'tokens': int(num_tokens.sum()),
+    **total,
+  }
 
 
 def choices(lines, tokenizer, context, score):
-  """Takes the likeliest choice of each line, in all and per byte of its text.
+  """Picks the choice with the highest log-likelihood, in all and per byte.
 
-  The choices of a line have one seed, so that those of equally many tokens are
+  The choices of a line share a seed, so that choices of equally many tokens are
   compared under the same masks. Arguments and errors as for `bound`.
 
   Returns:
-    list of dicts with the log-likelihoods of the choices and the ones taken;
-    and a dict of the accuracies with their standard errors over lines.
+    - one dict per line: the log-likelihoods of its choices, the picked choices
+      and the right one.
+    - dict with both accuracies and their standard errors.
   """
   encoded = [
     (i, *_encode(line, choice, tokenizer, context))
@@ -180,75 +192,84 @@ def choices(lines, tokenizer, context, score):
   estimate = score(lay_out(*parts), line_of)
   rows = []
   for i, line in enumerate(lines):
-    mine = np.array(line_of) == i
-    nats = estimate.log_likelihood[mine]
-    per_byte = nats / np.array(num_bytes)[mine]
+    in_line = np.array(line_of) == i
+    nats = estimate.log_likelihood[in_line]
+    per_byte = nats / np.array(num_bytes)[in_line]
     rows.append(
       {
         'log_likelihood_nats': nats.tolist(),
-        'stderr_nats': [_number(s) for s in estimate.stderr[mine]],
+        'stderr_nats': [_number(s) for s in estimate.stderr[in_line]],
         'choice': int(nats.argmax()),
         'choice_per_byte': int(per_byte.argmax()),
         'answer': line.value['answer'],
       }
     )
-  right = lambda key: [row[key] == row['answer'] for row in rows]
+  correct = lambda key: [row[key] == row['answer'] for row in rows]
   return rows, {
     'lines': len(lines),
-    **accuracy('accuracy', right('choice')),
-    **accuracy('accuracy_per_byte', right('choice_per_byte')),
+    **accuracy('accuracy', correct('choice')),
+    **accuracy('accuracy_per_byte', correct('choice_per_byte')),
   }
 
 
 def greedy(lines, tokenizer, context, matches):
-  """Whether greedy decoding gives the answers, token for token.
+  """Checks whether greedy decoding gives the answers, token for token.
 
   Args:
-    lines: as for `bound`.
-    tokenizer: as for `bound`.
-    context: as for `bound`.
+    lines, tokenizer, context: as for `bound`.
     matches: function from queries.Answers to [B] bool.
 
   Returns:
-    list of dicts, and a dict of the accuracy.
+    - one dict per line: whether its answer matches.
+    - dict with the accuracy and its standard error.
   """
   encoded = [
     _encode(line, line.value['answer'], tokenizer, context) for line in lines
   ]
   *parts, _ = zip(*encoded, strict=True)
-  right = matches(lay_out(*parts)).tolist()
-  rows = [{'match': match} for match in right]
-  return rows, {'lines': len(lines), **accuracy('accuracy', right)}
+  matched = matches(lay_out(*parts)).tolist()
+  rows = [{'match': match} for match in matched]
+  return rows, {'lines': len(lines), **accuracy('accuracy', matched)}
 
 
 TASKS = {'bound': bound, 'choices': choices, 'greedy': greedy}
 
 
 def _encode(line, answer, tokenizer, context):
-  """Tokens of prompt, answer and suffix, and the bytes of what is scored."""
+  """Encodes prompt, answer and suffix of a line.
+
+  Returns:
+    Three token lists, and the number of UTF-8 bytes of the answer.
+
+  Raises:
+    UserError: the row is longer than the context.
+  """
   prompt = line.value['prompt'].rstrip()
   answer = line.value['prompt'][len(prompt) :] + answer
   suffix = line.value.get('suffix', '')
   parts = [tokenizer.encode(text) for text in (prompt, answer, suffix)]
   length = sum(map(len, parts))
   if length > context:
-    named = 'prompt, answer and suffix' if suffix else 'prompt and answer'
+    fields = 'prompt, answer and suffix' if suffix else 'prompt and answer'
     raise UserError(
-      f'{line.where}: {named} have {length} tokens, more than the '
-      f'{context} that the network was trained on'
+      f'{line.where}: {fields} have {length} tokens, more than the {context} '
+      'of the rows in training: shorten the line'
     )
   return *parts, len(answer.encode())
 
 
-def accuracy(name, right):
-  """The share of what is right, and its standard error over lines."""
-  share, n = float(np.mean(right)), len(right)
-  return {
-    name: share,
-    f'stderr_{name}': (share * (1 - share) / (n - 1)) ** 0.5 if n > 1 else None,
-  }
+def accuracy(name, correct):
+  """Returns a dict with the accuracy `name` and its standard error.
+
+  Args:
+    name: key of the accuracy.
+    correct: list of bool, one per line.
+  """
+  mean, n = float(np.mean(correct)), len(correct)
+  stderr = (mean * (1 - mean) / (n - 1)) ** 0.5 if n > 1 else None
+  return {name: mean, f'stderr_{name}': stderr}
 
 
 def _number(x):
-  """A float for JSON, which has no nan."""
+  """Returns a float for JSON: None instead of nan, which JSON lacks."""
   return None if np.isnan(x) else float(x)

@@ -1,4 +1,4 @@
-"""Lines that the sampler answers; in place of a network, what knows them."""
+"""Lines answered by the sampler. A fake network has memorized the answers."""
 
 import functools
 
@@ -15,31 +15,34 @@ from maskdiff.evals import answered, puzzles
 from maskdiff.interop import load
 
 
-def knows(rows, tokens, valid):
-  """Of the rows known by heart the one that fits what is shown.
+def recall(rows, tokens, valid):
+  """Returns logits of the memorized row that agrees best with the tokens.
 
-  A row fits worse by every token that is shown and is another.
+  Args:
+    rows: [R, 64] int32, the memorized rows.
+    tokens: [B, L] int32; 4 is the mask token.
+    valid: [B, L] bool.
   """
   size = min(rows.shape[1], tokens.shape[1])
-  known, shown = rows[None, :, :size], tokens[:, None, :size]
-  wrong = (shown != known) & (shown != 4) & valid[:, None, :size]
+  memorized, given = rows[None, :, :size], tokens[:, None, :size]
+  wrong = (given != memorized) & (given != 4) & valid[:, None, :size]
   best = wrong.sum(axis=2).argmin(axis=1)
   return jax.nn.one_hot(rows[best], 4096)[:, : tokens.shape[1]] * 9
 
 
 @pytest.fixture
 def model(tokenizer, monkeypatch):
-  """Makes a model that has learned the lines by heart."""
+  """Returns a function that makes a model which has memorized lines."""
   fake_networks.put_in(monkeypatch)
 
   def network(config, params):
-    return fake_networks.network(knows, params, eos_id=tokenizer.eos_id)
+    return fake_networks.network(recall, params, eos_id=tokenizer.eos_id)
 
   monkeypatch.setattr(load, 'network', network)
   config = config_lib.default()
   config.data.length = 64
 
-  def learned(lines):
+  def memorize(lines):
     rows = [
       tokenizer.encode(line['prompt'])
       + tokenizer.encode(line['answer'])
@@ -53,35 +56,37 @@ def model(tokenizer, monkeypatch):
       config, tokenizer, jnp.asarray(table), mesh.make_mesh(fsdp=8)
     )
 
-  return learned
+  return memorize
 
 
-def ask(model, values, name, lines, batch=8):
+def answer(model, settings, name, lines, batch=8):
   correct = functools.partial(puzzles.correct, name)
-  return answered.ask(model, values, lines, correct, seed=0, batch=batch)
+  return answered.answer_lines(
+    model, settings, lines, correct, seed=0, batch=batch
+  )
 
 
-def test_who_knows_the_answers_is_right(model):
+def test_memorized_answers_are_right(model):
   lines = puzzles.make('addition', 0, 10)
-  rows, total = ask(model(lines), {}, 'addition', lines)
+  rows, total = answer(model(lines), {}, 'addition', lines)
   assert [row['text'] for row in rows] == [x['answer'] for x in lines]
   assert all(row['correct'] for row in rows)
   assert (total['lines'], total['accuracy']) == (10, 1.0)
-  # Three digits and an eos, one a step.
+  # One denoising step for each of three digits and an eos.
   assert total['forwards_per_token'] == 1.0
   assert total['sampler']['steps'] == total['sampler']['gen_length'] == 4
 
 
-def test_who_knows_some_is_right_on_those(model):
+def test_accuracy_is_the_share_of_right_answers(model):
   lines = puzzles.make('addition', 0, 10)
-  learned = [dict(x, answer='999') if i < 3 else x for i, x in enumerate(lines)]
-  rows, total = ask(model(learned), {}, 'addition', lines)
+  changed = [dict(x, answer='999') if i < 3 else x for i, x in enumerate(lines)]
+  rows, total = answer(model(changed), {}, 'addition', lines)
   assert [row['correct'] for row in rows] == [i >= 3 for i in range(10)]
   assert total['accuracy'] == 0.7
 
 
 @pytest.mark.parametrize(
-  'values, forwards',
+  'settings, forwards',
   [
     ({'steps': '1'}, 1),
     ({'remasking': 'threshold', 'threshold': '0.5'}, 1),
@@ -90,60 +95,60 @@ def test_who_knows_some_is_right_on_those(model):
   ],
   ids=str,
 )
-def test_settings_reach_the_sampler(model, values, forwards):
+def test_settings_reach_the_sampler(model, settings, forwards):
   lines = puzzles.make('addition', 0, 10)
-  _, total = ask(model(lines), values, 'addition', lines)
+  _, total = answer(model(lines), settings, 'addition', lines)
   assert total['accuracy'] == 1.0
   assert total['forwards_per_token'] == forwards / 4
-  for key, value in values.items():
+  for key, value in settings.items():
     assert str(total['sampler'][key]) == str(value)
 
 
-def test_ways_of_asking_are_told_apart_and_gaps_are_filled(model):
+def test_accuracy_per_way_and_infilling(model):
   lines = puzzles.make('reversal', 0, 30)
-  told = [line for line in lines if line['way'] != 'reversed']
-  rows, total = ask(model(told), {}, 'reversal', lines)
+  memorized = [line for line in lines if line['way'] != 'reversed']
+  rows, total = answer(model(memorized), {}, 'reversal', lines)
   assert total['accuracy_told'] == total['accuracy_infill'] == 1.0
   assert total['accuracy_reversed'] < 0.5
-  gap = next(row for row in rows if row['way'] == 'infill')
-  assert gap['text'] == gap['answer']
+  infilled = next(row for row in rows if row['way'] == 'infill')
+  assert infilled['text'] == infilled['answer']
 
 
-def test_batches_change_nothing(model):
+def test_batch_size_does_not_change_answers(model):
   lines = puzzles.make('addition', 0, 10)
-  made = model(lines)
-  values = {'temperature': '1.5'}
-  rows, _ = ask(made, values, 'addition', lines, batch=4)
-  assert ask(made, values, 'addition', lines, batch=10)[0] == rows
+  memorized = model(lines)
+  settings = {'temperature': '1.5'}
+  rows, _ = answer(memorized, settings, 'addition', lines, batch=4)
+  assert answer(memorized, settings, 'addition', lines, batch=10)[0] == rows
   assert not all(row['correct'] for row in rows)
 
 
 @pytest.mark.parametrize(
-  'values, message',
+  'settings, message',
   [
     ({'stpes': '3'}, "'stpes': choose among block_length"),
     ({'prompts': 'x'}, "'prompts': choose among"),
     ({'steps': 'many'}, "steps='many': must be int"),
     ({'stop_at_eos': '1'}, "stop_at_eos='1': must be bool"),
     ({'remasking': 'best'}, "sample.remasking='best': choose one of"),
-    ({'block_length': '2', 'steps': '3'}, 'steps=3 cannot be shared equally'),
+    ({'block_length': '2', 'steps': '3'}, 'steps=3 cannot be divided equally'),
     ({'gen_length': '9'}, 'gen_length: the task sets it'),
   ],
   ids=str,
 )
-def test_settings_that_are_not_possible_are_named(model, values, message):
+def test_invalid_setting_is_named(model, settings, message):
   lines = puzzles.make('addition', 0, 2)
   with pytest.raises(UserError, match=message):
-    ask(model(lines), values, 'addition', lines)
+    answer(model(lines), settings, 'addition', lines)
 
 
-def test_a_row_that_is_too_long_is_named(model):
+def test_too_long_row_is_refused(model):
   line = {'prompt': 'x = ' * 64, 'answer': 'y'}
   with pytest.raises(UserError, match='the model was trained on rows of'):
-    ask(model([]), {}, 'addition', [line])
+    answer(model([]), {}, 'addition', [line])
 
 
-def test_a_setting_is_a_key_and_a_value():
+def test_parse_pairs_splits_at_the_first_equals_sign():
   assert config_lib.parse_pairs(['a=b=c', 'd=']) == {'a': 'b=c', 'd': ''}
   with pytest.raises(UserError, match="'steps': write KEY=VALUE"):
     config_lib.parse_pairs(['steps'])

@@ -1,4 +1,4 @@
-"""The run as a model of lm-eval: what its tasks get is what the library gives.
+"""The model class for lm-eval: its results equal those of the library.
 
 Tasks are local files; the network has random weights.
 """
@@ -66,7 +66,7 @@ def workdir(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def tasks(tmp_path_factory):
-  """A directory with tasks and their data."""
+  """Returns a directory with lm-eval tasks and their data."""
   path = tmp_path_factory.mktemp('tasks')
   for name, lines in (('questions', QUESTIONS), ('texts', TEXTS)):
     text = ''.join(json.dumps(line) + '\n' for line in lines)
@@ -82,7 +82,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def model(workdir):
-  """Likelihoods are exact, so that nothing depends on seeds."""
+  """Returns a model with exact likelihoods, which do not depend on seeds."""
   return harness.MaskDiff(
     str(workdir), form='left_to_right', batch_size=2, block_length=3
   )
@@ -100,17 +100,17 @@ def results(model, tasks, tmp_path_factory):
 
 
 def exact(model, prompt, answer):
-  """Log-likelihood of tokens given tokens, and whether they are greedy."""
+  """Returns the log-likelihood of tokens, and whether they are greedy."""
   c = queries.likelihood_config(
     model.model.config, guidance=0.0, tokens_per_call=4096
   )
-  asked = model.model.network, c, bounds.lay_out([prompt], [answer])
+  arguments = model.model.network, c, bounds.lay_out([prompt], [answer])
   with jax.set_mesh(model.model.mesh):
-    value = bounds.left_to_right(*asked).log_likelihood[0]
-    return value, bounds.greedy_matches(*asked)[0]
+    value = bounds.left_to_right(*arguments).log_likelihood[0]
+    return value, bounds.greedy_matches(*arguments)[0]
 
 
-def test_choices_are_scored_after_their_question(results, model, tokenizer):
+def test_choices_are_scored_given_their_question(results, model, tokenizer):
   for sample, question in zip(
     results['samples']['md_choice'], QUESTIONS, strict=True
   ):
@@ -120,7 +120,7 @@ def test_choices_are_scored_after_their_question(results, model, tokenizer):
     for choice, response in zip(
       question['choices'], sample['filtered_resps'], strict=True
     ):
-      # The white space goes to the choice, and both are encoded as one text.
+      # White space moves to the choice, and both are encoded as one text.
       whole = encode(text + choice)
       answer = whole[len(prompt) :] if text else whole
       value, greedy = exact(model, prompt, answer)
@@ -130,9 +130,11 @@ def test_choices_are_scored_after_their_question(results, model, tokenizer):
     assert sample['acc'] == (np.argmax(values) == question['label'])
 
 
-def test_texts_are_cut_where_the_context_ends(results, model, tokenizer):
-  """Each token is scored once. A piece is shown the last token before it, the
-  last piece as many as fit."""
+def test_long_texts_are_cut_into_pieces(results, model, tokenizer):
+  """Each token is scored once, given the last token of the piece before.
+
+  The last piece is scored given as many tokens as fit.
+  """
   total = 0.0
   for sample, line in zip(results['samples']['md_rolling'], TEXTS, strict=True):
     ids = [tokenizer.eos_id, *tokenizer.encode(line['text'])]
@@ -150,9 +152,7 @@ def test_texts_are_cut_where_the_context_ends(results, model, tokenizer):
   )
 
 
-def test_answers_are_the_samplers_up_to_a_stop_string(
-  results, model, tokenizer
-):
+def test_answers_are_cut_at_stop_strings(results, model, tokenizer):
   config = model.model.config.copy_and_resolve_references()
   config.sample.update(gen_length=6, block_length=3, steps=6, temperature=0.0)
   prompts = [tokenizer.encode(q['question']) for q in QUESTIONS]
@@ -172,7 +172,7 @@ def test_answers_are_the_samplers_up_to_a_stop_string(
   assert cuts
 
 
-def test_settings_are_stored_with_the_results(results, workdir):
+def test_results_contain_the_settings(results, workdir):
   stored = results['config']['maskdiff']
   assert stored['workdir'] == str(workdir)
   assert stored['estimator'] == 'left_to_right'
@@ -187,20 +187,21 @@ def requests(*args):
   return [SimpleNamespace(args=a) for a in args]
 
 
-def test_a_long_context_loses_its_beginning(model, tokenizer):
-  context, rest = 'alpha = beta\n' * 20, ' self.read'
-  whole = tokenizer.encode(context.rstrip() + '\n' + rest)
+def test_long_context_loses_its_beginning(model, tokenizer):
+  context, continuation = 'alpha = beta\n' * 20, ' self.read'
+  whole = tokenizer.encode(context.rstrip() + '\n' + continuation)
   answer = whole[len(tokenizer.encode(context.rstrip())) :]
   ids = whole[: len(whole) - len(answer)]
   ((value, greedy),) = model.loglikelihood(
-    requests((context, rest)), disable_tqdm=True
+    requests((context, continuation)), disable_tqdm=True
   )
   assert len(ids) > 32
-  shown = ids[len(ids) - (32 - len(answer)) :]
-  assert (value, greedy) == pytest.approx(exact(model, shown, answer), rel=1e-5)
+  prompt = ids[len(ids) - (32 - len(answer)) :]
+  expected = exact(model, prompt, answer)
+  assert (value, greedy) == pytest.approx(expected, rel=1e-5)
 
 
-def test_bounds_depend_on_a_request_alone_and_its_choices_share_masks(workdir):
+def test_bound_depends_on_its_request_only(workdir):
   model = harness.MaskDiff(str(workdir), samples=16, check_greedy=False)
   pairs = [('for i in', ' range(3):'), ('def read(', 'self):')]
   together = model.loglikelihood(requests(*pairs), disable_tqdm=True)
@@ -216,7 +217,7 @@ def test_bounds_depend_on_a_request_alone_and_its_choices_share_masks(workdir):
   assert info['estimator']['samples'] == 16 and not info['check_greedy']
 
 
-def test_a_model_is_spread_and_cast_as_asked(model, workdir):
+def test_tensor_and_dtype_are_applied(model, workdir):
   pairs = requests(('for i in', ' range(3):'), ('def read(', 'self):'))
   expected = model.loglikelihood(pairs, disable_tqdm=True)
   spread = harness.MaskDiff(str(workdir), form='left_to_right', tensor=2)
@@ -231,21 +232,21 @@ def test_a_model_is_spread_and_cast_as_asked(model, workdir):
   assert model.get_model_info()['maskdiff']['dtype'] == 'float32'
 
 
-def test_a_tasks_own_sampling_counts_if_it_says_so(model):
-  asked = {'until': 'x', 'temperature': 0.9, 'top_p': 0.5, 'max_gen_toks': 4}
-  until, values = model._decoding({**asked, 'do_sample': True})
+def test_do_sample_enables_a_tasks_sampling_settings(model):
+  kwargs = {'until': 'x', 'temperature': 0.9, 'top_p': 0.5, 'max_gen_toks': 4}
+  until, values = model._decoding({**kwargs, 'do_sample': True})
   assert until == ['x']
   assert (values['temperature'], values['top_p']) == (0.9, 0.5)
   assert (values['gen_length'], values['block_length']) == (4, 3)
-  _, values = model._decoding({**asked, 'do_sample': False})
+  _, values = model._decoding({**kwargs, 'do_sample': False})
   assert (values['temperature'], values['top_p']) == (0.0, 1.0)
 
 
-def test_what_cannot_be_done_is_one_line(model, workdir):
-  ask = requests(('x', {'until': [], 'max_gen_toks': 64}))
-  with pytest.raises(UserError, match='64 tokens .* set gen_length'):
-    model.generate_until(ask)
-  with pytest.raises(UserError, match='more than the 32 that the network'):
+def test_invalid_requests_and_settings_are_user_errors(model, workdir):
+  too_long = requests(('x', {'until': [], 'max_gen_toks': 64}))
+  with pytest.raises(UserError, match='64 tokens, .* set gen_length'):
+    model.generate_until(too_long)
+  with pytest.raises(UserError, match='more than the 32 of the rows'):
     model.loglikelihood(requests(('x', ' y = 1' * 40)), disable_tqdm=True)
   with pytest.raises(UserError, match="sampler setting 'stpes'"):
     harness.MaskDiff(str(workdir), stpes=3)
@@ -256,7 +257,7 @@ def test_what_cannot_be_done_is_one_line(model, workdir):
 
 
 @pytest.mark.slow
-def test_the_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
+def test_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
   def launch(*flags):
     return forked.run(
       [

@@ -1,4 +1,4 @@
-"""Questions from held-out text."""
+"""Questions made from held-out text."""
 
 import numpy as np
 import pytest
@@ -20,12 +20,12 @@ def config(tokenizer, corpus):
 
 
 @pytest.fixture(scope='module')
-def found(config, tokenizer):
+def documents(config, tokenizer):
   return heldout.documents(config, tokenizer)
 
 
 def texts(corpus, tokenizer, split):
-  """The documents of a split, or what a row has of them."""
+  """Returns the documents of a split, as text; rows cut some into pieces."""
   source = records.RowSource(corpus, records.read_manifest(corpus), split)
   rows = np.array([source[i] for i in range(len(source))])
   ends = [np.flatnonzero(row == tokenizer.eos_id) + 1 for row in rows]
@@ -36,15 +36,15 @@ def texts(corpus, tokenizer, split):
   ]
 
 
-def test_documents_are_those_held_out(found, corpus, tokenizer):
+def test_documents_are_held_out(documents, corpus, tokenizer):
   expected = [t for t in texts(corpus, tokenizer, 'heldout') if t]
-  assert [tokenizer.decode(ids) for ids in found] == expected
-  assert not any(tokenizer.eos_id in ids for ids in found)
+  assert [tokenizer.decode(ids) for ids in documents] == expected
+  assert not any(tokenizer.eos_id in ids for ids in documents)
 
 
-def test_the_right_choice_is_what_follows_in_the_text(found, tokenizer):
-  held_out = [tokenizer.decode(ids) for ids in found]
-  lines = heldout.choices(found, tokenizer, CONTEXT, 0, N)
+def test_right_choice_continues_the_prompt(documents, tokenizer):
+  held_out = [tokenizer.decode(ids) for ids in documents]
+  lines = heldout.choices(documents, tokenizer, CONTEXT, 0, N)
   assert len(lines) == N
   follows = lambda line, i: any(
     line['prompt'] + line['choices'][i] in text for text in held_out
@@ -53,17 +53,15 @@ def test_the_right_choice_is_what_follows_in_the_text(found, tokenizer):
     assert len(line['choices']) == len(set(line['choices'])) == 4
     assert follows(line, line['answer'])
     assert all(any(c in text for text in held_out) for c in line['choices'])
-  # The others follow by chance alone, in a corpus of few words.
+  # In a corpus of few words, some other choices continue it by chance.
   others = [follows(x, i) for x in lines for i in range(4) if i != x['answer']]
   assert np.mean(others) < 0.5
   assert len({line['answer'] for line in lines}) > 1
 
 
-def test_a_word_is_missing_and_the_parts_have_the_tokens_of_the_whole(
-  found, tokenizer
-):
-  held_out = [tokenizer.decode(ids) for ids in found]
-  lines = heldout.cloze(found, tokenizer, CONTEXT, 0, N)
+def test_cloze_parts_have_the_tokens_of_the_whole(documents, tokenizer):
+  held_out = [tokenizer.decode(ids) for ids in documents]
+  lines = heldout.cloze(documents, tokenizer, CONTEXT, 0, N)
   assert len(lines) == N
   for line in lines:
     parts = line['prompt'], line['answer'], line['suffix']
@@ -74,20 +72,20 @@ def test_a_word_is_missing_and_the_parts_have_the_tokens_of_the_whole(
 
 
 @pytest.mark.parametrize('draw', [heldout.choices, heldout.cloze])
-def test_a_seed_gives_the_same_lines(draw, found, tokenizer):
-  first = draw(found, tokenizer, CONTEXT, 0, N)
-  assert draw(found, tokenizer, CONTEXT, 0, N) == first
-  assert draw(found, tokenizer, CONTEXT, 1, N) != first
+def test_lines_depend_on_the_seed_only(draw, documents, tokenizer):
+  first = draw(documents, tokenizer, CONTEXT, 0, N)
+  assert draw(documents, tokenizer, CONTEXT, 0, N) == first
+  assert draw(documents, tokenizer, CONTEXT, 1, N) != first
 
 
 @pytest.mark.parametrize('draw', [heldout.choices, heldout.cloze])
-def test_too_little_text_is_said(draw, found, tokenizer):
-  with pytest.raises(UserError, match='held-out text has 0 places'):
-    draw(found, tokenizer, 1024, 0, N)
+def test_too_little_text_is_refused(draw, documents, tokenizer):
+  with pytest.raises(UserError, match='held-out text has 0 windows'):
+    draw(documents, tokenizer, 1024, 0, N)
 
 
 @pytest.mark.parametrize('draw', [heldout.choices, heldout.cloze])
-def test_text_that_makes_no_questions_is_said(draw, tokenizer):
-  same = [tokenizer.encode('1' * 400)]
-  with pytest.raises(UserError, match=f'gives 0 of {N} lines'):
-    draw(same, tokenizer, 6, 0, N)
+def test_text_without_questions_is_refused(draw, tokenizer):
+  uniform = [tokenizer.encode('1' * 400)]
+  with pytest.raises(UserError, match=f'it gives 0 of {N} lines'):
+    draw(uniform, tokenizer, 6, 0, N)

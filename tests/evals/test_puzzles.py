@@ -1,4 +1,4 @@
-"""Puzzles: each has the answer that is given, and no other is taken."""
+"""Puzzles: answers are right, wrong answers are refused, no overlap of sets."""
 
 import fractions
 import itertools
@@ -14,7 +14,7 @@ N = 40
 
 
 @pytest.mark.parametrize('name', puzzles.PUZZLES)
-def test_a_seed_gives_the_same_puzzles_and_another_gives_others(name):
+def test_puzzles_depend_on_the_seed_only(name):
   first = puzzles.make(name, 3, N)
   assert len(first) == N
   assert puzzles.make(name, 3, N) == first
@@ -22,32 +22,32 @@ def test_a_seed_gives_the_same_puzzles_and_another_gives_others(name):
 
 
 @pytest.mark.parametrize('name', puzzles.PUZZLES)
-def test_the_answer_that_is_given_is_right_and_a_spoilt_one_is_not(name):
+def test_answer_is_right_and_changed_answers_are_wrong(name):
   for puzzle in puzzles.make(name, 0, N):
     answer = puzzle['answer']
     assert puzzles.correct(name, puzzle, answer)
-    for spoilt in ('', answer[:-1], answer + answer[-1], answer[::-1] + '0'):
-      assert not puzzles.correct(name, puzzle, spoilt)
+    for wrong in ('', answer[:-1], answer + answer[-1], answer[::-1] + '0'):
+      assert not puzzles.correct(name, puzzle, wrong)
 
 
 @pytest.mark.parametrize('name', DRAWN)
-def test_no_puzzle_is_both_trained_on_and_asked(name):
-  asked = {p['prompt'] for p in puzzles.make(name, 0, N)}
-  trained = puzzles.training_lines(name, 0, 8 * N)
-  assert not asked & {p['prompt'] for p in trained}
-  assert all(p['text'] == p['prompt'] + p['answer'] for p in trained)
+def test_training_and_evaluation_puzzles_are_disjoint(name):
+  heldout = {p['prompt'] for p in puzzles.make(name, 0, N)}
+  training = puzzles.training_lines(name, 0, 8 * N)
+  assert not heldout & {p['prompt'] for p in training}
+  assert all(p['text'] == p['prompt'] + p['answer'] for p in training)
 
 
 @pytest.mark.parametrize('name', DRAWN)
-def test_all_puzzles_and_answers_are_equally_long(name):
-  """So that the length of the canvas says nothing of the answer."""
+def test_all_answers_have_equal_length(name):
+  """The length of the canvas does not reveal the answer."""
   lines = puzzles.make(name, 0, N)
   for part in ('prompt', 'answer'):
     assert len({len(line[part]) for line in lines}) == 1
 
 
 @pytest.mark.parametrize('digits', [1, 2, 5])
-def test_sums_are_those_of_the_numbers(digits):
+def test_sums_are_right(digits):
   for puzzle in puzzles.make('addition', 0, N, digits=digits):
     assert len(puzzle['prompt']) == 2 * digits + 2
     assert len(puzzle['answer']) == digits + 1
@@ -56,7 +56,7 @@ def test_sums_are_those_of_the_numbers(digits):
 
 
 def solve(cells):
-  """All solutions of a 4x4 sudoku, by trying; independent of the grids."""
+  """Returns all solutions of a 4x4 sudoku by backtracking, without grids()."""
   if '0' not in cells:
     return [cells]
   at = cells.index('0')
@@ -74,7 +74,7 @@ def solve(cells):
   ]
 
 
-def test_a_sudoku_has_one_solution():
+def test_sudoku_has_one_solution():
   for puzzle in puzzles.make('sudoku', 0, N):
     given = puzzle['prompt'][:16]
     assert 6 <= given.count('0') <= 10
@@ -87,15 +87,15 @@ def test_there_are_288_grids():
   assert len(puzzles.grids()) == 288
 
 
-def test_a_grid_that_is_valid_but_changes_a_given_digit_is_wrong():
+def test_valid_grid_with_another_given_digit_is_wrong():
   puzzle = puzzles.make('sudoku', 0, 1)[0]
   swapped = puzzle['answer'].translate(str.maketrans('1234', '2143'))
   assert puzzles.solves_sudoku({'prompt': '0' * 16 + '='}, swapped)
   assert not puzzles.solves_sudoku(puzzle, swapped)
 
 
-def test_a_countdown_can_be_solved_with_each_number_used_once():
-  """An enumeration of orders and operators finds the target."""
+def test_countdown_has_a_solution():
+  """Enumerates orders and operators; each number is used once."""
   for puzzle in puzzles.make('countdown', 0, N):
     numbers, target = puzzle['prompt'][:-1].split('->')
     values = [
@@ -110,7 +110,7 @@ def test_a_countdown_can_be_solved_with_each_number_used_once():
 
 
 def calculated(expression):
-  """The value by Python's own grammar, in exact fractions."""
+  """Returns the value by Python's own grammar, in exact fractions."""
   return eval(  # noqa: S307
     re.sub(r'\d+', lambda m: f'F({int(m[0])})', expression),
     {'F': fractions.Fraction},
@@ -133,34 +133,34 @@ def calculated(expression):
     ('٢+٣', None),
   ],
 )
-def test_the_value_of_an_expression(text, value):
+def test_value_of_an_expression(text, value):
   assert puzzles.value(text) == value
 
 
 @pytest.mark.parametrize(
   'text, right',
   [
-    ('12-07+10', False),  # not its numbers
+    ('12-07+10', False),  # 10 is not in the puzzle
     ('12+07-04', True),
     ('07-04+12', True),
     ('12+07+04', False),
     ('12+07-04-04', False),
-    ('12+7-4', False),  # numbers are as in the puzzle
+    ('12+7-4', False),  # numbers have two digits
     ('12+03', False),
   ],
 )
-def test_a_countdown_is_judged_by_its_value(text, right):
+def test_countdown_is_checked_by_numbers_and_value(text, right):
   puzzle = {'prompt': '04,07,12->15:'}
   assert puzzles.makes_target(puzzle, text) == right
 
 
 @pytest.mark.parametrize('name', ['sudoku', 'countdown'])
-def test_what_is_no_puzzle_has_no_right_answer(name):
+def test_malformed_puzzle_has_no_right_answer(name):
   assert not puzzles.correct(name, {'prompt': 'What?'}, '1' * 16)
 
 
-def test_it_is_asked_for_facts_in_other_ways_than_they_were_told():
-  told = {
+def test_evaluation_asks_for_facts_in_three_ways():
+  sentences = {
     sentence
     for line in puzzles.training_lines('reversal', 0, 1000)
     for sentence in line['text'].splitlines()
@@ -168,13 +168,13 @@ def test_it_is_asked_for_facts_in_other_ways_than_they_were_told():
   ways = {}
   for q in puzzles.make('reversal', 0, len(puzzles.questions())):
     sentence = q['prompt'] + q['answer'] + q.get('suffix', '')
-    assert (sentence in told) == (q['way'] != 'reversed')
+    assert (sentence in sentences) == (q['way'] != 'reversed')
     ways[q['way']] = ways.get(q['way'], 0) + 1
   assert ways == dict.fromkeys(('told', 'reversed', 'infill'), 40)
-  # Both kinds of sentence are met, so that there is a way to know them.
-  assert {s.startswith('the ') for s in told} == {True, False}
+  # The training text has sentences of both orders.
+  assert {s.startswith('the ') for s in sentences} == {True, False}
 
 
-def test_an_unknown_puzzle_is_named():
+def test_unknown_puzzle_is_named():
   with pytest.raises(UserError, match="'chess': choose one of addition"):
     puzzles.make('chess', 0, 1)

@@ -1,6 +1,6 @@
-"""Tasks on lines of text: reading them, and what is made of the scores.
+"""Tasks scored by likelihood: reading lines, and results from scores.
 
-In place of a network, a token costs one nat.
+There is no network; every token costs one nat.
 """
 
 import json
@@ -28,7 +28,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def scored():
-  """The requests that `score` got."""
+  """Returns the list to which `score` appends its arguments."""
   return []
 
 
@@ -42,9 +42,7 @@ def score(scored):
   return score
 
 
-def test_an_answer_is_scored_in_nats_and_bits_per_byte(
-  write, score, scored, tokenizer
-):
+def test_bound_reports_nats_and_bits_per_byte(write, score, scored, tokenizer):
   values = [
     {'prompt': 'def read(', 'answer': 'self):'},
     {'prompt': '', 'answer': 'café'},
@@ -80,7 +78,7 @@ def test_an_answer_is_scored_in_nats_and_bits_per_byte(
     assert tokenizer.decode(tokens[i, answer[i]]) == value['answer']
 
 
-def test_a_long_text_is_scored_in_pieces(write, score, scored, tokenizer):
+def test_long_text_is_scored_in_pieces(write, score, scored, tokenizer):
   text = 'def read(self):\n  return self.alpha + self.beta\n' * 3
   lines = scored_lib.read(write({'text': text}, {'text': 'x'}), 'bound')
   (row, _), total = scored_lib.bound(lines, tokenizer, 10, score)
@@ -95,10 +93,10 @@ def test_a_long_text_is_scored_in_pieces(write, score, scored, tokenizer):
   assert total['tokens'] == len(ids) + len(tokenizer.encode('x'))
 
 
-def test_white_space_at_the_end_of_a_prompt_is_scored_with_the_answer(
+def test_trailing_white_space_of_a_prompt_is_scored(
   write, score, scored, tokenizer
 ):
-  """As LLaDA's evaluation has it."""
+  """LLaDA's evaluation does the same."""
   lines = scored_lib.read(
     write({'prompt': 'return ', 'answer': 'self'}), 'bound'
   )
@@ -112,10 +110,10 @@ GAP = {'prompt': 'def ', 'answer': 'read', 'suffix': '(self): café'}
 
 
 @pytest.mark.parametrize('task', ['bound', 'choices', 'greedy'])
-def test_what_follows_an_answer_is_given_and_not_scored(
+def test_suffix_is_given_and_not_scored(
   write, score, scored, tokenizer, task
 ):
-  """Encoded for itself, so that the answer has the tokens of its text."""
+  """The answer is encoded separately: its tokens are those of its text."""
   line, answers = GAP, [' read']
   if task == 'choices':
     line = GAP | {'choices': ['read', 'write'], 'answer': 1}
@@ -131,37 +129,33 @@ def test_what_follows_an_answer_is_given_and_not_scored(
   ((tokens, answer, valid, _),) = scored
   prompt, suffix = tokenizer.encode('def'), tokenizer.encode(GAP['suffix'])
   for i, text in enumerate(answers):
-    mine = tokenizer.encode(text)
-    assert tokens[i, valid[i]].tolist() == [*prompt, *mine, *suffix]
+    ids = tokenizer.encode(text)
+    assert tokens[i, valid[i]].tolist() == [*prompt, *ids, *suffix]
     assert np.flatnonzero(answer[i]).tolist() == [
-      len(prompt) + k for k in range(len(mine))
+      len(prompt) + k for k in range(len(ids))
     ]
   if task == 'bound':
-    assert row['tokens'] == row['nats'] == len(mine)
-    assert row['bits_per_byte'] == pytest.approx(len(mine) / 5 * BITS)
+    assert row['tokens'] == row['nats'] == len(ids)
+    assert row['bits_per_byte'] == pytest.approx(len(ids) / 5 * BITS)
 
 
-def test_an_empty_suffix_is_none(write, score, scored, tokenizer):
+def test_empty_suffix_equals_no_suffix(write, score, scored, tokenizer):
   lines = scored_lib.read(write(PAIR | {'suffix': ''}, PAIR), 'bound')
   one, other = scored_lib.bound(lines, tokenizer, 64, score)[0]
   assert one == other
-  scored_lib.check_ends(lines)
+  scored_lib.check_no_suffixes(lines)
 
 
 @pytest.mark.parametrize('task', ['bound', 'greedy'])
-def test_text_after_an_answer_is_refused_where_it_would_not_be_seen(
-  write, task
-):
+def test_suffix_is_refused_for_autoregressive_models(write, task):
   lines = scored_lib.read(write(PAIR, GAP), task)
-  message = 'data.jsonl:2: text follows .* take out the suffix'
+  message = 'data.jsonl:2: text follows .* remove the suffix'
   with pytest.raises(UserError, match=message):
-    scored_lib.check_ends(lines)
+    scored_lib.check_no_suffixes(lines)
 
 
-def test_the_likeliest_choice_is_taken_in_all_and_per_byte(
-  write, score, scored, tokenizer
-):
-  """One nat a token: the shortest, and the one with the longest tokens."""
+def test_likeliest_choice_in_all_and_per_byte(write, score, scored, tokenizer):
+  """At one nat per token: the shortest, and the one with the longest tokens."""
   choices = ['x', 'return self']
   counts = [len(tokenizer.encode(c)) for c in choices]
   assert counts[0] < counts[1] < 11
@@ -185,7 +179,7 @@ def test_the_likeliest_choice_is_taken_in_all_and_per_byte(
     'accuracy_per_byte': 0.5,
     'stderr_accuracy_per_byte': 0.5,
   }
-  assert scored[0][3] == [0, 0, 1, 1]  # one seed a line
+  assert scored[0][3] == [0, 0, 1, 1]  # one seed per line
 
 
 def test_greedy_matches_are_counted(write, tokenizer):
@@ -200,7 +194,7 @@ def test_greedy_matches_are_counted(write, tokenizer):
   assert total['accuracy'] == np.mean(expected)
 
 
-def test_errors_that_are_unknown_are_null_in_json(write, tokenizer):
+def test_unknown_standard_errors_are_null(write, tokenizer):
   lines = scored_lib.read(write({'text': 'x'}), 'bound')
   unknown = lambda *_: Estimate(np.array([-1.0]), np.array([np.nan]))
   (row,), total = scored_lib.bound(lines, tokenizer, 64, unknown)
@@ -208,7 +202,7 @@ def test_errors_that_are_unknown_are_null_in_json(write, tokenizer):
   assert total['stderr_nats_per_token'] is None
 
 
-def test_empty_lines_are_passed_over(write):
+def test_empty_lines_are_skipped(write):
   lines = scored_lib.read(
     write('', {'text': 'a'}, '  ', {'text': 'b'}), 'bound'
   )
@@ -227,7 +221,7 @@ REFUSED = {
   'suffix_of_a_text': (
     'bound',
     {'text': 'a', 'suffix': 'b'},
-    ':2: a text .* no suffix: write prompt, answer and suffix',
+    ':2: a line with text .* suffix: write prompt, answer and suffix',
   ),
   'suffix_no_text': (
     'greedy',
@@ -248,7 +242,7 @@ REFUSED = {
   'no_choices': (
     'choices',
     {'prompt': 'a', 'choices': [], 'answer': 0},
-    ':2: answer 0 is none of its 0 choices',
+    ':2: answer 0 is not the index of one of its 0 choices',
   ),
   'empty_choice': (
     'choices',
@@ -263,13 +257,13 @@ REFUSED = {
   'from_one': (
     'choices',
     {'prompt': 'a', 'choices': ['b', 'c'], 'answer': 2},
-    ':2: answer 2 is none of its 2 choices, which count from 0',
+    ':2: answer 2 is not the .* 2 choices, which count from 0',
   ),
 }
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_a_line_that_cannot_be_scored_is_named(write, case):
+def test_invalid_line_is_named(write, case):
   task, line, message = REFUSED[case]
   good = PAIR if task != 'choices' else PAIR | {'choices': ['b'], 'answer': 0}
   with pytest.raises(UserError, match=message) as error:
@@ -277,7 +271,7 @@ def test_a_line_that_cannot_be_scored_is_named(write, case):
   assert '\n' not in str(error.value)
 
 
-def test_a_file_that_is_not_there_or_empty_is_named(write, tmp_path):
+def test_missing_or_empty_file_is_named(write, tmp_path):
   with pytest.raises(UserError, match='--data: cannot read .*none.jsonl'):
     scored_lib.read(str(tmp_path / 'none.jsonl'), 'bound')
   with pytest.raises(UserError, match='data.jsonl.* has no lines'):
@@ -288,7 +282,7 @@ def test_a_file_that_is_not_there_or_empty_is_named(write, tmp_path):
 
 
 @pytest.mark.parametrize('task', ['bound', 'greedy'])
-def test_a_line_longer_than_the_context_is_named(write, score, tokenizer, task):
+def test_line_longer_than_the_context_is_named(write, score, tokenizer, task):
   for long in ({'prompt': 'a b c', 'answer': 'd e'}, PAIR | {'suffix': 'c d'}):
     lines = scored_lib.read(write(PAIR, long), task)
     with pytest.raises(UserError, match='data.jsonl:2: .* more than the 3'):
