@@ -261,6 +261,71 @@ def test_tests_of_rules_include_the_new_one(rule):
   assert passed(rule.printed[-1]) >= 2
 
 
+# A sampler setting
+
+
+@pytest.fixture(scope='module')
+def setting(tmp_path_factory):
+  return follow('add_a_sampler_setting', tmp_path_factory)
+
+
+def test_new_setting_touches_at_most_three_files():
+  page = blocks('add_a_sampler_setting')
+  diffs = [text for language, _, text in page if language == 'diff']
+  files = re.findall(r'^\+\+\+ b/(.*)$', '\n'.join(diffs), re.M)
+  assert 0 < len(set(files)) <= 3
+  assert not [title for _, title, _ in page if title]
+
+
+def test_new_setting_is_a_flag_and_a_key(setting):
+  """The highest value leaves one token, so the text is the greedy one."""
+  sample = [sys.executable, 'launch/sample.py', '--workdir=runs/itself']
+  sample += ['--prompt=def read(', '--gen_length=16', '--temperature=0']
+  assert setting.printed[0].endswith(setting.run(sample))
+  page = (setting.path / 'min_p.html').read_text()
+  assert 'min_p' in page
+  (error,) = setting.python(
+    """
+import json
+from maskdiff import config
+c = config.default()
+c.sample.min_p = 0.5
+try:
+  config.validate(c)
+except ValueError as e:
+  print(json.dumps([str(e)]))
+"""
+  )
+  assert 'config.sample.min_p=0.5' in error and 'temperature' in error
+
+
+def test_new_setting_draws_among_the_probable_tokens(setting):
+  """Relative to the highest probability, after the temperature."""
+  p, temperature, min_p = np.array([0.4, 0.3, 0.2, 0.1]), 0.5, 0.3
+  counts = setting.python(
+    f"""
+import json, jax, jax.numpy as jnp
+from maskdiff.sampling import candidates
+logits = jnp.broadcast_to(jnp.log(jnp.array({p.tolist()})), (1, 20000, 4))
+keys = jax.random.split(jax.random.key(0), 1)
+token = candidates.draw(logits, {temperature}, 0, 1.0, keys, {min_p})
+print(json.dumps(jnp.bincount(token[0], length=4).tolist()))
+"""
+  )
+  law = p ** (1 / temperature)
+  law[law < min_p * law.max()] = 0
+  law /= law.sum()
+  assert (
+    np.flatnonzero(counts).tolist() == np.flatnonzero(law).tolist() == [0, 1]
+  )
+  np.testing.assert_allclose(np.array(counts) / 20000, law, atol=0.02)
+  assert not np.array(counts)[law == 0].any()
+
+
+def test_tests_of_settings_include_the_new_one(setting):
+  assert passed(setting.printed[-1]) == 1
+
+
 # A size
 
 
