@@ -4,8 +4,8 @@
     python tokenizer/train.py --input corpus/ more.jsonl.gz \\
       --vocab_size 32768 --out my.model
 
-Deterministic for one input (and, without --input, for one Python version).
-README.md in this folder tells what the settings are for.
+The result depends on the input only; without --input, it depends on the Python
+version. README.md in this folder explains the settings.
 """
 
 import argparse
@@ -32,9 +32,9 @@ SHIPPED = pathlib.Path(__file__).resolve().parent / 'stdlib_4k.model'
 
 CONTROL = ['<mask>', '<system>', '<user>', '<assistant>', '<end_of_turn>']
 
-# A line break and the indentation after it are one decision, so one token;
-# and nothing else is ever glued to a line break. SentencePiece matches these
-# after it has turned spaces into its own mark.
+# A line break and the indentation after it are one token, and no other token
+# contains a line break. SentencePiece matches these symbols after it has
+# replaced spaces by U+2581.
 LINE_BREAKS = [
   '\n' * breaks + '\u2581' * spaces
   for breaks, spaces in [(1, n) for n in range(0, 25, 4)]
@@ -42,33 +42,33 @@ LINE_BREAKS = [
   + [(3, 0)]
 ]
 
-# Tests and character tables make up two thirds of the library and read
-# unlike other code, so only one file in 16 of them takes part.
+# Tests and character tables are two thirds of the standard library and differ
+# from other code, so that only one in 16 of these files is trained on.
 RARE = {'test', 'tests', 'idle_test', 'encodings', 'pydoc_data'}
 KEEP_ONE_IN = 16
 
 CHUNK_CHARS = 4096
 
-# The trained file depends on this number, so not on the machine's cores.
+# The trained model depends on the number of threads, which is therefore fixed.
 SHIPPED_THREADS = 2
 INPUT_THREADS = 16
 
-# Of --input, for the bytes per token at the end.
+# Chunks of --input that are held out to measure bytes per token.
 HOLD_OUT_ONE_IN = 64
 HELD_OUT_BYTES = 1 << 20
 
 
-def taken(name: str) -> bool:
-  """Whether a document of the library takes part, by its name."""
+def is_training_file(name: str) -> bool:
+  """Returns whether a file of the standard library is trained on."""
   digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
   rare = not RARE.isdisjoint(name.split('/'))
   return not rare or int.from_bytes(digest, 'big') % KEEP_ONE_IN == 0
 
 
 def chunks(text: str) -> Iterator[str]:
-  """Cuts a text at line ends into parts of at most CHUNK_CHARS characters.
+  """Yields parts of a text of at most CHUNK_CHARS characters, cut at line ends.
 
-  Lines that are longer are cut anywhere: SentencePiece would drop them.
+  Longer lines are cut anywhere, since SentencePiece would drop them.
   """
   start = 0
   while start < len(text):
@@ -82,34 +82,35 @@ def chunks(text: str) -> Iterator[str]:
 def draw(
   texts: Iterable[str], max_bytes: int, one_in: int
 ) -> tuple[list[bytes], list[bytes]]:
-  """Draws chunks of a stream of texts, each as likely as any other.
+  """Samples chunks of a stream of texts uniformly.
 
-  Which ones depends on nothing but their places in the stream: a hash of its
-  number decides whether a chunk is held out, and of either kind those with
-  the smallest hashes are kept, as many as there is room for.
+  A hash of a chunk's number in the stream decides whether the chunk is held
+  out. Of the training chunks and of the held-out chunks, those with the
+  smallest hashes are sampled, up to a number of bytes.
 
   Args:
-    max_bytes: room for chunks to train on; there are HELD_OUT_BYTES for
-      chunks that are held out.
-    one_in: how many chunks there are for one that is held out.
+    texts: the stream.
+    max_bytes: largest sum of bytes of the training chunks. That of the held-out
+      chunks is HELD_OUT_BYTES.
+    one_in: hold out one in so many chunks.
 
   Returns:
-    (chunks to train on, chunks held out), each in the order of the stream.
+    (training chunks, held-out chunks), each in the order of the stream.
   """
-  kept = [], []  # heaps of (-hash, number, chunk)
-  room = [max_bytes, HELD_OUT_BYTES]
+  samples = [], []  # training and held-out heaps of (-hash, number, chunk)
+  free_bytes = [max_bytes, HELD_OUT_BYTES]
   stream = (chunk for text in texts for chunk in chunks(text))
   for number, chunk in enumerate(stream):
     digest = hashlib.blake2b(number.to_bytes(8, 'big'), digest_size=8).digest()
-    order, rest = divmod(int.from_bytes(digest, 'big'), one_in)
-    held_out = int(rest == 0)
+    order, remainder = divmod(int.from_bytes(digest, 'big'), one_in)
+    split = int(remainder == 0)
     data = chunk.encode()
-    heapq.heappush(kept[held_out], (-order, number, data))
-    room[held_out] -= len(data)
-    while room[held_out] < 0:
-      *_, data = heapq.heappop(kept[held_out])
-      room[held_out] += len(data)
-  training, held_out = kept
+    heapq.heappush(samples[split], (-order, number, data))
+    free_bytes[split] -= len(data)
+    while free_bytes[split] < 0:
+      *_, data = heapq.heappop(samples[split])
+      free_bytes[split] += len(data)
+  training, held_out = samples
   return _in_order(training), _in_order(held_out)
 
 
@@ -119,13 +120,15 @@ def _in_order(heap: list) -> list[bytes]:
 
 
 def library() -> tuple[Iterator[str], list[bytes]]:
-  """What the shipped model is trained on, and a sample of what it is not."""
-  rest = (text for name, text in sources.embedded() if not taken(name))
-  _, held_out = draw(rest, 0, one_in=1)
+  """Returns training chunks of the standard library, and held-out chunks."""
+  others = (
+    text for name, text in sources.embedded() if not is_training_file(name)
+  )
+  _, held_out = draw(others, 0, one_in=1)
   training = (
     chunk
     for name, text in sources.embedded()
-    if taken(name)
+    if is_training_file(name)
     for chunk in chunks(text)
   )
   return training, held_out
@@ -138,10 +141,17 @@ def corpus(
   max_mb: int,
   skipped: collections.Counter,
 ) -> tuple[Iterator[bytes], list[bytes]]:
-  """Chunks of --input to train on, and others.
+  """Returns training chunks and held-out chunks of --input.
 
   Args:
-    skipped: counts the documents that cannot be used, by reason.
+    specs: values of --input.
+    text_key: see sources.plan.
+    by_line: see sources.plan.
+    max_mb: largest size of the training chunks, in MB.
+    skipped: counter to which skipped documents are added, by reason.
+
+  Raises:
+    UserError: the input has no text.
   """
 
   def texts():
@@ -154,11 +164,11 @@ def corpus(
 
   training, held_out = draw(texts(), max_mb * 10**6, HOLD_OUT_ONE_IN)
   if not training:
-    why = f' ({_counts(skipped)})' if skipped else ''
+    reasons = f' ({_counts(skipped)})' if skipped else ''
     raise UserError(
-      f'no text to train on in {" ".join(specs)}{why}: give files with text'
+      f'no text to train on in {" ".join(specs)}{reasons}: give files with text'
     )
-  # Each chunk is let go when SentencePiece has its own copy of it.
+  # Frees each chunk once SentencePiece has copied it.
   training.reverse()
   return (training.pop() for _ in range(len(training))), held_out
 
@@ -169,7 +179,10 @@ def train(
   model_type: str,
   num_threads: int,
 ) -> bytes:
-  """A serialized SentencePiece model, lossless on any text.
+  """Trains a SentencePiece model that is lossless on any text.
+
+  Returns:
+    The serialized model.
 
   Raises:
     UserError: the text has too few pieces for vocab_size, or too many
@@ -198,7 +211,7 @@ def train(
       bos_piece='<bos>',
       eos_piece='<eos>',
       unk_piece='<unk>',
-      # Control symbols, so that no text can produce their ids.
+      # Control symbols: no text is encoded to their ids.
       control_symbols=CONTROL,
       user_defined_symbols=LINE_BREAKS,
       num_threads=num_threads,
@@ -227,11 +240,12 @@ def _size_error(vocab_size: int, message: str) -> UserError | None:
 
 
 @contextlib.contextmanager
-def written_at_once(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file beside `path` to write; it takes its place if all goes well.
+def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary file to write, and renames it to `path` on success.
 
   Raises:
-    UserError: it cannot be written. Known before anything is done.
+    UserError: the file cannot be written; raised before the body runs if
+      possible.
   """
   temporary = path.parent / f'.{path.name}.{os.getpid()}'
   try:
@@ -243,8 +257,8 @@ def written_at_once(path: pathlib.Path) -> Iterator[pathlib.Path]:
     os.replace(temporary, path)
   except OSError as e:
     raise UserError(
-      f'cannot write --out {path} ({e.strerror}): name a file in a directory '
-      'that can be written'
+      f'cannot write --out {path} ({e.strerror}): name a file in a writable '
+      'directory'
     ) from e
   finally:
     with contextlib.suppress(OSError):
@@ -252,6 +266,7 @@ def written_at_once(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def bytes_per_token(model: pathlib.Path, texts: list[bytes]) -> float:
+  """Returns the mean number of UTF-8 bytes per token of some texts."""
   tokenizer = tokenizer_lib.load(model)
   ids = tokenizer.encode_batch([text.decode() for text in texts], 2)
   return sum(map(len, texts)) / sum(map(len, ids))
@@ -265,13 +280,13 @@ def _counts(skipped: collections.Counter) -> str:
 def run(flags: argparse.Namespace) -> None:
   start = time.monotonic()
   if flags.input and not flags.out:
-    raise UserError('--input needs --out: name the file to write')
+    raise UserError('--input needs --out: name the output file')
   for name in ('vocab_size', 'max_mb'):
     if not 0 < getattr(flags, name) < 1 << 31:
       raise UserError(f'--{name} must be in [1, 2147483647]')
   out = local_path(flags.out) if flags.out else SHIPPED
   skipped = collections.Counter()
-  with written_at_once(out) as file:
+  with atomic_write(out) as file:
     if flags.input:
       threads = INPUT_THREADS
       sentences, held_out = corpus(
@@ -286,7 +301,7 @@ def run(flags: argparse.Namespace) -> None:
     line = f'{out}: {flags.vocab_size} pieces, fingerprint {digest}'
     if held_out:
       rate = bytes_per_token(file, held_out)
-      line += f', {rate:.2f} bytes per token on text held out'
+      line += f', {rate:.2f} bytes per token on held-out text'
   line += f', {time.monotonic() - start:.1f} s'
   print(f'{line}, {_counts(skipped)}' if skipped else line)
 
@@ -297,25 +312,32 @@ def main() -> None:
     '--input',
     nargs='+',
     metavar='PATH',
-    help='files, directories, globs or tfds:DIR:SPLIT to train on; without, '
-    'the shipped tokenizer is made',
+    help='files, directories, globs or tfds:DIR:SPLIT to train on; default: '
+    'the standard library, which gives the shipped tokenizer',
   )
-  parser.add_argument('--vocab_size', type=int, default=4096)
-  parser.add_argument('--out', help='file to write')
-  parser.add_argument('--model_type', choices=('bpe', 'unigram'), default='bpe')
+  parser.add_argument(
+    '--vocab_size', type=int, default=4096, help='number of token ids'
+  )
+  parser.add_argument('--out', help='output file, required with --input')
+  parser.add_argument(
+    '--model_type',
+    choices=('bpe', 'unigram'),
+    default='bpe',
+    help='algorithm of SentencePiece',
+  )
   parser.add_argument(
     '--text_key', default='text', help='field of --input that holds the text'
   )
   parser.add_argument(
     '--by_line',
     action='store_true',
-    help='each line of a .txt is a document',
+    help='make each line of a .txt file a document',
   )
   parser.add_argument(
     '--max_mb',
     type=int,
     default=500,
-    help='train on a sample of at most so many MB of --input',
+    help='largest sample of --input to train on, in MB',
   )
   flags = parser.parse_args()
   try:

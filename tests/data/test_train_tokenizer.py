@@ -1,4 +1,4 @@
-"""tokenizer/train.py on input of one's own, as a user runs it."""
+"""tokenizer/train.py on a user's text, run as a script."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def script(*arguments):
-  """Runs the script; its status, output and error output."""
+  """Runs the script; returns its exit status, output and error output."""
   done = subprocess.run(
     [sys.executable, SCRIPT, *map(str, arguments)],
     capture_output=True,
@@ -46,7 +46,7 @@ def module():
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-  """A folder with a JSONL and a text file, 240 KB."""
+  """Returns a folder with a JSON lines file and a text file, 240 KB."""
   folder = tmp_path_factory.mktemp('corpus')
   library = pathlib.Path(json.__file__).parents[1]
   texts = [
@@ -67,9 +67,9 @@ def train(corpus, out, *arguments):
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
-def test_model_is_lossless_and_the_same_again(corpus, tmp_path, kind):
+def test_model_is_lossless_and_reproducible(corpus, tmp_path, kind):
   paths = tmp_path / 'new' / 'a.model', tmp_path / 'b.model'
-  paths[1].write_text('is replaced')
+  paths[1].write_text('old')
   for path in paths:
     status, out, err = train(
       corpus, path, '--vocab_size', 600, '--model_type', kind
@@ -77,7 +77,7 @@ def test_model_is_lossless_and_the_same_again(corpus, tmp_path, kind):
     assert (status, err) == (0, '')
     assert out.count('\n') == 1
     assert f'{path}: 600 pieces, fingerprint ' in out
-    assert 'bytes per token on text held out' in out
+    assert 'bytes per token on held-out text' in out
     assert '1 documents skipped: 1 no text' in out
   assert paths[0].read_bytes() == paths[1].read_bytes()
   assert len(list(tmp_path.iterdir())) == 2
@@ -96,7 +96,7 @@ def test_model_is_lossless_and_the_same_again(corpus, tmp_path, kind):
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
-def test_too_large_vocabulary_names_the_largest_that_works(tmp_path, kind):
+def test_too_large_vocabulary_names_the_largest_possible_size(tmp_path, kind):
   text, out = tmp_path / 'a.txt', tmp_path / 'a.model'
   text.write_text('the quick brown fox jumps over the lazy dog ' * 9)
   command = '--input', text, '--out', out, '--model_type', kind
@@ -111,7 +111,7 @@ def test_too_large_vocabulary_names_the_largest_that_works(tmp_path, kind):
   assert status == 0 and f': {largest} pieces' in line
 
 
-def test_too_small_vocabulary_names_the_smallest_that_works(tmp_path):
+def test_too_small_vocabulary_names_the_smallest_possible_size(tmp_path):
   text, out = tmp_path / 'a.txt', tmp_path / 'a.model'
   text.write_text('the quick brown fox jumps over the lazy dog ' * 9)
   command = '--input', text, '--out', out
@@ -143,7 +143,7 @@ def test_too_small_vocabulary_names_the_smallest_that_works(tmp_path):
     (['--input', 'a.txt', '--out', 'b', '--max_mb', '-1'], '--max_mb must be'),
   ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_is_one_error_line(
   module, tmp_path, monkeypatch, capsys, arguments, message
 ):
   (tmp_path / 'a.txt').write_text('text')
@@ -165,7 +165,7 @@ def test_sample_is_within_bounds_and_deterministic(module):
   assert len(training) == 1000 and 350 < len(held_out) < 650
   assert training == sorted(training) and held_out == sorted(held_out)
   assert not set(training) & set(held_out)
-  # From all of the stream, and no place more often than another.
+  # Each quarter of the stream has its share.
   quarters = [sum(i // 1250 == q for i in map(int, training)) for q in range(4)]
   assert min(quarters) > 190
   assert module.draw(iter(texts), 4000, 10) == (training, held_out)
@@ -176,7 +176,7 @@ def test_sample_is_within_bounds_and_deterministic(module):
   ]
 
 
-def test_max_mb_bounds_what_is_trained_on(module, tmp_path):
+def test_max_mb_bounds_the_training_text(module, tmp_path):
   (tmp_path / 'a.txt').write_text('some words\n' * 150_000)
   skipped = {}
   chunks, _ = module.corpus([str(tmp_path)], 'text', False, 1, skipped)
@@ -185,9 +185,9 @@ def test_max_mb_bounds_what_is_trained_on(module, tmp_path):
 
 
 @pytest.mark.slow
-def test_shipped_model_is_made_again(module, tmp_path):
+def test_shipped_model_is_reproduced(module, tmp_path):
   if (sys.version_info[:3], sentencepiece.__version__) != ((3, 11, 7), '0.2.3'):
-    pytest.skip('the library differs between Python versions')
+    pytest.skip('the standard library differs between Python versions')
   out = tmp_path / 'a.model'
   status, line, err = script('--out', out)
   assert (status, err) == (0, '')
@@ -195,7 +195,7 @@ def test_shipped_model_is_made_again(module, tmp_path):
   assert out.read_bytes() == module.SHIPPED.read_bytes()
 
 
-def test_bytes_per_token_of_the_library_are_of_what_is_left_out(module):
+def test_library_has_held_out_text(module):
   sentences, held_out = module.library()
   assert 0 < sum(map(len, held_out)) <= module.HELD_OUT_BYTES
   assert next(sentences)
