@@ -129,7 +129,7 @@ def measure(make, folder, rounds):
     Dict from a name to a list of seconds, one per round.
   """
   state = make()
-  wanted = jax.tree.map(
+  abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
   )
   before = jax.device_get(fingerprints(state))
@@ -156,20 +156,22 @@ def measure(make, folder, rounds):
     # Alternate the order of saves with and without fingerprints.
     if number % 2:
       save_without(state, folder, number, time_it)
-    ours = checkpoint.Checkpointer(folder / 'ours', keep=1)
+    checkpointer = checkpoint.Checkpointer(folder / 'maskdiff', keep=1)
     with time_it('save'):
       with time_it('save: blocked'):
-        ours.save(number, state, Meta())
-      ours.finish()
+        checkpointer.save(number, state, Meta())
+      checkpointer.finish()
     del state
-    meta = ours.read_meta(number)
+    meta = checkpointer.read_meta(number)
     with time_it('restore'):
-      trees = jax.block_until_ready(ours.restore(number, meta, **wanted))
-    restored = dict(zip(wanted, trees, strict=True))
+      trees = jax.block_until_ready(
+        checkpointer.restore(number, meta, **abstract)
+      )
+    restored = dict(zip(abstract, trees, strict=True))
     assert jax.device_get(fingerprints(restored)) == before
     del trees, restored
-    ours.close()
-    shutil.rmtree(folder / 'ours')
+    checkpointer.close()
+    shutil.rmtree(folder / 'maskdiff')
     gc.collect()  # free states in reference cycles: memory is scarce
     state = jax.block_until_ready(make())
     if not number % 2:
@@ -185,11 +187,11 @@ def measure(make, folder, rounds):
         bare.wait_until_finished()
       del save, state
       restore = ocp.args.Composite(
-        **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
+        **{k: ocp.args.StandardRestore(v) for k, v in abstract.items()}
       )
       with time_it('bare restore'):
         restored = bare.restore(number, args=restore)
-        jax.block_until_ready([restored[k] for k in wanted])
+        jax.block_until_ready([restored[k] for k in abstract])
       del restored
     shutil.rmtree(folder / 'bare')
     gc.collect()
@@ -200,11 +202,11 @@ def save_without(state, folder, number, time_it):
   """Saves with fingerprints that are all 0 and cost nothing."""
   zeros = lambda tree: jax.tree.map(lambda x: np.uint32(0), tree)
   with mock.patch.object(checkpoint, 'fingerprints', zeros):
-    ours = checkpoint.Checkpointer(folder / 'without', keep=1)
+    checkpointer = checkpoint.Checkpointer(folder / 'without', keep=1)
     with time_it('save without'):
-      ours.save(number, state, Meta())
-      ours.finish()
-    ours.close()
+      checkpointer.save(number, state, Meta())
+      checkpointer.finish()
+    checkpointer.close()
   shutil.rmtree(folder / 'without')
 
 

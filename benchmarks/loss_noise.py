@@ -55,7 +55,7 @@ def main():
         'texts and masks': losses(of, params, zip(texts, keys, strict=True))
       }
       if masked:
-        found['masks alone'] = losses(of, params, one)
+        found['masks only'] = losses(of, params, one)
       for what, x in found.items():
         rows.append(
           [

@@ -241,7 +241,7 @@ def reverse(workdir, text, seed, out):
     ax=axes,
     location='top',
     aspect=40,
-    label='probability of the token when it was kept',
+    label='probability of the token when it was committed',
   )
   save(figure, out / 'idea_reverse.png')
 

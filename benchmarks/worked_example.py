@@ -21,7 +21,7 @@ LANGUAGE = {
 SENTENCE = ('the', 'dog', 'sat', 'down')
 L = len(SENTENCE)
 
-# What a denoiser looks at to predict a position.
+# Positions that a denoiser sees when it predicts position i.
 SEES = {
   'exact': lambda i: [j for j in range(L) if j != i],
   'neighbours': lambda i: [j for j in (i - 1, i + 1) if 0 <= j < L],
@@ -42,9 +42,9 @@ def chance(name, canvas, i, word):
     return right / total if total else None
 
   seen = SEES[name](i)
-  there = share(seen)
-  # Words that never stand around a gap together: the left one decides.
-  return share([j for j in seen if j < i]) if there is None else there
+  p = share(seen)
+  # If no sentence has these neighbours together, only the left one counts.
+  return share([j for j in seen if j < i]) if p is None else p
 
 
 def masks():

@@ -149,7 +149,7 @@ def replicated(mesh):
 
 
 def is_matrix(axes):
-  """Whether a parameter has two or more logical axes besides `layers`."""
+  """Whether a parameter has two or more logical axes, not counting layers."""
   return sum(a != 'layers' for a in axes) >= 2
 
 

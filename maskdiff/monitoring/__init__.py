@@ -10,6 +10,8 @@
 - json_lines: reads files of JSON lines.
 - smoothing: smooths and thins series.
 - traces: runs as Plotly traces, and axis ranges.
-- curves: the figures of the report.
+- panel: a figure with its title, note and menu.
+- curves: figures of metrics over time.
+- mask_ratio_curves: figures of the loss by mask ratio.
 - report: the HTML report of launch/report.py.
 """

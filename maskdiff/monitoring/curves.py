@@ -1,35 +1,11 @@
-"""Figures of the report: curves of runs over time, in Plotly."""
-
-from typing import NamedTuple
+"""Figures of the report: metrics of runs over time, and goodput."""
 
 import numpy as np
 import plotly.graph_objects as go
 
-from maskdiff.monitoring import history, smoothing, traces
+from maskdiff.monitoring import history, mask_ratio_curves, smoothing, traces
+from maskdiff.monitoring.panel import Panel, make_figure, with_ranges
 from maskdiff.monitoring.traces import Series
-
-
-class Panel(NamedTuple):
-  """A figure of the report.
-
-  Attributes:
-    id: id of its HTML element.
-    title, note: texts above the figure.
-    figure: plotly Figure.
-    choices: entries of the menu of the panel; empty without a menu.
-    over_time: whether the x axis is steps or tokens.
-    range: initial range of the y axis; None to let Plotly choose.
-    range_bits: the same in bits per byte; None if the unit does not apply.
-  """
-
-  id: str
-  title: str
-  note: str
-  figure: go.Figure
-  choices: list = ()
-  over_time: bool = True
-  range: list | None = None
-  range_bits: list | None = None
 
 
 def panels(runs):
@@ -41,8 +17,8 @@ def panels(runs):
   candidates = [
     _heldout(runs),
     _training(runs),
-    _newest_by_ratio(runs),
-    _training_by_ratio(runs),
+    mask_ratio_curves.heldout(runs),
+    mask_ratio_curves.training(runs),
     _plain(
       runs,
       'learning_rate',
@@ -83,7 +59,7 @@ def panels(runs):
 
 def _heldout(runs):
   """Held-out bound of each dataset, with error bars."""
-  figure, shown, choices = _figure(), [], []
+  figure, shown, choices = make_figure(), [], []
   for i, run in enumerate(runs):
     for dataset in history.datasets(run):
       p = history.prefix(dataset)
@@ -104,7 +80,7 @@ def _heldout(runs):
       shown += [
         Series(steps, loss + side * np.array(bars), bits) for side in (-1, 1)
       ]
-  return _with_ranges(
+  return with_ranges(
     Panel(
       'heldout',
       'Held-out loss',
@@ -119,12 +95,12 @@ def _heldout(runs):
 
 def _training(runs):
   """Training loss, as logged and smoothed."""
-  figure, shown = _figure(), []
+  figure, shown = make_figure(), []
   for i, run in enumerate(runs):
     steps, loss = history.series(run, 'train/loss_nats_per_token')
     bits = history.bits_per_nat(run)
     shown += traces.add_noisy_line(figure, run, i, steps, loss, np.mean, bits)
-  return _with_ranges(
+  return with_ranges(
     Panel(
       'training',
       'Training loss',
@@ -134,85 +110,6 @@ def _training(runs):
     ),
     shown,
   )
-
-
-def _newest_by_ratio(runs):
-  """Held-out loss against the mask ratio, at the newest evaluation."""
-  figure, choices = _figure(), []
-  for i, run in enumerate(runs):
-    if run.causal:
-      continue
-    for dataset in history.datasets(run):
-      step, found = history.by_ratio(run, history.prefix(dataset))
-      if not found:
-        continue
-      name = dataset or 'all'
-      choices += [name] if name not in choices else []
-      ratios, losses = zip(*found, strict=True)
-      trace = traces.line(run, i, ratios, losses, name, mode='lines+markers')
-      trace.meta.pop('tokens')
-      label = traces.run_name(run)
-      trace.hovertemplate = (
-        f'%{{y:.3f}} nats, step {step:,.0f}<extra>{label}</extra>'
-      )
-      figure.add_trace(trace)
-  figure.update_xaxes(title='mask ratio', range=[0, 1], dtick=0.2)
-  figure.update_yaxes(title='nats/masked token')
-  return Panel(
-    'by_ratio',
-    'Held-out loss by mask ratio',
-    'Loss of masked tokens by the share of tokens that was masked, at the '
-    'newest evaluation.' + _causal_note(runs),
-    figure,
-    choices if len(choices) > 1 else [],
-    over_time=False,
-  )
-
-
-def _training_by_ratio(runs):
-  """Training loss by bucket of the mask ratio.
-
-  A single run shows all buckets. With several runs a menu selects the bucket.
-  """
-  figure, shown, choices = _figure(), [], []
-  buckets = {
-    i: history.by_ratio(run, 'train')[1]
-    for i, run in enumerate(runs)
-    if not run.causal
-  }
-  single = sum(map(bool, buckets.values())) == 1
-  for i, found in buckets.items():
-    for bucket, (ratio, _) in enumerate(found):
-      key = f'train{history.RATIO}{ratio}'
-      steps, loss = smoothing.thin(*history.series(runs[i], key), np.mean)
-      loss = smoothing.smooth(loss, smoothing.half_window(steps))
-      name = f'{ratio:g}'
-      choices += [name] if name not in choices else []
-      trace = traces.line(runs[i], i, steps, loss, None if single else name)
-      if single:
-        trace.line = dict(
-          color=traces.SHADES[bucket % len(traces.SHADES)], width=2
-        )
-        trace.name, trace.showlegend = f'ratio {name}', True
-      figure.add_trace(trace)
-      shown.append(Series(steps, loss))
-  return _with_ranges(
-    Panel(
-      'training_by_ratio',
-      'Training loss by mask ratio',
-      'Loss of masked tokens by the share of tokens that was masked; smoothed.'
-      + _causal_note(runs),
-      figure,
-      [] if single else sorted(choices),
-    ),
-    shown,
-    title='nats/masked token',
-  )
-
-
-def _causal_note(runs):
-  causal = any(run.causal for run in runs)
-  return ' Autoregressive runs have no mask ratio.' if causal else ''
 
 
 def _plain(
@@ -229,7 +126,7 @@ def _plain(
     smooth: whether to add a moving average.
     trim: whether outliers may lie outside the y axis.
   """
-  figure, shown = _figure(), []
+  figure, shown = make_figure(), []
   how = how or (lambda values: values[-1])
   for i, run in enumerate(runs):
     steps, values = history.series(run, key)
@@ -242,7 +139,7 @@ def _plain(
       if trim:
         steps, values = smoothing.without_outliers(steps, values)
       shown.append(Series(steps, values))
-  return _with_ranges(Panel(id, title, note, figure), shown, 0)
+  return with_ranges(Panel(id, title, note, figure), shown, 0)
 
 
 def _step_time(runs):
@@ -279,7 +176,7 @@ def _step_time(runs):
 
 def _skipped(runs):
   """Cumulative number of skipped updates."""
-  figure, shown = _figure(), []
+  figure, shown = make_figure(), []
   for i, run in enumerate(runs):
     steps, values = history.series(run, 'train/skipped_updates')
     if values.any():
@@ -289,7 +186,7 @@ def _skipped(runs):
       trace.line.shape = 'hv'
       figure.add_trace(trace)
       shown.append(Series(steps, total))
-  return _with_ranges(
+  return with_ranges(
     Panel(
       'skipped',
       'Skipped updates',
@@ -304,7 +201,7 @@ def _skipped(runs):
 
 def _goodput(runs):
   """Share of wall time by kind, one bar per run."""
-  figure = _figure()
+  figure = make_figure()
   shown = [(i, run) for i, run in enumerate(runs) if run.goodput]
   shown = [(i, run) for i, run in shown if run.goodput['wall_s']]
   order = ['step', *(kind for kind in traces.TIMES if kind != 'step')]
@@ -343,25 +240,6 @@ def _goodput(runs):
     figure,
     over_time=False,
   )
-
-
-def _figure():
-  return go.Figure(layout=dict(template='none', showlegend=False))
-
-
-def _with_ranges(panel, shown, low=None, title=None):
-  """Sets the range of the y axis, and its title if given.
-
-  Args:
-    panel: Panel.
-    shown: list of Series.
-    low: see `traces.axis_ranges`.
-    title: title of the y axis.
-  """
-  if title:
-    panel.figure.update_yaxes(title=title)
-  range_, range_bits = traces.axis_ranges(shown, low)
-  return panel._replace(range=range_, range_bits=range_bits)
 
 
 def _duration(seconds):

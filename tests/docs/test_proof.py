@@ -56,8 +56,8 @@ def test_table_has_the_last_evaluations_with_their_errors(runs):
 
 def test_baseline_passes_the_bound_when_five_rows_are_below_it(runs):
   # The mean of steps s - 400 to s is 8 - (s - 200) / 1000.
-  assert proof.passes(runs['autoregressive'], 5.05) == 3_200_000
-  assert proof.passes(runs['autoregressive'], 1.0) is None
+  assert proof.tokens_until(runs['autoregressive'], 5.05) == 3_200_000
+  assert proof.tokens_until(runs['autoregressive'], 1.0) is None
   assert '1.00 nats' in proof.verdict(runs)
   assert '3.30M tokens, 1/1 of all tokens' in proof.verdict(runs)
 

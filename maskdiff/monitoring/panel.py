@@ -1,0 +1,50 @@
+"""A figure of the report with its title, note and menu."""
+
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+
+from maskdiff.monitoring import traces
+
+
+class Panel(NamedTuple):
+  """A figure of the report.
+
+  Attributes:
+    id: id of its HTML element.
+    title, note: texts above the figure.
+    figure: plotly Figure.
+    choices: entries of the menu of the panel; empty without a menu.
+    over_time: whether the x axis is steps or tokens.
+    range: initial range of the y axis; None to let Plotly choose.
+    range_bits: the same in bits per byte; None if the unit does not apply.
+  """
+
+  id: str
+  title: str
+  note: str
+  figure: go.Figure
+  choices: list = ()
+  over_time: bool = True
+  range: list | None = None
+  range_bits: list | None = None
+
+
+def make_figure():
+  """An empty Plotly figure without template and legend."""
+  return go.Figure(layout=dict(template='none', showlegend=False))
+
+
+def with_ranges(panel, shown, low=None, title=None):
+  """Sets the range of the y axis, and its title if given.
+
+  Args:
+    panel: Panel.
+    shown: list of Series.
+    low: see `traces.axis_ranges`.
+    title: title of the y axis.
+  """
+  if title:
+    panel.figure.update_yaxes(title=title)
+  range_, range_bits = traces.axis_ranges(shown, low)
+  return panel._replace(range=range_, range_bits=range_bits)
