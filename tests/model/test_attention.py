@@ -64,7 +64,7 @@ LABELS = {
 
 @pytest.mark.parametrize('kv_heads', [4, 2, 1])
 @pytest.mark.parametrize('labels', LABELS.values(), ids=LABELS)
-def test_xla_equals_a_loop_over_queries_and_the_keys_they_see(labels, kv_heads):
+def test_xla_equals_a_loop_over_visible_keys(labels, kv_heads):
   q, k, v, _ = draw(3, 12, 4, kv_heads, 8)
   np.testing.assert_allclose(
     attention.xla(q, k, v, labels),
@@ -184,7 +184,7 @@ def test_auto_chooses_by_shape(on, machine, length, options, expected):
     ({'fsdp': 4, 'sequence': 2}, 4, 4, 1, True),
   ],
 )
-def test_auto_leaves_kernels_what_a_mesh_can_split(
+def test_auto_is_a_kernel_only_if_the_mesh_splits_the_arrays(
   on, machine, kernel, sizes, batch, heads, kv_heads, suits
 ):
   on(machine)
@@ -225,9 +225,7 @@ def test_auto_is_cudnn_from_ampere_on(gpu, kind, capability, expected):
 
 
 @pytest.mark.parametrize('kind, capability', TOO_OLD)
-def test_an_old_gpu_that_is_asked_for_cudnn_says_what_it_lacks(
-  gpu, kind, capability
-):
+def test_cudnn_on_an_old_gpu_is_one_error(gpu, kind, capability):
   gpu(kind, capability)
   q, k, labels = shapes(FULL)
   message = f'needs compute capability 8.0 (Ampere); this GPU ({kind})'
@@ -237,14 +235,14 @@ def test_an_old_gpu_that_is_asked_for_cudnn_says_what_it_lacks(
   assert '\n' not in str(error.value)
 
 
-def test_gpus_that_are_not_here_are_not_judged_by_those_that_are(gpu, on):
+def test_capability_of_the_mesh_is_not_that_of_this_machine(gpu, on):
   gpu('Tesla T4', '7.5')
   on('gpu')
   assert attention.fastest(*shapes(FULL)) == 'cudnn'
 
 
 @pytest.mark.parametrize('length, expected', [(512, 'splash'), (256, 'xla')])
-def test_auto_is_splash_where_each_part_of_a_row_is_whole_tiles(
+def test_auto_is_splash_if_each_part_of_a_row_is_whole_tiles(
   on, length, expected
 ):
   on('tpu')
@@ -253,7 +251,7 @@ def test_auto_is_splash_where_each_part_of_a_row_is_whole_tiles(
     assert attention.fastest(*shapes(labels)) == expected
 
 
-def test_auto_leaves_causal_rows_that_are_split_to_xla_on_a_gpu(on):
+def test_auto_is_xla_for_split_causal_rows_on_a_gpu(on):
   """cuDNN would count each device's queries from the first key."""
   on('gpu')
   with jax.set_mesh(cpu_mesh(sequence=2)):
@@ -304,7 +302,7 @@ def test_auto_leaves_causal_rows_that_are_split_to_xla_on_a_gpu(on):
     ),
   ],
 )
-def test_an_implementation_that_does_not_suit_is_one_clear_error(
+def test_unsupported_implementation_is_one_error(
   on, name, machine, labels, options, message
 ):
   on(machine)
@@ -324,9 +322,7 @@ def test_an_implementation_that_does_not_suit_is_one_clear_error(
     ({'sequence': 4}, 4, '(128 x config.mesh.sequence=4)'),
   ],
 )
-def test_a_mesh_that_does_not_suit_is_one_clear_error(
-  on, sizes, heads, message
-):
+def test_unsupported_mesh_is_one_error(on, sizes, heads, message):
   on('tpu')
   q, k, labels = shapes(FULL, heads)
   with jax.set_mesh(cpu_mesh(**sizes)):
@@ -343,9 +339,7 @@ as_cudnn = functools.partial(
 
 @pytest.mark.parametrize('heads, kv_heads', [(2, 2), (4, 2), (4, 1)])
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
-def test_what_cudnn_is_asked_for_equals_xla_with_gradients(
-  make, heads, kv_heads
-):
+def test_call_of_cudnn_equals_xla_with_gradients(make, heads, kv_heads):
   """No padding, and padding on either side, by the number of keys."""
   labels = make(padded(24))
   assert attention._needs_no_mask(labels)
@@ -353,7 +347,7 @@ def test_what_cudnn_is_asked_for_equals_xla_with_gradients(
 
 
 @pytest.mark.parametrize('labels', LABELS.values(), ids=LABELS)
-def test_what_cudnn_is_asked_for_equals_xla_in_every_regime(labels):
+def test_call_of_cudnn_equals_xla_in_every_regime(labels):
   as_cudnn(labels, 4, 2, 16)
 
 
@@ -362,19 +356,19 @@ def test_what_cudnn_is_asked_for_equals_xla_in_every_regime(labels):
   [{'fsdp': 2, 'tensor': 2}, {'sequence': 4}, {'fsdp': 2, 'sequence': 4}],
 )
 @pytest.mark.parametrize('name', LABELS)
-def test_what_cudnn_is_asked_for_equals_xla_on_a_mesh(name, sizes):
+def test_call_of_cudnn_equals_xla_on_a_mesh(name, sizes):
   labels = jax.tree.map(lambda x: x[1:], LABELS[name])
   as_cudnn(labels, 4, 2, 16, m=cpu_mesh(**sizes))
 
 
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
-def test_what_cudnn_is_asked_for_equals_xla_with_padding_on_both_sides(make):
+def test_call_of_cudnn_equals_xla_with_padding_on_both_sides(make):
   places = jnp.arange(24)
   valid = (places >= jnp.array([[3], [0]])) & (places < jnp.array([[17], [9]]))
   as_cudnn(make(valid), 4, 2, 16)
 
 
-def test_a_row_of_padding_leaves_cudnn_something_to_divide_by():
+def test_row_of_padding_is_finite():
   labels = masks.bidirectional(jnp.zeros((2, 8), bool))
   attend = functools.partial(attention.cudnn, implementation='xla')
   for x in value_and_gradients(attend, *draw(2, 8, 2, 2, 16), labels):
@@ -394,7 +388,7 @@ def test_a_row_of_padding_leaves_cudnn_something_to_divide_by():
     ),
   ],
 )
-def test_cudnn_lowers_to_flash_attention_of_cuda_forward_and_backward(
+def test_cudnn_lowers_to_flash_attention_for_cuda(
   monkeypatch, on, make, calls, mask_type, square
 ):
   """As far as one gets without a GPU: JAX's checks, and the calls they name."""

@@ -91,7 +91,7 @@ def test_loss_nll_and_gradients_equal_the_dense_ones(weights):
 
 
 @pytest.mark.parametrize('chunk', [1, 5, 16, T, 1000])
-def test_chunk_size_does_not_matter(chunk):
+def test_loss_does_not_depend_on_the_chunk_size(chunk):
   """Whether it divides the tokens, the weighted tokens or neither."""
   arrays = example('random')
   assert_close(
@@ -110,7 +110,7 @@ def test_excluded_token_has_no_probability_and_no_gradient():
 
 @pytest.mark.parametrize('exclude', [None, V - 1])
 @pytest.mark.parametrize('sizes', MESHES.values(), ids=MESHES)
-def test_meshes_give_the_dense_answer(sizes, exclude):
+def test_loss_on_a_mesh_equals_the_dense_one(sizes, exclude):
   """Also with a chunk that divides nobody's share of the tokens."""
   arrays = example('random')
   expected = evaluate(dense, arrays, exclude)
@@ -124,12 +124,12 @@ def test_devices_may_have_different_shares_of_the_loss(weights):
   assert_close(actual, evaluate(dense, arrays))
 
 
-def test_no_weight_gives_exactly_zero():
+def test_loss_without_weights_is_exactly_zero():
   for leaf in jax.tree.leaves(evaluate(cross_entropy, example('none'))):
     np.testing.assert_array_equal(leaf, 0)
 
 
-def test_positions_without_weight_may_hold_anything():
+def test_positions_without_weight_have_no_influence():
   hidden, head, targets, weights = example()
   silent = weights == 0
   anything = jnp.where(silent[..., None], jnp.nan, hidden)
@@ -187,7 +187,7 @@ def sizes_in_loss_and_gradients(function, chunk):
 
 
 @pytest.mark.parametrize('sizes', [None, MESHES['fsdp2_sequence2_tensor2']])
-def test_no_array_of_all_logits_exists_only_chunks_of_it(sizes):
+def test_no_array_holds_all_logits(sizes):
   m = mesh.make_mesh(**sizes) if sizes else None
   with jax.set_mesh(m) if m else contextlib.nullcontext():
     found = sizes_in_loss_and_gradients(cross_entropy, chunk=4)
@@ -195,5 +195,5 @@ def test_no_array_of_all_logits_exists_only_chunks_of_it(sizes):
   assert max(found) <= max(T * D, D * V) < T * V
 
 
-def test_the_dense_loss_does_hold_all_logits():
+def test_dense_loss_holds_all_logits():
   assert T * V in sizes_in_loss_and_gradients(dense, None)

@@ -62,7 +62,7 @@ def test_bidirectional_sees_every_valid_position():
   )
 
 
-def test_causal_sees_itself_and_what_is_before():
+def test_causal_sees_itself_and_positions_before():
   expected = longhand(
     *VALID.shape,
     lambda b, i, j: (both_valid(b, i, j) or both_padding(b, i, j)) and j <= i,
@@ -84,7 +84,7 @@ DOC = np.array(
 
 
 @pytest.mark.parametrize('constructor', CONSTRUCTORS)
-def test_documents_hide_from_one_another_what_they_would_see(constructor):
+def test_documents_never_see_each_other(constructor):
   valid = jnp.asarray(VALID)
   whole = seen(constructor(valid))
   apart = longhand(
@@ -96,7 +96,7 @@ def test_documents_hide_from_one_another_what_they_would_see(constructor):
   np.testing.assert_array_equal(l.doc, np.where(VALID, DOC, -1))
 
 
-def test_an_eos_belongs_to_the_document_that_it_ends():
+def test_eos_belongs_to_its_document():
   x, eos = 7, 2
   tokens = jnp.array(
     [
@@ -126,7 +126,7 @@ def test_every_position_sees_at_least_itself(constructor):
 
 
 @pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
-def test_bidirectional_regime_promises_equality_of_documents(doc):
+def test_bidirectional_rule_is_equality_of_documents(doc):
   l = masks.bidirectional(jnp.asarray(VALID), doc)
   assert l.regime == masks.BIDIRECTIONAL
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
@@ -134,7 +134,7 @@ def test_bidirectional_regime_promises_equality_of_documents(doc):
 
 
 @pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
-def test_causal_regime_promises_order_within_documents(doc):
+def test_causal_rule_is_order_within_documents(doc):
   l = masks.causal(jnp.asarray(VALID), doc)
   assert l.regime == masks.CAUSAL
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
@@ -207,7 +207,7 @@ def test_block_diffusion_is_bd3_lm_within_documents(size, doc):
     ),
   ],
 )
-def test_a_regime_is_what_all_rows_share_and_is_static(make, again, other):
+def test_regime_is_static_and_equal_in_all_rows(make, again, other):
   valid = jnp.asarray(VALID)
   l = make(valid)
   row = masks.row(l.regime, l.pos.shape[1])
@@ -249,7 +249,7 @@ def test_labels_say_whether_a_row_is_one_document():
   assert not labels(np.arange(4), 0, 0).single
 
 
-def test_hand_built_labels_promise_nothing():
+def test_hand_built_labels_are_general():
   assert labels(np.arange(4), 0, 0).regime == masks.GENERAL
 
 
@@ -279,7 +279,7 @@ def test_block_causal_sees_up_to_the_end_of_its_block(size):
   np.testing.assert_array_equal(seen(block_causal(6, size)), expected)
 
 
-def test_block_causal_of_size_1_is_causal_and_of_size_l_bidirectional():
+def test_block_causal_spans_causal_to_bidirectional():
   valid = jnp.ones((1, 6), bool)
   np.testing.assert_array_equal(
     seen(block_causal(6, 1)), seen(masks.causal(valid))
@@ -340,7 +340,7 @@ def test_sdlm_windows_see_the_clean_tokens_before_their_anchor():
   np.testing.assert_array_equal(visible, longhand(1, len(pos), rule))
 
 
-def test_a_canvas_sees_its_cache_and_itself_whole():
+def test_canvas_sees_all_of_its_cache_and_itself():
   cache, canvas, size = np.arange(4), np.arange(4, 7), 3
   query = labels(canvas, 0, canvas[0])
   key = jax.tree.map(

@@ -56,7 +56,7 @@ def small_tiles(monkeypatch):
 
 
 @every_regime
-def test_masks_are_the_rule_in_any_slice(regime):
+def test_masks_equal_the_rule_in_any_slice(regime):
   mask = splash.make_mask(regime, L)
   assert mask.shape == (L, L)
   for index in np.s_[:, :], np.s_[64:192, 32:], np.s_[128:136, :128]:
@@ -64,7 +64,7 @@ def test_masks_are_the_rule_in_any_slice(regime):
 
 
 @every_regime
-def test_masks_are_equal_where_regimes_and_lengths_are(regime):
+def test_masks_of_equal_regimes_are_equal(regime):
   """Or the kernel would work out the same tiles for every layer."""
   mask = splash.make_mask(regime, L)
   again = splash.make_mask(Regime(regime.make, regime.sizes), L)
@@ -93,15 +93,13 @@ def test_splash_equals_xla_with_gradients(make, heads, kv_heads):
 
 @with_documents
 @every_regime
-def test_splash_equals_xla_where_whole_tiles_see_nothing(
-  small_tiles, regime, doc
-):
+def test_splash_equals_xla_with_empty_tiles(small_tiles, regime, doc):
   """For being other documents, or by the regime."""
   assert_splash_equals_xla(masks.make_labels(regime, padded(L), doc), 2, 2)
 
 
 @every_regime
-def test_splash_equals_xla_with_a_kernel_of_its_own_for_dq(
+def test_splash_equals_xla_with_a_separate_dq_kernel(
   monkeypatch, small_tiles, regime
 ):
   monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 1)
@@ -112,7 +110,7 @@ def test_splash_equals_xla_with_a_kernel_of_its_own_for_dq(
   )
 
 
-def test_splash_serves_heads_that_are_narrower_than_its_tiles():
+def test_splash_equals_xla_with_narrow_heads():
   """LLaDA 1B has heads of 64."""
   assert_splash_equals_xla(masks.bidirectional(padded(L)), 4, 2, head_dim=64)
 
@@ -167,9 +165,7 @@ def tiles_of(dense, tile):
     (masks.block_diffusion(jnp.ones((1, 1), bool), 128).regime, 4 + 6 + 10),
   ],
 )
-def test_tiles_where_nothing_is_seen_are_skipped(
-  small_tiles, regime, computed, parts
-):
+def test_empty_tiles_are_skipped(small_tiles, regime, computed, parts):
   """8 x 8 tiles of a row of 1024, forward and backward."""
   dense = tiles_of(rule(regime, 1024), 128)
   assert (dense > 0).sum() == computed
@@ -180,7 +176,7 @@ def test_tiles_where_nothing_is_seen_are_skipped(
     assert (kinds == 2).sum() == (dense == 128 * 128).sum()
 
 
-def test_the_grid_of_a_whole_row_has_only_the_tiles_of_its_busiest_queries(
+def test_grid_shrinks_to_the_longest_line_of_tiles(
   small_tiles,
 ):
   """In block diffusion of 4 x 128 those are 5 of 8: clean, and own block."""
@@ -218,7 +214,7 @@ def test_tiles_divide_every_length(length, parts, chip):
     assert sizes.use_fused_bwd_kernel == (partial_dq <= splash.MAX_PARTIAL_DQ)
 
 
-def test_tiles_of_odd_lengths_are_as_large_as_they_can_be():
+def test_tiles_of_odd_lengths_are_as_large_as_possible():
   sizes = splash.block_sizes(
     splash.make_mask(masks.CAUSAL, 3072), 3072, 3072, 'v5p'
   )
@@ -230,7 +226,7 @@ def test_tiles_of_odd_lengths_are_as_large_as_they_can_be():
   assert (sizes.block_q_dkv, sizes.block_kv_dkv) == (1024, 3072)
 
 
-def test_larger_backward_tiles_are_for_chips_with_a_larger_vmem_limit():
+def test_large_backward_tiles_need_a_larger_vmem_limit():
   """compiler.py raises the limit of these, and of no others."""
   assert splash.TILES.keys() == compiler.OPTIONS.keys()
 
@@ -279,7 +275,7 @@ print(json.dumps({name: compile(regimes[name]) for name in regimes}))
 
 @pytest.mark.slow
 @needs_libtpu
-def test_rows_split_over_4_devices_compile_for_a_pod_without_a_square_array():
+def test_split_rows_compile_for_a_pod_without_a_square_array():
   """By the real TPU compiler; `auto` takes splash there."""
   for name, hlo in tpu_compiler.run(COMPILE).items():
     assert 'splash_mha_fwd' in hlo and 'splash_mha_dkv' in hlo, name

@@ -155,7 +155,7 @@ def test_left_padding_is_hidden_as_in_llada(golden):
   )
 
 
-def test_padding_that_is_not_hidden_changes_the_logits(golden):
+def test_visible_padding_changes_the_logits(golden):
   """Negative control: the same rows without an attention mask."""
   config, params, arrays = golden
   ids = jnp.asarray(arrays['pad_ids'])
@@ -220,7 +220,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradients(
   assert_close(loss_and_gradients(config, tiny_params, tokens), expected)
 
 
-def test_rotary_scores_depend_on_the_distance_alone():
+def test_rotary_scores_depend_on_the_distance_only():
   random = np.random.default_rng(0)
   q, k = (jnp.asarray(random.normal(size=8), jnp.float32) for _ in 'qk')
 
@@ -253,9 +253,7 @@ PADDED = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], bool)
 
 
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
-def test_gradient_by_an_input_is_zero_exactly_where_it_is_not_visible(
-  make, tiny_params
-):
+def test_gradient_is_zero_exactly_where_not_visible(make, tiny_params):
   """Causal and bidirectional rules are transitive, so depth adds nothing."""
   labels = make(jnp.asarray(PADDED))
   batch, length = PADDED.shape
@@ -450,14 +448,14 @@ EVERYTHING = dataclasses.replace(
 )
 
 
-def test_what_a_config_does_not_ask_for_is_not_there(tiny_params):
+def test_optional_weights_are_absent_by_default(tiny_params):
   more = set(transformer.shapes(EVERYTHING)['blocks']) - set(
     tiny_params['blocks']
   )
   assert more == {'q_bias', 'k_bias', 'v_bias', 'q_norm', 'k_norm'}
 
 
-def test_all_of_it_is_the_same_on_a_mesh_and_has_gradients():
+def test_optional_features_work_on_a_mesh_and_have_gradients():
   params = draw_params(EVERYTHING)
   tokens = random_tokens(EVERYTHING, length=8)
 
@@ -485,7 +483,7 @@ def test_biases_and_gains_are_neither_split_nor_decayed():
       assert not mesh.is_matrix(axes)
 
 
-def test_a_shifted_output_stands_where_the_next_token_is():
+def test_predict_next_shifts_outputs_to_the_next_position():
   """Except at the first position of a document, which no one predicts."""
   config = dataclasses.replace(TINY, predict_next=True)
   params, tokens = draw_params(TINY), random_tokens(TINY, length=8)

@@ -26,7 +26,7 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 """  # noqa: E501
 
 
-def test_computations_and_instructions_in_their_order():
+def test_computations_and_instructions_are_in_order():
   module = hlo.parse(TEXT)
   assert module.entry == 'main'
   assert module.num_partitions == 4
@@ -38,20 +38,20 @@ def test_computations_and_instructions_in_their_order():
   assert fusion.attribute('to_apply') is None
 
 
-def test_metadata_with_raw_newlines_belongs_to_its_instruction():
+def test_instruction_may_span_lines():
   kernel = hlo.parse(TEXT).computations['main']['kernel.1']
   assert kernel.op == 'custom-call'
   assert kernel.op_name == 'jit(f)/kernel'
   assert kernel.cycles == 0
 
 
-def test_a_fusion_without_a_name_is_described_by_its_matrix_product():
+def test_fusion_is_described_by_its_matrix_product():
   module = hlo.parse(TEXT)
   source = hlo.describing(module, module.roots['main'])
   assert source.op_name == 'jit(f)/bl,ld->bd/dot_general'
 
 
-def test_an_instruction_with_a_name_describes_itself():
+def test_named_instruction_describes_itself():
   module = hlo.parse(TEXT)
   kernel = module.computations['main']['kernel.1']
   assert hlo.describing(module, kernel) is kernel
@@ -81,6 +81,6 @@ def test_elements_of_a_tuple_keep_their_layouts():
   assert hlo.elements('f32[2,2]{1,0}') == ['f32[2,2]{1,0}']
 
 
-def test_a_text_without_entry_is_refused():
+def test_text_without_entry_is_refused():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.parse('HloModule empty\n')

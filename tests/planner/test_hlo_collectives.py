@@ -95,7 +95,7 @@ def test_bytes_received_and_time_on_a_torus(line, kind, nbytes, phases):
   )
 
 
-def test_a_permutation_sends_everything_over_one_link():
+def test_permutation_uses_one_link():
   found = transfer(
     '  %p = (bf16[64,8192], bf16[64,8192], u32[], u32[]) '
     'collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}',
@@ -106,14 +106,14 @@ def test_a_permutation_sends_everything_over_one_link():
   assert found.seconds == pytest.approx(MB / V5P.link_bandwidth + ICI_HOP_S)
 
 
-def test_a_group_of_one_device_moves_nothing():
+def test_group_of_one_device_moves_nothing():
   found = transfer(
     '  %g = bf16[64,8192] all-reduce(%x), replica_groups={{0},{1}}', CUBE
   )
   assert (found.axes, found.nbytes, found.seconds) == ('', 0, 0)
 
 
-def test_an_axis_that_does_not_close_to_a_ring_has_half_of_the_links():
+def test_open_axis_has_half_of_the_bandwidth():
   grid = machine(V5E, (2, 4), axes(fsdp=8))
   found = transfer(
     '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', grid
@@ -130,7 +130,7 @@ def test_an_axis_that_does_not_close_to_a_ring_has_half_of_the_links():
   )
 
 
-def test_a_mesh_axis_has_only_the_links_that_it_lies_along():
+def test_mesh_axis_uses_the_links_along_it():
   # fsdp is slowest: over y and z; tensor over the 4 chips of x.
   target = machine(V5P, (4, 4, 4), axes(fsdp=16, tensor=4))
   line = '  %g = bf16[64,8192] all-gather(%x), replica_groups='
@@ -163,7 +163,7 @@ def test_a_mesh_axis_has_only_the_links_that_it_lies_along():
     ('source_target_pairs={{0,3},{3,0}}', [0, 3]),
   ],
 )
-def test_every_way_to_write_groups(groups, ids):
+def test_groups_in_every_notation(groups, ids):
   target = machine(V5E, (2, 4), axes(fsdp=8))
   module = module_of(f'  %g = f32[8] all-reduce(%x), {groups}', 8)
   i = module.computations['main']['g']
@@ -178,7 +178,7 @@ def test_groups_along_several_mesh_axes():
   assert transfer(line + '{}', target).axes == 'replica+fsdp+tensor'
 
 
-def test_a_group_of_several_slices_goes_over_the_data_centre():
+def test_group_over_slices_uses_the_data_centre_network():
   target = machine(V5P, (2, 2, 1), axes(replica=2, fsdp=4), num_slices=2)
   found = transfer(
     '  %g = bf16[64,8192] all-reduce(%x), replica_groups=[4,2]<=[2,4]T(1,0)',
@@ -190,14 +190,14 @@ def test_a_group_of_several_slices_goes_over_the_data_centre():
   )
 
 
-def test_a_program_for_one_of_several_slices_numbers_its_own_devices():
+def test_device_numbers_count_within_a_slice():
   target = machine(V5P, (2, 2, 1), axes(replica=2, fsdp=4), num_slices=2)
   line = '  %g = bf16[64,8192] all-gather(%x), replica_groups={{0,1,2,3}}'
   found = transfer(line, target, partitions=4)
   assert (found.network, found.axes) == ('ici', 'fsdp')
 
 
-def test_a_send_between_slices():
+def test_send_between_slices():
   target = machine(V5P, (2, 2, 1), axes(replica=4, fsdp=4), num_slices=4)
   module = module_of(
     '  %s = (bf16[64,8192]{1,0}, u32[], token[]) send(%x), channel_id=8, '
@@ -228,7 +228,7 @@ ENTRY %main (x: bf16[64,8192]) -> bf16[1,8192] {
 """
 
 
-def test_an_all_reduce_that_only_leaves_a_slice_is_a_reduce_scatter():
+def test_all_reduce_scatter_fusion_is_a_reduce_scatter():
   module = hlo.parse(SCATTERED)
   fusion = module.roots['main']
   assert hlo_collectives.is_reduce_scatter(module, fusion)
@@ -240,7 +240,7 @@ def test_an_all_reduce_that_only_leaves_a_slice_is_a_reduce_scatter():
   assert whole.nbytes == pytest.approx(2 * found.nbytes)
 
 
-def test_collectives_inside_of_called_computations():
+def test_collectives_inside_called_computations():
   module = hlo.parse(SCATTERED)
   assert [i.name for i in hlo_collectives.inside(module, 'main')] == ['sum']
   assert hlo_collectives.inside(module, 'nothing') == []
@@ -252,7 +252,7 @@ def test_kinds_of_ops():
   assert hlo_collectives.base_kind('copy-start') is None
 
 
-def test_the_machine_of_the_tests_is_a_torus():
+def test_machine_of_the_tests_is_a_torus():
   assert len(CUBE.coords) == math.prod(CUBE.shape)
   assert CUBE.coords[:3] == ((0, 0, 0), (1, 0, 0), (2, 0, 0))
   assert CUBE.num_slices == 1

@@ -66,7 +66,7 @@ def loop(body, name='while.1', op_name='jit(f)/while', trips=None):
   return computations, line
 
 
-def test_cycles_over_the_clock():
+def test_time_is_cycles_over_the_clock_rate():
   cost = price(work('a', 2) + work('b', 3))
   assert cost.cycles == pytest.approx(5 * MS)
   assert cost.total_s == pytest.approx(0.005)
@@ -74,7 +74,7 @@ def test_cycles_over_the_clock():
   assert not cost.exposed_s
 
 
-def test_loops_multiply_what_is_in_them():
+def test_loops_multiply_their_bodies():
   inner, inner_line = loop(work('a', 1), 'while.2', trips=3)
   outer, outer_line = loop(inner_line + work('b', 2), trips=4)
   cost = price(outer_line + work('c', 5), inner + outer)
@@ -84,7 +84,7 @@ def test_loops_multiply_what_is_in_them():
   assert counts == {'a': 12, 'b': 4, 'c': 1}
 
 
-def test_a_loop_that_data_decides_takes_the_count_that_is_expected():
+def test_data_dependent_loop_takes_the_expected_count():
   computations, line = loop(work('a', 1), op_name='jit(f)/loss/while')
   cost = price(line, computations, expected_trips={'jit(f)/loss/while': 8}.get)
   assert cost.total_s == pytest.approx(0.008)
@@ -92,20 +92,20 @@ def test_a_loop_that_data_decides_takes_the_count_that_is_expected():
   assert cost.unresolved == []
 
 
-def test_a_loop_of_which_nothing_is_known_is_listed():
+def test_loop_without_a_count_is_listed():
   computations, line = loop(work('a', 1))
   cost = price(line, computations)
   assert cost.total_s == pytest.approx(0.001)
   assert cost.unresolved == ['jit(f)/while']
 
 
-def test_a_call_is_part_of_the_schedule():
+def test_call_is_part_of_the_schedule():
   called = '%f (s: f32[8]) -> f32[8] {\n' + work('a', 4) + '}\n\n'
   cost = price('  %call = f32[8] call(%x), to_apply=%f\n', called)
   assert cost.total_s == pytest.approx(0.004)
 
 
-def test_the_branches_of_a_condition_are_equally_likely():
+def test_branches_are_equally_likely():
   branches = ''.join(
     f'%{name} (s: f32[8]) -> f32[8] {{\n' + work('a', ms) + '}\n\n'
     for name, ms in (('yes', 4), ('no', 2))
@@ -118,7 +118,7 @@ def test_the_branches_of_a_condition_are_equally_likely():
   assert cost.cycles == pytest.approx(3 * MS)
 
 
-def test_a_synchronous_collective_is_all_exposed():
+def test_synchronous_collective_is_exposed():
   cost = price(gather() + work('a', 3))
   assert cost.total_s == pytest.approx(0.013)
   assert cost.exposed_s['ici'] == pytest.approx(0.010)
@@ -129,9 +129,7 @@ def test_a_synchronous_collective_is_all_exposed():
 
 
 @pytest.mark.parametrize('ms, exposed', [(4, 6), (10, 0), (12, 0)])
-def test_an_asynchronous_collective_is_exposed_where_work_ends_first(
-  ms, exposed
-):
+def test_asynchronous_collective_is_exposed_after_the_work(ms, exposed):
   cost = price(
     gather('s', 'all-gather-start')
     + work('a', ms)
@@ -155,14 +153,14 @@ def test_collectives_queue_behind_each_other():
   assert cost.busy_s['ici'] == pytest.approx(0.020)
 
 
-def test_what_is_exposed_in_a_loop_counts_every_time():
+def test_exposed_time_in_a_loop_counts_every_trip():
   computations, line = loop(gather() + work('a', 1), trips=5)
   cost = price(line, computations)
   assert cost.exposed_s['ici'] == pytest.approx(0.050)
   assert cost.total_s == pytest.approx(0.055)
 
 
-def test_a_collective_that_goes_on_inside_of_fusions():
+def test_collective_inside_fusions_is_asynchronous():
   """The TPU compiler's other form of an asynchronous collective."""
   others = (
     f'%start (p: bf16[8]) -> bf16[{GATHERED}] {{\n'
@@ -192,7 +190,7 @@ def test_a_collective_that_goes_on_inside_of_fusions():
   assert cost.total_s == pytest.approx(0.010)
 
 
-def test_a_fused_reduce_scatter_is_synchronous_and_moves_half():
+def test_fused_reduce_scatter_is_synchronous_and_moves_half():
   others = (
     f'%all-reduce-scatter.1 (p: bf16[{GATHERED}]) -> bf16[8] {{\n'
     '  %x = bf16[8] parameter(0)\n'
@@ -211,7 +209,7 @@ def test_a_fused_reduce_scatter_is_synchronous_and_moves_half():
   assert cost.exposed_s['ici'] == pytest.approx(0.010)
 
 
-def test_a_collective_on_another_thread():
+def test_collective_on_another_thread_is_asynchronous():
   others = (
     '%offloaded (p: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n'
     + gather('inner')
@@ -227,7 +225,7 @@ def test_a_collective_on_another_thread():
   assert cost.exposed_s['ici'] == pytest.approx(0.003)
 
 
-def test_a_prefetch_is_exposed_where_work_ends_first():
+def test_prefetch_is_exposed_after_the_work():
   size = round(CHIP.hbm_bandwidth * 0.010 / 2)
   cost = price(
     f'  %s = (bf16[{size}]{{0:S(1)}}, bf16[{size}]{{0}}, u32[]) '
@@ -236,7 +234,7 @@ def test_a_prefetch_is_exposed_where_work_ends_first():
   assert cost.exposed_s['prefetch'] == pytest.approx(0.006)
 
 
-def test_copies_to_and_from_the_host_go_both_ways_at_once():
+def test_host_copies_overlap_in_both_directions():
   size = round(CHIP.host_bandwidth * 0.010 / 2)
   cost = price(
     f'  %o = (bf16[{size}]{{0:S(5)}}, bf16[{size}]{{0}}, u32[]) '
@@ -312,7 +310,7 @@ KERNEL = (
 )
 
 
-def test_attention_kernels_take_half_of_the_peak():
+def test_attention_kernels_reach_half_of_the_peak():
   cost = price(KERNEL.format(name='splash_mha_fwd.1', op_name='jit(f)/fwd'))
   flops = 2 * 2 * 1024 * 1024 * 128
   assert cost.kernel_flops == flops
@@ -341,7 +339,7 @@ def test_large_scatters_without_an_estimate_are_listed():
   assert dict(cost.unpriced) == {'scatter_fusion': 4}  # the other is small
 
 
-def test_operations_of_one_place_add_up():
+def test_operations_with_one_name_add_up():
   cost = price(
     work('fusion.1', 1, op_name='jit(f)/mul')
     + work('fusion.2', 2, op_name='jit(f)/mul')

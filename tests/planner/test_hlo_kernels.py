@@ -42,7 +42,7 @@ def test_matrix_products_of_each_kernel(name, products):
   assert flops(name) == products * PRODUCT
 
 
-def test_a_separate_kernel_for_queries_takes_one_product_off():
+def test_separate_kernel_for_queries_saves_one_product():
   others = call('splash_mha_dq_segmented.1')
   assert flops('splash_mha_dkv_segmented', others=others) == 4 * PRODUCT
 
@@ -60,7 +60,7 @@ def test_causal_kernels_skip_blocks_above_the_diagonal(grid, share):
   )
 
 
-def test_another_kernel_is_not_guessed():
+def test_other_kernels_have_no_flops():
   assert flops('some_kernel') is None
   assert flops('splash_something') is None
 

@@ -54,23 +54,23 @@ def trips(text, computation='main', name='while.1'):
     ({'first': '40'}, 0),
   ],
 )
-def test_a_counter_against_a_constant(loop, count):
+def test_counter_against_a_constant(loop, count):
   assert trips(counting(**loop)) == count
 
 
-def test_the_limit_may_stand_first():
+def test_limit_may_be_the_first_operand():
   text = counting().replace('compare(%i.1, %limit)', 'compare(%limit, %i.1)')
   assert trips(text.replace('direction=LT', 'direction=GT')) == 32
 
 
-def test_a_count_that_the_text_states():
+def test_stated_count_is_used():
   text = counting(limit='7').replace(
     'body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
   )
   assert trips(text) == 5
 
 
-def test_a_limit_that_is_carried_around_unchanged():
+def test_loop_invariant_limit():
   text = counting().replace('(s32[], f32[8])', '(s32[], f32[8], s32[])')
   text = text.replace(
     '%limit = s32[] constant(32)',
@@ -88,7 +88,7 @@ def test_a_limit_that_is_carried_around_unchanged():
   assert trips(data) is None
 
 
-def test_a_loop_in_a_loop_takes_its_limit_from_outside():
+def test_inner_loop_takes_its_limit_from_the_outer_loop():
   inner = counting(limit='4').replace('ENTRY %main', '%unused')
   inner = inner.replace('%while.1', '%while.0')
   outer = """
@@ -136,6 +136,6 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     ('pred[] compare(%i.1, %limit), direction=LT', 'pred[] and(%i.1, %limit)'),
   ],
 )
-def test_what_cannot_be_worked_out_is_not_guessed(old, new):
+def test_unknown_count_is_none(old, new):
   assert old in counting()
   assert trips(counting().replace(old, new)) is None

@@ -29,7 +29,7 @@ def chunks(sizes=None, **values):
   return plan.loss_chunks(c, SIZES | (sizes or {}))
 
 
-def test_half_of_the_tokens_and_some_more_are_in_the_loss():
+def test_loss_chunks_cover_half_of_the_tokens_and_a_margin():
   """2048 of 4096 tokens, and 78: three times sqrt(4096 / 6)."""
   size = lambda tokens: chunks(**{'objective.loss_chunk_tokens': tokens})
   assert size(2126) == 2
@@ -47,12 +47,12 @@ def test_half_of_the_tokens_and_some_more_are_in_the_loss():
     {'train.batch': 24},  # 3 rows a chip: one without a partner
   ],
 )
-def test_without_pairs_one_of_the_chips_may_have_all_tokens_masked(values):
+def test_loss_chunks_without_pairs_cover_all_tokens(values):
   rows = values.get('train.batch', 32) // 8
   assert chunks(**values) == rows * 1024 // 512
 
 
-def test_every_token_of_an_autoregressive_row_is_in_the_loss():
+def test_loss_chunks_of_autoregression_cover_all_tokens():
   assert chunks(**{'objective.name': 'autoregressive'}) == 8
 
 
@@ -63,7 +63,7 @@ def test_devices_share_the_tokens():
   assert chunks({'fsdp': 4, 'replica': 2}) == 5
 
 
-def test_a_chunk_is_not_larger_than_what_there_is():
+def test_chunk_is_at_most_the_tokens_of_a_device():
   assert chunks(**{'objective.loss_chunk_tokens': 100_000}) == 1
 
 
@@ -91,7 +91,7 @@ def failing(message):
   return compile_train
 
 
-def test_a_step_that_does_not_fit_comes_with_levers(cpu_target, monkeypatch):
+def test_step_that_does_not_fit_has_levers(cpu_target, monkeypatch):
   message = 'RESOURCE_EXHAUSTED: space hbm. Used 20.5G of 15.75G hbm.'
   monkeypatch.setattr(plan, 'compile_train', failing(message))
   found = plan.plan(config.default(), 'v5e:2x4')
@@ -102,9 +102,7 @@ def test_a_step_that_does_not_fit_comes_with_levers(cpu_target, monkeypatch):
   assert any('microbatches=2' in lever for lever in found['levers'])
 
 
-def test_another_memory_than_hbm_is_not_the_plans_fault(
-  cpu_target, monkeypatch
-):
+def test_exhausted_vmem_does_not_compile(cpu_target, monkeypatch):
   message = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.'
   monkeypatch.setattr(plan, 'compile_train', failing(message))
   found = plan.plan(config.default(), 'v5e:2x4')
@@ -184,7 +182,7 @@ def params_gib(c):
   return 4 * (matrices / 8 + 3 * m.embed) / GIB
 
 
-def test_an_evaluation_stands_beside_the_whole_state(compiled):
+def test_evaluation_counts_the_state_of_the_run(compiled):
   c = wide()
   compiled(allocated(6, 8), allocated(1, 9))
   found = plan.plan(c, 'v5e:2x4')
@@ -205,9 +203,7 @@ def test_an_evaluation_stands_beside_the_whole_state(compiled):
     ),
   ],
 )
-def test_an_evaluation_that_does_not_fit_is_part_of_the_plan(
-  compiled, evaluation
-):
+def test_evaluation_that_does_not_fit_has_levers(compiled, evaluation):
   c = wide()
   compiled(allocated(12, 14), evaluation)
   found = plan.plan(c, 'v5e:2x4')
@@ -221,7 +217,7 @@ def test_an_evaluation_that_does_not_fit_is_part_of_the_plan(
   assert not any('train.microbatches' in lever for lever in found['levers'])
 
 
-def test_an_evaluation_that_does_not_compile_is_named(compiled):
+def test_evaluation_that_does_not_compile_is_named(compiled):
   error = jax.errors.JaxRuntimeError('no such operation')
   compiled(allocated(6, 8), error)
   found = plan.plan(wide(), 'v5e:2x4')
@@ -230,14 +226,14 @@ def test_an_evaluation_that_does_not_compile_is_named(compiled):
   assert found['hbm_total_gib'] == 8
 
 
-def test_an_evaluation_waits_for_a_train_step_that_fits(compiled):
+def test_evaluation_is_compiled_only_if_the_step_fits(compiled):
   calls = compiled(allocated(6, 20), allocated(1, 2))
   found = plan.plan(wide(), 'v5e:2x4')
   assert (found['status'], calls) == ('does not fit', [])
   assert found['hbm_evaluation_gib'] is None
 
 
-def test_a_sweep_keeps_the_batch_of_an_evaluation(compiled):
+def test_sweep_keeps_the_evaluation_batch(compiled):
   """To the nearest that the chips divide, whatever is trained on at once."""
   calls = compiled(allocated(6, 8), allocated(1, 2))
   c = wide(**{'eval.batch': 20, 'train.batch': 128})
@@ -245,7 +241,7 @@ def test_a_sweep_keeps_the_batch_of_an_evaluation(compiled):
   assert [(c.train.batch, c.eval.batch) for c in calls] == [(128, 16)] * 2
 
 
-def test_the_evaluation_that_is_compiled_is_the_one_that_runs(monkeypatch):
+def test_planned_evaluation_is_the_one_that_runs(monkeypatch):
   """Its config and shapes, as evaluation.evaluate gives them to the step."""
   c = changed(**{'data.length': 32, 'eval.batch': 16, 'eval.batches': 1})
   c.model.update(embed=16, layers=1, mlp=16)
@@ -319,7 +315,7 @@ def run_sweep(monkeypatch, needed, **options):
   return found, tried
 
 
-def test_a_sweep_ranks_what_fits_and_stops_where_it_does_not(
+def test_sweep_ranks_plans_and_stops_at_the_first_misfit(
   cpu_target, monkeypatch
 ):
   found, tried = run_sweep(
@@ -347,7 +343,7 @@ def test_a_sweep_ranks_what_fits_and_stops_where_it_does_not(
   }
 
 
-def test_a_candidate_that_fails_is_part_of_the_result(cpu_target, monkeypatch):
+def test_failed_candidate_is_part_of_the_sweep(cpu_target, monkeypatch):
   found, _ = run_sweep(
     monkeypatch, lambda *_: 1, rows=[1], meshes=[{'tensor': 3}, {}]
   )
@@ -357,6 +353,6 @@ def test_a_candidate_that_fails_is_part_of_the_result(cpu_target, monkeypatch):
   assert 'is not the number of devices, 8' in found[1]['error']
 
 
-def test_an_axis_that_does_not_exist(cpu_target, monkeypatch):
+def test_unknown_mesh_axis_is_refused(cpu_target, monkeypatch):
   with pytest.raises(UserError, match='is not a mesh axis'):
     run_sweep(monkeypatch, lambda *_: 1, meshes=[{'data': 2}])

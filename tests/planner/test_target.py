@@ -12,7 +12,7 @@ from maskdiff.errors import UserError
 from maskdiff.planner import target
 
 
-def test_without_libtpu_the_fix_is_named(monkeypatch):
+def test_missing_libtpu_is_one_error(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install -r requirements-tpu.txt'):
     target.open_target(config.default(), 'v5p:4x4x4')
@@ -49,18 +49,18 @@ OPEN = (False, False, False)
     ('v4:2x2x1', 1, {'wrap': OPEN, 'chip_config_name': 'megacore'}),
   ],
 )
-def test_what_libtpu_is_asked_for(monkeypatch, topology, num_slices, options):
+def test_options_of_libtpu(monkeypatch, topology, num_slices, options):
   asked = refused(monkeypatch, topology, num_slices)
   assert asked == {'platform': 'tpu', 'topology_name': topology} | options
 
 
-def test_a_number_of_slices_is_positive(monkeypatch):
+def test_num_slices_must_be_positive(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
   with pytest.raises(UserError, match='num_slices=0'):
     target.topology_devices('v5p:4x4x4', 0)
 
 
-def test_a_bad_name_is_told_before_libtpu_is_looked_for(monkeypatch):
+def test_bad_topology_is_reported_without_libtpu(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='give a chip of'):
     target.topology_devices('v5litepod-16')
