@@ -25,7 +25,6 @@ from maskdiff.model import masks
 from maskdiff.model import splash as splash_lib
 from maskdiff.model.splash import RESIDUALS
 
-IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'cudnn')
 # By the first word of the device kind; that of older NVIDIA GPUs is Tesla.
 KERNELS = {'TPU': 'splash', 'NVIDIA': 'cudnn', 'Tesla': 'cudnn'}
 CUDNN_CAPABILITY = (8, 0)  # Ampere, the first with flash attention in cuDNN
@@ -46,9 +45,9 @@ def attend(q, k, v, labels, implementation):
     k: [B, G, L, K]; G divides H.
     v: [B, G, L, K].
     labels: masks.Labels of the L positions.
-    implementation: one of IMPLEMENTATIONS. `auto` is splash on TPUs and cudnn
-      on NVIDIA GPUs if the kernel supports the arrays, the labels and the mesh,
-      else xla.
+    implementation: a choice of config.model.attention. `auto` is splash on TPUs
+      and cudnn on NVIDIA GPUs if the kernel supports the arrays, the labels and
+      the mesh, else xla.
 
   Returns:
     [B, H, L, K] in the dtype of q.

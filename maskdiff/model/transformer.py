@@ -63,7 +63,7 @@ class TransformerConfig:
   norm_eps: float
   dtype: str  # of activations and matrix products; parameters are float32
   remat: str  # a key of REMAT_POLICIES
-  attention: str  # one of attention.IMPLEMENTATIONS
+  attention: str  # auto, xla, splash or cudnn
   qkv_bias: bool = False  # biases of queries, keys and values (Qwen2, Dream)
   qk_norm: bool = False  # RMS norm of queries and keys per head (Qwen3)
   # The output at a position predicts the next token. Dream trains an

@@ -16,9 +16,6 @@ from maskdiff.model import masks
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.objectives.schedule import Schedule
 
-# A row packs documents. A position sees the whole row or its own document.
-ATTEND_WITHIN = ('row', 'document')
-
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
@@ -27,7 +24,7 @@ class ObjectiveConfig:
   eps: float  # times are in [eps, 1)
   time_sampling: str  # one of schedule.TIME_SAMPLINGS
   random_length_fraction: float  # of the rows, cut to a random length
-  attend_within: str  # one of ATTEND_WITHIN
+  attend_within: str  # row or document
   predict_mask: bool  # whether the softmax includes the mask token
   mask_id: int
   bos_id: int

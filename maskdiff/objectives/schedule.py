@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from maskdiff.config import CHOICES
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -38,8 +40,8 @@ class Schedule:
     }[self.name]()
 
 
-SCHEDULES = ('linear', 'cosine', 'polynomial')
-TIME_SAMPLINGS = ('antithetic', 'stratified', 'iid')
+SCHEDULES = CHOICES['objective.schedule']
+TIME_SAMPLINGS = CHOICES['objective.time_sampling']
 
 
 def sample_times(sampling, key, rows, batch):

@@ -7,14 +7,12 @@ import optax
 
 from maskdiff.distributed.mesh import is_matrix
 
-SCHEDULES = ('wsd', 'cosine', 'piecewise')
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """Settings of the optimizer; see config/optimizer.py."""
 
-  schedule: str  # one of SCHEDULES
+  schedule: str  # wsd, cosine or piecewise
   learning_rate: float
   final_learning_rate: float
   warmup_steps: int
