@@ -60,22 +60,13 @@ class StepConfig:
 
 def step_config(config):
   """Builds the StepConfig of a run's config."""
-  o = config.objective
+  objective = {**config.objective, **config.tokens}
+  objective['schedule'] = Schedule(
+    objective['schedule'], objective.pop('schedule_power')
+  )
   return StepConfig(
     model=TransformerConfig(**config.model),
-    objective=ObjectiveConfig(
-      name=o.name,
-      schedule=Schedule(o.schedule, o.schedule_power),
-      eps=o.eps,
-      time_sampling=o.time_sampling,
-      random_length_fraction=o.random_length_fraction,
-      attend_within=o.attend_within,
-      predict_mask=o.predict_mask,
-      mask_id=config.tokens.mask_id,
-      bos_id=config.tokens.bos_id,
-      eos_id=config.tokens.eos_id,
-      loss_chunk_tokens=o.loss_chunk_tokens,
-    ),
+    objective=ObjectiveConfig(**objective),
     length=config.data.length,
     microbatches=config.train.microbatches,
     guard=GuardConfig(config.guard.spike_sigmas),
