@@ -12,8 +12,8 @@ import numpy as np
 import published_folders
 import pytest
 import safetensors.numpy
+import tiny
 
-from maskdiff import config as config_lib
 from maskdiff.checkpoints import checkpoint, manifest
 from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.data import tokenizer as tokenizer_lib
@@ -130,18 +130,10 @@ def test_swapped_tensors_fail_the_check(tmp_path):
 
 def save_run(tokenizer, path, **changes):
   """Saves a run with random parameters at step 3; returns the parameters."""
-  config = config_lib.default()
-  config.update_from_flattened_dict(
-    {
-      'model.embed': 16,
-      'model.layers': 2,
-      'model.heads': 2,
-      'model.kv_heads': 1,
-      'model.head_dim': 8,
-      'model.mlp': 24,
-      'data.tokenizer': tokenizer.path,
-      **changes,
-    }
+  config = tiny.config(
+    tiny.MODEL_KEYS
+    | {'model.layers': 2, 'model.kv_heads': 1, 'data.tokenizer': tokenizer.path}
+    | changes
   )
   shapes = transformer.shapes(step_lib.step_config(config).model)
   random = np.random.default_rng(0)
@@ -226,8 +218,7 @@ NO_FAMILY = {
 def test_model_without_a_published_architecture_is_refused(
   changes, family, message
 ):
-  config = config_lib.default()
-  config.update_from_flattened_dict(changes)
+  config = tiny.config(changes)
   with pytest.raises(UserError, match=message):
     convert.choose_family(config, None, family)
 

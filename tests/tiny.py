@@ -1,0 +1,56 @@
+"""Tiny models and configs, for tests of all rooms."""
+
+import dataclasses
+
+from maskdiff import config as config_lib
+from maskdiff.model.transformer import TransformerConfig
+
+MODEL = TransformerConfig(
+  vocab_size=24,
+  embed=16,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=8,
+  mlp=24,
+  tie_embeddings=False,
+  rope_theta=1e4,
+  norm_eps=1e-5,
+  dtype='float32',
+  remat='none',
+  attention='xla',
+)
+# Keys of a config whose model is tiny.
+MODEL_KEYS = {
+  'model.embed': 16,
+  'model.layers': 1,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.head_dim': 8,
+  'model.mlp': 16,
+  'model.dtype': 'float32',
+}
+# Keys of a config for a training of seconds.
+TRAIN_KEYS = {
+  **MODEL_KEYS,
+  'model.remat': 'none',
+  'objective.loss_chunk_tokens': 32,
+  'optimizer.learning_rate': 1e-2,
+  'optimizer.warmup_steps': 2,
+  'optimizer.decay_steps': 2,
+  'data.length': 16,
+  'eval.batch': 16,
+  'eval.batches': 2,
+}
+
+
+def model(**changes):
+  """Returns MODEL with other values for some fields."""
+  return dataclasses.replace(MODEL, **changes)
+
+
+def config(keys):
+  """Returns the default ConfigDict with other values for some keys."""
+  c = config_lib.default()
+  c.update_from_flattened_dict(keys)
+  return c
