@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 from maskdiff.model import transformer
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives import canvas as canvas_lib
 from maskdiff.objectives import table
 from maskdiff.objectives.canvas import ObjectiveConfig
@@ -29,21 +29,7 @@ CONFIG = ObjectiveConfig(
   loss_chunk_tokens=64,
 )
 # Small enough to enumerate: three tokens and the mask token, four positions.
-TINY = TransformerConfig(
-  vocab_size=4,
-  embed=8,
-  layers=1,
-  heads=2,
-  kv_heads=1,
-  head_dim=4,
-  mlp=8,
-  tie_embeddings=False,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='xla',
-)
+TINY = tiny.model(vocab_size=4, embed=8, layers=1, head_dim=4, mlp=8)
 L = 4
 
 

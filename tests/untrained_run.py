@@ -3,8 +3,8 @@
 import contextlib
 
 import jax
+import tiny
 
-from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.data import tokenizer as tokenizer_lib
@@ -20,21 +20,9 @@ def save(path, tokenizer, **changes):
     tokenizer: data.tokenizer.Tokenizer.
     changes: config keys with _ for the dot, e.g. data_path.
   """
-  config = config_lib.default()
-  config.update_from_flattened_dict(
-    {
-      'model.embed': 16,
-      'model.layers': 1,
-      'model.heads': 2,
-      'model.kv_heads': 2,
-      'model.head_dim': 8,
-      'model.mlp': 16,
-      'model.dtype': 'float32',
-      'data.tokenizer': tokenizer.path,
-      'data.length': 32,
-      **{key.replace('_', '.', 1): value for key, value in changes.items()},
-    }
-  )
+  changes = {key.replace('_', '.', 1): value for key, value in changes.items()}
+  keys = {'data.tokenizer': tokenizer.path, 'data.length': 32}
+  config = tiny.config(tiny.MODEL_KEYS | keys | changes)
   params = transformer.init(step.step_config(config).model, jax.random.key(0))
   meta = manifest.Meta(config=manifest.config_json(config))
   with contextlib.closing(Checkpointer(path / 'checkpoints', keep=1)) as saver:

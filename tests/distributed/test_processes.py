@@ -13,8 +13,8 @@ import subprocess
 
 import forked
 import pytest
+import tiny
 
-from maskdiff import config as config_lib
 from maskdiff.monitoring import metrics
 from maskdiff.training import loop
 
@@ -22,25 +22,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 6
 
 SETTINGS = {
-  'model.embed': 16,
-  'model.layers': 1,
-  'model.heads': 2,
-  'model.kv_heads': 2,
-  'model.head_dim': 8,
-  'model.mlp': 16,
-  'model.dtype': 'float32',
-  'model.remat': 'none',
-  'objective.loss_chunk_tokens': 32,
-  'optimizer.learning_rate': 1e-2,
-  'optimizer.warmup_steps': 2,
-  'optimizer.decay_steps': 2,
-  'data.length': 16,
+  **tiny.TRAIN_KEYS,
   'train.steps': STEPS,
   'train.batch': 32,
   'train.log_every_steps': 1,
   'eval.every_steps': 4,
-  'eval.batch': 16,
-  'eval.batches': 2,
   'sample.prompts': ('def read(',),
   'sample.gen_length': 4,
   'sample.block_length': 4,
@@ -84,9 +70,7 @@ def settings(corpus, tokenizer):
 
 @pytest.fixture(scope='module')
 def config(settings):
-  c = config_lib.default()
-  c.update_from_flattened_dict(settings)
-  return c
+  return tiny.config(settings)
 
 
 @pytest.fixture(scope='module')

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import tiny
 from jax.experimental import io_callback
 
 from maskdiff.config.key import Key
@@ -20,7 +21,6 @@ from maskdiff.config.sample import SETTINGS
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import masks, transformer
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.sampling import (
   candidates,
   commit,
@@ -33,21 +33,7 @@ from maskdiff.sampling.request import Request, SamplerConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MASK, BOS, VOCAB = 4, 1, 24
-TINY = TransformerConfig(
-  vocab_size=VOCAB,
-  embed=16,
-  layers=2,
-  heads=2,
-  kv_heads=1,
-  head_dim=8,
-  mlp=24,
-  tie_embeddings=False,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='xla',
-)
+TINY = tiny.model(vocab_size=VOCAB)
 GREEDY = SamplerConfig(
   steps=8,
   block_length=8,

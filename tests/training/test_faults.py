@@ -20,32 +20,19 @@ import time
 import forked
 import pytest
 import saved
+import tiny
 
 from maskdiff.monitoring import ledger, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 60
 SETTINGS = {
-  'model.embed': 16,
-  'model.layers': 1,
-  'model.heads': 2,
-  'model.kv_heads': 2,
-  'model.head_dim': 8,
-  'model.mlp': 16,
-  'model.dtype': 'float32',
-  'model.remat': 'none',
-  'objective.loss_chunk_tokens': 32,
-  'optimizer.learning_rate': 1e-2,
-  'optimizer.warmup_steps': 2,
-  'optimizer.decay_steps': 2,
-  'data.length': 16,
+  **tiny.TRAIN_KEYS,
   'train.steps': STEPS,
   'train.batch': 16,
   'train.log_every_steps': 3,
   'train.heartbeat_s': 10,
   'eval.every_steps': 25,
-  'eval.batch': 16,
-  'eval.batches': 2,
   'sample.prompts': (),
   'checkpoint.every_steps': 7,
 }

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import saved
+import tiny
 
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import checkpoint
@@ -49,39 +50,24 @@ jax.monitoring.register_event_duration_secs_listener(
 @pytest.fixture(scope='module')
 def make_config(tokenizer, corpus):
   def make(**changes):
-    c = config_lib.default()
-    settings = dict(
-      model__embed=16,
-      model__layers=1,
-      model__heads=2,
-      model__kv_heads=2,
-      model__head_dim=8,
-      model__mlp=16,
-      model__dtype='float32',
-      model__remat='none',
-      objective__loss_chunk_tokens=32,
-      optimizer__learning_rate=1e-2,
-      optimizer__warmup_steps=2,
-      optimizer__decay_steps=4,
-      data__path=str(corpus),
-      data__tokenizer=tokenizer.path,
-      data__length=LENGTH,
-      train__steps=STEPS,
-      train__batch=BATCH,
-      train__log_every_steps=1,
-      eval__every_steps=4,
-      eval__batch=16,
-      eval__batches=2,
-      sample__prompts=('def read(',),
-      sample__gen_length=4,
-      sample__block_length=4,
-      sample__steps=4,
-      checkpoint__every_steps=3,
-    )
-    c.update_from_flattened_dict(
-      {k.replace('__', '.'): v for k, v in (settings | changes).items()}
-    )
-    return c
+    settings = {
+      **tiny.TRAIN_KEYS,
+      'optimizer.decay_steps': 4,
+      'data.path': str(corpus),
+      'data.tokenizer': tokenizer.path,
+      'data.length': LENGTH,
+      'train.steps': STEPS,
+      'train.batch': BATCH,
+      'train.log_every_steps': 1,
+      'eval.every_steps': 4,
+      'sample.prompts': ('def read(',),
+      'sample.gen_length': 4,
+      'sample.block_length': 4,
+      'sample.steps': 4,
+      'checkpoint.every_steps': 3,
+    }
+    changes = {k.replace('__', '.'): v for k, v in changes.items()}
+    return tiny.config(settings | changes)
 
   return make
 

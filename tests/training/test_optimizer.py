@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from maskdiff.distributed import mesh
 from maskdiff.model import transformer
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.training import optimizer
 from maskdiff.training.optimizer import OptimizerConfig
 
@@ -27,21 +27,7 @@ CONSTANT = OptimizerConfig(
   clip_norm=1e9,
   moments='float32',
 )
-TINY = TransformerConfig(
-  vocab_size=8,
-  embed=8,
-  layers=2,
-  heads=2,
-  kv_heads=2,
-  head_dim=4,
-  mlp=8,
-  tie_embeddings=False,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='xla',
-)
+TINY = tiny.model(vocab_size=8, embed=8, kv_heads=2, head_dim=4, mlp=8)
 AXES = {'matrix': ('embed', 'mlp'), 'gain': ('embed',)}
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from maskdiff.distributed import mesh
 from maskdiff.model import transformer
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives import masked_diffusion, table
 from maskdiff.objectives.canvas import ObjectiveConfig
 from maskdiff.objectives.schedule import Schedule
@@ -20,20 +20,8 @@ from maskdiff.training.guard import GuardConfig
 from maskdiff.training.optimizer import OptimizerConfig
 
 BATCH, LENGTH, STEPS, LONG = 32, 16, 3, 60
-MODEL = TransformerConfig(
-  vocab_size=32,
-  embed=16,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_dim=8,
-  mlp=24,
-  tie_embeddings=True,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='full',
-  attention='xla',
+MODEL = tiny.model(
+  vocab_size=32, heads=4, kv_heads=2, tie_embeddings=True, remat='full'
 )
 OBJECTIVE = ObjectiveConfig(
   name='masked_diffusion',
