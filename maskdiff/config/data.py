@@ -40,6 +40,7 @@ KEYS = {
 
 
 def check(c):
+  """Raises UserError if keys of this section contradict each other."""
   skip = c.data.skip_samples
   pairs = all(isinstance(r, tuple) and len(r) == 2 for r in skip)
   bounds = [n for pair in skip for n in pair] if pairs else []

@@ -20,4 +20,5 @@ KEYS = {
 
 
 def check(c):
+  """Raises UserError if keys of this section contradict each other."""
   train.check_pairs(c, 'eval')

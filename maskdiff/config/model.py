@@ -56,6 +56,7 @@ KEYS = {
 
 
 def check(c):
+  """Raises UserError if keys of this section contradict each other."""
   m = c.model
   require(
     m.heads % m.kv_heads == 0,

@@ -35,6 +35,7 @@ KEYS = {
 
 
 def check(c):
+  """Raises UserError if keys of this section contradict each other."""
   o, steps = c.optimizer, c.train.steps
   warmup = o.warmup_steps + (o.decay_steps if o.schedule == 'wsd' else 0)
   require(

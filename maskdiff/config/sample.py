@@ -48,20 +48,26 @@ KEYS = {
   ),
   'schedule': Key(
     'linear',
-    'Number of masked tokens over the denoising steps. threshold, factor and '
-    'first_hitting do not read it.',
+    'How the number of masked tokens falls over the denoising steps. '
+    'threshold, factor and first_hitting do not read it.',
     ('linear', 'cosine'),
   ),
   'confidence': Key(
     'probability',
-    'Confidence by which predictions are ranked.',
+    'Score by which predictions are ranked: probability of the token, entropy '
+    'of the slot, or margin between the two most probable tokens.',
     ('probability', 'entropy', 'margin'),
   ),
   'threshold': Key(
-    0.9, 'remasking=threshold commits from this confidence on.', minimum=0
+    0.9,
+    'Confidence from which remasking=threshold commits a prediction.',
+    minimum=0,
   ),
   'factor': Key(
-    1.0, 'remasking=factor: a larger factor commits more tokens.', minimum=0
+    1.0,
+    'remasking=factor commits the n most confident predictions while the n-th '
+    'has at least 1 - factor / (n + 1).',
+    minimum=0,
   ),
   'guidance': Key(
     0.0,
@@ -101,6 +107,7 @@ SETTINGS = {name: key for name, key in KEYS.items() if name != 'prompts'}
 
 
 def check(c):
+  """Raises UserError if keys of this section contradict each other."""
   s, masked_diffusion = c.sample, c.objective.name == 'masked_diffusion'
   require(
     all(isinstance(prompt, str) for prompt in s.prompts),

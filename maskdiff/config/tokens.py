@@ -10,6 +10,7 @@ KEYS = {
 
 
 def check(c):
+  """Raises UserError if keys of this section contradict each other."""
   for name, value in c.tokens.items():
     require(
       0 <= value < c.model.vocab_size,

@@ -32,6 +32,7 @@ KEYS = {
 
 
 def check(c):
+  """Raises UserError if keys of this section contradict each other."""
   t = c.train
   require(
     t.batch % t.microbatches == 0,
