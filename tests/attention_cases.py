@@ -14,7 +14,7 @@ from maskdiff.model.masks import Labels
 
 
 def draw(batch, length, heads, kv_heads, head_dim):
-  """Random q, k, v, and the cotangent of the output, [B, heads, L, K]."""
+  """Returns random q, k, v and cotangents of the output, [B, heads, L, K]."""
   random = np.random.default_rng(0)
   return tuple(
     jnp.asarray(random.normal(size=(batch, n, length, head_dim)), jnp.float32)
@@ -23,21 +23,21 @@ def draw(batch, length, heads, kv_heads, head_dim):
 
 
 def padded(length):
-  """[3, length] bool: nothing, the left and the right side padded."""
-  places = np.arange(length)
+  """Returns [3, length] bool: no padding, padding left, padding right."""
+  index = np.arange(length)
   return jnp.asarray(
-    [places >= 0, places >= length // 3, places < length - length // 4]
+    [index >= 0, index >= length // 3, index < length - length // 4]
   )
 
 
 def packed(length):
-  """[3, length] int32 documents, other ones in each row."""
+  """Returns [3, length] int32, random documents in each row."""
   starts = np.random.default_rng(0).random((3, length)) < 4 / length
   return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
 
 
 def two_documents(batch, n, size):
-  """[noisy ; clean] of two documents; the regime promises nothing."""
+  """Returns Labels of [noisy ; clean] of two documents, regime GENERAL."""
   half = np.arange(n)
   own = half // size
   rows = lambda *halves: jnp.tile(
@@ -52,29 +52,30 @@ def two_documents(batch, n, size):
   )
 
 
-def sdlm(place, clean, size, *anchors):
-  """[clean ; windows]: pos, block and reach of SDLM's training rows.
+def sdlm(index, clean, size, *anchors):
+  """Returns pos, block and reach of SDLM's training rows, [clean ; windows].
 
-  A window repeats its anchor, and sees itself and what is before the anchor.
+  A window begins at its anchor. It sees itself and the tokens before the
+  anchor.
   """
-  window, offset = np.divmod(np.maximum(place - clean, 0), size)
+  window, offset = np.divmod(np.maximum(index - clean, 0), size)
   anchor = np.asarray(anchors)[window]
-  of_window = place >= clean
+  in_window = index >= clean
   return (
-    np.where(of_window, anchor + offset, place),
-    np.where(of_window, window, -1),
-    np.where(of_window, anchor, place + 1),
+    np.where(in_window, anchor + offset, index),
+    np.where(in_window, window, -1),
+    np.where(in_window, anchor, index + 1),
   )
 
 
 def valid_only(x, labels):
-  """x [B, H, L, K] with zeros at padding, whose output means nothing."""
+  """Returns x [B, H, L, K] with zeros at padding."""
   return jnp.where((labels.doc >= 0)[:, None, :, None], x, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(attend, q, k, v, g, labels):
-  """The output and d sum(out * g) at the positions that mean something."""
+  """Returns the output and the gradients of sum(out * g), without padding."""
   out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, labels), q, k, v)
   return valid_only(out, labels), *pullback(valid_only(g, labels))
 
@@ -82,16 +83,22 @@ def value_and_gradients(attend, q, k, v, g, labels):
 def assert_equals_xla(
   attend, labels, heads, kv_heads, head_dim=128, m=None, **options
 ):
-  """In value and in gradients.
+  """Compares an implementation with attention.xla in value and gradients.
 
   Args:
-    attend: takes q, k, v and labels, and the options.
-    m: the mesh that it runs on.
+    attend: (q, k, v, labels, **options) -> output.
+    labels: masks.Labels.
+    heads: H.
+    kv_heads: G.
+    head_dim: K.
+    m: the mesh of `attend`, or None.
+    **options: passed to `attend`.
   """
   batch, length = labels.doc.shape
   arrays = draw(batch, length, heads, kv_heads, head_dim)
   expected = value_and_gradients(attention.xla, *arrays, labels)
-  # Made here so that no other test has compiled it with other tiles.
+  # A new function for each test, because jit caches by the function and tests
+  # change the tiles.
   attend = functools.partial(attend, **options)
   with jax.set_mesh(m) if m else contextlib.nullcontext():
     actual = value_and_gradients(attend, *arrays, labels)
@@ -100,6 +107,6 @@ def assert_equals_xla(
 
 
 def cpu_mesh(**sizes):
-  """A mesh of the first fake devices, on axes of these sizes."""
+  """Returns a mesh of the first fake devices with axes of these sizes."""
   count = math.prod(sizes.values())
   return mesh.make_mesh(**{'fsdp': 1} | sizes, devices=jax.devices()[:count])

@@ -1,6 +1,6 @@
-"""Every implementation of attention gives the answer of the visibility rule.
+"""Every implementation of attention follows the rule of masks.py.
 
-The splash kernel itself is tested in test_splash.py.
+test_splash.py tests the splash kernel.
 """
 
 import functools
@@ -27,7 +27,7 @@ from maskdiff.model import attention, masks
 
 
 def query_by_query(q, k, v, labels):
-  """Attention by loops over rows, queries, heads and keys, in float64."""
+  """Returns attention by loops over rows, queries and heads, in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   doc, pos, block, reach = (
     np.asarray(x) for x in (labels.doc, labels.pos, labels.block, labels.reach)
@@ -75,7 +75,7 @@ def test_xla_equals_a_loop_over_visible_keys(labels, kv_heads):
 
 @pytest.mark.parametrize('labels', LABELS.values(), ids=LABELS)
 def test_invisible_keys_and_values_have_no_influence(labels):
-  """Not even when their scores are enormous."""
+  """Even if their scores are large."""
   q, k, v, _ = draw(3, 12, 4, 2, 8)
   query = 7
   hidden = ~masks.visible(labels, labels)[:, None, query, :, None]
@@ -111,7 +111,7 @@ FULL = masks.bidirectional(jnp.ones((8, 256), bool))
 
 @pytest.fixture
 def on(monkeypatch):
-  """on('gpu') makes attention believe that it is on one."""
+  """on('gpu') makes the code believe that it runs on a GPU."""
 
   def pretend(machine):
     monkeypatch.setattr(attention, 'device_kind', lambda: KINDS[machine])
@@ -126,7 +126,7 @@ def shapes(labels, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16):
 
 
 def regimes(length):
-  """Labels of each kind for 8 rows, and what they run on by machine."""
+  """Returns {name: (labels of 8 rows, kernel on TPU, kernel on GPU)}."""
   valid = jnp.ones((8, length), bool)
   doc = jnp.zeros((8, length), jnp.int32)
   return {
@@ -155,7 +155,7 @@ def test_auto_chooses_by_machine_and_regime(on, name):
   'machine, length, options, expected',
   [
     ('tpu', 640, {}, 'splash'),
-    ('tpu', 200, {}, 'xla'),  # not in tiles of 128
+    ('tpu', 200, {}, 'xla'),  # not a multiple of 128
     ('tpu', 256, {'dtype': jnp.float32, 'head_dim': 80}, 'splash'),
     ('gpu', 200, {}, 'cudnn'),
     ('gpu', 201, {}, 'cudnn'),
@@ -199,7 +199,7 @@ TOO_OLD = [('Tesla T4', '7.5'), ('NVIDIA TITAN RTX', '7.5')]
 
 @pytest.fixture
 def gpu(monkeypatch):
-  """gpu(kind, capability) makes attention believe that it is on this one."""
+  """gpu(kind, capability) makes the code believe that it runs on this GPU."""
 
   def pretend(kind, capability):
     device = types.SimpleNamespace(
@@ -252,7 +252,7 @@ def test_auto_is_splash_if_each_part_of_a_row_is_whole_tiles(
 
 
 def test_auto_is_xla_for_split_causal_rows_on_a_gpu(on):
-  """cuDNN would count each device's queries from the first key."""
+  """cuDNN takes the first query of each device to be at the first key."""
   on('gpu')
   with jax.set_mesh(cpu_mesh(sequence=2)):
     labels = masks.causal(jnp.ones((1, 256), bool))
@@ -340,7 +340,7 @@ as_cudnn = functools.partial(
 @pytest.mark.parametrize('heads, kv_heads', [(2, 2), (4, 2), (4, 1)])
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
 def test_call_of_cudnn_equals_xla_with_gradients(make, heads, kv_heads):
-  """No padding, and padding on either side, by the number of keys."""
+  """Without padding and with padding on either side, without a mask."""
   labels = make(padded(24))
   assert attention._needs_no_mask(labels)
   as_cudnn(labels, heads, kv_heads, 16)
@@ -363,8 +363,8 @@ def test_call_of_cudnn_equals_xla_on_a_mesh(name, sizes):
 
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
 def test_call_of_cudnn_equals_xla_with_padding_on_both_sides(make):
-  places = jnp.arange(24)
-  valid = (places >= jnp.array([[3], [0]])) & (places < jnp.array([[17], [9]]))
+  index = jnp.arange(24)
+  valid = (index >= jnp.array([[3], [0]])) & (index < jnp.array([[17], [9]]))
   as_cudnn(make(valid), 4, 2, 16)
 
 
@@ -391,7 +391,7 @@ def test_row_of_padding_is_finite():
 def test_cudnn_lowers_to_flash_attention_for_cuda(
   monkeypatch, on, make, calls, mask_type, square
 ):
-  """As far as one gets without a GPU: JAX's checks, and the calls they name."""
+  """Without a GPU: JAX's checks pass, and the program calls cuDNN."""
   monkeypatch.setattr(jax_cudnn, 'check_cudnn_version', lambda: 91000)
   monkeypatch.setattr(jax_cudnn, 'check_compute_capability', lambda _: False)
   monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The chunked, masked-only cross entropy equals the dense one."""
+"""The chunked cross entropy of masked positions equals the dense one."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ MESHES = {
 
 
 def example(weights='half', dtype=jnp.float32):
-  """hidden, head, targets, weights; targets are never the last token."""
+  """Returns hidden, head, targets and weights; no target is the last token."""
   random = np.random.default_rng(0)
   hidden = random.normal(size=(B, L, D))
   head = random.normal(size=(D, V)) / 2
@@ -48,7 +48,7 @@ def example(weights='half', dtype=jnp.float32):
 
 
 def dense(hidden, head, targets, weights, exclude, chunk):
-  """All logits at once; differentiated by JAX."""
+  """Cross entropy with all logits at once, differentiated by JAX."""
   del chunk
   logits = jnp.einsum('bld,dv->blv', hidden, head)
   if exclude is not None:
@@ -68,14 +68,14 @@ def evaluate(function, arrays, exclude=None, chunk=8):
 
 
 def on_mesh(sizes, arrays, *args):
-  """`evaluate` of the chunked loss on a mesh of these sizes."""
+  """Evaluates the chunked loss on a mesh of these sizes."""
   devices = jax.devices()[: np.prod(list(sizes.values()))]
   with jax.set_mesh(mesh.make_mesh(**sizes, devices=devices)):
     return evaluate(cross_entropy, arrays, *args)
 
 
 def assert_close(actual, expected, accuracy=2e-6):
-  """Each array within `accuracy` of the largest entry of the expected one."""
+  """Compares arrays, relative to the largest entry of the expected one."""
   for a, e in zip(
     jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
   ):
@@ -92,7 +92,7 @@ def test_loss_nll_and_gradients_equal_the_dense_ones(weights):
 
 @pytest.mark.parametrize('chunk', [1, 5, 16, T, 1000])
 def test_loss_does_not_depend_on_the_chunk_size(chunk):
-  """Whether it divides the tokens, the weighted tokens or neither."""
+  """The chunk divides the tokens, the weighted tokens or neither."""
   arrays = example('random')
   assert_close(
     evaluate(cross_entropy, arrays, None, chunk), evaluate(dense, arrays)
@@ -111,7 +111,7 @@ def test_excluded_token_has_no_probability_and_no_gradient():
 @pytest.mark.parametrize('exclude', [None, V - 1])
 @pytest.mark.parametrize('sizes', MESHES.values(), ids=MESHES)
 def test_loss_on_a_mesh_equals_the_dense_one(sizes, exclude):
-  """Also with a chunk that divides nobody's share of the tokens."""
+  """The chunk of 5 does not divide the tokens of any device."""
   arrays = example('random')
   expected = evaluate(dense, arrays, exclude)
   assert_close(on_mesh(sizes, arrays, exclude, 5), expected)
@@ -131,10 +131,9 @@ def test_loss_without_weights_is_exactly_zero():
 
 def test_positions_without_weight_have_no_influence():
   hidden, head, targets, weights = example()
-  silent = weights == 0
-  anything = jnp.where(silent[..., None], jnp.nan, hidden)
+  poisoned = jnp.where((weights == 0)[..., None], jnp.nan, hidden)
   assert_close(
-    evaluate(cross_entropy, (anything, head, targets, weights)),
+    evaluate(cross_entropy, (poisoned, head, targets, weights)),
     evaluate(dense, (hidden, head, targets, weights)),
   )
 
@@ -155,7 +154,7 @@ def test_nll_has_no_gradient():
 
 @pytest.mark.parametrize('sizes', [None, MESHES['fsdp2_sequence2_tensor2']])
 def test_bfloat16_states_give_a_float32_gradient_of_the_head(sizes):
-  """As close to the exact one as 8 bits allow: nothing is summed in bf16."""
+  """The error is that of 8 bits of mantissa: no sum is in bfloat16."""
   hidden, head, targets, weights = example('all', jnp.bfloat16)
   arrays = (hidden, head, targets, weights)
   (loss, nll), (d_hidden, d_head) = (
@@ -172,7 +171,7 @@ def test_bfloat16_states_give_a_float32_gradient_of_the_head(sizes):
 
 
 def array_sizes(jaxpr):
-  """Sizes of all arrays that a jaxpr computes, those of its inner ones too."""
+  """Yields the sizes of all arrays of a jaxpr and its inner jaxprs."""
   for equation in jaxpr.eqns:
     yield from (v.aval.size for v in equation.outvars)
     for inner in jaxprs_in_params(equation.params):
@@ -191,7 +190,7 @@ def test_no_array_holds_all_logits(sizes):
   m = mesh.make_mesh(**sizes) if sizes else None
   with jax.set_mesh(m) if m else contextlib.nullcontext():
     found = sizes_in_loss_and_gradients(cross_entropy, chunk=4)
-  assert 4 * V in found  # the search does look into the loop
+  assert 4 * V in found  # the search includes the loop
   assert max(found) <= max(T * D, D * V) < T * V
 
 

@@ -1,4 +1,4 @@
-"""The visibility rule against every regime written out longhand."""
+"""The rule of masks.py against every regime, pair by pair."""
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +26,17 @@ CONSTRUCTORS = (
 
 
 def labels(pos, block, reach, doc=0):
-  """Labels of one row; scalars apply to every position."""
+  """Returns the Labels of one row; a scalar applies to every position."""
   row = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (1, len(pos)))
   return Labels(row(doc), row(pos), row(block), row(reach))
 
 
-def seen(query, key=None):
+def visible(query, key=None):
   return np.asarray(masks.visible(query, query if key is None else key))
 
 
 def longhand(batch, length, rule):
-  """[batch, length, length] bool of rule(b, i, j)."""
+  """Returns [batch, length, length] bool, rule(b, i, j) for all pairs."""
   return np.array(
     [
       [[rule(b, i, j) for j in range(length)] for i in range(length)]
@@ -58,7 +58,7 @@ def test_bidirectional_sees_every_valid_position():
     *VALID.shape, lambda b, i, j: both_valid(b, i, j) or both_padding(b, i, j)
   )
   np.testing.assert_array_equal(
-    seen(masks.bidirectional(jnp.asarray(VALID))), expected
+    visible(masks.bidirectional(jnp.asarray(VALID))), expected
   )
 
 
@@ -68,11 +68,11 @@ def test_causal_sees_itself_and_positions_before():
     lambda b, i, j: (both_valid(b, i, j) or both_padding(b, i, j)) and j <= i,
   )
   np.testing.assert_array_equal(
-    seen(masks.causal(jnp.asarray(VALID))), expected
+    visible(masks.causal(jnp.asarray(VALID))), expected
   )
 
 
-# Documents in the rows of VALID; those that are padding do not matter.
+# Documents in the rows of VALID; those of padding are not used.
 DOC = np.array(
   [
     [0, 0, 0, 1, 2, 2],
@@ -86,13 +86,13 @@ DOC = np.array(
 @pytest.mark.parametrize('constructor', CONSTRUCTORS)
 def test_documents_never_see_each_other(constructor):
   valid = jnp.asarray(VALID)
-  whole = seen(constructor(valid))
+  whole = visible(constructor(valid))
   apart = longhand(
     *VALID.shape,
     lambda b, i, j: both_padding(b, i, j) or DOC[b, i] == DOC[b, j],
   )
   l = constructor(valid, jnp.asarray(DOC))
-  np.testing.assert_array_equal(seen(l), whole & apart)
+  np.testing.assert_array_equal(visible(l), whole & apart)
   np.testing.assert_array_equal(l.doc, np.where(VALID, DOC, -1))
 
 
@@ -115,14 +115,14 @@ def test_eos_belongs_to_its_document():
 
 @pytest.mark.parametrize('constructor', CONSTRUCTORS)
 def test_valid_positions_and_padding_never_see_each_other(constructor):
-  visible = seen(constructor(jnp.asarray(VALID)))
-  assert not visible[VALID[:, :, None] != VALID[:, None, :]].any()
+  pairs = visible(constructor(jnp.asarray(VALID)))
+  assert not pairs[VALID[:, :, None] != VALID[:, None, :]].any()
 
 
 @pytest.mark.parametrize('constructor', CONSTRUCTORS)
 def test_every_position_sees_at_least_itself(constructor):
-  visible = seen(constructor(jnp.asarray(VALID)))
-  assert visible.diagonal(axis1=1, axis2=2).all()
+  pairs = visible(constructor(jnp.asarray(VALID)))
+  assert pairs.diagonal(axis1=1, axis2=2).all()
 
 
 @pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
@@ -130,7 +130,7 @@ def test_bidirectional_rule_is_equality_of_documents(doc):
   l = masks.bidirectional(jnp.asarray(VALID), doc)
   assert l.regime == masks.BIDIRECTIONAL
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
-  np.testing.assert_array_equal(seen(l), same)
+  np.testing.assert_array_equal(visible(l), same)
 
 
 @pytest.mark.parametrize('doc', [0, jnp.asarray(DOC)], ids=['row', 'packed'])
@@ -138,7 +138,7 @@ def test_causal_rule_is_order_within_documents(doc):
   l = masks.causal(jnp.asarray(VALID), doc)
   assert l.regime == masks.CAUSAL
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
-  np.testing.assert_array_equal(seen(l), np.tril(same))
+  np.testing.assert_array_equal(visible(l), np.tril(same))
 
 
 # Of positions that are valid and of the same document.
@@ -163,7 +163,7 @@ def test_regimes_are_their_definitions(name, doc):
   l = constructor(jnp.asarray(VALID), doc)
   same = np.asarray(l.doc[:, :, None] == l.doc[:, None, :])
   np.testing.assert_array_equal(
-    seen(l), same & longhand(*VALID.shape, lambda b, i, j: sees(i, j))
+    visible(l), same & longhand(*VALID.shape, lambda b, i, j: sees(i, j))
   )
 
 
@@ -187,8 +187,8 @@ def test_block_diffusion_is_bd3_lm_within_documents(size, doc):
       return q_block > k_block
     return not k_noisy and q_block >= k_block
 
-  np.testing.assert_array_equal(seen(l), longhand(len(VALID), 2 * n, sees))
-  assert seen(l).diagonal(axis1=1, axis2=2).all()
+  np.testing.assert_array_equal(visible(l), longhand(len(VALID), 2 * n, sees))
+  assert visible(l).diagonal(axis1=1, axis2=2).all()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_labels_say_whether_a_row_is_one_document():
   for constructor in CONSTRUCTORS:
     assert constructor(valid).single
     assert not constructor(valid, doc).single
-    # Not even where they are all the same, which is known too late.
+    # Even if all positions are one document: an array is traced.
     assert not constructor(valid, 0 * doc).single
   assert not masks.block_diffusion(valid, 2).single
   assert not labels(np.arange(4), 0, 0).single
@@ -262,9 +262,9 @@ def test_positions_count_up_in_every_row():
 def test_packed_documents_do_not_see_each_other():
   doc, pos = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 2, 0, 1, 0])
   same = doc[:, None] == doc
-  np.testing.assert_array_equal(seen(labels(pos, 0, 0, doc))[0], same)
+  np.testing.assert_array_equal(visible(labels(pos, 0, 0, doc))[0], same)
   np.testing.assert_array_equal(
-    seen(labels(pos, -1, pos + 1, doc))[0], np.tril(same)
+    visible(labels(pos, -1, pos + 1, doc))[0], np.tril(same)
   )
 
 
@@ -276,21 +276,21 @@ def block_causal(n, size):
 @pytest.mark.parametrize('size', [1, 2, 3, 6])
 def test_block_causal_sees_up_to_the_end_of_its_block(size):
   expected = longhand(1, 6, lambda b, i, j: j // size <= i // size)
-  np.testing.assert_array_equal(seen(block_causal(6, size)), expected)
+  np.testing.assert_array_equal(visible(block_causal(6, size)), expected)
 
 
 def test_block_causal_spans_causal_to_bidirectional():
   valid = jnp.ones((1, 6), bool)
   np.testing.assert_array_equal(
-    seen(block_causal(6, 1)), seen(masks.causal(valid))
+    visible(block_causal(6, 1)), visible(masks.causal(valid))
   )
   np.testing.assert_array_equal(
-    seen(block_causal(6, 6)), seen(masks.bidirectional(valid))
+    visible(block_causal(6, 6)), visible(masks.bidirectional(valid))
   )
 
 
 def noisy_then_clean(n, size):
-  """Block-diffusion training: [noisy ; clean], 2n positions."""
+  """Returns the Labels of block-diffusion training, [noisy ; clean], [2 n]."""
   pos = np.arange(n)
   own = pos // size
   return labels(
@@ -302,7 +302,7 @@ def noisy_then_clean(n, size):
 
 @pytest.mark.parametrize('n, size', [(6, 1), (6, 2), (6, 3), (6, 6), (8, 4)])
 def test_block_diffusion_training_mask_is_that_of_bd3_lm(n, size):
-  """arXiv 2503.09573: three kinds of pairs see each other, no others."""
+  """arXiv 2503.09573: exactly three kinds of pairs are visible."""
 
   def rule(b, i, j):
     q_noisy, k_noisy = i < n, j < n
@@ -314,30 +314,32 @@ def test_block_diffusion_training_mask_is_that_of_bd3_lm(n, size):
     )
 
   np.testing.assert_array_equal(
-    seen(noisy_then_clean(n, size)), longhand(1, 2 * n, rule)
+    visible(noisy_then_clean(n, size)), longhand(1, 2 * n, rule)
   )
 
 
 def test_block_diffusion_mask_has_the_row_sums_of_the_original_code():
-  rows = seen(noisy_then_clean(6, 2))[0].sum(axis=1)
+  rows = visible(noisy_then_clean(6, 2))[0].sum(axis=1)
   np.testing.assert_array_equal(rows, [2, 2, 4, 4, 6, 6] * 2)
 
 
 def test_sdlm_windows_see_the_clean_tokens_before_their_anchor():
-  """Clean tokens causal; a window sees itself and clean tokens < its start."""
+  """Clean tokens are causal; a window sees itself and the tokens before it."""
   n, size, anchors = 6, 3, [1, 4]
   windows = [np.arange(a, a + size) for a in anchors]
   pos = np.concatenate([np.arange(n), *windows])
   number = np.repeat([-1, 0, 1], [n, size, size])
   start = np.repeat(anchors, size)
-  visible = seen(labels(pos, number, np.concatenate([np.arange(n) + 1, start])))
+  pairs = visible(
+    labels(pos, number, np.concatenate([np.arange(n) + 1, start]))
+  )
 
   def rule(b, i, j):
     if j < n:
       return j <= i if i < n else j < anchors[number[i]]
     return i >= n and number[i] == number[j]
 
-  np.testing.assert_array_equal(visible, longhand(1, len(pos), rule))
+  np.testing.assert_array_equal(pairs, longhand(1, len(pos), rule))
 
 
 def test_canvas_sees_all_of_its_cache_and_itself():
@@ -348,4 +350,6 @@ def test_canvas_sees_all_of_its_cache_and_itself():
     labels(cache, -1, cache + 1),
     query,
   )
-  np.testing.assert_array_equal(seen(query, key), np.ones((1, size, 7), bool))
+  np.testing.assert_array_equal(
+    visible(query, key), np.ones((1, size, 7), bool)
+  )

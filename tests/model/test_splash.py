@@ -1,6 +1,6 @@
-"""The splash kernel gives the answer of the rule, and skips what it can.
+"""The splash kernel follows the rule of masks.py and skips empty tiles.
 
-Pallas interprets the kernel here: slow, but the same program.
+Pallas emulates the kernel here: slow, but the same program.
 """
 
 import jax.numpy as jnp
@@ -44,14 +44,14 @@ def assert_splash_equals_xla(labels, heads, kv_heads, head_dim=128, m=None):
 
 
 def rule(regime, length):
-  """[L, L] bool: who sees whom in a row that is one document."""
+  """Returns [L, L] bool, the rule for a row that is one document."""
   row = masks.row(regime, length)
   return masks.visible(row, row)[0]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-  """Tiles of 128 x 128, so that a row has several."""
+  """Sets tiles of 128 x 128, so that a row has several."""
   monkeypatch.setattr(splash, 'SMALL', splash.Tile(128, 128, 128))
 
 
@@ -65,7 +65,7 @@ def test_masks_equal_the_rule_in_any_slice(regime):
 
 @every_regime
 def test_masks_of_equal_regimes_are_equal(regime):
-  """Or the kernel would work out the same tiles for every layer."""
+  """Otherwise the kernel computes the same tiles again for every layer."""
   mask = splash.make_mask(regime, L)
   again = splash.make_mask(Regime(regime.make, regime.sizes), L)
   assert mask == again and hash(mask) == hash(again)
@@ -94,7 +94,7 @@ def test_splash_equals_xla_with_gradients(make, heads, kv_heads):
 @with_documents
 @every_regime
 def test_splash_equals_xla_with_empty_tiles(small_tiles, regime, doc):
-  """For being other documents, or by the regime."""
+  """Tiles are empty by the regime, or because the documents differ."""
   assert_splash_equals_xla(masks.make_labels(regime, padded(L), doc), 2, 2)
 
 
@@ -145,7 +145,7 @@ def test_splash_equals_xla_with_one_tile_of_queries_on_each_of_4_devices(make):
 
 
 def tiles_of(dense, tile):
-  """[L / tile, L / tile] of how many of a tile's pairs see each other."""
+  """Returns [L / tile, L / tile], the number of visible pairs per tile."""
   n = len(dense) // tile
   return dense.reshape(n, tile, n, tile).sum(axis=(1, 3))
 
@@ -156,17 +156,17 @@ def tiles_of(dense, tile):
   [
     (masks.BIDIRECTIONAL, 64),
     (masks.CAUSAL, 36),
-    # 4 blocks of 2 x 2 tiles: those on the diagonal and below.
+    # 4 x 4 blocks of 2 x 2 tiles: the blocks on the diagonal and below.
     (masks.block_causal(jnp.ones((1, 1), bool), 256).regime, 4 * 10),
-    # Noisy copy: 4 tiles on its diagonal, and of the clean one 4 with blocks
-    # that are both before and after, and 6 before. Clean copy: 10.
+    # Noisy queries: 4 tiles on the diagonal of the noisy copy; of the clean
+    # copy 4 tiles that are partly visible and 6 full ones. Clean queries: 10.
     (masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime, 4 + 10 + 10),
-    # Whole tiles: of the clean copy, no block of the diagonal is seen.
+    # Blocks are whole tiles, so noisy queries see no diagonal clean tile.
     (masks.block_diffusion(jnp.ones((1, 1), bool), 128).regime, 4 + 6 + 10),
   ],
 )
 def test_empty_tiles_are_skipped(small_tiles, regime, computed, parts):
-  """8 x 8 tiles of a row of 1024, forward and backward."""
+  """A row of 1024 has 8 x 8 tiles, forward and backward."""
   dense = tiles_of(rule(regime, 1024), 128)
   assert (dense > 0).sum() == computed
   kernel = splash.make_kernel(regime, 1024, parts)
@@ -179,7 +179,7 @@ def test_empty_tiles_are_skipped(small_tiles, regime, computed, parts):
 def test_grid_shrinks_to_the_longest_line_of_tiles(
   small_tiles,
 ):
-  """In block diffusion of 4 x 128 those are 5 of 8: clean, and own block."""
+  """In block diffusion a query sees at most 5 of 8 tiles of keys."""
   regime = masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime
   kernel = splash.make_kernel(regime, 1024)
   assert kernel.fwd_mask_info.block_mask.shape == (1, 8, 5)
@@ -227,7 +227,7 @@ def test_tiles_of_odd_lengths_are_as_large_as_possible():
 
 
 def test_large_backward_tiles_need_a_larger_vmem_limit():
-  """compiler.py raises the limit of these, and of no others."""
+  """compiler.py raises the limit for exactly the chips of TILES."""
   assert splash.TILES.keys() == compiler.OPTIONS.keys()
 
 
@@ -236,9 +236,10 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-from maskdiff import compiler, masks
-from maskdiff.attention import attend
-from maskdiff.mesh import BATCH_AXES, make_mesh
+from maskdiff.distributed import compiler
+from maskdiff.distributed.mesh import BATCH_AXES, make_mesh
+from maskdiff.model import masks
+from maskdiff.model.attention import attend
 
 devices = topologies.get_topology_desc(
   platform='tpu', topology_name='v5e:2x4'
@@ -276,9 +277,9 @@ print(json.dumps({name: compile(regimes[name]) for name in regimes}))
 @pytest.mark.slow
 @needs_libtpu
 def test_split_rows_compile_for_a_pod_without_a_square_array():
-  """By the real TPU compiler; `auto` takes splash there."""
+  """Uses the real TPU compiler; `auto` selects splash."""
   for name, hlo in tpu_compiler.run(COMPILE).items():
     assert 'splash_mha_fwd' in hlo and 'splash_mha_dkv' in hlo, name
-    # Neither whole nor for the 512 queries of one device.
+    # No scores of all queries, and none of the 512 queries of one device.
     for square in ('2048,2048]', '512,2048]', '2048,512]'):
       assert square not in hlo, name

@@ -1,4 +1,4 @@
-"""The network: golden files, who sees whom, memory policies, meshes."""
+"""The network: golden files, visibility, remat policies, meshes."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ MESHES = {
 
 @functools.partial(jax.jit, static_argnums=0)
 def layer(config, weights, x, labels):
-  """One layer alone."""
+  """Applies one layer."""
   rotation = layers.rope(labels.pos, config.head_dim, config.rope_theta)
   attention = lambda q, k, v: attend(q, k, v, labels, config.attention)
   return layers.block(config, weights, x, rotation, attention)[0]
@@ -76,7 +76,7 @@ def random_tokens(config, batch=2, length=6, seed=0):
 
 
 def draw_params(config):
-  """Random weights and gains, so that no gradient hides behind a 1."""
+  """Returns random weights and gains; a gain of 1 could hide an error."""
   random = np.random.default_rng(1)
 
   def draw(path, x):
@@ -97,7 +97,7 @@ def tiny_params():
 
 @pytest.fixture(scope='module', params=['model_a', 'model_b'])
 def golden(request):
-  """(config, parameters, arrays of forward.npz) of one golden model."""
+  """Returns (config, parameters, arrays of forward.npz) of a golden model."""
   config, params = golden_models.load(request.param)
   with np.load(golden_models.GOLDEN / 'forward.npz') as arrays:
     prefix = request.param + '.'
@@ -127,7 +127,7 @@ def test_logits_are_those_of_llada(golden):
 
 
 def test_each_layer_gives_the_hidden_states_of_llada(golden):
-  """Block by block, each fed the recorded input of the original."""
+  """Each layer gets the recorded input of LLaDA's layer."""
   config, params, arrays = golden
   ids = jnp.asarray(arrays['plain_ids'])
   labels = everyone(ids)
@@ -182,7 +182,7 @@ def loss_and_gradients(config, params, tokens):
 
 
 def assert_close(actual, expected, accuracy=1e-5):
-  """Each leaf within `accuracy` of the largest entry of the expected one."""
+  """Compares trees, relative to the largest entry of each expected leaf."""
 
   def compare(path, a, e):
     a, e = np.asarray(a, np.float32), np.asarray(e, np.float32)
@@ -225,10 +225,10 @@ def test_rotary_scores_depend_on_the_distance_only():
   q, k = (jnp.asarray(random.normal(size=8), jnp.float32) for _ in 'qk')
 
   def score(at_q, at_k):
-    turn = lambda x, pos: layers.rotate(
+    rotate = lambda x, pos: layers.rotate(
       x[None, None, None], layers.rope(jnp.array([[pos]]), 8, 1e4)
     )
-    return jnp.vdot(turn(q, at_q), turn(k, at_k))
+    return jnp.vdot(rotate(q, at_q), rotate(k, at_k))
 
   np.testing.assert_allclose(score(5, 2), score(105, 102), rtol=1e-4)
   np.testing.assert_allclose(score(7, 7), jnp.vdot(q, k), rtol=1e-4)
@@ -246,7 +246,7 @@ def test_bfloat16_network_stays_close_to_float32(tiny_params):
   assert_close(hidden, exact, 0.05)
 
 
-# Who influences whom
+# Visibility
 
 
 PADDED = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], bool)
@@ -254,7 +254,7 @@ PADDED = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], bool)
 
 @pytest.mark.parametrize('make', [masks.bidirectional, masks.causal])
 def test_gradient_is_zero_exactly_where_not_visible(make, tiny_params):
-  """Causal and bidirectional rules are transitive, so depth adds nothing."""
+  """Both rules are transitive, so more layers add no visible pair."""
   labels = make(jnp.asarray(PADDED))
   batch, length = PADDED.shape
   random = np.random.default_rng(0)
@@ -282,7 +282,7 @@ def test_gradient_is_zero_exactly_where_not_visible(make, tiny_params):
   ids=['8B', '1B'],
 )
 def test_parameter_counts_are_those_of_llada(config, total, inner):
-  """Thousands, from arXiv 2502.09992 appendix B.2; the exact ones by formula.
+  """In thousands, from arXiv 2502.09992 appendix B.2; exactly, by formula.
 
   Nothing is allocated: the 8B model would take 32 GB.
   """
@@ -370,7 +370,7 @@ def test_norms_are_whole_and_matrices_are_split_on_every_mesh(sizes):
 
 
 def test_initial_scale_is_that_of_the_fan_in():
-  """LLaDA's default: 1/sqrt(inputs), of the outputs also 1/sqrt(2 N)."""
+  """LLaDA's default is 1/sqrt(fan in), for outputs also times 1/sqrt(2 N)."""
   c = dataclasses.replace(
     TINY, vocab_size=512, embed=128, mlp=256, heads=8, head_dim=32
   )
@@ -411,7 +411,7 @@ def test_initial_scale_is_that_of_the_fan_in():
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('sizes', [None, *MESHES.values()], ids=str)
 def test_lookup_and_its_gradient_are_those_of_indexing(sizes, dtype):
-  """The gradient sums over repeated tokens in float32 in either dtype."""
+  """In either dtype the gradient sums repeated tokens in float32."""
   random = np.random.default_rng(0)
   table = jnp.asarray(random.normal(size=(24, 16)), jnp.float32)
   tokens = jnp.asarray(random.integers(0, 24, (8, 32)), jnp.int32)
@@ -436,7 +436,7 @@ def test_lookup_and_its_gradient_are_those_of_indexing(sizes, dtype):
   assert_close(gradient, exact, 1e-6)
 
 
-# What other families need
+# Features of other model families
 
 
 EVERYTHING = dataclasses.replace(
@@ -484,7 +484,7 @@ def test_biases_and_gains_are_neither_split_nor_decayed():
 
 
 def test_predict_next_shifts_outputs_to_the_next_position():
-  """Except at the first position of a document, which no one predicts."""
+  """The first position of a document keeps its own output."""
   config = dataclasses.replace(TINY, predict_next=True)
   params, tokens = draw_params(TINY), random_tokens(TINY, length=8)
   valid = jnp.array([[False] * 2 + [True] * 6, [True] * 7 + [False]])
@@ -495,6 +495,6 @@ def test_predict_next_shifts_outputs_to_the_next_position():
     for c in (TINY, config)
   )
   source = np.array([[0, 1, 2, 2, 3, 5, 5, 6], [0, 0, 1, 2, 4, 4, 5, 7]])
-  for row, places in enumerate(source):
+  for row, index in enumerate(source):
     real = np.asarray(valid[row])
-    np.testing.assert_array_equal(shifted[row][real], plain[row][places][real])
+    np.testing.assert_array_equal(shifted[row][real], plain[row][index][real])
