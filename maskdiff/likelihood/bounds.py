@@ -1,23 +1,24 @@
-"""Log-likelihood of a part of each row given the rest of it, in nats.
+"""Log-likelihood of a part of each row given the rest of the row, in nats.
 
-The part that is scored is the row's answer: what follows a prompt, or any other
-subset of the positions. The rest is always shown. Bounds, the chain rule in
-any order and the greedy check differ only in which tokens of the answer they
-hide at a time (estimators.py); queries.py computes them for all rows together.
+The scored part is the answer of the row: the text after a prompt, or any other
+subset of the positions. The rest is always shown to the network. Bounds, the
+chain rule in any order and the greedy check differ only in the answer tokens
+that they mask at a time (estimators.py). queries.py computes the queries of all
+rows together.
 
-Noise is keyed by a row's seed: what comes out for a row does not depend on the
-rows beside it, beyond float32 rounding. Nothing is normalised by length.
+Noise is keyed by the seed of a row. The result of a row does not depend on the
+other rows, except for float32 rounding. Nothing is divided by the length.
 
-Arguments that all functions here share:
+Arguments that the functions share:
 
 - `network`: model.network.Network.
 - `c`: queries.LikelihoodConfig.
 - `answers`: queries.Answers, B rows; see `lay_out`.
-- `seeds`: [B] int >= 0. Rows of one seed and equally long answers hide the
-  same tokens, so that chance matters less to their difference.
+- `seeds`: [B] int >= 0. Rows with the same seed and equally long answers mask
+  the same tokens, which reduces the noise of their difference.
 
-Any of them raises a UserError if queries.rows_of refuses the request, or if the
-network gives something that is no number.
+They raise a UserError if queries.rows_of refuses the rows, or if a
+log-probability is not finite.
 """
 
 from typing import NamedTuple
@@ -31,17 +32,17 @@ from maskdiff.objectives.table import OBJECTIVES
 
 class Estimate(NamedTuple):
   log_likelihood: np.ndarray  # [B] float64, nats
-  stderr: np.ndarray  # [B] float64, nats; nan where it cannot be told
+  stderr: np.ndarray  # [B] float64, nats; nan if unknown
 
 
 def lay_out(prompts, answers, suffixes=None):
-  """Lays out answers after their prompts.
+  """Returns the rows prompt + answer + suffix, with the answers to be scored.
 
   Args:
-    prompts: list of token lists; one may be empty.
+    prompts: list of token lists, which may be empty.
     answers: list of token lists, one for each prompt.
     suffixes: list of token lists, text after each answer, which is shown like
-      its prompt; by default nothing.
+      its prompt; by default empty.
 
   Returns:
     queries.Answers; short rows are padded on the right.
@@ -63,16 +64,16 @@ def lay_out(prompts, answers, suffixes=None):
 
 
 def bound(network, c, answers, estimator, seeds):
-  """The Monte Carlo lower bound on the log-likelihood of each answer.
+  """Estimates the lower bound on the log-likelihood of each answer.
 
-  Under guidance it is that of the guided model. An autoregressive network
-  needs no bound: it gives the log-likelihood itself, with an error of 0.
+  With guidance it is the bound of the guided model. A left-to-right network
+  gives the exact log-likelihood instead, with an error of 0.
 
   Args:
     estimator: estimators.Estimator.
 
   Returns:
-    Estimate; its error is nan if the estimator has a single group.
+    Estimate; stderr is nan if the estimator has a single group.
   """
   rows = queries.rows_of(network, c, answers)
   evaluate = lambda queries_of: queries.evaluate(network, c, rows, queries_of)
@@ -89,29 +90,32 @@ def bound(network, c, answers, estimator, seeds):
 
 
 def chain_rule(network, c, answers, orders=None):
-  """Exact log-likelihoods of decoding the answers token by token.
+  """Computes exact log-likelihoods of decoding answers in given orders.
 
-  Each token is predicted with itself and all later ones of the order masked
-  (SMDM, evaluate_diff.py, _eval_target_nll_ar: left to right). The mean over
-  all A! orders of an answer of A tokens is what `bound` estimates.
+  Each token is predicted with itself and all later tokens of the order masked
+  (SMDM, evaluate_diff.py, _eval_target_nll_ar: left to right). `bound`
+  estimates the mean over all A! orders of an answer of A tokens.
 
   Args:
-    orders: for each row [K, A] int, each a permutation of 0..A-1, the tokens of
-      the answer as they stand in the row; by default one order, left to right.
+    orders: for each row [K, A] int, permutations of 0..A-1, the tokens of the
+      answer from left to right; by default one order, left to right.
 
   Returns:
     list of [K] float64, nats.
 
   Raises:
-    UserError: an order is no permutation; an autoregressive network is asked
-      for another than its own.
+    UserError: an order is not a permutation; or orders are given for a
+      left-to-right network.
   """
   rows = queries.rows_of(network, c, answers)
   sizes = [int(row.answer.sum()) for row in rows]
   evaluate = lambda queries_of: queries.evaluate(network, c, rows, queries_of)
   if OBJECTIVES[network.objective].left_to_right:
     if orders is not None:
-      raise UserError('an autoregressive network has one order only')
+      raise UserError(
+        f'a network trained with objective {network.objective} has one order '
+        'only, left to right: remove the orders'
+      )
     return evaluate(lambda i: estimators.causal(sizes[i]))
   if orders is None:
     orders = [np.arange(size)[None] for size in sizes]
@@ -121,7 +125,7 @@ def chain_rule(network, c, answers, orders=None):
     ):
       raise UserError(
         f'row {i}: an order must name each of the {size} tokens of the answer '
-        'once, from 0 on'
+        f'once, 0 to {size - 1}'
       )
   values = evaluate(lambda i: estimators.chain(orders[i]))
   return [
@@ -131,25 +135,25 @@ def chain_rule(network, c, answers, orders=None):
 
 
 def left_to_right(network, c, answers):
-  """`chain_rule` from left to right, as an Estimate without error."""
+  """Returns the log-likelihood of decoding left to right, an exact Estimate."""
   values = chain_rule(network, c, answers)
   return Estimate(np.array(values).reshape(-1), np.zeros(len(values)))
 
 
 def multi_sample(network, c, answers, num_orders, seeds):
-  """The importance-weighted bound: log of the mean over K random orders.
+  """Estimates the importance-weighted bound from K random orders.
 
-  Decoding in a random order gives the answer with probability
-  E[p(answer decoded in that order)]. The log of a mean over K orders is in
-  expectation below the log of that, equal to the bound of `bound` for K = 1,
-  and rises with K (Burda et al., arXiv 1509.00519, theorem 1). An order takes
-  as many forward passes as the answer has tokens.
+  Decoding in a random order gives the answer with probability E[p(answer |
+  order)]. The log of a mean of p over K orders is in expectation a lower bound
+  on the log of this probability. For K = 1 it equals the bound of `bound`, and
+  it rises with K (Burda et al., arXiv 1509.00519, theorem 1). An order takes
+  one forward pass per token of the answer.
 
   Args:
     num_orders: K.
 
   Returns:
-    Estimate; its error is by the delta method, nan for K = 1.
+    Estimate; stderr is computed by the delta method, nan for K = 1.
   """
   if num_orders < 1:
     raise UserError(f'num_orders={num_orders} must be at least 1')
@@ -167,7 +171,14 @@ def multi_sample(network, c, answers, num_orders, seeds):
 
 
 def _mean(values):
-  """Mean over independent columns, and its standard error; [B, n] to [B]."""
+  """Returns the mean over n independent columns and its standard error.
+
+  Args:
+    values: [B, n].
+
+  Returns:
+    Two arrays [B]; the error is nan for n = 1.
+  """
   n = values.shape[1]
   unknown = np.full(len(values), np.nan)
   spread = values.std(axis=1, ddof=1) if n > 1 else unknown
@@ -175,19 +186,16 @@ def _mean(values):
 
 
 def greedy_matches(network, c, answers):
-  """Whether greedy decoding gives the answer, token for token.
+  """Returns whether greedy decoding gives the answer of each row, [B] bool.
 
-  A step commits one token, the most confident (LLaDA, eval_llada.py,
-  suffix_greedy_prediction), the lowest position among equals. A row is given
-  up at its first wrong token. An autoregressive network decodes left to right.
-
-  Returns:
-    [B] bool.
+  A step commits the most confident token (LLaDA, eval_llada.py,
+  suffix_greedy_prediction), at the lowest position on ties. A row ends at its
+  first wrong token. A left-to-right network decodes left to right.
   """
   rows = queries.rows_of(network, c, answers)
   targets = [row.tokens[row.answer] for row in rows]
   causal = OBJECTIVES[network.objective].left_to_right
-  right = np.ones(len(rows), bool)
+  match = np.ones(len(rows), bool)
   for size, members in queries.by_length(rows).items():
     masked = {i: np.ones(len(targets[i]), bool) for i in members}
     while masked:
@@ -197,27 +205,27 @@ def greedy_matches(network, c, answers):
       predicted = queries.predict(network, c, rows, size, queried)
       for i, _, token, log_prob in predicted:
         confidence = np.where(masked[i], log_prob, -np.inf)
-        # What an autoregressive network is shown are the right tokens: as long
-        # as it predicts those, it would have been shown the same.
+        # A left-to-right network predicts all tokens in one pass, given the
+        # true ones: while its predictions match, it would see the same tokens.
         commit = slice(None) if causal else np.argmax(confidence)
-        right[i] = (token == targets[i])[commit].all()
+        match[i] = (token == targets[i])[commit].all()
         masked[i][commit] = False
-        if not right[i] or not masked[i].any():
+        if not match[i] or not masked[i].any():
           del masked[i]
-  return right
+  return match
 
 
 def corpus(estimate, num_tokens, num_bytes):
-  """What the bounds of many answers say of all of them.
+  """Returns the bounds of many answers as bounds for all of their text.
 
   Args:
     estimate: Estimate.
-    num_tokens: that were scored, in all.
-    num_bytes: of text that they stand for, in all.
+    num_tokens: total number of scored tokens.
+    num_bytes: total number of bytes of their text.
 
   Returns:
     dict of floats, upper bounds: nats per token with its standard error,
-    perplexity per token, bits per byte.
+    perplexity per token, and bits per byte.
   """
   nats = -float(estimate.log_likelihood.sum())
   return {

@@ -1,17 +1,19 @@
-"""Estimators of a log-likelihood: what to hide, what to ask, what it counts.
+"""Estimators of a log-likelihood: which tokens to mask and score, and weights.
 
-For an answer of A tokens and whatever is known besides, a masked diffusion
-model has a lower bound on the log-likelihood, which can be written
+A masked diffusion model has a lower bound on the log-likelihood of an answer of
+A tokens, given the rest of its row. Three forms of the bound are equal:
 
-  E_t    [ 1/t  S ]   each token hidden on its own with chance t ~ U(0, 1)
-  E_l    [ A/l  S ]   exactly l of them hidden, l ~ U{1..A}
+  E_t    [ 1/t  S ]   each token masked independently, probability t ~ U(0, 1)
+  E_l    [ A/l  S ]   exactly l tokens masked, l ~ U{1..A}
   E_order[  sum_k log p(x_order[k] | x_order[0..k-1]) ]
 
-where S is the sum, over the hidden tokens, of the log-probability of each
-given those that are not: LLaDA, arXiv 2502.09992, eq. 5 and 6; the third is the
-mean over all A! orders of the chain rule. An estimate is the mean over looks,
-each a set of hidden tokens that costs one forward pass. Everything here is
-NumPy on the host: sets are small beside the network.
+S is the sum over the masked tokens of the log-probability of each, given the
+tokens that are not masked (LLaDA, arXiv 2502.09992, eq. 5 and 6). The third
+form is the mean of the chain rule over all A! orders.
+
+An estimate is the mean over queries: copies of the row with some answer tokens
+masked and some scored, one forward pass each. Everything here is NumPy on the
+host.
 """
 
 import dataclasses
@@ -26,18 +28,18 @@ FORMS = ('count', 'bernoulli')
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-  """How to draw looks.
+  """How to draw queries for the Monte Carlo estimate of the bound.
 
-  Looks of one group are stratified: their times, or shares of hidden tokens,
-  fall one in each of `strata` equal parts of (0, 1]. Groups are independent,
-  so the spread of their means is the standard error.
+  Queries of one group are stratified: one time (or share of masked tokens) is
+  drawn from each of `strata` equal parts of (0, 1]. Groups are independent, so
+  the spread of their means gives the standard error.
 
   Attributes:
     form: one of FORMS.
-    samples: looks in all.
-    strata: of a group; 1 makes all looks independent.
-    coupled: each look is followed by its complement, so that the pair hides
-      every token once (ESPO, espo_trainer.py).
+    samples: total number of queries.
+    strata: strata per group; 1 makes all queries independent.
+    coupled: follow each query by its complement, so that the pair masks every
+      token once (ESPO, espo_trainer.py).
   """
 
   form: str = 'count'
@@ -64,9 +66,10 @@ class Estimator:
 
 
 class Queries(NamedTuple):
-  """Some forward passes over one answer.
+  """Forward passes for one answer of A tokens.
 
-  The value of a look is weight x sum over `asked` of log p(token | not hidden).
+  The value of a query is weight x sum over the scored tokens of log p(token |
+  tokens that are not masked).
   """
 
   masked: np.ndarray  # [n, A] bool, tokens hidden by the mask token
@@ -75,7 +78,7 @@ class Queries(NamedTuple):
 
 
 def draw(e, size, rng):
-  """Draws the looks of an Estimator, group by group.
+  """Draws the queries of an Estimator, group by group.
 
   Args:
     e: Estimator.
@@ -83,8 +86,8 @@ def draw(e, size, rng):
     rng: numpy.random.Generator.
 
   Returns:
-    Looks, n = e.samples; the mean of their values estimates the bound, without
-    bias.
+    Queries, n = e.samples. The mean of their values is an unbiased estimate of
+    the bound.
   """
   draws = e.samples // (2 if e.coupled else 1)
   stratum = np.arange(draws) % e.strata
@@ -100,63 +103,63 @@ def draw(e, size, rng):
 
 
 def bernoulli(times, noise, coupled):
-  """Looks that hide each token with chance t, weighted by 1/t.
+  """Returns queries that mask each token with probability t, weight 1/t.
 
   Args:
     times: [n] in (0, 1].
-    noise: [n, A] in [0, 1); a token is hidden where noise < t.
-    coupled: whether each look is followed by its complement, whose weight is
-      1 / (1 - t).
+    noise: [n, A] in [0, 1); a token is masked where noise < t.
+    coupled: follow each query by its complement, with weight 1 / (1 - t).
 
   Returns:
-    Looks, n of them or 2 n.
+    n Queries, or 2 n if coupled.
   """
   times = np.asarray(times)[:, None]
   return _queries(noise < times, times, 1 - times, coupled)
 
 
 def exact_count(counts, ranks, coupled):
-  """Looks that hide exactly l tokens, weighted by A/l.
+  """Returns queries that mask exactly l tokens, weight A/l.
 
-  With complements l is uniform on 0..A in place of 1..A, and the weights are
-  (A + 1) / l and (A + 1) / (A - l): A/l would be biased.
+  With complements, l must be uniform on 0..A instead of 1..A, and the weights
+  are (A + 1) / l and (A + 1) / (A - l). A/l would be biased.
 
   Args:
     counts: [n] whole numbers, l.
-    ranks: [n, A], a permutation in each row; a token is hidden where its rank
+    ranks: [n, A], a permutation in each row; a token is masked where its rank
       is below l.
-    coupled: whether each look is followed by its complement.
+    coupled: follow each query by its complement.
 
   Returns:
-    Looks, n of them or 2 n.
+    n Queries, or 2 n if coupled.
   """
   size = ranks.shape[1]
   counts = np.asarray(counts)[:, None]
-  whole = size + 1 if coupled else size
+  total = size + 1 if coupled else size
   return _queries(
-    ranks < counts, counts / whole, (size - counts) / whole, coupled
+    ranks < counts, counts / total, (size - counts) / total, coupled
   )
 
 
-def _queries(masked, chance, rest, coupled):
+def _queries(masked, ratio, complement_ratio, coupled):
   if coupled:
     masked = np.stack([masked, ~masked], axis=1).reshape(-1, masked.shape[1])
-    chance = np.stack([chance, rest], axis=1)
-  # A query that masks nothing has value 0; its chance may be 0 as well.
-  some = masked.any(axis=1)
+    ratio = np.stack([ratio, complement_ratio], axis=1)
+  # A query that masks nothing has value 0, and its ratio may be 0.
+  not_empty = masked.any(axis=1)
   weight = np.zeros(len(masked))
-  weight[some] = 1 / chance.reshape(-1)[some]
+  weight[not_empty] = 1 / ratio.reshape(-1)[not_empty]
   return Queries(masked, masked, weight)
 
 
 def chain(orders):
-  """Looks of the chain rule: token after token, given those before it.
+  """Returns queries of the chain rule: each token given the earlier ones.
 
   Args:
     orders: [K, A] int, a permutation of the answer's tokens in each row.
 
   Returns:
-    Looks, n = K x A; the sum over an order's A values is its log-likelihood.
+    Queries, n = K x A. The sum of the A values of an order is its
+    log-likelihood.
   """
   ranks = np.argsort(orders, axis=1)[:, None, :]
   step = np.arange(ranks.shape[2])[:, None]
@@ -166,6 +169,12 @@ def chain(orders):
 
 
 def causal(size):
-  """The one look that an autoregressive network needs: it hides by itself."""
+  """Returns the single query of a left-to-right network.
+
+  It masks nothing, since the network does not see later tokens.
+
+  Args:
+    size: A, tokens of the answer.
+  """
   scored = np.ones((1, size), bool)
   return Queries(~scored, scored, np.ones(1))

@@ -1,11 +1,13 @@
-"""Packs looks at rows into compiled calls.
+"""Computes queries of many rows in few compiled calls.
 
-A look hides some tokens of a row's answer from the network and asks about some
-of them (estimators.Looks). Looks of all rows are packed into calls of few
-compiled shapes: rows are padded to one of a few lengths, and a call has 1, 4,
-16, ... looks. Looks that hide the same tokens of a row are computed once, so
-that an answer of A tokens never costs more than 2^A looks, however many are
-drawn.
+A query is a copy of a row with some answer tokens masked and some scored
+(estimators.Queries). Queries of all rows are packed into calls of few compiled
+shapes: rows are padded to one of a few lengths, and a call has 1, 4, 16, ...
+queries. Queries of a row with the same masked tokens are computed once, so that
+an answer of A tokens never costs more than 2^A forward passes.
+
+Letters: B rows, or queries of a call; L positions; A tokens of an answer;
+n queries of a row.
 """
 
 import collections
@@ -25,26 +27,35 @@ from maskdiff.model.transformer import bind
 from maskdiff.objectives.table import OBJECTIVES, show
 from maskdiff.sampling import candidates
 
-SHORTEST = 16  # rows are padded to at least this length
+SHORTEST = 16  # shortest length of padded rows
 
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodConfig:
-  context: int  # tokens of the longest row, prompt and answer together
-  # w of classifier-free guidance, 0 for none: the logits are those without
-  # the prompt plus (w + 1) times what the prompt adds (LLaDA,
-  # get_log_likelihood.py)
+  """Settings of likelihoods.
+
+  Attributes:
+    context: tokens of the longest row, prompt and answer together.
+    guidance: scale w of classifier-free guidance, 0: none. Logits are u +
+      (w + 1)(c - u), with the prompt (c) and without (u); LLaDA,
+      get_log_likelihood.py.
+    tokens_per_call: about the number of tokens in a call; sets its memory.
+    loss_chunk_tokens: tokens projected onto the vocabulary at once; the memory
+      is this x vocab_size float32.
+  """
+
+  context: int
   guidance: float
-  tokens_per_call: int  # of the looks of a call, about; sets its memory
-  loss_chunk_tokens: int  # memory: this x vocab_size float32
+  tokens_per_call: int
+  loss_chunk_tokens: int
 
 
 class Answers(NamedTuple):
-  """Rows of which a part is scored, the answer."""
+  """Rows with the part to score, the answer; bounds.lay_out makes them."""
 
   tokens: np.ndarray  # [B, L] int32
-  answer: np.ndarray  # [B, L] bool, the positions that are scored, anywhere
-  valid: np.ndarray  # [B, L] bool, False on padding, at the ends of a row
+  answer: np.ndarray  # [B, L] bool, the positions to score, in any place
+  valid: np.ndarray  # [B, L] bool, False on padding at either end of a row
 
 
 class Row(NamedTuple):
@@ -55,17 +66,17 @@ class Row(NamedTuple):
 
 
 class Call(NamedTuple):
-  """Looks that are computed together, one a row; [B, L] each."""
+  """Queries that are computed together, one per row; [B, L] each."""
 
   tokens: np.ndarray  # int32
   valid: np.ndarray  # bool, False on padding
-  prompt: np.ndarray  # bool, valid and not the answer
-  masked: np.ndarray  # bool
-  scored: np.ndarray  # bool
+  prompt: np.ndarray  # bool, valid and not in the answer
+  masked: np.ndarray  # bool, answer tokens hidden by the mask token
+  scored: np.ndarray  # bool, answer tokens whose log-probability is computed
 
 
 def rows_of(network, c, answers):
-  """Checks a request and takes off its padding.
+  """Checks rows and removes their padding.
 
   Args:
     network: Network.
@@ -76,9 +87,9 @@ def rows_of(network, c, answers):
     list of Row.
 
   Raises:
-    UserError: shapes differ; a row has nothing to score, is longer than the
-      context, or holds the mask id or one outside the vocabulary; or the
-      network cannot give what is asked for.
+    UserError: shapes differ; a row has no answer, is longer than the context,
+      or contains the mask token or an id outside the vocabulary; or the network
+      is left-to-right and the settings or rows do not fit it.
   """
   tokens = np.asarray(answers.tokens, np.int32)
   answer = np.asarray(answers.answer, bool)
@@ -88,55 +99,57 @@ def rows_of(network, c, answers):
       f'tokens {tokens.shape}, answer {answer.shape} and valid {valid.shape} '
       'must have one shape [B, L]'
     )
-  causal = OBJECTIVES[network.objective].left_to_right
-  if causal and c.guidance:
+  objective = OBJECTIVES[network.objective]
+  if c.guidance and not objective.can_guide:
     raise UserError(
-      f'guidance={c.guidance:g}: it masks the prompt, and an autoregressive '
-      'network knows no masks'
+      f'guidance={c.guidance:g} needs a model trained with masked prompts, and '
+      f'objective {network.objective} masks none; set guidance=0'
     )
   rows = []
   for i in range(len(tokens)):
     row = Row(tokens[i, valid[i]], answer[i, valid[i]])
     if not row.answer.any() or (answer[i] & ~valid[i]).any():
-      raise UserError(f'row {i}: there is no answer, or it is on padding')
+      raise UserError(f'row {i} has no answer, or its answer is on padding')
     if len(row.tokens) > c.context:
       raise UserError(
         f'row {i}: prompt and answer have {len(row.tokens)} tokens, more than '
-        f'the {c.context} that the network was trained on'
+        f'the {c.context} of a training row; shorten them'
       )
     if network.mask_id in row.tokens:
       position = list(row.tokens).index(network.mask_id)
       raise UserError(
-        f'row {i}: token {position} is the mask, id {network.mask_id}, which '
-        'stands for no text'
+        f'row {i}: token {position} is the mask token, id {network.mask_id}, '
+        'which encodes no text; remove it'
       )
     if row.tokens.min() < 0 or row.tokens.max() >= network.config.vocab_size:
       raise UserError(
         f'row {i}: token ids must lie in [0, {network.config.vocab_size})'
       )
-    if causal and not row.answer[np.argmax(row.answer) :].all():
+    ends_row = row.answer[np.argmax(row.answer) :].all()
+    if objective.left_to_right and not ends_row:
       raise UserError(
-        f'row {i}: an autoregressive network scores the end of a row only'
+        f'row {i}: text follows the answer, and a network trained with '
+        f'objective {network.objective} does not see it; remove it'
       )
     rows.append(row)
   return rows
 
 
 def padded_length(length):
-  """The length that a row is padded to: 16, 24, 32, 48, 64, 96, 128, 192...
+  """Returns the length that a row is padded to: 16, 24, 32, 48, 64, 96, ...
 
-  Powers of two and three quarters of them: less than half of it is added, and
-  there are 17 up to 4096.
+  Powers of two, and three quarters of them. Padding adds less than half of the
+  row. There are 17 such lengths up to 4096.
   """
   size = SHORTEST
   while size < length:
     size *= 2
-  less = max(SHORTEST, size * 3 // 4)
-  return less if less >= length else size
+  smaller = max(SHORTEST, size * 3 // 4)
+  return smaller if smaller >= length else size
 
 
 def by_length(rows):
-  """Groups the numbers of rows by the length that they are padded to."""
+  """Returns a dict from padded length to the indices of its rows."""
   groups = collections.defaultdict(list)
   for i, row in enumerate(rows):
     groups[padded_length(len(row.tokens))].append(i)
@@ -144,20 +157,20 @@ def by_length(rows):
 
 
 def evaluate(network, c, rows, queries_of):
-  """The values of looks.
+  """Computes the values of queries.
 
   Args:
     network: Network.
     c: LikelihoodConfig.
     rows: list of Row.
-    queries_of: function from the number of a row to its estimators.Queries, n
+    queries_of: function from the index of a row to its estimators.Queries, n
       of them; called once for each row, when the row is computed.
 
   Returns:
     list of [n] float64: weight x sum over the scored tokens of log p, in nats.
 
   Raises:
-    UserError: the network gives something that is no number.
+    UserError: a log-probability is not finite.
   """
   values = [None] * len(rows)
   drawn = {}
@@ -193,7 +206,7 @@ def evaluate(network, c, rows, queries_of):
 
 
 def predict(network, c, rows, size, queries):
-  """The most probable tokens at the scored positions.
+  """Predicts the most probable token at the scored positions.
 
   Args:
     network: as for `evaluate`.
@@ -203,10 +216,10 @@ def predict(network, c, rows, size, queries):
     queries: as for `run`.
 
   Yields:
-    (row number, k, [A] int32 tokens, [A] float32 their log-probabilities).
+    (row index, k, [A] int32 tokens, [A] float32 their log-probabilities).
 
   Raises:
-    UserError: the network gives something that is no number.
+    UserError: a log-probability is not finite.
   """
   function = functools.partial(_predictions, network, c)
   for i, k, (token, log_prob) in run(function, c, rows, size, queries):
@@ -215,44 +228,44 @@ def predict(network, c, rows, size, queries):
 
 
 def check_finite(i, log_probs):
-  """Raises a UserError unless what was computed for row i are numbers."""
+  """Raises a UserError if a log-probability of row i is not finite."""
   if not np.isfinite(log_probs).all():
     raise UserError(
-      f'row {i}: the network gives a log-probability that is no finite number; '
-      'its parameters are damaged, or overflow in config.model.dtype'
+      f'row {i}: a log-probability is not finite: the parameters are damaged, '
+      'or overflow in config.model.dtype'
     )
 
 
 def run(function, c, rows, size, queries):
-  """Computes looks in calls that are as large as may be.
+  """Computes queries in calls of up to about c.tokens_per_call tokens.
 
   Args:
     function: from a Call of length L to a tuple of arrays [B, L].
     c: LikelihoodConfig.
     rows: list of Row.
-    size: L, at least the length of the rows that are looked at.
-    queries: iterable of (row number, k, masked [A], scored [A]), read as
-      needed; k is for the caller.
+    size: L, at least the length of the rows that are queried.
+    queries: iterable of (row index, k, masked [A], scored [A]), read when a
+      call is filled; k is returned to the caller.
 
   Yields:
-    (row number, k, the function's arrays at the positions of the answer, [A]
-    each) in the order of the looks.
+    (row index, k, the function's arrays at the positions of the answer, [A]
+    each), in the order of the queries.
   """
   mesh = jax.sharding.get_abstract_mesh()
   shards = 1 if mesh.empty else batch_shards(mesh)
-  most = max(1, c.tokens_per_call // (size * shards)) * shards
+  largest = max(1, c.tokens_per_call // (size * shards)) * shards
   queries = iter(queries)
-  waiting = None  # the call that the devices are busy with
-  while batch := list(itertools.islice(queries, most)):
+  in_flight = None  # the call that the devices are computing
+  while batch := list(itertools.islice(queries, largest)):
     count = shards
     while count < len(batch):
       count *= 4
-    call = _call(rows, size, min(count, most), batch)
-    previous, waiting = waiting, (batch, function(call))
-    if previous:
-      yield from _results(rows, *previous)
-  if waiting:
-    yield from _results(rows, *waiting)
+    call = _call(rows, size, min(count, largest), batch)
+    finished, in_flight = in_flight, (batch, function(call))
+    if finished:
+      yield from _results(rows, *finished)
+  if in_flight:
+    yield from _results(rows, *in_flight)
 
 
 def _call(rows, size, count, batch):
@@ -279,26 +292,28 @@ def _results(rows, batch, arrays):
 
 
 def _states(network, model, c, call):
-  """Final hidden states of a Call, [B, L, D].
+  """Returns the final hidden states of a Call, [B, L, D].
 
-  The projection onto the vocabulary is linear, so that guidance may combine
-  states in place of logits: it costs no second projection.
+  The projection onto the vocabulary is linear, so guidance combines hidden
+  states instead of logits, which saves a second projection.
   """
 
   def states(masked):
     shown = jnp.where(masked, network.mask_id, call.tokens)
     return model(*show(network.objective, shown, call.valid, network.bos_id))
 
-  given = states(call.masked)
+  conditional = states(call.masked)
   if not c.guidance:
-    return given
-  without = states(call.masked | call.prompt).astype(jnp.float32)
-  return candidates.guide(given, without, c.guidance).astype(given.dtype)
+    return conditional
+  unconditional = states(call.masked | call.prompt).astype(jnp.float32)
+  return candidates.guide(conditional, unconditional, c.guidance).astype(
+    conditional.dtype
+  )
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _log_probs(network, c, call):
-  """Log-probability of each asked token, 0 elsewhere: a tuple of [B, L]."""
+  """Returns log-probabilities of the scored tokens, 0 elsewhere: ([B, L],)."""
   model = bind(network.config, network.params)
   _, nll = cross_entropy(
     _states(network, model, c, call),
@@ -313,9 +328,10 @@ def _log_probs(network, c, call):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _predictions(network, c, call):
-  """The most probable token where asked and its log-probability; 0 elsewhere.
+  """Returns the most probable tokens and their log-probabilities, [B, L] each.
 
-  As in the cross entropy, only asked positions are projected, in chunks.
+  Both are 0 where nothing is scored. As in the cross entropy, only scored
+  positions are projected onto the vocabulary, in chunks.
   """
   model = bind(network.config, network.params)
   states = _states(network, model, c, call)
@@ -323,28 +339,29 @@ def _predictions(network, c, call):
   scored = call.scored.reshape(-1)
   chunk = min(c.loss_chunk_tokens, len(scored))
   order = jnp.argsort(~scored, stable=True)
-  # Out of range: reads give 0, writes are dropped.
+  # Indices out of range: reads give 0, writes are dropped.
   order = jnp.where(jnp.arange(len(order)) < scored.sum(), order, len(order))
   order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(scored))
 
-  def body(i, found):
+  def body(i, results):
     index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
     logits = model.logits(states.at[index].get(mode='fill', fill_value=0))
     if not network.predict_mask:
       logits = candidates.suppress(logits, (network.mask_id,))
     log_prob = logits.max(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    here = jnp.argmax(logits, axis=-1).astype(jnp.int32), log_prob
+    chunk_results = jnp.argmax(logits, axis=-1).astype(jnp.int32), log_prob
     return tuple(
-      f.at[index].set(h, mode='drop') for f, h in zip(found, here, strict=True)
+      x.at[index].set(new, mode='drop')
+      for x, new in zip(results, chunk_results, strict=True)
     )
 
-  found = jnp.zeros(len(scored), jnp.int32), jnp.zeros(len(scored))
-  found = jax.lax.fori_loop(0, -(-scored.sum() // chunk), body, found)
-  return replicate(tuple(f.reshape(call.scored.shape) for f in found))
+  results = jnp.zeros(len(scored), jnp.int32), jnp.zeros(len(scored))
+  results = jax.lax.fori_loop(0, -(-scored.sum() // chunk), body, results)
+  return replicate(tuple(x.reshape(call.scored.shape) for x in results))
 
 
 def likelihood_config(config, guidance, tokens_per_call):
-  """The frozen config of likelihoods; see looks.LikelihoodConfig."""
+  """Returns the LikelihoodConfig of a run's config."""
   return LikelihoodConfig(
     context=config.data.length,
     guidance=guidance,

@@ -61,7 +61,7 @@ def stderr(e, queries, table):
 
 @pytest.mark.parametrize('coupled', [False, True])
 @pytest.mark.parametrize('size', [1, 2, 4])
-def test_exact_counts_average_to_the_bound_over_all_sets(size, coupled):
+def test_exact_counts_average_to_the_bound(size, coupled):
   """Every count with every permutation."""
   table = random_table(size)
   counts = range(0 if coupled else 1, size + 1)
@@ -73,7 +73,7 @@ def test_exact_counts_average_to_the_bound_over_all_sets(size, coupled):
 
 @pytest.mark.parametrize('coupled', [False, True])
 @pytest.mark.parametrize('size', [1, 3, 5])
-def test_random_masks_average_to_the_bound_over_all_times(size, coupled):
+def test_random_masks_average_to_the_bound(size, coupled):
   """Every set of hidden tokens at the nodes of a quadrature over times."""
   table, hidden = random_table(size), subsets(size)
   nodes, weights = np.polynomial.legendre.leggauss(8)
@@ -88,7 +88,7 @@ def test_random_masks_average_to_the_bound_over_all_times(size, coupled):
 
 
 @pytest.mark.parametrize('size', [1, 2, 4])
-def test_the_chain_rule_averages_to_the_bound_over_all_orders(size):
+def test_chain_rule_averages_to_the_bound(size):
   table = random_table(size)
   orders = np.array(list(itertools.permutations(range(size))))
   of_query = values(estimators.chain(orders), table)
@@ -97,14 +97,14 @@ def test_the_chain_rule_averages_to_the_bound_over_all_orders(size):
 
 @pytest.mark.parametrize('e', EVERY, ids=name)
 @pytest.mark.parametrize('size', [1, 3, 6])
-def test_a_draw_is_unbiased_to_within_three_standard_errors(e, size):
+def test_draws_are_unbiased_to_three_standard_errors(e, size):
   table = random_table(size)
   queries = estimators.draw(e, size, np.random.default_rng(0))
   mean, error = stderr(e, queries, table)
   assert abs(mean - elbo(table)) <= 3 * error + 1e-9
 
 
-def test_the_weight_l_over_count_would_be_biased_with_complements():
+def test_uncoupled_weights_are_biased_with_complements():
   """The trap: counts from 0 on take the weight (A + 1) / l."""
   table = random_table(A)
   draws = itertools.product(range(A + 1), itertools.permutations(range(A)))
@@ -115,7 +115,7 @@ def test_the_weight_l_over_count_would_be_biased_with_complements():
 
 
 @pytest.mark.parametrize('size', [1, 2, 4])
-def test_counts_from_nothing_are_unbiased_and_worse_than_counts_from_one(size):
+def test_counts_from_zero_have_more_variance(size):
   """Why ESPO's estimate without complements is not offered.
 
   Its mean is the bound too. But one draw in A + 1 hides nothing and is worth 0,
@@ -144,7 +144,7 @@ def test_counts_from_nothing_are_unbiased_and_worse_than_counts_from_one(size):
 
 
 @pytest.mark.parametrize('e', [e for e in EVERY if e.form == 'count'], ids=name)
-def test_the_standard_error_is_the_spread_of_estimates(e):
+def test_standard_error_equals_the_spread_of_estimates(e):
   e = Estimator(e.form, 512, e.strata, e.coupled)
   table, rng = random_table(A), np.random.default_rng(1)
   drawn = [stderr(e, estimators.draw(e, A, rng), table) for _ in range(400)]
@@ -156,7 +156,7 @@ def test_the_standard_error_is_the_spread_of_estimates(e):
 # The draws
 
 
-def test_counts_are_uniform_where_those_of_llada_are_not():
+def test_counts_are_uniform_unlike_llada():
   """LLaDA's differ by design: half-to-even rounding favours even counts."""
   with np.load(golden_models.GOLDEN / 'likelihood.npz') as arrays:
     recorded = arrays['mask_counts'].tolist()
@@ -172,7 +172,7 @@ def test_counts_are_uniform_where_those_of_llada_are_not():
   assert scipy.stats.chisquare(ours[1:]).pvalue > 1e-3
 
 
-def test_complements_count_from_nothing_to_everything_evenly():
+def test_counts_with_complements_are_uniform_from_zero():
   e = Estimator(samples=48_000, strata=1, coupled=True)
   queries = estimators.draw(e, 7, np.random.default_rng(0))
   counts = np.bincount(queries.masked[::2].sum(axis=1), minlength=8)
@@ -180,13 +180,13 @@ def test_complements_count_from_nothing_to_everything_evenly():
 
 
 @pytest.mark.parametrize('form', estimators.FORMS)
-def test_a_pair_hides_every_token_once(form):
+def test_coupled_pair_masks_every_token_once(form):
   e = Estimator(form, 64, 4, coupled=True)
   hidden = estimators.draw(e, A, np.random.default_rng(0)).masked
   np.testing.assert_array_equal(hidden[::2], ~hidden[1::2])
 
 
-def test_the_strata_of_a_group_share_out_the_counts():
+def test_strata_of_a_group_divide_the_counts():
   queries = estimators.draw(
     Estimator(samples=64, strata=16), 32, np.random.default_rng(0)
   )
@@ -195,7 +195,7 @@ def test_the_strata_of_a_group_share_out_the_counts():
   assert ((2 * stratum < counts) & (counts <= 2 * stratum + 2)).all()
 
 
-def test_a_look_that_hides_nothing_is_worth_nothing():
+def test_query_that_masks_nothing_has_weight_zero():
   queries = estimators.bernoulli([1.0, 0.5], np.array([[0.1], [0.9]]), True)
   assert queries.masked[:, 0].tolist() == [True, False, False, True]
   assert queries.weight.tolist() == [1, 0, 0, 2]
@@ -210,7 +210,7 @@ def variance(e, table):
   return (stderr(e, queries, table)[1]) ** 2
 
 
-def test_each_refinement_lowers_the_variance_at_equally_many_queries():
+def test_each_refinement_lowers_the_variance():
   """Where harder masks make harder tokens, as for a trained model."""
   table = trained_table(10)
   plain, strata, count, count_strata, coupled = (
@@ -239,7 +239,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_an_estimator_that_cannot_be_says_why(case):
+def test_invalid_estimators_are_refused(case):
   changes, message = REFUSED[case]
   with pytest.raises(UserError, match=message):
     Estimator(**changes)

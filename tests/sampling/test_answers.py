@@ -84,7 +84,7 @@ def test_answers_do_not_depend_on_the_batch(sampling):
     assert answer['tokens'] == answer['forwards'] == LENGTH
 
 
-def test_answers_end_at_their_eos_and_filled_gaps_do_not(sampling):
+def test_prompts_stop_at_eos_and_gaps_do_not(sampling):
   s = with_config(sampling, stop_at_eos=True)
   found = list(answers.in_batches(s, encode(s, ['x'] * 24), 24))
   short = [a for a in found if a['tokens'] < LENGTH]
@@ -96,7 +96,7 @@ def test_answers_end_at_their_eos_and_filled_gaps_do_not(sampling):
 
 
 @pytest.mark.parametrize('gaps', [False, True])
-def test_watched_answers_are_those_of_the_batch(sampling, gaps, tokenizer):
+def test_recorded_answers_equal_those_in_batches(sampling, gaps, tokenizer):
   texts = encode(sampling, GAPS if gaps else TEXTS, gaps)
   seen, rows = [], len(texts.prompts)
   found, recording = answers.record(sampling, texts, seen.append)
@@ -109,7 +109,7 @@ def test_watched_answers_are_those_of_the_batch(sampling, gaps, tokenizer):
   assert (~np.isnan(recording.confidence)).sum() == recording.fill.sum()
 
 
-def test_a_conversation_gives_the_answers_of_the_batch(sampling):
+def test_conversation_equals_a_batch(sampling):
   """Though its rows are padded; and nothing is learned from line to line."""
   texts = [text for text in TEXTS if text]
   found, _ = talk(sampling, texts)
@@ -117,7 +117,7 @@ def test_a_conversation_gives_the_answers_of_the_batch(sampling):
   assert found == list(batch)
 
 
-def test_a_conversation_fills_gaps_with_prompts_between(sampling):
+def test_conversation_mixes_prompts_and_gaps(sampling):
   found, _ = talk(sampling, [GAPS[0], 'x = 1', GAPS[2]])
   assert [a.get('infill') for a in found] == [GAPS[0], None, GAPS[2]]
   assert found[0]['text'].startswith('def ')
@@ -125,7 +125,7 @@ def test_a_conversation_fills_gaps_with_prompts_between(sampling):
   assert [a['tokens'] for a in found] == [3, LENGTH, 3]
 
 
-def test_few_programs_are_compiled_and_each_is_told(sampling):
+def test_conversation_compiles_few_programs(sampling):
   """For rows of up to 32, 64 and, the context, 100 tokens."""
   before = sampler.run._cache_size()
   texts = ['a' + ' b' * n for n in (1, 3, 40, 5, 70, 41, 71, 2)]
@@ -154,7 +154,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize('case', BAD_LINES)
-def test_a_bad_line_is_told_in_one_and_the_conversation_goes_on(sampling, case):
+def test_bad_line_is_reported_and_skipped(sampling, case):
   line, message = BAD_LINES[case]
   found, notes = talk(sampling, ['x', line, 'y'])
   assert [(a['prompt'], a['seed']) for a in found] == [('x', 0), ('y', 1)]
@@ -163,7 +163,7 @@ def test_a_bad_line_is_told_in_one_and_the_conversation_goes_on(sampling, case):
   assert re.search(message, told)
 
 
-def test_a_line_on_which_the_network_fails_is_told_too(sampling, monkeypatch):
+def test_line_with_nan_logits_is_reported(sampling, monkeypatch):
   def fails_at_x(table, tokens, valid):
     bad = (tokens == sampling.tokenizer.encode('x')[0]).any(axis=1)
     return jnp.where(bad[:, None, None], jnp.nan, nearest(table, tokens, valid))

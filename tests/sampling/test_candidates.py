@@ -33,9 +33,7 @@ LOGITS = np.array([0.3, -1.0, 1.2, 0.0, 2.0, 0.8, -0.2])
 
 
 @pytest.mark.parametrize('temperature', TEMPERATURES)
-def test_the_token_drawn_is_that_of_llada_for_the_same_noise(
-  monkeypatch, temperature
-):
+def test_drawn_token_equals_llada_for_the_same_noise(monkeypatch, temperature):
   """LLaDA divides exponentials in float64; here it is a sum in float32."""
   with np.load(golden_models.GOLDEN / 'gumbel_op.npz') as file:
     logits, u = file['logits'], file['u']
@@ -49,7 +47,7 @@ def test_the_token_drawn_is_that_of_llada_for_the_same_noise(
 
 
 @pytest.mark.parametrize('temperature', TEMPERATURES[1:])
-def test_scores_are_those_of_llada_in_log_space(temperature):
+def test_scores_equal_llada_in_log_space(temperature):
   with np.load(golden_models.GOLDEN / 'gumbel_op.npz') as file:
     noise = (-np.log(-np.log(file['u']))).astype(np.float32)
     scores = file['logits'] / np.float32(temperature) + noise
@@ -80,7 +78,7 @@ def test_draws_follow_the_truncated_softmax(temperature, top_k, top_p):
   assert scipy.stats.chisquare(counts[stay], expected).pvalue > 1e-3
 
 
-def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
+def test_nucleus_is_the_smallest_set_that_reaches_top_p():
   logits = jnp.log(jnp.array([0.15, 0.4, 0.05, 0.3, 0.1]))
   for top_p, stay in (
     (0.39, [1]),
@@ -94,28 +92,28 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
     np.testing.assert_array_equal(left[np.array(stay)], logits[np.array(stay)])
 
 
-def test_top_p_is_of_what_top_k_leaves():
+def test_top_p_applies_after_top_k():
   logits = jnp.log(jnp.array([0.15, 0.4, 0.05, 0.3, 0.1]))
   # Of 0.4 and 0.3 the first is 0.57.
   assert (candidates.truncate(logits, 2, 0.5) > -np.inf).sum() == 1
   assert (candidates.truncate(logits, 2, 0.6) > -np.inf).sum() == 2
 
 
-def test_the_most_probable_token_is_always_left():
+def test_most_probable_token_always_remains():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 9)) * 9)
   for top_k, top_p in ((1, 1.0), (0, 1e-6), (1, 1e-6), (100, 1.0)):
     left = candidates.truncate(logits, top_k, top_p)
     np.testing.assert_array_equal(left.argmax(-1), logits.argmax(-1))
 
 
-def test_a_token_that_is_suppressed_is_never_drawn():
+def test_suppressed_token_is_never_drawn():
   left = candidates.suppress(jnp.asarray(LOGITS)[None, None], (4, 2))
   for temperature in (0.0, 1.0):
     counts = draws(left[0, 0], temperature, 6, 0.95)
     assert counts[4] == counts[2] == 0
 
 
-def test_nothing_to_suppress_changes_nothing():
+def test_suppressing_no_ids_changes_nothing():
   logits = jnp.asarray(LOGITS)
   assert candidates.suppress(logits, ()) is logits
 
@@ -137,7 +135,7 @@ def confidence(kind, logits, token):
   )
 
 
-def test_probability_is_that_of_the_token_drawn(slots):
+def test_probability_is_that_of_the_drawn_token(slots):
   logits, token, p = slots
   expected = np.take_along_axis(p, token[..., None], -1)[..., 0]
   np.testing.assert_allclose(
@@ -145,7 +143,7 @@ def test_probability_is_that_of_the_token_drawn(slots):
   )
 
 
-def test_entropy_is_one_minus_its_share_of_the_largest(slots):
+def test_entropy_confidence_is_one_minus_normalized_entropy(slots):
   logits, token, p = slots
   expected = 1 - scipy.stats.entropy(p, axis=-1) / np.log(6)
   np.testing.assert_allclose(
@@ -153,7 +151,7 @@ def test_entropy_is_one_minus_its_share_of_the_largest(slots):
   )
 
 
-def test_margin_is_between_the_two_most_probable_tokens(slots):
+def test_margin_is_between_the_top_two_tokens(slots):
   logits, token, p = slots
   falling = -np.sort(-p, axis=-1)
   np.testing.assert_allclose(
@@ -164,7 +162,7 @@ def test_margin_is_between_the_two_most_probable_tokens(slots):
 
 
 @pytest.mark.parametrize('kind', candidates.CONFIDENCES)
-def test_confidence_is_one_when_a_single_token_is_possible(kind):
+def test_confidence_of_a_certain_token_is_one(kind):
   logits = jnp.full((1, 1, 5), -jnp.inf).at[..., 2].set(0.3)
   np.testing.assert_allclose(confidence(kind, logits, [[2]]), 1.0, atol=1e-6)
 
@@ -172,7 +170,7 @@ def test_confidence_is_one_when_a_single_token_is_possible(kind):
 @pytest.mark.parametrize(
   'kind, lowest', [('probability', 0.2), ('entropy', 0), ('margin', 0)]
 )
-def test_confidence_is_lowest_when_all_tokens_are_alike(kind, lowest):
+def test_confidence_is_lowest_for_a_uniform_distribution(kind, lowest):
   np.testing.assert_allclose(
     confidence(kind, np.zeros((1, 1, 5)), [[2]]), lowest, atol=1e-6
   )
@@ -180,7 +178,7 @@ def test_confidence_is_lowest_when_all_tokens_are_alike(kind, lowest):
 
 @pytest.mark.parametrize('kind', candidates.CONFIDENCES)
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_confidence_is_nan_when_logits_are_no_numbers(kind, bad):
+def test_confidence_is_nan_if_logits_are_not_finite(kind, bad):
   logits = np.zeros((1, 3, 5))
   logits[0, 1, 3] = bad
   logits[0, 2] = bad
@@ -189,13 +187,13 @@ def test_confidence_is_nan_when_logits_are_no_numbers(kind, bad):
   assert found.tolist() == [[False, True, True]]
 
 
-def test_guidance_of_zero_leaves_the_conditional_logits():
+def test_guidance_combines_logits_linearly():
   c, u = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
   np.testing.assert_allclose(candidates.guide(c, u, 0.0), c)
   np.testing.assert_allclose(candidates.guide(c, u, 1.5), [1.75, 0.5])
 
 
-def test_the_most_probable_token_is_the_first_of_those_that_tie():
+def test_best_takes_the_lowest_id_on_ties():
   rng = np.random.default_rng(0)
   logits = rng.integers(-3, 3, (4, 5, 40)).astype(np.float32)
   logits[0, 0], logits[0, 1, 7] = -np.inf, np.inf

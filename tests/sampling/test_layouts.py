@@ -10,7 +10,7 @@ from maskdiff.sampling import layouts
 EOS = 2
 
 
-def test_an_answer_ends_before_its_first_eos():
+def test_answer_ends_before_its_first_eos():
   canvas = np.array([[7, EOS, 8, EOS, 9, EOS], [7, EOS, 8, 9, 9, 9]])
   fill = np.arange(6) >= np.array([[2], [2]])
   cut = layouts.cut(canvas, fill, EOS)
@@ -18,7 +18,7 @@ def test_an_answer_ends_before_its_first_eos():
   assert canvas[1, cut[1]].tolist() == [7, EOS, 8, 9, 9, 9]
 
 
-def test_answers_may_be_given_the_room_that_a_context_leaves():
+def test_context_limits_the_slots():
   prompts = [[7] * 3, [8], [9] * 9]
   request = layouts.continue_prompts(prompts, 6, context=8)
   assert request.fill.sum(axis=1).tolist() == [5, 6, 1]
@@ -26,12 +26,12 @@ def test_answers_may_be_given_the_room_that_a_context_leaves():
     layouts.check_context(8, request.valid)
 
 
-def test_an_answer_may_be_empty():
+def test_answer_may_be_empty():
   cut = layouts.cut([[7, EOS, 8]], [[False, True, True]], EOS)
   assert cut.tolist() == [[True, False, False]]
 
 
-def test_rows_can_be_widened_with_padding():
+def test_widen_pads_on_the_right():
   request = layouts.continue_prompts([[7, 8], [9]], 2, seeds=[3, 4])
   wide = layouts.widen(request, 6)
   assert wide.canvas.shape == (2, 6)
@@ -42,7 +42,7 @@ def test_rows_can_be_widened_with_padding():
 
 
 @pytest.mark.parametrize('layout', ['prompts', 'gaps'])
-def test_no_text_at_all_is_refused(layout):
+def test_no_texts_are_refused(layout):
   with pytest.raises(UserError, match='no prompts'):
     if layout == 'prompts':
       layouts.continue_prompts([], 4)
@@ -50,7 +50,7 @@ def test_no_text_at_all_is_refused(layout):
       layouts.fill_gaps([], list)
 
 
-def test_rows_may_be_as_long_as_those_of_the_training_and_no_longer():
+def test_rows_longer_than_the_context_are_refused():
   c = config_lib.default()
   fits = layouts.continue_prompts([[7] * (c.data.length - 8), [7]], 8)
   layouts.check_context(c.data.length, fits.valid)

@@ -14,7 +14,7 @@ def write(path, text):
   return str(path)
 
 
-def test_a_line_is_a_prompt_and_empty_ones_are_passed_over(tmp_path):
+def test_each_line_is_a_prompt_and_empty_lines_are_skipped(tmp_path):
   path = write(tmp_path / 'a.txt', 'def f(\n\n  x = "é"\r\nlast\u2028one')
   found, gaps = prompts.read(path, 5)
   assert not gaps
@@ -25,7 +25,7 @@ def test_a_line_is_a_prompt_and_empty_ones_are_passed_over(tmp_path):
   ]
 
 
-def test_json_lines_may_have_several_lines_and_seeds_of_their_own(tmp_path):
+def test_json_prompts_may_have_newlines_and_seeds(tmp_path):
   rows = '{"prompt": "a\\nb"}\n{"prompt": "", "seed": 70}\n\n{"prompt": "c"}\n'
   path = write(tmp_path / 'a.jsonl', rows)
   found, gaps = prompts.read(path, 0)
@@ -33,7 +33,7 @@ def test_json_lines_may_have_several_lines_and_seeds_of_their_own(tmp_path):
   assert found == [Prompt('a\nb', 0), Prompt('', 70), Prompt('c', 2)]
 
 
-def test_json_lines_may_all_have_gaps(tmp_path):
+def test_json_lines_may_have_gaps(tmp_path):
   rows = '{"infill": "a {{3}} b"}\n{"infill": "{{1}}", "seed": 9}\n'
   found, gaps = prompts.read(write(tmp_path / 'a.jsonl', rows), 0)
   assert gaps
@@ -55,19 +55,19 @@ def test_json_lines_may_all_have_gaps(tmp_path):
     ('{"prompt": "\\ud800"}', 'a.jsonl:2: half a surrogate pair'),
   ],
 )
-def test_a_wrong_line_is_told_by_its_number(tmp_path, line, message):
+def test_invalid_line_is_named_by_number(tmp_path, line, message):
   path = write(tmp_path / 'a.jsonl', '{"prompt": "a"}\n' + line)
   with pytest.raises(UserError, match=message):
     prompts.read(path, 0)
 
 
-def test_a_file_without_prompts_is_refused(tmp_path):
+def test_file_without_prompts_is_refused(tmp_path):
   path = write(tmp_path / 'a.txt', '\n \n')
   with pytest.raises(UserError, match='no prompts'):
     prompts.read(path, 0)
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+def test_unreadable_file_is_refused(tmp_path):
   with pytest.raises(UserError, match='cannot read'):
     prompts.read(str(tmp_path / 'none.txt'), 0)
   (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     prompts.read(str(tmp_path / 'a.txt'), 0)
 
 
-def test_lines_are_typed_until_there_are_no_more():
+def test_lines_come_from_a_stream():
   """Of a stream that is no terminal; what is not UTF-8 is found later."""
   raw = io.BytesIO('def f(\n\né\u2028\r\n'.encode() + b'\xff\nlast')
   file = io.TextIOWrapper(raw, encoding='ascii')
@@ -87,7 +87,7 @@ def test_lines_are_typed_until_there_are_no_more():
   prompts.check_unicode('é\u2028🦉', 'text')
 
 
-def test_lines_are_asked_for_on_a_terminal(monkeypatch, capsys):
+def test_terminal_prompts_for_lines(monkeypatch, capsys):
   class Terminal(io.StringIO):
     def isatty(self):
       return True

@@ -69,13 +69,13 @@ def test_every_request_is_answered_once_and_as_if_alone(batch):
     assert not answer.broken
 
 
-def test_short_answers_do_not_wait_for_long_ones():
+def test_short_answers_overtake_long_ones():
   """Nine tokens and one: the short ones pass by the long one."""
   found = all_answers(CONFIG, 2, [[15], [7], [7], [7], [7]])
   assert [answer.row for answer in found][:3] == [1, 2, 3]
 
 
-def test_fewer_calls_than_batch_by_batch(monkeypatch):
+def test_refill_saves_calls(monkeypatch):
   calls = []
   run = sampler.run
   monkeypatch.setattr(
@@ -91,13 +91,13 @@ def test_fewer_calls_than_batch_by_batch(monkeypatch):
   assert continuous < sum(int(carry.calls) for carry in calls)
 
 
-def test_one_program_serves_all(monkeypatch):
+def test_one_program_serves_all_requests(monkeypatch):
   sampler.run.clear_cache()
   all_answers(CONFIG, 2)
   assert sampler.run._cache_size() == 1
 
 
-def test_a_damaged_row_is_told_and_the_others_go_on():
+def test_broken_row_does_not_stop_the_others():
   def ill(given, tokens, valid):
     logits = countdown(given, tokens, valid)
     return jnp.where(tokens[:, :1, None] == 10, jnp.nan, logits)
@@ -108,7 +108,7 @@ def test_a_damaged_row_is_told_and_the_others_go_on():
   assert {a.row for a in found if a.broken} == {3}
 
 
-def test_on_a_mesh_as_without_one():
+def test_refill_on_a_mesh_equals_one_device():
   c = dataclasses.replace(CONFIG, temperature=0.7)
   expected = {a.row: a.tokens.tolist() for a in all_answers(c, 4)}
   with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):

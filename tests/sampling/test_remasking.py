@@ -37,7 +37,7 @@ def keep_top(score, masked, budget):
 
 
 @pytest.mark.parametrize('case', range(12))
-def test_quota_is_that_of_llada(golden, case):
+def test_quota_equals_llada(golden, case):
   count, steps, expected = (
     golden[f'single.{case}.{k}'] for k in ('mask_count', 'steps', 'counts')
   )
@@ -45,7 +45,7 @@ def test_quota_is_that_of_llada(golden, case):
   np.testing.assert_array_equal(quota, expected)
 
 
-def test_quota_of_a_batch_is_that_of_llada(golden):
+def test_quota_of_a_batch_equals_llada(golden):
   count = jnp.asarray(golden['batch.mask'].sum(axis=1, dtype=np.int32))
   steps = int(golden['batch.steps'])
   quota = np.stack(
@@ -62,7 +62,7 @@ def test_quota_sums_to_the_masked_count_and_is_even():
     assert (np.diff(quota) <= 0).all()
 
 
-def test_keep_top_equals_brute_force():
+def test_commit_top_equals_brute_force():
   random = np.random.default_rng(0)
   score = random.normal(size=(200, 9))
   masked = random.random((200, 9)) < random.random((200, 1))
@@ -82,14 +82,14 @@ def test_ties_go_to_the_lowest_index():
   )
 
 
-def test_infinitely_low_scores_still_come_before_unmasked_slots():
+def test_infinitely_low_scores_rank_before_unmasked_slots():
   score = np.array([[5.0, -np.inf, 5.0, 0.0]])
   masked = np.array([[False, True, False, True]])
   np.testing.assert_array_equal(keep_top(score, masked, [1])[0], [0, 0, 0, 1])
   np.testing.assert_array_equal(keep_top(score, masked, [2])[0], [0, 1, 0, 1])
 
 
-def test_budget_zero_keeps_nothing_and_a_large_one_all_that_is_masked():
+def test_budget_of_zero_and_of_more_than_all_slots():
   masked = np.array([[True, False, True], [False, False, False]])
   score = np.ones((2, 3))
   assert not keep_top(score, masked, [0, 0]).any()
@@ -100,7 +100,7 @@ def keys(n):
   return jax.random.split(jax.random.key(0), n)
 
 
-def test_low_confidence_keeps_the_most_confident():
+def test_low_confidence_commits_the_most_confident():
   random = np.random.default_rng(2)
   confidence = random.random((50, 7)).astype(np.float32)
   masked = random.random((50, 7)) < 0.6
@@ -111,7 +111,7 @@ def test_low_confidence_keeps_the_most_confident():
   )
 
 
-def test_random_keeps_exactly_the_budget():
+def test_random_commits_exactly_the_budget():
   random = np.random.default_rng(3)
   masked = random.random((200, 9)) < 0.5
   budget = random.integers(0, 11, 200)
@@ -126,7 +126,7 @@ def test_random_keeps_exactly_the_budget():
   )
 
 
-def test_random_keeps_every_subset_equally_often_whatever_the_confidence():
+def test_random_commits_every_subset_equally_often():
   rows = 6000
   masked = np.tile([True, True, False, True, True], (rows, 1))
   confidence = jnp.tile(jnp.array([0.9, 0.1, 1.0, 0.5, 0.2]), (rows, 1))
@@ -157,20 +157,20 @@ def fast_dllm():
 
 
 @pytest.mark.parametrize('tau', ['0', '0.3', '0.5', '0.9', '1'])
-def test_threshold_keeps_what_fast_dllm_accepts(fast_dllm, tau):
+def test_threshold_equals_fast_dllm(fast_dllm, tau):
   confidence, masked, recorded = fast_dllm
   keep = remasking.threshold(confidence, masked, float(tau), None)
   np.testing.assert_array_equal(keep, recorded[f'rule.tau{tau}.transfer'])
 
 
 @pytest.mark.parametrize('f', ['0.5', '1', '2'])
-def test_factor_keeps_what_the_dllm_library_accepts(fast_dllm, f):
+def test_factor_equals_the_dllm_library(fast_dllm, f):
   confidence, masked, recorded = fast_dllm
   keep = remasking.factor(confidence, masked, float(f), None)
   np.testing.assert_array_equal(keep, recorded[f'rule.factor{f}.transfer'])
 
 
-def test_low_confidence_keeps_what_fast_dllm_accepts_for_a_quota(fast_dllm):
+def test_low_confidence_equals_fast_dllm_for_a_quota(fast_dllm):
   confidence, masked, recorded = fast_dllm
   budget = jnp.asarray(recorded['rule.quota.k'])
   keep = remasking.low_confidence(confidence, masked, budget, None)
@@ -214,7 +214,7 @@ def count_of_fast_dllm(confidence, f):
   return last + 1
 
 
-def test_factor_does_not_keep_the_last_slot_when_it_alone_falls_short():
+def test_factor_masks_the_last_slot_if_only_it_falls_short():
   """NVlabs' and dInfer's code keeps four of these; the formula allows three."""
   confidence = np.array([[0.946, 0.935, 0.897, 0.769]])
   keep = remasking.factor(
@@ -226,7 +226,7 @@ def test_factor_does_not_keep_the_last_slot_when_it_alone_falls_short():
 
 
 @pytest.mark.parametrize('f', [0.5, 1.0, 2.0])
-def test_factor_keeps_what_fast_dllm_accepts_but_for_that_slot(f):
+def test_factor_equals_fast_dllm_except_for_the_last_slot(f):
   """One slot less in the rows where all but the last pass, else as many."""
   random = np.random.default_rng(6)
   confidence = (1 - random.random((300, 4)) ** 3).astype(np.float32)
@@ -239,7 +239,7 @@ def test_factor_keeps_what_fast_dllm_accepts_but_for_that_slot(f):
 
 
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])
-def test_the_most_confident_slot_is_kept_however_unsure(rule):
+def test_most_confident_slot_is_always_committed(rule):
   confidence = jnp.array([[0.01, 0.03, 0.02], [0.9, 0.0, 0.0]])
   masked = jnp.array([[True, True, True], [False, True, True]])
   budget = {'threshold': 2.0, 'factor': 0.0}[rule]
@@ -250,7 +250,7 @@ def test_the_most_confident_slot_is_kept_however_unsure(rule):
 @pytest.mark.parametrize(
   'rule, all_of_it', [('threshold', 0.0), ('factor', 99.0)]
 )
-def test_all_is_kept_if_nothing_is_asked(rule, all_of_it):
+def test_lowest_bound_commits_all_slots(rule, all_of_it):
   masked = jnp.array([[True, False, True], [False, False, False]])
   keep = remasking.RULES[rule](jnp.zeros((2, 3)), masked, all_of_it, None)
   np.testing.assert_array_equal(keep, masked)
@@ -259,7 +259,7 @@ def test_all_is_kept_if_nothing_is_asked(rule, all_of_it):
 # The reverse process
 
 
-def test_ancestral_keeps_each_slot_on_its_own_with_the_chance():
+def test_ancestral_commits_slots_independently():
   rows, chance = 4000, 0.3
   masked = np.tile([True, True, False, True], (rows, 1))
   keep = remasking.ancestral(
@@ -276,14 +276,14 @@ def test_ancestral_keeps_each_slot_on_its_own_with_the_chance():
 
 
 @pytest.mark.parametrize('chance, kept', [(0.0, False), (1.0, True)])
-def test_ancestral_at_the_ends(chance, kept):
+def test_ancestral_with_probability_zero_and_one(chance, kept):
   masked = jnp.ones((100, 5), bool)
   chance = jnp.full((100,), chance)
   keep = remasking.ancestral(jnp.ones((100, 5)), masked, chance, keys(100))
   assert (keep == kept).all()
 
 
-def test_first_hitting_keeps_one_slot_any_of_them():
+def test_first_hitting_commits_one_slot_uniformly():
   rows = 4000
   masked = np.tile([True, False, True, True], (rows, 1))
   keep = remasking.first_hitting(
@@ -298,7 +298,7 @@ def test_first_hitting_keeps_one_slot_any_of_them():
 
 
 @pytest.mark.parametrize('rule', remasking.RULES)
-def test_what_is_committed_is_never_chosen_again(rule):
+def test_committed_slots_are_never_selected_again(rule):
   masked = jnp.zeros((3, 4), bool)
   budget = jnp.full((3,), 2)
   if rule in ('threshold', 'factor', 'ancestral'):
@@ -324,7 +324,7 @@ def schedule_counts(num_slots, ratios):
 @pytest.mark.parametrize(
   'num_slots, steps', [(16, 4), (64, 8), (10, 3), (5, 9)]
 )
-def test_a_cosine_schedule_leaves_its_share_of_masks(num_slots, steps):
+def test_cosine_schedule_leaves_its_share_of_masks(num_slots, steps):
   ratios = np.cos(np.pi / 2 * np.arange(1, steps + 1) / steps)
   counts = schedule_counts(num_slots, ratios.astype(np.float32))
   assert sum(counts) == num_slots
@@ -335,13 +335,13 @@ def test_a_cosine_schedule_leaves_its_share_of_masks(num_slots, steps):
     np.testing.assert_array_equal(left, allowed)
 
 
-def test_a_cosine_schedule_starts_slowly():
+def test_cosine_schedule_starts_slowly():
   ratios = np.cos(np.pi / 2 * np.arange(1, 9) / 8)
   counts = schedule_counts(64, ratios.astype(np.float32))
   assert counts == [2, 3, 6, 8, 10, 11, 12, 12]
 
 
-def test_every_step_of_a_cosine_schedule_commits_something():
+def test_every_step_of_a_cosine_schedule_commits_a_token():
   ratios = np.cos(np.pi / 2 * np.arange(1, 33) / 32)
   counts = schedule_counts(16, ratios.astype(np.float32))
   assert counts[:16] == [1] * 16

@@ -35,7 +35,7 @@ def test_slots_are_divided_into_blocks_from_the_left():
   assert carry.canvas.tolist()[1] == [9, *[MASK] * 6, 0]
 
 
-def test_more_slots_to_come_make_more_blocks():
+def test_gen_length_sets_the_number_of_blocks():
   request = layouts.continue_prompts([[7, 8]], 3)
   carry, laid, _ = begin(request, gen_length=7)
   assert laid.slots.tolist() == [[[2, 3, 4, 5], [5, 5, 5, 5]]]
@@ -44,7 +44,7 @@ def test_more_slots_to_come_make_more_blocks():
     begin(request, gen_length=7, steps=3)
 
 
-def test_a_round_covers_what_is_visible_in_few_shapes():
+def test_passes_have_few_shapes():
   request = layouts.continue_prompts([[7, 8], [9] * 30], 64)
   of = lambda **changes: begin(request, steps=64, **changes)[2]
   assert of() == ((94, 4),)
@@ -58,7 +58,7 @@ def test_a_round_covers_what_is_visible_in_few_shapes():
 
 
 @pytest.mark.parametrize('changes', [dict(cache='prefix'), dict(lookahead=1)])
-def test_the_shapes_do_not_depend_on_the_prompts(changes):
+def test_shapes_do_not_depend_on_the_prompts(changes):
   """Or a program would be compiled for every batch of them."""
   of = lambda *lengths: begin(
     layouts.continue_prompts([[7] * n for n in lengths], 64),
@@ -69,7 +69,7 @@ def test_the_shapes_do_not_depend_on_the_prompts(changes):
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32])
-def test_a_seed_that_is_no_uint32_is_refused(seed):
+def test_seed_outside_uint32_is_refused(seed):
   request = layouts.continue_prompts([[7]], 4, seeds=[seed])
   with pytest.raises(UserError, match=f'seed {seed} '):
     begin(request)

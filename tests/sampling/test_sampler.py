@@ -137,13 +137,13 @@ def without_repeats(canvases):
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 @pytest.mark.parametrize('case', CASES)
-def test_canvases_of_every_step_are_those_of_llada(case, name):
+def test_canvases_of_every_step_equal_llada(case, name):
   *request, recorded = golden_request(name, case)
   canvases = np.stack(list(sampler.trace(*request)))
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
-def test_a_step_that_commits_nothing_takes_a_pass_in_llada_and_none_here():
+def test_steps_that_commit_nothing_are_skipped_unlike_llada():
   """Where there are more steps than tokens; the tokens are the same."""
   *request, recorded = golden_request('model_b', 'more_steps_than_tokens')
   tokens, steps = int(recorded['gen_length']), request[1].steps
@@ -154,12 +154,12 @@ def test_a_step_that_commits_nothing_takes_a_pass_in_llada_and_none_here():
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_generate_returns_the_tokens_of_llada(case):
+def test_generate_equals_llada(case):
   *request, recorded = golden_request('model_b', case)
   np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
 
 
-def test_a_mesh_returns_the_tokens_of_llada():
+def test_generate_on_a_mesh_equals_llada():
   """Two rows with guidance on eight devices, which they do not divide."""
   *request, recorded = golden_request('model_b', 'cfg_left_padded')
   with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
@@ -167,7 +167,7 @@ def test_a_mesh_returns_the_tokens_of_llada():
 
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
-def test_random_remasking_is_that_of_llada(monkeypatch, name):
+def test_random_remasking_equals_llada(monkeypatch, name):
   """With the scores that LLaDA drew: those of the block, step by step."""
   network, c, request, recorded = golden_request(name, 'random_remasking')
   size, prompt = c.block_length, recorded['prompt'].shape[1]
@@ -189,7 +189,7 @@ def test_random_remasking_is_that_of_llada(monkeypatch, name):
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
-def test_draws_at_a_temperature_are_those_of_llada(monkeypatch):
+def test_draws_at_a_temperature_equal_llada(monkeypatch):
   """With the uniform numbers that LLaDA drew, for the whole canvas."""
   *request, recorded = golden_request('model_b', 'gumbel')
   answer = recorded['prompt'].shape[1]
@@ -206,7 +206,7 @@ def test_draws_at_a_temperature_are_those_of_llada(monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
-def test_masks_of_a_prompt_stay_where_llada_fills_some(name):
+def test_masks_in_a_prompt_stay_unlike_llada(name):
   """LLaDA lets them compete for the quota of the answer, which then keeps
 
   masks; here a mask that is not to be filled is context like any other.
@@ -303,7 +303,7 @@ EVERY_LOOP = [
 
 
 @pytest.mark.parametrize('rule, loop', EVERY_LOOP)
-def test_an_oracle_is_believed(oracle, rule, loop):
+def test_oracle_network_returns_its_answer(oracle, rule, loop):
   request = layouts.continue_prompts(PROMPTS, 8)
   answer = np.random.default_rng(0).integers(5, VOCAB, request.canvas.shape)
   out = oracle(config(remasking=rule, **LOOPS[loop]), answer, request)
@@ -312,14 +312,14 @@ def test_an_oracle_is_believed(oracle, rule, loop):
   )
 
 
-def test_an_empty_prompt_can_be_continued(oracle):
+def test_empty_prompt_can_be_continued(oracle):
   answer = np.arange(5, 13)[None]
   out = oracle(GREEDY, answer, layouts.continue_prompts([[]], 8))
   np.testing.assert_array_equal(out, answer)
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
-def test_the_mask_is_never_predicted_unless_allowed(oracle, temperature):
+def test_mask_is_predicted_only_with_predict_mask(oracle, temperature):
   request = layouts.continue_prompts(PROMPTS, 8)
   # The network gives the mask token nearly all probability.
   answer = np.full(request.canvas.shape, MASK)
@@ -330,7 +330,7 @@ def test_the_mask_is_never_predicted_unless_allowed(oracle, temperature):
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
-def test_the_trace_ends_with_what_generate_returns(network, sampling):
+def test_trace_ends_with_the_result_of_generate(network, sampling):
   c, request = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
   canvases = list(sampler.trace(network, c, request))
   np.testing.assert_array_equal(canvases[-1], generate(network, c, request))
@@ -339,9 +339,7 @@ def test_the_trace_ends_with_what_generate_returns(network, sampling):
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
-def test_the_walk_says_how_sure_the_network_was_of_what_it_committed(
-  network, sampling
-):
+def test_walk_yields_the_confidence_of_committed_tokens(network, sampling):
   """The probability of the token, by the network called on its own."""
 
   @jax.jit
@@ -389,7 +387,7 @@ def test_prompts_and_padding_are_not_changed(network):
     assert ok.sum() == len(prompt) + 8
 
 
-def test_only_the_gaps_of_a_text_are_filled(network):
+def test_only_gaps_are_filled(network):
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{0}}b{{6}}']
   request = canvas, fill, valid, _ = layouts.fill_gaps(texts, encode)
   assert fill.sum(axis=1).tolist() == [7, 1, 4, 6]
@@ -401,7 +399,7 @@ def test_only_the_gaps_of_a_text_are_filled(network):
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
-def test_a_row_does_not_depend_on_other_rows_or_padding(network, sampling):
+def test_row_does_not_depend_on_other_rows_or_padding(network, sampling):
   c, seeds = SAMPLINGS[sampling], [3, 4, 5, 6]
   request = layouts.continue_prompts(PROMPTS, 8, seeds)
   together = generate(network, c, request)
@@ -413,7 +411,7 @@ def test_a_row_does_not_depend_on_other_rows_or_padding(network, sampling):
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
-def test_a_seed_belongs_to_its_row(network, sampling):
+def test_seed_belongs_to_its_row(network, sampling):
   out, others = (
     generate(
       network,
@@ -427,7 +425,7 @@ def test_a_seed_belongs_to_its_row(network, sampling):
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
-def test_one_slot_is_drawn_from_the_softmax(monkeypatch, temperature):
+def test_one_slot_follows_the_softmax(monkeypatch, temperature):
   draws, logits = 4000, np.array([0.3, -1.0, 1.2, 0.0, 9.0, 0.8, -0.2])
 
   class Fixed(Oracle):
@@ -509,7 +507,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_a_request_that_cannot_be_served_says_why(network, case):
+def test_invalid_requests_are_refused(network, case):
   changes, fill, message = REFUSED[case]
   changes = dict(changes)
   objective = changes.pop('objective', 'masked_diffusion')
@@ -519,18 +517,18 @@ def test_a_request_that_cannot_be_served_says_why(network, case):
 
 
 @pytest.mark.parametrize('text', ['abc', '', 'ab{{0}}', 'a{{b}}', 'a{2}'])
-def test_a_text_without_a_gap_is_refused(text):
+def test_text_without_a_gap_is_refused(text):
   with pytest.raises(UserError, match='no gap'):
     layouts.fill_gaps(['a{{1}}', text], lambda text: [5] * len(text))
 
 
 @pytest.mark.parametrize('n', ['1000000', '9' * 5000])
-def test_a_gap_longer_than_any_row_is_refused(n):
+def test_gap_longer_than_any_row_is_refused(n):
   with pytest.raises(UserError, match='too long'):
     layouts.fill_gaps(['a{{' + n + '}}'], encode)
 
 
-def test_no_slots_after_a_prompt_is_refused(network):
+def test_request_without_slots_is_refused(network):
   with pytest.raises(UserError, match='nothing to fill'):
     generate(network, GREEDY, layouts.continue_prompts([[7]], 0))
 

@@ -1,4 +1,4 @@
-"""Sampling with a cache, and with slots that are not to be seen yet."""
+"""Sampling with a KV cache, and with slots hidden by `lookahead`."""
 
 import dataclasses
 import itertools
@@ -53,7 +53,7 @@ def network_of(config, params):
 
 @pytest.fixture(scope='module')
 def params():
-  """Random weights, larger than at the start of a training: less uniform."""
+  """Random weights, larger than initial ones, for less uniform predictions."""
   tree = transformer.init(TINY, jax.random.key(0))
   return jax.tree.map(lambda w: w * 2 if w.ndim > 1 else w, tree)
 
@@ -67,7 +67,7 @@ def network(params):
 
 
 def fast_dllm_request(name, mode, variant):
-  """Arguments of `generate` and what was recorded."""
+  """Returns arguments of `generate`, recorded canvases and pass lengths."""
   with np.load(golden_models.GOLDEN / 'fast_dllm.npz') as file:
     of = lambda key: file[f'{name}.{mode}.{key}']
     request = layouts.continue_prompts(
@@ -90,85 +90,93 @@ def fast_dllm_request(name, mode, variant):
   return (network, c, request), canvases, lengths
 
 
-@pytest.mark.parametrize('variant', ['nocache', 'prefix', 'dual'])
-@pytest.mark.parametrize('name', ['model_a', 'model_b'])
-@pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
-def test_canvases_and_counts_are_those_of_fast_dllm(mode, name, variant):
-  """But for passes that it makes although the block is complete already."""
-  request, recorded, lengths = fast_dllm_request(name, mode, variant)
-  changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
-  canvases = np.stack(list(sampler.trace(*request)))
-  np.testing.assert_array_equal(canvases[:, 0], recorded[[True, *changed]])
-  assert len(canvases) - 1 == sum(changed)
-  assert variant != 'nocache' or all(changed)
+VARIANTS = ('nocache', 'prefix', 'dual')
 
 
-@pytest.mark.parametrize('variant', ['nocache', 'prefix', 'dual'])
+@pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 @pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
-def test_passes_and_positions_are_counted_as_by_fast_dllm(mode, name, variant):
-  """Without the passes that find their block complete."""
+def test_canvases_and_counts_equal_fast_dllm(mode, name, variant):
+  """Every canvas, and forward passes and positions up to it.
+
+  Fast-dLLM also makes passes over blocks that are complete already; these
+  change nothing and are left out.
+  """
   request, recorded, lengths = fast_dllm_request(name, mode, variant)
   changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
+  states = [carry for carry, _ in sampler.walk(*request)]
+  canvases = np.stack([carry.canvas[0] for carry in states])
+  np.testing.assert_array_equal(canvases, recorded[[True, *changed]])
+  passes = [int(carry.forwards[0]) for carry in states]
+  assert passes == [int(carry.calls) for carry in states]
+  assert passes == list(range(sum(changed) + 1))
+  positions = [int(carry.positions[0]) for carry in states]
+  assert positions == [0, *np.cumsum(lengths[changed])]
+  if variant == 'nocache':
+    assert all(changed)
+  elif mode == 'tau0':  # one step fills a block, and another pass follows it
+    assert len(lengths) == 2 * sum(changed)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_compiled_loop_equals_fast_dllm(variant):
+  """The loop of `complete`, on one case per kind of cache."""
+  request, recorded, _ = fast_dllm_request('model_a', 'tau0.5', variant)
+  *_, (walked, _) = sampler.walk(*request)
   carry = sampler.complete(*request)
   np.testing.assert_array_equal(carry.canvas[0], recorded[-1])
-  assert int(carry.calls) == int(carry.forwards[0]) == sum(changed)
-  assert int(carry.positions[0]) == lengths[changed].sum()
+  for field in carry._fields:
+    np.testing.assert_array_equal(
+      getattr(carry, field), getattr(walked, field), err_msg=field
+    )
 
 
-def test_fast_dllm_passes_complete_blocks_once_more_and_we_do_not():
-  request, recorded, lengths = fast_dllm_request('model_a', 'tau0', 'dual')
-  blocks = 2
-  assert len(lengths) == 2 * blocks
-  assert len(list(sampler.trace(*request))) - 1 == blocks
-
-
-# A window and the whole
+# The forward pass over a window
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_window_beside_a_cache_is_a_part_of_the_whole(params, dtype):
-  """Windows of any positions, also absent ones; rows with padding."""
+def test_window_beside_cache_equals_whole_pass(params, dtype):
+  """For windows of any positions, also absent ones, and rows with padding."""
   random = np.random.default_rng(1)
   batch, length, size = 3, 20, 6
   tokens = random.integers(0, VOCAB, (batch, length))
   valid = np.arange(length) < np.array([[20], [13], [17]])
-  where = np.sort(
+  positions = np.sort(
     np.stack([random.permutation(13)[:size] for _ in range(batch)])
   )
-  there = np.ones(where.shape, bool)
-  there[1, 4:] = False
-  kept = valid.copy()
+  in_window = np.ones(positions.shape, bool)
+  in_window[1, 4:] = False
+  cache_valid = valid.copy()
   for row in range(batch):
-    kept[row, where[row][there[row]]] = False
+    cache_valid[row, positions[row][in_window[row]]] = False
   c = dataclasses.replace(TINY, dtype=dtype)
 
   @jax.jit
   def both(params, tokens):
     network = transformer.bind(c, params)
     hidden, cache = network.prefill(tokens, masks.bidirectional(valid))
-    window = jnp.take_along_axis(tokens, where, axis=1)
-    part = network.extend(window, where, there, kept, cache)
-    at = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    window = jnp.take_along_axis(tokens, positions, axis=1)
+    part = network.extend(window, positions, in_window, cache_valid, cache)
+    at = jnp.take_along_axis(hidden, positions[..., None], axis=1)
     return at, part, network(tokens, masks.bidirectional(valid)) - hidden
 
   whole, part, difference = both(params, jnp.asarray(tokens))
   tolerance = 1e-5 if dtype == 'float32' else 0.05
   np.testing.assert_allclose(
-    np.asarray(part, np.float32)[there],
-    np.asarray(whole, np.float32)[there],
+    np.asarray(part, np.float32)[in_window],
+    np.asarray(whole, np.float32)[in_window],
     atol=tolerance,
   )
   assert not difference.any()
 
 
-def test_a_cache_that_is_not_refreshed_is_of_the_old_canvas(params):
-  """The window sees what changed in it, and what did not change elsewhere."""
+def test_stale_cache_differs_from_a_fresh_one(params):
+  """A changed token in the window changes keys outside of it, in layer 2."""
   random = np.random.default_rng(2)
   tokens = random.integers(6, VOCAB, (1, 12))
   valid = np.ones((1, 12), bool)
-  where, there = np.arange(4, 8)[None], np.ones((1, 4), bool)
-  kept = valid & ~np.isin(np.arange(12), where)
+  positions, in_window = np.arange(4, 8)[None], np.ones((1, 4), bool)
+  cache_valid = valid & ~np.isin(np.arange(12), positions)
   network = transformer.bind(TINY, params)
   labels = masks.bidirectional(valid)
   changed = tokens.copy()
@@ -176,9 +184,8 @@ def test_a_cache_that_is_not_refreshed_is_of_the_old_canvas(params):
   _, cache = network.prefill(jnp.asarray(tokens), labels)
   fresh, _ = network.prefill(jnp.asarray(changed), labels)
   stale = network.extend(
-    jnp.asarray(changed[:, 4:8]), where, there, kept, cache
+    jnp.asarray(changed[:, 4:8]), positions, in_window, cache_valid, cache
   )
-  # Keys of the second layer depend on the window, and were cached before.
   assert 1e-4 < np.abs(stale - fresh[:, 4:8]).max()
   assert np.abs(stale - fresh[:, 4:8]).max() < np.abs(fresh[:, 4:8]).max()
 
@@ -201,7 +208,7 @@ REQUESTS = {
     ('prefix', 'prompts', dict(temperature=0.8, lookahead=1)),
   ],
 )
-def test_refreshed_at_every_step_a_cache_changes_nothing(
+def test_cache_refreshed_every_step_changes_nothing(
   network, cache, layout, options
 ):
   request, cached = REQUESTS[layout](), dict(cache=cache, refresh=1)
@@ -212,7 +219,7 @@ def test_refreshed_at_every_step_a_cache_changes_nothing(
 
 
 @pytest.mark.parametrize('cache, refresh', [('prefix', 0), ('dual', 3)])
-def test_passes_and_positions_of_a_cache(network, cache, refresh):
+def test_cache_saves_positions(network, cache, refresh):
   """Twelve slots in blocks of four, one a step."""
   c = config(cache=cache, refresh=refresh)
   request = layouts.continue_prompts(PROMPTS, 12)
@@ -237,13 +244,15 @@ def test_passes_and_positions_of_a_cache(network, cache, refresh):
   ],
   ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()),
 )
-def test_a_row_alone_is_what_it_is_among_others(network, options):
+def test_rows_do_not_depend_on_the_batch(network, options):
   c = config(**options)
   request = layouts.continue_prompts(PROMPTS, 12)
   together = sampler.complete(network, c, request)
-  canvases = list(sampler.trace(network, c, request))
-  np.testing.assert_array_equal(canvases[-1], together.canvas)
-  assert len(canvases) - 1 == together.calls
+  *_, (walked, _) = sampler.walk(network, c, request)
+  for field in together._fields:
+    np.testing.assert_array_equal(
+      getattr(together, field), getattr(walked, field), err_msg=field
+    )
   for row in (1,):
     alone = layouts.continue_prompts([PROMPTS[row]], 12, [row])
     alone = sampler.complete(network, c, alone)
@@ -264,11 +273,9 @@ GAPS = [
 
 
 @pytest.mark.parametrize('cache', ['prefix', 'dual'])
-def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
-  params, cache
-):
-  """Rows of other lengths, at other blocks, which come while it is in use."""
-  # Less sure of its tokens, so that old keys lead to others.
+def test_rows_with_a_cache_do_not_depend_on_refill(params, cache):
+  """Rows have other lengths, and join the batch while a cache is in use."""
+  # Lower confidence, so that old keys lead to other tokens.
   network = network_of(
     TINY, jax.tree.map(lambda w: w * 0.75 if w.ndim > 1 else w, params)
   )
@@ -292,7 +299,7 @@ def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
     np.testing.assert_array_equal(answer.tokens[valid], alone.canvas[0])
     assert answer.forwards == alone.forwards[0]
     assert answer.positions == alone.positions[0]
-  # The cache was used: old keys lead to other tokens.
+  # The cache was in use: without it, other tokens come out.
   without = dataclasses.replace(c, cache='none')
   plain = sampler.complete(network, without, request)
   tokens = np.stack([found[row].tokens for row in range(len(GAPS))])
@@ -301,8 +308,8 @@ def test_a_cache_that_is_never_refreshed_within_a_block_is_of_its_row(
 
 
 @pytest.mark.parametrize('cache', ['none', 'dual'])
-def test_a_mesh_returns_the_same_tokens(network, cache):
-  """Also where the heads do not split, and a window does not."""
+def test_mesh_equals_one_device(network, cache):
+  """Also if heads and windows do not divide among the devices."""
   c = config(cache=cache)
   request = layouts.continue_prompts([*PROMPTS, [8, 8]], 12)
   expected = sampler.complete(network, c, request)
@@ -313,11 +320,11 @@ def test_a_mesh_returns_the_same_tokens(network, cache):
       )
 
 
-# Slots that are not seen yet
+# Slots hidden by lookahead
 
 
 def count_seen(given, tokens, valid):
-  """Says how many masks the network sees, and three."""
+  """A network that predicts 3 + the number of masks that it sees."""
   seen = ((tokens == MASK) & valid).sum(axis=1)
   logits = 9.0 * jax.nn.one_hot(seen + 3, VOCAB)
   return jnp.broadcast_to(logits[:, None], (*tokens.shape, VOCAB))
@@ -327,9 +334,7 @@ def count_seen(given, tokens, valid):
   'lookahead, seen',
   [(-1, [12, 8, 4]), (0, [4, 4, 4]), (1, [8, 8, 4])],
 )
-def test_no_masks_are_seen_beyond_the_blocks_ahead(
-  monkeypatch, lookahead, seen
-):
+def test_lookahead_limits_the_visible_masks(monkeypatch, lookahead, seen):
   fake_networks.put_in(monkeypatch)
   network = fake_networks.network(count_seen, predict_mask=True, mask_id=MASK)
   c = config(lookahead=lookahead, steps=3)
@@ -340,8 +345,8 @@ def test_no_masks_are_seen_beyond_the_blocks_ahead(
     assert answer.tolist() == (np.repeat(seen, 4) + 3).tolist()
 
 
-def test_what_is_not_seen_is_as_if_it_were_not_there(network):
-  """Blocks one by one on canvases that end with them."""
+def test_hidden_slots_have_no_influence(network):
+  """Equal to one request per block, whose canvas ends with the block."""
   c = config(lookahead=0)
   request = layouts.continue_prompts(PROMPTS[:1], 12)
   carry = sampler.complete(network, c, request)
@@ -355,8 +360,8 @@ def test_what_is_not_seen_is_as_if_it_were_not_there(network):
   assert int(carry.positions[0]) == positions
 
 
-def test_room_that_is_not_used_costs_nothing(monkeypatch):
-  """With an end in sight, the most that an answer may have does not matter."""
+def test_unused_slots_cost_nothing(monkeypatch):
+  """With stop_at_eos and lookahead, gen_length does not change the work."""
   found = []
   for room in (12, 48):
     c = config(steps=room, gen_length=room, lookahead=0, stop_at_eos=True)
@@ -376,7 +381,7 @@ def test_room_that_is_not_used_costs_nothing(monkeypatch):
   assert found[0].positions.tolist() == found[1].positions.tolist()
 
 
-# What cannot be
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -395,7 +400,7 @@ def test_room_that_is_not_used_costs_nothing(monkeypatch):
     ),
   ],
 )
-def test_options_that_do_not_go_together_are_refused(network, options, problem):
+def test_incompatible_settings_are_refused(network, options, problem):
   options = dict(options)
   objective = options.pop('objective', 'masked_diffusion')
   network = dataclasses.replace(network, objective=objective)
@@ -404,6 +409,6 @@ def test_options_that_do_not_go_together_are_refused(network, options, problem):
     sampler.complete(network, config(**options), request)
 
 
-def test_slots_can_only_be_hidden_at_the_end_of_a_row(network):
+def test_lookahead_refuses_gaps(network):
   with pytest.raises(UserError, match='lookahead=0 hides slots at the end'):
     sampler.complete(network, config(lookahead=0), REQUESTS['gaps']())

@@ -102,7 +102,7 @@ def filled_together_and_alone(c, given, texts, seeds, rows):
     for o in OPTIONS
   ],
 )
-def test_a_request_alone_is_what_it_is_among_others(table, options):
+def test_request_does_not_depend_on_the_batch(table, options):
   """Whatever the lengths of the others, of prompts and of gaps, and padding."""
   c = config(**OPTIONS[options])
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{8}}b']
@@ -115,7 +115,7 @@ def test_a_request_alone_is_what_it_is_among_others(table, options):
 @pytest.mark.slow
 @pytest.mark.parametrize('steps', [0, 3])
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-def test_gaps_alone_are_what_they_are_among_longer_ones(table, options, steps):
+def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
   """Also if no bound on the slots is known: steps are those of the row."""
   own = dict(own_blocks=True, gen_length=0, steps=steps)
   c = config(**{**options, **own})
@@ -128,7 +128,7 @@ def test_gaps_alone_are_what_they_are_among_longer_ones(table, options, steps):
   [(0, [2, 9]), (2, [2, 3]), (6, [2, 5]), (60, [2, 9])],
   ids=['one a token', 'one a block at least', 'two a block', 'more than slots'],
 )
-def test_gaps_take_their_own_steps(table, steps, forwards):
+def test_gaps_have_their_own_steps(table, steps, forwards):
   """Two slots are one block of four, nine are three."""
   c = config(steps=steps, own_blocks=True, gen_length=0)
   request = layouts.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
@@ -138,7 +138,7 @@ def test_gaps_take_their_own_steps(table, steps, forwards):
 # What it takes
 
 
-def test_a_quota_takes_a_forward_a_step_or_a_token(table):
+def test_quota_takes_one_forward_pass_per_step_or_token(table):
   request = layouts.continue_prompts(PROMPTS, 8)
   for steps, forwards in ((4, 4), (80, 8)):
     carry = complete(config(steps=steps), table, request)
@@ -146,7 +146,7 @@ def test_a_quota_takes_a_forward_a_step_or_a_token(table):
     assert carry.forwards.tolist() == [forwards] * 4
 
 
-def test_guidance_takes_two_forwards_a_step(table):
+def test_guidance_takes_two_forward_passes_per_step(table):
   request = layouts.continue_prompts(PROMPTS, 8)
   carry = complete(config(guidance=1.0), table, request)
   assert int(carry.calls) == 8
@@ -155,7 +155,7 @@ def test_guidance_takes_two_forwards_a_step(table):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])
-def test_less_caution_takes_fewer_forwards(table, rule):
+def test_lower_bounds_take_fewer_forward_passes(table, rule):
   request = layouts.continue_prompts(PROMPTS, 8)
   levels = {'threshold': (1.1, 0.25, 0.0), 'factor': (0.0, 2.3, 99.0)}
   forwards = [
@@ -168,7 +168,7 @@ def test_less_caution_takes_fewer_forwards(table, rule):
   assert forwards[0] > forwards[1] > forwards[2]
 
 
-def test_a_threshold_above_1_is_one_token_a_step_by_confidence(table):
+def test_threshold_above_1_equals_low_confidence(table):
   request = layouts.continue_prompts(PROMPTS, 8)
   c = config(remasking='threshold', threshold=1.1, steps=2)
   one_by_one = complete(config(), table, request)
@@ -177,13 +177,13 @@ def test_a_threshold_above_1_is_one_token_a_step_by_confidence(table):
   )
 
 
-def test_first_hitting_takes_a_forward_a_token_whatever_the_steps(table):
+def test_first_hitting_takes_one_forward_pass_per_token(table):
   request = layouts.continue_prompts(PROMPTS, 8)
   c = config(remasking='first_hitting', steps=2)
   assert int(complete(c, table, request).calls) == 8
 
 
-def test_a_cosine_schedule_commits_few_tokens_first(table):
+def test_cosine_schedule_commits_few_tokens_first(table):
   request = layouts.continue_prompts([[7]], 16)
   c = config(steps=4, block_length=16, gen_length=16, schedule='cosine')
   canvases = list(sampler.trace(network_of(mixing, table), c, request))
@@ -200,7 +200,7 @@ def votes(bias, tokens, valid):
   return jnp.broadcast_to(seen + bias, (*tokens.shape, VOCAB))
 
 
-def test_guidance_leaves_the_prompt_out_and_extrapolates_from_there():
+def test_guidance_extrapolates_from_the_masked_prompt():
   bias = jnp.zeros(VOCAB).at[9].set(2.5)  # what it says without a prompt
   request = layouts.continue_prompts([[7, 7]], 1)
   for guidance, token in ((0.0, 9), (0.2, 9), (0.3, 7)):
@@ -217,7 +217,7 @@ def test_guidance_leaves_the_prompt_out_and_extrapolates_from_there():
   'rule, block_length, least',
   [('low_confidence', 4, 0.1), ('threshold', 16, 0.0), ('ancestral', 4, 0.1)],
 )
-def test_stopping_at_eos_saves_forwards_and_changes_nothing_before_it(
+def test_stop_at_eos_saves_forward_passes_and_keeps_the_text(
   table, rule, block_length, least
 ):
   prompts = [[7 + i % 9] * (i % 4) for i in range(32)]
@@ -238,7 +238,7 @@ def test_stopping_at_eos_saves_forwards_and_changes_nothing_before_it(
   assert not (np.asarray(stopped.canvas)[valid] == MASK).any()
 
 
-def test_the_slots_after_an_eos_become_eos_when_a_row_stops():
+def test_slots_after_an_eos_become_eos():
   answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9], [9, 9, 9, 9, 9, 9, 9, EOS]])
   request = layouts.continue_prompts([[], []], 8)
   c = config(temperature=0.0, stop_at_eos=True, block_length=2)
@@ -248,7 +248,7 @@ def test_the_slots_after_an_eos_become_eos_when_a_row_stops():
   assert int(carry.calls) == 8
 
 
-def test_slots_that_are_given_up_have_no_confidence(table):
+def test_slots_filled_after_an_eos_have_no_confidence(table):
   answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9]])
   request = layouts.continue_prompts([[]], 8)
   c = config(temperature=0.0, stop_at_eos=True, block_length=2)
@@ -257,7 +257,7 @@ def test_slots_that_are_given_up_have_no_confidence(table):
   assert np.isnan(sure).tolist() == [[True, False] + [True] * 6]
 
 
-def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
+def test_eos_after_a_mask_does_not_stop_a_row(table):
   canvas = jnp.array([[9, MASK, EOS, MASK], [9, 9, EOS, MASK]])
   fill = np.ones((2, 4), bool)
   request = Request(canvas, fill, fill, range(2))
@@ -268,7 +268,7 @@ def test_an_eos_with_masks_before_it_does_not_stop_a_row(table):
   assert masked[:, 0].tolist() == [[False, True, False, True], [False] * 4]
 
 
-def test_an_eos_of_the_prompt_does_not_stop_a_row(table):
+def test_eos_in_the_prompt_does_not_stop_a_row(table):
   request = layouts.continue_prompts([[EOS, 9]], 8)
   c = config(stop_at_eos=True, logits_eos_inf=True)
   carry = complete(c, table, request)
@@ -276,7 +276,7 @@ def test_an_eos_of_the_prompt_does_not_stop_a_row(table):
   assert not (carry.canvas[0, 2:] == EOS).any()
 
 
-def test_eos_is_never_predicted_with_logits_eos_inf(table):
+def test_logits_eos_inf_never_predicts_eos(table):
   request = _, fill, _, _ = layouts.continue_prompts([[]] * 50, 8)
   drawn = lambda c: np.asarray(complete(c, table, request).canvas)[fill]
   assert (drawn(config()) == EOS).any()
@@ -285,7 +285,7 @@ def test_eos_is_never_predicted_with_logits_eos_inf(table):
 
 @pytest.mark.parametrize('confidence', candidates.CONFIDENCES)
 @pytest.mark.parametrize('temperature', [0.0, 0.7])
-def test_eos_and_eot_are_committed_last_with_confidence_eos_eot_inf(
+def test_confidence_eos_eot_inf_commits_eos_and_eot_last(
   confidence, temperature
 ):
   answer = jnp.array([[EOS, 9, EOT, 9, 9, EOS, 9, 9]])
@@ -301,7 +301,7 @@ def test_eos_and_eot_are_committed_last_with_confidence_eos_eot_inf(
   assert canvases[8].tolist() == answer.tolist()
 
 
-def test_at_a_temperature_llada_still_commits_eos_early_and_we_do_not(
+def test_eos_is_committed_last_at_a_temperature_unlike_llada(
   monkeypatch,
 ):
   """Its code sets the eos logit of another array than the one it reads.
@@ -334,7 +334,7 @@ def ill_at_15(bad, tokens, valid):
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_logits_that_are_no_numbers_give_up_their_row_alone(bad):
+def test_nan_logits_abandon_only_their_row(bad):
   request = _, fill, _, _ = layouts.continue_prompts([[7], [15], [8]], 8)
   carry = complete(config(), bad, request, function=ill_at_15)
   assert carry.broken.tolist() == [False, True, False]
@@ -346,7 +346,7 @@ def test_logits_that_are_no_numbers_give_up_their_row_alone(bad):
       sample(network_of(ill_at_15, bad), config(), request)
 
 
-def test_a_mask_in_the_prompt_stays(table):
+def test_mask_in_the_prompt_stays(table):
   request = layouts.continue_prompts([[7, MASK, 9]], 8)
   out = np.asarray(complete(config(), table, request).canvas)
   assert out[0, :3].tolist() == [7, MASK, 9]

@@ -114,23 +114,23 @@ EXACT = {
     for case in EXACT
   ],
 )
-def test_one_token_a_step_gives_the_distribution_itself(case):
+def test_one_token_per_step_samples_the_exact_distribution(case):
   assert p_value(counts(6000, **EXACT[case]), JOINT) > 1e-3
 
 
-def test_an_order_by_the_probability_of_what_was_drawn_does_not():
+def test_order_by_probability_of_the_draw_is_biased():
   """Likely draws are kept first and unlikely ones are drawn again."""
   found = counts(6000, 'low_confidence', steps=3)
   assert p_value(found, JOINT) < 1e-6
 
 
 @pytest.mark.slow
-def test_ancestral_sampling_in_many_steps_gives_the_distribution_itself():
+def test_ancestral_in_many_steps_samples_the_exact_distribution():
   assert p_value(counts(4000, 'ancestral', steps=200), JOINT) > 1e-3
 
 
 @pytest.mark.parametrize('schedule', ['linear', 'cosine'])
-def test_ancestral_sampling_in_few_steps_follows_its_own_law(schedule):
+def test_ancestral_in_few_steps_follows_its_known_law(schedule):
   """Tokens of one step do not see each other, so it is another distribution."""
   times = 1 - np.arange(4) / 3
   ratios = {'linear': times, 'cosine': np.sin(np.pi / 2 * times)}[schedule]
@@ -141,7 +141,7 @@ def test_ancestral_sampling_in_few_steps_follows_its_own_law(schedule):
   assert p_value(found, JOINT) < 1e-6
 
 
-def test_the_law_of_ancestral_sampling_tends_to_the_distribution():
+def test_law_of_ancestral_sampling_converges():
   far = [
     np.abs(law_of_ancestral(1 - np.arange(n + 1) / n) - JOINT).sum() / 2
     for n in (1, 4, 16, 64)
