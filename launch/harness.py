@@ -1,4 +1,4 @@
-r"""Evaluates a trained model on tasks of lm-eval (pip install lm-eval).
+r"""Evaluates a trained model on tasks of the package lm-eval.
 
 python launch/harness.py --workdir runs/tiny --tasks arc_easy,lambada_openai \
   --limit 100 --model samples=64 --model steps=32 --out results.json

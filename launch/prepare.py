@@ -75,8 +75,7 @@ def prepare(args):
   if large:
     print(
       f'note: {len(large)} parts are over 1 GiB, such as {large[0].paths[0]}: '
-      'a single process reads each of them; split the files to divide the '
-      'work'
+      'a single process reads each of them; split the files to share the work'
     )
   manifest = prepare.prepare(
     plan,
@@ -113,8 +112,8 @@ def inspect(args):
     source = records.RowSource(directory, manifest, name)
     rows = min(args.rows, len(source))
     rng = np.random.default_rng(0)
-    shown = rng.choice(len(source), rows, replace=False) if rows else []
-    for i in sorted(map(int, shown)):
+    numbers = rng.choice(len(source), rows, replace=False) if rows else []
+    for i in sorted(map(int, numbers)):
       ends = np.flatnonzero(source[i] == manifest.eos_id) + 1
       documents = map(tok.decode, np.split(source[i], ends))
       print(f'--- {name} row {i} ---\n{"<end of document>".join(documents)}')
