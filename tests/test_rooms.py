@@ -30,7 +30,7 @@ LEVEL = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
 MAX_MODULES_AT_THE_TOP = 3
 MAX_BODY_LINES = 80
 MAX_FILE_LINES = 400
-# Data: tables of weight names, and lists of config keys.
+# Data: tables of weight names.
 LONG_FILES = {'maskdiff/interop/families.py'}
 OBJECTIVES = {'autoregressive', 'masked_diffusion'}
 # The table of objectives; data; config, which does not import JAX.

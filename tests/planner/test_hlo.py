@@ -1,4 +1,4 @@
-"""Texts of compiled programs, taken apart."""
+"""Parsing the text of compiled programs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What collectives move and how long they take, by hand."""
+"""Bytes and times of collectives, computed by hand."""
 
 import itertools
 import math
@@ -14,9 +14,12 @@ MB = 1024 * 1024
 
 
 def machine(chip, shape, axes, num_slices=1):
-  """Devices in the order of their coordinates, the first changing quickest."""
-  places = itertools.product(*(range(size) for size in reversed(shape)))
-  coords = tuple(tuple(reversed(place)) for place in places)
+  """Returns a machine whose devices are in order of their coordinates.
+
+  The first coordinate changes fastest.
+  """
+  reversed_coords = itertools.product(*map(range, reversed(shape)))
+  coords = tuple(tuple(reversed(c)) for c in reversed_coords)
   slices = [s for s in range(num_slices) for _ in coords]
   return Machine(chip, shape, axes, coords * num_slices, tuple(slices))
 
@@ -31,7 +34,7 @@ def axes(replica=1, fsdp=1, sequence=1, tensor=1):
 
 
 def module_of(lines, partitions):
-  """A program of these instructions."""
+  """Returns a program of these instructions."""
   return hlo.parse(
     f'HloModule jit_f, num_partitions={partitions}\n'
     'ENTRY %main (x: f32[8]) -> f32[8] {\n'

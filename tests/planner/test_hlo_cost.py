@@ -1,4 +1,4 @@
-"""The replay of a schedule: texts with known answers."""
+"""The time of schedules written by hand."""
 
 import pytest
 
@@ -18,7 +18,7 @@ LAYOUT = '{0:T(1024)}'
 
 
 def work(name, ms, op='f32[8] copy', operand='x', op_name=''):
-  """An instruction of `ms` milliseconds."""
+  """Returns an instruction of `ms` milliseconds."""
   return (
     f'  %{name} = {op}(%{operand}), metadata={{op_name="{op_name}"}}, '
     f'backend_config={{"estimated_cycles":"{round(ms * MS)}"}}\n'
@@ -47,7 +47,7 @@ def gather(name='g', op='all-gather', size=GATHERED):
 
 
 def loop(body, name='while.1', op_name='jit(f)/while', trips=None):
-  """The computations of a loop over `body`, and the loop."""
+  """Returns the computations of a loop over `body`, and the loop."""
   known = (
     f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
     if trips
@@ -161,7 +161,7 @@ def test_exposed_time_in_a_loop_counts_every_trip():
 
 
 def test_collective_inside_fusions_is_asynchronous():
-  """The TPU compiler's other form of an asynchronous collective."""
+  """The second form of an asynchronous collective of the TPU compiler."""
   others = (
     f'%start (p: bf16[8]) -> bf16[{GATHERED}] {{\n'
     + '  %x = bf16[8] parameter(0)\n'

@@ -1,4 +1,4 @@
-"""FLOPs of attention kernels, by hand."""
+"""FLOPs of attention kernels, computed by hand."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Trip counts of loops, from texts written by hand."""
+"""Trip counts of loops written by hand."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from maskdiff.planner import hlo, hlo_loops
 
 
 def counting(first='0', limit='32', step='1', direction='LT', update='add'):
-  """A program whose only loop counts from first to limit."""
+  """Returns a program whose only loop counts from first to limit."""
   return f"""HloModule jit_f
 %body (s: (s32[], f32[8])) -> (s32[], f32[8]) {{
   %s = (s32[], f32[8]) parameter(0)

@@ -1,4 +1,4 @@
-"""What plans say that does not need the TPU compiler; see test_launch_plan."""
+"""Plans without the TPU compiler; tests/launch/test_launch_plan.py uses it."""
 
 import types
 
@@ -30,7 +30,7 @@ def chunks(sizes=None, **values):
 
 
 def test_loss_chunks_cover_half_of_the_tokens_and_a_margin():
-  """2048 of 4096 tokens, and 78: three times sqrt(4096 / 6)."""
+  """2048 of 4096 tokens and a margin of 78, three times sqrt(4096 / 6)."""
   size = lambda tokens: chunks(**{'objective.loss_chunk_tokens': tokens})
   assert size(2126) == 2
   assert size(2127) == 1
@@ -44,7 +44,7 @@ def test_loss_chunks_cover_half_of_the_tokens_and_a_margin():
   [
     {'objective.schedule': 'cosine'},
     {'objective.time_sampling': 'iid'},
-    {'train.batch': 24},  # 3 rows a chip: one without a partner
+    {'train.batch': 24},  # 3 rows per chip: one is not in a pair
   ],
 )
 def test_loss_chunks_without_pairs_cover_all_tokens(values):
@@ -69,7 +69,7 @@ def test_chunk_is_at_most_the_tokens_of_a_device():
 
 @pytest.fixture
 def cpu_target(monkeypatch):
-  """Devices that are here in place of a topology."""
+  """Replaces the devices of a topology by those of this machine."""
 
   def open_target(c, topology, num_slices=1):
     chip, _ = parse_topology(topology)
@@ -115,7 +115,7 @@ GIB = 2**30
 
 
 def allocated(arguments_gib, peak_gib):
-  """What a compilation returns, without a program."""
+  """Returns a stand-in for target.Compiled with this memory."""
   memory = types.SimpleNamespace(
     argument_size_in_bytes=int(arguments_gib * GIB),
     output_size_in_bytes=0,
@@ -133,7 +133,7 @@ def allocated(arguments_gib, peak_gib):
 
 @pytest.fixture
 def compiled(cpu_target, monkeypatch):
-  """compiled(train, evaluation) sets what their compilations return."""
+  """compiled(train, evaluation) sets the results of the two compilations."""
   cost = hlo_cost.Cost(total_s=1.0)
   monkeypatch.setattr(pricing.hlo, 'parse', lambda text: None)
   monkeypatch.setattr(pricing.hlo_cost, 'price', lambda *_: cost)
@@ -159,7 +159,7 @@ def compiled(cpu_target, monkeypatch):
 
 
 def wide(**values):
-  """0.9 GiB of parameters on eight chips, 64 rows in an evaluation."""
+  """Returns a config with 0.9 GiB of parameters and 64 evaluation rows."""
   return changed(
     **{
       'model.embed': 2**13,
@@ -175,7 +175,7 @@ def wide(**values):
 
 
 def params_gib(c):
-  """Of the parameters of a chip; only the matrices are split by eight."""
+  """Returns GiB of parameters per chip; only matrices are split by eight."""
   m = c.model
   heads = (2 * m.heads + 2 * m.kv_heads) * m.head_dim * m.embed
   matrices = m.vocab_size * m.embed + 3 * m.embed * m.mlp + heads
@@ -188,7 +188,7 @@ def test_evaluation_counts_the_state_of_the_run(compiled):
   found = plan.plan(c, 'v5e:2x4')
   assert (found['status'], found['fits']) == ('fits', True)
   assert found['hbm_total_gib'] == 8
-  # 6 of the state, and 9 less the parameters, which are part of it.
+  # 6 for the state and 9 for the evaluation; the parameters count once.
   expected = 6 + 9 - params_gib(c)
   assert found['hbm_evaluation_gib'] == pytest.approx(expected, rel=1e-6)
   assert found['compile_s'] == 60
@@ -234,7 +234,7 @@ def test_evaluation_is_compiled_only_if_the_step_fits(compiled):
 
 
 def test_sweep_keeps_the_evaluation_batch(compiled):
-  """To the nearest that the chips divide, whatever is trained on at once."""
+  """It is rounded to the nearest batch that the mesh divides."""
   calls = compiled(allocated(6, 8), allocated(1, 2))
   c = wide(**{'eval.batch': 20, 'train.batch': 128})
   sweep.sweep(c, 'v5e:2x4', [1, 4], ['full'], [{}], say=lambda line: None)
@@ -242,7 +242,7 @@ def test_sweep_keeps_the_evaluation_batch(compiled):
 
 
 def test_planned_evaluation_is_the_one_that_runs(monkeypatch):
-  """Its config and shapes, as evaluation.evaluate gives them to the step."""
+  """The arguments are those that evaluation.evaluate passes to the step."""
   c = changed(**{'data.length': 32, 'eval.batch': 16, 'eval.batches': 1})
   c.model.update(embed=16, layers=1, mlp=16)
   mesh = plan.mesh_lib.make_mesh()
@@ -266,7 +266,7 @@ def test_planned_evaluation_is_the_one_that_runs(monkeypatch):
   assert config_ran == config_compiled
   described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert described(arrays) == described(shapes)
-  # The key has no place of its own.
+  # The key has no sharding.
   for x, y in zip(
     jax.tree.leaves(arrays[:2]), jax.tree.leaves(shapes[:2]), strict=True
   ):
@@ -283,14 +283,14 @@ SUMS = LossSums(
 
 
 def run_sweep(monkeypatch, needed, **options):
-  """A sweep in which 1000 tokens/s a chip and row come out."""
+  """Runs a sweep in which each row per chip gives 1000 tokens/s."""
   tried = []
 
   def one(c, target):
     rows = c.train.batch // c.train.microbatches // 8
     tried.append((rows, c.model.remat, c.mesh.tensor, c.train.microbatches))
     if c.mesh.tensor == 3:
-      raise UserError('three does not divide eight')
+      raise UserError('3 does not divide 8')
     fits = needed(rows, c.model.remat) <= 16
     return dict.fromkeys(plan.FIELDS) | {
       'status': 'fits' if fits else 'does not fit',
@@ -333,8 +333,9 @@ def test_sweep_ranks_plans_and_stops_at_the_first_misfit(
     ('does not fit', 4, 'none'),
     ('does not fit', 8, 'full'),
   ]
-  assert (8, 'none', 1, 1) not in tried  # more rows than what did not fit
-  # The batch of 64 stays: microbatches follow from the rows.
+  # Four rows did not fit, so eight were not tried.
+  assert (8, 'none', 1, 1) not in tried
+  # The batch stays 64; the number of microbatches follows from the rows.
   assert {(rows, parts) for rows, _, _, parts in tried} == {
     (1, 8),
     (2, 4),
@@ -349,7 +350,7 @@ def test_failed_candidate_is_part_of_the_sweep(cpu_target, monkeypatch):
   )
   assert [p['status'] for p in found] == ['fits', 'does not compile']
   assert found[1].keys() == plan.FIELDS.keys()
-  # The mesh itself does not fit the devices.
+  # A mesh that does not fit the devices.
   assert 'is not the number of devices, 8' in found[1]['error']
 
 

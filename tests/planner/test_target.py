@@ -1,6 +1,6 @@
-"""Topologies that cannot be compiled for; test_launch_plan has those that can.
+"""Topologies, without libtpu; tests/launch/test_launch_plan.py compiles.
 
-Nothing here loads libtpu, which wants its settings before JAX starts.
+No test here loads libtpu, which reads its settings when JAX starts.
 """
 
 import importlib.util
@@ -19,18 +19,18 @@ def test_missing_libtpu_is_one_error(monkeypatch):
 
 
 def refused(monkeypatch, topology, num_slices=1):
-  """The options that libtpu is called with, for a topology that it refuses."""
-  asked = {}
+  """Returns the options that libtpu gets for a topology that it refuses."""
+  received = {}
 
   def get_topology_desc(**options):
-    asked.update(options)
+    received.update(options)
     raise RuntimeError('no such\nthing')
 
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
   monkeypatch.setattr(target.topologies, 'get_topology_desc', get_topology_desc)
   with pytest.raises(UserError, match=r'libtpu refuses it \(no such thing\)'):
     target.topology_devices(topology, num_slices)
-  return asked
+  return received
 
 
 # No axis of the torus closes to a ring.
@@ -50,8 +50,8 @@ OPEN = (False, False, False)
   ],
 )
 def test_options_of_libtpu(monkeypatch, topology, num_slices, options):
-  asked = refused(monkeypatch, topology, num_slices)
-  assert asked == {'platform': 'tpu', 'topology_name': topology} | options
+  received = refused(monkeypatch, topology, num_slices)
+  assert received == {'platform': 'tpu', 'topology_name': topology} | options
 
 
 def test_num_slices_must_be_positive(monkeypatch):
