@@ -77,7 +77,7 @@ def bound(network, c, answers, estimator, seeds):
   """
   rows = queries.rows_of(network, c, answers)
   evaluate = lambda queries_of: queries.evaluate(network, c, rows, queries_of)
-  if OBJECTIVES[network.objective].left_to_right:
+  if OBJECTIVES[network.objective].likelihood == 'exact':
     exact = evaluate(lambda i: estimators.causal(rows[i].answer.sum()))
     return Estimate(np.array(exact).reshape(-1), np.zeros(len(rows)))
   values = evaluate(
