@@ -31,10 +31,8 @@ def with_settings(config, settings):
       raise UserError(
         f'sampler setting {key}={value!r}: must be {type(s[key]).__name__}'
       ) from error
-  if s.gen_length < 1:
-    raise UserError(f'sampler setting gen_length={s.gen_length}: must be >= 1')
   if 'steps' not in settings:
-    size = max(1, min(s.block_length, s.gen_length))
+    size = max(1, min(s.block_length, s.gen_length))  # validate refuses 0
     s.steps = -(-s.gen_length // size) * size
   validate(config)
   return config
