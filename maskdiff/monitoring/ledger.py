@@ -163,64 +163,65 @@ def goodput(path):
   lines = read(path)
   if not lines:
     raise UserError(f'{path} has no complete line: the run has not started yet')
-  runs = _runs(lines)
+  processes = _split_by_process(lines)
   seconds = dict.fromkeys((*KINDS, 'repeated', 'down'), 0.0)
   for line in lines:
     for kind, spent in line['seconds'].items():
       seconds[kind] += spent
-  for before, after in zip(runs, runs[1:], strict=False):
+  for before, after in zip(processes, processes[1:], strict=False):
     if not any(line.get('event') == 'ended' for line in before):
       # The clocks of two machines may differ.
       seconds['down'] += max(0.0, after[0]['time'] - before[-1]['time'])
   last_used = float('inf')  # later steps are repeated by a later process
-  for run in reversed(runs):
-    repeated = _step_seconds_after(run, last_used)
+  for process in reversed(processes):
+    repeated = _step_seconds_after(process, last_used)
     seconds['step'] -= repeated
     seconds['repeated'] += repeated
-    last_used = min([last_used, *_starts(run)])
+    last_used = min([last_used, *_starts(process)])
   wall = sum(seconds.values())
+  reached = [pairs for pairs in map(_reached, processes) if pairs]
   return {
     'wall_s': wall,
     'seconds': seconds,
     'lost_s': seconds['repeated'] + seconds['down'],
-    'restarts': len(runs) - 1,
-    'steps': next((r[-1][0] for r in map(_reached, runs[::-1]) if r), 0),
+    'restarts': len(processes) - 1,
+    'steps': reached[-1][-1][0] if reached else 0,
     'goodput': seconds['step'] / wall if wall else None,
   }
 
 
-def _runs(lines):
-  """Splits the lines by process."""
-  runs = []
+def _split_by_process(lines):
+  """Splits the lines of a ledger into one list per process."""
+  processes = []
   for line in lines:
-    if not runs or line.get('event') == 'opened':
-      runs.append([])
-    runs[-1].append(line)
-  return runs
+    if not processes or line.get('event') == 'opened':
+      processes.append([])
+    processes[-1].append(line)
+  return processes
 
 
-def _starts(run):
+def _starts(lines):
   """Steps from which a process started."""
-  return [line['step'] for line in run if line.get('event') == 'started']
+  return [line['step'] for line in lines if line.get('event') == 'started']
 
 
-def _reached(run):
+def _reached(lines):
   """Pairs of a step and the seconds spent on steps until its end."""
   pairs, spent = [], 0.0
-  for line in run:
+  for line in lines:
     spent += line['seconds'].get('step', 0.0)
     if 'step' in line and line.get('event') in (None, 'started'):
       pairs.append((line['step'], spent))
   return pairs
 
 
-def _step_seconds_after(run, step):
+def _step_seconds_after(lines, step):
   """Seconds that a process spent on steps after `step`.
 
   Between two lines of the ledger all steps are taken to last equally long.
   """
-  total = sum(line['seconds'].get('step', 0.0) for line in run)
-  pairs = _reached(run)
+  total = sum(line['seconds'].get('step', 0.0) for line in lines)
+  pairs = _reached(lines)
   if not pairs or step > pairs[-1][0]:
     return 0.0
   if step < pairs[0][0]:
