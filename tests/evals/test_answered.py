@@ -146,9 +146,3 @@ def test_too_long_row_is_refused(model):
   line = {'prompt': 'x = ' * 64, 'answer': 'y'}
   with pytest.raises(UserError, match='the model was trained on rows of'):
     answer(model([]), {}, 'addition', [line])
-
-
-def test_parse_pairs_splits_at_the_first_equals_sign():
-  assert config_lib.parse_pairs(['a=b=c', 'd=']) == {'a': 'b=c', 'd': ''}
-  with pytest.raises(UserError, match="'steps': write KEY=VALUE"):
-    config_lib.parse_pairs(['steps'])
