@@ -1,4 +1,4 @@
-"""What is known of all masks of a short answer."""
+"""The bound of a short answer, by enumeration of all masks."""
 
 from fractions import Fraction
 
@@ -8,19 +8,19 @@ from maskdiff.likelihood import estimators
 
 
 def subsets(size):
-  """[2^A, A] bool; row r hides the tokens whose bits are set in r."""
+  """Returns [2^A, A] bool; row r masks the tokens whose bits are set in r."""
   return (np.arange(2**size)[:, None] >> np.arange(size) & 1).astype(bool)
 
 
 def elbo(table):
-  """sum over l of 1/l times the mean of S over all sets of l tokens."""
+  """Returns the bound: sum over l of 1/l times the mean of S over l-sets."""
   masked = subsets(table.shape[1])
   sums, counts = np.where(masked, table, 0).sum(axis=1), masked.sum(axis=1)
   return sum(sums[counts == l].mean() / l for l in range(1, table.shape[1] + 1))
 
 
 def reference_counts(k, size, batch):
-  """What LLaDA's get_log_likelihood.py makes of k: it rounds half to even."""
+  """Returns LLaDA's mask counts for a first count k, rounded half to even."""
   return [
     (round(Fraction(k) + Fraction(i * size, batch)) - 1) % size + 1
     for i in range(batch)
@@ -28,10 +28,10 @@ def reference_counts(k, size, batch):
 
 
 def counts_from_nothing(counts, ranks):
-  """Looks of ESPO's estimate without complements, which is not offered.
+  """Returns queries of ESPO's estimate without complements.
 
-  l tokens are hidden, l uniform on 0..A, with weight (A + 1) / l: the first
-  look of each pair of its coupled form, at its full weight.
+  l tokens are masked, l uniform on 0..A, with weight (A + 1) / l: the first
+  query of each pair of the coupled form. The package does not offer it.
   """
   pairs = estimators.exact_count(counts, ranks, coupled=True)
   return estimators.Queries(*(field[::2] for field in pairs))

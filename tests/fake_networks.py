@@ -1,4 +1,4 @@
-"""Networks of a few lines, in place of the Transformer in the sampler."""
+"""Networks of a few lines that replace the Transformer in the sampler."""
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,13 @@ from maskdiff.sampling import passes
 
 
 class Fake:
-  """A network whose logits are a function of (given, tokens, valid).
+  """A network whose logits are a function of (params, tokens, valid)."""
 
-  `given` is what stands for the parameters.
-  """
-
-  def __init__(self, function, given):
-    self.function, self.given = function, given
+  def __init__(self, function, params):
+    self.function, self.params = function, params
 
   def __call__(self, tokens, labels):
-    return self.function(self.given, tokens, labels.doc >= 0)  # [B, L, V]
+    return self.function(self.params, tokens, labels.doc >= 0)  # [B, L, V]
 
   def logits(self, hidden):
     return hidden
@@ -38,22 +35,22 @@ def network(function, params=None, **fields):
 
 
 def put_in(monkeypatch):
-  """Makes the sampler call the function that stands for Network.config."""
+  """Makes the sampler call the function in Network.config."""
   monkeypatch.setattr(passes, 'bind', Fake)
 
 
 def conditionals(joint, ids, mask_id, vocab_size):
-  """The exact denoiser of a known distribution.
+  """Returns the exact denoiser of a known distribution.
 
   Args:
     joint: [n, ..., n] of L axes, probabilities of L tokens.
     ids: the n tokens of its axes.
-    mask_id: stands for a token that is not known.
+    mask_id: id of the mask token, an unknown token.
     vocab_size: V.
 
   Returns:
-    Function for `Fake`: from (anything, [B, L] int32, anything) to the
-    [B, L, V] float32 log-probabilities of tokens given those that are known.
+    Function for `network`: from (params, tokens [B, L] int32, valid) to
+    [B, L, V] float32 log-probabilities of tokens given the known tokens.
   """
   joint, ids = jnp.asarray(joint, jnp.float32), jnp.asarray(ids)
 
@@ -73,4 +70,4 @@ def conditionals(joint, ids, mask_id, vocab_size):
       jnp.full((joint.ndim, vocab_size), -jnp.inf).at[:, ids].set(jnp.log(p))
     )
 
-  return lambda given, tokens, valid: jax.vmap(of_row)(tokens)
+  return lambda params, tokens, valid: jax.vmap(of_row)(tokens)

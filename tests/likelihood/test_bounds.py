@@ -1,4 +1,4 @@
-"""Likelihoods against LLaDA's recorded ones, enumeration and plain loops."""
+"""Likelihoods against recorded values, enumeration and plain loops."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from every_mask import (
   counts_from_nothing,
   elbo,
@@ -27,27 +28,12 @@ from maskdiff.likelihood import bounds, estimators, queries
 from maskdiff.likelihood.estimators import Estimator, Queries
 from maskdiff.likelihood.queries import Answers, LikelihoodConfig
 from maskdiff.model import masks, transformer
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import SamplerConfig
 
 MASK, BOS, VOCAB = 4, 1, 24
-TINY = TransformerConfig(
-  vocab_size=VOCAB,
-  embed=16,
-  layers=2,
-  heads=2,
-  kv_heads=1,
-  head_dim=8,
-  mlp=24,
-  tie_embeddings=False,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='xla',
-)
+TINY = tiny.model(vocab_size=VOCAB)
 CONFIG = LikelihoodConfig(
   context=64,
   guidance=0.0,
@@ -120,7 +106,7 @@ def log_p(network, row, answer, masked, guidance=0.0):
 
 
 def enumerate_masks(network, row, answer, guidance=0.0):
-  """[2^A, A] log p of each answer token by the set of masked ones."""
+  """Returns [2^A, A] log p of each answer token, by set of masked tokens."""
   row, where = np.array(row), np.flatnonzero(answer)
   sets = subsets(len(where))
   masked = np.zeros((len(sets), len(row)), bool)
@@ -130,7 +116,7 @@ def enumerate_masks(network, row, answer, guidance=0.0):
 
 
 def by_order(table):
-  """Log-likelihood of each of the A! orders."""
+  """Returns all A! orders, and the log-likelihood of each."""
   size = table.shape[1]
   orders = np.array(list(itertools.permutations(range(size))))
   bits = 1 << orders
@@ -142,14 +128,14 @@ def one_row(prompt, answer):
   return bounds.lay_out([prompt], [answer])
 
 
-# The recorded likelihoods of LLaDA and others
+# Recorded likelihoods of LLaDA, SMDM and ESPO
 
 IDS = {'model_a': 510, 'model_b': 297}
 
 
 @pytest.fixture(scope='module', params=IDS)
 def golden(request):
-  """Model, and the arrays of likelihood.npz that are about it."""
+  """Name of a model, its network and settings, and its recorded arrays."""
   name = request.param
   model_config, weights = golden_models.load(name)
   with np.load(golden_models.GOLDEN / 'likelihood.npz') as file:
@@ -173,7 +159,7 @@ def golden(request):
 
 
 def golden_values(network, prompts, answers, drawn):
-  """The values of given queries."""
+  """Returns the values of given queries."""
   rows = queries.rows_of(*network, bounds.lay_out(prompts, answers))
   return queries.evaluate(*network, rows, lambda i: drawn[i])
 
@@ -229,7 +215,7 @@ def test_left_to_right_equals_smdm(golden, case):
 
 @pytest.mark.parametrize('case', [0, 1, 2])
 def test_greedy_check_equals_llada(golden, monkeypatch, case):
-  """And commits in the same order, where it goes to the end."""
+  """It also commits the tokens in the same order."""
   _, network, arrays = golden
   of = lambda field: arrays[f'greedy{case}.{field}']
   seen = []
@@ -246,14 +232,14 @@ def test_greedy_check_equals_llada(golden, monkeypatch, case):
     bounds.lay_out([of('prefix')] * len(targets), targets),
   )
   np.testing.assert_array_equal(right, of('result'))
-  left = [set(np.flatnonzero(m)) for m in seen] + [set()]
-  order = [a - b for a, b in itertools.pairwise(left)]
+  masked = [set(np.flatnonzero(m)) for m in seen] + [set()]
+  order = [a - b for a, b in itertools.pairwise(masked)]
   assert order == [{i} for i in of('commit_order')]
 
 
 @pytest.mark.parametrize('case', range(8))
 def test_every_mask_and_order_equals_recorded_values(case):
-  """Token by token under every mask; the bound; the random-order marginal."""
+  """Log-probabilities under every mask, the bound and the marginal."""
   model_config, weights = golden_models.load('model_a')
   network = fake_networks.network(
     model_config, weights, predict_mask=True, mask_id=IDS['model_a']
@@ -278,7 +264,7 @@ def test_every_mask_and_order_equals_recorded_values(case):
 
 
 def espo(golden, case, draw):
-  """The estimates of queries under ESPO's counts and permutations, and its own.
+  """Returns estimates for ESPO's counts and permutations, and recorded ones.
 
   Args:
     golden: the fixture.
@@ -314,7 +300,7 @@ def test_coupled_estimates_equal_espo(golden, case):
 def test_uncoupled_estimates_equal_espo(
   golden,
 ):
-  """Its counts start from 0 here too, with weight (L + 1) / l.
+  """ESPO's counts start from 0 without complements too, weight (L + 1) / l.
 
   That is unbiased, and no estimator of this package: one draw in L + 1 hides
   nothing, as in a row of model_a, and is worth 0 whatever the network says.
@@ -381,7 +367,7 @@ def test_single_group_has_unknown_error(network):
 
 
 def test_any_part_of_a_row_can_be_scored(network):
-  """The rest, also what follows, is never masked."""
+  """Tokens before and after the answer are never masked."""
   row = [7, 8, 9, 10, 11, 12]
   answer = np.array([False, True, False, True, True, False])
   answers = Answers(np.array([row]), answer[None], np.ones((1, 6), bool))
@@ -397,7 +383,7 @@ def test_any_part_of_a_row_can_be_scored(network):
 
 @pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
 def test_line_with_suffix_equals_enumeration(network, c, tmp_path):
-  """From the line of a file to the enumeration given prompt and suffix."""
+  """A line of a file against the enumeration given prompt and suffix."""
   path = tmp_path / 'gap.jsonl'
   path.write_text('{"prompt": "bc", "answer": "hjm", "suffix": "dpk"}\n')
   letters = types.SimpleNamespace(
@@ -443,7 +429,7 @@ def test_chain_rule_equals_a_plain_loop(network, c):
 
 
 def importance_weighted(exact, k):
-  """The bound of K orders in expectation: a sum over all multisets of K."""
+  """Returns the expected bound of K orders, a sum over all multisets of K."""
   total = 0.0
   for drawn in itertools.combinations_with_replacement(range(len(exact)), k):
     counts = np.bincount(drawn, minlength=len(exact))
@@ -454,8 +440,10 @@ def importance_weighted(exact, k):
 
 
 def test_more_orders_tighten_the_importance_weighted_bound(network):
-  """To the enumeration over all draws of K of the 6 orders, and below the
-  marginal; docs/likelihood.md has the values."""
+  """Means equal the enumeration over all draws of K of the 6 orders.
+
+  They stay below the marginal. docs/likelihood.md has the values.
+  """
   prompt, answer, seeds = [7, 8], [9, 5, 20], 300
   row = prompt + answer
   table = enumerate_masks(network, row, np.arange(5) >= 2)
@@ -504,7 +492,7 @@ def test_corpus_sums_answers():
 def decoded():
   """Greedy continuations by the sampler, of 6 tokens each.
 
-  Of prompts: where all is masked, all positions are equally confident.
+  Prompts are not empty: on an all-masked row all positions tie.
   """
 
   def sample(network):
@@ -538,7 +526,7 @@ def test_greedy_check_accepts_only_the_sampled_text(
 
 
 def test_greedy_check_sees_text_on_both_sides(network):
-  """By the most confident token first, as a plain loop does."""
+  """A plain loop commits the most confident token first."""
   row = np.array([7, 8, 0, 0, 0, 11, 12])
   answer = np.isin(np.arange(7), [2, 3, 4])
   masked = answer.copy()
@@ -589,7 +577,7 @@ def test_padding_has_no_influence(network):
 
 
 def test_tokens_on_padding_have_no_influence(network):
-  """Straight into the compiled function, with other tokens on the padding."""
+  """The compiled function is called with other tokens on the padding."""
   call = queries.Call(
     tokens=np.full((4, 16), 9, np.int32),
     valid=np.arange(16) < np.array([[7], [16], [8], [9]]),
@@ -680,7 +668,7 @@ def test_left_to_right_network_needs_one_query(causal):
     np.testing.assert_allclose(value[i], total, rtol=1e-5)
 
 
-# What is refused
+# Refusals
 
 
 ROW = [[5, 6, 7, 8]]
@@ -732,7 +720,7 @@ def test_invalid_rows_are_refused(network, case):
 
 
 def test_empty_prompt_gives_the_unconditional_bound(network):
-  """With guidance too: there is nothing to leave out."""
+  """With guidance too: there is no prompt to mask."""
   table = enumerate_masks(network, [9, 5, 20], np.ones(3, bool))
   for c in (CONFIG, GUIDED):
     value, error = bounds.bound(

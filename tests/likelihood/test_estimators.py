@@ -1,7 +1,7 @@
-"""Estimators against enumeration: which tokens they hide, and with what weight.
+"""Estimators against enumeration: masked tokens and weights.
 
-In place of a network stands a table with the log-probability of every token
-under every set of hidden ones.
+A table replaces the network. It has the log-probability of every token for
+every set of masked tokens.
 """
 
 import itertools
@@ -32,21 +32,20 @@ name = lambda e: f'{e.form}-{e.strata}' + '-coupled' * e.coupled
 
 
 def random_table(size, seed=0):
-  """[2^A, A]: log p of each token by the set of hidden ones."""
+  """Returns [2^A, A] log p of each token, by set of masked tokens."""
   random = np.random.default_rng(seed)
   return -random.exponential(2.0, (2**size, size))
 
 
 def trained_table(size):
-  """As of a trained model: the more is hidden, the harder is each token."""
+  """Returns a table like a trained model's: masks make tokens improbable."""
   random = np.random.default_rng(1)
-  hidden = subsets(size)
-  share = hidden.mean(axis=1, keepdims=True)
+  share = subsets(size).mean(axis=1, keepdims=True)
   return -random.exponential(1.0, size) * (0.2 + 2 * share)
 
 
 def values(queries, table):
-  """The value of each look."""
+  """Returns the value of each query."""
   row = queries.masked @ (1 << np.arange(table.shape[1]))
   return queries.weight * np.where(queries.scored, table[row], 0).sum(axis=1)
 
@@ -62,7 +61,7 @@ def stderr(e, queries, table):
 @pytest.mark.parametrize('coupled', [False, True])
 @pytest.mark.parametrize('size', [1, 2, 4])
 def test_exact_counts_average_to_the_bound(size, coupled):
-  """Every count with every permutation."""
+  """Over every count with every permutation."""
   table = random_table(size)
   counts = range(0 if coupled else 1, size + 1)
   draws = list(itertools.product(counts, itertools.permutations(range(size))))
@@ -74,15 +73,15 @@ def test_exact_counts_average_to_the_bound(size, coupled):
 @pytest.mark.parametrize('coupled', [False, True])
 @pytest.mark.parametrize('size', [1, 3, 5])
 def test_random_masks_average_to_the_bound(size, coupled):
-  """Every set of hidden tokens at the nodes of a quadrature over times."""
-  table, hidden = random_table(size), subsets(size)
+  """Over every set of masked tokens, by a quadrature over times."""
+  table, masked = random_table(size), subsets(size)
   nodes, weights = np.polynomial.legendre.leggauss(8)
   total = 0
   for t, w in zip((nodes + 1) / 2, weights / 2, strict=True):
-    noise = np.where(hidden, t / 2, (1 + t) / 2)
-    queries = estimators.bernoulli(np.full(len(hidden), t), noise, coupled)
-    chance = np.prod(np.where(hidden, t, 1 - t), axis=1)
-    of_draw = values(queries, table).reshape(len(hidden), -1).mean(axis=1)
+    noise = np.where(masked, t / 2, (1 + t) / 2)
+    queries = estimators.bernoulli(np.full(len(masked), t), noise, coupled)
+    chance = np.prod(np.where(masked, t, 1 - t), axis=1)
+    of_draw = values(queries, table).reshape(len(masked), -1).mean(axis=1)
     total += w * (chance @ of_draw)
   np.testing.assert_allclose(total, elbo(table))
 
@@ -105,7 +104,7 @@ def test_draws_are_unbiased_to_three_standard_errors(e, size):
 
 
 def test_uncoupled_weights_are_biased_with_complements():
-  """The trap: counts from 0 on take the weight (A + 1) / l."""
+  """Counts from 0 need the weight (A + 1) / l."""
   table = random_table(A)
   draws = itertools.product(range(A + 1), itertools.permutations(range(A)))
   counts, ranks = map(np.array, zip(*draws, strict=True))
@@ -116,11 +115,11 @@ def test_uncoupled_weights_are_biased_with_complements():
 
 @pytest.mark.parametrize('size', [1, 2, 4])
 def test_counts_from_zero_have_more_variance(size):
-  """Why ESPO's estimate without complements is not offered.
+  """This is why ESPO's estimate without complements is not offered.
 
-  Its mean is the bound too. But one draw in A + 1 hides nothing and is worth 0,
-  so that its variance is larger by the square of the bound over A + 1, even
-  where such draws cost no forward pass and others are made in their place.
+  Its mean is the bound too. But one draw in A + 1 masks nothing and has value
+  0, so its variance is larger by the squared bound over A + 1. This holds even
+  if such draws cost no forward pass and others replace them.
   """
   table = random_table(size)
   orders = list(itertools.permutations(range(size)))
@@ -129,17 +128,17 @@ def test_counts_from_zero_have_more_variance(size):
     draws = list(itertools.product(counts, orders))
     return queries_of(*map(np.array, zip(*draws, strict=True)))
 
-  theirs = every(range(size + 1), counts_from_nothing)
-  ours = every(
+  from_zero = every(range(size + 1), counts_from_nothing)
+  from_one = every(
     range(1, size + 1),
     lambda counts, ranks: estimators.exact_count(counts, ranks, coupled=False),
   )
-  bound, passes = elbo(table), theirs.masked.any(axis=1).mean()
-  np.testing.assert_allclose(values(theirs, table).mean(), bound)
+  bound, passes = elbo(table), from_zero.masked.any(axis=1).mean()
+  np.testing.assert_allclose(values(from_zero, table).mean(), bound)
   np.testing.assert_allclose(passes, size / (size + 1))
   np.testing.assert_allclose(
-    values(theirs, table).var() * passes,
-    values(ours, table).var() + bound**2 / (size + 1),
+    values(from_zero, table).var() * passes,
+    values(from_one, table).var() + bound**2 / (size + 1),
   )
 
 
@@ -157,19 +156,19 @@ def test_standard_error_equals_the_spread_of_estimates(e):
 
 
 def test_counts_are_uniform_unlike_llada():
-  """LLaDA's differ by design: half-to-even rounding favours even counts."""
+  """LLaDA rounds half to even, which favours even counts."""
   with np.load(golden_models.GOLDEN / 'likelihood.npz') as arrays:
     recorded = arrays['mask_counts'].tolist()
   for k, size, batch, *counts in recorded:
     assert counts[:batch] == reference_counts(k, size, batch)
-  theirs = [c for k in range(1, 11) for c in reference_counts(k, 10, 4)]
-  assert len(set(np.bincount(theirs, minlength=11)[1:])) > 1
+  of_llada = [c for k in range(1, 11) for c in reference_counts(k, 10, 4)]
+  assert len(set(np.bincount(of_llada, minlength=11)[1:])) > 1
   queries = estimators.draw(
     Estimator(samples=40_000, strata=4), 10, np.random.default_rng(0)
   )
-  ours = np.bincount(queries.masked.sum(axis=1), minlength=11)
-  assert ours[0] == 0
-  assert scipy.stats.chisquare(ours[1:]).pvalue > 1e-3
+  counts = np.bincount(queries.masked.sum(axis=1), minlength=11)
+  assert counts[0] == 0
+  assert scipy.stats.chisquare(counts[1:]).pvalue > 1e-3
 
 
 def test_counts_with_complements_are_uniform_from_zero():
@@ -182,8 +181,8 @@ def test_counts_with_complements_are_uniform_from_zero():
 @pytest.mark.parametrize('form', estimators.FORMS)
 def test_coupled_pair_masks_every_token_once(form):
   e = Estimator(form, 64, 4, coupled=True)
-  hidden = estimators.draw(e, A, np.random.default_rng(0)).masked
-  np.testing.assert_array_equal(hidden[::2], ~hidden[1::2])
+  masked = estimators.draw(e, A, np.random.default_rng(0)).masked
+  np.testing.assert_array_equal(masked[::2], ~masked[1::2])
 
 
 def test_strata_of_a_group_divide_the_counts():
@@ -211,7 +210,7 @@ def variance(e, table):
 
 
 def test_each_refinement_lowers_the_variance():
-  """Where harder masks make harder tokens, as for a trained model."""
+  """For a table in which masks make tokens improbable, as if trained."""
   table = trained_table(10)
   plain, strata, count, count_strata, coupled = (
     variance(e, table)

@@ -1,4 +1,4 @@
-"""Answers in batches, watched, and one by one, with a fake network."""
+"""Answers in batches, recorded, and in a conversation, with a fake network."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ LENGTH = 8  # of an answer
 
 
 def nearest(table, tokens, valid):
-  """Logits by the two tokens on either side, as far as they are there."""
+  """Logits from the tokens on either side."""
   known = jnp.where(valid, tokens, 0)
   left, right = jnp.roll(known, 1, axis=1), jnp.roll(known, -1, axis=1)
   right = right.at[:, -1].set(0)
@@ -31,7 +31,7 @@ def fake(monkeypatch):
 
 @pytest.fixture(scope='module')
 def sampling(tokenizer):
-  """A network that likes some thirty tokens, among them eos."""
+  """A network that predicts about thirty tokens, eos among them."""
   random = np.random.default_rng(0)
   size = tokenizer.vocab_size
   table = np.full((size, size), -30.0)
@@ -64,7 +64,7 @@ def encode(sampling, texts, gaps=False):
 
 
 def talk(sampling, lines):
-  """Answers, and what is noted besides."""
+  """Returns the answers of a conversation, and its notes."""
   notes = []
   return list(answers.converse(sampling, lines, 0, notes.append)), notes
 
@@ -105,12 +105,12 @@ def test_recorded_answers_equal_those_in_batches(sampling, gaps, tokenizer):
   assert len(recording.canvases) == len(recording.confidence) == len(seen)
   for texts_then, canvas in zip(seen, recording.canvases, strict=True):
     rows = zip(canvas, recording.valid, strict=True)
-    assert texts_then == [tokenizer.decode(row[there]) for row, there in rows]
+    assert texts_then == [tokenizer.decode(row[valid]) for row, valid in rows]
   assert (~np.isnan(recording.confidence)).sum() == recording.fill.sum()
 
 
 def test_conversation_equals_a_batch(sampling):
-  """Though its rows are padded; and nothing is learned from line to line."""
+  """Padding does not change answers, and earlier lines do not either."""
   texts = [text for text in TEXTS if text]
   found, _ = talk(sampling, texts)
   batch = answers.in_batches(sampling, encode(sampling, texts), len(texts))
@@ -126,7 +126,7 @@ def test_conversation_mixes_prompts_and_gaps(sampling):
 
 
 def test_conversation_compiles_few_programs(sampling):
-  """For rows of up to 32, 64 and, the context, 100 tokens."""
+  """For rows of up to 32, 64 and 100 tokens, the context."""
   before = sampler.run._cache_size()
   texts = ['a' + ' b' * n for n in (1, 3, 40, 5, 70, 41, 71, 2)]
   lengths = [len(sampling.tokenizer.encode(text)) + LENGTH for text in texts]
@@ -158,9 +158,9 @@ def test_bad_line_is_reported_and_skipped(sampling, case):
   line, message = BAD_LINES[case]
   found, notes = talk(sampling, ['x', line, 'y'])
   assert [(a['prompt'], a['seed']) for a in found] == [('x', 0), ('y', 1)]
-  (told,) = [note for note in notes if note.startswith('error: ')]
-  assert '\n' not in told
-  assert re.search(message, told)
+  (error,) = [note for note in notes if note.startswith('error: ')]
+  assert '\n' not in error
+  assert re.search(message, error)
 
 
 def test_line_with_nan_logits_is_reported(sampling, monkeypatch):

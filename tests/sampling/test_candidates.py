@@ -1,4 +1,4 @@
-"""Tokens and their confidence, against LLaDA's draws and plain NumPy."""
+"""Drawn tokens and their confidence, against LLaDA's draws and NumPy."""
 
 import golden_models
 import jax
@@ -18,7 +18,7 @@ def keys(n):
 
 
 def draws(logits, temperature, top_k=0, top_p=1.0, number=6000):
-  """How often each of the tokens of one slot is drawn."""
+  """Returns how often each token is drawn for one slot."""
   many = jnp.broadcast_to(
     jnp.asarray(logits, jnp.float32), (number, 1, len(logits))
   )
@@ -34,7 +34,7 @@ LOGITS = np.array([0.3, -1.0, 1.2, 0.0, 2.0, 0.8, -0.2])
 
 @pytest.mark.parametrize('temperature', TEMPERATURES)
 def test_drawn_token_equals_llada_for_the_same_noise(monkeypatch, temperature):
-  """LLaDA divides exponentials in float64; here it is a sum in float32."""
+  """LLaDA divides exponentials in float64; here logits are added in float32."""
   with np.load(golden_models.GOLDEN / 'gumbel_op.npz') as file:
     logits, u = file['logits'], file['u']
     recorded = file[f'T{temperature}.argmax']

@@ -1,4 +1,4 @@
-"""Layouts of text, and where answers end."""
+"""Requests from token lists, and the end of answers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files of prompts, and lines that are typed."""
+"""Prompts from files, streams and a terminal."""
 
 import io
 
@@ -76,7 +76,7 @@ def test_unreadable_file_is_refused(tmp_path):
 
 
 def test_lines_come_from_a_stream():
-  """Of a stream that is no terminal; what is not UTF-8 is found later."""
+  """From a stream that is not a terminal; `check_unicode` finds bad bytes."""
   raw = io.BytesIO('def f(\n\né\u2028\r\n'.encode() + b'\xff\nlast')
   file = io.TextIOWrapper(raw, encoding='ascii')
   *lines, odd, last = prompts.typed(file)
@@ -92,10 +92,10 @@ def test_terminal_prompts_for_lines(monkeypatch, capsys):
     def isatty(self):
       return True
 
-  asked, lines = [], ['a', '']
+  shown, lines = [], ['a', '']
 
   def typed_in(prompt):
-    asked.append(prompt)
+    shown.append(prompt)
     if not lines:
       raise EOFError  # Ctrl-D
     return lines.pop(0)
@@ -103,4 +103,4 @@ def test_terminal_prompts_for_lines(monkeypatch, capsys):
   monkeypatch.setattr('builtins.input', typed_in)
   monkeypatch.setattr('sys.stdout', Terminal())
   assert list(prompts.typed(Terminal())) == ['a', '']
-  assert asked == ['> '] * 3
+  assert shown == ['> '] * 3

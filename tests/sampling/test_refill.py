@@ -1,4 +1,4 @@
-"""Many requests through a small batch: each is what it would be alone."""
+"""Many requests through a small batch: answers do not depend on the batch."""
 
 import dataclasses
 
@@ -25,10 +25,7 @@ CONFIG = SamplerConfig(
 
 
 def countdown(given, tokens, valid):
-  """Goes on with the first token of a row, which says when the eos comes.
-
-  A prompt of token n is followed by n - 7 tokens and then eos.
-  """
+  """A network that repeats the first token, n, n - 7 times, then eos."""
   length = tokens.shape[1]
   number = tokens[:, :1] - 7
   place = jnp.arange(length)
@@ -70,7 +67,7 @@ def test_every_request_is_answered_once_and_as_if_alone(batch):
 
 
 def test_short_answers_overtake_long_ones():
-  """Nine tokens and one: the short ones pass by the long one."""
+  """One answer of nine tokens beside answers of one token."""
   found = all_answers(CONFIG, 2, [[15], [7], [7], [7], [7]])
   assert [answer.row for answer in found][:3] == [1, 2, 3]
 

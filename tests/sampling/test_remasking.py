@@ -1,4 +1,4 @@
-"""Commit rules against LLaDA's counts and brute force."""
+"""Remasking rules against LLaDA, Fast-dLLM and brute force."""
 
 import itertools
 
@@ -18,15 +18,15 @@ def golden():
 
 
 def brute_force_top(score, masked, budget):
-  keep = np.zeros_like(masked)
+  committed = np.zeros_like(masked)
   for row in range(len(score)):
     slots = [s for s in range(score.shape[1]) if masked[row, s]]
     slots.sort(key=lambda s: (-score[row, s], s))
-    keep[row, slots[: budget[row]]] = True
-  return keep
+    committed[row, slots[: budget[row]]] = True
+  return committed
 
 
-def keep_top(score, masked, budget):
+def commit_top(score, masked, budget):
   return np.asarray(
     remasking.commit_top(
       jnp.asarray(score, jnp.float32),
@@ -66,9 +66,9 @@ def test_commit_top_equals_brute_force():
   random = np.random.default_rng(0)
   score = random.normal(size=(200, 9))
   masked = random.random((200, 9)) < random.random((200, 1))
-  budget = random.integers(0, 12, 200)  # also 0 and more than there are
+  budget = random.integers(0, 12, 200)  # also 0 and more than S
   np.testing.assert_array_equal(
-    keep_top(score, masked, budget), brute_force_top(score, masked, budget)
+    commit_top(score, masked, budget), brute_force_top(score, masked, budget)
   )
 
 
@@ -78,22 +78,22 @@ def test_ties_go_to_the_lowest_index():
   masked = random.random((200, 9)) < 0.7
   budget = random.integers(0, 10, 200)
   np.testing.assert_array_equal(
-    keep_top(score, masked, budget), brute_force_top(score, masked, budget)
+    commit_top(score, masked, budget), brute_force_top(score, masked, budget)
   )
 
 
 def test_infinitely_low_scores_rank_before_unmasked_slots():
   score = np.array([[5.0, -np.inf, 5.0, 0.0]])
   masked = np.array([[False, True, False, True]])
-  np.testing.assert_array_equal(keep_top(score, masked, [1])[0], [0, 0, 0, 1])
-  np.testing.assert_array_equal(keep_top(score, masked, [2])[0], [0, 1, 0, 1])
+  np.testing.assert_array_equal(commit_top(score, masked, [1])[0], [0, 0, 0, 1])
+  np.testing.assert_array_equal(commit_top(score, masked, [2])[0], [0, 1, 0, 1])
 
 
 def test_budget_of_zero_and_of_more_than_all_slots():
   masked = np.array([[True, False, True], [False, False, False]])
   score = np.ones((2, 3))
-  assert not keep_top(score, masked, [0, 0]).any()
-  np.testing.assert_array_equal(keep_top(score, masked, [9, 9]), masked)
+  assert not commit_top(score, masked, [0, 0]).any()
+  np.testing.assert_array_equal(commit_top(score, masked, [9, 9]), masked)
 
 
 def keys(n):
@@ -105,9 +105,11 @@ def test_low_confidence_commits_the_most_confident():
   confidence = random.random((50, 7)).astype(np.float32)
   masked = random.random((50, 7)) < 0.6
   budget = random.integers(0, 8, 50)
-  keep = remasking.RULES['low_confidence'](confidence, masked, budget, keys(50))
+  committed = remasking.RULES['low_confidence'](
+    confidence, masked, budget, keys(50)
+  )
   np.testing.assert_array_equal(
-    keep, brute_force_top(confidence, masked, budget)
+    committed, brute_force_top(confidence, masked, budget)
   )
 
 
@@ -115,14 +117,14 @@ def test_random_commits_exactly_the_budget():
   random = np.random.default_rng(3)
   masked = random.random((200, 9)) < 0.5
   budget = random.integers(0, 11, 200)
-  keep = np.asarray(
+  committed = np.asarray(
     remasking.RULES['random'](
       jnp.ones((200, 9)), jnp.asarray(masked), jnp.asarray(budget), keys(200)
     )
   )
-  assert not (keep & ~masked).any()
+  assert not (committed & ~masked).any()
   np.testing.assert_array_equal(
-    keep.sum(axis=1), np.minimum(budget, masked.sum(axis=1))
+    committed.sum(axis=1), np.minimum(budget, masked.sum(axis=1))
   )
 
 
@@ -130,13 +132,13 @@ def test_random_commits_every_subset_equally_often():
   rows = 6000
   masked = np.tile([True, True, False, True, True], (rows, 1))
   confidence = jnp.tile(jnp.array([0.9, 0.1, 1.0, 0.5, 0.2]), (rows, 1))
-  keep = np.asarray(
+  committed = np.asarray(
     remasking.RULES['random'](
       confidence, jnp.asarray(masked), jnp.full((rows,), 2), keys(rows)
     )
   )
   pairs = list(itertools.combinations([0, 1, 3, 4], 2))
-  counts = [keep[:, list(pair)].all(axis=1).sum() for pair in pairs]
+  counts = [committed[:, list(pair)].all(axis=1).sum() for pair in pairs]
   assert sum(counts) == rows
   deviation = np.sqrt(rows * (1 / 6) * (5 / 6))
   np.testing.assert_allclose(counts, rows / 6, atol=4.5 * deviation)
@@ -147,7 +149,7 @@ def test_random_commits_every_subset_equally_often():
 
 @pytest.fixture(scope='module')
 def fast_dllm():
-  """Confidence, masked slots, and what was recorded for them."""
+  """Confidence, masked slots, and the arrays recorded for them."""
   with np.load(golden_models.GOLDEN / 'fast_dllm.npz') as file:
     recorded = {k: file[k] for k in file if k.startswith('rule.')}
   logits = jnp.asarray(recorded['rule.logits'])
@@ -159,27 +161,27 @@ def fast_dllm():
 @pytest.mark.parametrize('tau', ['0', '0.3', '0.5', '0.9', '1'])
 def test_threshold_equals_fast_dllm(fast_dllm, tau):
   confidence, masked, recorded = fast_dllm
-  keep = remasking.threshold(confidence, masked, float(tau), None)
-  np.testing.assert_array_equal(keep, recorded[f'rule.tau{tau}.transfer'])
+  committed = remasking.threshold(confidence, masked, float(tau), None)
+  np.testing.assert_array_equal(committed, recorded[f'rule.tau{tau}.transfer'])
 
 
 @pytest.mark.parametrize('f', ['0.5', '1', '2'])
 def test_factor_equals_the_dllm_library(fast_dllm, f):
   confidence, masked, recorded = fast_dllm
-  keep = remasking.factor(confidence, masked, float(f), None)
-  np.testing.assert_array_equal(keep, recorded[f'rule.factor{f}.transfer'])
+  committed = remasking.factor(confidence, masked, float(f), None)
+  np.testing.assert_array_equal(committed, recorded[f'rule.factor{f}.transfer'])
 
 
 def test_low_confidence_equals_fast_dllm_for_a_quota(fast_dllm):
   confidence, masked, recorded = fast_dllm
   budget = jnp.asarray(recorded['rule.quota.k'])
-  keep = remasking.low_confidence(confidence, masked, budget, None)
-  np.testing.assert_array_equal(keep, recorded['rule.quota.transfer'])
+  committed = remasking.low_confidence(confidence, masked, budget, None)
+  np.testing.assert_array_equal(committed, recorded['rule.quota.transfer'])
 
 
 def brute_force_factor(confidence, masked, f):
-  """The longest list by falling confidence that the formula allows."""
-  keep = np.zeros_like(masked)
+  """Commits the longest list by falling confidence that the formula allows."""
+  committed = np.zeros_like(masked)
   for row in range(len(masked)):
     slots = sorted(
       np.flatnonzero(masked[row]), key=lambda s: -confidence[row, s]
@@ -187,8 +189,8 @@ def brute_force_factor(confidence, masked, f):
     n = min(1, len(slots))
     while n < len(slots) and confidence[row, slots[n]] >= 1 - f / (n + 2):
       n += 1
-    keep[row, slots[:n]] = True
-  return keep
+    committed[row, slots[:n]] = True
+  return committed
 
 
 @pytest.mark.parametrize('f', [0.1, 0.5, 1.0, 2.0, 20.0])
@@ -196,46 +198,56 @@ def test_factor_equals_brute_force(f):
   random = np.random.default_rng(4)
   confidence = (1 - random.random((300, 7)) ** 3).astype(np.float32)
   masked = random.random((300, 7)) < 0.7
-  keep = remasking.factor(jnp.asarray(confidence), jnp.asarray(masked), f, None)
-  np.testing.assert_array_equal(keep, brute_force_factor(confidence, masked, f))
+  committed = remasking.factor(
+    jnp.asarray(confidence), jnp.asarray(masked), f, None
+  )
+  np.testing.assert_array_equal(
+    committed, brute_force_factor(confidence, masked, f)
+  )
 
 
 def count_of_fast_dllm(confidence, f):
-  """How many slots the code of NVlabs' Fast-dLLM and of dInfer accepts.
+  """Returns the number of slots that NVlabs' Fast-dLLM and dInfer accept.
 
-  Its loop over the ranks ends at the first that falls short, or at the last. At
-  the last it cannot tell whether that one fell short, and accepts it.
+  Their loop over the ranks ends at the first slot below its bound, or at the
+  last slot, which it accepts in either case.
   """
-  surest_first = sorted(confidence, reverse=True)
-  last = len(surest_first) - 1
+  falling = sorted(confidence, reverse=True)
+  last = len(falling) - 1
   for rank in range(1, last):
-    if surest_first[rank] < 1 - f / (rank + 2):
+    if falling[rank] < 1 - f / (rank + 2):
       return rank
   return last + 1
 
 
 def test_factor_masks_the_last_slot_if_only_it_falls_short():
-  """NVlabs' and dInfer's code keeps four of these; the formula allows three."""
+  """NVlabs and dInfer commit four of these slots; the formula allows three."""
   confidence = np.array([[0.946, 0.935, 0.897, 0.769]])
-  keep = remasking.factor(
+  committed = remasking.factor(
     jnp.asarray(confidence), jnp.ones((1, 4), bool), 1.0, None
   )
-  assert keep.tolist() == [[True, True, True, False]]
+  assert committed.tolist() == [[True, True, True, False]]
   assert confidence[0, 3] < 1 - 1 / 5
   assert count_of_fast_dllm(confidence[0], 1.0) == 4
 
 
 @pytest.mark.parametrize('f', [0.5, 1.0, 2.0])
 def test_factor_equals_fast_dllm_except_for_the_last_slot(f):
-  """One slot less in the rows where all but the last pass, else as many."""
+  """One slot fewer in rows where all slots but the last pass."""
   random = np.random.default_rng(6)
   confidence = (1 - random.random((300, 4)) ** 3).astype(np.float32)
   masked = np.ones((300, 4), bool)
-  keep = remasking.factor(jnp.asarray(confidence), jnp.asarray(masked), f, None)
-  ours = np.asarray(keep).sum(axis=1)
-  theirs = np.array([count_of_fast_dllm(row, f) for row in confidence])
-  np.testing.assert_array_equal(theirs, np.where(ours == 3, 4, ours))
-  assert (ours == 3).any() and (ours < 3).any() and (ours == 4).any()
+  committed = remasking.factor(
+    jnp.asarray(confidence), jnp.asarray(masked), f, None
+  )
+  counts = np.asarray(committed).sum(axis=1)
+  fast_dllm_counts = np.array(
+    [count_of_fast_dllm(row, f) for row in confidence]
+  )
+  np.testing.assert_array_equal(
+    fast_dllm_counts, np.where(counts == 3, 4, counts)
+  )
+  assert (counts == 3).any() and (counts < 3).any() and (counts == 4).any()
 
 
 @pytest.mark.parametrize('rule', ['threshold', 'factor'])
@@ -243,8 +255,8 @@ def test_most_confident_slot_is_always_committed(rule):
   confidence = jnp.array([[0.01, 0.03, 0.02], [0.9, 0.0, 0.0]])
   masked = jnp.array([[True, True, True], [False, True, True]])
   budget = {'threshold': 2.0, 'factor': 0.0}[rule]
-  keep = remasking.RULES[rule](confidence, masked, budget, None)
-  assert keep.tolist() == [[False, True, False], [False, True, False]]
+  committed = remasking.RULES[rule](confidence, masked, budget, None)
+  assert committed.tolist() == [[False, True, False], [False, True, False]]
 
 
 @pytest.mark.parametrize(
@@ -252,8 +264,8 @@ def test_most_confident_slot_is_always_committed(rule):
 )
 def test_lowest_bound_commits_all_slots(rule, all_of_it):
   masked = jnp.array([[True, False, True], [False, False, False]])
-  keep = remasking.RULES[rule](jnp.zeros((2, 3)), masked, all_of_it, None)
-  np.testing.assert_array_equal(keep, masked)
+  committed = remasking.RULES[rule](jnp.zeros((2, 3)), masked, all_of_it, None)
+  np.testing.assert_array_equal(committed, masked)
 
 
 # The reverse process
@@ -262,38 +274,44 @@ def test_lowest_bound_commits_all_slots(rule, all_of_it):
 def test_ancestral_commits_slots_independently():
   rows, chance = 4000, 0.3
   masked = np.tile([True, True, False, True], (rows, 1))
-  keep = remasking.ancestral(
+  committed = remasking.ancestral(
     jnp.ones((rows, 4)),
     jnp.asarray(masked),
     jnp.full((rows,), chance),
     keys(rows),
   )
-  counts = np.bincount(np.asarray(keep)[:, [0, 1, 3]] @ [1, 2, 4], minlength=8)
+  counts = np.bincount(
+    np.asarray(committed)[:, [0, 1, 3]] @ [1, 2, 4], minlength=8
+  )
   each = np.array([bin(i).count('1') for i in range(8)])
   expected = rows * chance**each * (1 - chance) ** (3 - each)
   assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
-  assert not np.asarray(keep)[:, 2].any()
+  assert not np.asarray(committed)[:, 2].any()
 
 
-@pytest.mark.parametrize('chance, kept', [(0.0, False), (1.0, True)])
-def test_ancestral_with_probability_zero_and_one(chance, kept):
+@pytest.mark.parametrize(
+  'probability, committed_all', [(0.0, False), (1.0, True)]
+)
+def test_ancestral_with_probability_zero_and_one(probability, committed_all):
   masked = jnp.ones((100, 5), bool)
-  chance = jnp.full((100,), chance)
-  keep = remasking.ancestral(jnp.ones((100, 5)), masked, chance, keys(100))
-  assert (keep == kept).all()
+  probability = jnp.full((100,), probability)
+  committed = remasking.ancestral(
+    jnp.ones((100, 5)), masked, probability, keys(100)
+  )
+  assert (committed == committed_all).all()
 
 
 def test_first_hitting_commits_one_slot_uniformly():
   rows = 4000
   masked = np.tile([True, False, True, True], (rows, 1))
-  keep = remasking.first_hitting(
+  committed = remasking.first_hitting(
     jnp.linspace(0, 1, 4) * jnp.ones((rows, 1)),
     jnp.asarray(masked),
     jnp.full((rows,), 3),
     keys(rows),
   )
-  counts = np.asarray(keep).sum(axis=0)
-  assert (np.asarray(keep).sum(axis=1) == 1).all()
+  counts = np.asarray(committed).sum(axis=0)
+  assert (np.asarray(committed).sum(axis=1) == 1).all()
   assert scipy.stats.chisquare(counts[[0, 2, 3]]).pvalue > 1e-3
 
 

@@ -9,29 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import masks, transformer
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.sampling import layouts, refill, sampler
 from maskdiff.sampling.request import SamplerConfig, begin
 
 MASK, EOS, VOCAB = 4, 5, 16
-TINY = TransformerConfig(
-  vocab_size=VOCAB,
-  embed=32,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_dim=8,
-  mlp=48,
-  tie_embeddings=True,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='xla',
+TINY = tiny.model(
+  vocab_size=VOCAB, embed=32, heads=4, kv_heads=2, mlp=48, tie_embeddings=True
 )
 PLAIN = SamplerConfig(
   steps=12,

@@ -1,4 +1,4 @@
-"""The sampler's options: eos, guidance, counts, seeds, damaged weights."""
+"""Settings of the sampler: eos, guidance, counts, seeds, damaged weights."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def config(**changes):
 
 
 def mixing(table, tokens, valid):
-  """Logits by the row's other tokens, the nearest ones most."""
+  """Logits from the other tokens of the row, weighted by distance."""
   where = jnp.arange(tokens.shape[1])
   near = 0.5 ** jnp.abs(where[:, None] - where)  # [L, L]
   votes = jnp.where(valid[..., None], table[tokens], 0.0)
@@ -37,7 +37,7 @@ def mixing(table, tokens, valid):
 
 
 def certain(answer, tokens, valid):
-  """A network that knows the answer."""
+  """A network that gives `answer`."""
   return 50.0 * jax.nn.one_hot(answer, VOCAB)
 
 
@@ -48,7 +48,7 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def table():
-  """Of `mixing`: masks say nothing, other tokens want some, eos a little."""
+  """Params of `mixing`: masks have no votes, other tokens vote for some."""
   random = np.random.default_rng(0)
   votes = random.normal(size=(VOCAB, VOCAB)) * 3
   votes[:, EOS] = 1
@@ -64,7 +64,7 @@ def complete(c, params, request, function=mixing):
   return sampler.complete(network_of(function, params), c, request)
 
 
-# A request alone and among others
+# A request alone and in a batch
 
 
 OPTIONS = {
@@ -81,7 +81,7 @@ FAST = ('eos',)
 
 
 def filled_together_and_alone(c, given, texts, seeds, rows):
-  """The last Carry of all texts; asserts that these rows alone are the same."""
+  """Returns the last Carry; asserts that `rows` sampled alone are the same."""
   encode = lambda text: [7 + ord(letter) % 9 for letter in text]
   request = layouts.fill_gaps(texts, encode, seeds)
   together = complete(c, given, request)
@@ -103,7 +103,7 @@ def filled_together_and_alone(c, given, texts, seeds, rows):
   ],
 )
 def test_request_does_not_depend_on_the_batch(table, options):
-  """Whatever the lengths of the others, of prompts and of gaps, and padding."""
+  """For other rows, prompts and gaps of any length, and for any padding."""
   c = config(**OPTIONS[options])
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{8}}b']
   together = filled_together_and_alone(c, table, texts, [3, 4, 5, 6], (0, 2))
@@ -116,7 +116,7 @@ def test_request_does_not_depend_on_the_batch(table, options):
 @pytest.mark.parametrize('steps', [0, 3])
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
-  """Also if no bound on the slots is known: steps are those of the row."""
+  """Steps are shared by the blocks of each row; gen_length is not needed."""
   own = dict(own_blocks=True, gen_length=0, steps=steps)
   c = config(**{**options, **own})
   texts = ['ab{{2}}c', 'a{{9}}bc', '{{5}}']
@@ -129,13 +129,13 @@ def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
   ids=['one a token', 'one a block at least', 'two a block', 'more than slots'],
 )
 def test_gaps_have_their_own_steps(table, steps, forwards):
-  """Two slots are one block of four, nine are three."""
+  """Two slots make one block of four, nine make three."""
   c = config(steps=steps, own_blocks=True, gen_length=0)
   request = layouts.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
   assert complete(c, table, request).forwards.tolist() == forwards
 
 
-# What it takes
+# Number of forward passes
 
 
 def test_quota_takes_one_forward_pass_per_step_or_token(table):
@@ -195,7 +195,7 @@ def test_cosine_schedule_commits_few_tokens_first(table):
 
 
 def votes(bias, tokens, valid):
-  """A network that votes for the tokens it sees."""
+  """A network whose logits count the tokens that it sees."""
   seen = jax.nn.one_hot(tokens, VOCAB).sum(axis=1, keepdims=True)
   return jnp.broadcast_to(seen + bias, (*tokens.shape, VOCAB))
 
@@ -252,9 +252,11 @@ def test_slots_filled_after_an_eos_have_no_confidence(table):
   answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9]])
   request = layouts.continue_prompts([[]], 8)
   c = config(temperature=0.0, stop_at_eos=True, block_length=2)
-  *_, (carry, sure) = sampler.walk(network_of(certain, answer), c, request)
+  *_, (carry, confidence) = sampler.walk(
+    network_of(certain, answer), c, request
+  )
   assert carry.canvas.tolist() == [[9] + [EOS] * 7]
-  assert np.isnan(sure).tolist() == [[True, False] + [True] * 6]
+  assert np.isnan(confidence).tolist() == [[True, False] + [True] * 6]
 
 
 def test_eos_after_a_mask_does_not_stop_a_row(table):
@@ -304,28 +306,28 @@ def test_confidence_eos_eot_inf_commits_eos_and_eot_last(
 def test_eos_is_committed_last_at_a_temperature_unlike_llada(
   monkeypatch,
 ):
-  """Its code sets the eos logit of another array than the one it reads.
+  """LLaDA's code sets the eos logit of another array than the one it reads.
 
-  Slot 0 has eos as its candidate and slot 1 another token, less surely.
+  Slot 0 predicts eos, and slot 1 another token with lower confidence.
   """
   logits = jnp.zeros((1, 2, VOCAB)).at[0, 0, EOS].set(5).at[0, 1, 9].set(3)
   monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: 0.0)
   c = config(temperature=0.5, confidence_eos_eot_inf=True)
   network = dataclasses.replace(network_of(None, None), predict_mask=True)
-  token, ours = commit.predict(network, c, logits, None)
+  token, confidence = commit.predict(network, c, logits, None)
   assert token.tolist() == [[EOS, 9]]
-  assert ours[0, 0] == 0 < ours[0, 1]
+  assert confidence[0, 0] == 0 < confidence[0, 1]
 
-  theirs = candidates.probability(candidates.suppress(logits, (EOT,)), token)
-  assert theirs[0, 0] > theirs[0, 1]
-  keep = lambda confidence: remasking.commit_top(
+  of_llada = candidates.probability(candidates.suppress(logits, (EOT,)), token)
+  assert of_llada[0, 0] > of_llada[0, 1]
+  first_committed = lambda confidence: remasking.commit_top(
     confidence, jnp.ones((1, 2), bool), jnp.array([1])
   ).tolist()
-  assert keep(ours) == [[False, True]]
-  assert keep(theirs) == [[True, False]]
+  assert first_committed(confidence) == [[False, True]]
+  assert first_committed(of_llada) == [[True, False]]
 
 
-# Input that is not as it should be
+# Damaged weights and masks in prompts
 
 
 def ill_at_15(bad, tokens, valid):

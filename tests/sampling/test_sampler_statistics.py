@@ -28,7 +28,7 @@ def fake(monkeypatch):
 
 
 def counts(number, remasking, steps, **options):
-  """How often each of the 27 texts is sampled, [3, 3, 3]."""
+  """Returns how often each of the 27 texts is sampled, [3, 3, 3]."""
   c = SamplerConfig(
     steps=steps,
     block_length=3,
@@ -50,15 +50,15 @@ def p_value(found, expected):
 
 
 def known(state):
-  """The joint restricted to what a state says; None is a mask."""
-  kept = np.zeros_like(JOINT)
+  """Returns the joint given the tokens of a state; None is a mask."""
+  matching = np.zeros_like(JOINT)
   where = tuple(slice(None) if x is None else slice(x, x + 1) for x in state)
-  kept[where] = JOINT[where]
-  return kept / kept.sum()
+  matching[where] = JOINT[where]
+  return matching / matching.sum()
 
 
 def law_of_ancestral(ratios):
-  """The exact distribution of the texts that a number of steps gives.
+  """Returns the exact distribution of texts sampled in some number of steps.
 
   Every step unmasks each masked token on its own, with chance
   1 - ratios[i + 1] / ratios[i], from its probabilities given the state: all
@@ -119,7 +119,7 @@ def test_one_token_per_step_samples_the_exact_distribution(case):
 
 
 def test_order_by_probability_of_the_draw_is_biased():
-  """Likely draws are kept first and unlikely ones are drawn again."""
+  """Probable draws are committed first, improbable ones are drawn again."""
   found = counts(6000, 'low_confidence', steps=3)
   assert p_value(found, JOINT) < 1e-6
 
@@ -131,7 +131,7 @@ def test_ancestral_in_many_steps_samples_the_exact_distribution():
 
 @pytest.mark.parametrize('schedule', ['linear', 'cosine'])
 def test_ancestral_in_few_steps_follows_its_known_law(schedule):
-  """Tokens of one step do not see each other, so it is another distribution."""
+  """Tokens of one step are independent, so the distribution differs."""
   times = 1 - np.arange(4) / 3
   ratios = {'linear': times, 'cosine': np.sin(np.pi / 2 * times)}[schedule]
   law = law_of_ancestral(ratios)
