@@ -148,7 +148,7 @@ def _first_batch(config, setup, start, reporter, ledger):
     )
     tokens = next(batches)
     text = setup.tokenizer.decode(inputs.first_row(tokens, setup.mesh))
-  reporter.first_row(text)
+  reporter.write_first_row(text)
   return batches, tokens
 
 

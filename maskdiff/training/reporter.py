@@ -56,7 +56,7 @@ class Reporter:
     """Prints a message on standard error, in process 0 only."""
     self._progress.say(text)
 
-  def first_row(self, text):
+  def write_first_row(self, text):
     """Prints the text of the first row of the first batch."""
     self.say(f'first row of the first batch:\n{text}\n')
     if self._start.step == 0:

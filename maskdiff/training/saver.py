@@ -1,7 +1,5 @@
 """Saves the state of a run and handles saves that fail."""
 
-import functools
-
 import jax
 
 from maskdiff.checkpoints import manifest
@@ -16,6 +14,9 @@ class Saver:
   A single process tolerates config.checkpoint.max_failures consecutive saves
   that fail, for example on a full disk. The ledger records each save that
   became durable and each that failed.
+
+  With several processes no failure is tolerated. Unless the disk is full,
+  SaveError is raised and not UserError, because another process may have died.
   """
 
   def __init__(self, config, setup, checkpointer, start, ledger, say):
@@ -58,7 +59,7 @@ class Saver:
     """
     with self._ledger.span('save'):
       self._settle(self._checkpointer.finish)
-      self._settle(self._starting(step, state, evaluation_due))
+      self._settle(self._start_save, step, state, evaluation_due)
 
   def finish(self):
     """Waits until the last save is durable.
@@ -80,12 +81,11 @@ class Saver:
     with self._ledger.span('save'):
       self._settle(self._checkpointer.finish)
       if self._checkpointer.durable_step != step:
-        starting = self._starting(step, state, evaluation_due)
-        self._settle(starting, tolerant=False)
+        args = step, state, evaluation_due
+        self._settle(self._start_save, *args, tolerant=False)
         self._settle(self._checkpointer.finish, tolerant=False)
 
-  def _starting(self, step, state, evaluation_due):
-    """Returns a function that starts to save a step."""
+  def _start_save(self, step, state, evaluation_due):
     items = {
       'params': state.params,
       'opt_state': state.opt_state,
@@ -97,17 +97,18 @@ class Saver:
       data=self._data_identity,
       evaluation_due=evaluation_due,
     )
-    return functools.partial(self._checkpointer.save, step, items, meta)
+    self._checkpointer.save(step, items, meta)
 
-  def _settle(self, act, tolerant=True):
-    """Calls a method of the checkpointer and records whether a save succeeded.
+  def _settle(self, act, *args, tolerant=True):
+    """Calls a function and records whether a save became durable or failed.
 
     Args:
       act: function that returns the step that became durable, or None.
+      *args: its arguments.
       tolerant: whether a few failures are only warnings.
     """
     try:
-      durable = act()
+      durable = act(*args)
     except SaveError as error:
       self._failures += 1
       self._ledger.event('not_saved', step=error.step, cause=str(error))

@@ -270,6 +270,19 @@ def test_manifest_lists_every_array(saved):
   assert len(numbers) == len(leaves)
 
 
+def test_meta_on_disk_has_only_the_recorded_keys(tmp_path):
+  """Also in the order of earlier versions, and read back the same."""
+  training = Meta(config={'seed': 0}, samples=0, data={}, evaluation_due=False)
+  names = ['config', 'samples', 'data', 'evaluation_due']
+  converted = Meta(config={'seed': 0})
+  for meta, keys in [(training, names), (converted, ['config']), (Meta(), [])]:
+    values = manifest.make(meta, {}, {})
+    assert list(values) == ['format_version', *keys, 'leaves', 'digest']
+    (tmp_path / 'metadata').write_text(json.dumps(values))
+    found = manifest.read(tmp_path / 'metadata')
+    assert found == dataclasses.replace(meta, leaves={})
+
+
 # Durability
 
 

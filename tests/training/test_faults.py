@@ -1,8 +1,8 @@
-"""What a run survives: killed, told to end, damaged, poisoned.
+"""Faults that a run survives: SIGKILL, SIGTERM, damaged files, NaN.
 
-Each fault is set off in a real run, launch/pretrain.py in a process of its own
-or several; afterwards the run must be where an undisturbed one is, bit for
-bit. docs/reliability.md has the table.
+Each test causes a fault in launch/pretrain.py, run in one process or several.
+Afterwards the run must equal an undisturbed run bit for bit.
+docs/reliability.md lists the faults.
 """
 
 import json
@@ -65,7 +65,7 @@ def environ(devices, cache):
     **os.environ,
     'XLA_FLAGS': flags,
     'PYTHONPATH': str(ROOT),
-    # A restart should not take longer than what it is there to prove.
+    # Caches compiled programs, so that restarts are fast.
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
@@ -101,48 +101,50 @@ class Runs:
     ]
     started = []
     for own in variables:
-      # Not a pipe: nobody reads while the run goes on.
-      with tempfile.TemporaryFile('w+') as said:
+      # A file, because nobody would read a pipe during the run.
+      with tempfile.TemporaryFile('w+') as log:
         process = forked.start(
           command,
           env=environ(2 // processes, self._cache) | own,
           cwd=ROOT,
           stdout=subprocess.DEVNULL,
-          stderr=said,
+          stderr=log,
         )
-        process.said = os.fdopen(os.dup(said.fileno()))
+        process.log = os.fdopen(os.dup(log.fileno()))
       started.append(process)
     self._running += started
     return started
 
   def end_of(self, process, timeout=300):
-    """Waits for the end of a process; returns what it said."""
+    """Waits for the end of a process; returns its standard error."""
     process.wait(timeout=timeout)
-    process.said.seek(0)
-    return process.said.read()
+    process.log.seek(0)
+    return process.log.read()
 
   def finish(self, *flags, processes=1, status=0, timeout=300, **faults):
-    """Runs to the end; returns what the first process said."""
-    said = None
+    """Runs to the end; returns the standard error of the first process."""
+    log = None
     for process in self.start(*flags, processes=processes, **faults):
       errors = self.end_of(process, timeout)
       assert process.returncode == status, errors[-4000:]
-      said = errors if said is None else said
-    return said
+      log = errors if log is None else log
+    return log
 
   def reached(self):
-    """The last step in the metrics, 0 if there is none."""
+    """Last step in metrics.jsonl, or 0."""
     rows = metrics.read(self.workdir / 'metrics.jsonl')
     return max([row['step'] for row in rows], default=0)
 
   def restarts(self):
-    """How often a run has begun here, each at its step."""
+    """Number of restarts in the work directory."""
     path = self.workdir / 'ledger.jsonl'
     return ledger.goodput(path)['restarts'] if path.exists() else 0
 
   def wait_for(self, step, processes, restarts=0):
-    """Until that step is in the metrics; those of a dead process stay there
-    until the next one has begun, so that this may have to be waited for."""
+    """Waits until metrics.jsonl has a step, and for a number of restarts.
+
+    The rows of a dead process stay in the file until the next process starts.
+    """
     while (restarts and self.restarts() < restarts) or self.reached() < step:
       for process in processes:
         assert process.poll() is None, self.end_of(process)[-4000:]
@@ -152,7 +154,7 @@ class Runs:
     for process in self._running:
       process.kill()
       process.wait()
-      process.said.close()
+      process.log.close()
 
 
 @pytest.fixture
@@ -164,14 +166,14 @@ def runs(config_file, tmp_path):
 
 @pytest.fixture(scope='module')
 def undisturbed(config_file, tmp_path_factory):
-  """The work directory of a run that nothing happened to."""
+  """Work directory of a run without faults."""
   workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
   Runs(config_file, workdir).finish()
   return workdir
 
 
 def rows(workdir):
-  """All metrics by step and name but for times; each may stand there once."""
+  """Metrics by step and name, except times; checks that none is repeated."""
   found = {}
   for row in metrics.read(workdir / 'metrics.jsonl'):
     for name, value in row.items():
@@ -182,12 +184,12 @@ def rows(workdir):
 
 
 def assert_same(workdir, other, same_rows=True):
-  (step, _, ours), (last, _, theirs) = map(saved.newest, (workdir, other))
+  (step, _, arrays), (last, _, expected) = map(saved.newest, (workdir, other))
   assert step == last == STEPS
-  assert ours.keys() == theirs.keys()
-  for name, value in ours.items():
-    assert value.dtype == theirs[name].dtype
-    assert value.tobytes() == theirs[name].tobytes(), name
+  assert arrays.keys() == expected.keys()
+  for name, value in arrays.items():
+    assert value.dtype == expected[name].dtype
+    assert value.tobytes() == expected[name].tobytes(), name
   if same_rows:
     assert rows(workdir) == rows(other)
 
@@ -196,12 +198,12 @@ def evaluations(workdir):
   return {k: v for k, v in rows(workdir).items() if k[1].startswith('eval/')}
 
 
-# Killed
+# SIGKILL
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_any_moment(runs, undisturbed):
-  """Some while it starts, others in the middle of steps, saves, evaluations."""
+def test_twenty_kills_at_random_moments(runs, undisturbed):
+  """Some during start-up, others during steps, saves and evaluations."""
   moments = random.Random(0)
   for kill in range(20):
     restarts = runs.restarts() + bool(kill)
@@ -223,12 +225,12 @@ def test_twenty_kills_at_any_moment(runs, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kill_s', [0.0, 0.01, 0.03, 0.1, 0.3])
-def test_a_kill_while_a_checkpoint_is_written(runs, undisturbed, kill_s):
+def test_kill_during_a_save(runs, undisturbed, kill_s):
   (process,) = runs.start(step_s=0.05, kill_s=kill_s, kill_at=21)
   process.wait(timeout=300)
   assert process.returncode == -signal.SIGKILL
-  said = runs.finish()
-  assert re.search(r'resuming at step (14|21)\n', said), said[-3000:]
+  log = runs.finish()
+  assert re.search(r'resuming at step (14|21)\n', log), log[-3000:]
   assert_same(runs.workdir, undisturbed)
   left = {p.name for p in (runs.workdir / 'checkpoints').iterdir()}
   assert left == {'56', str(STEPS)}
@@ -243,7 +245,7 @@ def undisturbed_two(config_file, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
-def test_one_of_two_processes_is_killed_while_both_save(
+def test_kill_of_one_of_two_processes_during_a_save(
   runs, undisturbed_two, victim
 ):
   both = runs.start(processes=2, process=victim, kill_s=0.02, kill_at=21)
@@ -252,13 +254,13 @@ def test_one_of_two_processes_is_killed_while_both_save(
   died = time.monotonic()
   errors = runs.end_of(both[1 - victim], timeout=60)
   assert both[1 - victim].returncode not in (0, 2), errors[-3000:]
-  assert time.monotonic() - died < 25  # 10 of heartbeat, and the CPU is shared
-  said = runs.finish(processes=2)
-  assert re.search(r'resuming at step (14|21)\n', said), said[-3000:]
+  assert time.monotonic() - died < 25  # a heartbeat of 10 s, on a busy machine
+  log = runs.finish(processes=2)
+  assert re.search(r'resuming at step (14|21)\n', log), log[-3000:]
   assert_same(runs.workdir, undisturbed_two)
 
 
-# Told to end
+# SIGTERM
 
 
 @pytest.mark.slow
@@ -271,11 +273,11 @@ def test_one_of_two_processes_is_killed_while_both_save(
     ([28, 'save'], 28),
   ],
 )
-def test_sigterm_saves_the_step_and_the_same_command_goes_on(
+def test_sigterm_saves_and_the_same_command_resumes(
   runs, undisturbed, term, step
 ):
-  said = runs.finish(status=75, term=term)
-  assert f'step {step} is saved' in said
+  log = runs.finish(status=75, term=term)
+  assert f'step {step} is saved' in log
   assert saved.newest(runs.workdir)[0] == step
   runs.finish()
   assert_same(runs.workdir, undisturbed, same_rows=False)
@@ -284,7 +286,7 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'told, term',
+  'target, term',
   [
     (1, [0, 'compile']),
     (0, [23, 'step']),
@@ -293,18 +295,18 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(
     (1, [28, 'save']),
   ],
 )
-def test_sigterm_to_one_of_two_saves_one_step_of_both(
-  runs, undisturbed_two, told, term
+def test_sigterm_to_one_of_two_processes_saves_one_step(
+  runs, undisturbed_two, target, term
 ):
-  """They agree within a second or two, of 0.1 s a step."""
-  said = runs.finish(
-    processes=2, status=75, step_s=0.1, process=told, term=term
+  """The processes agree on a step within two seconds, at 0.1 s per step."""
+  log = runs.finish(
+    processes=2, status=75, step_s=0.1, process=target, term=term
   )
   step, _, _ = saved.newest(runs.workdir)
   assert term[0] <= step < min(term[0] + 25, STEPS)
-  assert f'step {step} is saved' in said
-  said = runs.finish(processes=2)
-  assert f'resuming at step {step}\n' in said or step == 0
+  assert f'step {step} is saved' in log
+  log = runs.finish(processes=2)
+  assert f'resuming at step {step}\n' in log or step == 0
   assert_same(runs.workdir, undisturbed_two, same_rows=False)
   assert evaluations(runs.workdir) == evaluations(undisturbed_two)
 
@@ -332,28 +334,28 @@ def truncate(step):
 @pytest.mark.slow
 @pytest.mark.parametrize('damage', [flip, truncate, shutil.rmtree])
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_damaged_checkpoint_is_set_aside(
+def test_damaged_checkpoint_is_moved_aside(
   runs, undisturbed, undisturbed_two, damage, processes
 ):
-  whole = undisturbed_two if processes == 2 else undisturbed
-  shutil.copytree(whole, runs.workdir)
+  reference = undisturbed_two if processes == 2 else undisturbed
+  shutil.copytree(reference, runs.workdir)
   newest = runs.workdir / 'checkpoints' / str(STEPS)
   damage(newest)
   newest.mkdir(exist_ok=True)
-  for _ in range(3):  # two processes may have to end to agree
+  for _ in range(3):  # two processes may need a restart to agree
     both = runs.start(processes=processes)
-    said = [runs.end_of(p, timeout=200) for p in both]
+    logs = [runs.end_of(p, timeout=200) for p in both]
     if all(p.returncode == 0 for p in both):
       break
-  assert [p.returncode for p in both] == [0] * processes, said[0][-3000:]
-  assert 'resuming at step 56' in said[0]
+  assert [p.returncode for p in both] == [0] * processes, logs[0][-3000:]
+  assert 'resuming at step 56' in logs[0]
   assert (runs.workdir / 'checkpoints.aside' / str(STEPS)).is_dir()
-  assert_same(runs.workdir, whole)
+  assert_same(runs.workdir, reference)
 
 
 @pytest.fixture
 def small_disk(runs):
-  """The checkpoints of the runs lie on a disk of 4 MB of their own."""
+  """Mounts a disk of 4 MB for the checkpoints of the run."""
   checkpoints = runs.workdir / 'checkpoints'
   checkpoints.mkdir(parents=True)
   mount = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'none', str(checkpoints)]
@@ -365,7 +367,7 @@ def small_disk(runs):
 
 
 def fill(disk):
-  """Leaves no room on a disk; returns the file that takes it."""
+  """Fills a disk; returns the file that fills it."""
   ballast = disk / 'ballast'
   with open(ballast, 'wb', buffering=0) as f:
     try:
@@ -376,7 +378,7 @@ def fill(disk):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_while_the_disk_is_full(runs, undisturbed, small_disk):
+def test_run_continues_while_the_disk_is_full(runs, undisturbed, small_disk):
   (process,) = runs.start('--config.checkpoint.max_failures=100', step_s=0.1)
   runs.wait_for(10, [process])
   ballast = fill(small_disk)
@@ -384,15 +386,13 @@ def test_a_run_goes_on_while_the_disk_is_full(runs, undisturbed, small_disk):
   ballast.unlink()
   errors = runs.end_of(process, timeout=120)
   assert process.returncode == 0, errors[-3000:]
-  said = 'checkpoint of step 21 is not saved: No space left on device; make'
-  assert said in errors and 'the run continues' in errors
+  message = 'checkpoint of step 21 is not saved: No space left on device; make'
+  assert message in errors and 'the run continues' in errors
   assert_same(runs.workdir, undisturbed)
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full_ends_the_run_with_the_last_step_whole(
-  runs, undisturbed, small_disk
-):
+def test_disk_that_stays_full_ends_the_run(runs, undisturbed, small_disk):
   (process,) = runs.start('--config.checkpoint.max_failures=1', step_s=0.1)
   runs.wait_for(10, [process])
   ballast = fill(small_disk)
@@ -410,21 +410,21 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_step_whole(
 
 
 @pytest.mark.slow
-def test_a_stalled_batch_is_told_with_stacks_and_counted(runs, undisturbed):
-  said = runs.finish('--config.train.stall_s=1', stall=[20, 3])
-  assert "stall: 'data' has lasted" in said
-  assert 'in late\n    time.sleep(stall_s)' in said
+def test_stalled_batch_is_reported_with_stacks(runs, undisturbed):
+  log = runs.finish('--config.train.stall_s=1', stall=[20, 3])
+  assert "stall: 'data' has lasted" in log
+  assert 'in late\n    time.sleep(stall_s)' in log
   assert_same(runs.workdir, undisturbed)
   total = ledger.goodput(runs.workdir / 'ledger.jsonl')
   assert total['seconds']['data'] > 3
 
 
-# Moved
+# Number of processes
 
 
 @pytest.mark.slow
-def test_two_processes_and_one_take_turns(runs, undisturbed):
-  """The data and the noise are the same; sums are rounded differently."""
+def test_run_alternates_between_one_and_two_processes(runs, undisturbed):
+  """Data and noise are the same. Sums are rounded differently."""
   runs.finish('--config.train.steps=60', term=[10, 'step'], status=75)
   both = runs.start(processes=2, step_s=0.1)
   runs.wait_for(30, both)
@@ -432,51 +432,49 @@ def test_two_processes_and_one_take_turns(runs, undisturbed):
   for process in both:
     process.wait(timeout=120)
   runs.finish()
-  ours, theirs = evaluations(runs.workdir), evaluations(undisturbed)
-  assert ours.keys() == theirs.keys()
-  for key, value in ours.items():
-    assert value == pytest.approx(theirs[key], rel=1e-4, abs=1e-6)
+  bounds, expected = evaluations(runs.workdir), evaluations(undisturbed)
+  assert bounds.keys() == expected.keys()
+  for key, value in bounds.items():
+    assert value == pytest.approx(expected[key], rel=1e-4, abs=1e-6)
 
 
-# Poisoned
+# NaN and spikes
 
 
 @pytest.mark.slow
-def test_poisoned_steps_are_skipped_and_a_streak_stops_the_run(runs):
+def test_nan_steps_are_skipped_and_many_in_a_row_stop_the_run(runs):
   nan_steps = [9, 20, 21, *range(40, 60)]
-  said = runs.finish(
+  log = runs.finish(
     '--config.guard.max_in_a_row=4', nan_steps=nan_steps, status=2
   )
   for step in (9, 20, 21, 40, 41, 42, 43):
-    assert f'step {step}: update skipped' in said
+    assert f'step {step}: update skipped' in log
     first = (step - 1) * 16
-    assert f'samples {first} to {first + 15}\n' in said
-  assert '4 updates in a row were skipped, up to step 43' in said
+    assert f'samples {first} to {first + 15}\n' in log
+  assert '4 updates in a row were skipped, up to step 43' in log
   dump = json.loads((runs.workdir / 'skipped_to_step_43.json').read_text())
   assert [u['step'] for u in dump['updates']] == [40, 41, 42, 43]
   assert len(dump['texts_of_the_last']) == 16
-  skip = re.search(r'--config\.data\.skip_samples="(\(.*?\),\))"', said)[1]
+  skip = re.search(r'--config\.data\.skip_samples="(\(.*?\),\))"', log)[1]
   assert skip == '((624, 688),)'
-  said = runs.finish(
-    f'--config.data.skip_samples={skip}', nan_steps=[9, 20, 21]
-  )
-  assert 'changed since' in said and 'skip_samples' in said
-  # It went on from step 42, three poisoned steps into what is passed over.
+  log = runs.finish(f'--config.data.skip_samples={skip}', nan_steps=[9, 20, 21])
+  assert 'changed since' in log and 'skip_samples' in log
+  # It resumed after step 42, inside the range of skipped samples.
   step, meta, state = saved.newest(runs.workdir)
   assert (step, meta['samples']) == (STEPS, 688 + (STEPS - 42) * 16)
   assert state["['guard']['skipped']"] == 6
 
 
 @pytest.mark.slow
-def test_spikes_are_skipped_once_there_is_something_to_compare_with(runs):
-  """Steps 1 to 128 fill the guard's window; 140 and 141 are poisoned."""
-  said = runs.finish(
+def test_spikes_are_skipped_once_the_window_is_full(runs):
+  """Steps 1 to 128 fill the guard's window. Steps 140 and 141 are spikes."""
+  log = runs.finish(
     '--config.guard.spike_sigmas=12',
     '--config.train.steps=160',
     '--config.eval.every_steps=160',
     spike_steps=[140, 141],
   )
-  skipped = re.findall(r'step (\d+): update skipped', said)
+  skipped = re.findall(r'step (\d+): update skipped', log)
   assert skipped == ['140', '141']
   step, _, state = saved.newest(runs.workdir)
   assert step == 160 and state["['guard']['skipped']"] == 2
@@ -485,13 +483,13 @@ def test_spikes_are_skipped_once_there_is_something_to_compare_with(runs):
 
 
 @pytest.mark.slow
-def test_a_skip_list_is_kept_to_over_restarts(runs):
-  """The list that a run gave when it gave up; with and without a restart."""
+def test_skip_samples_applies_across_restarts(runs):
+  """The same state with and without a restart, with the suggested list."""
   steps = '--config.train.steps=32'
-  said = runs.finish(
+  log = runs.finish(
     steps, '--config.guard.max_in_a_row=8', nan_steps=[*range(9, 17)], status=2
   )
-  skip = re.search(r'--config\.data\.skip_samples="(\(.*?\),\))"', said)[1]
+  skip = re.search(r'--config\.data\.skip_samples="(\(.*?\),\))"', log)[1]
   assert skip == '((128, 256),)'
   shutil.rmtree(runs.workdir)
   flag = f'--config.data.skip_samples={skip}'

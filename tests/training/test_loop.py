@@ -1,4 +1,4 @@
-"""The loop, run for real on a tiny corpus: resuming, meshes, refusals."""
+"""Runs the training loop on a tiny corpus: resume, meshes, bad input."""
 
 import contextlib
 import dataclasses
@@ -73,7 +73,7 @@ def make_config(tokenizer, corpus):
 
 
 class Run(types.SimpleNamespace):
-  """A run that went through: its directory and what was seen of it."""
+  """A finished run: its work directory and what was recorded of it."""
 
   @property
   def rows(self):
@@ -83,7 +83,7 @@ class Run(types.SimpleNamespace):
     return {row['step']: row[name] for row in self.rows if name in row}
 
   def state(self):
-    """The arrays of the last checkpoint, as saved."""
+    """Arrays of the last checkpoint by name."""
     return saved_state(self.workdir)
 
 
@@ -93,11 +93,11 @@ def saved_state(workdir):
 
 @pytest.fixture(scope='module')
 def finished(make_config, tmp_path_factory):
-  """An uninterrupted run, and what a kill would have left at some moments.
+  """An uninterrupted run, with copies of its work directory at two moments.
 
-  `killed` has copies of the work directory by moment: after the checkpoint of
-  step 3 was saved, and after the row of step 5 was written. `compiled` counts
-  the compilations so far at every row of metrics.
+  `killed` holds the copies: after the checkpoint of step 3 was saved, and
+  after the row of step 5 was written. A kill would leave the same files.
+  `compiled` lists (step, number of compilations so far) at every row.
   """
   workdir = tmp_path_factory.mktemp('finished')
   copies = tmp_path_factory.mktemp('killed')
@@ -135,7 +135,7 @@ def finished(make_config, tmp_path_factory):
 
 @contextlib.contextmanager
 def one_device():
-  """Makes a run see the first device alone."""
+  """Makes a run use only the first device."""
   with pytest.MonkeyPatch.context() as patch:
     make_mesh = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
     patch.setattr(mesh_lib, 'make_mesh', make_mesh)
@@ -149,10 +149,10 @@ def assert_same_bits(a, b):
     assert x.tobytes() == y.tobytes()
 
 
-# What a run leaves behind
+# Output of a run
 
 
-def test_every_step_has_one_row_of_training_metrics(finished):
+def test_every_step_has_one_row_of_metrics(finished):
   steps = [r['step'] for r in finished.rows if 'train/learning_rate' in r]
   assert steps == list(range(1, STEPS + 1))
   names = {
@@ -168,7 +168,7 @@ def test_every_step_has_one_row_of_training_metrics(finished):
       assert all(np.isfinite(v) and v >= 0 for v in row.values())
 
 
-def test_evaluations_stand_at_the_first_the_chosen_and_the_last_step(finished):
+def test_evaluates_at_the_first_every_nth_and_the_last_step(finished):
   for name in ('loss_nats_per_token', 'bits_per_byte', 'stderr_nats_per_token'):
     assert finished.scalars(f'eval/{name}').keys() == {0, 4, 8}
   assert finished.scalars('sample/0').keys() == {0, 4, 8}
@@ -176,7 +176,7 @@ def test_evaluations_stand_at_the_first_the_chosen_and_the_last_step(finished):
   assert {k: last[k] for k in finished.result} == finished.result
 
 
-def test_the_learning_rate_follows_the_plan(finished):
+def test_learning_rate_follows_the_schedule(finished):
   rates = finished.scalars('train/learning_rate')
   peak, end = 1e-2, finished.config.optimizer.final_learning_rate
   expected = [0, peak / 2, peak, peak, peak]
@@ -190,7 +190,7 @@ def test_training_reduces_the_bound(finished):
   assert bounds[8] < bounds[0] - 0.5
 
 
-def test_bits_per_byte_are_counted_on_the_text(finished, corpus, tokenizer):
+def test_bits_per_byte_count_the_bytes_of_the_text(finished, corpus, tokenizer):
   rows = records.RowSource(corpus, records.read_manifest(corpus), 'heldout')
   text = tokenizer.decode(np.concatenate([rows[i] for i in range(len(rows))]))
   bits = finished.result['eval/loss_nats_per_token'] / np.log(2)
@@ -199,7 +199,7 @@ def test_bits_per_byte_are_counted_on_the_text(finished, corpus, tokenizer):
   )
 
 
-def test_config_and_tokenizer_lie_beside_the_checkpoints(finished, tokenizer):
+def test_workdir_holds_config_tokenizer_and_checkpoints(finished, tokenizer):
   saved = json.loads((finished.workdir / 'config.json').read_text())
   again = config_lib.flatten(config_lib.from_dict(saved))
   assert again == config_lib.flatten(finished.config)
@@ -210,8 +210,8 @@ def test_config_and_tokenizer_lie_beside_the_checkpoints(finished, tokenizer):
   assert list((finished.workdir / 'tensorboard').iterdir())
 
 
-def test_the_step_is_compiled_once_and_nothing_while_training(finished):
-  """But for what the first checkpoint needs."""
+def test_step_compiles_once(finished):
+  """Except for the programs that the first checkpoint needs."""
   names = finished.names
   assert [n for n in names if 'train_step' in n] == ['jit(train_step)']
   counts = [count for step, count in finished.compiled if step > 0]
@@ -223,7 +223,7 @@ def test_the_step_is_compiled_once_and_nothing_while_training(finished):
   assert len(set(after_saving)) == 1
 
 
-# Stop and resume
+# Resume
 
 
 TIMES = ('train/step_s', 'train/tokens_per_s')
@@ -235,7 +235,7 @@ def without_times(rows):
 
 @pytest.fixture
 def killed(finished, tmp_path):
-  """Puts the work directory of a killed run into tmp_path."""
+  """Copies the work directory of a killed run into tmp_path."""
 
   def copy(moment):
     shutil.copytree(finished.killed / moment, tmp_path / moment)
@@ -247,9 +247,7 @@ def killed(finished, tmp_path):
 @pytest.mark.parametrize(
   'moment', ['after_saving_step_3', 'after_the_row_of_step_5']
 )
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-  finished, killed, moment
-):
+def test_resume_is_bitwise_exact(finished, killed, moment):
   """Bit for bit, in the parameters, the optimizer and the metrics."""
   workdir = killed(moment)
   result = loop.run(finished.config, str(workdir))
@@ -259,13 +257,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
   assert without_times(rows) == without_times(finished.rows)
 
 
-def test_a_finished_run_is_evaluated_and_not_changed(finished, tmp_path):
+def test_finished_run_is_only_evaluated(finished, tmp_path):
   workdir = shutil.copytree(finished.workdir, tmp_path / 'again')
   assert loop.run(finished.config, str(workdir)) == finished.result
   assert_same_bits(saved_state(workdir), finished.state())
 
 
-def test_a_new_batch_size_goes_on_at_the_same_sample(
+def test_new_batch_size_resumes_at_the_same_sample(
   killed, make_config, corpus, monkeypatch
 ):
   workdir, smaller = killed('after_the_row_of_step_5'), BATCH // 2
@@ -295,7 +293,7 @@ def test_a_new_batch_size_goes_on_at_the_same_sample(
   )
 
 
-def test_a_batch_may_be_a_single_row(corpus):
+def test_batch_of_one_row(corpus):
   batches = pipeline.train_batches(
     datasets(corpus),
     global_batch=1,
@@ -337,7 +335,7 @@ def other_corpus(tokenizer, directory):
     ('checkpoints/3', dict(model__tie_embeddings=False)),
   ],
 )
-def test_resuming_with_something_else_is_refused_by_its_name(
+def test_resume_refuses_other_model_or_data(
   killed, make_config, tokenizer, tmp_path, field, changes
 ):
   workdir, config = killed('after_the_row_of_step_5'), make_config(**changes)
@@ -350,7 +348,7 @@ def test_resuming_with_something_else_is_refused_by_its_name(
   assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
-def test_other_data_may_be_allowed_and_is_read_from_the_same_sample_on(
+def test_allowed_other_data_continues_at_the_same_sample(
   killed, make_config, tokenizer, tmp_path, capfd
 ):
   workdir = killed('after_the_row_of_step_5')
@@ -377,7 +375,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_the_losses_do_not_depend_on_how_the_work_is_split(
+def test_losses_of_a_run_do_not_depend_on_mesh_or_microbatches(
   finished, make_config, tmp_path, variant
 ):
   config = make_config(sample__prompts=(), **VARIANTS[variant])
@@ -388,11 +386,11 @@ def test_the_losses_do_not_depend_on_how_the_work_is_split(
     loop.run(config, str(tmp_path))
   other = Run(workdir=tmp_path)
   for name in ('train', 'eval'):
-    ours = finished.scalars(f'{name}/loss_nats_per_token')
-    theirs = other.scalars(f'{name}/loss_nats_per_token')
-    assert theirs.keys() == ours.keys()
+    expected = finished.scalars(f'{name}/loss_nats_per_token')
+    actual = other.scalars(f'{name}/loss_nats_per_token')
+    assert actual.keys() == expected.keys()
     np.testing.assert_allclose(
-      list(theirs.values()), list(ours.values()), rtol=1e-4
+      list(actual.values()), list(expected.values()), rtol=1e-4
     )
 
 
@@ -400,7 +398,7 @@ def test_the_losses_do_not_depend_on_how_the_work_is_split(
 
 
 def evaluate(workdir):
-  """Evaluates a run on its mesh; returns the result and the parameters."""
+  """Loads and evaluates a run; returns the row of metrics."""
   config, _, params, mesh = load_lib.load(str(workdir))
   (dataset,) = datasets(config.data.path)
   e, split = config.eval, dataset.manifest.splits['heldout']
@@ -423,19 +421,19 @@ def evaluate(workdir):
     ).row()
 
 
-def test_a_loaded_run_evaluates_to_the_number_of_the_training(finished):
+def test_loaded_run_evaluates_to_the_same_bound(finished):
   assert evaluate(finished.workdir) == finished.result
   assert evaluate(finished.workdir) == finished.result
 
 
-def test_an_evaluation_does_not_depend_on_the_mesh(finished):
+def test_evaluation_does_not_depend_on_the_mesh(finished):
   with one_device():
     result = evaluate(finished.workdir)
   assert result == pytest.approx(finished.result, rel=1e-5)
 
 
-def test_a_loaded_run_samples_the_text_of_the_training(finished):
-  """The samples in the metrics, again from the checkpoint."""
+def test_loaded_run_draws_the_same_samples(finished):
+  """Compares samples of the checkpoint with those in metrics.jsonl."""
   config, tokenizer, params, mesh = load_lib.load(str(finished.workdir))
   prompt = tokenizer.encode(config.sample.prompts[0])
   with jax.set_mesh(mesh):
@@ -483,12 +481,12 @@ def sample(script, workdir, capsys, **changes):
   return capsys.readouterr().out
 
 
-def test_the_script_continues_a_prompt(finished, sample_script, capsys):
+def test_sample_script_continues_a_prompt(finished, sample_script, capsys):
   out = sample(sample_script, finished.workdir, capsys, prompt=['def read('])
   assert out == finished.scalars('sample/0')[STEPS] + '\n'
 
 
-def test_the_script_shows_every_step(finished, sample_script, capsys):
+def test_sample_script_shows_every_step(finished, sample_script, capsys):
   out = sample(
     sample_script, finished.workdir, capsys, prompt=['def read('], show=True
   )
@@ -497,7 +495,7 @@ def test_the_script_shows_every_step(finished, sample_script, capsys):
   assert (masks, end) == ([4, 3, 2, 1, 0], '')
 
 
-def test_the_script_fills_gaps(finished, sample_script, capsys):
+def test_sample_script_fills_gaps(finished, sample_script, capsys):
   texts = ['def {{2}}(alpha):\n', '  return {{1}} + {{3}}']
   out = sample(sample_script, finished.workdir, capsys, infill=texts)
   first, second = out.split('\n---\n')
@@ -505,11 +503,11 @@ def test_the_script_fills_gaps(finished, sample_script, capsys):
   assert re.fullmatch(r'  return .* \+ .*\n', second, re.DOTALL)
 
 
-def test_gaps_are_filled_as_they_are_without_the_texts_beside_them(
+def test_infill_does_not_depend_on_the_batch(
   finished, sample_script, capsys, tmp_path
 ):
-  """Though the longest of a batch has more blocks; from a file, too."""
-  ask = functools.partial(
+  """Also if another row has more blocks; also with texts from a file."""
+  sample_infill = functools.partial(
     sample,
     sample_script,
     finished.workdir,
@@ -519,24 +517,25 @@ def test_gaps_are_filled_as_they_are_without_the_texts_beside_them(
     temperature=1.0,
   )
   texts = ['def {{2}}(a):', 'return {{7}}']
-  together = ask(infill=texts)
-  assert together.split('\n---\n')[0] == ask(infill=texts[:1]).rstrip('\n')
+  together = sample_infill(infill=texts)
+  alone = sample_infill(infill=texts[:1])
+  assert together.split('\n---\n')[0] == alone.rstrip('\n')
   path = tmp_path / 'gaps.jsonl'
   path.write_text(''.join(json.dumps({'infill': t}) + '\n' for t in texts))
-  assert ask(prompts=str(path)) == together
+  assert sample_infill(prompts=str(path)) == together
 
 
-def test_the_script_answers_a_file_of_prompts_in_json_lines(
+def test_sample_script_answers_a_file_of_prompts(
   finished, sample_script, capsys, tmp_path
 ):
-  """Two at a time, each as it would be alone."""
-  asked = [
+  """Two at a time. Each answer equals the one sampled without the others."""
+  rows = [
     {'prompt': 'def read('},
     {'prompt': 'def write(alpha, ', 'seed': 9},
     {'prompt': ''},
   ]
   file, out = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
-  file.write_text(''.join(json.dumps(row) + '\n' for row in asked))
+  file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   how = dict(temperature=1.0, remasking='threshold', threshold=0.05)
   printed = sample(
     sample_script,
@@ -550,7 +549,7 @@ def test_the_script_answers_a_file_of_prompts_in_json_lines(
   )
   assert printed == ''
   answers = [json.loads(line) for line in out.read_text().splitlines()]
-  assert [a['prompt'] for a in answers] == [a['prompt'] for a in asked]
+  assert [a['prompt'] for a in answers] == [row['prompt'] for row in rows]
   assert [a['seed'] for a in answers] == [5, 9, 7]
   for answer in answers:
     assert answer['text'] == answer['prompt'] + answer['answer']
@@ -560,26 +559,26 @@ def test_the_script_answers_a_file_of_prompts_in_json_lines(
     sample_script,
     finished.workdir,
     capsys,
-    prompt=[asked[1]['prompt']],
+    prompt=[rows[1]['prompt']],
     seed=9,
     **how,
   )
   assert alone == answers[1]['text'] + '\n'
 
 
-def test_the_script_makes_a_page_of_what_it_prints(
+def test_sample_script_writes_an_html_replay(
   finished, sample_script, capsys, tmp_path
 ):
-  """And shows it, and writes it as JSON lines, if asked to."""
-  asked = dict(prompt=['def </script>(', 'x = "'], block_length=2)
-  plain = sample(sample_script, finished.workdir, capsys, **asked)
+  """With no other output, with --show, and with --out."""
+  flags = dict(prompt=['def </script>(', 'x = "'], block_length=2)
+  plain = sample(sample_script, finished.workdir, capsys, **flags)
   for number, more in enumerate((dict(), dict(show=True), dict(out='out'))):
     path = tmp_path / f'{number}.html'
     more = {
       key: str(tmp_path / v) if v == 'out' else v for key, v in more.items()
     }
     out = sample(
-      sample_script, finished.workdir, capsys, html=str(path), **asked, **more
+      sample_script, finished.workdir, capsys, html=str(path), **flags, **more
     )
     if 'out' in more:
       rows = (tmp_path / 'out').read_text().splitlines()
@@ -618,15 +617,15 @@ class Typed(io.StringIO):
 
 
 @pytest.mark.parametrize('ended_by', [io.StringIO, Typed])
-def test_the_script_answers_lines_as_they_come(
+def test_sample_script_answers_lines_of_standard_input(
   finished, sample_script, capsys, monkeypatch, tmp_path, ended_by
 ):
-  """As if they had been given on the command line, and ends in order."""
+  """The answers equal those to --prompt. Ctrl-C ends without an error."""
   lines = ['def read(', '', 'def write(']
   monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines) + '\n'))
   out = sample(sample_script, finished.workdir, capsys, interactive=True)
-  asked = [line for line in lines if line]
-  assert out == sample(sample_script, finished.workdir, capsys, prompt=asked)
+  prompts = [line for line in lines if line]
+  assert out == sample(sample_script, finished.workdir, capsys, prompt=prompts)
   monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines)))
   path = tmp_path / 'out.jsonl'
   run_script(sample_script, finished.workdir, interactive=True, out=str(path))
@@ -640,10 +639,10 @@ def test_the_script_answers_lines_as_they_come(
   ]
 
 
-def test_the_script_serves_as_it_samples(
+def test_sampling_with_refill_equals_sampling_at_once(
   finished, sample_script, capsys, tmp_path
 ):
-  """On another mesh, with a cache that is refreshed, two rows at a time."""
+  """On another mesh, with a cache refreshed every step, two rows at a time."""
   path = tmp_path / 'out.jsonl'
   texts = ['def read(', 'class ', 'import ']
   expected = sample(
@@ -657,10 +656,10 @@ def test_the_script_serves_as_it_samples(
   assert '---\n'.join(r['text'] + '\n' for r in rows) == expected
 
 
-def test_the_script_gives_answers_of_open_length(
+def test_sample_script_gives_answers_of_open_length(
   finished, sample_script, capsys, tmp_path
 ):
-  """Each up to an eos or the length of the training's rows."""
+  """An answer ends at eos or at config.data.length."""
   path = tmp_path / 'out.jsonl'
   texts = ['def read(', 'x']
   run_script(
@@ -677,15 +676,15 @@ def test_the_script_gives_answers_of_open_length(
   encode = load_lib.load(str(finished.workdir))[1].encode
   for text, row in zip(texts, rows, strict=True):
     room = 16 - len(encode(text))  # config.data.length
-    assert row['tokens'] == row['forwards'] == room  # it knows no eos yet
+    assert row['tokens'] == row['forwards'] == room  # no eos
     assert row['positions'] < room * 16
 
 
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-def test_a_run_is_sampled_with_weights_of_the_dtype_that_is_asked_for(
+def test_sample_script_casts_weights_to_the_dtype(
   finished, sample_script, capsys, monkeypatch, dtype
 ):
-  """All of them; by default as stored, in float32."""
+  """All weights. The default is float32, as stored."""
   loaded = []
   load = load_lib.load
   monkeypatch.setattr(
@@ -712,7 +711,7 @@ def test_a_run_is_sampled_with_weights_of_the_dtype_that_is_asked_for(
   assert not (out == tokenizer.mask_id).any()
 
 
-def test_the_script_says_what_it_took(finished, sample_script, capsys):
+def test_sample_script_prints_its_cost(finished, sample_script, capsys):
   capsys.readouterr()
   flags = dict(remasking='threshold', threshold=0.0, block_length=2)
   run_script(sample_script, finished.workdir, prompt=['def '], **flags)
@@ -749,18 +748,16 @@ REFUSED_FLAGS = {
 
 
 @pytest.mark.parametrize('case', REFUSED_FLAGS)
-def test_flags_of_the_script_that_do_not_fit_are_refused(
-  finished, sample_script, case
-):
+def test_sample_script_refuses_conflicting_flags(finished, sample_script, case):
   flags, message = REFUSED_FLAGS[case]
   with pytest.raises(UserError, match=message):
     run_script(sample_script, finished.workdir, **flags)
 
 
-# The other objective
+# Autoregressive
 
 
-def test_one_changed_line_trains_an_autoregressive_model(make_config, tmp_path):
+def test_one_config_key_trains_an_autoregressive_model(make_config, tmp_path):
   config = make_config(objective__name='autoregressive')
   result = loop.run(config, str(tmp_path))
   rows = Run(workdir=tmp_path)
@@ -774,7 +771,7 @@ def test_one_changed_line_trains_an_autoregressive_model(make_config, tmp_path):
 # Mixtures
 
 
-def test_a_mixture_is_trained_on_and_each_part_of_it_evaluated(
+def test_mixture_evaluates_each_dataset(
   make_config, corpus, tokenizer, tmp_path
 ):
   other = other_corpus(tokenizer, tmp_path / 'another')
@@ -793,7 +790,7 @@ def test_a_mixture_is_trained_on_and_each_part_of_it_evaluated(
   assert result['eval/loss_nats_per_token'] == pytest.approx(
     0.75 * losses[0] + 0.25 * losses[1]
   )
-  # Bits per byte are a ratio of means: bits of a token over bytes of a token.
+  # Bits per byte: mean bits per token over mean bytes per token.
   bytes_per_token = [
     loss / np.log(2) / bits
     for loss, bits in zip(losses, value('bits_per_byte'), strict=True)
@@ -809,7 +806,7 @@ def test_a_mixture_is_trained_on_and_each_part_of_it_evaluated(
   )
 
 
-def test_other_data_may_be_evaluated_on(
+def test_eval_path_evaluates_on_other_data(
   finished, make_config, tokenizer, tmp_path
 ):
   other = other_corpus(tokenizer, tmp_path / 'another')
@@ -817,15 +814,15 @@ def test_other_data_may_be_evaluated_on(
   result = loop.run(config, str(tmp_path / 'run'))
   assert result.keys() == finished.result.keys()
   assert result != finished.result
-  ours = Run(workdir=tmp_path / 'run').scalars('train/loss_nats_per_token')
-  assert ours == finished.scalars('train/loss_nats_per_token')
+  losses = Run(workdir=tmp_path / 'run').scalars('train/loss_nats_per_token')
+  assert losses == finished.scalars('train/loss_nats_per_token')
 
 
-# What is refused
+# Bad input
 
 
 def with_swapped_shards(corpus, directory):
-  """Both files are sound, and neither is what the manifest says."""
+  """Both files are intact, but each has the name of the other."""
   shutil.copytree(corpus, directory)
   train, heldout = (
     directory / f'{split}-00000.array_record' for split in records.SPLITS
@@ -883,7 +880,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_bad_input_is_refused_before_anything_is_compiled(
+def test_bad_input_is_refused_before_compilation(
   make_config, corpus, tmp_path, case
 ):
   changes, message = REFUSED[case]
@@ -898,20 +895,18 @@ def test_bad_input_is_refused_before_anything_is_compiled(
   assert compilations[before:] == []
 
 
-def test_a_missing_wandb_is_said_before_anything_is_opened(
-  make_config, tmp_path, monkeypatch
-):
+def test_missing_wandb_is_reported_first(make_config, tmp_path, monkeypatch):
   monkeypatch.setattr(wandb_run.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install wandb'):
     loop.run(make_config(train__wandb_project='p'), str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 
 
-def test_one_step_is_queued_behind_the_one_that_runs_and_no_more(
-  make_config, tmp_path, monkeypatch
-):
-  """However rarely metrics are written: a checkpoint that SIGTERM asks for has
-  to wait for every step that is queued."""
+def test_at_most_one_step_is_queued(make_config, tmp_path, monkeypatch):
+  """Also if metrics are written rarely.
+
+  A checkpoint after SIGTERM has to wait for every queued step.
+  """
   events, queued = [], []
   call, wait = jax.stages.Compiled.__call__, jax.block_until_ready
 
@@ -950,7 +945,7 @@ def test_one_step_is_queued_behind_the_one_that_runs_and_no_more(
 
 
 @pytest.mark.parametrize('remat', ['full', 'minimal'])
-def test_too_little_memory_is_told_with_the_keys_that_lower_it(
+def test_out_of_memory_error_names_config_keys(
   make_config, tmp_path, monkeypatch, remat
 ):
   def too_large():
@@ -969,7 +964,7 @@ def test_too_little_memory_is_told_with_the_keys_that_lower_it(
   assert '\n' not in str(error.value)
 
 
-def test_the_parameters_in_the_header_are_counted(finished, capsys):
+def test_header_counts_the_parameters(finished, capsys):
   c = step_lib.step_config(finished.config)
   shapes = transformer.shapes(c.model)
   mesh = mesh_lib.make_mesh()
