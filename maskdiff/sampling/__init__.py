@@ -13,5 +13,6 @@ Modules, from the request to the answer:
 - refill: many requests in a batch of fixed size
 - prompts: prompts from files and from a keyboard
 - answers: answers to texts, as launch/sample.py gives them
+- output: prints answers, and writes them to files
 - replay: HTML page that replays the denoising steps
 """

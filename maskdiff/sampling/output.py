@@ -11,12 +11,12 @@ from maskdiff.errors import writing
 
 
 def write_answers(found, write, shown, totals):
-  """Writes or prints answers as they come, and adds up what they took.
+  """Writes or prints answers as they arrive, and counts their tokens and work.
 
   Args:
-    found: iterable of answers, see maskdiff/sampling/answers.py.
-    write: function that writes a line to --out, or None.
-    shown: whether --show has printed them already.
+    found: iterable of answers; answers.py describes them.
+    write: function that writes a line to --out, or None to print the text.
+    shown: True if --show has already printed the texts.
     totals: Counter of tokens, forwards and positions, updated in place.
   """
   for number, answer in enumerate(found):
@@ -30,7 +30,7 @@ def write_answers(found, write, shown, totals):
 
 
 def print_step(texts):
-  """Prints the texts of a step; on a terminal, over those of the last step."""
+  """Prints the texts of a step; a terminal is cleared first."""
   clear, end = '', '\n' + '=' * 8
   if sys.stdout.isatty():
     clear, end = '\x1b[2J\x1b[H', ''
