@@ -659,12 +659,15 @@ def test_left_to_right_network_needs_one_query(causal):
   exact = bounds.chain_rule(causal, CONFIG, ROWS)
   np.testing.assert_array_equal(value, np.concatenate(exact))
   assert not error.any()
-  for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
-    row = np.array([BOS, *prompt, *answer])
-    logits = np.array(logits_of('causal', causal, row[None, :-1])[0], float)
-    logits[:, MASK] = -np.inf
-    all_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    total = all_p[np.arange(len(row) - 1), row[1:]][len(prompt) :].sum()
+  rows = [[BOS, *p, *a] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+  length = max(map(len, rows))
+  padded = np.array([row + [0] * (length - len(row)) for row in rows])
+  logits = np.array(logits_of('causal', causal, padded), float)
+  logits[..., MASK] = -np.inf
+  all_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+  for i, row in enumerate(rows):
+    next_p = all_p[i, np.arange(len(row) - 1), row[1:]]
+    total = next_p[len(PROMPTS[i]) :].sum()
     np.testing.assert_allclose(value[i], total, rtol=1e-5)
 
 
