@@ -80,14 +80,14 @@ def base_kind(op):
 
 def inside(module, computation):
   """Returns the collectives that a computation and its callees start."""
-  found = []
+  collectives = []
   for i in module.computations.get(computation, {}).values():
     if base_kind(i.op) and not i.op.endswith('-done'):
-      found.append(i)
+      collectives.append(i)
     elif i.op in ('fusion', 'call', 'async-start'):
       called = i.attribute('calls') or i.attribute('to_apply')
-      found += inside(module, called)
-  return found
+      collectives += inside(module, called)
+  return collectives
 
 
 def is_reduce_scatter(module, fusion):
@@ -168,7 +168,7 @@ def group(module, machine, i):
   there is one group of all devices. For a permutation the group is the first
   pair.
   """
-  everyone = list(range(module.num_partitions))
+  all_devices = list(range(module.num_partitions))
   text = i.attributes
   match = re.search(
     r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)', text
@@ -188,7 +188,7 @@ def group(module, machine, i):
   match = re.search(r'replica_groups=mesh\[(.*?)\](.*?)\{(.*?)\}', text)
   if match:
     return _mesh_group(*match.groups())
-  return everyone
+  return all_devices
 
 
 def _mesh_group(mesh, order, names):

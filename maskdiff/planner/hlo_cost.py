@@ -239,8 +239,8 @@ def _communicates(p, clock, i, weight):
   elif i.op.endswith('-update'):
     clock.ends[i.name] = clock.ends.get(i.operands[0], ('', clock.now))
   elif hlo_collectives.base_kind(i.op):
-    found = hlo_collectives.transfer(p.module, p.machine, i)
-    _move(p, clock, i.name, [found], weight, not i.op.endswith('-start'))
+    transfer = hlo_collectives.transfer(p.module, p.machine, i)
+    _move(p, clock, i.name, [transfer], weight, not i.op.endswith('-start'))
   elif i.op.endswith('-start'):
     _start(p, clock, i, weight)
   elif i.op == 'fusion':
@@ -274,11 +274,11 @@ def _wait(p, clock, name, weight):
 def _fused_collective(p, clock, i, weight, end, number):
   """Prices a collective that runs in the fusions between start and done."""
   if end == 'start':
-    found = [
+    transfers = [
       hlo_collectives.transfer(p.module, p.machine, c)
       for c in hlo_collectives.inside(p.module, i.attribute('calls'))
     ]
-    _move(p, clock, f'fused{number}', found, weight, sync=False)
+    _move(p, clock, f'fused{number}', transfers, weight, sync=False)
   else:
     _wait(p, clock, f'fused{number}', weight)
   _compute(p, clock, i, weight)
@@ -293,17 +293,17 @@ def _synchronous_fusion(p, clock, i, weight):
   called = i.attribute('calls') or ''
   if 'async' in called.replace('-', '_') or 'async-' in i.name:
     return False
-  found = hlo_collectives.inside(p.module, called)
-  if not found:
+  collectives = hlo_collectives.inside(p.module, called)
+  if not collectives:
     return False
   scattered = hlo_collectives.is_reduce_scatter(p.module, i)
-  found = [
+  transfers = [
     hlo_collectives.transfer(
       p.module, p.machine, c, scattered and c.op == 'all-reduce'
     )
-    for c in found
+    for c in collectives
   ]
-  _move(p, clock, i.name, found, weight, sync=True)
+  _move(p, clock, i.name, transfers, weight, sync=True)
   _compute(p, clock, i, weight)
   return True
 
@@ -313,8 +313,8 @@ def _between_slices(p, clock, i, weight):
   label = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
   label = 'dcn ' + (label[1] if label else i.name)
   if i.op == 'send':
-    found = hlo_collectives.between_slices(p.machine, i)
-    _move(p, clock, label, [found], weight, sync=False)
+    transfer = hlo_collectives.between_slices(p.machine, i)
+    _move(p, clock, label, [transfer], weight, sync=False)
   if label in clock.ends:
     clock.ends[i.name] = clock.ends[label]
 
@@ -322,10 +322,12 @@ def _between_slices(p, clock, i, weight):
 def _start(p, clock, i, weight):
   """Prices the start of an asynchronous copy or a call on another thread."""
   called = i.attribute('calls') or i.attribute('to_apply')
-  found = hlo_collectives.inside(p.module, called) if called else []
-  if found:
-    found = [hlo_collectives.transfer(p.module, p.machine, c) for c in found]
-    _move(p, clock, i.name, found, weight, sync=False)
+  collectives = hlo_collectives.inside(p.module, called) if called else []
+  if collectives:
+    transfers = [
+      hlo_collectives.transfer(p.module, p.machine, c) for c in collectives
+    ]
+    _move(p, clock, i.name, transfers, weight, sync=False)
     return
   # The smallest array is the one that moves: a slice of a buffer, or a copy.
   sizes = [a.nbytes for a in hlo.arrays(i.type) if a.nbytes >= SMALL_BYTES]

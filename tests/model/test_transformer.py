@@ -49,7 +49,7 @@ def layer(config, weights, x, labels):
   return layers.block(config, weights, x, rotation, attention)[0]
 
 
-def everyone(tokens):
+def bidirectional(tokens):
   return masks.bidirectional(jnp.ones(tokens.shape, bool))
 
 
@@ -104,7 +104,7 @@ def test_logits_are_those_of_llada(golden):
   config, params, arrays = golden
   ids = jnp.asarray(arrays['plain_ids'])
   np.testing.assert_allclose(
-    logits(config, params, ids, everyone(ids)),
+    logits(config, params, ids, bidirectional(ids)),
     arrays['plain_logits'],
     rtol=0,
     atol=2e-4,
@@ -115,7 +115,7 @@ def test_each_layer_gives_the_hidden_states_of_llada(golden):
   """Each layer gets the recorded input of LLaDA's layer."""
   config, params, arrays = golden
   ids = jnp.asarray(arrays['plain_ids'])
-  labels = everyone(ids)
+  labels = bidirectional(ids)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
   recorded = lambda n: jnp.asarray(arrays[f'plain_hidden_{n}'])
   close(layers.lookup(params['embed'], ids, 'float32'), recorded(0))
@@ -144,7 +144,7 @@ def test_visible_padding_changes_the_logits(golden):
   """Negative control: the same rows without an attention mask."""
   config, params, arrays = golden
   ids = jnp.asarray(arrays['pad_ids'])
-  out = np.asarray(logits(config, params, ids, everyone(ids)))[:, -2:]
+  out = np.asarray(logits(config, params, ids, bidirectional(ids)))[:, -2:]
   expected = arrays['pad_logits_ignoring_mask']
   np.testing.assert_allclose(out, expected, rtol=0, atol=2e-4)
   padded = (arrays['pad_mask'] == 0).any(axis=1)
@@ -159,7 +159,7 @@ def test_visible_padding_changes_the_logits(golden):
 def loss_and_gradients(config, params, tokens):
   def loss(params):
     network = transformer.bind(config, params)
-    out = network.logits(network(tokens, everyone(tokens)))
+    out = network.logits(network(tokens, bidirectional(tokens)))
     log_p = jax.nn.log_softmax(out)
     return -jnp.take_along_axis(log_p, tokens[..., None], -1).mean()
 
@@ -184,7 +184,7 @@ def assert_close(actual, expected, accuracy=1e-5):
 
 def test_scan_equals_a_loop_over_the_layers(tiny_params):
   tokens = random_tokens(TINY)
-  labels = everyone(tokens)
+  labels = bidirectional(tokens)
   x = tiny_params['embed'][tokens]
   for n in range(TINY.layers):
     weights = jax.tree.map(lambda w, n=n: w[n], tiny_params['blocks'])
@@ -224,10 +224,10 @@ def test_bfloat16_network_stays_close_to_float32(tiny_params):
   tokens = random_tokens(TINY)
   half = dataclasses.replace(TINY, dtype='bfloat16')
   network = transformer.bind(half, tiny_params)
-  hidden = network(tokens, everyone(tokens))
+  hidden = network(tokens, bidirectional(tokens))
   assert hidden.dtype == jnp.bfloat16
   assert network.logits(hidden).dtype == jnp.float32
-  exact = transformer.bind(TINY, tiny_params)(tokens, everyone(tokens))
+  exact = transformer.bind(TINY, tiny_params)(tokens, bidirectional(tokens))
   assert_close(hidden, exact, 0.05)
 
 
@@ -432,7 +432,7 @@ def test_optional_features_work_on_a_mesh_and_have_gradients():
 
   @jax.jit
   def loss(params):
-    out = logits(EVERYTHING, params, tokens, everyone(tokens))
+    out = logits(EVERYTHING, params, tokens, bidirectional(tokens))
     return jnp.sum(jnp.sin(out))
 
   whole = jax.value_and_grad(loss)(params)

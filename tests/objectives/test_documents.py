@@ -49,7 +49,7 @@ def assert_equal_apart(whole, apart):
       )
 
 
-def alone(x, number):
+def move_to_front(x, number):
   """Moves the columns of one document to the front."""
   return np.concatenate([x[:, number == DOC], x[:, number != DOC]], axis=1)
 
@@ -64,7 +64,11 @@ def test_packed_documents_have_the_loss_of_separate_rows(params):
   )
   apart = [
     masked_diffusion.corrupt(
-      CONFIG, alone(tokens, n), u, alone(noise, n), np.full(16, sum(n == DOC))
+      CONFIG,
+      move_to_front(tokens, n),
+      u,
+      move_to_front(noise, n),
+      np.full(16, sum(n == DOC)),
     )
     for n in range(3)
   ]
@@ -87,7 +91,7 @@ def test_packed_documents_start_with_eos_instead_of_bos(params):
   apart = [
     log_p_nll(
       dataclasses.replace(autoregressive, bos_id=start),
-      alone(tokens, n),
+      move_to_front(tokens, n),
     )
     for n, start in enumerate(starts)
   ]

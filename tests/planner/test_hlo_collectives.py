@@ -89,46 +89,46 @@ CUBE_HOPS_S = 6 * ICI_HOP_S
   ],
 )
 def test_bytes_received_and_time_on_a_torus(line, kind, nbytes, phases):
-  found = transfer('  ' + line + ', replica_groups={}', CUBE)
-  assert (found.kind, found.dtype, found.network) == (kind, 'bf16', 'ici')
-  assert found.axes == 'fsdp'
-  assert found.nbytes == pytest.approx(nbytes)
-  assert found.seconds == pytest.approx(
+  result = transfer('  ' + line + ', replica_groups={}', CUBE)
+  assert (result.kind, result.dtype, result.network) == (kind, 'bf16', 'ici')
+  assert result.axes == 'fsdp'
+  assert result.nbytes == pytest.approx(nbytes)
+  assert result.seconds == pytest.approx(
     nbytes / CUBE_BANDWIDTH + phases * CUBE_HOPS_S
   )
 
 
 def test_permutation_uses_one_link():
-  found = transfer(
+  result = transfer(
     '  %p = (bf16[64,8192], bf16[64,8192], u32[], u32[]) '
     'collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}',
     CUBE,
   )
-  assert found.kind == 'collective-permute'
-  assert found.nbytes == MB
-  assert found.seconds == pytest.approx(MB / V5P.link_bandwidth + ICI_HOP_S)
+  assert result.kind == 'collective-permute'
+  assert result.nbytes == MB
+  assert result.seconds == pytest.approx(MB / V5P.link_bandwidth + ICI_HOP_S)
 
 
 def test_group_of_one_device_moves_nothing():
-  found = transfer(
+  result = transfer(
     '  %g = bf16[64,8192] all-reduce(%x), replica_groups={{0},{1}}', CUBE
   )
-  assert (found.axes, found.nbytes, found.seconds) == ('', 0, 0)
+  assert (result.axes, result.nbytes, result.seconds) == ('', 0, 0)
 
 
 def test_open_axis_has_half_of_the_bandwidth():
   grid = machine(V5E, (2, 4), axes(fsdp=8))
-  found = transfer(
+  result = transfer(
     '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', grid
   )
-  assert found.seconds == pytest.approx(
+  assert result.seconds == pytest.approx(
     MB * 7 / 8 / (2 * V5E.link_bandwidth) + (1 + 3) * ICI_HOP_S
   )
   ring = machine(V5E, (16, 16), axes(fsdp=256))
-  found = transfer(
+  result = transfer(
     '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', ring
   )
-  assert found.seconds == pytest.approx(
+  assert result.seconds == pytest.approx(
     MB * 255 / 256 / (4 * V5E.link_bandwidth) + 16 * ICI_HOP_S
   )
 
@@ -183,12 +183,12 @@ def test_groups_along_several_mesh_axes():
 
 def test_group_over_slices_uses_the_data_centre_network():
   target = machine(V5P, (2, 2, 1), axes(replica=2, fsdp=4), num_slices=2)
-  found = transfer(
+  result = transfer(
     '  %g = bf16[64,8192] all-reduce(%x), replica_groups=[4,2]<=[2,4]T(1,0)',
     target,
   )
-  assert (found.network, found.axes, found.nbytes) == ('dcn', 'replica', MB)
-  assert found.seconds == pytest.approx(
+  assert (result.network, result.axes, result.nbytes) == ('dcn', 'replica', MB)
+  assert result.seconds == pytest.approx(
     MB / V5P.dcn_bandwidth + hlo_collectives.DCN_LATENCY_S
   )
 
@@ -196,8 +196,8 @@ def test_group_over_slices_uses_the_data_centre_network():
 def test_device_numbers_count_within_a_slice():
   target = machine(V5P, (2, 2, 1), axes(replica=2, fsdp=4), num_slices=2)
   line = '  %g = bf16[64,8192] all-gather(%x), replica_groups={{0,1,2,3}}'
-  found = transfer(line, target, partitions=4)
-  assert (found.network, found.axes) == ('ici', 'fsdp')
+  result = transfer(line, target, partitions=4)
+  assert (result.network, result.axes) == ('ici', 'fsdp')
 
 
 def test_send_between_slices():
@@ -210,10 +210,10 @@ def test_send_between_slices():
     partitions=4,
   )
   send = module.computations['main']['s']
-  found = hlo_collectives.between_slices(target, send)
-  assert (found.kind, found.network) == ('all-reduce', 'dcn')
-  assert found.axes == 'replica'
-  assert found.nbytes == MB * 2 * 3 / 4
+  result = hlo_collectives.between_slices(target, send)
+  assert (result.kind, result.network) == ('all-reduce', 'dcn')
+  assert result.axes == 'replica'
+  assert result.nbytes == MB * 2 * 3 / 4
 
 
 SCATTERED = """HloModule jit_f, num_partitions=64
@@ -236,11 +236,11 @@ def test_all_reduce_scatter_fusion_is_a_reduce_scatter():
   fusion = module.roots['main']
   assert hlo_collectives.is_reduce_scatter(module, fusion)
   (inner,) = hlo_collectives.inside(module, fusion.attribute('calls'))
-  found = hlo_collectives.transfer(module, CUBE, inner, scattered=True)
-  assert found.kind == 'reduce-scatter'
-  assert found.nbytes == pytest.approx(MB * 63 / 64)
+  result = hlo_collectives.transfer(module, CUBE, inner, scattered=True)
+  assert result.kind == 'reduce-scatter'
+  assert result.nbytes == pytest.approx(MB * 63 / 64)
   whole = hlo_collectives.transfer(module, CUBE, inner)
-  assert whole.nbytes == pytest.approx(2 * found.nbytes)
+  assert whole.nbytes == pytest.approx(2 * result.nbytes)
 
 
 def test_collectives_inside_called_computations():

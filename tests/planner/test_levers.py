@@ -46,7 +46,7 @@ def train_levers(sizes=None, rows=4.0, slices=1, **values):
 
 
 def test_levers_name_keys_and_values():
-  found = train_levers(
+  text = train_levers(
     **{
       'model.remat': 'minimal',
       'model.vocab_size': 128_000,
@@ -54,17 +54,17 @@ def test_levers_name_keys_and_values():
     }
   )
   # 32 rows on 8 chips: 4 at once; two microbatches leave 2.
-  assert '--config.train.microbatches=2: 2 rows per chip' in found
-  assert 'full: keep fewer arrays of each layer' in found
-  assert '--config.objective.loss_chunk_tokens=512: logits of 0.24' in found
-  assert '--config.mesh.tensor=2' in found
-  assert 'replica' not in found
+  assert '--config.train.microbatches=2: 2 rows per chip' in text
+  assert 'full: keep fewer arrays of each layer' in text
+  assert '--config.objective.loss_chunk_tokens=512: logits of 0.24' in text
+  assert '--config.mesh.tensor=2' in text
+  assert 'replica' not in text
 
 
 def test_levers_without_effect_are_left_out():
-  found = train_levers({'fsdp': 1, 'replica': 8}, rows=1.0)
-  assert 'microbatches' not in found
-  assert 'remat' not in found  # it is full
-  assert 'loss_chunk_tokens' not in found  # the vocabulary is small
-  assert 'tensor' not in found
-  assert '--config.mesh.replica=1' in found
+  text = train_levers({'fsdp': 1, 'replica': 8}, rows=1.0)
+  assert 'microbatches' not in text
+  assert 'remat' not in text  # it is full
+  assert 'loss_chunk_tokens' not in text  # the vocabulary is small
+  assert 'tensor' not in text
+  assert '--config.mesh.replica=1' in text

@@ -94,21 +94,21 @@ def failing(message):
 def test_step_that_does_not_fit_has_levers(cpu_target, monkeypatch):
   message = 'RESOURCE_EXHAUSTED: space hbm. Used 20.5G of 15.75G hbm.'
   monkeypatch.setattr(plan, 'compile_train', failing(message))
-  found = plan.plan(config.default(), 'v5e:2x4')
-  assert found.keys() == plan.FIELDS.keys()
-  assert (found['status'], found['fits']) == ('does not fit', False)
-  assert found['hbm_total_gib'] == 20.5
-  assert found['step_s'] is None
-  assert any('microbatches=2' in lever for lever in found['levers'])
+  result = plan.plan(config.default(), 'v5e:2x4')
+  assert result.keys() == plan.FIELDS.keys()
+  assert (result['status'], result['fits']) == ('does not fit', False)
+  assert result['hbm_total_gib'] == 20.5
+  assert result['step_s'] is None
+  assert any('microbatches=2' in lever for lever in result['levers'])
 
 
 def test_exhausted_vmem_does_not_compile(cpu_target, monkeypatch):
   message = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.'
   monkeypatch.setattr(plan, 'compile_train', failing(message))
-  found = plan.plan(config.default(), 'v5e:2x4')
-  assert (found['status'], found['error']) == ('does not compile', message)
-  assert found['fits'] is False
-  assert found['levers'] == []
+  result = plan.plan(config.default(), 'v5e:2x4')
+  assert (result['status'], result['error']) == ('does not compile', message)
+  assert result['fits'] is False
+  assert result['levers'] == []
 
 
 GIB = 2**30
@@ -185,13 +185,13 @@ def params_gib(c):
 def test_evaluation_counts_the_state_of_the_run(compiled):
   c = wide()
   compiled(allocated(6, 8), allocated(1, 9))
-  found = plan.plan(c, 'v5e:2x4')
-  assert (found['status'], found['fits']) == ('fits', True)
-  assert found['hbm_total_gib'] == 8
+  result = plan.plan(c, 'v5e:2x4')
+  assert (result['status'], result['fits']) == ('fits', True)
+  assert result['hbm_total_gib'] == 8
   # 6 for the state and 9 for the evaluation; the parameters count once.
   expected = 6 + 9 - params_gib(c)
-  assert found['hbm_evaluation_gib'] == pytest.approx(expected, rel=1e-6)
-  assert found['compile_s'] == 60
+  assert result['hbm_evaluation_gib'] == pytest.approx(expected, rel=1e-6)
+  assert result['compile_s'] == 60
 
 
 @pytest.mark.parametrize(
@@ -206,31 +206,31 @@ def test_evaluation_counts_the_state_of_the_run(compiled):
 def test_evaluation_that_does_not_fit_has_levers(compiled, evaluation):
   c = wide()
   compiled(allocated(12, 14), evaluation)
-  found = plan.plan(c, 'v5e:2x4')
-  assert (found['status'], found['fits']) == ('does not fit', False)
-  assert found['hbm_total_gib'] == 14
+  result = plan.plan(c, 'v5e:2x4')
+  assert (result['status'], result['fits']) == ('does not fit', False)
+  assert result['hbm_total_gib'] == 14
   expected = 12 + 10 - params_gib(c)
-  assert found['hbm_evaluation_gib'] == pytest.approx(expected, rel=1e-6)
-  assert found['levers'][0].startswith(
+  assert result['hbm_evaluation_gib'] == pytest.approx(expected, rel=1e-6)
+  assert result['levers'][0].startswith(
     '--config.eval.batch=32 --config.eval.batches=16: 4 rows per chip'
   )
-  assert not any('train.microbatches' in lever for lever in found['levers'])
+  assert not any('train.microbatches' in lever for lever in result['levers'])
 
 
 def test_evaluation_that_does_not_compile_is_named(compiled):
   error = jax.errors.JaxRuntimeError('no such operation')
   compiled(allocated(6, 8), error)
-  found = plan.plan(wide(), 'v5e:2x4')
-  assert (found['status'], found['fits']) == ('does not compile', False)
-  assert found['error'] == 'the step of an evaluation: no such operation'
-  assert found['hbm_total_gib'] == 8
+  result = plan.plan(wide(), 'v5e:2x4')
+  assert (result['status'], result['fits']) == ('does not compile', False)
+  assert result['error'] == 'the step of an evaluation: no such operation'
+  assert result['hbm_total_gib'] == 8
 
 
 def test_evaluation_is_compiled_only_if_the_step_fits(compiled):
   calls = compiled(allocated(6, 20), allocated(1, 2))
-  found = plan.plan(wide(), 'v5e:2x4')
-  assert (found['status'], calls) == ('does not fit', [])
-  assert found['hbm_evaluation_gib'] is None
+  result = plan.plan(wide(), 'v5e:2x4')
+  assert (result['status'], calls) == ('does not fit', [])
+  assert result['hbm_evaluation_gib'] is None
 
 
 def test_sweep_keeps_the_evaluation_batch(compiled):
@@ -282,7 +282,7 @@ SUMS = LossSums(
 )
 
 
-def run_sweep(monkeypatch, needed, **options):
+def run_sweep(monkeypatch, gib, **options):
   """Runs a sweep in which each row per chip gives 1000 tokens/s."""
   tried = []
 
@@ -291,7 +291,7 @@ def run_sweep(monkeypatch, needed, **options):
     tried.append((rows, c.model.remat, c.mesh.tensor, c.train.microbatches))
     if c.mesh.tensor == 3:
       raise UserError('3 does not divide 8')
-    fits = needed(rows, c.model.remat) <= 16
+    fits = gib(rows, c.model.remat) <= 16
     return dict.fromkeys(plan.FIELDS) | {
       'status': 'fits' if fits else 'does not fit',
       'fits': fits,
@@ -310,20 +310,20 @@ def run_sweep(monkeypatch, needed, **options):
     'meshes': [{}],
     'say': lines.append,
   } | options
-  found = sweep.sweep(changed(**{'train.batch': 64}), 'v5e:2x4', **options)
-  assert len(lines) == len(found)
-  return found, tried
+  result = sweep.sweep(changed(**{'train.batch': 64}), 'v5e:2x4', **options)
+  assert len(lines) == len(result)
+  return result, tried
 
 
 def test_sweep_ranks_plans_and_stops_at_the_first_misfit(
   cpu_target, monkeypatch
 ):
-  found, tried = run_sweep(
+  result, tried = run_sweep(
     monkeypatch,
     lambda rows, remat: rows * (8 if remat == 'none' else 4),
     remats=['none', 'full'],
   )
-  order = [(p['status'], p['rows_per_chip'], p['remat']) for p in found]
+  order = [(p['status'], p['rows_per_chip'], p['remat']) for p in result]
   assert order == [
     ('fits', 4, 'full'),
     ('fits', 2, 'none'),
@@ -345,13 +345,13 @@ def test_sweep_ranks_plans_and_stops_at_the_first_misfit(
 
 
 def test_failed_candidate_is_part_of_the_sweep(cpu_target, monkeypatch):
-  found, _ = run_sweep(
+  result, _ = run_sweep(
     monkeypatch, lambda *_: 1, rows=[1], meshes=[{'tensor': 3}, {}]
   )
-  assert [p['status'] for p in found] == ['fits', 'does not compile']
-  assert found[1].keys() == plan.FIELDS.keys()
+  assert [p['status'] for p in result] == ['fits', 'does not compile']
+  assert result[1].keys() == plan.FIELDS.keys()
   # A mesh that does not fit the devices.
-  assert 'is not the number of devices, 8' in found[1]['error']
+  assert 'is not the number of devices, 8' in result[1]['error']
 
 
 def test_unknown_mesh_axis_is_refused(cpu_target, monkeypatch):
