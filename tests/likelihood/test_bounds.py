@@ -32,8 +32,7 @@ from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import SamplerConfig
 
-MASK, BOS, VOCAB = 4, 1, 24
-TINY = tiny.model(vocab_size=VOCAB)
+MASK, BOS, VOCAB = 4, 1, tiny.MODEL.vocab_size
 CONFIG = LikelihoodConfig(
   context=64,
   guidance=0.0,
@@ -48,21 +47,8 @@ ANSWERS = [[5, 9], [6, 7, 8, 9, 10], [20] * 20, [23, 22, 21]]
 
 @pytest.fixture(scope='module')
 def network():
-  """Gains of 1, and matrices so large that predictions differ by position."""
-  random = np.random.default_rng(5)
-
-  def draw(axes, x):
-    if 'vocab' not in axes and len(axes) < 3:
-      return jnp.ones(x.shape)
-    return jnp.asarray(random.normal(size=x.shape) / 2, jnp.float32)
-
-  params = jax.tree.map(
-    draw,
-    transformer.axes(TINY),
-    transformer.shapes(TINY),
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-  return fake_networks.network(TINY, params, mask_id=MASK, bos_id=BOS)
+  params = tiny.strong_params()
+  return fake_networks.network(tiny.MODEL, params, mask_id=MASK, bos_id=BOS)
 
 
 @pytest.fixture(scope='module')
@@ -598,7 +584,7 @@ def test_bound_on_a_mesh_equals_one_device(network):
   rows = bounds.lay_out(PROMPTS[:2], ANSWERS[:2])
   devices = mesh.make_mesh()
   shardings = mesh.param_shardings(
-    devices, transformer.axes(TINY), transformer.shapes(TINY)
+    devices, transformer.axes(tiny.MODEL), transformer.shapes(tiny.MODEL)
   )
   split = dataclasses.replace(
     network, params=jax.device_put(network.params, shardings)

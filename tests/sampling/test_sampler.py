@@ -32,8 +32,7 @@ from maskdiff.sampling import (
 from maskdiff.sampling.request import Request, SamplerConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MASK, BOS, VOCAB = 4, 1, 24
-TINY = tiny.model(vocab_size=VOCAB)
+MASK, BOS, VOCAB = 4, 1, tiny.MODEL.vocab_size
 GREEDY = SamplerConfig(
   steps=8,
   block_length=8,
@@ -66,21 +65,8 @@ WORDS = 'abcdefghijklmnopqrs'
 
 @pytest.fixture(scope='module')
 def network():
-  """Gains of 1, and matrices so large that predictions differ by slot."""
-  random = np.random.default_rng(5)
-
-  def draw(axes, x):
-    if 'vocab' not in axes and len(axes) < 3:
-      return jnp.ones(x.shape)
-    return jnp.asarray(random.normal(size=x.shape) / 2, jnp.float32)
-
-  params = jax.tree.map(
-    draw,
-    transformer.axes(TINY),
-    transformer.shapes(TINY),
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-  return fake_networks.network(TINY, params, mask_id=MASK, bos_id=BOS)
+  params = tiny.strong_params()
+  return fake_networks.network(tiny.MODEL, params, mask_id=MASK, bos_id=BOS)
 
 
 def encode(text):
