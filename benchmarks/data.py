@@ -25,7 +25,7 @@ import tracemalloc
 
 import numpy as np
 
-from maskdiff.data import prepare, records, sources
+from maskdiff.data import prepare, records, row_reader, sources
 from maskdiff.data import tokenizer as tokenizer_lib
 
 MODEL = pathlib.Path(__file__).parents[1] / 'tokenizer' / 'stdlib_4k.model'
@@ -214,7 +214,7 @@ def starting():
   from maskdiff.data import pipeline
 
   print('(c) until the first batch')
-  records.RowSource = FakeRows
+  row_reader.RowSource = FakeRows
   for rows in (10**4, 10**6, 10**9):
     shard = records.Shard('', rows, 0, '', '')
     data = dataset('', [shard], 'uint16', 4096)

@@ -94,7 +94,7 @@ def prepare(args):
 def inspect(args):
   import numpy as np
 
-  from maskdiff.data import prepare, records, tokenizer
+  from maskdiff.data import prepare, records, row_reader, tokenizer
 
   directory = args.inspect
   manifest = records.read_manifest(directory)
@@ -109,7 +109,7 @@ def inspect(args):
       f'{split.tokens:,} tokens, unigram entropy '
       f'{split.unigram_entropy_nats:.3f} nats per token'
     )
-    source = records.RowSource(directory, manifest, name)
+    source = row_reader.RowSource(directory, manifest, name)
     rows = min(args.rows, len(source))
     rng = np.random.default_rng(0)
     numbers = rng.choice(len(source), rows, replace=False) if rows else []
@@ -120,10 +120,10 @@ def inspect(args):
 
 
 def verify(args):
-  from maskdiff.data import records
+  from maskdiff.data import records, row_reader
 
   manifest = records.read_manifest(args.verify)
-  records.verify(args.verify, manifest, rows='all')
+  row_reader.verify(args.verify, manifest, rows='all')
   rows = sum(split.rows for split in manifest.splits.values())
   print(f'{args.verify}: all {rows:,} rows match their checksums')
 

@@ -1,6 +1,11 @@
-"""Text to batches: tokenizer, sources, records, prepare, pipeline.
+"""Text to token rows on disk, and rows to batches on devices.
 
-Read in that order. `prepare` turns documents into fixed-length rows on disk,
-once; `pipeline` reads them in an order that is a pure function of the seed and
-the sample index, so no host count, batch size or restart can change it.
+tokenizer: text to token ids and back (sentencepiece_model, byte_level).
+sources: finds input files and cuts them into parts; readers: their formats.
+prepare: writes the rows of a corpus; shards: the rows of one part.
+records: format of the rows on disk; row_reader: reads and verifies them.
+order: which row is sample s, a pure function of the seed and s.
+samples: cuts rows into samples of the training length.
+pipeline: batches of samples, sharded over devices.
+paths: resolves gs:// paths to a mounted bucket.
 """

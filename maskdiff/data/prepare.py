@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tqdm
 
-from maskdiff.data import records, shards, sources
+from maskdiff.data import records, row_reader, shards, sources
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
@@ -89,7 +89,7 @@ def prepare(
       if (directory / records.MANIFEST).exists():
         manifest = records.read_manifest(directory)
         _check_settings(manifest.settings, settings, directory)
-        records.verify(directory, manifest)
+        row_reader.verify(directory, manifest)
         shutil.rmtree(job.state, ignore_errors=True)
         return manifest
       _start_or_go_on(job, settings)

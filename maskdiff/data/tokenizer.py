@@ -19,13 +19,14 @@ import re
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from maskdiff.data import byte_level
+from maskdiff.data import sentencepiece_model as spm
 from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
@@ -35,9 +36,6 @@ from maskdiff.errors import UserError
 PART_CHARS = 1 << 18
 _CHARS_AT_ONCE = 1 << 22
 
-# SentencePiece writes spaces in its pieces as this character.
-_SPACE = '\u2581'
-_REPLACEMENT = '\ufffd'.encode()
 
 # Cuts here do not change the tokens: before a space that follows anything but
 # white space, and before a line break that follows a word. Learnt pieces have
@@ -107,7 +105,7 @@ class Tokenizer:
     for group in _groups(texts):
       parts = [part for _, part in group]
       if _is_sentencepiece(self.processor):
-        encoded = _encode_sentencepiece(self.processor, parts, num_threads)
+        encoded = spm.encode_batch(self.processor, parts, num_threads)
       else:
         encoded = byte_level.encode_batch(self.processor, parts, num_threads)
       for (i, _), part_ids in zip(group, encoded, strict=True):
@@ -136,7 +134,7 @@ class Tokenizer:
   def piece(self, i: int) -> bytes:
     """What `decode` joins: nothing for a special id, and for one that is in a
     model's vocabulary alone the replacement character."""
-    return self.pieces[i] if i < self.vocab_size else _REPLACEMENT
+    return self.pieces[i] if i < self.vocab_size else spm.REPLACEMENT
 
   def __setstate__(self, state):
     self.__dict__.update(state)
@@ -169,7 +167,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
   if path.suffix == '.json':
     processor, pieces, ids = byte_level.read(path, content)
   else:
-    processor, pieces, ids = _read_sentencepiece(path, content)
+    processor, pieces, ids = spm.read(path, content)
   return Tokenizer(
     path=str(path),
     vocab_size=len(pieces),
@@ -218,6 +216,25 @@ def with_ids(
       'choose a mask_id of its own'
     )
   return changed
+
+
+def with_missing_ids(
+  tokenizer: Tokenizer, ids: Mapping[str, int | None]
+) -> Tokenizer:
+  """The tokenizer with the special ids that it lacks taken from `ids`.
+
+  Ids that the tokenizer has are not changed, even where `ids` differs.
+
+  Args:
+    ids: keyword arguments of `with_ids`, such as config.tokens.
+
+  Raises:
+    UserError: as `with_ids`.
+  """
+  missing = {
+    name: i for name, i in ids.items() if getattr(tokenizer, name) is None
+  }
+  return with_ids(tokenizer, **missing)
 
 
 def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
@@ -312,28 +329,6 @@ def _is_sentencepiece(processor) -> bool:
   return isinstance(processor, sentencepiece.SentencePieceProcessor)
 
 
-def _encode_sentencepiece(processor, texts, num_threads) -> list[list[int]]:
-  # The character that stands for a space would come back as a space, so
-  # texts that really contain it are encoded around it.
-  plain = [t for t in texts if _SPACE not in t]
-  encoded = iter(processor.encode(plain, num_threads=num_threads))
-  return [
-    _encode_around(processor, t) if _SPACE in t else next(encoded)
-    for t in texts
-  ]
-
-
-def _encode_around(processor, text: str) -> list[int]:
-  byte_ids = [
-    processor.piece_to_id(f'<0x{byte:02X}>') for byte in _SPACE.encode()
-  ]
-  first, *rest = text.split(_SPACE)
-  ids = processor.encode(first)
-  for part in rest:
-    ids += byte_ids + processor.encode(part)
-  return ids
-
-
 def _find(path: pathlib.Path) -> pathlib.Path:
   if not path.is_dir():
     return path
@@ -356,49 +351,3 @@ def _read(path: pathlib.Path) -> bytes:
     raise UserError(
       f'cannot read tokenizer {path} ({e.strerror}): {_FIX}'
     ) from e
-
-
-def _read_sentencepiece(path, content: bytes):
-  processor = sentencepiece.SentencePieceProcessor()
-  try:
-    processor.LoadFromSerializedProto(content)
-    if not processor.vocab_size():
-      raise RuntimeError('no pieces')
-  except RuntimeError as e:
-    raise UserError(f'{path} is not a SentencePiece model: {_FIX}') from e
-
-  kinds = ('pad', 'bos', 'eos', 'mask')
-  ids = {kind: processor.piece_to_id(f'<{kind}>') for kind in kinds}
-  # An ordinary piece named <mask> would let text produce the mask id.
-  absent = [f'<{k}>' for k, i in ids.items() if not processor.is_control(i)]
-  if absent:
-    raise UserError(
-      f'tokenizer {path} has no control symbol {", ".join(absent)}: {_FIX}'
-    )
-  if not processor.is_byte(processor.piece_to_id('<0x00>')):
-    raise UserError(f'tokenizer {path} has no byte fallback: {_FIX}')
-  pieces = [
-    _sentencepiece_bytes(processor, i) for i in range(processor.vocab_size())
-  ]
-  return processor, pieces, ids
-
-
-def _sentencepiece_bytes(processor, i: int) -> bytes:
-  piece = processor.id_to_piece(i)
-  if processor.is_control(i):
-    return b''
-  if processor.is_unknown(i):
-    return _REPLACEMENT
-  if processor.is_byte(i):
-    return bytes([int(piece[1:-1], 16)])
-  return piece.replace(_SPACE, ' ').encode()
-
-
-def with_config_ids(config, tokenizer):
-  """The tokenizer with ids that it does not have itself from the config."""
-  absent = {
-    name: value
-    for name, value in config.tokens.items()
-    if getattr(tokenizer, name) is None
-  }
-  return with_ids(tokenizer, **absent)

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from maskdiff.data import records
+from maskdiff.data import row_reader
 from maskdiff.errors import UserError
 from maskdiff.training import inputs
 
@@ -32,7 +32,9 @@ def documents(config, tokenizer):
   """
   found = []
   for dataset in inputs.open_data(config, tokenizer, config.eval.path or None):
-    source = records.RowSource(dataset.directory, dataset.manifest, 'heldout')
+    source = row_reader.RowSource(
+      dataset.directory, dataset.manifest, 'heldout'
+    )
     step = max(1, len(source) // MAX_ROWS)
     for i in range(0, len(source), step):
       row = np.asarray(source[i], np.int32)

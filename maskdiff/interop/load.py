@@ -44,7 +44,7 @@ def load(workdir, tensor=1, dtype=None):
   if not families.is_published(workdir):
     config, params = load_params(workdir, mesh, dtype)
     tokenizer = tokenizer_lib.load(workdir)
-    tokenizer = tokenizer_lib.with_config_ids(config, tokenizer)
+    tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
     return config, tokenizer, params, mesh
   published = hf.open_folder(workdir)
   tokenizer = hf.open_tokenizer(published)

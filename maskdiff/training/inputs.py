@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from maskdiff.data import pipeline, prepare, records
+from maskdiff.data import pipeline, prepare, records, row_reader
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed import runtime
@@ -23,8 +23,8 @@ def open_tokenizer(config):
   Raises:
     UserError: a token id differs, or the vocabulary is too large.
   """
-  tokenizer = tokenizer_lib.with_config_ids(
-    config, tokenizer_lib.load(config.data.tokenizer)
+  tokenizer = tokenizer_lib.with_missing_ids(
+    tokenizer_lib.load(config.data.tokenizer), config.tokens
   )
   for name, value in config.tokens.items():
     if getattr(tokenizer, name) != value:
@@ -89,7 +89,7 @@ def open_data(config, tokenizer, path=None):
       )
     # A run that tolerates damaged rows must be able to start with them.
     check = 'none' if config.data.max_damaged_rows else 'sample'
-    records.verify(
+    row_reader.verify(
       directory,
       manifest,
       rows='all' if config.data.verify == 'all' else check,

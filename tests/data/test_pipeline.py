@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskdiff.data import order, pipeline, records
+from maskdiff.data import order, pipeline, records, row_reader
+from maskdiff.data.samples import num_samples
 from maskdiff.errors import UserError
 
 ROWS, ROW_LENGTH, BATCH = 50, 32, 8
@@ -375,12 +376,12 @@ def read(monkeypatch):
   """The numbers of the rows that are read, in order."""
   numbers = []
 
-  class Counting(records.RowSource):
+  class Counting(row_reader.RowSource):
     def read(self, rows):
       numbers.extend(rows)
       return super().read(rows)
 
-  monkeypatch.setattr(records, 'RowSource', Counting)
+  monkeypatch.setattr(row_reader, 'RowSource', Counting)
   return numbers
 
 
@@ -478,7 +479,7 @@ def test_length_must_fit_the_row(dataset, length):
   ],
 )
 def test_number_of_samples(rows, row_length, length, number):
-  assert pipeline.num_samples(rows, row_length, length) == number
+  assert num_samples(rows, row_length, length) == number
 
 
 def test_too_few_rows_for_a_sample_are_refused(dataset, tmp_path):

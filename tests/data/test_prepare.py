@@ -19,7 +19,7 @@ import time
 import numpy as np
 import pytest
 
-from maskdiff.data import prepare, records, shards, sources
+from maskdiff.data import prepare, records, row_reader, shards, sources
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 
@@ -71,7 +71,7 @@ def tokens(directory, split, shard=slice(None)):
   manifest = dataclasses.replace(
     manifest, splits=manifest.splits | {split: part}
   )
-  rows = list(records.RowSource(directory, manifest, split))
+  rows = list(row_reader.RowSource(directory, manifest, split))
   return np.concatenate([np.zeros(0, int), *rows])
 
 
@@ -229,7 +229,7 @@ def test_manifest_counts(plan, all_texts, tokenizer, once):
     assert split.unigram_entropy_nats == pytest.approx(entropy, rel=1e-12)
   assert len(manifest.splits['train'].shards) == 13
   assert len(manifest.splits['heldout'].shards) == 1
-  records.verify(once, manifest, rows='all')
+  row_reader.verify(once, manifest, rows='all')
 
 
 def test_tokenizer_is_beside_the_rows_and_nothing_else(tokenizer, once):
@@ -268,7 +268,7 @@ def test_a_large_vocabulary_takes_four_bytes(plan, tokenizer, once, tmp_path):
     directory = tmp_path / str(workers)
     manifest = prepared(plan, wide, directory, workers=workers)
     assert manifest.dtype == 'uint32' and manifest.eos_id == size - 1
-    records.verify(directory, manifest, rows='all')
+    row_reader.verify(directory, manifest, rows='all')
     for split in records.SPLITS:
       narrow = tokens(once, split).astype(int)
       narrow[narrow == EOS] = size - 1
@@ -684,9 +684,9 @@ def test_a_split_without_documents_is_empty(
   (other,) = set(records.SPLITS) - {absent}
   assert manifest.splits[absent] == records.Split((), 0, 0, 0, 0, 0.0)
   assert not list(directory.glob(f'{absent}-*'))
-  assert not len(records.RowSource(directory, manifest, absent))
+  assert not len(row_reader.RowSource(directory, manifest, absent))
   assert manifest.splits[other].documents == 59
-  records.verify(directory, manifest, rows='all')
+  row_reader.verify(directory, manifest, rows='all')
   assert prepare.summary(manifest)
 
 
@@ -712,7 +712,7 @@ def test_embedded_is_prepared_once(small, tokenizer, tmp_path, monkeypatch):
   assert directory.name == f'embedded-py{version}-{tokenizer.fingerprint}-128'
   manifest = records.read_manifest(directory)
   assert manifest.row_length == 128
-  records.verify(directory, manifest, rows='all')
+  row_reader.verify(directory, manifest, rows='all')
   assert manifest.settings['heldout_fraction'] == 0.05
   first, last = lines
   assert str(directory) in first and prepare.summary(manifest) in last

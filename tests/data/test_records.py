@@ -14,7 +14,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from maskdiff.data import paths, records
+from maskdiff.data import paths, records, row_reader
 from maskdiff.errors import UserError
 
 ROW_LENGTH = 64
@@ -66,7 +66,9 @@ def data(tmp_path):
 
 
 def source(directory, split='train'):
-  return records.RowSource(directory, records.read_manifest(directory), split)
+  return row_reader.RowSource(
+    directory, records.read_manifest(directory), split
+  )
 
 
 def read_all(directory, split='train'):
@@ -75,7 +77,7 @@ def read_all(directory, split='train'):
 
 
 def verify(directory, **options):
-  records.verify(directory, records.read_manifest(directory), **options)
+  row_reader.verify(directory, records.read_manifest(directory), **options)
 
 
 def unreadable(directory, split='train'):
@@ -458,9 +460,9 @@ def test_manifest_with_another_row_length_is_refused(data):
   manifest = records.read_manifest(data)
   other = dataclasses.replace(manifest, row_length=32)
   with pytest.raises(UserError, match='train-00000.*256 bytes, not 128'):
-    records.RowSource(data, other, 'train')[0]
+    row_reader.RowSource(data, other, 'train')[0]
   with pytest.raises(UserError, match='train-00000.*row 0 has 256 bytes'):
-    records.verify(data, other)
+    row_reader.verify(data, other)
 
 
 def test_shards_are_opened_when_read(data):
@@ -472,7 +474,7 @@ def test_shards_are_opened_when_read(data):
   for _ in range(2):
     with pytest.raises(UserError, match='train-00001.*missing') as e:
       rows[300]
-    assert not isinstance(e.value, records.DamagedRow)
+    assert not isinstance(e.value, row_reader.DamagedRow)
   np.testing.assert_array_equal(rows[0], expected[0])
 
 
@@ -481,7 +483,7 @@ def test_shard_that_lost_its_end_is_not_one_damaged_row(data):
   path.write_bytes(path.read_bytes()[:-1])
   with pytest.raises(UserError, match='train-00000.array_record has') as e:
     source(data)[0]
-  assert not isinstance(e.value, records.DamagedRow)
+  assert not isinstance(e.value, row_reader.DamagedRow)
 
 
 @pytest.mark.parametrize('row', [0, 117, 299])
@@ -489,7 +491,7 @@ def test_one_flipped_bit_damages_one_row(data, row):
   expected = read_all(data)
   damage(data, row)
   (error,) = unreadable(data).values()
-  assert isinstance(error, records.DamagedRow)
+  assert isinstance(error, row_reader.DamagedRow)
   assert f'row {row} of shard {data}/train-00000' in str(error)
   assert '\n' not in str(error)
   rows = source(data)
@@ -572,7 +574,7 @@ def many_shards(directory, number):
   manifest = dataclasses.replace(
     manifest, splits=manifest.splits | {'train': split}
   )
-  return records.RowSource(directory, manifest, 'train')
+  return row_reader.RowSource(directory, manifest, 'train')
 
 
 def test_more_shards_than_files_may_be_open_are_refused(data, limits):
@@ -609,9 +611,9 @@ def test_a_process_without_a_file_limit_has_room(data, limits):
 
 def test_a_read_that_fails_for_a_moment_is_tried_again(data, monkeypatch):
   """As a network file system may; checksums are not waited for."""
-  monkeypatch.setattr(records, '_RETRY_S', (0.0, 0.0))
+  monkeypatch.setattr(row_reader, '_RETRY_S', (0.0, 0.0))
   expected, rows = read_all(data), source(data)
-  reader, failures = records._reader, []
+  reader, failures = row_reader.open_shard, []
 
   class Failing:
     def __init__(self, *args):
@@ -623,12 +625,12 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(data, monkeypatch):
         raise RuntimeError('UNAVAILABLE: Input/output error')
       return self.sound.read(start, stop)
 
-  monkeypatch.setattr(records, '_reader', Failing)
+  monkeypatch.setattr(row_reader, 'open_shard', Failing)
   np.testing.assert_array_equal(rows[3], expected[3])
   assert failures == [3, 3]
   failures.append(None)
-  monkeypatch.setattr(records, '_RETRY_S', (0.0,))
-  with pytest.raises(records.DamagedRow, match='UNAVAILABLE'):
+  monkeypatch.setattr(row_reader, '_RETRY_S', (0.0,))
+  with pytest.raises(row_reader.DamagedRow, match='UNAVAILABLE'):
     rows[4]
 
 
@@ -641,6 +643,6 @@ def test_hosts_divide_the_check_of_the_shards(data):
   for host in range(2):
     if host == number % 2:
       with pytest.raises(UserError, match='train-00001'):
-        records.verify(data, manifest, share=(host, 2))
+        row_reader.verify(data, manifest, share=(host, 2))
     else:
-      records.verify(data, manifest, share=(host, 2))
+      row_reader.verify(data, manifest, share=(host, 2))

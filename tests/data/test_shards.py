@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from maskdiff.data import records, shards, sources
+from maskdiff.data import records, row_reader, shards, sources
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 
@@ -63,7 +63,7 @@ def make(folder, lines, tokenizer, fraction=0.0, row_length=16):
   if shard:
     assert job.shard('train', 7).name == shard.file
     manifest = manifest_of(job, tokenizer, shard)
-    rows = records.RowSource(job.directory, manifest, 'train')
+    rows = row_reader.RowSource(job.directory, manifest, 'train')
     train = np.concatenate([*rows, tail]).tolist()
   return Made(job, shard, train, heldout.tolist(), about)
 
@@ -345,7 +345,7 @@ prepare.prepare(
   row_length=4096, heldout_fraction=0, workers=0, log=lambda line: None,
 )
 taken = (peak() - before) / len(text)
-rows = records.RowSource(
+rows = row_reader.RowSource(
   folder / 'rows', records.read_manifest(folder / 'rows'), 'train'
 )
 back = tok.decode(np.concatenate(list(rows)))

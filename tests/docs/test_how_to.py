@@ -116,9 +116,9 @@ def test_rows_hold_the_text_of_the_new_format(dataset):
   rows = dataset.python(
     """
 import json
-from maskdiff.data import records, tokenizer
+from maskdiff.data import records, row_reader, tokenizer
 manifest = records.read_manifest('data/snippets')
-source = records.RowSource('data/snippets', manifest, 'train')
+source = row_reader.RowSource('data/snippets', manifest, 'train')
 tok = tokenizer.load('data/snippets')
 print(json.dumps([tok.decode(source[i]) for i in range(len(source))]))
 """

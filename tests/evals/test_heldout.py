@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maskdiff import config as config_lib
-from maskdiff.data import records
+from maskdiff.data import records, row_reader
 from maskdiff.errors import UserError
 from maskdiff.evals import heldout
 
@@ -26,7 +26,7 @@ def documents(config, tokenizer):
 
 def texts(corpus, tokenizer, split):
   """Returns the documents of a split, as text; rows cut some into pieces."""
-  source = records.RowSource(corpus, records.read_manifest(corpus), split)
+  source = row_reader.RowSource(corpus, records.read_manifest(corpus), split)
   rows = np.array([source[i] for i in range(len(source))])
   ends = [np.flatnonzero(row == tokenizer.eos_id) + 1 for row in rows]
   return [

@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from maskdiff.data import prepare, records
+from maskdiff.data import prepare, records, row_reader
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIBRARY = pathlib.Path(sysconfig.get_paths()['stdlib'])
@@ -145,7 +145,7 @@ def test_the_source_and_a_summary_are_printed(corpus, undisturbed):
   assert first.startswith(f'{corpus}: 1.') and first.endswith('MB, 12 parts')
   assert last == f'{directory}: {prepare.summary(manifest)}'
   assert len(manifest.splits['train'].shards) == 13
-  records.verify(directory, manifest, rows='all')
+  row_reader.verify(directory, manifest, rows='all')
 
 
 @pytest.fixture(scope='module')

@@ -22,7 +22,7 @@ import tiny
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import checkpoint
 from maskdiff.config.sample import SETTINGS
-from maskdiff.data import pipeline, prepare, records, sources
+from maskdiff.data import pipeline, prepare, records, row_reader, sources
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import load as load_lib
@@ -191,7 +191,7 @@ def test_training_reduces_the_bound(finished):
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(finished, corpus, tokenizer):
-  rows = records.RowSource(corpus, records.read_manifest(corpus), 'heldout')
+  rows = row_reader.RowSource(corpus, records.read_manifest(corpus), 'heldout')
   text = tokenizer.decode(np.concatenate([rows[i] for i in range(len(rows))]))
   bits = finished.result['eval/loss_nats_per_token'] / np.log(2)
   assert finished.result['eval/bits_per_byte'] == pytest.approx(

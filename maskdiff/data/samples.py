@@ -1,0 +1,86 @@
+"""Samples of a fixed number of tokens, read from rows of another length."""
+
+import sys
+import threading
+
+import numpy as np
+
+from maskdiff.data import row_reader
+from maskdiff.errors import UserError
+
+
+def num_samples(rows: int, row_length: int, length: int) -> int:
+  """Samples of `length` tokens in `rows` rows.
+
+  A row makes row_length / length samples, or length / row_length rows make
+  one; rows at the end that make no whole sample are not used.
+
+  Raises:
+    UserError: the one is not a multiple of the other.
+  """
+  if length < 1 or (row_length % length and length % row_length):
+    raise UserError(
+      f'a sequence length of {length} does not fit rows of {row_length} '
+      f'tokens: set --config.data.length to a divisor or a multiple of '
+      f'{row_length}, or prepare the data again with rows of {length}'
+    )
+  return rows * row_length // length
+
+
+class Samples:
+  """The samples of one split, by number."""
+
+  def __init__(self, rows, length: int, max_damaged: int):
+    self._rows, self._length, self._max_damaged = rows, length, max_damaged
+    self._len = num_samples(len(rows), rows.row_length, length)
+    self._damaged, self._lock = set(), threading.Lock()
+
+  def __len__(self) -> int:
+    return self._len
+
+  def read(self, samples: np.ndarray) -> np.ndarray:
+    """Samples [M] as tokens [M, length], in the dtype on disk."""
+    row_length = self._rows.row_length
+    if self._length >= row_length:
+      per_sample = self._length // row_length
+      rows = samples[:, None] * per_sample + np.arange(per_sample)
+      return self._read(rows.ravel()).reshape(len(samples), self._length)
+    per_row = row_length // self._length
+    rows, part = np.divmod(samples, per_row)
+    parts = self._read(rows).reshape(len(samples), per_row, self._length)
+    return parts[np.arange(len(samples)), part]
+
+  def _read(self, rows: np.ndarray) -> np.ndarray:
+    rows = rows.tolist()
+    try:
+      return self._rows.read(rows)
+    except row_reader.DamagedRow:
+      if not self._max_damaged:
+        raise
+      return np.stack([self._row(row) for row in rows])
+
+  def _row(self, row: int) -> np.ndarray:
+    first = row
+    while True:
+      try:
+        return self._rows[row]
+      except row_reader.DamagedRow as e:
+        self._count(row, e)
+        # The same on every host and after every restart.
+        row = (row + 1) % len(self._rows)
+        if row == first:
+          raise
+
+  def _count(self, row: int, error: row_reader.DamagedRow) -> None:
+    with self._lock:
+      known = row in self._damaged
+      if not known and len(self._damaged) == self._max_damaged:
+        raise error
+      self._damaged.add(row)
+    if not known:
+      print(
+        f'damaged row {len(self._damaged)} of at most {self._max_damaged}, '
+        f'the next one is used instead: {error}',
+        file=sys.stderr,
+        flush=True,
+      )
