@@ -6,12 +6,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from maskdiff import config as config_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.planner.parts import model_part, part
-from maskdiff.training import step
+from maskdiff.training import step, train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 FORWARD = 'jit(train_step)/jvp(network(layer: stacked arrays))/while/body/'
@@ -97,21 +98,22 @@ def op_names_of_the_train_step():
   The text is not compiled, so no compilation cache can return old names.
   """
   c = config_lib.default()
-  c.model.update(
-    vocab_size=64, embed=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp=64
+  c.update_from_flattened_dict(
+    tiny.TRAIN_KEYS
+    | {
+      'model.dtype': 'bfloat16',
+      'model.remat': 'full',
+      'train.batch': 4,
+      'train.microbatches': 2,
+    }
   )
-  c.train.update(batch=4, microbatches=2, steps=4)
-  c.optimizer.update(warmup_steps=1, decay_steps=1)
-  c.tokens.update(mask_id=63)
-  c.data.length = 16
-  c.model.remat = 'full'
   s = step.step_config(c)
   optimizer = make_optimizer(
     OptimizerConfig(**c.optimizer), c.train.steps, transformer.axes(s.model)
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(
-    functools.partial(step.init_state, s.model, optimizer), key
+    functools.partial(train_state.init, s.model, optimizer), key
   )
   tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
