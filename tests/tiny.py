@@ -2,7 +2,12 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from maskdiff import config as config_lib
+from maskdiff.model import transformer
 from maskdiff.model.transformer import TransformerConfig
 
 MODEL = TransformerConfig(
@@ -49,8 +54,40 @@ def model(**changes):
   return dataclasses.replace(MODEL, **changes)
 
 
+def strong_params():
+  """Returns parameters of MODEL whose predictions differ between positions.
+
+  Matrices are larger than initial ones; gains are 1.
+  """
+  random = np.random.default_rng(5)
+
+  def draw(axes, x):
+    if 'vocab' not in axes and len(axes) < 3:
+      return jnp.ones(x.shape)
+    return jnp.asarray(random.normal(size=x.shape) / 2, jnp.float32)
+
+  return jax.tree.map(
+    draw,
+    transformer.axes(MODEL),
+    transformer.shapes(MODEL),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
 def config(keys):
   """Returns the default ConfigDict with other values for some keys."""
   c = config_lib.default()
   c.update_from_flattened_dict(keys)
   return c
+
+
+def config_file(path, keys):
+  """Writes a file for --config that sets keys, and returns its path."""
+  path.write_text(
+    'from maskdiff import config\n\n'
+    'def get_config():\n'
+    '  c = config.default()\n'
+    f'  c.update_from_flattened_dict({keys!r})\n'
+    '  return c\n'
+  )
+  return path

@@ -76,14 +76,7 @@ def config(settings):
 @pytest.fixture(scope='module')
 def config_file(settings, tmp_path_factory):
   path = tmp_path_factory.mktemp('config') / 'small.py'
-  path.write_text(
-    'from maskdiff import config\n\n'
-    'def get_config():\n'
-    '  c = config.default()\n'
-    f'  c.update_from_flattened_dict({settings!r})\n'
-    '  return c\n'
-  )
-  return path
+  return tiny.config_file(path, settings)
 
 
 def start(script, *arguments, processes=2, of_process=None):

@@ -45,14 +45,7 @@ def config_file(corpus, tokenizer, tmp_path_factory):
     'data.tokenizer': str(tokenizer.path),
   }
   path = tmp_path_factory.mktemp('config') / 'small.py'
-  path.write_text(
-    'from maskdiff import config\n\n'
-    'def get_config():\n'
-    '  c = config.default()\n'
-    f'  c.update_from_flattened_dict({settings!r})\n'
-    '  return c\n'
-  )
-  return path
+  return tiny.config_file(path, settings)
 
 
 def environ(devices, cache):
