@@ -1,7 +1,7 @@
-"""launch/colab.ipynb in a kernel, its sizes made small by its parameters.
+"""launch/colab.ipynb runs in a kernel, with a tiny model.
 
-Whatever its cells start is real; only installing, mounting and the chips of
-Colab are not here, and the cells that deal with them are run with stand-ins.
+Its cells start the real scripts. The cells that install packages, mount storage
+or depend on the chip run with fakes.
 """
 
 import ast
@@ -69,7 +69,7 @@ def overrides(**changes):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A directory with the functions of some modules in a Parquet file."""
+  """A directory with a Parquet file of the functions of some modules."""
   folder = tmp_path_factory.mktemp('colab')
   files = [ROOT / 'maskdiff' / 'config' / 'keys.py', pathlib.Path(ast.__file__)]
   text = '\n'.join(f.read_text() for f in [*files, pathlib.Path(glob.__file__)])
@@ -81,8 +81,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def kernel(folder, steps):
-  """A client whose kernel has no cell behind it yet; what is started on its
-  process group ends with it."""
+  """A client with a fresh kernel. Its process group ends with it."""
   notebook = nbformat.reads(nbformat.writes(NOTEBOOK), as_version=4)
   parameters = dict(
     CLONE=str(ROOT),
@@ -115,7 +114,7 @@ def kernel(folder, steps):
 
 
 def execute(client, *names):
-  """Runs the named cells, or all; the text that the last one printed."""
+  """Runs the named cells, or all; returns the output of the last."""
   for i, cell in enumerate(client.nb.cells):
     if cell.cell_type == 'code' and (not names or cell.id in names):
       client.execute_cell(cell, i)
@@ -124,7 +123,7 @@ def execute(client, *names):
 
 
 def ask(client, code):
-  """The value of an expression in the kernel."""
+  """Returns the value of an expression in the kernel."""
   cell = nbformat.v4.new_code_cell(f'print(json.dumps({code}))', id='ask')
   client.nb.cells.append(cell)
   client.execute_cell(cell, len(client.nb.cells) - 1)
@@ -138,13 +137,13 @@ def printed(cell):
 
 
 def outputs(cell, kind):
-  """What a cell has shown of a MIME type."""
+  """Returns the outputs of a cell with a MIME type."""
   return [o.data[kind] for o in cell.outputs if kind in o.get('data', {})]
 
 
 @contextlib.contextmanager
 def once(condition, act):
-  """Calls `act` once the condition is true, if it becomes so meanwhile."""
+  """Calls `act` when the condition becomes true within the block."""
 
   def watch():
     while not done.wait(0.05):
@@ -162,25 +161,25 @@ def once(condition, act):
 
 
 def last_step(folder):
-  """The step of the newest row of metrics; 0 if there is none."""
+  """Returns the step of the newest row of metrics, or 0."""
   rows = metrics.read(folder / 'run' / 'metrics.jsonl')
   return rows[-1]['step'] if rows else 0
 
 
 def checkpoints(folder):
-  """The steps of whole checkpoints."""
+  """Returns the steps of complete checkpoints."""
   names = (p.name for p in (folder / 'run' / 'checkpoints').iterdir())
   return sorted(int(name) for name in names if name.isdecimal())
 
 
 @pytest.fixture(scope='module')
 def story(folder):
-  """What a user goes through: a training that fails, the stop button, the same
-  cell again, a machine that is taken away, and all cells on another."""
-  before = 'clone', 'given', 'parameters', 'keep', 'sizes', 'chip', 'data'
+  """A failing run, the stop button, the same cell again, a lost machine, and
+  all cells on a new machine."""
+  first_cells = 'clone', 'given', 'parameters', 'keep', 'sizes', 'chip', 'data'
   story = types.SimpleNamespace(folder=folder)
   with contextlib.suppress(DeadKernelError), kernel(folder, 10**6) as client:
-    execute(client, *before, 'curves', 'draw')
+    execute(client, *first_cells, 'curves', 'draw')
     cells = {cell.id: cell for cell in client.nb.cells}
     ask(client, 'OVERRIDES.append("--config.train.step=1")')
     with pytest.raises(CellExecutionError) as story.failure:
@@ -192,8 +191,8 @@ def story(folder):
     with once(lambda: last_step(folder) > EVERY, stop):
       story.stopped = execute(client, 'train')
     story.saved = checkpoints(folder)[-1]
-    take_away = lambda: os.killpg(group, signal.SIGKILL)
-    with once(lambda: checkpoints(folder)[-1] > story.saved, take_away):
+    kill = lambda: os.killpg(group, signal.SIGKILL)
+    with once(lambda: checkpoints(folder)[-1] > story.saved, kill):
       execute(client, 'train')
   story.newest = checkpoints(folder)[-1]
   story.steps = story.newest + 2 * EVERY
@@ -210,22 +209,22 @@ def story(folder):
 
 
 @pytest.mark.slow
-def test_a_training_that_fails_is_told_with_its_last_lines(story):
+def test_a_failed_run_shows_its_last_lines(story):
   assert "'train.step'" in story.failed
-  assert 'train.steps' in story.failed  # what it may have been meant to be
+  assert 'train.steps' in story.failed  # the suggested key
   assert 'training ended with status 2' in str(story.failure.value)
 
 
 @pytest.mark.slow
-def test_the_stop_button_saves(story):
+def test_the_stop_button_saves_the_state(story):
   assert 'starting from scratch' in story.stopped
   assert f'preempted: step {story.saved} is saved' in story.stopped
 
 
 @pytest.mark.slow
-def test_the_same_cell_again_goes_on_and_so_does_another_machine(story):
-  """The second kernel finds the newest checkpoint of the first, which was
-  killed with its training: steps after it are done again."""
+def test_the_same_cell_resumes_also_on_a_new_machine(story):
+  """The second kernel resumes from the newest checkpoint of the first, which
+  was killed with its training."""
   assert story.newest > story.saved
   text = printed(story.cells['train'])
   assert f'resuming at step {story.newest}\n' in text
@@ -235,9 +234,9 @@ def test_the_same_cell_again_goes_on_and_so_does_another_machine(story):
 
 
 @pytest.mark.slow
-def test_the_curves_are_those_of_the_metrics(story):
-  """Each panel has a line of all rows; the first has the held-out bound and
-  the unigram entropy, too."""
+def test_the_curves_show_the_metrics(story):
+  """Each panel has a line of all rows. The first also has the held-out bound
+  and the unigram entropy."""
   column = lambda name: [r[name] for r in story.rows if name in r]
   for lines, name in zip(
     story.curves,
@@ -253,13 +252,13 @@ def test_the_curves_are_those_of_the_metrics(story):
   assert story.curves[0][-1] == pytest.approx(
     [entropy.unigram_entropy_nats] * 2, abs=1e-3
   )
-  (picture,) = outputs(story.cells['train'], 'image/png')
-  assert base64.b64decode(picture).startswith(b'\x89PNG')
-  assert len(picture) > 20_000  # three empty frames have half of it
+  (image,) = outputs(story.cells['train'], 'image/png')
+  assert base64.b64decode(image).startswith(b'\x89PNG')
+  assert len(image) > 20_000  # three empty frames take half of this
 
 
 @pytest.mark.slow
-def test_the_replay_is_in_the_notebook(story):
+def test_the_replay_is_shown_in_the_notebook(story):
   page = (story.folder / 'run' / 'replay.html').read_text()
   assert page.startswith('<!doctype html>')
   (shown,) = outputs(story.cells['sample'], 'text/html')
@@ -268,8 +267,8 @@ def test_the_replay_is_in_the_notebook(story):
 
 
 @pytest.mark.slow
-def test_the_bound_is_held_against_the_unigram_entropy(story):
-  said = dict(
+def test_the_bound_is_compared_with_the_unigram_entropy(story):
+  shown = dict(
     re.findall(
       r'^(\w+).*? ([-+]?\d+\.\d+)', printed(story.cells['bound']), re.M
     )
@@ -278,7 +277,7 @@ def test_the_bound_is_held_against_the_unigram_entropy(story):
   assert last['step'] == story.steps
   bound = last['eval/loss_nats_per_token']
   entropy = story.curves[0][-1][0]
-  assert said == {
+  assert shown == {
     'bound': f'{bound:.3f}',
     'unigram': f'{entropy:.3f}',
     'difference': f'{entropy - bound:+.3f}',
@@ -297,7 +296,7 @@ def test_questions_and_a_text_are_scored(story):
 
 
 @pytest.mark.slow
-def test_the_planners_figures_are_those_of_the_configs(story):
+def test_the_planned_figures_match_the_configs(story):
   table = [x.split() for x in printed(story.cells['sizes']).splitlines()[1:]]
   assert [row[0] for row in table] == [
     '150m.py:v5e-1',
@@ -305,11 +304,11 @@ def test_the_planners_figures_are_those_of_the_configs(story):
     '1b.py:v6e-1',
     '1b.py:v5e-1',
   ]
-  for config, rows, _, length, used, _, there, speed, hours in table:
+  for config, rows, _, length, used, _, capacity, speed, hours in table:
     module = runpy.run_path(str(ROOT / 'configs' / config.split(':')[0]))
     c = module['get_config'](config.split(':')[1])
     assert (int(rows), int(length)) == (c.train.batch, c.data.length)
-    assert float(used) < float(there)
+    assert float(used) < float(capacity)
     tokens = c.train.steps * c.train.batch * c.data.length
     hours = float(hours.replace(',', ''))
     speed = float(speed.replace(',', ''))
@@ -317,18 +316,18 @@ def test_the_planners_figures_are_those_of_the_configs(story):
 
 
 @pytest.mark.slow
-def test_a_cpu_is_given_the_smallest(story):
+def test_a_cpu_gets_the_smallest_config(story):
   shown = printed(story.cells['chip'])
   assert shown.splitlines()[-1].startswith(
     'cpu, 0.0 GiB for programs: configs/'
   )
 
 
-# Cells that need another machine, with stand-ins for it.
+# Cells that need another machine, with fakes.
 
 
 def play(name, **names):
-  """Runs a cell with these names defined; what it leaves behind."""
+  """Runs a cell with these names defined; returns its namespace."""
   exec(compile(CELLS[name].source, name, 'exec'), names)
   return names
 
@@ -345,7 +344,7 @@ def play(name, **names):
     ('cpu', 0, 'tiny.py'),
   ],
 )
-def test_the_size_suits_the_chip(kind, gib, config):
+def test_the_config_suits_the_chip(kind, gib, config):
   run = lambda *args: f'a warning\n{json.dumps([kind, gib])}\n'
   assert play('chip', run=run, CONFIG='')['CONFIG'] == f'configs/{config}'
   assert play('chip', run=run, CONFIG='mine.py')['CONFIG'] == 'mine.py'
@@ -371,7 +370,7 @@ TPU = {'TPU_ACCELERATOR_TYPE': 'v5e-1'}
     ),
   ],
 )
-def test_what_a_runtime_needs_is_installed(
+def test_install_depends_on_the_runtime(
   files, environment, packages, source, wanted, monkeypatch
 ):
   monkeypatch.setattr(glob, 'glob', lambda p: [f for f in files if p[:-1] in f])
@@ -382,26 +381,26 @@ def test_what_a_runtime_needs_is_installed(
       types.SimpleNamespace(metadata={'Name': name}) for name in packages
     ],
   )
-  there = types.SimpleNamespace(exists=files.__contains__)
-  fake_os = types.SimpleNamespace(environ=environment, path=there)
-  asked = []
+  fake_path = types.SimpleNamespace(exists=files.__contains__)
+  fake_os = types.SimpleNamespace(environ=environment, path=fake_path)
+  commands = []
   play(
     'install',
     os=fake_os,
     SOURCE=source,
     INSTALL=True,
-    run=lambda *args: asked.append(args),
+    run=lambda *args: commands.append(args),
   )
-  assert asked == [
+  assert commands == [
     ('-m', 'pip', 'install', '-q')
     + ('-r', 'requirements.txt', 'matplotlib', *wanted)
   ]
-  for name in re.findall(r'\S+\.txt', ' '.join(asked[0])):
+  for name in re.findall(r'\S+\.txt', ' '.join(commands[0])):
     assert (ROOT / name).exists()
 
 
-def test_a_tokenizer_is_trained_on_text_under_another_name(folder, tmp_path):
-  """TEXT_KEY is for both, the tokenizer and the rows."""
+def test_a_tokenizer_is_trained_on_another_text_key(folder, tmp_path):
+  """TEXT_KEY applies to the tokenizer and to the rows."""
 
   def run(*args):
     command = [sys.executable, *map(str, args)]
@@ -426,7 +425,7 @@ def test_a_tokenizer_is_trained_on_text_under_another_name(folder, tmp_path):
 
 @pytest.fixture
 def colab(monkeypatch):
-  """The module of Colab that mounts a Drive, and says who asked for what."""
+  """A fake google.colab; returns the list of its calls."""
   calls = []
   for name in ('google', 'google.colab'):
     monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -449,18 +448,16 @@ def colab(monkeypatch):
     (False, '/gcs/mine/run', []),
   ],
 )
-def test_drive_and_buckets_are_mounted_in_colab(
-  in_colab, workdir, expected, colab
-):
+def test_colab_mounts_drive_or_the_bucket(in_colab, workdir, expected, colab):
   bash = lambda command, check: colab.append(('bucket', command[-1]))
   fake = types.SimpleNamespace(run=bash)
   play('keep', IN_COLAB=in_colab, WORKDIR=workdir, subprocess=fake)
   assert colab == expected
 
 
-def test_a_bucket_is_mounted_once_and_with_what_is_missing(tmp_path):
-  """The commands of the cell, in a shell whose programs are stand-ins that
-  write down how they were called."""
+def test_a_bucket_is_mounted_once(tmp_path):
+  """Runs the commands of the cell with fake programs that record calls. The
+  first run installs gcsfuse."""
   script = play('keep', IN_COLAB=False, WORKDIR='')['MOUNT']
   assert '/gcs/$0' in script
   script = script.replace('/gcs/', f'{tmp_path}/gcs/')
@@ -469,17 +466,17 @@ def test_a_bucket_is_mounted_once_and_with_what_is_missing(tmp_path):
   programs = tmp_path / 'bin'
   programs.mkdir()
 
-  def stand_in(name, code):
+  def fake(name, code):
     (programs / name).write_text(f'#!/bin/sh\n{code}\n')
     (programs / name).chmod(0o755)
 
-  said = f'echo "$(basename $0) $*" >> {tmp_path}/calls'
-  stand_in('curl', 'echo the key')
-  stand_in('lsb_release', 'echo noble')
-  stand_in('mountpoint', f'test -e {tmp_path}/mounted')
+  record = f'echo "$(basename $0) $*" >> {tmp_path}/calls'
+  fake('curl', 'echo the key')
+  fake('lsb_release', 'echo noble')
+  fake('mountpoint', f'test -e {tmp_path}/mounted')
   install = f'cp {programs}/gcsfuse.later {programs}/gcsfuse'
-  stand_in('apt-get', f'{said}; case "$*" in *install*) {install};; esac')
-  stand_in('gcsfuse.later', f'{said}; touch {tmp_path}/mounted')
+  fake('apt-get', f'{record}; case "$*" in *install*) {install};; esac')
+  fake('gcsfuse.later', f'{record}; touch {tmp_path}/mounted')
   environment = {'PATH': f'{programs}:/usr/bin:/bin'}
   for _ in range(2):
     command = ['bash', '-c', script, 'mine']
@@ -496,7 +493,7 @@ def test_a_bucket_is_mounted_once_and_with_what_is_missing(tmp_path):
   )
 
 
-# What is in the file.
+# The file itself.
 
 
 def test_the_notebook_is_valid_and_has_no_outputs():
@@ -507,7 +504,7 @@ def test_the_notebook_is_valid_and_has_no_outputs():
       ast.parse(cell.source, feature_version=(3, 11))
 
 
-def test_numbers_in_the_text_are_those_of_the_configs():
+def test_numbers_in_the_text_match_the_configs():
   text = '\n'.join(c.source for c in CELLS.values() if c.cell_type != 'code')
 
   def parameters(name, *machine):
@@ -515,7 +512,7 @@ def test_numbers_in_the_text_are_those_of_the_configs():
     model = step.step_config(config(*machine)).model
     return transformer.num_params(model)[0]
 
-  state = 12 * parameters('150m.py')  # and two moments, 4 bytes each
+  state = 12 * parameters('150m.py')  # with two moments, 4 bytes each
   for number in (
     f'{parameters("tiny.py") / 1e6:.1f}M,',
     f'{parameters("150m.py") / 1e6:.0f} million',

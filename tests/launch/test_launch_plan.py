@@ -1,6 +1,6 @@
-"""launch/plan.py with the real TPU compiler, in processes of their own.
+"""launch/plan.py with the TPU compiler, each plan in its own process.
 
-No TPU is needed, but libtpu wants its settings before JAX starts.
+No TPU is needed. libtpu reads its settings when JAX is imported.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ def launch(*args, path=str(ROOT)):
 
 
 def refused(*args, path=str(ROOT)):
-  """The error line of a call that is refused before anything is compiled."""
+  """Returns the error line of a call that fails before compiling."""
   result = forked.run(
     ['launch/plan.py', '--config', 'configs/tiny.py', *args],
     env=ENVIRONMENT | COMPILER_ENVIRONMENT | {'PYTHONPATH': path},
@@ -54,7 +54,7 @@ def refused(*args, path=str(ROOT)):
 
 
 def planned(tmp_path, *args):
-  """The numbers of a plan that fits, and what was printed."""
+  """Returns the numbers of a plan that fits, and the printed table."""
   file = tmp_path / 'plan.json'
   result = launch('--json', str(file), *args)
   assert result.returncode == 0, result.stderr[-4000:]
@@ -62,7 +62,7 @@ def planned(tmp_path, *args):
 
 
 @pytest.mark.parametrize(
-  'args, says',
+  'args, message',
   [
     (['--topology', 'v5x:2x2'], 'give a chip of v4, v5e, v5p, v6e'),
     (['--topology', 'v5p:2x2'], 'a shape of v5p has 3 axes'),
@@ -80,14 +80,14 @@ def planned(tmp_path, *args):
     ),
   ],
 )
-def test_a_bad_argument_is_one_error_line(args, says):
-  assert says in refused(*args)
+def test_a_bad_argument_is_one_error_line(args, message):
+  assert message in refused(*args)
 
 
 @needs_libtpu
 def test_a_mesh_that_does_not_fit_the_topology_is_refused():
   error = refused('--topology', 'v5e:2x4', '--config.mesh.tensor=3')
-  assert 'does not multiply to the 8 devices' in error
+  assert 'is not the number of devices, 8' in error
 
 
 @pytest.mark.parametrize('flag', ['json', 'plot'])
@@ -147,7 +147,7 @@ print(json.dumps({
 
 @pytest.fixture(scope='module')
 def texts():
-  """HLO of one matrix product for several chips, and of a loop of twelve."""
+  """HLO of a matrix product for several chips, and of a loop of twelve."""
   return tpu_compiler.run(COMPILE)
 
 
@@ -158,7 +158,7 @@ def price(text, topology):
 
 
 @needs_libtpu
-def test_a_large_matrix_product_comes_out_near_the_peak(texts):
+def test_a_large_matrix_product_is_priced_near_the_peak(texts):
   for topology, text in texts['products'].items():
     chip, _ = chips.parse_topology(topology)
     share = 2 * 4096**3 / price(text, topology).total_s / chip.peak_flops
@@ -167,8 +167,8 @@ def test_a_large_matrix_product_comes_out_near_the_peak(texts):
 
 
 @needs_libtpu
-def test_cycles_of_a_loop_agree_with_a_simple_count(texts):
-  """The count: all estimates, those of the loop's body twelve times."""
+def test_cycles_of_a_loop_match_a_simple_count(texts):
+  """The count adds all estimates, those of the loop body twelve times."""
   cost = price(texts['loop'], 'v5e:2x4')
   assert [trips for _, trips, _ in cost.loops] in ([12], [11])  # or one peeled
   assert not cost.unresolved
@@ -195,7 +195,7 @@ def test_a_plan_of_sampling(tmp_path):
   assert found.keys() == plan.FIELDS.keys()
   assert (found['mode'], found['status']) == ('sample', 'fits')
   assert found['length'] == 128 + 64
-  # Float32 weights of the model, an eighth on every chip.
+  # Float32 weights, an eighth on each chip.
   weights = 4 * PARAMETERS / 8 / 2**30
   assert weights < found['hbm_arguments_gib'] < 1.1 * weights
   assert found['latency_s'] == pytest.approx(64 * found['step_s'])
@@ -230,28 +230,28 @@ def test_a_plan_of_serving_with_a_cache(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_plan_of_training(tmp_path):
-  picture = tmp_path / 'plan.png'
+  image = tmp_path / 'plan.png'
   plots = importlib.util.find_spec('matplotlib') is not None
   found, text = planned(
     tmp_path,
     '--topology',
     'v5e:2x2',
-    *(['--plot', str(picture)] if plots else []),
+    *(['--plot', str(image)] if plots else []),
     *SMALL,
   )
   assert found.keys() == plan.FIELDS.keys()
   assert (found['status'], found['fits']) == ('fits', True)
   assert found['parameters'] == PARAMETERS
-  # Parameters and two moments in float32, a quarter on every chip.
+  # Parameters and two moments in float32, a quarter on each chip.
   state = 3 * 4 * PARAMETERS / 4 / 2**30
   assert state < found['hbm_arguments_gib'] < 1.1 * state
-  # 32 rows at once in an evaluation, as in the step, but nothing to keep.
+  # An evaluation has 32 rows as the step, but stores no activations.
   total = found['hbm_total_gib']
   assert found['hbm_arguments_gib'] < found['hbm_evaluation_gib'] < total
-  # Half of the 8 x 512 tokens of a chip, and 78, in chunks of 256.
+  # Half of the 8 x 512 tokens of a chip plus 78, in chunks of 256.
   assert found['loss_chunks'] == 9
   assert not any('loop' in w for w in found['warnings'])
-  # The step is its parts, and is slower than the work at the peak.
+  # The step time is the sum of its parts, and slower than at the peak.
   parts = [
     'cycles_s',
     'attention_s',
@@ -279,8 +279,8 @@ def test_a_plan_of_training(tmp_path):
     'loss: logits',
     'optimizer',
   } <= names
-  assert text.count('FITS') == 2  # the step, and an evaluation
-  assert picture.exists() == plots
+  assert text.count('FITS') == 2  # the step and an evaluation
+  assert image.exists() == plots
 
 
 @needs_libtpu
@@ -298,7 +298,7 @@ def test_a_plan_of_two_slices(tmp_path):
   assert (found['chips'], found['num_slices']) == (8, 2)
   between = [c for c in found['collectives'] if c['network'] == 'dcn']
   assert between and all(c['axes'] == 'replica' for c in between)
-  # The gradients of a chip's quarter, at least in bfloat16.
+  # Gradients of a quarter of the parameters, at least in bfloat16.
   assert sum(c['gb'] for c in between) > 2 * PARAMETERS / 4 / 1e9
   assert all(
     c['axes'] == 'fsdp' for c in found['collectives'] if c['network'] == 'ici'
@@ -331,7 +331,7 @@ def test_a_sweep_ranks_what_fits(tmp_path):
   assert {p['status'] for p in rest} == {'does not fit', 'does not compile'}
   over = next(p for p in rest if p['status'] == 'does not fit')
   assert over['hbm_total_gib'] > over['hbm_capacity_gib']
-  assert len(result.stdout.splitlines()) == 4  # a head and three candidates
+  assert len(result.stdout.splitlines()) == 4  # a header and three candidates
 
 
 @needs_libtpu

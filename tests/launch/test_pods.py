@@ -31,7 +31,7 @@ def keep_text(config, target):
   return compiled
 
 plan.compile_train = keep_text
-# The train step alone: tests/launch/test_launch_plan.py plans an evaluation.
+# Only the train step: test_launch_plan.py plans an evaluation.
 plan._evaluation = lambda *args: {}
 print(json.dumps({'plan': plan.plan(config, topology), 'hlo': texts[0]}))
 """
@@ -56,14 +56,14 @@ def test_8b_fits_64_chips_of_v5p():
   assert not re.search(r'\[(4,4096|16384),126464\]', hlo)
   # No attention scores.
   assert '4096,4096,4096]' not in hlo and '[4,32,4096,4096]' not in hlo
-  # A layer runs its attention kernel once forward and once backward.
+  # Each layer runs its attention kernel once forward and once backward.
   kernels = [o for o in plan['operations'] if 'attention kernel' in o['part']]
   assert sorted((o['part'], o['count']) for o in kernels) == [
     ('attention kernel backward', 32 * parts),
     ('attention kernel forward', 32 * parts),
   ]
 
-  # Gradients are reduce-scattered, and weights gathered, beside the products.
+  # Gradients are reduce-scattered and weights gathered during the products.
   moved = {}
   for c in plan['collectives']:
     assert c['axes'] == 'fsdp', c
@@ -75,7 +75,7 @@ def test_8b_fits_64_chips_of_v5p():
       assert c['count'] == 2 * parts
   assert moved['all-gather']['sync'] == moved['reduce-scatter']['sync'] == 0
   assert moved['all-reduce']['gb'] < 0.01 * parts
-  # Every weight once as bfloat16; the vocabulary's two matrices as float32.
+  # Each weight once in bfloat16; the two vocabulary matrices in float32.
   vocabulary = 2 * 126_464 * 4096
   inner = plan['parameters'] - vocabulary
   expected = parts * (2 * inner + 4 * vocabulary) * 63 / 64 / 1e9
