@@ -78,7 +78,7 @@ def test_map_names_every_module():
       names = line.partition(':')[2].split()
       listed |= {(room, name) for name in names}
     elif line.startswith('  '):
-      cells = line[2:20], line[65:83]
+      cells = line[2:22], line[65:85]
       listed |= {(room, c.strip()) for c in cells if c.strip()}
   modules = {
     (path.parent.name, path.stem)
