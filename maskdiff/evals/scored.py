@@ -216,7 +216,9 @@ def greedy(lines, tokenizer, context, matches):
   """Checks whether greedy decoding gives the answers, token for token.
 
   Args:
-    lines, tokenizer, context: as for `bound`.
+    lines: as for `bound`.
+    tokenizer: as for `bound`.
+    context: as for `bound`.
     matches: function from queries.Answers to [B] bool.
 
   Returns:

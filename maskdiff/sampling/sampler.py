@@ -147,7 +147,11 @@ def window_step(network, c, shape, carry, use_cache, cache, layout):
   """A denoising step by a pass over a window, beside a cache.
 
   Args:
-    network, c, shape, carry, layout: as for `run_round`.
+    network: as for `run_round`.
+    c: as for `run_round`.
+    shape: as for `run_round`.
+    carry: as for `run_round`.
+    layout: as for `run_round`.
     use_cache: [B] bool, the rows that take the step.
     cache: from `canvas_step`.
 
