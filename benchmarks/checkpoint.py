@@ -38,7 +38,7 @@ from maskdiff.checkpoints.fingerprint import fingerprints
 from maskdiff.checkpoints.manifest import Meta
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
-from maskdiff.training import optimizer
+from maskdiff.training import optimizer, train_state
 from maskdiff.training import step as step_lib
 
 LAYERS = 12
@@ -87,7 +87,7 @@ def train_step_s(rounds, rows=2, length=256):
   tokens = np.full((rows, length), 9, np.int32)
   key, times = jax.random.key(0), []
   with jax.set_mesh(mesh):
-    state = jax.jit(functools.partial(step_lib.init_state, c.model, tx))(key)
+    state = jax.jit(functools.partial(train_state.init, c.model, tx))(key)
     update = step_lib.compile_train_step(c, tx, mesh)
     for _ in range(rounds + 1):
       began = time.perf_counter()

@@ -25,6 +25,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.objectives.table import make_canvas
 from maskdiff.training import step as step_lib
+from maskdiff.training import train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 BATCH, LENGTH = 16, 128
@@ -99,7 +100,7 @@ def plain_step(c, optimizer, state, tokens, key):
   )
   params = optax.apply_updates(state.params, updates)
   metrics = total, optax.tree.norm(gradients)
-  state = step_lib.TrainState(state.step + 1, params, opt_state, state.guard)
+  state = train_state.TrainState(state.step + 1, params, opt_state, state.guard)
   return state, metrics
 
 
@@ -146,8 +147,8 @@ def compare(mesh, vocab_size, rounds):
     mesh_lib.batch_sharding(mesh),
   )
   key = jax.random.key(0)
-  shardings = step_lib.state_shardings(c.model, optimizer, mesh)
-  init = functools.partial(step_lib.init_state, c.model, optimizer)
+  shardings = train_state.shardings(c.model, optimizer, mesh)
+  init = functools.partial(train_state.init, c.model, optimizer)
   steps, metrics, memory = {}, {}, {}
   for name in ('masked-only', 'dense', 'plain'):
     loss = step_lib.canvas_loss if name == 'masked-only' else dense_canvas_loss

@@ -40,7 +40,7 @@ def open_run(workdir):
 def newest(checkpointer, targets_of):
   """Restores the newest undamaged step.
 
-  Damaged steps are moved aside, or passed over if the checkpointer is
+  Damaged steps are moved aside, or skipped if the checkpointer is
   read-only. A warning on standard error names each one.
 
   Args:
@@ -69,12 +69,12 @@ def newest(checkpointer, targets_of):
       except Damaged as error:  # raised in all processes alike
         reason = str(error)
     reasons.append(f'{step}: {reason or "another process cannot read it"}')
-    where = 'passed over'
+    action = 'skipped'
     if not checkpointer.read_only:
-      where = f'moved to {checkpointer.move_aside(step)}'
+      action = f'moved to {checkpointer.move_aside(step)}'
     if jax.process_index() == 0:
       print(
-        f'warning: checkpoint {path} is damaged and {where}: {reasons[-1]}',
+        f'warning: checkpoint {path} is damaged and {action}: {reasons[-1]}',
         file=sys.stderr,
         flush=True,
       )

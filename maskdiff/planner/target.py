@@ -25,7 +25,7 @@ from maskdiff.model import transformer
 from maskdiff.planner.hlo_collectives import Machine
 from maskdiff.sampling import sampler
 from maskdiff.sampling.request import Request, begin, sampler_config
-from maskdiff.training import evaluation, step
+from maskdiff.training import evaluation, step, train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -140,7 +140,7 @@ def compile_train(config, target):
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(
-    functools.partial(step.init_state, c.model, optimizer), key
+    functools.partial(train_state.init, c.model, optimizer), key
   )
   tokens = jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32)
   train_step = step.compile_train_step(c, optimizer, target.mesh)

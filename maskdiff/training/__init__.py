@@ -4,6 +4,7 @@
 - `run_setup`: opens what a run reads from its config and never changes.
 - `resume`: restores the newest checkpoint, or makes the state of a new run.
 - `step`: train step and evaluation step, pure functions of arrays.
+- `train_state`: the state that a train step changes.
 - `optimizer`: AdamW and learning-rate schedules.
 - `guard`: decides which updates to skip: loss spikes, not finite.
 - `inputs`: tokenizer, datasets and batches of a config.

@@ -187,7 +187,7 @@ def _stop_if_preempted(preemption, ledger, done):
 
   Args:
     preemption: Preemption.
-    ledger: Ledger, which is told that the run makes progress.
+    ledger: Ledger; its timer for stalls is reset.
     done: number of steps done.
   """
   ledger.beat()

@@ -17,8 +17,8 @@ from maskdiff.checkpoints import manifest, restore
 from maskdiff.distributed import consensus, runtime
 from maskdiff.errors import UserError
 from maskdiff.interop import load
-from maskdiff.training import step as step_lib
-from maskdiff.training.step import TrainState
+from maskdiff.training import train_state
+from maskdiff.training.train_state import TrainState
 
 FIXED = ('model', 'objective', 'tokens')
 # The result of a step does not depend on these keys, except for rounding.
@@ -85,7 +85,7 @@ def restore_or_init(config, setup, key, checkpointer):
       all checkpoints are damaged; or config.init_from has another model.
   """
   optimizer, shardings = setup.optimizer, setup.shardings
-  init = functools.partial(step_lib.init_state, setup.c.model, optimizer)
+  init = functools.partial(train_state.init, setup.c.model, optimizer)
   targets = restore.targets(jax.eval_shape(init, key), shardings)
 
   def targets_of(step, meta):
@@ -99,11 +99,9 @@ def restore_or_init(config, setup, key, checkpointer):
   if found is None and config.init_from:
     params = load.warm_start(config, setup.mesh)
     runtime.print_once(f'parameters are those of {config.init_from}')
-    start_state = functools.partial(step_lib.start_state, optimizer)
-    start_state = jax.jit(
-      start_state, out_shardings=shardings, donate_argnums=0
-    )
-    return start_state(params), Start()
+    make_state = functools.partial(train_state.from_params, optimizer)
+    make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
+    return make_state(params), Start()
   if found is None:
     return jax.jit(init, out_shardings=shardings)(key), Start()
   step, meta, (params, opt_state, guard) = found

@@ -10,10 +10,11 @@ from maskdiff.data import pipeline
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
-from maskdiff.training import evaluation, inputs, resume
+from maskdiff.training import evaluation, inputs, resume, train_state
 from maskdiff.training import step as step_lib
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
-from maskdiff.training.step import StepConfig, TrainState
+from maskdiff.training.step import StepConfig
+from maskdiff.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def open_setup(config):
     config.train.steps,
     transformer.axes(c.model),
   )
-  shardings = step_lib.state_shardings(c.model, optimizer, mesh)
+  shardings = train_state.shardings(c.model, optimizer, mesh)
   eval_datasets = datasets
   if config.eval.path:
     eval_datasets = inputs.open_data(config, tokenizer, config.eval.path)

@@ -12,39 +12,17 @@ from jax.sharding import PartitionSpec as P
 from maskdiff.distributed import compiler
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.mesh import BATCH_AXES
-from maskdiff.model import transformer
 from maskdiff.model.transformer import TransformerConfig, bind
 from maskdiff.objectives.canvas import ObjectiveConfig, canvas_loss
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.objectives.table import make_canvas
 from maskdiff.training import guard as guard_lib
-from maskdiff.training import optimizer as optimizer_lib
+from maskdiff.training import train_state
 from maskdiff.training.guard import GuardConfig
+from maskdiff.training.train_state import TrainState
 
 # Losses are also summed by the mask ratio of the row, in equal buckets.
 RATIO_BUCKETS = 5
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['step', 'params', 'opt_state', 'guard'],
-  meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-  """Everything that a train step changes.
-
-  Attributes:
-    step: int32 scalar, number of batches processed.
-    params: parameter tree, float32.
-    opt_state: optax state; its count leaves out skipped updates.
-    guard: state of the spike guard, see guard.py.
-  """
-
-  step: jax.Array
-  params: dict
-  opt_state: tuple
-  guard: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,42 +258,6 @@ def split_rows(tree, parts):
   return jax.tree.map(split, tree)
 
 
-def state_shardings(c, optimizer, mesh):
-  """Returns a TrainState of shardings.
-
-  Args:
-    c: TransformerConfig.
-    optimizer: from make_optimizer.
-    mesh: device mesh.
-  """
-  shapes = transformer.shapes(c)
-  params = mesh_lib.param_shardings(mesh, transformer.axes(c), shapes)
-  replicated = mesh_lib.replicated(mesh)
-  opt_state = optimizer_lib.state_shardings(
-    optimizer, shapes, params, replicated
-  )
-  guard = jax.tree.map(lambda _: replicated, jax.eval_shape(guard_lib.init))
-  return TrainState(replicated, params, opt_state, guard)
-
-
-def init_state(c, optimizer, key):
-  """Returns a TrainState with random parameters; jit it with out_shardings.
-
-  Args:
-    c: TransformerConfig.
-    optimizer: from make_optimizer.
-    key: PRNG key.
-  """
-  return start_state(optimizer, transformer.init(c, key))
-
-
-def start_state(optimizer, params):
-  """Returns the TrainState at step 0 with these parameters."""
-  return TrainState(
-    jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.init()
-  )
-
-
 def compile_train_step(c, optimizer, mesh):
   """Jits `train_step` with shardings. The state is donated.
 
@@ -327,7 +269,7 @@ def compile_train_step(c, optimizer, mesh):
   Returns:
     Function of (TrainState, tokens, key).
   """
-  states = state_shardings(c.model, optimizer, mesh)
+  states = train_state.shardings(c.model, optimizer, mesh)
   replicated = mesh_lib.replicated(mesh)
   return jax.jit(
     functools.partial(train_step, c, optimizer),

@@ -24,7 +24,7 @@ from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import transformer
 from maskdiff.model.transformer import TransformerConfig
-from maskdiff.training import optimizer, step
+from maskdiff.training import optimizer, train_state
 from maskdiff.training.optimizer import OptimizerConfig
 
 MODEL = TransformerConfig(
@@ -76,12 +76,12 @@ def make_mesh(name):
 
 
 def shapes():
-  init = functools.partial(step.init_state, MODEL, OPTIMIZER)
+  init = functools.partial(train_state.init, MODEL, OPTIMIZER)
   return jax.eval_shape(init, jax.random.key(0))
 
 
 def targets(mesh_name):
-  shardings = step.state_shardings(MODEL, OPTIMIZER, make_mesh(mesh_name))
+  shardings = train_state.shardings(MODEL, OPTIMIZER, make_mesh(mesh_name))
   return restore_lib.targets(shapes(), shardings)
 
 
@@ -671,8 +671,8 @@ def test_read_only_restore_skips_damaged_steps(steps, capsys):
   assert number == 20
   assert tree_of_files(steps.parent) == before
   first, second = capsys.readouterr().err.splitlines()
-  assert f'{steps}/40 is damaged and passed over' in first
-  assert f'{steps}/30 is damaged and passed over' in second
+  assert f'{steps}/40 is damaged and skipped' in first
+  assert f'{steps}/30 is damaged and skipped' in second
 
 
 def test_read_only_restore_fails_if_all_steps_are_damaged(steps):

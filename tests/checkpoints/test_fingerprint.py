@@ -81,7 +81,7 @@ def test_fingerprint_is_stable_across_versions():
 )
 def test_fingerprint_does_not_depend_on_the_mesh(shape, dtype):
   x = noise(shape, dtype)
-  alone = int(fingerprint(x))
+  expected = int(fingerprint(x))
   for sizes, spec in [
     ((8, 1), P('a')),
     ((8, 1), P(None, 'a')),
@@ -98,21 +98,21 @@ def test_fingerprint_does_not_depend_on_the_mesh(shape, dtype):
       devices=jax.devices()[: sizes[0] * sizes[1]],
     )
     placed = jax.device_put(x, NamedSharding(mesh, spec))
-    assert int(fingerprints([placed])[0]) == alone, (sizes, spec)
+    assert int(fingerprints([placed])[0]) == expected, (sizes, spec)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'int8'])
 def test_flipped_bit_changes_the_fingerprint(dtype):
   x = noise((64, 40), dtype)
   take = jax.jit(fingerprint)
-  whole = int(take(x))
+  original = int(take(x))
   random = np.random.default_rng(1)
   for _ in range(200):
     damaged = x.copy()
     bits = bits_of(damaged).reshape(-1)
     at = random.integers(bits.size)
     bits[at] ^= bits.dtype.type(1 << random.integers(8 * x.dtype.itemsize))
-    assert int(take(damaged)) != whole
+    assert int(take(damaged)) != original
 
 
 def test_any_change_of_an_element_changes_the_fingerprint():
@@ -144,12 +144,12 @@ def test_swapped_elements_change_the_fingerprint(dtype):
   """Values are few and small, as in counters and masks."""
   x = np.random.default_rng(0).integers(2, size=(16, 32)).astype(dtype)
   take = jax.jit(fingerprint)
-  whole, random = int(take(x)), np.random.default_rng(1)
+  original, random = int(take(x)), np.random.default_rng(1)
   for _ in range(100):
     a, b = (tuple(random.integers((16, 32))) for _ in range(2))
     swapped = x.copy()
     swapped[a], swapped[b] = x[b], x[a]
-    assert (int(take(swapped)) != whole) == (x[a] != x[b])
+    assert (int(take(swapped)) != original) == (x[a] != x[b])
 
 
 def test_signed_zeros_and_nans_have_different_fingerprints():

@@ -19,7 +19,7 @@ import pytest
 from maskdiff import config as config_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
-from maskdiff.training import evaluation, step
+from maskdiff.training import evaluation, step, train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 STATES, FIRST_ID = 12, 5  # ids below FIRST_ID are special
@@ -89,8 +89,8 @@ def trained_bound(objective):
   rng = np.random.default_rng(1)
   batch = lambda rng, rows: jax.device_put(chain.sample(rng, rows), sharding)
   key = jax.random.key(0)
-  shardings = step.state_shardings(c.model, optimizer, mesh)
-  init = functools.partial(step.init_state, c.model, optimizer)
+  shardings = train_state.shardings(c.model, optimizer, mesh)
+  init = functools.partial(train_state.init, c.model, optimizer)
   train_step = step.compile_train_step(c, optimizer, mesh)
   with jax.set_mesh(mesh):
     state = jax.jit(init, out_shardings=shardings)(key)

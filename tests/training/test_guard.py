@@ -35,9 +35,9 @@ def usual(count=WINDOW):
 
 @pytest.mark.parametrize('sigmas', [0.0, 6.0])
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('where', ['loss', 'norm'])
-def test_nonfinite_values_are_refused_and_not_recorded(sigmas, bad, where):
-  step = (bad, 1.0) if where == 'loss' else (5.0, bad)
+@pytest.mark.parametrize('name', ['loss', 'norm'])
+def test_nonfinite_values_are_refused_and_not_recorded(sigmas, bad, name):
+  step = (bad, 1.0) if name == 'loss' else (5.0, bad)
   for before in ([], usual(3), usual()):
     verdicts, state = run([*before, step], sigmas)
     assert verdicts == [True] * len(before) + [False]

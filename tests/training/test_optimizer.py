@@ -220,11 +220,13 @@ def test_bfloat16_moments_are_rounded_once_per_step():
     )
     start = tuple(widened if hasattr(s, 'mu') else s for s in reference)
     _, expected = exact.update(draw(1, n), start, params)
-    for kept, full in zip(adam(state)[1:], adam(expected)[1:], strict=True):
-      assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype('bfloat16')}
+    for stored, full in zip(adam(state)[1:], adam(expected)[1:], strict=True):
+      assert {x.dtype for x in jax.tree.leaves(stored)} == {
+        jnp.dtype('bfloat16')
+      }
       jax.tree.map(
         lambda k, f: np.testing.assert_array_equal(k, f.astype('bfloat16')),
-        kept,
+        stored,
         full,
       )
 

@@ -16,6 +16,7 @@ from maskdiff.objectives import masked_diffusion, table
 from maskdiff.objectives.canvas import ObjectiveConfig
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.training import guard, optimizer, step
+from maskdiff.training import train_state as state_lib
 from maskdiff.training.guard import GuardConfig
 from maskdiff.training.optimizer import OptimizerConfig
 
@@ -102,7 +103,9 @@ def initial_state(tx, std=0.2):
   zeros = jax.tree.map(
     lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, params)
   )
-  return step.TrainState(np.zeros((), np.int32), params, zeros, guard.init())
+  return state_lib.TrainState(
+    np.zeros((), np.int32), params, zeros, guard.init()
+  )
 
 
 @dataclasses.dataclass
@@ -124,7 +127,7 @@ def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
   out = Run([], [], [], [])
   with jax.set_mesh(m):
     state = jax.device_put(
-      initial_state(tx, std), step.state_shardings(MODEL, tx, m)
+      initial_state(tx, std), state_lib.shardings(MODEL, tx, m)
     )
     update = step.compile_train_step(c, tx, m)
     tokens = jax.device_put(make_tokens(), mesh.batch_sharding(m))
@@ -178,7 +181,7 @@ def dense_loss(params, canvas):
 
 def test_init_state_has_step_0_and_zero_moments():
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
-  init = functools.partial(step.init_state, MODEL, tx)
+  init = functools.partial(state_lib.init, MODEL, tx)
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   state = jax.eval_shape(init, jax.random.key(0))
   assert describe(state) == describe(initial_state(tx))
@@ -358,10 +361,10 @@ def test_nonfinite_gradient_changes_only_the_step_count(
   mesh_name, microbatches, monkeypatch
 ):
   """The steps before and after it are applied."""
-  whole = step.batch_gradients
+  original = step.batch_gradients
 
   def poisoned(c, params, tokens, key):
-    gradients, sums = whole(c, params, tokens, key)
+    gradients, sums = original(c, params, tokens, key)
     bad = jnp.where(tokens[0, 0] == 31, jnp.nan, 0)
     head = {'norm': gradients['norm'].at[3].add(bad)}
     return gradients | head, sums
@@ -375,9 +378,7 @@ def test_nonfinite_gradient_changes_only_the_step_count(
     place = lambda tokens: jax.device_put(tokens, mesh.batch_sharding(m))
     good, bad = make_tokens(), make_tokens()
     bad[0, 0] = 31
-    state = jax.device_put(
-      initial_state(tx), step.state_shardings(MODEL, tx, m)
-    )
+    state = jax.device_put(initial_state(tx), state_lib.shardings(MODEL, tx, m))
     state, _ = update(state, place(good), jax.random.key(KEY))
     before = jax.tree.map(np.asarray, state)
     state, metrics = jax.block_until_ready(
