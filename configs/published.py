@@ -11,14 +11,14 @@ rates and lengths are starting points to tune.
 
 from maskdiff.config import default
 from maskdiff.errors import UserError
-from maskdiff.interop import hf
+from maskdiff.interop import hf, hf_tokenizer
 
 
 def get_config(folder=''):
   if not folder:
     raise UserError('name the folder: --config configs/published.py:DIR')
   published = hf.open_folder(folder)
-  tokenizer = hf.open_tokenizer(published)
+  tokenizer = hf_tokenizer.open_tokenizer(published)
   if tokenizer is None:
     raise UserError(f'{folder} has no tokenizer')
   c = default()

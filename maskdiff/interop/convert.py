@@ -27,7 +27,14 @@ from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import families, hf, load, reference, safetensors
+from maskdiff.interop import (
+  families,
+  hf,
+  hf_tokenizer,
+  load,
+  reference,
+  safetensors,
+)
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.interop.leaves import Leaf
 from maskdiff.model import masks, transformer
@@ -62,7 +69,7 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
   notes = list(published.notes)
   tokenizer = None
   if with_tokenizer:
-    tokenizer = hf.open_tokenizer(published, mask_id)
+    tokenizer = hf_tokenizer.open_tokenizer(published, mask_id)
     if tokenizer is None:
       notes.append(f'{folder} has no tokenizer: converted the weights only')
   config = hf.run_config(published, tokenizer)
@@ -129,10 +136,10 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
     )
     with new_directory(folder) as new:
       tokenizer = None
-      if hf.has_tokenizer(workdir):
+      if hf_tokenizer.has_tokenizer(workdir):
         tokenizer = tokenizer_lib.load(workdir)
       if os.path.isdir(published_files):
-        leave_out = hf.TOKENIZERS if tokenizer else ()
+        leave_out = hf_tokenizer.TOKENIZERS if tokenizer else ()
         hf.copy_published_files(published_files, new, leave_out)
       if written != original:
         path = os.path.join(new, families.CONFIG)

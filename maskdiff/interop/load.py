@@ -11,7 +11,7 @@ from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import families, hf
+from maskdiff.interop import families, hf, hf_tokenizer
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import transformer
 from maskdiff.model.network import Network
@@ -47,7 +47,7 @@ def load(workdir, tensor=1, dtype=None):
     tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
     return config, tokenizer, params, mesh
   published = hf.open_folder(workdir)
-  tokenizer = hf.open_tokenizer(published)
+  tokenizer = hf_tokenizer.open_tokenizer(published)
   if tokenizer is None:
     raise UserError(
       f'{workdir} has no tokenizer: put tokenizer.json and '

@@ -110,9 +110,7 @@ GAP = {'prompt': 'def ', 'answer': 'read', 'suffix': '(self): café'}
 
 
 @pytest.mark.parametrize('task', ['bound', 'choices', 'greedy'])
-def test_suffix_is_given_and_not_scored(
-  write, score, scored, tokenizer, task
-):
+def test_suffix_is_given_and_not_scored(write, score, scored, tokenizer, task):
   """The answer is encoded separately: its tokens are those of its text."""
   line, answers = GAP, [' read']
   if task == 'choices':

@@ -60,7 +60,7 @@ def test_golden_logits_before_and_after_conversion(name, tmp_path):
   convert.from_hf(folder, workdir)
   with np.load(GOLDEN / 'forward.npz') as arrays:
     of = name.removesuffix('_sharded')
-    ids, wanted = (arrays[f'{of}.plain_{k}'] for k in ('ids', 'logits'))
+    ids, expected = (arrays[f'{of}.plain_{k}'] for k in ('ids', 'logits'))
   mesh = mesh_lib.make_mesh()
   for source in (folder, workdir):
     config, params = load.load_params(source, mesh)
@@ -68,9 +68,9 @@ def test_golden_logits_before_and_after_conversion(name, tmp_path):
     assert model_config.dtype == 'float32'
     with jax.set_mesh(mesh):
       found = logits(model_config, params, ids)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
   published = hf.open_folder(folder)
-  for row, of_row in zip(ids, wanted, strict=True):
+  for row, of_row in zip(ids, expected, strict=True):
     np.testing.assert_allclose(
       reference.logits(published, row), of_row, rtol=0, atol=2e-4
     )

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy as original
 
 from maskdiff.errors import UserError
-from maskdiff.interop import hf, safetensors
+from maskdiff.interop import hf, hf_tokenizer, safetensors
 
 Q1 = 'model.transformer.blocks.1.q_proj.weight'
 
@@ -135,7 +135,7 @@ def test_constant_tensors_are_ignored(tmp_path):
 
 
 def test_token_ids_match_config_and_tokenizer(folder):
-  tokenizer = hf.open_tokenizer(hf.open_folder(folder))
+  tokenizer = hf_tokenizer.open_tokenizer(hf.open_folder(folder))
   ids = tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id
   assert ids == (258, 256, 257)
   config = hf.run_config(hf.open_folder(folder), tokenizer)
@@ -148,7 +148,9 @@ def test_missing_mask_id_becomes_an_unused_id(tmp_path):
   folder = published_folders.make(tmp_path / 'in', 'qwen2')
   path = folder / 'tokenizer.json'
   path.write_text(path.read_text().replace('<|mdm_mask|>', '<|fim|>'))
-  open_ = lambda **kwargs: hf.open_tokenizer(hf.open_folder(folder), **kwargs)
+  open_ = lambda **kwargs: hf_tokenizer.open_tokenizer(
+    hf.open_folder(folder), **kwargs
+  )
   assert open_().mask_id == 259  # the first row after the tokenizer's ids
   assert open_(mask_id=270).mask_id == 270
   with pytest.raises(
@@ -161,7 +163,7 @@ def test_missing_mask_id_becomes_an_unused_id(tmp_path):
 
 def test_eos_from_a_list_is_the_tokenizers(folder):
   change_config(folder, eos_token_id=[256, 257])
-  assert hf.open_tokenizer(hf.open_folder(folder)).eos_id == 257
+  assert hf_tokenizer.open_tokenizer(hf.open_folder(folder)).eos_id == 257
 
 
 WRONG_TOKENIZERS = {
@@ -193,13 +195,13 @@ WRONG_TOKENIZERS = {
 def test_tokenizer_of_another_model_is_named(folder, change, message):
   change(folder)
   with pytest.raises(UserError, match=message):
-    hf.open_tokenizer(hf.open_folder(folder))
+    hf_tokenizer.open_tokenizer(hf.open_folder(folder))
 
 
 def test_folder_without_a_tokenizer_opens(tmp_path):
   folder = published_folders.make(tmp_path / 'in', tokenizer=False)
   published = hf.open_folder(folder)
-  assert hf.open_tokenizer(published) is None
+  assert hf_tokenizer.open_tokenizer(published) is None
   config = hf.run_config(published, None)
   assert dict(config.tokens) == published_folders.TOKENS
 

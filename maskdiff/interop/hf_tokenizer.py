@@ -1,0 +1,105 @@
+"""The tokenizer of a Hugging Face folder, with the ids of its config.json."""
+
+import os
+
+from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.errors import UserError
+from maskdiff.interop import families
+
+# A folder with neither file has no tokenizer.
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+
+
+def open_tokenizer(published, mask_id=None):
+  """Loads the tokenizer of a folder, with the token ids of its config.json.
+
+  Args:
+    published: hf.Published.
+    mask_id: replaces the mask id of the folder.
+
+  Returns:
+    data.tokenizer.Tokenizer with all ids; None if the folder has no tokenizer.
+
+  Raises:
+    UserError: the kind of tokenizer is not supported, or the tokenizer does not
+      fit the model.
+  """
+  folder = published.folder
+  if not has_tokenizer(folder):
+    return None
+  tokenizer = tokenizer_lib.load(folder)
+  config = os.path.join(folder, families.CONFIG)
+  embed = published.tensors[published.family.names['embed']]
+  if tokenizer.vocab_size > embed.shape[0]:
+    raise UserError(
+      f'{tokenizer.path} has {tokenizer.vocab_size} ids, but {embed} has '
+      f'{embed.shape[0]} rows: it is not the tokenizer of this model'
+    )
+  ids = {
+    name: token_id(published.config, name.replace('_id', '_token_id'), known)
+    for name, known in (
+      ('bos_id', tokenizer.bos_id),
+      ('eos_id', tokenizer.eos_id),
+    )
+  }
+  for name, i in ids.items():
+    if i is not None and not (
+      i < tokenizer.vocab_size and not tokenizer.pieces[i]
+    ):
+      raise UserError(
+        f'{config}: {name.replace("_id", "_token_id")}={i} is not a special '
+        f'token of {tokenizer.path}, which has {tokenizer.vocab_size} ids: it '
+        'is not the tokenizer of this model'
+      )
+  if ids['bos_id'] is None:
+    ids['bos_id'] = ids['eos_id']
+  mask = published.config.get('mask_token_id') if mask_id is None else mask_id
+  mask = tokenizer.mask_id if mask is None else mask
+  if mask is None:
+    mask = _spare_id(tokenizer, embed.shape[0], ids, config)
+  if not 0 <= mask < embed.shape[0]:
+    raise UserError(
+      f'mask_id={mask} is not a row of {embed}, which has {embed.shape[0]}'
+    )
+  return tokenizer_lib.with_ids(tokenizer, mask_id=mask, **ids)
+
+
+def token_id(config, key, preferred):
+  """Returns a token id of config.json, which may list several.
+
+  Args:
+    config: dict, contents of config.json.
+    key: such as 'eos_token_id'.
+    preferred: the id to return if it is listed, or if the key is missing.
+  """
+  value = config.get(key)
+  if isinstance(value, list):
+    return preferred if preferred in value else next(iter(value), preferred)
+  return preferred if value is None else value
+
+
+def has_tokenizer(folder):
+  """Returns whether a folder has the files of a tokenizer."""
+  return any(os.path.exists(os.path.join(folder, n)) for n in TOKENIZERS)
+
+
+def _spare_id(tokenizer, rows, ids, config):
+  """Returns a mask id for a network without one: an id that no text uses.
+
+  Args:
+    tokenizer: data.tokenizer.Tokenizer.
+    rows: number of rows of the embedding.
+    ids: dict of the other special ids.
+    config: path of config.json, for error messages.
+  """
+  if rows > tokenizer.vocab_size:
+    return tokenizer.vocab_size
+  used = {tokenizer.pad_id, *ids.values()}
+  free = [i for i, piece in enumerate(tokenizer.pieces) if not piece]
+  free = [i for i in free if i not in used]
+  if not free:
+    raise UserError(
+      f'{config} has no mask_token_id, and {tokenizer.path} has no unused '
+      'special token: add a row to the embedding'
+    )
+  return free[-1]
