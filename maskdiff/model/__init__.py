@@ -1,10 +1,10 @@
 """The network.
 
 - transformer: the Transformer, its config, and its parameters as a tree.
-- network: a trained network as one value.
+- network: config, parameters and token ids of a trained network.
 - layers: the parts of a layer as functions.
-- masks: who may attend to whom.
-- attention: attention on CPU, TPU and GPU; splash: the kernel for TPU.
-- cached_attention: attention of a window to a KV cache.
+- masks: labels of positions and the visibility rule of attention.
+- attention: attention on CPU, TPU and GPU; splash: the TPU kernel.
+- cached_attention: attention of a window to itself and a KV cache.
 - cross_entropy: the loss, without logits of unmasked positions.
 """

@@ -25,9 +25,9 @@ from maskdiff.model import masks
 from maskdiff.model import splash as splash_lib
 from maskdiff.model.splash import RESIDUALS
 
-# By the first word of the device kind; that of older NVIDIA GPUs is Tesla.
+# The key is the first word of the device kind. Older NVIDIA GPUs are 'Tesla'.
 KERNELS = {'TPU': 'splash', 'NVIDIA': 'cudnn', 'Tesla': 'cudnn'}
-CUDNN_CAPABILITY = (8, 0)  # Ampere, the first with flash attention in cuDNN
+CUDNN_CAPABILITY = (8, 0)  # cuDNN has flash attention from Ampere on
 CUDNN_DTYPES = ('bfloat16', 'float16')
 CUDNN_MAX_HEAD_DIM = 128  # on Ampere; Hopper and later allow 256
 
@@ -68,16 +68,16 @@ def fastest(q, k, labels):
   kernel = _kernel(device_kind())
   if kernel is None or misfit(kernel, q, k, labels):
     return 'xla'
-  # A mask for cuDNN has L^2 entries, and so has the gradient that it computes
-  # for the mask. The kernel with a mask must be selected by name.
-  masked = kernel == 'cudnn' and not _needs_no_mask(labels)
-  return 'xla' if masked else kernel
+  # With a mask, cuDNN reads L^2 mask entries and writes a gradient of the same
+  # size. `auto` therefore uses cuDNN only without a mask.
+  needs_mask = kernel == 'cudnn' and not _needs_no_mask(labels)
+  return 'xla' if needs_mask else kernel
 
 
 def device_kind():
   """Returns JAX's name for the kind of device that the program runs on."""
-  # In ahead-of-time compilation for another machine only the mesh knows the
-  # kind of its devices. Otherwise the backend does.
+  # In ahead-of-time compilation the program runs on the devices of the mesh,
+  # not on those of this machine.
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else getattr(mesh, 'abstract_device', None)
   kind = getattr(device, 'device_kind', None)
@@ -87,7 +87,7 @@ def device_kind():
 def _capability():
   """Returns the CUDA compute capability as two integers, or None if unknown."""
   device = jax.devices()[0]
-  # Unknown if the mesh is of another machine's devices.
+  # The program may be compiled for another machine, of unknown capability.
   if device.device_kind != device_kind():
     return None
   capability = getattr(device, 'compute_capability', None)
@@ -160,10 +160,11 @@ def _cudnn_misfit(length, parts, labels, dtype, head_dim):
     return (
       f'the length {length} is not divisible by config.mesh.sequence={parts}'
     )
-  if not _needs_no_mask(labels) and (length // parts) % 2:
+  local_length = length // parts
+  if not _needs_no_mask(labels) and local_length % 2:
     return (
       'cudnn needs a mask for these labels, and a mask needs an even length, '
-      f'not {length}'
+      f'not {local_length}' + (' per device' if parts > 1 else '')
     )
   return None
 
@@ -180,7 +181,7 @@ def _require(kernel, kind, q, k, labels):
 
 
 def xla(q, k, v, labels):
-  """Dense attention; see `attend`. It holds [B, H, L, L] float32 scores."""
+  """Dense attention; see `attend`. Memory: [B, H, L, L] float32 scores."""
   batch, heads, length, head_dim = q.shape
   groups = k.shape[1]
   q = q.reshape(batch, groups, heads // groups, length, head_dim)
@@ -203,11 +204,12 @@ def xla(q, k, v, labels):
 def splash(q, k, v, labels, interpret=False):
   """Pallas splash attention; see `attend` for q, k, v and labels.
 
-  If `sequence` splits the queries of a causal regime, the last part has the
-  most work and the other devices wait for it. A bidirectional regime is
-  balanced.
+  If the mesh axis `sequence` splits the queries, causal attention is
+  unbalanced: the device with the last queries has the most work, and the other
+  devices wait for it. Bidirectional attention is balanced.
 
-  On the chips of splash.TILES the gradient needs compiler.options.
+  On the chips in splash.TILES the backward kernel needs the larger VMEM limit
+  that distributed/compiler.py sets.
 
   Args:
     interpret: emulate the kernel in Python on any device, for tests.
@@ -253,17 +255,17 @@ def _on_each_device(function, arrays, labels, more=(), specs=()):
 def cudnn(q, k, v, labels, implementation='cudnn'):
   """cuDNN flash attention by jax.nn.dot_product_attention; see `attend`.
 
-  Rows of one document need no mask in the bidirectional and causal regimes: the
-  number of keys of each row excludes the padding. Other labels need the rule as
-  a mask, [B, 1, L, L], which cuDNN adds to the scores in the dtype of q. That
-  is still flash attention, but it reads L^2 entries.
+  Rows of one document need no mask in the bidirectional and causal regimes:
+  cuDNN takes the number of keys of each row and ignores the padding after them.
+  Other labels need a mask, [B, 1, L, L], which cuDNN adds to the scores in the
+  dtype of q. The kernel is still flash attention, but it reads L^2 entries.
 
-  Rematerialization runs the forward kernel again, because JAX gives its
-  residual no name.
+  Rematerialization always runs the forward kernel again, because JAX does not
+  name the residual that the backward kernel needs.
 
   Args:
-    implementation: argument of jax.nn.dot_product_attention. With 'xla' tests
-      run the same call on a CPU.
+    implementation: argument of jax.nn.dot_product_attention. Tests pass 'xla'
+      to run the same call on a CPU.
 
   Raises:
     UserError: see `misfit`.
@@ -281,8 +283,8 @@ def cudnn(q, k, v, labels, implementation='cudnn'):
 
 
 def _needs_no_mask(labels):
-  # In causal attention cuDNN takes query 0 to be at key 0, which is wrong for
-  # the later parts of a split length.
+  # The causal mask of cuDNN aligns query 0 with key 0. If the mesh splits the
+  # length, that is wrong for every device but the first.
   causal = labels.regime == masks.CAUSAL and _parts() == 1
   return labels.single and (causal or labels.regime == masks.BIDIRECTIONAL)
 
@@ -296,11 +298,11 @@ def _cudnn_mask(attention, q, k, v, query, key):
 def _cudnn_prefix(attention, q, k, v, query, key):
   """Attention without a mask, after moving left padding to the right.
 
-  cuDNN excludes padding on the right by the number of keys of each row. All
-  queries are computed: those of padding see the row's document, and no query
-  sees padding.
+  cuDNN takes the number of keys of each row, so padding must follow the valid
+  keys. Outputs at padding are computed too; they attend to valid keys only.
   """
   valid = key.doc >= 0
+  # At least one key, so that a row of padding has a finite output.
   count = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32), 1)
   start = jnp.argmax(valid, axis=1)
   causal = query.regime == masks.CAUSAL

@@ -1,8 +1,8 @@
-"""Attention of a window of positions to itself and to cached keys.
+"""Attention of a window of positions to itself and to a KV cache.
 
-For sampling with a cache: few queries, many keys, no gradient. The scores are
-[B, H, S, L + S], which is small for one block of slots. Nothing is copied into
-or out of the cache.
+Sampling with a cache has few queries, many keys and no gradient. The scores are
+[B, H, S, L + S], which is small for one block of slots. The function reads the
+cache in place and does not write to it.
 """
 
 import functools
@@ -19,12 +19,12 @@ def attend_window(q, k, v, in_window, cached_k, cached_v, cache_valid):
   attend to the same keys.
 
   Args:
-    q: [B, H, S, K], of the window.
-    k: [B, G, S, K], of the window; G divides H.
-    v: [B, G, S, K], of the window.
+    q: [B, H, S, K], queries of the window.
+    k: [B, G, S, K], keys of the window; G divides H.
+    v: [B, G, S, K], values of the window.
     in_window: [B, S] bool, False on padding of the window.
-    cached_k: [B, G, L, K].
-    cached_v: [B, G, L, K].
+    cached_k: [B, G, L, K], rotated keys.
+    cached_v: [B, G, L, K], values.
     cache_valid: [B, L] bool, the cached positions to attend to.
 
   Returns:

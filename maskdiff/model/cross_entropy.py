@@ -8,9 +8,9 @@ exists. The result is exact, not an approximation.
 
 On a mesh each device computes its own tokens with the whole head, which is
 gathered once in the compute dtype. The n devices along `tensor` hold the same
-tokens and take every n-th. The loop contains no collective, so trip counts may
-differ between devices. The gradient of the head is accumulated in float32 and
-reduce-scattered to the shards of the parameter.
+tokens, and each computes every n-th. The loop contains no collective, so trip
+counts may differ between devices. The gradient of the head is accumulated in
+float32 and reduce-scattered to the shards of the parameter.
 """
 
 import functools
@@ -48,7 +48,7 @@ def _forward(hidden, head, targets, weights, exclude, chunk):
   loss, nll, d_hidden, d_head = _apply(
     hidden, head, targets, weights, exclude, chunk, gradients=True
   )
-  # The scalar carries the dtype of the head to the backward pass.
+  # Residuals must be arrays. The scalar stands for the dtype of the head.
   return (loss, nll), (d_hidden, d_head, jnp.zeros((), head.dtype))
 
 
@@ -126,8 +126,8 @@ def _loop(
   size = len(targets)
   chunk = min(chunk, -(-size // parts))
 
-  # Out-of-range indices pad the last chunk: they read 0, and writes to them
-  # are dropped.
+  # Positions with a loss come first. Out-of-range indices pad the last chunk:
+  # they read 0, and writes to them are dropped.
   order = jnp.argsort(weights == 0, stable=True)
   order = jnp.pad(
     order, (0, -size % (chunk * parts)), constant_values=size

@@ -1,6 +1,6 @@
-"""The parts of a layer as functions of its weights and activations.
+"""The parts of a Transformer layer as functions of weights and activations.
 
-The letters are those of transformer.py.
+transformer.py lists the letters of the shapes (B, L, D, ...).
 """
 
 import functools
@@ -15,7 +15,7 @@ from maskdiff.distributed.mesh import BATCH_AXES, shard
 
 @jax.named_scope('network(layer: elementwise)')
 def block(c, w, x, rotation, attention):
-  """Applies one layer.
+  """Applies one Transformer layer: attention, then the MLP.
 
   Args:
     c: TransformerConfig.
@@ -25,7 +25,7 @@ def block(c, w, x, rotation, attention):
     attention: (q [B, H, L, K], k, v [B, G, L, K]) -> [B, H, L, K].
 
   Returns:
-    [B, L, D] in the dtype of x; and the pair of k and v.
+    [B, L, D] in the dtype of x; and (k, v), for the KV cache.
   """
   h = rms_norm(x, w['norm1'], c.norm_eps)
   q, k, v = project_qkv(c, w, h, rotation)
@@ -166,11 +166,11 @@ def scale_frequencies(frequency, factor, low, high, length):
 def rotate(x, rotation):
   """Rotates pairs (i, i + K/2) of the last axis in float32; x is [B, H, L, K].
 
-  This is the rotate-half convention of Llama and LLaDA. K/2 is half of the
-  lanes of a TPU and slices of that size are slow, so a product with a
-  permutation matrix swaps the halves. The product is exact, since every sum has
-  one nonzero term. The gradient is the inverse rotation; autodiff would make
-  this product one of float32.
+  This is the rotate-half convention of Llama and LLaDA. A product with a
+  permutation matrix swaps the halves, because slices of half of the 128 lanes
+  of a TPU are slow. The product is exact, since every sum has one nonzero term.
+  The gradient is the inverse rotation, written by hand: autodiff would compute
+  the product in float32.
   """
   cos, sin = rotation
   half = x.shape[-1] // 2
@@ -208,13 +208,13 @@ def lookup(table, tokens, dtype):
   Args:
     table: [V, D] float32.
     tokens: [B, L] int32.
-    dtype: of the result.
+    dtype: dtype of the result.
   """
   return shard(table.astype(dtype), None, None)[tokens]
 
 
 def _lookup_forward(table, tokens, dtype):
-  # The empty slice carries the size of the table to the backward pass.
+  # Residuals must be arrays. The empty slice stands for the size of the table.
   return lookup(table, tokens, dtype), (tokens, jnp.zeros_like(table[:, :0]))
 
 

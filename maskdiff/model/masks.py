@@ -1,21 +1,22 @@
-"""Who may attend to whom: four integers per position and one rule.
+"""Attention masks as four integers per position and one visibility rule.
 
 The four integers of a position:
   doc    the document it belongs to; -1 is padding. Positions of different
          documents never see each other.
   pos    its position in the document or the row, used for rotary embedding.
-         Only differences and order within a document matter, so the first may
-         be any number.
+         Only differences and order within a document matter, so a document
+         may start at any number.
   block  the noisy block it belongs to; -1 if its token is clean.
-  reach  it sees the clean positions with pos < reach.
+  reach  the position sees the clean positions with pos < reach.
 
 The rule: a query sees a key of its own document if the key is clean and
 key.pos < query.reach, or if the key is noisy and key.block == query.block.
 
-The constructors below make the labels of the regimes in use. In a regime pos,
-block and reach are the same in every row and known before compilation. `regime`
-records which function makes them, so that an attention kernel can skip the
-tiles in which no query sees any key.
+A regime is a fixed pattern of attention: bidirectional, causal, block-causal or
+block diffusion. Its pos, block and reach are the same in every row and known
+before compilation, so an attention kernel can skip the tiles in which no query
+sees any key. The constructors below make the labels of each regime and record
+it in `Labels.regime`.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
-  """The function that makes pos, block and reach of a row.
+  """A fixed pattern of attention: a function that makes pos, block and reach.
 
   A Regime is static and hashable: equal regimes are compiled once.
 
   Attributes:
     make: (index, *sizes) -> pos, block and reach of each position, where index
-      is [L] int, 0..L-1. It must be a function of a module, because functions
+      is [L] int, 0..L-1. It must be a module-level function, because functions
       are compared by identity.
     sizes: the other arguments of `make`.
   """
@@ -60,8 +61,8 @@ def _block_diffusion(index, block_length):
   return pos, np.where(clean, -1, block), (block + clean) * block_length
 
 
-BIDIRECTIONAL = Regime(_bidirectional)  # sees all of its document
-CAUSAL = Regime(_block_causal, (1,))  # sees it up to and including itself
+BIDIRECTIONAL = Regime(_bidirectional)
+CAUSAL = Regime(_block_causal, (1,))  # blocks of one position
 GENERAL = None  # no regime: the rule must be evaluated
 
 
@@ -113,17 +114,12 @@ def visible(query, key):
   return (q.doc == k.doc) & (clean | noisy)
 
 
-def positions(batch, length):
-  """Returns [B, L] int32: 0..L-1 in every row."""
-  return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-
-
 def documents(tokens, eos_id):
   """Returns the document number of each token of packed rows.
 
   Args:
     tokens: [B, L] int32, clean; every document ends with eos.
-    eos_id: belongs to the document that it ends.
+    eos_id: end-of-text token; it belongs to the document that it ends.
 
   Returns:
     [B, L] int32: the number of eos tokens before the token in its row.
@@ -137,8 +133,8 @@ def make_labels(regime, valid, doc=0):
 
   Args:
     regime: Regime.
-    valid: [B, L] bool, False on padding. Padding is a document of its own and
-      stands at the ends of a row: the valid positions are contiguous.
+    valid: [B, L] bool, False on padding. Padding may stand at both ends of a
+      row: the valid positions are contiguous.
     doc: [B, L] int32 >= 0, the document of each position; or an int if each row
       is one document.
   """
@@ -155,7 +151,7 @@ def make_labels(regime, valid, doc=0):
 
 
 def bidirectional(valid, doc=0):
-  """Labels of masked diffusion: a position sees all of its document.
+  """Returns bidirectional Labels: a position sees all of its document.
 
   Arguments as for `make_labels`.
   """
@@ -163,7 +159,7 @@ def bidirectional(valid, doc=0):
 
 
 def causal(valid, doc=0):
-  """Labels of autoregression: a position sees itself and those to its left.
+  """Returns causal Labels: a position sees itself and positions to its left.
 
   Arguments as for `make_labels`.
   """
@@ -171,20 +167,22 @@ def causal(valid, doc=0):
 
 
 def block_causal(valid, block_length, doc=0):
-  """Labels by which a position sees up to the end of its own block.
+  """Returns block-causal Labels: a position sees up to the end of its block.
 
-  Blocks are counted from the start of the row, also in packed rows; the last
-  one may be shorter. The other arguments are as for `make_labels`.
+  Blocks of block_length positions are counted from the start of the row, also
+  in packed rows; the last block may be shorter. The other arguments are as for
+  `make_labels`.
   """
   return make_labels(Regime(_block_causal, (block_length,)), valid, doc)
 
 
 def block_diffusion(valid, block_length, doc=0):
-  """Labels for training block diffusion: [noisy copy ; clean copy] of each row.
+  """Returns Labels for training block diffusion on [noisy ; clean] rows.
 
-  A noisy position sees its own noisy block and the clean blocks before it. A
-  clean position sees the clean blocks up to its own (arXiv 2503.09573). Both
-  copies have positions 0..L-1. Blocks are counted as in `block_causal`.
+  A noisy and a clean copy of each row stand one after the other. A noisy
+  position sees its own noisy block and the clean blocks before it. A clean
+  position sees the clean blocks up to its own (arXiv 2503.09573). Both copies
+  have positions 0..L-1. Blocks are counted as in `block_causal`.
 
   Args:
     valid: [B, L] bool, of one copy; as for `make_labels`.

@@ -1,4 +1,4 @@
-"""A trained network as one value."""
+"""A trained network: config, parameters and token ids in one pytree."""
 
 import dataclasses
 import functools
@@ -23,11 +23,11 @@ from maskdiff.model.transformer import TransformerConfig
 )
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """The parameters of a network, and everything its training has fixed.
+  """The parameters of a network, and the settings that its training has fixed.
 
   A Network is a pytree whose leaves are the parameters. The other fields are
-  static: a function that is compiled for one Network serves every Network that
-  differs from it in the parameters only.
+  static: functions are compiled once for all Networks that differ only in the
+  parameters.
 
   Attributes:
     config: TransformerConfig.

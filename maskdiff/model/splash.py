@@ -33,7 +33,7 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """Queries and keys of a tile, of which `compute` keys are scored at once."""
+  """Queries and keys per tile; `compute` keys are scored at once."""
 
   queries: int
   keys: int
@@ -42,23 +42,23 @@ class Tile:
 
 # Tiles of the forward and of the backward kernel, by chip name (chips.py). The
 # forward kernel fits into 16 MiB of VMEM, the default limit of a kernel. The
-# backward kernel needs the larger limit that compiler.py sets for these chips:
-# it holds the sums of dk and dv of all keys of a tile. Large key tiles pay
-# because the kernel writes one partial dq per key tile, which XLA reads and
-# adds up; with 4096 keys per tile, rows of up to 4096 have one.
+# backward kernel holds the sums of dk and dv of all keys of a tile, so it needs
+# the larger limit that distributed/compiler.py sets for these chips. Large key
+# tiles pay because the kernel writes one partial dq per key tile, and XLA adds
+# them up. With 4096 keys per tile, a row of up to 4096 has a single dq.
 LARGE = Tile(1024, 2048, 512), Tile(1024, 4096, 512)
 TILES = {'v5p': LARGE, 'v5e': LARGE, 'v6e': LARGE}
-# For other chips. It fits into 16 MiB also in float32 and also if the kernel
-# loads the mask of a tile, which takes two buffers of 4 bytes per score.
+# For other chips and for loaded masks. It fits into 16 MiB even in float32 and
+# with the mask of a tile, which takes two buffers of 4 bytes per score.
 SMALL = Tile(512, 1024, 512)
-# With more partial dq than this a second kernel computes dq. It repeats two of
-# five matrix products, but memory does not grow with the square of L.
+# Above this number of partial dq, a separate kernel computes dq. It repeats two
+# of five matrix products, but memory does not grow with the square of L.
 MAX_PARTIAL_DQ = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class RuleMask(splash_mask.Mask):
-  """The rule for a row of one document, evaluated slice by slice.
+  """The visibility rule for a row of one document, evaluated by slices.
 
   The kernel loads this mask for the tiles that are neither full nor empty.
   """
@@ -169,10 +169,10 @@ def make_kernel(regime, length, parts=1, chip=None, interpret=False):
   """
   mask = make_mask(regime, length)
   sizes = block_sizes(mask, length // parts, length, chip)
-  # The same as splash_kernel.make_splash_mha, except that the grid does not
-  # shrink to the tiles in use if the queries are split. Shrinking fails if all
-  # tiles are full or empty, and it gains nothing for the part with the most
-  # tiles. The kernel skips empty tiles anyway.
+  # Same as splash_kernel.make_splash_mha, except that the grid does not shrink
+  # to the tiles in use if the queries are split. In that case shrinking fails
+  # if all tiles are full or empty, and it does not speed up the device with the
+  # most tiles. The kernel skips empty tiles anyway.
   whole, fused = parts == 1, sizes.use_fused_bwd_kernel
 
   def tiles(process, queries, keys, shrink_grid):
@@ -211,7 +211,7 @@ def make_kernel(regime, length, parts=1, chip=None, interpret=False):
 
 
 def split_spec(kernel, axis):
-  """Returns the in_specs of a kernel whose queries a mesh axis splits."""
+  """Returns shard_map specs of a kernel whose queries are split over `axis`."""
   tiles = P(None, axis)
   specs = splash_mask_info.MaskInfo(tiles, tiles, tiles, P(), P(axis))
 
@@ -230,10 +230,10 @@ def split_spec(kernel, axis):
 
 @jax.named_scope('network(attention besides kernel)')
 def run(kernel, q, k, v, doc_q, doc_k):
-  """Returns attention for the rows and heads of one device.
+  """Runs the kernel on the rows and heads of one device.
 
   Args:
-    kernel: from `make_kernel`; the device's part if the queries are split.
+    kernel: from `make_kernel`; inside shard_map, the device's part of it.
     q: [B, H, L, K].
     k: [B, G, S, K]; G divides H.
     v: [B, G, S, K].

@@ -1,4 +1,4 @@
-"""The network: a pre-norm Transformer with rotary positions and SwiGLU.
+"""A pre-norm Transformer: rotary positions, SwiGLU, grouped-query attention.
 
 Three things are unusual. Attention takes `masks.Labels` instead of a mask, and
 is bidirectional for masked diffusion. The network does not see the time t,
@@ -7,7 +7,7 @@ eq. 11). The forward pass ends at the hidden states, because the loss projects
 only the masked positions onto the vocabulary.
 
 A weight is declared once, in `Transformer` or `Blocks`: shape, logical axes
-and initial scale. Shardings, counts and name tables derive from the
+and initial scale. Shardings, decay masks and parameter counts derive from the
 declaration. Outside of this file parameters are a plain tree of arrays: `init`
 draws one, `shapes` and `axes` describe it, and `bind` turns it back into a
 module inside jit.
@@ -30,15 +30,16 @@ from maskdiff.model.cached_attention import attend_window
 from maskdiff.model.layers import block, lookup, rms_norm, rope, shift_right
 
 _save = jax.checkpoint_policies.save_only_these_names
-# Arrays of a layer that the backward pass keeps besides the layer's input, from
-# all of them to none. The others are recomputed. Recomputation runs the splash
-# kernel again only under `full`; it always runs the cuDNN kernel again.
+# Each policy names the activations of a layer that are saved for the backward
+# pass, in addition to the input of the layer. The others are recomputed. The
+# splash kernel runs again only under `full`, the cuDNN kernel under every
+# policy except `none`.
 REMAT_POLICIES = {
   'none': None,
   'minimal': _save('q', 'k', 'v', RESIDUALS, 'middle', 'gate', 'up'),
   'attention': _save('q', 'k', 'v', RESIDUALS),
   'attended': _save(RESIDUALS),
-  # The arrays of `attention`, in host memory.
+  # Saves the arrays of `attention`, but in host memory.
   'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=['q', 'k', 'v', RESIDUALS],
@@ -51,6 +52,8 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
+  """Sizes and options of a Transformer; hashable, so jit can take it static."""
+
   vocab_size: int
   embed: int
   layers: int
@@ -66,8 +69,8 @@ class TransformerConfig:
   attention: str  # auto, xla, splash or cudnn
   qkv_bias: bool = False  # biases of queries, keys and values (Qwen2, Dream)
   qk_norm: bool = False  # RMS norm of queries and keys per head (Qwen3)
-  # The output at a position predicts the next token. Dream trains an
-  # autoregressive network further with masked diffusion and keeps this.
+  # The output at a position predicts the next token. Dream starts from an
+  # autoregressive network, so its diffusion model predicts in this way too.
   predict_next: bool = False
   # () or the arguments of layers.scale_frequencies (Llama 3.1): factor,
   # low_freq_factor, high_freq_factor, original context length
@@ -75,18 +78,18 @@ class TransformerConfig:
 
 
 def weight(rngs, shape, axes, std):
-  """Declares a parameter drawn from a normal cut at 3 standard deviations."""
+  """Declares a weight, initialized to std times a normal cut to [-3, 3]."""
   value = std * jax.random.truncated_normal(rngs.params(), -3, 3, shape)
   return nnx.Param(value, axes=axes)
 
 
 def scale(shape, axes):
-  """Declares the gain of a normalisation; it starts at 1."""
+  """Declares the gain of an RMS norm, initialized to 1."""
   return nnx.Param(jnp.ones(shape), axes=axes)
 
 
 def zeros(shape, axes):
-  """Declares a bias; it starts at 0."""
+  """Declares a bias, initialized to 0."""
   return nnx.Param(jnp.zeros(shape), axes=axes)
 
 
@@ -105,7 +108,7 @@ class Blocks(nnx.Module):
     )
     self.k = weight(rngs, (N, D, G, K), kv, into)
     self.v = weight(rngs, (N, D, G, K), kv, into)
-    if c.qkv_bias:  # flat, so that they count as vectors: not split, no decay
+    if c.qkv_bias:  # flat, like vectors: neither sharded nor decayed
       self.q_bias = zeros((N, H * K), ('layers', 'heads'))
       self.k_bias = zeros((N, G * K), ('layers', 'kv_heads'))
       self.v_bias = zeros((N, G * K), ('layers', 'kv_heads'))
@@ -127,6 +130,8 @@ class Blocks(nnx.Module):
 
 
 class Transformer(nnx.Module):
+  """The network; `bind` makes one from a parameter tree."""
+
   def __init__(self, config, rngs):
     c = self.config = config
     self.embed = weight(
@@ -147,9 +152,9 @@ class Transformer(nnx.Module):
       labels: masks.Labels of the same positions.
 
     Returns:
-      [B, L, D] in the compute dtype, after the last normalisation. The hidden
-      state at a position predicts the token of that position; with
-      `predict_next` the states are shifted by one to make it so.
+      [B, L, D] in the compute dtype, after the final RMS norm. The hidden
+      state at a position predicts the token of that position. A network with
+      `predict_next` predicts the next token, so its states are shifted by one.
     """
     hidden, _ = self._layers(tokens, labels.pos, self._attend(labels))
     shifted = self.config.predict_next
@@ -167,13 +172,13 @@ class Transformer(nnx.Module):
       values, all in the compute dtype.
 
     Raises:
-      UserError: the network predicts the next token. The prediction for the
-        first position of a window would be at the position before the window.
+      UserError: the config has `predict_next`. The first position of a window
+        would be predicted at the position before it, outside of the window.
     """
     if self.config.predict_next:
       raise UserError(
         'a network with config.model.predict_next=True cannot sample with a '
-        'cache; leave config.sample.cache=none'
+        'cache; set config.sample.cache=none'
       )
     return self._layers(tokens, labels.pos, self._attend(labels), keep=True)
 

@@ -1,4 +1,4 @@
-"""Training objectives: what the network sees, and what it predicts.
+"""Training objectives: clean tokens to inputs, targets and loss weights.
 
 - table: all objectives and their traits; `make_canvas`, `flops_per_token`.
 - canvas: the Canvas that an objective makes, and its loss.

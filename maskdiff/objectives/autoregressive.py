@@ -7,15 +7,15 @@ from maskdiff.objectives.canvas import Canvas, document_labels
 
 
 def make_canvas(c, tokens, rows, key, batch):
-  """Makes every token a target that is predicted from the tokens before it.
+  """Returns a Canvas whose targets are all tokens, with weight 1.
 
   The inputs are the tokens shifted right, with bos in front. The L targets are
-  those of masked diffusion, so the two losses are comparable. Arguments as for
-  masked_diffusion.make_canvas; there is no noise.
+  the same as in masked diffusion, so the two losses are comparable. Arguments
+  as for masked_diffusion.make_canvas; there is no noise.
 
-  The labels are those of the predicted tokens. If attention stays within
-  documents, the first token of a document is predicted from the eos of the
-  document before it and nothing else, as the first token of a row is from bos.
+  The labels belong to the predicted tokens. The first token of a row is
+  predicted from bos. If attention stays within documents, the first token of a
+  later document is predicted from the eos before it and from no other token.
   """
   del rows, key, batch
   b, length = tokens.shape

@@ -1,9 +1,9 @@
-"""A Canvas: what the network sees of a batch, and what it predicts.
+"""The Canvas of a batch (inputs, labels, targets, loss weights) and its loss.
 
 Every objective makes a Canvas from clean tokens and a key, and `canvas_loss`
-turns a Canvas into nats. A target is at the position that predicts it: an
-objective that predicts the next token shifts the inputs, and no other code
-shifts. Noise is keyed by the number of the row in the global batch, so it does
+computes its loss in nats. The hidden state of a position predicts the target of
+that position, so the autoregressive objective shifts the inputs, not the
+targets. Noise is keyed by the number of the row in the global batch, so it does
 not depend on the mesh, the number of hosts or the number of microbatches.
 """
 
@@ -23,13 +23,13 @@ class ObjectiveConfig:
   schedule: Schedule
   eps: float  # times are in [eps, 1)
   time_sampling: str  # one of schedule.TIME_SAMPLINGS
-  random_length_fraction: float  # of the rows, cut to a random length
+  random_length_fraction: float  # share of rows cut to a random length
   attend_within: str  # row or document
   predict_mask: bool  # whether the softmax includes the mask token
   mask_id: int
   bos_id: int
   eos_id: int  # the last token of every document, and of nothing else
-  loss_chunk_tokens: int  # see cross_entropy
+  loss_chunk_tokens: int  # `chunk` of cross_entropy
 
 
 @functools.partial(
@@ -60,14 +60,15 @@ class Canvas:
 
 
 def document_labels(c, tokens):
-  """Returns the documents within which positions attend.
+  """Returns the document numbers that limit attention, for masks.make_labels.
 
   Args:
     c: ObjectiveConfig.
     tokens: [B, L] int32, clean.
 
   Returns:
-    [B, L] int32, counted from 0; or 0 if positions attend to the whole row.
+    [B, L] int32, counted from 0; or the int 0 if positions attend to the whole
+    row.
   """
   if c.attend_within == 'row':
     return 0

@@ -20,8 +20,8 @@ def make_canvas(c, tokens, rows, key, batch):
   A share of the rows is cut to a random length. This equals truncation: the
   rest of the row is padding, which is never attended to, masked or counted.
 
-  If attention stays within documents, the ends of documents are visible even
-  where the eos is masked. The loss is then a bound given the lengths of the
+  If attention stays within documents, the labels reveal where a document ends
+  even if its eos is masked. The loss is then a bound given the lengths of the
   documents, and predicting a masked eos is easier.
 
   Args:
@@ -63,14 +63,14 @@ def corrupt(c, tokens, u, noise, lengths):
   mask_ratio = c.schedule.mask_ratio(t)
   valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
   masked = valid & (noise < mask_ratio[:, None])
-  # No time is below eps. The factor makes the weights of a token average to 1
-  # nevertheless, so that the loss of a perfect model is the entropy of the
-  # text. It is 1 for the linear schedule.
+  # Times start at eps, not at 0. `correction` keeps the expected weight of a
+  # token at 1, so that the loss of a perfect model is the entropy of the text.
+  # It is 1 for the linear schedule.
   correction = (1 - c.eps) / (1 - c.schedule.mask_ratio(c.eps))
   weight = correction * c.schedule.weight(t)
   noisy = jnp.where(masked, c.mask_id, tokens)
-  # From the clean tokens: a masked eos still ends its document. Otherwise two
-  # neighbouring documents would see each other at some times.
+  # Labels come from the clean tokens, so that a masked eos still ends its
+  # document. Otherwise neighbouring documents would attend to each other.
   doc = document_labels(c, tokens)
   inputs, labels = show(noisy, valid, c.bos_id, doc)
   return Canvas(

@@ -17,13 +17,16 @@ from maskdiff.config import CHOICES
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """A noise schedule; only the polynomial one reads `power`."""
+  """A noise schedule. Only the polynomial schedule uses `power`.
+
+  The methods take and return arrays of the same shape.
+  """
 
   name: str = 'linear'
   power: float = 2.0
 
   def mask_ratio(self, t):
-    """Returns 1 - alpha(t), the probability of a mask, in the shape of t."""
+    """Returns 1 - alpha(t), the probability that a token is masked."""
     return {
       'linear': lambda: t,
       'polynomial': lambda: t**self.power,
@@ -32,7 +35,7 @@ class Schedule:
     }[self.name]()
 
   def weight(self, t):
-    """Returns -alpha'(t) / (1 - alpha(t)) for t > 0, in the shape of t."""
+    """Returns -alpha'(t) / (1 - alpha(t)), the loss weight, for t > 0."""
     return {
       'linear': lambda: 1 / t,
       'polynomial': lambda: self.power / t,
@@ -55,11 +58,10 @@ def sample_times(sampling, key, rows, batch):
     batch takes a random point in a stratum of its own.
   - `antithetic`: as stratified, but the two rows of a pair (2p, 2p + 1) take t
     and 1 - t. Under the linear schedule a pair has about L masked tokens in
-    all, so every device has the same share of tokens with a loss.
+    total, so all devices have about the same number of tokens with a loss.
 
-  Each key assigns the strata to the rows anew. Otherwise, if a mixture of data
-  sources is periodic in the row number, a source would get only one range of
-  times.
+  Each key assigns strata to rows anew. With a fixed assignment, a data source
+  whose rows have a fixed place in the batch would get only one range of times.
 
   Args:
     sampling: one of TIME_SAMPLINGS.

@@ -1,4 +1,4 @@
-"""The table of objectives: everything in which one differs from another.
+"""The table of objectives, with every trait in which objectives differ.
 
 No other file compares the name of an objective with a string. To add an
 objective, write a module with `make_canvas` and `show`, and add an entry to
@@ -26,7 +26,7 @@ class Objective:
     order: the order in which tokens can be predicted: 'any', or
       'left_to_right' if the network sees only the tokens to the left.
     likelihood: 'bound' if the loss is an upper bound on the negative
-      log-likelihood, 'exact' if it equals it.
+      log-likelihood, 'exact' if the loss equals it.
     can_guide: whether the network was trained with masked prompts, which
       classifier-free guidance needs.
     attention_flops: attention FLOPs of a training step per token, in units of
@@ -75,10 +75,10 @@ def make_canvas(c, tokens, rows, key, batch):
 
 
 def show(name, tokens, valid, bos_id, doc=0):
-  """Returns the inputs of a network that was trained with an objective.
+  """Returns inputs in the form that a network was trained on.
 
   Args:
-    name: a key of OBJECTIVES.
+    name: a key of OBJECTIVES, the objective of the training.
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
     bos_id: id of the token before the first token of a causal row.
@@ -93,10 +93,10 @@ def show(name, tokens, valid, bos_id, doc=0):
 def flops_per_token(name, model_config, length):
   """Returns matrix-product FLOPs of a training step per token.
 
-  The sum of 6 per weight that multiplies an activation, the head included, and
-  of `attention_flops` N L H K for attention. This is the work of a plain
-  implementation: rematerialization does not count, and the head counts for
-  every token although the loss skips unmasked tokens.
+  The sum of two terms: 6 per weight that multiplies an activation, including
+  the head; and `attention_flops` x N L H K for attention. Recomputation is not
+  counted. The head is counted for every token, although the loss skips unmasked
+  tokens.
 
   Args:
     name: a key of OBJECTIVES.

@@ -75,7 +75,7 @@ def test_xla_equals_a_loop_over_visible_keys(labels, kv_heads):
 
 @pytest.mark.parametrize('labels', LABELS.values(), ids=LABELS)
 def test_invisible_keys_and_values_have_no_influence(labels):
-  """Even if their scores are large."""
+  """The scores of the invisible keys are large."""
   q, k, v, _ = draw(3, 12, 4, 2, 8)
   query = 7
   hidden = ~masks.visible(labels, labels)[:, None, query, :, None]

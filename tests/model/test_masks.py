@@ -1,4 +1,4 @@
-"""The rule of masks.py against every regime, pair by pair."""
+"""The visibility rule of masks.py, pair by pair, in every regime."""
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def test_causal_rule_is_order_within_documents(doc):
   np.testing.assert_array_equal(visible(l), np.tril(same))
 
 
-# Of positions that are valid and of the same document.
+# Rules for valid positions i and j of the same document.
 DEFINITIONS = {
   'bidirectional': (masks.bidirectional, lambda i, j: True),
   'causal': (masks.causal, lambda i, j: j <= i),
@@ -251,12 +251,6 @@ def test_labels_say_whether_a_row_is_one_document():
 
 def test_hand_built_labels_are_general():
   assert labels(np.arange(4), 0, 0).regime == masks.GENERAL
-
-
-def test_positions_count_up_in_every_row():
-  np.testing.assert_array_equal(
-    masks.positions(2, 4), [[0, 1, 2, 3], [0, 1, 2, 3]]
-  )
 
 
 def test_packed_documents_do_not_see_each_other():
