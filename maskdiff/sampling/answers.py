@@ -1,12 +1,12 @@
 """Answers to texts: in batches, recorded step by step, or in a conversation.
 
-An answer is a dict, as launch/sample.py writes it:
+An answer is a dict, which launch/sample.py writes as a line of JSON:
 
     prompt or infill  the text that was continued, or the text with gaps
     seed              int
     text              the whole text
-    answer            of a prompt: the added text, cut at its first eos if the
-                      sampler stops at eos
+    answer            the added text, cut at its first eos if the sampler stops
+                      at eos; missing for texts with gaps
     tokens            number of tokens in the answer, or in the gaps
     forwards          forward passes of the row
     positions         number of positions that these passes computed
@@ -24,7 +24,7 @@ from maskdiff.model.network import Network
 from maskdiff.sampling import layouts, prompts, refill, replay, sampler
 from maskdiff.sampling.request import Request, SamplerConfig, describe
 
-SHORTEST_ROW = 32  # a conversation compiles no shorter rows
+SHORTEST_ROW = 32  # rows of a conversation are padded to at least this length
 
 
 class Sampling(NamedTuple):
@@ -86,18 +86,19 @@ def in_batches(s, texts, batch):
     batch: rows sampled at once.
 
   Raises:
-    UserError: see `sampler.generate`; after all other answers were yielded.
+    UserError: see `sampler.generate`. Rows with NaN or infinite logits are
+      reported after all other answers were yielded.
   """
-  finished, following, broken = {}, 0, []
+  finished, next_row, broken = {}, 0, []
   for filled in refill.answers(s.network, s.c, texts.request, batch):
     finished[filled.row] = filled
-    while following in finished:
-      filled = finished.pop(following)
+    while next_row in finished:
+      filled = finished.pop(next_row)
       if filled.broken:
-        broken.append(following)
+        broken.append(next_row)
       else:
-        yield _answer(s, texts, following, filled.tokens, filled)
-      following += 1
+        yield _answer(s, texts, next_row, filled.tokens, filled)
+      next_row += 1
   if broken:
     raise sampler.broken_error(broken)
 
@@ -160,7 +161,7 @@ def page(s, texts, recording, **settings):
 
 
 def for_gaps(c, steps=None):
-  """Returns settings for texts with gaps, which have their own steps.
+  """Returns settings for texts with gaps, with steps counted per text.
 
   Args:
     c: SamplerConfig for prompts.
@@ -174,15 +175,15 @@ def for_gaps(c, steps=None):
 def converse(s, lines, seed, note, gap_steps=None):
   """Yields an answer to each line of a conversation.
 
-  A line with gaps, {{n}} for n tokens, is filled; other lines are continued by
-  c.gen_length tokens. Rows are padded to a power of two, so that few programs
-  are compiled; padding does not change the answers. A line that cannot be
-  answered is reported to `note` and has no answer.
+  A line with gaps, {{n}} for n tokens, is filled. Other lines are continued by
+  c.gen_length tokens. Rows are padded to a power of two, at most the context,
+  so that few programs are compiled. Padding does not change the answers. The
+  error of a line without an answer is passed to `note`.
 
   Args:
     s: Sampling.
     lines: iterable of str.
-    seed: of the first answer; the n-th after it has seed + n.
+    seed: seed of the first answer; it grows by 1 per answer.
     note: function that is called with a line of text for every error and for
       every compilation.
     gap_steps: see `for_gaps`.
@@ -232,7 +233,7 @@ def _encode_line(s, line, seed):
       f'--gen_length={slots} instead of {s.c.gen_length}'
     )
   padded = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
-  padded = max(length, min(padded, s.context))
+  padded = min(padded, s.context)  # at least `length`, see check_context
   return texts._replace(request=layouts.widen(request, padded))
 
 

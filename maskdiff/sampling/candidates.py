@@ -35,8 +35,8 @@ def guide(conditional, unconditional, scale):
 def truncate(logits, top_k, top_p):
   """Returns logits with -inf outside of the top-k tokens and the nucleus.
 
-  The nucleus is computed from the probabilities of the top-k tokens. A token
-  with the same logit as the last one that remains also remains.
+  The nucleus is computed from the renormalized probabilities of the top-k
+  tokens. Tokens tied with the least probable remaining token also remain.
 
   Args:
     logits: [B, S, V] float32, divided by the temperature.
@@ -65,9 +65,9 @@ def gumbel(keys, shape):
 def draw(logits, temperature, top_k, top_p, keys):
   """Draws a token for each slot.
 
-  Gumbel noise is added to logits in float32; lower precision biases the draw
-  (arXiv 2409.02908). LLaDA's exp(logit) / (-ln u)^T in float64 has the same
-  argmax.
+  Gumbel noise is added to logits in float32, because lower precision biases the
+  draw (arXiv 2409.02908). LLaDA computes exp(logit) / (-ln u)^T in float64,
+  which has the same argmax.
 
   Args:
     logits: [B, S, V] float32.
@@ -88,9 +88,10 @@ def draw(logits, temperature, top_k, top_p, keys):
 def best(logits):
   """Returns the most probable token, the lowest id on ties.
 
-  XLA on a CPU does not vectorize argmax, but it does vectorize the maximum and
-  minimum of floats, which represent ids exactly. This is 8 times as fast. If a
-  logit is NaN, the token is meaningless, and the confidence is NaN.
+  On a CPU, XLA vectorizes the maximum and minimum of floats but not argmax, so
+  the CPU version computes the id as a float, 8 times as fast. float32 is exact
+  for ids up to 2^24. If a logit is NaN, the token is meaningless, and its
+  confidence is NaN.
 
   Args:
     logits: [..., V] float32.
@@ -99,7 +100,7 @@ def best(logits):
     [...] int32.
   """
 
-  def of_floats(logits):
+  def with_float_ids(logits):
     vocab = logits.shape[-1]
     ids = jax.lax.broadcasted_iota(jnp.float32, logits.shape, logits.ndim - 1)
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -108,7 +109,7 @@ def best(logits):
 
   return jax.lax.platform_dependent(
     logits,
-    cpu=of_floats,
+    cpu=with_float_ids,
     default=lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32),
   )
 
@@ -122,8 +123,9 @@ def probability(logits, token):
 def entropy(logits, token):
   """Returns 1 - H / ln V: 1 for a certain token, 0 for a uniform distribution.
 
-  Slots are ranked as by the negative entropy of Dream (arXiv 2508.15487). The
-  scale is that of SDLM's confidence, so that a threshold applies.
+  The ranking equals that by Dream's negative entropy (arXiv 2508.15487). The
+  values lie in [0, 1] as SDLM's confidence does, so that a threshold can be
+  applied to them.
   """
   del token
   log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -137,14 +139,14 @@ def margin(logits, token):
   arXiv 2502.06768; `topk_margin` of Dream.
   """
   del token
-  best, second = jnp.moveaxis(
+  first, second = jnp.moveaxis(
     jax.lax.top_k(jax.nn.softmax(logits, axis=-1), 2)[0], -1, 0
   )
-  return best - second
+  return first - second
 
 
-# (logits [B, S, V], token [B, S]) -> [B, S] float32 in [0, 1]; NaN where logits
-# are NaN or inf. A logit of -inf is a suppressed token.
+# (logits [B, S, V], token [B, S]) -> [B, S] float32 in [0, 1], NaN where a
+# logit is NaN or +inf. A logit of -inf marks a suppressed token.
 CONFIDENCES = {
   'probability': probability,
   'entropy': entropy,

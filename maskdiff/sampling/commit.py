@@ -1,6 +1,6 @@
 """The parts of a denoising step after its forward pass; see sampler.denoise.
 
-Letters as in state.py, and V vocabulary.
+state.py explains the letters in shapes; V is the vocabulary size.
 """
 
 import jax
@@ -13,8 +13,8 @@ from maskdiff.sampling import candidates, remasking
 def step_keys(seeds, block, step):
   """Returns the PRNG keys of a denoising step.
 
-  A key depends on the seed, block and step of its row only, and so does the
-  noise of the row: it is the same in any batch.
+  A key depends only on the seed, block and step of its row, so the noise of a
+  row is the same in any batch.
 
   Args:
     seeds: [B] uint32.
@@ -42,16 +42,16 @@ def predict(network, c, logits, keys):
     token [B, S] int32; and [B, S] float32, its confidence, NaN where logits
     are NaN or infinite.
   """
-  never = () if network.predict_mask else (network.mask_id,)
-  never += (network.eos_id,) if c.logits_eos_inf else ()
-  logits = candidates.suppress(logits, never)
+  suppressed = () if network.predict_mask else (network.mask_id,)
+  suppressed += (network.eos_id,) if c.logits_eos_inf else ()
+  logits = candidates.suppress(logits, suppressed)
   token = candidates.draw(logits, c.temperature, c.top_k, c.top_p, keys)
   if not c.confidence_eos_eot_inf:
     return token, candidates.CONFIDENCES[c.confidence](logits, token)
-  last = tuple(i for i in (network.eos_id, c.eot_id) if i >= 0)
-  logits = candidates.suppress(logits, last)
+  deferred = tuple(i for i in (network.eos_id, c.eot_id) if i >= 0)
+  logits = candidates.suppress(logits, deferred)
   confidence = candidates.CONFIDENCES[c.confidence](logits, token)
-  return token, jnp.where(jnp.isin(token, jnp.array(last)), 0.0, confidence)
+  return token, jnp.where(jnp.isin(token, jnp.array(deferred)), 0.0, confidence)
 
 
 def budget(c, num_slots, num_masked, step, steps):
@@ -65,8 +65,8 @@ def budget(c, num_slots, num_masked, step, steps):
     steps: [B] int32, steps per block.
 
   Returns:
-    [B] int32, number of tokens; or the number that the docstring of the rule
-    names: a threshold, a factor or a chance.
+    [B] int32, number of tokens. For remasking=ancestral [B] float32, the
+    probability of each slot; for threshold and factor that setting, a float.
   """
   if c.remasking in ('threshold', 'factor'):
     return getattr(c, c.remasking)
@@ -99,8 +99,9 @@ def write(canvas, slots, committed, value):
 def end_at_eos(eos_id, canvas, masked, layout):
   """Ends rows whose text is complete up to its first eos.
 
-  The text of the row does not change: tokens before the eos are never revised,
-  and tokens after it are cut (layouts.cut). Open slots after it become eos.
+  The answer of the row is final: tokens before the eos are never revised, and
+  tokens after the eos are cut off (layouts.cut). Masked slots after the eos
+  become eos.
 
   Args:
     eos_id: int.
@@ -113,10 +114,10 @@ def end_at_eos(eos_id, canvas, masked, layout):
   """
   batch, length = canvas.shape
   slots = layout.slots.reshape(batch, -1)
-  is_open = masked.reshape(batch, -1)
+  is_masked = masked.reshape(batch, -1)
   rows = jnp.arange(batch)[:, None]
   is_eos = canvas[rows, jnp.minimum(slots, length - 1)] == eos_id
-  after_eos = jnp.cumsum(is_eos & (slots < length) & ~is_open, axis=1) > 0
-  ended = after_eos.any(axis=1) & ~jnp.any(is_open & ~after_eos, axis=1)
-  canvas = write(canvas, slots, is_open & ended[:, None], eos_id)
+  after_eos = jnp.cumsum(is_eos & (slots < length) & ~is_masked, axis=1) > 0
+  ended = after_eos.any(axis=1) & ~jnp.any(is_masked & ~after_eos, axis=1)
+  canvas = write(canvas, slots, is_masked & ended[:, None], eos_id)
   return canvas, masked & ~ended[:, None, None]

@@ -17,9 +17,9 @@ def continue_prompts(prompts, gen_length, seeds=None, context=None):
     prompts: list of B token lists, of any lengths.
     gen_length: slots after each prompt.
     seeds: see `lay_out`.
-    context: if given, the slots end where the row has this many tokens. At
-      least one slot remains, so that `check_context` refuses a prompt that is
-      too long.
+    context: largest number of tokens of a row; fewer slots are added where a
+      prompt leaves less room. At least one slot is added, so that
+      `check_context` refuses a prompt that is too long. None: no limit.
 
   Returns:
     Request; short rows are padded on the right.
@@ -95,8 +95,8 @@ def lay_out(rows, seeds=None):
 def widen(request, length):
   """Returns the same rows with padding on the right, [B, length].
 
-  Padding does not change the tokens of a row. It serves to compile fewer
-  programs, since each length needs one.
+  Padding does not change the tokens of a row. Each length needs a compiled
+  program, so padding to a few lengths saves compilations.
 
   Args:
     request: Request.
@@ -108,7 +108,7 @@ def widen(request, length):
 
 
 def check_context(context, valid):
-  """Checks that rows are not longer than the rows of the training.
+  """Checks that no row is longer than the training rows.
 
   Args:
     context: tokens of a training row, config.data.length.

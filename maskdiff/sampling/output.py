@@ -10,16 +10,16 @@ from maskdiff.distributed import runtime
 from maskdiff.errors import writing
 
 
-def write_answers(found, write, shown, totals):
+def write_answers(answers, write, shown, totals):
   """Writes or prints answers as they arrive, and counts their tokens and work.
 
   Args:
-    found: iterable of answers; answers.py describes them.
+    answers: iterable of dicts, in the form that answers.py describes.
     write: function that writes a line to --out, or None to print the text.
     shown: True if --show has already printed the texts.
     totals: Counter of tokens, forwards and positions, updated in place.
   """
-  for number, answer in enumerate(found):
+  for number, answer in enumerate(answers):
     for key in ('tokens', 'forwards', 'positions'):
       totals[key] += answer[key]
     if write:
@@ -41,7 +41,7 @@ def print_step(texts):
 def open_file(flag, path):
   """Yields a function that writes text to the file of a flag.
 
-  Yields None without a path. Only process 0 writes; each line is flushed.
+  Yields None without a path. Only process 0 writes. Each line is flushed.
   """
   if not path or jax.process_index():
     yield path and (lambda text: None)

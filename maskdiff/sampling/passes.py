@@ -1,13 +1,13 @@
 """The forward pass of a denoising step: over the canvas, or over a window.
 
-Without a cache every step computes the whole canvas. With a cache, a pass over
-the canvas stores keys and values, and later steps compute a window only: the
-current block (`dual`), or everything from the block to the end of the row
-(`prefix`); Fast-dLLM, arXiv 2505.22618.
+Without a cache every step computes the whole canvas. With a cache (Fast-dLLM,
+arXiv 2505.22618), a pass over the canvas stores keys and values, and later
+steps compute a window only. The window is the current block (`dual`), or
+everything from the block to the end of the row (`prefix`).
 
-Only slots of the current block are projected onto the vocabulary. Letters as in
-state.py, and V vocabulary, W window, R rows of the network's batch: B, or 2 B
-with guidance.
+Only slots of the current block are projected onto the vocabulary. state.py
+explains the letters in shapes. V is the vocabulary size, W the length of a
+window, and R the batch size of the network: B, or 2 B with guidance.
 """
 
 import jax
@@ -58,13 +58,13 @@ def over_window(network, c, shape, carry, cache, layout):
   Args:
     network: Network.
     c: SamplerConfig.
-    shape: the shape of the pass that made the cache.
+    shape: the argument `shape` of the pass that made the cache.
     carry: Carry.
     cache: keys and values, from `over_canvas`.
     layout: Layout.
 
   Returns:
-    logits and number of positions, as `over_canvas`.
+    logits and number of positions, as in `over_canvas`.
   """
   length, size = shape
   slots = current(layout.slots, carry.block)
@@ -75,7 +75,7 @@ def over_window(network, c, shape, carry, cache, layout):
   positions = jnp.tile(positions, (copies, 1))  # [R, W]
   rows = jnp.arange(len(tokens))[:, None]
   inside = jnp.minimum(positions, length - 1)
-  # False where the block has no slot (position L), or it is not visible.
+  # False where the block has no slot (position L) or the position is hidden.
   in_window = (positions < length) & valid[rows, inside]
   cache_valid = valid.at[rows, jnp.where(in_window, positions, length)].set(
     False, mode='drop'
@@ -93,11 +93,11 @@ def over_window(network, c, shape, carry, cache, layout):
 def shown(network, c, carry, layout):
   """Returns the tokens that the network sees.
 
-  With guidance it sees two copies: the canvas, and the canvas with the prompt
-  masked (LLaDA's generate.py). Committed tokens are in both.
+  With guidance these are two copies of the canvas, the second with the prompt
+  masked (LLaDA's generate.py). Both copies have the committed tokens.
 
   Returns:
-    tokens [R, L] int32; and [R, L] bool, which of them are visible.
+    tokens [R, L] int32; and [R, L] bool, True on visible positions.
   """
   canvas, valid = carry.canvas, visible(c, carry, layout)
   if not c.guidance:
@@ -113,8 +113,9 @@ def logits_at(c, model, hidden, columns):
     c: SamplerConfig; with guidance, both copies of `shown` are combined.
     model: Transformer.
     hidden: [R, L, D] hidden states.
-    columns: [B, S] int32, indices along L; L or more where there is no slot,
-      whose logits are meaningless.
+    columns: [B, S] int32, index of each slot along axis L of `hidden`. Where
+      the block has no slot, the index is arbitrary and the logits are
+      meaningless.
   """
   copies, (_, length) = len(hidden) // len(columns), hidden.shape[:2]
   rows = jnp.arange(len(hidden))[:, None]
@@ -128,9 +129,9 @@ def logits_at(c, model, hidden, columns):
 def shapes(c, length, size):
   """Returns the lengths that passes are compiled for, at most MAX_SHAPES.
 
-  A pass uses the shortest that covers the visible positions of all rows. The
-  lengths do not depend on the prompts, so that one program serves all requests
-  of a length.
+  A pass uses the shortest length that covers the visible positions of all rows.
+  The lengths do not depend on the prompts, so that one program serves all
+  requests of a length.
 
   Args:
     c: SamplerConfig.
@@ -138,8 +139,8 @@ def shapes(c, length, size):
     size: S, slots per block.
 
   Returns:
-    Tuple of (positions of a pass over the canvas, positions of a window),
-    rising.
+    Tuple of (positions of a pass over the canvas, positions of a window), in
+    increasing order.
   """
   if c.lookahead < 0 and c.cache != 'prefix':
     return ((length, size),)
@@ -151,9 +152,9 @@ def shapes(c, length, size):
 
 
 def halves(largest, smallest):
-  """Returns `largest`, a half of it, a quarter, ..., rising.
+  """Returns `largest`, a half of it, a quarter, ..., in increasing order.
 
-  At most MAX_SHAPES numbers, none of them below `smallest`.
+  The list has at most MAX_SHAPES numbers, rounded up, all at least `smallest`.
   """
   sizes = [largest]
   while len(sizes) < MAX_SHAPES and -(-sizes[-1] // 2) >= smallest:
@@ -170,5 +171,5 @@ def choose_shape(c, shapes, carry, layout):
   if c.cache != 'prefix':
     window = jnp.zeros_like(window)
   active = in_progress(carry)
-  needs = jnp.max(jnp.where(active, jnp.stack([end, window]), 0), axis=1)
-  return jnp.argmax((jnp.array(shapes) >= needs).all(axis=1))
+  longest = jnp.max(jnp.where(active, jnp.stack([end, window]), 0), axis=1)
+  return jnp.argmax((jnp.array(shapes) >= longest).all(axis=1))

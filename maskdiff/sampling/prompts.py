@@ -21,14 +21,14 @@ def read(path, first_seed):
     path: UTF-8 text. In a file named *.jsonl every line is an object, all with
       the key `prompt` or all with `infill`, a text with gaps; `seed` is
       optional. In other files every line is a prompt. Empty lines are skipped.
-    first_seed: seed of the first prompt; the n-th after it has first_seed + n.
+    first_seed: seed of the first prompt; by default it grows by 1 per prompt.
 
   Returns:
-    List of Prompt; and a bool, whether they have gaps.
+    List of Prompt; and a bool, whether the prompts have gaps.
 
   Raises:
     UserError: the file cannot be read or has no prompts; a line is not valid;
-      or prompts and texts with gaps are mixed.
+      or the file has both prompts and texts with gaps.
   """
   try:
     with open(path, encoding='utf-8') as f:
@@ -76,7 +76,8 @@ def typed(file):
         print()
         raise
   if hasattr(file, 'reconfigure'):
-    # `check_unicode` refuses a line that is not UTF-8; here it would end all.
+    # `check_unicode` refuses a line that is not UTF-8. A decoding error would
+    # end the whole conversation.
     file.reconfigure(encoding='utf-8', errors='surrogateescape')
   for line in file:
     yield line.removesuffix('\n')

@@ -1,10 +1,10 @@
 """Samples many requests in a batch of fixed size (continuous batching).
 
-Rows end at different times: one has an early eos, in another a threshold
-commits more tokens per step. A row that ends is replaced by the next request at
-once, so that no row of the batch idles. One program is compiled for all
-requests. The answer to a request does not depend on the batch. With a cache, a
-row is replaced when the other rows need a new cache too.
+Rows end at different times, for example at an early eos, or because a threshold
+commits many tokens per step. The next request replaces a row as soon as it
+ends, so that no row of the batch idles. With a cache, the replacement waits
+until the other rows need a new cache too. One program is compiled for all
+requests. The answer to a request does not depend on the batch.
 """
 
 import functools
@@ -20,7 +20,7 @@ from maskdiff.sampling.request import begin
 
 
 class Answer(NamedTuple):
-  """A row of a Request, filled."""
+  """A row of a Request with its slots filled."""
 
   row: int  # index in the Request
   tokens: np.ndarray  # [L] int32, the filled canvas
@@ -36,7 +36,7 @@ def answers(network, c, request, batch):
     network: Network.
     c: SamplerConfig.
     request: Request of R rows.
-    batch: rows in progress at once.
+    batch: largest number of rows in progress at once.
 
   Raises:
     UserError: see `request.begin`.
@@ -46,12 +46,13 @@ def answers(network, c, request, batch):
   batch = min(batch, requests)
   row_of = np.arange(batch)  # request row in each row of the batch; -1: none
   waiting = iter(range(batch, requests))
-  # Placed like the result of the loop, so that one program serves all calls.
+  # The sharding of the loop's result, so that one program serves all calls.
   state = jax.jit(replicate)((_take(carry, row_of), _take(layout, row_of)))
   unanswered = requests
   while unanswered:
     batch_carry, batch_layout = state
-    # If no request waits, no row can be replaced, so all run to their end.
+    # Without a waiting request no row can be replaced, so all rows run to their
+    # end.
     until = (row_of >= 0).sum() - 1 if unanswered > batch else 0
     batch_carry = sampler.run(
       network, c, shapes, batch_carry, batch_layout, np.int32(until)

@@ -5,8 +5,8 @@ slots of the current block:
 
     confidence  [B, S] float32; see candidates.CONFIDENCES
     masked      [B, S] bool, slots that may be committed
-    budget      [B] int32, number of tokens to commit in this step; or the
-                number that the docstring of the rule names
+    budget      [B] int32, number of tokens to commit in this step; some rules
+                take another quantity instead, which their docstring names
     keys        [B] PRNG keys, one per row
     committed   [B, S] bool, a subset of `masked`
 
@@ -35,10 +35,10 @@ def quota(num_masked, step, steps):
 
 
 def quota_to(ratio, num_slots, num_masked):
-  """Returns the number of tokens to commit to leave a share masked.
+  """Returns the number of tokens to commit so that a given share stays masked.
 
-  The number of slots left masked is rounded down, as in the code of MaskGIT
-  (arXiv 2202.04200). At least one token is committed.
+  The number of slots that stay masked is rounded down, as in the code of
+  MaskGIT (arXiv 2202.04200). At least one token is committed.
 
   Args:
     ratio: float32 in [0, 1], share of the slots to leave masked.
@@ -48,7 +48,7 @@ def quota_to(ratio, num_slots, num_masked):
   Returns:
     int32 like `num_masked`.
   """
-  # 1e-3: in float32 a whole number may come out slightly too small.
+  # 1e-3: float32 rounding can make an integer product slightly too small.
   left = jnp.floor(num_slots * ratio + 1e-3).astype(jnp.int32)
   return jnp.maximum(num_masked - left, 1)
 
@@ -98,10 +98,10 @@ def random(confidence, masked, budget, keys):
 
 
 def threshold(confidence, masked, budget, keys):
-  """Commits the most confident slot, and all above a confidence threshold.
+  """Commits the most confident slot, and all that reach a confidence threshold.
 
-  Fast-dLLM, arXiv 2505.22618. `budget` is the threshold, a float. Above 1, one
-  token per step is committed; at 0, a block takes one step.
+  Fast-dLLM, arXiv 2505.22618. `budget` is the threshold, a float. A threshold
+  above 1 commits one token per step. At 0, a block takes one step.
   """
   del keys
   first = ranks(confidence, masked) == 0
@@ -111,12 +111,12 @@ def threshold(confidence, masked, budget, keys):
 def factor(confidence, masked, budget, keys):
   """Commits the n most confident, if the n-th has at least 1 - f / (n + 1).
 
-  Fast-dLLM, arXiv 2505.22618: with f = 1, the most probable tokens of these
-  slots are also most probable jointly. `budget` is f, a float. The most
-  confident slot is always committed. Confidences fall with n and the bounds
-  rise, so each slot can be compared with its own bound. If all slots but the
-  last pass, some published code commits the last one too; this code follows
-  the formula.
+  Fast-dLLM, arXiv 2505.22618: with f = 1, the most probable token of each slot
+  is also part of the most probable joint assignment. `budget` is f, a float.
+  The most confident slot is always committed. Confidences fall with n while the
+  thresholds rise, so each slot can be compared with its own threshold. If only
+  the last slot falls short of its threshold, some published code commits it
+  too; this code follows the formula.
   """
   del keys
   rank = ranks(confidence, masked)
@@ -129,7 +129,7 @@ def ancestral(confidence, masked, budget, keys):
   The reverse process from time t to s: a masked token is unmasked with
   probability 1 - mask_ratio(s) / mask_ratio(t) (LLaDA, arXiv 2502.09992,
   eq. 10; MDLM, arXiv 2406.07524). `budget` is this probability, [B] float32.
-  It is LLaDA's algorithm 4; LLaDA's code commits a fixed number of tokens
+  The rule is LLaDA's algorithm 4. LLaDA's code commits a fixed number of tokens
   instead, see `random`.
   """
   probability = budget[:, None]
@@ -139,10 +139,11 @@ def ancestral(confidence, masked, budget, keys):
 def first_hitting(confidence, masked, budget, keys):
   """Commits one slot, uniformly at random.
 
-  The reverse process in continuous time (arXiv 2409.02908). Slots wait
-  independent and identically distributed times, so each masked slot is equally
-  likely to be next. The times themselves are not needed, since the network
-  does not see them. The budget is not read: a block takes one step per slot.
+  The reverse process in continuous time (arXiv 2409.02908). The unmasking times
+  of slots are independent and identically distributed, so each masked slot is
+  equally likely to be next. The times themselves are not sampled, since the
+  network has no time input. The budget is not read: a block takes one step per
+  slot.
   """
   one = jnp.ones_like(budget, jnp.int32)
   return random(confidence, masked, one, keys)

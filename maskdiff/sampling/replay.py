@@ -15,10 +15,11 @@ MASK_TEXT = '\u2591'
 
 
 class Recording(NamedTuple):
-  """What `sampler.walk` yields for B texts in T steps."""
+  """The states that `sampler.walk` yields for B texts in T steps."""
 
   canvases: np.ndarray  # [T + 1, B, L] int32, before every step and at the end
-  # [T + 1, B, L] float32, of the tokens that the step committed; NaN elsewhere
+  # [T + 1, B, L] float32; entry t has the confidence of the tokens that step t
+  # committed, and NaN elsewhere. Entry 0 is NaN.
   confidence: np.ndarray
   fill: np.ndarray  # [B, L] bool, the slots
   valid: np.ndarray  # [B, L] bool, False on padding
@@ -31,8 +32,8 @@ def page(recording, tokenizer, titles, settings):
     recording: Recording.
     tokenizer: data.tokenizer.Tokenizer.
     titles: B strings, one per text.
-    settings: dict to show, the most important first; has `block_length` and
-      `confidence`.
+    settings: dict of settings to list on the page, in this order. It must
+      contain `block_length` and `confidence`.
 
   Returns:
     HTML in ASCII that fetches nothing. Its text at step t is
@@ -50,8 +51,8 @@ def page(recording, tokenizer, titles, settings):
       for row, title in enumerate(titles)
     ],
   }
-  # ASCII is read alike in any encoding. Without < a text cannot end the script
-  # element that contains it.
+  # ASCII reads the same in any encoding. Without <, a text cannot end the
+  # script element that contains it.
   encoded = json.dumps(data, ensure_ascii=True, separators=(',', ':'))
   encoded = encoded.replace('<', '\\u003c')
   template = importlib.resources.files('maskdiff.sampling').joinpath(

@@ -1,7 +1,7 @@
 """Settings of the sampler, requests, and the first state of the loop.
 
-`begin` checks a request and divides its slots into blocks, in NumPy. Letters as
-in state.py.
+`begin` checks a request and divides its slots into blocks, in NumPy. state.py
+explains the letters in shapes.
 """
 
 import dataclasses
@@ -28,34 +28,34 @@ _Settings = dataclasses.make_dataclass(
 class SamplerConfig(_Settings):
   """Settings of the sampler: the keys of config.sample, and `own_blocks`.
 
-  maskdiff/config/sample.py declares the keys, with defaults and help. Two
-  differ here. `gen_length` is the number of slots over which `steps` is
-  divided. 0: those of the longest row; results then depend on the batch.
-  `steps` may be 0 with own_blocks: one step per slot.
+  maskdiff/config/sample.py declares the keys, with defaults and help. Two keys
+  have one more value here. `gen_length` is the number of slots over which
+  `steps` is divided. 0: the number of slots of the longest row; results then
+  depend on the batch. With own_blocks, steps=0 means one step per slot.
 
   Models tuned on answers padded with eos predict eos early. The published
   evaluations of LLaDA (EVAL.md) suppress eos in one of two ways. With
   `logits_eos_inf` (HumanEval) eos is never predicted. With
-  `confidence_eos_eot_inf` (GSM8K, MATH, GPQA, MBPP) eos and the end of turn are
-  predicted, but have confidence 0 and are committed last; the confidence of
-  other tokens is normalized without these two. At temperatures above 0 LLaDA's
-  code does the second to the end of turn only, by an oversight; here eos is
-  treated alike at any temperature. Remasking rules that do not read the
-  confidence ignore both.
+  `confidence_eos_eot_inf` (GSM8K, MATH, GPQA, MBPP) eos and the end-of-turn
+  token are predicted, but have confidence 0 and are committed last. The
+  confidence of other tokens is normalized without these two. At temperatures
+  above 0, a bug in LLaDA's code applies `confidence_eos_eot_inf` to the
+  end-of-turn token only. This package applies it to both tokens at any
+  temperature. Remasking rules that do not read the confidence ignore it.
 
-  A `cache` stores keys and values of a forward pass over the whole canvas,
-  which also commits the first tokens of a block, for the later steps of the
-  block (Fast-dLLM, arXiv 2505.22618). `prefix` stores the positions before the
-  block; later steps compute from the start of the block to the end of the row.
-  `dual` stores all positions outside the block; later steps compute the block
-  only. The cached values are as old as that pass, so results differ a little
-  from those without a cache. With refresh=1 they are equal.
+  A `cache` stores the keys and values of the first forward pass of a block,
+  which covers the whole canvas. Later steps of the block reuse them (Fast-dLLM,
+  arXiv 2505.22618). `prefix` stores the positions before the block; later steps
+  compute from the start of the block to the end of the row. `dual` stores all
+  positions outside the block; later steps compute the block only. Cached values
+  do not reflect tokens committed since that pass, so results differ a little
+  from results without a cache. With refresh=1 they are equal.
 
   Attributes:
     own_blocks: divide `steps` among the blocks of each row, at least one step
-      per block, instead of the blocks of the longest request. Gaps need it,
-      since their number of slots differs: results then do not depend on the
-      batch.
+      per block, instead of the blocks of the longest request. Texts with gaps
+      need it, because they differ in their number of slots: with own_blocks,
+      results do not depend on the batch.
   """
 
   gen_length: int = 0
@@ -65,8 +65,8 @@ class SamplerConfig(_Settings):
 class Request(NamedTuple):
   """Rows with slots to fill; layouts.py makes them. Fields are NumPy arrays.
 
-  The tokens of a row depend on its own seed and on no other row. This holds if
-  no row has more than c.gen_length slots, or c.own_blocks is set.
+  The sampled tokens of a row depend on its own seed and on no other row,
+  provided that c.own_blocks is set or no row has more than c.gen_length slots.
   """
 
   canvas: np.ndarray  # [B, L] int32; tokens at slots are not read
@@ -87,18 +87,18 @@ def begin(network, c, request):
     The first Carry, the Layout, and passes.shapes of the request.
 
   Raises:
-    UserError: shapes differ; the blocks cannot share the steps equally; there
-      are no slots; a setting has an unknown value; eos_id is missing; a
-      left-to-right network cannot do what the settings say; text follows a gap
-      while lookahead hides slots; slots are on padding; or a seed is not a
-      uint32.
+    UserError: shapes differ; the steps cannot be divided equally among the
+      blocks; there are no slots; a setting has an unknown value; a setting
+      needs eos_id, which is missing; a setting does not fit a left-to-right
+      network; text follows a gap while lookahead hides slots; slots are on
+      padding; or a seed is not in [0, 2^32).
   """
   canvas, fill, valid = _arrays(request)
   _check_settings(network, c)
   _check_rows(c, fill, valid, request.seeds)
-  most = max(int(fill.sum(axis=1).max(initial=0)), c.gen_length)
-  size = min(c.block_length, most)
-  blocks = -(-most // size)
+  max_slots = max(int(fill.sum(axis=1).max(initial=0)), c.gen_length)
+  size = min(c.block_length, max_slots)
+  blocks = -(-max_slots // size)
   if c.steps < 0 or (not c.own_blocks and (not c.steps or c.steps % blocks)):
     raise UserError(
       f'steps={c.steps} cannot be shared equally by {blocks} block(s) of '
@@ -106,11 +106,11 @@ def begin(network, c, request):
     )
   batch, length = canvas.shape
   slots = np.full((batch, blocks * size), length, np.int32)
-  for row, filled in enumerate(fill):
-    (positions,) = np.nonzero(filled)
+  for row, is_slot in enumerate(fill):
+    (positions,) = np.nonzero(is_slot)
     slots[row, : len(positions)] = positions
   slots = slots.reshape(batch, blocks, size)
-  order = np.where(fill, np.cumsum(fill, axis=1) - 1, -size) // size
+  block_of = np.where(fill, np.cumsum(fill, axis=1) - 1, -size) // size
   zeros = np.zeros(batch, np.int32)
   carry = Carry(
     block=zeros,
@@ -127,8 +127,8 @@ def begin(network, c, request):
     num_slots=(slots < length).sum(axis=2, dtype=np.int32),
     fill=fill,
     valid=valid,
-    order=order.astype(np.int32),
-    steps=_steps_per_block(c, fill, size, most),
+    block_of=block_of.astype(np.int32),
+    steps=_steps_per_block(c, fill, size, max_slots),
     seeds=np.asarray(request.seeds, np.uint32),
   )
   return carry, layout, passes.shapes(c, length, size)
@@ -145,29 +145,31 @@ def _arrays(request):
   return canvas, fill, valid
 
 
-def _steps_per_block(c, fill, size, most):
+def _steps_per_block(c, fill, size, max_slots):
   """Returns denoising steps per block, [B] int32."""
-  slots = np.full(len(fill), most)
+  num_slots = np.full(len(fill), max_slots)
   if c.own_blocks:
-    slots = np.maximum(fill.sum(axis=1), 1)
-  sizes = np.minimum(size, slots)
-  blocks = -(-slots // sizes)
+    num_slots = np.maximum(fill.sum(axis=1), 1)
+  sizes = np.minimum(size, num_slots)
+  blocks = -(-num_slots // sizes)
   steps = -(-c.steps // blocks) if c.steps else sizes
   return steps.astype(np.int32)
 
 
 def _check_rows(c, fill, valid, seeds):
   for row in np.flatnonzero(np.any(fill & ~valid, axis=1)):
-    raise UserError(f'row {row} has slots on its padding: fill needs valid')
+    raise UserError(
+      f'row {row} has slots on its padding: set valid wherever fill is set'
+    )
   for seed in seeds:
     if not 0 <= seed < 2**32:
-      raise UserError(f'seed {seed} is not from 0 to {2**32 - 1}')
+      raise UserError(f'seed {seed} must be between 0 and {2**32 - 1}')
   if not fill.any():
     raise UserError('nothing to fill: set gen_length to at least 1')
   if c.lookahead >= 0 and np.any(valid[:, 1:] & fill[:, :-1] & ~fill[:, 1:]):
     raise UserError(
-      f'lookahead={c.lookahead} hides slots at the end of a row, and here text '
-      'follows a gap: set lookahead=-1'
+      f'lookahead={c.lookahead} hides slots at the end of a row, but text '
+      'follows a gap in this request: set lookahead=-1'
     )
 
 
@@ -187,8 +189,8 @@ def _check_settings(network, c):
     )
   if objective.left_to_right and (c.cache, c.lookahead) != ('none', -1):
     raise UserError(
-      f'cache={c.cache} and lookahead={c.lookahead} need a network that sees '
-      f'both sides of a slot, and objective {network.objective} trains none; '
+      f'cache={c.cache} and lookahead={c.lookahead} need a bidirectional '
+      f'network, and objective {network.objective} trains a left-to-right one; '
       'set cache=none and lookahead=-1'
     )
   if c.refresh < 0 or (c.refresh and c.cache == 'none'):
@@ -200,13 +202,16 @@ def _check_settings(network, c):
     check_choice(name, key, getattr(c, name))
   for key in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
     if getattr(c, key) and network.eos_id < 0:
-      raise UserError(f'{key}=True needs an eos_id')
+      raise UserError(
+        f'{key}=True needs an eos token, and the tokenizer has none; set '
+        f'{key}=False'
+      )
 
 
 def sampler_config(config):
   """Returns the SamplerConfig of a run's config.
 
-  Left-to-right networks get blocks of one slot and one step per token.
+  For a left-to-right network, each block has one slot and takes one step.
   """
   settings = {name: config.sample[name] for name in SETTINGS}
   if OBJECTIVES[config.objective.name].left_to_right:

@@ -6,10 +6,10 @@ blocks of `block_length`, left to right. One block is pure diffusion; several
 are semi-autoregressive. A network trained left to right is sampled by the same
 loop in blocks of one slot. Committed tokens are never revised.
 
-This is `generate` of LLaDA (arXiv 2502.09992, section 2.4), with gaps in place
-of a suffix. A mask token outside of the slots is context, and stays. LLaDA's
-code lets masks of the prompt compete with the slots, and may then return masks
-in the answer.
+This is `generate` of LLaDA (arXiv 2502.09992, section 2.4), which continues
+prompts, extended to gaps. A mask token outside of the slots is context and
+stays. In LLaDA's code masks in the prompt compete with the slots, so that masks
+may remain in the answer.
 
 The file reads top to bottom:
 
@@ -23,7 +23,8 @@ The file reads top to bottom:
    (remasking.py), and their tokens are committed.
 4. `walk` and `trace`: the same steps from Python, one at a time.
 
-state.py has the state of the loop, Carry and Layout; its letters are used here.
+state.py defines the state of the loop, Carry and Layout, and explains the
+letters in shapes.
 """
 
 import functools
@@ -101,9 +102,9 @@ def run(network, c, shapes, carry, layout, until=0):
 def run_round(network, c, shape, carry, layout):
   """Runs a step by a pass over the canvas, then the steps its cache serves.
 
-  Steps by passes over a window go on until every row needs a new cache: its
-  block is complete, or c.refresh steps are done. Rows that need one sooner
-  wait for the others.
+  Passes over a window are repeated until every row needs a new cache, because
+  its block is complete or c.refresh steps are done. Rows that need a new cache
+  sooner wait for the others.
 
   Args:
     network: Network.
@@ -129,10 +130,10 @@ def run_round(network, c, shape, carry, layout):
 
 
 def canvas_step(network, c, shape, carry, layout):
-  """A denoising step of all rows in progress, by a pass over the canvas.
+  """Runs a denoising step of all rows in progress, by a pass over the canvas.
 
   Returns:
-    What `denoise` returns; and the cache, None if c.cache is 'none'.
+    The results of `denoise`; and the cache, None if c.cache is 'none'.
   """
   logits, num_positions, cache = passes.over_canvas(
     network, c, shape, carry, layout
@@ -144,7 +145,7 @@ def canvas_step(network, c, shape, carry, layout):
 
 
 def window_step(network, c, shape, carry, use_cache, cache, layout):
-  """A denoising step by a pass over a window, beside a cache.
+  """Runs a denoising step by a pass over a window, with cached keys.
 
   Args:
     network: as for `run_round`.
@@ -156,7 +157,7 @@ def window_step(network, c, shape, carry, use_cache, cache, layout):
     cache: from `canvas_step`.
 
   Returns:
-    What `denoise` returns.
+    The results of `denoise`.
   """
   logits, num_positions = passes.over_window(
     network, c, shape, carry, cache, layout
@@ -166,9 +167,9 @@ def window_step(network, c, shape, carry, use_cache, cache, layout):
 
 @jax.named_scope('part(sampling: choice of tokens)')
 def denoise(network, c, carry, layout, logits, active, num_positions):
-  """One denoising step: commits some of the predictions for a block.
+  """Runs one denoising step: commits some of the predictions for a block.
 
-  A block that is complete before its steps are over skips the rest of them.
+  A block that is complete early skips its remaining steps.
 
   Args:
     network: Network.
@@ -176,7 +177,7 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     carry: Carry.
     layout: Layout.
     logits: [B, S, V] float32, of each row's current block.
-    active: [B] bool, the rows that take a step; others stay as they are.
+    active: [B] bool, the rows that take a step; other rows do not change.
     num_positions: [B] int32, number of positions computed for each row.
 
   Returns:
@@ -202,17 +203,17 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
 
   # Their tokens are committed; the other slots stay masked.
   canvas = commit.write(carry.canvas, slots, committed, token)
-  nowhere = jnp.full(canvas.shape, jnp.nan)
-  step_confidence = commit.write(nowhere, slots, committed, confidence)
-  open_slots = current(carry.masked, block) & ~committed
+  no_confidence = jnp.full(canvas.shape, jnp.nan)
+  step_confidence = commit.write(no_confidence, slots, committed, confidence)
+  still_masked = current(carry.masked, block) & ~committed
   masked = carry.masked.at[jnp.arange(len(block)), block].set(
-    open_slots, mode='drop'
+    still_masked, mode='drop'
   )
   masked &= ~broken[:, None, None]
   if c.stop_at_eos:
     canvas, masked = commit.end_at_eos(network.eos_id, canvas, masked, layout)
 
-  # A row without masks in its block goes to the next block.
+  # A row without masks in its block moves on to the next block.
   complete = active & ~current(masked, block).any(axis=1)
   step = jnp.where(complete, 0, step + active)
   carry = Carry(
@@ -242,7 +243,7 @@ def broken_error(rows):
   """Returns the UserError that names the abandoned rows."""
   return UserError(
     f'the logits of row(s) {rows} were NaN or infinite: the weights are '
-    'damaged or the training diverged; take an older checkpoint'
+    'damaged or the training diverged; use an older checkpoint'
   )
 
 
@@ -266,7 +267,7 @@ def walk(network, c, request):
     slots that were filled with eos after an eos.
   """
   carry, layout, shapes = begin(network, c, request)
-  # Placed like the results of a step, so that one program serves all steps.
+  # The sharding of a step's results, so that one program serves all steps.
   carry, layout = jax.jit(replicate)((carry, layout))
   confidence = np.full(carry.canvas.shape, np.nan, np.float32)
   use_cache = shape = cache = None

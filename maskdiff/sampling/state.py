@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class Carry(NamedTuple):
-  """What a denoising step changes."""
+  """Loop state: everything that a denoising step changes."""
 
   block: jax.Array  # [B] int32, the current block; number of complete blocks
   step: jax.Array  # [B] int32, denoising steps done in the current block
@@ -19,22 +19,22 @@ class Carry(NamedTuple):
   masked: jax.Array  # [B, blocks, S] bool, slots without a committed token
   calls: jax.Array  # int32, forward passes over the whole batch
   # [B] int32: forward passes in which a row took part (guidance counts two per
-  # step), and positions that these passes computed for the row. Padding, and
-  # positions beyond the visible ones, are not counted, so that both numbers do
-  # not depend on the other rows.
+  # step), and positions that these passes computed for the row. Padding and
+  # hidden positions are not counted, so that neither number depends on the
+  # other rows.
   forwards: jax.Array
   positions: jax.Array
   broken: jax.Array  # [B] bool, abandoned: logits were NaN or infinite
 
 
 class Layout(NamedTuple):
-  """Where the slots of each row are, and how it is sampled; constant."""
+  """Constants of the loop: slots, blocks, steps and seed of each row."""
 
   slots: jax.Array  # [B, blocks, S] int32, positions; L where there is no slot
   num_slots: jax.Array  # [B, blocks] int32
   fill: jax.Array  # [B, L] bool, True on slots
   valid: jax.Array  # [B, L] bool, False on padding
-  order: jax.Array  # [B, L] int32, block of each slot; -1 on given tokens
+  block_of: jax.Array  # [B, L] int32, block of each slot; -1 on given tokens
   steps: jax.Array  # [B] int32, denoising steps per block
   seeds: jax.Array  # [B] uint32
 
@@ -62,4 +62,5 @@ def visible(c, carry, layout):
   """Returns [B, L] bool: not padding, and not in a block beyond `lookahead`."""
   if c.lookahead < 0:
     return layout.valid
-  return layout.valid & (layout.order <= carry.block[:, None] + c.lookahead)
+  last_visible = carry.block + c.lookahead
+  return layout.valid & (layout.block_of <= last_visible[:, None])

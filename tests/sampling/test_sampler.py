@@ -492,8 +492,12 @@ REFUSED = {
     'guidance=1.0.*autoregressive',
   ),
   'schedule': (dict(schedule='sine'), ALL, "'sine'.*linear"),
-  'no_eos': (dict(stop_at_eos=True), ALL, 'stop_at_eos.*eos_id'),
-  'no_eos_either': (dict(logits_eos_inf=True), ALL, 'logits_eos_inf.*eos_id'),
+  'no_eos': (dict(stop_at_eos=True), ALL, 'stop_at_eos.*an eos token'),
+  'no_eos_either': (
+    dict(logits_eos_inf=True),
+    ALL,
+    'logits_eos_inf.*an eos token',
+  ),
 }
 
 

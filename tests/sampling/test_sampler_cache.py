@@ -382,11 +382,11 @@ def test_unused_slots_cost_nothing(monkeypatch):
     (dict(cache='dual', refresh=-1), 'refresh=-1'),
     (
       dict(objective='autoregressive', block_length=1, cache='dual'),
-      'need a network that sees both sides',
+      'need a bidirectional network',
     ),
     (
       dict(objective='autoregressive', block_length=1, lookahead=0),
-      'need a network that sees both sides',
+      'need a bidirectional network',
     ),
   ],
 )
