@@ -33,7 +33,7 @@ class Run:
     header: contents of header.txt, or ''.
     skipped: dicts of the ledger, one per skipped update.
     goodput: result of `ledger.goodput`; None without a ledger.
-    plan: dict with the keys of planner.plan.FIELDS, or None.
+    plan: dict with the keys of planner.fields.FIELDS, or None.
   """
 
   name: str

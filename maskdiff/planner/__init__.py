@@ -7,11 +7,11 @@
 - tables: plans as tables for a terminal.
 - plot: a plan as a bar chart.
 - levers: config keys that lower the memory of a plan.
-- pricing: memory and time of one program.
+- pricing: compiles one program; its memory and time.
 - target: compiles programs for a TPU topology.
 - environment: environment variables to set before JAX is imported.
 - parts: the part of the model that an instruction belongs to.
 - hlo: parses the text of a compiled program.
-- hlo_cost: prices a program; hlo_loops, hlo_kernels and hlo_collectives price
-  its loops, attention kernels and collectives.
+- hlo_cost: estimates the time of a program. hlo_loops finds trip counts;
+  hlo_kernels and hlo_collectives price attention kernels and collectives.
 """

@@ -7,7 +7,7 @@ COMPILER_ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
   # JAX cannot read a cached TPU program without a TPU.
   'JAX_ENABLE_COMPILATION_CACHE': 'false',
-  # Without the others libtpu looks for a TPU on this machine.
+  # Without these variables libtpu looks for a TPU on this machine.
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-16',

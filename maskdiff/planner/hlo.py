@@ -61,7 +61,7 @@ class Instruction:
 
   @functools.cached_property
   def cycles(self):
-    """The compiler's estimate; 0 if it has none."""
+    """The compiler's estimate of clock cycles; 0 if it has none."""
     match = re.search(r'"estimated_cycles":"?(\d+)', self.attributes)
     return int(match[1]) if match else 0
 
@@ -85,7 +85,7 @@ class Module:
 
   @functools.cached_property
   def roots(self):
-    """From the name of a computation to its result instruction."""
+    """Dict from computation names to root (result) instructions."""
     return {
       name: next((i for i in body.values() if i.is_root), None)
       for name, body in self.computations.items()
@@ -93,7 +93,7 @@ class Module:
 
   @functools.cached_property
   def loops(self):
-    """From the body or condition of a loop to (computation, loop)."""
+    """Dict from a loop's body or condition to (computation, loop)."""
     return {
       loop.attribute(part): (name, loop)
       for name, body in self.computations.items()
@@ -104,7 +104,7 @@ class Module:
 
 
 def parse(text):
-  """Parses the text of an executable.
+  """Parses the HLO text of an executable.
 
   Returns:
     Module.
@@ -174,7 +174,7 @@ def nbytes(kind):
 
 
 def elements(kind):
-  """Returns the element types of a tuple type; of another, [the type]."""
+  """Returns the element types of a tuple, or [kind] for any other type."""
   if not kind.startswith('('):
     return [kind]
   parts, depth, start = [], 0, 1
@@ -189,8 +189,9 @@ def elements(kind):
 def describing(module, instruction):
   """Returns the instruction whose op_name describes this one.
 
-  An instruction with an op_name describes itself. For a fusion without one it
-  is the matrix product inside, else the result, else any named instruction.
+  An instruction with an op_name describes itself. A fusion without an op_name
+  is described by a matrix product inside it, else by its root, else by any
+  instruction inside that has an op_name.
   """
   if instruction.op_name or instruction.op != 'fusion':
     return instruction

@@ -1,19 +1,19 @@
 """Prices the collectives of a compiled TPU program: bytes, mesh axes, seconds.
 
 The compiler has no estimate for collectives. They are priced as rings over the
-links of the torus that their groups span: the bytes that a device receives over
-the bandwidth of those links, plus a latency per hop. A group is described by
-the mesh axes along which its devices differ, so that a plan states the cost of
-each axis.
+links of the torus that their groups span. The time is the number of bytes that
+a device receives, divided by the bandwidth of those links, plus a latency per
+hop. A group is described by the mesh axes along which its devices differ, so
+that a plan states the cost of each axis.
 
 Some forms in the text of the TPU compiler are misleading:
 
 - A reduce-scatter is often a custom fusion around an all-reduce and a
-  dynamic-slice (`calls=%all-reduce-scatter`). It has the emitter of true
-  reduce-scatter instructions, SingleInputAllReduceScatterFusion, and writes
-  only the slice to memory. So it is priced as a reduce-scatter: half of the
-  bytes of an all-reduce. If a *separate* fusion slices the result of an
-  all-reduce, the all-reduce moves all bytes and is priced as an all-reduce.
+  dynamic-slice (`calls=%all-reduce-scatter`). Its emitter is that of true
+  reduce-scatter instructions, SingleInputAllReduceScatterFusion, and it writes
+  only the slice to memory. So it is priced as a reduce-scatter, which moves
+  half of the bytes of an all-reduce. If a *separate* fusion slices the result,
+  the all-reduce moves all bytes and is priced as an all-reduce.
 - An all-gather may be an all-reduce of a buffer that is zero except for the
   device's own part. It is priced as an all-reduce.
 - Between slices a collective is a pair of send and recv over the host network
@@ -39,7 +39,7 @@ KINDS = (
   'collective-permute',
   'collective-broadcast',
 )
-# Assumed latency of a message from chip to chip.
+# Assumed latency of a message between neighbouring chips.
 ICI_HOP_S = 1e-6
 # Assumed latency of a transfer between slices.
 DCN_LATENCY_S = 50e-6
@@ -47,12 +47,12 @@ DCN_LATENCY_S = 50e-6
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """The devices of a program, in the order of its mesh."""
+  """The TPU of a plan: a chip, a torus and the devices in mesh order."""
 
   chip: Chip
-  shape: tuple  # of the torus of a slice
+  shape: tuple  # chips along each axis of the torus of a slice
   axes: dict  # mesh axis -> size, outermost first
-  coords: tuple  # of each device in the torus of its slice
+  coords: tuple  # coordinates of each device in the torus of its slice
   slices: tuple  # slice number of each device
 
   @property
@@ -101,13 +101,13 @@ def is_reduce_scatter(module, fusion):
 
 
 def transfer(module, machine, i, scattered=False):
-  """Prices a collective.
+  """Returns the bytes and seconds of a collective.
 
   Args:
     module: hlo.Module.
     machine: Machine.
     i: Instruction, not a '-done'.
-    scattered: whether it is an all-reduce that writes only a slice.
+    scattered: whether i is an all-reduce that writes only a slice.
 
   Returns:
     Transfer.
@@ -135,7 +135,7 @@ def transfer(module, machine, i, scattered=False):
 
 
 def between_slices(machine, send):
-  """Prices a send, which is one half of a collective between slices."""
+  """Returns the Transfer of a send, one half of a collective between slices."""
   kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
   kind = kind[1].lower().replace('_', '-')
   array = hlo.arrays(send.type)[0]
@@ -154,7 +154,8 @@ def between_slices(machine, send):
 def _result_bytes(i):
   """Returns the bytes of the result of a collective on one device."""
   parts = hlo.elements(i.type)
-  # Asynchronous ones, except all-reduce, return (operands, results, context).
+  # The start of an asynchronous collective returns (operands, results,
+  # context), except that of all-reduce, which returns the results.
   if i.op.endswith('-start') and i.op != 'all-reduce-start' and len(parts) > 1:
     return hlo.nbytes(parts[1])
   return hlo.nbytes(i.type)
@@ -163,10 +164,10 @@ def _result_bytes(i):
 def group(module, machine, i):
   """Returns the device numbers of the first group of a collective.
 
-  The text has groups as lists, as a reshaped and transposed range
-  ([2,4]<=[4,2]T(1,0)), or as axes of a mesh that it declares. Without groups
-  there is one group of all devices. For a permutation the group is the first
-  pair.
+  The text writes groups as lists, as a reshaped and transposed range
+  ([2,4]<=[4,2]T(1,0)), or as axes of a mesh that it declares. A collective
+  without groups has one group of all devices. The group of a permutation is its
+  first pair of source and target.
   """
   all_devices = list(range(module.num_partitions))
   text = i.attributes
@@ -203,12 +204,12 @@ def _mesh_group(mesh, order, names):
   # A part of an axis: 'a':(2)4 is axis a without its first factor of 2.
   used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", names)
   parts = {n: (int(b or 1), int(s or sizes[n])) for n, b, s in used}
-  dims, keep = [], []
+  dims, index = [], []
   for name, size in sizes.items():
     before, inside = parts.get(name, (1, 1))
     dims += [before, inside, size // before // inside]
-    keep += [0, slice(None), 0] if name in parts else [0, 0, slice(None, 1)]
-  return ids.reshape(dims)[tuple(keep)].reshape(-1).tolist()
+    index += [0, slice(None), 0] if name in parts else [0, 0, slice(None, 1)]
+  return ids.reshape(dims)[tuple(index)].reshape(-1).tolist()
 
 
 def mesh_positions(machine, ids, module):
@@ -246,10 +247,10 @@ def _ici_s(machine, kind, positions, nbytes):
     extent = len({machine.coords[p][axis] for p in positions})
     if extent == 1:
       continue
-    # A whole axis whose links close a ring is used in both directions.
-    closed = extent == size and size % chip.wrap_multiple == 0
-    bandwidth += chip.link_bandwidth * (2 if closed else 1)
-    hops += extent // 2 if closed else extent - 1
+    # A group over a whole axis with wrap-around links uses both directions.
+    ring = extent == size and size % chip.wrap_multiple == 0
+    bandwidth += chip.link_bandwidth * (2 if ring else 1)
+    hops += extent // 2 if ring else extent - 1
   phases = 2 if kind == 'all-reduce' else 1
   # The two cores of a chip have no link; they exchange data through HBM.
   bandwidth = bandwidth or chip.hbm_bandwidth

@@ -1,4 +1,4 @@
-"""Estimates the time of a compiled TPU program from its text.
+"""Estimates the time of a compiled TPU program from its HLO text.
 
 The estimate has three parts; the compiler prices only the first:
 
@@ -10,17 +10,18 @@ The estimate has three parts; the compiler prices only the first:
   (hlo_kernels.py). All other kernels are listed as not priced.
 - *Transfers*: collectives (hlo_collectives.py), copies to and from the host,
   and prefetches into VMEM queue on their links in the order of the schedule.
-  The exposed time is the time that the program waits: all of a synchronous
-  transfer, and the rest of an asynchronous one when its result is read.
+  The exposed time is the time that the program waits for them: the whole time
+  of a synchronous transfer, and the remaining time of an asynchronous transfer
+  when its result is read.
 
-If the trip count of a loop depends on data, the caller's expected count is
-used. Without one the loop counts once and is listed as unresolved.
+If the trip count of a loop depends on data, the caller supplies an expected
+count. Without it the loop counts once and is listed as unresolved.
 
-These asynchronous forms are known: x-start/x-done; custom fusions named
-async-collective-start.N and -done.N, whose collective runs inside the fusions
-between them; calls on another thread (async-start); and send/recv between
-slices. Two collectives never overlap. That is pessimistic if they use different
-links.
+These forms of asynchronous transfers are recognized: x-start/x-done; custom
+fusions named async-collective-start.N and -done.N, whose collective runs inside
+the fusions between them; calls on another thread (async-start); and send/recv
+between slices. Collectives of one network are priced one after the other, which
+is pessimistic if they use different links.
 """
 
 import collections
@@ -30,19 +31,19 @@ import re
 
 from maskdiff.planner import hlo, hlo_collectives, hlo_kernels, hlo_loops
 
-# Smaller arrays of an asynchronous copy are its indices and semaphores.
+# Smaller arrays in the type of an asynchronous copy are indices and semaphores.
 SMALL_BYTES = 1024
-# The compiler has no estimate for gathers and scatters. Those with a larger
-# result than this are listed as not priced.
+# Instructions without an estimate and with a larger result than this, such as
+# gathers and scatters, are listed as not priced.
 LARGE_BYTES = 2**20
 COMPUTES = ('fusion', 'gather', 'scatter', 'sort', 'dot', 'convolution')
-# These cost nothing, whatever their estimate: they run no TensorCore code.
+# These instructions run no TensorCore code, so their estimates are ignored.
 NOT_RUN = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast')
 
 
 @dataclasses.dataclass
 class Operation:
-  """All instructions with the same op_name."""
+  """Total time of all instructions with the same op_name."""
 
   op_name: str  # or the instruction's name without its number
   seconds: float = 0.0
@@ -51,7 +52,7 @@ class Operation:
 
 @dataclasses.dataclass
 class Traffic:
-  """All transfers of one kind along the same mesh axes."""
+  """Totals of all collectives of one kind along the same mesh axes."""
 
   kind: str
   axes: str
@@ -65,31 +66,36 @@ class Traffic:
 
 @dataclasses.dataclass
 class Cost:
-  """Time of one run of a program on one device."""
+  """Estimated time of one run of a program on one device."""
 
   cycles: float = 0.0
   cycles_s: float = 0.0
   kernel_s: float = 0.0
   kernel_flops: float = 0.0
   total_s: float = 0.0
-  # Queue (ici, dcn, host_in, host_out, prefetch) -> seconds.
+  # Queue (ici, dcn, host_in, host_out, prefetch) -> seconds: of waiting for
+  # transfers, and of all transfers.
   exposed_s: dict = dataclasses.field(default_factory=collections.Counter)
   busy_s: dict = dataclasses.field(default_factory=collections.Counter)
   host_bytes: float = 0.0
   operations: dict = dataclasses.field(default_factory=dict)
   traffic: dict = dataclasses.field(default_factory=dict)
   loops: list = dataclasses.field(default_factory=list)  # (op_name, trips, how)
-  unresolved: list = dataclasses.field(default_factory=list)  # of op_names
+  # Op names of loops that are counted once because their trip count is unknown.
+  unresolved: list = dataclasses.field(default_factory=list)
+  # Instructions without a price -> how often they run.
   unpriced: dict = dataclasses.field(default_factory=collections.Counter)
 
 
 @dataclasses.dataclass
 class Clock:
-  """Time and transfers during one run of a computation."""
+  """Simulated time and pending transfers during one run of a computation."""
 
-  now: float = 0.0
+  now: float = 0.0  # seconds since the start
+  # Queue -> time at which its last transfer ends.
   free: dict = dataclasses.field(default_factory=collections.Counter)
-  ends: dict = dataclasses.field(default_factory=dict)  # name -> (queue, time)
+  # Name of a transfer -> (queue, time at which it ends).
+  ends: dict = dataclasses.field(default_factory=dict)
 
   def begin(self, name, queue, seconds):
     """Appends a transfer to a queue."""
@@ -105,7 +111,7 @@ class Clock:
 
 
 def price(module, machine, expected_trips=None, causal=False):
-  """Estimates one run of a program on one device.
+  """Estimates the time of one run of a program on one device.
 
   Args:
     module: hlo.Module.
@@ -134,9 +140,9 @@ class _Pricing:
 
 
 def _run(p, computation, weight):
-  """Returns seconds of one run of a computation.
+  """Returns the seconds of one run of a computation.
 
-  `weight` is the number of times that the program runs it.
+  `weight` is the number of times that the program runs the computation.
   """
   clock = Clock()
   for i in p.module.computations[computation].values():
@@ -146,7 +152,7 @@ def _run(p, computation, weight):
     elif i.op == 'call':
       clock.now += _run(p, i.attribute('to_apply'), weight)
     elif i.op == 'conditional':
-      branches = _branches(p, i)  # assumed to be equally likely
+      branches = _branches(p, i)  # priced as equally likely
       for branch in branches:
         share = 1 / len(branches)
         clock.now += share * _run(p, branch, weight * share)
@@ -224,7 +230,7 @@ def _kernel(p, clock, i, weight):
 
 
 def _communicates(p, clock, i, weight):
-  """Prices an instruction that moves data; returns False for any other."""
+  """Prices an instruction that moves data; returns False if it does not."""
   fused = i.op == 'fusion' and re.match(
     r'async-collective-(start|done)(.*)', i.name
   )
@@ -285,10 +291,10 @@ def _fused_collective(p, clock, i, weight, end, number):
 
 
 def _synchronous_fusion(p, clock, i, weight):
-  """Prices a fusion that is a whole collective; returns False for any other.
+  """Prices a fusion around a synchronous collective; else returns False.
 
-  Fusions that continue an asynchronous collective have `async` in their names;
-  the collective was priced at its start.
+  Fusions that continue an asynchronous collective have `async` in their names.
+  They are ordinary compute here: the collective was priced at its start.
   """
   called = i.attribute('calls') or ''
   if 'async' in called.replace('-', '_') or 'async-' in i.name:
@@ -329,7 +335,8 @@ def _start(p, clock, i, weight):
     ]
     _move(p, clock, i.name, transfers, weight, sync=False)
     return
-  # The smallest array is the one that moves: a slice of a buffer, or a copy.
+  # The type lists the source and the copy. The smaller one is what moves: the
+  # source may be a whole buffer of which one slice is copied.
   sizes = [a.nbytes for a in hlo.arrays(i.type) if a.nbytes >= SMALL_BYTES]
   size = min(sizes, default=0)
   chip = p.machine.chip

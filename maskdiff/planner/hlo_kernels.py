@@ -21,9 +21,9 @@ def seconds(chip, flops):
 def attention_flops(module, i, causal):
   """Returns the FLOPs of a splash attention kernel, or None for other kernels.
 
-  The forward kernel has 2 matrix products. The backward kernel of keys and
-  values has 5 if it computes the gradient of the queries too. Otherwise it has
-  4, and a separate kernel computes that gradient with 3.
+  The forward kernel has 2 matrix products. The backward kernel (dkv) has 5 if
+  it also computes the gradient of the queries. Otherwise it has 4, and a
+  separate kernel (dq) computes that gradient with 3.
   """
   start = i.attributes.find('operand_layout_constraints={')
   if 'splash' not in i.name or start < 0:

@@ -1,21 +1,20 @@
 """Trip counts of the loops of a compiled TPU program.
 
-If the text does not state a count, it is derived from the condition
-`counter < limit`, the step of the counter in the body, and its first value.
-Each is followed through copies, tuples and the invariant state of enclosing
-loops to a constant. The compiler's software pipelining peels iterations off a
-loop; they are outside of the loop, and the count of the rest is derived in the
-same way.
+If the text does not state a trip count, the count is derived from the condition
+`counter < limit`, the step of the counter in the body, and the first value of
+the counter. Each value is traced through copies, tuples and the invariant state
+of enclosing loops to a constant. Software pipelining by the compiler moves
+iterations out of a loop; the trip count does not include them.
 """
 
 import functools
 import re
 
-# Instructions whose result is their operand, when a value is followed.
-PASSES_ON = (
+# Operations whose result has the value of their operand.
+PASS_THROUGH = (
   'copy copy-start copy-done bitcast reshape convert optimization-barrier'
 ).split()
-# A value that is further from its constant than this is unknown.
+# A value is unknown if tracing it takes more instructions than this.
 MAX_DEPTH = 60
 
 
@@ -31,17 +30,17 @@ def trip_count(module, computation, loop):
   direction = test.attribute('direction')
   mirrored = {'LT': 'GT', 'GT': 'LT', 'LE': 'GE', 'GE': 'LE', 'NE': 'NE'}
   left, right = test.operands
-  for counter, limit, toward in (
+  for counter, limit, relation in (
     (left, right, direction),
     (right, left, mirrored.get(direction)),
   ):
-    count = _count(module, computation, loop, counter, limit, toward)
+    count = _count(module, computation, loop, counter, limit, relation)
     if count is not None:
       return count
   return None
 
 
-def _count(module, computation, loop, counter, limit, direction):
+def _count(module, computation, loop, counter, limit, relation):
   condition, body = loop.attribute('condition'), loop.attribute('body')
   index = _carried(module, condition, counter)
   end = _constant(module, condition, limit)
@@ -57,7 +56,7 @@ def _count(module, computation, loop, counter, limit, direction):
     'NE': abs(end - first),
     'GT': first - end,
     'GE': first - end + 1,
-  }.get(direction)
+  }.get(relation)
   return None if distance is None else max(0, -(-distance // abs(step)))
 
 
@@ -66,17 +65,17 @@ def _constant(module, computation, name, depth=0):
   i = module.computations[computation].get(name)
   if i is None or depth > MAX_DEPTH:
     return None
-  follow = functools.partial(_constant, module, computation, depth=depth + 1)
+  trace = functools.partial(_constant, module, computation, depth=depth + 1)
   if i.op == 'constant':
     value = i.args.strip()
     return int(value) if re.fullmatch(r'-?\d+', value) else None
-  if i.op in PASSES_ON:
-    return follow(i.operands[0])
+  if i.op in PASS_THROUGH:
+    return trace(i.operands[0])
   if i.op == 'get-tuple-element':
     index = int(i.attribute('index'))
     return _element(module, computation, i.operands[0], index, depth + 1)
   if i.op in ('add', 'subtract', 'multiply'):
-    a, b = map(follow, i.operands)
+    a, b = map(trace, i.operands)
     if a is None or b is None:
       return None
     return {'add': a + b, 'subtract': a - b, 'multiply': a * b}[i.op]
@@ -94,10 +93,10 @@ def _element(module, computation, name, index, depth=0):
     return None
   if i.op == 'tuple':
     return _constant(module, computation, i.operands[index], depth + 1)
-  if i.op in PASSES_ON:
+  if i.op in PASS_THROUGH:
     return _element(module, computation, i.operands[0], index, depth + 1)
   if i.op == 'parameter' and computation in module.loops:
-    outside, loop = module.loops[computation]  # it may be loop-invariant
+    outside, loop = module.loops[computation]  # the value may be loop-invariant
   elif i.op == 'while':
     outside, loop = computation, i
   else:
@@ -112,7 +111,7 @@ def _element(module, computation, name, index, depth=0):
 
 
 def _carried(module, computation, name):
-  """Returns the index of this value in the computation's parameter, or None."""
+  """Returns the index of a value in the parameter of `computation`, or None."""
   for _ in range(MAX_DEPTH):
     i = module.computations[computation].get(name)
     if i is None:
@@ -120,20 +119,20 @@ def _carried(module, computation, name):
     if i.op == 'get-tuple-element':
       source = module.computations[computation][i.operands[0]]
       return int(i.attribute('index')) if source.op == 'parameter' else None
-    if i.op not in PASSES_ON:
+    if i.op not in PASS_THROUGH:
       return None
     name = i.operands[0]
   return None
 
 
 def _step(module, body, name, index, depth=0):
-  """Returns what a loop body adds to element `index` of its state, or None."""
+  """Returns the integer that a body adds to `index` of its state, or None."""
   i = module.computations[body].get(name)
   if i is None or depth > MAX_DEPTH:
     return None
   if _carried(module, body, name) == index:
     return 0
-  if i.op in PASSES_ON:
+  if i.op in PASS_THROUGH:
     return _step(module, body, i.operands[0], index, depth + 1)
   if i.op not in ('add', 'subtract'):
     return None

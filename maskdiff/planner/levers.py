@@ -5,19 +5,19 @@ import math
 from maskdiff import config as config_lib
 
 
-def levers(config, facts, sizes):
+def levers(config, plan, sizes):
   """Returns config keys that lower the memory of a train step, best first.
 
   Args:
     config: ConfigDict.
-    facts: dict, a plan; `rows_per_chip` and `num_slices` are read.
+    plan: dict; `rows_per_chip` and `num_slices` are read.
     sizes: dict from mesh axis to its size.
 
   Returns:
-    List of str, a flag and its effect each.
+    List of str: a flag and its effect in each.
   """
   t, lines = config.train, []
-  if facts['rows_per_chip'] > 1:
+  if plan['rows_per_chip'] > 1:
     shards = sizes['replica'] * sizes['fsdp']
     more = next(
       m
@@ -28,16 +28,16 @@ def levers(config, facts, sizes):
       f'--config.train.microbatches={more}: '
       f'{t.batch / more / shards:g} rows per chip at once'
     )
-  choices = config_lib.CHOICES['model.remat']  # in order of falling memory
+  choices = config_lib.CHOICES['model.remat']  # the first needs most memory
   if less := choices[choices.index(config.model.remat) + 1 :]:
     lines.append(
       f'--config.model.remat={"|".join(less)}: keep fewer arrays of each layer '
       'and recompute the others'
     )
-  return lines + _common_levers(config, facts, sizes)
+  return lines + _common_levers(config, plan, sizes)
 
 
-def evaluation_levers(config, facts, sizes):
+def evaluation_levers(config, plan, sizes):
   """Returns config keys that lower the memory of an evaluation, best first.
 
   Arguments and result as for `levers`.
@@ -53,11 +53,11 @@ def evaluation_levers(config, facts, sizes):
       f'--config.eval.batches={math.ceil(e.batch * e.batches / less)}: '
       f'{less / shards:g} rows per chip at once, as many rows in total'
     )
-  return lines + _common_levers(config, facts, sizes)
+  return lines + _common_levers(config, plan, sizes)
 
 
-def _common_levers(config, facts, sizes):
-  """Returns config keys that lower the memory of both programs."""
+def _common_levers(config, plan, sizes):
+  """Returns config keys that lower the memory of training and evaluation."""
   o, vocab, lines = config.objective, config.model.vocab_size, []
   chunk_gib = 4 * o.loss_chunk_tokens * vocab / 2**30
   if chunk_gib > 0.1:
@@ -65,9 +65,9 @@ def _common_levers(config, facts, sizes):
       f'--config.objective.loss_chunk_tokens={o.loss_chunk_tokens // 2}: '
       f'logits of {chunk_gib / 2:.2f} instead of {chunk_gib:.2f} GiB'
     )
-  if sizes['replica'] > facts['num_slices']:
+  if sizes['replica'] > plan['num_slices']:
     lines.append(
-      f'--config.mesh.replica={facts["num_slices"]} --config.mesh.fsdp=-1: '
+      f'--config.mesh.replica={plan["num_slices"]} --config.mesh.fsdp=-1: '
       'split the state over all chips of a slice'
     )
   if sizes['fsdp'] > 1 and config.model.kv_heads % (2 * sizes['tensor']) == 0:
@@ -75,4 +75,4 @@ def _common_levers(config, facts, sizes):
       f'--config.mesh.tensor={2 * sizes["tensor"]} --config.mesh.fsdp=-1: '
       'split heads, mlp and vocabulary'
     )
-  return [*lines, 'a larger --topology: parameters and moments are split']
+  return [*lines, 'a larger --topology: split the state over more chips']

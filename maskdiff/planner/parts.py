@@ -2,8 +2,8 @@
 
 A part is declared once, beside the code that computes it, as a named scope:
 `jax.named_scope('part(optimizer)')`. A part of the network is declared as
-`network(...)` and is computed in up to three directions: forward, recomputed
-(rematerialization) and backward. The compiler keeps scopes in the `op_name` of
+`network(...)`; its direction is forward, recomputed (rematerialization) or
+backward. The compiler keeps scopes in the `op_name` of
 an instruction; the innermost scope names its part. An instruction outside of
 all scopes keeps its op_name.
 """
@@ -34,18 +34,18 @@ def model_part(op_name):
     op_name: str, from the metadata of an instruction, or its name.
 
   Returns:
-    E.g. 'mlp gate/up forward' or 'optimizer'. Without a scope: the op_name,
-    less the name of the program and the number of the instruction.
+    E.g. 'mlp gate/up forward' or 'optimizer'. Without a scope: the op_name
+    without the name of the program and the number of the instruction.
   """
   if _WEIGHTS.match(op_name):
     return 'weights: cast and copy'
   scopes = _SCOPE.findall(op_name)
   if not scopes:
     return re.sub(r'^jit\(\w+\)/|\.\d+$', '', op_name)
-  room, name = scopes[-1]
+  kind, name = scopes[-1]
   if _KERNEL in op_name:
     name = 'attention kernel'
-  return f'{name} {direction(op_name)}' if room == 'network' else name
+  return f'{name} {direction(op_name)}' if kind == 'network' else name
 
 
 def direction(op_name):

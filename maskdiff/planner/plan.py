@@ -1,17 +1,17 @@
 """Plans a training run on TPUs without a TPU: memory, time, communication.
 
 The TPU compiler runs on any Linux machine and compiles for a topology by name.
-So the step that launch/pretrain.py runs can be compiled, and its executable
+So the train step of launch/pretrain.py can be compiled, and its executable
 priced, before a pod is rented.
 
-Memory is what the compiler allocates for the train step, and for the step of an
-evaluation while the state of the run stays in memory. Samples drawn during a
-run are not counted. Time is an estimate; hlo_cost.py and chips.py state its
-parts and assumptions. It has not been compared with a run on a TPU: use it to
-compare configs. `fields.FIELDS` describes every number.
+Memory is what the compiler allocates for the train step, and for an evaluation
+step with the train state in memory. Sampling during a run is not counted. Time
+is an estimate; hlo_cost.py and chips.py state its parts and assumptions. It has
+not been compared with a run on a TPU, so use it to compare configs.
+`fields.FIELDS` describes every number.
 
-The loss loop runs once per chunk of masked tokens, and the compiler cannot know
-how many there are. See `loss_chunks` for the number that a plan expects.
+The loss loop runs once per chunk of masked tokens, so its trip count depends on
+data. A plan uses the trip count that `loss_chunks` expects.
 """
 
 import math
@@ -23,7 +23,6 @@ from maskdiff import config as config_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.objectives.table import OBJECTIVES, flops_per_token
 from maskdiff.planner import levers, pricing
-from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.parts import part
 from maskdiff.planner.target import (
   compile_evaluation,
@@ -32,8 +31,6 @@ from maskdiff.planner.target import (
   params_on,
 )
 from maskdiff.training import step
-
-__all__ = ['FIELDS', 'loss_chunks', 'plan', 'plan_on']
 
 DAY_S = 24 * 3600
 
@@ -47,7 +44,7 @@ def plan(config, topology, num_slices=1):
     num_slices: number of slices.
 
   Returns:
-    Dict with the keys of FIELDS; its values can be written as JSON.
+    Dict with the keys of fields.FIELDS; its values can be written as JSON.
 
   Raises:
     UserError: config, topology and mesh do not fit each other.
@@ -57,7 +54,7 @@ def plan(config, topology, num_slices=1):
 
 
 def plan_on(config, target):
-  """Plans a training run on an open target; see `plan`.
+  """Plans a training run on a target from `open_target`; see `plan`.
 
   Args:
     config: ConfigDict that passed config.validate.
@@ -103,7 +100,7 @@ def plan_on(config, target):
 
 
 def _evaluation(config, target, plan):
-  """Returns the keys that an evaluation changes in a plan that fits."""
+  """Returns changes to a plan that fits, from compiling the evaluation."""
   compiled, failure = pricing.attempt(
     lambda: compile_evaluation(config, target)
   )
@@ -137,10 +134,10 @@ def _evaluation(config, target, plan):
 def loss_chunks(config, sizes):
   """Returns the expected iterations of the loss loop on the slowest device.
 
-  The device with the most masked tokens decides, so the number is that of the
-  mean mask ratio of the schedule and three standard deviations more. This holds
-  if each device has pairs of rows at times t and 1 - t. Otherwise the worst
-  case is assumed: all tokens are masked.
+  The device with the most masked tokens is the slowest. If each device has
+  pairs of rows at times t and 1 - t, its number of masked tokens is taken to be
+  the mean over the schedule plus three standard deviations. Otherwise the worst
+  case is assumed: all of its tokens are masked.
 
   Args:
     config: ConfigDict.
@@ -153,9 +150,9 @@ def loss_chunks(config, sizes):
   rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
   tokens = rows * config.data.length / sizes['sequence'] / sizes['tensor']
   share, variance = 1.0, 0.0  # mean and variance of "this token has a loss"
-  # The rows of a pair together mask one row's worth of tokens under the linear
-  # schedule. Without pairs the share on a device depends on its times, and one
-  # device of many has the worst ones.
+  # Under the linear schedule a pair of rows has about L masked tokens in total.
+  # Without pairs the share on a device depends on the times of its rows, and
+  # among many devices one is likely to have times near 1.
   paired = (
     o.time_sampling == 'antithetic' and o.schedule == 'linear' and rows % 2 == 0
   )

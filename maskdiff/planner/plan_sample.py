@@ -20,29 +20,33 @@ def plan_sample(
 ):
   """Plans sampling: each prompt gets config.sample.gen_length tokens.
 
-  Memory is that of a denoising step over the canvas, with the cache if the
-  config has one. If the sampler chooses among several lengths, as with a prefix
-  cache or a lookahead, the largest is priced: an upper bound.
+  Memory and `step_s` are those of a denoising step over the canvas, including
+  the cache if the config has one. If the sampler compiles several lengths, as
+  with a prefix cache or a lookahead, the longest is priced: an upper bound.
 
   Args:
     config: ConfigDict with the keys of config.default().
     topology: topology of one slice, e.g. 'v5e:2x4'.
-    prompts: number of prompts answered at once.
-    prompt_tokens: length of each.
+    prompts: number of prompts in the batch.
+    prompt_tokens: tokens of each prompt.
     num_slices: number of slices.
-    tensor: chips that share every layer; the other axes split the rows.
+    tensor: chips that share every layer. All other chips split the rows.
     dtype: dtype of the weights.
 
   Returns:
-    Dict with the keys of FIELDS; its values can be written as JSON.
+    Dict with the keys of fields.FIELDS; its values can be written as JSON.
 
   Raises:
-    UserError: config, topology and mesh do not fit each other.
+    UserError: config, topology and mesh do not fit each other, or prompts or
+      prompt_tokens is out of range.
   """
   if prompts < 1 or prompt_tokens < 0:
-    raise UserError('--prompts must be positive, --prompt_tokens not negative')
+    raise UserError(
+      f'--prompts={prompts} --prompt_tokens={prompt_tokens}: prompts must be '
+      'positive and prompt_tokens must not be negative'
+    )
   config_lib.validate(config)
-  # The mesh that interop.load uses for sampling, whatever the training mesh.
+  # Sampling uses the mesh of interop.load, not the training mesh of the config.
   config = config.copy_and_resolve_references()
   config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=tensor)
   target = open_target(config, topology, num_slices)
@@ -75,7 +79,7 @@ def plan_sample(
   if config.sample.cache != 'none':
     cached = price(window=True)
     if cached['step_s'] is None:
-      return result | {k: cached[k] for k in ('status', 'fits', 'error')}
+      return cached
     result['window_step_s'] = cached['step_s']
   cached_steps = _cached_steps(config.sample, steps)
   latency = (steps - cached_steps) * result['step_s']
@@ -88,11 +92,11 @@ def plan_sample(
 
 
 def _cached_steps(s, steps):
-  """Returns how many of the denoising steps use the cache.
+  """Returns the number of denoising steps that use the cache.
 
   Args:
     s: ConfigDict, config.sample.
-    steps: denoising steps in all.
+    steps: total number of denoising steps.
   """
   if s.cache == 'none':
     return 0

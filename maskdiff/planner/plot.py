@@ -1,4 +1,4 @@
-"""A plan as a bar chart of the time of each part."""
+"""Plots a plan as a bar chart of the time of each part."""
 
 import os
 
@@ -23,11 +23,11 @@ def check_plot(path):
 
 
 def plot(plan, path):
-  """Plots the time of each part of a step as bars.
+  """Writes a bar chart of the time of each part of a step.
 
   Args:
     plan: a plan of a program that compiled.
-    path: file of the plot.
+    path: file to write; its suffix selects the format.
 
   Raises:
     UserError: see `check_plot`; the plan has no time, or the file cannot be

@@ -1,4 +1,4 @@
-"""Compiles one program and reads its memory and time: a part of a plan."""
+"""Compiles one program; returns its memory and time as keys of a plan."""
 
 import re
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def facts(config, target, mode):
-  """Returns a plan with the values that are known without compiling.
+  """Returns a plan with the values that are known before compiling.
 
   Args:
     config: ConfigDict.
@@ -84,8 +84,8 @@ def attempt(compile_program):
   try:
     return compile_program(), {}
   except jax.errors.JaxRuntimeError as error:
-    # Other memories can be exhausted too, most often VMEM. That is an error of
-    # the compiler, not a plan that does not fit.
+    # VMEM and other memories can be exhausted too. Such a program counts as one
+    # that does not compile, because a larger topology would not help.
     if 'RESOURCE_EXHAUSTED' in str(error) and 'hbm' in str(error).lower():
       needed = needed_gib(str(error))
       return None, {'status': 'does not fit', 'hbm_total_gib': needed}
@@ -111,8 +111,8 @@ def peak_bytes(memory):
     + memory.temp_size_in_bytes
     + memory.generated_code_size_in_bytes
   )
-  # The compiler compares the peak with the chip before it accepts a program.
-  # With offloading the peak includes host memory, so it may exceed the sum.
+  # The compiler checks the reported peak against the chip. With offloading the
+  # peak includes host memory, so it may exceed the sum of HBM allocations.
   return min(memory.peak_memory_in_bytes or allocated, allocated)
 
 
@@ -124,7 +124,7 @@ def costs(cost):
     part = parts.setdefault(
       name, {'part': name, 'seconds': 0.0, 'count': 0.0, 'op_name': ''}
     )
-    # The longest operation stands for its part.
+    # The op_name of a part is that of its longest operation.
     if operation.seconds > part['seconds'] or not part['op_name']:
       part['op_name'] = operation.op_name
     part['seconds'] += operation.seconds
@@ -167,5 +167,5 @@ def _warnings(cost):
   ]
   if cost.unpriced:
     names = ', '.join(f'{n} x{count:g}' for n, count in cost.unpriced.items())
-    lines.append(f'no estimate, and left out of the time: {names}')
+    lines.append(f'the time leaves out operations without estimate: {names}')
   return lines

@@ -17,27 +17,30 @@ from maskdiff.planner.target import open_target, topology_devices
 def sweep(config, topology, rows, remats, meshes, num_slices=1, say=print):
   """Plans every combination, one after the other, and ranks the plans that fit.
 
-  The batch sizes of the config are rounded to the nearest that the mesh
-  divides. The number of microbatches follows from the rows per chip. More rows
-  are not tried after a plan that does not fit or does not compile.
+  The batch sizes of the config are rounded to the nearest size that the mesh
+  divides. The number of microbatches follows from the rows per chip. After a
+  plan that does not fit or does not compile, the sweep skips larger numbers of
+  rows for the same mesh and remat.
 
   Args:
     config: ConfigDict with the keys of config.default().
     topology: topology of one slice.
     rows: list of int, rows that a chip computes at once.
     remats: list of values of config.model.remat.
-    meshes: list of dicts from mesh axis to size; other axes as in the config.
+    meshes: list of dicts from mesh axis to size. Axes that a dict leaves out
+      keep the sizes of the config.
     num_slices: number of slices.
-    say: called with a line about each plan.
+    say: function that receives one line of text per plan.
 
   Returns:
-    List of plans: those that fit by tokens/s per chip, then the others.
+    List of plans: first those that fit, sorted by tokens/s per chip (fastest
+    first), then the others.
 
   Raises:
     UserError: the topology, a value of remat or a mesh axis is unknown.
   """
   topology_devices(topology, num_slices)
-  # Check everything before minutes of compiling.
+  # Compiling takes minutes, so check all arguments first.
   for remat in remats:
     if remat not in config_lib.CHOICES['model.remat']:
       raise UserError(
@@ -64,7 +67,7 @@ def sweep(config, topology, rows, remats, meshes, num_slices=1, say=print):
 
 
 def _candidate(config, topology, num_slices, rows, remat, sizes):
-  """Returns the plan of one combination; an error becomes part of the plan."""
+  """Returns the plan of one combination; an error goes into its `error`."""
   config = config.copy_and_resolve_references()
   config.model.remat = remat
   config_lib.validate(config)
@@ -89,7 +92,7 @@ def _candidate(config, topology, num_slices, rows, remat, sizes):
     config.eval.batch = _nearest(config.eval.batch, target.mesh)
     config_lib.validate(config)
     return plan_on(config, target)
-  except ValueError as error:  # a UserError, or JAX's about shapes
+  except ValueError as error:  # includes UserError and JAX's shape errors
     return failed | {'error': one_line(error)}
 
 

@@ -9,7 +9,9 @@ def format_table(plan):
   """Returns a plan as text for a terminal."""
   text = [terminal.table(_summary(plan))]
   if plan['collectives']:
-    rows = [('collective', 'axes', 'over', 'type', 'GB', 'seconds', 'in sync')]
+    rows = [
+      ('collective', 'axes', 'network', 'dtype', 'GB', 'seconds', 'synchronous')
+    ]
     rows += [
       (
         c['kind'],
@@ -24,7 +26,7 @@ def format_table(plan):
     ]
     text.append(terminal.table(rows))
   if plan['operations']:
-    rows = [('where the time goes', 'ms', 'share', 'times')]
+    rows = [('part of the step', 'ms', 'share', 'count')]
     rows += [
       (
         o['part'][-60:],
@@ -137,7 +139,7 @@ def _number(x):
 
 
 def sweep_line(p):
-  """Returns one plan of a sweep as a line."""
+  """Returns one plan of a sweep as a line of text."""
   name = f'{p["rows_per_chip"]:g} rows, remat {p["remat"]}, {p["mesh"]}'
   if p['status'] == 'does not compile':
     return f'{name}: does not compile ({p["error"]})'
@@ -163,14 +165,14 @@ def format_sweep(plans):
   rows = [
     ('tokens/s/chip', 'MFU', 'HBM GiB', 'rows', 'parts', 'remat', 'mesh', '')
   ]
-  known = lambda value, form: '' if value is None else format(value, form)
+  cell = lambda value, form: '' if value is None else format(value, form)
   rows += [
     (
-      known(p['tokens_per_s_per_chip'], ',.0f'),
-      known(p['mfu'], '.1%'),
-      known(p['hbm_total_gib'], '.2f'),
+      cell(p['tokens_per_s_per_chip'], ',.0f'),
+      cell(p['mfu'], '.1%'),
+      cell(p['hbm_total_gib'], '.2f'),
       f'{p["rows_per_chip"]:g}',
-      known(p['microbatches'], 'd'),
+      cell(p['microbatches'], 'd'),
       p['remat'],
       p['mesh'],
       '' if p['status'] == 'fits' else _problem(p),

@@ -1,8 +1,8 @@
-"""Compiles programs for a TPU topology, on a machine without a TPU.
+"""Compiles train, evaluation and denoising steps for a TPU topology.
 
-libtpu, the TPU compiler, runs on any Linux machine and takes a topology by
-name. The environment variables of environment.py must be set before JAX is
-imported.
+libtpu, the TPU compiler, runs on any Linux machine, without a TPU, and takes a
+topology by name. The environment variables of environment.py must be set before
+JAX is imported.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """The machine of a plan."""
+  """The TPUs that a plan is made for."""
 
   topology: str
   mesh: jax.sharding.Mesh
@@ -49,7 +49,7 @@ class Compiled:
 
 
 def topology_devices(topology, num_slices=1):
-  """Returns the devices of a topology, to compile for.
+  """Returns the devices of a TPU topology, for ahead-of-time compilation.
 
   Args:
     topology: topology of one slice, e.g. 'v5p:4x4x4'.
@@ -74,7 +74,7 @@ def topology_devices(topology, num_slices=1):
   options = {'chips_per_host_bounds': (*host, 1)} if host != [2, 2] else {}
   if num_slices > 1:
     options['num_slices'] = num_slices
-  # By default libtpu compiles for a torus without the links that close a ring.
+  # By default libtpu compiles for a torus without wrap-around links.
   wrap = [size % chip.wrap_multiple == 0 for size in shape]
   options['wrap'] = tuple(wrap + [False] * (3 - len(wrap)))
   if chip.name == 'v4':  # two cores are one device, as on a TPU VM
@@ -91,7 +91,7 @@ def topology_devices(topology, num_slices=1):
 
 
 def open_target(config, topology, num_slices=1):
-  """Returns the mesh of a config on the devices of a topology.
+  """Returns a Target: the mesh of a config on the devices of a topology.
 
   Args:
     config: ConfigDict; only config.mesh is read.
@@ -148,7 +148,7 @@ def compile_train(config, target):
 
 
 def compile_evaluation(config, target):
-  """Compiles the step of an evaluation during a run.
+  """Compiles the evaluation step that a run uses.
 
   Args:
     config: ConfigDict that passed config.validate_mesh.
@@ -186,7 +186,7 @@ def params_on(model, mesh):
 def compile_denoise(config, target, prompts, length, dtype, window=False):
   """Compiles one denoising step of the sampler.
 
-  The weights are sharded as interop.load does it.
+  The weights have the shardings of interop.load.
 
   Args:
     config: ConfigDict that passed config.validate_mesh.
@@ -194,11 +194,14 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
     prompts: number of rows.
     length: tokens of a row; config.sample.gen_length of them are slots.
     dtype: dtype of the weights.
-    window: compile the step over windows that uses the cache, instead of the
-      step over the canvas.
+    window: compile the step that computes windows with the cache, instead of
+      the step over the canvas.
 
   Returns:
     Compiled.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
   """
   c = sampler_config(config)
   canvas = np.zeros((prompts, length), np.int32)

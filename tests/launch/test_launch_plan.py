@@ -15,8 +15,9 @@ import tpu_compiler
 from tpu_compiler import ENVIRONMENT, ROOT, needs_libtpu
 
 from maskdiff.distributed import chips
-from maskdiff.planner import hlo, hlo_cost, plan
+from maskdiff.planner import hlo, hlo_cost
 from maskdiff.planner.environment import COMPILER_ENVIRONMENT
+from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.hlo_collectives import Machine
 
 # 7,342,592 parameters.
@@ -192,7 +193,7 @@ def test_a_plan_of_sampling(tmp_path):
   found, text = planned(
     tmp_path, '--topology', 'v5e:2x4', '--mode', 'sample', *SMALL
   )
-  assert found.keys() == plan.FIELDS.keys()
+  assert found.keys() == FIELDS.keys()
   assert (found['mode'], found['status']) == ('sample', 'fits')
   assert found['length'] == 128 + 64
   # Float32 weights, an eighth on each chip.
@@ -239,7 +240,7 @@ def test_a_plan_of_training(tmp_path):
     *(['--plot', str(image)] if plots else []),
     *SMALL,
   )
-  assert found.keys() == plan.FIELDS.keys()
+  assert found.keys() == FIELDS.keys()
   assert (found['status'], found['fits']) == ('fits', True)
   assert found['parameters'] == PARAMETERS
   # Parameters and two moments in float32, a quarter on each chip.

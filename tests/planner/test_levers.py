@@ -41,8 +41,8 @@ def train_levers(sizes=None, rows=4.0, slices=1, **values):
   c = config.default()
   c.update_from_flattened_dict(values)
   sizes = {'replica': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1} | (sizes or {})
-  facts = {'rows_per_chip': rows, 'num_slices': slices}
-  return ' | '.join(levers.levers(c, facts, sizes))
+  plan = {'rows_per_chip': rows, 'num_slices': slices}
+  return ' | '.join(levers.levers(c, plan, sizes))
 
 
 def test_levers_name_keys_and_values():

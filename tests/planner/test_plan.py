@@ -10,7 +10,16 @@ import pytest
 from maskdiff import config
 from maskdiff.distributed.chips import parse_topology
 from maskdiff.errors import UserError
-from maskdiff.planner import hlo_cost, plan, pricing, sweep, target
+from maskdiff.planner import (
+  hlo_cost,
+  plan,
+  plan_sample,
+  pricing,
+  sweep,
+  tables,
+  target,
+)
+from maskdiff.planner.fields import FIELDS
 from maskdiff.training import evaluation
 from maskdiff.training.step import LossSums
 
@@ -80,6 +89,7 @@ def cpu_target(monkeypatch):
     )
 
   monkeypatch.setattr(plan, 'open_target', open_target)
+  monkeypatch.setattr(plan_sample, 'open_target', open_target)
   monkeypatch.setattr(sweep, 'open_target', open_target)
   monkeypatch.setattr(sweep, 'topology_devices', lambda *_: [])
 
@@ -95,7 +105,7 @@ def test_step_that_does_not_fit_has_levers(cpu_target, monkeypatch):
   message = 'RESOURCE_EXHAUSTED: space hbm. Used 20.5G of 15.75G hbm.'
   monkeypatch.setattr(plan, 'compile_train', failing(message))
   result = plan.plan(config.default(), 'v5e:2x4')
-  assert result.keys() == plan.FIELDS.keys()
+  assert result.keys() == FIELDS.keys()
   assert (result['status'], result['fits']) == ('does not fit', False)
   assert result['hbm_total_gib'] == 20.5
   assert result['step_s'] is None
@@ -129,6 +139,22 @@ def allocated(arguments_gib, peak_gib):
     memory_analysis=lambda: memory, as_text=lambda: ''
   )
   return types.SimpleNamespace(executable=executable, seconds=60.0)
+
+
+def test_failed_cached_step_is_the_status_of_a_sampling_plan(
+  cpu_target, monkeypatch
+):
+  def price(facts, target, compile_program, **options):
+    if compile_program():
+      return facts | {'status': 'does not compile', 'error': 'no VMEM'}
+    return facts | {'status': 'fits', 'fits': True, 'step_s': 1.0}
+
+  monkeypatch.setattr(pricing, 'price', price)
+  monkeypatch.setattr(plan_sample, 'compile_denoise', lambda *args: args[-1])
+  c = changed(**{'sample.cache': 'dual'})
+  result = plan_sample.plan_sample(c, 'v5e:2x4', 8, 16)
+  assert (result['status'], result['step_s']) == ('does not compile', None)
+  assert 'no VMEM' in tables.format_table(result)
 
 
 @pytest.fixture
@@ -234,7 +260,7 @@ def test_evaluation_is_compiled_only_if_the_step_fits(compiled):
 
 
 def test_sweep_keeps_the_evaluation_batch(compiled):
-  """It is rounded to the nearest batch that the mesh divides."""
+  """The size is rounded to the nearest one that the mesh divides."""
   calls = compiled(allocated(6, 8), allocated(1, 2))
   c = wide(**{'eval.batch': 20, 'train.batch': 128})
   sweep.sweep(c, 'v5e:2x4', [1, 4], ['full'], [{}], say=lambda line: None)
@@ -292,7 +318,7 @@ def run_sweep(monkeypatch, gib, **options):
     if c.mesh.tensor == 3:
       raise UserError('3 does not divide 8')
     fits = gib(rows, c.model.remat) <= 16
-    return dict.fromkeys(plan.FIELDS) | {
+    return dict.fromkeys(FIELDS) | {
       'status': 'fits' if fits else 'does not fit',
       'fits': fits,
       'rows_per_chip': float(rows),
@@ -349,7 +375,7 @@ def test_failed_candidate_is_part_of_the_sweep(cpu_target, monkeypatch):
     monkeypatch, lambda *_: 1, rows=[1], meshes=[{'tensor': 3}, {}]
   )
   assert [p['status'] for p in result] == ['fits', 'does not compile']
-  assert result[1].keys() == plan.FIELDS.keys()
+  assert result[1].keys() == FIELDS.keys()
   # A mesh that does not fit the devices.
   assert 'is not the number of devices, 8' in result[1]['error']
 

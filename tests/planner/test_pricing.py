@@ -27,7 +27,7 @@ def test_operations_of_a_part_add_up():
   assert found['warnings'] == [
     'the trip count of the loop jit(f)/while depends on data; it is counted '
     'once',
-    'no estimate, and left out of the time: mine x2',
+    'the time leaves out operations without estimate: mine x2',
   ]
   assert found.keys() <= FIELDS.keys()
 
