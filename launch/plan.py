@@ -38,7 +38,7 @@ flags.DEFINE_integer(
   'tensor', 1, 'sample: chips that divide every layer.', lower_bound=1
 )
 flags.DEFINE_enum(
-  'dtype', 'float32', config.WEIGHTS, 'sample: dtype of the weights.'
+  'dtype', 'float32', config.WEIGHT_DTYPES, 'sample: dtype of the weights.'
 )
 flags.DEFINE_bool('sweep', False, 'Plan and rank many configs.')
 flags.DEFINE_list(

@@ -35,7 +35,7 @@ class Preempted(Exception):
 
 
 def no_checkpoint(workdir):
-  """Returns the UserError for a directory that is not a work directory."""
+  """Returns the UserError for a work directory without a checkpoint."""
   return UserError(
     f'{workdir} holds no checkpoint; train one with launch/pretrain.py '
     f'--workdir {workdir}'
@@ -48,22 +48,25 @@ def no_workdir(workdir):
 
 
 def one_line(error, length=200):
-  """Returns the message of an error on one line of at most `length` letters.
+  """Returns the message of an error as one line of at most `length` characters.
 
-  An error without a message gives the name of its class.
+  If the message is empty, returns the name of the error's class.
   """
   return ' '.join(str(error).split())[:length] or type(error).__name__
 
 
 def suggestion(word, known):
-  """Returns '; did you mean ...?' with the closest known word, or ''."""
+  """Returns '; did you mean ...?' with the closest known word.
+
+  Returns '' if no known word is close.
+  """
   close = difflib.get_close_matches(str(word), list(known), n=1)
   return f'; did you mean {close[0]!r}?' if close else ''
 
 
 @contextlib.contextmanager
 def writing(flag, path):
-  """Turns an OSError into a UserError that names the flag and the path."""
+  """Context manager: an OSError becomes a UserError with the flag and path."""
   try:
     yield
   except OSError as error:

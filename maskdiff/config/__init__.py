@@ -6,7 +6,7 @@ Files in configs/ call `default()` and change values. Scripts call
 
 from maskdiff.config.checks import validate
 from maskdiff.config.command_line import (
-  WEIGHTS,
+  WEIGHT_DTYPES,
   define_config_flag,
   define_load_flags,
   define_sample_flags,
@@ -33,7 +33,7 @@ from maskdiff.config.settings import (
 __all__ = [
   'CHOICES',
   'KEYS',
-  'WEIGHTS',
+  'WEIGHT_DTYPES',
   'check_keys',
   'choose',
   'default',

@@ -1,4 +1,4 @@
-"""Config keys of the checkpoints."""
+"""Config keys of checkpoints."""
 
 from maskdiff.config.key import Key
 
@@ -11,13 +11,14 @@ KEYS = {
   'keep': Key(2, 'Number of latest checkpoints to keep.', minimum=1),
   'keep_every_steps': Key(
     0,
-    'Also keep the checkpoints of all multiples of this step. 0: none.',
+    'Also keep every checkpoint whose step is a multiple of this number. '
+    '0: off.',
     minimum=0,
   ),
   'max_failures': Key(
     2,
-    'Failed saves in a row that a run survives. A run of several processes '
-    'stops at the first.',
+    'Number of consecutive failed saves that a run tolerates. A run of several '
+    'processes stops at the first failed save.',
     minimum=0,
   ),
 }

@@ -20,7 +20,7 @@ from maskdiff.errors import (
 )
 
 # Dtypes to which the weights of a loaded model can be cast.
-WEIGHTS = ('float32', 'bfloat16')
+WEIGHT_DTYPES = ('float32', 'bfloat16')
 
 
 def run_script(main, argv=None, positional=False):
@@ -28,8 +28,8 @@ def run_script(main, argv=None, positional=False):
 
   Errors that the user can fix (unknown flags and config keys, missing dashes,
   every UserError) are printed as one line on standard error; the exit status is
-  2. Status 75 asks for the same command again. --help prints the docstring of
-  the script and its flags.
+  2. After Preempted the exit status is 75: the same command resumes the run.
+  --help prints the docstring of the script and its flags.
 
   Args:
     main: function of FLAGS; with `positional`, of FLAGS and a list of the other
@@ -86,7 +86,7 @@ def _explain(error, argv):
     match = re.match(r'--config\.([^=]+)', argument)
     if match and match[1] not in KEYS and match[1] not in SECTIONS:
       return f'unknown config key {match[1]!r}' + suggestion(match[1], KEYS)
-  # The file raised the error; ml_collections has errors of its own.
+  # ml_collections wraps errors of the file in messages of several lines.
   message = str(error).replace('\\', '')
   if match := re.search(r'errors\.UserError: (.*)', message):
     return match[1]
@@ -120,17 +120,20 @@ def define_config_flag():
 def define_load_flags():
   """Defines --tensor and --dtype, the arguments of interop.load.load."""
   flags.DEFINE_integer(
-    'tensor', 1, 'Devices that divide every layer.', lower_bound=1
+    'tensor',
+    1,
+    'Tensor parallelism: devices that share each layer.',
+    lower_bound=1,
   )
   flags.DEFINE_enum(
-    'dtype', None, WEIGHTS, 'Dtype of the weights. Default: as stored.'
+    'dtype', None, WEIGHT_DTYPES, 'Dtype of the weights. Default: as stored.'
   )
 
 
 def define_sample_flags():
   """Defines a flag for each key of config.sample except `prompts`.
 
-  The default of each is None: leave the value of the run's config.
+  The default of each flag is None, which leaves the value of the run's config.
   """
   for name, key in sample.SETTINGS.items():
     kind, bounds = type(key.default), (key.minimum, key.maximum)

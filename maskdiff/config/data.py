@@ -5,7 +5,8 @@ from maskdiff.config.key import Key, require
 KEYS = {
   'path': Key(
     'embedded',
-    'Training data: embedded, a directory of launch/prepare.py, or a mixture '
+    'Training data: embedded (the source text of the standard library of '
+    'Python), an output directory of launch/prepare.py, or a mixture '
     'DIR=WEIGHT,DIR=WEIGHT.',
   ),
   'tokenizer': Key(
@@ -16,7 +17,9 @@ KEYS = {
     '~/.cache/maskdiff', 'Directory for the rows of the embedded corpus.'
   ),
   'length': Key(
-    256, 'Tokens per row, L. The length of the prepared rows.', minimum=1
+    256,
+    'Tokens per row, L. A divisor or a multiple of the prepared length.',
+    minimum=1,
   ),
   'verify': Key(
     'sample',
@@ -25,16 +28,18 @@ KEYS = {
   ),
   'max_damaged_rows': Key(
     0,
-    'Damaged rows that are replaced in each dataset before the run stops.',
+    'Number of damaged rows per dataset that are replaced by the next row. '
+    'One more stops the run.',
     minimum=0,
   ),
   'allow_change': Key(
-    False, 'Resume on other data, at the same sample number.'
+    False, 'Allow a run to resume on other data, at the same sample number.'
   ),
   'skip_samples': Key(
     (),
-    'Sample numbers to skip from the next start on, as (first, end), ...; for '
-    'example those of batches whose updates were skipped.',
+    'Ranges of sample numbers that the next start leaves out, as (first, end), '
+    '...; end is excluded. For example, the batches whose updates were '
+    'skipped.',
   ),
 }
 
@@ -49,5 +54,5 @@ def check(c):
     and all(isinstance(n, int) and n >= 0 for n in bounds)
     and bounds == sorted(set(bounds)),
     f'config.data.skip_samples={skip}: must be (first, end) pairs of sample '
-    'numbers, ascending and apart, as in ((128, 256), (512, 544))',
+    'numbers, ascending and not adjacent, as in ((128, 256), (512, 544))',
   )

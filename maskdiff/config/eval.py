@@ -6,7 +6,7 @@ from maskdiff.config.key import Key
 KEYS = {
   'path': Key(
     '',
-    'Data whose held-out part is evaluated, written as config.data.path. '
+    'Data whose held-out part is evaluated, in the form of config.data.path. '
     'Empty: the training data.',
   ),
   'every_steps': Key(

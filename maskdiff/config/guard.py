@@ -12,6 +12,6 @@ KEYS = {
     minimum=0,
   ),
   'max_in_a_row': Key(
-    10, 'The run stops after this many skipped updates in a row.', minimum=1
+    10, 'Stop the run after this many consecutive skipped updates.', minimum=1
   ),
 }

@@ -58,7 +58,7 @@ def check_value(name, key, value):
     UserError: the value is not one of the choices, or is out of bounds.
   """
   check_choice(name, key, value)
-  # NaN is within no bounds.
+  # NaN fails every bound, since its comparisons are false.
   for bound, text, holds in (
     (key.minimum, 'at least', lambda bound: value >= bound),
     (key.maximum, 'at most', lambda bound: value <= bound),

@@ -1,8 +1,8 @@
 """The default config, built from the sections, and functions on configs.
 
-A file of this folder declares the keys of one section. Files in configs/ call
-`default`, change values and return the locked config, so that an unknown key is
-an error in a file and on the command line.
+Each section declares its keys in a file of its own. Files in configs/ call
+`default`, change values and return the config. It is locked, so an unknown key
+is an error, both in a file and on the command line.
 """
 
 from ml_collections import config_dict
@@ -50,12 +50,12 @@ KEYS = TOP | {
   for name, key in keys.items()
 }
 CHOICES = {name: key.choices for name, key in KEYS.items() if key.choices}
-# Keys of saved configs under older names, as {old: new}, both dotted.
+# {old name: new name} of renamed keys, both dotted, for saved configs.
 RENAMED = {}
 
 
 def default():
-  """Returns the default config: every key with a small, working value; locked.
+  """Returns the default config, locked: a small model that any machine trains.
 
   Returns:
     ConfigDict of the keys in TOP, and of one ConfigDict per section.
@@ -80,11 +80,11 @@ def check_keys(c):
 
 
 def choose(entries, name):
-  """Returns the entry of a config file's table that --config FILE:NAME names.
+  """Returns the entry of a table that --config FILE:NAME selects.
 
   Args:
     entries: dict from name to entry, such as MACHINES in configs/8b.py.
-    name: the text after the colon.
+    name: NAME, the text after the colon.
 
   Raises:
     UserError: the table has no entry of this name.
@@ -116,10 +116,10 @@ def flatten(c):
 
 
 def from_dict(tree):
-  """Returns the config that a run or a checkpoint saved as a nested dict.
+  """Converts the nested dict of a saved config to a config.
 
-  A key that the version of the run did not have gets its default, which
-  reproduces what that version did.
+  A key that was added after the config was saved gets its default, which keeps
+  the behaviour of the older version.
 
   Raises:
     UserError: the dict has keys that this version does not have.
@@ -128,8 +128,8 @@ def from_dict(tree):
   if saved.keys() - KEYS.keys():
     unknown = ', '.join(sorted(saved.keys() - KEYS.keys()))
     raise UserError(
-      f'this checkpoint is from another version of maskdiff, whose config has '
-      f'the keys {unknown}: use that version'
+      f'this config was saved by another version of maskdiff, which has the '
+      f'keys {unknown}: use that version'
     )
   c = default()
   c.update_from_flattened_dict({k: _tuples(v) for k, v in saved.items()})

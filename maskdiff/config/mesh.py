@@ -6,26 +6,30 @@ from maskdiff.config.key import Key
 from maskdiff.errors import UserError
 
 KEYS = {
-  'replica': Key(1, 'Copies of the state, at least one per slice.'),
+  'replica': Key(
+    1,
+    'Replicas of parameters and optimizer state; a multiple of the number of '
+    'slices.',
+  ),
   'fsdp': Key(
     -1,
-    'Devices that divide the state and the rows. -1: all devices that the '
-    'other axes leave.',
+    'Devices over which parameters, optimizer state and rows are sharded. '
+    '-1: all remaining devices.',
   ),
-  'sequence': Key(1, 'Devices that divide the positions of a row.'),
-  'tensor': Key(1, 'Devices that divide every layer.'),
+  'sequence': Key(1, 'Devices over which the positions of a row are sharded.'),
+  'tensor': Key(1, 'Tensor parallelism: devices that share each layer.'),
 }
 
 
 def validate_mesh(c, sizes):
-  """Checks that batches and rows divide over the devices of a mesh.
+  """Checks that the mesh can shard the batches and rows of a config.
 
   Args:
     c: the config.
     sizes: dict from mesh axis to its size.
 
   Raises:
-    UserError: names the key and a value that is divisible.
+    UserError: a batch or config.data.length is not divisible. Names the key.
   """
   shards = sizes['replica'] * sizes['fsdp']
   for section, parts in (('train', c.train.microbatches), ('eval', 1)):
@@ -34,12 +38,12 @@ def validate_mesh(c, sizes):
       if c.objective.time_sampling == 'antithetic':
         unit = math.lcm(unit, 2)
       near = max(1, round(batch / unit)) * unit
-      over = f'{shards} devices' + (
+      divisor = f'{shards} devices' + (
         f' x {parts} microbatches' if parts > 1 else ''
       )
       raise UserError(
         f'config.{section}.batch={batch} is not divisible by the mesh '
-        f'({over}); --config.{section}.batch={near} is'
+        f'({divisor}); --config.{section}.batch={near} is'
       )
   if c.data.length % sizes['sequence']:
     raise UserError(

@@ -9,8 +9,8 @@ KEYS = {
   'heads': Key(4, 'Number of attention heads H.', minimum=1),
   'kv_heads': Key(
     4,
-    'Number of key and value heads G; divides heads. Equal to heads: '
-    'multi-head attention.',
+    'Number of key and value heads G, a divisor of heads. Fewer than heads: '
+    'grouped-query attention.',
     minimum=1,
   ),
   'head_dim': Key(64, 'Dimension K of a head; even.', minimum=1),
@@ -18,7 +18,9 @@ KEYS = {
   'tie_embeddings': Key(
     True, 'Use one matrix for the input embedding and the output head.'
   ),
-  'rope_theta': Key(500_000.0, 'Base of the rotary wavelengths.', above=0),
+  'rope_theta': Key(
+    500_000.0, 'Base of the rotary embedding wavelengths.', above=0
+  ),
   'norm_eps': Key(
     1e-5, 'Added to the mean square in RMS normalization.', above=0
   ),
@@ -29,8 +31,8 @@ KEYS = {
   ),
   'remat': Key(
     'full',
-    'Rematerialization: what each layer stores for the backward pass, from '
-    'everything (none) to nothing (full).',
+    'Rematerialization: the activations of a layer that are stored for the '
+    'backward pass, from all (none) to its input only (full).',
     ('none', 'minimal', 'attention', 'attended', 'offload', 'full'),
   ),
   'attention': Key(
@@ -38,14 +40,16 @@ KEYS = {
     'Attention kernel. splash needs a TPU, cudnn an NVIDIA GPU.',
     ('auto', 'xla', 'splash', 'cudnn'),
   ),
-  'qkv_bias': Key(False, 'Add biases to queries, keys and values, as Qwen2.'),
+  'qkv_bias': Key(
+    False, 'Add biases to queries, keys and values, as in Qwen2.'
+  ),
   'qk_norm': Key(
-    False, 'Normalize queries and keys in each head (RMS norm), as Qwen3.'
+    False, 'Normalize queries and keys in each head (RMS norm), as in Qwen3.'
   ),
   'predict_next': Key(
     False,
     'The output at a position predicts the token of the next position, as in '
-    'Dream and in other networks that began as autoregressive ones.',
+    'Dream and other networks converted from autoregressive models.',
   ),
   'rope_scaling': Key(
     (),

@@ -10,7 +10,7 @@ KEYS = {
   ),
   'schedule': Key(
     'linear',
-    'Noise schedule: mask ratio over diffusion time.',
+    'Noise schedule: the mask ratio as a function of diffusion time.',
     ('linear', 'cosine', 'polynomial'),
   ),
   'schedule_power': Key(
@@ -32,11 +32,13 @@ KEYS = {
     'Tokens attend to their whole row, or only to their own document.',
     ('row', 'document'),
   ),
-  'predict_mask': Key(False, 'Keep the mask token in the softmax, as LLaDA.'),
+  'predict_mask': Key(
+    False, 'Keep the mask token in the softmax, as in LLaDA.'
+  ),
   'loss_chunk_tokens': Key(
     512,
-    'Positions per chunk of the cross entropy. A chunk takes this many times '
-    'vocab_size float32 of memory.',
+    'Positions per chunk of the cross entropy. The logits of a chunk take '
+    'loss_chunk_tokens x vocab_size x 4 bytes.',
     minimum=1,
   ),
 }

@@ -5,8 +5,8 @@ from maskdiff.config.key import Key, require
 KEYS = {
   'schedule': Key(
     'wsd',
-    'Learning-rate schedule: warmup, constant and linear decay (wsd); warmup '
-    'and cosine; or pieces.',
+    'Learning-rate schedule: warmup, constant, linear decay (wsd); warmup and '
+    'cosine decay (cosine); or the lines of `pieces` (piecewise).',
     ('wsd', 'cosine', 'piecewise'),
   ),
   'learning_rate': Key(4e-4, 'Peak learning rate.', minimum=0),
@@ -15,15 +15,17 @@ KEYS = {
   ),
   'warmup_steps': Key(100, 'Steps of linear warmup from 0.', minimum=0),
   'decay_steps': Key(
-    100, 'Steps of linear decay at the end, for wsd.', minimum=0
+    100, 'Steps of linear decay at the end of wsd.', minimum=0
   ),
   'pieces': Key(
     (),
-    'Linear pieces for piecewise: (last step, first rate, last rate), ...',
+    'Lines of the piecewise schedule: (last step, first rate, last rate), ...',
   ),
   'b1': Key(0.9, "Decay rate of Adam's first moment.", minimum=0, below=1),
   'b2': Key(0.95, "Decay rate of Adam's second moment.", minimum=0, below=1),
-  'eps': Key(1e-8, "Added to the root of Adam's second moment.", minimum=0),
+  'eps': Key(
+    1e-8, "Added to the square root of Adam's second moment.", minimum=0
+  ),
   'weight_decay': Key(0.1, 'Weight decay of matrices.', minimum=0),
   'clip_norm': Key(1.0, 'Gradients are clipped to this norm.', above=0),
   'moments': Key(

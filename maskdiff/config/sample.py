@@ -49,7 +49,7 @@ KEYS = {
   'schedule': Key(
     'linear',
     'How the number of masked tokens falls over the denoising steps. '
-    'threshold, factor and first_hitting do not read it.',
+    'Not used by remasking=threshold, factor and first_hitting.',
     ('linear', 'cosine'),
   ),
   'confidence': Key(
@@ -60,7 +60,8 @@ KEYS = {
   ),
   'threshold': Key(
     0.9,
-    'Confidence from which remasking=threshold commits a prediction.',
+    'remasking=threshold commits every prediction with at least this '
+    'confidence.',
     minimum=0,
   ),
   'factor': Key(
@@ -83,9 +84,9 @@ KEYS = {
   'eot_id': Key(-1, 'Id of the end-of-turn token. -1: none.', minimum=-1),
   'cache': Key(
     'none',
-    'KV cache, computed at the first step of a block: of the tokens before '
-    'the block (prefix), or of all tokens outside it (dual). Results change '
-    'a little unless refresh is 1.',
+    'KV cache of the tokens before the block (prefix), or of all tokens '
+    'outside the block (dual). The first step of a block computes it. The '
+    'cache is an approximation unless refresh is 1.',
     ('none', 'prefix', 'dual'),
   ),
   'refresh': Key(
@@ -97,8 +98,8 @@ KEYS = {
   'lookahead': Key(
     -1,
     'Blocks of mask tokens after the current block that the network sees. '
-    '-1: all. With 0 or more, the network cannot see how long the answer may '
-    'become.',
+    '-1: all. With 0 or more, the network cannot see the maximum length of '
+    'the answer.',
     minimum=-1,
   ),
 }

@@ -1,4 +1,4 @@
-"""Settings of the sampler that replace those of a run's config."""
+"""Sampler settings that override the config.sample of a run."""
 
 from maskdiff.config.checks import validate
 from maskdiff.config.sample import SETTINGS
@@ -6,7 +6,7 @@ from maskdiff.errors import UserError
 
 
 def with_settings(config, settings):
-  """Returns a copy of a run's config with other settings of the sampler.
+  """Returns a copy of a run's config with some sampler settings overridden.
 
   Args:
     config: ConfigDict of the run; not changed.
@@ -15,8 +15,8 @@ def with_settings(config, settings):
       per token.
 
   Raises:
-    UserError: a key is unknown, a value has the wrong type, or the config is
-      not valid with it.
+    UserError: a key is unknown, a value has the wrong type, or the resulting
+      config is invalid.
   """
   config = config.copy_and_resolve_references()
   s = config.sample
@@ -39,19 +39,20 @@ def with_settings(config, settings):
 
 
 def sample_settings(args, run_config, num_slots, gaps):
-  """Returns the settings that the flags of launch/sample.py ask for.
+  """Returns the sampler settings that the flags of launch/sample.py set.
 
   Args:
     args: FLAGS, with those of define_sample_flags.
     run_config: the config of the run.
     num_slots: slots of the longest text.
-    gaps: whether the texts have gaps. answers.for_gaps sets their steps.
+    gaps: whether the texts have gaps. The result then leaves out `steps`,
+      which answers.for_gaps sets.
 
   Returns:
     dict for `with_settings`.
 
   Raises:
-    UserError: a flag would have no effect.
+    UserError: a flag would have no effect, or does not go with gaps.
   """
   settings = {
     name: getattr(args, name)

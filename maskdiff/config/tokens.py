@@ -4,8 +4,12 @@ from maskdiff.config.key import Key, require
 
 KEYS = {
   'mask_id': Key(4, 'Id of the mask token.'),
-  'bos_id': Key(1, 'Id of the token before the first token of a text.'),
-  'eos_id': Key(2, 'Id of the token that ends a text.'),
+  'bos_id': Key(
+    1,
+    'Id of the bos token, the first input of a row of the autoregressive '
+    'objective.',
+  ),
+  'eos_id': Key(2, 'Id of the token that ends a document (eos).'),
 }
 
 

@@ -3,19 +3,22 @@
 from maskdiff.config.key import Key, require
 
 KEYS = {
-  'steps': Key(1000, 'Training steps.', minimum=1),
-  'batch': Key(32, 'Rows per step B, over all devices.', minimum=1),
+  'steps': Key(1000, 'Number of training steps.', minimum=1),
+  'batch': Key(
+    32, 'Global batch size B: rows per step over all devices.', minimum=1
+  ),
   'microbatches': Key(
     1,
-    'Parts of a batch that are computed one after another, to save memory. '
-    'Their gradients are summed.',
+    'Gradient accumulation: number of parts of a batch that are computed one '
+    'after another, to save memory.',
     minimum=1,
   ),
   'log_every_steps': Key(10, 'Steps between rows of metrics.', minimum=1),
   'wandb_project': Key(
     '',
     'Also log metrics and samples to this wandb project, if wandb is '
-    'installed. WANDB_MODE=offline keeps them for `wandb sync`. Empty: off.',
+    'installed. WANDB_MODE=offline stores them on disk for `wandb sync`. '
+    'Empty: off.',
   ),
   'stall_s': Key(
     600.0,
@@ -24,8 +27,8 @@ KEYS = {
   ),
   'heartbeat_s': Key(
     10,
-    'Seconds of silence after which a process counts as dead and the others '
-    'end.',
+    'Seconds without a heartbeat after which a process counts as dead and the '
+    'other processes exit.',
     minimum=1,
   ),
 }

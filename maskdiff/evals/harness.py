@@ -6,8 +6,8 @@ Importing this module registers the class under the name maskdiff:
   lm_eval.simple_evaluate(model=harness.MaskDiff('runs/tiny'), tasks=[...])
   lm_eval.simple_evaluate(model='maskdiff', model_args='workdir=runs/tiny', ...)
 
-or `python launch/harness.py --workdir runs/tiny --tasks ...`. It needs the
-package lm-eval, but not PyTorch.
+or `python launch/harness.py --workdir runs/tiny --tasks ...`. This module needs
+the package lm-eval, but not PyTorch.
 
 The class follows lm-eval's conventions. White space at the end of a context is
 scored with the continuation. Context and continuation are encoded together and
@@ -72,11 +72,11 @@ class MaskDiff(TemplateLM):
       form: count, bernoulli or left_to_right, as in launch/evaluate.py.
       samples, strata, coupled: see estimators.Estimator.
       guidance: classifier-free guidance for likelihoods and sampling.
-      check_greedy: whether to compare continuations with greedy decoding;
-        without, is_greedy is False for all.
+      check_greedy: whether to compare continuations with greedy decoding. If
+        not, is_greedy is False for all continuations.
       seed: seed of noise and sampling.
       tokens_per_call: see queries.LikelihoodConfig.
-      tensor: number of devices that share every layer, see load.load.
+      tensor: number of devices among which every layer is split, see load.load.
       dtype: dtype of the weights, float32 or bfloat16; default: as stored.
       batch_size: number of texts sampled together.
       max_batch_size, device: passed by lm-eval, not used.
@@ -87,9 +87,9 @@ class MaskDiff(TemplateLM):
       UserError: the model cannot be loaded, or a setting is not valid.
     """
     super().__init__()
-    if dtype is not None and dtype not in config_lib.WEIGHTS:
+    if dtype is not None and dtype not in config_lib.WEIGHT_DTYPES:
       raise UserError(
-        f'dtype={dtype!r}: choose among {", ".join(config_lib.WEIGHTS)}'
+        f'dtype={dtype!r}: choose among {", ".join(config_lib.WEIGHT_DTYPES)}'
       )
     del max_batch_size, device
     self.check_greedy, self.seed, self.batch = check_greedy, seed, batch_size
@@ -115,7 +115,7 @@ class MaskDiff(TemplateLM):
       if self.estimator
       else form,
       'sampler_settings': self.sampler_settings,
-      'samplers': [],  # the settings used, one entry per kind of request
+      'samplers': [],  # settings of the sampler; one entry per distinct set
     }
 
   @property
@@ -153,8 +153,8 @@ class MaskDiff(TemplateLM):
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     """Returns log-likelihoods of continuations, and whether they are greedy.
 
-    Continuations of one context share a seed, so that continuations of equally
-    many tokens are compared under the same masks.
+    Continuations of one context share a seed. Continuations with equally many
+    tokens are then compared under the same masks.
     """
     del disable_tqdm, kwargs
     pairs = [self._fit(*request[1:]) for request in requests]
@@ -175,11 +175,11 @@ class MaskDiff(TemplateLM):
     return answers
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False):
-    """Returns the log-likelihood of each text; that of an empty text is 0.
+    """Returns the log-likelihood of each text, 0 for an empty text.
 
     lm-eval cuts a text that is longer than the context into pieces. Each piece
-    is scored given the last token before it, the last piece given as many
-    tokens as fit.
+    is scored given the last token before it. The last piece is scored given as
+    many tokens as fit.
     """
     del disable_tqdm
     pairs, text_of = [], []
@@ -205,8 +205,9 @@ class MaskDiff(TemplateLM):
     """Samples a continuation of each context.
 
     A continuation is cut before its first stop string and its first eos. The
-    sampling settings of a request are used if it sets do_sample; otherwise the
-    temperature is 0.
+    temperature, top_k and top_p of a request are used if do_sample is true;
+    otherwise the temperature is 0. A request without do_sample samples if its
+    temperature is above 0.
     """
     del disable_tqdm
     groups = {}
@@ -221,8 +222,8 @@ class MaskDiff(TemplateLM):
       max_prompt = self.max_length - num_slots
       if max_prompt < 0:
         raise UserError(
-          f'the task generates {num_slots} tokens, more than the '
-          f'{self.max_length} of the rows in training: set gen_length'
+          f'the task generates {num_slots} tokens, but training rows had '
+          f'{self.max_length}: set gen_length to at most {self.max_length}'
         )
       c = sampler_config(config)
       described = describe(self.model.network, c)
@@ -263,7 +264,9 @@ class MaskDiff(TemplateLM):
     if length is not None:
       settings['gen_length'] = int(length)
     if gen_kwargs:
-      logging.warning('maskdiff: ignores %s of a task', sorted(gen_kwargs))
+      logging.warning(
+        'maskdiff ignores these settings of a task: %s', sorted(gen_kwargs)
+      )
     until = [stop for stop in until if stop]
     return until, {**settings, **self.sampler_settings}
 
@@ -278,11 +281,11 @@ class MaskDiff(TemplateLM):
     """
     if len(continuation) > self.max_length:
       raise UserError(
-        f'a continuation has {len(continuation)} tokens, more than the '
-        f'{self.max_length} of the rows in training: choose another task'
+        f'a continuation has {len(continuation)} tokens, but training rows had '
+        f'{self.max_length}: choose another task'
       )
-    within = self.model.config.objective.attend_within == 'document'
-    if within and context == [self.prefix_token_id]:
+    by_document = self.model.config.objective.attend_within == 'document'
+    if by_document and context == [self.prefix_token_id]:
       context = []
     return _last(context, self.max_length - len(continuation)), continuation
 
@@ -310,5 +313,5 @@ def _last(tokens, n):
 
 
 def _seed(seed, tokens):
-  """Returns a seed that depends on this request only."""
+  """Returns a seed that depends only on the given seed and the tokens."""
   return zlib.crc32(repr((seed, list(tokens))).encode())
