@@ -1,13 +1,14 @@
 """Log-likelihood of a part of each row given the rest of the row, in nats.
 
 The scored part is the answer of the row: the text after a prompt, or any other
-subset of the positions. The rest is always shown to the network. Bounds, the
-chain rule in any order and the greedy check differ only in the answer tokens
-that they mask at a time (estimators.py). queries.py computes the queries of all
-rows together.
+subset of the positions. The network always sees the rest. Bounds, the chain
+rule in any order and the greedy check differ only in which answer tokens are
+masked in each forward pass (estimators.py). queries.py computes these passes,
+the queries, for all rows together.
 
 Noise is keyed by the seed of a row. The result of a row does not depend on the
-other rows, except for float32 rounding. Nothing is divided by the length.
+other rows, except for float32 rounding. Log-likelihoods are sums over tokens,
+not divided by the length.
 
 Arguments that the functions share:
 
@@ -17,8 +18,8 @@ Arguments that the functions share:
 - `seeds`: [B] int >= 0. Rows with the same seed and equally long answers mask
   the same tokens, which reduces the noise of their difference.
 
-They raise a UserError if queries.rows_of refuses the rows, or if a
-log-probability is not finite.
+Functions with these arguments raise a UserError if queries.rows_of refuses the
+rows, or if a log-probability is not finite.
 """
 
 from typing import NamedTuple
@@ -41,8 +42,8 @@ def lay_out(prompts, answers, suffixes=None):
   Args:
     prompts: list of token lists, which may be empty.
     answers: list of token lists, one for each prompt.
-    suffixes: list of token lists, text after each answer, which is shown like
-      its prompt; by default empty.
+    suffixes: list of token lists, the text after each answer. Like the prompt,
+      it is never masked. By default empty.
 
   Returns:
     queries.Answers; short rows are padded on the right.
@@ -66,8 +67,8 @@ def lay_out(prompts, answers, suffixes=None):
 def bound(network, c, answers, estimator, seeds):
   """Estimates the lower bound on the log-likelihood of each answer.
 
-  With guidance it is the bound of the guided model. A left-to-right network
-  gives the exact log-likelihood instead, with an error of 0.
+  With guidance, the bound is that of the guided model. For a left-to-right
+  network the result is the exact log-likelihood, with a standard error of 0.
 
   Args:
     estimator: estimators.Estimator.
@@ -92,9 +93,9 @@ def bound(network, c, answers, estimator, seeds):
 def chain_rule(network, c, answers, orders=None):
   """Computes exact log-likelihoods of decoding answers in given orders.
 
-  Each token is predicted with itself and all later tokens of the order masked
-  (SMDM, evaluate_diff.py, _eval_target_nll_ar: left to right). `bound`
-  estimates the mean over all A! orders of an answer of A tokens.
+  Each token is predicted while it and all later tokens of the order are masked
+  (SMDM, evaluate_diff.py, _eval_target_nll_ar, for the left-to-right order).
+  `bound` estimates the mean over all A! orders of an answer of A tokens.
 
   Args:
     orders: for each row [K, A] int, permutations of 0..A-1, the tokens of the
@@ -113,15 +114,16 @@ def chain_rule(network, c, answers, orders=None):
   if OBJECTIVES[network.objective].left_to_right:
     if orders is not None:
       raise UserError(
-        f'a network trained with objective {network.objective} has one order '
-        'only, left to right: remove the orders'
+        f'a network trained with objective {network.objective} decodes in one '
+        'order only, left to right: remove the orders'
       )
     return evaluate(lambda i: estimators.causal(sizes[i]))
   if orders is None:
     orders = [np.arange(size)[None] for size in sizes]
-  for i, (of_row, size) in enumerate(zip(orders, sizes, strict=True)):
+  for i, (row_orders, size) in enumerate(zip(orders, sizes, strict=True)):
     if not np.array_equal(
-      np.sort(of_row, axis=1), np.tile(np.arange(size), (len(of_row), 1))
+      np.sort(row_orders, axis=1),
+      np.tile(np.arange(size), (len(row_orders), 1)),
     ):
       raise UserError(
         f'row {i}: an order must name each of the {size} tokens of the answer '
@@ -143,17 +145,20 @@ def left_to_right(network, c, answers):
 def multi_sample(network, c, answers, num_orders, seeds):
   """Estimates the importance-weighted bound from K random orders.
 
-  Decoding in a random order gives the answer with probability E[p(answer |
-  order)]. The log of a mean of p over K orders is in expectation a lower bound
-  on the log of this probability. For K = 1 it equals the bound of `bound`, and
-  it rises with K (Burda et al., arXiv 1509.00519, theorem 1). An order takes
-  one forward pass per token of the answer.
+  Decoding in a random order produces the answer with probability E[p(answer |
+  order)]. The log of the mean of p over K random orders is, in expectation, a
+  lower bound on the log of this probability. For K = 1 this bound equals that
+  of `bound`, and it rises with K (Burda et al., arXiv 1509.00519, theorem 1).
+  An order takes one forward pass per token of the answer.
 
   Args:
     num_orders: K.
 
   Returns:
     Estimate; stderr is computed by the delta method, nan for K = 1.
+
+  Raises:
+    UserError: num_orders is below 1; or the network is left-to-right.
   """
   if num_orders < 1:
     raise UserError(f'num_orders={num_orders} must be at least 1')
@@ -177,20 +182,20 @@ def _mean(values):
     values: [B, n].
 
   Returns:
-    Two arrays [B]; the error is nan for n = 1.
+    Two arrays [B]; the standard error is nan for n = 1.
   """
   n = values.shape[1]
   unknown = np.full(len(values), np.nan)
-  spread = values.std(axis=1, ddof=1) if n > 1 else unknown
-  return values.mean(axis=1), spread / n**0.5
+  deviation = values.std(axis=1, ddof=1) if n > 1 else unknown
+  return values.mean(axis=1), deviation / n**0.5
 
 
 def greedy_matches(network, c, answers):
   """Returns whether greedy decoding gives the answer of each row, [B] bool.
 
-  A step commits the most confident token (LLaDA, eval_llada.py,
-  suffix_greedy_prediction), at the lowest position on ties. A row ends at its
-  first wrong token. A left-to-right network decodes left to right.
+  Each step commits the most confident token (LLaDA, eval_llada.py,
+  suffix_greedy_prediction), the leftmost on ties. The check of a row ends at
+  its first wrong token. A left-to-right network decodes left to right.
   """
   rows = queries.rows_of(network, c, answers)
   targets = [row.tokens[row.answer] for row in rows]
@@ -206,7 +211,8 @@ def greedy_matches(network, c, answers):
       for i, _, token, log_prob in predicted:
         confidence = np.where(masked[i], log_prob, -np.inf)
         # A left-to-right network predicts all tokens in one pass, given the
-        # true ones: while its predictions match, it would see the same tokens.
+        # true tokens before each. As long as its predictions are right, greedy
+        # decoding sees the same tokens.
         commit = slice(None) if causal else np.argmax(confidence)
         match[i] = (token == targets[i])[commit].all()
         masked[i][commit] = False
@@ -216,7 +222,7 @@ def greedy_matches(network, c, answers):
 
 
 def corpus(estimate, num_tokens, num_bytes):
-  """Returns the bounds of many answers as bounds for all of their text.
+  """Returns the bound of all answers together, per token and per byte.
 
   Args:
     estimate: Estimate.
@@ -224,8 +230,8 @@ def corpus(estimate, num_tokens, num_bytes):
     num_bytes: total number of bytes of their text.
 
   Returns:
-    dict of floats, upper bounds: nats per token with its standard error,
-    perplexity per token, and bits per byte.
+    dict of floats, upper bounds: nats per token, with the standard error;
+    perplexity per token; bits per byte.
   """
   nats = -float(estimate.log_likelihood.sum())
   return {

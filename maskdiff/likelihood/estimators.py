@@ -1,4 +1,4 @@
-"""Estimators of a log-likelihood: which tokens to mask and score, and weights.
+"""Estimators of a log-likelihood: tokens to mask and score, and their weights.
 
 A masked diffusion model has a lower bound on the log-likelihood of an answer of
 A tokens, given the rest of its row. Three forms of the bound are equal:
@@ -7,7 +7,7 @@ A tokens, given the rest of its row. Three forms of the bound are equal:
   E_l    [ A/l  S ]   exactly l tokens masked, l ~ U{1..A}
   E_order[  sum_k log p(x_order[k] | x_order[0..k-1]) ]
 
-S is the sum over the masked tokens of the log-probability of each, given the
+S is the sum of the log-probabilities of the masked tokens, each given the
 tokens that are not masked (LLaDA, arXiv 2502.09992, eq. 5 and 6). The third
 form is the mean of the chain rule over all A! orders.
 
@@ -28,16 +28,17 @@ FORMS = ('count', 'bernoulli')
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-  """How to draw queries for the Monte Carlo estimate of the bound.
+  """Settings of the Monte Carlo estimate of the bound.
 
-  Queries of one group are stratified: one time (or share of masked tokens) is
-  drawn from each of `strata` equal parts of (0, 1]. Groups are independent, so
-  the spread of their means gives the standard error.
+  Queries of one group are stratified: one time (or mask ratio) is drawn from
+  each of `strata` equal parts of (0, 1]. Groups are independent, so the spread
+  of their means gives the standard error.
 
   Attributes:
     form: one of FORMS.
     samples: total number of queries.
-    strata: strata per group; 1 makes all queries independent.
+    strata: strata per group; 1 makes all queries (with coupled, all pairs)
+      independent.
     coupled: follow each query by its complement, so that the pair masks every
       token once (ESPO, espo_trainer.py).
   """
@@ -54,10 +55,10 @@ class Estimator:
       raise UserError(f'strata={self.strata} must be at least 1')
     size = self.strata * (2 if self.coupled else 1)
     if self.samples < 1 or self.samples % size:
-      pairs = ' pairs' if self.coupled else ''
+      pairs = ' and coupled=True doubles it' if self.coupled else ''
       raise UserError(
-        f'samples={self.samples} must be a positive multiple of {size}, since '
-        f'strata={self.strata}{pairs}'
+        f'samples={self.samples} must be a positive multiple of {size}, '
+        f'because strata={self.strata}{pairs}'
       )
 
   @property
@@ -66,7 +67,7 @@ class Estimator:
 
 
 class Queries(NamedTuple):
-  """Forward passes for one answer of A tokens.
+  """n queries of one answer of A tokens; each takes one forward pass.
 
   The value of a query is weight x sum over the scored tokens of log p(token |
   tokens that are not masked).
@@ -111,7 +112,7 @@ def bernoulli(times, noise, coupled):
     coupled: follow each query by its complement, with weight 1 / (1 - t).
 
   Returns:
-    n Queries, or 2 n if coupled.
+    Queries: n, or 2 n if coupled.
   """
   times = np.asarray(times)[:, None]
   return _queries(noise < times, times, 1 - times, coupled)
@@ -121,16 +122,16 @@ def exact_count(counts, ranks, coupled):
   """Returns queries that mask exactly l tokens, weight A/l.
 
   With complements, l must be uniform on 0..A instead of 1..A, and the weights
-  are (A + 1) / l and (A + 1) / (A - l). A/l would be biased.
+  are (A + 1) / l and (A + 1) / (A - l). The weight A/l would be biased.
 
   Args:
-    counts: [n] whole numbers, l.
+    counts: [n] integers l, of any dtype.
     ranks: [n, A], a permutation in each row; a token is masked where its rank
       is below l.
     coupled: follow each query by its complement.
 
   Returns:
-    n Queries, or 2 n if coupled.
+    Queries: n, or 2 n if coupled.
   """
   size = ranks.shape[1]
   counts = np.asarray(counts)[:, None]
@@ -152,7 +153,7 @@ def _queries(masked, ratio, complement_ratio, coupled):
 
 
 def chain(orders):
-  """Returns queries of the chain rule: each token given the earlier ones.
+  """Returns queries of the chain rule: each token given the earlier tokens.
 
   Args:
     orders: [K, A] int, a permutation of the answer's tokens in each row.

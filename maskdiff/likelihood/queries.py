@@ -3,11 +3,12 @@
 A query is a copy of a row with some answer tokens masked and some scored
 (estimators.Queries). Queries of all rows are packed into calls of few compiled
 shapes: rows are padded to one of a few lengths, and a call has 1, 4, 16, ...
-queries. Queries of a row with the same masked tokens are computed once, so that
-an answer of A tokens never costs more than 2^A forward passes.
+queries (times the number of batch shards), up to a maximum. Queries of a row
+with the same masked tokens are computed once, so that an answer of A tokens
+never costs more than 2^A forward passes.
 
-Letters: B rows, or queries of a call; L positions; A tokens of an answer;
-n queries of a row.
+Letters in shapes: B rows, or queries of a call; L positions; A tokens of an
+answer; n queries of a row.
 """
 
 import collections
@@ -35,13 +36,14 @@ class LikelihoodConfig:
   """Settings of likelihoods.
 
   Attributes:
-    context: tokens of the longest row, prompt and answer together.
+    context: largest number of tokens of a row, prompt and answer together.
     guidance: scale w of classifier-free guidance, 0: none. Logits are u +
       (w + 1)(c - u), with the prompt (c) and without (u); LLaDA,
       get_log_likelihood.py.
-    tokens_per_call: about the number of tokens in a call; sets its memory.
-    loss_chunk_tokens: tokens projected onto the vocabulary at once; the memory
-      is this x vocab_size float32.
+    tokens_per_call: approximate number of tokens in a call of the largest
+      size, which determines its memory.
+    loss_chunk_tokens: number of tokens projected onto the vocabulary at once.
+      Their logits take loss_chunk_tokens x vocab_size float32 of memory.
   """
 
   context: int
@@ -51,11 +53,11 @@ class LikelihoodConfig:
 
 
 class Answers(NamedTuple):
-  """Rows with the part to score, the answer; bounds.lay_out makes them."""
+  """Rows and the part of each to score; bounds.lay_out makes them."""
 
   tokens: np.ndarray  # [B, L] int32
-  answer: np.ndarray  # [B, L] bool, the positions to score, in any place
-  valid: np.ndarray  # [B, L] bool, False on padding at either end of a row
+  answer: np.ndarray  # [B, L] bool, any positions to score
+  valid: np.ndarray  # [B, L] bool, False on padding, at either end of a row
 
 
 class Row(NamedTuple):
@@ -66,7 +68,7 @@ class Row(NamedTuple):
 
 
 class Call(NamedTuple):
-  """Queries that are computed together, one per row; [B, L] each."""
+  """Queries that are computed together, one per row; all arrays are [B, L]."""
 
   tokens: np.ndarray  # int32
   valid: np.ndarray  # bool, False on padding
@@ -88,8 +90,9 @@ def rows_of(network, c, answers):
 
   Raises:
     UserError: shapes differ; a row has no answer, is longer than the context,
-      or contains the mask token or an id outside the vocabulary; or the network
-      is left-to-right and the settings or rows do not fit it.
+      or contains the mask token or an id outside the vocabulary; an answer is
+      on padding; guidance needs masked prompts in training; or text follows an
+      answer, which a left-to-right network does not see.
   """
   tokens = np.asarray(answers.tokens, np.int32)
   answer = np.asarray(answers.answer, bool)
@@ -112,8 +115,8 @@ def rows_of(network, c, answers):
       raise UserError(f'row {i} has no answer, or its answer is on padding')
     if len(row.tokens) > c.context:
       raise UserError(
-        f'row {i}: prompt and answer have {len(row.tokens)} tokens, more than '
-        f'the {c.context} of a training row; shorten them'
+        f'row {i}: prompt and answer have {len(row.tokens)} tokens together, '
+        f'but training rows had {c.context}; shorten them'
       )
     if network.mask_id in row.tokens:
       position = list(row.tokens).index(network.mask_id)
@@ -138,8 +141,8 @@ def rows_of(network, c, answers):
 def padded_length(length):
   """Returns the length that a row is padded to: 16, 24, 32, 48, 64, 96, ...
 
-  Powers of two, and three quarters of them. Padding adds less than half of the
-  row. There are 17 such lengths up to 4096.
+  The lengths are powers of two, and three quarters of them: 17 lengths up to
+  4096. Padding adds less than half to the length of a row of 16 or more tokens.
   """
   size = SHORTEST
   while size < length:
@@ -163,8 +166,8 @@ def evaluate(network, c, rows, queries_of):
     network: Network.
     c: LikelihoodConfig.
     rows: list of Row.
-    queries_of: function from the index of a row to its estimators.Queries, n
-      of them; called once for each row, when the row is computed.
+    queries_of: function from the index of a row to its n estimators.Queries.
+      It is called once per row, shortly before the row is computed.
 
   Returns:
     list of [n] float64: weight x sum over the scored tokens of log p, in nats.
@@ -173,9 +176,9 @@ def evaluate(network, c, rows, queries_of):
     UserError: a log-probability is not finite.
   """
   values = [None] * len(rows)
-  drawn = {}
+  pending = {}  # from the index of a row to its queries and their results
 
-  def distinct(members):
+  def distinct_queries(members):
     for i in members:
       queries = queries_of(i)
       _, first, inverse = np.unique(
@@ -187,16 +190,16 @@ def evaluate(network, c, rows, queries_of):
       inverse = inverse.reshape(-1)
       scored = np.zeros((len(first), queries.scored.shape[1]), bool)
       np.logical_or.at(scored, inverse, queries.scored)
-      drawn[i] = queries, inverse, np.zeros(scored.shape)
+      pending[i] = queries, inverse, np.zeros(scored.shape)
       values[i] = np.zeros(len(queries.weight))
       for k in np.flatnonzero(scored.any(axis=1)):
         yield i, k, queries.masked[first[k]], scored[k]
 
   function = functools.partial(_log_probs, network, c)
   for size, members in by_length(rows).items():
-    results = run(function, c, rows, size, distinct(members))
+    results = run(function, c, rows, size, distinct_queries(members))
     for i, results_of_row in itertools.groupby(results, lambda r: r[0]):
-      queries, inverse, log_probs = drawn.pop(i)
+      queries, inverse, log_probs = pending.pop(i)
       for _, k, (log_prob,) in results_of_row:
         log_probs[k] = log_prob
       check_finite(i, log_probs)
@@ -206,7 +209,7 @@ def evaluate(network, c, rows, queries_of):
 
 
 def predict(network, c, rows, size, queries):
-  """Predicts the most probable token at the scored positions.
+  """Predicts the most probable tokens at the scored positions.
 
   Args:
     network: as for `evaluate`.
@@ -243,24 +246,24 @@ def run(function, c, rows, size, queries):
     function: from a Call of length L to a tuple of arrays [B, L].
     c: LikelihoodConfig.
     rows: list of Row.
-    size: L, at least the length of the rows that are queried.
-    queries: iterable of (row index, k, masked [A], scored [A]), read when a
-      call is filled; k is returned to the caller.
+    size: L, at least the length of every row in `queries`.
+    queries: iterable of (row index, k, masked [A], scored [A]). It is read
+      lazily, call by call. k identifies the query to the caller.
 
   Yields:
-    (row index, k, the function's arrays at the positions of the answer, [A]
-    each), in the order of the queries.
+    (row index, k, tuple of the function's arrays at the A positions of the
+    answer), in the order of the queries.
   """
   mesh = jax.sharding.get_abstract_mesh()
   shards = 1 if mesh.empty else batch_shards(mesh)
-  largest = max(1, c.tokens_per_call // (size * shards)) * shards
+  max_queries = max(1, c.tokens_per_call // (size * shards)) * shards
   queries = iter(queries)
   in_flight = None  # the call that the devices are computing
-  while batch := list(itertools.islice(queries, largest)):
+  while batch := list(itertools.islice(queries, max_queries)):
     count = shards
     while count < len(batch):
       count *= 4
-    call = _call(rows, size, min(count, largest), batch)
+    call = _call(rows, size, min(count, max_queries), batch)
     finished, in_flight = in_flight, (batch, function(call))
     if finished:
       yield from _results(rows, *finished)
@@ -330,8 +333,8 @@ def _log_probs(network, c, call):
 def _predictions(network, c, call):
   """Returns the most probable tokens and their log-probabilities, [B, L] each.
 
-  Both are 0 where nothing is scored. As in the cross entropy, only scored
-  positions are projected onto the vocabulary, in chunks.
+  Both are 0 at positions that are not scored. As in the cross entropy, only
+  scored positions are projected onto the vocabulary, in chunks.
   """
   model = bind(network.config, network.params)
   states = _states(network, model, c, call)
@@ -339,7 +342,7 @@ def _predictions(network, c, call):
   scored = call.scored.reshape(-1)
   chunk = min(c.loss_chunk_tokens, len(scored))
   order = jnp.argsort(~scored, stable=True)
-  # Indices out of range: reads give 0, writes are dropped.
+  # An index out of range reads 0, and writes to it are dropped.
   order = jnp.where(jnp.arange(len(order)) < scored.sum(), order, len(order))
   order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(scored))
 

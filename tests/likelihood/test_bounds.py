@@ -673,7 +673,7 @@ REFUSED = {
   ),
   'long': (
     dataclasses.replace(CONFIG, context=3),
-    *(ROW, END, ALL, 'row 0.*4 tokens, more than the 3'),
+    *(ROW, END, ALL, 'row 0.*4 tokens together.* had 3'),
   ),
   'no_answer': (CONFIG, ROW, [[False] * 4], ALL, 'row 0 has no answer'),
   'answer_on_padding': (CONFIG, ROW, END, [[True] * 3 + [False]], 'padding'),

@@ -232,7 +232,7 @@ REFUSED = {
   'form': (dict(form='counts'), "'counts'.*count, bernoulli"),
   'nothing': (dict(samples=0), 'samples=0'),
   'strata': (dict(samples=24), 'samples=24.*multiple of 16.*strata=16'),
-  'pairs': (dict(samples=16, coupled=True), 'multiple of 32.*16 pairs'),
+  'pairs': (dict(samples=16, coupled=True), 'multiple of 32.*16 and coupled=True'),
   'no_strata': (dict(strata=0), 'strata=0'),
 }
 
