@@ -14,7 +14,7 @@ from maskdiff.sampling.request import describe, sampler_config
 
 
 class Model(NamedTuple):
-  """A loaded model: what `load.load` returns."""
+  """A loaded model: the results of `load.load`."""
 
   config: object  # ConfigDict of the run
   tokenizer: object  # data.tokenizer.Tokenizer
@@ -28,7 +28,7 @@ class Model(NamedTuple):
 
   @property
   def dtype(self):
-    """Names of the dtypes of the parameters, separated by commas."""
+    """Names of the parameters' dtypes, separated by commas."""
     names = {x.dtype.name for x in jax.tree.leaves(self.params)}
     return ', '.join(sorted(names))
 
@@ -36,9 +36,9 @@ class Model(NamedTuple):
 class Answers(NamedTuple):
   """The answers to a list of prompts, and their cost."""
 
-  tokens: list  # of token lists, each cut before its first eos
-  forwards: int  # forward passes per row, summed; guidance takes two per step
-  num_slots: int  # slots of all rows
+  tokens: list  # token lists, each cut before its first eos
+  forwards: int  # sum over rows of forward passes; guidance takes two per step
+  num_slots: int  # sum over rows
 
 
 def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
@@ -49,10 +49,11 @@ def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
     c: SamplerConfig; its gen_length is the number of slots of the longest
       answer.
     prompts: list of token lists, which may be empty.
-    suffixes: list of token lists, the text after each answer; may be empty.
+    suffixes: list of token lists, the text after each answer, which may be
+      empty.
     num_slots: list of int, slots of each answer.
     seeds: list of int.
-    batch: rows sampled together.
+    batch: number of rows sampled together.
 
   Returns:
     Answers.
@@ -83,34 +84,37 @@ def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
 
 
 def answer_lines(model, settings, lines, correct, seed, batch):
-  """Samples an answer to each line, and returns the answers and the accuracy.
+  """Samples an answer to each line, and computes the accuracy.
 
-  All answers that end their row get as many slots as the longest right answer
-  and an eos take, so that the number of slots does not reveal the length of an
-  answer. An answer that is followed by text gets as many slots as the right
-  answer has tokens, and its row has denoising steps of its own (see own_blocks
-  of request.SamplerConfig).
+  An answer at the end of its row gets slots for the longest right answer and an
+  eos, so that the number of slots does not reveal the length of the answer. An
+  answer before a suffix gets as many slots as the right answer has tokens. If
+  any line has a suffix, denoising steps are counted per row (own_blocks of
+  request.SamplerConfig).
 
   Args:
     model: Model.
-    settings: dict of sampler settings, see config.with_settings. gen_length
-      cannot be set: it is the largest number of slots.
+    settings: dict of sampler settings, see config.with_settings. It must not
+      contain gen_length, which is the largest number of slots.
     lines: list of dicts with the texts `prompt` and `answer`, and optionally
       `suffix` and `way`.
     correct: function from a line and a text to a bool.
-    seed: seed of the first line; the next line has seed + 1.
-    batch: lines sampled together.
+    seed: seed of the first line; it grows by 1 per line.
+    batch: number of lines sampled together.
 
   Returns:
-    - one dict per line.
-    - dict with the accuracy in all and per `way`, the forward passes per token
-      and the settings of the sampler.
+    - one dict per line: the line, with its sampled `text` and whether the text
+      is `correct`.
+    - dict with the accuracy over all lines and per `way`, the forward passes
+      per slot, and the settings of the sampler.
 
   Raises:
     UserError: gen_length is set, or see config.with_settings and `complete`.
   """
   if 'gen_length' in settings:
-    raise UserError('sampler setting gen_length: the task sets it')
+    raise UserError(
+      'sampler setting gen_length: the task sets it; remove the setting'
+    )
   encode = model.tokenizer.encode
   prompts = [encode(line['prompt']) for line in lines]
   suffixes = [encode(line.get('suffix', '')) for line in lines]

@@ -1,7 +1,7 @@
 """Questions made from the held-out text of a run's data.
 
 `choices` asks for the continuation of a text, `cloze` for a missing word. Both
-return lines of evaluation tasks, drawn from a seed.
+draw lines of an evaluation task from a seed.
 """
 
 import random
@@ -14,18 +14,19 @@ from maskdiff.errors import UserError
 from maskdiff.training import inputs
 
 NUM_CHOICES = 4
-MAX_ROWS = 4096  # rows read of a dataset, approximately
-TRIES = 100  # windows drawn per line
-BROKEN = '\ufffd'  # decoded from a character that a window cuts
+MAX_ROWS = 4096  # read fewer than twice this number of rows per dataset
+TRIES = 100  # draw at most this many windows per requested line
+BROKEN = '\ufffd'  # the decoder's result for a character that a window cuts
 WORD = re.compile(r' ?[^\W\d_]{3,}')
 
 
 def documents(config, tokenizer):
   """Returns the held-out documents of a run's data, a list of token lists.
 
-  The data are those of config.eval.path, or of config.data.path without it. A
-  document that rows cut gives several pieces. Of a large dataset, about
-  MAX_ROWS evenly spaced rows are read.
+  The data are those of config.eval.path, or config.data.path if it is empty. A
+  document that continues in another row gives several token lists. Of a large
+  dataset, evenly spaced rows are read, at least MAX_ROWS and fewer than twice
+  as many.
 
   Raises:
     UserError: there is no held-out text, or see inputs.open_data.
@@ -63,8 +64,8 @@ def choices(texts, tokenizer, context, seed, n):
     n: number of questions.
 
   Returns:
-    list of dicts with `prompt`, `choices` of equally many tokens, and `answer`,
-    the index of the right choice.
+    list of n dicts: `prompt`; `choices`, decoded from equally many tokens; and
+    `answer`, the index of the right choice.
 
   Raises:
     UserError: the texts are too short or too few.
@@ -97,14 +98,14 @@ def choices(texts, tokenizer, context, seed, n):
 def cloze(texts, tokenizer, context, seed, n):
   """Makes cloze questions: texts with one missing word.
 
-  A word is used only if no token spans its border: the tokens of the parts,
-  concatenated, are those of the whole text.
+  A word is used only if no token spans its border: the tokens of the three
+  parts, concatenated, are the tokens of the whole text.
 
   Arguments and errors as for `choices`.
 
   Returns:
-    list of dicts with `prompt`, `answer` and `suffix`. The answer is a word of
-    at least three letters, with the space before it.
+    list of n dicts with `prompt`, `answer` and `suffix`. The answer is a word
+    of at least three letters, with the space before it if there is one.
   """
   rng = random.Random(f'cloze {seed}')
   lines = []
@@ -137,7 +138,7 @@ def _too_few(lines, n):
 
 def _windows(texts, size, rng, n):
   """Yields TRIES * n windows of `size` tokens, uniformly over all positions."""
-  # num_starts[i]: number of window positions in texts[: i + 1].
+  # num_starts[i]: number of starts of windows within the texts 0 to i.
   num_starts = np.cumsum([max(0, len(ids) - size + 1) for ids in texts])
   total = int(num_starts[-1])
   if total < 100:

@@ -5,14 +5,14 @@
   countdown  03,07,12->16:        12-03+07, or another expression of value 16
   reversal   Ada Moreau is        the quiet baker of Ghent
 
-A puzzle is a line {"prompt", "answer"} of an evaluation task. The same files
-are trained on, answered by the sampler (answered.py) and scored by likelihood
-(`launch/evaluate.py --task bound --data FILE`). All answers of addition, sudoku
-and countdown have the same length, so that the length of the canvas does not
-reveal an answer.
+A puzzle is a line {"prompt", "answer"} of an evaluation task. The sampler
+answers it (answered.py), or its answer is scored by likelihood
+(`launch/evaluate.py --task bound --data FILE`). Within addition, sudoku and
+countdown all answers have the same length, so that the length of the canvas
+does not reveal an answer.
 
-A hash of the prompt assigns a puzzle to training or to evaluation: no puzzle is
-in both, whatever the seeds. The facts of reversal are memorized: all of them
+A hash of the prompt assigns a puzzle to training or to evaluation, so that no
+puzzle is in both, whatever the seeds. Reversal tests memory instead: all facts
 are in the training text, and evaluation asks for them in another direction.
 """
 
@@ -28,13 +28,13 @@ import numpy as np
 
 from maskdiff.errors import UserError
 
-HELD_OUT_ONE_IN = 8  # share of puzzles for evaluation
+HELD_OUT_ONE_IN = 8  # one puzzle in 8 is for evaluation
 DIGITS = 2  # default number of digits of the summands in addition
 BLANKS = range(6, 11)  # empty cells of a sudoku
 LARGEST = 20  # largest number of a countdown
 
-# Order of name and description in the training text. Facts with both orders
-# teach the model that both orders occur.
+# Order of name and description in the training text. A third of the facts occur
+# in both orders, so that the model has seen sentences of either order.
 FACTS, ORDERS = 60, ('name_first', 'description_first', 'both')
 FACTS_PER_DOCUMENT = 8  # in the training text
 FIRST_NAMES = (
@@ -60,9 +60,9 @@ def make(name, seed, n, heldout=True, digits=DIGITS):
   Args:
     name: key of PUZZLES.
     seed: int.
-    n: number of puzzles; some may be equal.
+    n: number of puzzles; repetitions are possible.
     heldout: True draws puzzles for evaluation, False puzzles for training. For
-      reversal, both are about the same facts.
+      reversal, both use the same facts.
     digits: number of digits of the summands in addition.
 
   Returns:
@@ -95,8 +95,9 @@ def training_lines(name, seed, n, digits=DIGITS):
 
   Returns:
     list of n dicts as from `make`, with the document as `text`. For reversal,
-    only `text`: FACTS_PER_DOCUMENT random facts, one per line. Each fact occurs
-    in many documents, so that all are trained on, whichever are held out.
+    dicts with `text` only: FACTS_PER_DOCUMENT random facts, one per line. Each
+    fact occurs in many documents, so that the model is trained on all facts,
+    whichever documents are held out.
   """
   if name == 'reversal':
     rng = random.Random(f'{name} {seed}')
@@ -113,7 +114,8 @@ def correct(name, puzzle, text):
   """Returns whether a text is a right answer to a puzzle.
 
   Args:
-    name: key of PUZZLES, or cloze (heldout.py).
+    name: key of PUZZLES. Texts of other tasks, such as cloze, are compared by
+      `equal`.
     puzzle: dict from `make`.
     text: the answer.
   """
@@ -132,7 +134,7 @@ def equal(puzzle, text):
 
 
 def addition(rng, digits=DIGITS):
-  """Draws an addition: two summands, and a sum that has one digit more."""
+  """Draws an addition: two summands, and a sum with one more digit."""
   a, b = rng.randrange(10**digits), rng.randrange(10**digits)
   return {
     'prompt': f'{a:0{digits}}+{b:0{digits}}=',
@@ -192,7 +194,7 @@ def grids():
 
 
 def _fits(grid):
-  """Returns whether no unit of the first rows of a grid repeats a digit."""
+  """Returns whether the digits so far differ in each row, column and square."""
   for unit in units():
     digits = [grid[i] for i in unit if i < len(grid)]
     if len(set(digits)) < len(digits):
@@ -223,25 +225,25 @@ OPERATORS = {
 def countdown(rng):
   """Draws a countdown: three numbers, and the value to make of them.
 
-  The answer uses each number once and has no brackets. Products and quotients
-  precede sums and differences, and quotients need not be integers.
+  The answer uses each number once and has no brackets. Operators have their
+  usual precedence, and quotients need not be integers.
   """
   while True:
     numbers = sorted(rng.randint(1, LARGEST) for _ in range(3))
     expression = rng.choice(expressions(numbers))
     target = value(expression)
     if target is not None and target in range(100):
-      listed = ','.join(f'{n:02}' for n in numbers)
-      prompt = f'{listed}->{int(target):02}:'
+      number_list = ','.join(f'{n:02}' for n in numbers)
+      prompt = f'{number_list}->{int(target):02}:'
       return {'prompt': prompt, 'answer': expression}
 
 
 def expressions(numbers):
   """Returns all expressions that use each of the numbers once."""
   return [
-    ''.join(itertools.chain(*itertools.zip_longest(order, used, fillvalue='')))
+    ''.join(itertools.chain(*itertools.zip_longest(order, signs, fillvalue='')))
     for order in sorted(set(itertools.permutations(f'{n:02}' for n in numbers)))
-    for used in itertools.product(OPERATORS, repeat=len(numbers) - 1)
+    for signs in itertools.product(OPERATORS, repeat=len(numbers) - 1)
   ]
 
 
@@ -278,18 +280,18 @@ def makes_target(puzzle, text):
 
 @functools.cache
 def facts():
-  """Returns (name, description, order) of all facts, with order in ORDERS."""
+  """Returns (name, description, order) of each fact; order is one of ORDERS."""
   rng = random.Random(0)
   names = rng.sample(list(itertools.product(FIRST_NAMES, LAST_NAMES)), FACTS)
-  things = rng.sample(list(itertools.product(MANNERS, TRADES, PLACES)), FACTS)
+  people = rng.sample(list(itertools.product(MANNERS, TRADES, PLACES)), FACTS)
   return [
-    (' '.join(name), 'the {} {} of {}'.format(*thing), ORDERS[i % 3])
-    for i, (name, thing) in enumerate(zip(names, things, strict=True))
+    (' '.join(name), 'the {} {} of {}'.format(*person), ORDERS[i % 3])
+    for i, (name, person) in enumerate(zip(names, people, strict=True))
   ]
 
 
 def fact_lines():
-  """Returns the facts as lines, in the orders of the training text."""
+  """Returns one line per fact and per order that the training text has."""
   lines = []
   for name, description, order in facts():
     if order != 'description_first':
@@ -300,12 +302,12 @@ def fact_lines():
 
 
 def questions():
-  """Returns three lines per fact that is trained in one order only.
+  """Returns three lines for each fact that is trained in one order only.
 
-  Their `way` is
-    told      the second part of the sentence, as in training.
+  Their `way` names the part of the trained sentence to answer:
+    told      the second part, at its place, as in training.
     reversed  the first part, at the end of a sentence in the other order.
-    infill    the first part, at its own place before the rest.
+    infill    the first part, at its place, given the rest as suffix.
   """
   lines = []
   for name, description, order in facts():
@@ -323,7 +325,7 @@ def questions():
   return lines
 
 
-# Functions that draw a puzzle and check an answer.
+# Name -> (function that draws a puzzle, function that checks an answer).
 PUZZLES = {
   'addition': (addition, equal),
   'sudoku': (sudoku, solves_sudoku),

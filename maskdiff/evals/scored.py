@@ -6,12 +6,13 @@ Each line of a JSON lines file is an object:
   choices  {"prompt": ..., "choices": [...], "answer": index of the right one}
 
 A line with a prompt may have "suffix": ..., text that follows the answer. The
-row is then prompt, answer and suffix, and only the answer is scored, given the
-other two. The three are encoded separately, as in evals/answered.py, so that
-the tokens of the answer do not depend on the text around it.
+row is then prompt, answer and suffix, and only the answer is scored, given
+prompt and suffix. The three texts are encoded separately, as in
+evals/answered.py, so that the tokens of the answer do not depend on the text
+around it.
 
-A task takes the lines and a function that scores rows of tokens. It returns one
-dict per line and one dict for all lines. As in LLaDA's evaluation
+A task takes the lines and a function that scores rows of tokens. It returns a
+list with one dict per line, and a dict for all lines. As in LLaDA's evaluation
 (eval_llada.py, _encode_pair), white space at the end of a prompt is moved to
 the answer, where tokenizers expect it.
 """
@@ -43,8 +44,8 @@ def read(path, task):
     list of Line, not empty.
 
   Raises:
-    UserError: the file cannot be read or has no lines, or a line is not valid;
-      the message names file and line.
+    UserError: the file cannot be read or has no lines; or a line is not valid,
+      in which case the message names file and line.
   """
   lines = []
   try:
@@ -63,7 +64,7 @@ def _parse(where, text, task):
   try:
     value = json.loads(text)
   except ValueError as error:
-    raise UserError(f'{where}: this is not JSON ({error})') from error
+    raise UserError(f'{where}: not JSON ({error})') from error
   if not isinstance(value, dict):
     raise UserError(f'{where}: must be a JSON object')
   fields, scored_field = {'prompt': str, 'answer': str}, 'answer'
@@ -88,14 +89,14 @@ def _parse(where, text, task):
     raise UserError(f'{where}: {scored_field} must be text that is not empty')
   if task == 'choices' and not 0 <= value['answer'] < len(texts):
     raise UserError(
-      f'{where}: answer {value["answer"]} is not the index of one of its '
-      f'{len(texts)} choices, which count from 0'
+      f'{where}: answer {value["answer"]} must be the index of one of the '
+      f'{len(texts)} choices, counted from 0'
     )
   try:
     context = value.get('prompt', ''), value.get('suffix', '')
     ''.join([*context, *texts]).encode()
   except UnicodeEncodeError as error:
-    raise UserError(f'{where}: this is not Unicode text ({error})') from error
+    raise UserError(f'{where}: not Unicode text ({error})') from error
   return Line(where, value)
 
 
@@ -124,13 +125,14 @@ def bound(lines, tokenizer, context, score):
     lines: list of Line.
     tokenizer: data.tokenizer.Tokenizer.
     context: largest number of tokens of a row.
-    score: function from queries.Answers and seeds (0, 1, ...) to a
+    score: function from queries.Answers and one seed per row to a
       bounds.Estimate.
 
   Returns:
     - one dict per line: the bound in nats, its standard error (None if
-      unknown), the number of tokens, bits per byte.
-    - dict with the same figures of all lines.
+      unknown), the number of tokens, and bits per byte.
+    - dict for all lines: numbers of lines and tokens, and the values of
+      bounds.corpus.
 
   Raises:
     UserError: prompt, answer and suffix of a line are longer than the context.
@@ -173,14 +175,14 @@ def bound(lines, tokenizer, context, score):
 
 
 def choices(lines, tokenizer, context, score):
-  """Picks the choice with the highest log-likelihood, in all and per byte.
+  """Picks the choice with the highest log-likelihood, in total and per byte.
 
-  The choices of a line share a seed, so that choices of equally many tokens are
+  The choices of a line share a seed. Choices with equally many tokens are then
   compared under the same masks. Arguments and errors as for `bound`.
 
   Returns:
-    - one dict per line: the log-likelihoods of its choices, the picked choices
-      and the right one.
+    - one dict per line: the log-likelihood of each choice, the two picked
+      choices and the right choice.
     - dict with both accuracies and their standard errors.
   """
   encoded = [
@@ -213,7 +215,7 @@ def choices(lines, tokenizer, context, score):
 
 
 def greedy(lines, tokenizer, context, matches):
-  """Checks whether greedy decoding gives the answers, token for token.
+  """Checks whether greedy decoding produces the answers, token for token.
 
   Args:
     lines: as for `bound`.
@@ -254,8 +256,8 @@ def _encode(line, answer, tokenizer, context):
   if length > context:
     fields = 'prompt, answer and suffix' if suffix else 'prompt and answer'
     raise UserError(
-      f'{line.where}: {fields} have {length} tokens, more than the {context} '
-      'of the rows in training: shorten the line'
+      f'{line.where}: {fields} have {length} tokens together, but training '
+      f'rows had {context}: shorten the line'
     )
   return *parts, len(answer.encode())
 
@@ -273,5 +275,5 @@ def accuracy(name, correct):
 
 
 def _number(x):
-  """Returns a float for JSON: None instead of nan, which JSON lacks."""
+  """Returns a float, or None instead of nan, which JSON cannot represent."""
   return None if np.isnan(x) else float(x)

@@ -1,10 +1,10 @@
-"""Checkpoints of other projects: read, written, compared, started from.
+"""Reads, writes and compares Hugging Face folders, and starts runs from them.
 
-load          a model, or its parameters, from a work directory or a Hugging
-              Face folder; the start of a run from such parameters
-convert       a Hugging Face folder to a work directory and back; a comparison
-              of logits
-hf            Hugging Face folders, opened as leaves and written from leaves
+load          loads a model from a work directory or a Hugging Face folder, and
+              the initial parameters of a run (warm start)
+convert       converts a Hugging Face folder to a work directory and back;
+              compares logits
+hf            opens Hugging Face folders as leaves, and writes them from leaves
 hf_tokenizer  the tokenizer of a Hugging Face folder
 families      published architectures as data: config keys, tensor names, shapes
 safetensors   the file format

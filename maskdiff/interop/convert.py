@@ -1,11 +1,11 @@
-"""Converts a Hugging Face folder to a work directory, and back; compares both.
+"""Converts Hugging Face folders to work directories and back; compares logits.
 
 A converted work directory has these files:
 
     config.json   config of a run, so that scripts accept the directory
     params/       the parameters, see leaves.py
     published/    config.json and the other small files of the source folder
-    tokenizer.json and its companions, or tokenizer.model
+    tokenizer.json and the files that belong to it, or tokenizer.model
 
 A conversion writes to a temporary directory and renames it at the end, so that
 an interrupted conversion leaves no incomplete result.
@@ -53,7 +53,7 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
   Args:
     folder: Hugging Face folder.
     workdir: directory to create.
-    dtype: name of the stored dtype; default: that of the folder.
+    dtype: name of the dtype to store; default: the dtype of the folder.
     mask_id: id of the mask token, for a network that was trained without one;
       default: an id that no text uses.
     with_tokenizer: whether to convert the tokenizer.
@@ -62,7 +62,7 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
     list of lines to print.
 
   Raises:
-    UserError: the folder cannot be opened, see hf.open_folder; or the directory
+    UserError: the folder cannot be opened, see hf.open_folder; or workdir
       exists and is not empty.
   """
   published = hf.open_folder(folder)
@@ -108,10 +108,11 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
   Args:
     workdir: work directory of a run, or one that `from_hf` made.
     folder: directory to create.
-    dtype: name of the dtype to write; default: that of the parameters.
-    family: name of the family to write; default: the source's family, or the
-      first that fits.
-    max_bytes: largest file of weights.
+    dtype: name of the dtype to write; default: the dtype of the parameters.
+    family: name of the family to write; default: the family of the source
+      folder, or the first family that fits.
+    max_bytes: most bytes of data per file of weights; default:
+      hf.MAX_SHARD_BYTES.
 
   Returns:
     list of lines to print.
@@ -152,8 +153,8 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
   lines = [f'{folder}: {architecture} from {source}, {stored}']
   if config.objective.name != chosen.objective:
     lines.append(
-      f'note: trained with {config.objective.name}, but {architecture} is '
-      f'{chosen.objective}: loaders apply the attention mask of the latter'
+      f'note: the model was trained with {config.objective.name}, but code '
+      f'that loads {architecture} applies {chosen.objective} attention'
     )
   return lines
 
@@ -190,26 +191,27 @@ def choose_family(config, original, name):
     reasons[family.name] = reason
   raise UserError(
     'no published architecture fits: '
-    + '; '.join(f'{n} has no {reason}' for n, reason in reasons.items())
+    + '; '.join(f'{n} does not fit {reason}' for n, reason in reasons.items())
     + '; set --family to write the weights as an architecture with another '
     'objective'
   )
 
 
 def check(folder, workdir=None):
-  """Compares this package's logits with those of reference.py, on fixed tokens.
+  """Compares this package's logits with logits of reference.py.
 
   Args:
-    folder: Hugging Face folder.
+    folder: Hugging Face folder. reference.py computes its logits.
     workdir: work directory with the parameters for this package's logits;
-      default: the folder itself.
+      default: the folder.
 
   Returns:
     list of lines to print: one per tensor, and the largest difference of a
     logit.
 
   Raises:
-    UserError: the difference exceeds TOLERANCE.
+    UserError: a difference exceeds TOLERANCE x the largest logit, or TOLERANCE
+      if that is below 1; or the two have different models.
   """
   published = hf.open_folder(folder)
   tokens = check_tokens(published)
@@ -267,8 +269,8 @@ def new_directory(path):
   """Yields a temporary directory, and renames it to `path` on success.
 
   Raises:
-    UserError: a file or a directory that is not empty has this path, or the
-      directory cannot be made.
+    UserError: `path` is a file or a directory that is not empty, or the
+      temporary directory cannot be made.
   """
   path = os.path.abspath(path)
   if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
@@ -307,8 +309,8 @@ def _open_workdir(workdir, stack):
   stack.enter_context(contextlib.closing(checkpointer))
   step, meta = restore.newest_meta(checkpointer)
 
-  # All layers of an array are written before the next array, so that a cache of
-  # one array reads each array once.
+  # The layers of an array are read one after the other. A cache of one array
+  # suffices to read each array once from the checkpoint.
   @functools.lru_cache(maxsize=1)
   def read(name):
     try:
@@ -339,7 +341,7 @@ def _check_same_model(published, config, workdir):
     if found != expected:
       raise UserError(
         f'{workdir} has config.model.{field}={found!r}, but '
-        f'{published.folder} has {expected!r}: give directories of one model'
+        f'{published.folder} has {expected!r}: they must have the same model'
       )
 
 
@@ -356,7 +358,7 @@ def logits(config, params, mesh, tokens, causal):
     params: parameter tree.
     mesh: mesh of the parameters.
     tokens: [L] int.
-    causal: whether attention is causal, else bidirectional.
+    causal: True for causal attention, False for bidirectional attention.
   """
   model_config = TransformerConfig(**config.model)
 

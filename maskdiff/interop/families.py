@@ -2,8 +2,8 @@
 
 A `Family` maps fields of the model to keys of its config.json, lists the values
 of other keys that this package supports, and maps parameters to tensor names.
-LLaDA's names are those of its published modelling code (ML-GSAI/LLaDA), those
-of the other families are from transformers. To add a family, add a `Family` to
+LLaDA's names come from its published modelling code (ML-GSAI/LLaDA), the names
+of other families from transformers. To add a family, add a `Family` to
 FAMILIES.
 
 A matrix is published as [out, in]. In the parameter tree it is [in, out], and
@@ -179,7 +179,8 @@ class Family:
     keys: map from a field of the model to its key in config.json.
     required: map from a key of config.json to its supported values; the key may
       be missing.
-    names: map from a parameter to the name of its tensor, see _LLAMA_NAMES.
+    names: map from a parameter to the published name of its tensor, see
+      _LLAMA_NAMES.
     template: other entries of a new config.json.
     objective: training objective of the published networks.
     derived: names of tensors that are ignored.
@@ -306,7 +307,7 @@ def read_config(folder):
 
 
 def is_published(folder):
-  """Returns whether config.json is that of a Hugging Face folder."""
+  """Returns whether a folder has the config.json of a Hugging Face model."""
   try:
     found = read_config(folder)
   except UserError:
@@ -333,7 +334,8 @@ def detect(published, path):
   architecture = ', '.join(map(str, names)) or published.get('model_type')
   known = ', '.join(family.architectures[0] for family in FAMILIES)
   raise UserError(
-    f'{path}: unknown architecture {architecture}; supported are {known}'
+    f'{path}: architecture {architecture} is not supported; supported '
+    f'architectures: {known}'
   )
 
 
@@ -431,20 +433,24 @@ def _rope(family, published, path):
         'original_max_position_embeddings',
       )
     )
-  except (KeyError, TypeError, ValueError) as error:
+  except KeyError as error:
     raise UserError(f'{path}: rope_scaling lacks {error}') from error
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'{path}: a value of rope_scaling is not a number ({error})'
+    ) from error
   return float(theta), numbers
 
 
 def misfit(family, model):
-  """Returns the first config key that a family does not support, or None.
+  """Returns the first config value that a family does not support, or None.
 
   Args:
     family: Family.
     model: mapping with the keys FIELDS.
 
   Returns:
-    str such as 'config.model.qk_norm=True'.
+    str such as 'config.model.qk_norm=True'; None if the family fits.
   """
   for field in ('qkv_bias', 'qk_norm'):
     if model[field] != getattr(family, field):
@@ -470,8 +476,8 @@ def published_config(family, model, tokens, length, dtype, original=None):
     tokens: mapping with mask_id, bos_id and eos_id.
     length: longest context, in tokens.
     dtype: name of the weights' dtype.
-    original: contents of the config.json that the model came with, or None.
-      Entries that still describe the model are kept as they are.
+    original: contents of the config.json of the folder that the model was
+      converted from, or None. Entries that still describe the model are kept.
   """
   known = None
   if original is not None:

@@ -1,8 +1,8 @@
-"""Hugging Face folders: opened as leaves, and written from leaves.
+"""Opens Hugging Face folders as leaves, and writes them from leaves.
 
-Opening a folder checks it: it has exactly the tensors that config.json implies,
-each with its shape. Weights are read later, by slices. The tokenizer is in
-hf_tokenizer.py.
+Opening a folder checks that it has exactly the tensors that config.json
+implies, with the right shapes. Weights are read later, by slices.
+hf_tokenizer.py opens the tokenizer.
 """
 
 import functools
@@ -19,7 +19,7 @@ from maskdiff.interop import families, hf_tokenizer, safetensors
 from maskdiff.interop.leaves import PART_BYTES, Leaf
 from maskdiff.model import transformer
 
-# Subfolder of a work directory for the files of the folder it came from.
+# Subfolder of a converted work directory with small files of the source folder.
 PUBLISHED = 'published'
 MAX_SHARD_BYTES = 5 << 30
 MAX_COPIED_BYTES = 64 << 20  # larger files are not copied between folders
@@ -124,8 +124,10 @@ def _find(opened, name, shape):
 def _check_unused(opened, used):
   """Raises a UserError if a tensor is not a parameter of the model.
 
+  A head that repeats tied embeddings is only noted.
+
   Args:
-    opened: Published, to whose notes a line may be added.
+    opened: Published; a line may be added to its notes.
     used: set of the published names of all parameters.
   """
   family, layers = opened.family, opened.model['layers']
@@ -153,7 +155,7 @@ def _equal(a, b):
     return False
   rows = max(1, PART_BYTES // max(1, a.num_bytes // max(1, a.shape[0])))
   return all(
-    # Bytes, since NaN is not equal to itself.
+    # Compare bytes, since NaN is not equal to itself.
     a.view()[i : i + rows].tobytes() == b.view()[i : i + rows].tobytes()
     for i in range(0, a.shape[0], rows)
   )
@@ -190,7 +192,7 @@ def run_config(published, tokenizer):
     tokenizer: from hf_tokenizer.open_tokenizer, or None.
 
   Raises:
-    UserError: a check of the config fails, such as that of the token ids.
+    UserError: the config is not valid, for example its token ids.
   """
   c = config_lib.default()
   fill(c, published, tokenizer)
@@ -205,7 +207,7 @@ def run_config(published, tokenizer):
 
 
 def fill(c, published, tokenizer):
-  """Sets model, token ids and tokenizer of a folder in a config.
+  """Sets the model, token ids and tokenizer of a config to those of a folder.
 
   Args:
     c: ConfigDict, changed in place.
@@ -229,9 +231,10 @@ def fill(c, published, tokenizer):
 
 
 def copy_published_files(source, target, leave_out=()):
-  """Copies all small files of a folder except weights and hidden files.
+  """Copies the small files of a folder, except weights and hidden files.
 
-  Chat templates and generation configs are such files.
+  Examples are chat templates and generation configs. Files above
+  MAX_COPIED_BYTES are not copied.
 
   Args:
     source: folder.
@@ -283,8 +286,8 @@ def write_weights(folder, family, leaves, dtype=None, max_bytes=None):
 def _published_parts(name, leaf, stack, n, dtype):
   """Yields a published tensor in parts of at most PART_BYTES.
 
-  Parts are cut along the first axis of the published tensor. For a matrix, that
-  is the first output axis of the leaf.
+  Parts are cut along the first axis of the published tensor. For a matrix, this
+  axis is the first output axis of the leaf.
 
   Args:
     name: name of the parameter.

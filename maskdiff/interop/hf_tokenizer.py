@@ -6,7 +6,6 @@ from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import families
 
-# A folder with neither file has no tokenizer.
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 
 
@@ -65,12 +64,12 @@ def open_tokenizer(published, mask_id=None):
 
 
 def token_id(config, key, preferred):
-  """Returns a token id of config.json, which may list several.
+  """Returns a token id of config.json, where a key may have a list of ids.
 
   Args:
     config: dict, contents of config.json.
     key: such as 'eos_token_id'.
-    preferred: the id to return if it is listed, or if the key is missing.
+    preferred: the id to return if it is in the list, or if the key is missing.
   """
   value = config.get(key)
   if isinstance(value, list):
@@ -84,7 +83,7 @@ def has_tokenizer(folder):
 
 
 def _spare_id(tokenizer, rows, ids, config):
-  """Returns a mask id for a network without one: an id that no text uses.
+  """Returns an id that no text uses, as mask id of a network without one.
 
   Args:
     tokenizer: data.tokenizer.Tokenizer.

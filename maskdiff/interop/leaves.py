@@ -3,8 +3,8 @@
 A `Leaf` is an array of the parameter tree that has not been read yet. `place`
 puts leaves onto a mesh: each process reads the slices of its own devices.
 `write` stores each leaf in a safetensors file of its own, part by part. Neither
-holds the whole tree in memory. The folder also has a `meta.json`, a manifest in
-the format of checkpoints, with a fingerprint of every array.
+function holds the whole tree in host memory. The folder also has a `meta.json`,
+a manifest in the format of checkpoints, with a fingerprint of every array.
 """
 
 import functools
@@ -125,14 +125,14 @@ def open_folder(folder):
 
 
 def place(leaves, shardings, dtype=None, entries=None, where=''):
-  """Reads leaves onto the devices. Each process reads its devices' shards.
+  """Reads leaves onto the devices. Each process reads its devices' slices.
 
   Args:
     leaves: dict of Leaf by name.
     shardings: dict of Sharding by name.
     dtype: dtype of the arrays; default: as stored.
-    entries: leaves of a manifest, whose fingerprints are compared with the
-      arrays; None skips the comparison.
+    entries: `leaves` of a manifest; the arrays are compared with its
+      fingerprints. None skips the comparison.
     where: path of the folder, for error messages.
 
   Returns:
@@ -148,11 +148,11 @@ def place(leaves, shardings, dtype=None, entries=None, where=''):
       shardings[name],
       lambda index, leaf=leaf: np.ascontiguousarray(leaf.read(index)),
     )
-    # Before the cast, since the fingerprint is that of the stored bits.
+    # The fingerprint covers the stored bits, so compare it before the cast.
     if entries and int(_fingerprint(array, 0)) != entries[name]['fingerprint']:
       raise UserError(
-        f'{where}: bits of {name} have changed since it was written; convert '
-        'again'
+        f'{where}: bits of {name} have changed since the folder was written; '
+        'convert again'
       )
     to = np.dtype(dtype or leaf.dtype)
     arrays[name] = array if to == leaf.dtype else cast(array, to.name)

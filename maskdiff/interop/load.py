@@ -24,8 +24,8 @@ def load(workdir, tensor=1, dtype=None):
   Args:
     workdir: work directory of launch/pretrain.py or launch/convert.py, or a
       Hugging Face folder.
-    tensor: number of devices that share every layer (its heads and its mlp).
-      The remaining mesh axis shards the parameters and the rows.
+    tensor: number of devices among which the heads and the mlp of every layer
+      are split. The remaining devices shard the parameters and the rows.
     dtype: name of the parameters' dtype; default: as stored. Where
       config.model.dtype is bfloat16, bfloat16 parameters take half the memory
       and give the same products.
@@ -59,7 +59,7 @@ def load(workdir, tensor=1, dtype=None):
 
 
 def load_params(path, mesh, dtype=None):
-  """Loads parameters onto a mesh. Each process reads its devices' shards.
+  """Loads parameters onto a mesh. Each process reads its devices' slices.
 
   Args:
     path: work directory or Hugging Face folder.
@@ -91,9 +91,9 @@ def load_params(path, mesh, dtype=None):
 def network(config, params):
   """Returns the Network of a run, for sampling and scoring.
 
-  An attention kernel set in the config is meant for training. The Network
-  chooses its own kernel, since prompts have other lengths and may be sampled on
-  other hardware; only `xla` is kept.
+  The attention kernel of the config is meant for training. Prompts have other
+  lengths and may be sampled on other hardware, so the Network has
+  attention='auto', unless the config says 'xla'.
 
   Args:
     config: ConfigDict of the run.

@@ -2,14 +2,13 @@
 
 The forward pass is written in float32 from the papers and the formulas of the
 published code. It reads the tensors under their published names and shares no
-code with model/transformer.py. If both give the same logits, names, shapes and
-transpositions of the conversion are right. Each tensor is read when its layer
-is computed.
+code with model/transformer.py. If both implementations give the same logits,
+the conversion has the right names, shapes and transpositions. Each tensor is
+read when its layer is computed.
 """
 
 import numpy as np
 
-from maskdiff.interop import safetensors
 from maskdiff.objectives.table import OBJECTIVES
 
 _VOCAB_ROWS = 8192
@@ -18,8 +17,8 @@ _VOCAB_ROWS = 8192
 def logits(published, tokens):
   """Returns the logits of a Hugging Face folder's model, [L, V] float32.
 
-  Logits stand where the published code has them: if the network predicts the
-  next token, the logits of a token stand at the position before it.
+  Positions are those of the published code: if the network predicts the next
+  token, row i has the logits of token i + 1.
 
   Args:
     published: hf.Published.
@@ -66,10 +65,10 @@ def logits(published, tokens):
     hidden = hidden + linear(inner, 'down', n)
   hidden = _norm(hidden, read('norm'), m['norm_eps'])
   tied = m['tie_embeddings']
-  head: safetensors.Tensor = tensors[names['embed' if tied else 'head']]
+  projection = tensors[names['embed' if tied else 'head']].view()
   return np.concatenate(
     [
-      hidden @ head.view()[i : i + _VOCAB_ROWS].astype(np.float32).T
+      hidden @ projection[i : i + _VOCAB_ROWS].astype(np.float32).T
       for i in range(0, m['vocab_size'], _VOCAB_ROWS)
     ],
     axis=1,

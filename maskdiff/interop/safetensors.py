@@ -5,7 +5,7 @@ dtype, shape and byte range of each tensor. The data follow, little-endian and
 in row-major order (github.com/huggingface/safetensors, README). A folder with
 more than one file has an index from tensor names to files.
 
-The package `safetensors` lacks three things that conversions use: reading a
+Conversions need three features that the package `safetensors` lacks: reading a
 transposed slice of a tensor without the rest, writing a tensor part by part,
 and errors that name the tensor and the file.
 """
@@ -60,10 +60,9 @@ class Tensor(NamedTuple):
     return _num_bytes(self)
 
   def view(self):
-    """Returns the tensor as a read-only array that is mapped to the file.
+    """Returns the tensor as a read-only memory map of the file.
 
-    Only the accessed parts are read. The file is unmapped together with the
-    last view of the array.
+    Only the accessed parts are read. The map is closed with its last view.
     """
     if not self.num_bytes:
       return np.zeros(self.shape, self.dtype)
@@ -114,8 +113,8 @@ def read_header(path):
     raise UserError(f'cannot read {path} ({error.strerror})') from error
   if len(start) < 8 or len(header) < length:
     raise UserError(
-      f'{path} is cut off or not a safetensors file: it has {size} bytes, '
-      f'but its header alone should have {length}; download it again'
+      f'{path} is cut off or not a safetensors file: it has {size} bytes, but '
+      f'its header alone should have {length}; download the file again'
     )
   try:
     entries = json.loads(header)
@@ -152,13 +151,13 @@ def read_header(path):
     end = last
     if data + end > size:
       raise UserError(
-        f'{path} is cut off within {name}: it has {size} bytes, its header '
+        f'{path} is cut off within {name}: it has {size} bytes, but its header '
         f'says {data + max(entry[3] for entry in found.values())}; download '
-        'it again'
+        'the file again'
       )
   if data + end != size:
     raise UserError(
-      f'{path} has {size} bytes, its header says {data + end}: the file is '
+      f'{path} has {size} bytes, but its header says {data + end}: the file is '
       'damaged'
     )
   return tensors
@@ -167,10 +166,10 @@ def read_header(path):
 def read_folder(folder):
   """Returns the tensors of a folder, a dict of Tensor by name.
 
-  The folder has one file, or several files and an index.
+  The folder has one safetensors file, or several and an index.
 
   Raises:
-    UserError: the folder has neither, index and files disagree, or a file is
+    UserError: the folder has neither; index and files disagree; or a file is
       damaged.
   """
   single, index = os.path.join(folder, SINGLE), os.path.join(folder, INDEX)
@@ -251,7 +250,7 @@ def write_folder(folder, tensors, max_bytes):
   Args:
     folder: an existing folder.
     tensors: list of New.
-    max_bytes: largest data of a file; a larger tensor gets a file of its own.
+    max_bytes: most bytes of data per file; a larger tensor gets its own file.
 
   Raises:
     UserError: a file cannot be written.

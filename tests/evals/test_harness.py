@@ -246,7 +246,7 @@ def test_invalid_requests_and_settings_are_user_errors(model, workdir):
   too_long = requests(('x', {'until': [], 'max_gen_toks': 64}))
   with pytest.raises(UserError, match='64 tokens, .* set gen_length'):
     model.generate_until(too_long)
-  with pytest.raises(UserError, match='more than the 32 of the rows'):
+  with pytest.raises(UserError, match='training rows had 32'):
     model.loglikelihood(requests(('x', ' y = 1' * 40)), disable_tqdm=True)
   with pytest.raises(UserError, match="sampler setting 'stpes'"):
     harness.MaskDiff(str(workdir), stpes=3)

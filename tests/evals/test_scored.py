@@ -209,7 +209,7 @@ def test_empty_lines_are_skipped(write):
 
 PAIR = {'prompt': 'a', 'answer': 'b'}
 REFUSED = {
-  'not_json': ('bound', '{"text": ', 'data.jsonl:2: this is not JSON'),
+  'not_json': ('bound', '{"text": ', 'data.jsonl:2: not JSON'),
   'not_an_object': ('bound', '[1]', ':2: must be a JSON object'),
   'no_answer': ('bound', {'prompt': 'a'}, r':2: bound needs .*answer \(str\)'),
   'number': ('bound', {'text': 3}, r':2: bound needs text \(str\)'),
@@ -229,9 +229,9 @@ REFUSED = {
   'surrogate_after': (
     'bound',
     '{"prompt": "", "answer": "a", "suffix": "\\ud800"}',
-    ':2: this is not Unicode',
+    ':2: not Unicode',
   ),
-  'surrogate': ('bound', '{"text": "\\ud800"}', ':2: this is not Unicode'),
+  'surrogate': ('bound', '{"text": "\\ud800"}', ':2: not Unicode'),
   'choices': (
     'choices',
     {'prompt': 'a', 'choices': 'bc', 'answer': 0},
@@ -240,7 +240,7 @@ REFUSED = {
   'no_choices': (
     'choices',
     {'prompt': 'a', 'choices': [], 'answer': 0},
-    ':2: answer 0 is not the index of one of its 0 choices',
+    ':2: answer 0 must be the index of one of the 0 choices',
   ),
   'empty_choice': (
     'choices',
@@ -255,7 +255,7 @@ REFUSED = {
   'from_one': (
     'choices',
     {'prompt': 'a', 'choices': ['b', 'c'], 'answer': 2},
-    ':2: answer 2 is not the .* 2 choices, which count from 0',
+    ':2: answer 2 must be .* 2 choices, counted from 0',
   ),
 }
 
@@ -283,5 +283,5 @@ def test_missing_or_empty_file_is_named(write, tmp_path):
 def test_line_longer_than_the_context_is_named(write, score, tokenizer, task):
   for long in ({'prompt': 'a b c', 'answer': 'd e'}, PAIR | {'suffix': 'c d'}):
     lines = scored_lib.read(write(PAIR, long), task)
-    with pytest.raises(UserError, match='data.jsonl:2: .* more than the 3'):
+    with pytest.raises(UserError, match='data.jsonl:2: .* training rows had 3'):
       scored_lib.TASKS[task](lines, tokenizer, 3, score)

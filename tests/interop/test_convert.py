@@ -197,7 +197,7 @@ NO_FAMILY = {
   'masked diffusion with qk_norm': (
     {'model.qk_norm': True},
     None,
-    'no published architecture fits: llada has no config.model.qk_norm=True; ',
+    'no published .*: llada does not fit config.model.qk_norm=True; ',
   ),
   'llada with wide heads': (
     {'model.head_dim': 16},
@@ -226,7 +226,7 @@ def test_model_without_a_published_architecture_is_refused(
 def test_export_with_another_objective_prints_a_note(tokenizer, tmp_path):
   save_run(tokenizer, tmp_path / 'run', **{'model.predict_next': False})
   lines = convert.to_hf(tmp_path / 'run', tmp_path / 'out', family='llama')
-  assert 'LlamaForCausalLM is autoregressive' in lines[1]
+  assert 'LlamaForCausalLM applies autoregressive' in lines[1]
   convert.check(tmp_path / 'out', tmp_path / 'run')  # with causal attention
 
 

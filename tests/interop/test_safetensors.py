@@ -85,7 +85,7 @@ DAMAGE = {
   'no header': (struct.pack('<Q', 500) + b'{}', 'its header alone'),
   'not JSON': (struct.pack('<Q', 4) + b'abcd', 'header is not valid'),
   'cut off': (file_with()[:-3], 'cut off within w'),
-  'too long': (file_with() + b'1', 'bytes, its header says'),
+  'too long': (file_with() + b'1', 'bytes, but its header says'),
   'dtype': (file_with(dtype='F8_E4M3'), 'w in .* has dtype F8_E4M3'),
   'size': (file_with(shape=[3]), r'w in .* has 8 bytes, but F32\[3\]'),
   'a hole': (file_with(data_offsets=[4, 12]), 'begins at byte 4'),
