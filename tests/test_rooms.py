@@ -102,12 +102,12 @@ def test_imports_between_rooms_point_down():
   assert not up, '\n'.join(sorted(up))
 
 
-def test_imports_form_no_circle():
+def test_imports_have_no_cycle():
   graph = {}
   for module, path in MODULES.items():
     others = imports(path)
     # The __init__ of config imports its modules, and importing one of them
-    # names the package: that is not a circle.
+    # also names the package. This is not a cycle.
     graph[module] = {o for o in others if not module.startswith(o + '.')}
   graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
@@ -149,7 +149,7 @@ def test_no_function_is_long(path):
 
 
 def _declares_keys(path, function):
-  """Whether a function only lists config keys."""
+  """Returns whether a function only lists config keys."""
   simple = (ast.Assign, ast.Return, ast.Expr, ast.Import, ast.ImportFrom)
   return room_of_file(path) == 'config' and all(
     isinstance(statement, simple) for statement in function.body
@@ -175,7 +175,7 @@ def test_no_file_compares_the_name_of_an_objective(path):
 
 
 def test_rooms_are_listed_in_pyproject():
-  """A folder that is missing there is missing from the installed package."""
+  """A folder that is not listed is missing from the installed package."""
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
   rooms = [f'maskdiff.{p.parent.name}' for p in PACKAGE.glob('*/__init__.py')]
   packages = project['tool']['setuptools']['packages']
