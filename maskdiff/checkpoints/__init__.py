@@ -2,7 +2,7 @@
 
 - `checkpoint`: `Checkpointer` saves and restores steps in a directory.
 - `restore`: finds the newest undamaged step; verifies a step; rolls back.
-- `manifest`: `Meta`, what a checkpoint records beside its arrays.
+- `manifest`: `Meta`, the metadata of a checkpoint.
 - `fingerprint`: hash of an array that does not depend on its sharding.
-- `orbax_manager`: the Orbax CheckpointManager with our options.
+- `orbax_manager`: opens an Orbax CheckpointManager.
 """

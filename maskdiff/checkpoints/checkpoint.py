@@ -1,11 +1,11 @@
 """Saves train states and restores them bit for bit.
 
-A thin layer over Orbax's CheckpointManager that trusts neither the disk nor
-Orbax. A step on disk has `params` (plain names such as blocks/q), `opt_state`,
-`guard`, and `meta`: JSON with the config, the number of samples consumed, the
-fingerprint of the data, and a manifest of all arrays with their fingerprints.
-Restored arrays are compared with the manifest. `restore.newest` moves a
-damaged step aside and falls back to the step before it.
+A thin layer over Orbax's CheckpointManager that verifies all it reads. A step
+on disk has the items `params` (plain names such as blocks/q), `opt_state`,
+`guard` and `meta`. `meta` is JSON with the config, the number of samples
+consumed, the fingerprint of the data, and a manifest of all arrays with their
+fingerprints. Restored arrays are compared with the manifest. `restore.newest`
+moves a damaged step aside and falls back to the step before it.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class SaveError(Exception):
 
   Attributes:
     step: int.
-    disk_full: whether the disk is full. If not, and if there are several
+    disk_full: whether the disk is full. If it is not, and the run has several
       processes, another process may have died.
   """
 
@@ -49,12 +49,12 @@ class SaveError(Exception):
 class Checkpointer:
   """Saves and restores train states in a directory.
 
-  Saving is asynchronous. `save` returns as soon as the arrays are copied off
-  the device; `poll` or `finish` reports whether they were written to disk.
+  Saving is asynchronous. `save` returns as soon as the arrays are copied to the
+  host; `poll` and `finish` return the step once it is durable.
 
   Attributes:
     directory: absolute path.
-    read_only: whether the directory is only read.
+    read_only: whether nothing is saved, moved or deleted.
     durable_step: newest step known to be completely on disk, or None.
   """
 
@@ -65,7 +65,8 @@ class Checkpointer:
       directory: path.
       keep: number of latest steps to keep; None keeps all.
       keep_every: multiples of this step number are never deleted; 0: none.
-      read_only: for a directory that a run may be writing to at this moment.
+      read_only: saves, moves and deletes nothing. A run may be writing to the
+        directory at the same time.
 
     Raises:
       UserError: the directory cannot be created or read.
@@ -91,7 +92,7 @@ class Checkpointer:
     self.finish()
     self._saving = step
     try:
-      # Runs on the device while its arrays are copied to the host.
+      # The device hashes the arrays while they are copied to the host.
       prints, leaves = fingerprints(items), manifest.describe(items)
       # Saved as nested dicts, so that the names on disk do not depend on the
       # classes of optax.
@@ -142,7 +143,7 @@ class Checkpointer:
     return self.durable_step
 
   def _failed(self, error):
-    """Removes the partial step, which may be filling the disk."""
+    """Removes the partial step to free the disk; returns a SaveError."""
     step, self._saving = self._saving, None
     if jax.process_index() == 0:
       for name in os.listdir(self.directory):
@@ -177,7 +178,7 @@ class Checkpointer:
     Args:
       step: int.
       meta: Meta of that step.
-      **targets: by item, trees of ShapeDtypeStructs with shardings.
+      **targets: for each item, a tree of ShapeDtypeStructs with shardings.
 
     Returns:
       The restored trees in the order of the targets.
@@ -185,6 +186,8 @@ class Checkpointer:
     Raises:
       UserError: names, shapes or dtypes on disk differ from the targets'.
       Damaged: files are missing, or bits differ from those saved.
+      RuntimeError: this process of several cannot read its part. The step is
+        then marked as damaged for the next start.
     """
     path = os.path.join(self.directory, str(step))
     manifest.compare(path, meta.leaves, targets)
@@ -201,8 +204,8 @@ class Checkpointer:
         raise
       reason = f'it cannot be read: {_reason(error)}'
       if jax.process_count() > 1:
-        # Other processes may have read their part and be waiting for this one,
-        # which cannot send them a message. The mark tells the next start.
+        # Other processes may have read their part and wait for this process,
+        # which cannot send them a message. The next start reads the mark.
         with contextlib.suppress(OSError):
           with open(os.path.join(path, _DAMAGED_FILE), 'w') as f:
             f.write(reason + '\n')
@@ -224,7 +227,7 @@ class Checkpointer:
     return tuple(trees[name] for name in targets)
 
   def read_array(self, step, meta, name):
-    """Reads one array of a step onto the host, for models that exceed memory.
+    """Reads one array of a step onto the host, without reading the others.
 
     Args:
       step: int.
@@ -236,10 +239,10 @@ class Checkpointer:
     """
     item, _, path = name.partition('/')
     folder = os.path.join(self.directory, str(step), item)
-    only = lambda leaf: manifest.nest({path: leaf})
+    tree_of = lambda leaf: manifest.nest({path: leaf})
     args = ocp.args.PyTreeRestore(
-      only(0),
-      only(ocp.RestoreArgs(restore_type=np.ndarray)),
+      tree_of(0),
+      tree_of(ocp.RestoreArgs(restore_type=np.ndarray)),
       partial_restore=True,
     )
     try:
@@ -263,7 +266,7 @@ class Checkpointer:
       return self._manager.restore(step, args=args)
 
   def move_aside(self, step):
-    """Moves a step to the folder for damaged steps; all processes call it.
+    """Moves a step to the folder `aside()`; all processes must call it.
 
     Returns:
       The new path.
@@ -273,14 +276,14 @@ class Checkpointer:
     """
     path = os.path.join(self.directory, str(step))
     aside = self.aside()
-    number, to = 1, os.path.join(aside, str(step))
+    number, destination = 1, os.path.join(aside, str(step))
     if jax.process_index() == 0:
       try:
         os.makedirs(aside, exist_ok=True)
-        while os.path.exists(to):
+        while os.path.exists(destination):
           number += 1
-          to = os.path.join(aside, f'{step}-{number}')
-        os.rename(path, to)
+          destination = os.path.join(aside, f'{step}-{number}')
+        os.rename(path, destination)
       except OSError as error:
         raise UserError(
           f'cannot move {path} to {aside} ({error.strerror})'
@@ -288,14 +291,14 @@ class Checkpointer:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('maskdiff_set_aside')
     self._manager.reload()
-    return to
+    return destination
 
   def aside(self):
-    """Path of the folder to which `move_aside` moves steps."""
+    """Returns the path of the folder to which `move_aside` moves steps."""
     return self.directory + '.aside'
 
   def close(self):
-    """Waits for the save in progress; raises SaveError if it fails."""
+    """Waits for the save in progress; raises SaveError if that save fails."""
     try:
       self.finish()
     finally:
@@ -303,7 +306,7 @@ class Checkpointer:
 
 
 def _reason(error):
-  """Shortens an error to one line; says what to do if the disk is full."""
+  """Returns an error as one line, with advice if the disk is full."""
   if full := _DISK_FULL.search(str(error)):
     return f'{full[0]}; make room, or keep fewer checkpoints'
   return one_line(error, 300)

@@ -1,8 +1,8 @@
 """Hashes of arrays that do not depend on how the arrays are sharded.
 
-Storage may flip a bit, and the code that reads a checkpoint may not notice.
-Fingerprints are computed on the devices before arrays are saved and again
-after they are restored, possibly on another mesh.
+Storage can flip a bit without an error from the code that reads a checkpoint.
+Fingerprints are therefore computed on the devices before arrays are saved, and
+again after they are restored, possibly on another mesh.
 """
 
 import math
@@ -23,8 +23,9 @@ def fingerprint(x, first=0):
 
   Args:
     x: array of any shape, of a dtype with 1, 2, 4 or 8 bytes.
-    first: if x holds some rows of an array, the index of the first of them.
-      The fingerprints of all rows add up to that of the array, modulo 2^32.
+    first: if x is a slice of an array along axis 0, the index at which the
+      slice begins. The fingerprints of all slices add up to the fingerprint of
+      the array, modulo 2^32.
 
   Returns:
     uint32 scalar.
@@ -76,8 +77,8 @@ def _sum_on_cpu(x, first):
   """`_sum` tile by tile, which is faster on a CPU.
 
   On CPUs XLA vectorizes the sum of two arrays, but not a reduction. A tile of
-  a megabyte fits into the caches and gives several cores enough work. For one
-  device only: with a sharded array, every device would compute all tiles.
+  a megabyte fits into the caches and keeps several cores busy. If the array is
+  sharded, every device computes all tiles.
   """
   if x.size <= 2**18:
     return _sum(x, first)
@@ -116,8 +117,8 @@ def _sum_of_tiles(x, size, function):
       jnp.minimum(j * t, n - t)
       for j, t, n in zip(tile_index, tile, x.shape, strict=True)
     ]
-    # Slices bits, because XLA quiets signalling NaNs in slices of bfloat16. The
-    # barrier makes the bits depend on i; else XLA would copy the whole array.
+    # Bits are sliced, because XLA quiets signalling NaNs in slices of bfloat16.
+    # The barrier makes the bits depend on i; otherwise XLA would copy x whole.
     whole, _ = jax.lax.optimization_barrier((x, i))
     part = function(jax.lax.dynamic_slice(_bits(whole), start, tile), start)
     for axis, (j, t) in enumerate(zip(tile_index, tile, strict=True)):
@@ -132,8 +133,8 @@ def _sum_of_tiles(x, size, function):
 
 @jax.jit
 def fingerprints(tree):
-  """Fingerprint of every array of a tree, a tree of uint32 scalars.
+  """Returns the fingerprint of every array of a tree, as uint32 scalars.
 
-  The arrays may be donated as soon as this returns.
+  The arrays may be donated as soon as this function returns.
   """
   return jax.tree.map(fingerprint, tree)

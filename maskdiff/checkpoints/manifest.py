@@ -1,6 +1,6 @@
-"""What a checkpoint records beside its arrays.
+"""Metadata of a checkpoint: config, data, and the fingerprint of every array.
 
-`Meta` in memory; on disk a JSON object with the keys
+In memory it is a `Meta`; on disk it is a JSON object with the keys
 
     format_version, config, samples, data, evaluation_due,
     leaves: {name: {shape, dtype, fingerprint}}, digest,
@@ -27,14 +27,14 @@ class Damaged(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-  """What a checkpoint records beside its arrays; None: not recorded.
+  """Metadata of a checkpoint. None: the checkpoint does not record the field.
 
   Attributes:
     config: the run's config as JSON values, from `config_json`.
     samples: number of training samples consumed so far.
     data: fingerprint of the training data, from data.pipeline.fingerprint.
-    evaluation_due: whether the evaluation of this step was interrupted, so
-      that a resumed run must repeat it.
+    evaluation_due: whether the evaluation of this step was interrupted. A
+      resumed run repeats the evaluation.
     leaves: {name: {shape, dtype, fingerprint}} of every array; set by `make`.
   """
 
@@ -49,12 +49,12 @@ _KEYS = tuple(field.name for field in dataclasses.fields(Meta))
 
 
 def config_json(config):
-  """Converts a ConfigDict to plain JSON values."""
+  """Returns a ConfigDict as plain JSON values."""
   return json.loads(config.to_json())
 
 
 def flat(tree):
-  """Leaves of a tree by path, such as params/blocks/q."""
+  """Returns the leaves of a tree by path, such as params/blocks/q."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -62,7 +62,7 @@ def flat(tree):
 
 
 def nest(named):
-  """The inverse of `flat`: nested dicts, also where the tree had tuples."""
+  """Inverts `flat`; returns nested dicts, also where the tree had tuples."""
   tree = {}
   for name, leaf in named.items():
     *folders, last = name.split('/')
@@ -74,7 +74,7 @@ def nest(named):
 
 
 def describe(items):
-  """Shape and dtype of every array of a tree, a dict by name."""
+  """Returns the shape and dtype of every array of a tree, by name."""
   return {
     name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
     for name, leaf in flat(items).items()
@@ -82,7 +82,7 @@ def describe(items):
 
 
 def make(meta, leaves, fingerprints):
-  """Returns the JSON object that is written to disk.
+  """Returns the JSON object of a checkpoint's metadata.
 
   Args:
     meta: Meta. Fields that are None are not written.
@@ -105,7 +105,7 @@ def make(meta, leaves, fingerprints):
 
 
 def read(path):
-  """Reads the file that holds the result of `make`; returns a Meta.
+  """Reads the file with the result of `make`; returns a Meta.
 
   Raises:
     Damaged: the file is missing or differs from what was written.
@@ -120,10 +120,10 @@ def read(path):
   digest = values.pop('digest', None) if is_dict else None
   intact = digest is not None and digest == _digest(values)
   version = values.get('format_version') if is_dict else None
-  # Format 1 had no digest. In later formats the version itself may be a
-  # flipped bit of this version's number, unless the digest matches.
-  known = version == 1 if digest is None else intact
-  if known and version != FORMAT_VERSION:
+  # Without a matching digest, another version number may be a flipped bit of
+  # FORMAT_VERSION. Format 1 had no digest.
+  version_known = version == 1 if digest is None else intact
+  if version_known and version != FORMAT_VERSION:
     raise UserError(
       f'{os.path.dirname(os.path.dirname(path))} has checkpoint format '
       f'{version}; this version of maskdiff reads format {FORMAT_VERSION}'
@@ -142,7 +142,7 @@ def compare(step_path, leaves, targets):
     targets: dict from item (the first part of a name) to a tree of shapes.
 
   Raises:
-    UserError: a name, shape or dtype differs. Names the array and both.
+    UserError: a name, shape or dtype differs. The message has both values.
   """
   expected = describe(targets)
   on_disk = {
@@ -161,7 +161,7 @@ def compare(step_path, leaves, targets):
 
 
 def changed(leaves, fingerprints):
-  """Names of the arrays whose fingerprint differs from the manifest's.
+  """Returns the names of arrays whose fingerprint differs from the manifest.
 
   Args:
     leaves: `Meta.leaves`.

@@ -1,4 +1,4 @@
-"""The Orbax CheckpointManager with our options, and JSON written late."""
+"""Opens an Orbax CheckpointManager; saves JSON computed in the background."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def open_manager(directory, keep, keep_every, read_only):
     directory: absolute path.
     keep: number of latest steps to keep; None keeps all.
     keep_every: multiples of this step number are never deleted; 0: none.
-    read_only: changes nothing in the directory.
+    read_only: the manager changes nothing in the directory.
 
   Raises:
     UserError: the directory cannot be created or read.
@@ -42,15 +42,14 @@ def open_manager(directory, keep, keep_every, read_only):
     raise UserError(
       f'cannot use {directory} for checkpoints ({error.strerror})'
     ) from error
-  # Orbax would poll JAX's preemption service with its own step numbers. The
-  # processes would then no longer agree on the step at which they stop; see
-  # consensus.Preemption.
+  # Orbax would poll JAX's preemption service with its own step numbers, and the
+  # processes would stop at different steps; see consensus.Preemption.
   manager.reached_preemption = lambda step: False
   return manager
 
 
 def _drop_orbax_errors(record):
-  """Filters out Orbax's logged errors: it raises the same errors as well."""
+  """Logging filter that drops errors of Orbax, which raises them as well."""
   path = os.path.join('orbax', 'checkpoint', '')
   return record.levelno < logging.ERROR or (
     path not in record.pathname and path not in record.getMessage()
@@ -74,6 +73,6 @@ class _LateJsonHandler(ocp.JsonCheckpointHandler):
 )
 @dataclasses.dataclass
 class SaveLateJson(ocp.args.CheckpointArgs):
-  """Save argument: `make` returns the JSON values, called in the background."""
+  """Save argument: `make` is called in the background and returns the JSON."""
 
   make: Callable[[], dict]

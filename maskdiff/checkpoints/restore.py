@@ -1,7 +1,4 @@
-"""Finds the newest undamaged step of a run; verifies steps; rolls back.
-
-Every function takes a `checkpoint.Checkpointer`.
-"""
+"""Restores the newest undamaged step of a run; verifies steps; rolls back."""
 
 import contextlib
 import json
@@ -40,20 +37,21 @@ def open_run(workdir):
 def newest(checkpointer, targets_of):
   """Restores the newest undamaged step.
 
-  Damaged steps are moved aside, or skipped if the checkpointer is
-  read-only. A warning on standard error names each one.
+  Damaged steps are moved aside, or skipped if the checkpointer is read-only. A
+  warning on standard error names each damaged step.
 
   Args:
     checkpointer: Checkpointer.
     targets_of: function from (step, Meta) to the targets of
-      `Checkpointer.restore`, a dict. May raise UserError if the config does
-      not fit; the step then does not count as damaged.
+      `Checkpointer.restore`, a dict. It may raise UserError if the config does
+      not fit. The step then does not count as damaged.
 
   Returns:
     (step, Meta, tuple of trees); None if the directory never held a step.
 
   Raises:
-    UserError: all steps are damaged or were moved aside, or one does not fit.
+    UserError: all steps are damaged or were moved aside; or the newest
+      undamaged step does not fit the targets.
   """
   reasons = []
   for step in reversed(_steps_of_process_0(checkpointer.steps())):
@@ -66,7 +64,7 @@ def newest(checkpointer, targets_of):
       targets = targets_of(step, meta)
       try:
         return step, meta, checkpointer.restore(step, meta, **targets)
-      except Damaged as error:  # raised in all processes alike
+      except Damaged as error:  # the same in all processes
         reason = str(error)
     reasons.append(f'{step}: {reason or "another process cannot read it"}')
     action = 'skipped'
@@ -85,7 +83,8 @@ def newest(checkpointer, targets_of):
       f'all checkpoints in {checkpointer.directory} are damaged'
       + (f' ({"; ".join(reasons)})' if reasons else '')
       + (f'; {aside} has {", ".join(sorted(moved))}' if moved else '')
-      + '. To start from scratch, use another --workdir or delete both'
+      + f'. To start from scratch, use another --workdir, or delete '
+      f'{checkpointer.directory} and {aside}'
     )
   return None
 
@@ -128,7 +127,7 @@ def roll_back(checkpointer, step):
 def verify(checkpointer, step, meta):
   """Reads all arrays of a step and compares their fingerprints.
 
-  One item at a time, sharded over all devices.
+  The items are read one after another, sharded over all devices.
 
   Args:
     checkpointer: Checkpointer.
@@ -160,7 +159,7 @@ def targets(shapes, shardings):
 
   Args:
     shapes: tree of arrays or ShapeDtypeStructs.
-    shardings: the same tree of shardings.
+    shardings: tree of shardings with the same structure.
   """
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -170,7 +169,7 @@ def targets(shapes, shardings):
 
 
 def _steps_of_process_0(steps):
-  """The steps that process 0 sees; other hosts may list the directory late."""
+  """Returns the steps that process 0 lists; other hosts may see them later."""
   if jax.process_count() == 1:
     return steps
   text = np.zeros(4096, np.uint8)
@@ -181,7 +180,7 @@ def _steps_of_process_0(steps):
 
 
 def _any_process(reason):
-  """Whether any process has a reason, a text that is not empty."""
+  """Returns whether the reason is not empty in any process."""
   if jax.process_count() == 1:
     return bool(reason)
   flags = multihost_utils.process_allgather(np.array(bool(reason)))

@@ -1,4 +1,4 @@
-"""Evaluation of a run: the bound on held-out text, and samples."""
+"""Evaluation during a run: the bound on held-out text, and samples."""
 
 import dataclasses
 import functools
@@ -39,11 +39,11 @@ class Bound:
 
   Attributes:
     loss_nats_per_token: the bound.
-    stderr_nats_per_token: its standard error over batches; 0 for one batch.
+    stderr_nats_per_token: standard error over batches; 0 for one batch.
     bits_per_byte: the bound in bits per byte of text.
     nll_by_mask_ratio: dict from the middle of a bucket of mask ratios, such as
       '0.1', to the mean nll of its masked tokens. {} for a mixture.
-    parts: dict from the name of a dataset to its Bound; {} unless a mixture.
+    parts: for a mixture, dict from the name of a dataset to its Bound; else {}.
   """
 
   loss_nats_per_token: float
@@ -73,7 +73,7 @@ class Evaluation:
     row: dict of floats by name of metric.
     texts: list of samples.
     line: summary, one line for the terminal.
-    conclusion: lines to print if the run ends here.
+    conclusion: lines to print if this is the last evaluation.
   """
 
   row: dict
@@ -91,7 +91,7 @@ def open_heldout(config, datasets, mesh):
     mesh: device mesh.
 
   Raises:
-    UserError: a dataset has less held-out text than config.eval asks for.
+    UserError: a dataset has less held-out text than config.eval needs.
   """
   total = sum(d.weight for d in datasets)
   heldout = []
@@ -169,7 +169,7 @@ def evaluate_mixture(c, params, heldout, between=lambda: None):
 
 
 def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
-  """Computes the bound on held-out text; the noise is the same every time.
+  """Computes the bound on held-out text, with the same noise every time.
 
   Args:
     c: StepConfig.
@@ -187,7 +187,7 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
   for tokens, key in zip(batches, keys, strict=True):
     between()
     sums.append(jit_eval_step(c, params, tokens, key))
-    # At most one batch is queued behind the one that runs.
+    # Waits for the previous batch, so that at most one batch is queued.
     sums[-2:-1] = jax.device_get(sums[-2:-1])
   sums = jax.device_get(sums)
   total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
@@ -203,7 +203,7 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
 
 
 def eval_config(c):
-  """Returns a run's StepConfig for evaluations: whole rows, no time pairs."""
+  """Returns a StepConfig for evaluation: whole rows, stratified times."""
   objective = dataclasses.replace(
     c.objective, random_length_fraction=0.0, time_sampling='stratified'
   )
@@ -212,12 +212,12 @@ def eval_config(c):
 
 @functools.partial(jax.jit, static_argnums=0)
 def jit_eval_step(c, params, tokens, key):
-  """`step.eval_step`, compiled; every process gets the whole result."""
+  """Jitted `step.eval_step`; the LossSums are replicated on all processes."""
   return replicate(step_lib.eval_step(c, params, tokens, key))
 
 
 def nll_by_mask_ratio(sums):
-  """Mean nll of the masked tokens in each bucket of mask ratios.
+  """Returns the mean nll of the masked tokens per bucket of mask ratios.
 
   Args:
     sums: step.LossSums on the host.
@@ -235,7 +235,7 @@ def nll_by_mask_ratio(sums):
 
 
 def ratio_metrics(prefix, nll_by_mask_ratio):
-  """Names the result of `nll_by_mask_ratio` for metrics.jsonl."""
+  """Returns the result of `nll_by_mask_ratio` under names of metrics."""
   return {
     f'{prefix}/nll_at_mask_ratio_{ratio}': nll
     for ratio, nll in nll_by_mask_ratio.items()
@@ -250,8 +250,8 @@ def sample_texts(config, params, tokenizer):
   prompts = [tokenizer.encode(p) for p in config.sample.prompts]
   network = load.network(config, params)
   request = layouts.continue_prompts(prompts, config.sample.gen_length)
-  # Not `generate`, which raises if logits are NaN. A sample must not end the
-  # run; the guard and the bound report NaN.
+  # `generate` would raise if logits are NaN. A sample must not end the run; the
+  # guard and the bound report NaN.
   out = np.asarray(sampler.complete(network, s, request).canvas)
   valid = request.valid
   if s.stop_at_eos:
@@ -260,7 +260,7 @@ def sample_texts(config, params, tokenizer):
 
 
 def conclude(bound, heldout):
-  """Compares the bound of each dataset with the entropy of single tokens."""
+  """Returns lines with the bound and unigram entropy of each dataset."""
   lines = []
   for h in heldout:
     part = bound.parts.get(h.name, bound)

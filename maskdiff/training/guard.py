@@ -3,7 +3,7 @@
 One bad batch, or one faulty device, can destroy weeks of training. The train
 step therefore checks its loss and gradient norm before it applies the update.
 Parameters and optimizer state stay unchanged if either value is not finite, or
-is far above the last `WINDOW` values.
+is a spike: far above the mean of the last `WINDOW` values.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class GuardConfig:
 
   Attributes:
     spike_sigmas: a value this many standard deviations above the mean of the
-      last WINDOW values is a spike. 0: only values that are not finite are
-      skipped.
+      last WINDOW values is a spike. 0: skip only updates whose values are not
+      finite.
   """
 
   spike_sigmas: float
@@ -42,9 +42,9 @@ def init():
 def judge(c, guard, loss, grad_norm):
   """Decides whether to apply the update of a step.
 
-  In the window, a spike is replaced by the limit that it exceeded. So one
-  spike does not hide the next, and a lasting change of level is accepted after
-  some steps. There are no spikes until the window is full.
+  The window records a spike as the limit that the spike exceeded. So one spike
+  does not hide the next, and a lasting change of level is accepted after some
+  steps. Until the window is full, no value counts as a spike.
 
   Args:
     c: GuardConfig.
@@ -53,7 +53,7 @@ def judge(c, guard, loss, grad_norm):
     grad_norm: float32 scalar, before clipping.
 
   Returns:
-    A bool scalar, and the next state of the guard.
+    A bool scalar, true to apply the update, and the next state of the guard.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   index = guard['seen'] % WINDOW

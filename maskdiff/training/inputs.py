@@ -1,4 +1,4 @@
-"""Opens the tokenizer and data of a config; makes batches on the mesh."""
+"""Opens the tokenizer and data of a config; yields batches on the mesh."""
 
 import functools
 
@@ -21,7 +21,8 @@ def open_tokenizer(config):
     data.tokenizer.Tokenizer.
 
   Raises:
-    UserError: a token id differs, or the vocabulary is too large.
+    UserError: a token id differs from config.tokens, or the tokenizer has more
+      pieces than config.model.vocab_size.
   """
   tokenizer = tokenizer_lib.with_missing_ids(
     tokenizer_lib.load(config.data.tokenizer), config.tokens
@@ -43,15 +44,15 @@ def open_tokenizer(config):
 
 
 def open_data(config, tokenizer, path=None):
-  """Opens the datasets of a data path and verifies every shard.
+  """Opens the datasets of a data path and verifies their shards.
 
-  The embedded corpus is prepared on first use, by process 0 for all hosts
-  that share its directory.
+  The embedded corpus is prepared on first use. Process 0 prepares it for all
+  hosts that share config.data.cache_dir.
 
   Args:
     config: ConfigDict.
     tokenizer: data.tokenizer.Tokenizer.
-    path: in the form of config.data.path, which is the default.
+    path: in the form of config.data.path. Default: config.data.path.
 
   Returns:
     List of data.pipeline.Dataset.
@@ -87,12 +88,13 @@ def open_data(config, tokenizer, path=None):
         f'but config.tokens.eos_id={tokenizer.eos_id}; set '
         f'config.data.tokenizer to the copy of the tokenizer in {directory}'
       )
-    # A run that tolerates damaged rows must be able to start with them.
-    check = 'none' if config.data.max_damaged_rows else 'sample'
+    rows = config.data.verify
+    if rows == 'sample' and config.data.max_damaged_rows:
+      rows = 'none'  # the run replaces damaged rows when it reads them
     row_reader.verify(
       directory,
       manifest,
-      rows='all' if config.data.verify == 'all' else check,
+      rows=rows,
       share=(jax.process_index(), jax.process_count()),
     )
     datasets.append(pipeline.Dataset(name, str(directory), weight, manifest))
@@ -100,7 +102,7 @@ def open_data(config, tokenizer, path=None):
 
 
 def train_batches(config, datasets, mesh, start_sample):
-  """Endless iterator of training batches, [B, L] int32 on the mesh.
+  """Returns an endless iterator of training batches, [B, L] int32 on the mesh.
 
   Args:
     config: ConfigDict.
@@ -128,7 +130,7 @@ def train_batches(config, datasets, mesh, start_sample):
 
 
 def samples_after(config, start, step):
-  """Number of training samples consumed after a step of a run.
+  """Returns the number of training samples consumed after a step of a run.
 
   Args:
     config: ConfigDict.
@@ -145,10 +147,13 @@ def samples_after(config, start, step):
 
 
 def first_row(tokens, mesh):
-  """Copies row 0 of a batch to every host, [L] int32; all must call it."""
-  whole = mesh_lib.replicated(mesh)
-  first = jax.jit(lambda tokens: tokens[0], out_shardings=whole)
-  return np.asarray(first(tokens))
+  """Copies row 0 of a batch to every host, [L] int32.
+
+  All processes must call this function.
+  """
+  replicated = mesh_lib.replicated(mesh)
+  row_0 = jax.jit(lambda tokens: tokens[0], out_shardings=replicated)
+  return np.asarray(row_0(tokens))
 
 
 def read_samples(config, datasets, first, end):
@@ -177,13 +182,13 @@ def read_samples(config, datasets, first, end):
 
 
 def heldout_batches(config, dataset, mesh):
-  """Iterator of held-out batches, [B, L] int32 on the mesh.
+  """Returns an iterator of held-out batches, [B, L] int32 on the mesh.
 
   The batches are the same at every evaluation.
 
   Args:
     config: ConfigDict.
-    dataset: one of the results of `open_data`.
+    dataset: data.pipeline.Dataset.
     mesh: device mesh.
 
   Raises:

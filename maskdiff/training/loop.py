@@ -1,9 +1,9 @@
 """The training loop, read top to bottom: open, restore, compile, loop, end.
 
-`run` opens everything in the order in which bad input should be reported:
-config, devices, tokenizer, data, checkpoints. Then it compiles the train step
-and loops. The loop stays one step ahead of the device: it fetches the metrics
-of a step after it has dispatched the next one, so that the device never waits.
+`run` checks its inputs in this order: config, devices, tokenizer, data,
+checkpoints. Then it compiles the train step and loops. The loop dispatches one
+step ahead: it reads the metrics of a step after it has dispatched the next
+step, so that the device never waits for the host.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ def run(config, workdir):
   Writes to the work directory: config.json, header.txt, the tokenizer,
   metrics.jsonl, tensorboard/, ledger.jsonl and checkpoints/; wandb_id and
   wandb/ with config.train.wandb_project. Running again with the same arguments
-  resumes from the newest checkpoint. After an error or an interrupt, a
-  checkpoint that is being written is still completed.
+  resumes from the newest checkpoint. After an error or an interrupt, a save in
+  progress is still completed.
 
   Args:
     config: ConfigDict with the keys of config.default().
@@ -45,9 +45,9 @@ def run(config, workdir):
     The metrics of the last evaluation, a dict of floats by name.
 
   Raises:
-    UserError: the config, the data or the checkpoints do not fit together
-      (reported before the step is compiled); a device has too little memory;
-      too many updates in a row were skipped; or checkpoints cannot be written.
+    UserError: the config, the data and the checkpoints do not fit together
+      (raised before the step is compiled); a device has too little memory; too
+      many consecutive updates were skipped; or checkpoints cannot be written.
     Preempted: the process received SIGTERM and has saved a checkpoint.
   """
   with _memory_advice(config), contextlib.ExitStack() as stack:
@@ -120,7 +120,7 @@ def _run(config, workdir, stack):
         result = evaluate(step, state.params, stop_if_preempted)
         evaluation_due = False
       if step % config.checkpoint.every_steps == 0 or last:
-        reporter.write(step)  # a resumed run does not write these rows again
+        reporter.write(step)  # first: a resumed run writes only later rows
         saver.save(step, state, evaluation_due)
     saver.finish()
     ledger.event('ended')
@@ -138,7 +138,7 @@ def _run(config, workdir, stack):
 
 
 def _first_batch(config, setup, start, reporter, ledger):
-  """Opens the training data; returns the iterator and its first batch."""
+  """Opens the training data; returns the iterator and the first batch."""
   reporter.say(
     f'resuming at step {start.step}' if start.step else 'starting from scratch'
   )
@@ -153,7 +153,7 @@ def _first_batch(config, setup, start, reporter, ledger):
 
 
 def _compile(setup, state, tokens, key, say):
-  """Compiles the train step and prints how much memory it needs."""
+  """Compiles the train step and prints its memory per device."""
   began = time.monotonic()
   train_step = step_lib.compile_train_step(setup.c, setup.optimizer, setup.mesh)
   compiled = train_step.lower(state, tokens, key).compile()
@@ -183,11 +183,13 @@ def _evaluate(config, setup, reporter, ledger, step, params, stop_if_preempted):
 
 
 def _stop_if_preempted(preemption, ledger, done):
-  """Raises Preempted after SIGTERM; all processes must call it equally often.
+  """Raises Preempted if a process of the run has received SIGTERM.
+
+  All processes must call this function the same number of times.
 
   Args:
     preemption: Preemption.
-    ledger: Ledger; its timer for stalls is reset.
+    ledger: Ledger. The call resets its timer for stalls.
     done: number of steps done.
   """
   ledger.beat()

@@ -31,8 +31,8 @@ def learning_rate(c, steps):
 
   `wsd` (warmup, stable, decay): linear warmup from 0, constant, linear decay
   over the last `decay_steps`. `cosine`: linear warmup, then half a cosine.
-  Both end at `final_learning_rate`. `piecewise`: linear between two rates in
-  each piece, with jumps between pieces allowed. The schedule of LLaDA 8B
+  Both end at `final_learning_rate`. `piecewise`: linear between the two rates
+  of each piece; the rate may jump between pieces. The schedule of LLaDA 8B
   (arXiv 2502.09992, section 2.2) has four pieces.
 
   Args:
@@ -62,13 +62,13 @@ def learning_rate(c, steps):
 
 
 def make_optimizer(c, steps, axes):
-  """Builds the optimizer, an optax.GradientTransformation.
+  """Returns AdamW with clipping, an optax.GradientTransformation.
 
   Args:
     c: OptimizerConfig.
     steps: number of steps of the whole training.
     axes: tree of the parameters' logical axes. Weight decay applies to
-      matrices, not to the gains of normalization layers.
+      matrices, but not to biases and normalization gains.
   """
   decay_mask = jax.tree.map(
     is_matrix, axes, is_leaf=lambda a: isinstance(a, tuple)
@@ -82,7 +82,7 @@ def make_optimizer(c, steps, axes):
 
 
 def scale_by_adam(c):
-  """optax.scale_by_adam with both moments stored in the dtype `c.moments`.
+  """Returns optax.scale_by_adam with both moments stored as `c.moments`.
 
   The arithmetic is float32. bfloat16 saves 4 bytes per parameter, as in
   DeepSeek-V3 (arXiv 2412.19437, section 3.3.3). It needs b2 well below 1: a
@@ -104,7 +104,7 @@ def scale_by_adam(c):
 
 
 def state_shardings(optimizer, params, param_shardings, replicated):
-  """Shardings of the optimizer state: moments are sharded like parameters.
+  """Returns shardings of the optimizer state; moments follow the parameters.
 
   Args:
     optimizer: from make_optimizer.

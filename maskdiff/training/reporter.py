@@ -15,10 +15,10 @@ from maskdiff.training.optimizer import OptimizerConfig, learning_rate
 
 
 class Reporter:
-  """Writes what a run reports to metrics.jsonl and the terminal.
+  """Writes a run's metrics to disk, TensorBoard, wandb and the terminal.
 
-  The metrics of a step stay on the device until `write` fetches those of all
-  steps since the last call, the window.
+  The window holds the metrics of all steps since the last call of `write`. They
+  stay on the device until `write` fetches them.
   """
 
   def __init__(self, config, setup, workdir, start, ledger):
@@ -38,8 +38,8 @@ class Reporter:
     self._finished = start.step >= steps  # metrics.jsonl is complete already
     self._flops = table.flops_per_token(c.objective.name, c.model, c.length)
     # On the host, so that reading a rate does not wait for a step.
-    plan = jax.vmap(learning_rate(OptimizerConfig(**config.optimizer), steps))
-    self._learning_rates = np.asarray(plan(np.arange(steps)))
+    rates = jax.vmap(learning_rate(OptimizerConfig(**config.optimizer), steps))
+    self._learning_rates = np.asarray(rates(np.arange(steps)))
     self._window = collections.deque()
     self._skipped = collections.deque(maxlen=config.guard.max_in_a_row)
     self._clock = time.monotonic()
@@ -63,12 +63,12 @@ class Reporter:
       self._writer.text(0, 'first_row', text)
 
   def start_clock(self):
-    """Starts to measure the time of the steps in the window."""
+    """Starts to measure the step time."""
     self._clock = time.monotonic()
 
   @contextlib.contextmanager
   def clock_stopped(self):
-    """Does not count the time inside as time of the steps in the window."""
+    """Context manager that excludes its time from the step time."""
     began = time.monotonic()
     yield
     self._clock += time.monotonic() - began
@@ -80,7 +80,7 @@ class Reporter:
   def wait(self):
     """Waits until the last step of the window has ended on the device.
 
-    The loop dispatches one step ahead. With more steps queued, a checkpoint
+    The loop dispatches one step ahead. If more steps were queued, a checkpoint
     after SIGTERM would have to wait for all of them.
     """
     if self._window:
@@ -91,7 +91,7 @@ class Reporter:
     """Fetches and writes the metrics of the window; `step` is its last step.
 
     Raises:
-      UserError: config.guard.max_in_a_row updates in a row were skipped.
+      UserError: config.guard.max_in_a_row consecutive updates were skipped.
     """
     if not self._window:
       return
@@ -122,7 +122,7 @@ class Reporter:
     self._write_skipped(step, fetched)
 
   def _write_skipped(self, step, fetched):
-    """Reports the skipped updates of a window; raises after too many."""
+    """Writes the skipped updates; raises UserError after too many in a row."""
     samples_after = lambda s: inputs.samples_after(self._config, self._start, s)
     limit = self._config.guard.max_in_a_row
     for update in skipped.find(step, fetched, samples_after):
@@ -135,7 +135,7 @@ class Reporter:
         raise UserError(skipped.give_up(self._workdir, last, read_texts))
 
   def _read_texts(self, first, end):
-    """Texts of the training samples from `first` up to `end`, exclusive."""
+    """Returns the texts of training samples first, ..., end - 1."""
     rows = inputs.read_samples(self._config, self._setup.datasets, first, end)
     return [self._setup.tokenizer.decode(row) for row in rows]
 
@@ -155,7 +155,7 @@ class Reporter:
       self.say(f'--- sample ---\n{text}\n--------------')
 
   def write_preempted(self, step):
-    """Records that the run ends early, with a checkpoint of `step`."""
+    """Records that the run is preempted and that `step` is saved."""
     self._ledger.event('preempted')
     self.say(f'preempted: step {step} is saved')
 
@@ -168,8 +168,8 @@ class Reporter:
 def train_row(fetched, learning_rate, step_s):
   """Returns the metrics of a window of steps by name, a dict of floats.
 
-  The loss is the mean over the window, without skipped updates. The gradient
-  norm is the largest in the window.
+  The loss is the mean over the applied updates, the gradient norm their
+  maximum. Skipped updates are only counted.
 
   Args:
     fetched: list of StepMetrics on the host.

@@ -1,4 +1,4 @@
-"""Where a run starts: newest checkpoint, warm start, or random parameters.
+"""Start of a run: newest checkpoint, warm start, or random parameters.
 
 A run resumes only with the model, the objective, the token ids and the data of
 its checkpoint. All other config keys may change; each change is printed.
@@ -21,7 +21,7 @@ from maskdiff.training import train_state
 from maskdiff.training.train_state import TrainState
 
 FIXED = ('model', 'objective', 'tokens')
-# The result of a step does not depend on these keys, except for rounding.
+# Keys of these sections that change the result of a step only by rounding.
 MAY_CHANGE = (
   'model.dtype',
   'model.remat',
@@ -31,7 +31,7 @@ MAY_CHANGE = (
 
 
 class Start(NamedTuple):
-  """Where a run starts.
+  """Position in the training at which a run starts.
 
   Attributes:
     step: number of steps done; 0 for a new run.
@@ -52,7 +52,7 @@ def agree(config, data_identity):
     data_identity: fingerprint of the data.
 
   Raises:
-    UserError: in all processes; names what differs, and in which processes.
+    UserError: raised in all processes. Names the difference and the processes.
   """
   digest = lambda value: hashlib.blake2b(
     json.dumps(value, sort_keys=True).encode(), digest_size=8
@@ -67,9 +67,10 @@ def agree(config, data_identity):
 
 
 def restore_or_init(config, setup, key, checkpointer):
-  """Restores the newest checkpoint, or makes the state of a new run.
+  """Restores the newest checkpoint, or creates the state of a new run.
 
-  A new run takes its parameters from config.init_from, or draws them.
+  A new run takes its parameters from config.init_from, or starts with random
+  parameters.
 
   Args:
     config: ConfigDict of the run.
@@ -78,7 +79,7 @@ def restore_or_init(config, setup, key, checkpointer):
     checkpointer: Checkpointer of the run.
 
   Returns:
-    The TrainState, and Start.
+    The TrainState, and a Start.
 
   Raises:
     UserError: the checkpoint has other data or another model or objective;
@@ -106,16 +107,17 @@ def restore_or_init(config, setup, key, checkpointer):
     return jax.jit(init, out_shardings=shardings)(key), Start()
   step, meta, (params, opt_state, guard) = found
   count = jax.device_put(np.int32(step), shardings.step)
-  # Checkpoints of early versions lack some of these fields.
-  start = Start(step, meta.samples or 0, bool(meta.evaluation_due))
+  start = Start(step, meta.samples, meta.evaluation_due)
   return TrainState(count, params, opt_state, guard), start
 
 
 def _check(name, meta, config, data_identity):
   """Compares a checkpoint with the config and the data of the run.
 
+  Prints each difference that is allowed.
+
   Args:
-    name: of the checkpoint, for messages.
+    name: path of the checkpoint, for messages.
     meta: manifest.Meta.
     config: ConfigDict of the run.
     data_identity: fingerprint of the data.

@@ -1,4 +1,4 @@
-"""Opens everything that a run reads from its config and never changes."""
+"""Opens the mesh, tokenizer, data and optimizer of a run."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from maskdiff.training.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class RunSetup:
-  """What a run reads from its config and never changes.
+  """Objects that `open_setup` makes from a config; constant during a run.
 
   Attributes:
     c: StepConfig.
@@ -45,7 +45,7 @@ class RunSetup:
 def open_setup(config):
   """Opens devices, tokenizer and data of a config; returns a RunSetup.
 
-  All processes must call it.
+  All processes must call this function.
 
   Args:
     config: ConfigDict that `config.validate` has accepted.

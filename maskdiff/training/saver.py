@@ -1,4 +1,4 @@
-"""Saves the state of a run and handles saves that fail."""
+"""Saves the state of a run and handles failed saves."""
 
 import jax
 
@@ -11,16 +11,17 @@ from maskdiff.training import inputs
 class Saver:
   """Saves the state of a run.
 
-  A single process tolerates config.checkpoint.max_failures consecutive saves
-  that fail, for example on a full disk. The ledger records each save that
+  A run of one process tolerates config.checkpoint.max_failures consecutive
+  failed saves, for example on a full disk. The ledger records each save that
   became durable and each that failed.
 
-  With several processes no failure is tolerated. Unless the disk is full,
-  SaveError is raised and not UserError, because another process may have died.
+  In a run of several processes, every method raises an error after the first
+  failed save: UserError if the disk is full, otherwise SaveError, because
+  another process may have died.
   """
 
   def __init__(self, config, setup, checkpointer, start, ledger, say):
-    """Keeps its arguments.
+    """Stores the objects that the methods use.
 
     Args:
       config: ConfigDict of the run.
@@ -42,9 +43,9 @@ class Saver:
     """Records a save that has ended since the last call; does not wait.
 
     Raises:
-      UserError: too many saves in a row have failed.
+      UserError: too many consecutive saves have failed.
     """
-    self._settle(self._checkpointer.poll)
+    self._record(self._checkpointer.poll)
 
   def save(self, step, state, evaluation_due):
     """Waits for the previous save and starts to save a step.
@@ -55,11 +56,11 @@ class Saver:
       evaluation_due: whether a resumed run must evaluate this step first.
 
     Raises:
-      UserError: too many saves in a row have failed.
+      UserError: too many consecutive saves have failed.
     """
     with self._ledger.span('save'):
-      self._settle(self._checkpointer.finish)
-      self._settle(self._start_save, step, state, evaluation_due)
+      self._record(self._checkpointer.finish)
+      self._record(self._start_save, step, state, evaluation_due)
 
   def finish(self):
     """Waits until the last save is durable.
@@ -68,10 +69,12 @@ class Saver:
       UserError: the save failed.
     """
     with self._ledger.span('save'):
-      self._settle(self._checkpointer.finish, tolerant=False)
+      self._record(self._checkpointer.finish, tolerant=False)
 
   def save_and_finish(self, step, state, evaluation_due):
-    """Saves a step, unless it is saved already, and waits until it is durable.
+    """Saves a step and waits until the checkpoint is durable.
+
+    If the step is durable already, it is not saved again.
 
     Args: see `save`.
 
@@ -79,11 +82,11 @@ class Saver:
       UserError: the save failed.
     """
     with self._ledger.span('save'):
-      self._settle(self._checkpointer.finish)
+      self._record(self._checkpointer.finish)
       if self._checkpointer.durable_step != step:
         args = step, state, evaluation_due
-        self._settle(self._start_save, *args, tolerant=False)
-        self._settle(self._checkpointer.finish, tolerant=False)
+        self._record(self._start_save, *args, tolerant=False)
+        self._record(self._checkpointer.finish, tolerant=False)
 
   def _start_save(self, step, state, evaluation_due):
     items = {
@@ -99,30 +102,30 @@ class Saver:
     )
     self._checkpointer.save(step, items, meta)
 
-  def _settle(self, act, *args, tolerant=True):
+  def _record(self, function, *args, tolerant=True):
     """Calls a function and records whether a save became durable or failed.
 
     Args:
-      act: function that returns the step that became durable, or None.
-      *args: its arguments.
-      tolerant: whether a few failures are only warnings.
+      function: returns the step that became durable, or None.
+      *args: arguments of the function.
+      tolerant: whether failures up to max_failures are only warnings.
     """
     try:
-      durable = act(*args)
+      durable_step = function(*args)
     except SaveError as error:
       self._failures += 1
       self._ledger.event('not_saved', step=error.step, cause=str(error))
-      several = jax.process_count() > 1
-      if several and not error.disk_full:
+      several_processes = jax.process_count() > 1
+      if several_processes and not error.disk_full:
         raise  # another process may have died, which is not a user error
       too_many = self._failures > self._config.checkpoint.max_failures
-      if several or too_many or not tolerant:
+      if several_processes or too_many or not tolerant:
         raise UserError(
           f'{error}; the newest complete checkpoint is step '
           f'{self._checkpointer.durable_step}'
         ) from error
       self._say(f'warning: {error}; the run continues')
       return
-    if durable is not None:
+    if durable_step is not None:
       self._failures = 0
-      self._ledger.event('durable', step=durable)
+      self._ledger.event('durable', step=durable_step)

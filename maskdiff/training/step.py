@@ -27,7 +27,10 @@ RATIO_BUCKETS = 5
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """Static settings of the compiled step, except the optimizer's."""
+  """Static settings of the train and evaluation steps.
+
+  OptimizerConfig has the settings of the optimizer.
+  """
 
   model: TransformerConfig
   objective: ObjectiveConfig
@@ -37,7 +40,7 @@ class StepConfig:
 
 
 def step_config(config):
-  """Builds the StepConfig of a run's config."""
+  """Returns the StepConfig of a run's config."""
   objective = {**config.objective, **config.tokens}
   objective['schedule'] = Schedule(
     objective['schedule'], objective.pop('schedule_power')
@@ -75,7 +78,7 @@ class LossSums(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-  """What a train step reports.
+  """Metrics of one train step.
 
   Attributes:
     sums: LossSums of the batch.
@@ -135,7 +138,7 @@ def train_step(c, optimizer, state, tokens, key):
 
 
 def batch_gradients(c, params, tokens, key):
-  """Gradient of the summed loss of a batch, accumulated over microbatches.
+  """Returns the gradient of the summed loss, accumulated over microbatches.
 
   Args:
     c: StepConfig.
@@ -172,7 +175,7 @@ def batch_gradients(c, params, tokens, key):
 
 
 def eval_step(c, params, tokens, key):
-  """LossSums of one batch of held-out text under fixed noise.
+  """Returns the LossSums of one batch of held-out text under fixed noise.
 
   Args:
     c: StepConfig from `evaluation.eval_config`.
@@ -186,7 +189,7 @@ def eval_step(c, params, tokens, key):
 
 
 def loss_sums(c, params, tokens, rows, key, batch):
-  """Corrupts some rows of a global batch and sums their losses.
+  """Makes a canvas from some rows of a global batch and sums the losses.
 
   Args:
     c: StepConfig.
@@ -231,9 +234,9 @@ def split_rows(tree, parts):
   """Splits the leading axis of every leaf into `parts` microbatches.
 
   Each device keeps its own rows, so that no data moves between devices. The
-  two rows of an antithetic pair (`sample_times`) stay in one microbatch if its
-  size allows. Every device then masks about half of its tokens in every
-  microbatch.
+  two rows of an antithetic pair (`sample_times`) stay in one microbatch if the
+  size of the microbatch allows. Every device then masks about half of its
+  tokens in every microbatch.
 
   Args:
     tree: arrays [B, ...].
@@ -259,7 +262,7 @@ def split_rows(tree, parts):
 
 
 def compile_train_step(c, optimizer, mesh):
-  """Jits `train_step` with shardings. The state is donated.
+  """Returns `train_step` jitted with shardings; the state is donated.
 
   Args:
     c: StepConfig.

@@ -1,4 +1,4 @@
-"""The state that a train step changes."""
+"""The state of a training: parameters, optimizer, guard and step number."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ class TrainState:
   Attributes:
     step: int32 scalar, number of batches processed.
     params: parameter tree, float32.
-    opt_state: optax state; its count leaves out skipped updates.
+    opt_state: optax state. Its step count excludes skipped updates.
     guard: state of the spike guard, see guard.py.
   """
 
@@ -53,7 +53,9 @@ def shardings(c, optimizer, mesh):
 
 
 def init(c, optimizer, key):
-  """Returns a TrainState with random parameters; jit it with out_shardings.
+  """Returns a TrainState with random parameters.
+
+  Call it under jax.jit with out_shardings.
 
   Args:
     c: TransformerConfig.

@@ -19,7 +19,7 @@ def make_workdir(workdir):
   """Creates the work directory.
 
   Raises:
-    UserError: it cannot be created, or is not a local path.
+    UserError: the path is not local, or the directory cannot be created.
   """
   if '://' in workdir:
     raise UserError(
@@ -29,13 +29,15 @@ def make_workdir(workdir):
   try:
     os.makedirs(workdir, exist_ok=True)
   except OSError as error:
-    raise UserError(f'--workdir: cannot make {workdir!r} ({error})') from error
+    raise UserError(
+      f'--workdir: cannot create {workdir!r} ({error})'
+    ) from error
 
 
 def save_run_files(config, setup, workdir):
   """Writes config.json, header.txt and the tokenizer; returns the header.
 
-  Also copies files of a Hugging Face folder that the run starts from.
+  Also copies the tokenizer and config files of config.init_from.
 
   Args:
     config: ConfigDict.
@@ -58,8 +60,8 @@ def save_run_files(config, setup, workdir):
 def copy_published_files(config, workdir):
   """Copies tokenizer and config files of config.init_from, for an export.
 
-  The source is a Hugging Face folder, or a work directory that keeps such
-  files. Without either, nothing is copied.
+  config.init_from is a Hugging Face folder, or a work directory that may hold
+  copies of such files. Nothing is copied if there are no such files.
   """
   source = config.init_from
   if source and not families.is_published(source):
@@ -69,7 +71,7 @@ def copy_published_files(config, workdir):
 
 
 def describe(config, c, mesh, datasets):
-  """Describes a run as text: config, parameters, devices and data.
+  """Returns the header of a run: config, parameters, devices and data.
 
   Args:
     config: ConfigDict.
