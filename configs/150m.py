@@ -5,15 +5,15 @@ python launch/pretrain.py --config configs/150m.py --workdir runs/150m
 153,641,984 parameters; 5000 steps of 64 x 1024 tokens are 328M tokens, 35
 epochs. It has not been trained yet.
 
-config.model.remat is set for the machine, configs/150m.py:MACHINE, by default
-one chip of v5e; launch/colab.ipynb uses that default on a GPU too. A v6e chip
-has memory for remat=minimal (22.1 GiB), but the plan says that it is slower:
-0.37 s a step.
+configs/150m.py:MACHINE sets config.model.remat for a machine, by default one
+chip of v5e; launch/colab.ipynb uses the default on a GPU too. A v6e chip has
+memory for remat=minimal (22.1 GiB), but in the plan remat=minimal is slower:
+0.37 s per step.
 
-launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
-  v5e-1, v5e:1x1: 5.9 of a chip's 15.75 GiB, 0.81 s a step, 80,459 tokens/s,
+Plans of launch/plan.py; the time is an optimistic estimate:
+  v5e-1, v5e:1x1: 5.9 of 15.75 GiB per chip, 0.81 s per step, 80,459 tokens/s,
     MFU 44%; 1.13 hours and 1.13 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 6.1 of a chip's 31.25 GiB, 0.30 s a step, 218,688 tokens/s,
+  v6e-1, v6e:1x1: 6.1 of 31.25 GiB per chip, 0.30 s per step, 218,688 tokens/s,
     MFU 26%; 0.416 hours and 0.416 chip-hours for all tokens.
 """
 

@@ -5,26 +5,27 @@ python launch/prepare.py --source TEXT --tokenizer LLADA/tokenizer.json \
 python launch/pretrain.py --config configs/1b.py --workdir DIR
 
 1,487,243,264 parameters. The learning rate, 4e-4, and the batch, 1280 x 4096,
-are the paper's; the length of the run is not published exactly: 88,000 steps,
-461B tokens, is the last point of its scaling curves.
+are the paper's. The paper does not give the exact length of the run; 88,000
+steps, 461B tokens, is the last point of its scaling curves.
 
 The token ids are those of LLaDA's tokenizer, a tokenizer.json; for another
 tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 
-configs/1b.py:MACHINE sets batch and microbatches for a machine, by default 8
-chips of v5e. One chip of v6e, as in Colab, trains the whole model on batches of
-64 rows. The state does not fit one chip of v5e, so `v5e-1` has 9 of the 22
-layers. Both store Adam's moments in bfloat16 and read 23B tokens; their
-learning rate has not been tried with such a small batch.
+configs/1b.py:MACHINE sets batch, microbatches and steps between checkpoints for
+a machine, by default 8 chips of v5e. One chip of v6e, as in Colab, trains the
+whole model on batches of 64 rows. The state does not fit one chip of v5e, so
+`v5e-1` has 9 of the 22 layers. `v6e-1` and `v5e-1` store Adam's moments in
+bfloat16 and read 23B tokens. Their learning rate has not been tried with such a
+small batch.
 
-launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
-  v5e-8, v5e:2x4: 7.9 of a chip's 15.75 GiB, 84.96 s a step, 61,711 tokens/s,
+Plans of launch/plan.py; the time is an optimistic estimate:
+  v5e-8, v5e:2x4: 7.9 of 15.75 GiB per chip, 84.96 s per step, 61,711 tokens/s,
     MFU 38%; 87 days and 16,614 chip-hours for all tokens.
-  v6e-8, v6e:2x4: 16.5 of a chip's 31.25 GiB, 25.30 s a step, 207,201 tokens/s,
-    MFU 27%; 26 days and 4,948 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 25.0 of a chip's 31.25 GiB, 11.13 s a step, 23,563 tokens/s,
+  v6e-8, v6e:2x4: 16.5 of 31.25 GiB per chip, 25.30 s per step, 207,201
+    tokens/s, MFU 27%; 26 days and 4,948 chip-hours for all tokens.
+  v6e-1, v6e:1x1: 25.0 of 31.25 GiB per chip, 11.13 s per step, 23,563 tokens/s,
     MFU 25%; 11 days and 272 chip-hours for all tokens.
-  v5e-1, v5e:1x1: 15.1 of a chip's 15.75 GiB, 16.76 s a step, 15,639 tokens/s,
+  v5e-1, v5e:1x1: 15.1 of 15.75 GiB per chip, 16.76 s per step, 15,639 tokens/s,
     MFU 38%; 17 days and 410 chip-hours for all tokens.
 """
 
@@ -76,7 +77,7 @@ def get_config(machine='v5e-8'):
   c.sample.gen_length = 128
   c.sample.block_length = 32
   c.sample.steps = 128
-  c.checkpoint.every_steps = plan['save']  # every 35 minutes
+  c.checkpoint.every_steps = plan['save']  # about every 35 minutes
   if machine.endswith('-1'):
     c.optimizer.moments = 'bfloat16'
     c.eval.batch = 4

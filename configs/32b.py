@@ -1,4 +1,4 @@
-"""A 32B model on 64 chips of v5p (v5p-128), to show how large a model fits.
+"""A 32B model on 64 chips of v5p (v5p-128), as an example of a large model.
 
 python launch/pretrain.py --config configs/32b.py --workdir DIR
 
@@ -7,8 +7,8 @@ with LLaDA's vocabulary. No masked diffusion model of this size is published.
 Batch and tokens are those of configs/8b.py; learning rates are half of its
 rates. None of them has been tried.
 
-launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
-  v5p:4x4x4: 53.1 of a chip's 95.74 GiB, 50.70 s a step, 103,413 tokens/s, MFU
+Plans of launch/plan.py; the time is an optimistic estimate:
+  v5p:4x4x4: 53.1 of 95.74 GiB per chip, 50.70 s per step, 103,413 tokens/s, MFU
     73%; 257 days and 395,392 chip-hours for all tokens.
 """
 
@@ -25,7 +25,7 @@ def get_config():
   c.model.kv_heads = 8
   c.model.mlp = 27_648
   c.model.remat = 'attention'
-  c.checkpoint.every_steps = 50  # less than an hour
+  c.checkpoint.every_steps = 50  # 42 minutes
   c.optimizer.pieces = tuple(
     (end, first / 2, last / 2) for end, first, last in c.optimizer.pieces
   )

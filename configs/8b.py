@@ -13,16 +13,16 @@ token has a column in the head and is part of the softmax, as in LLaDA.
 The token ids are those of LLaDA's tokenizer, a tokenizer.json; for another
 tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 
-configs/8b.py:MACHINE sets batch and microbatches for a machine, by default 64
-chips of v5p with the paper's batch. 256 chips take a batch of 1536 rows, a
-fifth more, and the same number of tokens.
+configs/8b.py:MACHINE sets batch, microbatches and remat for a machine, by
+default 64 chips of v5p with the paper's batch. On 256 chips the batch has 1536
+rows, a fifth more, and the run reads the same number of tokens.
 
-launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
-  v5p-128, v5p:4x4x4: 56.4 of a chip's 95.74 GiB, 12.08 s a step, 433,990
+Plans of launch/plan.py; the time is an optimistic estimate:
+  v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.08 s per step, 433,990
     tokens/s, MFU 76%; 61 days and 94,216 chip-hours for all tokens.
-  v5e-256, v5e:16x16: 10.1 of a chip's 15.75 GiB, 10.33 s a step, 608,905
+  v5e-256, v5e:16x16: 10.1 of 15.75 GiB per chip, 10.33 s per step, 608,905
     tokens/s, MFU 62%; 44 days and 268,606 chip-hours for all tokens.
-  v6e-256, v6e:16x16: 18.5 of a chip's 31.25 GiB, 2.67 s a step, 2,356,629
+  v6e-256, v6e:16x16: 18.5 of 31.25 GiB per chip, 2.67 s per step, 2,356,629
     tokens/s, MFU 52%; 11 days and 69,402 chip-hours for all tokens.
 """
 
@@ -78,7 +78,7 @@ def get_config(machine='v5p-128'):
   c.sample.gen_length = 128
   c.sample.block_length = 32
   c.sample.steps = 128
-  c.guard.spike_sigmas = 6.0  # with millions of tokens, none by chance
+  c.guard.spike_sigmas = 6.0  # large batches have no spikes by chance
   c.checkpoint.every_steps = 250  # less than an hour on 64 chips of v5p
   c.checkpoint.keep_every_steps = 10_000
   return c

@@ -7,8 +7,8 @@ slices sum their gradients over the data-centre network once per step, so a
 slice computes its half of the batch, 10 rows per chip, in one microbatch. To
 fit it, layers store fewer activations than in configs/8b.py.
 
-launch/plan.py says (memory is the TPU compiler's, time an optimistic estimate):
-  two slices of v5p:4x4x4: 61.9 of a chip's 95.74 GiB, 6.58 s a step, 796,566
+Plans of launch/plan.py; the time is an optimistic estimate:
+  two slices of v5p:4x4x4: 61.9 of 95.74 GiB per chip, 6.58 s per step, 796,566
     tokens/s, MFU 70%; 33 days and 102,663 chip-hours for all tokens.
 """
 

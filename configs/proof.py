@@ -1,4 +1,4 @@
-r"""Masked diffusion and its autoregressive baseline on the same 6.1M tokens.
+r"""Masked diffusion and an autoregressive baseline on the same 6.1M tokens.
 
 python launch/pretrain.py --config configs/proof.py --workdir runs/masked
 python launch/pretrain.py --config configs/proof.py \

@@ -4,9 +4,9 @@ python launch/pretrain.py --config configs/published.py:DIR \
   --workdir runs/warm --config.data.path=data/rows
 
 LLaDA and Dream are trained further. Llama and Qwen become masked diffusion
-models that predict the next position, as Dream was made from Qwen. The folder
-sets config.model, config.tokens, the tokenizer and config.init_from. Learning
-rates and lengths are starting points to tune.
+models with config.model.predict_next, as Dream was made from Qwen. The folder
+sets config.model, config.tokens, the tokenizer and config.init_from. Tune the
+learning rates and the row length for your data.
 """
 
 from maskdiff.config import default

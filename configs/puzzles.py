@@ -16,9 +16,9 @@ vocabulary and the row length below. docs/evaluation.md has the results.
 from maskdiff.config import choose, default
 
 # Vocabulary size, tokens per row, attend_within. The vocabulary is as small as
-# possible: characters, and for reversal names. A row holds a whole number of
-# puzzles, so that no puzzle is cut. The facts of reversal vary in length; rows
-# pack them as text.
+# possible: characters, and also names for reversal. A row holds a whole number
+# of puzzles, so that no puzzle is cut. The facts of reversal vary in length, so
+# rows pack them like text.
 PUZZLES = {
   'sudoku': (282, 136, 'document'),
   'addition': (288, 100, 'document'),

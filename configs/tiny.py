@@ -3,8 +3,8 @@
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny
 
 Expect a bound of 5.6 nats per token on held-out text; the unigram entropy is
-6.2. Rows are short, so rotary wavelengths are short too (theta 1000 instead of
-500000), and the bound falls faster. Rematerialization stays on: on a CPU,
+6.2. Rows are short, so rope_theta is 1000 instead of 500000: with short rotary
+wavelengths the bound falls faster. Rematerialization stays on: on a CPU,
 recomputing a layer is faster than storing its activations.
 """
 

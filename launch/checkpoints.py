@@ -1,4 +1,4 @@
-"""Lists or verifies the checkpoints of a run, or rolls it back to one.
+"""Lists or verifies the checkpoints of a run, or rolls the run back.
 
 python launch/checkpoints.py --workdir runs/tiny
 python launch/checkpoints.py --workdir runs/tiny --verify
@@ -6,7 +6,8 @@ python launch/checkpoints.py --workdir runs/tiny --rollback 4000
 
 --verify restores all arrays onto the devices and compares their bits with the
 saved fingerprints. --rollback moves all later checkpoints to
-checkpoints.aside/, so that the run resumes from this step. Stop the run first.
+checkpoints.aside/, so that the run resumes from the given step. Stop the run
+before a rollback.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ flags.DEFINE_string('workdir', None, 'Work directory of the run.')
 flags.DEFINE_bool(
   'verify',
   False,
-  'Restore everything; exit status 1 if a checkpoint is damaged.',
+  'Restore every checkpoint. Exit status 1 if one is damaged.',
 )
 flags.DEFINE_integer('rollback', None, 'Step to roll back to.', lower_bound=0)
 flags.mark_flag_as_required('workdir')
@@ -35,7 +36,7 @@ def main(args):
   config.require_workdir(args.workdir)
   import jax
 
-  if not args.verify:  # a running training may hold the devices
+  if not args.verify:  # the run may be training and hold the devices
     jax.config.update('jax_platforms', 'cpu')
   # Orbax warns that checkpoints are opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
@@ -96,8 +97,8 @@ def roll_back(workdir, step):
       except Damaged as error:
         raise UserError(f'step {step} is damaged: {error}') from error
     moved = restore.roll_back(checkpointer, step)
-    where = f'; {", ".join(map(str, moved))} are now in {checkpointer.aside()}'
-  print(f'{directory} ends with step {step}' + (where if moved else ''))
+    moves = f'; {", ".join(map(str, moved))} are now in {checkpointer.aside()}'
+  print(f'{directory} ends with step {step}' + (moves if moved else ''))
 
 
 def _written(path):

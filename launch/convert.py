@@ -1,12 +1,13 @@
-r"""Converts a Hugging Face folder to a work directory, or back; or checks one.
+r"""Converts a Hugging Face folder to a work directory, or back.
 
 python launch/convert.py --from hf --in models/LLaDA-8B-Base --out runs/llada
 python launch/convert.py --to hf --in runs/tiny --out models/tiny
 python launch/convert.py --check --in models/LLaDA-8B-Base
 
 A Hugging Face folder holds config.json, safetensors and usually a tokenizer.
---check compares logits of this package with logits of a NumPy implementation of
-the published code; with --from or --to, after the conversion.
+--check prints the tensors and compares logits of this package with logits of a
+NumPy implementation of the published code. With --from or --to, the check
+follows the conversion.
 """
 
 import os
@@ -29,7 +30,7 @@ flags.DEFINE_enum(
   'family',
   None,
   ['llada', 'dream', 'qwen2', 'qwen3', 'llama'],
-  'Model family of the folder that --to writes. Default: the one that fits.',
+  'Family of the folder that --to writes. Default: a family that fits.',
 )
 flags.DEFINE_float(
   'shard_gb',
@@ -40,13 +41,13 @@ flags.DEFINE_float(
 flags.DEFINE_integer(
   'mask_id',
   None,
-  'Id of the mask token, for a network that was trained without one.',
+  'Id of the mask token, for a network that was trained without a mask token.',
   lower_bound=0,
 )
 flags.DEFINE_bool(
   'without_tokenizer',
   False,
-  'Convert without the tokenizer, if maskdiff cannot read it.',
+  'Convert the weights only, if maskdiff cannot read the tokenizer.',
 )
 flags.mark_flag_as_required('in')
 
@@ -69,7 +70,7 @@ def main(args):
       raise UserError(f'--{name} is for --{needs} hf')
   import jax
 
-  if any(kind.values()) and not args.check:  # needs no accelerator
+  if any(kind.values()) and not args.check:  # a conversion runs on the host
     jax.config.update('jax_platforms', 'cpu')
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)

@@ -7,18 +7,20 @@ python launch/evaluate.py --workdir runs/tiny --task cloze
 python launch/evaluate.py --workdir runs/addition --task addition \
   --sample steps=2 --sample confidence=margin
 
-By likelihood: lines are {"prompt": "...", "answer": "..."} or {"text": "..."}
-for bound, {"prompt": "...", "choices": ["...", ...], "answer": 0} for choices,
-and {"prompt": "...", "answer": "..."} for greedy. A line with a prompt may have
-"suffix": "...", the text after the answer, on which the score is conditioned
-too.
+Tasks scored by likelihood, with their lines of --data:
+  bound: {"prompt": "...", "answer": "..."} or {"text": "..."}
+  choices: {"prompt": "...", "choices": ["...", ...], "answer": 0}
+  greedy: {"prompt": "...", "answer": "..."}
+A line with a prompt may have "suffix": "...", the text after the answer. The
+score is then conditioned on the suffix too.
 
-By sampling: addition, sudoku, countdown and reversal are puzzles; cloze asks
-for words of the run's held-out text. These tasks, and choices without --data,
-generate their own lines. --data takes lines of `launch/puzzles.py --heldout`.
+Tasks answered by the sampler: addition, sudoku, countdown and reversal are
+puzzles; cloze masks words in the run's held-out text. These tasks, and choices,
+generate their lines unless --data is given. For a puzzle, --data is a file of
+`launch/puzzles.py --heldout`.
 
-Prints one JSON line per line of data, in order, and a last one with the totals
-and the settings. See docs/evaluation.md.
+Prints one JSON line per line of data, in order, and a last JSON line with the
+totals and the settings. See docs/evaluation.md.
 """
 
 import functools
@@ -40,8 +42,8 @@ flags.DEFINE_enum(
   None,
   [*SCORED, *ANSWERED],
   'bound: nats per token and bits per byte; choices: accuracy of the most '
-  'likely choice; greedy: whether greedy decoding gives the answer; the '
-  'others: whether the sampler gives a right answer.',
+  'likely choice; greedy: whether greedy decoding gives the answer; other '
+  'tasks: whether the sampler gives a right answer.',
 )
 flags.DEFINE_string(
   'data', None, 'File of JSON lines. Default: generated lines.'
@@ -50,10 +52,10 @@ flags.DEFINE_integer('num', 200, 'Lines to generate.', lower_bound=1)
 flags.DEFINE_multi_string(
   'sample',
   [],
-  'KEY=VALUE, a key of config.sample, for tasks that the sampler answers; may '
-  'be repeated.',
+  'KEY=VALUE, a setting of config.sample, for tasks that the sampler answers. '
+  'May be repeated.',
 )
-flags.DEFINE_integer('batch', 32, 'Lines sampled at once.', lower_bound=1)
+flags.DEFINE_integer('batch', 32, 'Lines per sampling batch.', lower_bound=1)
 flags.DEFINE_enum(
   'form',
   'count',
@@ -66,12 +68,13 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
   'orders',
   16,
-  'Orders per answer for --form multi_sample, one query per token each.',
+  'Random orders per answer for --form multi_sample; one query per token and '
+  'order.',
   lower_bound=1,
 )
 flags.DEFINE_integer('samples', 128, 'Masks per answer.', lower_bound=1)
 flags.DEFINE_integer(
-  'strata', 16, 'Masks that share a stratified draw.', lower_bound=1
+  'strata', 16, 'Number of masks that share a stratified draw.', lower_bound=1
 )
 flags.DEFINE_bool(
   'coupled', False, 'Use each mask together with its complement.'
@@ -85,7 +88,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
   'tokens_per_call',
   4096,
-  'Tokens per forward pass; sets the memory.',
+  'Tokens per forward pass; memory grows with it.',
   lower_bound=1,
 )
 config.define_load_flags()
@@ -156,7 +159,7 @@ def evaluate(args):
 
 
 def generate(args, model):
-  """Returns (name, line) of each generated line of the task."""
+  """Generates the lines of the task; returns a list of (name, line)."""
   from maskdiff.evals import heldout
 
   if args.task in puzzles.PUZZLES:

@@ -1,9 +1,9 @@
-"""Prints where the wall time of a run went, over all its restarts.
+"""Prints the goodput of a run and where its wall time went.
 
 python launch/goodput.py --workdir runs/tiny
 
-Goodput is the share of the time between the first start and the last ledger
-entry that was spent on steps whose result was used.
+Goodput is the share of wall time spent on steps whose result was used. The wall
+time runs from the first start to the last ledger entry, over all restarts.
 """
 
 import os

@@ -1,12 +1,12 @@
-r"""Evaluates a trained model on tasks of the package lm-eval.
+r"""Evaluates a trained model on tasks of lm-eval (LM Evaluation Harness).
 
 python launch/harness.py --workdir runs/tiny --tasks arc_easy,lambada_openai \
   --limit 100 --model samples=64 --model steps=32 --out results.json
 python launch/harness.py --workdir runs/tiny --include_path my_tasks \
   --tasks my_questions
 
-maskdiff/evals/harness.py lists the settings of the likelihood and the sampler.
-The results contain them.
+maskdiff/evals/harness.py lists the settings of --model. The results contain
+the settings.
 """
 
 import json
@@ -27,7 +27,7 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_integer('num_fewshot', None, 'Examples before each question.')
 flags.DEFINE_integer('limit', None, 'Questions per task. Default: all.')
-flags.DEFINE_string('out', None, 'File for all results, with the answers.')
+flags.DEFINE_string('out', None, 'JSON file for all results, with the answers.')
 config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'tasks'])
 

@@ -1,13 +1,13 @@
-r"""Plans a config on TPUs, without a TPU: memory, time and communication.
+r"""Plans a config on TPUs, without a TPU: memory, step time, communication.
 
 python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 \
   [--num_slices 2] [--json FILE] [--plot FILE.png] [--config.train.batch=320]
 python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 --sweep
 python launch/plan.py --config configs/8b.py --topology v5e:2x4 --mode sample
 
-The TPU compiler (pip install -r requirements-tpu.txt) compiles the same step
-that launch/pretrain.py runs, a large model in one or two minutes. Memory is
-what the compiler allocates; time is an estimate. Exit status 1: the config, or
+The TPU compiler (pip install -r requirements-tpu.txt) compiles the train step
+of launch/pretrain.py; a large model takes one or two minutes. The memory is the
+compiler's allocation; the time is an estimate. Exit status 1: the config, or
 every config of a sweep, needs more memory than a chip has.
 """
 
@@ -30,32 +30,35 @@ flags.DEFINE_enum(
   'mode',
   'train',
   ['train', 'sample'],
-  'Plan a training step, or a denoising step.',
+  'Plan a train step, or a denoising step.',
 )
 flags.DEFINE_integer('prompts', 8, 'sample: prompts per batch.')
 flags.DEFINE_integer('prompt_tokens', 128, 'sample: tokens per prompt.')
 flags.DEFINE_integer(
-  'tensor', 1, 'sample: chips that divide every layer.', lower_bound=1
+  'tensor',
+  1,
+  'sample: tensor parallelism, chips that share each layer.',
+  lower_bound=1,
 )
 flags.DEFINE_enum(
   'dtype', 'float32', config.WEIGHT_DTYPES, 'sample: dtype of the weights.'
 )
 flags.DEFINE_bool('sweep', False, 'Plan and rank many configs.')
 flags.DEFINE_list(
-  'sweep_rows', '1,2,4,8', 'Rows per chip and microbatch to try.'
+  'sweep_rows', '1,2,4,8', 'sweep: rows per chip and microbatch.'
 )
 flags.DEFINE_list(
-  'sweep_remat', 'minimal,full', 'Values of model.remat to try.'
+  'sweep_remat', 'minimal,full', 'sweep: values of model.remat.'
 )
 flags.DEFINE_multi_string(
   'sweep_mesh',
   ['fsdp=-1', 'fsdp=-1,tensor=2'],
-  'Mesh to try, such as fsdp=-1,tensor=2; may be repeated.',
+  'sweep: a mesh, such as fsdp=-1,tensor=2; may be repeated.',
 )
 flags.DEFINE_string(
-  'json', None, 'File for all numbers; listed in planner/fields.py.'
+  'json', None, 'JSON file for all numbers; see maskdiff/planner/fields.py.'
 )
-flags.DEFINE_string('plot', None, 'File for a plot of the time of each part.')
+flags.DEFINE_string('plot', None, 'File for a bar chart of the time per part.')
 flags.mark_flags_as_required(['config', 'topology'])
 
 
@@ -129,7 +132,7 @@ def _require_writable(flag, path):
   """Raises UserError unless a file can be written; creates no file."""
   new = not os.path.exists(path)
   with writing(flag, path):
-    with open(path, 'a'):  # an existing file stays as it is
+    with open(path, 'a'):  # does not truncate an existing file
       pass
     if new:
       os.remove(os.path.realpath(path))

@@ -6,7 +6,7 @@ python launch/prepare.py --source 'data/web/*.jsonl.zst' --source data/books \
 python launch/prepare.py --inspect data/rows
 python launch/prepare.py --verify data/rows
 
-After an interruption, the same command resumes.
+After an interruption, the same command resumes the work.
 """
 
 import os
@@ -61,7 +61,7 @@ def main(args):
 def prepare(args):
   from maskdiff.data import prepare, sources, tokenizer
 
-  sys.stdout.reconfigure(line_buffering=True)  # shows progress in a log file
+  sys.stdout.reconfigure(line_buffering=True)  # for progress in a log file
   for name in ('source', 'tokenizer'):
     if not args[name].value:
       raise UserError(f'--out needs --{name}')

@@ -3,8 +3,8 @@ r"""Trains a model, or resumes its training.
 python launch/pretrain.py --config configs/tiny.py --workdir runs/tiny \
   [--config.train.steps=2000 ...]
 
-On a pod, run the same command on every host; see docs/pods.md. The same command
-resumes a run that has ended. Exit status 75: start the command again. Exit
+The same command resumes an interrupted run. On a pod, start the command on
+every host; see docs/pods.md. Exit status 75: start the same command again. Exit
 status 2: fix the command first. See docs/reliability.md.
 """
 
@@ -14,7 +14,7 @@ from maskdiff import config
 
 config.define_config_flag()
 flags.DEFINE_string(
-  'workdir', None, 'Directory of the run, for checkpoints and metrics.'
+  'workdir', None, 'Work directory, for checkpoints and metrics.'
 )
 flags.mark_flags_as_required(['config', 'workdir'])
 

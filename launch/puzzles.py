@@ -3,10 +3,10 @@ r"""Writes puzzles for training or evaluation; see maskdiff/evals/puzzles.py.
 python launch/puzzles.py --task sudoku --num 60000 --out sudoku.jsonl
 python launch/prepare.py --source sudoku.jsonl --out data/sudoku \
   --tokenizer digits.model --row_length 136
-python launch/puzzles.py --task sudoku --heldout --num 200 --out asked.jsonl
+python launch/puzzles.py --task sudoku --heldout --num 200 --out heldout.jsonl
 
 The files are JSON lines with "prompt" and "answer"; lines for training also
-have "text". With any seeds, no training puzzle is also an evaluation puzzle.
+have "text". No training puzzle is an evaluation puzzle, whatever the seeds.
 """
 
 import json

@@ -4,9 +4,9 @@ python launch/report.py runs/tiny [runs/other ...] [--out report.html] \
   [--plan plan.json]
 
 The report is one HTML file that loads no other file. The runs may still be
-training; run the command again for newer curves. A plan of `launch/plan.py
---json`, or plan.json in the work directory of a run, is shown beside the
-measured step time.
+training; run the command again for newer curves. The report compares the
+measured step time with a plan: the file of --plan, or plan.json in the work
+directory of a run. `launch/plan.py --json` writes plans.
 """
 
 import os

@@ -8,8 +8,8 @@ python launch/sample.py --workdir runs/tiny --prompts prompts.jsonl \
 python launch/sample.py --workdir runs/tiny --interactive
 
 Flags with the name of a key of config.sample override the run's config. Without
---steps, the sampler takes one denoising step per token. A text with gaps has
---steps of its own.
+--steps, the sampler takes one denoising step per token. For texts with gaps,
+--steps is the number of denoising steps per text.
 """
 
 import collections
@@ -32,21 +32,23 @@ flags.DEFINE_multi_string(
 flags.DEFINE_string(
   'prompts',
   None,
-  'File of texts to continue, one per line. Or a *.jsonl file, whose lines all '
-  'have "prompt", or all have "infill", and optionally "seed".',
+  'File of texts to continue, one per line; or a *.jsonl file. Its lines all '
+  'have "prompt", or all have "infill"; "seed" is optional.',
 )
 flags.DEFINE_bool(
   'interactive',
   False,
-  'Answer lines from the keyboard or a pipe: texts to continue, or with gaps.',
+  'Answer each line of standard input: a text to continue, or with gaps.',
 )
 flags.DEFINE_string(
-  'out', None, 'File for the answers as JSON lines, instead of printing them.'
+  'out',
+  None,
+  'Write the answers to this file as JSON lines; print none.',
 )
 flags.DEFINE_integer(
   'seed', 0, 'Seed of the first text; the next has seed + 1.', lower_bound=0
 )
-flags.DEFINE_integer('batch', 16, 'Texts sampled at once.', lower_bound=1)
+flags.DEFINE_integer('batch', 16, 'Texts per sampling batch.', lower_bound=1)
 flags.DEFINE_bool('show', False, 'Print the text after each denoising step.')
 flags.DEFINE_string(
   'html', None, 'File for an HTML page that replays the denoising steps.'
@@ -60,7 +62,7 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
   'open_length',
   False,
-  'Append blocks until an eos; --gen_length is the maximum.',
+  'Append blocks until the model predicts eos; at most --gen_length tokens.',
 )
 flags.mark_flag_as_required('workdir')
 config.define_sample_flags()
@@ -121,7 +123,7 @@ def sample(args):
     network, answers.for_gaps(c, args.steps) if gaps else c, tokenizer, context
   )
   began = time.monotonic()
-  totals = collections.Counter()  # survives an interrupt of --interactive
+  totals = collections.Counter()  # kept if Ctrl-C ends --interactive
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     write = stack.enter_context(output.open_file('out', args.out))

@@ -19,8 +19,9 @@ PAGE = (ROOT / 'docs' / 'from_laptop_to_pod.md').read_text()
 README = (ROOT / 'README.md').read_text()
 SPEED = (ROOT / 'docs' / 'speed.md').read_text()
 SAID = re.compile(
-  r"(?P<topology>v\w+:[\dx]+): (?P<hbm>[\d.]+) of a chip's (?P<room>[\d.]+) GiB"
-  r', (?P<step>[\d.]+) s a step, (?P<speed>[\d,]+) tokens/s, MFU (?P<mfu>\d+)%;'
+  r'(?P<topology>v\w+:[\dx]+): (?P<hbm>[\d.]+) of (?P<room>[\d.]+) GiB per chip'
+  r', (?P<step>[\d.]+) s per step, (?P<speed>[\d,]+) tokens/s'
+  r', MFU (?P<mfu>\d+)%;'
   r' [\d.]+ \w+ and (?P<hours>[\d,.]+) chip-hours'
 )
 # Topology of the plan behind each column of the page.

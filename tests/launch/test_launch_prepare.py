@@ -93,7 +93,7 @@ def contents(directory):
 
 
 def read_lines(process, count):
-  """Returns the first lines of its output, as soon as they are printed."""
+  """Returns the first lines of a process's output as soon as they appear."""
   too_late = threading.Timer(20, process.kill)
   too_late.start()
   lines = [process.stdout.readline() for _ in range(count)]
@@ -187,7 +187,7 @@ def kill_9(kill, corpus, directory, parts, seconds):
   if alive:
     kill(process.pid, signal.SIGKILL)
   killed = time.monotonic()
-  # Its workers have the same output, which ends when the last of them does.
+  # The workers share the output, which ends when the last worker ends.
   process.communicate(timeout=20)
   assert time.monotonic() - killed < 5
   return alive
@@ -229,14 +229,14 @@ def test_an_interrupt_keeps_finished_parts(corpus, undisturbed, tmp_path):
   assert process.returncode
   assert done() and not (directory / records.MANIFEST).exists()
   output = run('--source', corpus, '--out', directory, *SETTINGS)
-  assert 'going on: ' in output
+  assert 'resuming: ' in output
   assert contents(directory) == contents(wanted)
 
 
 @pytest.mark.parametrize('end', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signals_end_it_while_input_hangs(small, tmp_path, end):
+def test_signals_end_the_script_while_input_hangs(small, tmp_path, end):
   (tmp_path / 'a.jsonl').write_bytes((small[0].parent / 'a.jsonl').read_bytes())
-  os.mkfifo(tmp_path / 'b.txt')  # opening it blocks until someone writes
+  os.mkfifo(tmp_path / 'b.txt')  # opening a FIFO blocks until a writer opens it
   rows = tmp_path / 'rows'
   args = ['--source', tmp_path, '--text_key=content', '--out', rows]
   process = start(*args, *SETTINGS)
@@ -303,7 +303,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(
 
 def test_skipped_documents_are_counted(small):
   directory, output = small
-  assert '(2 not UTF-8, 1 empty left out)' in output.splitlines()[-1]
+  assert '(skipped: 2 not UTF-8, 1 empty)' in output.splitlines()[-1]
   manifest = records.read_manifest(directory)
   assert manifest.skipped == {'not UTF-8': 2, 'empty': 1}
   assert sum(s.documents for s in manifest.splits.values()) == 300

@@ -33,7 +33,7 @@ def workdir(tokenizer, tmp_path_factory):
 
 
 def test_puzzles_are_written_and_answered(workdir, tmp_path):
-  out = tmp_path / 'asked.jsonl'
+  out = tmp_path / 'heldout.jsonl'
   flags = ('--task=addition', '--num=5', '--digits=3', '--seed=2')
   written = launch('puzzles', *flags, '--heldout', f'--out={out}')
   assert written.returncode == 0, written.stderr
@@ -73,13 +73,13 @@ def test_training_lines_are_written(tmp_path):
     (('--task=sudoku', '--sample=steps'), "'steps': write KEY=VALUE"),
     (
       ('--task=sudoku', '--data=FILE'),
-      "asked.jsonl:1: '6' is not a right answer",
+      "heldout.jsonl:1: '6' is not a right answer",
     ),
   ],
   ids=['no_data', 'sample', 'pair', 'other_lines'],
 )
 def test_wrong_flags_and_lines_are_one_line(workdir, tmp_path, flags, message):
-  data = tmp_path / 'asked.jsonl'
+  data = tmp_path / 'heldout.jsonl'
   data.write_text('{"prompt": "2 x 3 = ", "answer": "6"}\n')
   flags = [f.replace('FILE', str(data)) for f in flags]
   done = launch('evaluate', f'--workdir={workdir}', *flags)

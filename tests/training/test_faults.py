@@ -452,7 +452,7 @@ def test_nan_steps_are_skipped_and_many_in_a_row_stop_the_run(runs):
   assert skip == '((624, 688),)'
   log = runs.finish(f'--config.data.skip_samples={skip}', nan_steps=[9, 20, 21])
   assert 'changed since' in log and 'skip_samples' in log
-  # It resumed after step 42, inside the range of skipped samples.
+  # The run resumed after step 42, inside the range of skipped samples.
   step, meta, state = saved.newest(runs.workdir)
   assert (step, meta['samples']) == (STEPS, 688 + (STEPS - 42) * 16)
   assert state["['guard']['skipped']"] == 6
