@@ -514,7 +514,7 @@ def test_numbers_in_the_text_match_the_configs():
 
   state = 12 * parameters('150m.py')  # with two moments, 4 bytes each
   for number in (
-    f'{parameters("tiny.py") / 1e6:.1f}M,',
+    f'{parameters("tiny.py") / 1e6:.1f} million',
     f'{parameters("150m.py") / 1e6:.0f} million',
     f'{parameters("1b.py", "v6e-1") / 1e9:.2f} billion',
     f'{parameters("1b.py", "v5e-1") / 1e9:.2f} billion',
