@@ -1,8 +1,8 @@
-"""Hugging Face's tokenizer.json, where it is byte-level BPE.
+"""Reads a byte-level BPE tokenizer.json of Hugging Face.
 
-So are the tokenizers of LLaDA, Qwen, Llama 3 and GPT-2. Every token stands for
-bytes, written as characters (GPT-2's table); what reads the file is the package
-`tokenizers`, and what is checked here is that no text is lost and that none
+LLaDA, Qwen, Llama 3 and GPT-2 have such tokenizers. Every token stands for
+bytes, written as characters by GPT-2's table. The package `tokenizers` reads
+the file. This module checks that encoding loses no text, and that no text
 becomes a special token.
 """
 
@@ -12,11 +12,11 @@ import unicodedata
 
 from maskdiff.errors import UserError, one_line
 
-# The files beside tokenizer.json that name its special tokens; the later wins.
+# Files next to tokenizer.json that name its special tokens. The last file takes
+# precedence.
 BESIDE = ('special_tokens_map.json', 'tokenizer_config.json')
 
-# Names of special tokens where those files do not tell. eos stands before pad,
-# whose place it takes.
+# Names of special tokens, used if those files do not name one.
 _WELL_KNOWN = {
   'bos': ('<|startoftext|>', '<|begin_of_text|>', '<s>', '<bos>'),
   'eos': ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>'),
@@ -31,7 +31,10 @@ _FIX = (
 
 
 def encode_batch(processor, texts, num_threads: int) -> list[list[int]]:
-  """Ids of every text; more than one thread means one for every core."""
+  """Returns the token ids of every text, in order.
+
+  Runs on one thread if num_threads is 1, else on one thread per core.
+  """
   encode = processor.encode_batch_fast
   if num_threads == 1:
     return [encode([t], add_special_tokens=False)[0].ids for t in texts]
@@ -44,7 +47,7 @@ def read(path: pathlib.Path, content: bytes):
   Returns:
     - `processor`: tokenizers.Tokenizer.
     - `pieces`: list of the bytes that each id stands for.
-    - `ids`: dict with 'pad', 'bos', 'eos' and 'mask'; None for what it lacks.
+    - `ids`: dict with 'pad', 'bos', 'eos' and 'mask'; None for missing tokens.
 
   Raises:
     UserError: see tokenizer.load.
@@ -72,7 +75,7 @@ def read(path: pathlib.Path, content: bytes):
       f'{path} is not byte-level BPE: use its SentencePiece .model if it has '
       'one, or another tokenizer'
     )
-  # Settings that a training has left in the file; they would change texts.
+  # The file may hold settings of a training run, which would change texts.
   processor.no_truncation()
   processor.no_padding()
   processor.model.dropout = None
@@ -81,12 +84,12 @@ def read(path: pathlib.Path, content: bytes):
 
   added = processor.get_added_tokens_decoder()
   for token in spec.get('added_tokens', []):
-    got = processor.token_to_id(token['content'])
-    if got != token['id']:
+    actual = processor.token_to_id(token['content'])
+    if actual != token['id']:
       raise UserError(
         f'{path} gives {token["content"]!r} the id {token["id"]}, but the '
-        f'package tokenizers makes it {got}: let the ids of added_tokens '
-        'follow the vocabulary without a gap'
+        f'package tokenizers assigns {actual}: renumber added_tokens so that '
+        'their ids follow the vocabulary without a gap'
       )
   vocabulary = processor.get_vocab(with_added_tokens=True)
   pieces = [b''] * (1 + max(vocabulary.values()))
@@ -117,10 +120,10 @@ def _read_json(path: pathlib.Path, content: bytes | None = None) -> dict:
 
 
 def _character_bytes() -> dict[str, int]:
-  """The byte each character of a byte-level token stands for (GPT-2's table).
+  """Returns the byte that each character of a token stands for (GPT-2's table).
 
-  Printable characters of Latin-1 are their own byte; the other bytes have the
-  characters from U+0100 on.
+  Printable characters of Latin-1 stand for their own byte. The other bytes are
+  written as the characters from U+0100 on.
   """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   rest = sorted(set(range(256)) - set(printable))
@@ -134,22 +137,22 @@ _CHARACTER_BYTES = _character_bytes()
 def _token_bytes(token: str) -> bytes:
   if _CHARACTER_BYTES.keys() >= set(token):
     return bytes(_CHARACTER_BYTES[c] for c in token)
-  return token.encode()  # no text becomes this token
+  return token.encode()  # no text is encoded to this token
 
 
 def _check_lossless(path, processor, pieces, added) -> None:
-  """Checks on one text that pieces join to what was encoded.
+  """Checks with one text that the joined pieces of its ids equal the text.
 
-  It has every byte that occurs in UTF-8, white space in odd places and the
-  added tokens that text may hold.
+  The text has every byte that occurs in UTF-8, white space in unusual places,
+  and the added tokens that are not special.
   """
   points = [
     *range(0x800),
     *range(0x800, 0xD800, 0x100),
     *range(0xE000, 0x110000, 0x1000),
   ]
-  mine = [token.content for token in added.values() if not token.special]
-  probe = ' '.join(['  A b\n\n\tC 12 ', *map(chr, points), *mine, '\r\n  '])
+  ordinary = [token.content for token in added.values() if not token.special]
+  probe = ' '.join(['  A b\n\n\tC 12 ', *map(chr, points), *ordinary, '\r\n  '])
   probe = unicodedata.normalize('NFC', probe)
   absent = set(probe.encode()) - {p[0] for p in pieces if len(p) == 1}
   if absent:
@@ -164,14 +167,14 @@ def _check_lossless(path, processor, pieces, added) -> None:
   for text, ids in zip(texts, encoded, strict=True):
     if b''.join(pieces[i] for i in ids) != text.encode():
       raise UserError(
-        f'{path} does not give back every text: set add_prefix_space, lstrip '
-        'and rstrip in it to false and remove normalizers other than NFC, or '
-        'use another tokenizer'
+        f'{path} changes some texts: in this file set add_prefix_space, lstrip '
+        'and rstrip to false and remove normalizers other than NFC, or use '
+        'another tokenizer'
       )
 
 
 def _special_tokens(path, added) -> dict[str, str | None]:
-  """The special token of each kind in _WELL_KNOWN, or None."""
+  """Returns the special token of each kind in _WELL_KNOWN, or None."""
   stated = {}
   for beside in (path.parent / name for name in BESIDE):
     if beside.is_file():
@@ -186,7 +189,8 @@ def _special_tokens(path, added) -> dict[str, str | None]:
     tokens[kind] = token or known
   if not tokens['eos']:
     raise UserError(
-      f'{path} has no eos: name it as "eos_token" in a {BESIDE[-1]} beside it'
+      f'{path} has no eos token: name it as "eos_token" in a {BESIDE[-1]} '
+      'in the same folder'
     )
   return tokens | {'pad': tokens['pad'] or tokens['eos']}
 
@@ -200,7 +204,6 @@ def _check_special(path, processor, tokens, added) -> None:
     (ids,) = encode_batch(processor, [text], num_threads=1)
     if text not in special or not set(ids).isdisjoint(special.values()):
       raise UserError(
-        f'the {kind} token {text!r} of {path} is not special in it, so that '
-        'text could produce it: give it an entry in added_tokens with '
-        '"special": true'
+        f'text could produce the {kind} token {text!r} of {path}: give it an '
+        'entry in added_tokens with "special": true'
       )

@@ -1,7 +1,7 @@
-"""Which row is sample s: a mixture of sources, each in an order of its own.
+"""Maps a sample number to a row: weighted mixture and shuffling.
 
-Everything is arithmetic on the sample index: no table grows with the data, and
-any sample can be asked for at any time.
+The order is computed from the sample number alone. No table grows with the
+data, and samples can be located in any order.
 
     order = make_order(sizes=(10**9, 10**6), weights=(0.9, 0.1), seed=0)
     source, index = locate(order, np.arange(1280))
@@ -15,24 +15,26 @@ import math
 
 import numpy as np
 
-# Weights whose common denominator is larger are rounded to this many parts.
+# Weights with a larger common denominator are rounded to multiples of 1/65536.
 MAX_PERIOD = 1 << 16
 
-# Of the permutation. With 12, some of the 5,040 orders of 7 samples come more
-# often than others; with 24, 400,000 epochs show no difference.
+# Rounds of the Feistel network. With 12 rounds, some of the 5,040 orders of 7
+# samples occur more often than others. With 24, 400,000 epochs show no
+# difference.
 _ROUNDS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """A mixture of sources.
+  """The order of the samples of a mixture of sources.
 
   Attributes:
-    sizes: samples of each source.
+    sizes: number of samples in each source.
     shares: samples of each source in a period of sum(shares) samples.
-    keys: of the shuffles, one for each source.
-    source: [period] int64, which source each sample of a period is from.
-    rank: [period] int64, how many of that source stand before it.
+    keys: key of the shuffle of each source.
+    source: [period] int64, the source of each sample of a period.
+    rank: [period] int64, number of earlier samples of the period with the same
+      source.
   """
 
   sizes: tuple[int, ...]
@@ -45,10 +47,9 @@ class Order:
 def make_order(
   sizes: tuple[int, ...], weights: tuple[float, ...], seed: int
 ) -> Order:
-  """The Order of sources with these sizes and relative weights.
+  """Returns the Order of sources with these sizes and relative weights.
 
-  Weights are taken as the decimal numbers that they print as, so that 0.7 and
-  0.3 make a period of 10.
+  Weights are read as decimal numbers, so that 0.7 and 0.3 have a period of 10.
 
   Raises:
     ValueError: a size or a weight is not positive, or a weight is too small.
@@ -72,13 +73,14 @@ def make_order(
 
 
 def locate(order: Order, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Where samples come from.
+  """Returns the source of each sample and its index in the source.
 
-  Every source is passed through in epochs, each a new permutation of all its
-  samples; sources of a mixture end their epochs at different times.
+  Each source is read in epochs. An epoch is a new permutation of all samples of
+  the source. Sources of a mixture end their epochs at different times.
 
   Args:
-    samples: [M] int64, not negative.
+    order: Order.
+    samples: [M] int64 sample numbers, not negative.
 
   Returns:
     source [M] int64, and index [M] int64 in [0, sizes[source]).
@@ -87,61 +89,63 @@ def locate(order: Order, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   source = order.source[at]
   index = np.empty_like(source)
   for k, size in enumerate(order.sizes):
-    mine = source == k
-    turn = periods[mine] * order.shares[k] + order.rank[at[mine]]
-    epoch, position = np.divmod(turn, size)
-    index[mine] = permute(position, size, order.keys[k], epoch)
+    from_k = source == k
+    count = periods[from_k] * order.shares[k] + order.rank[at[from_k]]
+    epoch, position = np.divmod(count, size)
+    index[from_k] = permute(position, size, order.keys[k], epoch)
   return source, index
 
 
 def permute(
   position: np.ndarray, size: int, key: int, epoch: np.ndarray
 ) -> np.ndarray:
-  """Values at positions of pseudorandom permutations of range(size).
+  """Returns values of pseudorandom permutations of range(size) at positions.
 
-  A Feistel network over pairs (left, right) of numbers below a and b, with
-  a * b just above size; results that are not below size are sent through again
-  (Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
+  Each permutation is a Feistel network over pairs (left, right) of numbers
+  below a and b, where a * b is just above size. A result that is not below size
+  is permuted again (Black and Rogaway, Ciphers with arbitrary finite domains,
+  2002).
 
   Args:
     position: [M] int64 in [0, size).
-    size: of the permutation.
-    key: which family of permutations.
-    epoch: [M] int64, which member of the family.
+    size: size of the permutation.
+    key: selects a family of permutations, one per epoch.
+    epoch: [M] int64, selects the permutation for each position.
 
   Returns:
-    [M] int64 in [0, size); for one epoch a bijection.
+    [M] int64 in [0, size). Within an epoch the map is a bijection.
   """
   a = math.isqrt(size - 1) + 1
-  a += a % 2  # cycles of even length, or only even permutations come about
+  # If a and b were both odd, every permutation would be even.
+  a += a % 2
   b = -(-size // a)
   keys = _mix(np.uint64(key) ^ _mix(epoch.astype(np.uint64)))
   out = position.astype(np.uint64)
-  again = np.arange(len(out))
-  while again.size:
-    k = keys[again]
-    left, right = np.divmod(out[again], np.uint64(b))
+  pending = np.arange(len(out))
+  while pending.size:
+    k = keys[pending]
+    left, right = np.divmod(out[pending], np.uint64(b))
     for r in range(0, _ROUNDS, 2):
       left = (left + _hash(right, k, r)) % np.uint64(a)
       right = (right + _hash(left, k, r + 1)) % np.uint64(b)
-    out[again] = left * np.uint64(b) + right
-    again = again[out[again] >= size]
+    out[pending] = left * np.uint64(b) + right
+    pending = pending[out[pending] >= size]
   return out.astype(np.int64)
 
 
 def _hash(values: np.ndarray, keys: np.ndarray, round_number: int):
-  # Below 2^63, so that the sum with a half does not wrap around.
+  # The result is below 2^63, so that `left + _hash(...)` does not overflow.
   return _mix(values ^ (keys + _ODD[round_number])) >> np.uint64(1)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-  """The finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+  """Hashes uint64 with the finalizer of SplitMix64 (Steele et al. 2014)."""
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return x ^ (x >> np.uint64(31))
 
 
-# Multiples of the golden ratio modulo 2^64, as SplitMix64 steps by.
+# Round constants: multiples of SplitMix64's increment (the golden ratio).
 _ODD = [np.uint64((r + 1) * 0x9E3779B97F4A7C15 % 2**64) for r in range(_ROUNDS)]
 
 
@@ -151,7 +155,7 @@ def _key(text: str) -> int:
 
 
 def _round(parts: list[fractions.Fraction]) -> tuple[int, ...]:
-  """Integers with the same sum, each less than 1 away: largest remainders."""
+  """Rounds parts to integers with the same sum, by largest remainders."""
   whole = [math.floor(p) for p in parts]
   missing = int(sum(parts)) - sum(whole)
   by_remainder = sorted(range(len(parts)), key=lambda k: whole[k] - parts[k])
@@ -161,11 +165,13 @@ def _round(parts: list[fractions.Fraction]) -> tuple[int, ...]:
 
 
 def _spread(shares: tuple[int, ...]) -> list[int]:
-  """Sources in an order whose every prefix has its shares to within 1.
+  """Returns the sources of a period, spread as evenly as possible.
 
-  Item j of a source with share c has the window from floor(j P / c) to
-  ceil((j + 1) P / c) of a period P; taking the item with the earliest end meets
-  all windows (Baruah, Cohen, Plaxton and Varvel 1996, proportionate progress).
+  In every prefix the count of each source is within 1 of its share. Item j of a
+  source with share c must be placed between floor(j P / c) and
+  ceil((j + 1) P / c) of a period P. Placing the item with the earliest deadline
+  meets all deadlines (Baruah, Cohen, Plaxton and Varvel 1996, proportionate
+  progress).
   """
   period = sum(shares)
   waiting = [(0, k, 0) for k in range(len(shares))]

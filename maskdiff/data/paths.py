@@ -1,21 +1,22 @@
-"""Where files are: on this machine, or in a bucket that is mounted on it."""
+"""Local paths of files, also of files in a mounted bucket."""
 
 import os
 import pathlib
 
 from maskdiff.errors import UserError
 
-# Where Vertex AI mounts buckets: gs://BUCKET/x is /gcs/BUCKET/x.
+# Vertex AI mounts buckets in this folder: gs://BUCKET/x is /gcs/BUCKET/x.
 BUCKETS = pathlib.Path('/gcs')
 
 
 def local_path(path: str | pathlib.Path) -> pathlib.Path:
-  """The path on this machine; gs://BUCKET/x is looked for in a mount.
+  """Returns a local path; gs://BUCKET/x becomes a path in the mounted bucket.
 
-  ArrayRecord reads and writes files. Buckets are mounted by gcsfuse.
+  ArrayRecord reads and writes local files only, so a bucket must be mounted by
+  gcsfuse.
 
   Raises:
-    UserError: a bucket that is not mounted, or another remote path.
+    UserError: the bucket is not mounted, or the path is another remote path.
   """
   text = str(path)
   if '://' not in text:

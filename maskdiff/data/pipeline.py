@@ -1,9 +1,9 @@
-"""Token rows to device batches, in an order that nothing can disturb.
+"""Batches of token rows on devices, in a deterministic order.
 
 Sample s of a run is a pure function of (rows on disk, weights, seed, length,
-s). A host that must supply some rows of each global batch reads exactly
-those, by random access, so that host count, mesh, threads and restarts do not
-show in the data, and a position is one integer: the number of samples consumed.
+s). Each host reads only its own rows of each global batch, by random access.
+So the data do not depend on the number of hosts, the mesh, threads or restarts.
+The state of the pipeline is one integer, the number of samples consumed.
 
     rows = host_rows(sharding, (B, L))
     batches = train_batches(datasets, global_batch=B, rows=rows, ...)
@@ -28,7 +28,7 @@ from maskdiff.errors import UserError
 # Held-out samples are the same in every run, whatever its seed.
 HELDOUT_SEED = 0
 
-# The order of about this many samples is worked out at once.
+# The order of about this many samples is computed at once.
 _WINDOW = 1024
 
 
@@ -37,10 +37,10 @@ class Dataset:
   """A prepared directory as a part of a mixture; see `parse_mixture`.
 
   Attributes:
-    name: as the user wrote it, for messages and metrics.
-    directory: of the rows.
-    weight: relative to the other parts of the mixture.
-    manifest: of the directory.
+    name: directory as the user wrote it, for messages and metrics.
+    directory: directory of the rows.
+    weight: weight relative to the other parts of the mixture.
+    manifest: manifest of the directory.
   """
 
   name: str
@@ -50,10 +50,11 @@ class Dataset:
 
 
 def parse_mixture(path: str) -> list[tuple[str, float]]:
-  """Directories and weights of 'DIR' or 'DIR=WEIGHT,DIR=WEIGHT,...'.
+  """Parses 'DIR' or 'DIR=WEIGHT,DIR=WEIGHT,...' to directories and weights.
 
   Raises:
-    UserError: a directory comes twice, or a weight is missing or not positive.
+    UserError: a directory is named twice, or a weight is missing or not
+      positive.
   """
   parts = [part.strip() for part in path.split(',')]
   whole = '://' not in path and os.path.isdir(os.path.expanduser(path))
@@ -89,22 +90,25 @@ def train_batches(
   max_damaged_rows: int = 0,
   skip: Sequence[tuple[int, int]] = (),
 ) -> Iterator[np.ndarray]:
-  """This host's rows of every global batch, without end.
+  """Returns an endless iterator over this host's rows of the global batches.
 
-  Row r of global batch k is sample start_sample + k * global_batch + r, or a
-  later one if samples are passed over; see `sample_number`. Each epoch of a
-  dataset is a new permutation of all its samples, and batches run across its
-  end, so none is lost or repeated there.
+  Row r of global batch k is sample start_sample + k * global_batch + r, plus
+  the number of skipped samples before it; see `sample_number`. Each epoch of a
+  dataset is a new permutation of all its samples. Batches span the end of an
+  epoch, so no sample is lost or repeated.
 
   Args:
+    datasets: parts of the mixture.
+    global_batch: rows of a global batch.
     length: tokens per sample; a divisor or a multiple of the row length.
-    start_sample: samples consumed so far, by whatever batch size.
+    seed: seed of the order.
+    start_sample: samples consumed so far, with any batch size.
     rows: global row numbers that this host supplies; see `host_rows`.
-    num_threads: that read ahead; 0 reads when a batch is asked for.
-    max_damaged_rows: of a dataset that are replaced by its next row, and
-      reported, before one more ends the run; counted by each host, from the
-      start of its process.
-    skip: (first, end) ranges of samples that are passed over.
+    num_threads: threads that read ahead; 0 reads each batch on demand.
+    max_damaged_rows: number of damaged rows per dataset that are reported and
+      replaced by the next row. One more ends the run. Each process counts the
+      rows that it reads.
+    skip: (first, end) ranges of sample numbers to skip.
 
   Returns:
     Iterator of [len(rows), length] int32.
@@ -123,16 +127,17 @@ def train_batches(
 
 
 def sample_number(start, count, skip=()):
-  """The number of a sample of a run, which has passed over some.
+  """Returns the number of a sample in a run that skips some samples.
 
   Args:
-    start: number of the first sample.
-    count: how many came before this one, an int or an array of them.
-    skip: ascending (first, end) ranges of samples that are passed over; what
-      of them lies before `start` no longer matters.
+    start: number from which samples are counted.
+    count: int or array, number of samples between `start` and this one, without
+      skipped samples.
+    skip: ascending (first, end) ranges of sample numbers to skip. Numbers below
+      `start` have no effect.
 
   Returns:
-    int64, like count.
+    int64 in the shape of count.
   """
   number = start + np.asarray(count, np.int64)
   for first, end in skip:
@@ -151,17 +156,26 @@ def heldout_batches(
   rows: Sequence[int],
   num_threads: int,
 ) -> Iterator[np.ndarray]:
-  """This host's rows of num_batches batches, the same in every run.
+  """Returns this host's rows of held-out batches, the same in every run.
 
-  They are the first num_batches * batch samples after one fixed shuffle, so
-  fewer batches or another batch size see a prefix of the same samples.
+  The samples are the first num_batches * batch of one fixed permutation. The
+  order does not depend on the batch size or the number of batches.
+
+  Args:
+    dataset: Dataset; its split 'heldout' is read.
+    batch: rows of a global batch.
+    length: tokens per sample; a divisor or a multiple of the row length.
+    num_batches: number of batches.
+    rows: global row numbers that this host supplies; see `host_rows`.
+    num_threads: threads that read ahead; 0 reads each batch on demand.
 
   Returns:
     Iterator of num_batches arrays [len(rows), length] int32.
 
   Raises:
-    UserError: the length does not fit the row length, there are fewer
-      samples than asked for, or, while iterating, a row is damaged on disk.
+    UserError: the length does not fit the row length, the split has fewer than
+      num_batches * batch samples, or, while iterating, a row is damaged on
+      disk.
   """
   samples = _open(dataset, 'heldout', length, 0)
   if not len(samples):
@@ -185,11 +199,11 @@ def heldout_batches(
 def fingerprint(
   datasets: Sequence[Dataset], *, seed: int, length: int
 ) -> dict[str, str | int | list]:
-  """What decides the order of the data; flat and JSON-able.
+  """Returns what determines the order of the data, as a dict for JSON.
 
-  Two runs with equal fingerprints read the same tokens at the same sample
-  index. Batch size and host count are not part of it, on purpose, nor are the
-  place where a dataset lies and the name of its source.
+  Two runs with equal fingerprints read the same tokens for the same sample
+  number. Batch size, number of hosts, and the names and places of datasets are
+  not part of the fingerprint, so a resumed run may change them.
 
   Raises:
     UserError: the length does not fit a row length.
@@ -211,7 +225,7 @@ def fingerprint(
     'samples': sizes,
     'length': length,
     'seed': seed,
-    # Of the code: the first samples, as a guard against a change of the order.
+    # The first 64 samples, to notice a change of the code.
     'order': _digest([source.tolist(), index.tolist()]),
   }
 
@@ -219,11 +233,11 @@ def fingerprint(
 def host_rows(
   sharding: jax.sharding.Sharding, global_shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-  """The rows of a global batch that this process's devices need, sorted."""
-  needed = set()
+  """Returns the rows of a global batch on this process's devices, sorted."""
+  rows = set()
   for index in sharding.addressable_devices_indices_map(global_shape).values():
-    needed.update(range(*index[0].indices(global_shape[0])))
-  return tuple(sorted(needed))
+    rows.update(range(*index[0].indices(global_shape[0])))
+  return tuple(sorted(rows))
 
 
 def to_device(
@@ -231,21 +245,23 @@ def to_device(
   sharding: jax.sharding.Sharding,
   global_shape: tuple[int, int],
 ) -> Iterator[jax.Array]:
-  """Global [B, L] int32 arrays from this host's rows, one batch ahead.
+  """Moves batches to devices as global arrays, prefetching one batch.
 
   Args:
-    batches: arrays [len(host_rows(sharding, global_shape)), L] int32.
-    sharding: over rows, columns or both.
+    batches: arrays [len(host_rows(sharding, global_shape)), L] int32, this
+      host's rows of each batch.
+    sharding: splits rows, columns or both.
+    global_shape: (B, L).
 
   Returns:
-    Iterator of jax.Array. The transfer of the next one has started when one
-    is handed out, so it overlaps with the step.
+    Iterator of [B, L] int32 jax.Array. The transfer of the next array starts
+    before an array is returned, so it overlaps with the step.
   """
   position = {row: i for i, row in enumerate(host_rows(sharding, global_shape))}
 
   def put(batch: np.ndarray) -> jax.Array:
     def part(index: tuple[slice, slice]) -> np.ndarray:
-      # A device's rows are adjacent in the global batch, so here as well.
+      # The rows of a device are adjacent in the global batch and in `batch`.
       start, stop, _ = index[0].indices(global_shape[0])
       first = position[start]
       return batch[first : first + stop - start, index[1]]
@@ -261,7 +277,7 @@ def to_device(
 
 
 class _Batches:
-  """This host's rows of global batch k, by k; a source for grain.MapDataset."""
+  """A source for grain.MapDataset: item k is this host's rows of batch k."""
 
   def __init__(
     self, samples, order, length, global_batch, rows, number, num_batches=None
@@ -285,8 +301,8 @@ class _Batches:
       return self._samples[0].read(index).astype(np.int32)
     batch = np.empty((len(source), self._length), np.int32)
     for number, samples in enumerate(self._samples):
-      mine = source == number
-      batch[mine] = samples.read(index[mine])
+      from_source = source == number
+      batch[from_source] = samples.read(index[from_source])
     return batch
 
   def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -301,9 +317,10 @@ class _Batches:
 
 
 def _iterate(batches: _Batches, num_threads: int) -> Iterator[np.ndarray]:
-  import grain  # takes 0.1 s, and evaluation of files needs no batches
+  # The import takes 0.1 s, and scripts that need no batches should not pay it.
+  import grain
 
-  # An element is a whole batch: grain takes 0.1 ms an element.
+  # An element is a whole batch, because grain takes 0.1 ms per element.
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
   )

@@ -1,9 +1,9 @@
-"""Documents to token rows on disk, once: parallel, resumable, deterministic.
+"""Writes documents as token rows: parallel, resumable, deterministic.
 
-The input is cut into parts (data.sources), and one process at a time turns one
-part into one shard and a small file of leftovers (data.shards). A preparation
-that is killed goes on with the parts that are not done, and neither that nor
-the number of workers shows in the result, file by file.
+The input is cut into parts (sources.py). A process turns each part into one
+shard and a small file of leftovers (shards.py). A preparation that was killed
+resumes with the unfinished parts. Every file of the result is the same for any
+number of workers and interruptions.
 """
 
 import concurrent.futures
@@ -27,11 +27,11 @@ from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
-# Of the embedded corpus: one document in 20 is never trained on.
+# One document in 20 of the embedded corpus is held out.
 EMBEDDED_HELDOUT_FRACTION = 0.05
 
 _LOCK = '.prepare.lock'
-_PLAIN_REPORT_S = 10.0  # between lines where there is no terminal
+_PLAIN_REPORT_S = 10.0  # seconds between progress lines without a terminal
 
 
 def prepare(
@@ -46,28 +46,31 @@ def prepare(
 ) -> records.Manifest:
   """Writes the documents of a plan as rows of row_length tokens.
 
-  Each document is followed by eos. The training documents of a part stand one
-  after the other and are cut into rows, so a long one goes on in the next row;
-  what is left of all parts is joined in the same way, and of each split less
-  than a row is dropped at its very end.
+  Each document is followed by eos. The training documents of a part are
+  concatenated and cut into rows, so a document may continue in the next row.
+  The leftovers of all parts are concatenated in the same way. At the end of
+  each split less than a row of tokens is dropped.
 
-  Calling it again after an interruption goes on; when all is there, it returns
-  at once. Two processes may call it at the same time: one waits.
+  A call after an interruption resumes; a call after the end returns at once. If
+  two processes call the function at the same time, one waits for the other.
 
   Args:
     plan: from sources.plan.
-    heldout_fraction: share of the documents that goes to the split 'heldout',
-      chosen by a hash of the text, so that copies of one stay on one side.
-    workers: processes; 0 uses this one, with a thread for every core.
-    log: takes lines of progress.
+    tokenizer: Tokenizer.
+    directory: directory to write; new, empty, or of the same preparation.
+    row_length: tokens per row.
+    heldout_fraction: share of the documents that goes to the split 'heldout'. A
+      hash of the text decides, so all copies of a document are in one split.
+    workers: number of worker processes; 0 uses this process, with one thread
+      per core.
+    log: function that receives lines of progress.
 
   Returns:
-    The manifest. The tokenizer's files are copied beside it.
+    The manifest. The tokenizer's files are copied to the same directory.
 
   Raises:
-    UserError: there is not one row, the disk is full or not writable, the
-      directory was prepared from something else, input is damaged, or a worker
-      was killed.
+    UserError: the text does not fill one row, the disk is full or not writable,
+      the directory holds other data, input is damaged, or a worker was killed.
   """
   directory = local_path(directory)
   settings = {
@@ -92,7 +95,7 @@ def prepare(
         row_reader.verify(directory, manifest)
         shutil.rmtree(job.state, ignore_errors=True)
         return manifest
-      _start_or_go_on(job, settings)
+      _start_or_resume(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
       _do_parts(job, tokenizer, plan.parts, workers, log)
       manifest = shards.conclude(job, plan, tokenizer, settings)
@@ -102,8 +105,8 @@ def prepare(
   except OSError as e:
     raise UserError(
       f'cannot write prepared data to {directory} ({e.strerror or e}): free '
-      'some space or choose another place, and run again; finished parts are '
-      'kept'
+      'disk space or choose another directory, and run again; finished parts '
+      'are kept'
     ) from e
 
 
@@ -113,10 +116,10 @@ def embedded(
   row_length: int,
   log: Callable[[str], None] = print,
 ) -> pathlib.Path:
-  """A directory with the rows of the embedded corpus; prepared on first use.
+  """Returns the directory of the embedded corpus; prepares it on first use.
 
-  Its name holds the Python version, the tokenizer's fingerprint and the row
-  length, so different ones live side by side in cache_dir.
+  The name of the directory holds the Python version, the tokenizer's
+  fingerprint and the row length, so cache_dir can hold several preparations.
 
   Raises:
     UserError: as `prepare`.
@@ -141,15 +144,15 @@ def embedded(
     )
   except UserError as e:
     raise UserError(
-      f'{e} (here --row_length is --config.data.length, and the place is '
-      '--config.data.cache_dir)'
+      f'{e} (for the embedded corpus --row_length is --config.data.length, and '
+      'the directory is in --config.data.cache_dir)'
     ) from e
   log(f'data: {summary(manifest)}; {time.perf_counter() - start:.1f} s')
   return directory
 
 
 def summary(manifest: records.Manifest) -> str:
-  """One line: rows, tokens, documents, bytes per token, what was left out."""
+  """Returns rows, tokens, documents and skipped documents as one line."""
   splits = manifest.splits.values()
   tokens = sum(split.tokens for split in splits)
   text_bytes = sum(split.text_bytes for split in splits)
@@ -162,13 +165,13 @@ def summary(manifest: records.Manifest) -> str:
     f'{manifest.row_length}, {tokens:,} tokens of '
     f'{text_bytes / max(1, tokens):.2f} bytes, '
     f'{train.documents:,} + {heldout.documents:,} documents'
-    + (f' ({skipped} left out)' if skipped else '')
+    + (f' (skipped: {skipped})' if skipped else '')
   )
 
 
 @contextlib.contextmanager
 def _locked(directory: pathlib.Path, log) -> Iterator[None]:
-  """Only one process at a time; a lock that dies with its process."""
+  """Locks a directory for this process; the lock ends with the process."""
   path = directory / _LOCK
   while True:
     file = open(path, 'a')
@@ -179,10 +182,10 @@ def _locked(directory: pathlib.Path, log) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as e:
       log(
-        f'{directory} cannot be locked ({e.strerror}): see to it that no other '
+        f'cannot lock {directory} ({e.strerror}): make sure that no other '
         'process prepares it'
       )
-    # The one before may have removed the file that this one waited for.
+    # The previous owner may have removed the lock file in the meantime.
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file.fileno()), path.stat()):
         break
@@ -195,22 +198,22 @@ def _locked(directory: pathlib.Path, log) -> Iterator[None]:
     file.close()
 
 
-def _start_or_go_on(job: shards.Job, settings: dict) -> None:
+def _start_or_resume(job: shards.Job, settings: dict) -> None:
   path = job.state / 'settings.json'
   if path.exists():
-    found = json.loads(path.read_text(encoding='utf-8'))
-    _check_settings(found, settings, job.directory)
+    previous = json.loads(path.read_text(encoding='utf-8'))
+    _check_settings(previous, settings, job.directory)
   else:
-    found = sorted(job.directory.iterdir())
-    others = [p for p in found if not p.name.startswith('.')]
+    paths = sorted(job.directory.iterdir())
+    others = [p for p in paths if not p.name.startswith('.')]
     if others:
       raise UserError(
-        f'{job.directory} is not empty and holds no prepared data (there is '
-        f'{others[0].name}): choose another directory'
+        f'{job.directory} holds files that are not prepared data, such as '
+        f'{others[0].name}: choose another directory'
       )
     job.state.mkdir(exist_ok=True)
     records.write_file(path, lambda f: f.write(json.dumps(settings).encode()))
-  # What a killed process was writing, there or in the directory itself.
+  # Remove files that a killed process left unfinished.
   for unfinished in [
     *job.state.glob('.*'),
     *job.directory.glob('.tokenizer*'),
@@ -220,11 +223,12 @@ def _start_or_go_on(job: shards.Job, settings: dict) -> None:
     unfinished.unlink(missing_ok=True)
 
 
-def _check_settings(found: dict, settings: dict, directory) -> None:
-  for name, now in settings.items():
-    if found.get(name) != now:
+def _check_settings(previous: dict, settings: dict, directory) -> None:
+  for name, value in settings.items():
+    if previous.get(name) != value:
       raise UserError(
-        f'{directory} was prepared with {name}={found.get(name)}, not {now}: '
+        f'{directory} was prepared with {name}={previous.get(name)}, not '
+        f'{value}: '
         'delete it or choose another directory'
       )
 
@@ -236,19 +240,19 @@ def _do_parts(
   workers: int,
   log,
 ) -> None:
-  """Does every part that is not done yet."""
+  """Makes the shards of all unfinished parts."""
   todo = [
     (i, part) for i, part in enumerate(parts) if not shards.is_done(job, i)
   ]
   done = len(parts) - len(todo)
   if done:
-    log(f'going on: {done} of {len(parts)} parts are done')
+    log(f'resuming: {done} of {len(parts)} parts are done')
   with _progress(parts, todo, log) as advance:
     if not workers:
       for i, part in todo:
         advance(part, shards.make_shard(job, tokenizer, i, part))
       return
-    # Spawned, since a fork of a process with threads may hang.
+    # Spawn the workers: a fork of a process with threads may hang.
     pool = concurrent.futures.ProcessPoolExecutor(
       min(workers, max(1, len(todo))),
       multiprocessing.get_context('spawn'),
@@ -259,14 +263,14 @@ def _do_parts(
       try:
         futures = {pool.submit(_worker, i, part): part for i, part in todo}
       except (OSError, ValueError) as e:
-        # Starting a worker while the pool is torn down for another's death.
+        # A worker started while the pool shuts down because another was killed.
         raise concurrent.futures.process.BrokenProcessPool from e
       for future in concurrent.futures.as_completed(futures):
         advance(futures[future], future.result())
     except concurrent.futures.process.BrokenProcessPool as e:
       raise UserError(
-        'a worker was killed, perhaps for memory: run again to go on, with '
-        'fewer --workers if there was not enough'
+        'a worker was killed, perhaps for lack of memory: run again to '
+        'resume, if necessary with fewer --workers'
       ) from e
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
@@ -276,7 +280,7 @@ def _do_parts(
 
 @contextlib.contextmanager
 def _progress(parts, todo, log):
-  """A bar on a terminal, else a line every few seconds, of input bytes."""
+  """Shows progress in input bytes: a bar on a terminal, else lines of text."""
   total = sum(part.size for part in parts)
   before = total - sum(part.size for _, part in todo)
   done, tokens, started = before, 0, time.monotonic()
@@ -308,13 +312,13 @@ def _progress(parts, todo, log):
       bar.close()
 
 
-_worker_setup = None  # of a worker process: its Job and Tokenizer
+_worker_setup = None  # Job and Tokenizer of a worker process
 
 
 def _start_worker(job: shards.Job, tokenizer: tokenizer_lib.Tokenizer) -> None:
   global _worker_setup
-  # An interrupt is the parent's to handle, and the parent's end is ours: a
-  # killed one leaves its workers waiting for good.
+  # The parent handles interrupts. If the parent is killed, its workers would
+  # wait forever, so each of them exits with it.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   threading.Thread(

@@ -1,4 +1,4 @@
-"""How each input format becomes documents, read as it goes."""
+"""Streaming readers: one per input format, from a file to documents."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ EMPTY = 'empty'
 NOT_UNICODE = 'not Unicode'
 REASONS = (NOT_UTF8, NOT_JSON, NO_TEXT, EMPTY, NOT_UNICODE)
 
-# Also what a bucket is asked for at a time, where one is mounted.
+# Bytes per read; a mounted bucket gets one request for each.
 _BUFFER = 1 << 20
 _RECORDS_PER_BATCH = 256
 
@@ -32,16 +32,17 @@ class Skipped:
 
   Attributes:
     reason: one of REASONS.
-    where: the file and what in it: a line, counted from 1; the byte where the
-      line starts, if the file was cut; a row or a record, counted from 0.
+    where: the file and the place in it: a line, counted from 1; the byte at
+      which the line starts, if the file was cut; a row or a record, counted
+      from 0.
   """
 
   reason: str
   where: str
 
 
-# A reader yields a value and its place in the file, if it has one: text, bytes
-# of text, why there is none, or something else.
+# A reader yields tuples: a value and, except for whole files, its place in the
+# file. The value is str, bytes, Skipped, or any object that is not a text.
 
 
 def whole_file(path, size, *_):
@@ -59,15 +60,15 @@ def _json_lines(path, size, start, stop, text_key):
   seen = False
   for line, *place in _lines(path, size, start, stop):
     try:
-      # Not from bytes: json guesses their encoding, and lets surrogates pass.
+      # Decode first: json guesses the encoding of bytes and accepts surrogates.
       value = json.loads(line.decode().removeprefix('\ufeff'))
     except UnicodeDecodeError:
       value = Skipped(NOT_UTF8, _where(path, *place))
     except (ValueError, RecursionError):
       value = Skipped(NOT_JSON, _where(path, *place))
     else:
-      # The first one without it shows a mistake in text_key; among others
-      # that have it, it is one bad document.
+      # If no earlier document has the field, text_key is probably wrong. If
+      # some have it, only this document is bad.
       if isinstance(value, dict) and text_key not in value and not seen:
         raise _no_field(_where(path, *place), text_key, value)
       value = value.get(text_key) if isinstance(value, dict) else None
@@ -94,7 +95,7 @@ def _parquet_rows(path, size, start, stop, text_key):
 def _tfds_records(path, size, start, stop, text_key):
   feature = tfds_feature(os.path.dirname(path), text_key)
   array_record = module('array_record.python.array_record_module')
-  # It raises whatever the libraries below it do.
+  # ArrayRecord and tfds raise several types of exceptions.
   with _open(path, size, Exception):
     reader = array_record.ArrayRecordReader(path)
     for first in range(start, stop, _RECORDS_PER_BATCH):
@@ -116,11 +117,11 @@ READERS = {
 def _lines(
   path: str, size: int, start: int, stop: int
 ) -> Iterator[tuple[bytes, str, int]]:
-  """Lines that are not blank, and begin in a range of bytes: line, place."""
+  """Yields nonblank lines that begin in a range of bytes, with their places."""
   with _open(path, size) as file:
     number, at = 0, start
     if start:
-      # A line that begins before the range, be it by a byte, is not ours.
+      # Skip a line that begins before the range.
       file.seek(start - 1)
       at -= 1
       while at < stop:
@@ -145,11 +146,11 @@ def _unpacked(path: str, file: BinaryIO) -> BinaryIO:
 
 
 class _Zstandard(io.RawIOBase):
-  """Reads what a file holds; the library's own reader misses a missing end."""
+  """Decompresses a file; unlike zstandard's reader, it detects truncation."""
 
   def __init__(self, file: BinaryIO):
     zstandard = module('zstandard')
-    # As large as `zstd --long=31` makes it.
+    # The largest window, made by `zstd --long=31`.
     self._unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     self._error = zstandard.ZstdError
     self._file = file
@@ -163,7 +164,7 @@ class _Zstandard(io.RawIOBase):
     while not self._unpacked:
       packed = self._packed or self._file.read(1 << 16)
       if not packed and self._frame:
-        raise EOFError('it ends early')
+        raise EOFError('the compressed data are truncated')
       if not packed:
         return 0
       self._frame = self._frame or self._unpacker.decompressobj()
@@ -181,7 +182,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def tfds_feature(directory: str, text_key: str):
-  """Decodes the text alone, which is several times as fast as all fields."""
+  """Returns a decoder of the text field, much faster than one of all fields."""
   tfds = module('tensorflow_datasets')
   features = tfds.builder_from_directory(directory).info.features
   if text_key not in features:
@@ -191,11 +192,12 @@ def tfds_feature(directory: str, text_key: str):
 
 @contextlib.contextmanager
 def open_parquet(path: str, size: int, text_key: str):
+  """Opens a Parquet file; raises UserError if it lacks the column text_key."""
   parquet = module('pyarrow.parquet')
   damage = module('pyarrow').ArrowException
-  # Buffered as it goes: by default a whole row group is held in memory.
-  how = dict(pre_buffer=False, buffer_size=_BUFFER)
-  with _open(path, size, damage), parquet.ParquetFile(path, **how) as file:
+  # By default pyarrow holds a whole row group in memory.
+  options = dict(pre_buffer=False, buffer_size=_BUFFER)
+  with _open(path, size, damage), parquet.ParquetFile(path, **options) as file:
     names = file.schema_arrow.names
     if text_key not in names:
       raise _no_field(path, text_key, names)
@@ -204,13 +206,14 @@ def open_parquet(path: str, size: int, text_key: str):
 
 @contextlib.contextmanager
 def _open(path: str, size: int, *damage: type[Exception]) -> Iterator[BinaryIO]:
+  """Opens a file; turns OSErrors and `damage` while reading into UserErrors."""
   try:
     with open(path, 'rb', _BUFFER) as file:
-      found = os.fstat(file.fileno()).st_size
-      if found != size:
+      actual = os.fstat(file.fileno()).st_size
+      if actual != size:
         raise UserError(
-          f'{path} went from {size} to {found} bytes since the input was '
-          'planned: put it back as it was, or prepare into another directory'
+          f'{path} changed from {size} to {actual} bytes since the start: '
+          'restore the file, or prepare into another directory'
         )
       yield file
   except UserError:
@@ -220,6 +223,7 @@ def _open(path: str, size: int, *damage: type[Exception]) -> Iterator[BinaryIO]:
 
 
 def document(value, path: str, *place) -> str | Skipped:
+  """Returns the text of a reader's value, or why it cannot be used."""
   if isinstance(value, Skipped):
     return value
   if isinstance(value, bytes):
@@ -245,17 +249,18 @@ def _where(path: str, *place) -> str:
 def cannot_read(path: str, error: Exception) -> UserError:
   reason = getattr(error, 'strerror', None) or str(error)
   reason = ' '.join(reason.split())
-  return UserError(f'cannot read {path} ({reason}): replace it or leave it out')
+  return UserError(f'cannot read {path} ({reason}): replace it or remove it')
 
 
 def _no_field(where: str, text_key: str, names: Iterable[str]) -> UserError:
   return UserError(
-    f'{where} has no field {text_key!r} among {sorted(names)}: name the one '
-    'that holds the text with --text_key'
+    f'{where} has no field {text_key!r} among {sorted(names)}: set --text_key '
+    'to the field that holds the text'
   )
 
 
 def module(name: str):
+  """Imports an optional package; raises UserError if it is not installed."""
   try:
     return importlib.import_module(name)
   except ImportError as e:

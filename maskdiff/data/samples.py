@@ -1,4 +1,4 @@
-"""Samples of a fixed number of tokens, read from rows of another length."""
+"""Reads samples of a fixed number of tokens from rows of another length."""
 
 import sys
 import threading
@@ -10,13 +10,14 @@ from maskdiff.errors import UserError
 
 
 def num_samples(rows: int, row_length: int, length: int) -> int:
-  """Samples of `length` tokens in `rows` rows.
+  """Returns the number of samples of `length` tokens in `rows` rows.
 
-  A row makes row_length / length samples, or length / row_length rows make
-  one; rows at the end that make no whole sample are not used.
+  A long row is cut into row_length / length samples; short rows are joined,
+  length / row_length to a sample. Rows that do not fill a last sample are not
+  used.
 
   Raises:
-    UserError: the one is not a multiple of the other.
+    UserError: neither length is a multiple of the other.
   """
   if length < 1 or (row_length % length and length % row_length):
     raise UserError(
@@ -28,7 +29,10 @@ def num_samples(rows: int, row_length: int, length: int) -> int:
 
 
 class Samples:
-  """The samples of one split, by number."""
+  """Random access to the samples of one split, by number.
+
+  Up to max_damaged damaged rows are reported and replaced by the next row.
+  """
 
   def __init__(self, rows, length: int, max_damaged: int):
     self._rows, self._length, self._max_damaged = rows, length, max_damaged
@@ -39,7 +43,11 @@ class Samples:
     return self._len
 
   def read(self, samples: np.ndarray) -> np.ndarray:
-    """Samples [M] as tokens [M, length], in the dtype on disk."""
+    """Returns the tokens of samples [M], [M, length] in the dtype on disk.
+
+    Raises:
+      DamagedRow: more than max_damaged rows, or all rows, are damaged.
+    """
     row_length = self._rows.row_length
     if self._length >= row_length:
       per_sample = self._length // row_length
@@ -66,7 +74,7 @@ class Samples:
         return self._rows[row]
       except row_reader.DamagedRow as e:
         self._count(row, e)
-        # The same on every host and after every restart.
+        # The replacement does not depend on the host or on restarts.
         row = (row + 1) % len(self._rows)
         if row == first:
           raise
@@ -80,7 +88,7 @@ class Samples:
     if not known:
       print(
         f'damaged row {len(self._damaged)} of at most {self._max_damaged}, '
-        f'the next one is used instead: {error}',
+        f'replaced by the next row: {error}',
         file=sys.stderr,
         flush=True,
       )

@@ -54,8 +54,8 @@ def read(path: pathlib.Path, content: bytes):
 
 def encode_batch(processor, texts, num_threads: int) -> list[list[int]]:
   """Token ids of every text, in order, on `num_threads` threads."""
-  # The character that stands for a space would come back as a space, so
-  # texts that really contain it are encoded around it.
+  # The library would decode a literal _SPACE as a space. It is therefore
+  # encoded as bytes, and the text around it in parts.
   plain = [t for t in texts if _SPACE not in t]
   encoded = iter(processor.encode(plain, num_threads=num_threads))
   return [

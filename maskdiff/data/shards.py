@@ -1,10 +1,10 @@
-"""Parts of the input to shards of rows, and their leftovers.
+"""Turns parts of the input into shards of rows.
 
-`make_shard` does one part: its training documents become one shard, and what
-does not fit, held-out documents and the tokens at the end that make no whole
-row, goes to a small file of leftovers. With both the part is done (`is_done`).
-`conclude` turns the leftovers of all parts into the held-out shard and a
-last training shard, and says what there is.
+`make_shard` writes the training documents of one part as a shard. Held-out
+documents, and tokens at the end that do not fill a row, go to a small file of
+leftovers. A part is done (`is_done`) when both files are written. `conclude`
+turns the leftovers of all parts into the held-out shard and a last training
+shard, and returns the manifest.
 """
 
 import dataclasses
@@ -20,22 +20,23 @@ from maskdiff.data import readers, records, sources
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 
-STATE = '.prepare'  # in the directory of the shards, until all is done
-_TEXT_CHARS = 1 << 20  # encoded at once
-_BLOCK_TOKENS = 1 << 20  # written at once
+# Folder of unfinished files and leftovers, deleted at the end.
+STATE = '.prepare'
+_TEXT_CHARS = 1 << 20  # characters encoded at once
+_BLOCK_TOKENS = 1 << 20  # tokens written at once
 
 _LEFTOVERS = ('about', 'heldout', 'tail', 'counts')
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is the same for all parts.
+  """Settings that are the same for all parts.
 
   Attributes:
-    directory: of the shards.
+    directory: directory of the shards.
     row_length: tokens per row.
     heldout_fraction: share of the documents in the split 'heldout'.
-    num_threads: that encode in one process.
+    num_threads: threads that encode text in one process.
   """
 
   directory: pathlib.Path
@@ -45,36 +46,44 @@ class Job:
 
   @property
   def state(self) -> pathlib.Path:
-    """Where unfinished files and leftovers are, until all is done."""
+    """Directory of unfinished files and leftovers."""
     return self.directory / STATE
 
   def leftovers(self, number: int) -> pathlib.Path:
-    """What part `number` has besides its shard; written after it."""
+    """File of the leftovers of a part, written after its shard."""
     return self.state / f'{number:05d}.npz'
 
   def shard(self, split: str, number: int) -> pathlib.Path:
+    """File of a shard."""
     return self.directory / f'{split}-{number:05d}.array_record'
 
 
 def is_done(job: Job, number: int) -> bool:
-  """Whether a part has its leftovers, and the shard they speak of."""
+  """Returns whether a part has its leftovers and a shard of the right size."""
   try:
     with np.load(job.leftovers(number)) as file:
-      about, *_ = [file[name] for name in _LEFTOVERS]  # with their checksums
+      # Reading all arrays checks their checksums.
+      about, *_ = [file[name] for name in _LEFTOVERS]
     shard = json.loads(str(about))['shard']
     path = job.shard('train', number)
     return not shard or path.stat().st_size == shard['bytes']
-  except Exception:  # a damaged zip file raises nearly anything
+  except Exception:  # a damaged zip file raises many types
     return False
 
 
 def make_shard(
   job: Job, tokenizer: Tokenizer, number: int, part: sources.Part
 ) -> int:
-  """Writes a part's shard, then its leftovers.
+  """Writes the shard of a part, then its leftovers.
+
+  Args:
+    job: Job.
+    tokenizer: Tokenizer.
+    number: index of the part in the plan.
+    part: the part.
 
   Returns:
-    Its number of tokens.
+    The number of tokens of the part.
 
   Raises:
     UserError: input is damaged, or more than half of it is not text.
@@ -127,7 +136,7 @@ def make_shard(
 def _encoded(
   part, tokenizer, num_threads: int, skipped: dict
 ) -> Iterator[tuple[str, list[int]]]:
-  """Texts of a part with their ids; counts what cannot be read in skipped."""
+  """Yields texts and their ids; counts skipped documents in `skipped`."""
   texts, chars, readable, unreadable = [], 0, 0, 0
 
   def encoded():
@@ -154,7 +163,7 @@ def _encoded(
 
 
 def _cut(chunks, row_length: int, dtype, rest: list) -> Iterator[np.ndarray]:
-  """[R, row_length] blocks; appends what makes no row to rest, at the end."""
+  """Yields [R, row_length] blocks; at the end appends the tail to `rest`."""
   pending, size = [np.zeros(0, dtype)], 0
   for chunk in chunks:
     pending.append(chunk)
@@ -177,7 +186,7 @@ def conclude(
   """Writes the shards of the leftovers and returns the manifest.
 
   Raises:
-    UserError: there is not one row.
+    UserError: the text does not fill one row.
     OSError: the disk is full or not writable.
   """
   parts = range(len(plan.parts))
@@ -214,7 +223,7 @@ def conclude(
   }
   if not any(shards.values()):
     raise UserError(
-      f'{sum(documents.values())} documents make not one row of '
+      f'{sum(documents.values())} documents do not fill one row of '
       f'{job.row_length} tokens: give more text or a shorter --row_length, and '
       'another directory'
     )
@@ -253,6 +262,6 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def _fraction(text: str) -> float:
-  # Python's own hash changes from one process to the next.
+  # Python's `hash` of a string differs between processes.
   digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'big') / 2**64

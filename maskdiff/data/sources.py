@@ -1,9 +1,9 @@
-"""Where text comes from: a corpus, cut into parts that are read on their own.
+"""Finds the input files of a corpus and cuts them into parts.
 
-`plan` looks at names, sizes and metadata and never at text, so it is quick at
-any size; `read` gives the documents of one part. Parts depend on the input
-alone: not on the number of workers, the current directory, or the place where
-the files happen to be mounted.
+`plan` reads names, sizes and metadata but no text, so it is fast for any
+corpus. `read` yields the documents of one part. Parts depend only on the input,
+not on the number of workers, the current directory or the mount point of the
+files.
 """
 
 import collections
@@ -26,9 +26,9 @@ from maskdiff.data.paths import local_path
 from maskdiff.data.readers import Skipped
 from maskdiff.errors import UserError
 
-# A part has 1/256 of the input, so that a pool of workers ends evenly; but
-# not so little that starting it costs more than reading it, nor so much that
-# a machine which goes away takes hours of work with it.
+# A part is 1/256 of the input, so that all workers finish at about the same
+# time. The minimum keeps the cost of starting a part small. The maximum bounds
+# the work that is lost if a machine fails.
 PARTS = 256
 MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 1 << 30
@@ -43,7 +43,7 @@ _FORMATS = {
   '.parquet': 'parquet',
 }
 _PACKED = ('.gz', '.zst')
-_KNOWN = f'{", ".join(_FORMATS)}, or but for .parquet the same with .gz or .zst'
+_KNOWN = f'{", ".join(_FORMATS)}; all except .parquet also with .gz or .zst'
 _FOREIGN = {'site-packages', 'dist-packages', '__pycache__'}
 
 
@@ -54,13 +54,13 @@ class Part:
   Attributes:
     format: 'files' (a document per file), 'lines' (a document per line),
       'jsonl', 'parquet' or 'tfds'.
-    paths: absolute; several small files, or a file of which this is a range.
-    start: of the range; in bytes for 'lines' and 'jsonl', row groups for
-      'parquet', records for 'tfds'.
-    stop: end of the range, exclusive; 0 says that paths are read whole.
-    size: bytes of input as stored; an estimate for ranges that are not bytes.
+    paths: absolute paths of several small files, or of one file.
+    start: start of the range of one file, in bytes for 'lines' and 'jsonl', in
+      row groups for 'parquet', in records for 'tfds'.
+    stop: end of the range, exclusive; 0 if the files are read whole.
+    size: bytes of input as stored; an estimate for 'parquet' and 'tfds'.
     text_key: field that holds the text; '' for 'files' and 'lines'.
-    file_sizes: bytes of each path as a whole, when the plan was made.
+    file_sizes: size of each file in bytes when the plan was made.
   """
 
   format: str
@@ -77,12 +77,13 @@ class Plan:
   """All parts of a corpus, in the order of its sources and their paths.
 
   Attributes:
-    description: the sources in words.
-    fingerprint: 16 hex digits over the name and size of every input file, the
-      boundaries of the parts and the text key. Names are relative to what was
-      given, so a copy elsewhere has the same fingerprint.
-    ignored: files of directories and globs that are of no known format, and
-      linked folders, by suffix.
+    parts: the parts.
+    description: names of the sources.
+    fingerprint: 16 hex digits, a hash of the name and size of every input file,
+      the boundaries of the parts and the text key. Names are relative to the
+      source, so a copy in another place has the same fingerprint.
+    ignored: numbers of ignored files in directories and globs, by suffix, and
+      of linked folders.
   """
 
   parts: tuple[Part, ...]
@@ -92,24 +93,23 @@ class Plan:
 
 
 class _Input(NamedTuple):
-  name: str  # relative to what was given
+  name: str  # relative to the source
   path: str
   size: int  # bytes
   format: str
-  records: int = 0  # for 'tfds'
+  records: int = 0  # number of records of a 'tfds' shard
 
 
 def embedded() -> Iterator[tuple[str, str]]:
-  """Every .py file of the Python standard library, sorted by path.
+  """Returns the .py files of the Python standard library, sorted by path.
 
-  About 1,800 files and 31 MB that every machine with Python already has. The
-  corpus differs a little between Python versions (modules come and go, even
-  in a patch release), and between builds that leave some modules out; numbers
-  measured on it compare within one Python version.
+  They are about 1,800 files and 31 MB, present on every machine with Python.
+  The corpus differs a little between Python versions, even patch releases, and
+  between builds that omit modules. Compare numbers within one Python version.
 
   Returns:
     Iterator of (path relative to the library's root, text). Files that are
-    empty or not valid UTF-8 are left out; line ends are kept as they are.
+    empty or not valid UTF-8 are skipped. Line ends are kept.
 
   Raises:
     UserError: this Python was installed without its sources.
@@ -125,18 +125,19 @@ def embedded() -> Iterator[tuple[str, str]]:
 def plan(
   specs: Sequence[str], *, text_key: str = 'text', by_line: bool = False
 ) -> Plan:
-  """Cuts sources into parts.
+  """Returns the Plan of a corpus: its sources, cut into parts.
 
   Args:
-    specs: each one 'embedded' (the Python standard library), a file, a
+    specs: sources. Each is 'embedded' (the Python standard library), a file, a
       directory, a glob, or 'tfds:DIR:SPLIT', where DIR is a prepared version
       such as ~/tensorflow_datasets/c4/en/3.1.0.
-    text_key: field that holds the text, where documents have fields.
+    text_key: field that holds the text, in formats with fields.
     by_line: whether each line of a .txt file is a document.
 
   Raises:
-    UserError: a source is missing, unreadable, damaged, of a kind that is not
-      known or not installed, named twice, or without text or the text key.
+    UserError: a source is missing, unreadable, damaged, of unknown format or
+      named twice, has no text or no text key, or needs a package that is not
+      installed.
   """
   ignored = collections.Counter()
   inputs = [
@@ -165,18 +166,18 @@ def plan(
 
 
 def read(part: Part) -> Iterator[str | Skipped]:
-  """The documents of a part in the order of the input, held one at a time.
+  """Yields the documents of a part in the order of the input.
 
-  Line ends inside a document and byte order marks stay as they are. Blank
-  lines of line-based files are not documents and are passed over.
+  Line ends inside a document and byte order marks are kept. Blank lines of
+  line-based files are not documents.
 
   Raises:
-    UserError: a file is gone, unreadable, damaged or has another size than
-      when the plan was made, or a document has no field text_key.
+    UserError: a file is missing, unreadable or damaged, or its size has changed
+      since the plan was made; or the field text_key is missing.
   """
-  documents = readers.READERS[part.format]
+  reader = readers.READERS[part.format]
   for path, size in zip(part.paths, part.file_sizes, strict=True):
-    for value, *place in documents(
+    for value, *place in reader(
       path, size, part.start, part.stop, part.text_key
     ):
       yield readers.document(value, path, *place)
@@ -237,7 +238,7 @@ def _walk(
     raise readers.cannot_read(error.filename, error)
 
   for folder, folders, files in os.walk(root, onerror=unreadable):
-    # In place, so that the walk does not even enter them.
+    # os.walk does not enter folders that are removed in place.
     folders[:] = [f for f in folders if f not in foreign]
     links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
     if links:
@@ -280,7 +281,7 @@ def _tfds_shards(spec: str, text_key: str) -> list[_Input]:
   tfds = readers.module('tensorflow_datasets')
   try:
     info = tfds.builder_from_directory(directory).info
-  except Exception as e:  # it raises whatever the libraries below it do
+  except Exception as e:  # tfds raises several types
     raise readers.cannot_read(directory, e) from e
   if info.file_format.value != 'array_record':
     raise UserError(
@@ -300,8 +301,8 @@ def _tfds_shards(spec: str, text_key: str) -> list[_Input]:
 
 
 def _check_named_once(inputs: list[_Input]) -> None:
-  # Few files are links, and to follow every path from the root takes longer
-  # than all the rest of planning.
+  # Resolving every path from the root would take longer than the rest of
+  # planning, so folders are resolved once, and files only if they are links.
   real_folder = functools.cache(os.path.realpath)
   seen = set()
   for path in (i.path for i in inputs):
@@ -311,7 +312,7 @@ def _check_named_once(inputs: list[_Input]) -> None:
       real = os.path.realpath(path)
     if real in seen:
       raise UserError(
-        f'{path} is named twice and would count double: name it once'
+        f'{path} is named twice and would be used twice: name it once'
       )
     seen.add(real)
 
@@ -321,11 +322,11 @@ def _parts(inputs: list[_Input], text_key: str, target: int) -> Iterator[Part]:
     run = list(run)
     row_groups = {}
     if format == 'parquet':
-      # Footers take long to arrive from a bucket, and little work.
+      # Reading footers from a bucket is mostly waiting, so many threads help.
       with concurrent.futures.ThreadPoolExecutor(16) as pool:
         sizes = functools.partial(_row_group_bytes, text_key=text_key)
         row_groups = dict(zip(run, pool.map(sizes, run), strict=True))
-    # A shard of tfds is never read "whole": cut off, it would seem empty.
+    # A shard of tfds always gets a range, so that a truncated shard is noticed.
     limit = -1 if format == 'tfds' else target
     for first, last in _groups([i.size for i in run], limit):
       _, paths, sizes, *_ = zip(*run[first:last], strict=True)
@@ -338,7 +339,7 @@ def _parts(inputs: list[_Input], text_key: str, target: int) -> Iterator[Part]:
 
 
 def _groups(sizes: Sequence[int], target: int) -> Iterator[tuple[int, int]]:
-  """Ranges of neighbours with at most target bytes, or of a single one."""
+  """Yields index ranges with at most `target` bytes, or of a single item."""
   first, total = 0, 0
   for at, size in enumerate(sizes):
     if at > first and total + size > target:
@@ -368,7 +369,7 @@ def _ranges(
 
 
 def _row_group_bytes(i: _Input, text_key: str) -> list[int]:
-  """Of each row group of a Parquet file, as stored."""
+  """Returns the stored bytes of each row group of a Parquet file, estimated."""
   with readers.open_parquet(i.path, i.size, text_key) as file:
     groups = range(file.metadata.num_row_groups)
     unpacked = [file.metadata.row_group(g).total_byte_size for g in groups]

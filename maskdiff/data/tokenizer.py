@@ -1,13 +1,12 @@
 """Text to token ids and back, without loss.
 
-Two kinds of files: SentencePiece models as tokenizer/train.py makes them, and
-Hugging Face's tokenizer.json where it is byte-level BPE (LLaDA, Qwen, Llama 3,
-GPT-2), for which the package `tokenizers` is needed.
+Two kinds of files are supported: SentencePiece models made by
+tokenizer/train.py, and byte-level BPE in a Hugging Face tokenizer.json (LLaDA,
+Qwen, Llama 3, GPT-2), which needs the package `tokenizers`.
 
-What is unusual: `decode` takes ids with masks anywhere among them, also
-between the bytes of one character, because that is what a half-denoised canvas
-looks like. It works on the bytes each id stands for, not on the libraries' own
-decoders.
+A partly denoised canvas may have mask ids anywhere, even between the bytes of
+one character. So `decode` joins the bytes of each id and does not use the
+decoders of the libraries.
 """
 
 import contextlib
@@ -30,18 +29,19 @@ from maskdiff.data import sentencepiece_model as spm
 from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
-# Both libraries take some hundred bytes of memory per character of a text, so
-# longer texts are encoded in parts of at most this many characters, and at
-# most so many at once.
+# Both libraries need some hundred bytes of memory per character of a text. Long
+# texts are therefore encoded in parts of at most PART_CHARS characters, and one
+# call of a library gets about _CHARS_AT_ONCE characters.
 PART_CHARS = 1 << 18
 _CHARS_AT_ONCE = 1 << 22
 
 
-# Cuts here do not change the tokens: before a space that follows anything but
-# white space, and before a line break that follows a word. Learnt pieces have
-# a space only at their beginning, and pre-tokenizers split there too; but some
-# keep a line break with the punctuation before it. A run of white space stays
-# whole, since how it is split depends on what follows it.
+# Places where a cut does not change the tokens: before a space that follows a
+# character other than white space, and before a line break that follows a word.
+# Learned pieces have a space only at their beginning, and pre-tokenizers split
+# before a space too. Some pre-tokenizers keep a line break with the punctuation
+# before it. A run of white space is not cut, because its tokens depend on the
+# text after it.
 _LAST_CUT = re.compile(r'(?s:.+)(?:\S(?= )|[^\W_](?=\n))')
 
 _MODEL = 'tokenizer.model'
@@ -58,16 +58,17 @@ class Tokenizer:
   """A loaded tokenizer; make one with `load`.
 
   Attributes:
-    path: the file it was loaded from.
-    vocab_size: number of ids; valid ids are in [0, vocab_size). A model's
-      vocabulary may be larger, and an id given to `with_ids` lie there.
-    pad_id: the eos where the tokenizer has no pad.
-    bos_id: None where it has none, as Qwen's.
-    mask_id: likewise.
+    path: the file that the tokenizer was loaded from.
+    vocab_size: number of ids of the tokenizer, which are 0..vocab_size-1. The
+      vocabulary of a model may be larger, and `with_ids` accepts its ids.
+    pad_id: eos_id if the tokenizer has no pad token.
+    bos_id: None if the tokenizer has no bos token (Qwen).
+    eos_id: id of the end-of-text token.
+    mask_id: None if the tokenizer has no mask token.
     fingerprint: 16 hex digits of the SHA-256 of the file.
-    pieces: [vocab_size] the UTF-8 bytes each id stands for; empty for special
-      ids and for ids without a token. A text's bytes are the joined pieces of
-      its ids.
+    pieces: [vocab_size] the UTF-8 bytes that each id stands for; empty for
+      special ids and for ids without a token. The joined pieces of the ids of a
+      text are its bytes.
     processor: sentencepiece.SentencePieceProcessor or tokenizers.Tokenizer.
   """
 
@@ -82,24 +83,23 @@ class Tokenizer:
   processor: Any = dataclasses.field(repr=False, compare=False)
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of a text, without bos or eos. Never a special id.
+    """Returns the token ids of a text, without bos, eos or other special ids.
 
-    `decode` gives the text back exactly, unless a tokenizer.json asks for
-    Unicode normalization (Qwen's does: NFC); then it gives back the normalized
-    text.
+    `decode` inverts `encode` exactly. If a tokenizer.json normalizes Unicode
+    (Qwen: NFC), `decode` returns the normalized text.
 
     Raises:
-      ValueError: the text has lone surrogates, which no UTF-8 file holds.
+      ValueError: the text has lone surrogates, which UTF-8 cannot encode.
     """
     return self.encode_batch([text], num_threads=1)[0]
 
   def encode_batch(
     self, texts: Sequence[str], num_threads: int
   ) -> list[list[int]]:
-    """`encode` of every text, in order, on `num_threads` threads.
+    """Returns the token ids of every text, in order; see `encode`.
 
-    For a tokenizer.json, more than one thread means as many as the machine
-    has cores, or as RAYON_NUM_THREADS says.
+    A SentencePiece model uses num_threads threads. For a tokenizer.json, any
+    num_threads above 1 means one thread per core, or RAYON_NUM_THREADS threads.
     """
     ids = [[] for _ in texts]
     for group in _groups(texts):
@@ -113,12 +113,12 @@ class Tokenizer:
     return ids
 
   def decode(self, ids: Iterable[int], mask_text: str = '\u2591') -> str:
-    """The text that ids stand for; the inverse of `encode`.
+    """Returns the text of token ids; the inverse of `encode`.
 
-    Special ids (pad, bos, eos, chat roles) are dropped, the mask id is shown
-    as `mask_text`, and bytes that are not valid UTF-8 (a character with some
-    of its bytes still masked) as the replacement character. So are ids from
-    vocab_size on: a model's vocabulary may be larger than its tokenizer's.
+    Special ids (pad, bos, eos, chat roles) are dropped. The mask id becomes
+    `mask_text`. The replacement character stands for bytes that are not valid
+    UTF-8 (a character with some bytes still masked), and for ids >= vocab_size,
+    which a model may predict if its vocabulary is larger.
 
     Raises:
       IndexError: an id is negative.
@@ -132,35 +132,37 @@ class Tokenizer:
     return b''.join(pieces).decode('utf-8', errors='replace')
 
   def piece(self, i: int) -> bytes:
-    """What `decode` joins: nothing for a special id, and for one that is in a
-    model's vocabulary alone the replacement character."""
+    """Returns the bytes of an id: b'' for special ids.
+
+    Ids >= vocab_size have the bytes of the replacement character.
+    """
     return self.pieces[i] if i < self.vocab_size else spm.REPLACEMENT
 
   def __setstate__(self, state):
     self.__dict__.update(state)
     if not _is_sentencepiece(self.processor):
-      # The one setting that the library's pickles forget.
+      # Pickles of the library do not store this setting.
       self.processor.encode_special_tokens = True
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-  """A Tokenizer from a file, or from the directory that holds it.
+  """Loads a Tokenizer from a file or from its directory.
 
-  Of a directory, tokenizer.model is taken, else tokenizer.json, else the only
-  .model file. Files whose names end in .json are Hugging Face's, all others
-  SentencePiece's.
+  In a directory, the file is tokenizer.model, else tokenizer.json, else the
+  only .model file. A file whose name ends in .json is read as a Hugging Face
+  tokenizer, any other file as a SentencePiece model.
 
   A SentencePiece model must have the control symbols <pad>, <bos>, <eos> and
-  <mask>. Of a tokenizer.json the special tokens are those that
-  tokenizer_config.json or special_tokens_map.json beside it name (bos_token,
-  eos_token, mask_token, pad_token), else added tokens with well-known names.
-  What it has not is None, and `with_ids` fills it in; pad is eos then, and eos
-  must be there.
+  <mask>. For a tokenizer.json, the files tokenizer_config.json or
+  special_tokens_map.json in the same folder name the special tokens (bos_token,
+  eos_token, mask_token, pad_token); otherwise added tokens with well-known
+  names are used. The eos token is required. A missing pad token is replaced by
+  eos. Missing bos and mask tokens are None; `with_ids` sets them.
 
   Raises:
-    UserError: the file is missing or is of neither kind, cannot encode every
-      text without loss, has no eos, or text could produce one of the special
-      ids; or the package `tokenizers` is needed and absent.
+    UserError: the file is missing, is of neither kind, cannot encode every text
+      without loss, has no eos, or has a special id that text could produce; or
+      the package `tokenizers` is needed and not installed.
   """
   path = _find(local_path(path))
   content = _read(path)
@@ -189,10 +191,10 @@ def with_ids(
   eos_id: int | None = None,
   mask_id: int | None = None,
 ) -> Tokenizer:
-  """The same tokenizer with other special ids; None leaves one as it is.
+  """Returns the tokenizer with other special ids; None keeps an id.
 
-  For what a tokenizer does not have, such as Qwen's mask. `copy` does not
-  keep them: they belong to a config.
+  This supplies special tokens that a tokenizer lacks, such as Qwen's mask.
+  `copy` does not save these ids, because they belong to a config.
 
   Raises:
     UserError: text could produce the id, or the mask is also pad, bos or eos.
@@ -202,9 +204,11 @@ def with_ids(
   size = tokenizer.vocab_size
   for name, i in given.items():
     if i < 0 or (i < size and tokenizer.pieces[i]):
-      what = f'is the text {tokenizer.pieces[i]!r}' if i >= 0 else 'is no id'
+      problem = (
+        f'is the text {tokenizer.pieces[i]!r}' if i >= 0 else 'is not an id'
+      )
       raise UserError(
-        f'{name}={i} {what} in {tokenizer.path}: choose the id of a special '
+        f'{name}={i} {problem} in {tokenizer.path}: choose the id of a special '
         f'token, or one that is not in its vocabulary ({size} or more)'
       )
   changed = dataclasses.replace(tokenizer, **given)
@@ -221,9 +225,9 @@ def with_ids(
 def with_missing_ids(
   tokenizer: Tokenizer, ids: Mapping[str, int | None]
 ) -> Tokenizer:
-  """The tokenizer with the special ids that it lacks taken from `ids`.
+  """Returns the tokenizer with its missing special ids set from `ids`.
 
-  Ids that the tokenizer has are not changed, even where `ids` differs.
+  Ids that the tokenizer has do not change, even if `ids` differs.
 
   Args:
     ids: keyword arguments of `with_ids`, such as config.tokens.
@@ -238,15 +242,15 @@ def with_missing_ids(
 
 
 def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
-  """Puts the tokenizer's files where `load(directory)` gives an equal one.
+  """Copies the files of a tokenizer to a directory, for `load(directory)`.
 
-  They get the names tokenizer.model or tokenizer.json, the latter with the
-  files beside it that name its special tokens. Each appears in one step; one
-  that is the same file already is left alone.
+  The copy is named tokenizer.model or tokenizer.json. With a tokenizer.json,
+  the files that name its special tokens are copied too. Each file is written
+  atomically.
 
   Raises:
-    UserError: the directory holds files of another tokenizer, or cannot be
-      written.
+    UserError: the directory holds files of another tokenizer, or is not
+      writable.
   """
   source, directory = pathlib.Path(tokenizer.path), local_path(directory)
   if _is_sentencepiece(tokenizer.processor):
@@ -275,12 +279,12 @@ def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
         temporary.unlink()
       raise UserError(
         f'cannot copy the tokenizer {source} to {directory} ({e.strerror}): '
-        'use a directory that can be written'
+        'choose a writable directory'
       ) from e
 
 
 def _groups(texts) -> Iterator[list[tuple[int, str]]]:
-  """(Index of a text, part of it), as many as are encoded at once."""
+  """Yields lists of (index of a text, part of it), encoded in one call."""
   group, size = [], 0
   for i, text in enumerate(texts):
     for part in _parts(text):
@@ -294,10 +298,14 @@ def _groups(texts) -> Iterator[list[tuple[int, str]]]:
 
 
 def _parts(text: str) -> Iterator[str]:
-  """Cuts a text so that its tokens are those of its parts, where it can.
+  """Yields parts of a text whose tokens are, if possible, those of the text.
 
-  With BPE they are exactly. With a unigram model a choice between two almost
-  equally likely ways may differ: the library adds up float32 from the start.
+  With BPE the tokens are equal, if a good place for a cut exists. A unigram
+  model may choose differently between two almost equally likely segmentations,
+  because the library adds up float32 scores from the start of its input.
+
+  Raises:
+    ValueError: the text has lone surrogates.
   """
   try:
     text.isascii() or text.encode()
@@ -310,8 +318,7 @@ def _parts(text: str) -> Iterator[str]:
   while len(text) > start + PART_CHARS:
     stop = start + PART_CHARS
     cut = _LAST_CUT.match(text, start, stop + 1)
-    # Where there is no good place, combining marks at least stay with what
-    # they are to be composed with.
+    # Without a good place, at least keep combining marks with their letters.
     stop = cut.end() if cut else _before_marks(text, stop)
     yield text[start:stop]
     start = stop

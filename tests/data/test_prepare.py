@@ -251,7 +251,7 @@ def test_summary_says_what_there_is(all_texts, once):
     f'{train.rows:,} + {heldout.rows:,} held-out rows of 32',
     f'{train.documents:,} + {heldout.documents:,} documents',
     f'{train.tokens + heldout.tokens:,} tokens',
-    '2 not UTF-8, 1 not JSON, 1 empty left out',
+    'skipped: 2 not UTF-8, 1 not JSON, 1 empty',
   ):
     assert shown in text
 
@@ -403,7 +403,7 @@ def test_finished_parts_are_not_done_again(
     prepared(plan, tokenizer, directory)
   prepared(plan, tokenizer, directory, lines.append)
   assert numbers == [0, 1, 2, 2]
-  assert lines == ['going on: 2 of 3 parts are done']
+  assert lines == ['resuming: 2 of 3 parts are done']
   prepared(plan, tokenizer, directory, lines.append)
   assert numbers == [0, 1, 2, 2] and len(lines) == 1
 
@@ -439,7 +439,7 @@ def test_a_killed_worker_is_named(texts, tokenizer, tmp_path, parts_done):
   assert '\n' not in str(e.value)
   lines = []
   prepared(plan, tokenizer, directory, lines.append)
-  assert parts_done == 0 or 'going on' in lines[0]
+  assert parts_done == 0 or 'resuming' in lines[0]
   prepared(plan, tokenizer, tmp_path / 'undisturbed')
   assert contents(directory) == contents(tmp_path / 'undisturbed')
 
@@ -554,7 +554,7 @@ def test_a_directory_with_something_else_is_refused(
     (tmp_path / name).write_text('mine')
   before = contents(tmp_path)
   message = refused(small[0], tokenizer, tmp_path)
-  assert 'not empty' in message and name in message
+  assert 'not prepared data' in message and name in message
   assert contents(tmp_path) == before
 
 
@@ -645,14 +645,14 @@ def test_a_full_disk_costs_no_finished_part(
 def test_less_than_a_row_is_refused(tokenizer, tmp_path):
   path = write_jsonl(tmp_path / 'few.jsonl', ['x = 1\n', 'y = 2\n'])
   message = refused(plan_of(path), tokenizer, tmp_path / 'rows')
-  assert '2 documents make not one row of 32 tokens' in message
+  assert '2 documents do not fill one row of 32 tokens' in message
   assert not (tmp_path / 'rows' / records.MANIFEST).exists()
 
 
 def test_empty_documents_alone_are_refused(tokenizer, tmp_path):
   path = write_jsonl(tmp_path / 'none.jsonl', [''] * 300)
   message = refused(plan_of(path), tokenizer, tmp_path / 'rows')
-  assert '0 documents make not one row' in message
+  assert '0 documents do not fill one row' in message
 
 
 def test_an_empty_file_among_others_is_fine(texts, tokenizer, tmp_path):
@@ -754,5 +754,5 @@ def test_embedded_goes_on_after_an_interruption(
     with pytest.raises(KeyboardInterrupt):
       prepare.embedded(tokenizer, tmp_path / 'cache', 32, lines.append)
   directory = prepare.embedded(tokenizer, tmp_path / 'cache', 32, lines.append)
-  assert any('going on' in line for line in lines)
+  assert any('resuming' in line for line in lines)
   assert records.read_manifest(directory)

@@ -1,4 +1,4 @@
-"""A part of the input becomes a shard of rows and a file of leftovers."""
+"""Shards: one part of the input becomes rows and a file of leftovers."""
 
 import collections
 import dataclasses
@@ -323,11 +323,11 @@ def test_large_vocabularies_take_four_bytes(tokenizer, tmp_path):
 
 
 def test_a_document_of_20_megabytes_in_one_line(tmp_path):
-  """It takes memory in proportion to it, and comes back as it was."""
+  """Peak memory is proportional to the document, and its text is unchanged."""
   program = """
 import json, pathlib, random, resource, sys
 import numpy as np
-from maskdiff.data import prepare, records, sources, tokenizer
+from maskdiff.data import prepare, records, row_reader, sources, tokenizer
 
 def peak():  # bytes, on macOS; else KiB
   size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
