@@ -49,7 +49,7 @@ def set_window(browser, size, scheme='light'):
 
 
 def element(browser, name):
-  """First element that matches a CSS selector."""
+  """Returns the first element that matches a CSS selector."""
   return browser.find_element('css selector', name)
 
 

@@ -1,7 +1,7 @@
 """Settings of all tests: the CPU with 8 fake devices, one compile cache.
 
-They are chosen before JAX is imported. Workers of pytest-xdist, and programs
-that tests start, inherit them.
+The settings are environment variables, set before JAX is imported. Workers of
+pytest-xdist, and programs that tests start, inherit them.
 """
 
 import os
@@ -9,20 +9,20 @@ import shutil
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# XLA's pool has one thread per device, and a device with two collectives in
-# flight takes two. If every thread waits for a collective of a device without
-# one, the process hangs: spare threads prevent that.
+# XLA's pool has one thread per device, but a device with two collectives in
+# flight occupies two threads. If all threads wait for a device that has none,
+# the process hangs. Spare threads prevent this.
 os.environ.setdefault('PJRT_NPROC', '64')
-# Most of the time goes into compiling tiny programs, so they are not optimized.
-# On a busy machine 8 devices may wait for each other longer than the 40 s after
-# which XLA aborts the process.
+# Most of the time is spent compiling tiny programs, so they are not optimized.
+# On a busy machine 8 devices may wait for each other for more than 40 s, after
+# which XLA would abort the process.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_force_host_platform_device_count=8'
   + ' --xla_backend_optimization_level=0'
   + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 )
-# A program is compiled once per session, in whatever process.
+# All processes of a session share one compile cache.
 COMPILED = None
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   COMPILED = tempfile.mkdtemp(prefix='compiled')
@@ -81,7 +81,7 @@ def free_compiled_programs():
 
 @pytest.fixture(scope='session')
 def tokenizer():
-  """The tokenizer that comes with the code."""
+  """Returns the tokenizer that is shipped with the code."""
   from maskdiff.data import tokenizer
 
   root = pathlib.Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def tokenizer():
 
 @pytest.fixture(scope='session')
 def corpus(tokenizer, tmp_path_factory):
-  """A directory with rows of 16 tokens, prepared from made-up functions."""
+  """Returns a directory of rows of 16 tokens, made from random functions."""
   from maskdiff.data import prepare, sources
 
   words = random.Random(0)

@@ -13,7 +13,7 @@ def subsets(size):
 
 
 def elbo(table):
-  """Returns the bound: sum over l of 1/l times the mean of S over l-sets."""
+  """Returns the bound: sum over l of 1/l x mean of S over sets of l masks."""
   masked = subsets(table.shape[1])
   sums, counts = np.where(masked, table, 0).sum(axis=1), masked.sum(axis=1)
   return sum(sums[counts == l].mean() / l for l in range(1, table.shape[1] + 1))
@@ -27,11 +27,12 @@ def reference_counts(k, size, batch):
   ]
 
 
-def counts_from_nothing(counts, ranks):
+def counts_from_zero(counts, ranks):
   """Returns queries of ESPO's estimate without complements.
 
-  l tokens are masked, l uniform on 0..A, with weight (A + 1) / l: the first
-  query of each pair of the coupled form. The package does not offer it.
+  These are the first queries of the pairs of the coupled form: l tokens are
+  masked, l uniform on 0..A, with weight (A + 1) / l. The package does not offer
+  this estimate.
   """
   pairs = estimators.exact_count(counts, ranks, coupled=True)
   return estimators.Queries(*(field[::2] for field in pairs))

@@ -45,7 +45,7 @@ def conditionals(joint, ids, mask_id, vocab_size):
   Args:
     joint: [n, ..., n] of L axes, probabilities of L tokens.
     ids: the n tokens of its axes.
-    mask_id: id of the mask token, an unknown token.
+    mask_id: id of the mask token, which marks an unknown token.
     vocab_size: V.
 
   Returns:

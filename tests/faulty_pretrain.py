@@ -4,14 +4,15 @@ python faulty_pretrain.py FAULTS FLAGS...
 
 FAULTS is a JSON object. All keys are optional:
   step_s: delay of every batch, in seconds.
-  process: process to which all other keys except step_s apply; default all.
+  process: index of the process to which all keys except step_s apply; default:
+    all processes.
   stall: [n, seconds]: extra delay of batch n.
   nan_steps: steps with a gradient of NaN.
   spike_steps: steps with loss and gradient 1000 times too large.
-  kill_s: seconds from the start of a save to SIGKILL of the own process.
-  kill_at: first step whose save does this.
+  kill_s: seconds from the start of a save until the process kills itself.
+  kill_at: first step whose save starts this timer.
   term: [step, phase]: the process sends itself SIGTERM in this phase of this
-    step; a phase is one of compile, step, eval, save.
+    step; a phase is compile, step, eval or save.
 """
 
 import json

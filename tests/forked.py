@@ -5,12 +5,13 @@
 
 A server process imports the third-party libraries once. For every program it
 forks a child, which takes over arguments, environment, folder and standard
-files of the caller and runs the script as `python script` would. It saves about
-1.5 s of CPU per program, and the suite starts some hundreds. The package itself
-is not imported by the server, so a program runs the code of its own PYTHONPATH.
+files of the caller and runs the script as `python script` would. Forking saves
+about 1.5 s of CPU per program, and the suite starts hundreds of programs. The
+server does not import the package, so a program runs the code of its own
+PYTHONPATH.
 
-JAX and libtpu read some variables when they are imported: programs with other
-values of these get a server of their own.
+JAX and libtpu read some environment variables when they are imported. Programs
+with other values of these variables get a server of their own.
 """
 
 import array
@@ -41,17 +42,18 @@ MODULES = (
   'tensorboardX',
   'tqdm',
 )
-# Read when JAX or libtpu is imported; all but the last three.
+# Prefixes of variables that JAX or libtpu reads when it is imported, and
+# variables with these prefixes that are read later.
 AT_IMPORT = ('JAX_', 'TPU_', 'LIBTPU_', 'GRPC_')
-SERVER = 'FORK_SERVER'
 LATER = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+SERVER = 'FORK_SERVER'  # variable with the socket of a running server
 
 
 _servers = {}
 
 
 class Process:
-  """A running program, with what tests use of subprocess.Popen."""
+  """A running program, with the methods of subprocess.Popen that tests use."""
 
   def __init__(self, connection, pid, captured):
     self._connection, self.pid, self.returncode = connection, pid, None
@@ -67,7 +69,7 @@ class Process:
         raise subprocess.TimeoutExpired(str(self.pid), timeout) from late
       except BlockingIOError:
         return None
-      # Without an answer the server itself has died.
+      # No answer means that the server itself has died.
       self.returncode = int(answer) if answer else -signal.SIGKILL
       self._connection.close()
     return self.returncode
@@ -86,7 +88,7 @@ class Process:
     self.send_signal(signal.SIGKILL)
 
   def communicate(self, timeout=None):
-    """Waits for the end; returns what went to captured outputs, as str."""
+    """Waits for the end; returns the captured outputs as str."""
     self.wait(timeout)
     texts = []
     for file in self._captured:
@@ -105,8 +107,8 @@ def start(command, env=None, cwd=None, stdin=None, stdout=None, stderr=None):
     env: environment, by default that of this process.
     cwd: folder, by default that of this process.
     stdin, stdout, stderr: open files or descriptors, by default those of this
-      process; subprocess.DEVNULL as there, and PIPE for what `communicate` is
-      to return, which goes to a file until then.
+      process; or subprocess.DEVNULL; or, for outputs, PIPE. A file stores the
+      output of a PIPE until `communicate` returns it.
 
   Returns:
     Process.
@@ -148,8 +150,7 @@ def run(command, env=None, cwd=None, input='', timeout=None, check=False):
 
   Raises:
     subprocess.TimeoutExpired: the program took longer; it was killed.
-    subprocess.CalledProcessError: its status is not 0, if that is to be
-      checked.
+    subprocess.CalledProcessError: `check` is set, and the exit status is not 0.
   """
   with tempfile.TemporaryFile() as given:
     given.write(input.encode())
@@ -170,7 +171,7 @@ def run(command, env=None, cwd=None, input='', timeout=None, check=False):
 
 
 def address(environment):
-  """Path of the socket of the server whose libraries saw these variables.
+  """Returns the socket of a server that was started with these variables.
 
   A program with this path in its environment as SERVER uses the same server.
   """
@@ -192,7 +193,7 @@ def _start_server(seen):
   server = subprocess.Popen(
     [sys.executable, __file__, path],
     env=others | seen,
-    stdin=subprocess.PIPE,  # its end is the server's
+    stdin=subprocess.PIPE,  # the server ends when this pipe is closed
     stdout=subprocess.PIPE,
     cwd=folder.name,
   )
@@ -214,7 +215,7 @@ def serve(path):
   listener.listen(64)
   for name in MODULES:
     __import__(name)
-  # JAX warns of forks because its backends have threads; there is none yet.
+  # JAX warns of forks because its backends have threads; none has started yet.
   warnings.filterwarnings('ignore', category=RuntimeWarning)
   warnings.filterwarnings('ignore', category=DeprecationWarning)
   waiting = selectors.DefaultSelector()
@@ -244,7 +245,7 @@ def serve(path):
       else:
         pid, connection = event.data
         _, status = os.waitpid(pid, 0)
-        with contextlib.suppress(OSError):  # nobody waits for it any more
+        with contextlib.suppress(OSError):  # the caller may have ended
           connection.sendall(b'%d' % os.waitstatus_to_exitcode(status))
         connection.close()
         waiting.unregister(event.fileobj)
@@ -263,19 +264,19 @@ def _receive(connection):
 
 
 def become(command, environment, folder):
-  """Makes this process what `python *command` is, up to its first line."""
+  """Sets up this process as `python *command` would before its first line."""
   before = os.environ.get('PYTHONPATH', '').split(os.pathsep)
   os.environ.clear()
   os.environ.update(environment)
   os.chdir(folder)
-  # Workers that the program spawns find its script from here.
+  # Workers that the program spawns look for its script in this folder.
   multiprocessing.process.ORIGINAL_DIR = folder
   sys.stdin, sys.stdout, sys.stderr = (
     open(number, mode, buffering=buffering, closefd=False, encoding='utf-8')
     for number, mode, buffering in ((0, 'r', -1), (1, 'w', -1), (2, 'w', 1))
   )
   warnings.resetwarnings()
-  # What Python ignores by default.
+  # Warnings that Python ignores by default.
   for category in (
     DeprecationWarning,
     PendingDeprecationWarning,

@@ -37,7 +37,7 @@ def write(workdir, rows, ledger=(), header='total  1,234\n', **changes):
 
 
 def train_row(step, loss, step_s=0.5, batch=BATCH, ratios=(), **more):
-  """A row of training metrics."""
+  """Returns a row of training metrics."""
   return {
     'step': step,
     'train/learning_rate': 1e-3,
@@ -52,7 +52,7 @@ def train_row(step, loss, step_s=0.5, batch=BATCH, ratios=(), **more):
 
 
 def eval_row(step, loss, stderr=0.1, bits_per_nat=0.5, ratios=(), dataset=''):
-  """A row of evaluation metrics."""
+  """Returns a row of evaluation metrics."""
   p = f'eval/{dataset}' if dataset else 'eval'
   return {
     'step': step,
@@ -64,7 +64,7 @@ def eval_row(step, loss, stderr=0.1, bits_per_nat=0.5, ratios=(), dataset=''):
 
 
 def plan(**changes):
-  """The fields of a plan of launch/plan.py --json that the report reads."""
+  """Returns the fields of launch/plan.py --json that the report reads."""
   return {
     'mode': 'train',
     'status': 'fits',

@@ -28,7 +28,7 @@ CONFIG = ObjectiveConfig(
   eos_id=EOS,
   loss_chunk_tokens=64,
 )
-# Small enough to enumerate: three tokens and the mask token, four positions.
+# Small enough for enumeration: three tokens and the mask token, four positions.
 TINY = tiny.model(vocab_size=4, embed=8, layers=1, head_dim=4, mlp=8)
 L = 4
 

@@ -1,9 +1,9 @@
 """Finds the commands in the documents and docstrings of this repository.
 
-Documents show commands in fenced blocks of bash. A mark says that a block does
-not run on any machine: ```bash {.cluster} needs a cluster or its tools,
+Documents show commands in fenced blocks of bash. Marks say which blocks cannot
+run on every machine: ```bash {.cluster} needs a cluster or its tools,
 ```bash {.download} downloads more than packages. GitHub and MkDocs do not show
-the marks. ```python {.run} is a program that is run too.
+the marks. A block ```python {.run} is a program to run as well.
 """
 
 import ast
@@ -34,7 +34,7 @@ class Block(NamedTuple):
     line: number of its first line.
     language: language after the fence.
     marks: marks in braces, without dots.
-    title: file that the block is the text of, or ''.
+    title: name of the file whose text the block shows, or ''.
     lines: list of lines.
   """
 
@@ -79,7 +79,7 @@ def blocks(text):
 
 
 def runs(block):
-  """Returns whether a block runs on any machine."""
+  """Returns whether a block can run on every machine."""
   if block.language == 'python':
     return 'run' in block.marks
   return block.language == 'bash' and not set(block.marks) & set(MARKS)
@@ -156,8 +156,8 @@ def without_brackets(line):
 
 
 def all_commands():
-  """Returns every Command: of all bash blocks, run or not; of code spans that
-  begin with a script; and of docstrings of scripts."""
+  """Returns every Command of bash blocks (run or not), of code spans that begin
+  with a script, and of docstrings of scripts."""
   found = []
   for path in [*PAGES, ROOT / 'WORKSPACE.md']:
     page, text = path.relative_to(ROOT), path.read_text()
@@ -180,8 +180,9 @@ def all_commands():
 
 
 def scripts(command):
-  """Returns the scripts of this repository that a Command starts, as
-  (script, arguments), also inside a word for another shell or tpu_pod.sh."""
+  """Returns (script, arguments) of each script of this repository that a
+  Command starts, also within a quoted command for another shell or
+  tpu_pod.sh."""
   found, words = [], command.words
   for i, word in enumerate(words):
     if re.fullmatch(rf'(\./)?{SCRIPT}', word):

@@ -27,7 +27,7 @@ def newest(workdir):
 
 
 def arrays(path):
-  """Reads an item as a tree of NumPy arrays, whatever the saved sharding."""
+  """Returns an item as a tree of NumPy arrays, regardless of its sharding."""
   with ocp.PyTreeCheckpointer() as checkpointer:
     args = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray),

@@ -1,7 +1,8 @@
 """Programs that replace python and pip while test_commands.py runs a page.
 
-Each runs the real program with less work, as RULES says; without a rule, as
-written. Each command is logged as a line of JSON in the file $COMMAND_LOG.
+Each shim runs the real program with less work if one of RULES matches the
+command, and unchanged otherwise. Each command is logged as a line of JSON in
+the file $COMMAND_LOG.
 """
 
 import importlib.util
@@ -47,7 +48,7 @@ RULES = {
     '--config.model.kv_heads=2 --config.model.head_dim=8 '
     '--config.model.mlp=16',
   ),
-  # Little text is enough if a quarter of it is held out.
+  # With a quarter held out, little text suffices.
   'two workers': Rule(
     r'launch/prepare\.py .*--out', '--workers=2 --heldout_fraction=0.25'
   ),

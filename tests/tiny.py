@@ -35,7 +35,7 @@ MODEL_KEYS = {
   'model.mlp': 16,
   'model.dtype': 'float32',
 }
-# Keys of a config for a training of seconds.
+# Keys of a config for a run that takes seconds.
 TRAIN_KEYS = {
   **MODEL_KEYS,
   'model.remat': 'none',
@@ -57,7 +57,7 @@ def model(**changes):
 def strong_params():
   """Returns parameters of MODEL whose predictions differ between positions.
 
-  Matrices are larger than initial ones; gains are 1.
+  Matrices are larger than at initialization; gains are 1.
   """
   random = np.random.default_rng(5)
 

@@ -16,7 +16,7 @@ from maskdiff.interop import load
 
 
 def recall(rows, tokens, valid):
-  """Returns logits of the memorized row that agrees best with the tokens.
+  """Returns logits of the memorized row that has most of the given tokens.
 
   Args:
     rows: [R, 64] int32, the memorized rows.
@@ -32,7 +32,7 @@ def recall(rows, tokens, valid):
 
 @pytest.fixture
 def model(tokenizer, monkeypatch):
-  """Returns a function that makes a model which has memorized lines."""
+  """Returns a function from lines to a model that has memorized them."""
   fake_networks.put_in(monkeypatch)
 
   def network(config, params):
@@ -72,7 +72,7 @@ def test_memorized_answers_are_right(model):
   assert [row['text'] for row in rows] == [x['answer'] for x in lines]
   assert all(row['correct'] for row in rows)
   assert (total['lines'], total['accuracy']) == (10, 1.0)
-  # One denoising step for each of three digits and an eos.
+  # Three digits and an eos take one denoising step each.
   assert total['forwards_per_token'] == 1.0
   assert total['sampler']['steps'] == total['sampler']['gen_length'] == 4
 

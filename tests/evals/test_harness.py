@@ -1,6 +1,6 @@
-"""The model class for lm-eval: its results equal those of the library.
+"""The model class for lm-eval gives the same results as the library.
 
-Tasks are local files; the network has random weights.
+Tasks are local files, and the network has random weights.
 """
 
 import json

@@ -25,7 +25,7 @@ def documents(config, tokenizer):
 
 
 def texts(corpus, tokenizer, split):
-  """Returns the documents of a split, as text; rows cut some into pieces."""
+  """Returns the documents of a split as text, cut where a row ends."""
   source = row_reader.RowSource(corpus, records.read_manifest(corpus), split)
   rows = np.array([source[i] for i in range(len(source))])
   ends = [np.flatnonzero(row == tokenizer.eos_id) + 1 for row in rows]

@@ -1,4 +1,4 @@
-"""Puzzles: answers are right, wrong answers are refused, no overlap of sets."""
+"""Puzzles: right and wrong answers; training and evaluation sets."""
 
 import fractions
 import itertools
@@ -110,7 +110,7 @@ def test_countdown_has_a_solution():
 
 
 def calculated(expression):
-  """Returns the value by Python's own grammar, in exact fractions."""
+  """Returns the value of an expression as Python computes it with fractions."""
   return eval(  # noqa: S307
     re.sub(r'\d+', lambda m: f'F({int(m[0])})', expression),
     {'F': fractions.Fraction},

@@ -1,6 +1,6 @@
 """Tasks scored by likelihood: reading lines, and results from scores.
 
-There is no network; every token costs one nat.
+A fake score replaces the network: every token costs one nat.
 """
 
 import json
@@ -96,7 +96,7 @@ def test_long_text_is_scored_in_pieces(write, score, scored, tokenizer):
 def test_trailing_white_space_of_a_prompt_is_scored(
   write, score, scored, tokenizer
 ):
-  """LLaDA's evaluation does the same."""
+  """LLaDA's evaluation also scores it."""
   lines = scored_lib.read(
     write({'prompt': 'return ', 'answer': 'self'}), 'bound'
   )
@@ -111,7 +111,7 @@ GAP = {'prompt': 'def ', 'answer': 'read', 'suffix': '(self): café'}
 
 @pytest.mark.parametrize('task', ['bound', 'choices', 'greedy'])
 def test_suffix_is_given_and_not_scored(write, score, scored, tokenizer, task):
-  """The answer is encoded separately: its tokens are those of its text."""
+  """The answer is encoded without the text around it."""
   line, answers = GAP, [' read']
   if task == 'choices':
     line = GAP | {'choices': ['read', 'write'], 'answer': 1}
@@ -153,7 +153,7 @@ def test_suffix_is_refused_for_autoregressive_models(write, task):
 
 
 def test_likeliest_choice_in_all_and_per_byte(write, score, scored, tokenizer):
-  """At one nat per token: the shortest, and the one with the longest tokens."""
+  """At one nat per token, fewest tokens or most bytes per token win."""
   choices = ['x', 'return self']
   counts = [len(tokenizer.encode(c)) for c in choices]
   assert counts[0] < counts[1] < 11

@@ -55,7 +55,7 @@ def logits(config, params, tokens):
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b', 'model_b_sharded'])
 def test_golden_logits_before_and_after_conversion(name, tmp_path):
-  """On 8 devices. The recorded logits come from the published code."""
+  """Runs on 8 devices. The recorded logits come from the published code."""
   folder, workdir = GOLDEN / name, tmp_path / 'run'
   convert.from_hf(folder, workdir)
   with np.load(GOLDEN / 'forward.npz') as arrays:

@@ -29,7 +29,7 @@ def test_config_round_trip(case):
 
 @pytest.mark.parametrize('case', published_folders.MODELS)
 def test_unchanged_config_is_kept(case):
-  """Unknown keys stay, and so does the spelling of rope_scaling and dtype."""
+  """Unknown keys and the spelling of rope_scaling and dtype are kept."""
   family, model = published_folders.model_of(case)
   original = config_of(case, torch_dtype=None, dtype='bfloat16', extra=[1])
   if family.scales_rope:

@@ -19,7 +19,7 @@ META = Meta(config={})
 
 
 def counting(array):
-  """Returns a Leaf of an array, and the list of the indices read from it."""
+  """Returns a Leaf of an array, and the list to which reads add indices."""
   seen = []
 
   def read(index):

@@ -1,6 +1,7 @@
 """Logits of models that transformers builds, before and after conversion.
 
-Needs torch and transformers (requirements-interop-test.txt), else skipped.
+The tests are skipped without torch and transformers
+(requirements-interop-test.txt).
 """
 
 import numpy as np
@@ -44,7 +45,7 @@ IDS = np.array([[5, 7, 11, 250, 80, 2, 9, 256], list(range(40, 48))])
 
 @pytest.fixture(scope='module', params=MODELS)
 def saved(request, tmp_path_factory):
-  """A transformers model with random weights, and its folder."""
+  """Returns a transformers model with random weights, and its folder."""
   torch.manual_seed(0)
   config = MODELS[request.param](transformers)
   model = transformers.AutoModelForCausalLM.from_config(config).float().eval()

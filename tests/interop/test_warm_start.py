@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def rows(folder, tmp_path_factory):
-  """Prepared rows of 16 tokens, encoded with the folder's tokenizer."""
+  """Returns a directory of rows of 16 tokens, with the folder's tokenizer."""
   path = tmp_path_factory.mktemp('rows')
   with open(path / 'text.jsonl', 'w') as f:
     for i in range(60):
@@ -126,7 +126,7 @@ def script(name, *flags):
 
 
 def test_scripts_read_a_folder_without_changing_it(folder, tmp_path):
-  """The text is that of the converted weights."""
+  """Sampling from the folder gives the same text as from a converted folder."""
   before = published_folders.contents(folder)
   convert.from_hf(folder, tmp_path / 'run')
   flags = ('--prompt=def f', '--gen_length=8', '--steps=4', '--block_length=4')

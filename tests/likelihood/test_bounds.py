@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from every_mask import (
-  counts_from_nothing,
+  counts_from_zero,
   elbo,
   reference_counts,
   subsets,
@@ -64,7 +64,7 @@ def logits_of(labels, network, tokens):
 
 
 def log_p(network, row, answer, masked, guidance=0.0):
-  """Log-probabilities of one row, written plainly: guidance on full logits.
+  """Returns log-probabilities of one row; guidance combines full logits.
 
   Args:
     network: Network.
@@ -121,7 +121,7 @@ IDS = {'model_a': 510, 'model_b': 297}
 
 @pytest.fixture(scope='module', params=IDS)
 def golden(request):
-  """Name of a model, its network and settings, and its recorded arrays."""
+  """Returns name, (network, settings) and recorded arrays of a model."""
   name = request.param
   model_config, weights = golden_models.load(name)
   with np.load(golden_models.GOLDEN / 'likelihood.npz') as file:
@@ -201,7 +201,7 @@ def test_left_to_right_equals_smdm(golden, case):
 
 @pytest.mark.parametrize('case', [0, 1, 2])
 def test_greedy_check_equals_llada(golden, monkeypatch, case):
-  """It also commits the tokens in the same order."""
+  """The tokens are also committed in the same order."""
   _, network, arrays = golden
   of = lambda field: arrays[f'greedy{case}.{field}']
   seen = []
@@ -225,7 +225,7 @@ def test_greedy_check_equals_llada(golden, monkeypatch, case):
 
 @pytest.mark.parametrize('case', range(8))
 def test_every_mask_and_order_equals_recorded_values(case):
-  """Log-probabilities under every mask, the bound and the marginal."""
+  """Compares log-probabilities under every mask, the bound, the marginal."""
   model_config, weights = golden_models.load('model_a')
   network = fake_networks.network(
     model_config, weights, predict_mask=True, mask_id=IDS['model_a']
@@ -283,16 +283,14 @@ def test_coupled_estimates_equal_espo(golden, case):
   np.testing.assert_allclose(found, recorded, atol=2e-4)
 
 
-def test_uncoupled_estimates_equal_espo(
-  golden,
-):
-  """ESPO's counts start from 0 without complements too, weight (L + 1) / l.
+def test_uncoupled_estimates_equal_espo(golden):
+  """Without complements, ESPO's counts also start from 0, weight (L + 1) / l.
 
-  That is unbiased, and no estimator of this package: one draw in L + 1 hides
-  nothing, as in a row of model_a, and is worth 0 whatever the network says.
-  tests/likelihood/test_estimators.py has what that costs.
+  This estimate is unbiased, but the package does not offer it: one draw in
+  L + 1 masks nothing, as in a row of model_a, and has value 0 for any network.
+  tests/likelihood/test_estimators.py measures the variance that this adds.
   """
-  found, recorded, coupled = espo(golden, 2, counts_from_nothing)
+  found, recorded, coupled = espo(golden, 2, counts_from_zero)
   assert not coupled
   np.testing.assert_allclose(found, recorded, atol=2e-4)
   assert (recorded == 0).sum() == {'model_a': 1, 'model_b': 0}[golden[0]]
@@ -307,7 +305,7 @@ SHORT_ANSWERS = [[9, 5, 20, 8, 6, 7][:size] for size in range(1, 7)]
 
 @pytest.fixture(scope='module')
 def exact_bounds(network):
-  """Function from a scale of guidance to the bounds of SHORT_ANSWERS."""
+  """Returns a function from guidance to the bounds of SHORT_ANSWERS."""
 
   @functools.cache
   def exact(guidance):
@@ -327,7 +325,7 @@ def exact_bounds(network):
 def test_bound_equals_enumeration_to_three_standard_errors(
   network, exact_bounds, c, form, coupled
 ):
-  """To three standard errors, for answers of one to six tokens in one call."""
+  """Answers of one to six tokens are estimated in one call of `bound`."""
   value, error = bounds.bound(
     network,
     c,
@@ -369,7 +367,7 @@ def test_any_part_of_a_row_can_be_scored(network):
 
 @pytest.mark.parametrize('c', [CONFIG, GUIDED], ids=['plain', 'guided'])
 def test_line_with_suffix_equals_enumeration(network, c, tmp_path):
-  """A line of a file against the enumeration given prompt and suffix."""
+  """Compares a line of a file with the enumeration given prompt and suffix."""
   path = tmp_path / 'gap.jsonl'
   path.write_text('{"prompt": "bc", "answer": "hjm", "suffix": "dpk"}\n')
   letters = types.SimpleNamespace(
@@ -393,7 +391,7 @@ def test_line_with_suffix_equals_enumeration(network, c, tmp_path):
   assert found['nats'] == pytest.approx(-exact, rel=1e-5)
   (found,), _ = scored_lib.bound(lines, letters, c.context, by_chance)
   assert abs(found['nats'] + exact) <= 4 * found['stderr_nats']
-  # As if nothing followed, it would be another number.
+  # Without the suffix the bound would differ.
   alone = elbo(enumerate_masks(network, row[:5], answer[:5], c.guidance))
   assert abs(exact - alone) > 1
 
@@ -428,7 +426,7 @@ def importance_weighted(exact, k):
 def test_more_orders_tighten_the_importance_weighted_bound(network):
   """Means equal the enumeration over all draws of K of the 6 orders.
 
-  They stay below the marginal. docs/likelihood.md has the values.
+  The means stay below the marginal. docs/likelihood.md lists the values.
   """
   prompt, answer, seeds = [7, 8], [9, 5, 20], 300
   row = prompt + answer
@@ -476,9 +474,9 @@ def test_corpus_sums_answers():
 
 @pytest.fixture(scope='module')
 def decoded():
-  """Greedy continuations by the sampler, of 6 tokens each.
+  """Returns greedy continuations by the sampler, of 6 tokens each.
 
-  Prompts are not empty: on an all-masked row all positions tie.
+  No prompt is empty, because all positions of an all-masked row tie.
   """
 
   def sample(network):
@@ -512,7 +510,7 @@ def test_greedy_check_accepts_only_the_sampled_text(
 
 
 def test_greedy_check_sees_text_on_both_sides(network):
-  """A plain loop commits the most confident token first."""
+  """Compares with a plain loop that commits the most confident token first."""
   row = np.array([7, 8, 0, 0, 0, 11, 12])
   answer = np.isin(np.arange(7), [2, 3, 4])
   masked = answer.copy()
@@ -563,7 +561,7 @@ def test_padding_has_no_influence(network):
 
 
 def test_tokens_on_padding_have_no_influence(network):
-  """The compiled function is called with other tokens on the padding."""
+  """Calls the compiled function with other tokens on the padding."""
   call = queries.Call(
     tokens=np.full((4, 16), 9, np.int32),
     valid=np.arange(16) < np.array([[7], [16], [8], [9]]),
@@ -611,7 +609,7 @@ def test_padded_lengths_are_few():
 
 
 def test_many_rows_compile_few_shapes(network):
-  """Fewer than there are lengths, or numbers of queries."""
+  """The shapes are fewer than the distinct lengths or numbers of queries."""
   random = np.random.default_rng(0)
   sizes = random.integers(1, 28, 40)
   rows = bounds.lay_out(
@@ -709,7 +707,7 @@ def test_invalid_rows_are_refused(network, case):
 
 
 def test_empty_prompt_gives_the_unconditional_bound(network):
-  """With guidance too: there is no prompt to mask."""
+  """Guidance changes nothing, since there is no prompt to mask."""
   table = enumerate_masks(network, [9, 5, 20], np.ones(3, bool))
   for c in (CONFIG, GUIDED):
     value, error = bounds.bound(

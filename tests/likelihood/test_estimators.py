@@ -1,7 +1,7 @@
 """Estimators against enumeration: masked tokens and weights.
 
-A table replaces the network. It has the log-probability of every token for
-every set of masked tokens.
+A table of the log-probability of every token for every set of masked tokens
+replaces the network.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from every_mask import (
-  counts_from_nothing,
+  counts_from_zero,
   elbo,
   reference_counts,
   subsets,
@@ -61,7 +61,7 @@ def stderr(e, queries, table):
 @pytest.mark.parametrize('coupled', [False, True])
 @pytest.mark.parametrize('size', [1, 2, 4])
 def test_exact_counts_average_to_the_bound(size, coupled):
-  """Over every count with every permutation."""
+  """Averages over every count with every permutation."""
   table = random_table(size)
   counts = range(0 if coupled else 1, size + 1)
   draws = list(itertools.product(counts, itertools.permutations(range(size))))
@@ -73,7 +73,7 @@ def test_exact_counts_average_to_the_bound(size, coupled):
 @pytest.mark.parametrize('coupled', [False, True])
 @pytest.mark.parametrize('size', [1, 3, 5])
 def test_random_masks_average_to_the_bound(size, coupled):
-  """Over every set of masked tokens, by a quadrature over times."""
+  """Averages over every set of masked tokens, with quadrature over times."""
   table, masked = random_table(size), subsets(size)
   nodes, weights = np.polynomial.legendre.leggauss(8)
   total = 0
@@ -104,7 +104,7 @@ def test_draws_are_unbiased_to_three_standard_errors(e, size):
 
 
 def test_uncoupled_weights_are_biased_with_complements():
-  """Counts from 0 need the weight (A + 1) / l."""
+  """Counts that start from 0 need the weight (A + 1) / l."""
   table = random_table(A)
   draws = itertools.product(range(A + 1), itertools.permutations(range(A)))
   counts, ranks = map(np.array, zip(*draws, strict=True))
@@ -115,11 +115,12 @@ def test_uncoupled_weights_are_biased_with_complements():
 
 @pytest.mark.parametrize('size', [1, 2, 4])
 def test_counts_from_zero_have_more_variance(size):
-  """This is why ESPO's estimate without complements is not offered.
+  """The package therefore does not offer ESPO's estimate without complements.
 
-  Its mean is the bound too. But one draw in A + 1 masks nothing and has value
-  0, so its variance is larger by the squared bound over A + 1. This holds even
-  if such draws cost no forward pass and others replace them.
+  The mean of that estimate is the bound too. But one draw in A + 1 masks
+  nothing and has value 0, which raises the variance by the squared bound over
+  A + 1. The variance is larger even if such draws cost no forward pass and
+  others replace them.
   """
   table = random_table(size)
   orders = list(itertools.permutations(range(size)))
@@ -128,7 +129,7 @@ def test_counts_from_zero_have_more_variance(size):
     draws = list(itertools.product(counts, orders))
     return queries_of(*map(np.array, zip(*draws, strict=True)))
 
-  from_zero = every(range(size + 1), counts_from_nothing)
+  from_zero = every(range(size + 1), counts_from_zero)
   from_one = every(
     range(1, size + 1),
     lambda counts, ranks: estimators.exact_count(counts, ranks, coupled=False),
@@ -210,7 +211,7 @@ def variance(e, table):
 
 
 def test_each_refinement_lowers_the_variance():
-  """For a table in which masks make tokens improbable, as if trained."""
+  """The table is like a trained model's: masks make tokens improbable."""
   table = trained_table(10)
   plain, strata, count, count_strata, coupled = (
     variance(e, table)
@@ -232,7 +233,10 @@ REFUSED = {
   'form': (dict(form='counts'), "'counts'.*count, bernoulli"),
   'nothing': (dict(samples=0), 'samples=0'),
   'strata': (dict(samples=24), 'samples=24.*multiple of 16.*strata=16'),
-  'pairs': (dict(samples=16, coupled=True), 'multiple of 32.*16 and coupled=True'),
+  'pairs': (
+    dict(samples=16, coupled=True),
+    'multiple of 32.*coupled=True',
+  ),
   'no_strata': (dict(strata=0), 'strata=0'),
 }
 

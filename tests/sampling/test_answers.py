@@ -13,11 +13,11 @@ from maskdiff.sampling.answers import Sampling
 from maskdiff.sampling.prompts import Prompt
 from maskdiff.sampling.request import SamplerConfig
 
-LENGTH = 8  # of an answer
+LENGTH = 8  # slots of an answer
 
 
 def nearest(table, tokens, valid):
-  """Logits from the tokens on either side."""
+  """Returns logits that depend on the two neighbours of each position."""
   known = jnp.where(valid, tokens, 0)
   left, right = jnp.roll(known, 1, axis=1), jnp.roll(known, -1, axis=1)
   right = right.at[:, -1].set(0)
@@ -31,7 +31,7 @@ def fake(monkeypatch):
 
 @pytest.fixture(scope='module')
 def sampling(tokenizer):
-  """A network that predicts about thirty tokens, eos among them."""
+  """Returns a Sampling whose network predicts 31 tokens, eos among them."""
   random = np.random.default_rng(0)
   size = tokenizer.vocab_size
   table = np.full((size, size), -30.0)
@@ -63,7 +63,7 @@ def encode(sampling, texts, gaps=False):
   return answers.encode_texts(prompts, gaps, sampling.tokenizer.encode, LENGTH)
 
 
-def talk(sampling, lines):
+def converse(sampling, lines):
   """Returns the answers of a conversation, and its notes."""
   notes = []
   return list(answers.converse(sampling, lines, 0, notes.append)), notes
@@ -90,7 +90,7 @@ def test_prompts_stop_at_eos_and_gaps_do_not(sampling):
   short = [a for a in found if a['tokens'] < LENGTH]
   assert short and len(short) < len(found)
   assert all(a['forwards'] <= LENGTH for a in found)
-  found, _ = talk(s, ['x {{8}} y'] * 24)
+  found, _ = converse(s, ['x {{8}} y'] * 24)
   assert {a['tokens'] for a in found} == {LENGTH}
   assert all(a['text'].endswith(' y') for a in found)
 
@@ -110,15 +110,15 @@ def test_recorded_answers_equal_those_in_batches(sampling, gaps, tokenizer):
 
 
 def test_conversation_equals_a_batch(sampling):
-  """Padding does not change answers, and earlier lines do not either."""
+  """Neither padding nor earlier lines change an answer."""
   texts = [text for text in TEXTS if text]
-  found, _ = talk(sampling, texts)
+  found, _ = converse(sampling, texts)
   batch = answers.in_batches(sampling, encode(sampling, texts), len(texts))
   assert found == list(batch)
 
 
 def test_conversation_mixes_prompts_and_gaps(sampling):
-  found, _ = talk(sampling, [GAPS[0], 'x = 1', GAPS[2]])
+  found, _ = converse(sampling, [GAPS[0], 'x = 1', GAPS[2]])
   assert [a.get('infill') for a in found] == [GAPS[0], None, GAPS[2]]
   assert found[0]['text'].startswith('def ')
   assert found[0]['text'].endswith('):')
@@ -126,12 +126,12 @@ def test_conversation_mixes_prompts_and_gaps(sampling):
 
 
 def test_conversation_compiles_few_programs(sampling):
-  """For rows of up to 32, 64 and 100 tokens, the context."""
+  """One program each for rows of up to 32, 64 and 100 (the context) tokens."""
   before = sampler.run._cache_size()
   texts = ['a' + ' b' * n for n in (1, 3, 40, 5, 70, 41, 71, 2)]
   lengths = [len(sampling.tokenizer.encode(text)) + LENGTH for text in texts]
   assert min(lengths) <= 32 < 64 < max(lengths) <= 100
-  found, notes = talk(with_config(sampling, top_k=9), texts)
+  found, notes = converse(with_config(sampling, top_k=9), texts)
   assert len(found) == len(texts)
   assert notes == [
     f'compiling for texts of up to {n} tokens' for n in (32, 64, 100)
@@ -156,7 +156,7 @@ BAD_LINES = {
 @pytest.mark.parametrize('case', BAD_LINES)
 def test_bad_line_is_reported_and_skipped(sampling, case):
   line, message = BAD_LINES[case]
-  found, notes = talk(sampling, ['x', line, 'y'])
+  found, notes = converse(sampling, ['x', line, 'y'])
   assert [(a['prompt'], a['seed']) for a in found] == [('x', 0), ('y', 1)]
   (error,) = [note for note in notes if note.startswith('error: ')]
   assert '\n' not in error
@@ -169,6 +169,6 @@ def test_line_with_nan_logits_is_reported(sampling, monkeypatch):
     return jnp.where(bad[:, None, None], jnp.nan, nearest(table, tokens, valid))
 
   network = dataclasses.replace(sampling.network, config=fails_at_x)
-  found, notes = talk(sampling._replace(network=network), ['x', 'y'])
+  found, notes = converse(sampling._replace(network=network), ['x', 'y'])
   assert [a['prompt'] for a in found] == ['y']
   assert 'NaN or infinite' in notes[-1]

@@ -34,7 +34,7 @@ LOGITS = np.array([0.3, -1.0, 1.2, 0.0, 2.0, 0.8, -0.2])
 
 @pytest.mark.parametrize('temperature', TEMPERATURES)
 def test_drawn_token_equals_llada_for_the_same_noise(monkeypatch, temperature):
-  """LLaDA divides exponentials in float64; here logits are added in float32."""
+  """LLaDA divides exponentials in float64; `draw` adds noise in float32."""
   with np.load(golden_models.GOLDEN / 'gumbel_op.npz') as file:
     logits, u = file['logits'], file['u']
     recorded = file[f'T{temperature}.argmax']

@@ -76,7 +76,7 @@ def test_unreadable_file_is_refused(tmp_path):
 
 
 def test_lines_come_from_a_stream():
-  """From a stream that is not a terminal; `check_unicode` finds bad bytes."""
+  """The stream is not a terminal and has bytes that `check_unicode` refuses."""
   raw = io.BytesIO('def f(\n\né\u2028\r\n'.encode() + b'\xff\nlast')
   file = io.TextIOWrapper(raw, encoding='ascii')
   *lines, odd, last = prompts.typed(file)

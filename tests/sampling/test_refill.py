@@ -25,7 +25,7 @@ CONFIG = SamplerConfig(
 
 
 def countdown(given, tokens, valid):
-  """A network that repeats the first token, n, n - 7 times, then eos."""
+  """Returns logits for n - 7 copies of the first token n, then eos."""
   length = tokens.shape[1]
   number = tokens[:, :1] - 7
   place = jnp.arange(length)
@@ -50,7 +50,7 @@ def all_answers(c, batch, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize('batch', [1, 3, 100])
-def test_every_request_is_answered_once_and_as_if_alone(batch):
+def test_every_request_has_one_answer_that_equals_sampling_alone(batch):
   request = layouts.continue_prompts(PROMPTS, ROOM)
   alone = sampler.complete(NETWORK, CONFIG, request)
   found = all_answers(CONFIG, batch)
@@ -67,7 +67,7 @@ def test_every_request_is_answered_once_and_as_if_alone(batch):
 
 
 def test_short_answers_overtake_long_ones():
-  """One answer of nine tokens beside answers of one token."""
+  """The batch has one answer of nine tokens and many of one token."""
   found = all_answers(CONFIG, 2, [[15], [7], [7], [7], [7]])
   assert [answer.row for answer in found][:3] == [1, 2, 3]
 
@@ -95,11 +95,11 @@ def test_one_program_serves_all_requests(monkeypatch):
 
 
 def test_broken_row_does_not_stop_the_others():
-  def ill(given, tokens, valid):
+  def nan_at_10(given, tokens, valid):
     logits = countdown(given, tokens, valid)
     return jnp.where(tokens[:, :1, None] == 10, jnp.nan, logits)
 
-  network = dataclasses.replace(NETWORK, config=ill)
+  network = dataclasses.replace(NETWORK, config=nan_at_10)
   request = layouts.continue_prompts(PROMPTS, ROOM)
   found = refill.answers(network, CONFIG, request, 3)
   assert {a.row for a in found if a.broken} == {3}

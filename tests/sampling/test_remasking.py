@@ -149,7 +149,7 @@ def test_random_commits_every_subset_equally_often():
 
 @pytest.fixture(scope='module')
 def fast_dllm():
-  """Confidence, masked slots, and the arrays recorded for them."""
+  """Returns confidence, masked slots, and the recorded results."""
   with np.load(golden_models.GOLDEN / 'fast_dllm.npz') as file:
     recorded = {k: file[k] for k in file if k.startswith('rule.')}
   logits = jnp.asarray(recorded['rule.logits'])
@@ -180,7 +180,7 @@ def test_low_confidence_equals_fast_dllm_for_a_quota(fast_dllm):
 
 
 def brute_force_factor(confidence, masked, f):
-  """Commits the longest list by falling confidence that the formula allows."""
+  """Commits the largest n, by falling confidence, that the formula allows."""
   committed = np.zeros_like(masked)
   for row in range(len(masked)):
     slots = sorted(
@@ -209,8 +209,8 @@ def test_factor_equals_brute_force(f):
 def count_of_fast_dllm(confidence, f):
   """Returns the number of slots that NVlabs' Fast-dLLM and dInfer accept.
 
-  Their loop over the ranks ends at the first slot below its bound, or at the
-  last slot, which it accepts in either case.
+  Their loop over the ranks ends at the first slot below its threshold, or at
+  the last slot, which it always accepts.
   """
   falling = sorted(confidence, reverse=True)
   last = len(falling) - 1
@@ -233,7 +233,7 @@ def test_factor_masks_the_last_slot_if_only_it_falls_short():
 
 @pytest.mark.parametrize('f', [0.5, 1.0, 2.0])
 def test_factor_equals_fast_dllm_except_for_the_last_slot(f):
-  """One slot fewer in rows where all slots but the last pass."""
+  """`factor` commits one slot fewer if only the last slot falls short."""
   random = np.random.default_rng(6)
   confidence = (1 - random.random((300, 4)) ** 3).astype(np.float32)
   masked = np.ones((300, 4), bool)
@@ -259,12 +259,10 @@ def test_most_confident_slot_is_always_committed(rule):
   assert committed.tolist() == [[False, True, False], [False, True, False]]
 
 
-@pytest.mark.parametrize(
-  'rule, all_of_it', [('threshold', 0.0), ('factor', 99.0)]
-)
-def test_lowest_bound_commits_all_slots(rule, all_of_it):
+@pytest.mark.parametrize('rule, budget', [('threshold', 0.0), ('factor', 99.0)])
+def test_extreme_budget_commits_all_slots(rule, budget):
   masked = jnp.array([[True, False, True], [False, False, False]])
-  committed = remasking.RULES[rule](jnp.zeros((2, 3)), masked, all_of_it, None)
+  committed = remasking.RULES[rule](jnp.zeros((2, 3)), masked, budget, None)
   np.testing.assert_array_equal(committed, masked)
 
 

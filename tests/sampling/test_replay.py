@@ -26,11 +26,12 @@ SETTINGS = {
 
 @pytest.fixture(scope='module')
 def recording(tokenizer):
-  """Two texts, filled block by block in an order that splits the owl.
+  """Returns a Recording of two texts, filled block by block.
 
-  The given tokens of the first include a mask and an id unknown to the
-  tokenizer. Its slots include a character without its last byte, and eos; the
-  last slots are filled after an eos. The second is short and filled early.
+  The bytes of the owl are committed in different steps. The given tokens of the
+  first text include a mask and an id that the tokenizer does not have. Its
+  slots include a character without its last byte, and eos; the last slots are
+  filled after an eos. The second text is short and complete early.
   """
   owl = tokenizer.encode('🦉')
   assert len(owl) >= 4
@@ -55,7 +56,7 @@ def recording(tokenizer):
       block = np.arange(
         start, min(start + SETTINGS['block_length'], len(after))
       )
-      order = random.permutation(len(block)) // 2  # two at each step
+      order = random.permutation(len(block)) // 2  # two slots per step
       filled_at[row, len(before) + block] = 1 + start // 2 + order
   canvases, confidences = [], []
   ended = np.zeros((2, length), bool)
@@ -72,7 +73,7 @@ def recording(tokenizer):
 
 @pytest.fixture(scope='module')
 def page(recording, tokenizer, tmp_path_factory):
-  """The page as a file."""
+  """Returns the path of the page."""
   path = tmp_path_factory.mktemp('page') / 'replay.html'
   titles = ['first "text"', 'second']
   path.write_text(replay.page(recording, tokenizer, titles, SETTINGS))
@@ -81,7 +82,7 @@ def page(recording, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser(page, tmp_path_factory):
-  """Chromium, started once; its log is read at the end."""
+  """Returns Chromium, started once; the last tests read its log."""
   with browser_lib.started(tmp_path_factory.mktemp('profile')) as chromium:
     yield chromium
 
@@ -141,7 +142,7 @@ def luminance(color):
 
 
 def test_text_at_every_step_is_the_canvas(opened, recording, tokenizer):
-  """The slider is moved with its keys, to the end and back to the start."""
+  """Keys move the slider to the end and back to the start."""
   from selenium.webdriver.common.keys import Keys
 
   slider, last = element(opened, '#slider'), len(recording.canvases) - 1
@@ -199,7 +200,7 @@ def until(true, seconds=30):
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_confidence_colours_are_readable(opened, recording, scheme):
-  """They are matplotlib's viridis; lightness rises with confidence."""
+  """Colours are matplotlib's viridis; lightness rises with confidence."""
   set_window(opened, DESK, scheme)
   opened.execute_script('show(last)')
   final = np.fmax.reduce(recording.confidence, axis=0)
@@ -304,7 +305,7 @@ def test_settings_are_listed(opened):
 
 
 def test_page_fetches_nothing_and_logs_no_errors(opened, page):
-  """Includes what the tests above did with the page."""
+  """The log also covers the actions of the tests above."""
   opened.execute_script('show(last)')
   assert opened.get_log('browser') == []
   assert browser_lib.requested_urls(opened, page.as_uri()) == {page.as_uri()}
@@ -375,7 +376,7 @@ def test_steps_are_when_slots_were_filled(recording):
 
 
 def test_committed_mask_token_counts_as_filled():
-  """It does not change the canvas."""
+  """A committed mask token does not change the canvas."""
   canvases = np.full((3, 1, 2), 4)
   confidence = np.full((3, 1, 2), np.nan)
   confidence[1, 0, 1] = 0.5

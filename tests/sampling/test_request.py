@@ -59,7 +59,7 @@ def test_passes_have_few_shapes():
 
 @pytest.mark.parametrize('changes', [dict(cache='prefix'), dict(lookahead=1)])
 def test_shapes_do_not_depend_on_the_prompts(changes):
-  """Otherwise every batch of prompts would compile a program."""
+  """If they did, every batch of prompts would compile a program."""
   of = lambda *lengths: begin(
     layouts.continue_prompts([[7] * n for n in lengths], 64),
     steps=64,

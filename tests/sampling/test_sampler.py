@@ -81,7 +81,7 @@ def generate(network, c, request):
 
 
 def golden_request(name, case):
-  """Returns arguments of `generate`, and the arrays recorded for them."""
+  """Returns arguments of `generate`, and the recorded arrays."""
   with np.load(golden_models.GOLDEN / 'generate.npz') as file:
     recorded = {
       key.rpartition('.')[2]: file[key]
@@ -134,7 +134,7 @@ def test_canvases_of_every_step_equal_llada(case, name):
   ['semi4', 'more_steps_than_tokens', 'cfg_left_padded', 'both_eos_flags'],
 )
 def test_generate_equals_llada(case):
-  """The compiled loop; a step that commits nothing takes no forward pass."""
+  """Runs the compiled loop; it has no steps that commit nothing."""
   network, c, request, recorded = golden_request('model_b', case)
   carry = sampler.complete(network, c, request)
   np.testing.assert_array_equal(carry.canvas, recorded['out'])
@@ -148,7 +148,7 @@ def test_generate_equals_llada(case):
 
 
 def test_generate_on_a_mesh_equals_llada():
-  """Two rows with guidance, which eight devices cannot divide evenly."""
+  """Two rows with guidance: eight devices cannot divide them evenly."""
   *request, recorded = golden_request('model_b', 'cfg_left_padded')
   with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
     np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
@@ -156,7 +156,7 @@ def test_generate_on_a_mesh_equals_llada():
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 def test_random_remasking_equals_llada(monkeypatch, name):
-  """With the random scores that LLaDA drew, injected step by step."""
+  """Replaces the rule's random scores by LLaDA's, step by step."""
   network, c, request, recorded = golden_request(name, 'random_remasking')
   size, prompt = c.block_length, recorded['prompt'].shape[1]
   blocks = int(recorded['gen_length']) // size
@@ -178,7 +178,7 @@ def test_random_remasking_equals_llada(monkeypatch, name):
 
 
 def test_draws_at_a_temperature_equal_llada(monkeypatch):
-  """With the uniform noise that LLaDA drew, injected step by step."""
+  """Replaces the noise by LLaDA's uniform draws, step by step."""
   *request, recorded = golden_request('model_b', 'gumbel')
   answer = recorded['prompt'].shape[1]
   noise = iter(-np.log(-np.log(recorded['u'][:, :, answer:])))
@@ -195,10 +195,10 @@ def test_draws_at_a_temperature_equal_llada(monkeypatch):
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 def test_masks_in_a_prompt_stay_unlike_llada(name):
-  """Here a mask outside of the slots is context.
+  """A mask outside of the slots is context.
 
-  In LLaDA such masks compete with the slots for the quota, so that masks may
-  remain in the answer.
+  In LLaDA's code such masks compete with the slots for the quota, so that masks
+  may remain in the answer.
   """
   network, c, request, recorded = golden_request(name, 'maskprompt')
   canvas, fill, valid, seeds = request
@@ -331,7 +331,7 @@ def test_trace_ends_with_the_result_of_generate(network, sampling):
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_walk_yields_the_confidence_of_committed_tokens(network, sampling):
-  """It is the probability of the token, computed by the network directly."""
+  """The confidence equals the probability that the network computes."""
 
   @jax.jit
   def probabilities(canvas, valid):

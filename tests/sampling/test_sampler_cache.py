@@ -41,7 +41,7 @@ def network_of(config, params):
 
 @pytest.fixture(scope='module')
 def params():
-  """Random weights, larger than initial ones, for less uniform predictions."""
+  """Returns weights larger than initial ones, for less uniform predictions."""
   tree = transformer.init(TINY, jax.random.key(0))
   return jax.tree.map(lambda w: w * 2 if w.ndim > 1 else w, tree)
 
@@ -85,10 +85,10 @@ VARIANTS = ('nocache', 'prefix', 'dual')
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 @pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
 def test_canvases_and_counts_equal_fast_dllm(mode, name, variant):
-  """Every canvas, and forward passes and positions up to it.
+  """Compares every canvas, and the forward passes and positions up to it.
 
-  Fast-dLLM also makes passes over blocks that are complete already; these
-  change nothing and are left out.
+  Fast-dLLM also computes blocks that are already complete. These passes change
+  nothing and are left out.
   """
   request, recorded, lengths = fast_dllm_request(name, mode, variant)
   changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
@@ -102,13 +102,13 @@ def test_canvases_and_counts_equal_fast_dllm(mode, name, variant):
   assert positions == [0, *np.cumsum(lengths[changed])]
   if variant == 'nocache':
     assert all(changed)
-  elif mode == 'tau0':  # one step fills a block, and another pass follows it
+  elif mode == 'tau0':  # one step fills a block; Fast-dLLM makes another pass
     assert len(lengths) == 2 * sum(changed)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_compiled_loop_equals_fast_dllm(variant):
-  """The loop of `complete`, on one case per kind of cache."""
+  """Runs `complete` on one case per kind of cache."""
   request, recorded, _ = fast_dllm_request('model_a', 'tau0.5', variant)
   *_, (walked, _) = sampler.walk(*request)
   carry = sampler.complete(*request)
@@ -124,7 +124,7 @@ def test_compiled_loop_equals_fast_dllm(variant):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_window_beside_cache_equals_whole_pass(params, dtype):
-  """For windows of any positions, also absent ones, and rows with padding."""
+  """Windows have any positions, and missing ones; rows have padding."""
   random = np.random.default_rng(1)
   batch, length, size = 3, 20, 6
   tokens = random.integers(0, VOCAB, (batch, length))
@@ -159,7 +159,7 @@ def test_window_beside_cache_equals_whole_pass(params, dtype):
 
 
 def test_stale_cache_differs_from_a_fresh_one(params):
-  """A changed token in the window changes keys outside of it, in layer 2."""
+  """A token of the window affects keys outside the window from layer 2 on."""
   random = np.random.default_rng(2)
   tokens = random.integers(6, VOCAB, (1, 12))
   valid = np.ones((1, 12), bool)
@@ -208,7 +208,7 @@ def test_cache_refreshed_every_step_changes_nothing(
 
 @pytest.mark.parametrize('cache, refresh', [('prefix', 0), ('dual', 3)])
 def test_cache_saves_positions(network, cache, refresh):
-  """Twelve slots in blocks of four, one a step."""
+  """Samples twelve slots in blocks of four, one slot per step."""
   c = config(cache=cache, refresh=refresh)
   request = layouts.continue_prompts(PROMPTS, 12)
   carry = sampler.complete(network, c, request)
@@ -262,8 +262,8 @@ GAPS = [
 
 @pytest.mark.parametrize('cache', ['prefix', 'dual'])
 def test_rows_with_a_cache_do_not_depend_on_refill(params, cache):
-  """Rows have other lengths, and join the batch while a cache is in use."""
-  # Lower confidence, so that old keys lead to other tokens.
+  """Rows differ in length, and join the batch while a cache is in use."""
+  # Lower confidence, so that cached keys lead to other tokens.
   network = network_of(
     TINY, jax.tree.map(lambda w: w * 0.75 if w.ndim > 1 else w, params)
   )
@@ -289,7 +289,7 @@ def test_rows_with_a_cache_do_not_depend_on_refill(params, cache):
     np.testing.assert_array_equal(answer.tokens[valid], alone.canvas[0][valid])
     assert answer.forwards == alone.forwards[0]
     assert answer.positions == alone.positions[0]
-  # The cache was in use: without it, other tokens come out.
+  # The cache was in use: results without it differ.
   without = dataclasses.replace(c, cache='none')
   plain = sampler.complete(network, without, request)
   tokens = np.stack([found[row].tokens for row in range(len(GAPS))])
@@ -299,7 +299,7 @@ def test_rows_with_a_cache_do_not_depend_on_refill(params, cache):
 
 @pytest.mark.parametrize('cache', ['none', 'dual'])
 def test_mesh_equals_one_device(network, cache):
-  """Also if heads and windows do not divide among the devices."""
+  """Heads and windows need not divide evenly among the devices."""
   c = config(cache=cache)
   request = layouts.continue_prompts([*PROMPTS, [8, 8]], 12)
   expected = sampler.complete(network, c, request)
@@ -314,7 +314,7 @@ def test_mesh_equals_one_device(network, cache):
 
 
 def count_seen(given, tokens, valid):
-  """A network that predicts 3 + the number of masks that it sees."""
+  """Returns logits for token 3 + n, where n is the number of visible masks."""
   seen = ((tokens == MASK) & valid).sum(axis=1)
   logits = 9.0 * jax.nn.one_hot(seen + 3, VOCAB)
   return jnp.broadcast_to(logits[:, None], (*tokens.shape, VOCAB))
@@ -336,7 +336,7 @@ def test_lookahead_limits_the_visible_masks(monkeypatch, lookahead, seen):
 
 
 def test_hidden_slots_have_no_influence(network):
-  """Equal to one request per block, whose canvas ends with the block."""
+  """Equals one request per block, with a canvas that ends at the block."""
   c = config(lookahead=0)
   request = layouts.continue_prompts(PROMPTS[:1], 12)
   carry = sampler.complete(network, c, request)

@@ -29,7 +29,7 @@ def config(**changes):
 
 
 def mixing(table, tokens, valid):
-  """Logits from the other tokens of the row, weighted by distance."""
+  """Returns logits that sum votes of all tokens, weighted by distance."""
   where = jnp.arange(tokens.shape[1])
   near = 0.5 ** jnp.abs(where[:, None] - where)  # [L, L]
   votes = jnp.where(valid[..., None], table[tokens], 0.0)
@@ -37,7 +37,7 @@ def mixing(table, tokens, valid):
 
 
 def certain(answer, tokens, valid):
-  """A network that gives `answer`."""
+  """Returns logits that give `answer` nearly all probability."""
   return 50.0 * jax.nn.one_hot(answer, VOCAB)
 
 
@@ -48,7 +48,7 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def table():
-  """Params of `mixing`: masks have no votes, other tokens vote for some."""
+  """Returns params of `mixing`: votes of each token; masks have none."""
   random = np.random.default_rng(0)
   votes = random.normal(size=(VOCAB, VOCAB)) * 3
   votes[:, EOS] = 1
@@ -103,7 +103,7 @@ def filled_together_and_alone(c, given, texts, seeds, rows):
   ],
 )
 def test_request_does_not_depend_on_the_batch(table, options):
-  """For other rows, prompts and gaps of any length, and for any padding."""
+  """Rows, prompts, gaps and padding have different lengths."""
   c = config(**OPTIONS[options])
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{8}}b']
   together = filled_together_and_alone(c, table, texts, [3, 4, 5, 6], (0, 2))
@@ -116,7 +116,7 @@ def test_request_does_not_depend_on_the_batch(table, options):
 @pytest.mark.parametrize('steps', [0, 3])
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
-  """Steps are shared by the blocks of each row; gen_length is not needed."""
+  """own_blocks divides the steps per row, without gen_length."""
   own = dict(own_blocks=True, gen_length=0, steps=steps)
   c = config(**{**options, **own})
   texts = ['ab{{2}}c', 'a{{9}}bc', '{{5}}']
@@ -163,8 +163,8 @@ def test_lower_bounds_take_fewer_forward_passes(table, rule):
     for x in levels[rule]
   ]
   forwards = [int(x.sum()) for x in forwards]
-  assert forwards[0] == 4 * 8  # rows, a token each
-  assert forwards[-1] == 4 * 2  # a block each
+  assert forwards[0] == 4 * 8  # 4 rows, one token per pass
+  assert forwards[-1] == 4 * 2  # 4 rows, one block per pass
   assert forwards[0] > forwards[1] > forwards[2]
 
 
@@ -195,17 +195,17 @@ def test_cosine_schedule_commits_few_tokens_first(table):
 
 
 def votes(bias, tokens, valid):
-  """A network whose logits count the tokens that it sees."""
+  """Returns logits that count the tokens of the row."""
   seen = jax.nn.one_hot(tokens, VOCAB).sum(axis=1, keepdims=True)
   return jnp.broadcast_to(seen + bias, (*tokens.shape, VOCAB))
 
 
 def test_guidance_extrapolates_from_the_masked_prompt():
-  bias = jnp.zeros(VOCAB).at[9].set(2.5)  # what it says without a prompt
+  bias = jnp.zeros(VOCAB).at[9].set(2.5)  # 9 wins without a prompt
   request = layouts.continue_prompts([[7, 7]], 1)
   for guidance, token in ((0.0, 9), (0.2, 9), (0.3, 7)):
     c = config(temperature=0.0, steps=2, guidance=guidance)
-    # 7 has (w + 1) 2, and 9 has 2.5 with or without the prompt.
+    # The logit of 7 is 2 (w + 1); that of 9 is 2.5 with or without the prompt.
     carry = complete(c, bias, request, function=votes)
     assert carry.canvas[0, -1] == token
 
@@ -303,12 +303,10 @@ def test_confidence_eos_eot_inf_commits_eos_and_eot_last(
   assert canvases[8].tolist() == answer.tolist()
 
 
-def test_eos_is_committed_last_at_a_temperature_unlike_llada(
-  monkeypatch,
-):
-  """LLaDA's code sets the eos logit of another array than the one it reads.
+def test_eos_is_committed_last_at_a_temperature_unlike_llada(monkeypatch):
+  """LLaDA's code suppresses eos in an array that it does not read afterwards.
 
-  Slot 0 predicts eos, and slot 1 another token with lower confidence.
+  Slot 0 predicts eos. Slot 1 predicts another token with lower confidence.
   """
   logits = jnp.zeros((1, 2, VOCAB)).at[0, 0, EOS].set(5).at[0, 1, 9].set(3)
   monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: 0.0)
@@ -330,22 +328,24 @@ def test_eos_is_committed_last_at_a_temperature_unlike_llada(
 # Damaged weights and masks in prompts
 
 
-def ill_at_15(bad, tokens, valid):
-  ill = jnp.any(tokens == 15, axis=1)[:, None, None]
-  return jnp.where(ill, bad, certain(jnp.full(tokens.shape, 9), tokens, valid))
+def bad_at_15(bad, tokens, valid):
+  has_15 = jnp.any(tokens == 15, axis=1)[:, None, None]
+  return jnp.where(
+    has_15, bad, certain(jnp.full(tokens.shape, 9), tokens, valid)
+  )
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_nan_logits_abandon_only_their_row(bad):
   request = _, fill, _, _ = layouts.continue_prompts([[7], [15], [8]], 8)
-  carry = complete(config(), bad, request, function=ill_at_15)
+  carry = complete(config(), bad, request, function=bad_at_15)
   assert carry.broken.tolist() == [False, True, False]
   out = np.asarray(carry.canvas)
   assert (out[1][fill[1]] == MASK).all()
   assert (out[[0, 2]][fill[[0, 2]]] == 9).all()
   for sample in (sampler.generate, lambda *a: list(sampler.trace(*a))):
     with pytest.raises(UserError, match=r'row\(s\) \[1\] were NaN or infinite'):
-      sample(network_of(ill_at_15, bad), config(), request)
+      sample(network_of(bad_at_15, bad), config(), request)
 
 
 def test_mask_in_the_prompt_stays(table):

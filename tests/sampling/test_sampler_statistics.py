@@ -1,7 +1,8 @@
 """Samples of a known distribution, from its exact denoiser.
 
-Three tokens of a vocabulary of three. The network is their joint distribution
-itself: it gives the exact probabilities of a token given those that are known.
+Texts have three tokens from a vocabulary of three. The network computes the
+exact probabilities of each token given the known tokens, from the joint
+distribution.
 """
 
 import itertools
@@ -50,28 +51,28 @@ def p_value(found, expected):
 
 
 def known(state):
-  """Returns the joint given the tokens of a state; None is a mask."""
+  """Returns the joint distribution given a state's tokens; None is a mask."""
   matching = np.zeros_like(JOINT)
   where = tuple(slice(None) if x is None else slice(x, x + 1) for x in state)
   matching[where] = JOINT[where]
   return matching / matching.sum()
 
 
-def law_of_ancestral(ratios):
-  """Returns the exact distribution of texts sampled in some number of steps.
+def ancestral_distribution(ratios):
+  """Returns the exact distribution of texts after the steps of `ratios`.
 
-  Every step unmasks each masked token on its own, with chance
-  1 - ratios[i + 1] / ratios[i], from its probabilities given the state: all
-  states are followed, in float64.
+  Step i unmasks each masked token independently, with probability
+  1 - ratios[i + 1] / ratios[i]. The token is drawn from its probabilities given
+  the state. The function enumerates all states, in float64.
 
   Args:
     ratios: mask ratios at the times of the steps, from 1 to 0.
   """
-  chances = {(None, None, None): 1.0}
+  probabilities = {(None, None, None): 1.0}
   for before, after in itertools.pairwise(ratios):
     unmask = 1 - after / before
-    following = {}
-    for state, chance in chances.items():
+    successors = {}
+    for state, probability in probabilities.items():
       p = known(state)
       options = []
       for axis, x in enumerate(state):
@@ -82,20 +83,20 @@ def law_of_ancestral(ratios):
         )
       for choice in itertools.product(*options):
         state = tuple(x for x, _ in choice)
-        add = chance * np.prod([q for _, q in choice])
-        if add > 0:
-          following[state] = following.get(state, 0.0) + add
-    chances = following
-  law = np.zeros((3, 3, 3))
-  for state, chance in chances.items():
-    law[state] = chance
-  return law
+        p_state = probability * np.prod([q for _, q in choice])
+        if p_state > 0:
+          successors[state] = successors.get(state, 0.0) + p_state
+    probabilities = successors
+  distribution = np.zeros((3, 3, 3))
+  for state, probability in probabilities.items():
+    distribution[state] = probability
+  return distribution
 
 
 EXACT = {
   'first_hitting': dict(remasking='first_hitting', steps=1),
   'random_one_by_one': dict(remasking='random', steps=3),
-  # The order may depend on what is known, if not on what is drawn.
+  # The order may depend on the known tokens, but not on the drawn ones.
   'by_entropy_one_by_one': dict(
     remasking='low_confidence', steps=3, confidence='entropy'
   ),
@@ -119,7 +120,7 @@ def test_one_token_per_step_samples_the_exact_distribution(case):
 
 
 def test_order_by_probability_of_the_draw_is_biased():
-  """Probable draws are committed first, improbable ones are drawn again."""
+  """Probable draws are committed first; improbable ones are drawn again."""
   found = counts(6000, 'low_confidence', steps=3)
   assert p_value(found, JOINT) < 1e-6
 
@@ -130,20 +131,20 @@ def test_ancestral_in_many_steps_samples_the_exact_distribution():
 
 
 @pytest.mark.parametrize('schedule', ['linear', 'cosine'])
-def test_ancestral_in_few_steps_follows_its_known_law(schedule):
+def test_ancestral_in_few_steps_follows_its_exact_distribution(schedule):
   """Tokens of one step are independent, so the distribution differs."""
   times = 1 - np.arange(4) / 3
   ratios = {'linear': times, 'cosine': np.sin(np.pi / 2 * times)}[schedule]
-  law = law_of_ancestral(ratios)
-  assert law.sum() == pytest.approx(1)
+  distribution = ancestral_distribution(ratios)
+  assert distribution.sum() == pytest.approx(1)
   found = counts(6000, 'ancestral', steps=3, schedule=schedule)
-  assert p_value(found, law) > 1e-3
+  assert p_value(found, distribution) > 1e-3
   assert p_value(found, JOINT) < 1e-6
 
 
-def test_law_of_ancestral_sampling_converges():
+def test_ancestral_distribution_converges():
   far = [
-    np.abs(law_of_ancestral(1 - np.arange(n + 1) / n) - JOINT).sum() / 2
+    np.abs(ancestral_distribution(1 - np.arange(n + 1) / n) - JOINT).sum() / 2
     for n in (1, 4, 16, 64)
   ]
   assert far == sorted(far, reverse=True)
