@@ -23,10 +23,10 @@ WORD = re.compile(r' ?[^\W\d_]{3,}')
 def documents(config, tokenizer):
   """Returns the held-out documents of a run's data, a list of token lists.
 
-  The data are those of config.eval.path, or config.data.path if it is empty. A
-  document that continues in another row gives several token lists. Of a large
-  dataset, evenly spaced rows are read, at least MAX_ROWS and fewer than twice
-  as many.
+  The text comes from config.eval.path, or from config.data.path if the former
+  is empty. A document that continues in another row gives several token lists.
+  From a large dataset, evenly spaced rows are read, at least MAX_ROWS and fewer
+  than twice as many.
 
   Raises:
     UserError: there is no held-out text, or see inputs.open_data.

@@ -207,7 +207,7 @@ def run_config(published, tokenizer):
 
 
 def fill(c, published, tokenizer):
-  """Sets the model, token ids and tokenizer of a config to those of a folder.
+  """Copies the model, token ids and tokenizer of a folder into a config.
 
   Args:
     c: ConfigDict, changed in place.

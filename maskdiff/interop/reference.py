@@ -17,8 +17,8 @@ _VOCAB_ROWS = 8192
 def logits(published, tokens):
   """Returns the logits of a Hugging Face folder's model, [L, V] float32.
 
-  Positions are those of the published code: if the network predicts the next
-  token, row i has the logits of token i + 1.
+  Row i has the output of the published network at position i. If the network
+  predicts the next token, these are the logits of token i + 1.
 
   Args:
     published: hf.Published.

@@ -67,7 +67,7 @@ def lay_out(prompts, answers, suffixes=None):
 def bound(network, c, answers, estimator, seeds):
   """Estimates the lower bound on the log-likelihood of each answer.
 
-  With guidance, the bound is that of the guided model. For a left-to-right
+  With guidance, the bound is for the guided model. For a left-to-right
   network the result is the exact log-likelihood, with a standard error of 0.
 
   Args:

@@ -1,4 +1,4 @@
-"""State of the denoising loop: what changes (Carry) and what does not (Layout).
+"""The denoising loop: its state (Carry) and its constants (Layout).
 
 Every row has its own blocks and its own step, so rows of a batch do not wait
 for each other. Letters: B rows, L positions, S slots per block.

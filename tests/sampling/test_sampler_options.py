@@ -126,7 +126,7 @@ def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
 @pytest.mark.parametrize(
   'steps, forwards',
   [(0, [2, 9]), (2, [2, 3]), (6, [2, 5]), (60, [2, 9])],
-  ids=['one a token', 'one a block at least', 'two a block', 'more than slots'],
+  ids=['one per slot', 'one per block', 'two per block', 'more than slots'],
 )
 def test_gaps_have_their_own_steps(table, steps, forwards):
   """Two slots make one block of four, nine make three."""
