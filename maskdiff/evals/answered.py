@@ -75,9 +75,7 @@ def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
       if answer.broken:
         raise sampler.broken_error([answer.row])
       fill = request.fill[answer.row]
-      before_eos = layouts.cut(answer.tokens[None], fill[None], network.eos_id)[
-        0
-      ]
+      before_eos = layouts.cut(answer.tokens, fill, network.eos_id)
       tokens[answer.row] = answer.tokens[fill & before_eos].tolist()
       forwards += answer.forwards
   return Answers(tokens, forwards, sum(num_slots))

@@ -250,7 +250,7 @@ def _answer(s, texts, row, tokens, counts):
   fill, valid = texts.request.fill[row], texts.request.valid[row]
   answer = fill
   if s.c.stop_at_eos:
-    answer = fill & layouts.cut(tokens[None], fill[None], s.network.eos_id)[0]
+    answer = fill & layouts.cut(tokens, fill, s.network.eos_id)
   result = {
     'infill' if texts.gaps else 'prompt': texts.prompts[row].text,
     'seed': texts.prompts[row].seed,

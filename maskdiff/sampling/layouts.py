@@ -130,12 +130,12 @@ def cut(canvas, fill, eos_id):
   """Returns the positions before the first eos among the slots.
 
   Args:
-    canvas: [B, L] int32, filled.
-    fill: [B, L] bool, the slots.
+    canvas: [..., L] int32, filled.
+    fill: [..., L] bool, the slots.
     eos_id: int; an eos in the prompt does not count.
 
   Returns:
-    [B, L] bool; all True in a row without eos among its slots.
+    [..., L] bool; all True in a row without eos among its slots.
   """
   is_eos = np.asarray(fill) & (np.asarray(canvas) == eos_id)
-  return np.cumsum(is_eos, axis=1) == 0
+  return np.cumsum(is_eos, axis=-1) == 0

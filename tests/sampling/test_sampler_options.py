@@ -129,7 +129,7 @@ def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
   ids=['one per slot', 'one per block', 'two per block', 'more than slots'],
 )
 def test_gaps_have_their_own_steps(table, steps, forwards):
-  """Two slots make one block of four, nine make three."""
+  """Two slots take one block of four, nine slots take three blocks."""
   c = config(steps=steps, own_blocks=True, gen_length=0)
   request = layouts.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
   assert complete(c, table, request).forwards.tolist() == forwards
