@@ -101,7 +101,7 @@ def make(meta, leaves, fingerprints):
       for name, leaf in leaves.items()
     },
   }
-  return {**values, 'digest': _digest(values)}
+  return {**values, 'digest': json_digest(values)}
 
 
 def read(path):
@@ -118,7 +118,7 @@ def read(path):
     raise Damaged(f'its meta cannot be read: {one_line(error)}') from error
   is_dict = isinstance(values, dict)
   digest = values.pop('digest', None) if is_dict else None
-  intact = digest is not None and digest == _digest(values)
+  intact = digest is not None and digest == json_digest(values)
   version = values.get('format_version') if is_dict else None
   # Without a matching digest, another version number may be a flipped bit of
   # FORMAT_VERSION. Format 1 had no digest.
@@ -174,6 +174,7 @@ def changed(leaves, fingerprints):
   ]
 
 
-def _digest(values):
+def json_digest(values):
+  """Returns a hash of JSON values as 16 hexadecimal digits."""
   text = json.dumps(values, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

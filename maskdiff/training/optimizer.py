@@ -50,15 +50,19 @@ def learning_rate(c, steps):
       (steps - c.decay_steps, c.learning_rate, c.learning_rate),
       (steps, c.learning_rate, c.final_learning_rate),
     )
-  ends = [end for end, _, _ in pieces]
-  starts = [0, *ends[:-1]]
+  starts = [0, *(end for end, _, _ in pieces[:-1])]
   lines = [
-    optax.linear_schedule(first, last, end - start)
-    for start, (end, first, last) in zip(starts, pieces, strict=True)
-    if end > start
+    (start, *piece)
+    for start, piece in zip(starts, pieces, strict=True)
+    if piece[0] > start
   ]
-  joints = [e for s, e in zip(starts, ends, strict=True) if e > s][:-1]
-  return optax.join_schedules(lines, joints)
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(first, last, end - start)
+      for start, end, first, last in lines
+    ],
+    [end for _, end, _, _ in lines[:-1]],
+  )
 
 
 def make_optimizer(c, steps, axes):

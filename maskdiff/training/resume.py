@@ -5,8 +5,6 @@ its checkpoint. All other config keys may change; each change is printed.
 """
 
 import functools
-import hashlib
-import json
 from typing import NamedTuple
 
 import jax
@@ -54,14 +52,11 @@ def agree(config, data_identity):
   Raises:
     UserError: raised in all processes. Names the difference and the processes.
   """
-  digest = lambda value: hashlib.blake2b(
-    json.dumps(value, sort_keys=True).encode(), digest_size=8
-  ).hexdigest()
   consensus.agree(
     {
-      'config': digest(manifest.config_json(config)),
+      'config': manifest.json_digest(manifest.config_json(config)),
       'code': consensus.code_version(),
-      'data': digest(data_identity),
+      'data': manifest.json_digest(data_identity),
     }
   )
 

@@ -176,7 +176,7 @@ def names(directory):
 
 
 def tree_of_files(directory):
-  """Contents of all files below a directory, by path."""
+  """Returns the contents of all files below a directory, by path."""
   return {
     path.relative_to(directory): path.is_file() and path.read_bytes()
     for path in pathlib.Path(directory).rglob('*')
@@ -271,7 +271,7 @@ def test_manifest_lists_every_array(saved):
 
 
 def test_meta_on_disk_has_only_the_recorded_keys(tmp_path):
-  """Also in the order of earlier versions, and read back the same."""
+  """The keys have the order of earlier versions; `read` inverts `make`."""
   training = Meta(config={'seed': 0}, samples=0, data={}, evaluation_due=False)
   names = ['config', 'samples', 'data', 'evaluation_due']
   converted = Meta(config={'seed': 0})
@@ -385,7 +385,7 @@ def test_full_disk_raises_and_keeps_the_old_step(tmp_path, file_limit, limit):
 
 
 def test_background_error_names_its_step(tmp_path, monkeypatch):
-  """Also if the next save raises it."""
+  """The background save or the next save raises the error."""
   checkpointer = Checkpointer(tmp_path, keep=2)
   full = OSError(28, 'No space left on device')
   with monkeypatch.context() as m:
@@ -539,7 +539,7 @@ def test_two_damaged_steps_are_moved_aside(steps, capsys):
 
 
 def test_any_damage_to_any_file_is_found_or_harmless(steps):
-  """Flips, truncates and deletes all over a step."""
+  """Flips bits in, truncates and deletes files of a step."""
   random = np.random.default_rng(0)
   files = sorted(p for p in (steps / '30').rglob('*') if p.is_file())
   checkpointer = Checkpointer(steps, keep=None, read_only=True)
@@ -608,7 +608,7 @@ def test_damaged_run_never_restarts_from_scratch(steps):
     assert part in str(error.value)
   assert '\n' not in str(error.value)
   assert names(steps) == set()
-  for _ in range(2):  # also at the next start
+  for _ in range(2):  # and at the next start
     with pytest.raises(UserError, match='checkpoints.aside has 10, 20, 30'):
       restore_newest(steps, small_targets())
   shutil.rmtree(steps)
@@ -736,9 +736,7 @@ MISMATCHES = {
 
 
 @pytest.mark.parametrize('mismatch', MISMATCHES)
-def test_other_model_is_refused_and_the_error_names_the_array(
-  saved, mismatch, capsys
-):
+def test_other_model_is_refused_and_the_error_names_the_array(saved, mismatch):
   """The step does not count as damaged and is not moved."""
   directory, _ = saved
   change, message = MISMATCHES[mismatch]
@@ -782,7 +780,7 @@ def test_other_format_is_refused_and_not_moved(steps, monkeypatch, version):
 
 
 def test_tuples_and_dicts_have_the_same_names_on_disk(tmp_path):
-  """So a change of optax classes does not make a step unreadable."""
+  """A change of optax classes therefore keeps old steps readable."""
   x = jnp.arange(4.0)
   checkpointer = Checkpointer(tmp_path, keep=2)
   checkpointer.save(1, {'opt_state': ((), (x, {'a': x + 1}), None)}, Meta())

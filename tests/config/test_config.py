@@ -236,7 +236,7 @@ def test_pieces_must_end_at_the_last_step(pieces):
 
 @pytest.mark.parametrize('schedule', ['wsd', 'cosine', 'piecewise'])
 def test_a_valid_schedule_has_a_rate_at_every_step(schedule):
-  """Also where the warmup takes all steps, or all but one."""
+  """The warmup may take all steps, or all but one."""
   warmup = 99 if schedule == 'cosine' else 100
   c = changed(
     train__steps=100, optimizer__warmup_steps=warmup, optimizer__decay_steps=0

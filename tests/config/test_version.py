@@ -1,4 +1,4 @@
-"""The version stands in maskdiff.__version__; other files agree with it."""
+"""maskdiff.__version__ is the version; other files agree with it."""
 
 import pathlib
 import re

@@ -144,7 +144,7 @@ def test_verify_moves_nothing(script, workdir):
 
 
 def test_verify_restores_shards_on_all_devices(workdir, monkeypatch):
-  """So a checkpoint can be larger than the memory of one device."""
+  """A checkpoint can therefore be larger than the memory of one device."""
   seen = {}
   real = Checkpointer.restore
 

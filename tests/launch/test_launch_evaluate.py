@@ -151,7 +151,7 @@ def test_bfloat16_scores_are_close(workdir):
 
 
 def test_a_text_is_scored_as_an_answer_without_prompt(workdir):
-  """By the exact chain rule, which does not depend on seeds."""
+  """Uses the exact chain rule, which does not depend on seeds."""
   text = 'def read(self):'
   lines = [{'text': text}, {'prompt': '', 'answer': text}]
   flags = ('--task=bound', '--form=left_to_right')
@@ -180,7 +180,7 @@ def test_other_tasks_and_forms_run(workdir, flags):
 
 
 def test_errors_are_one_line(workdir, tmp_path):
-  """Before anything is computed; --samples even before loading the run."""
+  """Errors come before any computation; that of --samples before loading."""
   long = [{'prompt': 'x + ' * 32, 'answer': 'y'}]
   message = error_of(evaluate(workdir, long, '--task=bound'))
   assert message.startswith('error: ') and 'data.jsonl:1' in message

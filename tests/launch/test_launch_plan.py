@@ -337,7 +337,7 @@ def test_a_sweep_ranks_what_fits(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_step_that_does_not_fit(tmp_path):
+def test_a_step_that_does_not_fit():
   result = launch(
     '--topology',
     'v5e:1x1',

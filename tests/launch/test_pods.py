@@ -38,7 +38,7 @@ print(json.dumps({'plan': plan.plan(config, topology), 'hlo': texts[0]}))
 
 
 def compile_for(topology, config, **overrides):
-  """The plan of a config and the HLO text of its train step."""
+  """Returns the plan of a config and the HLO text of the train step."""
   path = str(ROOT / 'configs' / config)
   compiled = tpu_compiler.run(COMPILE, path, topology, json.dumps(overrides))
   return compiled['plan'], compiled['hlo']

@@ -74,7 +74,7 @@ class Runs:
     self._running = []
 
   def start(self, *flags, processes=1, **faults):
-    """Starts a run; returns its processes."""
+    """Starts a run; returns the list of processes."""
     variables = [{}]
     if processes > 1:
       with socket.socket() as s:
@@ -94,7 +94,7 @@ class Runs:
     ]
     started = []
     for own in variables:
-      # A file, because nobody would read a pipe during the run.
+      # A file, because a pipe that is not read would block the run.
       with tempfile.TemporaryFile('w+') as log:
         process = forked.start(
           command,
@@ -124,12 +124,12 @@ class Runs:
     return log
 
   def reached(self):
-    """Last step in metrics.jsonl, or 0."""
+    """Returns the last step in metrics.jsonl, or 0."""
     rows = metrics.read(self.workdir / 'metrics.jsonl')
     return max([row['step'] for row in rows], default=0)
 
   def restarts(self):
-    """Number of restarts in the work directory."""
+    """Returns the number of restarts of the work directory."""
     path = self.workdir / 'ledger.jsonl'
     return ledger.goodput(path)['restarts'] if path.exists() else 0
 
@@ -166,7 +166,7 @@ def undisturbed(config_file, tmp_path_factory):
 
 
 def rows(workdir):
-  """Metrics by step and name, except times; checks that none is repeated."""
+  """Returns {(step, name): metric} without times; no row may repeat."""
   found = {}
   for row in metrics.read(workdir / 'metrics.jsonl'):
     for name, value in row.items():
@@ -196,7 +196,7 @@ def evaluations(workdir):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(runs, undisturbed):
-  """Some during start-up, others during steps, saves and evaluations."""
+  """Kills happen during start-up, steps, saves and evaluations."""
   moments = random.Random(0)
   for kill in range(20):
     restarts = runs.restarts() + bool(kill)
@@ -417,7 +417,7 @@ def test_stalled_batch_is_reported_with_stacks(runs, undisturbed):
 
 @pytest.mark.slow
 def test_run_alternates_between_one_and_two_processes(runs, undisturbed):
-  """Data and noise are the same. Sums are rounded differently."""
+  """Losses agree up to rounding: data and noise are the same."""
   runs.finish('--config.train.steps=60', term=[10, 'step'], status=75)
   both = runs.start(processes=2, step_s=0.1)
   runs.wait_for(30, both)
@@ -477,7 +477,7 @@ def test_spikes_are_skipped_once_the_window_is_full(runs):
 
 @pytest.mark.slow
 def test_skip_samples_applies_across_restarts(runs):
-  """The same state with and without a restart, with the suggested list."""
+  """Restarts do not change the state of a run with the suggested list."""
   steps = '--config.train.steps=32'
   log = runs.finish(
     steps, '--config.guard.max_in_a_row=8', nan_steps=[*range(9, 17)], status=2

@@ -73,7 +73,7 @@ def make_config(tokenizer, corpus):
 
 
 class Run(types.SimpleNamespace):
-  """A finished run: its work directory and what was recorded of it."""
+  """A finished run: work directory, result and records of its compilations."""
 
   @property
   def rows(self):
@@ -83,7 +83,7 @@ class Run(types.SimpleNamespace):
     return {row['step']: row[name] for row in self.rows if name in row}
 
   def state(self):
-    """Arrays of the last checkpoint by name."""
+    """Returns the arrays of the last checkpoint by name."""
     return saved_state(self.workdir)
 
 
@@ -211,7 +211,7 @@ def test_workdir_holds_config_tokenizer_and_checkpoints(finished, tokenizer):
 
 
 def test_step_compiles_once(finished):
-  """Except for the programs that the first checkpoint needs."""
+  """Later compilations are only those of the first checkpoint."""
   names = finished.names
   assert [n for n in names if 'train_step' in n] == ['jit(train_step)']
   counts = [count for step, count in finished.compiled if step > 0]
@@ -248,7 +248,7 @@ def killed(finished, tmp_path):
   'moment', ['after_saving_step_3', 'after_the_row_of_step_5']
 )
 def test_resume_is_bitwise_exact(finished, killed, moment):
-  """Bit for bit, in the parameters, the optimizer and the metrics."""
+  """Parameters, optimizer state and metrics are equal bit for bit."""
   workdir = killed(moment)
   result = loop.run(finished.config, str(workdir))
   assert result == finished.result
@@ -506,7 +506,7 @@ def test_sample_script_fills_gaps(finished, sample_script, capsys):
 def test_infill_does_not_depend_on_the_batch(
   finished, sample_script, capsys, tmp_path
 ):
-  """Also if another row has more blocks; also with texts from a file."""
+  """Rows may have different numbers of blocks; texts may come from a file."""
   sample_infill = functools.partial(
     sample,
     sample_script,
@@ -528,7 +528,7 @@ def test_infill_does_not_depend_on_the_batch(
 def test_sample_script_answers_a_file_of_prompts(
   finished, sample_script, capsys, tmp_path
 ):
-  """Two at a time. Each answer equals the one sampled without the others."""
+  """Batches of two give the same answers as single prompts."""
   rows = [
     {'prompt': 'def read('},
     {'prompt': 'def write(alpha, ', 'seed': 9},
@@ -569,7 +569,7 @@ def test_sample_script_answers_a_file_of_prompts(
 def test_sample_script_writes_an_html_replay(
   finished, sample_script, capsys, tmp_path
 ):
-  """With no other output, with --show, and with --out."""
+  """--html alone, with --show, and with --out."""
   flags = dict(prompt=['def </script>(', 'x = "'], block_length=2)
   plain = sample(sample_script, finished.workdir, capsys, **flags)
   for number, more in enumerate((dict(), dict(show=True), dict(out='out'))):
@@ -620,7 +620,7 @@ class Typed(io.StringIO):
 def test_sample_script_answers_lines_of_standard_input(
   finished, sample_script, capsys, monkeypatch, tmp_path, ended_by
 ):
-  """The answers equal those to --prompt. Ctrl-C ends without an error."""
+  """The answers equal those of --prompt. Ctrl-C ends without an error."""
   lines = ['def read(', '', 'def write(']
   monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines) + '\n'))
   out = sample(sample_script, finished.workdir, capsys, interactive=True)
@@ -642,7 +642,7 @@ def test_sample_script_answers_lines_of_standard_input(
 def test_sampling_with_refill_equals_sampling_at_once(
   finished, sample_script, capsys, tmp_path
 ):
-  """On another mesh, with a cache refreshed every step, two rows at a time."""
+  """Another mesh, a cache refreshed at every step, and batches of two."""
   path = tmp_path / 'out.jsonl'
   texts = ['def read(', 'class ', 'import ']
   expected = sample(
@@ -657,7 +657,7 @@ def test_sampling_with_refill_equals_sampling_at_once(
 
 
 def test_sample_script_gives_answers_of_open_length(
-  finished, sample_script, capsys, tmp_path
+  finished, sample_script, tmp_path
 ):
   """An answer ends at eos or at config.data.length."""
   path = tmp_path / 'out.jsonl'
@@ -684,7 +684,7 @@ def test_sample_script_gives_answers_of_open_length(
 def test_sample_script_casts_weights_to_the_dtype(
   finished, sample_script, capsys, monkeypatch, dtype
 ):
-  """All weights. The default is float32, as stored."""
+  """Without a dtype, the weights stay float32, as stored."""
   loaded = []
   load = load_lib.load
   monkeypatch.setattr(
@@ -903,9 +903,9 @@ def test_missing_wandb_is_reported_first(make_config, tmp_path, monkeypatch):
 
 
 def test_at_most_one_step_is_queued(make_config, tmp_path, monkeypatch):
-  """Also if metrics are written rarely.
+  """A checkpoint after SIGTERM has to wait for every queued step.
 
-  A checkpoint after SIGTERM has to wait for every queued step.
+  The run writes metrics rarely, which must not let it queue more steps.
   """
   events, queued = [], []
   call, wait = jax.stages.Compiled.__call__, jax.block_until_ready
@@ -964,7 +964,7 @@ def test_out_of_memory_error_names_config_keys(
   assert '\n' not in str(error.value)
 
 
-def test_header_counts_the_parameters(finished, capsys):
+def test_header_counts_the_parameters(finished):
   c = step_lib.step_config(finished.config)
   shapes = transformer.shapes(c.model)
   mesh = mesh_lib.make_mesh()

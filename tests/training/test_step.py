@@ -150,7 +150,7 @@ def of_each_step(name, metrics):
 
 @pytest.fixture(scope='module')
 def reference():
-  """One device, one batch; more steps than the others."""
+  """A run on one device without microbatches, longer than the other runs."""
   return run('one_device', 1, LONG)
 
 
@@ -166,7 +166,7 @@ def canvas_of(c, key, step):
 
 @jax.jit
 def dense_loss(params, canvas):
-  """Loss in nats per token and gradient, from all logits, on one device."""
+  """Returns loss in nats per token, and gradient, from all logits."""
 
   def loss(params):
     network = transformer.bind(dataclasses.replace(MODEL, remat='none'), params)
@@ -284,7 +284,7 @@ def test_updates_do_not_depend_on_mesh_or_microbatches(other, reference):
   'name', ['one_device', 'fsdp8', 'fsdp2_sequence2_tensor2']
 )
 def test_packed_documents_loss_does_not_depend_on_the_mesh(name):
-  """Also if the length axis is sharded."""
+  """The meshes include one that shards the length axis."""
   std = 1.0  # large, so that attention matters to the loss
   params = initial_params(std)
   value, gradient = dense_loss(params, canvas_of(CONFINED, KEY, 0))
@@ -317,7 +317,7 @@ def test_old_state_is_donated(of):
 
 
 def splits(batch, parts, mesh_name):
-  """Row numbers: [parts, shards, rows of a device in a microbatch]."""
+  """Returns row numbers, [parts, shards, rows of a device in a microbatch]."""
   m = make_mesh(mesh_name)
   with jax.set_mesh(m):
     rows = jax.jit(lambda x: step.split_rows(x, parts))(jnp.arange(batch))
@@ -337,7 +337,7 @@ def test_microbatches_keep_pairs_together(parts, mesh_name):
 @pytest.mark.parametrize('mesh_name', MESHES)
 @pytest.mark.parametrize('batch', [64, 32])
 def test_devices_keep_their_rows_in_every_microbatch(batch, mesh_name):
-  """Also if pairs do not fit: 32 rows, 4 microbatches, 8 devices."""
+  """With 32 rows, 4 microbatches and 8 devices, pairs do not fit."""
   split = splits(batch, 4, mesh_name)
   shards = split.shape[1]
   owner = split // (batch // shards)
@@ -360,7 +360,7 @@ def test_all_arrays_are_split_the_same_way():
 def test_nonfinite_gradient_changes_only_the_step_count(
   mesh_name, microbatches, monkeypatch
 ):
-  """The steps before and after it are applied."""
+  """The steps before and after the skipped step are applied."""
   original = step.batch_gradients
 
   def poisoned(c, params, tokens, key):
