@@ -33,7 +33,7 @@ class Model(NamedTuple):
     return ', '.join(sorted(names))
 
 
-class Answers(NamedTuple):
+class Completions(NamedTuple):
   """The answers to a list of prompts, and their cost."""
 
   tokens: list  # token lists, each cut before its first eos
@@ -56,7 +56,7 @@ def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
     batch: number of rows sampled together.
 
   Returns:
-    Answers.
+    Completions.
 
   Raises:
     UserError: a row is longer than the model's context, or see
@@ -78,7 +78,7 @@ def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
       before_eos = layouts.cut(answer.tokens, fill, network.eos_id)
       tokens[answer.row] = answer.tokens[fill & before_eos].tolist()
       forwards += answer.forwards
-  return Answers(tokens, forwards, sum(num_slots))
+  return Completions(tokens, forwards, sum(num_slots))
 
 
 def answer_lines(model, settings, lines, correct, seed, batch):

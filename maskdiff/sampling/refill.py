@@ -53,9 +53,9 @@ def answers(network, c, request, batch):
     batch_carry, batch_layout = state
     # Without a waiting request no row can be replaced, so all rows run to their
     # end.
-    until = (row_of >= 0).sum() - 1 if unanswered > batch else 0
+    max_active = (row_of >= 0).sum() - 1 if unanswered > batch else 0
     batch_carry = sampler.run(
-      network, c, shapes, batch_carry, batch_layout, np.int32(until)
+      network, c, shapes, batch_carry, batch_layout, np.int32(max_active)
     )
     tokens, masked, forwards, positions, broken = jax.device_get(
       (

@@ -70,8 +70,8 @@ def complete(network, c, request):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def run(network, c, shapes, carry, layout, until=0):
-  """Runs rounds until at most `until` rows are in progress.
+def run(network, c, shapes, carry, layout, max_active=0):
+  """Runs rounds until at most `max_active` rows are in progress.
 
   Args:
     network: Network.
@@ -79,7 +79,7 @@ def run(network, c, shapes, carry, layout, until=0):
     shapes: from `request.begin`.
     carry: Carry.
     layout: Layout.
-    until: int.
+    max_active: int.
 
   Returns:
     The last Carry, replicated on all devices.
@@ -94,7 +94,7 @@ def run(network, c, shapes, carry, layout, until=0):
 
   return replicate(
     jax.lax.while_loop(
-      lambda carry: in_progress(carry).sum() > until, next_round, carry
+      lambda carry: in_progress(carry).sum() > max_active, next_round, carry
     )
   )
 
