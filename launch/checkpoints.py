@@ -32,7 +32,9 @@ flags.mark_flag_as_required('workdir')
 
 def main(args):
   if args.verify and args.rollback is not None:
-    raise UserError('give either --verify or --rollback, not both')
+    raise UserError(
+      '--verify and --rollback exclude each other: give one of them'
+    )
   config.require_workdir(args.workdir)
   import jax
 
@@ -78,7 +80,7 @@ def _state(checkpointer, step, verify):
   except UserError as error:
     return f'not read: {error}'
   if verify:
-    return f'all {len(meta.leaves)} arrays are as they were saved'
+    return f'all {len(meta.leaves)} arrays match their fingerprints'
   return 'meta intact'
 
 

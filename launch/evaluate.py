@@ -99,7 +99,9 @@ def main(args):
   if not args.data and args.task not in GENERATED:
     raise UserError(f'--task {args.task} needs --data')
   if args.sample and args.task not in ANSWERED:
-    raise UserError(f'--sample: --task {args.task} does not sample')
+    raise UserError(
+      f'--sample is for tasks that the sampler answers, not --task {args.task}'
+    )
   config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
@@ -191,7 +193,7 @@ def score(args, model, estimator, lines):
     if args.form == 'multi_sample':
       raise UserError(
         '--form multi_sample: an autoregressive model has one order only and '
-        'gives the exact log-likelihood: leave out --form'
+        'gives the exact log-likelihood; leave out --form'
       )
 
   def bound(answers, seeds):

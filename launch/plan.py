@@ -68,7 +68,7 @@ def main(args):
   from maskdiff.planner import plan, plan_sample, plot, sweep, tables
 
   if args.sweep and (args.plot or args.mode == 'sample'):
-    raise UserError('--sweep goes with neither --plot nor --mode sample')
+    raise UserError('--sweep cannot be combined with --plot or --mode sample')
   # Check the files before compiling for minutes.
   if args.plot:
     plot.check_plot(args.plot)

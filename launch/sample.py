@@ -146,10 +146,10 @@ def sample(args):
     totals[key] for key in ('tokens', 'forwards', 'positions')
   )
   runtime.print_once(
-    f'{tokens} tokens in {forwards} forward passes of a row, '
-    f'{forwards / max(tokens, 1):.2f} per token, over {positions} positions, '
-    f'{positions / max(tokens, 1):.1f} per token, and '
-    f'{time.monotonic() - began:.1f} s, compilation included'
+    f'{tokens} tokens, {forwards} forward passes of a row '
+    f'({forwards / max(tokens, 1):.2f} per token), {positions} positions '
+    f'({positions / max(tokens, 1):.1f} per token), '
+    f'{time.monotonic() - began:.1f} s including compilation'
   )
 
 

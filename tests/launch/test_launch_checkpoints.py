@@ -113,7 +113,7 @@ def test_a_step_without_meta_is_damaged(script, workdir, capsys):
 def test_intact_steps_are_verified(script, workdir, capsys):
   script(workdir, verify=True)
   assert [line.split('  ')[-1] for line in lines(capsys)] == [
-    'all 5 arrays are as they were saved'
+    'all 5 arrays match their fingerprints'
   ] * 3
 
 
@@ -132,7 +132,8 @@ def test_verify_names_the_array_with_a_flipped_bit(
   assert end.value.code == 1
   first, second, third = lines(capsys)
   assert f'damaged: bits of {name} have changed' in second
-  assert 'as they were saved' in first and 'as they were saved' in third
+  matched = 'match their fingerprints'
+  assert matched in first and matched in third
 
 
 def test_verify_moves_nothing(script, workdir):
@@ -182,7 +183,7 @@ def test_a_rollback_moves_later_steps_aside(script, workdir, capsys):
   [
     ({'rollback': 15}, 'has no step 15; it has 10, 20, 3000'),
     ({'rollback': 20}, 'step 20 is damaged'),
-    ({'rollback': 10, 'verify': True}, 'either --verify or --rollback'),
+    ({'rollback': 10, 'verify': True}, '--verify and --rollback exclude'),
   ],
 )
 def test_a_refused_rollback_moves_nothing(script, workdir, flags, says):

@@ -69,7 +69,7 @@ def planned(tmp_path, *args):
     (['--topology', 'v5p:2x2'], 'a shape of v5p has 3 axes'),
     (
       ['--topology', 'v5e:2x2', '--sweep', '--plot', 'x.png'],
-      '--sweep goes with neither',
+      '--sweep cannot be combined',
     ),
     (
       ['--topology', 'v5e:2x2', '--sweep', '--sweep_rows', '1,two'],

@@ -69,7 +69,7 @@ def test_training_lines_are_written(tmp_path):
   'flags, message',
   [
     (('--task=bound',), '--task bound needs --data'),
-    (('--task=choices', '--sample=steps=1'), '--task choices does not sample'),
+    (('--task=choices', '--sample=steps=1'), '--sample is for tasks'),
     (('--task=sudoku', '--sample=steps'), "'steps': write KEY=VALUE"),
     (
       ('--task=sudoku', '--data=FILE'),

@@ -716,8 +716,8 @@ def test_sample_script_prints_its_cost(finished, sample_script, capsys):
   flags = dict(remasking='threshold', threshold=0.0, block_length=2)
   run_script(sample_script, finished.workdir, prompt=['def '], **flags)
   assert re.match(
-    r'4 tokens in 2 forward passes of a row, 0.50 per token, over (\d+) '
-    r'positions, [0-9.]+ per token, and .* s, ',
+    r'4 tokens, 2 forward passes of a row \(0.50 per token\), (\d+) '
+    r'positions \([0-9.]+ per token\), .* s including compilation$',
     capsys.readouterr().err.splitlines()[-1],
   )
 
