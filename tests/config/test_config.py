@@ -24,8 +24,8 @@ from maskdiff.training import step as step_lib
 from maskdiff.training.optimizer import OptimizerConfig, learning_rate
 
 ROOT = pathlib.Path(__file__).parents[2]
-# published.py needs a Hugging Face folder; tests/interop/test_warm_start.py
-# covers it.
+# tests/interop/test_warm_start.py covers published.py, which needs a Hugging
+# Face folder.
 NAMES = sorted(
   path.name
   for path in (ROOT / 'configs').glob('*.py')
@@ -37,7 +37,7 @@ def module(name):
   return runpy.run_path(str(ROOT / 'configs' / name.partition(':')[0]))
 
 
-# Also FILE:ENTRY for each machine or puzzle in the table of a file.
+# Config files, and FILE:ENTRY for each machine or puzzle of their tables.
 FILES = NAMES + [
   f'{name}:{entry}'
   for name in NAMES

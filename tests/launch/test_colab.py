@@ -235,8 +235,8 @@ def test_the_same_cell_resumes_also_on_a_new_machine(story):
 
 @pytest.mark.slow
 def test_the_curves_show_the_metrics(story):
-  """Each panel has a line of all rows. The first also has the held-out bound
-  and the unigram entropy."""
+  """Each panel has a line of all rows. The first panel also has the held-out
+  bound and the unigram entropy."""
   column = lambda name: [r[name] for r in story.rows if name in r]
   for lines, name in zip(
     story.curves,

@@ -96,7 +96,7 @@ def test_multi_sample_matches_the_library(workdir, tokenizer):
 
 
 def test_a_suffix_is_part_of_the_row(workdir, tokenizer):
-  """The lines that `launch/puzzles.py --task reversal --heldout` writes."""
+  """Lines have the form of `launch/puzzles.py --task reversal --heldout`."""
   gap = {
     'prompt': '',
     'answer': 'the old farmer of Ghent',

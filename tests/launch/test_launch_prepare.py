@@ -56,7 +56,7 @@ def start(*args, file_limit=None):
       resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit,) * 2)
 
   environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  environment.pop('PYTHONUNBUFFERED', None)  # output must not depend on it
+  environment.pop('PYTHONUNBUFFERED', None)  # the script must flush its output itself
   process = subprocess.Popen(
     [sys.executable, 'launch/prepare.py', *map(str, args)],
     cwd=ROOT,
@@ -150,7 +150,7 @@ def test_the_source_and_a_summary_are_printed(corpus, undisturbed):
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-  """Rows from documents of which three are skipped, and the output."""
+  """Rows of a corpus with three skipped documents, and the output."""
   folder = tmp_path_factory.mktemp('small')
   texts = [f'def f{n}(x):\n  return x + {n}\n' for n in range(300)]
   lines = [json.dumps({'content': text}).encode() for text in texts]
