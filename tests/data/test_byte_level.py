@@ -28,7 +28,7 @@ CODE = [
   for path in sorted(pathlib.Path(pathlib.__file__).parent.glob('*.py'))[::4]
 ]
 
-# Of LLaDA and Qwen alike.
+# Special tokens that LLaDA and Qwen share.
 WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -62,7 +62,7 @@ TEXTS = {
 
 
 def train(normalizer=None, pre_tokenizer=None):
-  """A byte-level BPE of 1,000 tokens without special ones."""
+  """Returns a byte-level BPE of 1,000 tokens without special tokens."""
   made = tokenizers.Tokenizer(models.BPE())
   made.normalizer = normalizer
   made.pre_tokenizer = pre_tokenizer or pre_tokenizers.Sequence(
@@ -87,7 +87,7 @@ def bare():
 
 @pytest.fixture
 def save(bare, tmp_path):
-  """save(made or None for a bare one, specials, config) -> folder."""
+  """Returns save(tokenizer or None, special tokens, config) -> folder."""
 
   def save(special=(), config=None, ordinary=(), **changes):
     made = tokenizers.Tokenizer.from_str(bare.to_str())
@@ -119,7 +119,7 @@ def qwen(tmp_path_factory):
   made = train(normalizer=normalizers.NFC())
   made.add_special_tokens(QWEN)
   made.add_tokens(['<tool_call>', '</tool_call>'])
-  # As in files that were saved after some other use.
+  # Settings that training leaves in published files.
   made.enable_truncation(5)
   made.enable_padding(length=7)
   folder = tmp_path_factory.mktemp('qwen') / 'made'
@@ -166,7 +166,7 @@ def test_round_trip_is_exact_on_every_plane_of_unicode(llada, qwen):
   points = [*range(0xD800), *range(0xE000, 0x110000, 7)]
   text = ''.join(map(chr, points))
   assert llada.decode(llada.encode(text)) == text
-  # Newer planes compose differently from one Unicode version to the next.
+  # Composition in newer planes differs between Unicode versions.
   text = text[:0x800]
   assert qwen.decode(qwen.encode(text)) == unicodedata.normalize('NFC', text)
 
@@ -201,7 +201,7 @@ def test_special_ids_as_the_config_beside_names_them(llada):
   assert set(llada.pieces[1000:]) == {b''}
 
 
-def test_what_a_tokenizer_does_not_have_is_none(qwen):
+def test_missing_special_ids_are_none(qwen):
   assert (qwen.bos_id, qwen.mask_id) == (None, None)
   assert (qwen.eos_id, qwen.pad_id) == (1000, 1000)
   assert qwen.vocab_size == 1005
@@ -348,7 +348,7 @@ def test_copy_over_another_tokenizer_is_refused(llada, shipped, tmp_path):
     tokenizer.copy(llada, tmp_path)
 
 
-def test_copy_to_where_nothing_can_be_written_is_named(llada, tmp_path):
+def test_copy_to_an_unwritable_directory_is_named(llada, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot copy the tokenizer .*file'):
     tokenizer.copy(llada, tmp_path / 'file')
@@ -503,7 +503,7 @@ def test_long_texts_have_the_ids_of_their_whole(any_tok, monkeypatch):
 
 
 @pytest.mark.parametrize('name', TEXTS)
-def test_parts_lose_nothing_where_no_good_place_is(any_tok, name, monkeypatch):
+def test_parts_without_a_good_cut_lose_no_text(any_tok, name, monkeypatch):
   monkeypatch.setattr(tokenizer, 'PART_CHARS', 20)
   text = TEXTS[name] * 50
   assert any_tok.decode(any_tok.encode(text)) == text

@@ -1,4 +1,4 @@
-"""Where a sample is from: exact shares of sources, in epochs of each."""
+"""The order of samples: exact shares of sources, each shuffled in epochs."""
 
 import dataclasses
 import fractions
@@ -19,14 +19,14 @@ def permutation(size, key=0, epoch=0):
 
 
 def permutations(size, key, epochs):
-  """[E, size]: the permutations of many epochs."""
+  """Returns the permutations of many epochs, [E, size]."""
   position = np.tile(np.arange(size), len(epochs))
   values = order.permute(position, size, key, np.repeat(epochs, size))
   return values.reshape(len(epochs), size)
 
 
 def check_uniform(counts):
-  """What is counted here is fixed, so a fair shuffle passes forever."""
+  """Checks counts by chi-square; the seeds are fixed, so no test is flaky."""
   p = scipy.stats.chisquare(counts).pvalue
   assert p > 1e-3, f'p = {p:.1e} of {len(counts)} counts'
 
@@ -37,7 +37,7 @@ def equal(a, b):
 
 
 def random_weights(seed):
-  """2 to 8 decimals of 1 to 4 digits."""
+  """Returns 2 to 8 decimal numbers of 1 to 4 digits."""
   rng = np.random.default_rng(seed)
   digits = rng.integers(1, 5)
   parts = rng.integers(1, 10**digits, rng.integers(2, 9))
@@ -81,7 +81,7 @@ def test_large_permutations_are_bijections(size):
 
 @pytest.mark.parametrize('size', [1, 2, 5, 1000, 2**31, 10**12, 2**50 - 1])
 def test_permute_is_a_feistel_network(size):
-  """In Python's integers, which neither overflow nor round."""
+  """The reference uses Python integers, which do not overflow or round."""
   bits, golden = 2**64, 0x9E3779B97F4A7C15
 
   def mix(x):
@@ -160,7 +160,7 @@ def test_every_order_of_few_samples_is_equally_likely(size):
 
 
 def test_orders_are_equally_likely_over_keys_too():
-  """Seeds are hashed to keys, but even neighbouring keys would do."""
+  """Even neighbouring keys give independent orders; runs use hashed keys."""
   number = {p: n for n, p in enumerate(itertools.permutations(range(4)))}
   found = [number[tuple(permutation(4, key).tolist())] for key in range(3000)]
   check_uniform(np.bincount(found, minlength=24))
@@ -198,7 +198,7 @@ def test_neighbours_are_far_apart(lag):
   values = permutation(size, 9)
   correlation = scipy.stats.spearmanr(values[:-lag], values[lag:]).statistic
   assert abs(correlation) < 4 / math.sqrt(size - lag)
-  # Uniform distances modulo the size, of which none but 0 is left out.
+  # Distances modulo the size are uniform over 1..size-1.
   steps = (values[lag:] - values[:-lag]) % size
   check_uniform(np.bincount(steps * 100 // size, minlength=100))
 
@@ -213,7 +213,7 @@ def test_positions_epochs_and_keys_do_not_correlate():
 
 
 def test_permutations_are_pinned():
-  """A change here breaks the resumption of every run that exists."""
+  """If this fails, existing runs cannot resume with the same data."""
   assert permutation(10, 42, 3).tolist() == [3, 6, 2, 0, 9, 1, 5, 7, 8, 4]
   got = order.permute(np.arange(4), 10**12, 2**64 - 1, np.full(4, 10**6))
   pinned = [362558966095, 439439620027, 606471371403, 241254769982]
@@ -221,7 +221,7 @@ def test_permutations_are_pinned():
 
 
 def test_orders_are_pinned():
-  """A change here breaks the resumption of every run that exists."""
+  """If this fails, existing runs cannot resume with the same data."""
   mixture = order.make_order((10**9, 5), (0.7, 0.3), seed=1)
   source, index = order.locate(mixture, np.arange(10))
   assert source.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
@@ -230,8 +230,8 @@ def test_orders_are_pinned():
   assert index[source == 1].tolist() == [4, 2, 1]
 
 
-def test_turns_of_sources_are_pinned():
-  """A change here breaks the resumption of every run that exists."""
+def test_order_of_sources_is_pinned():
+  """If this fails, existing runs cannot resume with the same data."""
   source = order.make_order((1, 1, 1), (0.6, 0.4, 0.5), 0).source
   pinned = '021020120120012'
   assert ''.join(map(str, source)) == pinned
@@ -250,7 +250,7 @@ def test_every_prefix_of_a_mixture_has_the_shares(weights):
 
 @pytest.mark.parametrize('weights', WEIGHTS)
 def test_shares_are_the_weights(weights):
-  """Exactly if they are decimals of few digits, else to 1 in 65,536."""
+  """Short decimals are exact; other weights are rounded to 1/65,536."""
   shares = order.make_order((10,) * len(weights), weights, 0).shares
   period = sum(shares)
   exact = [fractions.Fraction(str(w)) for w in weights]
@@ -266,7 +266,7 @@ def test_shares_are_the_weights(weights):
 
 
 def test_awkward_weights_reach_the_longest_period():
-  """Or the cases above would not test rounding."""
+  """Otherwise the cases above would not test rounding."""
   periods = [len(order.make_order((1,) * len(w), w, 0).source) for w in WEIGHTS]
   assert periods.count(order.MAX_PERIOD) >= 4
   assert min(periods) < 100
@@ -285,7 +285,7 @@ def test_one_source_needs_no_table():
 
 @pytest.mark.parametrize('seed', range(24))
 def test_a_mixture_passes_through_each_source_in_epochs(seed):
-  """Whatever the others: every epoch a permutation of all its samples."""
+  """Each epoch of a source is a permutation of all its samples."""
   rng = np.random.default_rng(seed)
   weights = random_weights(seed)
   sizes = tuple(rng.integers(1, 120, len(weights)).tolist())
@@ -300,7 +300,7 @@ def test_a_mixture_passes_through_each_source_in_epochs(seed):
     np.testing.assert_array_equal(mine, np.concatenate(epochs)[: len(mine)])
 
 
-def test_other_sources_do_not_show_in_the_order_of_one():
+def test_order_of_a_source_does_not_depend_on_other_sources():
   sequences = []
   for sizes, weights in (
     ((7, 40, 9), (1, 2, 3)),
@@ -329,7 +329,7 @@ def test_seeds_give_different_orders():
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_samples_may_be_asked_for_in_any_order(seed):
+def test_samples_can_be_located_in_any_order(seed):
   rng = np.random.default_rng(seed)
   weights = random_weights(seed)
   sizes = tuple(rng.integers(1, 10**6, len(weights)).tolist())
@@ -376,7 +376,7 @@ def test_weights_that_are_rounded_away_are_refused(weights):
 @pytest.mark.parametrize('size', [10**9, 2**40, 2**40 - 1, 2**40 + 15])
 @pytest.mark.parametrize('first', [0, 10**9, 2**40 - 500, 2**50])
 def test_no_table_grows_with_the_data(size, first):
-  """A run over 2^40 samples starts like one over 100."""
+  """The memory of an order does not depend on the number of samples."""
   tracemalloc.start()
   mixture = order.make_order((size, 100, size), (0.5, 0.1, 0.4), 0)
   source, index = order.locate(mixture, np.arange(first, first + 1000))

@@ -20,7 +20,7 @@ ROWS, ROW_LENGTH, BATCH = 50, 32, 8
 
 
 def make_dataset(directory, train, heldout=None, weight=1.0, cuts=()):
-  """A prepared directory with these rows, in shards that start at the cuts."""
+  """Writes a prepared directory with these rows; shards start at the cuts."""
   directory.mkdir()
   splits = {}
   for name, rows in ('train', train), ('heldout', heldout):
@@ -49,7 +49,7 @@ def make_dataset(directory, train, heldout=None, weight=1.0, cuts=()):
 
 
 def counting_rows(rows=ROWS, row_length=ROW_LENGTH):
-  """Rows that tell where they are from: token = 100 * row + column."""
+  """Returns rows whose tokens name their place: token = 100 * row + column."""
   tokens = 100 * np.arange(rows)[:, None] + np.arange(row_length)
   return tokens.astype(np.uint16)
 
@@ -61,7 +61,7 @@ def dataset(tmp_path_factory):
 
 
 def take(n, datasets, **changes):
-  """The first n batches, stacked: [n, b, L]."""
+  """Returns the first n batches, [n, b, L]."""
   settings = dict(
     global_batch=BATCH,
     length=ROW_LENGTH,
@@ -77,7 +77,7 @@ def take(n, datasets, **changes):
 
 
 def samples(batches):
-  """[n, b, L] as a list of samples in global order."""
+  """Returns [n, b, L] batches as a list of samples in global order."""
   return [tuple(row) for batch in batches for row in batch.tolist()]
 
 
@@ -85,7 +85,7 @@ def check_one_line(error):
   assert '\n' not in str(error.value)
 
 
-# Random mixtures, against lists.
+# Random mixtures, compared with plain Python lists
 
 CASES = 25
 NUMBERING = 10_000  # of the tokens of a dataset: no two tokens are the same
@@ -163,7 +163,7 @@ def make_case(directory, seed):
 
 
 def plain_samples(case):
-  """The samples of a run, one by one: what the pipeline must come to.
+  """Returns the samples of a run one by one, as a reference.
 
   Of the sources whose turn it may be, the one whose turn must come first;
   from it, the next sample of its permutation.
@@ -214,7 +214,7 @@ def test_any_number_of_hosts_reads_the_same_global_batches(case, expected):
 
 
 def test_a_run_resumes_at_any_sample(case, expected):
-  """Also between the batches of the first run, and with others."""
+  """The sample may be inside a batch, and the batch size may change."""
   rng = np.random.default_rng(0)
   for start in [1, *rng.integers(0, len(expected) - 24, 3).tolist()]:
     batch = int(rng.integers(1, 25))
@@ -226,7 +226,7 @@ def test_a_run_resumes_at_any_sample(case, expected):
 
 
 def test_hosts_resume_together(case, expected):
-  """Each on its own, at a step, with the rows that it had."""
+  """Each host resumes at the same step with its own rows."""
   step = case.batches // 3
   stop = (step + 3) * case.global_batch
   rest = np.array(expected[step * case.global_batch : stop])
@@ -237,12 +237,14 @@ def test_hosts_resume_together(case, expected):
 
 
 @pytest.mark.parametrize('num_threads', [1, 3])
-def test_threads_do_not_show(case, expected, num_threads):
+def test_batches_do_not_depend_on_threads(case, expected, num_threads):
   assert samples(case.take(num_threads=num_threads)) == expected
 
 
 @pytest.mark.parametrize('window', [3, 50])
-def test_planning_ahead_does_not_show(case, expected, window, monkeypatch):
+def test_batches_do_not_depend_on_the_window(
+  case, expected, window, monkeypatch
+):
   monkeypatch.setattr(pipeline, '_WINDOW', window)
   assert samples(case.take()) == expected
 
@@ -270,7 +272,7 @@ def test_mixture_is_exact_to_one_sample_at_every_time(case):
 
 
 def test_cases_are_of_every_kind(tmp_path):
-  """Or the properties above would not say much."""
+  """Otherwise the tests above would prove little."""
   kinds = set()
   for seed in range(CASES):
     (tmp_path / str(seed)).mkdir()
@@ -332,7 +334,7 @@ def test_batches_are_int32_and_writable(dataset):
 
 
 def test_a_long_run_is_the_order(dataset):
-  """Several windows of planning, many epochs."""
+  """The run spans several lookups of the order and many epochs."""
   got = take(400, dataset)[:, :, 0].ravel() // 100
   expected = order.make_order((ROWS,), (1.0,), 3)
   _, rows = order.locate(expected, np.arange(400 * BATCH))
@@ -373,7 +375,7 @@ def test_another_batch_size_continues_at_the_same_sample(dataset):
 
 @pytest.fixture
 def read(monkeypatch):
-  """The numbers of the rows that are read, in order."""
+  """Records the numbers of the rows that are read, in order."""
   numbers = []
 
   class Counting(row_reader.RowSource):
@@ -386,8 +388,8 @@ def read(monkeypatch):
 
 
 @pytest.mark.parametrize('step', [0, 10**6, 2**45])
-def test_resuming_reads_nothing_that_is_not_asked_for(dataset, step, read):
-  """However far the run has come."""
+def test_resuming_reads_only_requested_rows(dataset, step, read):
+  """The cost of resuming does not depend on the position in the run."""
   batch = take(1, dataset, start_sample=step * BATCH)[0]
   _, rows = order.locate(
     order.make_order((ROWS,), (1.0,), 3), step * BATCH + np.arange(BATCH)
@@ -407,7 +409,7 @@ def test_threads_read_a_few_batches_ahead(dataset, read):
 
 
 def test_seeds_differ_also_from_each_others_later_epochs(dataset):
-  """A seed plus the epoch would give seed s epoch 1 and s + 1 epoch 0 alike."""
+  """With the key seed + epoch, (s, 1) and (s + 1, 0) would be equal."""
   per_epoch = ROWS // 2
   orders = [
     tuple(samples(batches)[e * ROWS : (e + 1) * ROWS])
@@ -421,7 +423,7 @@ def test_seeds_differ_also_from_each_others_later_epochs(dataset):
 
 
 def test_order_is_pinned(dataset):
-  """A change here breaks the resumption of every run that exists."""
+  """If this fails, existing runs cannot resume with the same data."""
   pinned = [16, 17, 23, 38, 14, 19, 2, 46]
   first = take(1, dataset)[0, :, 0] // 100
   assert first.tolist() == pinned
@@ -515,7 +517,7 @@ def test_negative_start_is_refused(dataset):
 
 
 def flip_bit_of_row(path, rows, row):
-  """In a file of these rows; found by writing it with another row there."""
+  """Flips a bit of one row; a file with another row there shows its place."""
   other = rows.copy()
   other[row] += 1
   files = []
@@ -530,7 +532,7 @@ def flip_bit_of_row(path, rows, row):
 
 
 def damaged(dataset, directory, *damaged_rows, split='train'):
-  """A copy of the dataset of 50 rows in which some cannot be read."""
+  """Returns a copy of the dataset of 50 rows with unreadable rows."""
   shutil.copytree(dataset.directory, directory)
   for row in damaged_rows:
     shard, first, last = (0, 0, 20) if row < 20 else (1, 20, ROWS)
@@ -540,7 +542,7 @@ def damaged(dataset, directory, *damaged_rows, split='train'):
 
 
 def with_rows_replaced(batches, replaced):
-  """Batches with other rows instead of some; numbers are token // 100."""
+  """Returns batches with rows replaced; a row number is token // 100."""
   out = batches.copy()
   for row, other in replaced.items():
     out[batches // 100 == row] += 100 * (other - row)
@@ -569,9 +571,7 @@ def test_damaged_row_stops_the_run_and_names_the_file(
   ],
 )
 @pytest.mark.parametrize('length', [8, 32, 64])
-def test_the_next_row_stands_in_for_a_damaged_one(
-  dataset, tmp_path, replaced, length
-):
+def test_next_row_replaces_a_damaged_row(dataset, tmp_path, replaced, length):
   bad = damaged(dataset, tmp_path / 'bad', *replaced)
   whole = take(30, dataset, length=length)
   got = take(30, bad, length=length, max_damaged_rows=2)
@@ -695,7 +695,7 @@ def test_heldout_is_a_fixed_sample_without_repeats(dataset):
 
 
 def test_heldout_order_is_pinned(dataset):
-  """A change here makes evaluations of older runs incomparable."""
+  """If this fails, evaluations of older runs are not comparable."""
   pinned = [28, 9, 30, 20]
   assert (heldout(dataset)[0][:, 0] // 100).tolist() == pinned
 
@@ -774,12 +774,12 @@ def with_manifest(dataset, **changes):
 
 
 def rebuilt(dataset, directory, rows, cuts):
-  """A dataset as prepared from the same source, with other rows or shards."""
+  """Returns a dataset of the same source with other rows or shards."""
   new = make_dataset(directory, rows, weight=dataset.weight, cuts=cuts)
   return with_manifest(new, source=dataset.manifest.source)
 
 
-def test_fingerprint_tells_what_decides_the_order(mixture):
+def test_fingerprint_has_everything_that_determines_the_order(mixture):
   base = fingerprint(mixture)
   assert json.loads(json.dumps(base)) == base
   assert fingerprint(mixture) == base
@@ -826,7 +826,7 @@ def test_fingerprint_tells_tokenizers_apart(mixture):
   assert changed(base, fingerprint(other)) == {'tokenizer'}
 
 
-def test_fingerprint_is_of_the_rows_and_not_of_what_they_are_called(mixture):
+def test_fingerprint_does_not_depend_on_names(mixture):
   other = [mixture[0], with_manifest(mixture[1], source='other')]
   assert fingerprint(mixture) == fingerprint(other)
 
@@ -862,14 +862,14 @@ def test_fingerprint_is_the_same_in_another_place(mixture, tmp_path):
   assert fingerprint(moved) == fingerprint(mixture)
 
 
-def test_fingerprint_does_not_tell_the_heldout_part(mixture):
+def test_fingerprint_does_not_depend_on_the_heldout_split(mixture):
   train = mixture[1].manifest.splits['train']
   other = with_manifest(mixture[1], splits={'train': train, 'heldout': train})
   assert fingerprint([mixture[0], other]) == fingerprint(mixture)
 
 
 def test_equal_fingerprints_mean_equal_samples(dataset, tmp_path):
-  """Of the same rows somewhere else."""
+  """The second dataset has the same rows in another directory."""
   (tmp_path / 'copy').mkdir()
   copy = make_dataset(
     tmp_path / 'copy' / 'counting', counting_rows(), cuts=[20]
@@ -878,7 +878,7 @@ def test_equal_fingerprints_mean_equal_samples(dataset, tmp_path):
   np.testing.assert_array_equal(take(10, copy), take(10, dataset))
 
 
-# The mixture as written by the user.
+# Parsing of mixtures
 
 
 @pytest.mark.parametrize(
@@ -930,7 +930,7 @@ def test_a_directory_comes_once_in_a_mixture():
     pipeline.parse_mixture('data/web=1,b=1,data/web=2')
 
 
-# To the devices.
+# Transfer to devices
 
 MESHES = {
   'batch': ((8, 1), PartitionSpec('batch')),
@@ -964,7 +964,7 @@ def test_every_mesh_gives_the_same_global_arrays(dataset, name):
 
 
 def test_host_rows_are_those_of_its_devices():
-  """Of two hosts with 4 devices each; one holds rows that are not adjacent."""
+  """Two hosts have 4 devices each; the rows of one are not adjacent."""
   mesh = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
 
   class OneHost:
@@ -999,7 +999,7 @@ def test_one_batch_is_in_flight(dataset):
     assert asked == [*range(k + 2)]
 
 
-def test_a_directory_may_have_the_signs_of_a_mixture_in_its_name(
+def test_directory_name_may_contain_comma_and_equals_sign(
   tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)
@@ -1013,7 +1013,7 @@ def test_a_directory_named_in_two_ways_is_named_twice():
     pipeline.parse_mixture('data/a=1,./data/a=2')
 
 
-# Samples that are passed over
+# Skipped samples
 
 SKIPS = [
   ((0, 3),),
@@ -1025,7 +1025,7 @@ SKIPS = [
 
 @pytest.mark.parametrize('skip', SKIPS)
 @pytest.mark.parametrize('start', [0, 1, 5, 8, 13, 50])
-def test_sample_numbers_are_those_that_are_left(skip, start):
+def test_sample_numbers_omit_skipped_ranges(skip, start):
   left = [
     n
     for n in range(start, 3000)
@@ -1042,9 +1042,7 @@ def test_sample_numbers_are_those_that_are_left(skip, start):
 
 
 @pytest.mark.parametrize('skip', SKIPS)
-def test_samples_that_are_passed_over_leave_the_others_as_they_were(
-  dataset, skip
-):
+def test_skipping_samples_does_not_change_the_others(dataset, skip):
   def samples(number, **options):
     batches = pipeline.train_batches(
       [dataset],

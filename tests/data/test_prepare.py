@@ -1,4 +1,4 @@
-"""Preparation: every document once, and the same files however it went."""
+"""Preparation writes every document once, and always the same files."""
 
 import collections
 import concurrent.futures
@@ -30,11 +30,11 @@ SETTINGS = dict(row_length=32, heldout_fraction=0.2, workers=0)
 
 
 def quiet(line):
-  """Takes the place of print."""
+  """Replaces print."""
 
 
 def plan_of(path, part_bytes=1 << 20):
-  """As sources.plan, in parts of another size."""
+  """Returns sources.plan with parts of another size."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sources, 'MIN_PART_BYTES', part_bytes)
     patch.setattr(sources, 'MAX_PART_BYTES', part_bytes)
@@ -54,7 +54,7 @@ def write_jsonl(path, texts):
 
 
 def contents(directory):
-  """Everything in a directory: bytes by name, None for a directory."""
+  """Returns a dict from each name in a directory to bytes; None: a folder."""
   return {
     str(path.relative_to(directory)): None
     if path.is_dir()
@@ -64,7 +64,7 @@ def contents(directory):
 
 
 def tokens(directory, split, shard=slice(None)):
-  """Of all rows of a split, or of those in some of its shards."""
+  """Returns the tokens of a split, or of some of its shards."""
   manifest = records.read_manifest(directory)
   part = manifest.splits[split]
   part = dataclasses.replace(part, shards=part.shards[shard])
@@ -76,7 +76,7 @@ def tokens(directory, split, shard=slice(None)):
 
 
 def pieces(ids):
-  """Tuples that end with eos, and what follows the last eos."""
+  """Returns documents that end with eos, and the rest after the last eos."""
   *whole, rest = np.split(ids, np.flatnonzero(ids == EOS) + 1)
   return [tuple(p.tolist()) for p in whole], tuple(rest.tolist())
 
@@ -92,7 +92,7 @@ def document(tokenizer, text):
 
 @pytest.fixture(scope='module')
 def texts():
-  """Pieces of a library, shorter and longer than a row; some are there twice.
+  """Returns pieces of a library, shorter and longer than a row, with copies.
 
   The first is longer than a part.
   """
@@ -111,7 +111,7 @@ def texts():
 
 @pytest.fixture(scope='module')
 def plan(texts, tmp_path_factory):
-  """Of twelve parts, in two formats, with some lines that are not text."""
+  """Returns a plan of twelve parts in two formats; some lines are not text."""
   folder = tmp_path_factory.mktemp('corpus')
   path = write_jsonl(folder / 'a.jsonl', texts)
   lines = path.read_bytes().split(b'\n')
@@ -133,7 +133,7 @@ def all_texts(texts):
 
 @pytest.fixture(scope='module')
 def once(plan, tokenizer, tmp_path_factory):
-  """The directory that one undisturbed preparation makes."""
+  """Returns the directory of a preparation without interruption."""
   directory = tmp_path_factory.mktemp('once') / 'rows'
   prepared(plan, tokenizer, directory)
   return directory
@@ -232,7 +232,7 @@ def test_manifest_counts(plan, all_texts, tokenizer, once):
   row_reader.verify(once, manifest, rows='all')
 
 
-def test_tokenizer_is_beside_the_rows_and_nothing_else(tokenizer, once):
+def test_directory_holds_rows_manifest_and_tokenizer_only(tokenizer, once):
   assert tokenizer_lib.load(once) == tokenizer
   names = {shard.name for shard in once.glob('*.array_record')}
   assert names == {
@@ -242,7 +242,7 @@ def test_tokenizer_is_beside_the_rows_and_nothing_else(tokenizer, once):
   assert contents(once).keys() - names == {'manifest.json', 'tokenizer.model'}
 
 
-def test_summary_says_what_there_is(all_texts, once):
+def test_summary_counts_rows_tokens_and_documents(all_texts, once):
   manifest = records.read_manifest(once)
   train, heldout = manifest.splits.values()
   text = prepare.summary(manifest)
@@ -257,7 +257,7 @@ def test_summary_says_what_there_is(all_texts, once):
 
 
 def test_a_large_vocabulary_takes_four_bytes(plan, tokenizer, once, tmp_path):
-  """And an eos that was chosen is the one in the rows, in workers too."""
+  """An eos id set by `with_ids` is used in the rows, also by workers."""
   size = 70_000
   absent = (b'',) * (size - tokenizer.vocab_size)
   wide = dataclasses.replace(
@@ -276,11 +276,11 @@ def test_a_large_vocabulary_takes_four_bytes(plan, tokenizer, once, tmp_path):
   assert contents(tmp_path / '0') == contents(tmp_path / '1')
 
 
-# However it went, the files are the same.
+# The files do not depend on workers, order or interruptions.
 
 
 @pytest.mark.parametrize('workers', [1, 2, 3])
-def test_number_of_workers_does_not_show(
+def test_files_do_not_depend_on_the_number_of_workers(
   plan, tokenizer, once, tmp_path, workers
 ):
   prepared(plan, tokenizer, tmp_path / 'rows', workers=workers)
@@ -296,10 +296,10 @@ def test_how_much_is_done_at_once_does_not_show(
   assert contents(tmp_path / 'rows') == contents(once)
 
 
-def test_order_of_the_parts_in_time_does_not_show(
+def test_files_do_not_depend_on_the_order_of_the_parts(
   plan, tokenizer, once, tmp_path
 ):
-  """Those that were done before an interruption need not be the first."""
+  """The parts done before an interruption need not be the first."""
   directory = tmp_path / 'rows'
   assert interrupt(plan, tokenizer, directory, after=30)
   for n in (0, 3, 4):
@@ -311,7 +311,7 @@ def test_order_of_the_parts_in_time_does_not_show(
 
 
 class Interrupts:
-  """Ends the n-th call that changes a directory before it does anything."""
+  """Raises at the n-th call that would change a directory."""
 
   CALLS = ('mkdir', 'rename', 'replace', 'rmdir', 'unlink')
 
@@ -331,7 +331,7 @@ class Interrupts:
 
 
 def interrupt(plan, tokenizer, directory, after):
-  """Prepares until a call that changes a directory; True if there is one."""
+  """Prepares until the n-th such call; returns whether it was reached."""
   with pytest.MonkeyPatch.context() as patch:
     Interrupts(patch, after)
     try:
@@ -343,7 +343,7 @@ def interrupt(plan, tokenizer, directory, after):
 
 @pytest.fixture(scope='module')
 def small(texts, tokenizer, tmp_path_factory):
-  """A plan of three parts and the directory that it becomes."""
+  """Returns a plan of three parts and its prepared directory."""
   folder = tmp_path_factory.mktemp('small')
   path = write_jsonl(folder / 'small.jsonl', texts[1:60])
   plan = plan_of(path, path.stat().st_size // 3 + 1)
@@ -352,8 +352,8 @@ def small(texts, tokenizer, tmp_path_factory):
   return plan, folder / 'rows'
 
 
-def test_an_end_at_any_moment_does_not_show(small, tokenizer, tmp_path):
-  """Before every single step that can be seen from outside."""
+def test_interruption_at_any_moment_changes_no_file(small, tokenizer, tmp_path):
+  """Interrupts before every change of the directory."""
   plan, rows = small
   for n in range(1, 100):
     directory = tmp_path / str(n)
@@ -365,7 +365,7 @@ def test_an_end_at_any_moment_does_not_show(small, tokenizer, tmp_path):
   assert 20 < n < 100
 
 
-def test_ends_again_and_again_do_not_show(small, tokenizer, tmp_path):
+def test_repeated_interruptions_change_no_file(small, tokenizer, tmp_path):
   plan, rows = small
   rng = random.Random(0)
   for n in range(20):
@@ -375,9 +375,7 @@ def test_ends_again_and_again_do_not_show(small, tokenizer, tmp_path):
     assert contents(directory) == contents(rows)
 
 
-def test_without_manifest_there_is_nothing_to_train_on(
-  small, tokenizer, tmp_path
-):
+def test_directory_without_manifest_is_refused(small, tokenizer, tmp_path):
   plan, _ = small
   assert interrupt(plan, tokenizer, tmp_path / 'rows', after=10)
   assert list((tmp_path / 'rows').glob('*.array_record'))
@@ -450,7 +448,7 @@ def test_a_killed_worker_is_named(texts, tokenizer, tmp_path, parts_done):
 def test_a_worker_killed_while_others_start_is_named(
   small, tokenizer, tmp_path, monkeypatch, error
 ):
-  """What starting the next worker then raises is none of the user's."""
+  """The user does not see the error from starting the next worker."""
   pool = concurrent.futures.ProcessPoolExecutor
   submit, calls = pool.submit, []
 
@@ -467,7 +465,7 @@ def test_a_worker_killed_while_others_start_is_named(
   assert contents(tmp_path / 'rows') == contents(small[1])
 
 
-# What is refused, in one line, and what is not.
+# Errors of one line, and inputs that are accepted
 
 
 def refused(plan, tokenizer, directory, **changes):
@@ -529,9 +527,7 @@ def test_other_input_is_refused(
   assert f'input={plan.fingerprint}, not {other.fingerprint}' in message
 
 
-def test_a_copy_of_the_input_elsewhere_will_do(
-  small, tokenizer, directory, tmp_path
-):
+def test_input_may_be_a_copy_elsewhere(small, tokenizer, directory, tmp_path):
   plan, rows = small
   original = pathlib.Path(plan.parts[0].paths[0])
   copy = tmp_path / 'elsewhere' / original.name
@@ -558,7 +554,7 @@ def test_a_directory_with_something_else_is_refused(
   assert contents(tmp_path) == before
 
 
-def test_hidden_files_are_nobody_s_business(small, tokenizer, tmp_path):
+def test_hidden_files_are_ignored(small, tokenizer, tmp_path):
   (tmp_path / '.gitignore').write_text('mine')
   prepared(small[0], tokenizer, tmp_path)
   assert (tmp_path / '.gitignore').read_text() == 'mine'
@@ -570,7 +566,7 @@ def interrupted(*_):
 
 @pytest.mark.parametrize('what', ['shard', 'leftovers'])
 @pytest.mark.parametrize('content', [None, b'', b'half'])
-def test_a_part_that_a_power_cut_took_is_done_again(
+def test_part_lost_in_a_power_cut_is_done_again(
   small, tokenizer, tmp_path, monkeypatch, what, content
 ):
   directory = tmp_path / 'rows'
@@ -588,9 +584,7 @@ def test_a_part_that_a_power_cut_took_is_done_again(
   assert contents(directory) == contents(small[1])
 
 
-def test_finished_rows_that_are_damaged_are_not_taken_for_good(
-  small, tokenizer, tmp_path
-):
+def test_damaged_finished_rows_are_refused(small, tokenizer, tmp_path):
   prepared(small[0], tokenizer, tmp_path / 'rows')
   (tmp_path / 'rows' / 'train-00000.array_record').write_bytes(b'')
   message = refused(small[0], tokenizer, tmp_path / 'rows')
@@ -613,7 +607,7 @@ def test_input_that_changes_on_the_way_is_refused(small, tokenizer, tmp_path):
   assert str(path) in refused(plan, tokenizer, tmp_path / 'rows')
 
 
-def test_a_place_that_cannot_be_written_is_named(small, tokenizer, tmp_path):
+def test_unwritable_directory_is_named(small, tokenizer, tmp_path):
   (tmp_path / 'file').write_text('not a directory')
   place = tmp_path / 'file' / 'rows'
   message = refused(small[0], tokenizer, place)
@@ -735,7 +729,7 @@ def test_embedded_is_prepared_for_each_row_length(
   assert {records.read_manifest(d).row_length for d in found} == {16, 32}
 
 
-def test_embedded_names_the_key_of_a_place_that_cannot_be_written(
+def test_embedded_names_the_key_of_an_unwritable_directory(
   small, tokenizer, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(sources, 'plan', lambda specs: small[0])
@@ -744,7 +738,7 @@ def test_embedded_names_the_key_of_a_place_that_cannot_be_written(
     prepare.embedded(tokenizer, tmp_path / 'file', 16, quiet)
 
 
-def test_embedded_goes_on_after_an_interruption(
+def test_embedded_resumes_after_an_interruption(
   small, tokenizer, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(sources, 'plan', lambda specs: small[0])

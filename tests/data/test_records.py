@@ -1,4 +1,4 @@
-"""Rows come back as written, and damage is named, never read."""
+"""Rows are read back unchanged; damaged rows raise errors."""
 
 import concurrent.futures
 import dataclasses
@@ -22,7 +22,7 @@ VOCAB = 70_000  # needs uint32
 
 
 def write(directory, seed=0, sizes=(300, 200), vocab_size=VOCAB):
-  """A directory with random rows; returns the train rows."""
+  """Writes a directory of random rows; returns the train rows."""
   rng = np.random.default_rng(seed)
   dtype = records.token_dtype(vocab_size)
   directory.mkdir()
@@ -81,7 +81,7 @@ def verify(directory, **options):
 
 
 def unreadable(directory, split='train'):
-  """The numbers of the rows that raise, and what they raise."""
+  """Returns the numbers of the rows that raise, and their errors."""
   rows, errors = source(directory, split), {}
   for i in range(len(rows)):
     try:
@@ -103,7 +103,7 @@ def damage(directory, row):
   content = path.read_bytes()
   rows = read_all(directory)[:300].copy()
   rows[row] += 1
-  # The first byte that is another one if the row is another one.
+  # The first byte of the file that depends on the row.
   other = directory.with_name('other')
   records.write_shard(other, [rows])
   pairs = zip(content, other.read_bytes(), strict=False)
@@ -136,7 +136,7 @@ def test_dtype_is_the_smallest_that_fits():
 
 
 @pytest.mark.parametrize('sizes', [[1] * 60, [7, 53], [0, 59, 0, 1, 0]])
-def test_sizes_of_blocks_do_not_show_in_a_shard(tmp_path, sizes):
+def test_shard_does_not_depend_on_block_sizes(tmp_path, sizes):
   rng = np.random.default_rng(0)
   rows = rng.integers(0, 1 << 16, (60, 32)).astype(np.uint16)
   whole = records.write_shard(tmp_path / 'whole', [rows])
@@ -407,7 +407,7 @@ def test_shards_of_equal_size_are_told_apart(tmp_path):
 
 
 def test_shard_that_differs_in_rows_not_sampled_is_found(data):
-  """Rows intact in themselves, but not those of the manifest."""
+  """Each row is intact, but it is not the row of the manifest."""
   path = data / 'train-00000.array_record'
   rows = read_all(data)[:300].copy()
   rows[[7, 8]] = rows[[8, 7]]
@@ -500,7 +500,7 @@ def test_one_flipped_bit_damages_one_row(data, row):
 
 
 def test_flipped_bits_anywhere_are_never_read(data):
-  """Every row is either as it was written or an error."""
+  """Every row is read unchanged or raises an error."""
   expected = read_all(data)
   path = data / 'train-00001.array_record'
   content = path.read_bytes()
@@ -551,7 +551,7 @@ def test_other_remote_paths_are_refused():
 
 @pytest.fixture
 def limits(monkeypatch):
-  """A file limit of its own: [soft, hard]."""
+  """Replaces the file limits of the process: [soft, hard]."""
   limits = [2000, 5000]
 
   def set_limit(kind, new):
@@ -565,7 +565,7 @@ def limits(monkeypatch):
 
 
 def many_shards(directory, number):
-  """A source of one shard, listed many times."""
+  """Returns a RowSource that lists one shard many times."""
   manifest = records.read_manifest(directory)
   split = dataclasses.replace(
     manifest.splits['train'],
@@ -610,7 +610,7 @@ def test_a_process_without_a_file_limit_has_room(data, limits):
 
 
 def test_a_read_that_fails_for_a_moment_is_tried_again(data, monkeypatch):
-  """As a network file system may; checksums are not waited for."""
+  """Network file systems may fail for a moment; bad checksums stay bad."""
   monkeypatch.setattr(row_reader, '_RETRY_S', (0.0, 0.0))
   expected, rows = read_all(data), source(data)
   reader, failures = row_reader.open_shard, []

@@ -29,7 +29,7 @@ def texts_of(seed, count, longest=200):
 
 
 def plan_of(path, lines):
-  """Of one part: a document for each value or, if it is bytes, raw line."""
+  """Returns a plan of one part: documents, or raw lines given as bytes."""
   raw = [
     x if isinstance(x, bytes) else json.dumps({'text': x}).encode()
     for x in lines
@@ -40,7 +40,7 @@ def plan_of(path, lines):
 
 @dataclasses.dataclass
 class Made:
-  """What became of a part."""
+  """The shard and the leftovers of a part."""
 
   job: shards.Job
   shard: records.Shard | None
@@ -141,7 +141,7 @@ def test_how_much_is_done_at_once_does_not_show(
   assert pieces.train == whole.train
 
 
-def test_a_long_document_goes_on_in_the_next_rows(tokenizer, tmp_path):
+def test_long_document_continues_in_the_next_rows(tokenizer, tmp_path):
   text = 'x = [' + ', '.join(map(str, range(500))) + ']\n'
   made = make(tmp_path, ['first', text, 'last'], tokenizer)
   assert made.shard.rows > 50
@@ -251,7 +251,7 @@ def test_odd_text_comes_back_as_it_was(tokenizer, tmp_path, text):
   assert [tokenizer.decode(d) for d in documents] == [text, 'next', text]
 
 
-def test_what_is_not_text_is_counted_and_left_out(tokenizer, tmp_path):
+def test_unreadable_documents_are_counted_and_skipped(tokenizer, tmp_path):
   lines = [
     'good',
     b'{"text": "latin \xe9"}',

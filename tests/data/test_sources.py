@@ -1,4 +1,4 @@
-"""Parts give every document of the input once, or say what is wrong."""
+"""Parts yield every document of the input once, or a clear error."""
 
 import gzip
 import itertools
@@ -36,7 +36,7 @@ def part_bytes(monkeypatch):
 
 
 def text_of(rng, longest=60):
-  # Mostly short, now and then very long.
+  # Most are short; a few are very long.
   length = rng.choice([1, 3, longest, 20 * longest])
   return 'x' + ''.join(rng.choices(CHARACTERS, k=rng.randrange(length)))
 
@@ -65,7 +65,7 @@ def planned(*specs, **how):
   return sources.plan([str(spec) for spec in specs], **how)
 
 
-# Formats: what is read is what a plain reading of the files gives.
+# Formats, compared with a plain reading of the files
 
 
 @pytest.mark.parametrize('by_line', [False, True])
@@ -156,7 +156,7 @@ def test_large_file_is_cut_into_equal_parts(tmp_path, part_bytes):
 
 
 def in_pieces(data, compress, rng):
-  """Compressed data as tools that work in parallel write it."""
+  """Returns data compressed in several frames, as parallel tools do."""
   cuts = sorted(rng.choices(range(len(data)), k=3))
   pieces = zip([0, *cuts], [*cuts, len(data)], strict=True)
   return b''.join(compress(data[a:b]) for a, b in pieces)
@@ -228,7 +228,7 @@ class MaskdiffTiny(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope='module')
 def tfds_folder(tmp_path_factory):
-  """A prepared dataset: 500 records in 3 shards, in an order of its own."""
+  """Returns a prepared dataset of 500 shuffled records in 3 shards."""
   tfds.disable_progress_bar()
   builder = MaskdiffTiny(
     data_dir=tmp_path_factory.mktemp('tfds'), file_format='array_record'
@@ -256,7 +256,7 @@ def test_tfds_is_cut_into_ranges_of_records(tfds_folder, part_bytes):
     assert sum(part.size for part in plan.parts) == total
 
 
-# Parts: sizes, memory, what they depend on.
+# Parts: sizes, memory and dependencies
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_embedded_corpus_may_be_anywhere(tmp_path, monkeypatch):
       call()
 
 
-# Documents that cannot be used are left out and reported.
+# Unusable documents are skipped and reported.
 
 
 def test_unusable_lines_are_skipped(tmp_path):
@@ -506,7 +506,7 @@ def test_places_in_a_file_that_was_cut_are_bytes(tmp_path, part_bytes):
       assert data[int(at) :].split(b'\n')[0] == line
 
 
-# Everything else is for the user to fix, and one line says how.
+# User errors
 
 
 def refuses(match, *specs, **how):
@@ -515,7 +515,7 @@ def refuses(match, *specs, **how):
   assert '\n' not in str(caught.value)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_source_is_named(tmp_path):
   refuses('no file or directory .*absent: correct', tmp_path / 'absent')
   refuses(r'no text files in .*/\*.txt: give', tmp_path / '*.txt')
   refuses('no text files in .*: give .* .txt, .md', tmp_path)
@@ -530,7 +530,7 @@ def test_unknown_suffixes_are_refused(tmp_path):
   refuses('give files that end in .txt', tmp_path)
 
 
-def test_what_a_directory_has_besides_is_counted(tmp_path):
+def test_ignored_files_are_counted(tmp_path):
   write(tmp_path / 'a' / 'b.txt', 'text')
   for name in ('c.bin', 'd.bin', 'README'):
     write(tmp_path / 'a' / name, 'x')
@@ -581,7 +581,7 @@ def test_link_to_nothing_is_named(tmp_path):
   refuses('cannot read .*b.txt .No such file.*: replace it', tmp_path)
 
 
-def test_wrong_text_key_is_told_with_the_right_ones(tmp_path, tfds_folder):
+def test_wrong_text_key_lists_the_fields(tmp_path, tfds_folder):
   path = write_jsonl(tmp_path / 'a.jsonl', ['x'])
   keys = "'id', 'text'.*--text_key"
   refuses(f"a.jsonl line 1 .*'body'.*{keys}", path, text_key='body')

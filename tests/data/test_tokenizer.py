@@ -109,7 +109,7 @@ def test_negative_ids_are_refused(tok):
     tok.decode([-1])
 
 
-def test_pieces_tell_the_bytes_of_every_id(tok):
+def test_pieces_are_the_bytes_of_every_id(tok):
   text = ''.join(TEXTS.values())
   size = sum(len(tok.pieces[i]) for i in tok.encode(text))
   assert size == len(text.encode())
@@ -134,7 +134,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize('content', [b'', b'<html>not found</html>'])
-def test_file_that_is_no_model_is_named(tmp_path, content):
+def test_file_that_is_not_a_model_is_named(tmp_path, content):
   path = tmp_path / 'page.model'
   path.write_bytes(content)
   with pytest.raises(UserError, match='page.model is not a SentencePiece'):
