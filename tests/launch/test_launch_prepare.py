@@ -56,7 +56,7 @@ def start(*args, file_limit=None):
       resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit,) * 2)
 
   environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  environment.pop('PYTHONUNBUFFERED', None)  # the script must flush its output itself
+  environment.pop('PYTHONUNBUFFERED', None)  # the script itself must flush
   process = subprocess.Popen(
     [sys.executable, 'launch/prepare.py', *map(str, args)],
     cwd=ROOT,
