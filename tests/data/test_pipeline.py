@@ -93,13 +93,13 @@ NUMBERING = 10_000  # of the tokens of a dataset: no two tokens are the same
 
 @dataclasses.dataclass
 class Case:
-  """A random run.
+  """A random mixture and a run over it.
 
   Attributes:
-    tokens: of each dataset, end to end.
+    tokens: concatenated tokens of each dataset.
     sizes: samples of each dataset.
     shares: weights as integers without a common divisor.
-    batches: of the run that is looked at.
+    batches: number of batches in the run.
   """
 
   datasets: list[pipeline.Dataset]
@@ -122,7 +122,7 @@ class Case:
     return take(n, self.datasets, **(settings | changes))
 
   def source_and_index(self, sample):
-    """Of a sample that came out."""
+    """Returns the source of a sample and its index, from its tokens."""
     source, at = divmod(sample[0], NUMBERING)
     assert at % self.length == 0
     assert sample == tuple(self.tokens[source][at : at + self.length])
