@@ -59,17 +59,22 @@ RULES = {
   'few lines': Rule(r'launch/evaluate\.py', '--num=2 --samples=4 --strata=2'),
   'few questions': Rule(r'launch/harness\.py', '--limit=1', needs='lm_eval'),
   # Compile a model of some million parameters for the TPU.
+  # A tiny model, compiled for the TPU. The time to compile grows with the
+  # tokens of a chip, so one chip gets fewer rows than a pod needs.
   'small plan': Rule(
     r'launch/plan\.py',
-    '--config.model.vocab_size=4096 --config.model.embed=512 '
-    '--config.model.layers=2 --config.model.heads=4 '
-    '--config.model.kv_heads=4 --config.model.head_dim=128 '
-    '--config.model.mlp=1024 --config.tokens.mask_id=4 '
+    '--config.model.vocab_size=4096 --config.model.embed=128 '
+    '--config.model.layers=1 --config.model.heads=1 '
+    '--config.model.kv_heads=1 --config.model.head_dim=128 '
+    '--config.model.mlp=128 --config.tokens.mask_id=4 '
     '--config.tokens.bos_id=1 --config.tokens.eos_id=2 '
-    '--config.data.length=512 --config.train.batch=128 '
+    '--config.data.length=128 --config.train.batch=128 '
     '--config.train.microbatches=1 --config.eval.batch=128 '
-    '--config.objective.loss_chunk_tokens=256',
+    '--config.objective.loss_chunk_tokens=128',
     needs='libtpu',
+  ),
+  'plan of one chip': Rule(
+    r'launch/plan\.py .*:1x1', '--config.train.batch=8 --config.eval.batch=8'
   ),
   'small sweep': Rule(
     r'launch/plan\.py .*--sweep',
