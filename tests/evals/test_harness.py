@@ -286,7 +286,7 @@ def test_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
   assert last['maskdiff']['dtype'] == 'bfloat16'
   twice = launch('--tasks=md_choice', '--model=tensor=2')
   assert twice.returncode == 2
-  assert 'a flag for it, --tensor' in twice.stderr.splitlines()[-1]
+  assert 'use the flag --tensor' in twice.stderr.splitlines()[-1]
   unknown = launch('--tasks=no_such_task')
   assert unknown.returncode == 2
   assert 'no_such_task' in unknown.stderr.splitlines()[-1]
