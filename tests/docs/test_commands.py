@@ -48,7 +48,7 @@ RUN = [path for path in BLOCKS if BLOCKS[path]]
 # Regular expressions of commands, and of the output of those that succeed.
 SAYS = {
   r'launch/pretrain\.py': r'(?s)step 2/2 .*held-out',
-  r'launch/sample\.py (?!.*--help)': r'\d+ tokens in \d+ forward passes',
+  r'launch/sample\.py (?!.*--help)': r'\d+ tokens, \d+ forward passes',
   r'launch/sample\.py .*--prompt "?class': r'^class ',
   # 64 separators. Atomic groups, because .* would backtrack 2^64 times.
   r'launch/sample\.py .*--show': r'(?s)\A(?>.*?={8}\n){64}',

@@ -631,7 +631,7 @@ def test_sample_script_answers_lines_of_standard_input(
   run_script(sample_script, finished.workdir, interactive=True, out=str(path))
   captured = capsys.readouterr()
   assert captured.out == ''
-  assert captured.err.splitlines()[-1].startswith('8 tokens in 8 forward')
+  assert captured.err.splitlines()[-1].startswith('8 tokens, 8 forward')
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert [(r['prompt'], r['seed']) for r in rows] == [
     ('def read(', 0),
