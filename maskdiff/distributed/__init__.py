@@ -2,8 +2,8 @@
 
 - mesh: the device mesh, and shardings of parameters and activations.
 - runtime: joins the processes of a run; compilation cache.
-- consensus: preemption, and checks that all processes run the same.
-- watchdog: reports where a stalled run hangs.
+- consensus: preemption; checks that all processes have one config and code.
+- watchdog: reports a stalled run, with the stacks of all threads.
 - chips: peak FLOP/s, memory and link bandwidths of TPU chips.
 - compiler: XLA options for each TPU chip.
 """

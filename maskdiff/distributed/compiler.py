@@ -1,9 +1,9 @@
 """XLA options for the TPU compiler, by chip.
 
-They were chosen by compiling the 8B train step, or only its matrix products,
-for each chip and comparing the compiler's own time estimates. docs/speed.md
-lists the gains on v5p. The options apply to one compilation, not to the
-process, so that the planner and the run compile the same program.
+The options were chosen by compiling the 8B train step, or only its matrix
+products, for each chip and comparing the compiler's own time estimates.
+docs/speed.md lists the gains on v5p. The options apply to one compilation, not
+to the process, so that the planner and the run compile the same program.
 """
 
 from maskdiff.distributed import chips
@@ -34,7 +34,7 @@ def _vmem(mib):
   The default is 16 MiB. With a higher limit matrix products use larger tiles
   and wait less for HBM: on v5p the products of the 8B MLP go from 76% to 97%
   of the peak in the compiler's estimate. Higher limits than those below gain
-  little, and compilation takes several times as long. The backward tiles of
+  little, and make compilation several times as slow. The backward tiles of
   the splash kernel need 32 MiB.
   """
   return {'xla_tpu_scoped_vmem_limit_kib': mib * 1024}

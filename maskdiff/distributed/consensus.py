@@ -51,10 +51,11 @@ class Preemption:
   def poll(self):
     """Returns whether to stop now.
 
-    All processes must call it equally often and at the same places: they agree
-    on the number of the call at which it becomes true, a call that none of
-    them has made yet. If some processes skip a call, they stop at different
-    steps. After a SIGTERM the call waits until all processes know of it.
+    All processes must call `poll` equally often and at the same places. After a
+    SIGTERM they agree on the number of a future call, which returns True in
+    all of them. If a process skips a call, the processes stop at different
+    steps. The first call after a SIGTERM waits until all processes
+    know of the SIGTERM.
     """
     if distributed.global_state.preemption_sync_manager and not self._preempted:
       self._polls += 1
@@ -70,7 +71,7 @@ class Preemption:
 def agree(values):
   """Checks that all processes have the same values.
 
-  All processes must call it with the same keys.
+  All processes must call this function with the same keys.
 
   Args:
     values: dict of short strings, such as {'config': digest of the config}.
@@ -100,7 +101,7 @@ def agree(values):
 
 
 def _disagreement(first, others):
-  """Error message about processes that differ from process 0.
+  """Returns the error message about processes that differ from process 0.
 
   Args:
     first: values of process 0.

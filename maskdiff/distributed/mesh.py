@@ -46,7 +46,7 @@ ACTIVATION_RULES = {
 
 
 def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
-  """Builds the device mesh; one of the sizes may be -1, for all that remain.
+  """Builds the device mesh; a size of -1 takes all remaining devices.
 
   Only `replica` spans TPU slices, which the data centre network connects. Each
   slice holds the same number of replicas, and the other three axes stay on the
@@ -134,27 +134,27 @@ def _arrange(sizes, devices):
 
 
 def batch_shards(mesh):
-  """Number of shards into which the rows of a batch are split."""
+  """Returns the number of shards into which the rows of a batch are split."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def batch_sharding(mesh):
-  """Sharding of a [B, L] array of tokens."""
+  """Returns the sharding of a [B, L] array of tokens."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES, 'sequence'))
 
 
 def replicated(mesh):
-  """Sharding of an array that is replicated on all devices."""
+  """Returns the sharding of an array that is replicated on all devices."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def is_matrix(axes):
-  """Whether a parameter has two or more logical axes, not counting layers."""
+  """Returns whether a parameter has two or more axes, not counting layers."""
   return sum(a != 'layers' for a in axes) >= 2
 
 
 def param_spec(axes):
-  """PartitionSpec of a parameter with these logical axes.
+  """Returns the PartitionSpec of a parameter with these logical axes.
 
   Only matrices are split: a vector is too small to be worth a collective.
   """

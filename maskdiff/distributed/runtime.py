@@ -1,8 +1,8 @@
 """Joins the processes of a run, and sets up the compilation cache.
 
 A run is one process on a laptop and one process per host on a pod. `started`
-reads the environment, joins the processes through `jax.distributed`, and makes
-sure that a process which fails does not wait for the others:
+reads the environment and joins the processes through `jax.distributed`. If a
+process fails, it exits without waiting for the others:
 
     with runtime.started(workdir):
       loop.run(config, workdir)
@@ -83,8 +83,9 @@ def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
 def detect(environ, platforms):
   """Returns arguments for `jax.distributed.initialize`; None for one process.
 
-  On TPUs that no environment variable describes this queries the metadata
-  server of Google Cloud, for at most 3 s. There is no other network access.
+  With TPU chips that no environment variable describes, the function queries
+  the metadata server of Google Cloud, for at most 3 s. There is no other
+  network access.
 
   Args:
     environ: environment variables, after JAX was imported.
@@ -113,7 +114,7 @@ def detect(environ, platforms):
 
 
 def _explicit(address, num_processes, process_id):
-  """Arguments for `jax.distributed.initialize` from the three variables."""
+  """Returns arguments for `jax.distributed.initialize` from 3 variables."""
   host, _, port = address.rpartition(':')
   if not host or not port.isdecimal():
     raise UserError(
@@ -137,7 +138,7 @@ def _explicit(address, num_processes, process_id):
 
 
 def _in_cluster(environ, platforms):
-  """Whether this is a cluster of several processes that JAX can detect."""
+  """Returns whether JAX can detect this cluster, of several processes."""
   several = lambda name: int(environ.get(name) or 1) > 1
   if 'OMPI_MCA_orte_hnp_uri' in environ:
     return several('OMPI_COMM_WORLD_SIZE')
@@ -169,7 +170,7 @@ def _in_cluster(environ, platforms):
 
 
 def _on_cloud_tpu_vm(environ):
-  """Whether the metadata server says that this is a TPU VM."""
+  """Returns whether the metadata server describes this host as a TPU VM."""
   server = environ.get('GCE_METADATA_IP', '169.254.169.254')
   request = urllib.request.Request(
     f'http://{server}/computeMetadata/v1/instance/attributes/'
@@ -245,7 +246,7 @@ def join(arguments, timeout_s, heartbeat_s=HEARTBEAT_S):
 
 
 def _reachable(address):
-  """Whether HOST:PORT accepts connections."""
+  """Returns whether HOST:PORT accepts connections."""
   host, _, port = address.rpartition(':')
   try:
     with socket.create_connection((host.strip('[]'), int(port)), timeout=5):
@@ -297,7 +298,7 @@ def main_process_first(work):
 
 
 def process_name():
-  """Index and host of this process, for messages; '' for a single process."""
+  """Returns index and host of this process for messages; '' if it is alone."""
   state = distributed.global_state
   if state.num_processes == 1:
     return ''

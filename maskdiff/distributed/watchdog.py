@@ -1,4 +1,4 @@
-"""Reports where a stalled run hangs: kind of work, duration and all stacks."""
+"""Reports a stalled run: kind of work, duration and stacks of all threads."""
 
 import collections
 import contextlib
@@ -17,9 +17,9 @@ def watch(ledger, stall_s, out=None):
   """Context manager that reports stalls from a thread.
 
   When a span of the ledger lasts longer than stall_s, and again after every
-  further stall_s, it prints the kind of the span, its seconds, the seconds by
-  kind before it, and the stack of every Python thread. It never ends the run,
-  which may only be slow.
+  further stall_s, the thread prints the kind of the span, its seconds, the
+  seconds by kind before it, and the stack of every Python thread. It never ends
+  the run, which may only be slow.
 
   Args:
     ledger: Ledger of this process.
@@ -76,7 +76,7 @@ def describe(kind, seconds, totals):
 
 
 def _stacks():
-  """Stacks of all other threads; threads with equal stacks are grouped."""
+  """Returns the stacks of all other threads, grouped if they are equal."""
   names = {t.ident: t.name for t in threading.enumerate()}
   threads_by_stack = collections.defaultdict(list)
   for ident, frame in sys._current_frames().items():

@@ -4,10 +4,10 @@
   utilization.
 - wandb_run: the wandb run that receives the same rows.
 - terminal: progress bar and tables of text.
-- ledger: where the wall time of a run goes; goodput.
+- ledger: records where the wall time of a run goes; computes goodput.
 - skipped: messages about updates that the guard skipped.
 - history: reads a run back from its work directory.
-- json_lines: reads files of JSON lines.
+- json_lines: reads JSON lines files.
 - smoothing: smooths and thins series.
 - traces: runs as Plotly traces, and axis ranges.
 - panel: a figure with its title, note and menu.

@@ -32,7 +32,7 @@ def panels(runs):
       'Gradient norm',
       'Largest of each row of metrics, before clipping. Bold: smoothed.',
       'train/grad_norm',
-      how=np.max,
+      reduce=np.max,
       smooth=True,
     ),
     _plain(
@@ -58,7 +58,7 @@ def panels(runs):
 
 
 def _heldout(runs):
-  """Held-out bound of each dataset, with error bars."""
+  """Returns a panel of the held-out bound of each dataset, with error bars."""
   figure, shown, choices = make_figure(), [], []
   for i, run in enumerate(runs):
     for dataset in history.datasets(run):
@@ -94,7 +94,7 @@ def _heldout(runs):
 
 
 def _training(runs):
-  """Training loss, as logged and smoothed."""
+  """Returns a panel of the training loss, as logged and smoothed."""
   figure, shown = make_figure(), []
   for i, run in enumerate(runs):
     steps, loss = history.series(run, 'train/loss_nats_per_token')
@@ -113,28 +113,28 @@ def _training(runs):
 
 
 def _plain(
-  runs, id, title, note, key, how=None, scale=1, smooth=False, trim=False
+  runs, id, title, note, key, reduce=None, scale=1, smooth=False, trim=False
 ):
-  """A metric over time, with a y axis that starts at 0.
+  """Returns a panel of a metric over time, with a y axis from 0.
 
   Args:
     runs: list of history.Run.
     id, title, note: see Panel.
     key: name of the metric.
-    how: see `smoothing.thin`; by default the last value of a group.
+    reduce: see `smoothing.thin`; by default the last value of a group.
     scale: factor of the values.
     smooth: whether to add a moving average.
     trim: whether outliers may lie outside the y axis.
   """
   figure, shown = make_figure(), []
-  how = how or (lambda values: values[-1])
+  reduce = reduce or (lambda values: values[-1])
   for i, run in enumerate(runs):
     steps, values = history.series(run, key)
     values = values * scale
     if smooth:
-      shown += traces.add_noisy_line(figure, run, i, steps, values, how)
+      shown += traces.add_noisy_line(figure, run, i, steps, values, reduce)
     elif len(steps):
-      steps, values = smoothing.thin(steps, values, how)
+      steps, values = smoothing.thin(steps, values, reduce)
       figure.add_trace(traces.line(run, i, steps, values))
       if trim:
         steps, values = smoothing.without_outliers(steps, values)
@@ -143,14 +143,14 @@ def _plain(
 
 
 def _step_time(runs):
-  """Seconds per step, measured and planned."""
+  """Returns a panel of the seconds per step, measured and planned."""
   panel = _plain(
     runs,
     'step_s',
     'Step time, s',
     'Mean of each row of metrics, in seconds.',
     'train/step_s',
-    how=np.mean,
+    reduce=np.mean,
     trim=True,
   )
   planned = [
@@ -175,7 +175,7 @@ def _step_time(runs):
 
 
 def _skipped(runs):
-  """Cumulative number of skipped updates."""
+  """Returns a panel of the cumulative number of skipped updates."""
   figure, shown = make_figure(), []
   for i, run in enumerate(runs):
     steps, values = history.series(run, 'train/skipped_updates')
@@ -200,7 +200,7 @@ def _skipped(runs):
 
 
 def _goodput(runs):
-  """Share of wall time by kind, one bar per run."""
+  """Returns a panel of the share of wall time by kind, one bar per run."""
   figure = make_figure()
   shown = [(i, run) for i, run in enumerate(runs) if run.goodput]
   shown = [(i, run) for i, run in shown if run.goodput['wall_s']]
@@ -243,7 +243,7 @@ def _goodput(runs):
 
 
 def _duration(seconds):
-  """Seconds as text with a suitable unit."""
+  """Formats seconds with a suitable unit."""
   if seconds < 120:
     return f'{seconds:.1f} s'
   if seconds < 7200:

@@ -1,7 +1,7 @@
 """Reads a run back from its work directory: config, metrics, ledger, plan.
 
-The run may still be training. Incomplete lines are skipped, and files that do
-not exist yet leave their attribute empty.
+The run may still be training. Incomplete lines are skipped. If a file does not
+exist yet, its attribute is empty.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ def read_run(workdir, plan=None):
 
 
 def _text(path):
-  """Contents of a text file; '' if it does not exist."""
+  """Returns the contents of a text file; '' if it does not exist."""
   if not os.path.exists(path):
     return ''
   with open(path, encoding='utf-8', errors='replace') as f:
@@ -129,7 +129,7 @@ def _text(path):
 
 
 def _read_config(path):
-  """Values of a config.json by dotted key, over the defaults; {} without."""
+  """Returns a config.json by dotted key, with defaults; {} without a file."""
   try:
     saved = json.loads(_text(path))
   except json.JSONDecodeError:  # no file, or it is being written
@@ -139,7 +139,7 @@ def _read_config(path):
 
 
 def _read_ledger(path):
-  """Lines of a ledger and their goodput; [] and None without lines."""
+  """Returns the lines of a ledger and their goodput; [] and None if empty."""
   if not os.path.exists(path):
     return [], None
   lines = ledger.read(path)
@@ -147,7 +147,7 @@ def _read_ledger(path):
 
 
 def read_plan(path):
-  """Reads the plan of a training that launch/plan.py --json has written.
+  """Reads a plan of a training, as launch/plan.py --json writes it.
 
   Raises:
     UserError: the file cannot be read or is not the plan of one training.
@@ -172,11 +172,10 @@ def read_plan(path):
 
 
 def series(run, key):
-  """Values of a metric over the steps of a run.
+  """Returns the values of a metric over the steps of a run.
 
   Returns:
-    steps and values: two float64 arrays, from the rows where the metric is
-    finite.
+    Two float64 arrays, steps and values, from the rows with a finite value.
   """
   pairs = [
     (row['step'], row[key])
@@ -188,10 +187,10 @@ def series(run, key):
 
 
 def tokens_at(run, steps):
-  """Number of tokens trained on up to each step, float64.
+  """Returns the number of tokens trained on up to each step, float64.
 
-  Each row of metrics gives the tokens per step at its time, so the count stays
-  right if the batch size changes during a run.
+  The tokens per step are read from the rows of metrics, so the count is right
+  even if the batch size changed during the run.
   """
   knots, per_step = [(0.0, 0.0)], None
   for row in run.rows:
@@ -210,7 +209,7 @@ def tokens_at(run, steps):
 
 
 def datasets(run):
-  """Names of the held-out datasets, after '' for all of them together."""
+  """Returns '', for all held-out datasets together, and the name of each."""
   found = (
     re.fullmatch('eval/(.+)/loss_nats_per_token', key)
     for row in run.rows
@@ -221,12 +220,12 @@ def datasets(run):
 
 
 def prefix(dataset):
-  """Prefix of the metric names of one of `datasets`."""
+  """Returns the prefix of the metric names of one of `datasets`."""
   return f'eval/{dataset}' if dataset else 'eval'
 
 
 def bits_per_nat(run, dataset=''):
-  """Factor from nats per token to bits per byte, on held-out text, or None."""
+  """Returns bits per byte / nats per token, on held-out text, or None."""
   p = prefix(dataset)
   for row in reversed(run.rows):
     loss, bits = (
@@ -238,7 +237,7 @@ def bits_per_nat(run, dataset=''):
 
 
 def by_ratio(run, where):
-  """Loss by mask ratio in the newest row that has it.
+  """Returns the loss by mask ratio from the newest row that has it.
 
   Args:
     run: Run.
@@ -260,7 +259,7 @@ def by_ratio(run, where):
 
 
 def samples(run):
-  """Samples of a run: dict from prompt number to a list of (step, text)."""
+  """Returns a dict from prompt number to its samples, [(step, text), ...]."""
   found = {}
   for row in run.rows:
     for key, value in row.items():
@@ -272,7 +271,7 @@ def samples(run):
 
 
 def differences(runs):
-  """Config keys whose values differ between runs.
+  """Returns the config keys whose values differ between runs.
 
   Returns:
     Dict from key to a list of texts, one per run; '' if a run does not have

@@ -1,4 +1,4 @@
-"""Reads files of JSON lines that a run appends to."""
+"""Reads JSON lines files to which a run appends."""
 
 import contextlib
 import json

@@ -65,19 +65,19 @@ class Ledger:
   def event(self, name, **values):
     """Appends a line about an event.
 
-    `goodput` reads two events: `started`, with the step from which the process
-    resumes, and `ended`, written when the run is complete. All others are for
-    people.
+    `goodput` reads three events: `opened`, the first line of a process;
+    `started`, with the step from which the process resumes; and `ended`,
+    written when the run is complete. All other events are for readers.
     """
     self._append({'event': name, **values})
 
   def current(self):
-    """The kind of the current span and its seconds so far; thread-safe."""
+    """Returns kind and seconds so far of the current span; thread-safe."""
     kind, began = self._span
     return kind, time.monotonic() - began
 
   def totals(self):
-    """Seconds of this process by kind, without the current span."""
+    """Returns the seconds of this process by kind, without the current span."""
     return dict(self._totals)
 
   def close(self):
@@ -143,15 +143,16 @@ def read(path):
 def goodput(path):
   """Computes the goodput of a run from its ledger, over all its processes.
 
-  A step counts if its result was used. It does not count if a later process
+  A step counts if its result was used. A step does not count if a later process
   started from an earlier step and repeated it. Time without a process is
   `down`, except time after the end of a run.
 
   Returns:
     Dict with
       wall_s: all seconds.
-      seconds: seconds by kind, which sum to wall_s. `step` holds the steps
-        that count, `repeated` the others, `down` the time without a process.
+      seconds: seconds by kind; their sum is wall_s. `step` has the seconds of
+        steps that count, `repeated` those of other steps, and `down` the time
+        without a process.
       lost_s: seconds of `repeated` and `down`.
       restarts: number of processes after the first.
       steps: last step done.
@@ -201,12 +202,12 @@ def _split_by_process(lines):
 
 
 def _starts(lines):
-  """Steps from which a process started."""
+  """Returns the steps from which a process started."""
   return [line['step'] for line in lines if line.get('event') == 'started']
 
 
 def _reached(lines):
-  """Pairs of a step and the seconds spent on steps until its end."""
+  """Returns pairs of a step and the seconds spent on steps until its end."""
   pairs, spent = [], 0.0
   for line in lines:
     spent += line['seconds'].get('step', 0.0)
@@ -216,9 +217,9 @@ def _reached(lines):
 
 
 def _step_seconds_after(lines, step):
-  """Seconds that a process spent on steps after `step`.
+  """Returns the seconds that a process spent on steps after `step`.
 
-  Between two lines of the ledger all steps are taken to last equally long.
+  Assumes that all steps between two lines of the ledger last equally long.
   """
   total = sum(line['seconds'].get('step', 0.0) for line in lines)
   pairs = _reached(lines)

@@ -8,7 +8,7 @@ from maskdiff.monitoring.traces import Series
 
 
 def heldout(runs):
-  """Panel of the held-out loss by mask ratio, at the newest evaluation."""
+  """Returns a panel of the held-out loss by mask ratio, newest evaluation."""
   figure, choices = make_figure(), []
   for i, run in enumerate(runs):
     if run.causal:
@@ -41,7 +41,7 @@ def heldout(runs):
 
 
 def training(runs):
-  """Panel of the training loss by bucket of the mask ratio, over time.
+  """Returns a panel of the training loss over time, by bucket of mask ratios.
 
   A single run shows all buckets. With several runs a menu selects the bucket.
   """

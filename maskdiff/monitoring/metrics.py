@@ -12,7 +12,7 @@ from maskdiff.monitoring import json_lines, wandb_run
 
 
 def utilization(tokens_per_s, flops_per_token, devices):
-  """Model FLOPs utilization in [0, 1]; None if the peak is not known."""
+  """Returns model FLOPs utilization in [0, 1]; None if the peak is unknown."""
   peak = PEAK_FLOPS.get(devices[0].device_kind)
   if peak is None:
     return None
@@ -27,8 +27,9 @@ class Writer:
   ):
     """Opens the files and drops rows after `start_step`.
 
-    A process that died after its last checkpoint has written rows of steps
-    that this process repeats. With start_step = 0 all old rows are dropped.
+    An earlier process may have written rows of steps after its last checkpoint.
+    This process repeats these steps. With start_step = 0 all old rows are
+    dropped.
 
     Args:
       workdir: directory of the run.
@@ -63,7 +64,7 @@ class Writer:
       )
 
   def scalars(self, step, values):
-    """Writes a row. Values that are lists go to metrics.jsonl only."""
+    """Writes a row of metrics. Lists are written to metrics.jsonl only."""
     if not self._active:
       return
     self._rows.write(json.dumps({'step': step, **values}) + '\n')

@@ -31,12 +31,12 @@ class Panel(NamedTuple):
 
 
 def make_figure():
-  """An empty Plotly figure without template and legend."""
+  """Returns an empty Plotly figure without template and legend."""
   return go.Figure(layout=dict(template='none', showlegend=False))
 
 
 def with_ranges(panel, shown, low=None, title=None):
-  """Sets the range of the y axis, and its title if given.
+  """Returns the panel with a range of the y axis, and a title if given.
 
   Args:
     panel: Panel.

@@ -46,13 +46,13 @@ def page(runs, now=None):
 
 
 def _split(template):
-  """The template before Plotly, between Plotly and the data, and after."""
+  """Returns the parts of the template before, between and after its marks."""
   head, rest = template.split('@PLOTLY@')
   return head, *rest.split('@REPORT@')
 
 
 def _defaults(runs):
-  """Initial axes of the page.
+  """Returns the initial axes of the page.
 
   The x axis shows tokens if the runs take different numbers of tokens per
   step. Losses are in bits per byte if the runs have different tokenizers.
@@ -82,7 +82,7 @@ def _panel_json(panel):
 
 
 def _facts(run, i):
-  """Card of run number i: name, colour, and (label, value) pairs of text."""
+  """Returns the card of run number i: name, colour, (label, value) pairs."""
   c, last = run.config, run.last_step
   steps = c.get('train.steps')
   pairs = [
@@ -120,7 +120,7 @@ def _facts(run, i):
 
 
 def _losses(run):
-  """(label, value) pairs of the newest held-out and training loss."""
+  """Returns (label, value) pairs of the newest held-out and training loss."""
   pairs = []
   bits = history.bits_per_nat(run)
   _, heldout = history.series(run, 'eval/loss_nats_per_token')
@@ -139,7 +139,7 @@ def _losses(run):
 
 
 def _parameters(header):
-  """Number of parameters from the line `total` of a header, or None."""
+  """Returns the number in the line `total` of a header, or None."""
   for line in header.splitlines():
     words = line.split()
     if len(words) == 2 and words[0] == 'total':
@@ -148,7 +148,7 @@ def _parameters(header):
 
 
 def _median(run, key):
-  """Median of a metric after the first steps, which are slower; or None."""
+  """Returns the median of a metric after the slower first steps, or None."""
   steps, values = history.series(run, key)
   if not len(values):
     return None
@@ -157,7 +157,7 @@ def _median(run, key):
 
 
 def _plan_row(i, run):
-  """Plan and measurement of run number i, as texts for the page."""
+  """Returns plan and measurement of run number i, as texts for the page."""
   plan, c, rows = run.plan, run.config, []
   for name, field, key, form in (
     ('step, s', 'step_s', 'train/step_s', '.4g'),
@@ -187,7 +187,7 @@ def _plan_row(i, run):
 
 
 def _samples(runs):
-  """Samples by prompt: for each run the prompt and its (step, text) pairs."""
+  """Returns for each prompt number the prompts and samples of all runs."""
   found = [history.samples(run) for run in runs]
   numbers = sorted({n for texts in found for n in texts})
   prompts = [run.config.get('sample.prompts', []) for run in runs]

@@ -45,13 +45,13 @@ def give_up(workdir, updates, read_texts):
   """Writes consecutive skipped updates to a file and returns an error message.
 
   Args:
-    workdir: of the run.
-    updates: results of `find`, the consecutive ones.
+    workdir: work directory of the run.
+    updates: consecutive results of `find`.
     read_texts: function from a range of samples to their texts, on the host
-      that writes the file; None on all others.
+      that writes the file; None on other hosts.
 
   Returns:
-    One line: what happened and what the user can do.
+    One line that describes the problem and its remedies.
   """
   first, last = updates[0], updates[-1]
   path = os.path.join(workdir, f'skipped_to_step_{last["step"]}.json')

@@ -9,10 +9,10 @@ SMOOTHING = 0.02  # share of the rows to average over, on either side
 
 
 def smooth(values, half):
-  """Moving average over `half` values before and after each value.
+  """Returns the moving average over `half` values on either side of each value.
 
-  Near the start, where a loss falls steeply, the window shrinks on both sides
-  alike. Near the end it shrinks on the right side only.
+  Near the start, where a loss falls steeply, the window shrinks equally on both
+  sides. Near the end it shrinks on the right side only.
   """
   values = np.asarray(values, float)
   total = np.concatenate([[0.0], np.cumsum(values)])
@@ -23,28 +23,28 @@ def smooth(values, half):
 
 
 def half_window(steps):
-  """Number of values on either side to average over; 0 for short series."""
+  """Returns the `half` of `smooth` for a series; 0 for short series."""
   return math.ceil(SMOOTHING * len(steps)) if len(steps) >= 10 else 0
 
 
-def thin(steps, values, how, most=1000):
-  """Reduces a series to at most `most` points, one per group of neighbours.
+def thin(steps, values, reduce, max_points=1000):
+  """Reduces a series to `max_points` points or fewer, one per group.
 
   Args:
     steps, values: arrays of the same length.
-    how: function from the values of a group to one value, such as np.mean.
-    most: maximum number of points.
+    reduce: function from the values of a group to one value, such as np.mean.
+    max_points: int.
 
   Returns:
     steps, the last of each group, and values.
   """
-  each = -(-len(steps) // most)
+  each = -(-len(steps) // max_points)
   if each <= 1:
     return steps, values
   groups = np.split(np.arange(len(steps)), range(each, len(steps), each))
   return (
     np.array([steps[g[-1]] for g in groups]),
-    np.array([how(values[g]) for g in groups]),
+    np.array([reduce(values[g]) for g in groups]),
   )
 
 
@@ -62,5 +62,5 @@ def without_outliers(steps, values):
 
 
 def after_first_steps(steps, last_step):
-  """Boolean array: which steps come after the first 5% of `last_step`."""
+  """Returns a boolean array, True for steps after 5% of `last_step`."""
   return steps >= FIRST_STEPS * last_step

@@ -11,9 +11,9 @@ def warn(text):
 
 
 class Progress:
-  """A progress bar with the time left on a terminal, plain lines elsewhere.
+  """Progress on standard error: a bar on a terminal, otherwise plain lines.
 
-  Both go to standard error. Nothing is printed unless `active`.
+  Both show the time left. Nothing is printed unless `active`.
   """
 
   def __init__(self, start_step, steps, active):

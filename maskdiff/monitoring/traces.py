@@ -1,6 +1,6 @@
-"""Runs as Plotly traces, and the range of the y axis.
+"""Makes Plotly traces of runs, and computes the range of the y axis.
 
-The `meta` of a trace holds what report.html needs beside the trace itself:
+The `meta` of a trace holds values that report.html needs for its menus:
 `run`, the index of the run; `tokens`, the other x axis; `bits`, a factor from
 nats per token to bits per byte, or None; `choice`, the entry of the panel's
 menu to which the trace belongs, or None.
@@ -48,23 +48,25 @@ class Series(NamedTuple):
 
 
 def colour(i):
-  """Colour of run number i."""
+  """Returns the colour of run number i."""
   return COLOURS[i % len(COLOURS)]
 
 
 def dash(i):
-  """Plotly dash style of run number i."""
+  """Returns the Plotly dash style of run number i."""
   return DASHES[i // len(COLOURS) % len(DASHES)]
 
 
-def run_name(run, most=40):
-  """Name of the run, shortened and escaped: Plotly interprets some HTML."""
-  name = run.name if len(run.name) <= most else run.name[: most - 1] + '…'
+def run_name(run, max_length=40):
+  """Returns a run's name, shortened and escaped, since Plotly reads HTML."""
+  name = run.name
+  if len(name) > max_length:
+    name = name[: max_length - 1] + '…'
   return html.escape(name)
 
 
 def line(run, i, steps, values, choice=None, bits=None, mode='lines'):
-  """Trace of run number i. See the module docstring for choice and bits."""
+  """Returns a trace of run number i; the module docstring explains `meta`."""
   return go.Scatter(
     x=numbers(steps),
     y=numbers(values),
@@ -82,22 +84,22 @@ def line(run, i, steps, values, choice=None, bits=None, mode='lines'):
   )
 
 
-def add_noisy_line(figure, run, i, steps, values, how, bits=None):
+def add_noisy_line(figure, run, i, steps, values, reduce, bits=None):
   """Adds a faint trace of the values and a bold one of their moving average.
 
   Args:
     figure: plotly Figure.
     run, i: the run and its number.
     steps, values: arrays of the same length.
-    how: see `smoothing.thin`.
+    reduce: see `smoothing.thin`.
     bits: factor from nats per token to bits per byte, or None.
 
   Returns:
-    List of Series for `axis_range`.
+    List of Series for `axis_ranges`.
   """
   if not len(steps):
     return []
-  steps, values = smoothing.thin(steps, values, how)
+  steps, values = smoothing.thin(steps, values, reduce)
   half = smoothing.half_window(steps)
   if half:
     faint = line(run, i, steps, values, bits=bits)
@@ -113,20 +115,20 @@ def add_noisy_line(figure, run, i, steps, values, how, bits=None):
 
 
 def numbers(values, digits=6):
-  """Floats rounded to `digits` significant digits, to keep the JSON short."""
+  """Returns floats rounded to significant digits, to keep the JSON short."""
   return [float(f'{float(v):.{digits}g}') for v in values]
 
 
 def axis_ranges(series, low=None):
-  """Ranges of the y axis that show all series except their first steps.
+  """Returns ranges of the y axis that show all series except the first steps.
 
   Args:
     series: list of Series.
     low: lower end of the axis; None to fit the values.
 
   Returns:
-    [low, high] in the unit of the values, and in bits per byte. Each is None
-    without values; the second also if a series has no factor.
+    [low, high] in the unit of the values, and in bits per byte. Both are None
+    without values. The second is also None if a series has no factor.
   """
   series = [s for s in series if len(s.steps)]
   last_step = max((s.steps[-1] for s in series), default=0)
@@ -144,8 +146,8 @@ def axis_ranges(series, low=None):
 def _padded(values, low):
   if not values:
     return None
-  least, most = min(values), max(values)
+  smallest, largest = min(values), max(values)
   if low is not None:
-    return [low, 1.08 * most or 1.0]
-  pad = 0.06 * (most - least) or 0.05 * abs(most) or 1.0
-  return [least - pad, most + pad]
+    return [low, 1.08 * largest or 1.0]
+  pad = 0.06 * (largest - smallest) or 0.05 * abs(largest) or 1.0
+  return [smallest - pad, largest + pad]

@@ -54,7 +54,7 @@ class WandbRun:
       self._run.define_metric('*', step_metric='step')
 
   def _open(self, workdir, **options):
-    """Opens the run; offline if the server cannot be reached."""
+    """Opens the wandb run; offline if the server cannot be reached."""
     options |= dict(
       dir=workdir,
       resume='allow',
@@ -73,7 +73,7 @@ class WandbRun:
         f'in {os.path.join(workdir, "wandb")}'
       )
     with contextlib.suppress(Exception):
-      self._wandb.teardown()  # init fails while the failed run is open
+      self._wandb.teardown()  # a second init fails while the failed run is open
     return self._wandb.init(mode='offline', **options)
 
   @contextlib.contextmanager

@@ -168,8 +168,8 @@ def test_smooth_is_a_moving_average():
 
 def test_thin_reduces_groups_with_the_given_function():
   steps, values = np.arange(1, 8), np.array([1.0, 5, 2, 2, 9, 0, 3])
-  for how, expected in ((np.max, [5, 9, 3]), (np.mean, [8 / 3, 11 / 3, 3])):
-    thinned = smoothing.thin(steps, values, how, most=3)
+  for reduce, expected in ((np.max, [5, 9, 3]), (np.mean, [8 / 3, 11 / 3, 3])):
+    thinned = smoothing.thin(steps, values, reduce, max_points=3)
     assert thinned[0].tolist() == [3, 6, 7]
     assert np.allclose(thinned[1], expected)
   assert smoothing.thin(steps, values, np.max)[1] is values
