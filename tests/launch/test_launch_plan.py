@@ -315,7 +315,7 @@ def test_a_sweep_ranks_what_fits(tmp_path):
     'v6e:1x1',
     '--sweep',
     '--sweep_rows',
-    '8,65536',
+    '8,4096',
     '--sweep_remat',
     'none',
     '--sweep_mesh',
@@ -343,7 +343,7 @@ def test_a_step_that_does_not_fit():
     'v5e:1x1',
     *SMALL,
     '--config.model.remat=none',
-    '--config.train.batch=65536',
+    '--config.train.batch=2048',
     '--config.eval.batch=32',
   )
   assert result.returncode == 1, result.stderr[-4000:]
