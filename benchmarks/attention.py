@@ -30,7 +30,7 @@ REGIMES = {
 
 
 def share_of_tiles(regime, length, chip):
-  """Number of scores in the tiles of the forward kernel, over L^2."""
+  """Returns the scores in the tiles of the forward kernel, divided by L^2."""
   kernel = splash.make_kernel(regime, length, chip=chip)
   sizes = kernel.kwargs['block_sizes']
   computed = (kernel.fwd_mask_info.block_mask > 0).sum()
@@ -38,7 +38,7 @@ def share_of_tiles(regime, length, chip):
 
 
 def compare(labels, length, rounds):
-  """Seconds of (dense, kernel); None if this machine has no kernel."""
+  """Returns the seconds of (dense, kernel); None without a kernel."""
   q, k, v, g = jax.random.normal(
     jax.random.key(0), (4, 1, 8, length, 128), jnp.bfloat16
   )

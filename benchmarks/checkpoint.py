@@ -73,7 +73,7 @@ def main():
 
 
 def train_step_s(rounds, rows=2, length=256):
-  """Median seconds of a train step."""
+  """Returns the median seconds of a train step."""
   path = pathlib.Path(__file__).parents[1] / 'configs' / '150m.py'
   config = runpy.run_path(str(path))['get_config']()
   config.data.length = length
@@ -97,7 +97,7 @@ def train_step_s(rounds, rows=2, length=256):
 
 
 def random_state(parameters, moments):
-  """Random parameters of a transformer's shapes, and two moments."""
+  """Returns random arrays: parameters of a transformer, and two moments."""
   width = max(int((parameters / LAYERS / 12) ** 0.5), 1)
   shapes = {
     **{name: (LAYERS, width, width) for name in 'qkvo'},
@@ -199,7 +199,7 @@ def measure(make, folder, rounds):
 
 
 def save_without(state, folder, number, time_it):
-  """Saves with fingerprints that are all 0 and cost nothing."""
+  """Saves with the constant 0 in place of computed fingerprints."""
   zeros = lambda tree: jax.tree.map(lambda x: np.uint32(0), tree)
   with mock.patch.object(checkpoint, 'fingerprints', zeros):
     checkpointer = checkpoint.Checkpointer(folder / 'without', keep=1)

@@ -4,11 +4,12 @@ python benchmarks/convert.py [--layers 32] [--directory D]
 
 Writes a Hugging Face folder with LLaDA 8B's shapes in bfloat16, in files of
 5 GB with an index. The files are sparse: only the first and last elements of
-each tensor are written, all different, so that a tensor in the wrong place is
-detected. launch/convert.py converts the folder to a work directory and back,
-in two processes. Prints for each the peak resident memory, with mapped files,
-and the time compared with a copy of the same files. The result must equal the
-original byte by byte. Needs disk space for three times the size, 48 GB.
+each tensor are written. All of them differ, so that a tensor in the wrong place
+is detected. launch/convert.py converts the folder to a work directory and back,
+in two processes. Prints for each process the peak resident memory, with mapped
+files, and the time compared with a copy of the same files. The result must
+equal the original byte by byte. Needs disk space for three times the size,
+48 GB.
 """
 
 import argparse
@@ -135,7 +136,7 @@ def write_sparse(path, shapes, first):
 
 
 def copy(folder):
-  """Seconds to copy the files, with all zeros written to disk."""
+  """Returns the seconds to copy the files, with all zeros written to disk."""
   (folder / 'copy').mkdir()
   began = time.perf_counter()
   for path in (folder / 'in').glob('*.safetensors'):

@@ -88,7 +88,7 @@ def preparation(directory, copies, rounds):
 
 
 def bare_encoding(texts, workers):
-  """Seconds and tokens of encoding only, in `workers` processes at once."""
+  """Returns seconds and tokens of encoding only, in `workers` processes."""
   context = multiprocessing.get_context('spawn')
   shares = [texts[i::workers] for i in range(workers)]
   barrier = context.Barrier(workers)
@@ -118,7 +118,7 @@ def reading(directory, rounds):
   print(f'(b) reading rows of {ROW_LENGTH}, batches of {HOST_ROWS}')
   rng = np.random.default_rng(0)
   for vocab_size in (4096, 126_464):
-    # Zipf frequencies, so that compression is as for real text.
+    # Zipf frequencies, so that rows compress like real text.
     ids = np.minimum(rng.zipf(1.2, (READ_ROWS, ROW_LENGTH)), vocab_size) - 1
     rows = ids.astype(records.token_dtype(vocab_size))
     where = directory / f'rows-{vocab_size}'
@@ -176,7 +176,7 @@ def take(data, num_threads):
 
 
 def dataset(directory, shards, dtype, vocab_size):
-  """A pipeline.Dataset with the same shards for both splits."""
+  """Returns a pipeline.Dataset with the same shards for both splits."""
   from maskdiff.data import pipeline
 
   rows = sum(shard.rows for shard in shards)

@@ -4,9 +4,9 @@ python benchmarks/decode_order.py --workdir runs/tiny \
   --out docs/decode_order.png
 
 Continues held-out texts with a single block, one token per denoising step, and
-draws histograms of the positions. Decoding from left to right would give a
-single bar at 10, 50 and 100; a uniformly random order a flat line. --out needs
-matplotlib.
+draws histograms of the positions. Decoding from left to right would give single
+bars at 10, 50 and 100. A uniformly random order would give a flat line. --out
+needs matplotlib.
 """
 
 import argparse
@@ -32,7 +32,7 @@ RULES = {
 
 
 def positions(model, rule, temperature, num):
-  """Positions of the first, second, ... committed token, [num, slots]."""
+  """Returns positions in the order of commitment, [num, slots]."""
   config, tokenizer = model.config, model.tokenizer
   slots = config.data.length - PROMPT
   found = heldout.documents(config, tokenizer)

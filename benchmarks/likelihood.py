@@ -5,9 +5,9 @@ python benchmarks/likelihood.py --workdir runs/tiny
 
 The loop is the published algorithm (LLaDA, get_log_likelihood.py), compiled:
 for each request it evaluates batches of 16 copies of its row, at the length of
-the row, with logits at all positions. Both use the same weights and the same
-128 masks per request and must return the same values. The ratio is therefore
-at equal standard error, which is printed.
+the row, with logits at all positions. Both programs use the same weights and
+the same 128 masks per request, and must return the same values. The ratio is
+therefore at equal standard error. The standard error is printed too.
 
 With --workdir it prints the standard error of each estimator for the same
 number of forward passes, on rows of held-out text.
@@ -137,7 +137,7 @@ def compare(params, name, prompt, answer, rounds):
 
 @jax.jit
 def forward(params, tokens, canvas):
-  """Log-probability of each token, [B, L]."""
+  """Returns the log-probability of each token, [B, L]."""
   model = transformer.bind(MODEL, params)
   hidden = model(canvas, masks.bidirectional(jnp.ones(canvas.shape, bool)))
   logits = model.logits(hidden).at[..., MASK_ID].set(-jnp.inf)
@@ -146,7 +146,7 @@ def forward(params, tokens, canvas):
 
 
 def one_request(params, prompt, answer, estimator, seed):
-  """Monte Carlo bound of one request, in plain code."""
+  """Returns the Monte Carlo bound of one request, in plain code."""
   tokens = np.concatenate([prompt, answer]).astype(np.int32)
   drawn = estimators.draw(estimator, len(answer), np.random.default_rng(seed))
   total = 0.0

@@ -35,7 +35,7 @@ HEAD = (
 
 
 def plan(config, topology, slices):
-  """The plan of a config as a dict; see planner/fields.py."""
+  """Returns the plan of a config, a dict; see planner/fields.py."""
   with tempfile.NamedTemporaryFile(suffix='.json') as file:
     result = subprocess.run(
       [

@@ -2,9 +2,9 @@
 
 python benchmarks/plot_idea.py --workdir runs/masked
 
-They show the forward process on a line of Python, the noise of the loss, and
-the model of the work directory filling gaps in a text. The model of the page
-was trained with configs/proof.py. Needs matplotlib, which is in
+The figures show the forward process on a line of Python, the noise of the loss,
+and how the model of the work directory fills gaps in a text. The model on the
+page was trained with configs/proof.py. Needs matplotlib, which is in
 requirements-test.txt.
 """
 
@@ -31,13 +31,13 @@ TEXT = 'with open(path) as f: return f.read()'
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 GAPPED = 'class Stack:\n    def __init__({{6}}):\n        self{{6}}\n'
 BLUE, RED, GREY, PALE = '#1f5fbf', '#c0392b', '#9aa5b1', '#e4e7eb'
-# Inches; the width of a page on a phone, so that letters stay legible.
+# Inches. A page on a phone is this wide, so that letters stay legible.
 WIDTH, DPI = 5.2, 150
 LENGTH = 128
 
 
 def objective_config(**changes):
-  """ObjectiveConfig with these changes to the defaults."""
+  """Returns an ObjectiveConfig with these changes to the defaults."""
   c = config_lib.default()
   for key, value in changes.items():
     c.objective[key] = value
@@ -45,7 +45,7 @@ def objective_config(**changes):
 
 
 def piece(tokenizer, i):
-  """Text of a token with visible spaces and newlines."""
+  """Returns the text of a token with visible spaces and newlines."""
   text = tokenizer.pieces[i].decode('utf-8', 'replace')
   return text.replace('\n', '⏎').replace(' ', '·') or '<eos>'
 
@@ -102,7 +102,7 @@ def forward(out):
 
 
 def losses(c, nll_at, batch, draws, seed=0):
-  """Losses of a batch whose tokens have nll nll_at(mask ratio), [draws]."""
+  """Returns losses of batches whose tokens have nll_at(mask ratio), [draws]."""
   tokens = jnp.full((batch, LENGTH), 9)
   rows = jnp.arange(batch)
 

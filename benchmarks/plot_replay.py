@@ -1,4 +1,4 @@
-"""Takes a screenshot of a page of launch/sample.py --html or launch/report.py.
+"""Takes a screenshot of a page that launch/sample.py or report.py wrote.
 
 python launch/sample.py --workdir runs/tiny --infill "$TEXT" --html replay.html
 python benchmarks/plot_replay.py replay.html docs/replay.png --step 18

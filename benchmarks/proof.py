@@ -6,8 +6,8 @@ python benchmarks/proof.py --masked runs/masked \
 
 The raw metrics of the two runs of configs/proof.py are in
 benchmarks/results/proof/, one folder per run. The second command first replaces
-them by those of other runs. The script draws docs/proof.png and rewrites the
-parts of README.md and docs/proof.md between comments that name it.
+them by the metrics of other runs. The script draws docs/proof.png. It rewrites
+the parts of README.md and docs/proof.md between comments that name the script.
 docs/proof.md lists all commands. Needs matplotlib, which is in
 requirements-test.txt.
 """
@@ -86,13 +86,13 @@ def read(folder):
 
 
 def curve(proof, name):
-  """Number of training tokens and values of a metric: two arrays."""
+  """Returns two arrays: training tokens, and values of a metric."""
   steps, values = history.series(proof.run, name)
   return history.tokens_at(proof.run, steps), values
 
 
 def tokens_until(run, loss, window=5):
-  """Training tokens until the mean training loss of 5 rows is below `loss`."""
+  """Returns the tokens until the mean loss of `window` rows is below `loss`."""
   tokens, losses = curve(run, TRAIN_LOSS)
   for i in range(window, len(losses) + 1):
     if statistics.mean(losses[i - window : i]) < loss:
@@ -101,7 +101,7 @@ def tokens_until(run, loss, window=5):
 
 
 def table(runs):
-  """Markdown table of final held-out losses with standard errors."""
+  """Returns a Markdown table of final held-out losses with standard errors."""
   lines = [
     '| held-out text, after {:.1f}M tokens | nats per token | bits per byte |',
     '|---|---|---|',
@@ -125,7 +125,7 @@ def table(runs):
 
 
 def verdict(runs):
-  """Two sentences that compare the bound with the autoregressive loss."""
+  """Returns two sentences that compare the bound with the baseline's loss."""
   _, losses = curve(runs['masked'], LOSS)
   tokens = tokens_until(runs['autoregressive'], losses[-1])
   final = curve(runs['autoregressive'], LOSS)[1][-1]
@@ -143,7 +143,7 @@ def verdict(runs):
 
 
 def samples(runs):
-  """The last samples of both runs, as a block of text."""
+  """Returns the last samples of both runs as a block of text."""
   texts = []
   for name, proof in runs.items():
     found = history.samples(proof.run).values()
@@ -154,7 +154,7 @@ def samples(runs):
 
 
 def infilled():
-  """Texts whose gaps the masked diffusion model filled."""
+  """Returns the texts whose gaps the masked diffusion model filled."""
   with open(RAW / 'masked' / 'infill.jsonl') as f:
     lines = [json.loads(line) for line in f]
   return fenced([bracketed(line['infill'], line['text']) for line in lines])

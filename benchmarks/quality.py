@@ -23,7 +23,7 @@ THRESHOLDS, FACTORS = (0.5, 0.7, 0.9, 0.99), (4.0, 2.0, 1.0, 0.25)
 
 
 def settings(slots):
-  """Settings to compare: dict from a rule to a list of settings."""
+  """Returns the settings to compare: dict from a rule to a list of settings."""
   steps = sorted({slots, *(n for n in (1, 2, 4, 8) if n < slots)})
   of = lambda **values: [{**values, 'steps': n} for n in steps]
   greedy = {'temperature': 0.0}

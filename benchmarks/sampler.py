@@ -4,9 +4,9 @@ python benchmarks/sampler.py [--rounds 3]
 
 The loop is the published algorithm as it is usually written: each denoising
 step runs a compiled forward pass with logits at all positions, and selects
-tokens in NumPy. `torch_sampler.py` is the same in PyTorch, used if torch is
-installed. All fill the same canvases with the same weights in float32 and must
-return the same tokens. Loading and compilation are not timed.
+tokens in NumPy. `torch_sampler.py` is the same loop in PyTorch, if torch is
+installed. All programs fill the same canvases with the same weights in float32
+and must return the same tokens. Loading and compilation are not timed.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def forward(model, params, canvas):
 
 
 def python_loop(model, params, canvas, prompt, block_length, steps):
-  """Low-confidence remasking in plain NumPy."""
+  """Samples with low-confidence remasking in plain NumPy."""
   canvas = canvas.copy()
   canvas[:, prompt:] = MASK_ID
   blocks = (canvas.shape[1] - prompt) // block_length

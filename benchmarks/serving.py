@@ -119,7 +119,7 @@ def with_eos(params, canvas):
 
 
 def batches(network, c, request):
-  """Samples R requests batch by batch: tokens [R, L], forwards, positions."""
+  """Samples R requests by batches: tokens [R, L], forwards, positions."""
   found = []
   for first in range(0, REQUESTS, BATCH):
     rows = slice(first, first + BATCH)

@@ -59,7 +59,7 @@ def start(workdir, args, nan_steps):
 
 
 def last_step(workdir):
-  """Last step that has a row of metrics."""
+  """Returns the last step that has a row of metrics."""
   rows = metrics.read(workdir / 'metrics.jsonl')
   return max([row['step'] for row in rows], default=0)
 
@@ -83,7 +83,7 @@ def flip_a_bit(workdir):
 
 
 def disturbed(workdir, args, nan_steps, dice):
-  """Runs a training with faults to its end; counts the faults."""
+  """Runs a training with faults to its end; returns the counts of faults."""
   faults = collections.Counter()
   target = 0
   while True:
@@ -109,7 +109,7 @@ def disturbed(workdir, args, nan_steps, dice):
 
 
 def parameters(workdir, step):
-  """The bytes of the parameters in a checkpoint, by name."""
+  """Returns the bytes of the parameters in a checkpoint, by name."""
   with ocp.StandardCheckpointer() as checkpointer:
     params = checkpointer.restore(
       workdir / 'checkpoints' / str(step) / 'params'

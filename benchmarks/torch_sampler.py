@@ -1,9 +1,9 @@
 """A sampler for masked diffusion models in PyTorch.
 
-The baseline of benchmarks/sampler.py: the same network with the same weights,
-and low-confidence remasking at temperature 0, in eager mode, in float32 and on
-all cores. As in the published code, each denoising step computes logits at all
-positions.
+This is the baseline of benchmarks/sampler.py: the same network with the same
+weights, and low-confidence remasking at temperature 0, in eager mode, in
+float32 and on all cores. As in the published code, each denoising step computes
+logits at all positions.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def load(c, params):
 
 
 def forward(c, weights, tokens):
-  """Logits of all positions, [B, L, V], for tokens [B, L] of any length."""
+  """Returns logits of all positions, [B, L, V], for tokens [B, L]."""
   batch, length = tokens.shape
   rotation = _rope(length, c.head_dim, c.rope_theta)
   sizes = [c.heads, c.kv_heads, c.kv_heads]

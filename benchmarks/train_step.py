@@ -3,8 +3,8 @@
 python benchmarks/train_step.py [--rounds 5]
 
 `dense` is the same code, except that it projects all positions onto the
-vocabulary and lets JAX differentiate the result. `plain` is a direct
-implementation, below: no mesh, no scan over layers, no rematerialization, no
+vocabulary and lets JAX differentiate the result. `plain` is the direct
+code in this file: no mesh, no scan over layers, no rematerialization, no
 kernel, dense cross entropy. Prints tokens/s of each and their ratios at two
 vocabulary sizes, and the memory that the compiler reserves for temporaries.
 The losses and gradient norms must agree.
@@ -32,7 +32,7 @@ BATCH, LENGTH = 16, 128
 
 
 def dense_canvas_loss(c, model, canvas):
-  """`canvas_loss` from logits at all positions, [B, L, V]."""
+  """Returns `canvas_loss`, computed from logits at all positions, [B, L, V]."""
   logits = model.logits(model(canvas.inputs, canvas.labels))
   if not c.predict_mask:
     logits = logits.at[..., c.mask_id].set(-jnp.inf)
@@ -45,7 +45,7 @@ def dense_canvas_loss(c, model, canvas):
 
 
 def plain_logits(c, params, inputs, doc):
-  """The network of model/transformer.py in plain code; [B, L, V] float32."""
+  """Returns [B, L, V] float32 logits of the network, in plain code."""
   norm = lambda x, gain: (
     gain * x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + c.norm_eps)
   )

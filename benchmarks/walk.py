@@ -23,7 +23,7 @@ DONE = 'walk.py: done with status '
 
 
 def to_run(text):
-  """Bash blocks of a page that every machine can run."""
+  """Returns the bash blocks of a page that every machine can run."""
   found = filter(pages_lib.runs, pages_lib.blocks(text))
   return [block for block in found if block.language == 'bash']
 

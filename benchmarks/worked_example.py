@@ -29,7 +29,7 @@ SEES = {
 
 
 def chance(name, canvas, i, word):
-  """p(word at position i | what the denoiser sees of a canvas), a Fraction."""
+  """Returns p(word at position i | visible words of a canvas), a Fraction."""
 
   def share(seen):
     fits = [
@@ -48,7 +48,7 @@ def chance(name, canvas, i, word):
 
 
 def masks():
-  """All 2^L sets of hidden positions, small ones first."""
+  """Returns all 2^L sets of masked positions, small sets first."""
   for l in range(L + 1):
     yield from itertools.combinations(range(L), l)
 
@@ -58,25 +58,25 @@ def hide(sentence, hidden):
 
 
 def weight(l):
-  """The integral of t^l (1 - t)^(L - l) / t over t in [0, 1]."""
+  """Returns the integral of t^l (1 - t)^(L - l) / t over t in [0, 1]."""
   return Fraction(
     math.factorial(l - 1) * math.factorial(L - l), math.factorial(L)
   )
 
 
 def nats(name, sentence, hidden):
-  """-log p of the hidden words given the others, added up, one by one."""
+  """Returns the sum of -log p of the masked words given the visible words."""
   canvas = hide(sentence, hidden)
   return sum(-math.log(chance(name, canvas, i, sentence[i])) for i in hidden)
 
 
 def bound(name, sentence):
-  """The expected loss of a sentence, in nats."""
+  """Returns the expected loss of a sentence, in nats."""
   return sum(weight(len(m)) * nats(name, sentence, m) for m in masks() if m)
 
 
 def in_order(name, sentence, order):
-  """The chance that the words come out when drawn one by one in an order."""
+  """Returns the probability of drawing the words one by one in an order."""
   p = Fraction(1)
   for k, i in enumerate(order):
     canvas = hide(sentence, order[k:])
@@ -85,13 +85,13 @@ def in_order(name, sentence, order):
 
 
 def generated(name, sentence):
-  """The chance of a sentence when each next position is any of the rest."""
+  """Returns the probability of a sentence drawn in a random order."""
   orders = list(itertools.permutations(range(L)))
   return sum(in_order(name, sentence, order) for order in orders) / len(orders)
 
 
 def at_once(name, sentence):
-  """The chance of a sentence when all words are drawn in one step."""
+  """Returns the probability of a sentence drawn in a single step."""
   nothing = (MASK,) * L
   p = Fraction(1)
   for i, word in enumerate(sentence):
@@ -105,7 +105,7 @@ def table(head, rows):
 
 
 def table_of_masks():
-  """One row for each of the masks of SENTENCE."""
+  """Returns a table with a row for each mask of SENTENCE."""
   rows = []
   for hidden in masks():
     canvas = ' '.join(hide(SENTENCE, hidden))
@@ -123,7 +123,7 @@ def table_of_masks():
 
 
 def table_of_orders():
-  """One row for each order of the words that are in doubt."""
+  """Returns a table with a row for each order of the uncertain words."""
   name = 'neighbours'
   rows = []
   for order in itertools.permutations((1, 2, 3)):
@@ -142,7 +142,7 @@ def table_of_orders():
 
 
 def table_of_sentences():
-  """One row for each sentence of the language, and their mean."""
+  """Returns a table with a row for each sentence, and their mean."""
   rows, means = [], [0.0] * 5
   for sentence, p in LANGUAGE.items():
     figures = [
@@ -161,7 +161,7 @@ def table_of_sentences():
 
 
 def table_of_steps():
-  """Distribution of samples: one word per step, or all words at once."""
+  """Returns a table of probabilities of samples: one word per step, or all."""
   rows = []
   for sentence in LANGUAGE:
     row = [generated(name, sentence) for name in SEES]

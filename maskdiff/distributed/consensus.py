@@ -54,8 +54,8 @@ class Preemption:
     All processes must call `poll` equally often and at the same places. After a
     SIGTERM they agree on the number of a future call, which returns True in
     all of them. If a process skips a call, the processes stop at different
-    steps. The first call after a SIGTERM waits until all processes
-    know of the SIGTERM.
+    steps. The first call after a SIGTERM waits until all processes know of the
+    SIGTERM.
     """
     if distributed.global_state.preemption_sync_manager and not self._preempted:
       self._polls += 1

@@ -1,4 +1,4 @@
-"""Chips by device kind and by topology name."""
+"""Chips are found by device kind and by topology name."""
 
 import pytest
 

@@ -133,7 +133,7 @@ def run():
 
 
 def wait_for(line, process):
-  """Reads the output of a process up to this line."""
+  """Reads the output of a process until this line."""
   for text in process.stdout:
     if text.rstrip() == line:
       return
@@ -169,7 +169,7 @@ except Preempted:
 def test_sigterm_to_any_process_stops_all_at_the_same_poll(
   run, preempted, compile_s
 ):
-  """The processes poll at different speeds, and not while they compile."""
+  """The processes poll at different speeds, and never while they compile."""
   processes = run(POLLS, compile_s)
   for process in processes:
     wait_for('here', process)

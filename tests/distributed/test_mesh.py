@@ -22,7 +22,7 @@ def two_by_two_by_two():
 
 
 def sharded(m, shape, *axes):
-  """Zeros of this shape after `shard` under jit on the mesh."""
+  """Returns zeros of this shape after `shard` under jit on the mesh."""
   with jax.set_mesh(m):
     return jax.jit(lambda x: mesh.shard(x, *axes))(jnp.zeros(shape))
 
@@ -147,7 +147,7 @@ def test_shard_needs_one_axis_per_dimension(two_by_two_by_two):
 
 
 def fake_slices(number, shape=(2, 2, 2), platform='tpu', kind='TPU v5'):
-  """Devices like those of a multislice TPU job, in shuffled order."""
+  """Returns devices like those of a multislice TPU job, in shuffled order."""
   devices = [
     types.SimpleNamespace(
       id=index,
@@ -164,7 +164,7 @@ def fake_slices(number, shape=(2, 2, 2), platform='tpu', kind='TPU v5'):
 
 
 def slices_of_replicas(m):
-  """The set of slices of each replica."""
+  """Returns the set of slices of each replica."""
   return [{d.slice_index for d in replica.flat} for replica in m.devices]
 
 
@@ -268,7 +268,7 @@ def test_arbitrary_order_of_tpus_gives_a_warning():
   ],
   ids=['cube', 'pod', 'neighbours', 'corners', 'gpus', 'cpus'],
 )
-def test_good_or_irrelevant_order_gives_no_warning(devices):
+def test_adjacent_or_few_devices_give_no_warning(devices):
   mesh.make_mesh(devices=devices)
 
 
@@ -299,7 +299,7 @@ for name, slices, sizes in json.loads(sys.argv[1]):
 @pytest.mark.slow
 @needs_libtpu
 def test_meshes_of_real_topologies():
-  """Odd sizes too. Several slices must equal JAX's hybrid mesh."""
+  """Includes odd sizes. Several slices must equal JAX's hybrid mesh."""
   cases = [
     ('v5p:4x4x4', 2, dict(replica=2)),
     ('v5p:4x4x4', 2, dict(replica=4)),

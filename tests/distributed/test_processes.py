@@ -61,7 +61,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 @pytest.fixture(scope='module')
 def settings(corpus, tokenizer):
-  """Values of the config by dotted key."""
+  """Returns values of the config by dotted key."""
   return SETTINGS | {
     'data.path': str(corpus),
     'data.tokenizer': str(tokenizer.path),

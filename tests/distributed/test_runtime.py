@@ -48,7 +48,7 @@ def no_network(monkeypatch):
 
 @contextlib.contextmanager
 def metadata_server(status):
-  """A metadata server like that of Google Cloud; yields HOST:PORT."""
+  """Runs a metadata server like Google Cloud's; yields HOST:PORT."""
   paths = []
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -293,7 +293,7 @@ def test_single_process_propagates_errors(monkeypatch, tmp_path):
 
 @pytest.fixture
 def cache_dir(monkeypatch):
-  """Returns a function that reads the cache directory; restores it after."""
+  """Yields a function that reads the cache directory, which is restored."""
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
   before = jax.config.jax_compilation_cache_dir
   yield lambda: jax.config.jax_compilation_cache_dir

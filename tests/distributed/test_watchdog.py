@@ -44,7 +44,7 @@ class FakeRun:
     return ''
 
   def reports(self, seconds):
-    """Times of the reports within so many seconds."""
+    """Returns the times of the reports within `seconds`."""
     self._end = seconds
     watchdog._check(self, self._stall_s, io.StringIO(), self)
     return self._reports
@@ -84,7 +84,8 @@ def test_report_has_the_span_and_all_stacks(ledger):
     with ledger.span('init'):
       time.sleep(0.01)
     with ledger.span('data'):
-      while 'test_watchdog' not in out.getvalue():  # ends by this test's stack
+      # Wait for a report, which has the stack of this function.
+      while 'test_watchdog' not in out.getvalue():
         time.sleep(0.05)
   resume.set()
   sleeper.join()

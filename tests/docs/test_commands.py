@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ runs and prints what it should.
+"""Every command of README.md and docs/ runs and prints the expected output.
 
 The commands of a page are pasted from the top into one shell, in a copy of the
 clone. The copy has the run of the README's first command, and the files that
@@ -66,7 +66,7 @@ SAYS = {
 
 
 class Ran(NamedTuple):
-  """A page that was run: status and output of the shell, and its commands."""
+  """Result of a page: status and output of the shell, and its commands."""
 
   status: int
   output: str
@@ -187,7 +187,7 @@ python launch/prepare.py --source "data/web/*.jsonl.gz" \
 
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
-  """Dict from the path of a page to its Ran; None: the setup of all pages."""
+  """Returns a dict from page to its Ran; key None: the setup of all pages."""
   shell = Shell(tmp_path_factory.mktemp('pages'))
   readme = ROOT / 'README.md'
   base = shell.clone('base')
@@ -297,7 +297,7 @@ def test_git_ignores_files_that_commands_write():
 
 @pytest.fixture(scope='module')
 def parsed(tmp_path_factory):
-  """[(where, script, arguments, error or '')] of all commands."""
+  """Returns [(where, script, arguments, error or '')] of all commands."""
   folder = tmp_path_factory.mktemp('parsed')
   for name in ('launch', 'configs', 'benchmarks', 'tokenizer'):
     (folder / name).symlink_to(ROOT / name)
@@ -340,7 +340,7 @@ def test_flags_and_config_keys_of_commands_exist(parsed):
 
 
 def requirements(arguments):
-  """Requirements named after `pip install`, directly or in -r files.
+  """Returns the requirements of a `pip install`, also those in -r files.
 
   Raises:
     InvalidRequirement: a word is not a requirement.

@@ -1,6 +1,6 @@
 """docs/config.md lists every config key as maskdiff.config declares it.
 
-python tests/docs/test_config_page.py  # writes the tables of the page anew
+python tests/docs/test_config_page.py  # rewrites the tables
 """
 
 import pathlib
@@ -12,7 +12,7 @@ PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'config.md'
 
 
 def table(section):
-  """Returns the Markdown table of a section; 'top' has the keys outside it."""
+  """Returns the Markdown table of a section; 'top': keys without a section."""
   declared = config_keys.SECTIONS.get(section, config_keys.TOP)
   prefix = '' if section == 'top' else f'{section}.'
   lines = ['| key | default | meaning |', '|---|---|---|']
@@ -26,7 +26,7 @@ def table(section):
 
 
 def filled(text):
-  """Returns the page with the tables between its comments made anew."""
+  """Returns the page with new tables between its comments."""
   return re.sub(
     r'(<!-- config: (\w+) -->\n).*?(<!-- end -->)',
     lambda m: f'{m[1]}{table(m[2])}\n{m[3]}',

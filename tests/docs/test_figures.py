@@ -1,8 +1,8 @@
 """The figures of plans are the same in every document.
 
-In the docstrings of configs/, which have them from launch/plan.py, in the table
-of docs/speed.md, in a sentence of README.md, and in docs/from_laptop_to_pod.md,
-which also computes costs from them.
+The documents are the docstrings of configs/ (written from launch/plan.py), the
+table of docs/speed.md, a sentence of README.md, and docs/from_laptop_to_pod.md,
+which also computes costs.
 """
 
 import pathlib
@@ -45,7 +45,7 @@ def rounded(value, like):
 
 
 def table(text, first):
-  """Rows, as lists of cells, of the table whose first head cell is `first`."""
+  """Returns the rows of the table whose first head cell is `first`."""
   lines = text[text.index(f'\n| {first} |') + 1 :].splitlines()
   rows = []
   for line in lines:
@@ -160,7 +160,7 @@ def test_days_and_chip_hours_follow_from_the_plans():
     assert hours == rounded(of_all, hours)
     assert days == rounded(of_all / chips / 24, days)
     read = steps * c.train.batch * c.data.length
-    # The paper truncates them.
+    # The paper truncates the number of tokens.
     assert number(tokens[:-1]) == pytest.approx(read / 1e9, abs=0.01)
 
 

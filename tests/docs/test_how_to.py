@@ -1,7 +1,7 @@
 """The changes of docs/how_to/ work when a reader follows the pages.
 
-In a copy of the code, in the order of the page, diffs are applied by git, files
-written and commands run. Tests then check the claims of the page.
+Each page is followed from top to bottom in a copy of the code: git applies the
+diffs, files are written, and commands run. Tests then check the claims.
 """
 
 import json
@@ -27,8 +27,8 @@ class Copy:
   """A copy of the code with the changes of a page.
 
   Attributes:
-    path: its root.
-    printed: what each block of commands printed, in order.
+    path: root of the copy.
+    printed: outputs of the blocks of commands, in order.
   """
 
   def __init__(self, path, page):
@@ -74,13 +74,13 @@ class Copy:
 
 
 def blocks(page):
-  """The fenced blocks of a page: (language, title, text)."""
+  """Returns the fenced blocks of a page: (language, title, text)."""
   found = pages.blocks((PAGES / f'{page}.md').read_text())
   return [(b.language, b.title, '\n'.join(b.lines) + '\n') for b in found]
 
 
 def passed(printed):
-  """Number of passed tests in the output of pytest."""
+  """Returns the number of passed tests in the output of pytest."""
   return int(re.search(r'(\d+) passed', printed)[1])
 
 

@@ -77,7 +77,7 @@ class Denoiser:
 
 
 def table_with(head):
-  """Rows, as lists of text, of the page's table with this heading."""
+  """Returns the rows of the page's table with this heading, lists of text."""
   lines = PAGE.splitlines()
   cells = lambda line: [c.strip(' *`') for c in line.strip('|').split('|')]
   start = next(
@@ -157,7 +157,7 @@ def test_expected_loss_is_the_bound_on_the_page(every):
 
 
 def network_of(name):
-  """The Network whose module `Denoiser` replaces."""
+  """Returns a Network; `Denoiser` replaces its module."""
   return Network(
     config=name,
     params={},
@@ -176,7 +176,7 @@ class Name(str):
 
 @pytest.fixture
 def scored(monkeypatch):
-  """Function from a denoiser's name to arguments of functions in bounds.py."""
+  """Returns a function from a denoiser's name to arguments for bounds.py."""
   monkeypatch.setattr(queries, 'bind', Denoiser)
   c = LikelihoodConfig(
     context=L,

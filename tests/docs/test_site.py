@@ -33,7 +33,7 @@ FETCHES = {'script': 'src', 'img': 'src', 'link': 'href', 'iframe': 'src'}
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-  """Directory of the site, built with every warning as an error."""
+  """Returns the directory of the site, built with warnings as errors."""
   if not importlib.util.find_spec('mkdocs'):
     pytest.skip('no mkdocs here: pip install -r requirements-docs.txt')
   folder = tmp_path_factory.mktemp('site')
@@ -83,7 +83,7 @@ def test_no_page_fetches_from_other_hosts(site):
 
 
 def test_api_pages_list_arguments_and_errors(site):
-  """Every docstring with sections has them on a page of the API."""
+  """All sections of docstrings are on a page of the API."""
   named = re.findall(
     r'^::: (\S+)',
     '\n'.join(p.read_text() for p in ROOT.glob('docs/api/*.md')),

@@ -92,7 +92,7 @@ def test_error_ends_the_span(clock, path):
 
 @pytest.mark.parametrize('seed', range(30))
 def test_seconds_by_kind_sum_to_the_time_that_passed(seed, clock, path):
-  """Over random programs of spans, lines, kills and restarts."""
+  """Random programs of spans, lines, kills and restarts."""
   rng = random.Random(seed)
   first = clock.now
 

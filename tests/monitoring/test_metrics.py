@@ -56,7 +56,7 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path):
 
 
 def test_new_run_drops_all_old_rows(tmp_path):
-  """Including those of step 0, which the new run writes again."""
+  """Rows of step 0 too; the new run writes them again."""
   write(tmp_path, [(0, {'loss': 1.0}), (2, {'loss': 1.0})])
   write(tmp_path, [(0, {'loss': 2.0})])
   assert metrics.read(tmp_path / 'metrics.jsonl') == [{'step': 0, 'loss': 2.0}]
@@ -217,7 +217,7 @@ def test_wandb_has_the_scalars_and_the_texts(tmp_path, wandb):
 
 
 def test_resumed_run_continues_its_wandb_run(tmp_path, wandb):
-  """Also with another config. A new run gets a new wandb run."""
+  """The config may change. A new run gets a new wandb run."""
   for start_step, size in ((0, 1), (4, 2), (0, 3)):
     writer = wandb_writer(tmp_path, start_step, size=size)
     writer.scalars(start_step + 2, {'loss': 1.0})

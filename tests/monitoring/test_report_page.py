@@ -101,7 +101,7 @@ def load(browser, page, size, scheme='light'):
 
 
 def lines(browser, panel):
-  """Curves of a panel: stroke colour, width, number of points, coordinates."""
+  """Returns the curves of a panel: colour, width, points, coordinates."""
   return browser.execute_script(
     """
     const panel = document.getElementById(arguments[0]);
@@ -118,7 +118,7 @@ def lines(browser, panel):
 
 
 def data(browser, panel, name):
-  """An attribute of each visible trace in Plotly, as a list."""
+  """Returns an attribute of each visible trace in Plotly, as a list."""
   return browser.execute_script(
     f"""
     return document.querySelector('#{panel} .plot')._fullData
@@ -135,7 +135,7 @@ def rgb(colour):
 
 
 def test_curves_are_drawn(opened):
-  """In the colours of their runs, through all points."""
+  """Curves have the colours of their runs and pass through all points."""
   heldout = lines(opened, 'heldout')
   assert [x['stroke'] for x in heldout] == [rgb(c) for c in traces.COLOURS[:2]]
   assert [x['points'] for x in heldout] == [len(EVALUATIONS)] * 2
@@ -330,7 +330,7 @@ def test_nothing_is_wider_than_the_window(browser, page, size, scheme):
 
 
 def test_page_requests_nothing_and_has_no_errors(opened, page):
-  """Includes the requests and errors of the tests before."""
+  """Counts the requests and errors of all earlier tests of this file."""
   assert opened.get_log('browser') == []
   assert browser_lib.requested_urls(opened, page.as_uri()) == {page.as_uri()}
 
