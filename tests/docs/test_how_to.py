@@ -16,6 +16,9 @@ import numpy as np
 import pages
 import pytest
 
+# Each page trains or tests in a copy of the code.
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ROOT / 'docs' / 'how_to'
 COPIED = ('maskdiff', 'launch', 'configs', 'tokenizer', 'tests')
