@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 
 from maskdiff.checkpoints import checkpoint, manifest
 from maskdiff.checkpoints import restore as restore_lib
@@ -23,25 +24,10 @@ from maskdiff.checkpoints.manifest import Damaged, Meta
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import transformer
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.training import optimizer, train_state
 from maskdiff.training.optimizer import OptimizerConfig
 
-MODEL = TransformerConfig(
-  vocab_size=32,
-  embed=16,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_dim=4,
-  mlp=24,
-  tie_embeddings=False,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  dtype='float32',
-  remat='none',
-  attention='xla',
-)
+MODEL = tiny.model(vocab_size=32, heads=4, kv_heads=2, head_dim=4)
 OPTIMIZER = optimizer.make_optimizer(
   OptimizerConfig(
     schedule='wsd',
