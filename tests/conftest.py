@@ -4,6 +4,7 @@ The settings are environment variables, set before JAX is imported. Workers of
 pytest-xdist, and programs that tests start, inherit them.
 """
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -14,14 +15,21 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # the process hangs. Spare threads prevent this.
 os.environ.setdefault('PJRT_NPROC', '64')
 # Most of the time is spent compiling tiny programs, so they are not optimized.
+# A program in one piece compiles faster than one split among threads.
 # On a busy machine 8 devices may wait for each other for more than 40 s, after
 # which XLA would abort the process.
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
-  + ' --xla_backend_optimization_level=0'
-  + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
-)
+FLAGS = [
+  '--xla_force_host_platform_device_count=8',
+  '--xla_backend_optimization_level=0',
+  '--xla_cpu_parallel_codegen_split_count=1',
+  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+]
+# The older of two code generators compiles three times as fast. Later releases
+# do not have it, and XLA aborts a process with a flag that it does not know.
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+# Of two values of a flag the last one counts, so the user's flags win.
+os.environ['XLA_FLAGS'] = ' '.join([*FLAGS, os.environ.get('XLA_FLAGS', '')])
 # All processes of a session share one compile cache.
 COMPILED = None
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -36,6 +44,8 @@ import random  # noqa: E402
 
 import pytest  # noqa: E402
 
+# Fewer than the default limit of Linux.
+MOST_MAPPED_REGIONS = 30_000
 # The files that take longest, so that one worker does not start them last.
 LONGEST = (
   'docs/test_commands.py',
@@ -67,16 +77,26 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope='module', autouse=True)
 def free_compiled_programs():
-  """Drops compiled programs after each module.
+  """Drops compiled programs after a module if there are many.
 
-  Each program maps regions of memory, and a process may map a limited number:
-  after some thousands of programs the compiler crashes.
+  Each program maps regions of memory, and a process may map 65,530 of them:
+  after some thousands of programs the compiler would crash.
   """
   yield
-  import jax
+  if mapped_regions() > MOST_MAPPED_REGIONS:
+    import jax
 
-  jax.clear_caches()
-  gc.collect()
+    jax.clear_caches()
+    gc.collect()
+
+
+def mapped_regions():
+  """Returns the number of regions of memory that this process maps."""
+  try:
+    with open('/proc/self/maps') as maps:
+      return sum(1 for _ in maps)
+  except OSError:  # not Linux
+    return MOST_MAPPED_REGIONS + 1
 
 
 @pytest.fixture(scope='session')
