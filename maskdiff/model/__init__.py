@@ -7,4 +7,6 @@
 - attention: attention on CPU, TPU and GPU; splash: the TPU kernel.
 - cached_attention: attention of a window to itself and a KV cache.
 - cross_entropy: the loss, without logits of unmasked positions.
+- token_nll: the nll per token, differentiable.
+- vocabulary_loop: the loops over selected positions of both.
 """
