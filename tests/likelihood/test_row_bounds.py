@@ -160,13 +160,14 @@ def test_networks_with_equal_parameters_have_equal_values(network):
 
 def test_shared_masks_cancel_most_of_the_noise(network):
   """Differences of close networks vary much less than their bounds."""
-  e = Estimator('bernoulli', 64, 1)
   networks = network, perturbed(network)
+  e = Estimator('bernoulli', 4, 1)
   queries = row_bounds.draw(networks, e, ANSWER, KEY, ROWS)
   first, second = jax.jit(row_bounds.values, static_argnums=3)(
     networks, ANSWERS, queries, CHUNK
   )
-  assert ((first - second).std(axis=0) < first.std(axis=0) / 3).all()
+  spread = lambda x: x.std(axis=0, ddof=1).mean()
+  assert spread(first - second) < spread(first) / 5
 
 
 def test_log_probs_of_masked_prompts_equal_dense_ones(network):
@@ -218,15 +219,15 @@ def test_memory_does_not_grow_with_the_number_of_queries(network):
   assert max(sizes) <= 4 * n * per_query < n * per_query * embed
 
 
-def test_backward_pass_repeats_the_network_but_not_the_loss(network):
-  jitted = jax.jit(
-    functools.partial(
-      loss_and_gradient.__wrapped__, e=FEW, loss=lambda x: x.sum()
-    )
+def test_backward_pass_does_not_repeat_the_loss(network):
+  """Three forward loops, and one backward loop of the first network."""
+  lowered = loss_and_gradient.lower(
+    network.params, (network, network, network), FEW, ratio_loss
   )
-  lowered = jitted.lower(network.params, (network,)).compile().as_text()
-  logits = re.findall(r' dot\(.*op_name="[^"]*loss: logits', lowered)
-  assert len(logits) == 2
+  text = lowered.compile().as_text()
+  count = lambda name: len(re.findall(rf' dot\(.*op_name="[^"]*{name}', text))
+  assert count('loss: logits') == 3 + 1
+  assert count('loss: gradient of the head') == 1
 
 
 def test_estimate_and_gradient_do_not_depend_on_the_mesh(network):
