@@ -36,6 +36,7 @@ from absl import logging
 from maskdiff.checkpoints import checkpoint
 from maskdiff.checkpoints.fingerprint import fingerprints
 from maskdiff.checkpoints.manifest import Meta
+from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.training import optimizer, train_state
@@ -84,14 +85,14 @@ def train_step_s(rounds, rows=2, length=256):
     transformer.axes(c.model),
   )
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-  tokens = np.full((rows, length), 9, np.int32)
+  batch = Rows(np.full((rows, length), 9, np.int32))
   key, times = jax.random.key(0), []
   with jax.set_mesh(mesh):
     state = jax.jit(functools.partial(train_state.init, c.model, tx))(key)
     update = step_lib.compile_train_step(c, tx, mesh)
     for _ in range(rounds + 1):
       began = time.perf_counter()
-      state, _ = jax.block_until_ready(update(state, tokens, key))
+      state, _ = jax.block_until_ready(update(state, batch, key))
       times.append(time.perf_counter() - began)
   return statistics.median(times[1:])
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from maskdiff.data import prepare, records, row_reader, sources
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data.rows import Rows
 
 MODEL = pathlib.Path(__file__).parents[1] / 'tokenizer' / 'stdlib_4k.model'
 ROW_LENGTH = 4096
@@ -207,7 +208,7 @@ class FakeRows:
     return self._len
 
   def read(self, rows):
-    return np.zeros((len(rows), ROW_LENGTH), np.uint16)
+    return Rows(np.zeros((len(rows), ROW_LENGTH), np.uint16))
 
 
 def starting():

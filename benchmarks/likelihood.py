@@ -165,9 +165,8 @@ def standard_errors(workdir):
   """Prints the standard error after 128 forward passes, by estimator."""
   config, tokenizer, params, devices = load.load(workdir)
   (dataset, *_) = inputs.open_data(config, tokenizer)
-  batch = np.asarray(
-    jax.device_get(next(inputs.heldout_batches(config, dataset, devices)))
-  )
+  rows = next(inputs.heldout_batches(config, dataset, devices))
+  batch = np.asarray(jax.device_get(rows.tokens))
   c = queries.likelihood_config(config, guidance=0.0, tokens_per_call=4096)
   for length, rows in ((64, 4), (256, 1)):
     tokens = batch[:rows, :length]

@@ -23,7 +23,7 @@ from maskdiff.training import step as step_lib
 
 
 def losses(c, params, batches):
-  """Returns the loss of each batch (tokens [B, L], key), nats per token."""
+  """Returns the loss of each batch (Rows, key), nats per token."""
   sums = jax.jit(functools.partial(step_lib.eval_step, c))
   found = [jax.device_get(sums(params, *batch)) for batch in batches]
   return np.array([f.loss for f in found])

@@ -18,6 +18,7 @@ import numpy as np
 
 from maskdiff import config as config_lib
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data.rows import Rows
 from maskdiff.interop import load
 from maskdiff.objectives import masked_diffusion
 from maskdiff.sampling import layouts, sampler
@@ -59,7 +60,7 @@ def forward(out):
   rows = len(TIMES)
   canvas = masked_diffusion.corrupt(
     c,
-    jnp.tile(jnp.array(ids), (rows, 1)),
+    Rows(jnp.tile(jnp.array(ids), (rows, 1))),
     (jnp.array(TIMES) - c.eps) / (1 - c.eps),
     jnp.tile(jnp.array(noise, jnp.float32), (rows, 1)),
     jnp.full(rows, len(ids)),
@@ -107,7 +108,7 @@ def losses(c, nll_at, batch, draws, seed=0):
   rows = jnp.arange(batch)
 
   def loss(key):
-    canvas = masked_diffusion.make_canvas(c, tokens, rows, key, batch)
+    canvas = masked_diffusion.make_canvas(c, Rows(tokens), rows, key, batch)
     nll = nll_at(canvas.mask_ratio)[:, None]
     return jnp.sum(canvas.weights * nll) / jnp.sum(canvas.num_tokens)
 
@@ -124,7 +125,7 @@ def noise(out):
   rows = 1500
   canvas = masked_diffusion.make_canvas(
     c,
-    jnp.full((rows, LENGTH), 9),
+    Rows(jnp.full((rows, LENGTH), 9)),
     jnp.arange(rows),
     jax.random.key(1),
     rows,

@@ -25,6 +25,7 @@ import optax
 from timing import alternate
 
 from maskdiff import config as config_lib
+from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.model.cross_entropy import cross_entropy
@@ -83,12 +84,12 @@ def plain_logits(c, params, inputs, doc):
   return norm(x, params['norm']) @ params['head']
 
 
-def plain_step(c, optimizer, state, tokens, key):
+def plain_step(c, optimizer, state, rows, key):
   """`step.train_step` without any optimization for speed or memory."""
-  batch = tokens.shape[0]
+  batch = rows.tokens.shape[0]
   key = jax.random.fold_in(key, state.step)
-  rows = jnp.arange(batch, dtype=jnp.int32)
-  canvas = make_canvas(c.objective, tokens, rows, key, batch)
+  numbers = jnp.arange(batch, dtype=jnp.int32)
+  canvas = make_canvas(c.objective, rows, numbers, key, batch)
 
   def loss(params):
     logits = plain_logits(c.model, params, canvas.inputs, canvas.labels.doc)
@@ -149,10 +150,9 @@ def compare(mesh, vocab_size, rounds):
     config.train.steps,
     transformer.axes(c.model),
   )
-  tokens = jax.device_put(
-    np.random.default_rng(0).integers(9, vocab_size, (BATCH, LENGTH), np.int32),
-    mesh_lib.batch_sharding(mesh),
-  )
+  random = np.random.default_rng(0)
+  tokens = random.integers(9, vocab_size, (BATCH, LENGTH), np.int32)
+  rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
   key = jax.random.key(0)
   shardings = train_state.shardings(c.model, optimizer, mesh)
   init = functools.partial(train_state.init, c.model, optimizer)
@@ -166,13 +166,13 @@ def compare(mesh, vocab_size, rounds):
         if name == 'plain'
         else step_lib.compile_train_step(c, optimizer, mesh)
       )
-      compiled = step.lower(state, tokens, key).compile()
+      compiled = step.lower(state, rows, key).compile()
     memory[name] = compiled.memory_analysis().temp_size_in_bytes
-    state, found = compiled(state, tokens, key)
+    state, found = compiled(state, rows, key)
     if name != 'plain':
       found = found.sums.weighted_nll, found.grad_norm
     metrics[name] = found
-    steps[name] = next_step(compiled, state, tokens, key)
+    steps[name] = next_step(compiled, state, rows, key)
   for other in ('dense', 'plain'):
     np.testing.assert_allclose(
       metrics['masked-only'], metrics[other], rtol=1e-4
@@ -222,12 +222,12 @@ def compare_losses(vocab_size, rounds):
   )
 
 
-def next_step(compiled, state, tokens, key):
+def next_step(compiled, state, rows, key):
   """Returns a function that takes one more step and returns its metrics."""
 
   def step():
     nonlocal state
-    state, metrics = compiled(state, tokens, key)
+    state, metrics = compiled(state, rows, key)
     return metrics
 
   return step

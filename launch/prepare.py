@@ -95,13 +95,16 @@ def inspect(args):
   import numpy as np
 
   from maskdiff.data import prepare, records, row_reader, tokenizer
+  from maskdiff.data import rows as rows_lib
 
   directory = args.inspect
   manifest = records.read_manifest(directory)
   tok = tokenizer.load(directory)
   print(f'{directory}: {manifest.source}')
   print(prepare.summary(manifest))
-  print(f'tokenizer {manifest.tokenizer_fingerprint}, {manifest.dtype} on disk')
+  dtypes = {'tokens': manifest.dtype, **manifest.columns}
+  columns = ', '.join(f'{name} {dtype}' for name, dtype in dtypes.items())
+  print(f'tokenizer {manifest.tokenizer_fingerprint}, on disk: {columns}')
   for name, split in manifest.splits.items():
     size = sum(shard.bytes for shard in split.shards)
     print(
@@ -114,8 +117,9 @@ def inspect(args):
     rng = np.random.default_rng(0)
     numbers = rng.choice(len(source), rows, replace=False) if rows else []
     for i in sorted(map(int, numbers)):
-      ends = np.flatnonzero(source[i] == manifest.eos_id) + 1
-      documents = map(tok.decode, np.split(source[i], ends))
+      row = rows_lib.map_columns(lambda x: x[0], source.read([i]))
+      pieces = rows_lib.split_documents(row, manifest.eos_id)
+      documents = map(tok.decode, pieces)
       print(f'--- {name} row {i} ---\n{"<end of document>".join(documents)}')
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
+from maskdiff.data.rows import Rows
 from maskdiff.model import transformer
 from maskdiff.objectives import canvas as canvas_lib
 from maskdiff.objectives import table
@@ -66,8 +67,10 @@ def without_mask(log_p):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def make_canvas(c, tokens, rows, key, batch):
-  return table.make_canvas(c, tokens, rows, key, batch)
+def make_canvas(c, rows, numbers, key, batch):
+  """Returns the Canvas of Rows, or of tokens without other columns."""
+  rows = rows if isinstance(rows, Rows) else Rows(rows)
+  return table.make_canvas(c, rows, numbers, key, batch)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Batches of token rows on devices, in a deterministic order.
+"""Batches of rows on devices, in a deterministic order.
 
 Sample s of a run is a pure function of (rows on disk, weights, seed, length,
 s). Each host reads only its own rows of each global batch, by random access.
@@ -8,6 +8,9 @@ The state of the pipeline is one integer, the number of samples consumed.
     rows = host_rows(sharding, (B, L))
     batches = train_batches(datasets, global_batch=B, rows=rows, ...)
     for batch in to_device(batches, sharding, (B, L)): ...
+
+A batch is a `Rows`. If one dataset of a mixture stores a column, all batches of
+the mixture have it: for the other datasets it is filled in.
 """
 
 import collections
@@ -15,13 +18,15 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from maskdiff.data import order as order_lib
 from maskdiff.data import records, row_reader
+from maskdiff.data import rows as rows_lib
+from maskdiff.data.rows import Rows
 from maskdiff.data.samples import Samples, num_samples
 from maskdiff.errors import UserError
 
@@ -89,7 +94,7 @@ def train_batches(
   num_threads: int,
   max_damaged_rows: int = 0,
   skip: Sequence[tuple[int, int]] = (),
-) -> Iterator[np.ndarray]:
+) -> Iterator[Rows]:
   """Returns an endless iterator over this host's rows of the global batches.
 
   Row r of global batch k is sample start_sample + k * global_batch + r, plus
@@ -111,7 +116,8 @@ def train_batches(
     skip: (first, end) ranges of sample numbers to skip.
 
   Returns:
-    Iterator of [len(rows), length] int32.
+    Iterator of Rows of NumPy arrays [len(rows), length], with the columns that
+    any of the datasets stores.
 
   Raises:
     UserError: the length does not fit a row length, a weight is too small,
@@ -119,7 +125,11 @@ def train_batches(
   """
   if start_sample < 0:
     raise ValueError(f'start_sample must not be negative: {start_sample}')
-  samples = [_open(d, 'train', length, max_damaged_rows) for d in datasets]
+  stored = {name for d in datasets for name in d.manifest.columns}
+  columns = tuple(name for name in rows_lib.COLUMNS if name in stored)
+  samples = [
+    _open(d, 'train', length, max_damaged_rows, columns) for d in datasets
+  ]
   order = _order(datasets, [len(s) for s in samples], seed)
   number = functools.partial(sample_number, start_sample, skip=skip)
   source = _Batches(samples, order, length, global_batch, rows, number)
@@ -155,7 +165,7 @@ def heldout_batches(
   num_batches: int,
   rows: Sequence[int],
   num_threads: int,
-) -> Iterator[np.ndarray]:
+) -> Iterator[Rows]:
   """Returns this host's rows of held-out batches, the same in every run.
 
   The samples are the first num_batches * batch of one fixed permutation. The
@@ -170,14 +180,17 @@ def heldout_batches(
     num_threads: threads that read ahead; 0 reads each batch on demand.
 
   Returns:
-    Iterator of num_batches arrays [len(rows), length] int32.
+    Iterator of num_batches Rows of NumPy arrays [len(rows), length], with the
+    columns of the dataset.
 
   Raises:
     UserError: the length does not fit the row length, the split has fewer than
       num_batches * batch samples, or, while iterating, a row is damaged on
       disk.
   """
-  samples = _open(dataset, 'heldout', length, 0)
+  samples = _open(
+    dataset, 'heldout', length, 0, tuple(dataset.manifest.columns)
+  )
   if not len(samples):
     raise UserError(
       f'{dataset.directory} has no held-out text: prepare it with a larger '
@@ -201,7 +214,7 @@ def fingerprint(
 ) -> dict[str, str | int | list]:
   """Returns what determines the order of the data, as a dict for JSON.
 
-  Two runs with equal fingerprints read the same tokens for the same sample
+  Two runs with equal fingerprints read the same rows for the same sample
   number. Batch size, number of hosts, and the names and places of datasets are
   not part of the fingerprint, so a resumed run may change them.
 
@@ -214,6 +227,7 @@ def fingerprint(
   ]
   order = _order(datasets, sizes, seed)
   source, index = order_lib.locate(order, np.arange(64))
+  columns = [list(m.columns) for m in manifests]
   return {
     'tokenizer': sorted({m.tokenizer_fingerprint for m in manifests}),
     'shards': [len(m.splits['train'].shards) for m in manifests],
@@ -227,6 +241,8 @@ def fingerprint(
     'seed': seed,
     # The first 64 samples, to notice a change of the code.
     'order': _digest([source.tolist(), index.tolist()]),
+    # Absent for rows of tokens only, as in fingerprints of earlier code.
+    **({'columns': columns} if any(columns) else {}),
   }
 
 
@@ -241,36 +257,36 @@ def host_rows(
 
 
 def to_device(
-  batches: Iterable[np.ndarray],
+  batches: Iterable[Rows],
   sharding: jax.sharding.Sharding,
   global_shape: tuple[int, int],
-) -> Iterator[jax.Array]:
+) -> Iterator[Rows]:
   """Moves batches to devices as global arrays, prefetching one batch.
 
   Args:
-    batches: arrays [len(host_rows(sharding, global_shape)), L] int32, this
-      host's rows of each batch.
-    sharding: splits rows, columns or both.
+    batches: Rows of NumPy arrays [len(host_rows(sharding, global_shape)), L],
+      this host's rows of each batch.
+    sharding: splits the batch, the length or both.
     global_shape: (B, L).
 
   Returns:
-    Iterator of [B, L] int32 jax.Array. The transfer of the next array starts
-    before an array is returned, so it overlaps with the step.
+    Iterator of Rows of jax.Array [B, L]. The transfer of the next batch starts
+    before a batch is returned, so it overlaps with the step.
   """
   position = {row: i for i, row in enumerate(host_rows(sharding, global_shape))}
 
-  def put(batch: np.ndarray) -> jax.Array:
+  def put(column: np.ndarray) -> jax.Array:
     def part(index: tuple[slice, slice]) -> np.ndarray:
-      # The rows of a device are adjacent in the global batch and in `batch`.
+      # The rows of a device are adjacent in the global batch and in `column`.
       start, stop, _ = index[0].indices(global_shape[0])
       first = position[start]
-      return batch[first : first + stop - start, index[1]]
+      return column[first : first + stop - start, index[1]]
 
     return jax.make_array_from_callback(global_shape, sharding, part)
 
   ahead = collections.deque()
   for batch in batches:
-    ahead.append(put(batch))
+    ahead.append(jax.tree.map(put, batch))
     if len(ahead) == 2:
       yield ahead.popleft()
   yield from ahead
@@ -280,11 +296,19 @@ class _Batches:
   """A source for grain.MapDataset: item k is this host's rows of batch k."""
 
   def __init__(
-    self, samples, order, length, global_batch, rows, number, num_batches=None
+    self,
+    samples: Sequence[Samples],  # all with the same columns
+    order: order_lib.Order,
+    length: int,
+    global_batch: int,
+    rows: Sequence[int],
+    number: Callable,
+    num_batches: int | None = None,
   ):
     if not rows or not 0 <= min(rows) <= max(rows) < global_batch:
       raise ValueError(f'rows {rows} are not rows of a batch of {global_batch}')
     self._samples, self._order, self._length = samples, order, length
+    self._columns = samples[0].columns
     self._rows = np.asarray(rows, np.int64)
     self._global_batch, self._number = global_batch, number
     self._per_window = max(1, _WINDOW // len(rows))
@@ -294,15 +318,19 @@ class _Batches:
   def __len__(self) -> int:
     return self._len
 
-  def __getitem__(self, k: int) -> np.ndarray:
+  def __getitem__(self, k: int) -> Rows:
     window, at = divmod(k, self._per_window)
     source, index = (x[at] for x in self._locate(window))
     if len(self._samples) == 1:
-      return self._samples[0].read(index).astype(np.int32)
-    batch = np.empty((len(source), self._length), np.int32)
+      rows = self._samples[0].read(index)
+      return rows._replace(tokens=rows.tokens.astype(np.int32))
+    batch = rows_lib.empty((len(source), self._length), self._columns)
     for number, samples in enumerate(self._samples):
       from_source = source == number
-      batch[from_source] = samples.read(index[from_source])
+      part = samples.read(index[from_source])
+      for column, values in zip(batch, part, strict=True):
+        if column is not None:
+          column[from_source] = values
     return batch
 
   def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -316,7 +344,7 @@ class _Batches:
     return f'batches of {self._global_batch} x {self._length}'
 
 
-def _iterate(batches: _Batches, num_threads: int) -> Iterator[np.ndarray]:
+def _iterate(batches: _Batches, num_threads: int) -> Iterator[Rows]:
   # The import takes 0.1 s, and scripts that need no batches should not pay it.
   import grain
 
@@ -328,10 +356,14 @@ def _iterate(batches: _Batches, num_threads: int) -> Iterator[np.ndarray]:
 
 
 def _open(
-  dataset: Dataset, split: str, length: int, max_damaged: int
+  dataset: Dataset,
+  split: str,
+  length: int,
+  max_damaged: int,
+  columns: tuple[str, ...],
 ) -> Samples:
   rows = row_reader.RowSource(dataset.directory, dataset.manifest, split)
-  return Samples(rows, length, max_damaged)
+  return Samples(rows, length, max_damaged, columns, dataset.manifest.eos_id)
 
 
 def _order(datasets, sizes: Sequence[int], seed: int) -> order_lib.Order:

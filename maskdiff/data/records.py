@@ -4,8 +4,9 @@
     directory/train-00000.array_record ...
     directory/heldout-00000.array_record
 
-One record is one row, little-endian, without a header. The manifest holds the
-row length and dtype, and the size and checksums of every shard. A directory is
+One record is one row, little-endian, without a header. A row holds its tokens,
+then its other columns (rows.py). The manifest holds the row length, the dtypes
+of the columns, and the size and checksums of every shard. A directory is
 complete if it has a manifest and every shard matches it; row_reader.verify
 checks this.
 """
@@ -23,10 +24,13 @@ from typing import BinaryIO
 import numpy as np
 from array_record.python import array_record_module
 
+from maskdiff.data import rows as rows_lib
 from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
+# Rows of tokens only. Their files are those of earlier code.
 FORMAT_VERSION = 2
+COLUMNS_VERSION = 3  # rows with other columns, which earlier code cannot read
 MANIFEST = 'manifest.json'
 SPLITS = ('train', 'heldout')
 
@@ -70,7 +74,8 @@ class Split:
   Attributes:
     shards: files of the split.
     rows: number of rows in all shards.
-    tokens: rows * row_length. The eos after each document is a token.
+    tokens: number of tokens that carry a loss: rows * row_length, without
+      padding and prompts. The eos after each document is a token.
     text_bytes: UTF-8 bytes of the text of these tokens (eos has none).
     documents: number of documents in the split; the last one may be cut off.
     unigram_entropy_nats: entropy of the token frequencies, in nats per token:
@@ -93,11 +98,14 @@ class Manifest:
     source: description of the input.
     settings: settings that decide the rows, a flat dict; see data.prepare.
     tokenizer_fingerprint: fingerprint of the tokenizer that made the rows.
-    eos_id: token after each document; it occurs nowhere else.
+    eos_id: token after each document. It occurs nowhere else, unless the rows
+      have the column `doc`.
     row_length: tokens per row.
     dtype: dtype of the tokens on disk, 'uint16' or 'uint32'.
     skipped: number of skipped documents by reason.
     splits: 'train' and 'heldout'.
+    columns: dtype on disk of each column after the tokens, by name, from
+      rows.disk_dtypes; empty in format version 2.
   """
 
   format_version: int
@@ -110,6 +118,13 @@ class Manifest:
   dtype: str
   skipped: dict[str, int]
   splits: dict[str, Split]
+  columns: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def row_bytes(self) -> int:
+    """Bytes of a row on disk, uncompressed."""
+    dtypes = self.dtype, *self.columns.values()
+    return sum(rows_lib.column_bytes(d, self.row_length) for d in dtypes)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -122,10 +137,11 @@ def write_shard(
   blocks: Iterable[np.ndarray],
   temporary: str | pathlib.Path | None = None,
 ) -> Shard | None:
-  """Writes [R, row_length] blocks to one file and returns its entry.
+  """Writes blocks of rows to one file and returns its entry.
 
-  The file gets its name when it is complete. Without a row no file is written
-  and the result is None. Blocks are consumed one by one.
+  A block is [R, row_length] tokens, or [R, row bytes] from rows.pack. The file
+  gets its name when it is complete. Without a row no file is written and the
+  result is None. Blocks are consumed one by one.
 
   Args:
     temporary: directory for the unfinished file, on the same file system;
@@ -145,33 +161,42 @@ def write_shard(
       if not len(block):
         continue
       block = np.ascontiguousarray(block, block.dtype.newbyteorder('<'))
-      writer = writer or array_record_module.ArrayRecordWriter(
-        str(unfinished), _WRITE
-      )
-      for row in block:
-        writer.write(row.tobytes())
+      with _library_errors():
+        writer = writer or array_record_module.ArrayRecordWriter(
+          str(unfinished), _WRITE
+        )
+        for row in block:
+          writer.write(row.tobytes())
       digest.update(block)
       rows += len(block)
       row_bytes = block.shape[1] * block.itemsize
     if writer is None:
       return None
-    writer.close()
-    reader = array_record_module.ArrayRecordReader(
-      str(unfinished), **READ_OPTIONS
-    )
-    samples = sample_digest(reader, rows, row_bytes)
-    reader.close()
+    with _library_errors():
+      writer.close()
+      reader = array_record_module.ArrayRecordReader(
+        str(unfinished), **READ_OPTIONS
+      )
+      samples = sample_digest(reader, rows, row_bytes)
+      reader.close()
     size = unfinished.stat().st_size
     _replace(unfinished, path)
-  # The library reads a missing file as an empty one.
-  except (RuntimeError, IndexError) as e:
-    raise OSError(short_reason(e)) from e
   finally:
     with contextlib.suppress(RuntimeError):  # a full disk raises once more
       if writer is not None and writer.is_open():
         writer.close()
     unfinished.unlink(missing_ok=True)
   return Shard(path.name, rows, size, digest.hexdigest(), samples)
+
+
+@contextlib.contextmanager
+def _library_errors():
+  """Raises errors of ArrayRecord as OSError."""
+  try:
+    yield
+  # The library reads a missing file as an empty one.
+  except (RuntimeError, IndexError) as e:
+    raise OSError(short_reason(e)) from e
 
 
 def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
@@ -204,7 +229,10 @@ def _sync(path: pathlib.Path) -> None:
 
 def write_manifest(directory: str | pathlib.Path, manifest: Manifest) -> None:
   """Writes manifest.json atomically. Call it after the last shard."""
-  text = json.dumps(dataclasses.asdict(manifest), indent=2) + '\n'
+  fields = dataclasses.asdict(manifest)
+  if not manifest.columns:
+    del fields['columns']  # earlier code does not know the field
+  text = json.dumps(fields, indent=2) + '\n'
   path = pathlib.Path(directory) / MANIFEST
   write_file(path, lambda f: f.write(text.encode()))
 
@@ -230,13 +258,15 @@ def read_manifest(directory: str | pathlib.Path) -> Manifest:
   try:
     fields = json.loads(text)
     version = fields['format_version']
-    manifest = _manifest(fields) if version == FORMAT_VERSION else None
+    known = version in (FORMAT_VERSION, COLUMNS_VERSION)
+    manifest = _manifest(fields) if known else None
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise UserError(f'{path} is damaged ({e!r}): {FIX}') from e
   if manifest is None:
     raise UserError(
       f'{path} has format version {version}, this code reads '
-      f'{FORMAT_VERSION}: delete the directory and prepare it again'
+      f'{FORMAT_VERSION} and {COLUMNS_VERSION}: delete the directory and '
+      'prepare it again'
     )
   return manifest
 
@@ -247,7 +277,12 @@ def _manifest(fields: dict) -> Manifest:
     split = dict(fields['splits'][name])
     shards = tuple(Shard(**shard) for shard in split.pop('shards'))
     splits[name] = Split(shards=shards, **split)
-  return Manifest(**{**fields, 'splits': splits})
+  manifest = Manifest(**{**fields, 'splits': splits})
+  names, version = tuple(manifest.columns), manifest.format_version
+  dtypes = rows_lib.disk_dtypes(names, manifest.row_length)
+  if manifest.columns != dtypes or bool(names) != (version == COLUMNS_VERSION):
+    raise ValueError(f'columns {manifest.columns} in format version {version}')
+  return manifest
 
 
 def sample_digest(reader, rows: int, row_bytes: int) -> str:

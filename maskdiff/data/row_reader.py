@@ -15,6 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from maskdiff.data import records
+from maskdiff.data import rows as rows_lib
 from maskdiff.data.paths import local_path
 from maskdiff.data.records import (
   FIX,
@@ -54,8 +55,7 @@ def verify(
     UserError: shards are missing, truncated or damaged; it names the first.
   """
   directory = local_path(directory)
-  dtype = np.dtype(manifest.dtype).newbyteorder('<')
-  row_bytes = manifest.row_length * dtype.itemsize
+  row_bytes = manifest.row_bytes
 
   def problem(shard: records.Shard) -> str | None:
     path = directory / shard.file
@@ -102,9 +102,8 @@ class RowSource:
     self.manifest = manifest
     self.split = split
     self.row_length = manifest.row_length
-    self._dtype = np.dtype(manifest.dtype).newbyteorder('<')
     self._shards = manifest.splits[split].shards
-    self._row_bytes = self.row_length * self._dtype.itemsize
+    self._row_bytes = manifest.row_bytes
     self._stops = list(itertools.accumulate(s.rows for s in self._shards))
     self._starts = [0, *self._stops]
     self._readers = [None] * len(self._shards)
@@ -115,11 +114,13 @@ class RowSource:
     return self._stops[-1] if self._stops else 0
 
   def __getitem__(self, i: int) -> np.ndarray:
-    """Returns row i, [row_length]; dtype and errors as `read`."""
-    return self.read([i])[0]
+    """Returns the tokens of row i, [row_length]; dtype and errors as `read`."""
+    return self.read([i]).tokens[0]
 
-  def read(self, rows: Sequence[int]) -> np.ndarray:
-    """Returns rows as [R, row_length] uint16 or uint32, little-endian.
+  def read(self, rows: Sequence[int]) -> rows_lib.Rows:
+    """Returns Rows of [R, row_length] with the columns of the manifest.
+
+    The tokens are uint16 or uint32, little-endian; doc is int32, answer bool.
 
     Raises:
       IndexError: a row is not in [0, len).
@@ -143,8 +144,12 @@ class RowSource:
         ) from e
       found.append(record)
     # Joined as bytes, which is faster than row by row as arrays.
-    tokens = np.frombuffer(b''.join(found), self._dtype)
-    return tokens.reshape(len(found), self.row_length)
+    return rows_lib.unpack(
+      b''.join(found),
+      self.manifest.dtype,
+      self.manifest.columns,
+      self.row_length,
+    )
 
   def _record(self, shard: int, at: int) -> bytes:
     for wait_s in (*_RETRY_S, None):

@@ -6,6 +6,8 @@ import threading
 import numpy as np
 
 from maskdiff.data import row_reader
+from maskdiff.data import rows as rows_lib
+from maskdiff.data.rows import Rows
 from maskdiff.errors import UserError
 
 
@@ -34,16 +36,28 @@ class Samples:
   Up to max_damaged damaged rows are reported and replaced by the next row.
   """
 
-  def __init__(self, rows, length: int, max_damaged: int):
+  def __init__(
+    self, rows, length: int, max_damaged: int, columns=(), eos_id: int = -1
+  ):
+    """Opens no file.
+
+    Args:
+      rows: row_reader.RowSource.
+      length: tokens per sample.
+      max_damaged: number of damaged rows to replace.
+      columns: columns of the samples; those that the rows lack are filled in.
+      eos_id: last token of every document, to fill in `doc`.
+    """
     self._rows, self._length, self._max_damaged = rows, length, max_damaged
+    self.columns, self._eos_id = columns, eos_id
     self._len = num_samples(len(rows), rows.row_length, length)
     self._damaged, self._lock = set(), threading.Lock()
 
   def __len__(self) -> int:
     return self._len
 
-  def read(self, samples: np.ndarray) -> np.ndarray:
-    """Returns the tokens of samples [M], [M, length] in the dtype on disk.
+  def read(self, samples: np.ndarray) -> Rows:
+    """Returns Rows of [M, length], samples [M]; tokens in the dtype on disk.
 
     Raises:
       DamagedRow: more than max_damaged rows, or all rows, are damaged.
@@ -52,26 +66,34 @@ class Samples:
     if self._length >= row_length:
       per_sample = self._length // row_length
       rows = samples[:, None] * per_sample + np.arange(per_sample)
-      return self._read(rows.ravel()).reshape(len(samples), self._length)
-    per_row = row_length // self._length
-    rows, part = np.divmod(samples, per_row)
-    parts = self._read(rows).reshape(len(samples), per_row, self._length)
-    return parts[np.arange(len(samples)), part]
+      found = rows_lib.join(self._read(rows.ravel()), per_sample)
+    else:
+      per_row = row_length // self._length
+      rows, part = np.divmod(samples, per_row)
+      shape = len(samples), per_row, self._length
+      every = np.arange(len(samples))
+      cut = lambda x: x.reshape(shape)[every, part]
+      found = rows_lib.map_columns(cut, self._read(rows))
+    return rows_lib.fill(found, self.columns, self._eos_id)
 
-  def _read(self, rows: np.ndarray) -> np.ndarray:
+  def _read(self, rows: np.ndarray) -> Rows:
     rows = rows.tolist()
     try:
       return self._rows.read(rows)
     except row_reader.DamagedRow:
       if not self._max_damaged:
         raise
-      return np.stack([self._row(row) for row in rows])
+      found = [self._row(row) for row in rows]
+      columns = zip(*found, strict=True)
+      return Rows(
+        *(None if c[0] is None else np.concatenate(c) for c in columns)
+      )
 
-  def _row(self, row: int) -> np.ndarray:
+  def _row(self, row: int) -> Rows:
     first = row
     while True:
       try:
-        return self._rows[row]
+        return self._rows.read([row])
       except row_reader.DamagedRow as e:
         self._count(row, e)
         # The replacement does not depend on the host or on restarts.

@@ -249,14 +249,14 @@ def conclude(
         tokens=int(counts[split].sum()),
         text_bytes=int(counts[split] @ piece_bytes),
         documents=documents[split],
-        unigram_entropy_nats=_entropy(counts[split]),
+        unigram_entropy_nats=unigram_entropy(counts[split]),
       )
       for split in records.SPLITS
     },
   )
 
 
-def _entropy(counts: np.ndarray) -> float:
+def unigram_entropy(counts: np.ndarray) -> float:
   probability = counts[counts > 0] / max(1, counts.sum())
   return float(0 - probability @ np.log(probability))
 

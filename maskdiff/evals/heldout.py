@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from maskdiff.data import row_reader
+from maskdiff.data import rows as rows_lib
 from maskdiff.errors import UserError
 from maskdiff.training import inputs
 
@@ -38,9 +39,8 @@ def documents(config, tokenizer):
     )
     step = max(1, len(source) // MAX_ROWS)
     for i in range(0, len(source), step):
-      row = np.asarray(source[i], np.int32)
-      ends = np.flatnonzero(row == tokenizer.eos_id) + 1
-      pieces = np.split(row, ends)
+      row = rows_lib.map_columns(lambda x: x[0], source.read([i]))
+      pieces = rows_lib.split_documents(row, tokenizer.eos_id)
       found += [p[p != tokenizer.eos_id].tolist() for p in pieces]
   found = [piece for piece in found if piece]
   if not found:

@@ -133,10 +133,9 @@ def make_labels(regime, valid, doc=0):
 
   Args:
     regime: Regime.
-    valid: [B, L] bool, False on padding. Padding may stand at both ends of a
-      row: the valid positions are contiguous.
-    doc: [B, L] int32 >= 0, the document of each position; or an int if each row
-      is one document.
+    valid: [B, L] bool, False on padding.
+    doc: [B, L] int32, the document of each position, >= 0 where it is valid; or
+      an int if each row is one document, whose positions must be contiguous.
   """
   one = row(regime, valid.shape[1])
   wide = lambda x: jnp.broadcast_to(jnp.asarray(x), valid.shape)

@@ -3,31 +3,42 @@
 import jax.numpy as jnp
 
 from maskdiff.model import masks
-from maskdiff.objectives.canvas import Canvas, document_labels
+from maskdiff.objectives.canvas import (
+  Canvas,
+  answer_positions,
+  document_labels,
+  text_positions,
+)
 
 
-def make_canvas(c, tokens, rows, key, batch):
-  """Returns a Canvas whose targets are all tokens, with weight 1.
+def make_canvas(c, rows, numbers, key, batch):
+  """Returns a Canvas whose targets are the answers, with weight 1.
 
-  The inputs are the tokens shifted right, with bos in front. The L targets are
+  The inputs are the tokens shifted right, with bos in front. The targets are
   the same as in masked diffusion, so the two losses are comparable. Arguments
-  as for masked_diffusion.make_canvas; there is no noise.
+  as for masked_diffusion.make_canvas; there is no noise. The loss of a row is
+  the exact negative log-likelihood of its answers given its prompts.
 
   The labels belong to the predicted tokens. The first token of a row is
   predicted from bos. If attention stays within documents, the first token of a
-  later document is predicted from the eos before it and from no other token.
+  later document is predicted from no token of another document: from bos if the
+  rows store their documents, else from the eos that ends the document before.
   """
-  del rows, key, batch
-  b, length = tokens.shape
-  valid = jnp.ones(tokens.shape, bool)
-  inputs, labels = show(tokens, valid, c.bos_id, document_labels(c, tokens))
+  del numbers, key, batch
+  valid = text_positions(rows)
+  doc = document_labels(c, rows)
+  inputs, labels = show(rows.tokens, valid, c.bos_id, doc)
+  if rows.doc is not None:
+    before = jnp.pad(labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    inputs = jnp.where(labels.doc == before, inputs, c.bos_id)
+  answer = answer_positions(rows, valid)
   return Canvas(
     inputs=inputs,
     labels=labels,
-    targets=tokens,
-    weights=jnp.ones(tokens.shape, jnp.float32),
-    num_tokens=jnp.full((b,), length, jnp.float32),
-    mask_ratio=jnp.zeros((b,), jnp.float32),
+    targets=rows.tokens,
+    weights=answer.astype(jnp.float32),
+    num_tokens=answer.sum(axis=1, dtype=jnp.float32),
+    mask_ratio=jnp.zeros(len(rows.tokens), jnp.float32),
   )
 
 

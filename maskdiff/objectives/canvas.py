@@ -1,6 +1,6 @@
 """The Canvas of a batch (inputs, labels, targets, loss weights) and its loss.
 
-Every objective makes a Canvas from clean tokens and a key, and `canvas_loss`
+Every objective makes a Canvas from clean Rows and a key, and `canvas_loss`
 computes its loss in nats. The hidden state of a position predicts the target of
 that position, so the autoregressive objective shifts the inputs, not the
 targets. Noise is keyed by the number of the row in the global batch, so it does
@@ -11,7 +11,9 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
+from maskdiff.data.rows import PADDING
 from maskdiff.model import masks
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.objectives.schedule import Schedule
@@ -55,24 +57,44 @@ class Canvas:
   labels: masks.Labels  # [B, L] each
   targets: jax.Array  # [B, L] int32
   weights: jax.Array  # [B, L] float32, 0 at positions without a loss
-  num_tokens: jax.Array  # [B] float32, tokens of text in the row
+  num_tokens: jax.Array  # [B] float32, tokens that may carry a loss
   mask_ratio: jax.Array  # [B] float32, expected share of masked tokens
 
 
-def document_labels(c, tokens):
+def document_labels(c, rows):
   """Returns the document numbers that limit attention, for masks.make_labels.
 
   Args:
     c: ObjectiveConfig.
-    tokens: [B, L] int32, clean.
+    rows: data.rows.Rows of [B, L], clean.
 
   Returns:
-    [B, L] int32, counted from 0; or the int 0 if positions attend to the whole
-    row.
+    [B, L] int32 >= 0, except on padding; or the int 0 if positions attend to
+    the whole row and padding stands only at its ends.
   """
-  if c.attend_within == 'row':
-    return 0
-  return masks.documents(tokens, c.eos_id)
+  if c.attend_within == 'document':
+    if rows.doc is None:
+      return masks.documents(rows.tokens, c.eos_id)
+    return rows.doc
+  # An array, because stored rows may have padding anywhere.
+  return 0 if rows.doc is None else jnp.zeros_like(rows.doc)
+
+
+def text_positions(rows):
+  """Returns [B, L] bool, False on padding; rows is a data.rows.Rows."""
+  if rows.doc is None:
+    return jnp.ones(rows.tokens.shape, bool)
+  return rows.doc != PADDING
+
+
+def answer_positions(rows, valid):
+  """Returns the positions that may carry a loss, [B, L] bool.
+
+  Args:
+    rows: data.rows.Rows of [B, L].
+    valid: [B, L] bool, False on padding.
+  """
+  return valid if rows.answer is None else valid & rows.answer
 
 
 def canvas_loss(c, model, canvas):

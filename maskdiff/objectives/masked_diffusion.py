@@ -4,11 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from maskdiff.model import masks
-from maskdiff.objectives.canvas import Canvas, document_labels
+from maskdiff.objectives.canvas import (
+  Canvas,
+  answer_positions,
+  document_labels,
+  text_positions,
+)
 from maskdiff.objectives.schedule import sample_times
 
 
-def make_canvas(c, tokens, rows, key, batch):
+def make_canvas(c, rows, numbers, key, batch):
   """Masks a random share of each row; the targets are the masked tokens.
 
   Each row draws a time t in [eps, 1). Each of its tokens is masked
@@ -17,8 +22,14 @@ def make_canvas(c, tokens, rows, key, batch):
   loss (arXiv 2502.09992, alg. 1 and GUIDELINES.md): p = (1 - eps) u + eps,
   weight 1/p, divided by B x L.
 
+  Rows with `answer` mask and count only answers. The loss is then a bound on
+  the negative log-likelihood of the answers given the prompts. It is divided by
+  the number of answer tokens of the batch, as in SMDM (arXiv 2410.18514);
+  LLaDA's fine-tuning divides each row by its own number (alg. 2).
+
   A share of the rows is cut to a random length. This equals truncation: the
-  rest of the row is padding, which is never attended to, masked or counted.
+  rest of the row is padding, which is never attended to, masked or counted. A
+  row that is cut before its answers has no loss.
 
   If attention stays within documents, the labels reveal where a document ends
   even if its eos is masked. The loss is then a bound given the lengths of the
@@ -26,8 +37,8 @@ def make_canvas(c, tokens, rows, key, batch):
 
   Args:
     c: ObjectiveConfig.
-    tokens: [b, L] int32, clean tokens.
-    rows: [b] int32, numbers of the rows in the global batch.
+    rows: data.rows.Rows of [b, L], clean.
+    numbers: [b] int32, numbers of the rows in the global batch.
     key: PRNG key of this step.
     batch: rows of the global batch.
 
@@ -36,49 +47,53 @@ def make_canvas(c, tokens, rows, key, batch):
   """
   keys = jax.random.split(key, 4)
   by_row = lambda draw, key: jax.vmap(
-    lambda row: draw(jax.random.fold_in(key, row))
-  )(rows)
-  length = tokens.shape[1]
-  u = sample_times(c.time_sampling, keys[0], rows, batch)
+    lambda number: draw(jax.random.fold_in(key, number))
+  )(numbers)
+  length = rows.tokens.shape[1]
+  u = sample_times(c.time_sampling, keys[0], numbers, batch)
   noise = by_row(lambda k: jax.random.uniform(k, (length,)), keys[1])
   cut = by_row(jax.random.uniform, keys[2]) < c.random_length_fraction
   random_length = by_row(
     lambda k: jax.random.randint(k, (), 1, length + 1), keys[3]
   )
   lengths = jnp.where(cut, random_length, length)
-  return corrupt(c, tokens, u, noise, lengths)
+  return corrupt(c, rows, u, noise, lengths)
 
 
-def corrupt(c, tokens, u, noise, lengths):
+def corrupt(c, rows, u, noise, lengths):
   """Returns the Canvas of masked diffusion for given random draws.
 
   Args:
     c: ObjectiveConfig.
-    tokens: [B, L] int32.
+    rows: data.rows.Rows of [B, L].
     u: [B] float32 in [0, 1); the time is (1 - eps) u + eps.
     noise: [B, L] float32 in [0, 1); a token is masked where noise < p.
     lengths: [B] int32, tokens of each row before the cut.
   """
   t = (1 - c.eps) * u + c.eps
   mask_ratio = c.schedule.mask_ratio(t)
-  valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-  masked = valid & (noise < mask_ratio[:, None])
+  valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
+  valid = valid & text_positions(rows)
+  answer = answer_positions(rows, valid)
+  masked = answer & (noise < mask_ratio[:, None])
   # Times start at eps, not at 0. `correction` keeps the expected weight of a
   # token at 1, so that the loss of a perfect model is the entropy of the text.
   # It is 1 for the linear schedule.
   correction = (1 - c.eps) / (1 - c.schedule.mask_ratio(c.eps))
   weight = correction * c.schedule.weight(t)
-  noisy = jnp.where(masked, c.mask_id, tokens)
+  noisy = jnp.where(masked, c.mask_id, rows.tokens)
+  # Without columns, the lengths need no sum over a sharded axis.
+  num_tokens = answer.sum(axis=1) if rows.columns else lengths
   # Labels come from the clean tokens, so that a masked eos still ends its
   # document. Otherwise neighbouring documents would attend to each other.
-  doc = document_labels(c, tokens)
+  doc = document_labels(c, rows)
   inputs, labels = show(noisy, valid, c.bos_id, doc)
   return Canvas(
     inputs=inputs,
     labels=labels,
-    targets=tokens,
+    targets=rows.tokens,
     weights=jnp.where(masked, weight[:, None], 0.0),
-    num_tokens=lengths.astype(jnp.float32),
+    num_tokens=num_tokens.astype(jnp.float32),
     mask_ratio=mask_ratio,
   )
 

@@ -19,7 +19,7 @@ class Objective:
   """Traits of a training objective.
 
   Attributes:
-    make_canvas: (ObjectiveConfig, tokens [b, L] int32, rows [b] int32, key,
+    make_canvas: (ObjectiveConfig, Rows of [b, L], row numbers [b] int32, key,
       batch) -> Canvas; see masked_diffusion.make_canvas.
     show: (tokens [B, L] int32, valid [B, L] bool, bos_id, doc) -> inputs
       [B, L] int32 and their masks.Labels.
@@ -66,12 +66,12 @@ OBJECTIVES = {
 
 
 @jax.named_scope('part(noise)')
-def make_canvas(c, tokens, rows, key, batch):
+def make_canvas(c, rows, numbers, key, batch):
   """Returns the Canvas of the objective `c.name`.
 
   Arguments as for masked_diffusion.make_canvas.
   """
-  return OBJECTIVES[c.name].make_canvas(c, tokens, rows, key, batch)
+  return OBJECTIVES[c.name].make_canvas(c, rows, numbers, key, batch)
 
 
 def show(name, tokens, valid, bos_id, doc=0):

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maskdiff.data.rows import Rows
 from maskdiff.distributed import chips
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
@@ -142,9 +143,9 @@ def compile_train(config, target):
   state = jax.eval_shape(
     functools.partial(train_state.init, c.model, optimizer), key
   )
-  tokens = jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32)
+  rows = Rows(jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32))
   train_step = step.compile_train_step(c, optimizer, target.mesh)
-  return _compile(train_step, target.mesh, state, tokens, key)
+  return _compile(train_step, target.mesh, state, rows, key)
 
 
 def compile_evaluation(config, target):
@@ -168,7 +169,9 @@ def compile_evaluation(config, target):
     sharding=mesh_lib.batch_sharding(target.mesh),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return _compile(evaluation.jit_eval_step, target.mesh, c, params, tokens, key)
+  return _compile(
+    evaluation.jit_eval_step, target.mesh, c, params, Rows(tokens), key
+  )
 
 
 def params_on(model, mesh):

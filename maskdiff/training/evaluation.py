@@ -174,7 +174,7 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
   Args:
     c: StepConfig.
     params: parameter tree.
-    batches: list of [B, L] int32.
+    batches: list of data.rows.Rows of [B, L].
     tokens_per_byte: tokens per byte of the text, for bits per byte.
     between: called before every batch; may raise to stop the evaluation.
 

@@ -43,7 +43,7 @@ def open_tokenizer(config):
   return tokenizer
 
 
-def open_data(config, tokenizer, path=None):
+def open_data(config, tokenizer, path=None, columns=()):
   """Opens the datasets of a data path and verifies their shards.
 
   The embedded corpus is prepared on first use. Process 0 prepares it for all
@@ -53,13 +53,15 @@ def open_data(config, tokenizer, path=None):
     config: ConfigDict.
     tokenizer: data.tokenizer.Tokenizer.
     path: in the form of config.data.path. Default: config.data.path.
+    columns: names of the columns that every dataset must store, from
+      data.rows.COLUMNS.
 
   Returns:
     List of data.pipeline.Dataset.
 
   Raises:
-    UserError: a directory or shard is missing or damaged, or was prepared with
-      another tokenizer.
+    UserError: a directory or shard is missing or damaged, was prepared with
+      another tokenizer, or lacks a column.
   """
   datasets = []
   for name, weight in pipeline.parse_mixture(path or config.data.path):
@@ -88,6 +90,14 @@ def open_data(config, tokenizer, path=None):
         f'but config.tokens.eos_id={tokenizer.eos_id}; set '
         f'config.data.tokenizer to the copy of the tokenizer in {directory}'
       )
+    missing = [name for name in columns if name not in manifest.columns]
+    if missing:
+      stored = ', '.join(('tokens', *manifest.columns))
+      raise UserError(
+        f'the rows of {directory} have the columns {stored}; this run also '
+        f'needs {", ".join(missing)}: write rows with these columns by '
+        'maskdiff.data.row_writer, or set --config.data.path to such rows'
+      )
     rows = config.data.verify
     if rows == 'sample' and config.data.max_damaged_rows:
       rows = 'none'  # the run replaces damaged rows when it reads them
@@ -102,13 +112,16 @@ def open_data(config, tokenizer, path=None):
 
 
 def train_batches(config, datasets, mesh, start_sample):
-  """Returns an endless iterator of training batches, [B, L] int32 on the mesh.
+  """Returns an endless iterator of training batches on the mesh.
 
   Args:
     config: ConfigDict.
     datasets: from `open_data`.
     mesh: device mesh.
     start_sample: number of samples consumed so far.
+
+  Returns:
+    Iterator of data.rows.Rows of [B, L].
 
   Raises:
     UserError: config.data.length does not fit the prepared rows.
@@ -146,18 +159,18 @@ def samples_after(config, start, step):
   )
 
 
-def first_row(tokens, mesh):
-  """Copies row 0 of a batch to every host, [L] int32.
+def first_row(rows, mesh):
+  """Copies the tokens of row 0 of a batch to every host, [L] int32.
 
   All processes must call this function.
   """
   replicated = mesh_lib.replicated(mesh)
   row_0 = jax.jit(lambda tokens: tokens[0], out_shardings=replicated)
-  return np.asarray(row_0(tokens))
+  return np.asarray(row_0(rows.tokens))
 
 
 def read_samples(config, datasets, first, end):
-  """Reads training samples first, ..., end - 1 onto the host.
+  """Reads the tokens of training samples first, ..., end - 1 onto the host.
 
   Args:
     config: ConfigDict.
@@ -178,11 +191,11 @@ def read_samples(config, datasets, first, end):
     num_threads=0,
     max_damaged_rows=config.data.max_damaged_rows,
   )
-  return next(batches)
+  return next(batches).tokens
 
 
 def heldout_batches(config, dataset, mesh):
-  """Returns an iterator of held-out batches, [B, L] int32 on the mesh.
+  """Returns an iterator of held-out batches on the mesh, Rows of [B, L].
 
   The batches are the same at every evaluation.
 

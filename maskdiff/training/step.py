@@ -59,7 +59,7 @@ class LossSums(NamedTuple):
 
   Attributes:
     num_predicted: float32, number of positions that carry a loss.
-    num_tokens: float32, number of tokens of text.
+    num_tokens: float32, number of tokens that may carry a loss.
     ratio_count: [RATIO_BUCKETS] float32, `num_predicted` by mask ratio.
     ratio_nll: [RATIO_BUCKETS] float32, unweighted nll in nats by mask ratio.
     weighted_nll: float32, sum of weight x nll in nats.
@@ -73,7 +73,7 @@ class LossSums(NamedTuple):
 
   @property
   def loss(self):
-    """Loss in nats per token."""
+    """Loss in nats per token; NaN if all tokens are prompts or padding."""
     return self.weighted_nll / self.num_tokens
 
 
@@ -98,21 +98,24 @@ class StepMetrics(NamedTuple):
   skipped_in_a_row: jax.Array
 
 
-def train_step(c, optimizer, state, tokens, key):
+def train_step(c, optimizer, state, rows, key):
   """Makes one optimizer update, unless the guard refuses it.
+
+  The guard also refuses a batch in which all tokens are prompts or padding,
+  because its loss is not a number.
 
   Args:
     c: StepConfig.
     optimizer: optax.GradientTransformation.
     state: TrainState.
-    tokens: [B, L] int32, the global batch of clean tokens.
+    rows: data.rows.Rows of [B, L], the global batch of clean tokens.
     key: PRNG key of the run, folded with the step number.
 
   Returns:
     The next TrainState, and StepMetrics.
   """
   key = jax.random.fold_in(key, state.step)
-  gradients, sums = batch_gradients(c, state.params, tokens, key)
+  gradients, sums = batch_gradients(c, state.params, rows, key)
   with jax.named_scope('part(optimizer)'):
     gradients = jax.tree.map(lambda g: g / sums.num_tokens, gradients)
     grad_norm = optax.tree.norm(gradients)
@@ -137,22 +140,22 @@ def train_step(c, optimizer, state, tokens, key):
   return TrainState(state.step + 1, params, opt_state, guard), metrics
 
 
-def batch_gradients(c, params, tokens, key):
+def batch_gradients(c, params, rows, key):
   """Returns the gradient of the summed loss, accumulated over microbatches.
 
   Args:
     c: StepConfig.
     params: parameter tree.
-    tokens: [B, L] int32, the global batch.
+    rows: data.rows.Rows of [B, L], the global batch.
     key: PRNG key of this step.
 
   Returns:
     A tree like params, and the LossSums of the batch.
   """
-  batch = tokens.shape[0]
+  batch = rows.tokens.shape[0]
 
-  def loss(params, rows, tokens):
-    sums = loss_sums(c, params, tokens, rows, key, batch)
+  def loss(params, rows, numbers):
+    sums = loss_sums(c, params, rows, numbers, key, batch)
     return sums.weighted_nll, sums
 
   gradient = jax.grad(loss, has_aux=True)
@@ -160,49 +163,49 @@ def batch_gradients(c, params, tokens, key):
   def accumulate(carry, microbatch):
     return jax.tree.map(jnp.add, carry, gradient(params, *microbatch)), ()
 
-  rows = jnp.arange(batch, dtype=jnp.int32)
+  numbers = jnp.arange(batch, dtype=jnp.int32)
   if c.microbatches == 1:
-    return gradient(params, rows, tokens)
+    return gradient(params, rows, numbers)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(gradient, params, rows, tokens),
+    jax.eval_shape(gradient, params, rows, numbers),
   )
   with jax.named_scope('part(gradient sum over microbatches)'):
     sums, _ = jax.lax.scan(
-      accumulate, zeros, split_rows((rows, tokens), c.microbatches)
+      accumulate, zeros, split_rows((rows, numbers), c.microbatches)
     )
   return sums
 
 
-def eval_step(c, params, tokens, key):
+def eval_step(c, params, rows, key):
   """Returns the LossSums of one batch of held-out text under fixed noise.
 
   Args:
     c: StepConfig from `evaluation.eval_config`.
     params: parameter tree.
-    tokens: [B, L] int32.
+    rows: data.rows.Rows of [B, L].
     key: PRNG key of this batch, the same at every evaluation.
   """
-  batch = tokens.shape[0]
-  rows = jnp.arange(batch, dtype=jnp.int32)
-  return loss_sums(c, params, tokens, rows, key, batch)
+  batch = rows.tokens.shape[0]
+  numbers = jnp.arange(batch, dtype=jnp.int32)
+  return loss_sums(c, params, rows, numbers, key, batch)
 
 
-def loss_sums(c, params, tokens, rows, key, batch):
+def loss_sums(c, params, rows, numbers, key, batch):
   """Makes a canvas from some rows of a global batch and sums the losses.
 
   Args:
     c: StepConfig.
     params: parameter tree.
-    tokens: [b, L] int32.
-    rows: [b] int32, row numbers in the global batch.
+    rows: data.rows.Rows of [b, L].
+    numbers: [b] int32, row numbers in the global batch.
     key: PRNG key of this step.
     batch: number of rows of the global batch.
 
   Returns:
     LossSums. Only `weighted_nll` has a gradient.
   """
-  canvas = make_canvas(c.objective, tokens, rows, key, batch)
+  canvas = make_canvas(c.objective, rows, numbers, key, batch)
   total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
   return summarize(canvas, total, nll)
 
@@ -270,7 +273,7 @@ def compile_train_step(c, optimizer, mesh):
     mesh: device mesh.
 
   Returns:
-    Function of (TrainState, tokens, key).
+    Function of (TrainState, Rows, key).
   """
   states = train_state.shardings(c.model, optimizer, mesh)
   replicated = mesh_lib.replicated(mesh)

@@ -13,37 +13,59 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskdiff.data import order, pipeline, records, row_reader
+from maskdiff.data import rows as rows_lib
+from maskdiff.data.rows import Rows
 from maskdiff.data.samples import num_samples
 from maskdiff.errors import UserError
 
 ROWS, ROW_LENGTH, BATCH = 50, 32, 8
 
 
-def make_dataset(directory, train, heldout=None, weight=1.0, cuts=()):
-  """Writes a prepared directory with these rows; shards start at the cuts."""
+def make_dataset(directory, train, heldout=None, weight=1.0, cuts=(), **other):
+  """Writes a prepared directory with these rows; shards start at the cuts.
+
+  Args:
+    directory: new directory.
+    train: [R, L] tokens, or Rows.
+    heldout: as train; default: none.
+    weight: weight in a mixture.
+    cuts: rows at which shards start.
+    **other: fields of the manifest.
+  """
   directory.mkdir()
+  train = train if isinstance(train, Rows) else Rows(train)
+  heldout = (
+    train._replace(tokens=train.tokens[:0]) if heldout is None else heldout
+  )
+  row_length, dtype = train.tokens.shape[1], train.tokens.dtype.name
+  columns = rows_lib.disk_dtypes(train.columns, row_length)
   splits = {}
   for name, rows in ('train', train), ('heldout', heldout):
-    rows = train[:0] if rows is None else rows
+    tokens = getattr(rows, 'tokens', rows)
+    blocks = (
+      rows_lib.pack(rows, dtype, columns) if columns and len(tokens) else tokens
+    )
     shards = [
       records.write_shard(directory / f'{name}-{n}', [part])
-      for n, part in enumerate(np.split(rows, cuts))
+      for n, part in enumerate(np.split(blocks, cuts))
     ]
     splits[name] = records.Split(
-      tuple(s for s in shards if s), len(rows), rows.size, 1, 1, 1.0
+      tuple(s for s in shards if s), len(tokens), tokens.size, 1, 1, 1.0
     )
-  manifest = records.Manifest(
-    format_version=records.FORMAT_VERSION,
+  fields = dict(
+    format_version=2 + bool(columns),
     source=f'counting in {directory.name}',
     settings={},
     tokenizer_fingerprint='none',
     vocab_size=1 << 16,
     eos_id=0,
-    row_length=train.shape[1],
-    dtype=train.dtype.name,
+    row_length=row_length,
+    dtype=dtype,
     skipped={},
     splits=splits,
+    columns=columns,
   )
+  manifest = records.Manifest(**(fields | other))
   records.write_manifest(directory, manifest)
   return pipeline.Dataset(directory.name, str(directory), weight, manifest)
 
@@ -61,7 +83,12 @@ def dataset(tmp_path_factory):
 
 
 def take(n, datasets, **changes):
-  """Returns the first n batches, [n, b, L]."""
+  """Returns the tokens of the first n batches, [n, b, L]."""
+  return take_rows(n, datasets, **changes).tokens
+
+
+def take_rows(n, datasets, **changes):
+  """Returns the first n batches, Rows of [n, b, L]."""
   settings = dict(
     global_batch=BATCH,
     length=ROW_LENGTH,
@@ -73,12 +100,23 @@ def take(n, datasets, **changes):
   if isinstance(datasets, pipeline.Dataset):
     datasets = [datasets]
   batches = pipeline.train_batches(datasets, **(settings | changes))
-  return np.stack(list(itertools.islice(batches, n)))
+  return stack(itertools.islice(batches, n))
+
+
+def stack(batches, axis=0, function=np.stack):
+  """Stacks Rows column by column."""
+  return jax.tree.map(lambda *x: function(x, axis=axis), *batches)
 
 
 def samples(batches):
   """Returns [n, b, L] batches as a list of samples in global order."""
   return [tuple(row) for batch in batches for row in batch.tolist()]
+
+
+def row_samples(batches):
+  """Returns Rows of [n, b, L] as a list of samples: a tuple for each column."""
+  columns = [samples(x) for x in batches if x is not None]
+  return list(zip(*columns, strict=True))
 
 
 def check_one_line(error):
@@ -88,7 +126,8 @@ def check_one_line(error):
 # Random mixtures, compared with plain Python lists
 
 CASES = 25
-NUMBERING = 10_000  # of the tokens of a dataset: no two tokens are the same
+NUMBERING = 10_000  # of the tokens of a dataset: no two samples start the same
+CASE_EOS = 60_000
 
 
 @dataclasses.dataclass
@@ -97,6 +136,8 @@ class Case:
 
   Attributes:
     tokens: concatenated tokens of each dataset.
+    stored: Rows of each dataset, as written.
+    columns: names of the columns of the batches.
     sizes: samples of each dataset.
     shares: weights as integers without a common divisor.
     batches: number of batches in the run.
@@ -104,6 +145,8 @@ class Case:
 
   datasets: list[pipeline.Dataset]
   tokens: list[list[int]]
+  stored: list[Rows]
+  columns: list[str]
   sizes: list[int]
   shares: list[int]
   length: int
@@ -119,14 +162,52 @@ class Case:
       rows=range(self.global_batch),
     )
     n = self.batches if n is None else n
-    return take(n, self.datasets, **(settings | changes))
+    return take_rows(n, self.datasets, **(settings | changes))
 
   def source_and_index(self, sample):
     """Returns the source of a sample and its index, from its tokens."""
-    source, at = divmod(sample[0], NUMBERING)
+    tokens, *_ = sample
+    source, at = divmod(tokens[0], NUMBERING)
     assert at % self.length == 0
-    assert sample == tuple(self.tokens[source][at : at + self.length])
+    assert tokens == tuple(self.tokens[source][at : at + self.length])
     return source, at // self.length
+
+  def sample(self, source, index):
+    """Returns sample `index` of a source: a tuple for each column.
+
+    Documents of stored rows do not continue in the next row; other documents
+    end with eos.
+    """
+    at = index * self.length
+    of_sample = slice(at, at + self.length)
+    tokens = self.tokens[source][of_sample]
+    stored, sample = self.stored[source], [tuple(tokens)]
+    row_length = stored.tokens.shape[1]
+    if 'doc' in self.columns and stored.doc is None:
+      sample.append(
+        tuple(tokens[:i].count(CASE_EOS) for i in range(self.length))
+      )
+    elif 'doc' in self.columns:
+      doc = stored.doc.ravel()[of_sample].tolist()
+      later = [i // row_length * row_length for i in range(self.length)]
+      sample.append(
+        tuple(d if d < 0 else d + n for d, n in zip(doc, later, strict=True))
+      )
+    if 'answer' in self.columns:
+      answer = np.ones(stored.tokens.shape, bool)
+      answer = answer if stored.answer is None else stored.answer
+      sample.append(tuple(answer.ravel()[of_sample].tolist()))
+    return tuple(sample)
+
+
+def make_columns(tokens, seed):
+  """Returns Rows with random columns, and eos within some samples."""
+  rng = np.random.default_rng([seed, 1])
+  tokens[:, 1::2][rng.random(tokens[:, 1::2].shape) < 0.3] = CASE_EOS
+  has_doc, has_answer = rng.random(2) < 0.4
+  doc = rng.integers(-1, tokens.shape[1], tokens.shape)
+  answer = rng.random(tokens.shape) < 0.5
+  return Rows(tokens, doc if has_doc else None, answer if has_answer else None)
 
 
 def make_case(directory, seed):
@@ -134,25 +215,32 @@ def make_case(directory, seed):
   length = int(rng.choice([2, 4, 8, 16, 32]))
   digits = int(rng.integers(1, 4))
   parts = rng.integers(1, 10**digits, rng.integers(1, 5)).tolist()
-  datasets, tokens, sizes = [], [], []
+  datasets, stored, sizes = [], [], []
   for k, part in enumerate(parts):
     row_length = int(rng.choice([4, 8, 16]))
     fewest = max(1, length // row_length)
     rows = int(rng.integers(fewest, rng.choice([5, 40, 300]) + fewest))
     flat = k * NUMBERING + np.arange(rows * row_length)
+    tokens = flat.reshape(rows, row_length)
+    tokens = tokens.astype(rng.choice(['uint16', 'uint32']))
+    stored.append(make_columns(tokens, 10 * seed + k))
     dataset = make_dataset(
       directory / str(k),
-      flat.reshape(rows, row_length).astype(rng.choice(['uint16', 'uint32'])),
+      stored[-1],
       weight=part / 10**digits,
       cuts=np.sort(rng.integers(0, rows + 1, rng.integers(3))),
+      eos_id=CASE_EOS,
     )
     datasets.append(dataset)
-    tokens.append(flat.tolist())
     sizes.append(rows * row_length // length)
   global_batch = int(rng.choice([rng.integers(1, 25), 8 * rng.integers(1, 4)]))
   return Case(
     datasets=datasets,
-    tokens=tokens,
+    tokens=[rows.tokens.ravel().tolist() for rows in stored],
+    stored=stored,
+    columns=[
+      c for c in rows_lib.COLUMNS if any(c in r.columns for r in stored)
+    ],
     sizes=sizes,
     shares=[part // math.gcd(*parts) for part in parts],
     length=length,
@@ -183,7 +271,7 @@ def plain_samples(case):
     (i,) = order.permute(
       np.array([position]), case.sizes[k], keys[k], np.array([epoch])
     ).tolist()
-    yield tuple(case.tokens[k][i * case.length : (i + 1) * case.length])
+    yield case.sample(k, i)
     taken[k] += 1
 
 
@@ -198,7 +286,7 @@ def expected(case):
 
 
 def test_samples_are_those_of_plain_lists(case, expected):
-  assert samples(case.take()) == expected
+  assert row_samples(case.take()) == expected
 
 
 def test_any_number_of_hosts_reads_the_same_global_batches(case, expected):
@@ -210,7 +298,8 @@ def test_any_number_of_hosts_reads_the_same_global_batches(case, expected):
       case.take(rows=range(h * per_host, (h + 1) * per_host))
       for h in range(hosts)
     ]
-    assert samples(np.concatenate(parts, axis=1)) == expected
+    together = stack(parts, axis=1, function=np.concatenate)
+    assert row_samples(together) == expected
 
 
 def test_a_run_resumes_at_any_sample(case, expected):
@@ -222,23 +311,22 @@ def test_a_run_resumes_at_any_sample(case, expected):
     resumed = case.take(
       n, start_sample=start, global_batch=batch, rows=range(batch)
     )
-    assert samples(resumed) == expected[start : start + n * batch]
+    assert row_samples(resumed) == expected[start : start + n * batch]
 
 
 def test_hosts_resume_together(case, expected):
   """Each host resumes at the same step with its own rows."""
   step = case.batches // 3
   stop = (step + 3) * case.global_batch
-  rest = np.array(expected[step * case.global_batch : stop])
-  rest = rest.reshape(3, case.global_batch, case.length)
+  rest = expected[step * case.global_batch : stop]
   for row in range(0, case.global_batch, 3):
     resumed = case.take(3, start_sample=step * case.global_batch, rows=(row,))
-    np.testing.assert_array_equal(resumed[:, 0], rest[:, row])
+    assert row_samples(resumed) == rest[row :: case.global_batch]
 
 
 @pytest.mark.parametrize('num_threads', [1, 3])
 def test_batches_do_not_depend_on_threads(case, expected, num_threads):
-  assert samples(case.take(num_threads=num_threads)) == expected
+  assert row_samples(case.take(num_threads=num_threads)) == expected
 
 
 @pytest.mark.parametrize('window', [3, 50])
@@ -246,12 +334,12 @@ def test_batches_do_not_depend_on_the_window(
   case, expected, window, monkeypatch
 ):
   monkeypatch.setattr(pipeline, '_WINDOW', window)
-  assert samples(case.take()) == expected
+  assert row_samples(case.take()) == expected
 
 
 def test_each_epoch_of_each_dataset_is_a_permutation(case):
   order_of = [[] for _ in case.datasets]
-  for sample in samples(case.take()):
+  for sample in row_samples(case.take()):
     source, index = case.source_and_index(sample)
     order_of[source].append(index)
   for indices, size in zip(order_of, case.sizes, strict=True):
@@ -265,7 +353,7 @@ def test_each_epoch_of_each_dataset_is_a_permutation(case):
 def test_mixture_is_exact_to_one_sample_at_every_time(case):
   period = sum(case.shares)
   counts = [0] * len(case.shares)
-  for n, sample in enumerate(samples(case.take()), 1):
+  for n, sample in enumerate(row_samples(case.take()), 1):
     counts[case.source_and_index(sample)[0]] += 1
     for count, share in zip(counts, case.shares, strict=True):
       assert abs(count * period - n * share) < period
@@ -292,6 +380,16 @@ def test_cases_are_of_every_kind(tmp_path):
         kinds.add('remainder' if left else 'no remainder')
       epochs = drawn * share // sum(case.shares) // size
       kinds.add(f'{min(epochs, 3)} epochs')
+    stored = [set(rows.columns) for rows in case.stored]
+    kinds.add('some columns' if any(stored) else 'tokens only')
+    for column in rows_lib.COLUMNS:
+      have = sum(column in columns for columns in stored)
+      kinds.add(f'{column} in ' + ('all' if have == len(stored) else 'some'))
+      joined = any(
+        column in rows.columns and case.length > rows.tokens.shape[1]
+        for rows in case.stored
+      )
+      kinds |= {f'joined {column}'} if joined else set()
     kinds.add('odd batch' if case.global_batch % 2 else 'even batch')
   assert kinds == {
     *(f'{n} datasets' for n in (1, 2, 3, 4)),
@@ -300,6 +398,8 @@ def test_cases_are_of_every_kind(tmp_path):
     *(f'{n} epochs' for n in (0, 1, 2, 3)),
     *('parts', 'whole or joined', 'remainder', 'no remainder'),
     *('uint16', 'uint32', 'odd batch', 'even batch'),
+    *('some columns', 'tokens only', 'joined doc', 'joined answer'),
+    *(f'{c} in {n}' for c in rows_lib.COLUMNS for n in ('all', 'some')),
   }
 
 
@@ -329,8 +429,8 @@ def test_batches_are_int32_and_writable(dataset):
     rows=range(BATCH),
     num_threads=0,
   )
-  next(stream)[:] = -1
-  np.testing.assert_array_equal(next(stream), batches[1])
+  next(stream).tokens[:] = -1
+  np.testing.assert_array_equal(next(stream).tokens, batches[1])
 
 
 def test_a_long_run_is_the_order(dataset):
@@ -678,7 +778,8 @@ def heldout(dataset, **changes):
     rows=range(4),
     num_threads=0,
   )
-  return list(pipeline.heldout_batches(dataset, **(settings | changes)))
+  batches = pipeline.heldout_batches(dataset, **(settings | changes))
+  return [batch.tokens for batch in batches]
 
 
 def test_heldout_is_a_fixed_sample_without_repeats(dataset):
@@ -953,14 +1054,21 @@ def test_every_mesh_gives_the_same_global_arrays(dataset, name):
   rows = pipeline.host_rows(sharding, global_shape)
   assert rows == tuple(range(BATCH))
 
-  expected = take(5, dataset, rows=rows)
-  arrays = list(pipeline.to_device(iter(expected), sharding, global_shape))
-  assert len(arrays) == 5
-  for array, batch in zip(arrays, expected, strict=True):
-    assert array.sharding == sharding and array.dtype == np.int32
-    np.testing.assert_array_equal(array, batch)
-    for shard in array.addressable_shards:
-      np.testing.assert_array_equal(shard.data, batch[shard.index])
+  tokens = take(5, dataset, rows=rows)
+  expected = [
+    Rows(batch, batch % 7 - 1 if n else None, batch % 3 > 0 if n == 2 else None)
+    for n, batch in enumerate(tokens)
+  ]
+  found = list(pipeline.to_device(iter(expected), sharding, global_shape))
+  assert [rows.columns for rows in found] == [rows.columns for rows in expected]
+  for arrays, batches in zip(found, expected, strict=True):
+    for array, batch in zip(
+      jax.tree.leaves(arrays), jax.tree.leaves(batches), strict=True
+    ):
+      assert array.sharding == sharding and array.dtype == batch.dtype
+      np.testing.assert_array_equal(array, batch)
+      for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, batch[shard.index])
 
 
 def test_host_rows_are_those_of_its_devices():
@@ -989,13 +1097,13 @@ def test_one_batch_is_in_flight(dataset):
   def batches():
     for k in itertools.count():
       asked.append(k)
-      yield np.full((BATCH, 4), k, np.int32)
+      yield Rows(np.full((BATCH, 4), k, np.int32))
 
   mesh = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, PartitionSpec('batch'))
   arrays = pipeline.to_device(batches(), sharding, (BATCH, 4))
   for k in range(3):
-    assert int(next(arrays)[0, 0]) == k
+    assert int(next(arrays).tokens[0, 0]) == k
     assert asked == [*range(k + 2)]
 
 
@@ -1054,7 +1162,7 @@ def test_skipping_samples_does_not_change_the_others(dataset, skip):
       num_threads=0,
       **options,
     )
-    return np.concatenate(list(itertools.islice(batches, number)))
+    return np.concatenate([b.tokens for b in itertools.islice(batches, number)])
 
   numbers = pipeline.sample_number(2, np.arange(24), skip)
   everything = samples(400 // 4)

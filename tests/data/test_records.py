@@ -347,7 +347,9 @@ def test_other_format_version_is_refused(data, version):
   path = data / 'manifest.json'
   fields = json.loads(path.read_text()) | {'format_version': version}
   path.write_text(json.dumps(fields))
-  message = f'format version {version}, this code reads 2: .*prepare it again'
+  message = (
+    f'format version {version}, this code reads 2 and 3: .*prepare it again'
+  )
   with pytest.raises(UserError, match=message):
     records.read_manifest(data)
 

@@ -51,7 +51,7 @@ for name in ('train_batches', 'heldout_batches'):
     with open(path + os.environ['JAX_PROCESS_ID'], 'w') as f:
       json.dump([int(row) for row in kwargs['rows']], f)
     for batch in real(*args, **kwargs):
-      assert len(batch) == len(kwargs['rows'])
+      assert len(batch.tokens) == len(kwargs['rows'])
       yield batch
   setattr(pipeline, name, recorded)
 del sys.argv[0]

@@ -193,6 +193,7 @@ def test_new_objective_masks_runs_with_the_weights_of_a_bound(objective):
       """
 import dataclasses, json, jax, jax.numpy as jnp
 from maskdiff import config
+from maskdiff.data.rows import Rows
 from maskdiff.objectives import table
 from maskdiff.training import step
 c = config.default()
@@ -200,7 +201,7 @@ c.objective.name = 'masked_spans'
 c = step.step_config(c).objective
 tokens = jax.random.randint(jax.random.key(1), (512, 30), 5, 4096)
 canvas = table.make_canvas(
-  c, tokens, jnp.arange(512), jax.random.key(0), 512)
+  c, Rows(tokens), jnp.arange(512), jax.random.key(0), 512)
 assert (jnp.where(canvas.weights > 0, c.mask_id, tokens) == canvas.inputs).all()
 print(json.dumps([x.tolist() for x in (
   canvas.inputs == c.mask_id, canvas.weights, canvas.mask_ratio)]))

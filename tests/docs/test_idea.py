@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from maskdiff import config
+from maskdiff.data.rows import Rows
 from maskdiff.likelihood import bounds, estimators, queries
 from maskdiff.likelihood.queries import LikelihoodConfig
 from maskdiff.model.network import Network
@@ -121,7 +122,7 @@ def every(request):
   def compute():
     canvas = masked_diffusion.corrupt(
       c,
-      flat(IDS[:, None, None]),
+      Rows(flat(IDS[:, None, None])),
       flat(POINTS[:, None, None])[:, 0],
       flat(np.where(HIDDEN, 0.0, 1 - 2.0**-24)),
       flat(L)[:, 0],
@@ -273,7 +274,7 @@ def test_noise_of_the_loss_equals_the_page():
   @jax.vmap
   def loss(key):
     canvas = masked_diffusion.make_canvas(
-      c, tokens, jnp.arange(rows), key, rows
+      c, Rows(tokens), jnp.arange(rows), key, rows
     )
     return canvas.weights.sum() / canvas.num_tokens.sum()
 

@@ -21,6 +21,7 @@ from objective_cases import (
   without_mask,
 )
 
+from maskdiff.data.rows import Rows
 from maskdiff.objectives import masked_diffusion
 
 
@@ -60,12 +61,12 @@ def test_packed_documents_have_the_loss_of_separate_rows(params):
   tokens, u = packed(16), random.random(16).astype(np.float32)
   noise = random.random(tokens.shape).astype(np.float32)
   row = masked_diffusion.corrupt(
-    CONFINED, tokens, u, noise, np.full(16, len(DOC))
+    CONFINED, Rows(tokens), u, noise, np.full(16, len(DOC))
   )
   apart = [
     masked_diffusion.corrupt(
       CONFIG,
-      move_to_front(tokens, n),
+      Rows(move_to_front(tokens, n)),
       u,
       move_to_front(noise, n),
       np.full(16, sum(n == DOC)),
@@ -102,7 +103,7 @@ def test_masked_eos_still_ends_its_document():
   tokens, u = packed(2), np.full(2, 0.5, np.float32)
   noise = np.stack([np.zeros(len(DOC)), np.where(PACKED == EOS, 0, 1)])
   canvas = masked_diffusion.corrupt(
-    CONFINED, tokens, u, noise, np.full(2, len(DOC))
+    CONFINED, Rows(tokens), u, noise, np.full(2, len(DOC))
   )
   assert not (canvas.inputs == EOS).any()
   np.testing.assert_array_equal(canvas.labels.doc, [DOC, DOC])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from maskdiff import config as config_lib
+from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.training import evaluation, step, train_state
@@ -87,7 +88,9 @@ def trained_bound(objective):
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   sharding = mesh_lib.batch_sharding(mesh)
   rng = np.random.default_rng(1)
-  batch = lambda rng, rows: jax.device_put(chain.sample(rng, rows), sharding)
+  batch = lambda rng, rows: jax.device_put(
+    Rows(chain.sample(rng, rows)), sharding
+  )
   key = jax.random.key(0)
   shardings = train_state.shardings(c.model, optimizer, mesh)
   init = functools.partial(train_state.init, c.model, optimizer)

@@ -23,6 +23,7 @@ from objective_cases import (
   without_mask,
 )
 
+from maskdiff.data.rows import Rows
 from maskdiff.model import masks, transformer
 from maskdiff.objectives import canvas as canvas_lib
 from maskdiff.objectives import masked_diffusion, table
@@ -49,7 +50,7 @@ CASES = (
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def loss_per_token(c, config, params, tokens, u, noise, lengths):
   def of(params):
-    canvas = masked_diffusion.corrupt(c, tokens, u, noise, lengths)
+    canvas = masked_diffusion.corrupt(c, Rows(tokens), u, noise, lengths)
     total, nll = canvas_lib.canvas_loss(
       c, transformer.bind(config, params), canvas
     )
@@ -242,7 +243,9 @@ def expected_loss(c, params):
   mask = np.tile(ALL_MASKS, (len(points), 1))
   tokens = jnp.asarray(np.tile(TOKENS, (len(u), 1)), jnp.int32)
   draws = np.where(mask, 0.0, 1.0).astype(np.float32)
-  canvas = masked_diffusion.corrupt(c, tokens, u, draws, np.full(len(u), L))
+  canvas = masked_diffusion.corrupt(
+    c, Rows(tokens), u, draws, np.full(len(u), L)
+  )
   np.testing.assert_array_equal(canvas.inputs == MASK, mask)
   _, nll = loss(CONFIG, TINY, params, canvas)
   of_row = np.asarray(jnp.sum(canvas.weights * nll, axis=1), np.float64)
@@ -286,7 +289,7 @@ def test_average_over_draws_is_the_expectation(schedule, sampling, params):
 
   @jax.jit
   def sample(key):
-    canvas = table.make_canvas(c, tokens, rows, key, batch)
+    canvas = table.make_canvas(c, Rows(tokens), rows, key, batch)
     return loss(CONFIG, TINY, params, canvas)[0] / batch
 
   means = np.array([sample(jax.random.key(n)) for n in range(100)])
@@ -373,9 +376,9 @@ def test_cut_row_has_the_loss_of_the_truncated_row(n, params):
   tokens, u = random_tokens(6, 6), random.random(6).astype(np.float32)
   noise = (0.7 * random.random((6, 6))).astype(np.float32)
   lengths = np.array([6, 1, 4, 4, 6, 1])
-  cut = masked_diffusion.corrupt(CONFIG, tokens, u, noise, lengths)
+  cut = masked_diffusion.corrupt(CONFIG, Rows(tokens), u, noise, lengths)
   short = masked_diffusion.corrupt(
-    CONFIG, tokens[:, :n], u, noise[:, :n], np.full(6, n)
+    CONFIG, Rows(tokens[:, :n]), u, noise[:, :n], np.full(6, n)
   )
   sums = [
     jnp.sum(c.weights * loss(CONFIG, TINY, params, c)[1], axis=1)[lengths == n]

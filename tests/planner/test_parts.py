@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from maskdiff import config as config_lib
+from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.planner.parts import model_part, part
@@ -115,11 +116,11 @@ def op_names_of_the_train_step():
   state = jax.eval_shape(
     functools.partial(train_state.init, s.model, optimizer), key
   )
-  tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+  rows = Rows(jax.ShapeDtypeStruct((4, 16), jnp.int32))
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     program = step.compile_train_step(s, optimizer, mesh)
-    text = program.lower(state, tokens, key).as_text(debug_info=True)
+    text = program.lower(state, rows, key).as_text(debug_info=True)
   names = set(re.findall(r'loc\("([^"]+)"', text))
   return [name for name in names if '/' in name and not name.startswith('/')]
 

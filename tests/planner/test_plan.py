@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maskdiff import config
+from maskdiff.data.rows import Rows
 from maskdiff.distributed.chips import parse_topology
 from maskdiff.errors import UserError
 from maskdiff.planner import (
@@ -277,13 +278,13 @@ def test_planned_evaluation_is_the_one_that_runs(monkeypatch):
     evaluation, 'jit_eval_step', lambda *args: ran.append(args) or SUMS
   )
   step = plan.step.step_config(c)
-  tokens = jnp.zeros((16, 32), jnp.int32)
-  tokens = jax.device_put(tokens, plan.mesh_lib.batch_sharding(mesh))
+  rows = Rows(jnp.zeros((16, 32), jnp.int32))
+  rows = jax.device_put(rows, plan.mesh_lib.batch_sharding(mesh))
   shapes = target.params_on(step.model, mesh)
   params = jax.tree.map(
     lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), shapes
   )
-  evaluation.evaluate(step, params, [tokens], 1.0)
+  evaluation.evaluate(step, params, [rows], 1.0)
   monkeypatch.setattr(
     target, '_compile', lambda function, mesh, *args: ran.append(args)
   )

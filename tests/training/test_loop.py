@@ -271,7 +271,7 @@ def test_new_batch_size_resumes_at_the_same_sample(
 
   def recorded(*args, **kwargs):
     for batch in train_batches(*args, **kwargs):
-      batches.append(batch)
+      batches.append(batch.tokens)
       yield batch
 
   monkeypatch.setattr(pipeline, 'train_batches', recorded)
@@ -287,7 +287,8 @@ def test_new_batch_size_resumes_at_the_same_sample(
     rows=[0, 1],
     num_threads=0,
   )
-  order = np.concatenate(list(itertools.islice(in_pairs, 3 * BATCH)))
+  order = [batch.tokens for batch in itertools.islice(in_pairs, 3 * BATCH)]
+  order = np.concatenate(order)
   np.testing.assert_array_equal(
     np.concatenate(batches)[: 3 * BATCH], order[3 * BATCH :]
   )
@@ -303,7 +304,7 @@ def test_batch_of_one_row(corpus):
     rows=[0],
     num_threads=0,
   )
-  assert next(batches).shape == (1, LENGTH)
+  assert next(batches).tokens.shape == (1, LENGTH)
 
 
 def datasets(corpus):

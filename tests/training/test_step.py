@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh
 from maskdiff.model import transformer
 from maskdiff.objectives import masked_diffusion, table
@@ -130,10 +131,10 @@ def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
       initial_state(tx, std), state_lib.shardings(MODEL, tx, m)
     )
     update = step.compile_train_step(c, tx, m)
-    tokens = jax.device_put(make_tokens(), mesh.batch_sharding(m))
+    rows = jax.device_put(Rows(make_tokens()), mesh.batch_sharding(m))
     for _ in range(steps):
       before, old = len(compilations), jax.tree.leaves(state)
-      state, metrics = update(state, tokens, jax.random.key(KEY))
+      state, metrics = update(state, rows, jax.random.key(KEY))
       jax.block_until_ready(state)
       out.compilations.append(len(compilations) - before)
       out.donated.append(all(x.is_deleted() for x in old))
@@ -161,7 +162,7 @@ def reference():
 def canvas_of(c, key, step):
   draw = jax.jit(functools.partial(table.make_canvas, c), static_argnums=3)
   key = jax.random.fold_in(jax.random.key(key), step)
-  return draw(make_tokens(), jnp.arange(BATCH), key, BATCH)
+  return draw(Rows(make_tokens()), jnp.arange(BATCH), key, BATCH)
 
 
 @jax.jit
@@ -225,7 +226,7 @@ def test_rows_are_counted_by_mask_ratio():
 def test_largest_mask_ratio_is_in_the_last_bucket():
   canvas = masked_diffusion.corrupt(
     OBJECTIVE,
-    jnp.full((1, LENGTH), 9),
+    Rows(jnp.full((1, LENGTH), 9)),
     jnp.array([1 - 2.0**-24]),
     jnp.zeros((1, LENGTH)),
     jnp.array([LENGTH]),
@@ -363,9 +364,9 @@ def test_nonfinite_gradient_changes_only_the_step_count(
   """The steps before and after the skipped step are applied."""
   original = step.batch_gradients
 
-  def poisoned(c, params, tokens, key):
-    gradients, sums = original(c, params, tokens, key)
-    bad = jnp.where(tokens[0, 0] == 31, jnp.nan, 0)
+  def poisoned(c, params, rows, key):
+    gradients, sums = original(c, params, rows, key)
+    bad = jnp.where(rows.tokens[0, 0] == 31, jnp.nan, 0)
     head = {'norm': gradients['norm'].at[3].add(bad)}
     return gradients | head, sums
 
@@ -375,7 +376,7 @@ def test_nonfinite_gradient_changes_only_the_step_count(
   c = step.StepConfig(MODEL, OBJECTIVE, LENGTH, microbatches, GUARD)
   with jax.set_mesh(m):
     update = step.compile_train_step(c, tx, m)
-    place = lambda tokens: jax.device_put(tokens, mesh.batch_sharding(m))
+    place = lambda x: jax.device_put(Rows(x), mesh.batch_sharding(m))
     good, bad = make_tokens(), make_tokens()
     bad[0, 0] = 31
     state = jax.device_put(initial_state(tx), state_lib.shardings(MODEL, tx, m))
@@ -415,7 +416,7 @@ WHOLE_ROWS = step.StepConfig(
 
 @jax.jit
 def evaluate(params, key):
-  return step.eval_step(WHOLE_ROWS, params, make_tokens(), key)
+  return step.eval_step(WHOLE_ROWS, params, Rows(make_tokens()), key)
 
 
 def test_evaluation_is_bitwise_repeatable():
