@@ -87,6 +87,18 @@ DOC = np.array([0, 0, 0, 0, 1, 2, 2, 2, 2, 2])
 CONFINED = dataclasses.replace(CONFIG, attend_within='document')
 
 
+# The same tokens with stored documents, in no order, and padding between them.
+STORED_DOC = np.array([2, 2, 2, -1, -1, 0, 0, 0, 1, -1])
+STORED_ANSWER = np.array([0, 1, 1, 0, 1, 0, 1, 0, 1, 0], bool)
+
+
 def packed(batch):
   """Returns [batch, 10] int32, copies of PACKED."""
   return jnp.tile(jnp.asarray(PACKED, jnp.int32), (batch, 1))
+
+
+def stored(batch):
+  """Returns Rows of `packed` with STORED_DOC and STORED_ANSWER."""
+  tile = lambda x: jnp.tile(jnp.asarray(x), (batch, 1))
+  doc = tile(STORED_DOC.astype(np.int32))
+  return Rows(packed(batch), doc, tile(STORED_ANSWER))

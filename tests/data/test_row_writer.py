@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -352,3 +354,16 @@ def test_manifest_with_other_columns_is_damaged(changes, tokenizer, tmp_path):
   with pytest.raises(UserError, match='manifest.json is damaged') as e:
     records.read_manifest(tmp_path / 'rows')
   assert '\n' not in str(e.value)
+
+
+def test_example_of_the_page(tokenizer, tmp_path, monkeypatch):
+  root = pathlib.Path(__file__).parents[2]
+  (code,) = re.findall(
+    r'```python\n(.*?)```', (root / 'docs' / 'data.md').read_text(), re.DOTALL
+  )
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'tokenizer').symlink_to(root / 'tokenizer')
+  exec(code, {})
+  rows = read(tmp_path / 'data' / 'answers')
+  assert tokenizer.decode(rows.tokens[rows.answer]) == 'a + b\n'
+  assert tokenizer.decode(rows.tokens[rows.doc >= 0]) == '# add\na + b\n'

@@ -12,9 +12,12 @@ import socket
 import subprocess
 
 import forked
+import numpy as np
 import pytest
 import tiny
 
+from maskdiff.data import records, row_reader, row_writer
+from maskdiff.data.rows import Rows
 from maskdiff.monitoring import metrics
 from maskdiff.training import loop
 
@@ -60,10 +63,34 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @pytest.fixture(scope='module')
-def settings(corpus, tokenizer):
-  """Returns values of the config by dotted key."""
+def with_columns(corpus, tokenizer, tmp_path_factory):
+  """Returns a directory of rows of 8 tokens with documents and answers."""
+  random = np.random.default_rng(0)
+  manifest = records.read_manifest(corpus)
+
+  def rows(split):
+    source = row_reader.RowSource(corpus, manifest, split)
+    tokens = source.read(range(len(source))).tokens.reshape(-1, 8)
+    doc = np.cumsum(random.random(tokens.shape) < 0.3, axis=1) % 8
+    doc[random.random(len(doc)) < 0.3, 6:] = -1
+    return Rows(tokens, doc, random.random(tokens.shape) < 0.7)
+
+  directory = tmp_path_factory.mktemp('columns') / 'rows'
+  splits = {split: [rows(split)] for split in records.SPLITS}
+  row_writer.write_rows(directory, splits, tokenizer, source='random columns')
+  return directory
+
+
+@pytest.fixture(scope='module')
+def settings(corpus, with_columns, tokenizer):
+  """Returns values of the config by dotted key.
+
+  The samples are those of a mixture, in which one dataset stores all columns.
+  """
   return SETTINGS | {
-    'data.path': str(corpus),
+    'data.path': f'{corpus}=0.5,{with_columns}=0.5',
+    'eval.path': str(with_columns),
+    'objective.attend_within': 'document',
     'data.tokenizer': str(tokenizer.path),
   }
 

@@ -1,6 +1,7 @@
 """The autoregressive baseline against its definition."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from objective_cases import (
   without_mask,
 )
 
+from maskdiff.data.rows import Rows
 from maskdiff.model import masks
+from maskdiff.objectives import autoregressive
 
 AR = dataclasses.replace(CONFIG, name='autoregressive')
 
@@ -43,6 +46,28 @@ def test_loss_is_that_of_the_next_token(params):
   np.testing.assert_allclose(nll, expected[..., 0], rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
   assert canvas.num_tokens.sum() == 64 * L
+
+
+@pytest.mark.parametrize(
+  'answer', [(1,), (1, 3), (2, 3), (0, 1, 2, 3)], ids=str
+)
+def test_loss_is_the_exact_nll_of_the_answer(answer, params):
+  """The likelihoods of all answers to a prompt sum to 1."""
+  every = np.array(list(itertools.product(range(3), repeat=len(answer))))
+  tokens = np.tile([2, 0, 1, 1], (3**L, 1))  # one shape for all answers
+  tokens[: len(every), answer] = every
+  marked = np.zeros(tokens.shape, bool)
+  marked[:, answer] = True
+  canvas = autoregressive.make_canvas(
+    AR, Rows(jnp.asarray(tokens, jnp.int32), answer=marked), None, None, None
+  )
+  np.testing.assert_array_equal(canvas.weights, marked)
+  np.testing.assert_array_equal(canvas.num_tokens, len(answer))
+  total, nll = loss(AR, TINY, params, canvas)
+  np.testing.assert_allclose(total, np.sum(nll), rtol=1e-5)
+  likelihood = np.exp(-np.asarray(nll, np.float64).sum(axis=1))[: len(every)]
+  assert likelihood.sum() == pytest.approx(1, rel=1e-5)
+  assert likelihood.std() > 0.01
 
 
 @pytest.mark.parametrize('i', range(L))

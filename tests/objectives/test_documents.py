@@ -12,11 +12,14 @@ from objective_cases import (
   DOC,
   EOS,
   PACKED,
+  STORED_ANSWER,
+  STORED_DOC,
   TINY,
   log_probabilities,
   loss,
   make_canvas,
   packed,
+  stored,
   strong_params,
   without_mask,
 )
@@ -35,24 +38,25 @@ def log_p_and_nll(c, params, canvas):
   return without_mask(log_p), np.asarray(loss(c, TINY, params, canvas)[1])
 
 
-def assert_equal_apart(whole, apart):
+def assert_equal_apart(whole, apart, doc=DOC):
   """Asserts that packing documents into one row changes no output.
 
   Args:
     whole: arrays [B, 10, ...] of the packed rows.
     apart: for each document the same arrays of rows that begin with it.
+    doc: [10], document of each position.
   """
   for number, parts in enumerate(apart):
     for packed_part, part in zip(whole, parts, strict=True):
-      packed_part = packed_part[:, number == DOC]
+      packed_part = packed_part[:, number == doc]
       np.testing.assert_allclose(
         packed_part, part[:, : packed_part.shape[1]], rtol=1e-5, atol=1e-5
       )
 
 
-def move_to_front(x, number):
+def move_to_front(x, number, doc=DOC):
   """Moves the columns of one document to the front."""
-  return np.concatenate([x[:, number == DOC], x[:, number != DOC]], axis=1)
+  return np.concatenate([x[:, number == doc], x[:, number != doc]], axis=1)
 
 
 def test_packed_documents_have_the_loss_of_separate_rows(params):
@@ -97,6 +101,63 @@ def test_packed_documents_start_with_eos_instead_of_bos(params):
     for n, start in enumerate(starts)
   ]
   assert_equal_apart(log_p_nll(confined, tokens), apart)
+
+
+def apart_from_stored(x, number):
+  """Moves the columns of one stored document to the front."""
+  return move_to_front(x, number, STORED_DOC)
+
+
+def test_stored_documents_have_the_loss_of_separate_rows(params):
+  """Documents without eos, in no order, with padding between them."""
+  random = np.random.default_rng(0)
+  rows, u = stored(16), random.random(16).astype(np.float32)
+  noise = random.random(rows.tokens.shape).astype(np.float32)
+  row = masked_diffusion.corrupt(
+    CONFINED, rows, u, noise, np.full(16, len(STORED_DOC))
+  )
+  apart = [
+    masked_diffusion.corrupt(
+      CONFIG,
+      Rows(
+        apart_from_stored(rows.tokens, n),
+        answer=apart_from_stored(rows.answer, n),
+      ),
+      u,
+      apart_from_stored(noise, n),
+      np.full(16, sum(n == STORED_DOC)),
+    )
+    for n in range(3)
+  ]
+  whole = log_p_and_nll(CONFINED, params, row)
+  np.testing.assert_array_equal(
+    (whole[1] > 0).any(axis=0), STORED_ANSWER & (STORED_DOC >= 0)
+  )
+  assert_equal_apart(
+    whole, [log_p_and_nll(CONFIG, params, c) for c in apart], STORED_DOC
+  )
+
+
+def test_stored_documents_start_with_bos(params):
+  autoregressive = dataclasses.replace(CONFIG, name='autoregressive')
+  confined = dataclasses.replace(CONFINED, name='autoregressive')
+
+  def log_p_nll(c, rows):
+    canvas = make_canvas(c, rows, jnp.arange(1), jax.random.key(0), 1)
+    return log_p_and_nll(c, params, canvas)
+
+  rows = stored(1)
+  apart = [
+    log_p_nll(
+      autoregressive,
+      Rows(
+        jnp.asarray(apart_from_stored(rows.tokens, n)),
+        answer=jnp.asarray(apart_from_stored(rows.answer, n)),
+      ),
+    )
+    for n in range(3)
+  ]
+  assert_equal_apart(log_p_nll(confined, rows), apart, STORED_DOC)
 
 
 def test_masked_eos_still_ends_its_document():

@@ -11,13 +11,19 @@ from objective_cases import (
   CONFINED,
   DOC,
   EOS,
+  STORED_ANSWER,
+  STORED_DOC,
   TINY,
   canvas_of,
+  log_probabilities,
   make_canvas,
   packed,
+  random_tokens,
+  stored,
   strong_params,
 )
 
+from maskdiff.data.rows import Rows
 from maskdiff.model import masks, transformer
 from maskdiff.objectives import table
 
@@ -25,12 +31,37 @@ from maskdiff.objectives import table
 @pytest.mark.parametrize('name', table.OBJECTIVES)
 def test_noise_of_a_row_does_not_depend_on_the_batch(name):
   c = dataclasses.replace(CONFIG, name=name, random_length_fraction=0.5)
-  tokens, whole = canvas_of(c)
-  rows = np.array([7, 0, 40, 41])
-  part = make_canvas(c, tokens[rows], rows, jax.random.key(0), 64)
+  tokens, key = random_tokens(64, 32), jax.random.key(0)
+  rows = Rows(tokens, tokens - 1, tokens != 1)  # a third is padding
+  whole = make_canvas(c, rows, jnp.arange(64), key, 64)
+  numbers = np.array([7, 0, 40, 41])
+  some = jax.tree.map(lambda x: x[numbers], rows)
+  part = make_canvas(c, some, numbers, key, 64)
   jax.tree.map(
-    lambda p, w: np.testing.assert_array_equal(p, w[rows]), part, whole
+    lambda p, w: np.testing.assert_array_equal(p, w[numbers]), part, whole
   )
+
+
+@pytest.mark.parametrize('within', ['row', 'document'])
+@pytest.mark.parametrize('name', table.OBJECTIVES)
+def test_padding_is_never_seen_predicted_or_counted(name, within):
+  """Padding within a row, after it, and in place of an answer."""
+  c = dataclasses.replace(CONFIG, name=name, attend_within=within)
+  text = STORED_DOC >= 0
+
+  def outputs(rows):
+    canvas = make_canvas(c, rows, jnp.arange(2), jax.random.key(0), 2)
+    assert not np.asarray(canvas.weights)[:, ~(text & STORED_ANSWER)].any()
+    assert (canvas.num_tokens == (text & STORED_ANSWER).sum()).all()
+    return log_probabilities(
+      TINY, strong_params(TINY), canvas.inputs, canvas.labels
+    )
+
+  rows = stored(2)
+  before = np.asarray(outputs(rows))
+  other = jnp.where(jnp.asarray(text), rows.tokens, (rows.tokens + 1) % 3)
+  after = np.asarray(outputs(rows._replace(tokens=other)))
+  np.testing.assert_array_equal(before[:, text], after[:, text])
 
 
 @pytest.mark.parametrize('name', table.OBJECTIVES)

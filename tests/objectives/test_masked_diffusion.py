@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import every_mask
 import golden_models
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from objective_cases import (
   CONFIG,
+  EOS,
   MASK,
   TINY,
   L,
   canvas_of,
   log_probabilities,
   loss,
+  make_canvas,
   random_tokens,
   strong_params,
   without_mask,
@@ -232,40 +235,56 @@ def bound(nll_by_mask):
   return sum(nll_by_mask[count == l].mean() / l for l in range(1, L + 1))
 
 
-def expected_loss(c, params):
+def expected_loss(c, nll_of, answer=None):
   """Returns the expectation of the loss over u and the mask, for TOKENS.
 
   Gauss-Legendre quadrature over u. For each u all masks are enumerated with
   their probabilities; `corrupt` gets draws that lead to each mask.
+
+  Args:
+    c: ObjectiveConfig.
+    nll_of: function from a Canvas to the nll of its positions, [B, L].
+    answer: [L] bool, tokens that may be masked; default: all.
   """
   points, point_weights = np.polynomial.legendre.leggauss(24)
   u = np.repeat((points + 1) / 2, len(ALL_MASKS)).astype(np.float32)
+  if answer is None:
+    answer = np.ones(L, bool)
   mask = np.tile(ALL_MASKS, (len(points), 1))
   tokens = jnp.asarray(np.tile(TOKENS, (len(u), 1)), jnp.int32)
   draws = np.where(mask, 0.0, 1.0).astype(np.float32)
-  canvas = masked_diffusion.corrupt(
-    c, Rows(tokens), u, draws, np.full(len(u), L)
-  )
-  np.testing.assert_array_equal(canvas.inputs == MASK, mask)
-  _, nll = loss(CONFIG, TINY, params, canvas)
-  of_row = np.asarray(jnp.sum(canvas.weights * nll, axis=1), np.float64)
+  rows = Rows(tokens, answer=np.tile(answer, (len(u), 1)))
+  canvas = masked_diffusion.corrupt(c, rows, u, draws, np.full(len(u), L))
+  np.testing.assert_array_equal(canvas.inputs == MASK, mask & answer)
+  assert (canvas.num_tokens == answer.sum()).all()
+  of_row = np.sum(np.asarray(canvas.weights) * nll_of(canvas), axis=1)
   p = np.asarray(canvas.mask_ratio, np.float64)[:, None]
   probability = np.where(mask, p, 1 - p).prod(axis=1)
   mean_by_point = (probability * of_row).reshape(len(points), -1).sum(axis=1)
   return mean_by_point @ point_weights / 2
 
 
+@pytest.fixture(scope='module')
+def network_nll(params):
+  """Returns the function `nll_of` of `expected_loss` for the tiny network."""
+
+  def nll(canvas):
+    return np.asarray(loss(CONFIG, TINY, params, canvas)[1], np.float64)
+
+  return nll
+
+
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_expected_loss_is_the_bound_under_every_schedule(
-  schedule, params, bound
+  schedule, network_nll, bound
 ):
   c = dataclasses.replace(CONFIG, schedule=Schedule(schedule), eps=0.0)
-  assert expected_loss(c, params) == pytest.approx(bound, rel=1e-5)
+  assert expected_loss(c, network_nll) == pytest.approx(bound, rel=1e-5)
 
 
-def test_expected_loss_approaches_the_bound_as_eps_vanishes(params, bound):
+def test_expected_loss_approaches_the_bound_as_eps_vanishes(network_nll, bound):
   error = lambda eps: abs(
-    expected_loss(dataclasses.replace(CONFIG, eps=eps), params) - bound
+    expected_loss(dataclasses.replace(CONFIG, eps=eps), network_nll) - bound
   )
   assert 0 < error(1e-2) < 0.02 * bound
   assert error(1e-3) < 0.15 * error(1e-2)
@@ -279,7 +298,9 @@ def test_expected_loss_approaches_the_bound_as_eps_vanishes(params, bound):
     ('cosine', 'stratified'),
   ],
 )
-def test_average_over_draws_is_the_expectation(schedule, sampling, params):
+def test_average_over_draws_is_the_expectation(
+  schedule, sampling, params, network_nll
+):
   c = dataclasses.replace(
     CONFIG, schedule=Schedule(schedule), time_sampling=sampling
   )
@@ -293,10 +314,104 @@ def test_average_over_draws_is_the_expectation(schedule, sampling, params):
     return loss(CONFIG, TINY, params, canvas)[0] / batch
 
   means = np.array([sample(jax.random.key(n)) for n in range(100)])
-  expected = expected_loss(c, params)
+  expected = expected_loss(c, network_nll)
   standard_error = means.std(ddof=1) / np.sqrt(len(means))
   assert standard_error < 0.01 * expected
   assert abs(means.mean() - expected) < 3 * standard_error
+
+
+# Prompts and answers, by enumeration of the masks of the answers
+
+ANSWERS = [(1,), (0, 2), (1, 3), (1, 2, 3), (0, 1, 2, 3)]
+
+
+def marked(answer):
+  return np.isin(np.arange(L), answer)
+
+
+@pytest.mark.parametrize('answer', ANSWERS, ids=str)
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+def test_expected_loss_of_answers_is_the_conditional_bound(
+  schedule, answer, params, network_nll
+):
+  """The table holds the nll of the answer tokens for every mask of them."""
+  subsets = every_mask.subsets(len(answer))
+  masked = np.zeros((len(subsets), L), bool)
+  masked[:, answer] = subsets
+  inputs = np.tile(TOKENS, (16, 1))  # one compiled shape for all answers
+  inputs[: len(masked)][masked] = MASK
+  labels = masks.bidirectional(jnp.ones(inputs.shape, bool))
+  log_p = without_mask(
+    log_probabilities(TINY, params, jnp.asarray(inputs), labels)
+  )
+  table = -log_p[: len(masked), np.arange(L), TOKENS][:, answer]
+  c = dataclasses.replace(CONFIG, schedule=Schedule(schedule), eps=0.0)
+  expected = expected_loss(c, network_nll, marked(answer))
+  assert expected == pytest.approx(every_mask.elbo(table), rel=1e-5)
+
+
+@pytest.mark.parametrize('answer', ANSWERS, ids=str)
+def test_loss_of_a_perfect_denoiser_is_the_nll_of_the_answer(answer):
+  """The denoiser knows a random distribution of rows of four tokens."""
+  p = np.random.default_rng(0).dirichlet(np.full(3**L, 0.5)).reshape((3,) * L)
+
+  def probability(given):
+    """Returns the probability of the tokens of TOKENS at these positions."""
+    at = tuple(TOKENS[i] if i in given else slice(None) for i in range(L))
+    return p[at].sum()
+
+  def nll(canvas):
+    found = np.zeros(canvas.inputs.shape)
+    for row, masked in zip(
+      found, np.asarray(canvas.inputs) == MASK, strict=True
+    ):
+      visible = set(np.flatnonzero(~masked))
+      for i in np.flatnonzero(masked):
+        row[i] = np.log(probability(visible) / probability(visible | {i}))
+    return found
+
+  prompt = set(range(L)) - set(answer)
+  exact = np.log(probability(prompt) / probability(set(range(L))))
+  c = dataclasses.replace(CONFIG, eps=0.0)
+  assert expected_loss(c, nll, marked(answer)) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize('name', ['model_a', 'model_b'])
+@pytest.mark.parametrize('case', ['normal', 'eos_padded'])
+def test_answers_have_the_losses_of_llada(case, name, golden_arrays):
+  """LLaDA divides each row by its answer length, SMDM as here."""
+  prefix = f'{name}.sft.{case}.'
+  golden = {
+    key.removeprefix(prefix): value
+    for key, value in golden_arrays.items()
+    if key.startswith(prefix)
+  }
+  config, params = golden_models.load(name)
+  mask_id = {'model_a': 510, 'model_b': 297}[name]
+  c = dataclasses.replace(CONFIG, predict_mask=True, mask_id=mask_id)
+  tokens, lengths = golden['input_ids'], golden['answer_lengths']
+  rows, length = tokens.shape
+  answer = np.arange(length) >= golden['prompt_lengths'][:, None]
+  canvas = masked_diffusion.corrupt(
+    c,
+    Rows(tokens, answer=answer),
+    golden['t'],
+    golden['u'],
+    np.full(rows, length),
+  )
+  total, nll = loss(c, config, params, canvas)
+  np.testing.assert_array_equal(canvas.inputs, golden['noisy'])
+  np.testing.assert_array_equal(canvas.weights != 0, golden['masked'])
+  np.testing.assert_array_equal(canvas.num_tokens, lengths)
+  token_loss = np.asarray(canvas.weights * nll)
+  np.testing.assert_allclose(
+    token_loss, golden['token_loss'], rtol=1e-5, atol=2e-4
+  )
+  by_row = (token_loss.sum(axis=1) / lengths).mean()
+  np.testing.assert_allclose(by_row, golden['loss'], rtol=1e-5)
+  np.testing.assert_allclose(
+    total / canvas.num_tokens.sum(), golden['loss_smdm_global_norm'], rtol=1e-5
+  )
 
 
 # The canvas
@@ -367,6 +482,45 @@ def test_positions_past_the_cut_are_padding():
   assert not np.asarray(canvas.weights)[past].any()
   np.testing.assert_array_equal(
     np.asarray(canvas.inputs)[past], np.asarray(tokens)[past]
+  )
+
+
+def test_only_answers_of_the_text_are_masked_and_counted():
+  """With the noise of rows without columns, and with cut rows."""
+  c = dataclasses.replace(CONFIG, random_length_fraction=0.5)
+  tokens, plain = canvas_of(c)
+  random = np.random.default_rng(2)
+  doc = random.integers(-1, 3, tokens.shape).astype(np.int32)
+  answer = random.random(tokens.shape) < 0.4
+  answer[:5] = False
+  rows = Rows(tokens, jnp.asarray(doc), jnp.asarray(answer))
+  canvas = make_canvas(c, rows, jnp.arange(64), jax.random.key(0), 64)
+  before_cut = np.arange(512) < np.asarray(plain.num_tokens)[:, None]
+  may = answer & (doc >= 0) & before_cut
+  weights = np.where(may, plain.weights, 0)
+  np.testing.assert_array_equal(canvas.weights, weights)
+  np.testing.assert_array_equal(
+    canvas.inputs, np.where(weights != 0, MASK, tokens)
+  )
+  np.testing.assert_array_equal(canvas.num_tokens, may.sum(axis=1))
+  assert not canvas.num_tokens[:5].any() and canvas.num_tokens[5:].all()
+
+
+@pytest.mark.parametrize('within', ['row', 'document'])
+def test_columns_that_say_nothing_change_no_bit(within):
+  c = dataclasses.replace(
+    CONFIG, random_length_fraction=0.5, attend_within=within
+  )
+  tokens, plain = canvas_of(c)
+  doc = masks.documents(tokens, EOS)
+  rows = Rows(tokens, doc, jnp.ones(tokens.shape, bool))
+  canvas = make_canvas(c, rows, jnp.arange(64), jax.random.key(0), 64)
+  assert not canvas.labels.single
+  labels = dataclasses.replace(canvas.labels, single=plain.labels.single)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    dataclasses.replace(canvas, labels=labels),
+    plain,
   )
 
 

@@ -93,6 +93,15 @@ def make_tokens():
   )
 
 
+def make_rows():
+  """Returns Rows with documents of random lengths, padding and prompts."""
+  random = np.random.default_rng(3)
+  doc = np.cumsum(random.random((BATCH, LENGTH)) < 0.2, axis=1)
+  doc[doc % 4 == 3] = -1
+  answer = random.random(doc.shape) < 0.6
+  return Rows(make_tokens(), doc.astype(np.int32), answer)
+
+
 def initial_params(std=0.2):
   random = np.random.default_rng(1)
   draw = lambda x: (std * random.normal(size=x.shape)).astype(np.float32)
@@ -159,10 +168,10 @@ def reference():
 
 
 @functools.cache
-def canvas_of(c, key, step):
+def canvas_of(c, key, step, make=lambda: Rows(make_tokens())):
   draw = jax.jit(functools.partial(table.make_canvas, c), static_argnums=3)
   key = jax.random.fold_in(jax.random.key(key), step)
-  return draw(Rows(make_tokens()), jnp.arange(BATCH), key, BATCH)
+  return draw(make(), jnp.arange(BATCH), key, BATCH)
 
 
 @jax.jit
@@ -281,22 +290,63 @@ def test_updates_do_not_depend_on_mesh_or_microbatches(other, reference):
   )
 
 
-@pytest.mark.parametrize(
-  'name', ['one_device', 'fsdp8', 'fsdp2_sequence2_tensor2']
-)
-def test_packed_documents_loss_does_not_depend_on_the_mesh(name):
-  """The meshes include one that shards the length axis."""
+def test_packed_documents_loss_does_not_depend_on_the_mesh():
+  """The mesh shards the length axis."""
   std = 1.0  # large, so that attention matters to the loss
   params = initial_params(std)
   value, gradient = dense_loss(params, canvas_of(CONFINED, KEY, 0))
   of_rows, _ = dense_loss(params, canvas_of(OBJECTIVE, KEY, 0))
   assert abs(value - of_rows) > 1e-2 * of_rows
+  name = 'fsdp2_sequence2_tensor2'
   (metrics,) = run(name, 1, 1, CONFINED, std).metrics
   loss = metrics.sums.loss
   assert np.isfinite(loss)
   np.testing.assert_allclose(loss, value, rtol=1e-5)
   norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
   np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'name, mesh_name, microbatches',
+  [
+    ('masked_diffusion', 'fsdp8', 1),
+    ('masked_diffusion', 'fsdp2_sequence2_tensor2', 4),
+    ('autoregressive', 'fsdp2_sequence2_tensor2', 1),
+  ],
+)
+def test_rows_with_columns_have_the_gradients_of_one_device(
+  name, mesh_name, microbatches
+):
+  objective = dataclasses.replace(CONFINED, name=name)
+  c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD)
+  params, rows = initial_params(std=1.0), make_rows()
+  canvas = canvas_of(objective, KEY, 0, make_rows)
+  value, expected = dense_loss(params, canvas)
+  assert 0 < canvas.num_tokens.sum() < 0.6 * BATCH * LENGTH
+  m = make_mesh(mesh_name)
+  tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
+  key = jax.random.fold_in(jax.random.key(KEY), 0)
+  with jax.set_mesh(m):
+    params = jax.device_put(params, state_lib.shardings(MODEL, tx, m).params)
+    place = lambda rows: jax.device_put(rows, mesh.batch_sharding(m))
+    gradients = jax.jit(functools.partial(step.batch_gradients, c))
+    fetch = lambda tree: jax.tree.map(np.asarray, tree)
+    found, sums = fetch(gradients(params, place(rows), key))
+    assert sums.num_tokens == canvas.num_tokens.sum()
+    np.testing.assert_allclose(sums.loss, value, rtol=1e-5)
+
+    def compare(path, actual, expected):
+      difference = np.linalg.norm(actual / sums.num_tokens - expected)
+      limit = 1e-4 * np.linalg.norm(expected)
+      assert difference < limit, jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(compare, found, expected)
+    # The guard refuses a batch without an answer.
+    prompts = rows._replace(answer=np.zeros((BATCH, LENGTH), bool))
+    zeros, sums = fetch(gradients(params, place(prompts), key))
+    assert not any(np.any(g) for g in jax.tree.leaves(zeros))
+    ok, _ = guard.judge(GUARD, guard.init(), sums.loss, 0.0)
+    assert sums.num_tokens == sums.num_predicted == 0 and not ok
 
 
 ALL = [('one_device', 1, LONG), *OTHERS]
