@@ -180,7 +180,7 @@ def write_shard(
       samples = sample_digest(reader, rows, row_bytes)
       reader.close()
     size = unfinished.stat().st_size
-    _replace(unfinished, path)
+    replace(unfinished, path)
   finally:
     with contextlib.suppress(RuntimeError):  # a full disk raises once more
       if writer is not None and writer.is_open():
@@ -208,10 +208,15 @@ def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
   unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   with open(unfinished, 'wb') as f:
     write(f)
-  _replace(unfinished, path)
+  replace(unfinished, path)
 
 
-def _replace(unfinished: pathlib.Path, path: pathlib.Path) -> None:
+def replace(unfinished: pathlib.Path, path: pathlib.Path) -> None:
+  """Gives a finished file its name, on the same file system.
+
+  Raises:
+    OSError: the directory is not writable.
+  """
   # Sync before the rename: after a power cut the name must not show half a
   # file.
   _sync(unfinished)

@@ -60,6 +60,8 @@ def write_rows(
       of a split carries a loss, the directory is not empty, or the disk is full
       or not writable.
   """
+  if shard_rows < 1:
+    raise ValueError(f'shard_rows must be positive: {shard_rows}')
   directory = local_path(directory)
   unknown = sorted(splits.keys() - set(records.SPLITS))
   if unknown:
@@ -106,7 +108,7 @@ def _unfinished_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     # The manifest is last: it marks a complete directory.
     is_manifest = lambda path: path.name == records.MANIFEST
     for path in sorted(unfinished.iterdir(), key=is_manifest):
-      path.rename(directory / path.name)
+      records.replace(path, directory / path.name)
   except BaseException:
     shutil.rmtree(unfinished, ignore_errors=True)
     if created:
@@ -240,7 +242,7 @@ class _Blocks:
   def _checked(self, where: str, block: Rows) -> Rows:
     if not isinstance(block, Rows):
       raise UserError(f'{where}: a block is {type(block).__name__}, not Rows')
-    rows = rows_lib.map_columns(np.asarray, block)
+    rows = _arrays(where, block)
     shape = rows.tokens.shape
     if len(shape) != 2 or not shape[1]:
       raise UserError(f'{where}: tokens have the shape {shape}, not [R, L]')
@@ -270,6 +272,16 @@ class _Blocks:
       _check_range(where, 'doc', rows.doc, rows_lib.PADDING, self.row_length)
       rows = rows._replace(doc=rows.doc.astype(np.int32))
     return rows
+
+
+def _arrays(where: str, block: Rows) -> Rows:
+  arrays = {}
+  for name in ('tokens', *block.columns):
+    try:
+      arrays[name] = np.asarray(getattr(block, name))
+    except ValueError as e:
+      raise UserError(f'{where}: {name} is not an array ({one_line(e)})') from e
+  return Rows(**arrays)
 
 
 def _check_columns(where: str, rows: Rows) -> None:

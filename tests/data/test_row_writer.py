@@ -204,6 +204,10 @@ BAD = {
   'one row': (lambda: Rows(np.arange(12)), r'shape \(12,\), not \[R, L\]'),
   'no tokens': (lambda: Rows(np.zeros((3, 0), int)), r'shape \(3, 0\)'),
   'tokens none': (lambda: changed(tokens=None), r'shape \(\)'),
+  'ragged tokens': (
+    lambda: Rows([[20, 21], [22]]),
+    'tokens is not an array .*inhomogeneous',
+  ),
   'float tokens': (
     lambda: changed(tokens=np.ones((4, LENGTH))),
     'tokens has the dtype float64, not integers',
