@@ -31,7 +31,7 @@ from maskdiff.objectives import table
 @pytest.mark.parametrize('name', table.OBJECTIVES)
 def test_noise_of_a_row_does_not_depend_on_the_batch(name):
   c = dataclasses.replace(CONFIG, name=name, random_length_fraction=0.5)
-  tokens, key = random_tokens(64, 32), jax.random.key(0)
+  tokens, key = random_tokens(64, 512), jax.random.key(0)
   rows = Rows(tokens, tokens - 1, tokens != 1)  # a third is padding
   whole = make_canvas(c, rows, jnp.arange(64), key, 64)
   numbers = np.array([7, 0, 40, 41])

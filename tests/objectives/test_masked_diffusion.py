@@ -347,7 +347,8 @@ def test_expected_loss_of_answers_is_the_conditional_bound(
   table = -log_p[: len(masked), np.arange(L), TOKENS][:, answer]
   c = dataclasses.replace(CONFIG, schedule=Schedule(schedule), eps=0.0)
   expected = expected_loss(c, network_nll, marked(answer))
-  assert expected == pytest.approx(every_mask.elbo(table), rel=1e-5)
+  bound = every_mask.elbo(table)
+  assert expected == pytest.approx(bound, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize('answer', ANSWERS, ids=str)
@@ -508,13 +509,16 @@ def test_only_answers_of_the_text_are_masked_and_counted():
 
 @pytest.mark.parametrize('within', ['row', 'document'])
 def test_columns_that_say_nothing_change_no_bit(within):
-  c = dataclasses.replace(
-    CONFIG, random_length_fraction=0.5, attend_within=within
+  c = dataclasses.replace(CONFIG, attend_within=within)
+  random = np.random.default_rng(0)
+  tokens, u = random_tokens(6, 9), random.random(6).astype(np.float32)
+  noise = random.random((6, 9)).astype(np.float32)
+  lengths = np.array([9, 1, 4, 9, 8, 5])
+  stored = Rows(tokens, masks.documents(tokens, EOS), tokens >= 0)
+  plain, canvas = (
+    masked_diffusion.corrupt(c, rows, u, noise, lengths)
+    for rows in (Rows(tokens), stored)
   )
-  tokens, plain = canvas_of(c)
-  doc = masks.documents(tokens, EOS)
-  rows = Rows(tokens, doc, jnp.ones(tokens.shape, bool))
-  canvas = make_canvas(c, rows, jnp.arange(64), jax.random.key(0), 64)
   assert not canvas.labels.single
   labels = dataclasses.replace(canvas.labels, single=plain.labels.single)
   jax.tree.map(

@@ -307,23 +307,17 @@ def test_packed_documents_loss_does_not_depend_on_the_mesh():
 
 
 @pytest.mark.parametrize(
-  'name, mesh_name, microbatches',
-  [
-    ('masked_diffusion', 'fsdp8', 1),
-    ('masked_diffusion', 'fsdp2_sequence2_tensor2', 4),
-    ('autoregressive', 'fsdp2_sequence2_tensor2', 1),
-  ],
+  'name, microbatches', [('masked_diffusion', 4), ('autoregressive', 1)]
 )
-def test_rows_with_columns_have_the_gradients_of_one_device(
-  name, mesh_name, microbatches
-):
+def test_rows_with_columns_have_the_gradients_of_one_device(name, microbatches):
+  """The mesh shards both axes of all columns."""
   objective = dataclasses.replace(CONFINED, name=name)
   c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD)
   params, rows = initial_params(std=1.0), make_rows()
   canvas = canvas_of(objective, KEY, 0, make_rows)
   value, expected = dense_loss(params, canvas)
   assert 0 < canvas.num_tokens.sum() < 0.6 * BATCH * LENGTH
-  m = make_mesh(mesh_name)
+  m = make_mesh('fsdp2_sequence2_tensor2')
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
   key = jax.random.fold_in(jax.random.key(KEY), 0)
   with jax.set_mesh(m):
@@ -345,7 +339,8 @@ def test_rows_with_columns_have_the_gradients_of_one_device(
     prompts = rows._replace(answer=np.zeros((BATCH, LENGTH), bool))
     zeros, sums = fetch(gradients(params, place(prompts), key))
     assert not any(np.any(g) for g in jax.tree.leaves(zeros))
-    ok, _ = guard.judge(GUARD, guard.init(), sums.loss, 0.0)
+    with np.errstate(invalid='ignore'):
+      ok, _ = guard.judge(GUARD, guard.init(), sums.loss, 0.0)
     assert sums.num_tokens == sums.num_predicted == 0 and not ok
 
 
