@@ -73,7 +73,8 @@ def corrupt(c, rows, u, noise, lengths):
   t = (1 - c.eps) * u + c.eps
   mask_ratio = c.schedule.mask_ratio(t)
   valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
-  valid = valid & text_positions(rows)
+  if rows.doc is not None:
+    valid = valid & text_positions(rows)
   answer = answer_positions(rows, valid)
   masked = answer & (noise < mask_ratio[:, None])
   # Times start at eps, not at 0. `correction` keeps the expected weight of a

@@ -154,7 +154,7 @@ def batch_gradients(c, params, rows, key):
   """
   batch = rows.tokens.shape[0]
 
-  def loss(params, rows, numbers):
+  def loss(params, numbers, rows):
     sums = loss_sums(c, params, rows, numbers, key, batch)
     return sums.weighted_nll, sums
 
@@ -165,14 +165,14 @@ def batch_gradients(c, params, rows, key):
 
   numbers = jnp.arange(batch, dtype=jnp.int32)
   if c.microbatches == 1:
-    return gradient(params, rows, numbers)
+    return gradient(params, numbers, rows)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(gradient, params, rows, numbers),
+    jax.eval_shape(gradient, params, numbers, rows),
   )
   with jax.named_scope('part(gradient sum over microbatches)'):
     sums, _ = jax.lax.scan(
-      accumulate, zeros, split_rows((rows, numbers), c.microbatches)
+      accumulate, zeros, split_rows((numbers, rows), c.microbatches)
     )
   return sums
 
