@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from maskdiff import config as config_lib
-from maskdiff.data import records, row_reader
+from maskdiff.data import records, row_reader, row_writer
+from maskdiff.data.rows import Rows
 from maskdiff.errors import UserError
 from maskdiff.evals import heldout
 
@@ -40,6 +41,22 @@ def test_documents_are_held_out(documents, corpus, tokenizer):
   expected = [t for t in texts(corpus, tokenizer, 'heldout') if t]
   assert [tokenizer.decode(ids) for ids in documents] == expected
   assert not any(tokenizer.eos_id in ids for ids in documents)
+
+
+def test_stored_documents_are_split_without_padding(
+  config, tokenizer, tmp_path
+):
+  eos = tokenizer.eos_id
+  rows = Rows(
+    tokens=np.array([[20, eos, 21, 22], [23, 24, 25, eos]]),
+    doc=np.array([[0, 0, 0, -1], [2, 2, 1, 1]]),
+  )
+  row_writer.write_rows(
+    tmp_path / 'rows', {'heldout': [rows]}, tokenizer, source=''
+  )
+  c = config.copy_and_resolve_references()
+  c.data.path = str(tmp_path / 'rows')
+  assert heldout.documents(c, tokenizer) == [[20, 21], [23, 24], [25]]
 
 
 def test_right_choice_continues_the_prompt(documents, tokenizer):

@@ -15,9 +15,11 @@ import sysconfig
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from maskdiff.data import prepare, records, row_reader
+from maskdiff.data import prepare, records, row_reader, row_writer
+from maskdiff.data.rows import Rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIBRARY = pathlib.Path(sysconfig.get_paths()['stdlib'])
@@ -328,6 +330,19 @@ def test_inspect_prints_statistics_and_rows(small):
     assert output.count(f'--- {name} row ') == 2
   assert output.count('return x + ') > 2
   assert '---' not in run('--inspect', directory, '--rows=0')
+
+
+def test_inspect_shows_columns_and_no_padding(tokenizer, tmp_path):
+  text = [tokenizer.encode('first'), tokenizer.encode('second')]
+  doc = [[n] * len(ids) for n, ids in enumerate(text)]
+  padding = [tokenizer.encode(' hidden')[0]]
+  rows = Rows(np.array([sum(text, padding)]), np.array([sum(doc, [-1])]))
+  directory = tmp_path / 'rows'
+  row_writer.write_rows(directory, {'train': [rows]}, tokenizer, source='two')
+  output = run('--inspect', directory)
+  assert f'{directory}: two\n' in output
+  assert 'on disk: tokens uint16, doc int16\n' in output
+  assert '--- train row 0 ---\nfirst<end of document>second\n' in output
 
 
 def test_verify_finds_one_changed_byte(small, tmp_path):
