@@ -3,6 +3,7 @@
 tokenizer: text to token ids and back (sentencepiece_model, byte_level).
 sources: finds input files and cuts them into parts; readers: their formats.
 prepare: writes the rows of a corpus; shards: the rows of one part.
+rows: Rows of tokens, documents and answers; row_writer: writes such rows.
 records: format of the rows on disk; row_reader: reads and verifies them.
 order: which row is sample s, a pure function of the seed and s.
 samples: cuts rows into samples of the training length.

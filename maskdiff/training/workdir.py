@@ -96,12 +96,13 @@ def describe(config, c, mesh, datasets):
   data = []
   for d in datasets:
     train, share = d.manifest.splits['train'], d.weight / weights
-    tokens = config.train.steps * config.train.batch * c.length * share
+    read = config.train.steps * config.train.batch * c.length * share
+    epochs = read / (train.rows * d.manifest.row_length)
     data.append(
       f'data: {d.manifest.source}, {d.directory}: an epoch has '
       f'{train.tokens:,} tokens of {train.text_bytes / train.tokens:.2f} bytes '
       f'in {len(train.shards)} shards; this run reads '
-      f'{tokens / train.tokens:.2f} epochs'
+      f'{epochs:.2f} epochs'
       + (f', {share:.2%} of its tokens' if len(datasets) > 1 else '')
     )
   return '\n'.join(

@@ -218,7 +218,7 @@ def test_each_process_reads_only_its_own_rows(run_of_two):
     assert sorted(read[0] + read[1]) == list(range(batch))
 
 
-def test_only_process_0_prints(run_of_two):
+def test_only_process_0_prints(run_of_two, with_columns):
   workdir, ((out, err, _), (other_out, other_err, _)) = run_of_two
   assert 'held-out bound' in out
   assert f'step {STEPS}/{STEPS}' in err
@@ -226,6 +226,11 @@ def test_only_process_0_prints(run_of_two):
   assert 'nats' not in other_err and 'sample' not in other_err
   header = (workdir / 'header.txt').read_text()
   assert '8 x cpu, replica=1, fsdp=8, sequence=1, tensor=1, 2 proc' in header
+  # An epoch reads prompts and padding too.
+  positions = records.read_manifest(with_columns).splits['train'].rows * 8
+  epochs = 0.5 * STEPS * 32 * 16 / positions
+  (line,) = [x for x in header.splitlines() if 'random columns' in x]
+  assert f'this run reads {epochs:.2f} epochs' in line
 
 
 def without_the_last_step(workdir, copy):
