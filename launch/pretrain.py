@@ -19,14 +19,15 @@ flags.DEFINE_string(
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
-def main(args):
+def main(args, make_stage=None):
   # Imported after flags are parsed, so that a bad flag is reported at once.
   from maskdiff.distributed import runtime
-  from maskdiff.training import loop
+  from maskdiff.training import loop, pretraining
 
   heartbeat_s = args.config.train.heartbeat_s
+  make_stage = make_stage or pretraining.make_stage
   with runtime.started(args.workdir, heartbeat_s=heartbeat_s):
-    loop.run(args.config, args.workdir)
+    loop.run(args.config, args.workdir, make_stage)
 
 
 if __name__ == '__main__':

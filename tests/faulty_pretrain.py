@@ -1,4 +1,4 @@
-"""Runs launch/pretrain.py with faults.
+"""Runs launch/pretrain.py with faults, a stage around the stage of pretraining.
 
 python faulty_pretrain.py FAULTS FLAGS...
 
@@ -15,6 +15,8 @@ FAULTS is a JSON object. All keys are optional:
     step; a phase is compile, step, eval or save.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -27,107 +29,84 @@ import time
 import jax
 import jax.numpy as jnp
 
-from maskdiff.checkpoints import checkpoint
-from maskdiff.training import evaluation, inputs, step
+from maskdiff import config as config_lib
+from maskdiff.training import pretraining, step
 
-faults = json.loads(sys.argv.pop(1))
-if faults.get('process') not in (
-  None,
-  int(os.environ.get('JAX_PROCESS_ID', 0)),
-):
-  faults = {'step_s': faults.get('step_s', 0)}
-last_step = 0
+PRETRAIN = pathlib.Path(__file__).parents[1] / 'launch' / 'pretrain.py'
 
 
-def replace(owner, name):
-  def put(function):
-    real = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kw: function(real, *args, **kw))
+def faulty(faults, config, setup):
+  """Returns the Stage of pretraining with faults.
 
-  return put
+  Args:
+    faults: dict, see the module.
+    config, setup: see `pretraining.make_stage`.
+  """
+  gradients = functools.partial(poisoned, faults)
+  stage = pretraining.make_stage(config, setup, gradients)
+  batches = 0
 
+  def terminate(step, phase):
+    if faults.get('term') == [step, phase]:
+      os.kill(os.getpid(), signal.SIGTERM)
 
-def terminate(now, phase):
-  if faults.get('term') == [now, phase]:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@replace(inputs, 'train_batches')
-def late(real, *args):
-  stalled, stall_s = faults.get('stall', (0, 0))
-  for number, batch in enumerate(real(*args), 1):
+  def late(position, params):
+    nonlocal batches
+    batches += 1
     time.sleep(faults.get('step_s', 0))
-    if number == stalled:
+    stalled, stall_s = faults.get('stall', (0, 0))
+    if batches == stalled:
       time.sleep(stall_s)
-    yield batch
+    return stage.next_batch(position, params)
+
+  def compile(state, batch, key):
+    terminate(0, 'compile')
+    train_step, line = stage.compile(state, batch, key)
+
+    def watched(state, batch, key):
+      terminate(int(state.step) + 1, 'step')
+      return train_step(state, batch, key)
+
+    return watched, line
+
+  def evaluate(step, params):
+    terminate(step, 'eval')
+    return stage.evaluate(step, params)
+
+  def saving(step):
+    stage.saving(step)
+    terminate(step, 'save')
+    if 'kill_s' in faults and step >= faults['kill_at']:
+      kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+      threading.Timer(faults['kill_s'], kill).start()
+
+  return dataclasses.replace(
+    stage, next_batch=late, compile=compile, evaluate=evaluate, saving=saving
+  )
 
 
-@replace(step, 'train_step')
-def poisoned(real, c, optimizer, state, tokens, key):
+def poisoned(faults, c, state, batch, key):
+  """Returns gradients and sums, too large or NaN at the steps of the faults."""
+  tree, sums = step.batch_gradients(c, state.params, batch, key)
   now = state.step + 1
-  gradients = step.batch_gradients
-
-  def with_poison(*args):
-    tree, sums = gradients(*args)
-    during = lambda steps: jnp.isin(now, jnp.array(faults.get(steps, [-1])))
-    scale = jnp.where(during('spike_steps'), 1000.0, 1.0)
-    sums = sums._replace(weighted_nll=sums.weighted_nll * scale)
-    scale = jnp.where(during('nan_steps'), jnp.nan, scale)
-    return jax.tree.map(lambda g: g * scale, tree), sums
-
-  step.batch_gradients = with_poison
-  try:
-    return real(c, optimizer, state, tokens, key)
-  finally:
-    step.batch_gradients = gradients
+  during = lambda steps: jnp.isin(now, jnp.array(faults.get(steps, [-1])))
+  scale = jnp.where(during('spike_steps'), 1000.0, 1.0)
+  sums = sums._replace(weighted_nll=sums.weighted_nll * scale)
+  scale = jnp.where(during('nan_steps'), jnp.nan, scale)
+  return jax.tree.map(lambda g: g * scale, tree), sums
 
 
-@replace(step, 'compile_train_step')
-def watched(real, *args):
-  compiled = real(*args)
-
-  class Lowered:
-    def __init__(self, lowered):
-      self.lowered = lowered
-
-    def compile(self):
-      terminate(0, 'compile')
-      return stepping(self.lowered.compile())
-
-  class Jitted:
-    def lower(self, *args):
-      return Lowered(compiled.lower(*args))
-
-  return Jitted()
+def main():
+  faults = json.loads(sys.argv.pop(1))
+  process = int(os.environ.get('JAX_PROCESS_ID', 0))
+  if faults.get('process', process) != process:
+    faults = {'step_s': faults.get('step_s', 0)}
+  script = runpy.run_path(str(PRETRAIN))
+  make_stage = functools.partial(faulty, faults)
+  config_lib.run_script(
+    functools.partial(script['main'], make_stage=make_stage)
+  )
 
 
-def stepping(executable):
-  class Counted:
-    memory_analysis = staticmethod(executable.memory_analysis)
-
-    def __call__(self, state, *args):
-      global last_step
-      last_step = int(state.step) + 1
-      terminate(last_step, 'step')
-      return executable(state, *args)
-
-  return Counted()
-
-
-@replace(evaluation, 'evaluate')
-def interrupted(real, *args, **kw):
-  terminate(last_step, 'eval')
-  return real(*args, **kw)
-
-
-@replace(checkpoint.Checkpointer, 'save')
-def killed(real, self, number, *args):
-  terminate(number, 'save')
-  if 'kill_s' in faults and number >= faults['kill_at']:
-    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    threading.Timer(faults['kill_s'], kill).start()
-  return real(self, number, *args)
-
-
-sys.argv[0] = str(pathlib.Path(__file__).parents[1] / 'launch' / 'pretrain.py')
-runpy.run_path(sys.argv[0], run_name='__main__')
+if __name__ == '__main__':
+  main()

@@ -1,12 +1,13 @@
-"""Metadata of a checkpoint: config, data, and the fingerprint of every array.
+"""Metadata of a checkpoint: config, position, fingerprint of every array.
 
 In memory it is a `Meta`; on disk it is a JSON object with the keys
 
-    format_version, config, samples, data, evaluation_due,
+    format_version, config, stage, identity, position, evaluation_due,
     leaves: {name: {shape, dtype, fingerprint}}, digest,
 
 where `leaves` is the manifest: every array with its fingerprint. `digest` is a
-hash of all other keys.
+hash of all other keys. Format 2, which is still read, knew only pretraining:
+its `samples` are now the position, and its `data` the identity.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import jax
 
 from maskdiff.errors import UserError, one_line
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Damaged(Exception):
@@ -31,16 +32,18 @@ class Meta:
 
   Attributes:
     config: the run's config as JSON values, from `config_json`.
-    samples: number of training samples consumed so far.
-    data: fingerprint of the training data, from data.pipeline.fingerprint.
+    stage: name of the stage, such as 'pretraining'.
+    identity: `Stage.identity` of the run, JSON values; compared on resume.
+    position: position of the stage without its arrays, from `position.split`.
     evaluation_due: whether the evaluation of this step was interrupted. A
       resumed run repeats the evaluation.
     leaves: {name: {shape, dtype, fingerprint}} of every array; set by `make`.
   """
 
   config: dict | None = None
-  samples: int | None = None
-  data: dict | None = None
+  stage: str | None = None
+  identity: dict | None = None
+  position: dict | int | None = None
   evaluation_due: bool | None = None
   leaves: dict | None = None
 
@@ -123,13 +126,18 @@ def read(path):
   # Without a matching digest, another version number may be a flipped bit of
   # FORMAT_VERSION. Format 1 had no digest.
   version_known = version == 1 if digest is None else intact
-  if version_known and version != FORMAT_VERSION:
+  if version_known and version not in (2, FORMAT_VERSION):
     raise UserError(
       f'{os.path.dirname(os.path.dirname(path))} has checkpoint format '
-      f'{version}; this version of maskdiff reads format {FORMAT_VERSION}'
+      f'{version}; this version of maskdiff reads formats 2 and '
+      f'{FORMAT_VERSION}'
     )
   if not intact:
     raise Damaged('its meta differs from what was written')
+  if version == 2 and 'samples' in values:
+    values['stage'] = 'pretraining'
+    values['identity'] = values.pop('data', None)
+    values['position'] = values.pop('samples')
   return Meta(**{key: values[key] for key in _KEYS if key in values})
 
 

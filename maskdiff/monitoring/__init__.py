@@ -7,11 +7,13 @@
 - ledger: records where the wall time of a run goes; computes goodput.
 - skipped: messages about updates that the guard skipped.
 - history: reads a run back from its work directory.
+- stage_file: the stage of a run and its panels, `stage.json`.
 - json_lines: reads JSON lines files.
 - smoothing: smooths and thins series.
 - traces: runs as Plotly traces, and axis ranges.
 - panel: a figure with its title, note and menu.
-- curves: figures of metrics over time.
+- curves: all panels of the report; figures of metrics over time, goodput.
+- loss_curves: figures of the losses.
 - mask_ratio_curves: figures of the loss by mask ratio.
 - report: the HTML report of launch/report.py.
 """

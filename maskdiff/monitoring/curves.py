@@ -3,53 +3,79 @@
 import numpy as np
 import plotly.graph_objects as go
 
-from maskdiff.monitoring import history, mask_ratio_curves, smoothing, traces
+from maskdiff.errors import UserError
+from maskdiff.monitoring import (
+  history,
+  ledger,
+  loss_curves,
+  mask_ratio_curves,
+  smoothing,
+  traces,
+)
 from maskdiff.monitoring.panel import Panel, make_figure, with_ranges
+from maskdiff.monitoring.stage_file import NAME, Curve
 from maskdiff.monitoring.traces import Series
+
+# Panels that a stage declares by name, with the functions that draw them.
+FIGURES = {
+  'heldout': loss_curves.heldout,
+  'training': loss_curves.training,
+  'by_ratio': mask_ratio_curves.heldout,
+  'training_by_ratio': mask_ratio_curves.training,
+}
+# Curves of every run.
+CURVES = (
+  Curve(
+    'learning_rate',
+    'Learning rate',
+    'At the last step of each row of metrics.',
+    'train/learning_rate',
+  ),
+  Curve(
+    'grad_norm',
+    'Gradient norm',
+    'Largest of each row of metrics, before clipping. Bold: smoothed.',
+    'train/grad_norm',
+    smooth=True,
+    reduce='max',
+  ),
+  Curve(
+    'tokens_per_s',
+    'Tokens per second',
+    'Of all devices. Evaluations are not counted.',
+    'train/tokens_per_s',
+  ),
+  Curve(
+    'mfu',
+    'Model FLOPs utilization, %',
+    'Model FLOPs per second, relative to the peak of all devices.',
+    'train/mfu',
+    scale=100,
+  ),
+)
+STEP_TIME = Curve(
+  'step_s',
+  'Step time, s',
+  'Mean of each row of metrics, in seconds.',
+  'train/step_s',
+  reduce='mean',
+)
+REDUCE = {'last': lambda values: values[-1], 'max': np.max, 'mean': np.mean}
 
 
 def panels(runs):
-  """Returns the panels that have data.
+  """Returns the panels that have data: those of the stages, then the others.
 
   Args:
     runs: list of history.Run.
+
+  Raises:
+    UserError: a run has a panel that this version does not know.
   """
+  of_stages = dict.fromkeys(panel for run in runs for panel in run.panels)
   candidates = [
-    _heldout(runs),
-    _training(runs),
-    mask_ratio_curves.heldout(runs),
-    mask_ratio_curves.training(runs),
-    _plain(
-      runs,
-      'learning_rate',
-      'Learning rate',
-      'At the last step of each row of metrics.',
-      'train/learning_rate',
-    ),
-    _plain(
-      runs,
-      'grad_norm',
-      'Gradient norm',
-      'Largest of each row of metrics, before clipping. Bold: smoothed.',
-      'train/grad_norm',
-      reduce=np.max,
-      smooth=True,
-    ),
-    _plain(
-      runs,
-      'tokens_per_s',
-      'Tokens per second',
-      'Of all devices. Evaluations are not counted.',
-      'train/tokens_per_s',
-    ),
-    _plain(
-      runs,
-      'mfu',
-      'Model FLOPs utilization, %',
-      'Model FLOPs per second, relative to the peak of all devices.',
-      'train/mfu',
-      scale=100,
-    ),
+    *(_of_stage(runs, panel) for panel in of_stages),
+    *(_curve(runs, curve) for curve in CURVES),
     _step_time(runs),
     _skipped(runs),
     _goodput(runs),
@@ -57,81 +83,32 @@ def panels(runs):
   return [panel for panel in candidates if panel.figure.data]
 
 
-def _heldout(runs):
-  """Returns a panel of the held-out bound of each dataset, with error bars."""
-  figure, shown, choices = make_figure(), [], []
-  for i, run in enumerate(runs):
-    for dataset in history.datasets(run):
-      p = history.prefix(dataset)
-      steps, loss = history.series(run, f'{p}/loss_nats_per_token')
-      if not len(steps):
-        continue
-      stderr = dict(
-        zip(*history.series(run, f'{p}/stderr_nats_per_token'), strict=True)
-      )
-      bars = [stderr.get(step, 0.0) for step in steps]
-      name = dataset or 'all'
-      choices += [name] if name not in choices else []
-      bits = history.bits_per_nat(run, dataset)
-      trace = traces.line(run, i, steps, loss, name, bits, mode='lines+markers')
-      trace.marker.size = 6 if len(steps) < 60 else 3
-      trace.error_y = dict(array=traces.numbers(bars), thickness=1.2, width=2)
-      figure.add_trace(trace)
-      shown += [
-        Series(steps, loss + side * np.array(bars), bits) for side in (-1, 1)
-      ]
-  return with_ranges(
-    Panel(
-      'heldout',
-      'Held-out loss',
-      'On text not trained on: an upper bound for masked diffusion, exact '
-      'for autoregression. Bars are one standard error.',
-      figure,
-      choices if len(choices) > 1 else [],
-    ),
-    shown,
-  )
+def _of_stage(runs, panel):
+  """Draws a panel of `Stage.panels`, a Curve or a name in FIGURES."""
+  if isinstance(panel, Curve):
+    return _curve(runs, panel)
+  if panel not in FIGURES:
+    raise UserError(
+      f'{NAME} of a run names the panel {panel!r}, which this version of '
+      'maskdiff does not draw; use the version that wrote the run'
+    )
+  return FIGURES[panel](runs)
 
 
-def _training(runs):
-  """Returns a panel of the training loss, as logged and smoothed."""
-  figure, shown = make_figure(), []
-  for i, run in enumerate(runs):
-    steps, loss = history.series(run, 'train/loss_nats_per_token')
-    bits = history.bits_per_nat(run)
-    shown += traces.add_noisy_line(figure, run, i, steps, loss, np.mean, bits)
-  return with_ranges(
-    Panel(
-      'training',
-      'Training loss',
-      'Faint: mean of each row of metrics, which is noisy because tokens have '
-      'weight 1/t. Bold: smoothed over neighbouring rows.',
-      figure,
-    ),
-    shown,
-  )
-
-
-def _plain(
-  runs, id, title, note, key, reduce=None, scale=1, smooth=False, trim=False
-):
-  """Returns a panel of a metric over time, with a y axis from 0.
+def _curve(runs, curve, trim=False):
+  """Returns the panel of a Curve.
 
   Args:
     runs: list of history.Run.
-    id, title, note: see Panel.
-    key: name of the metric.
-    reduce: see `smoothing.thin`; by default the last value of a group.
-    scale: factor of the values.
-    smooth: whether to add a moving average.
+    curve: Curve.
     trim: whether outliers may lie outside the y axis.
   """
   figure, shown = make_figure(), []
-  reduce = reduce or (lambda values: values[-1])
+  reduce = REDUCE[curve.reduce]
   for i, run in enumerate(runs):
-    steps, values = history.series(run, key)
-    values = values * scale
-    if smooth:
+    steps, values = history.series(run, curve.key)
+    values = values * curve.scale
+    if curve.smooth:
       shown += traces.add_noisy_line(figure, run, i, steps, values, reduce)
     elif len(steps):
       steps, values = smoothing.thin(steps, values, reduce)
@@ -139,20 +116,13 @@ def _plain(
       if trim:
         steps, values = smoothing.without_outliers(steps, values)
       shown.append(Series(steps, values))
-  return with_ranges(Panel(id, title, note, figure), shown, 0)
+  panel = Panel(curve.id, curve.title, curve.note, figure)
+  return with_ranges(panel, shown, 0 if curve.from_zero else None)
 
 
 def _step_time(runs):
   """Returns a panel of the seconds per step, measured and planned."""
-  panel = _plain(
-    runs,
-    'step_s',
-    'Step time, s',
-    'Mean of each row of metrics, in seconds.',
-    'train/step_s',
-    reduce=np.mean,
-    trim=True,
-  )
+  panel = _curve(runs, STEP_TIME, trim=True)
   planned = [
     (i, run) for i, run in enumerate(runs) if run.plan and run.plan['step_s']
   ]
@@ -236,10 +206,16 @@ def _goodput(runs):
     'goodput',
     'Where the time went',
     'Share of the wall time since the first start, over all restarts. Goodput '
-    'is the share of `step`: steps whose result was used.',
+    f'is the share of {_useful()}: work whose result was used.',
     figure,
     over_time=False,
   )
+
+
+def _useful():
+  """Returns the useful kinds of time as text."""
+  kinds = [kind for kind, about in ledger.KINDS.items() if about.useful]
+  return ' and '.join(f'`{kind}`' for kind in kinds)
 
 
 def _duration(seconds):

@@ -13,7 +13,7 @@ import numpy as np
 
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError, no_workdir
-from maskdiff.monitoring import ledger, metrics
+from maskdiff.monitoring import ledger, metrics, stage_file
 from maskdiff.objectives.table import OBJECTIVES
 
 RATIO = '/nll_at_mask_ratio_'
@@ -34,6 +34,7 @@ class Run:
     skipped: dicts of the ledger, one per skipped update.
     goodput: result of `ledger.goodput`; None without a ledger.
     plan: dict with the keys of planner.fields.FIELDS, or None.
+    panels: panels of the stage of the run, see `stage_file.read_panels`.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Run:
   skipped: list = ()
   goodput: dict | None = None
   plan: dict | None = None
+  panels: tuple = stage_file.PRETRAINING
 
   @property
   def causal(self):
@@ -93,8 +95,8 @@ def read_run(workdir, plan=None):
     plan: dict to use if the directory has no plan.json.
 
   Raises:
-    UserError: the directory or its metrics do not exist, or its plan.json is
-      invalid.
+    UserError: the directory or its metrics do not exist, or its plan.json or
+      stage.json is invalid.
   """
   if not os.path.isdir(workdir):
     raise no_workdir(workdir)
@@ -117,6 +119,7 @@ def read_run(workdir, plan=None):
     skipped=[x for x in lines if x.get('event') == 'skipped'],
     goodput=goodput,
     plan=read_plan(own_plan) if os.path.exists(own_plan) else plan,
+    panels=stage_file.read_panels(workdir),
   )
 
 

@@ -7,6 +7,7 @@ behind. `goodput` sums the lines of all processes of the run.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -14,7 +15,39 @@ import time
 from maskdiff.errors import UserError
 from maskdiff.monitoring import json_lines
 
-KINDS = ('init', 'restore', 'compile', 'data', 'step', 'eval', 'save', 'other')
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of time in the ledger.
+
+  Attributes:
+    meaning: what happens in this time, for readers of the documentation.
+    useful: whether the time is goodput, unless a restart repeats the work.
+  """
+
+  meaning: str
+  useful: bool = False
+
+
+KINDS = {
+  'init': Kind('start: devices, tokenizer and data'),
+  'restore': Kind('restoring a checkpoint, or making random parameters'),
+  'compile': Kind('compilation of the train step'),
+  'data': Kind('waiting for a batch'),
+  'rollout': Kind('sampling of answers to train on', useful=True),
+  'step': Kind('train steps', useful=True),
+  'eval': Kind('evaluation'),
+  'save': Kind('saving, as far as it blocks the loop'),
+  'other': Kind('the rest'),
+}
+# Kinds that `goodput` adds.
+LOST = {
+  'repeated': Kind('useful work done again after a restart'),
+  'down': Kind(
+    'time without a process: from the last ledger line of a process to the '
+    'first line of the next'
+  ),
+}
 
 
 class Ledger:
@@ -89,7 +122,7 @@ class Ledger:
 
   def _begin(self, kind):
     if kind not in self._totals:
-      raise ValueError(f'unknown kind {kind!r}; choose one of {KINDS}')
+      raise ValueError(f'unknown kind {kind!r}; choose one of {[*KINDS]}')
     self._span = (kind, self._count())
 
   def _count(self):
@@ -143,20 +176,20 @@ def read(path):
 def goodput(path):
   """Computes the goodput of a run from its ledger, over all its processes.
 
-  A step counts if its result was used. A step does not count if a later process
-  started from an earlier step and repeated it. Time without a process is
-  `down`, except time after the end of a run.
+  Time of a useful kind counts if its result was used. It does not count if a
+  later process started from an earlier step and repeated the work. Time without
+  a process is `down`, except time after the end of a run.
 
   Returns:
     Dict with
       wall_s: all seconds.
-      seconds: seconds by kind; their sum is wall_s. `step` has the seconds of
-        steps that count, `repeated` those of other steps, and `down` the time
-        without a process.
+      seconds: seconds by kind, of KINDS and LOST; their sum is wall_s. Useful
+        kinds have the seconds that count, `repeated` those that do not, and
+        `down` the time without a process.
       lost_s: seconds of `repeated` and `down`.
       restarts: number of processes after the first.
       steps: last step done.
-      goodput: seconds of `step` / wall_s; None if wall_s is 0.
+      goodput: seconds of useful kinds / wall_s; None if wall_s is 0.
 
   Raises:
     UserError: the ledger cannot be read or has no complete line.
@@ -165,7 +198,8 @@ def goodput(path):
   if not lines:
     raise UserError(f'{path} has no complete line: the run has not started yet')
   processes = _split_by_process(lines)
-  seconds = dict.fromkeys((*KINDS, 'repeated', 'down'), 0.0)
+  seconds = dict.fromkeys((*KINDS, *LOST), 0.0)
+  useful = [name for name, kind in KINDS.items() if kind.useful]
   for line in lines:
     for kind, spent in line['seconds'].items():
       seconds[kind] += spent
@@ -175,19 +209,20 @@ def goodput(path):
       seconds['down'] += max(0.0, after[0]['time'] - before[-1]['time'])
   last_used = float('inf')  # later steps are repeated by a later process
   for process in reversed(processes):
-    repeated = _step_seconds_after(process, last_used)
-    seconds['step'] -= repeated
-    seconds['repeated'] += repeated
+    for kind in useful:
+      repeated = _seconds_after(process, last_used, kind)
+      seconds[kind] -= repeated
+      seconds['repeated'] += repeated
     last_used = min([last_used, *_starts(process)])
   wall = sum(seconds.values())
-  reached = [pairs for pairs in map(_reached, processes) if pairs]
+  reached = [pairs for p in processes if (pairs := _reached(p, 'step'))]
   return {
     'wall_s': wall,
     'seconds': seconds,
     'lost_s': seconds['repeated'] + seconds['down'],
     'restarts': len(processes) - 1,
     'steps': reached[-1][-1][0] if reached else 0,
-    'goodput': seconds['step'] / wall if wall else None,
+    'goodput': sum(seconds[kind] for kind in useful) / wall if wall else None,
   }
 
 
@@ -206,23 +241,23 @@ def _starts(lines):
   return [line['step'] for line in lines if line.get('event') == 'started']
 
 
-def _reached(lines):
-  """Returns pairs of a step and the seconds spent on steps until its end."""
+def _reached(lines, kind):
+  """Returns pairs of a step and the seconds of a kind until its end."""
   pairs, spent = [], 0.0
   for line in lines:
-    spent += line['seconds'].get('step', 0.0)
+    spent += line['seconds'].get(kind, 0.0)
     if 'step' in line and line.get('event') in (None, 'started'):
       pairs.append((line['step'], spent))
   return pairs
 
 
-def _step_seconds_after(lines, step):
-  """Returns the seconds that a process spent on steps after `step`.
+def _seconds_after(lines, step, kind):
+  """Returns the seconds of a kind that a process spent after `step`.
 
   Assumes that all steps between two lines of the ledger last equally long.
   """
-  total = sum(line['seconds'].get('step', 0.0) for line in lines)
-  pairs = _reached(lines)
+  total = sum(line['seconds'].get(kind, 0.0) for line in lines)
+  pairs = _reached(lines, kind)
   if not pairs or step > pairs[-1][0]:
     return 0.0
   if step < pairs[0][0]:

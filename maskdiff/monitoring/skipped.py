@@ -3,67 +3,85 @@
 import json
 import os
 
+# Keys of an update, and of a line of the ledger, that are not facts.
+_OTHER_KEYS = {'time', 'event', 'seconds', 'step', 'grad_norm', 'in_a_row'}
 
-def find(step, fetched, first_sample):
-  """Finds the skipped updates in a window of steps.
+
+def find(steps, metrics, facts, loss_name):
+  """Finds the skipped updates among some steps.
 
   Args:
-    step: last step of the window.
-    fetched: list of step.StepMetrics on the host, one for each step.
-    first_sample: function from a step to the index of the first sample after
-      that step.
+    steps: list of step numbers.
+    metrics: list of step.StepMetrics on the host, one for each step.
+    facts: list of dicts, one for each step; see `Stage.next_batch`.
+    loss_name: see `Stage`.
 
   Returns:
-    List of dicts with the step, loss (nats per token), gradient norm, range of
-    sample indices (first, end), and number of consecutive skipped updates up
-    to this one.
+    List of dicts with the step, loss, gradient norm, facts, and number of
+    consecutive skipped updates up to this one.
   """
   return [
     {
-      'step': s,
-      'loss_nats_per_token': float(values.sums.loss),
+      **of_batch,
+      'step': step,
+      loss_name: float(values.sums.loss),
       'grad_norm': float(values.grad_norm),
-      'samples': (first_sample(s - 1), first_sample(s)),
       'in_a_row': int(values.skipped_in_a_row),
     }
-    for s, values in enumerate(fetched, step - len(fetched) + 1)
+    for step, values, of_batch in zip(steps, metrics, facts, strict=True)
     if values.skipped
   ]
 
 
+def facts_of(update):
+  """Returns the facts in a result of `find` or in its line of the ledger."""
+  return {
+    name: value
+    for name, value in update.items()
+    if name not in _OTHER_KEYS and not name.startswith('loss')
+  }
+
+
 def describe(update):
   """Formats one result of `find` as a line."""
-  first, end = update['samples']
-  return (
-    f'step {update["step"]}: update skipped, loss '
-    f'{update["loss_nats_per_token"]:.4g} nats/token, gradient norm '
-    f'{update["grad_norm"]:.4g}, samples {first} to {end - 1}'
+  (name,) = (name for name in update if name.startswith('loss'))
+  unit = name.removeprefix('loss').replace('_per_', '/').replace('_', ' ')
+  text = (
+    f'step {update["step"]}: update skipped, loss {update[name]:.4g}{unit}, '
+    f'gradient norm {update["grad_norm"]:.4g}'
   )
+  for name, value in facts_of(update).items():
+    if isinstance(value, (list, tuple)):
+      value = f'{value[0]} to {value[1] - 1}'
+    text += f', {name} {value}'
+  return text
 
 
-def give_up(workdir, updates, read_texts):
+def give_up(workdir, updates, read_texts, remedy):
   """Writes consecutive skipped updates to a file and returns an error message.
 
   Args:
     workdir: work directory of the run.
     updates: consecutive results of `find`.
-    read_texts: function from a range of samples to their texts, on the host
-      that writes the file; None on other hosts.
+    read_texts: `Stage.read_texts` on the host that writes the file; None on
+      other hosts.
+    remedy: `Stage.remedy`.
 
   Returns:
     One line that describes the problem and its remedies.
   """
-  first, last = updates[0], updates[-1]
-  path = os.path.join(workdir, f'skipped_to_step_{last["step"]}.json')
+  first, last = facts_of(updates[0]), facts_of(updates[-1])
+  step = updates[-1]['step']
+  path = os.path.join(workdir, f'skipped_to_step_{step}.json')
   if read_texts:
     with open(path, 'w') as f:
-      texts = read_texts(*last['samples'])
+      texts = read_texts(last)
       json.dump({'updates': updates, 'texts_of_the_last': texts}, f, indent=2)
+  advice = remedy(first, last)
   return (
-    f'{last["in_a_row"]} updates in a row were skipped, up to step '
-    f'{last["step"]}; {path} lists their losses and samples, and the texts of '
-    'the last one. To leave these samples out: --config.data.skip_samples="(('
-    f'{first["samples"][0]}, {last["samples"][1]}),)"; to resume from an older '
-    'step: launch/checkpoints.py --rollback STEP; otherwise the learning rate '
-    'may be too high'
+    f'{updates[-1]["in_a_row"]} updates in a row were skipped, up to step '
+    f'{step}; {path} lists their {" and ".join(["losses", *last])}, and the '
+    f'texts of the last one. {advice + "; to" if advice else "To"} resume from '
+    'an older step: launch/checkpoints.py --rollback STEP; otherwise the '
+    'learning rate may be too high'
   )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from maskdiff.monitoring import history, ledger, smoothing
+from maskdiff.monitoring import history, smoothing
 
 # Distinguishable with colour blindness, on white and on black.
 COLOURS = (
@@ -22,16 +22,19 @@ DASHES = ('solid', 'dash', 'dot', 'dashdot')  # one per round of COLOURS
 # Mask ratios, from low to high.
 SHADES = ('#f2b134', '#e8743b', '#c9466b', '#8b4a9c', '#4a5aa8')
 # Kinds of time in the ledger.
-TIMES = dict(
-  zip(
-    (*ledger.KINDS, 'repeated', 'down'),
-    (
-      *('#8fa3b5', '#6f8fc9', '#b58fd1', '#e0a94f', '#2f9e68'),
-      *('#3aa7b5', '#9a7257', '#c9ced3', '#d64f5a', '#5b6169'),
-    ),
-    strict=True,
-  )
-)
+TIMES = {
+  'init': '#8fa3b5',
+  'restore': '#6f8fc9',
+  'compile': '#b58fd1',
+  'data': '#e0a94f',
+  'rollout': '#7cb342',
+  'step': '#2f9e68',
+  'eval': '#3aa7b5',
+  'save': '#9a7257',
+  'other': '#c9ced3',
+  'repeated': '#d64f5a',
+  'down': '#5b6169',
+}
 
 
 class Series(NamedTuple):

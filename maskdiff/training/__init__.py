@@ -1,7 +1,9 @@
 """Training: the loop, the step, and the files of a work directory.
 
 - `loop`: `run`, the whole training; start reading here.
-- `run_setup`: opens the mesh, tokenizer, data and optimizer of a run.
+- `stage`: `Stage`, the interface between the loop and a kind of training.
+- `pretraining`: the first stage.
+- `run_setup`: opens the mesh and the optimizer of a run.
 - `resume`: restores the newest checkpoint, or creates the state of a new run.
 - `step`: train step and evaluation step, pure functions of arrays.
 - `train_state`: parameters, optimizer state, guard state and step number.

@@ -12,6 +12,7 @@ from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import sampler_config
 from maskdiff.training import inputs
 from maskdiff.training import step as step_lib
+from maskdiff.training.stage import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +64,6 @@ class Bound:
     for name, part in self.parts.items():
       row |= part.row(f'{prefix}/{name}')
     return row
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """Result of one evaluation during a run.
-
-  Attributes:
-    row: dict of floats by name of metric.
-    texts: list of samples.
-    line: summary, one line for the terminal.
-    conclusion: lines to print if this is the last evaluation.
-  """
-
-  row: dict
-  texts: list
-  line: str
-  conclusion: str
 
 
 def open_heldout(config, datasets, mesh):

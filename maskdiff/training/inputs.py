@@ -142,23 +142,6 @@ def train_batches(config, datasets, mesh, start_sample):
   return pipeline.to_device(batches, sharding, shape)
 
 
-def samples_after(config, start, step):
-  """Returns the number of training samples consumed after a step of a run.
-
-  Args:
-    config: ConfigDict.
-    start: resume.Start of the run.
-    step: int, at least start.step.
-  """
-  return int(
-    pipeline.sample_number(
-      start.samples,
-      (step - start.step) * config.train.batch,
-      config.data.skip_samples,
-    )
-  )
-
-
 def first_row(rows, mesh):
   """Copies the tokens of row 0 of a batch to every host, [L] int32.
 

@@ -1,15 +1,16 @@
 """The training loop, read top to bottom: open, restore, compile, loop, end.
 
-`run` checks its inputs in this order: config, devices, tokenizer, data,
-checkpoints. Then it compiles the train step and loops. The loop dispatches one
-step ahead: it reads the metrics of a step after it has dispatched the next
-step, so that the device never waits for the host.
+`run` trains a stage (`stage.py`), for example pretraining, and knows only the
+interface of stages. It checks its inputs in this order: config, devices,
+tokenizer and data of the stage, checkpoints. Then it compiles the train step
+and loops. The loop dispatches one step ahead: it reads the metrics of a step
+after it has dispatched the next step, so that the device never waits for the
+host.
 """
 
 import contextlib
 import functools
 import os
-import time
 
 import jax
 
@@ -20,26 +21,30 @@ from maskdiff.distributed.watchdog import watch
 from maskdiff.errors import Preempted, UserError, one_line
 from maskdiff.monitoring import wandb_run
 from maskdiff.monitoring.ledger import Ledger
-from maskdiff.training import evaluation, inputs, resume
-from maskdiff.training import step as step_lib
+from maskdiff.training import pretraining, resume
 from maskdiff.training import workdir as workdir_lib
 from maskdiff.training.reporter import Reporter
 from maskdiff.training.run_setup import open_setup
 from maskdiff.training.saver import Saver
 
 
-def run(config, workdir):
+class _Stop(Exception):
+  """A process of the run has received SIGTERM; nothing is saved yet."""
+
+
+def run(config, workdir, make_stage=pretraining.make_stage):
   """Trains the model of a config, or resumes its training.
 
-  Writes to the work directory: config.json, header.txt, the tokenizer,
-  metrics.jsonl, tensorboard/, ledger.jsonl and checkpoints/; wandb_id and
-  wandb/ with config.train.wandb_project. Running again with the same arguments
-  resumes from the newest checkpoint. After an error or an interrupt, a save in
-  progress is still completed.
+  Writes to the work directory: config.json, stage.json, header.txt, the
+  tokenizer, metrics.jsonl, tensorboard/, ledger.jsonl and checkpoints/;
+  wandb_id and wandb/ with config.train.wandb_project. Running again with the
+  same arguments resumes from the newest checkpoint. After an error or an
+  interrupt, a save in progress is still completed.
 
   Args:
     config: ConfigDict with the keys of config.default().
     workdir: work directory, created if it does not exist.
+    make_stage: function from (config, RunSetup) to a Stage.
 
   Returns:
     The metrics of the last evaluation, a dict of floats by name.
@@ -51,10 +56,10 @@ def run(config, workdir):
     Preempted: the process received SIGTERM and has saved a checkpoint.
   """
   with _memory_advice(config), contextlib.ExitStack() as stack:
-    return _run(config, workdir, stack)
+    return _run(config, workdir, make_stage, stack)
 
 
-def _run(config, workdir, stack):
+def _run(config, workdir, make_stage, stack):
   # Open.
   config_lib.validate(config)
   steps = config.train.steps
@@ -65,70 +70,69 @@ def _run(config, workdir, stack):
   stack.callback(ledger.close)
   preemption = stack.enter_context(Preemption())
   stack.enter_context(watch(ledger, config.train.stall_s))
+  stop_if_preempted = functools.partial(_stop_if_preempted, preemption, ledger)
   with ledger.span('init'):
-    setup = open_setup(config)
-  checkpointer = Checkpointer(
-    os.path.join(workdir, 'checkpoints'),
-    config.checkpoint.keep,
-    config.checkpoint.keep_every_steps,
-  )
+    setup = open_setup(config, ledger, stop_if_preempted)
+    stage = make_stage(config, setup)
+    resume.agree_on_stage(stage)
+  checkpointer = _open_checkpoints(config, workdir)
   stack.callback(checkpointer.close)
 
   # Restore.
   init_key, key = jax.random.split(jax.random.key(config.seed))
   with ledger.span('restore'), jax.set_mesh(setup.mesh):
-    state, start = resume.restore_or_init(config, setup, init_key, checkpointer)
+    state, start = resume.restore_or_init(
+      config, setup, stage, init_key, checkpointer
+    )
   ledger.event('started', step=start.step)
-  reporter = Reporter(config, setup, workdir, start, ledger)
+  reporter = Reporter(config, stage, workdir, start, ledger)
   stack.callback(reporter.close)
-  saver = Saver(config, setup, checkpointer, start, ledger, reporter.say)
+  saver = Saver(config, stage, checkpointer, ledger, reporter.say)
   if main_process:
-    reporter.say(workdir_lib.save_run_files(config, setup, workdir))
-  batches, tokens = _first_batch(config, setup, start, reporter, ledger)
-
-  # Compile.
-  if start.step < steps:
-    with ledger.span('compile'), jax.set_mesh(setup.mesh):
-      train_step = _compile(setup, state, tokens, key, reporter.say)
-
-  # Loop.
-  evaluate = functools.partial(_evaluate, config, setup, reporter, ledger)
-  stop_if_preempted = functools.partial(_stop_if_preempted, preemption, ledger)
-  done, result = start.step, None
+    reporter.say(workdir_lib.save_run_files(config, setup, stage, workdir))
+  evaluate = functools.partial(_evaluate, stage, setup, reporter)
+  next_batch = functools.partial(_next_batch, stage, setup)
+  done, position, result = start.step, start.position, None
   evaluation_due = start.evaluation_due or done == 0 or done >= steps
-  reporter.start_clock()
+  reporter.say(f'resuming at step {done}' if done else 'starting from scratch')
   try:
+    # Compile.
+    if done < steps:
+      batch, next_position, facts = next_batch(position, state.params)
+      train_step = _compile(stage, setup, reporter, state, batch, key)
+
+    # Loop.
+    reporter.start_clock()
     if evaluation_due:
-      result = evaluate(done, state.params, stop_if_preempted)
+      result = evaluate(done, state.params)
       evaluation_due = False
     for step in range(start.step + 1, steps + 1):
-      stop_if_preempted(done)
+      stop_if_preempted()
       with ledger.span('step'):
-        state, step_metrics = train_step(state, tokens, key)
-      done = step
-      with ledger.span('data'):
-        tokens = next(batches)
-      reporter.wait()
+        state, step_metrics = train_step(state, batch, key)
+      reporter.add(step, step_metrics, facts)
+      done, position, last = step, next_position, step == steps
+      evaluation_due = step % config.eval.every_steps == 0 or last
+      if not last:
+        batch, next_position, facts = next_batch(position, state.params)
+      reporter.wait(step - 1)
       saver.poll()
       if (step - 1) % config.train.log_every_steps == 0:
         reporter.write(step - 1)
-      reporter.add(step_metrics)
-      last = step == steps
-      if step % config.eval.every_steps == 0 or last:
+      if evaluation_due:
         reporter.write(step)
-        evaluation_due = True
-        result = evaluate(step, state.params, stop_if_preempted)
+        result = evaluate(step, state.params)
         evaluation_due = False
       if step % config.checkpoint.every_steps == 0 or last:
         reporter.write(step)  # first: a resumed run writes only later rows
-        saver.save(step, state, evaluation_due)
+        saver.save(step, state, position, evaluation_due)
     saver.finish()
     ledger.event('ended')
-  except Preempted:
+  except _Stop:
     reporter.write(done)
-    saver.save_and_finish(done, state, evaluation_due)
+    saver.save_and_finish(done, state, position, evaluation_due)
     reporter.write_preempted(done)
-    raise
+    raise Preempted(done) from None
 
   # End.
   stack.close()
@@ -137,64 +141,53 @@ def _run(config, workdir, stack):
   return result.row
 
 
-def _first_batch(config, setup, start, reporter, ledger):
-  """Opens the training data; returns the iterator and the first batch."""
-  reporter.say(
-    f'resuming at step {start.step}' if start.step else 'starting from scratch'
+def _open_checkpoints(config, workdir):
+  """Returns the Checkpointer of a work directory."""
+  return Checkpointer(
+    os.path.join(workdir, 'checkpoints'),
+    config.checkpoint.keep,
+    config.checkpoint.keep_every_steps,
   )
-  with ledger.span('data'):
-    batches = inputs.train_batches(
-      config, setup.datasets, setup.mesh, start.samples
-    )
-    tokens = next(batches)
-    text = setup.tokenizer.decode(inputs.first_row(tokens, setup.mesh))
-  reporter.write_first_row(text)
-  return batches, tokens
 
 
-def _compile(setup, state, tokens, key, say):
-  """Compiles the train step and prints its memory per device."""
-  began = time.monotonic()
-  train_step = step_lib.compile_train_step(setup.c, setup.optimizer, setup.mesh)
-  compiled = train_step.lower(state, tokens, key).compile()
-  memory = compiled.memory_analysis()
-  say(
-    f'compiled the train step in {time.monotonic() - began:.0f} s; a device '
-    f'holds {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments and '
-    f'{memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries'
-  )
-  return compiled
+def _next_batch(stage, setup, position, params):
+  """Returns the batch at a position, the next position, and facts."""
+  with setup.ledger.span('data'), jax.set_mesh(setup.mesh):
+    return stage.next_batch(position, params)
 
 
-def _evaluate(config, setup, reporter, ledger, step, params, stop_if_preempted):
+def _compile(stage, setup, reporter, state, batch, key):
+  """Prints the first row and the memory per device; returns the train step."""
+  with jax.set_mesh(setup.mesh):
+    with setup.ledger.span('data'):
+      reporter.write_first_row(stage.first_row(batch))
+    with setup.ledger.span('compile'):
+      train_step, line = stage.compile(state, batch, key)
+  reporter.say(line)
+  return train_step
+
+
+def _evaluate(stage, setup, reporter, step, params):
   """Evaluates parameters and writes the result; returns an Evaluation."""
   with reporter.clock_stopped():
-    with ledger.span('eval'), jax.set_mesh(setup.mesh):
-      result = evaluation.evaluate_and_sample(
-        config,
-        setup.c,
-        params,
-        setup.tokenizer,
-        setup.heldout,
-        between=functools.partial(stop_if_preempted, step),
-      )
+    with setup.ledger.span('eval'), jax.set_mesh(setup.mesh):
+      result = stage.evaluate(step, params)
     reporter.write_evaluation(step, result)
   return result
 
 
-def _stop_if_preempted(preemption, ledger, done):
-  """Raises Preempted if a process of the run has received SIGTERM.
+def _stop_if_preempted(preemption, ledger):
+  """Raises _Stop if a process of the run has received SIGTERM.
 
   All processes must call this function the same number of times.
 
   Args:
     preemption: Preemption.
     ledger: Ledger. The call resets its timer for stalls.
-    done: number of steps done.
   """
   ledger.beat()
   if preemption.poll():
-    raise Preempted(done)
+    raise _Stop
 
 
 @contextlib.contextmanager

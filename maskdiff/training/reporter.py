@@ -3,45 +3,53 @@
 import collections
 import contextlib
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from maskdiff.errors import UserError
 from maskdiff.monitoring import metrics, skipped, terminal
-from maskdiff.objectives import table
-from maskdiff.training import evaluation, inputs
 from maskdiff.training.optimizer import OptimizerConfig, learning_rate
+
+
+class _Done(NamedTuple):
+  """A dispatched step: its number, StepMetrics, and facts of its batch."""
+
+  step: int
+  metrics: object
+  facts: dict
 
 
 class Reporter:
   """Writes a run's metrics to disk, TensorBoard, wandb and the terminal.
 
   The window holds the metrics of all steps since the last call of `write`. They
-  stay on the device until `write` fetches them.
+  stay on the device until `write` fetches them. The stage says which metrics a
+  row holds, and the text of the progress.
   """
 
-  def __init__(self, config, setup, workdir, start, ledger):
+  def __init__(self, config, stage, workdir, start, ledger):
     """Opens the files and the progress bar.
 
     Args:
       config: ConfigDict of the run.
-      setup: RunSetup.
+      stage: Stage.
       workdir: work directory.
       start: resume.Start.
       ledger: Ledger.
     """
-    c, steps = setup.c, config.train.steps
-    self._config, self._setup, self._workdir = config, setup, workdir
+    steps = config.train.steps
+    self._stage, self._workdir = stage, workdir
     self._start, self._ledger = start, ledger
+    self._max_in_a_row = config.guard.max_in_a_row
     self._main_process = jax.process_index() == 0
     self._finished = start.step >= steps  # metrics.jsonl is complete already
-    self._flops = table.flops_per_token(c.objective.name, c.model, c.length)
     # On the host, so that reading a rate does not wait for a step.
     rates = jax.vmap(learning_rate(OptimizerConfig(**config.optimizer), steps))
     self._learning_rates = np.asarray(rates(np.arange(steps)))
     self._window = collections.deque()
-    self._skipped = collections.deque(maxlen=config.guard.max_in_a_row)
+    self._skipped = collections.deque(maxlen=self._max_in_a_row)
     self._clock = time.monotonic()
     self._writer = metrics.Writer(
       workdir,
@@ -58,6 +66,8 @@ class Reporter:
 
   def write_first_row(self, text):
     """Prints the text of the first row of the first batch."""
+    if not text:
+      return
     self.say(f'first row of the first batch:\n{text}\n')
     if self._start.step == 0:
       self._writer.text(0, 'first_row', text)
@@ -73,78 +83,72 @@ class Reporter:
     yield
     self._clock += time.monotonic() - began
 
-  def add(self, step_metrics):
-    """Adds the StepMetrics of a step, on the device, to the window."""
-    self._window.append(step_metrics)
+  def add(self, step, step_metrics, facts):
+    """Adds a dispatched step to the window.
 
-  def wait(self):
-    """Waits until the last step of the window has ended on the device.
+    Args:
+      step: int.
+      step_metrics: StepMetrics on the device.
+      facts: facts of the batch, see `Stage.next_batch`.
+    """
+    self._window.append(_Done(step, step_metrics, facts))
+
+  def wait(self, step):
+    """Waits until a step of the window has ended on the device.
 
     The loop dispatches one step ahead. If more steps were queued, a checkpoint
     after SIGTERM would have to wait for all of them.
     """
-    if self._window:
-      with self._ledger.span('step'):
-        jax.block_until_ready(self._window[-1])
+    for done in self._window:
+      if done.step == step:
+        with self._ledger.span('step'):
+          jax.block_until_ready(done.metrics)
 
   def write(self, step):
-    """Fetches and writes the metrics of the window; `step` is its last step.
+    """Fetches and writes the metrics of the window up to a step.
 
     Raises:
       UserError: config.guard.max_in_a_row consecutive updates were skipped.
     """
-    if not self._window:
-      return
+    done = []
     with self._ledger.span('step'):
-      fetched = [
-        jax.device_get(self._window.popleft()) for _ in range(len(self._window))
-      ]
+      while self._window and self._window[0].step <= step:
+        first = self._window.popleft()
+        done.append(first._replace(metrics=jax.device_get(first.metrics)))
+    if not done:
+      return
+    steps, fetched, facts = (list(x) for x in zip(*done, strict=True))
     now = time.monotonic()
-    step_s, self._clock = (now - self._clock) / len(fetched), now
-    tokens_per_s = self._config.train.batch * self._setup.c.length / step_s
-    mfu = metrics.utilization(
-      tokens_per_s, self._flops, self._setup.mesh.devices.flatten()
-    )
+    step_s, self._clock = (now - self._clock) / len(done), now
     num_updates = step - 1 - int(fetched[-1].skipped_before)
-    row = train_row(fetched, self._learning_rates[num_updates], step_s)
-    row |= {'train/tokens_per_s': tokens_per_s}
-    row |= {} if mfu is None else {'train/mfu': mfu}
+    row = update_row(fetched, self._learning_rates[num_updates], step_s)
+    row |= self._stage.row(fetched, facts, step_s)
     self._writer.scalars(step, row)
     self._ledger.write(step)
-    loss = row.get('train/loss_nats_per_token', float('nan'))
-    self._progress.update(
-      step,
-      step_s,
-      f'loss {loss:.3f} nats/token  '
-      f'lr {row["train/learning_rate"]:.2e}  '
-      f'{tokens_per_s:,.0f} tokens/s' + (f'  mfu {mfu:.1%}' if mfu else ''),
-    )
-    self._write_skipped(step, fetched)
+    if self._main_process:
+      self._progress.update(step, step_s, self._stage.line(row))
+    self._write_skipped(steps, fetched, facts)
 
-  def _write_skipped(self, step, fetched):
+  def _write_skipped(self, steps, fetched, facts):
     """Writes the skipped updates; raises UserError after too many in a row."""
-    samples_after = lambda s: inputs.samples_after(self._config, self._start, s)
-    limit = self._config.guard.max_in_a_row
-    for update in skipped.find(step, fetched, samples_after):
+    stage = self._stage
+    for update in skipped.find(steps, fetched, facts, stage.loss_name):
       self._ledger.event('skipped', **update)
       self.say(skipped.describe(update))
       self._skipped.append(update)
-      if update['in_a_row'] >= limit:
+      if update['in_a_row'] >= self._max_in_a_row:
         last = list(self._skipped)[-update['in_a_row'] :]
-        read_texts = self._main_process and self._read_texts
-        raise UserError(skipped.give_up(self._workdir, last, read_texts))
-
-  def _read_texts(self, first, end):
-    """Returns the texts of training samples first, ..., end - 1."""
-    rows = inputs.read_samples(self._config, self._setup.datasets, first, end)
-    return [self._setup.tokenizer.decode(row) for row in rows]
+        read_texts = self._main_process and stage.read_texts
+        raise UserError(
+          skipped.give_up(self._workdir, last, read_texts, stage.remedy)
+        )
 
   def write_evaluation(self, step, result):
     """Writes and prints an evaluation.
 
     Args:
       step: int.
-      result: evaluation.Evaluation.
+      result: stage.Evaluation.
     """
     if not self._finished:
       self._writer.scalars(step, result.row)
@@ -165,31 +169,22 @@ class Reporter:
     self._writer.close()
 
 
-def train_row(fetched, learning_rate, step_s):
-  """Returns the metrics of a window of steps by name, a dict of floats.
+def update_row(fetched, learning_rate, step_s):
+  """Returns the metrics of the updates of some steps, a dict of floats.
 
-  The loss is the mean over the applied updates, the gradient norm their
-  maximum. Skipped updates are only counted.
+  The gradient norm is the maximum over the applied updates. Skipped updates are
+  only counted.
 
   Args:
     fetched: list of StepMetrics on the host.
     learning_rate: learning rate of the last step.
     step_s: seconds per step.
   """
-  applied = [f for f in fetched if not f.skipped]
+  norms = [f.grad_norm for f in fetched if not f.skipped]
   row = {
     'train/param_norm': float(fetched[-1].param_norm),
     'train/learning_rate': float(learning_rate),
     'train/step_s': step_s,
-    'train/skipped_updates': len(fetched) - len(applied),
+    'train/skipped_updates': len(fetched) - len(norms),
   }
-  if not applied:
-    return row
-  total = jax.tree.map(lambda *x: np.sum(x, axis=0), *[f.sums for f in applied])
-  ratios = evaluation.nll_by_mask_ratio(total)
-  return row | {
-    'train/loss_nats_per_token': float(total.loss),
-    'train/grad_norm': float(max(f.grad_norm for f in applied)),
-    'train/masked_share': float(total.num_predicted / total.num_tokens),
-    **evaluation.ratio_metrics('train', ratios),
-  }
+  return row | ({'train/grad_norm': float(max(norms))} if norms else {})

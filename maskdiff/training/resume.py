@@ -1,10 +1,12 @@
 """Start of a run: newest checkpoint, warm start, or random parameters.
 
-A run resumes only with the model, the objective, the token ids and the data of
-its checkpoint. All other config keys may change; each change is printed.
+A run resumes only with the stage, the model, the objective, the token ids and
+the data of its checkpoint. All other config keys may change; each change is
+printed.
 """
 
 import functools
+import json
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,9 @@ import numpy as np
 
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest, restore
+from maskdiff.checkpoints import position as position_lib
 from maskdiff.distributed import consensus, runtime
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import load
 from maskdiff.training import train_state
@@ -29,25 +33,21 @@ MAY_CHANGE = (
 
 
 class Start(NamedTuple):
-  """Position in the training at which a run starts.
+  """The moment of the training at which a run starts.
 
   Attributes:
     step: number of steps done; 0 for a new run.
-    samples: number of training samples consumed.
+    position: position of the stage, see `Stage.start`.
     evaluation_due: whether the evaluation of this step was interrupted.
   """
 
-  step: int = 0
-  samples: int = 0
+  step: int
+  position: object
   evaluation_due: bool = False
 
 
-def agree(config, data_identity):
-  """Checks that all processes have the same config, code and data.
-
-  Args:
-    config: ConfigDict.
-    data_identity: fingerprint of the data.
+def agree_on_config(config):
+  """Checks that all processes have the same config and code.
 
   Raises:
     UserError: raised in all processes. Names the difference and the processes.
@@ -56,12 +56,25 @@ def agree(config, data_identity):
     {
       'config': manifest.json_digest(manifest.config_json(config)),
       'code': consensus.code_version(),
-      'data': manifest.json_digest(data_identity),
     }
   )
 
 
-def restore_or_init(config, setup, key, checkpointer):
+def agree_on_stage(stage):
+  """Checks that all processes have the same stage and data.
+
+  Args:
+    stage: Stage.
+
+  Raises:
+    UserError: raised in all processes. Names the difference and the processes.
+  """
+  consensus.agree(
+    {'stage': stage.name, 'data': manifest.json_digest(stage.identity)}
+  )
+
+
+def restore_or_init(config, setup, stage, key, checkpointer):
   """Restores the newest checkpoint, or creates the state of a new run.
 
   A new run takes its parameters from config.init_from, or starts with random
@@ -70,6 +83,7 @@ def restore_or_init(config, setup, key, checkpointer):
   Args:
     config: ConfigDict of the run.
     setup: RunSetup.
+    stage: Stage.
     key: PRNG key of random parameters.
     checkpointer: Checkpointer of the run.
 
@@ -77,18 +91,21 @@ def restore_or_init(config, setup, key, checkpointer):
     The TrainState, and a Start.
 
   Raises:
-    UserError: the checkpoint has other data or another model or objective;
-      all checkpoints are damaged; or config.init_from has another model.
+    UserError: the checkpoint has another stage, other data, or another model or
+      objective; all checkpoints are damaged; or config.init_from has another
+      model.
   """
   optimizer, shardings = setup.optimizer, setup.shardings
-  init = functools.partial(train_state.init, setup.c.model, optimizer)
+  init = functools.partial(train_state.init, setup.model, optimizer)
   targets = restore.targets(jax.eval_shape(init, key), shardings)
 
   def targets_of(step, meta):
-    name = f'{checkpointer.directory}/{step}'
-    _check(name, meta, config, setup.data_identity)
+    _check(f'{checkpointer.directory}/{step}', meta, config, stage)
     return dict(
-      params=targets.params, opt_state=targets.opt_state, guard=targets.guard
+      params=targets.params,
+      opt_state=targets.opt_state,
+      guard=targets.guard,
+      **position_lib.targets(meta.leaves, mesh_lib.replicated(setup.mesh)),
     )
 
   found = restore.newest(checkpointer, targets_of)
@@ -97,17 +114,18 @@ def restore_or_init(config, setup, key, checkpointer):
     runtime.print_once(f'parameters are those of {config.init_from}')
     make_state = functools.partial(train_state.from_params, optimizer)
     make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
-    return make_state(params), Start()
+    return make_state(params), Start(0, stage.start)
   if found is None:
-    return jax.jit(init, out_shardings=shardings)(key), Start()
-  step, meta, (params, opt_state, guard) = found
+    return jax.jit(init, out_shardings=shardings)(key), Start(0, stage.start)
+  step, meta, (params, opt_state, guard, *arrays) = found
   count = jax.device_put(np.int32(step), shardings.step)
-  start = Start(step, meta.samples, meta.evaluation_due)
+  position = position_lib.join(meta.position, *arrays or [{}])
+  start = Start(step, position, meta.evaluation_due)
   return TrainState(count, params, opt_state, guard), start
 
 
-def _check(name, meta, config, data_identity):
-  """Compares a checkpoint with the config and the data of the run.
+def _check(name, meta, config, stage):
+  """Compares a checkpoint with the config and the stage of the run.
 
   Prints each difference that is allowed.
 
@@ -115,10 +133,15 @@ def _check(name, meta, config, data_identity):
     name: path of the checkpoint, for messages.
     meta: manifest.Meta.
     config: ConfigDict of the run.
-    data_identity: fingerprint of the data.
+    stage: Stage of the run.
   """
-  for item, now in data_identity.items():
-    before = meta.data.get(item)
+  if meta.stage != stage.name:
+    raise UserError(
+      f'{name} is a checkpoint of {meta.stage}, not of {stage.name}; use '
+      'another --workdir, and --config.init_from to start from its parameters'
+    )
+  for item, now in json.loads(json.dumps(stage.identity)).items():
+    before = meta.identity.get(item)
     if before == now:
       continue
     difference = f'{name} was trained on data with {item}={before}, not {now}'

@@ -3,9 +3,9 @@
 import jax
 
 from maskdiff.checkpoints import manifest
+from maskdiff.checkpoints import position as position_lib
 from maskdiff.checkpoints.checkpoint import SaveError
 from maskdiff.errors import UserError
-from maskdiff.training import inputs
 
 
 class Saver:
@@ -20,21 +20,18 @@ class Saver:
   another process may have died.
   """
 
-  def __init__(self, config, setup, checkpointer, start, ledger, say):
+  def __init__(self, config, stage, checkpointer, ledger, say):
     """Stores the objects that the methods use.
 
     Args:
       config: ConfigDict of the run.
-      setup: RunSetup.
+      stage: Stage.
       checkpointer: Checkpointer of the run.
-      start: resume.Start.
       ledger: Ledger.
       say: function that prints a line.
     """
-    self._config = config
-    self._data_identity = setup.data_identity
+    self._config, self._stage = config, stage
     self._checkpointer = checkpointer
-    self._start = start
     self._ledger = ledger
     self._say = say
     self._failures = 0
@@ -47,12 +44,13 @@ class Saver:
     """
     self._record(self._checkpointer.poll)
 
-  def save(self, step, state, evaluation_due):
+  def save(self, step, state, position, evaluation_due):
     """Waits for the previous save and starts to save a step.
 
     Args:
       step: number of steps done.
       state: TrainState. May be donated once this returns.
+      position: position of the stage after this step.
       evaluation_due: whether a resumed run must evaluate this step first.
 
     Raises:
@@ -60,7 +58,8 @@ class Saver:
     """
     with self._ledger.span('save'):
       self._record(self._checkpointer.finish)
-      self._record(self._start_save, step, state, evaluation_due)
+      args = step, state, position, evaluation_due
+      self._record(self._start_save, *args)
 
   def finish(self):
     """Waits until the last save is durable.
@@ -71,7 +70,7 @@ class Saver:
     with self._ledger.span('save'):
       self._record(self._checkpointer.finish, tolerant=False)
 
-  def save_and_finish(self, step, state, evaluation_due):
+  def save_and_finish(self, step, state, position, evaluation_due):
     """Saves a step and waits until the checkpoint is durable.
 
     If the step is durable already, it is not saved again.
@@ -84,20 +83,25 @@ class Saver:
     with self._ledger.span('save'):
       self._record(self._checkpointer.finish)
       if self._checkpointer.durable_step != step:
-        args = step, state, evaluation_due
+        args = step, state, position, evaluation_due
         self._record(self._start_save, *args, tolerant=False)
         self._record(self._checkpointer.finish, tolerant=False)
 
-  def _start_save(self, step, state, evaluation_due):
+  def _start_save(self, step, state, position, evaluation_due):
+    self._stage.saving(step)
+    values, arrays = position_lib.split(position)
     items = {
       'params': state.params,
       'opt_state': state.opt_state,
       'guard': state.guard,
     }
+    if arrays:
+      items[position_lib.ITEM] = arrays
     meta = manifest.Meta(
       config=manifest.config_json(self._config),
-      samples=inputs.samples_after(self._config, self._start, step),
-      data=self._data_identity,
+      stage=self._stage.name,
+      identity=self._stage.identity,
+      position=values,
       evaluation_due=evaluation_due,
     )
     self._checkpointer.save(step, items, meta)

@@ -98,7 +98,7 @@ class StepMetrics(NamedTuple):
   skipped_in_a_row: jax.Array
 
 
-def train_step(c, optimizer, state, rows, key):
+def train_step(c, optimizer, state, rows, key, gradients=None):
   """Makes one optimizer update, unless the guard refuses it.
 
   The guard also refuses a batch in which all tokens are prompts or padding,
@@ -110,12 +110,19 @@ def train_step(c, optimizer, state, rows, key):
     state: TrainState.
     rows: data.rows.Rows of [B, L], the global batch of clean tokens.
     key: PRNG key of the run, folded with the step number.
+    gradients: (StepConfig, TrainState, batch, key of the step) -> (gradients of
+      the summed loss, sums) for a stage with another loss. `sums` has `loss`
+      and `num_tokens`, by which the gradients are divided. By default
+      `batch_gradients` of the parameters.
 
   Returns:
     The next TrainState, and StepMetrics.
   """
   key = jax.random.fold_in(key, state.step)
-  gradients, sums = batch_gradients(c, state.params, rows, key)
+  if gradients:
+    gradients, sums = gradients(c, state, rows, key)
+  else:
+    gradients, sums = batch_gradients(c, state.params, rows, key)
   with jax.named_scope('part(optimizer)'):
     gradients = jax.tree.map(lambda g: g / sums.num_tokens, gradients)
     grad_norm = optax.tree.norm(gradients)
@@ -264,13 +271,14 @@ def split_rows(tree, parts):
   return jax.tree.map(split, tree)
 
 
-def compile_train_step(c, optimizer, mesh):
+def compile_train_step(c, optimizer, mesh, gradients=None):
   """Returns `train_step` jitted with shardings; the state is donated.
 
   Args:
     c: StepConfig.
     optimizer: from make_optimizer.
     mesh: device mesh.
+    gradients: see `train_step`.
 
   Returns:
     Function of (TrainState, Rows, key).
@@ -278,7 +286,7 @@ def compile_train_step(c, optimizer, mesh):
   states = train_state.shardings(c.model, optimizer, mesh)
   replicated = mesh_lib.replicated(mesh)
   return jax.jit(
-    functools.partial(train_step, c, optimizer),
+    functools.partial(train_step, c, optimizer, gradients=gradients),
     in_shardings=(states, mesh_lib.batch_sharding(mesh), replicated),
     out_shardings=(states, replicated),
     donate_argnums=0,

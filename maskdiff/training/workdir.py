@@ -12,7 +12,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
-from maskdiff.monitoring import terminal
+from maskdiff.monitoring import stage_file, terminal
 
 
 def make_workdir(workdir):
@@ -34,25 +34,27 @@ def make_workdir(workdir):
     ) from error
 
 
-def save_run_files(config, setup, workdir):
-  """Writes config.json, header.txt and the tokenizer; returns the header.
+def save_run_files(config, setup, stage, workdir):
+  """Writes config.json, header.txt, stage.json and the tokenizer.
 
   Also copies the tokenizer and config files of config.init_from.
 
   Args:
     config: ConfigDict.
     setup: RunSetup.
+    stage: Stage.
     workdir: work directory.
 
   Returns:
-    The text of `describe`.
+    The header: the text of `describe`, and the lines of the stage.
   """
-  header = describe(config, setup.c, setup.mesh, setup.datasets)
+  header = describe(config, setup.model, setup.mesh) + '\n' + stage.header
   with open(os.path.join(workdir, 'header.txt'), 'w') as f:
     f.write(header + '\n')
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
     json.dump(manifest.config_json(config), f, indent=2)
-  tokenizer_lib.copy(setup.tokenizer, workdir)
+  stage_file.write(workdir, stage.name, stage.panels)
+  tokenizer_lib.copy(stage.tokenizer, workdir)
   copy_published_files(config, workdir)
   return header
 
@@ -70,41 +72,27 @@ def copy_published_files(config, workdir):
     hf.copy_published_files(source, os.path.join(workdir, hf.PUBLISHED))
 
 
-def describe(config, c, mesh, datasets):
-  """Returns the header of a run: config, parameters, devices and data.
+def describe(config, model, mesh):
+  """Returns the config, the parameters and the devices of a run as text.
 
   Args:
     config: ConfigDict.
-    c: StepConfig of the config.
+    model: TransformerConfig.
     mesh: device mesh.
-    datasets: from `inputs.open_data`.
   """
-  shapes, axes = transformer.shapes(c.model), transformer.axes(c.model)
+  shapes, axes = transformer.shapes(model), transformer.axes(model)
   rows = [('parameter', 'shape', 'axes', 'number')]
   leaves = jax.tree_util.tree_leaves_with_path(shapes)
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
   for (path, leaf), axis_names in zip(leaves, names, strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     rows.append((name, leaf.shape, ' '.join(axis_names), leaf.size))
-  total, inner = transformer.num_params(c.model)
+  total, inner = transformer.num_params(model)
   rows.append(('total', '', '', total))
   rows.append(('without vocabulary', '', '', inner))
   flat = config_lib.flatten(config)
   processes = jax.process_count()
   sizes = ', '.join(f'{a}={mesh.shape[a]}' for a in mesh_lib.AXES)
-  weights = sum(d.weight for d in datasets)
-  data = []
-  for d in datasets:
-    train, share = d.manifest.splits['train'], d.weight / weights
-    read = config.train.steps * config.train.batch * c.length * share
-    epochs = read / (train.rows * d.manifest.row_length)
-    data.append(
-      f'data: {d.manifest.source}, {d.directory}: an epoch has '
-      f'{train.tokens:,} tokens of {train.text_bytes / train.tokens:.2f} bytes '
-      f'in {len(train.shards)} shards; this run reads '
-      f'{epochs:.2f} epochs'
-      + (f', {share:.2%} of its tokens' if len(datasets) > 1 else '')
-    )
   return '\n'.join(
     [
       terminal.table([(k, repr(v)) for k, v in flat.items()]),
@@ -113,6 +101,5 @@ def describe(config, c, mesh, datasets):
       '',
       f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {sizes}'
       + (f', {processes} processes' if processes > 1 else ''),
-      *data,
     ]
   )

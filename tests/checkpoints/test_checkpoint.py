@@ -52,7 +52,8 @@ MESHES = {
   'one_device': dict(fsdp=1),
 }
 ITEMS = ('params', 'opt_state', 'guard')
-META = Meta(samples=48, data={'seed': 3, 'rows': 'ab', 'list': [1, [2.5]]})
+IDENTITY = {'seed': 3, 'rows': 'ab', 'list': [1, [2.5]]}
+META = Meta(stage='pretraining', position=48, identity=IDENTITY)
 
 
 def make_mesh(name):
@@ -146,7 +147,7 @@ def three_steps(tmp_path_factory):
   directory = tmp_path_factory.mktemp('three') / 'checkpoints'
   checkpointer = Checkpointer(directory, keep=None)
   for number in (10, 20, 30):
-    checkpointer.save(number, small(number), Meta(samples=number))
+    checkpointer.save(number, small(number), Meta(position=number))
   checkpointer.close()
   return directory
 
@@ -257,9 +258,9 @@ def test_manifest_lists_every_array(saved):
 
 
 def test_meta_on_disk_has_only_the_recorded_keys(tmp_path):
-  """The keys have the order of earlier versions; `read` inverts `make`."""
-  training = Meta(config={'seed': 0}, samples=0, data={}, evaluation_due=False)
-  names = ['config', 'samples', 'data', 'evaluation_due']
+  """`read` inverts `make`."""
+  training = Meta({'seed': 0}, 'toy', {}, 0, False)
+  names = ['config', 'stage', 'identity', 'position', 'evaluation_due']
   converted = Meta(config={'seed': 0})
   for meta, keys in [(training, names), (converted, ['config']), (Meta(), [])]:
     values = manifest.make(meta, {}, {})
@@ -267,6 +268,19 @@ def test_meta_on_disk_has_only_the_recorded_keys(tmp_path):
     (tmp_path / 'metadata').write_text(json.dumps(values))
     found = manifest.read(tmp_path / 'metadata')
     assert found == dataclasses.replace(meta, leaves={})
+
+
+def test_meta_of_format_2_is_of_pretraining(tmp_path, monkeypatch):
+  """The number of samples is the position, the data are the identity."""
+  values = {'format_version': 2, 'samples': 64, 'data': {'seed': 3}}
+  values |= {'config': {}, 'evaluation_due': True, 'leaves': {}}
+  values['digest'] = manifest.json_digest(values)
+  (tmp_path / 'metadata').write_text(json.dumps(values))
+  found = manifest.read(tmp_path / 'metadata')
+  assert found == Meta({}, 'pretraining', {'seed': 3}, 64, True, {})
+  (tmp_path / 'metadata').write_text(json.dumps(values | {'samples': 65}))
+  with pytest.raises(Damaged, match='differs from what was written'):
+    manifest.read(tmp_path / 'metadata')
 
 
 # Durability
@@ -504,7 +518,7 @@ def test_damaged_step_falls_back_to_the_previous_one(steps, capsys, damage):
   inflict(steps / '30')
   damaged = tree_of_files(steps / '30')
   number, meta, trees = restore_newest(steps, small_targets())
-  assert (number, meta.samples) == (20, 20)
+  assert (number, meta.position) == (20, 20)
   assert_same_bits(trees, small(20))
   aside = steps.parent / 'checkpoints.aside' / '30'
   assert names(steps) == {'10', '20'}
@@ -544,7 +558,7 @@ def test_any_damage_to_any_file_is_found_or_harmless(steps):
         found += 1
       else:
         assert_same_bits(dict(zip(specs, trees, strict=True)), small(30))
-        assert meta.samples == 30
+        assert meta.position == 30
       path.write_bytes(content)
   checkpointer.close()
   assert found > len(files)
@@ -738,10 +752,10 @@ def test_other_model_is_refused_and_the_error_names_the_array(saved, mismatch):
 
 def test_config_mismatch_moves_nothing(steps):
   def refuse(step, meta):
-    raise UserError(f'step {step} saw {meta.samples} other samples')
+    raise UserError(f'step {step} is at {meta.position}')
 
   checkpointer = Checkpointer(steps, keep=None)
-  with pytest.raises(UserError, match='step 30 saw 30 other samples'):
+  with pytest.raises(UserError, match='step 30 is at 30'):
     restore_lib.newest(checkpointer, refuse)
   checkpointer.close()
   assert names(steps) == {'10', '20', '30'}
@@ -759,7 +773,8 @@ def test_other_format_is_refused_and_not_moved(steps, monkeypatch, version):
     path.write_text(json.dumps({'format_version': 1, 'samples': 40}))
   with pytest.raises(
     UserError,
-    match=f'{steps}/40 has checkpoint format {version}; .* reads format 2',
+    match=f'{steps}/40 has checkpoint format {version}; .* reads formats 2 '
+    'and 3',
   ):
     restore_newest(steps, small_targets())
   assert names(steps) == {'10', '20', '30', '40'}

@@ -53,7 +53,7 @@ def three_steps(tmp_path_factory):
       'opt_state': ((), ({'mu': {'w': w}},), jnp.int32(step)),
       'guard': {'seen': jnp.int32(step)},
     }
-    checkpointer.save(step, items, manifest.Meta(samples=step))
+    checkpointer.save(step, items, manifest.Meta(position=step))
   checkpointer.close()
   return workdir
 

@@ -16,7 +16,13 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.monitoring import ledger as ledger_lib
-from maskdiff.monitoring.ledger import KINDS, Ledger, format_goodput, goodput
+from maskdiff.monitoring.ledger import (
+  KINDS,
+  LOST,
+  Ledger,
+  format_goodput,
+  goodput,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -102,7 +108,7 @@ def test_seconds_by_kind_sum_to_the_time_that_passed(seed, clock, path):
       if rng.random() < 0.4:
         rng.choice([ledger.write, lambda n: ledger.event('e', n=n)])(1)
       if depth < 3 and rng.random() < 0.6:
-        with ledger.span(rng.choice(KINDS)):
+        with ledger.span(rng.choice([*KINDS])):
           live(ledger, depth + 1)
 
   for _ in range(rng.randint(1, 5)):
@@ -292,6 +298,25 @@ def test_repeated_steps_and_down_time_are_lost(path):
   assert (result['restarts'], result['steps']) == (1, 24)
 
 
+def test_rollouts_are_useful_unless_they_are_repeated(path):
+  write_lines(
+    path,
+    (0, {}, OPENED),
+    (0, {}, started(0)),
+    (50, {'rollout': 30, 'step': 20}, did(10)),
+    (70, {'rollout': 8, 'step': 12}, did(14)),
+    # killed; steps 11 to 14 are lost with their rollouts
+    (70, {}, OPENED),
+    (75, {'restore': 5}, started(10)),
+    (100, {'rollout': 10, 'step': 15}, did(14)),
+  )
+  result = goodput(path)
+  assert result['seconds']['rollout'] == pytest.approx(30 + 10)
+  assert result['seconds']['step'] == pytest.approx(20 + 15)
+  assert result['seconds']['repeated'] == pytest.approx(8 + 12)
+  assert result['goodput'] == pytest.approx(75 / 100)
+
+
 def test_steps_done_three_times_count_once(path):
   """The last process starts at an earlier step than the one before it."""
   write_lines(
@@ -401,3 +426,15 @@ def test_script_refuses_a_directory_without_ledger(tmp_path):
   (line,) = ended.stderr.splitlines()
   assert ended.returncode == 2
   assert line.startswith('error: cannot read') and 'work directory' in line
+
+
+# docs/reliability.md
+
+
+def test_page_lists_every_kind_with_its_meaning():
+  page = (ROOT / 'docs' / 'reliability.md').read_text()
+  table = page.partition('| category | time in |\n|---|---|\n')[2]
+  rows = [f'| `{k}` | {v.meaning} |' for k, v in {**KINDS, **LOST}.items()]
+  assert table.split('\n\n')[0].splitlines() == rows
+  useful = [f'`{name}`' for name, kind in KINDS.items() if kind.useful]
+  assert f'Goodput is the share of {" and ".join(reversed(useful))}.' in page

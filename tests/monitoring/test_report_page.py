@@ -10,7 +10,7 @@ from browser import DESK, PHONE, element, set_window
 from made_runs import eval_row, train_row
 
 from maskdiff.monitoring import history, report, traces
-from maskdiff.monitoring.ledger import KINDS
+from maskdiff.monitoring.ledger import KINDS, LOST
 
 STEPS = 40
 EVALUATIONS = (0, 10, 20, 30, 40)
@@ -339,7 +339,7 @@ def test_page_requests_nothing_and_has_no_errors(opened, page):
 
 
 def test_every_kind_of_time_has_its_own_colour():
-  assert set(traces.TIMES) == {*KINDS, 'repeated', 'down'}
+  assert set(traces.TIMES) == {*KINDS, *LOST}
   assert len(set(traces.TIMES.values())) == len(traces.TIMES)
 
 

@@ -458,7 +458,7 @@ def test_nan_steps_are_skipped_and_many_in_a_row_stop_the_run(runs):
   assert 'changed since' in log and 'skip_samples' in log
   # The run resumed after step 42, inside the range of skipped samples.
   step, meta, state = saved.newest(runs.workdir)
-  assert (step, meta['samples']) == (STEPS, 688 + (STEPS - 42) * 16)
+  assert (step, meta['position']) == (STEPS, 688 + (STEPS - 42) * 16)
   assert state["['guard']['skipped']"] == 6
 
 
@@ -490,6 +490,6 @@ def test_skip_samples_applies_across_restarts(runs):
   shutil.rmtree(runs.workdir)
   runs.finish(steps, flag)
   again = saved.newest(runs.workdir)
-  assert first[1]['samples'] == again[1]['samples'] == 32 * 16 + 128
+  assert first[1]['position'] == again[1]['position'] == 32 * 16 + 128
   for name, value in first[2].items():
     assert value.tobytes() == again[2][name].tobytes(), name

@@ -277,7 +277,7 @@ def test_new_batch_size_resumes_at_the_same_sample(
   monkeypatch.setattr(pipeline, 'train_batches', recorded)
   loop.run(make_config(train__batch=smaller), str(workdir))
   step, meta, _ = saved.newest(workdir)
-  assert (step, meta['samples']) == (STEPS, 3 * BATCH + 5 * smaller)
+  assert (step, meta['position']) == (STEPS, 3 * BATCH + 5 * smaller)
   in_pairs = train_batches(
     datasets(corpus),
     global_batch=2,
@@ -357,8 +357,8 @@ def test_allowed_other_data_continues_at_the_same_sample(
   config = make_config(data__path=other, data__allow_change=True)
   loop.run(config, str(workdir))
   step, meta, _ = saved.newest(workdir)
-  assert (step, meta['samples']) == (STEPS, STEPS * BATCH)
-  assert meta['data'] == pipeline.fingerprint(
+  assert (step, meta['position']) == (STEPS, STEPS * BATCH)
+  assert meta['identity'] == pipeline.fingerprint(
     datasets(other), seed=0, length=LENGTH
   )
   assert 'was trained on data with rows=' in capfd.readouterr().err
@@ -966,12 +966,9 @@ def test_out_of_memory_error_names_config_keys(
 
 
 def test_header_counts_the_parameters(finished):
-  c = step_lib.step_config(finished.config)
-  shapes = transformer.shapes(c.model)
-  mesh = mesh_lib.make_mesh()
-  header = workdir_lib.describe(
-    finished.config, c, mesh, datasets(finished.config.data.path)
-  )
+  model = step_lib.step_config(finished.config).model
+  shapes = transformer.shapes(model)
+  header = workdir_lib.describe(finished.config, model, mesh_lib.make_mesh())
   number = sum(x.size for x in jax.tree.leaves(shapes))
   assert re.search(rf'^total +{number:,}$', header, re.MULTILINE)
   assert '8 x cpu, replica=1, fsdp=8, sequence=1, tensor=1' in header

@@ -1,0 +1,92 @@
+"""Positions of stages in checkpoints: numbers and texts in meta, arrays beside.
+
+A position says how far a stage has come; a run resumes from it. It is a value
+of JSON (for pretraining one integer), or a dict from names to values of JSON,
+jax.Arrays and such dicts:
+
+    {'prompts': 512, 'round': 3, 'rollout': {'tokens': jax.Array, ...}}
+
+A checkpoint holds the values in its metadata and the arrays in the item
+`position`, with a fingerprint for each array.
+"""
+
+import jax
+
+from maskdiff.checkpoints import manifest
+
+ITEM = 'position'  # of a checkpoint; only if the position has arrays
+
+
+def split(position):
+  """Splits a position into values and arrays; `join` is the inverse.
+
+  Args:
+    position: see the module. Names are strings without '/'.
+
+  Returns:
+    The position without its arrays, as values of JSON; and nested dicts of the
+    arrays, {} without arrays.
+
+  Raises:
+    TypeError: a leaf is neither a value of JSON nor a jax.Array of numbers.
+  """
+  if not isinstance(position, dict):
+    return _value('position', position), {}
+  values, arrays = {}, {}
+  for name, leaf in position.items():
+    if not isinstance(name, str) or '/' in name or not name:
+      raise TypeError(
+        f'position: the name {name!r} is not a string without slashes'
+      )
+    if isinstance(leaf, dict):
+      values[name], below = split(leaf)
+      if below:
+        arrays[name] = below
+    elif isinstance(leaf, jax.Array):
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError(f'position: {name} is a PRNG key; store its key_data')
+      arrays[name] = leaf
+    else:
+      values[name] = _value(name, leaf)
+  return values, arrays
+
+
+def _value(name, leaf):
+  """Returns a leaf that JSON can hold; otherwise raises TypeError."""
+  if leaf is None or type(leaf) in (bool, int, float, str):
+    return leaf
+  raise TypeError(
+    f'position: {name} is a {type(leaf).__name__}; use bool, int, float, str, '
+    'None, a dict or a jax.Array'
+  )
+
+
+def join(values, arrays):
+  """Returns the position of which `split` returned the parts."""
+  if not isinstance(values, dict):
+    return values
+  return values | {
+    name: join(values[name], leaf) if isinstance(leaf, dict) else leaf
+    for name, leaf in arrays.items()
+  }
+
+
+def targets(leaves, sharding):
+  """Returns ShapeDtypeStructs of the arrays of a saved position.
+
+  Args:
+    leaves: `Meta.leaves` of the checkpoint.
+    sharding: sharding of every restored array.
+
+  Returns:
+    {ITEM: nested dicts} for `Checkpointer.restore`; {} without arrays.
+  """
+  return manifest.nest(
+    {
+      name: jax.ShapeDtypeStruct(
+        leaf['shape'], leaf['dtype'], sharding=sharding
+      )
+      for name, leaf in leaves.items()
+      if name.startswith(f'{ITEM}/')
+    }
+  )

@@ -1,0 +1,161 @@
+"""Pretraining, the first stage: batches of prepared rows, the held-out bound.
+
+Its position is the number of training samples consumed, and its identity the
+fingerprint of the data.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from maskdiff.data import pipeline
+from maskdiff.monitoring import metrics as metrics_lib
+from maskdiff.monitoring import stage_file
+from maskdiff.objectives import table
+from maskdiff.training import evaluation, inputs
+from maskdiff.training import step as step_lib
+from maskdiff.training.stage import Stage, compile_step
+
+
+def make_stage(config, setup, gradients=None):
+  """Opens tokenizer and data of a config; returns the Stage of pretraining.
+
+  Args:
+    config: ConfigDict.
+    setup: RunSetup.
+    gradients: see `step.train_step`.
+
+  Raises:
+    UserError: the tokenizer or the data do not fit the config.
+  """
+  c, mesh = step_lib.step_config(config), setup.mesh
+  tokenizer = inputs.open_tokenizer(config)
+  datasets = inputs.open_data(config, tokenizer)
+  identity = pipeline.fingerprint(datasets, seed=config.seed, length=c.length)
+  eval_datasets = datasets
+  if config.eval.path:
+    eval_datasets = inputs.open_data(config, tokenizer, config.eval.path)
+  heldout = evaluation.open_heldout(config, eval_datasets, mesh)
+
+  def compile(state, batch, key):
+    jitted = step_lib.compile_train_step(c, setup.optimizer, mesh, gradients)
+    return compile_step(jitted, state, batch, key)
+
+  def evaluate(step, params):
+    return evaluation.evaluate_and_sample(
+      config, c, params, tokenizer, heldout, setup.between
+    )
+
+  def read_texts(facts):
+    rows = inputs.read_samples(config, datasets, *facts['samples'])
+    return [tokenizer.decode(row) for row in rows]
+
+  return Stage(
+    name='pretraining',
+    identity=identity,
+    header=header(config, datasets),
+    tokenizer=tokenizer,
+    start=0,
+    next_batch=in_order(
+      functools.partial(inputs.train_batches, config, datasets, mesh),
+      config.train.batch,
+      config.data.skip_samples,
+    ),
+    compile=compile,
+    evaluate=evaluate,
+    row=functools.partial(row, config, c, mesh),
+    line=line,
+    first_row=lambda batch: tokenizer.decode(inputs.first_row(batch, mesh)),
+    read_texts=read_texts,
+    remedy=remedy,
+    panels=stage_file.PRETRAINING,
+  )
+
+
+def in_order(open_batches, batch, skip):
+  """Returns `Stage.next_batch` over an endless iterator that reads ahead.
+
+  The iterator stays open while batches are asked for in order; another position
+  opens it there.
+
+  Args:
+    open_batches: number of the first sample -> iterator of batches.
+    batch: samples per batch.
+    skip: (first, end) ranges of sample numbers to skip.
+  """
+  batches, at = None, None
+
+  def next_batch(position, params):
+    nonlocal batches, at
+    if position != at:
+      batches = open_batches(position)
+    rows = next(batches)
+    at = int(pipeline.sample_number(position, batch, skip))
+    return rows, at, {'samples': (position, at)}
+
+  return next_batch
+
+
+def row(config, c, mesh, metrics, facts, step_s):
+  """Returns the row of metrics of some steps; see `Stage.row`.
+
+  The loss is the mean over the applied updates.
+  """
+  values = {}
+  applied = [m.sums for m in metrics if not m.skipped]
+  if applied:
+    total = jax.tree.map(lambda *x: np.sum(x, axis=0), *applied)
+    values = {
+      'train/loss_nats_per_token': float(total.loss),
+      'train/masked_share': float(total.num_predicted / total.num_tokens),
+      **evaluation.ratio_metrics('train', evaluation.nll_by_mask_ratio(total)),
+    }
+  tokens_per_s = config.train.batch * c.length / step_s
+  values['train/tokens_per_s'] = tokens_per_s
+  flops = table.flops_per_token(c.objective.name, c.model, c.length)
+  mfu = metrics_lib.utilization(tokens_per_s, flops, mesh.devices.flatten())
+  return values if mfu is None else values | {'train/mfu': mfu}
+
+
+def line(row):
+  """Returns loss, learning rate and throughput of a row of metrics."""
+  loss = row.get('train/loss_nats_per_token', float('nan'))
+  mfu = row.get('train/mfu')
+  return (
+    f'loss {loss:.3f} nats/token  '
+    f'lr {row["train/learning_rate"]:.2e}  '
+    f'{row["train/tokens_per_s"]:,.0f} tokens/s'
+    + (f'  mfu {mfu:.1%}' if mfu else '')
+  )
+
+
+def remedy(first, last):
+  """Returns the flag that leaves out the samples of skipped updates."""
+  return (
+    'To leave these samples out: --config.data.skip_samples="(('
+    f'{first["samples"][0]}, {last["samples"][1]}),)"'
+  )
+
+
+def header(config, datasets):
+  """Returns a line for each dataset: its size, and the epochs of the run.
+
+  Args:
+    config: ConfigDict.
+    datasets: from `inputs.open_data`.
+  """
+  weights = sum(d.weight for d in datasets)
+  lines = []
+  for d in datasets:
+    train, share = d.manifest.splits['train'], d.weight / weights
+    read = config.train.steps * config.train.batch * config.data.length * share
+    epochs = read / (train.rows * d.manifest.row_length)
+    lines.append(
+      f'data: {d.manifest.source}, {d.directory}: an epoch has '
+      f'{train.tokens:,} tokens of {train.text_bytes / train.tokens:.2f} bytes '
+      f'in {len(train.shards)} shards; this run reads '
+      f'{epochs:.2f} epochs'
+      + (f', {share:.2%} of its tokens' if len(datasets) > 1 else '')
+    )
+  return '\n'.join(lines)
