@@ -489,7 +489,7 @@ DAMAGES = {
     'meta cannot be read',
   ),
   'meta with another position': (
-    lambda step: edit_meta(step, '"samples": 30', '"samples": 31'),
+    lambda step: edit_meta(step, '"position": 30', '"position": 31'),
     'meta differs from what was written',
   ),
   'meta with another version': (
