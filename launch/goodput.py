@@ -2,8 +2,9 @@
 
 python launch/goodput.py --workdir runs/tiny
 
-Goodput is the share of wall time spent on steps whose result was used. The wall
-time runs from the first start to the last ledger entry, over all restarts.
+Goodput is the share of wall time spent on steps and rollouts whose result was
+used. The wall time runs from the first start to the last ledger entry, over all
+restarts.
 """
 
 import os

@@ -46,7 +46,8 @@ def open_setup(config, ledger, between):
 
   Args:
     config: ConfigDict that `config.validate` has accepted.
-    ledger, between: see RunSetup.
+    ledger: Ledger of the run.
+    between: see RunSetup.
 
   Raises:
     UserError: the mesh does not fit the config, or the processes have different

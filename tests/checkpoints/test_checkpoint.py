@@ -493,7 +493,7 @@ DAMAGES = {
     'meta differs from what was written',
   ),
   'meta with another version': (
-    lambda step: edit_meta(step, '"format_version": 2', '"format_version": 3'),
+    lambda step: edit_meta(step, '"format_version": 3', '"format_version": 2'),
     'meta differs from what was written',
   ),
   'meta without a digest': (
