@@ -10,7 +10,6 @@ needs matplotlib.
 """
 
 import argparse
-import dataclasses
 import itertools
 
 import jax
@@ -20,7 +19,7 @@ from maskdiff import config as config_lib
 from maskdiff.evals import answered, heldout
 from maskdiff.interop import load
 from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import sampler_config
+from maskdiff.sampling.settings import sampler_config
 
 PROMPT, KTH = 16, (10, 50, 100)
 BINS = 8
@@ -39,12 +38,10 @@ def positions(model, rule, temperature, num):
   long = [ids[:PROMPT] for ids in found if len(ids) >= PROMPT]
   prompts = list(itertools.islice(itertools.cycle(long), num))
   values = {'gen_length': slots, 'block_length': slots, 'remasking': rule}
-  c = sampler_config(
-    config_lib.with_settings(config, {**values, 'temperature': temperature})
-  )
-  c = dataclasses.replace(c, stop_at_eos=False)
+  values |= {'temperature': temperature, 'stop_at_eos': False}
+  c, settings = sampler_config(config_lib.with_settings(config, values))
   network = model.network
-  request = layouts.continue_prompts(prompts, slots)
+  request = layouts.continue_prompts(prompts, slots, settings=settings)
   with jax.set_mesh(model.mesh):
     steps = list(sampler.trace(network, c, request))
   masked = np.stack(steps)[:, :, PROMPT:] == network.mask_id

@@ -22,7 +22,7 @@ from maskdiff.data.rows import Rows
 from maskdiff.interop import load
 from maskdiff.objectives import masked_diffusion
 from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import sampler_config
+from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import step as step_lib
 
 matplotlib.use('Agg')
@@ -190,12 +190,10 @@ def reverse(workdir, text, seed, out):
   config.sample.gen_length = len(slots)
   config.sample.steps = config.sample.block_length = len(slots)
   config.sample.temperature = 0.0
+  c, settings = sampler_config(config)
+  request = request._replace(settings=settings)
   with jax.set_mesh(mesh):
-    moments = list(
-      sampler.walk(
-        load.network(config, params), sampler_config(config), request
-      )
-    )
+    moments = list(sampler.walk(load.network(config, params), c, request))
   final = np.asarray(moments[-1][0].canvas)[0]
   print(tokenizer.decode(final))
   confidence = np.stack([s for _, s in moments])[1:, 0, :]  # [steps, L]

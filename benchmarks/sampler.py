@@ -23,7 +23,7 @@ from maskdiff.model import masks, transformer
 from maskdiff.model.network import Network
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling.settings import split
 
 MASK_ID = 4
 BATCH = 4
@@ -79,13 +79,16 @@ def compare(model, params, prompt, gen_length, block_length, steps, rounds):
   prompts = [
     list(rng.integers(9, model.vocab_size, prompt)) for _ in range(BATCH)
   ]
-  request = layouts.continue_prompts(prompts, gen_length)
-  c = SamplerConfig(
-    steps=steps,
-    block_length=block_length,
-    temperature=0.0,
-    remasking='low_confidence',
+  c, settings = split(
+    {
+      'steps': steps,
+      'gen_length': gen_length,
+      'block_length': block_length,
+      'temperature': 0.0,
+      'remasking': 'low_confidence',
+    }
   )
+  request = layouts.continue_prompts(prompts, gen_length, settings=settings)
   network = Network(
     config=model,
     params=params,

@@ -20,19 +20,20 @@ from timing import alternate
 from maskdiff.model import masks, transformer
 from maskdiff.model.network import Network
 from maskdiff.sampling import layouts, refill, sampler
-from maskdiff.sampling.request import Request, SamplerConfig
+from maskdiff.sampling.request import Request
+from maskdiff.sampling.settings import split
 
 EOS_ID = 5
 REQUESTS, BATCH, PROMPT, SLOTS, BLOCK = 24, 4, 64, 64, 16
 
 MODEL = dataclasses.replace(SMALL, tie_embeddings=False)
-PLAIN = SamplerConfig(
-  steps=SLOTS,
-  block_length=BLOCK,
-  temperature=1.0,
-  remasking='low_confidence',
-  gen_length=SLOTS,
-)
+PLAIN = {
+  'steps': SLOTS,
+  'block_length': BLOCK,
+  'temperature': 1.0,
+  'remasking': 'low_confidence',
+  'gen_length': SLOTS,
+}
 
 
 def main():
@@ -56,32 +57,26 @@ def main():
     f'{jax.devices()[0].device_kind}: {REQUESTS} requests, batch {BATCH}, '
     f'prompt {PROMPT}, at most {SLOTS} tokens in blocks of {BLOCK}'
   )
-  change = lambda **changes: dataclasses.replace(PLAIN, **changes)
   print('\nCaches; all answers have full length:')
-  greedy = change(temperature=0.0, logits_eos_inf=True)
+  greedy = {**PLAIN, 'temperature': 0.0, 'logits_eos_inf': True}
+  with_cache = lambda **cache: ({**greedy, **cache}, batches)
   compare(
     network,
     request,
     {
       'no cache': (greedy, batches),
-      'prefix cache': (dataclasses.replace(greedy, cache='prefix'), batches),
-      'prefix, refreshed every 8': (
-        dataclasses.replace(greedy, cache='prefix', refresh=8),
-        batches,
-      ),
-      'dual cache': (dataclasses.replace(greedy, cache='dual'), batches),
-      'dual, refreshed every 8': (
-        dataclasses.replace(greedy, cache='dual', refresh=8),
-        batches,
-      ),
+      'prefix cache': with_cache(cache='prefix'),
+      'prefix, refreshed every 8': with_cache(cache='prefix', refresh=8),
+      'dual cache': with_cache(cache='dual'),
+      'dual, refreshed every 8': with_cache(cache='dual', refresh=8),
     },
     rounds,
   )
   print('\nAnswers end at an eos token:')
   # Random order: otherwise eos would be among the first committed tokens.
-  full_length = change(remasking='random')
-  stop = dataclasses.replace(full_length, stop_at_eos=True)
-  open_end = dataclasses.replace(stop, lookahead=0)
+  full_length = {**PLAIN, 'remasking': 'random'}
+  stop = {**full_length, 'stop_at_eos': True}
+  open_end = {**stop, 'lookahead': 0}
   compare(
     network,
     request,
@@ -91,7 +86,7 @@ def main():
       'early stopping, refilled': (stop, refilled),
       'open length, refilled': (open_end, refilled),
       'open length, refilled, dual cache': (
-        dataclasses.replace(open_end, cache='dual'),
+        {**open_end, 'cache': 'dual'},
         refilled,
       ),
     },
@@ -123,7 +118,9 @@ def batches(network, c, request):
   found = []
   for first in range(0, REQUESTS, BATCH):
     rows = slice(first, first + BATCH)
-    carry = sampler.complete(network, c, Request(*(x[rows] for x in request)))
+    *arrays, settings = request
+    batch = Request(*(x[rows] for x in arrays), settings)
+    carry = sampler.complete(network, c, batch)
     found.append(
       jax.device_get((carry.canvas, carry.forwards, carry.positions))
     )
@@ -141,12 +138,21 @@ def refilled(network, c, request):
 
 
 def compare(network, request, variants, rounds):
-  """Prints a table with ratios to the first variant."""
+  """Prints a table with ratios to the first variant.
+
+  Args:
+    network: Network.
+    request: Request.
+    variants: dict from a name to (settings by key, `batches` or `refilled`).
+    rounds: number of timed calls.
+  """
   fill = request.fill
-  functions = {
-    name: lambda c=c, f=f: f(network, c, request)
-    for name, (c, f) in variants.items()
-  }
+
+  def bound(values, function):
+    c, settings = split(values)
+    return lambda: function(network, c, request._replace(settings=settings))
+
+  functions = {name: bound(*variant) for name, variant in variants.items()}
   found = {name: function() for name, function in functions.items()}
   seconds = alternate(functions, rounds)
   first = None

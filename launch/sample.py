@@ -90,7 +90,8 @@ def sample(args):
 
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
-  from maskdiff.sampling import answers, layouts, output, request
+  from maskdiff.sampling import answers, layouts, output
+  from maskdiff.sampling.settings import for_gaps, sampler_config
 
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
@@ -114,14 +115,14 @@ def sample(args):
     layouts.check_context(context, texts.request.valid)
     if gaps:
       num_slots = int(texts.request.fill.sum(axis=1).max())
-  settings = config.sample_settings(args, run_config, num_slots, gaps)
-  c = request.sampler_config(config.with_settings(run_config, settings))
+  values = config.sample_settings(args, run_config, num_slots, gaps)
+  c, settings = sampler_config(config.with_settings(run_config, values))
+  if gaps:
+    c, settings = for_gaps(c, settings, args.steps)
   network = load.network(run_config, params)
   if args.suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
-  s = answers.Sampling(
-    network, answers.for_gaps(c, args.steps) if gaps else c, tokenizer, context
-  )
+  s = answers.Sampling(network, c, settings, tokenizer, context)
   began = time.monotonic()
   totals = collections.Counter()  # kept if Ctrl-C ends --interactive
   with contextlib.ExitStack() as stack:

@@ -17,6 +17,8 @@ class Key(NamedTuple):
     maximum: largest allowed value, or None.
     above: the value must be larger than this number; None for no bound.
     below: the value must be smaller than this number; None for no bound.
+    per_request: (config.sample) whether requests of one batch may differ in the
+      value. Another value of the other settings compiles another program.
   """
 
   default: Any
@@ -26,6 +28,7 @@ class Key(NamedTuple):
   maximum: float | None = None
   above: float | None = None
   below: float | None = None
+  per_request: bool = False
 
 
 def require(condition, message):

@@ -1,7 +1,10 @@
 """Config keys of the sampler.
 
-Each key except `prompts` is also a field of request.SamplerConfig and a flag of
-launch/sample.py.
+Each key except `prompts` is also a setting of the sampler and a flag of
+launch/sample.py. Requests of one batch may differ in the settings with
+per_request=True, the fields of sampling.settings.Settings. A new value of one
+of them compiles nothing. The other settings shape the compiled program: they
+are the fields of sampling.settings.SamplerConfig.
 """
 
 from maskdiff.config.key import Key, require
@@ -10,7 +13,9 @@ KEYS = {
   'prompts': Key(
     ('',), 'Prompts that every evaluation continues; (): no samples.'
   ),
-  'gen_length': Key(64, 'Tokens to add to a prompt.', minimum=1),
+  'gen_length': Key(
+    64, 'Tokens to add to a prompt.', minimum=1, per_request=True
+  ),
   'block_length': Key(
     64, 'Tokens per block. Blocks are filled from left to right.', minimum=1
   ),
@@ -18,12 +23,19 @@ KEYS = {
     64,
     'Denoising steps in total, divided equally among the blocks.',
     minimum=1,
+    per_request=True,
   ),
   'temperature': Key(
-    0.0, 'Sampling temperature. 0: take the most probable token.', minimum=0
+    0.0,
+    'Sampling temperature. 0: take the most probable token.',
+    minimum=0,
+    per_request=True,
   ),
   'top_k': Key(
-    0, 'Sample among the k most probable tokens. 0: all.', minimum=0
+    0,
+    'Sample among the k most probable tokens. 0: all.',
+    minimum=0,
+    per_request=True,
   ),
   'top_p': Key(
     1.0,
@@ -31,6 +43,7 @@ KEYS = {
     'probability. 1: all.',
     above=0,
     maximum=1,
+    per_request=True,
   ),
   'remasking': Key(
     'low_confidence',
@@ -63,25 +76,34 @@ KEYS = {
     'remasking=threshold commits every prediction with at least this '
     'confidence.',
     minimum=0,
+    per_request=True,
   ),
   'factor': Key(
     1.0,
     'remasking=factor commits the n most confident predictions while the n-th '
     'has at least 1 - factor / (n + 1).',
     minimum=0,
+    per_request=True,
   ),
   'guidance': Key(
     0.0,
     'Scale of classifier-free guidance. A scale above 0 doubles the forward '
     'passes. 0: off.',
     minimum=0,
+    per_request=True,
   ),
   'stop_at_eos': Key(
-    False, 'End an answer at its first eos; sample no token after it.'
+    False,
+    'End an answer at its first eos; sample no token after it.',
+    per_request=True,
   ),
-  'logits_eos_inf': Key(False, 'Never predict eos.'),
-  'confidence_eos_eot_inf': Key(False, 'Commit eos and end of turn last.'),
-  'eot_id': Key(-1, 'Id of the end-of-turn token. -1: none.', minimum=-1),
+  'logits_eos_inf': Key(False, 'Never predict eos.', per_request=True),
+  'confidence_eos_eot_inf': Key(
+    False, 'Commit eos and end of turn last.', per_request=True
+  ),
+  'eot_id': Key(
+    -1, 'Id of the end-of-turn token. -1: none.', minimum=-1, per_request=True
+  ),
   'cache': Key(
     'none',
     'KV cache of the tokens before the block (prefix), or of all tokens '
@@ -105,6 +127,7 @@ KEYS = {
 }
 # Settings of the sampler: everything except the prompts of evaluations.
 SETTINGS = {name: key for name, key in KEYS.items() if name != 'prompts'}
+PER_REQUEST = tuple(n for n, key in SETTINGS.items() if key.per_request)
 
 
 def check(c):

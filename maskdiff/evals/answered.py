@@ -1,6 +1,5 @@
 """Evaluation tasks that the sampler answers: answers, accuracy and cost."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from maskdiff.errors import UserError
 from maskdiff.evals.scored import accuracy
 from maskdiff.interop import load
 from maskdiff.sampling import layouts, refill, sampler
-from maskdiff.sampling.request import describe, sampler_config
+from maskdiff.sampling.settings import describe, sampler_config
 
 
 class Model(NamedTuple):
@@ -41,13 +40,13 @@ class Completions(NamedTuple):
   num_slots: int  # sum over rows
 
 
-def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
+def complete(model, c, settings, prompts, suffixes, num_slots, seeds, batch):
   """Samples the text between each prompt and its suffix.
 
   Args:
     model: Model.
-    c: SamplerConfig; its gen_length is the number of slots of the longest
-      answer.
+    c: SamplerConfig.
+    settings: Settings.
     prompts: list of token lists, which may be empty.
     suffixes: list of token lists, the text after each answer, which may be
       empty.
@@ -66,7 +65,7 @@ def complete(model, c, prompts, suffixes, num_slots, seeds, batch):
     [*prompt, *[None] * n, *suffix]
     for prompt, n, suffix in zip(prompts, num_slots, suffixes, strict=True)
   ]
-  request = layouts.lay_out(rows, seeds)
+  request = layouts.lay_out(rows, seeds, settings)
   layouts.check_context(model.config.data.length, request.valid)
   network = model.network
   tokens, forwards = [None] * len(rows), 0
@@ -87,8 +86,8 @@ def answer_lines(model, settings, lines, correct, seed, batch):
   An answer at the end of its row gets slots for the longest right answer and an
   eos, so that the number of slots does not reveal the length of the answer. An
   answer before a suffix gets as many slots as the right answer has tokens. If
-  any line has a suffix, denoising steps are counted per row (own_blocks of
-  request.SamplerConfig).
+  any line has a suffix, denoising steps are counted per row (gen_length=0 of
+  sampling.settings.Settings).
 
   Args:
     model: Model.
@@ -124,12 +123,14 @@ def answer_lines(model, settings, lines, correct, seed, batch):
   config = config_lib.with_settings(
     model.config, {**settings, 'gen_length': max(num_slots)}
   )
-  c = sampler_config(config)
+  c, of_rows = sampler_config(config)
   if any(suffixes):
-    steps = c.steps if 'steps' in settings else 0
-    c = dataclasses.replace(c, steps=steps, own_blocks=True)
+    steps = of_rows.steps if 'steps' in settings else 0
+    of_rows = of_rows._replace(steps=steps, gen_length=0)
   seeds = [seed + i for i in range(len(lines))]
-  answers = complete(model, c, prompts, suffixes, num_slots, seeds, batch)
+  answers = complete(
+    model, c, of_rows, prompts, suffixes, num_slots, seeds, batch
+  )
   rows = []
   for line, tokens in zip(lines, answers.tokens, strict=True):
     text = model.tokenizer.decode(tokens)
@@ -143,6 +144,6 @@ def answer_lines(model, settings, lines, correct, seed, batch):
     total |= accuracy(f'accuracy_{way}', correct_of_way)
   total |= {
     'forwards_per_token': answers.forwards / answers.num_slots,
-    'sampler': describe(model.network, c),
+    'sampler': describe(model.network, c, of_rows),
   }
   return rows, total

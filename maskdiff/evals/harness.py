@@ -29,7 +29,7 @@ from maskdiff.evals import answered
 from maskdiff.interop import load
 from maskdiff.likelihood import bounds, queries
 from maskdiff.likelihood.estimators import Estimator
-from maskdiff.sampling.request import describe, sampler_config
+from maskdiff.sampling.settings import describe, sampler_config
 
 try:
   from lm_eval import utils
@@ -225,8 +225,8 @@ class MaskDiff(TemplateLM):
           f'the task generates {num_slots} tokens, but training rows had '
           f'{self.max_length}: set gen_length to at most {self.max_length}'
         )
-      c = sampler_config(config)
-      described = describe(self.model.network, c)
+      c, of_rows = sampler_config(config)
+      described = describe(self.model.network, c, of_rows)
       if described not in self.info['samplers']:
         self.info['samplers'].append(described)
       prompts = [
@@ -236,6 +236,7 @@ class MaskDiff(TemplateLM):
       sampled = answered.complete(
         self.model,
         c,
+        of_rows,
         prompts,
         [[]] * len(members),
         [num_slots] * len(members),

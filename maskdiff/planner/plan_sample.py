@@ -6,7 +6,7 @@ from maskdiff.errors import UserError
 from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.planner import pricing
 from maskdiff.planner.target import compile_denoise, open_target
-from maskdiff.sampling import request
+from maskdiff.sampling.settings import sampler_config
 
 
 def plan_sample(
@@ -50,7 +50,8 @@ def plan_sample(
   config = config.copy_and_resolve_references()
   config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=tensor)
   target = open_target(config, topology, num_slices)
-  steps, slots = request.sampler_config(config).steps, config.sample.gen_length
+  _, settings = sampler_config(config)
+  steps, slots = settings.steps, settings.gen_length
   length = prompt_tokens + slots
   shards = mesh_lib.batch_shards(target.mesh)
   split = prompts % shards == 0  # otherwise every chip computes all rows

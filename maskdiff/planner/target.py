@@ -25,7 +25,8 @@ from maskdiff.interop import load
 from maskdiff.model import transformer
 from maskdiff.planner.hlo_collectives import Machine
 from maskdiff.sampling import sampler
-from maskdiff.sampling.request import Request, begin, sampler_config
+from maskdiff.sampling.request import Request, begin
+from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import evaluation, step, train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -189,7 +190,9 @@ def params_on(model, mesh):
 def compile_denoise(config, target, prompts, length, dtype, window=False):
   """Compiles one denoising step of the sampler.
 
-  The weights have the shardings of interop.load.
+  The weights have the shardings of interop.load. The settings of the config are
+  constants of the program, so that the compiler removes the computations that
+  no row uses.
 
   Args:
     config: ConfigDict that passed config.validate_mesh.
@@ -206,7 +209,7 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   Raises:
     jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
   """
-  c = sampler_config(config)
+  c, settings = sampler_config(config)
   canvas = np.zeros((prompts, length), np.int32)
   fill = np.arange(length) >= length - config.sample.gen_length
   fill = np.broadcast_to(fill, canvas.shape)
@@ -218,14 +221,15 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   )
   network = load.network(config, params)
   carry, layout, sizes = begin(
-    network, c, Request(canvas, fill, valid, np.arange(prompts))
+    network, c, Request(canvas, fill, valid, np.arange(prompts), settings)
   )
+  settings = layout.settings
   whole = mesh_lib.replicated(target.mesh)
   given = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
     (carry, layout),
   )
-  full = jax.jit(sampler.canvas_step, static_argnums=(1, 2))
+  full = _with_constants(sampler.canvas_step, settings)
   if not window:
     return _compile(full, target.mesh, network, c, sizes[-1], *given)
   with jax.set_mesh(target.mesh):
@@ -242,7 +246,7 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   cache = jax.tree.map(lambda x: place(x, split), cache)
   carry, layout = given
   return _compile(
-    jax.jit(sampler.window_step, static_argnums=(1, 2)),
+    _with_constants(sampler.window_step, settings),
     target.mesh,
     network,
     c,
@@ -252,6 +256,22 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
     cache,
     layout,
   )
+
+
+def _with_constants(step, settings):
+  """Returns a jitted step of the sampler, with constant settings of the rows.
+
+  Args:
+    step: function (network, c, shape, ..., layout).
+    settings: Settings of NumPy arrays.
+  """
+
+  def denoising_step(*args):
+    *others, layout = args
+    constants = jax.tree.map(jnp.asarray, settings)
+    return step(*others, layout._replace(settings=constants))
+
+  return jax.jit(denoising_step, static_argnums=(1, 2))
 
 
 def _compile(function, mesh, *args):

@@ -2,7 +2,8 @@
 
 Modules, from the request to the answer:
 
-- request: settings of the sampler, a request, and the checks of both
+- settings: settings of the compiled program, and of each row
+- request: a request and its checks; the first state of the loop
 - layouts: requests from prompts, and from texts with gaps
 - state: state of the denoising loop
 - passes: forward pass of a denoising step, with or without a KV cache

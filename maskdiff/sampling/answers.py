@@ -12,7 +12,6 @@ An answer is a dict, which launch/sample.py writes as a line of JSON:
     positions         number of positions that these passes computed
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,13 @@ from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.model.network import Network
 from maskdiff.sampling import layouts, prompts, refill, replay, sampler
-from maskdiff.sampling.request import Request, SamplerConfig, describe
+from maskdiff.sampling.request import Request
+from maskdiff.sampling.settings import (
+  SamplerConfig,
+  Settings,
+  describe,
+  for_gaps,
+)
 
 SHORTEST_ROW = 32  # rows of a conversation are padded to at least this length
 
@@ -32,6 +37,7 @@ class Sampling(NamedTuple):
 
   network: Network
   c: SamplerConfig
+  settings: Settings
   tokenizer: Tokenizer
   context: int  # tokens of a training row
 
@@ -90,7 +96,8 @@ def in_batches(s, texts, batch):
       reported after all other answers were yielded.
   """
   finished, next_row, broken = {}, 0, []
-  for filled in refill.answers(s.network, s.c, texts.request, batch):
+  request = texts.request._replace(settings=s.settings)
+  for filled in refill.answers(s.network, s.c, request, batch):
     finished[filled.row] = filled
     while next_row in finished:
       filled = finished.pop(next_row)
@@ -126,7 +133,8 @@ def record(s, texts, show=None):
       for row, (tokens, *counts) in enumerate(zip(canvas, *counts, strict=True))
     ]
 
-  for carry, confidence in sampler.walk(s.network, s.c, texts.request):
+  request = texts.request._replace(settings=s.settings)
+  for carry, confidence in sampler.walk(s.network, s.c, request):
     canvas, *counts = jax.device_get(
       (carry.canvas, carry.forwards, carry.positions)
     )
@@ -156,29 +164,17 @@ def page(s, texts, recording, **settings):
     f'{kind} {number}, seed {prompt.seed}'
     for number, prompt in enumerate(texts.prompts, start=1)
   ]
-  settings = describe(s.network, s.c) | settings
+  settings = describe(s.network, s.c, s.settings) | settings
   return replay.page(recording, s.tokenizer, titles, settings)
-
-
-def for_gaps(c, steps=None):
-  """Returns settings for texts with gaps, with steps counted per text.
-
-  Args:
-    c: SamplerConfig for prompts.
-    steps: denoising steps per text; by default one per token.
-  """
-  return dataclasses.replace(
-    c, steps=steps or 0, own_blocks=True, stop_at_eos=False, lookahead=-1
-  )
 
 
 def converse(s, lines, seed, note, gap_steps=None):
   """Yields an answer to each line of a conversation.
 
   A line with gaps, {{n}} for n tokens, is filled. Other lines are continued by
-  c.gen_length tokens. Rows are padded to a power of two, at most the context,
-  so that few programs are compiled. Padding does not change the answers. The
-  error of a line without an answer is passed to `note`.
+  s.settings.gen_length tokens. Rows are padded to a power of two, at most the
+  context, so that few programs are compiled. Padding does not change the
+  answers. The error of a line without an answer is passed to `note`.
 
   Args:
     s: Sampling.
@@ -186,18 +182,20 @@ def converse(s, lines, seed, note, gap_steps=None):
     seed: seed of the first answer; it grows by 1 per answer.
     note: function that is called with a line of text for every error and for
       every compilation.
-    gap_steps: see `for_gaps`.
+    gap_steps: see `settings.for_gaps`.
   """
   compiled = set()
   for line in lines:
     try:
       texts = _encode_line(s, line, seed)
-      c = for_gaps(s.c, gap_steps) if texts.gaps else s.c
+      c, settings = s.c, s.settings
+      if texts.gaps:
+        c, settings = for_gaps(c, settings, gap_steps)
       length = texts.request.canvas.shape[1]
       if (c, length) not in compiled:
         note(f'compiling for texts of up to {length} tokens')
         compiled.add((c, length))
-      (answer,) = in_batches(s._replace(c=c), texts, batch=1)
+      (answer,) = in_batches(s._replace(c=c, settings=settings), texts, batch=1)
     except UserError as error:
       note(f'error: {error}')
       continue
@@ -221,16 +219,16 @@ def _encode_line(s, line, seed):
     [prompts.Prompt(line, seed)],
     gaps,
     s.tokenizer.encode,
-    s.c.gen_length,
+    s.settings.gen_length,
     s.context if s.c.lookahead >= 0 else None,
   )
   request = texts.request
   layouts.check_context(s.context, request.valid)
   slots, length = request.fill.sum(), request.canvas.shape[1]
-  if slots > s.c.gen_length:
+  if slots > s.settings.gen_length:
     raise UserError(
       f'the gaps have {slots} tokens together: restart with '
-      f'--gen_length={slots} instead of {s.c.gen_length}'
+      f'--gen_length={slots} instead of {s.settings.gen_length}'
     )
   padded = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
   padded = min(padded, s.context)  # at least `length`, see check_context
@@ -249,7 +247,7 @@ def _answer(s, texts, row, tokens, counts):
   """
   fill, valid = texts.request.fill[row], texts.request.valid[row]
   answer = fill
-  if s.c.stop_at_eos:
+  if s.settings.stop_at_eos:
     answer = fill & layouts.cut(tokens, fill, s.network.eos_id)
   result = {
     'infill' if texts.gaps else 'prompt': texts.prompts[row].text,

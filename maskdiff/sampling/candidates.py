@@ -9,52 +9,83 @@ import jax
 import jax.numpy as jnp
 
 
-def suppress(logits, ids):
-  """Returns logits with -inf at some token ids.
+def suppress(logits, i, rows=None):
+  """Returns logits with -inf at one token id.
 
   Args:
     logits: [B, S, V] float32.
-    ids: tuple of int.
+    i: int.
+    rows: [B] bool, the rows that change; None: all.
   """
-  return logits.at[..., jnp.array(ids)].set(-jnp.inf) if ids else logits
+  if rows is None:
+    return logits.at[..., i].set(-jnp.inf)
+  return logits.at[..., i].set(
+    jnp.where(rows[:, None], -jnp.inf, logits[..., i])
+  )
+
+
+def suppress_each(logits, ids):
+  """Returns logits with -inf at token ids that differ between rows.
+
+  Args:
+    logits: [B, S, V] float32.
+    ids: [B, n] int32; -1 for no token.
+  """
+  where = jnp.arange(logits.shape[-1]) == ids[:, :, None]
+  return jnp.where(where.any(axis=1)[:, None], -jnp.inf, logits)
 
 
 def guide(conditional, unconditional, scale):
   """Returns logits under classifier-free guidance, u + (w + 1)(c - u).
 
-  As in LLaDA's generate.py. w = 0 gives the conditional logits.
+  As in LLaDA's generate.py. w = 0 gives the conditional logits, bit for bit.
 
   Args:
     conditional: [B, S, V] float32, c, given the prompt.
     unconditional: [B, S, V] float32, u, with the prompt masked.
-    scale: w.
+    scale: [B] float32, w.
   """
-  return unconditional + (scale + 1) * (conditional - unconditional)
+  scale = scale[:, None, None]
+  guided = unconditional + (scale + 1) * (conditional - unconditional)
+  return jnp.where(scale > 0, guided, conditional)
 
 
 def truncate(logits, top_k, top_p):
   """Returns logits with -inf outside of the top-k tokens and the nucleus.
 
   The nucleus is computed from the renormalized probabilities of the top-k
-  tokens. Tokens tied with the least probable remaining token also remain.
+  tokens. Tokens tied with the least probable remaining token also remain. One
+  sort serves both. It is skipped if both are off in all rows.
 
   Args:
     logits: [B, S, V] float32, divided by the temperature.
-    top_k: number of most probable tokens; 0: all.
-    top_p: nucleus sampling (arXiv 1904.09751), the smallest set of most
-      probable tokens with this total probability; 1: all.
+    top_k: [B] int32, number of most probable tokens; 0: all.
+    top_p: [B] float32, nucleus sampling (arXiv 1904.09751), the smallest set of
+      most probable tokens with this total probability; 1: all.
   """
-  if 0 < top_k < logits.shape[-1]:
-    lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
-    logits = jnp.where(logits < lowest, -jnp.inf, logits)
-  if top_p < 1:
+  vocab = logits.shape[-1]
+  top_k = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)[:, None, None]
+  top_p = top_p[:, None, None]
+
+  def lowest_remaining():
     falling = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    rank = jnp.broadcast_to(top_k - 1, (*logits.shape[:-1], 1))
+    lowest = jnp.take_along_axis(falling, rank, axis=-1)
+    falling = jnp.where(falling < lowest, -jnp.inf, falling)
     p = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p  # probability of more probable tokens
     in_nucleus = (before < top_p) & (falling > -jnp.inf)
-    lowest = jnp.min(falling, axis=-1, where=in_nucleus, initial=jnp.inf)
-    logits = jnp.where(logits < lowest[..., None], -jnp.inf, logits)
-  return logits
+    nucleus = jnp.min(
+      falling, axis=-1, where=in_nucleus, initial=jnp.inf, keepdims=True
+    )
+    return jnp.where(top_p < 1, nucleus, lowest)
+
+  lowest = jax.lax.cond(
+    jnp.any(top_k < vocab) | jnp.any(top_p < 1),
+    lowest_remaining,
+    lambda: jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype),
+  )
+  return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
 def gumbel(keys, shape):
@@ -67,22 +98,30 @@ def draw(logits, temperature, top_k, top_p, keys):
 
   Gumbel noise is added to logits in float32, because lower precision biases the
   draw (arXiv 2409.02908). LLaDA computes exp(logit) / (-ln u)^T in float64,
-  which has the same argmax.
+  which has the same argmax. If all temperatures are 0, no noise is drawn.
 
   Args:
     logits: [B, S, V] float32.
-    temperature: 0 takes the most probable token.
-    top_k: see `truncate`; not used at temperature 0.
-    top_p: see `truncate`; not used at temperature 0.
+    temperature: [B] float32; 0 takes the most probable token.
+    top_k: [B] int32, see `truncate`; not used at temperature 0.
+    top_p: [B] float32, see `truncate`; not used at temperature 0.
     keys: [B] PRNG keys.
 
   Returns:
     [B, S] int32.
   """
-  if temperature > 0:
-    logits = truncate(logits / temperature, top_k, top_p)
-    logits += gumbel(keys, logits.shape[1:])
-  return best(logits)
+  is_drawn = temperature > 0  # [B]
+
+  def noisy():
+    scaled = logits / jnp.where(is_drawn, temperature, 1)[:, None, None]
+    k, p = jnp.where(is_drawn, top_k, 0), jnp.where(is_drawn, top_p, 1)
+    left = truncate(scaled, k, p)
+    noise = gumbel(keys, logits.shape[1:])
+    return left + jnp.where(is_drawn[:, None, None], noise, 0)
+
+  return jax.lax.cond(
+    is_drawn.any(), lambda: best(noisy()), lambda: best(logits)
+  )
 
 
 def best(logits):

@@ -29,12 +29,13 @@ def step_keys(seeds, block, step):
   return jax.vmap(jax.random.split, out_axes=1)(keys)
 
 
-def predict(network, c, logits, keys):
+def predict(network, c, settings, logits, keys):
   """Draws a token for every slot of a block.
 
   Args:
     network: Network.
     c: SamplerConfig.
+    settings: Settings, each field [B].
     logits: [B, S, V] float32.
     keys: [B] PRNG keys.
 
@@ -42,23 +43,56 @@ def predict(network, c, logits, keys):
     token [B, S] int32; and [B, S] float32, its confidence, NaN where logits
     are NaN or infinite.
   """
-  suppressed = () if network.predict_mask else (network.mask_id,)
-  suppressed += (network.eos_id,) if c.logits_eos_inf else ()
-  logits = candidates.suppress(logits, suppressed)
-  token = candidates.draw(logits, c.temperature, c.top_k, c.top_p, keys)
-  if not c.confidence_eos_eot_inf:
-    return token, candidates.CONFIDENCES[c.confidence](logits, token)
-  deferred = tuple(i for i in (network.eos_id, c.eot_id) if i >= 0)
-  logits = candidates.suppress(logits, deferred)
+  s = settings
+  if not network.predict_mask:
+    logits = candidates.suppress(logits, network.mask_id)
+  if network.eos_id >= 0:
+    logits = candidates.suppress(logits, network.eos_id, s.logits_eos_inf)
+  token = candidates.draw(logits, s.temperature, s.top_k, s.top_p, keys)
   confidence = candidates.CONFIDENCES[c.confidence](logits, token)
-  return token, jnp.where(jnp.isin(token, jnp.array(deferred)), 0.0, confidence)
+  return token, defer(network, c, settings, logits, token, confidence)
 
 
-def budget(c, num_slots, num_masked, step, steps):
+def defer(network, c, settings, logits, token, confidence):
+  """Returns confidences by which eos and the end of turn are committed last.
+
+  Only rows with `confidence_eos_eot_inf` change. Tokens of the two kinds have
+  confidence 0. The confidence of other tokens is computed without the two.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    settings: Settings, each field [B].
+    logits: [B, S, V] float32.
+    token: [B, S] int32.
+    confidence: [B, S] float32, of `token` given `logits`.
+
+  Returns:
+    [B, S] float32.
+  """
+  if network.eos_id < 0:  # settings.check refuses the setting
+    return confidence
+  rows = settings.confidence_eos_eot_inf
+  eos_ids = jnp.full_like(settings.eot_id, network.eos_id)
+  ids = jnp.where(rows, jnp.stack([eos_ids, settings.eot_id]), -1).T  # [B, 2]
+
+  def deferred():
+    others = candidates.suppress_each(logits, ids)
+    found = candidates.CONFIDENCES[c.confidence](others, token)
+    is_deferred = (token[..., None] == ids[:, None]).any(axis=-1)
+    return jnp.where(
+      rows[:, None], jnp.where(is_deferred, 0.0, found), confidence
+    )
+
+  return jax.lax.cond(rows.any(), deferred, lambda: confidence)
+
+
+def budget(c, settings, num_slots, num_masked, step, steps):
   """Returns the budget of the remasking rule for a step of a block.
 
   Args:
     c: SamplerConfig.
+    settings: Settings, each field [B].
     num_slots: [B] int32, slots of the block.
     num_masked: [B] int32, slots of the block that are masked now.
     step: [B] int32, 0-based step within the block.
@@ -66,10 +100,11 @@ def budget(c, num_slots, num_masked, step, steps):
 
   Returns:
     [B] int32, number of tokens. For remasking=ancestral [B] float32, the
-    probability of each slot; for threshold and factor that setting, a float.
+    probability of each slot; for threshold and factor [B] float32, that
+    setting.
   """
   if c.remasking in ('threshold', 'factor'):
-    return getattr(c, c.remasking)
+    return getattr(settings, c.remasking)
   ratio = Schedule(c.schedule).mask_ratio
   before, after = 1 - step / steps, 1 - (step + 1) / steps  # times t
   if c.remasking == 'ancestral':
@@ -97,7 +132,7 @@ def write(canvas, slots, committed, value):
 
 
 def end_at_eos(eos_id, canvas, masked, layout):
-  """Ends rows whose text is complete up to its first eos.
+  """Ends rows with `stop_at_eos` whose text is complete up to its first eos.
 
   The answer of the row is final: tokens before the eos are never revised, and
   tokens after the eos are cut off (layouts.cut). Masked slots after the eos
@@ -119,5 +154,6 @@ def end_at_eos(eos_id, canvas, masked, layout):
   is_eos = canvas[rows, jnp.minimum(slots, length - 1)] == eos_id
   after_eos = jnp.cumsum(is_eos & (slots < length) & ~is_masked, axis=1) > 0
   ended = after_eos.any(axis=1) & ~jnp.any(is_masked & ~after_eos, axis=1)
+  ended &= layout.settings.stop_at_eos
   canvas = write(canvas, slots, is_masked & ended[:, None], eos_id)
   return canvas, masked & ~ended[:, None, None]

@@ -6,11 +6,14 @@ import numpy as np
 
 from maskdiff.errors import UserError
 from maskdiff.sampling.request import Request
+from maskdiff.sampling.settings import DEFAULT
 
 GAP = re.compile(r'\{\{(\d+)\}\}')
 
 
-def continue_prompts(prompts, gen_length, seeds=None, context=None):
+def continue_prompts(
+  prompts, gen_length, seeds=None, context=None, settings=DEFAULT
+):
   """Returns a Request with slots for an answer after each prompt.
 
   Args:
@@ -20,6 +23,7 @@ def continue_prompts(prompts, gen_length, seeds=None, context=None):
     context: largest number of tokens of a row; fewer slots are added where a
       prompt leaves less room. At least one slot is added, so that
       `check_context` refuses a prompt that is too long. None: no limit.
+    settings: see `lay_out`.
 
   Returns:
     Request; short rows are padded on the right.
@@ -33,16 +37,17 @@ def continue_prompts(prompts, gen_length, seeds=None, context=None):
     if context is not None:
       slots = max(min(slots, context - len(prompt)), 1)
     rows.append([*prompt, *[None] * slots])
-  return lay_out(rows, seeds)
+  return lay_out(rows, seeds, settings)
 
 
-def fill_gaps(texts, encode, seeds=None):
+def fill_gaps(texts, encode, seeds=None, settings=DEFAULT):
   """Returns a Request for texts in which {{n}} is a gap of n tokens.
 
   Args:
     texts: list of B str, e.g. 'def area(r): return {{4}} * r ** 2'.
     encode: function from text to a list of tokens.
     seeds: see `lay_out`.
+    settings: see `lay_out`.
 
   Returns:
     Request; short rows are padded on the right.
@@ -66,15 +71,16 @@ def fill_gaps(texts, encode, seeds=None):
         f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
       )
     rows.append(row)
-  return lay_out(rows, seeds)
+  return lay_out(rows, seeds, settings)
 
 
-def lay_out(rows, seeds=None):
+def lay_out(rows, seeds=None, settings=DEFAULT):
   """Returns a Request for rows of tokens and slots, padded to one length.
 
   Args:
     rows: list of B lists; int for a token, None for a slot.
     seeds: [B] int; by default 0 to B - 1.
+    settings: Settings; a field has one value for all rows, or one per row.
 
   Raises:
     UserError: there are no rows.
@@ -89,7 +95,7 @@ def lay_out(rows, seeds=None):
     fill[i, : len(row)] = [t is None for t in row]
     valid[i, : len(row)] = True
   seeds = range(len(rows)) if seeds is None else seeds
-  return Request(canvas, fill, valid, np.array(seeds))
+  return Request(canvas, fill, valid, np.array(seeds), settings)
 
 
 def widen(request, length):
@@ -102,9 +108,10 @@ def widen(request, length):
     request: Request.
     length: at least L of the request.
   """
-  *arrays, seeds = request
-  added = length - request.canvas.shape[1]
-  return Request(*(np.pad(x, ((0, 0), (0, added))) for x in arrays), seeds)
+  canvas, fill, valid, *others = request
+  added = length - canvas.shape[1]
+  padded = (np.pad(x, ((0, 0), (0, added))) for x in (canvas, fill, valid))
+  return Request(*padded, *others)
 
 
 def check_context(context, valid):

@@ -46,9 +46,8 @@ def over_canvas(network, c, shape, carry, layout):
     hidden, cache = model(inputs, labels), None
   else:
     hidden, cache = model.prefill(inputs, labels)
-  logits = logits_at(c, model, hidden, slots)
-  computed = valid.reshape(-1, len(slots), length)
-  return logits, computed.sum((0, 2), dtype=jnp.int32), cache
+  logits = logits_at(c, layout.settings, model, hidden, slots)
+  return logits, num_positions(layout.settings, valid), cache
 
 
 @jax.named_scope('part(sampling: bookkeeping)')
@@ -85,32 +84,47 @@ def over_window(network, c, shape, carry, cache, layout):
     tokens[rows, inside], positions, in_window, cache_valid, cache
   )
   columns = jnp.arange(slots.shape[1]) if c.cache == 'dual' else slots - start
-  logits = logits_at(c, model, hidden, jnp.broadcast_to(columns, slots.shape))
-  computed = in_window.reshape(copies, len(slots), -1)
-  return logits, computed.sum((0, 2), dtype=jnp.int32)
+  columns = jnp.broadcast_to(columns, slots.shape)
+  logits = logits_at(c, layout.settings, model, hidden, columns)
+  return logits, num_positions(layout.settings, in_window)
 
 
 def shown(network, c, carry, layout):
   """Returns the tokens that the network sees.
 
-  With guidance these are two copies of the canvas, the second with the prompt
+  A guided program has two copies of the canvas, the second with the prompt
   masked (LLaDA's generate.py). Both copies have the committed tokens.
 
   Returns:
     tokens [R, L] int32; and [R, L] bool, True on visible positions.
   """
   canvas, valid = carry.canvas, visible(c, carry, layout)
-  if not c.guidance:
+  if not c.guided:
     return canvas, valid
   no_prompt = jnp.where(layout.fill, canvas, network.mask_id)
   return jnp.concatenate([canvas, no_prompt]), jnp.concatenate([valid, valid])
 
 
-def logits_at(c, model, hidden, columns):
+def num_positions(settings, computed):
+  """Returns the number of positions computed for each row, [B] int32.
+
+  The second copy of `shown` counts for rows with guidance only.
+
+  Args:
+    settings: Settings, each field [B].
+    computed: [R, ...] bool.
+  """
+  rows = len(settings.guidance)
+  count = computed.reshape(-1, rows, computed.shape[1]).sum(2, dtype=jnp.int32)
+  return jnp.where(settings.guidance > 0, count.sum(0), count[0])
+
+
+def logits_at(c, settings, model, hidden, columns):
   """Returns logits of the slots of a block, [B, S, V] float32.
 
   Args:
-    c: SamplerConfig; with guidance, both copies of `shown` are combined.
+    c: SamplerConfig; if guided, both copies of `shown` are combined.
+    settings: Settings, each field [B].
     model: Transformer.
     hidden: [R, L, D] hidden states.
     columns: [B, S] int32, index of each slot along axis L of `hidden`. Where
@@ -121,9 +135,9 @@ def logits_at(c, model, hidden, columns):
   rows = jnp.arange(len(hidden))[:, None]
   columns = jnp.minimum(jnp.tile(columns, (copies, 1)), length - 1)
   logits = model.logits(hidden[rows, columns])
-  if not c.guidance:
+  if not c.guided:
     return logits
-  return candidates.guide(*jnp.split(logits, 2), c.guidance)
+  return candidates.guide(*jnp.split(logits, 2), settings.guidance)
 
 
 def shapes(c, length, size):

@@ -6,7 +6,7 @@ slots of the current block:
     confidence  [B, S] float32; see candidates.CONFIDENCES
     masked      [B, S] bool, slots that may be committed
     budget      [B] int32, number of tokens to commit in this step; some rules
-                take another quantity instead, which their docstring names
+                take [B] float32 of another quantity, named in their docstring
     keys        [B] PRNG keys, one per row
     committed   [B, S] bool, a subset of `masked`
 
@@ -100,27 +100,28 @@ def random(confidence, masked, budget, keys):
 def threshold(confidence, masked, budget, keys):
   """Commits the most confident slot, and all that reach a confidence threshold.
 
-  Fast-dLLM, arXiv 2505.22618. `budget` is the threshold, a float. A threshold
-  above 1 commits one token per step. At 0, a block takes one step.
+  Fast-dLLM, arXiv 2505.22618. `budget` is the threshold, [B] float32. A
+  threshold above 1 commits one token per step. At 0, a block takes one step.
   """
   del keys
   first = ranks(confidence, masked) == 0
-  return masked & (first | (confidence >= budget))
+  return masked & (first | (confidence >= budget[:, None]))
 
 
 def factor(confidence, masked, budget, keys):
   """Commits the n most confident, if the n-th has at least 1 - f / (n + 1).
 
   Fast-dLLM, arXiv 2505.22618: with f = 1, the most probable token of each slot
-  is also part of the most probable joint assignment. `budget` is f, a float.
-  The most confident slot is always committed. Confidences fall with n while the
-  thresholds rise, so each slot can be compared with its own threshold. If only
-  the last slot falls short of its threshold, some published code commits it
-  too; this code follows the formula.
+  is also part of the most probable joint assignment. `budget` is f, [B]
+  float32. The most confident slot is always committed. Confidences fall with n
+  while the thresholds rise, so each slot can be compared with its own
+  threshold. If only the last slot falls short of its threshold, some published
+  code commits it too; this code follows the formula.
   """
   del keys
   rank = ranks(confidence, masked)
-  return masked & ((rank == 0) | (confidence >= 1 - budget / (rank + 2)))
+  least = 1 - budget[:, None] / (rank + 2)
+  return masked & ((rank == 0) | (confidence >= least))
 
 
 def ancestral(confidence, masked, budget, keys):

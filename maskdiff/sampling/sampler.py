@@ -46,7 +46,7 @@ def generate(network, c, request):
   Args:
     network: Network.
     c: SamplerConfig.
-    request: Request.
+    request: Request, with the settings of its rows.
 
   Raises:
     UserError: see `request.begin`; or logits were NaN or infinite.
@@ -192,12 +192,13 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
   draw_keys, rule_keys = commit.step_keys(layout.seeds, block, step)
 
   # The network's predictions.
-  token, confidence = commit.predict(network, c, logits, draw_keys)
+  settings = layout.settings
+  token, confidence = commit.predict(network, c, settings, logits, draw_keys)
   broken = jnp.any(masked & jnp.isnan(confidence), axis=1)
 
   # The remasking rule selects some of them.
   num_slots, num_masked = current(layout.num_slots, block), masked.sum(axis=1)
-  budget = commit.budget(c, num_slots, num_masked, step, layout.steps)
+  budget = commit.budget(c, settings, num_slots, num_masked, step, layout.steps)
   rule = remasking.RULES[c.remasking]
   committed = rule(confidence, masked, budget, rule_keys) & ~broken[:, None]
 
@@ -210,8 +211,13 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     still_masked, mode='drop'
   )
   masked &= ~broken[:, None, None]
-  if c.stop_at_eos:
-    canvas, masked = commit.end_at_eos(network.eos_id, canvas, masked, layout)
+  if network.eos_id >= 0:  # else settings.check refuses stop_at_eos
+    canvas, masked = jax.lax.cond(
+      settings.stop_at_eos.any(),
+      functools.partial(commit.end_at_eos, network.eos_id, layout=layout),
+      lambda canvas, masked: (canvas, masked),
+      *(canvas, masked),
+    )
 
   # A row without masks in its block moves on to the next block.
   complete = active & ~current(masked, block).any(axis=1)
@@ -222,7 +228,7 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     canvas=canvas,
     masked=masked,
     calls=carry.calls + 1,
-    forwards=carry.forwards + active * (2 if c.guidance else 1),
+    forwards=carry.forwards + active * jnp.where(settings.guidance > 0, 2, 1),
     positions=carry.positions + active * num_positions,
     broken=carry.broken | broken,
   )

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maskdiff.sampling.settings import Settings
+
 
 class Carry(NamedTuple):
   """Loop state: everything that a denoising step changes."""
@@ -28,7 +30,7 @@ class Carry(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """Constants of the loop: slots, blocks, steps and seed of each row."""
+  """Constants of the loop: slots, blocks, seed and settings of each row."""
 
   slots: jax.Array  # [B, blocks, S] int32, positions; L where there is no slot
   num_slots: jax.Array  # [B, blocks] int32
@@ -37,6 +39,7 @@ class Layout(NamedTuple):
   block_of: jax.Array  # [B, L] int32, block of each slot; -1 on given tokens
   steps: jax.Array  # [B] int32, denoising steps per block
   seeds: jax.Array  # [B] uint32
+  settings: Settings  # each field [B]
 
 
 def current(x, block):

@@ -9,7 +9,7 @@ import numpy as np
 from maskdiff.distributed.mesh import replicate
 from maskdiff.interop import load
 from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import sampler_config
+from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import inputs
 from maskdiff.training import step as step_lib
 from maskdiff.training.stage import Evaluation
@@ -230,15 +230,17 @@ def sample_texts(config, params, tokenizer):
   """Returns the prompts of config.sample with their continuations."""
   if not config.sample.prompts:
     return []
-  s = sampler_config(config)
+  c, settings = sampler_config(config)
   prompts = [tokenizer.encode(p) for p in config.sample.prompts]
   network = load.network(config, params)
-  request = layouts.continue_prompts(prompts, config.sample.gen_length)
+  request = layouts.continue_prompts(
+    prompts, settings.gen_length, settings=settings
+  )
   # `generate` would raise if logits are NaN. A sample must not end the run; the
   # guard and the bound report NaN.
-  out = np.asarray(sampler.complete(network, s, request).canvas)
+  out = np.asarray(sampler.complete(network, c, request).canvas)
   valid = request.valid
-  if s.stop_at_eos:
+  if settings.stop_at_eos:
     valid = valid & layouts.cut(out, request.fill, network.eos_id)
   return [tokenizer.decode(row[ok]) for row, ok in zip(out, valid, strict=True)]
 

@@ -19,7 +19,8 @@ from maskdiff.interop import load
 from maskdiff.model import transformer
 from maskdiff.objectives import schedule
 from maskdiff.objectives import table as table_lib
-from maskdiff.sampling import candidates, remasking, request
+from maskdiff.sampling import candidates, remasking
+from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import step as step_lib
 from maskdiff.training.optimizer import OptimizerConfig, learning_rate
 
@@ -83,8 +84,10 @@ def test_a_config_is_locked_and_valid_with_the_default_keys(name):
 @pytest.mark.parametrize('name', FILES)
 def test_a_config_builds_the_frozen_configs_of_the_library(name):
   c = build(name)
-  step, sampler = step_lib.step_config(c), request.sampler_config(c)
-  assert hash((step, sampler)) == hash((step_lib.step_config(c), sampler))
+  step, sampler = step_lib.step_config(c), sampler_config(c)
+  assert hash((step, sampler)) == hash(
+    (step_lib.step_config(c), sampler_config(c))
+  )
   assert step.length == c.data.length
   learning_rate(OptimizerConfig(**c.optimizer), c.train.steps)(0)
 

@@ -326,16 +326,18 @@ except ValueError as e:
 
 
 def test_new_setting_draws_among_the_probable_tokens(setting):
-  """Relative to the highest probability, after the temperature."""
+  """Relative to the highest probability, after the temperature; per row."""
   p, temperature, min_p = np.array([0.4, 0.3, 0.2, 0.1]), 0.5, 0.3
-  counts = setting.python(
+  counts, all_tokens = setting.python(
     f"""
 import json, jax, jax.numpy as jnp
 from maskdiff.sampling import candidates
-logits = jnp.broadcast_to(jnp.log(jnp.array({p.tolist()})), (1, 20000, 4))
-keys = jax.random.split(jax.random.key(0), 1)
-token = candidates.draw(logits, {temperature}, 0, 1.0, keys, {min_p})
-print(json.dumps(jnp.bincount(token[0], length=4).tolist()))
+logits = jnp.broadcast_to(jnp.log(jnp.array({p.tolist()})), (2, 20000, 4))
+keys = jax.random.split(jax.random.key(0), 2)
+off = jnp.array([0, 0]), jnp.array([1.0, 1.0])
+token = candidates.draw(
+  logits, jnp.full(2, {temperature}), *off, keys, jnp.array([{min_p}, 0.0]))
+print(json.dumps([jnp.bincount(x, length=4).tolist() for x in token]))
 """
   )
   law = p ** (1 / temperature)
@@ -346,6 +348,7 @@ print(json.dumps(jnp.bincount(token[0], length=4).tolist()))
   )
   np.testing.assert_allclose(np.array(counts) / 20000, law, atol=0.02)
   assert not np.array(counts)[law == 0].any()
+  assert min(all_tokens) > 0  # the second row has min_p=0
 
 
 def test_tests_of_settings_include_the_new_one(setting):

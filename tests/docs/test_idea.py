@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampled
 
 from maskdiff import config
 from maskdiff.data.rows import Rows
@@ -22,8 +23,7 @@ from maskdiff.likelihood.queries import LikelihoodConfig
 from maskdiff.model.network import Network
 from maskdiff.objectives import canvas as canvas_lib
 from maskdiff.objectives import masked_diffusion
-from maskdiff.sampling import layouts, passes, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling import layouts, passes
 from maskdiff.training import step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -238,7 +238,7 @@ def test_means_over_the_language_equal_the_page():
 
 def test_words_are_committed_in_the_order_of_the_page(monkeypatch):
   monkeypatch.setattr(passes, 'bind', Denoiser)
-  c = SamplerConfig(
+  c = dict(
     steps=L,
     block_length=L,
     temperature=0.0,
@@ -247,7 +247,7 @@ def test_words_are_committed_in_the_order_of_the_page(monkeypatch):
   request = layouts.continue_prompts([[]], L)
   moments = [
     (np.asarray(carry.canvas)[0].tolist(), confidence[0])
-    for carry, confidence in sampler.walk(network_of('exact'), c, request)
+    for carry, confidence in sampled.walk(network_of('exact'), c, request)
   ]
   rows = table_with('most probable word')
   assert len(rows) == len(moments) - 1 == L

@@ -17,7 +17,7 @@ import untrained_run
 from maskdiff.errors import UserError
 from maskdiff.likelihood import bounds, queries
 from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import sampler_config
+from maskdiff.sampling.settings import sampler_config
 
 lm_eval = pytest.importorskip('lm_eval')  # requirements-eval-test.txt
 
@@ -156,11 +156,10 @@ def test_answers_are_cut_at_stop_strings(results, model, tokenizer):
   config = model.model.config.copy_and_resolve_references()
   config.sample.update(gen_length=6, block_length=3, steps=6, temperature=0.0)
   prompts = [tokenizer.encode(q['question']) for q in QUESTIONS]
-  request = layouts.continue_prompts(prompts, 6)
+  c, settings = sampler_config(config)
+  request = layouts.continue_prompts(prompts, 6, settings=settings)
   with jax.set_mesh(model.model.mesh):
-    out = np.asarray(
-      sampler.generate(model.model.network, sampler_config(config), request)
-    )
+    out = np.asarray(sampler.generate(model.model.network, c, request))
   cuts = 0
   for i, sample in enumerate(results['samples']['md_until']):
     ids = out[i, request.fill[i]].tolist()

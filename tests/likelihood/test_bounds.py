@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampled
 import tiny
 from every_mask import (
   counts_from_zero,
@@ -29,8 +30,7 @@ from maskdiff.likelihood.estimators import Estimator, Queries
 from maskdiff.likelihood.queries import Answers, LikelihoodConfig
 from maskdiff.model import masks, transformer
 from maskdiff.objectives.table import OBJECTIVES
-from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling import layouts
 
 MASK, BOS, VOCAB = 4, 1, tiny.MODEL.vocab_size
 CONFIG = LikelihoodConfig(
@@ -481,14 +481,14 @@ def decoded():
 
   def sample(network):
     left_to_right = OBJECTIVES[network.objective].left_to_right
-    c = SamplerConfig(
+    c = dict(
       steps=6,
       block_length=1 if left_to_right else 6,
       temperature=0.0,
       remasking='low_confidence',
     )
     request = layouts.continue_prompts(PROMPTS[:3], 6)
-    out = np.asarray(sampler.generate(network, c, request))
+    out = sampled.generate(network, c, request)
     return out[request.fill].reshape(3, 6).tolist()
 
   return sample

@@ -11,7 +11,7 @@ import pytest
 from maskdiff.sampling import answers, sampler
 from maskdiff.sampling.answers import Sampling
 from maskdiff.sampling.prompts import Prompt
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling.settings import split
 
 LENGTH = 8  # slots of an answer
 
@@ -37,12 +37,14 @@ def sampling(tokenizer):
   table = np.full((size, size), -30.0)
   some = [tokenizer.eos_id, *range(300, 330)]
   table[:, some] = random.normal(size=(size, len(some))) * 2
-  c = SamplerConfig(
-    steps=LENGTH,
-    block_length=4,
-    temperature=0.7,
-    remasking='low_confidence',
-    gen_length=LENGTH,
+  c, settings = split(
+    {
+      'steps': LENGTH,
+      'block_length': 4,
+      'temperature': 0.7,
+      'remasking': 'low_confidence',
+      'gen_length': LENGTH,
+    }
   )
   network = fake_networks.network(
     nearest,
@@ -51,11 +53,11 @@ def sampling(tokenizer):
     bos_id=tokenizer.bos_id,
     eos_id=tokenizer.eos_id,
   )
-  return Sampling(network, c, tokenizer, context=100)
+  return Sampling(network, c, settings, tokenizer, context=100)
 
 
-def with_config(sampling, **changes):
-  return sampling._replace(c=dataclasses.replace(sampling.c, **changes))
+def with_settings(sampling, **changes):
+  return sampling._replace(settings=sampling.settings._replace(**changes))
 
 
 def encode(sampling, texts, gaps=False):
@@ -85,7 +87,7 @@ def test_answers_do_not_depend_on_the_batch(sampling):
 
 
 def test_prompts_stop_at_eos_and_gaps_do_not(sampling):
-  s = with_config(sampling, stop_at_eos=True)
+  s = with_settings(sampling, stop_at_eos=True)
   found = list(answers.in_batches(s, encode(s, ['x'] * 24), 24))
   short = [a for a in found if a['tokens'] < LENGTH]
   assert short and len(short) < len(found)
@@ -131,7 +133,7 @@ def test_conversation_compiles_few_programs(sampling):
   texts = ['a' + ' b' * n for n in (1, 3, 40, 5, 70, 41, 71, 2)]
   lengths = [len(sampling.tokenizer.encode(text)) + LENGTH for text in texts]
   assert min(lengths) <= 32 < 64 < max(lengths) <= 100
-  found, notes = converse(with_config(sampling, top_k=9), texts)
+  found, notes = converse(with_settings(sampling, top_k=9), texts)
   assert len(found) == len(texts)
   assert notes == [
     f'compiling for texts of up to {n} tokens' for n in (32, 64, 100)

@@ -17,12 +17,32 @@ def keys(n):
   return jax.random.split(jax.random.key(0), n)
 
 
+def rows(value, number, dtype=jnp.float32):
+  return jnp.full((number,), value, dtype)
+
+
+def draw(logits, temperature, top_k, top_p, row_keys):
+  """Draws with the same settings in all rows."""
+  n = len(logits)
+  k = rows(top_k, n, jnp.int32)
+  return candidates.draw(
+    logits, rows(temperature, n), k, rows(top_p, n), row_keys
+  )
+
+
+def truncate(logits, top_k, top_p):
+  """Truncates logits [n, V], with the same settings in all rows."""
+  n = len(logits)
+  k, p = rows(top_k, n, jnp.int32), rows(top_p, n)
+  return candidates.truncate(jnp.asarray(logits)[:, None], k, p)[:, 0]
+
+
 def draws(logits, temperature, top_k=0, top_p=1.0, number=6000):
   """Returns how often each token is drawn for one slot."""
   many = jnp.broadcast_to(
     jnp.asarray(logits, jnp.float32), (number, 1, len(logits))
   )
-  token = candidates.draw(many, temperature, top_k, top_p, keys(number))
+  token = draw(many, temperature, top_k, top_p, keys(number))
   return np.bincount(np.asarray(token)[:, 0], minlength=len(logits))
 
 
@@ -40,7 +60,7 @@ def test_drawn_token_equals_llada_for_the_same_noise(monkeypatch, temperature):
     recorded = file[f'T{temperature}.argmax']
   noise = jnp.asarray(-np.log(-np.log(u)), jnp.float32)[:, None]
   monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: noise)
-  token = candidates.draw(
+  token = draw(
     jnp.asarray(logits)[:, None], float(temperature), 0, 1.0, keys(len(u))
   )
   np.testing.assert_array_equal(token[:, 0], recorded)
@@ -87,7 +107,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
     (0.71, [0, 1, 3]),
     (0.99, [0, 1, 2, 3, 4]),
   ):
-    left = candidates.truncate(logits, 0, top_p)
+    left = truncate(logits[None], 0, top_p)[0]
     assert np.flatnonzero(left > -np.inf).tolist() == stay
     np.testing.assert_array_equal(left[np.array(stay)], logits[np.array(stay)])
 
@@ -95,27 +115,88 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
 def test_top_p_applies_after_top_k():
   logits = jnp.log(jnp.array([0.15, 0.4, 0.05, 0.3, 0.1]))
   # Of 0.4 and 0.3 the first is 0.57.
-  assert (candidates.truncate(logits, 2, 0.5) > -np.inf).sum() == 1
-  assert (candidates.truncate(logits, 2, 0.6) > -np.inf).sum() == 2
+  assert (truncate(logits[None], 2, 0.5) > -np.inf).sum() == 1
+  assert (truncate(logits[None], 2, 0.6) > -np.inf).sum() == 2
 
 
 def test_most_probable_token_always_remains():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 9)) * 9)
   for top_k, top_p in ((1, 1.0), (0, 1e-6), (1, 1e-6), (100, 1.0)):
-    left = candidates.truncate(logits, top_k, top_p)
+    left = truncate(logits, top_k, top_p)
     np.testing.assert_array_equal(left.argmax(-1), logits.argmax(-1))
 
 
 def test_suppressed_token_is_never_drawn():
-  left = candidates.suppress(jnp.asarray(LOGITS)[None, None], (4, 2))
+  left = candidates.suppress(jnp.asarray(LOGITS)[None, None], 4)
+  left = candidates.suppress(left, 2)
   for temperature in (0.0, 1.0):
     counts = draws(left[0, 0], temperature, 6, 0.95)
     assert counts[4] == counts[2] == 0
 
 
-def test_suppressing_no_ids_changes_nothing():
-  logits = jnp.asarray(LOGITS)
-  assert candidates.suppress(logits, ()) is logits
+def test_suppression_of_some_rows_leaves_the_others():
+  logits = jnp.broadcast_to(jnp.asarray(LOGITS), (3, 2, 7))
+  some = candidates.suppress(logits, 4, jnp.array([True, False, True]))
+  assert (some == -jnp.inf).any(axis=1).sum(axis=1).tolist() == [1, 0, 1]
+  np.testing.assert_array_equal(some[1], logits[1])
+  each = candidates.suppress_each(
+    logits, jnp.array([[4, -1], [-1, -1], [0, 6]])
+  )
+  hidden = [np.flatnonzero(row[1] == -np.inf).tolist() for row in each]
+  assert hidden == [[4], [], [0, 6]]
+
+
+def counting(function, name):
+  """Returns the function, and a list that grows at every run of it."""
+  runs = []
+
+  def counted(*args, **kwargs):
+    jax.debug.callback(lambda: runs.append(name))
+    return function(*args, **kwargs)
+
+  return counted, runs
+
+
+def test_noise_and_sort_run_only_if_a_row_needs_them(monkeypatch):
+  noise, noises = counting(candidates.gumbel, 'noise')
+  sort, sorts = counting(jnp.sort, 'sort')
+  monkeypatch.setattr(candidates, 'gumbel', noise)
+  monkeypatch.setattr(jnp, 'sort', sort)
+  drawn = jax.jit(candidates.draw)
+  logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (2, 1, 7))
+
+  def counts(temperature, top_k, top_p):
+    noises.clear(), sorts.clear()
+    settings = map(jnp.array, (temperature, top_k, top_p))
+    drawn(logits, *settings, keys(2)).block_until_ready()
+    jax.effects_barrier()
+    return len(noises), len(sorts)
+
+  assert counts([0.0, 0.0], [0, 3], [0.5, 1.0]) == (0, 0)
+  assert counts([0.0, 0.7], [2, 0], [0.5, 1.0]) == (1, 0)
+  assert counts([0.0, 0.7], [0, 2], [1.0, 1.0]) == (1, 1)
+  assert counts([0.5, 0.7], [0, 0], [1.0, 0.9]) == (1, 1)
+  assert drawn._cache_size() == 1
+
+
+def test_each_row_is_drawn_with_its_own_settings():
+  """Equals the draw with the settings of the row in all rows, bit for bit."""
+  logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, 3, 40)) * 2)
+  logits = logits.astype(jnp.float32)
+  settings = [
+    (0.0, 0, 1.0),
+    (0.7, 0, 1.0),
+    (1.3, 5, 1.0),
+    (0.9, 0, 0.6),
+    (2.0, 9, 0.8),
+    (0.0, 2, 0.3),
+  ]
+  temperature, top_k, top_p = map(jnp.array, zip(*settings, strict=True))
+  mixed = candidates.draw(logits, temperature, top_k, top_p, keys(6))
+  for i, row in enumerate(settings):
+    np.testing.assert_array_equal(mixed[i], draw(logits, *row, keys(6))[i])
+  np.testing.assert_array_equal(mixed[0], logits[0].argmax(-1))
+  np.testing.assert_array_equal(mixed[5], logits[5].argmax(-1))
 
 
 # Confidence
@@ -182,15 +263,18 @@ def test_confidence_is_nan_if_logits_are_not_finite(kind, bad):
   logits = np.zeros((1, 3, 5))
   logits[0, 1, 3] = bad
   logits[0, 2] = bad
-  token = candidates.draw(jnp.asarray(logits), 0.0, 0, 1.0, None)
+  token = draw(jnp.asarray(logits), 0.0, 0, 1.0, keys(1))
   found = np.isnan(confidence(kind, logits, token))
   assert found.tolist() == [[False, True, True]]
 
 
 def test_guidance_combines_logits_linearly():
-  c, u = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
-  np.testing.assert_allclose(candidates.guide(c, u, 0.0), c)
-  np.testing.assert_allclose(candidates.guide(c, u, 1.5), [1.75, 0.5])
+  """Rows with scale 0 have the conditional logits, whatever the others are."""
+  c = jnp.array([[[1.0, 2.0]], [[1.0, 2.0]], [[0.1, -jnp.inf]]])
+  u = jnp.array([[[0.5, 3.0]], [[0.5, 3.0]], [[0.7, jnp.nan]]])
+  found = candidates.guide(c, u, jnp.array([0.0, 1.5, 0.0]))
+  np.testing.assert_array_equal(found[jnp.array([0, 2])], c[jnp.array([0, 2])])
+  np.testing.assert_allclose(found[1, 0], [1.75, 0.5])
 
 
 def test_best_takes_the_lowest_id_on_ties():

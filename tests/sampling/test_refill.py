@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampled
 
 from maskdiff.distributed import mesh
 from maskdiff.sampling import layouts, refill, sampler
-from maskdiff.sampling.request import SamplerConfig
 
 MASK, EOS, VOCAB, ROOM = 4, 5, 16, 16
-CONFIG = SamplerConfig(
+CONFIG = dict(
   steps=ROOM,
   block_length=4,
   temperature=0.0,
@@ -46,13 +46,13 @@ NETWORK = fake_networks.network(countdown, mask_id=MASK, eos_id=EOS)
 
 def all_answers(c, batch, prompts=PROMPTS):
   request = layouts.continue_prompts(prompts, ROOM)
-  return list(refill.answers(NETWORK, c, request, batch))
+  return list(refill.answers(*sampled.arguments(NETWORK, c, request), batch))
 
 
 @pytest.mark.parametrize('batch', [1, 3, 100])
 def test_every_request_has_one_answer_that_equals_sampling_alone(batch):
   request = layouts.continue_prompts(PROMPTS, ROOM)
-  alone = sampler.complete(NETWORK, CONFIG, request)
+  alone = sampled.complete(NETWORK, CONFIG, request)
   found = all_answers(CONFIG, batch)
   assert sorted(answer.row for answer in found) == list(range(10))
   for answer in found:
@@ -101,12 +101,12 @@ def test_broken_row_does_not_stop_the_others():
 
   network = dataclasses.replace(NETWORK, config=nan_at_10)
   request = layouts.continue_prompts(PROMPTS, ROOM)
-  found = refill.answers(network, CONFIG, request, 3)
+  found = refill.answers(*sampled.arguments(network, CONFIG, request), 3)
   assert {a.row for a in found if a.broken} == {3}
 
 
 def test_refill_on_a_mesh_equals_one_device():
-  c = dataclasses.replace(CONFIG, temperature=0.7)
+  c = {**CONFIG, 'temperature': 0.7}
   expected = {a.row: a.tokens.tolist() for a in all_answers(c, 2, PROMPTS[:5])}
   with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
     found = {a.row: a.tokens.tolist() for a in all_answers(c, 2, PROMPTS[:5])}

@@ -100,6 +100,11 @@ def keys(n):
   return jax.random.split(jax.random.key(0), n)
 
 
+def rows_of(value, masked):
+  """Returns a budget with the same value in all rows."""
+  return jnp.full((len(masked),), value, jnp.float32)
+
+
 def test_low_confidence_commits_the_most_confident():
   random = np.random.default_rng(2)
   confidence = random.random((50, 7)).astype(np.float32)
@@ -161,14 +166,18 @@ def fast_dllm():
 @pytest.mark.parametrize('tau', ['0', '0.3', '0.5', '0.9', '1'])
 def test_threshold_equals_fast_dllm(fast_dllm, tau):
   confidence, masked, recorded = fast_dllm
-  committed = remasking.threshold(confidence, masked, float(tau), None)
+  committed = remasking.threshold(
+    confidence, masked, rows_of(float(tau), masked), None
+  )
   np.testing.assert_array_equal(committed, recorded[f'rule.tau{tau}.transfer'])
 
 
 @pytest.mark.parametrize('f', ['0.5', '1', '2'])
 def test_factor_equals_the_dllm_library(fast_dllm, f):
   confidence, masked, recorded = fast_dllm
-  committed = remasking.factor(confidence, masked, float(f), None)
+  committed = remasking.factor(
+    confidence, masked, rows_of(float(f), masked), None
+  )
   np.testing.assert_array_equal(committed, recorded[f'rule.factor{f}.transfer'])
 
 
@@ -199,7 +208,7 @@ def test_factor_equals_brute_force(f):
   confidence = (1 - random.random((300, 7)) ** 3).astype(np.float32)
   masked = random.random((300, 7)) < 0.7
   committed = remasking.factor(
-    jnp.asarray(confidence), jnp.asarray(masked), f, None
+    jnp.asarray(confidence), jnp.asarray(masked), rows_of(f, masked), None
   )
   np.testing.assert_array_equal(
     committed, brute_force_factor(confidence, masked, f)
@@ -224,7 +233,7 @@ def test_factor_masks_the_last_slot_if_only_it_falls_short():
   """NVlabs and dInfer commit four of these slots; the formula allows three."""
   confidence = np.array([[0.946, 0.935, 0.897, 0.769]])
   committed = remasking.factor(
-    jnp.asarray(confidence), jnp.ones((1, 4), bool), 1.0, None
+    jnp.asarray(confidence), jnp.ones((1, 4), bool), jnp.ones(1), None
   )
   assert committed.tolist() == [[True, True, True, False]]
   assert confidence[0, 3] < 1 - 1 / 5
@@ -238,7 +247,7 @@ def test_factor_equals_fast_dllm_except_for_the_last_slot(f):
   confidence = (1 - random.random((300, 4)) ** 3).astype(np.float32)
   masked = np.ones((300, 4), bool)
   committed = remasking.factor(
-    jnp.asarray(confidence), jnp.asarray(masked), f, None
+    jnp.asarray(confidence), jnp.asarray(masked), rows_of(f, masked), None
   )
   counts = np.asarray(committed).sum(axis=1)
   fast_dllm_counts = np.array(
@@ -254,7 +263,7 @@ def test_factor_equals_fast_dllm_except_for_the_last_slot(f):
 def test_most_confident_slot_is_always_committed(rule):
   confidence = jnp.array([[0.01, 0.03, 0.02], [0.9, 0.0, 0.0]])
   masked = jnp.array([[True, True, True], [False, True, True]])
-  budget = {'threshold': 2.0, 'factor': 0.0}[rule]
+  budget = rows_of({'threshold': 2.0, 'factor': 0.0}[rule], masked)
   committed = remasking.RULES[rule](confidence, masked, budget, None)
   assert committed.tolist() == [[False, True, False], [False, True, False]]
 
@@ -262,8 +271,24 @@ def test_most_confident_slot_is_always_committed(rule):
 @pytest.mark.parametrize('rule, budget', [('threshold', 0.0), ('factor', 99.0)])
 def test_extreme_budget_commits_all_slots(rule, budget):
   masked = jnp.array([[True, False, True], [False, False, False]])
-  committed = remasking.RULES[rule](jnp.zeros((2, 3)), masked, budget, None)
+  committed = remasking.RULES[rule](
+    jnp.zeros((2, 3)), masked, rows_of(budget, masked), None
+  )
   np.testing.assert_array_equal(committed, masked)
+
+
+@pytest.mark.parametrize('rule', ['threshold', 'factor'])
+def test_each_row_has_its_own_threshold(rule):
+  random = np.random.default_rng(8)
+  confidence = jnp.asarray(1 - random.random((4, 9)) ** 2, jnp.float32)
+  masked, budget = jnp.ones((4, 9), bool), jnp.array([0.2, 0.5, 0.9, 0.5])
+  committed = remasking.RULES[rule](confidence, masked, budget, None)
+  for row, value in enumerate(budget):
+    alone = remasking.RULES[rule](
+      confidence, masked, rows_of(value, masked), None
+    )
+    np.testing.assert_array_equal(committed[row], alone[row])
+  assert len(set(committed.sum(axis=1).tolist())) > 2
 
 
 # The reverse process
@@ -318,7 +343,7 @@ def test_committed_slots_are_never_selected_again(rule):
   masked = jnp.zeros((3, 4), bool)
   budget = jnp.full((3,), 2)
   if rule in ('threshold', 'factor', 'ancestral'):
-    budget = jnp.full((3,), 0.5) if rule == 'ancestral' else 0.5
+    budget = jnp.full((3,), 0.5)
   assert not remasking.RULES[rule](
     jnp.ones((3, 4)), masked, budget, keys(3)
   ).any()

@@ -1,18 +1,15 @@
 """Slots divided into blocks, and the shapes of forward passes."""
 
-import dataclasses
-
 import fake_networks
 import pytest
+import sampled
 
 from maskdiff.errors import UserError
 from maskdiff.sampling import layouts
-from maskdiff.sampling import request as request_lib
-from maskdiff.sampling.request import SamplerConfig
 
 MASK = 4
 NETWORK = fake_networks.network(None, mask_id=MASK)
-PLAIN = SamplerConfig(
+PLAIN = dict(
   steps=4,
   block_length=4,
   temperature=0.0,
@@ -21,8 +18,7 @@ PLAIN = SamplerConfig(
 
 
 def begin(request, **changes):
-  c = dataclasses.replace(PLAIN, **changes)
-  return request_lib.begin(NETWORK, c, request)
+  return sampled.begin(NETWORK, {**PLAIN, **changes}, request)
 
 
 def test_slots_are_divided_into_blocks_from_the_left():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampled
 import scipy.stats
 import tiny
 from jax.experimental import io_callback
@@ -29,11 +30,12 @@ from maskdiff.sampling import (
   remasking,
   sampler,
 )
-from maskdiff.sampling.request import Request, SamplerConfig
+from maskdiff.sampling.request import Request
+from maskdiff.sampling.settings import per_row, split
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MASK, BOS, VOCAB = 4, 1, tiny.MODEL.vocab_size
-GREEDY = SamplerConfig(
+GREEDY = dict(
   steps=8,
   block_length=8,
   temperature=0.0,
@@ -42,7 +44,7 @@ GREEDY = SamplerConfig(
 
 
 def config(**changes):
-  return dataclasses.replace(GREEDY, **changes)
+  return {**GREEDY, **changes}
 
 
 CASES = [
@@ -69,12 +71,14 @@ def network():
   return fake_networks.network(tiny.MODEL, params, mask_id=MASK, bos_id=BOS)
 
 
+def of_rows(values, batch):
+  """Returns a SamplerConfig, and Settings for `batch` rows."""
+  c, settings = split(values)
+  return c, per_row(settings, batch)
+
+
 def encode(text):
   return [5 + WORDS.index(letter) for letter in text]
-
-
-def generate(network, c, request):
-  return np.asarray(sampler.generate(network, c, request))
 
 
 # Recorded runs of LLaDA
@@ -125,7 +129,7 @@ def without_repeats(canvases):
 @pytest.mark.parametrize('case', CASES)
 def test_canvases_of_every_step_equal_llada(case, name):
   *request, recorded = golden_request(name, case)
-  canvases = np.stack(list(sampler.trace(*request)))
+  canvases = np.stack(sampled.trace(*request))
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
@@ -136,33 +140,33 @@ def test_canvases_of_every_step_equal_llada(case, name):
 def test_generate_equals_llada(case):
   """Runs the compiled loop; it has no steps that commit nothing."""
   network, c, request, recorded = golden_request('model_b', case)
-  carry = sampler.complete(network, c, request)
+  carry = sampled.complete(network, c, request)
   np.testing.assert_array_equal(carry.canvas, recorded['out'])
   np.testing.assert_array_equal(
-    sampler.generate(network, c, request), recorded['out']
+    sampled.generate(network, c, request), recorded['out']
   )
   assert int(carry.calls) == len(without_repeats(recorded['trace'])) - 1
   if case == 'more_steps_than_tokens':
     tokens = int(recorded['gen_length'])
-    assert len(recorded['trace']) - 1 == c.steps > tokens == int(carry.calls)
+    assert len(recorded['trace']) - 1 == c['steps'] > tokens == int(carry.calls)
 
 
 def test_generate_on_a_mesh_equals_llada():
   """Two rows with guidance: eight devices cannot divide them evenly."""
   *request, recorded = golden_request('model_b', 'cfg_left_padded')
   with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
-    np.testing.assert_array_equal(sampler.generate(*request), recorded['out'])
+    np.testing.assert_array_equal(sampled.generate(*request), recorded['out'])
 
 
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 def test_random_remasking_equals_llada(monkeypatch, name):
   """Replaces the rule's random scores by LLaDA's, step by step."""
   network, c, request, recorded = golden_request(name, 'random_remasking')
-  size, prompt = c.block_length, recorded['prompt'].shape[1]
+  size, prompt = c['block_length'], recorded['prompt'].shape[1]
   blocks = int(recorded['gen_length']) // size
   scores = iter(
     recorded['u'][step, :, prompt + block * size :][:, :size]
-    for step, block in enumerate(np.repeat(range(blocks), c.steps // blocks))
+    for step, block in enumerate(np.repeat(range(blocks), c['steps'] // blocks))
   )
 
   def injected(confidence, masked, budget, keys):
@@ -172,8 +176,8 @@ def test_random_remasking_equals_llada(monkeypatch, name):
 
   monkeypatch.setitem(remasking.RULES, 'injected', injected)
   monkeypatch.setitem(SETTINGS, 'remasking', Key('injected', '', ('injected',)))
-  c = dataclasses.replace(c, remasking='injected')
-  canvases = np.stack(list(sampler.trace(network, c, request)))
+  c = {**c, 'remasking': 'injected'}
+  canvases = np.stack(sampled.trace(network, c, request))
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
@@ -189,7 +193,7 @@ def test_draws_at_a_temperature_equal_llada(monkeypatch):
     return io_callback(draw, drawn, ordered=True)
 
   monkeypatch.setattr(candidates, 'gumbel', injected)
-  canvases = np.stack(list(sampler.trace(*request)))
+  canvases = np.stack(sampled.trace(*request))
   np.testing.assert_array_equal(canvases, recorded['trace'])
 
 
@@ -201,8 +205,8 @@ def test_masks_in_a_prompt_stay_unlike_llada(name):
   may remain in the answer.
   """
   network, c, request, recorded = golden_request(name, 'maskprompt')
-  canvas, fill, valid, seeds = request
-  prompt, out = recorded['prompt'], generate(network, c, request)
+  canvas, fill, valid, seeds, _ = request
+  prompt, out = recorded['prompt'], sampled.generate(network, c, request)
   mask_id = network.mask_id
   assert (prompt == mask_id).sum() == 2
   np.testing.assert_array_equal(out[~fill], canvas[~fill])
@@ -213,14 +217,15 @@ def test_masks_in_a_prompt_stay_unlike_llada(name):
   def predict(canvas):
     model = transformer.bind(network.config, network.params)
     logits = model.logits(model(canvas, masks.bidirectional(valid)))
-    return commit.predict(network, c, logits, None)
+    keys = jax.random.split(jax.random.key(0), len(canvas))
+    return commit.predict(network, *of_rows(c, len(canvas)), logits, keys)
 
   # LLaDA's loop: all masks up to the end of the block compete.
-  length, size = canvas.shape[1], c.block_length
+  length, size = canvas.shape[1], c['block_length']
   canvas = np.where(fill, mask_id, canvas)
   canvases = [canvas]
-  for step in range(c.steps):
-    end = prompt.shape[1] + size * (step // (c.steps // 2) + 1)
+  for step in range(c['steps']):
+    end = prompt.shape[1] + size * (step // (c['steps'] // 2) + 1)
     token, confidence = predict(canvas)
     masked = (canvas == mask_id) & (np.arange(length) < end)
     committed = remasking.commit_top(
@@ -232,8 +237,8 @@ def test_masks_in_a_prompt_stay_unlike_llada(name):
 
   # If the masks are slots, they are filled.
   fill = canvases[0] == mask_id
-  c = dataclasses.replace(c, steps=10, block_length=10)
-  every = generate(network, c, Request(canvases[0], fill, valid, seeds))
+  c = {**c, 'steps': 10, 'block_length': 10}
+  every = sampled.generate(network, c, Request(canvases[0], fill, valid, seeds))
   assert not (every == mask_id).any()
 
 
@@ -280,7 +285,7 @@ def oracle(monkeypatch):
 
   def run(c, answer, request, **fields):
     network = fake_networks.network('oracle', jnp.asarray(answer), **fields)
-    return generate(network, c, request)
+    return sampled.generate(network, c, request)
 
   return run
 
@@ -323,9 +328,11 @@ def test_mask_is_predicted_only_with_predict_mask(oracle, temperature):
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_trace_ends_with_the_result_of_generate(network, sampling):
   c, request = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
-  canvases = list(sampler.trace(network, c, request))
-  np.testing.assert_array_equal(canvases[-1], generate(network, c, request))
-  assert len(canvases) == c.steps + 1
+  canvases = sampled.trace(network, c, request)
+  np.testing.assert_array_equal(
+    canvases[-1], sampled.generate(network, c, request)
+  )
+  assert len(canvases) == c['steps'] + 1
   assert (canvases[0] == MASK).sum() == 8 * len(PROMPTS)
 
 
@@ -341,11 +348,9 @@ def test_walk_yields_the_confidence_of_committed_tokens(network, sampling):
     return jax.nn.softmax(logits, axis=-1)
 
   c, request = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
-  walked = list(sampler.walk(network, c, request))
+  walked = sampled.walk(network, c, request)
   canvases = [np.asarray(carry.canvas) for carry, _ in walked]
-  np.testing.assert_array_equal(
-    canvases, list(sampler.trace(network, c, request))
-  )
+  np.testing.assert_array_equal(canvases, sampled.trace(network, c, request))
   assert np.isnan(walked[0][1]).all()
   pairs = itertools.pairwise(canvases)
   for (before, after), (_, confidence) in zip(pairs, walked[1:], strict=True):
@@ -359,19 +364,22 @@ def test_walk_yields_the_confidence_of_committed_tokens(network, sampling):
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_blocks_are_filled_left_to_right_and_never_revised(network, sampling):
   c, request = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
-  canvases = list(sampler.trace(network, c, request))
+  canvases = sampled.trace(network, c, request)
   for before, after in itertools.pairwise(canvases):
     np.testing.assert_array_equal(after[before != MASK], before[before != MASK])
   for canvas in canvases[1:-1]:
     for answer in canvas[request.fill].reshape(len(canvas), 8):
-      blocks = np.flatnonzero(answer != MASK) // c.block_length
-      open_blocks = np.flatnonzero(answer == MASK) // c.block_length
+      blocks = np.flatnonzero(answer != MASK) // c['block_length']
+      open_blocks = np.flatnonzero(answer == MASK) // c['block_length']
       assert blocks.max() <= open_blocks.min(initial=8)
 
 
 def test_prompts_and_padding_are_not_changed(network):
   request = layouts.continue_prompts(PROMPTS, 8)
-  out, given = generate(network, SAMPLINGS['few_steps'], request), ~request.fill
+  out, given = (
+    sampled.generate(network, SAMPLINGS['few_steps'], request),
+    ~request.fill,
+  )
   np.testing.assert_array_equal(out[given], request.canvas[given])
   for row, ok, prompt in zip(out, request.valid, PROMPTS, strict=True):
     assert list(row[: len(prompt)]) == prompt
@@ -380,11 +388,11 @@ def test_prompts_and_padding_are_not_changed(network):
 
 def test_only_gaps_are_filled(network):
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{0}}b{{6}}']
-  request = canvas, fill, valid, _ = layouts.fill_gaps(texts, encode)
+  request = canvas, fill, valid, *_ = layouts.fill_gaps(texts, encode)
   assert fill.sum(axis=1).tolist() == [7, 1, 4, 6]
   assert canvas[0, valid[0] & ~fill[0]].tolist() == encode('abcd')
   assert fill[0].nonzero()[0].tolist() == [2, 3, 5, 6, 7, 8, 9]
-  out = generate(network, config(steps=4, block_length=4), request)
+  out = sampled.generate(network, config(steps=4, block_length=4), request)
   np.testing.assert_array_equal(out[~fill], canvas[~fill])
   assert not (out == MASK).any()
 
@@ -393,18 +401,18 @@ def test_only_gaps_are_filled(network):
 def test_row_does_not_depend_on_other_rows_or_padding(network, sampling):
   c, seeds = SAMPLINGS[sampling], [3, 4, 5, 6]
   request = layouts.continue_prompts(PROMPTS, 8, seeds)
-  together = generate(network, c, request)
+  together = sampled.generate(network, c, request)
   for row in (0, 1):
     alone = layouts.continue_prompts([PROMPTS[row]], 8, [seeds[row]])
     np.testing.assert_array_equal(
-      generate(network, c, alone)[0], together[row, request.valid[row]]
+      sampled.generate(network, c, alone)[0], together[row, request.valid[row]]
     )
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
 def test_seed_belongs_to_its_row(network, sampling):
   out, others = (
-    generate(
+    sampled.generate(
       network,
       SAMPLINGS[sampling],
       layouts.continue_prompts(PROMPTS, 8, seeds),
@@ -426,7 +434,9 @@ def test_one_slot_follows_the_softmax(monkeypatch, temperature):
   monkeypatch.setattr(passes, 'bind', lambda _, answer: Fixed(answer))
   network = fake_networks.network('fixed', jnp.asarray(logits, jnp.float32))
   request = layouts.continue_prompts([[]] * draws, 1)
-  out = generate(network, config(steps=1, temperature=temperature), request)
+  out = sampled.generate(
+    network, config(steps=1, temperature=temperature), request
+  )
   counts = np.bincount(out[:, 0], minlength=len(logits))
   others = np.arange(len(logits)) != MASK
   weights = np.exp(logits[others] / temperature)
@@ -445,7 +455,7 @@ def test_one_compilation_per_shape_and_config(oracle):
   assert compilations(GREEDY, [[7, 8], [9]], 10) == 1
   assert compilations(config(), [[7, 8], [9]], 11) == 0
   assert compilations(GREEDY, [[5], [6, 7]], 10) == 0
-  assert compilations(config(steps=4), [[7, 8], [9]], 10) == 1
+  assert compilations(config(remasking='random'), [[7, 8], [9]], 10) == 1
   assert compilations(GREEDY, [[7], [9]], 10) == 1
 
 
@@ -460,7 +470,7 @@ def test_autoregressive_sampling_is_next_token_prediction(network):
     return model.logits(hidden)[0, -1].at[MASK].set(-jnp.inf).argmax()
 
   prompts = [[7, 8, 9], []]
-  out = generate(
+  out = sampled.generate(
     dataclasses.replace(network, objective='autoregressive'),
     config(steps=2, block_length=1),
     layouts.continue_prompts(prompts, 2),
@@ -478,8 +488,12 @@ def test_autoregressive_sampling_is_next_token_prediction(network):
 CANVAS = np.full((1, 8), 5)
 ALL = np.ones((1, 8), bool)
 REFUSED = {
-  'steps': (dict(steps=3, block_length=4), ALL, 'steps=3.* multiple of 2'),
-  'no_steps': (dict(steps=0), ALL, 'steps=0'),
+  'steps': (
+    dict(steps=3, block_length=4, gen_length=8),
+    ALL,
+    'steps=3.* multiple of 2',
+  ),
+  'no_steps': (dict(steps=0, gen_length=8), ALL, 'steps=0'),
   'nothing': ({}, ~ALL, 'nothing to fill'),
   'rule': (dict(remasking='lowest'), ALL, "'lowest'.*low_confidence"),
   'shapes': ({}, ALL[:, :7], r'\(1, 8\).*\(1, 7\)'),
@@ -508,7 +522,9 @@ def test_invalid_requests_are_refused(network, case):
   objective = changes.pop('objective', 'masked_diffusion')
   network = dataclasses.replace(network, objective=objective)
   with pytest.raises(UserError, match=message):
-    generate(network, config(**changes), Request(CANVAS, fill, ALL, [0]))
+    sampled.generate(
+      network, config(**changes), Request(CANVAS, fill, ALL, [0])
+    )
 
 
 @pytest.mark.parametrize('text', ['abc', '', 'ab{{0}}', 'a{{b}}', 'a{2}'])
@@ -525,7 +541,7 @@ def test_gap_longer_than_any_row_is_refused(n):
 
 def test_request_without_slots_is_refused(network):
   with pytest.raises(UserError, match='nothing to fill'):
-    generate(network, GREEDY, layouts.continue_prompts([[7]], 0))
+    sampled.generate(network, GREEDY, layouts.continue_prompts([[7]], 0))
 
 
 @pytest.mark.parametrize('flag', ['block_length', 'steps', 'gen_length'])

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampled
 import tiny
 
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import masks, transformer
-from maskdiff.sampling import layouts, refill, sampler
-from maskdiff.sampling.request import SamplerConfig, begin
+from maskdiff.sampling import layouts, refill
 
 MASK, EOS, VOCAB = 4, 5, 16
 TINY = tiny.model(
   vocab_size=VOCAB, embed=32, heads=4, kv_heads=2, mlp=48, tie_embeddings=True
 )
-PLAIN = SamplerConfig(
+PLAIN = dict(
   steps=12,
   block_length=4,
   temperature=0.0,
@@ -32,7 +32,7 @@ PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 7, 7, 9]]
 
 
 def config(**changes):
-  return dataclasses.replace(PLAIN, **changes)
+  return {**PLAIN, **changes}
 
 
 def network_of(config, params):
@@ -71,7 +71,7 @@ def fast_dllm_request(name, mode, variant):
     lengths = of(f'{variant}.forward_lengths')
     mask_id = int(file[f'{name}.ids'][0])
   if tau >= 0:
-    c = dataclasses.replace(c, remasking='threshold', threshold=tau)
+    c |= dict(remasking='threshold', threshold=tau)
   network = fake_networks.network(
     *golden_models.load(name), predict_mask=True, mask_id=mask_id
   )
@@ -92,7 +92,7 @@ def test_canvases_and_counts_equal_fast_dllm(mode, name, variant):
   """
   request, recorded, lengths = fast_dllm_request(name, mode, variant)
   changed = [(a != b).any() for a, b in itertools.pairwise(recorded)]
-  states = [carry for carry, _ in sampler.walk(*request)]
+  states = [carry for carry, _ in sampled.walk(*request)]
   canvases = np.stack([carry.canvas[0] for carry in states])
   np.testing.assert_array_equal(canvases, recorded[[True, *changed]])
   passes = [int(carry.forwards[0]) for carry in states]
@@ -110,8 +110,8 @@ def test_canvases_and_counts_equal_fast_dllm(mode, name, variant):
 def test_compiled_loop_equals_fast_dllm(variant):
   """Runs `complete` on one case per kind of cache."""
   request, recorded, _ = fast_dllm_request('model_a', 'tau0.5', variant)
-  *_, (walked, _) = sampler.walk(*request)
-  carry = sampler.complete(*request)
+  *_, (walked, _) = sampled.walk(*request)
+  carry = sampled.complete(*request)
   np.testing.assert_array_equal(carry.canvas[0], recorded[-1])
   for field in carry._fields:
     np.testing.assert_array_equal(
@@ -200,8 +200,8 @@ def test_cache_refreshed_every_step_changes_nothing(
   network, cache, layout, options
 ):
   request, cached = REQUESTS[layout](), dict(cache=cache, refresh=1)
-  plain = sampler.complete(network, config(**options), request)
-  cached = sampler.complete(network, config(**cached, **options), request)
+  plain = sampled.complete(network, config(**options), request)
+  cached = sampled.complete(network, config(**cached, **options), request)
   for field in ('canvas', 'forwards', 'positions'):
     np.testing.assert_array_equal(getattr(plain, field), getattr(cached, field))
 
@@ -211,7 +211,7 @@ def test_cache_saves_positions(network, cache, refresh):
   """Samples twelve slots in blocks of four, one slot per step."""
   c = config(cache=cache, refresh=refresh)
   request = layouts.continue_prompts(PROMPTS, 12)
-  carry = sampler.complete(network, c, request)
+  carry = sampled.complete(network, c, request)
   assert carry.forwards.tolist() == [12] * 3
   assert int(carry.calls) == 12
   steps = [step % refresh if refresh else step for step in range(4)]
@@ -235,15 +235,15 @@ def test_cache_saves_positions(network, cache, refresh):
 def test_rows_do_not_depend_on_the_batch(network, options):
   c = config(**options)
   request = layouts.continue_prompts(PROMPTS, 12)
-  together = sampler.complete(network, c, request)
-  *_, (walked, _) = sampler.walk(network, c, request)
+  together = sampled.complete(network, c, request)
+  *_, (walked, _) = sampled.walk(network, c, request)
   for field in together._fields:
     np.testing.assert_array_equal(
       getattr(together, field), getattr(walked, field), err_msg=field
     )
   for row in (1,):
     alone = layouts.continue_prompts([PROMPTS[row]], 12, [row])
-    alone = sampler.complete(network, c, alone)
+    alone = sampled.complete(network, c, alone)
     np.testing.assert_array_equal(
       alone.canvas[0], together.canvas[row][request.valid[row]]
     )
@@ -278,20 +278,22 @@ def test_rows_with_a_cache_do_not_depend_on_refill(params, cache):
     refresh=0,
   )
   request = layouts.fill_gaps(GAPS, encode)
-  found = {a.row: a for a in refill.answers(network, c, request, 2)}
+  found = {
+    a.row: a for a in refill.answers(*sampled.arguments(network, c, request), 2)
+  }
   assert sorted(found) == list(range(len(GAPS)))
   for row, answer in found.items():
     alone = layouts.fill_gaps([GAPS[row]], encode, [row])
     # Padded to one length, so that one program serves all rows.
     alone = layouts.widen(alone, request.canvas.shape[1])
-    alone = sampler.complete(network, c, alone)
+    alone = sampled.complete(network, c, alone)
     valid = request.valid[row]
     np.testing.assert_array_equal(answer.tokens[valid], alone.canvas[0][valid])
     assert answer.forwards == alone.forwards[0]
     assert answer.positions == alone.positions[0]
   # The cache was in use: results without it differ.
-  without = dataclasses.replace(c, cache='none')
-  plain = sampler.complete(network, without, request)
+  without = {**c, 'cache': 'none'}
+  plain = sampled.complete(network, without, request)
   tokens = np.stack([found[row].tokens for row in range(len(GAPS))])
   assert (tokens != plain.canvas).any()
   assert sum(a.positions for a in found.values()) < plain.positions.sum()
@@ -302,11 +304,11 @@ def test_mesh_equals_one_device(network, cache):
   """Heads and windows need not divide evenly among the devices."""
   c = config(cache=cache)
   request = layouts.continue_prompts([*PROMPTS, [8, 8]], 12)
-  expected = sampler.complete(network, c, request)
+  expected = sampled.complete(network, c, request)
   for sizes in (dict(fsdp=4, tensor=2), dict(tensor=4, sequence=2)):
     with jax.set_mesh(mesh.make_mesh(**{'fsdp': 1} | sizes)):
       np.testing.assert_array_equal(
-        sampler.complete(network, c, request).canvas, expected.canvas
+        sampled.complete(network, c, request).canvas, expected.canvas
       )
 
 
@@ -329,7 +331,7 @@ def test_lookahead_limits_the_visible_masks(monkeypatch, lookahead, seen):
   network = fake_networks.network(count_seen, predict_mask=True, mask_id=MASK)
   c = config(lookahead=lookahead, steps=3)
   request = layouts.continue_prompts([[7], [8, 8, 8]], 12)
-  carry = sampler.complete(network, c, request)
+  carry = sampled.complete(network, c, request)
   for row, prompt in enumerate([1, 3]):
     answer = carry.canvas[row][prompt : prompt + 12]
     assert answer.tolist() == (np.repeat(seen, 4) + 3).tolist()
@@ -339,11 +341,11 @@ def test_hidden_slots_have_no_influence(network):
   """Equals one request per block, with a canvas that ends at the block."""
   c = config(lookahead=0)
   request = layouts.continue_prompts(PROMPTS[:1], 12)
-  carry = sampler.complete(network, c, request)
+  carry = sampled.complete(network, c, request)
   tokens, positions = PROMPTS[0], 0
   for _ in range(3):
     block = layouts.continue_prompts([tokens], 4)
-    one = sampler.complete(network, config(steps=4, gen_length=4), block)
+    one = sampled.complete(network, config(steps=4, gen_length=4), block)
     tokens = one.canvas[0].tolist()
     positions += int(one.positions[0])
   assert carry.canvas[0].tolist() == tokens
@@ -362,11 +364,11 @@ def test_unused_slots_cost_nothing(monkeypatch):
       ),
       jnp.full(64, 9).at[7].set(EOS),
     )
-    shapes = begin(network, c, request)[2]
+    shapes = sampled.begin(network, c, request)[2]
     assert shapes[0][0] < 2 + 12
     with monkeypatch.context() as patch:
       fake_networks.put_in(patch)
-      found.append(sampler.complete(network, c, request))
+      found.append(sampled.complete(network, c, request))
   assert found[0].forwards.tolist() == found[1].forwards.tolist() == [6]
   assert found[0].positions.tolist() == found[1].positions.tolist()
 
@@ -396,9 +398,9 @@ def test_incompatible_settings_are_refused(network, options, problem):
   network = dataclasses.replace(network, objective=objective)
   request = layouts.continue_prompts(PROMPTS, 12)
   with pytest.raises(UserError, match=problem):
-    sampler.complete(network, config(**options), request)
+    sampled.complete(network, config(**options), request)
 
 
 def test_lookahead_refuses_gaps(network):
   with pytest.raises(UserError, match='lookahead=0 hides slots at the end'):
-    sampler.complete(network, config(lookahead=0), REQUESTS['gaps']())
+    sampled.complete(network, config(lookahead=0), REQUESTS['gaps']())

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampled
 
 from maskdiff.errors import UserError
-from maskdiff.sampling import candidates, commit, layouts, remasking, sampler
-from maskdiff.sampling.request import Request, SamplerConfig, begin
+from maskdiff.sampling import candidates, commit, layouts, remasking
+from maskdiff.sampling.request import Request
+from maskdiff.sampling.settings import per_row, split
 
 MASK, EOS, EOT, VOCAB = 4, 5, 6, 16
-PLAIN = SamplerConfig(
+PLAIN = dict(
   steps=8,
   block_length=4,
   temperature=1.0,
@@ -25,7 +27,7 @@ PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], []]
 
 
 def config(**changes):
-  return dataclasses.replace(PLAIN, **changes)
+  return {**PLAIN, **changes}
 
 
 def mixing(table, tokens, valid):
@@ -61,7 +63,7 @@ def network_of(function, params):
 
 
 def complete(c, params, request, function=mixing):
-  return sampler.complete(network_of(function, params), c, request)
+  return sampled.complete(network_of(function, params), c, request)
 
 
 # A request alone and in a batch
@@ -107,7 +109,7 @@ def test_request_does_not_depend_on_the_batch(table, options):
   c = config(**OPTIONS[options])
   texts = ['ab{{2}}c{{5}}d', '{{1}}abcdefg', 'hi{{3}}{{1}}', 'a{{8}}b']
   together = filled_together_and_alone(c, table, texts, [3, 4, 5, 6], (0, 2))
-  assert int(together.calls) * (2 if c.guidance else 1) >= max(
+  assert int(together.calls) * (2 if c.get('guidance') else 1) >= max(
     together.forwards
   )
 
@@ -116,8 +118,8 @@ def test_request_does_not_depend_on_the_batch(table, options):
 @pytest.mark.parametrize('steps', [0, 3])
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
-  """own_blocks divides the steps per row, without gen_length."""
-  own = dict(own_blocks=True, gen_length=0, steps=steps)
+  """With gen_length=0, the steps are divided over the slots of each row."""
+  own = dict(gen_length=0, steps=steps)
   c = config(**{**options, **own})
   texts = ['ab{{2}}c', 'a{{9}}bc', '{{5}}']
   filled_together_and_alone(c, table, texts, [3, 4, 5], range(3))
@@ -130,7 +132,7 @@ def test_gaps_do_not_depend_on_longer_gaps_in_the_batch(table, options, steps):
 )
 def test_gaps_have_their_own_steps(table, steps, forwards):
   """Two slots take one block of four, nine slots take three blocks."""
-  c = config(steps=steps, own_blocks=True, gen_length=0)
+  c = config(steps=steps, gen_length=0)
   request = layouts.fill_gaps(['{{2}}', '{{9}}'], lambda text: [])
   assert complete(c, table, request).forwards.tolist() == forwards
 
@@ -186,7 +188,7 @@ def test_first_hitting_takes_one_forward_pass_per_token(table):
 def test_cosine_schedule_commits_few_tokens_first(table):
   request = layouts.continue_prompts([[7]], 16)
   c = config(steps=4, block_length=16, gen_length=16, schedule='cosine')
-  canvases = list(sampler.trace(network_of(mixing, table), c, request))
+  canvases = sampled.trace(network_of(mixing, table), c, request)
   left = [int((canvas == MASK).sum()) for canvas in canvases]
   assert left == [16, 14, 11, 6, 0]  # 16 cos(pi/2 i/4), rounded down
 
@@ -221,10 +223,10 @@ def test_stop_at_eos_saves_forward_passes_and_keeps_the_text(
   table, rule, block_length, least
 ):
   prompts = [[7 + i % 9] * (i % 4) for i in range(32)]
-  request = _, fill, valid, _ = layouts.continue_prompts(prompts, 16)
+  request = _, fill, valid, *_ = layouts.continue_prompts(prompts, 16)
   c = config(gen_length=16, steps=16, block_length=block_length, remasking=rule)
   whole = complete(c, table, request)
-  c = dataclasses.replace(c, stop_at_eos=True)
+  c |= dict(stop_at_eos=True)
   stopped = complete(c, table, request)
   cut = layouts.cut(whole.canvas, fill, EOS)
   np.testing.assert_array_equal(cut, layouts.cut(stopped.canvas, fill, EOS))
@@ -252,7 +254,7 @@ def test_slots_filled_after_an_eos_have_no_confidence(table):
   answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9]])
   request = layouts.continue_prompts([[]], 8)
   c = config(temperature=0.0, stop_at_eos=True, block_length=2)
-  *_, (carry, confidence) = sampler.walk(
+  *_, (carry, confidence) = sampled.walk(
     network_of(certain, answer), c, request
   )
   assert carry.canvas.tolist() == [[9] + [EOS] * 7]
@@ -263,7 +265,8 @@ def test_eos_after_a_mask_does_not_stop_a_row(table):
   canvas = jnp.array([[9, MASK, EOS, MASK], [9, 9, EOS, MASK]])
   fill = np.ones((2, 4), bool)
   request = Request(canvas, fill, fill, range(2))
-  _, layout, _ = begin(network_of(mixing, table), config(gen_length=4), request)
+  c = config(gen_length=4, stop_at_eos=True)
+  _, layout, _ = sampled.begin(network_of(mixing, table), c, request)
   masked = canvas[:, None] == MASK
   canvas, masked = commit.end_at_eos(EOS, canvas, masked, layout)
   assert canvas.tolist() == [[9, MASK, EOS, MASK], [9, 9, EOS, EOS]]
@@ -279,7 +282,7 @@ def test_eos_in_the_prompt_does_not_stop_a_row(table):
 
 
 def test_logits_eos_inf_never_predicts_eos(table):
-  request = _, fill, _, _ = layouts.continue_prompts([[]] * 50, 8)
+  request = _, fill, *_ = layouts.continue_prompts([[]] * 50, 8)
   drawn = lambda c: np.asarray(complete(c, table, request).canvas)[fill]
   assert (drawn(config()) == EOS).any()
   assert not (drawn(config(logits_eos_inf=True)) == EOS).any()
@@ -298,7 +301,7 @@ def test_confidence_eos_eot_inf_commits_eos_and_eot_last(
     confidence_eos_eot_inf=True,
   )
   request = layouts.continue_prompts([[]], 8)
-  canvases = list(sampler.trace(network_of(certain, answer), c, request))
+  canvases = sampled.trace(network_of(certain, answer), c, request)
   assert canvases[5].tolist() == [[MASK, 9, MASK, 9, 9, MASK, 9, 9]]
   assert canvases[8].tolist() == answer.tolist()
 
@@ -309,14 +312,18 @@ def test_eos_is_committed_last_at_a_temperature_unlike_llada(monkeypatch):
   Slot 0 predicts eos. Slot 1 predicts another token with lower confidence.
   """
   logits = jnp.zeros((1, 2, VOCAB)).at[0, 0, EOS].set(5).at[0, 1, 9].set(3)
-  monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: 0.0)
+  monkeypatch.setattr(candidates, 'gumbel', lambda keys, shape: jnp.zeros(()))
   c = config(temperature=0.5, confidence_eos_eot_inf=True)
   network = dataclasses.replace(network_of(None, None), predict_mask=True)
-  token, confidence = commit.predict(network, c, logits, None)
+  c, settings = split(c)
+  keys = jax.random.split(jax.random.key(0), 1)
+  token, confidence = commit.predict(
+    network, c, per_row(settings, 1), logits, keys
+  )
   assert token.tolist() == [[EOS, 9]]
   assert confidence[0, 0] == 0 < confidence[0, 1]
 
-  of_llada = candidates.probability(candidates.suppress(logits, (EOT,)), token)
+  of_llada = candidates.probability(candidates.suppress(logits, EOT), token)
   assert of_llada[0, 0] > of_llada[0, 1]
   first_committed = lambda confidence: remasking.commit_top(
     confidence, jnp.ones((1, 2), bool), jnp.array([1])
@@ -337,13 +344,13 @@ def bad_at_15(bad, tokens, valid):
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_nan_logits_abandon_only_their_row(bad):
-  request = _, fill, _, _ = layouts.continue_prompts([[7], [15], [8]], 8)
+  request = _, fill, *_ = layouts.continue_prompts([[7], [15], [8]], 8)
   carry = complete(config(), bad, request, function=bad_at_15)
   assert carry.broken.tolist() == [False, True, False]
   out = np.asarray(carry.canvas)
   assert (out[1][fill[1]] == MASK).all()
   assert (out[[0, 2]][fill[[0, 2]]] == 9).all()
-  for sample in (sampler.generate, lambda *a: list(sampler.trace(*a))):
+  for sample in (sampled.generate, sampled.trace):
     with pytest.raises(UserError, match=r'row\(s\) \[1\] were NaN or infinite'):
       sample(network_of(bad_at_15, bad), config(), request)
 

@@ -10,10 +10,10 @@ import itertools
 import fake_networks
 import numpy as np
 import pytest
+import sampled
 import scipy.stats
 
-from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import SamplerConfig
+from maskdiff.sampling import layouts
 
 MASK, VOCAB, IDS = 4, 8, (5, 6, 7)
 JOINT = np.random.default_rng(7).dirichlet(np.full(27, 0.5)).reshape(3, 3, 3)
@@ -30,7 +30,7 @@ def fake(monkeypatch):
 
 def counts(number, remasking, steps, **options):
   """Returns how often each of the 27 texts is sampled, [3, 3, 3]."""
-  c = SamplerConfig(
+  c = dict(
     steps=steps,
     block_length=3,
     temperature=1.0,
@@ -38,7 +38,7 @@ def counts(number, remasking, steps, **options):
     **options,
   )
   request = layouts.continue_prompts([[]] * number, 3)
-  out = sampler.generate(NETWORK, c, request)
+  out = sampled.generate(NETWORK, c, request)
   found = np.zeros((3, 3, 3), int)
   np.add.at(found, tuple(np.asarray(out).T - IDS[0]), 1)
   return found

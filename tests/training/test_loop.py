@@ -29,7 +29,7 @@ from maskdiff.interop import load as load_lib
 from maskdiff.model import transformer
 from maskdiff.monitoring import metrics, wandb_run
 from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import sampler_config
+from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import evaluation, loop
 from maskdiff.training import step as step_lib
 from maskdiff.training import workdir as workdir_lib
@@ -437,12 +437,13 @@ def test_loaded_run_draws_the_same_samples(finished):
   """Compares samples of the checkpoint with those in metrics.jsonl."""
   config, tokenizer, params, mesh = load_lib.load(str(finished.workdir))
   prompt = tokenizer.encode(config.sample.prompts[0])
+  c, settings = sampler_config(config)
   with jax.set_mesh(mesh):
     (row,) = np.asarray(
       sampler.generate(
         load_lib.network(config, params),
-        sampler_config(config),
-        layouts.continue_prompts([prompt], 4),
+        c,
+        layouts.continue_prompts([prompt], 4, settings=settings),
       )
     )
   text = tokenizer.decode(row)
@@ -701,9 +702,11 @@ def test_sample_script_casts_weights_to_the_dtype(
     assert original.dtype == jnp.float32
     assert leaf.dtype == jnp.dtype(dtype or 'float32')
     np.testing.assert_array_equal(leaf, original.astype(leaf.dtype))
-  c = sampler_config(config)
+  c, settings = sampler_config(config)
   request = layouts.continue_prompts(
-    [tokenizer.encode(text) for text in texts], c.gen_length
+    [tokenizer.encode(text) for text in texts],
+    settings.gen_length,
+    settings=settings,
   )
   with jax.set_mesh(mesh):
     out = sampler.generate(load_lib.network(config, params), c, request)
