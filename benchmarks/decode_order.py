@@ -40,13 +40,11 @@ def positions(model, rule, temperature, num):
   values = {'gen_length': slots, 'block_length': slots, 'remasking': rule}
   values |= {'temperature': temperature, 'stop_at_eos': False}
   c, settings = sampler_config(config_lib.with_settings(config, values))
-  network = model.network
   request = layouts.continue_prompts(prompts, slots, settings=settings)
   with jax.set_mesh(model.mesh):
-    steps = list(sampler.trace(network, c, request))
-  masked = np.stack(steps)[:, :, PROMPT:] == network.mask_id
-  committed = masked[:-1] & ~masked[1:]  # [slots, num, slots], one per step
-  return committed.argmax(axis=2).T
+    carry = sampler.complete(model.network, c, request)
+  sampler.check(carry)
+  return np.argsort(np.asarray(carry.filled_at)[:, PROMPT:], axis=1)
 
 
 def main():

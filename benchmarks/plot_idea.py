@@ -21,7 +21,7 @@ from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.data.rows import Rows
 from maskdiff.interop import load
 from maskdiff.objectives import masked_diffusion
-from maskdiff.sampling import layouts, sampler
+from maskdiff.sampling import layouts, recording, sampler
 from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import step as step_lib
 
@@ -185,33 +185,29 @@ def reverse(workdir, text, seed, out):
   """Draws slots over denoising steps, coloured by confidence."""
   config, tokenizer, params, mesh = load.load(workdir)
   request = layouts.fill_gaps([text], tokenizer.encode, [seed])
-  fill, valid = request.fill, request.valid
-  slots = np.flatnonzero(fill[0])
+  slots = np.flatnonzero(request.fill[0])
   config.sample.gen_length = len(slots)
   config.sample.steps = config.sample.block_length = len(slots)
   config.sample.temperature = 0.0
   c, settings = sampler_config(config)
   request = request._replace(settings=settings)
   with jax.set_mesh(mesh):
-    moments = list(sampler.walk(load.network(config, params), c, request))
-  final = np.asarray(moments[-1][0].canvas)[0]
+    carry = sampler.complete(load.network(config, params), c, request)
+  sampler.check(carry)
+  (recorded,) = recording.of_rows(carry, request.fill, request.valid)
+  final, fill, filled_at, confidence = recorded
   print(tokenizer.decode(final))
-  confidence = np.stack([s for _, s in moments])[1:, 0, :]  # [steps, L]
-  committed_at = np.nanargmax(
-    np.where(np.isnan(confidence), -1, confidence), axis=0
-  )
 
   figure, axes = plt.subplots(figsize=(WIDTH, 5.4), layout='constrained')
   colors = plt.get_cmap('YlGnBu')
-  steps = len(confidence)
-  positions = np.arange(slots[0] - 3, min(slots[-1] + 3, valid[0].sum()))
+  steps = recording.num_steps(recorded)
+  positions = np.arange(slots[0] - 3, min(slots[-1] + 3, len(final)))
   for y, i in enumerate(positions):
     for step in range(steps):
-      given, committed = not fill[0, i], step >= committed_at[i]
-      face = 'white' if given else PALE
-      if committed and not given:
-        face = colors(float(confidence[committed_at[i], i]))
-      new = committed and not given and step == committed_at[i]
+      face = 'white' if not fill[i] else PALE
+      if fill[i] and step + 1 >= filled_at[i]:
+        face = colors(float(confidence[i]))
+      new = step + 1 == filled_at[i]
       axes.add_patch(
         plt.Rectangle(
           (step + 0.5, y - 0.5),

@@ -131,10 +131,8 @@ def refilled(network, c, request):
   """Like `batches`, but a new request replaces each completed one."""
   answers = refill.answers(network, c, request, BATCH)
   answers = sorted(answers, key=lambda answer: answer.row)
-  return [
-    np.array([getattr(a, name) for a in answers])
-    for name in ('tokens', 'forwards', 'positions')
-  ]
+  found = [(a.recording.tokens, a.forwards, a.positions) for a in answers]
+  return [np.array(x) for x in zip(*found, strict=True)]
 
 
 def compare(network, request, variants, rounds):

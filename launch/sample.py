@@ -45,6 +45,12 @@ flags.DEFINE_string(
   None,
   'Write the answers to this file as JSON lines; print none.',
 )
+flags.DEFINE_bool(
+  'trajectory',
+  False,
+  'Add to each line of --out the token ids, the denoising step and the '
+  'confidence of every slot, and the settings.',
+)
 flags.DEFINE_integer(
   'seed', 0, 'Seed of the first text; the next has seed + 1.', lower_bound=0
 )
@@ -75,6 +81,8 @@ def main(args):
     raise UserError('give one of --prompt, --infill, --prompts, --interactive')
   if args.show and (args.prompts or args.interactive or args.out):
     raise UserError('--show prints texts of --prompt or --infill only')
+  if args.trajectory and not args.out:
+    raise UserError('--trajectory adds fields to the lines of --out: set --out')
   if args.html and (args.prompts or args.interactive):
     raise UserError('--html replays texts of --prompt or --infill only')
   config.require_workdir(args.workdir)
@@ -122,7 +130,9 @@ def sample(args):
   network = load.network(run_config, params)
   if args.suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
-  s = answers.Sampling(network, c, settings, tokenizer, context)
+  s = answers.Sampling(
+    network, c, settings, tokenizer, context, args.trajectory
+  )
   began = time.monotonic()
   totals = collections.Counter()  # kept if Ctrl-C ends --interactive
   with contextlib.ExitStack() as stack:
@@ -137,9 +147,9 @@ def sample(args):
       )
     elif args.show or args.html:
       print_step = output.print_step if args.show else None
-      found, recording = answers.record(s, texts, print_step)
+      found, recordings = answers.record(s, texts, print_step)
       if write_page:
-        write_page(answers.page(s, texts, recording, workdir=args.workdir))
+        write_page(answers.page(s, texts, recordings, workdir=args.workdir))
     else:
       found = answers.in_batches(s, texts, args.batch)
     output.write_answers(found, write, args.show, totals)

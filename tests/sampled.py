@@ -28,11 +28,16 @@ def generate(network, values, request):
 
 
 def trace(network, values, request):
-  return list(sampler.trace(*arguments(network, values, request)))
-
-
-def walk(network, values, request):
-  return list(sampler.walk(*arguments(network, values, request)))
+  """Returns the canvas before every step and after the last, [T + 1, B, L]."""
+  carry = complete(network, values, request)
+  sampler.check(carry)
+  filled_at, canvas = np.asarray(carry.filled_at), np.asarray(carry.canvas)
+  return np.stack(
+    [
+      np.where(filled_at > step, network.mask_id, canvas)
+      for step in range(filled_at.max() + 1)
+    ]
+  )
 
 
 def begin(network, values, request, **options):

@@ -73,9 +73,9 @@ def complete(model, c, settings, prompts, suffixes, num_slots, seeds, batch):
     for answer in refill.answers(network, c, request, batch):
       if answer.broken:
         raise sampler.broken_error([answer.row])
-      fill = request.fill[answer.row]
-      before_eos = layouts.cut(answer.tokens, fill, network.eos_id)
-      tokens[answer.row] = answer.tokens[fill & before_eos].tolist()
+      filled, fill, *_ = answer.recording
+      before_eos = layouts.cut(filled, fill, network.eos_id)
+      tokens[answer.row] = filled[fill & before_eos].tolist()
       forwards += answer.forwards
   return Completions(tokens, forwards, sum(num_slots))
 

@@ -233,7 +233,7 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   if not window:
     return _compile(full, target.mesh, network, c, sizes[-1], *given)
   with jax.set_mesh(target.mesh):
-    _, use_cache, _, cache = full.eval_shape(network, c, sizes[-1], *given)
+    _, use_cache, cache = full.eval_shape(network, c, sizes[-1], *given)
   rows = mesh_lib.batch_shards(target.mesh)
   split = P(
     None,

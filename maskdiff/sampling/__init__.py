@@ -15,5 +15,6 @@ Modules, from the request to the answer:
 - prompts: prompts from files and from a keyboard
 - answers: answers to texts, as launch/sample.py gives them
 - output: prints answers, and writes them to files
+- recording: step and confidence of every slot of a row
 - replay: HTML page that replays the denoising steps
 """

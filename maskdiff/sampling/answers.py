@@ -10,17 +10,35 @@ An answer is a dict, which launch/sample.py writes as a line of JSON:
     tokens            number of tokens in the answer, or in the gaps
     forwards          forward passes of the row
     positions         number of positions that these passes computed
+
+With Sampling.trajectory it also says how the row was filled, in lists with one
+entry per slot of the row, from left to right. The slots after an eos, which
+`answer` leaves out, are among them.
+
+    ids               token
+    steps             denoising step that filled the slot, from 1
+    confidence        of the token when it was committed; null for slots that
+                      were filled with eos because an eos came before
+    slots             index of the slot in the row
+    given_ids         tokens of the row that are not slots, from left to right
+    settings          dict of the settings that sampling depends on
 """
 
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.model.network import Network
-from maskdiff.sampling import layouts, prompts, refill, replay, sampler
+from maskdiff.sampling import (
+  layouts,
+  prompts,
+  recording,
+  refill,
+  replay,
+  sampler,
+)
 from maskdiff.sampling.request import Request
 from maskdiff.sampling.settings import (
   SamplerConfig,
@@ -40,13 +58,7 @@ class Sampling(NamedTuple):
   settings: Settings
   tokenizer: Tokenizer
   context: int  # tokens of a training row
-
-
-class Counts(NamedTuple):
-  """Work for an answer; see state.Carry."""
-
-  forwards: int
-  positions: int
+  trajectory: bool = False  # whether answers have the step of every slot
 
 
 class Texts(NamedTuple):
@@ -104,14 +116,15 @@ def in_batches(s, texts, batch):
       if filled.broken:
         broken.append(next_row)
       else:
-        yield _answer(s, texts, next_row, filled.tokens, filled)
+        counts = filled.forwards, filled.positions
+        yield _answer(s, texts, next_row, filled.recording, *counts)
       next_row += 1
   if broken:
     raise sampler.broken_error(broken)
 
 
 def record(s, texts, show=None):
-  """Returns the answers and a recording of every denoising step.
+  """Returns the answers and the recording of each.
 
   Args:
     s: Sampling.
@@ -120,43 +133,50 @@ def record(s, texts, show=None):
       after the last.
 
   Returns:
-    List of answers as `in_batches` yields them, and a replay.Recording.
+    List of answers as `in_batches` yields them, and a list of Recordings.
 
   Raises:
     UserError: see `sampler.generate`.
   """
-  canvases, confidences = [], []
-
-  def answers_of(canvas, counts):
-    return [
-      _answer(s, texts, row, tokens, Counts(*counts))
-      for row, (tokens, *counts) in enumerate(zip(canvas, *counts, strict=True))
-    ]
-
   request = texts.request._replace(settings=s.settings)
-  for carry, confidence in sampler.walk(s.network, s.c, request):
-    canvas, *counts = jax.device_get(
-      (carry.canvas, carry.forwards, carry.positions)
-    )
-    canvases.append(canvas)
-    confidences.append(confidence)
-    if show:
-      show([a['text'] for a in answers_of(canvas, counts)])
-  return answers_of(canvas, counts), replay.Recording(
-    np.stack(canvases),
-    np.stack(confidences),
-    texts.request.fill,
-    texts.request.valid,
-  )
+  carry = sampler.complete(s.network, s.c, request)
+  sampler.check(carry)
+  recordings = recording.of_rows(carry, request.fill, request.valid)
+  counts = np.asarray(carry.forwards), np.asarray(carry.positions)
+  if show:
+    for step in range(max(map(recording.num_steps, recordings)) + 1):
+      show([_text_after(s, r, step) for r in recordings])
+  return [
+    _answer(s, texts, row, *of_row)
+    for row, of_row in enumerate(zip(recordings, *counts, strict=True))
+  ], recordings
 
 
-def page(s, texts, recording, **settings):
-  """Returns the HTML page that replays a recording; see `replay.page`.
+def trajectory(s, recorded):
+  """Returns the fields of an answer that say how its slots were filled.
+
+  Args:
+    s: Sampling.
+    recorded: Recording.
+  """
+  tokens, fill, steps, confidence = recorded
+  return {
+    'given_ids': tokens[~fill].tolist(),
+    'slots': np.flatnonzero(fill).tolist(),
+    'ids': tokens[fill].tolist(),
+    'steps': steps[fill].tolist(),
+    'confidence': [None if np.isnan(x) else float(x) for x in confidence[fill]],
+    'settings': describe(s.network, s.c, s.settings),
+  }
+
+
+def page(s, texts, recordings, **settings):
+  """Returns the HTML page that replays recordings; see `replay.page`.
 
   Args:
     s: Sampling.
     texts: Texts.
-    recording: replay.Recording.
+    recordings: list of Recordings.
     **settings: shown on the page after the settings of the sampler.
   """
   kind = 'gaps' if texts.gaps else 'prompt'
@@ -165,7 +185,7 @@ def page(s, texts, recording, **settings):
     for number, prompt in enumerate(texts.prompts, start=1)
   ]
   settings = describe(s.network, s.c, s.settings) | settings
-  return replay.page(recording, s.tokenizer, titles, settings)
+  return replay.page(recordings, s.tokenizer, titles, settings)
 
 
 def converse(s, lines, seed, note, gap_steps=None):
@@ -235,28 +255,43 @@ def _encode_line(s, line, seed):
   return texts._replace(request=layouts.widen(request, padded))
 
 
-def _answer(s, texts, row, tokens, counts):
+def _answer(s, texts, row, recorded, forwards, positions):
   """Returns the answer of a row as a dict.
 
   Args:
     s: Sampling.
     texts: Texts.
     row: int.
-    tokens: [L] int32, the filled canvas.
-    counts: Counts or refill.Answer.
+    recorded: Recording.
+    forwards: see state.Carry.
+    positions: see state.Carry.
   """
-  fill, valid = texts.request.fill[row], texts.request.valid[row]
-  answer = fill
-  if s.settings.stop_at_eos:
-    answer = fill & layouts.cut(tokens, fill, s.network.eos_id)
+  answer = _in_answer(s, recorded, recorded.tokens)
   result = {
     'infill' if texts.gaps else 'prompt': texts.prompts[row].text,
     'seed': texts.prompts[row].seed,
-    'text': s.tokenizer.decode(tokens[(valid & ~fill) | answer]),
+    'text': _text_after(s, recorded, recording.num_steps(recorded)),
     'tokens': int(answer.sum()),
-    'forwards': int(counts.forwards),
-    'positions': int(counts.positions),
+    'forwards': int(forwards),
+    'positions': int(positions),
   }
   if not texts.gaps:
-    result['answer'] = s.tokenizer.decode(tokens[answer])
+    result['answer'] = s.tokenizer.decode(recorded.tokens[answer])
+  if s.trajectory:
+    result |= trajectory(s, recorded)
   return result
+
+
+def _text_after(s, recorded, step):
+  """Returns the text after a number of denoising steps."""
+  tokens = recording.canvas_after(recorded, step, s.network.mask_id)
+  shown = ~recorded.fill | _in_answer(s, recorded, tokens)
+  return s.tokenizer.decode(tokens[shown])
+
+
+def _in_answer(s, recorded, tokens):
+  """Returns [n] bool, the slots of a row before the first eos that ends it."""
+  if not s.settings.stop_at_eos:
+    return recorded.fill
+  cut = layouts.cut(tokens, recorded.fill, s.network.eos_id)
+  return recorded.fill & cut

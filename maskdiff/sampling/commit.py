@@ -114,24 +114,24 @@ def budget(c, settings, num_slots, num_masked, step, steps):
   return remasking.quota_to(ratio(after), num_slots, num_masked)
 
 
-def write(canvas, slots, committed, value):
-  """Writes values into a canvas, at the committed slots of a block.
+def write(array, slots, committed, value):
+  """Writes values into an array of positions, at the committed slots.
 
   Args:
-    canvas: [B, L].
+    array: [B, L].
     slots: [B, S] int32, positions.
     committed: [B, S] bool.
-    value: [B, S].
+    value: [B, S], [B, 1] or a number.
 
   Returns:
     [B, L].
   """
-  rows = jnp.arange(len(canvas))[:, None]
-  positions = jnp.where(committed, slots, canvas.shape[1])  # L: dropped
-  return canvas.at[rows, positions].set(value, mode='drop')
+  rows = jnp.arange(len(array))[:, None]
+  positions = jnp.where(committed, slots, array.shape[1])  # L: dropped
+  return array.at[rows, positions].set(value, mode='drop')
 
 
-def end_at_eos(eos_id, canvas, masked, layout):
+def end_at_eos(eos_id, layout, step, canvas, masked, filled_at):
   """Ends rows with `stop_at_eos` whose text is complete up to its first eos.
 
   The answer of the row is final: tokens before the eos are never revised, and
@@ -140,12 +140,14 @@ def end_at_eos(eos_id, canvas, masked, layout):
 
   Args:
     eos_id: int.
-    canvas: [B, L] int32.
-    masked: [B, blocks, S] bool.
     layout: Layout.
+    step: [B] int32, denoising steps of the row, with the current one.
+    canvas: see state.Carry, as the next two.
+    masked: [B, blocks, S] bool.
+    filled_at: [B, L] int32.
 
   Returns:
-    canvas; and masked, with no masked slots in rows that ended.
+    canvas, masked and filled_at, without masked slots in rows that ended.
   """
   batch, length = canvas.shape
   slots = layout.slots.reshape(batch, -1)
@@ -155,5 +157,9 @@ def end_at_eos(eos_id, canvas, masked, layout):
   after_eos = jnp.cumsum(is_eos & (slots < length) & ~is_masked, axis=1) > 0
   ended = after_eos.any(axis=1) & ~jnp.any(is_masked & ~after_eos, axis=1)
   ended &= layout.settings.stop_at_eos
-  canvas = write(canvas, slots, is_masked & ended[:, None], eos_id)
-  return canvas, masked & ~ended[:, None, None]
+  filled = is_masked & ended[:, None]
+  return (
+    write(canvas, slots, filled, eos_id),
+    masked & ~ended[:, None, None],
+    write(filled_at, slots, filled, step[:, None]),
+  )

@@ -3,11 +3,14 @@
 import contextlib
 import json
 import sys
+import time
 
 import jax
 
 from maskdiff.distributed import runtime
 from maskdiff.errors import writing
+
+STEP_SECONDS = 0.1  # that --show leaves a step on a terminal
 
 
 def write_answers(answers, write, shown, totals):
@@ -30,10 +33,11 @@ def write_answers(answers, write, shown, totals):
 
 
 def print_step(texts):
-  """Prints the texts of a step; a terminal is cleared first."""
+  """Prints the texts of a step; a terminal is cleared first, and then waits."""
   clear, end = '', '\n' + '=' * 8
   if sys.stdout.isatty():
     clear, end = '\x1b[2J\x1b[H', ''
+    time.sleep(STEP_SECONDS)
   runtime.print_once(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
 
 

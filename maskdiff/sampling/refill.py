@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdiff.distributed.mesh import replicate
-from maskdiff.sampling import sampler
+from maskdiff.sampling import recording, sampler
+from maskdiff.sampling.recording import Recording
 from maskdiff.sampling.request import begin
 
 
@@ -23,7 +24,7 @@ class Answer(NamedTuple):
   """A row of a Request with its slots filled."""
 
   row: int  # index in the Request
-  tokens: np.ndarray  # [L] int32, the filled canvas
+  recording: Recording
   forwards: int  # see state.Carry
   positions: int  # see state.Carry
   broken: bool  # abandoned: its logits were NaN or infinite
@@ -57,9 +58,8 @@ def answers(network, c, request, batch):
     batch_carry = sampler.run(
       network, c, shapes, batch_carry, batch_layout, np.int32(max_active)
     )
-    tokens, masked, forwards, positions, broken = jax.device_get(
+    masked, forwards, positions, broken = jax.device_get(
       (
-        batch_carry.canvas,
         batch_carry.masked,
         batch_carry.forwards,
         batch_carry.positions,
@@ -67,10 +67,12 @@ def answers(network, c, request, batch):
       )
     )
     ended = (row_of >= 0) & ~masked.any((1, 2))
+    fill, valid = layout.fill[row_of], layout.valid[row_of]
+    recordings = recording.of_rows(batch_carry, fill, valid)
     for i in np.flatnonzero(ended):
       yield Answer(
         int(row_of[i]),
-        tokens[i],
+        recordings[i],
         int(forwards[i]),
         int(positions[i]),
         bool(broken[i]),

@@ -1,54 +1,44 @@
 """An HTML page that replays how texts were denoised, in a single file.
 
-A Recording has the canvas of every step. Committed tokens are never revised, so
-the page needs only the final token of each position and the step that committed
-it. `replay.html` is the template.
+The page has the token of each position and the step that committed it.
+`replay.html` is the template.
 """
 
 import importlib.resources
 import json
-from typing import NamedTuple
 
 import numpy as np
+
+from maskdiff.sampling.recording import num_steps
 
 MASK_TEXT = '\u2591'
 
 
-class Recording(NamedTuple):
-  """The states that `sampler.walk` yields for B texts in T steps."""
-
-  canvases: np.ndarray  # [T + 1, B, L] int32, before every step and at the end
-  # [T + 1, B, L] float32; entry t has the confidence of the tokens that step t
-  # committed, and NaN elsewhere. Entry 0 is NaN.
-  confidence: np.ndarray
-  fill: np.ndarray  # [B, L] bool, the slots
-  valid: np.ndarray  # [B, L] bool, False on padding
-
-
-def page(recording, tokenizer, titles, settings):
-  """Returns the page that replays a recording.
+def page(recordings, tokenizer, titles, settings):
+  """Returns the page that replays recordings side by side.
 
   Args:
-    recording: Recording.
+    recordings: list of recording.Recording, one per text.
     tokenizer: data.tokenizer.Tokenizer.
-    titles: B strings, one per text.
+    titles: list of str, one per text.
     settings: dict of settings to list on the page, in this order. It must
       contain `block_length` and `confidence`.
 
   Returns:
     HTML in ASCII that fetches nothing. Its text at step t is
-    `tokenizer.decode` of canvas t.
+    `tokenizer.decode` of `recording.canvas_after` t steps.
   """
+  last = max(map(num_steps, recordings))
   data = {
-    'steps': len(recording.canvases) - 1,
+    'steps': last,
     'mask': MASK_TEXT,
     'measure': {'probability': 'confidence'}.get(
       settings['confidence'], f'confidence ({settings["confidence"]})'
     ),
     'settings': [[key, str(value)] for key, value in settings.items()],
     'texts': [
-      _text(recording, row, tokenizer, title, settings['block_length'])
-      for row, title in enumerate(titles)
+      _text(recording, tokenizer, title, settings['block_length'], last)
+      for recording, title in zip(recordings, titles, strict=True)
     ],
   }
   # ASCII reads the same in any encoding. Without <, a text cannot end the
@@ -62,36 +52,15 @@ def page(recording, tokenizer, titles, settings):
   return before + encoded + after
 
 
-def steps(recording):
-  """Returns the step at which each slot was filled.
-
-  Returns:
-    [B, L] int: 0 on given tokens, T + 1 on slots that are still masked.
-  """
-  canvases, confidence, fill, _ = recording
-  # A committed mask token does not change the canvas, but has a confidence. A
-  # slot that is filled with eos after an eos has no confidence.
-  filled = ~np.isnan(confidence[1:]) | (canvases[1:] != canvases[:-1])
-  step = np.where(filled.any(axis=0), filled.argmax(axis=0) + 1, len(canvases))
-  return np.where(fill, step, 0)
-
-
-def _text(recording, row, tokenizer, title, block_length):
+def _text(recording, tokenizer, title, block_length, last):
   """Returns the data of a text for the page; lists have one entry per token."""
-  valid = recording.valid[row]
-  ids = recording.canvases[-1, row, valid]
-  fill = recording.fill[row, valid]
-  step = steps(recording)[row, valid]
-  confidence = recording.confidence[:, row, valid]
-  # Given tokens, and slots still masked (T + 1), take entry 0, which is NaN.
-  confidence = np.take_along_axis(
-    confidence, step[None] % len(confidence), axis=0
-  )[0]
+  tokens, fill, steps, confidence = recording
+  steps = np.where(fill & (steps == 0), last + 1, steps)  # still masked
   return {
     'title': title,
-    'ids': ids.tolist(),
-    'pieces': [_piece(tokenizer, int(i)) for i in ids],
-    'steps': step.tolist(),
+    'ids': tokens.tolist(),
+    'pieces': [_piece(tokenizer, int(i)) for i in tokens],
+    'steps': steps.tolist(),
     'confidence': [
       None if np.isnan(x) else round(float(x), 4) for x in confidence
     ],

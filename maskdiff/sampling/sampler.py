@@ -21,9 +21,9 @@ The file reads top to bottom:
    network predicts a token and a confidence for each slot (commit.predict,
    candidates.py), the remasking rule selects some of the predictions
    (remasking.py), and their tokens are committed.
-4. `walk` and `trace`: the same steps from Python, one at a time.
 
-state.py defines the state of the loop, Carry and Layout, and explains the
+The last Carry has the step and the confidence of every slot; recording.py reads
+them. state.py defines the state of the loop, Carry and Layout, and explains the
 letters in shapes.
 """
 
@@ -116,12 +116,12 @@ def run_round(network, c, shape, carry, layout):
   Returns:
     The next Carry.
   """
-  carry, use_cache, _, cache = canvas_step(network, c, shape, carry, layout)
+  carry, use_cache, cache = canvas_step(network, c, shape, carry, layout)
   if c.cache == 'none':
     return carry
 
   def next_step(state):
-    return window_step(network, c, shape, *state, cache, layout)[:2]
+    return window_step(network, c, shape, *state, cache, layout)
 
   carry, _ = jax.lax.while_loop(
     lambda state: state[1].any(), next_step, (carry, use_cache)
@@ -181,18 +181,14 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     num_positions: [B] int32, number of positions computed for each row.
 
   Returns:
-    - the next Carry;
-    - [B] bool, active rows whose next step can use the cache;
-    - [B, L] float32, confidence of the tokens that this step committed; NaN
-      elsewhere.
+    The next Carry; and [B] bool, active rows whose next step can use the cache.
   """
-  block, step = carry.block, carry.step
+  block, step, settings = carry.block, carry.step, layout.settings
   slots = current(layout.slots, block)  # [B, S]
   masked = current(carry.masked, block) & active[:, None]
   draw_keys, rule_keys = commit.step_keys(layout.seeds, block, step)
 
   # The network's predictions.
-  settings = layout.settings
   token, confidence = commit.predict(network, c, settings, logits, draw_keys)
   broken = jnp.any(masked & jnp.isnan(confidence), axis=1)
 
@@ -203,20 +199,21 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
   committed = rule(confidence, masked, budget, rule_keys) & ~broken[:, None]
 
   # Their tokens are committed; the other slots stay masked.
-  canvas = commit.write(carry.canvas, slots, committed, token)
-  no_confidence = jnp.full(canvas.shape, jnp.nan)
-  step_confidence = commit.write(no_confidence, slots, committed, confidence)
+  total = carry.total_steps + active
+  write = lambda array, value: commit.write(array, slots, committed, value)
+  canvas = write(carry.canvas, token)
+  filled_at = write(carry.filled_at, total[:, None])
   still_masked = current(carry.masked, block) & ~committed
   masked = carry.masked.at[jnp.arange(len(block)), block].set(
     still_masked, mode='drop'
   )
   masked &= ~broken[:, None, None]
   if network.eos_id >= 0:  # else settings.check refuses stop_at_eos
-    canvas, masked = jax.lax.cond(
+    canvas, masked, filled_at = jax.lax.cond(
       settings.stop_at_eos.any(),
-      functools.partial(commit.end_at_eos, network.eos_id, layout=layout),
-      lambda canvas, masked: (canvas, masked),
-      *(canvas, masked),
+      functools.partial(commit.end_at_eos, network.eos_id, layout, total),
+      lambda *unchanged: unchanged,
+      *(canvas, masked, filled_at),
     )
 
   # A row without masks in its block moves on to the next block.
@@ -225,8 +222,11 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
   carry = Carry(
     block=block + complete,
     step=step,
+    total_steps=total,
     canvas=canvas,
     masked=masked,
+    filled_at=filled_at,
+    confidence=write(carry.confidence, confidence),
     calls=carry.calls + 1,
     forwards=carry.forwards + active * jnp.where(settings.guidance > 0, 2, 1),
     positions=carry.positions + active * num_positions,
@@ -235,7 +235,7 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
   use_cache = active & ~complete & in_progress(carry)
   if c.refresh:
     use_cache &= step % c.refresh != 0
-  return carry, use_cache & (c.cache != 'none'), step_confidence
+  return carry, use_cache & (c.cache != 'none')
 
 
 def check(carry):
@@ -251,57 +251,3 @@ def broken_error(rows):
     f'the logits of row(s) {rows} were NaN or infinite: the weights are '
     'damaged or the training diverged; use an older checkpoint'
   )
-
-
-def trace(network, c, request):
-  """Yields the canvas before every step and after the last, as NumPy.
-
-  Arguments, errors and the final canvas as for `generate`.
-  """
-  for carry, _ in walk(network, c, request):
-    yield np.asarray(carry.canvas)
-
-
-def walk(network, c, request):
-  """Yields the state before every step and after the last.
-
-  Arguments and errors as for `generate`.
-
-  Yields:
-    Carry; and [B, L] float32 as NumPy, the confidence of the tokens that the
-    last step committed. It is NaN elsewhere: before the first step, and at
-    slots that were filled with eos after an eos.
-  """
-  carry, layout, shapes = begin(network, c, request)
-  # The sharding of a step's results, so that one program serves all steps.
-  carry, layout = jax.jit(replicate)((carry, layout))
-  confidence = np.full(carry.canvas.shape, np.nan, np.float32)
-  use_cache = shape = cache = None
-  while True:
-    yield carry, np.asarray(confidence)
-    if not np.asarray(carry.masked).any():
-      break
-    if use_cache is not None and np.asarray(use_cache).any():
-      carry, use_cache, confidence = _window_step(
-        network, c, shape, carry, use_cache, cache, layout
-      )
-    else:
-      shape = shapes[int(_choose_shape(c, shapes, carry, layout))]
-      carry, use_cache, confidence, cache = _canvas_step(
-        network, c, shape, carry, layout
-      )
-  check(carry)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _canvas_step(*args):
-  *results, cache = canvas_step(*args)
-  return *replicate(results), cache
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _window_step(*args):
-  return replicate(window_step(*args))
-
-
-_choose_shape = jax.jit(passes.choose_shape, static_argnums=(0, 1))

@@ -17,8 +17,13 @@ class Carry(NamedTuple):
 
   block: jax.Array  # [B] int32, the current block; number of complete blocks
   step: jax.Array  # [B] int32, denoising steps done in the current block
+  total_steps: jax.Array  # [B] int32, denoising steps done in all blocks
   canvas: jax.Array  # [B, L] int32
   masked: jax.Array  # [B, blocks, S] bool, slots without a committed token
+  # [B, L] int32 and float32: the denoising step of the row that filled the
+  # slot, from 1, and the confidence of its token. See recording.Recording.
+  filled_at: jax.Array
+  confidence: jax.Array
   calls: jax.Array  # int32, forward passes over the whole batch
   # [B] int32: forward passes in which a row took part (guidance counts two per
   # step), and positions that these passes computed for the row. Padding and

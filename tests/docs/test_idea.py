@@ -245,20 +245,18 @@ def test_words_are_committed_in_the_order_of_the_page(monkeypatch):
     remasking='low_confidence',
   )
   request = layouts.continue_prompts([[]], L)
-  moments = [
-    (np.asarray(carry.canvas)[0].tolist(), confidence[0])
-    for carry, confidence in sampled.walk(network_of('exact'), c, request)
-  ]
+  carry = sampled.complete(network_of('exact'), c, request)
+  canvases = sampled.trace(network_of('exact'), c, request)[:, 0].tolist()
   rows = table_with('most probable word')
-  assert len(rows) == len(moments) - 1 == L
-  for row, before, after in zip(rows, moments, moments[1:], strict=False):
+  assert len(rows) == len(canvases) - 1 == L
+  for number, (row, before) in enumerate(zip(rows, canvases, strict=False), 1):
     _, canvas, word, probability = row
-    assert before[0] == encode(canvas)
-    (at,) = np.flatnonzero(~np.isnan(after[1]))
-    assert after[0][at] == encode(word)[0]
+    assert before == encode(canvas)
+    (at,) = np.flatnonzero(carry.filled_at[0] == number)
+    assert carry.canvas[0, at] == encode(word)[0]
     numerator, _, denominator = probability.partition('/')
     expected = int(numerator) / int(denominator or 1)
-    assert after[1][at] == pytest.approx(expected, abs=1e-5)
+    assert carry.confidence[0, at] == pytest.approx(expected, abs=1e-5)
 
 
 def test_noise_of_the_loss_equals_the_page():

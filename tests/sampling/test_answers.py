@@ -1,6 +1,7 @@
 """Answers in batches, recorded, and in a conversation, with a fake network."""
 
 import dataclasses
+import json
 import re
 
 import fake_networks
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdiff.sampling import answers, sampler
+from maskdiff.sampling import answers, recording, sampler
 from maskdiff.sampling.answers import Sampling
 from maskdiff.sampling.prompts import Prompt
 from maskdiff.sampling.settings import split
@@ -101,14 +102,47 @@ def test_prompts_stop_at_eos_and_gaps_do_not(sampling):
 def test_recorded_answers_equal_those_in_batches(sampling, gaps, tokenizer):
   texts = encode(sampling, GAPS if gaps else TEXTS, gaps)
   seen, rows = [], len(texts.prompts)
-  found, recording = answers.record(sampling, texts, seen.append)
+  found, recordings = answers.record(sampling, texts, seen.append)
   assert found == list(answers.in_batches(sampling, texts, rows))
   assert seen[-1] == [answer['text'] for answer in found]
-  assert len(recording.canvases) == len(recording.confidence) == len(seen)
-  for texts_then, canvas in zip(seen, recording.canvases, strict=True):
-    rows = zip(canvas, recording.valid, strict=True)
-    assert texts_then == [tokenizer.decode(row[valid]) for row, valid in rows]
-  assert (~np.isnan(recording.confidence)).sum() == recording.fill.sum()
+  assert len(seen) == max(map(recording.num_steps, recordings)) + 1
+  for step, texts_then in enumerate(seen):
+    canvases = [
+      recording.canvas_after(r, step, tokenizer.mask_id) for r in recordings
+    ]
+    assert texts_then == list(map(tokenizer.decode, canvases))
+  for r in recordings:
+    np.testing.assert_array_equal(np.isnan(r.confidence), ~r.fill)
+
+
+@pytest.mark.parametrize('gaps', [False, True])
+def test_trajectory_has_every_slot(sampling, gaps, tokenizer):
+  """The lists rebuild the row, and the canvas of every step."""
+  s = with_settings(sampling, stop_at_eos=True)._replace(trajectory=True)
+  texts = encode(sampling, GAPS if gaps else ['x'] * 24, gaps)
+  seen = []
+  answers.record(s, texts, seen.append)
+  for row, answer in enumerate(answers.in_batches(s, texts, 3)):
+    json.dumps(answer)
+    slots, ids = answer['slots'], np.array(answer['ids'])
+    assert len(ids) == len(answer['steps']) == texts.request.fill[row].sum()
+    tokens = np.zeros(len(slots) + len(answer['given_ids']), int)
+    tokens[slots] = ids
+    tokens[np.setdiff1d(np.arange(len(tokens)), slots)] = answer['given_ids']
+    if tokenizer.eos_id not in ids:
+      assert tokenizer.decode(tokens) == answer['text']
+    for step in range(max(answer['steps'])):
+      masked = np.array(answer['steps']) > step
+      assert masked.any()
+      assert seen[step][row].count('\u2591') <= masked.sum()
+    # Slots that were filled because of an eos have no confidence.
+    ended = [c is None for c in answer['confidence']]
+    assert set(ids[ended]) <= {tokenizer.eos_id}
+    assert {a for a, e in zip(answer['steps'], ended, strict=True) if e} <= {
+      max(answer['steps'])
+    }
+    assert answer['settings']['temperature'] == 0.7
+  assert 'ids' not in next(answers.in_batches(sampling, texts, 3))
 
 
 def test_conversation_equals_a_batch(sampling):

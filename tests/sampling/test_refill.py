@@ -56,9 +56,10 @@ def test_every_request_has_one_answer_that_equals_sampling_alone(batch):
   found = all_answers(CONFIG, batch)
   assert sorted(answer.row for answer in found) == list(range(10))
   for answer in found:
-    np.testing.assert_array_equal(answer.tokens, alone.canvas[answer.row])
+    tokens = answer.recording.tokens
+    np.testing.assert_array_equal(tokens, alone.canvas[answer.row])
     number = PROMPTS[answer.row][0] - 7
-    assert answer.tokens.tolist() == (
+    assert tokens.tolist() == (
       [7 + number] * (1 + number) + [EOS] * (ROOM - number)
     )
     assert answer.forwards == alone.forwards[answer.row]
@@ -107,7 +108,11 @@ def test_broken_row_does_not_stop_the_others():
 
 def test_refill_on_a_mesh_equals_one_device():
   c = {**CONFIG, 'temperature': 0.7}
-  expected = {a.row: a.tokens.tolist() for a in all_answers(c, 2, PROMPTS[:5])}
+  expected = {
+    a.row: a.recording.tokens.tolist() for a in all_answers(c, 2, PROMPTS[:5])
+  }
   with jax.set_mesh(mesh.make_mesh(fsdp=4, tensor=2)):
-    found = {a.row: a.tokens.tolist() for a in all_answers(c, 2, PROMPTS[:5])}
+    found = {
+      a.row: a.recording.tokens.tolist() for a in all_answers(c, 2, PROMPTS[:5])
+    }
   assert found == expected

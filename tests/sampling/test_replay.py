@@ -11,7 +11,7 @@ import pytest
 from browser import DESK, PHONE, element, set_window
 
 from maskdiff.sampling import replay
-from maskdiff.sampling.replay import Recording
+from maskdiff.sampling.recording import Recording, canvas_after, num_steps
 
 GIVEN = 'say("</script><!--<script>")\n'
 ANSWER = '<b>\'&amp;"\\u003c\u2028\n🦉 owls\n'  # the owl is four byte tokens
@@ -25,8 +25,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope='module')
-def recording(tokenizer):
-  """Returns a Recording of two texts, filled block by block.
+def recordings(tokenizer):
+  """Returns Recordings of two texts, filled block by block.
 
   The bytes of the owl are committed in different steps. The given tokens of the
   first text include a mask and an id that the tokenizer does not have. Its
@@ -41,42 +41,31 @@ def recording(tokenizer):
   ]
   slots = [*tokenizer.encode(ANSWER), *owl[:-1], 10, *[tokenizer.eos_id] * 4]
   rows = [(given, slots), ([], tokenizer.encode('x = 1'))]
-  length = len(given) + len(slots)
   random = np.random.default_rng(3)
-  canvas = np.zeros((2, length), np.int32)
-  fill, valid = np.zeros((2, length), bool), np.zeros((2, length), bool)
-  final = canvas.copy()
-  filled_at = np.zeros((2, length), int)
-  for row, (before, after) in enumerate(rows):
-    end = len(before) + len(after)
-    final[row, :end] = before + after
-    fill[row, len(before) : end] = True
-    valid[row, :end] = True
+  found = []
+  for before, after in rows:
+    fill = np.arange(len(before) + len(after)) >= len(before)
+    steps = np.zeros(len(fill), int)
     for start in range(0, len(after), SETTINGS['block_length']):
       block = np.arange(
         start, min(start + SETTINGS['block_length'], len(after))
       )
       order = random.permutation(len(block)) // 2  # two slots per step
-      filled_at[row, len(before) + block] = 1 + start // 2 + order
-  canvases, confidences = [], []
-  ended = np.zeros((2, length), bool)
-  ended[0, length - 3 :] = True
-  filled_at[0, length - 3 :] = filled_at[0].max()
-  confidence = random.uniform(size=(2, length)).astype(np.float32)
-  for step in range(filled_at.max() + 1):
-    masked = fill & (filled_at > step)
-    canvases.append(np.where(masked, tokenizer.mask_id, final))
-    new = fill & (filled_at == step) & ~ended
-    confidences.append(np.where(new, confidence, np.nan))
-  return Recording(np.stack(canvases), np.stack(confidences), fill, valid)
+      steps[len(before) + block] = 1 + start // 2 + order
+    confidence = random.uniform(size=len(fill)).astype(np.float32)
+    confidence[~fill] = np.nan
+    found.append(Recording(np.array(before + after), fill, steps, confidence))
+  found[0].steps[-3:] = found[0].steps.max()
+  found[0].confidence[-3:] = np.nan
+  return found
 
 
 @pytest.fixture(scope='module')
-def page(recording, tokenizer, tmp_path_factory):
+def page(recordings, tokenizer, tmp_path_factory):
   """Returns the path of the page."""
   path = tmp_path_factory.mktemp('page') / 'replay.html'
   titles = ['first "text"', 'second']
-  path.write_text(replay.page(recording, tokenizer, titles, SETTINGS))
+  path.write_text(replay.page(recordings, tokenizer, titles, SETTINGS))
   return path
 
 
@@ -106,9 +95,17 @@ def at(browser):
   return int(element(browser, '#slider').get_property('value'))
 
 
-def texts(recording, tokenizer, step):
-  rows = zip(recording.canvases[step], recording.valid, strict=True)
-  return [tokenizer.decode(row[valid]) for row, valid in rows]
+def texts(recordings, tokenizer, step):
+  """Returns the texts after a step, from the meaning of `steps`."""
+  canvases = [
+    np.where(r.fill & (r.steps > step), tokenizer.mask_id, r.tokens)
+    for r in recordings
+  ]
+  return [tokenizer.decode(row) for row in canvases]
+
+
+def last_step(recordings):
+  return max(r.steps.max() for r in recordings)
 
 
 def spans(browser, row):
@@ -141,33 +138,33 @@ def luminance(color):
 # In the browser
 
 
-def test_text_at_every_step_is_the_canvas(opened, recording, tokenizer):
+def test_text_at_every_step_is_the_canvas(opened, recordings, tokenizer):
   """Keys move the slider to the end and back to the start."""
   from selenium.webdriver.common.keys import Keys
 
-  slider, last = element(opened, '#slider'), len(recording.canvases) - 1
+  slider, last = element(opened, '#slider'), last_step(recordings)
   for step in range(last + 1):
     assert at(opened) == step
-    assert shown(opened) == texts(recording, tokenizer, step)
+    assert shown(opened) == texts(recordings, tokenizer, step)
     label = element(opened, '#step').text
     assert label == f'step {step} of {last}'
     slider.send_keys(Keys.ARROW_RIGHT)
   slider.send_keys(Keys.HOME)
-  assert shown(opened) == texts(recording, tokenizer, 0)
+  assert shown(opened) == texts(recordings, tokenizer, 0)
 
 
-def test_pointer_moves_the_slider(opened, recording, tokenizer):
+def test_pointer_moves_the_slider(opened, recordings, tokenizer):
   element(opened, '#slider').click()  # at its middle
   step = at(opened)
-  assert 0 < step < len(recording.canvases) - 1
-  assert shown(opened) == texts(recording, tokenizer, step)
+  assert 0 < step < last_step(recordings)
+  assert shown(opened) == texts(recordings, tokenizer, step)
 
 
-def test_buttons_and_keys_step_and_play(opened, recording, tokenizer):
+def test_buttons_and_keys_step_and_play(opened, recordings, tokenizer):
   from selenium.webdriver.common.action_chains import ActionChains
   from selenium.webdriver.common.keys import Keys
 
-  last = len(recording.canvases) - 1
+  last = last_step(recordings)
   press = lambda key: ActionChains(opened).send_keys(key).perform()
   for _ in range(3):
     element(opened, '#forward').click()
@@ -188,7 +185,7 @@ def test_buttons_and_keys_step_and_play(opened, recording, tokenizer):
   press(' ')
   until(lambda: at(opened) == last)
   assert element(opened, '#play').get_attribute('aria-label') == 'Play'
-  assert shown(opened) == texts(recording, tokenizer, last)
+  assert shown(opened) == texts(recordings, tokenizer, last)
 
 
 def until(true, seconds=30):
@@ -199,15 +196,13 @@ def until(true, seconds=30):
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_confidence_colours_are_readable(opened, recording, scheme):
+def test_confidence_colours_are_readable(opened, recordings, scheme):
   """Colours are matplotlib's viridis; lightness rises with confidence."""
   set_window(opened, DESK, scheme)
   opened.execute_script('show(last)')
-  final = np.fmax.reduce(recording.confidence, axis=0)
   committed = []
-  for row, valid in enumerate(recording.valid):
-    expected = final[row, valid]
-    for span, confidence in zip(spans(opened, row), expected, strict=True):
+  for row, r in enumerate(recordings):
+    for span, confidence in zip(spans(opened, row), r.confidence, strict=True):
       assert ('committed' in span['names']) == (not np.isnan(confidence))
       if 'committed' in span['names']:
         committed.append((confidence, rgb(span['back']), rgb(span['ink'])))
@@ -223,14 +218,12 @@ def test_confidence_colours_are_readable(opened, recording, scheme):
   assert (np.diff(levels) > -1e-3).all()
 
 
-def test_masked_given_and_new_tokens_look_different(opened, recording):
+def test_masked_given_and_new_tokens_look_different(opened, recordings):
   opened.execute_script('show(3)')
-  steps, backs = replay.steps(recording), {}
-  for row, valid in enumerate(recording.valid):
+  backs = {}
+  for row, r in enumerate(recordings):
     found = spans(opened, row)
-    for span, step, slot in zip(
-      found, steps[row, valid], recording.fill[row, valid], strict=True
-    ):
+    for span, step, slot in zip(found, r.steps, r.fill, strict=True):
       assert ('given' in span['names']) == (not slot)
       assert ('masked' in span['names']) == (step > 3)
       assert ('new' in span['names']) == (step == 3)
@@ -239,7 +232,7 @@ def test_masked_given_and_new_tokens_look_different(opened, recording):
   assert len(set(looks)) == 3 and looks[0] == 'rgba(0, 0, 0, 0)'
 
 
-def test_block_edges_are_at_block_starts(opened, recording):
+def test_block_edges_are_at_block_starts(opened, recordings):
   size = SETTINGS['block_length']
   found = opened.execute_script(
     """
@@ -248,16 +241,16 @@ def test_block_edges_are_at_block_starts(opened, recording):
         [Number(edge.dataset.block), Number(edge.nextSibling.dataset.at)]));
     """
   )
-  (slots,) = np.nonzero(recording.fill[0])
+  (slots,) = np.nonzero(recordings[0].fill)
   blocks = range(-(-len(slots) // size))
   assert found[0] == [[b + 1, slots[b * size]] for b in blocks]
   assert found[1] == []  # a single block
 
 
-def test_tooltip_names_token_step_and_confidence(opened, recording, tokenizer):
+def test_tooltip_names_token_step_and_confidence(opened, recordings, tokenizer):
   from selenium.webdriver.common.action_chains import ActionChains
 
-  steps = replay.steps(recording)[0]
+  tokens, _, steps, confidence = recordings[0]
 
   def tooltip(position):
     span = f'.t[data-text="0"][data-at="{position}"]'
@@ -266,23 +259,21 @@ def test_tooltip_names_token_step_and_confidence(opened, recording, tokenizer):
     pointer.move_to_element(element(opened, span)).perform()
     return element(opened, '#tip').text
 
-  (slots,) = np.nonzero(recording.fill[0])
+  (slots,) = np.nonzero(recordings[0].fill)
   slot = next(i for i in slots if steps[i] > 1)
   assert 'masked slot of block' in tooltip(slot)
-  assert str(recording.canvases[-1, 0, slot]) not in tooltip(slot)
+  assert str(tokens[slot]) not in tooltip(slot)
   opened.execute_script('show(last)')
   tip = tooltip(slot)
-  assert tip.startswith(
-    json.dumps(tokenizer.decode(recording.canvases[-1, 0, [slot]]))
-  )
-  assert f'token {recording.canvases[-1, 0, slot]}, position {slot}' in tip
+  assert tip.startswith(json.dumps(tokenizer.decode(tokens[[slot]])))
+  assert f'token {tokens[slot]}, position {slot}' in tip
   assert f'committed in step {steps[slot]}' in tip
-  assert f'confidence {recording.confidence[steps[slot], 0, slot]:.3f}' in tip
+  assert f'confidence {confidence[slot]:.3f}' in tip
   assert tooltip(slots[-1]).startswith('<eos>')
   assert 'not predicted' in tooltip(slots[-1])
   assert tooltip(0).startswith('<bos>') and 'given' in tooltip(0)
   owl = tokenizer.encode('🦉')
-  (byte,) = [i for i in slots if recording.canvases[-1, 0, i] == owl[-1]]
+  (byte,) = [i for i in slots if tokens[i] == owl[-1]]
   assert tooltip(byte).startswith('byte 89')  # F0 9F A6 89
 
 
@@ -347,7 +338,7 @@ class Scripts(html.parser.HTMLParser):
       self.found[-1] += data
 
 
-def test_texts_cannot_inject_html(page, recording, tokenizer):
+def test_texts_cannot_inject_html(page):
   text = page.read_text('ascii')
   parser = Scripts()
   parser.feed(text)
@@ -364,22 +355,25 @@ def test_texts_cannot_inject_html(page, recording, tokenizer):
   assert first['title'] == 'first "text"'
 
 
-def test_steps_are_when_slots_were_filled(recording):
-  steps = replay.steps(recording)
-  for step, canvas in enumerate(recording.canvases):
-    masked = recording.fill & (steps > step)
-    np.testing.assert_array_equal(
-      canvas, np.where(masked, canvas, recording.canvases[-1])
-    )
-    assert len(np.unique(canvas[masked])) <= 1
-  assert (steps[~recording.fill] == 0).all()
+def test_canvas_after_a_step_has_the_slots_filled_until_then(recordings):
+  for r in recordings:
+    for step in range(num_steps(r) + 2):
+      masked = canvas_after(r, step, -1) == -1
+      np.testing.assert_array_equal(masked, r.fill & (r.steps > step))
+      assert (canvas_after(r, step, -1) == r.tokens)[~masked].all()
+    assert not masked.any()
 
 
-def test_committed_mask_token_counts_as_filled():
-  """A committed mask token does not change the canvas."""
-  canvases = np.full((3, 1, 2), 4)
-  confidence = np.full((3, 1, 2), np.nan)
-  confidence[1, 0, 1] = 0.5
-  both = np.ones((1, 2), bool)
-  steps = replay.steps(Recording(canvases, confidence, both, both))
-  assert steps.tolist() == [[3, 1]]  # the first slot stays masked
+def test_slot_without_a_token_is_masked_at_every_step(tokenizer):
+  """Also if its row is replayed beside another one."""
+  nan, mask = np.nan, tokenizer.mask_id
+  fill, confidence = np.array([False, True, True]), np.array([nan, 0.5, nan])
+  r = Recording(
+    np.array([7, mask, mask]), fill, np.array([0, 1, 0]), confidence
+  )
+  assert canvas_after(r, 1, mask).tolist() == [7, mask, mask]
+  text = replay.page([r], tokenizer, ['a'], SETTINGS)
+  parser = Scripts()
+  parser.feed(text)
+  data = json.loads(parser.found[0])
+  assert (data['steps'], data['texts'][0]['steps']) == (1, [0, 1, 2])

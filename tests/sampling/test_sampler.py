@@ -30,7 +30,7 @@ from maskdiff.sampling import (
   remasking,
   sampler,
 )
-from maskdiff.sampling.request import Request
+from maskdiff.sampling.request import Request, begin
 from maskdiff.sampling.settings import per_row, split
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -129,7 +129,7 @@ def without_repeats(canvases):
 @pytest.mark.parametrize('case', CASES)
 def test_canvases_of_every_step_equal_llada(case, name):
   *request, recorded = golden_request(name, case)
-  canvases = np.stack(sampled.trace(*request))
+  canvases = sampled.trace(*request)
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
@@ -177,7 +177,7 @@ def test_random_remasking_equals_llada(monkeypatch, name):
   monkeypatch.setitem(remasking.RULES, 'injected', injected)
   monkeypatch.setitem(SETTINGS, 'remasking', Key('injected', '', ('injected',)))
   c = {**c, 'remasking': 'injected'}
-  canvases = np.stack(sampled.trace(network, c, request))
+  canvases = sampled.trace(network, c, request)
   np.testing.assert_array_equal(canvases, without_repeats(recorded['trace']))
 
 
@@ -193,7 +193,7 @@ def test_draws_at_a_temperature_equal_llada(monkeypatch):
     return io_callback(draw, drawn, ordered=True)
 
   monkeypatch.setattr(candidates, 'gumbel', injected)
-  canvases = np.stack(sampled.trace(*request))
+  canvases = sampled.trace(*request)
   np.testing.assert_array_equal(canvases, recorded['trace'])
 
 
@@ -337,7 +337,7 @@ def test_trace_ends_with_the_result_of_generate(network, sampling):
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)
-def test_walk_yields_the_confidence_of_committed_tokens(network, sampling):
+def test_confidence_of_committed_tokens_is_recorded(network, sampling):
   """The confidence equals the probability that the network computes."""
 
   @jax.jit
@@ -348,17 +348,43 @@ def test_walk_yields_the_confidence_of_committed_tokens(network, sampling):
     return jax.nn.softmax(logits, axis=-1)
 
   c, request = SAMPLINGS[sampling], layouts.continue_prompts(PROMPTS, 8)
-  walked = sampled.walk(network, c, request)
-  canvases = [np.asarray(carry.canvas) for carry, _ in walked]
-  np.testing.assert_array_equal(canvases, sampled.trace(network, c, request))
-  assert np.isnan(walked[0][1]).all()
-  pairs = itertools.pairwise(canvases)
-  for (before, after), (_, confidence) in zip(pairs, walked[1:], strict=True):
-    committed = before != after
-    np.testing.assert_array_equal(np.isnan(confidence), ~committed)
+  carry = sampled.complete(network, c, request)
+  filled_at, confidence = map(np.asarray, (carry.filled_at, carry.confidence))
+  np.testing.assert_array_equal(np.isnan(confidence), ~request.fill)
+  np.testing.assert_array_equal(filled_at > 0, request.fill)
+  canvases = sampled.trace(network, c, request)
+  for step, (before, after) in enumerate(itertools.pairwise(canvases), 1):
+    committed = filled_at == step
+    np.testing.assert_array_equal(committed, before != after)
     p = np.asarray(probabilities(before, request.valid))
     p = np.take_along_axis(p, after[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(confidence[committed], p[committed], rtol=1e-4)
+
+
+def test_recorded_steps_equal_steps_taken_one_at_a_time(network):
+  """Rows end after different numbers of steps; each counts its own."""
+  c = config(remasking='threshold', threshold=0.3, block_length=4)
+  request = layouts.continue_prompts(PROMPTS, 8)
+  network, c, request = sampled.arguments(network, c, request)
+  carry, layout, (shape,) = begin(network, c, request)
+  one_step = jax.jit(sampler.canvas_step, static_argnums=(1, 2))
+  canvases, ended = [carry.canvas], np.zeros(len(PROMPTS), int)
+  while np.asarray(carry.masked).any():
+    ended += np.asarray(carry.masked).any((1, 2))
+    carry, *_ = one_step(network, c, shape, carry, layout)
+    canvases.append(np.asarray(carry.canvas))
+  last = sampler.complete(network, c, request)
+  for field in carry._fields:
+    np.testing.assert_array_equal(
+      getattr(carry, field), getattr(last, field), err_msg=field
+    )
+  for step, canvas in enumerate(canvases):
+    np.testing.assert_array_equal(
+      canvas, np.where(last.filled_at > step, MASK, last.canvas)
+    )
+  assert last.total_steps.tolist() == ended.tolist()
+  assert last.filled_at.max(axis=1).tolist() == ended.tolist()
+  assert len(set(ended)) > 1
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)

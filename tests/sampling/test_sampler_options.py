@@ -250,15 +250,16 @@ def test_slots_after_an_eos_become_eos():
   assert int(carry.calls) == 8
 
 
-def test_slots_filled_after_an_eos_have_no_confidence(table):
+def test_slots_filled_after_an_eos_have_no_confidence():
   answer = jnp.array([[9, EOS, 9, 9, 9, 9, 9, 9]])
   request = layouts.continue_prompts([[]], 8)
   c = config(temperature=0.0, stop_at_eos=True, block_length=2)
-  *_, (carry, confidence) = sampled.walk(
-    network_of(certain, answer), c, request
-  )
+  carry = complete(c, answer, request, function=certain)
+  confidence = carry.confidence
   assert carry.canvas.tolist() == [[9] + [EOS] * 7]
   assert np.isnan(confidence).tolist() == [[True, False] + [True] * 6]
+  # One of the two slots of the first block took a step of its own.
+  assert carry.filled_at.tolist() == [[2, 1] + [2] * 6]
 
 
 def test_eos_after_a_mask_does_not_stop_a_row(table):
@@ -268,7 +269,10 @@ def test_eos_after_a_mask_does_not_stop_a_row(table):
   c = config(gen_length=4, stop_at_eos=True)
   _, layout, _ = sampled.begin(network_of(mixing, table), c, request)
   masked = canvas[:, None] == MASK
-  canvas, masked = commit.end_at_eos(EOS, canvas, masked, layout)
+  canvas, masked, filled_at = commit.end_at_eos(
+    EOS, layout, jnp.array([3, 4]), canvas, masked, jnp.zeros((2, 4), int)
+  )
+  assert filled_at.tolist() == [[0] * 4, [0, 0, 0, 4]]
   assert canvas.tolist() == [[9, MASK, EOS, MASK], [9, 9, EOS, EOS]]
   assert masked[:, 0].tolist() == [[False, True, False, True], [False] * 4]
 
