@@ -2,6 +2,9 @@
 
 python benchmarks/serving.py [--rounds 3]
 
+Also counts the programs that are compiled for requests with settings of their
+own.
+
 All rows of a table have the same requests and the same random weights. The
 last column is the share of tokens that equal those of the first row, because
 approximate caches change tokens. To give answers different lengths, the eos
@@ -19,9 +22,10 @@ from timing import alternate
 
 from maskdiff.model import masks, transformer
 from maskdiff.model.network import Network
-from maskdiff.sampling import layouts, refill, sampler
+from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.request import Request
-from maskdiff.sampling.settings import split
+from maskdiff.sampling.serve import RowRequest, serve
+from maskdiff.sampling.settings import DEFAULT, SamplerConfig, split
 
 EOS_ID = 5
 REQUESTS, BATCH, PROMPT, SLOTS, BLOCK = 24, 4, 64, 64, 16
@@ -92,6 +96,36 @@ def main():
     },
     rounds,
   )
+  count_programs(network, request)
+
+
+def count_programs(network, request, number=50):
+  """Prints how many programs requests with different settings compile."""
+  random = np.random.default_rng(1)
+  settings = [
+    DEFAULT._replace(
+      temperature=float(random.uniform(0, 1.5)),
+      top_k=int(random.integers(1, 99)),
+      top_p=float(random.uniform(0.5, 1)),
+      threshold=float(random.uniform(0, 1)),
+      steps=int(random.integers(1, SLOTS)),
+      stop_at_eos=bool(random.integers(2)),
+      logits_eos_inf=bool(random.integers(2)),
+    )
+    for _ in range(number)
+  ]
+  found = list(requests_of(request))
+  requests = [
+    found[i % len(found)]._replace(id=i, settings=s)
+    for i, s in enumerate(settings)
+  ]
+  before = sampler.run._cache_size()
+  c = SamplerConfig(block_length=BLOCK, remasking='threshold')
+  answers = list(serve(network, c, requests, BATCH, PROMPT + SLOTS))
+  print(
+    f'\n{len(answers)} requests with {len(set(settings))} different settings: '
+    f'{sampler.run._cache_size() - before} program compiled'
+  )
 
 
 def with_eos(params, canvas):
@@ -129,10 +163,19 @@ def batches(network, c, request):
 
 def refilled(network, c, request):
   """Like `batches`, but a new request replaces each completed one."""
-  answers = refill.answers(network, c, request, BATCH)
-  answers = sorted(answers, key=lambda answer: answer.row)
+  answers = serve(network, c, requests_of(request), BATCH, PROMPT + SLOTS)
+  answers = sorted(answers, key=lambda answer: answer.id)
   found = [(a.recording.tokens, a.forwards, a.positions) for a in answers]
   return [np.array(x) for x in zip(*found, strict=True)]
+
+
+def requests_of(request):
+  """Yields the rows of a Request as RowRequests."""
+  for i, (canvas, fill) in enumerate(
+    zip(request.canvas.tolist(), request.fill, strict=True)
+  ):
+    row = [None if slot else t for t, slot in zip(canvas, fill, strict=True)]
+    yield RowRequest(i, row, int(request.seeds[i]), request.settings)
 
 
 def compare(network, request, variants, rounds):

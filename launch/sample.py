@@ -9,7 +9,8 @@ python launch/sample.py --workdir runs/tiny --interactive
 
 Flags with the name of a key of config.sample override the run's config. Without
 --steps, the sampler takes one denoising step per token. For texts with gaps,
---steps is the number of denoising steps per text.
+--steps is the number of denoising steps per text. A line of a *.jsonl file may
+have settings of its own: {"prompt": "x = ", "settings": {"temperature": 0.7}}.
 """
 
 import collections
@@ -33,7 +34,7 @@ flags.DEFINE_string(
   'prompts',
   None,
   'File of texts to continue, one per line; or a *.jsonl file. Its lines all '
-  'have "prompt", or all have "infill"; "seed" is optional.',
+  'have "prompt", or all have "infill"; "seed" and "settings" are optional.',
 )
 flags.DEFINE_bool(
   'interactive',
@@ -99,7 +100,7 @@ def sample(args):
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
   from maskdiff.sampling import answers, layouts, output
-  from maskdiff.sampling.settings import for_gaps, sampler_config
+  from maskdiff.sampling.settings import of_request
 
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
@@ -111,28 +112,25 @@ def sample(args):
   )
   context = run_config.data.length
   default_length = context if args.open_length else run_config.sample.gen_length
-  num_slots = args.gen_length or default_length
-  if not args.interactive:
-    texts = answers.encode_texts(
-      prompts,
-      gaps,
-      tokenizer.encode,
-      num_slots,
-      context if args.open_length else None,
-    )
-    layouts.check_context(context, texts.request.valid)
-    if gaps:
-      num_slots = int(texts.request.fill.sum(axis=1).max())
-  values = config.sample_settings(args, run_config, num_slots, gaps)
-  c, settings = sampler_config(config.with_settings(run_config, values))
-  if gaps:
-    c, settings = for_gaps(c, settings, args.steps)
+  gen_length = args.gen_length or default_length
+  values = config.sample_settings(args, run_config, gen_length, gaps)
+  c, settings = of_request(run_config, values, {}, gaps, args.steps)
+  limit = context if args.open_length else None
+
+  def encoded(prompt):
+    own = settings
+    if changes := prompt.settings:
+      _, own = of_request(run_config, values, changes, gaps, args.steps)
+    text = answers.encode_text(prompt, gaps, own, tokenizer.encode, limit)
+    layouts.check_context(context, len(text.row))
+    return text
+
+  texts = [prompts_lib.located(encoded, prompt) for prompt in prompts]
   network = load.network(run_config, params)
   if args.suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
-  s = answers.Sampling(
-    network, c, settings, tokenizer, context, args.trajectory
-  )
+  c = answers.fit(c, texts, settings)
+  s = answers.Sampling(network, c, tokenizer, context, args.trajectory)
   began = time.monotonic()
   totals = collections.Counter()  # kept if Ctrl-C ends --interactive
   with contextlib.ExitStack() as stack:
@@ -143,11 +141,11 @@ def sample(args):
       stack.enter_context(contextlib.suppress(KeyboardInterrupt))
       lines = prompts_lib.typed(sys.stdin)
       found = answers.converse(
-        s, lines, args.seed, runtime.print_once, args.steps
+        s, settings, lines, args.seed, runtime.print_once, args.steps
       )
     elif args.show or args.html:
       print_step = output.print_step if args.show else None
-      found, recordings = answers.record(s, texts, print_step)
+      found, recordings = answers.record(s, texts, args.batch, print_step)
       if write_page:
         write_page(answers.page(s, texts, recordings, workdir=args.workdir))
     else:

@@ -1,8 +1,8 @@
 """Sampler settings that override the config.sample of a run."""
 
 from maskdiff.config.checks import validate
-from maskdiff.config.sample import SETTINGS
-from maskdiff.errors import UserError
+from maskdiff.config.sample import PER_REQUEST, SETTINGS
+from maskdiff.errors import UserError, suggestion
 
 
 def with_settings(config, settings):
@@ -26,6 +26,8 @@ def with_settings(config, settings):
         f'sampler setting {key!r}: choose among {", ".join(sorted(SETTINGS))}'
       )
     try:
+      if value is None:
+        raise TypeError('ConfigDict accepts None for any type')
       s[key] = _parse(value, type(s[key]))
     except (KeyError, TypeError, ValueError) as error:
       raise UserError(
@@ -38,15 +40,38 @@ def with_settings(config, settings):
   return config
 
 
-def sample_settings(args, run_config, num_slots, gaps):
+def check_names(settings):
+  """Checks that requests of one batch may differ in some settings.
+
+  Args:
+    settings: dict from keys of config.sample to values.
+
+  Raises:
+    UserError: a key is unknown, or its values need different programs.
+  """
+  for key in settings:
+    if key in PER_REQUEST:
+      continue
+    problem = f'unknown setting {key!r}' + suggestion(key, PER_REQUEST)
+    if key in SETTINGS:
+      problem = (
+        f'another {key} needs another program: set --{key} for all requests'
+      )
+    raise UserError(
+      f'{problem}; settings that may differ by request: '
+      f'{", ".join(PER_REQUEST)}'
+    )
+
+
+def sample_settings(args, run_config, gen_length, gaps):
   """Returns the sampler settings that the flags of launch/sample.py set.
 
   Args:
     args: FLAGS, with those of define_sample_flags.
     run_config: the config of the run.
-    num_slots: slots of the longest text.
+    gen_length: slots after a prompt.
     gaps: whether the texts have gaps. The result then leaves out `steps`,
-      which answers.for_gaps sets.
+      which sampling.settings.for_gaps sets.
 
   Returns:
     dict for `with_settings`.
@@ -73,9 +98,7 @@ def sample_settings(args, run_config, num_slots, gaps):
     settings.pop('steps', None)
   if args.open_length:
     settings = {'stop_at_eos': True, 'lookahead': 0} | settings
-  size = settings.get('block_length', run_config.sample.block_length)
-  fitted = {'gen_length': num_slots, 'block_length': min(size, num_slots)}
-  return settings | fitted
+  return settings | {'gen_length': gen_length}
 
 
 def parse_pairs(texts):

@@ -1,5 +1,6 @@
 """Evaluation tasks that the sampler answers: answers, accuracy and cost."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ from maskdiff import config as config_lib
 from maskdiff.errors import UserError
 from maskdiff.evals.scored import accuracy
 from maskdiff.interop import load
-from maskdiff.sampling import layouts, refill, sampler
+from maskdiff.sampling import layouts
+from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import describe, sampler_config
 
 
@@ -40,44 +42,39 @@ class Completions(NamedTuple):
   num_slots: int  # sum over rows
 
 
-def complete(model, c, settings, prompts, suffixes, num_slots, seeds, batch):
-  """Samples the text between each prompt and its suffix.
+def complete(model, c, requests, batch):
+  """Samples the slots of requests.
 
   Args:
     model: Model.
     c: SamplerConfig.
-    settings: Settings.
-    prompts: list of token lists, which may be empty.
-    suffixes: list of token lists, the text after each answer, which may be
-      empty.
-    num_slots: list of int, slots of each answer.
-    seeds: list of int.
+    requests: list of serve.RowRequest; the ids are 0, 1, 2, ...
     batch: number of rows sampled together.
 
   Returns:
     Completions.
 
   Raises:
-    UserError: a row is longer than the model's context, or see
-      sampler.generate.
+    UserError: a row is longer than the model's context, a request is not valid,
+      or logits were NaN or infinite.
   """
-  rows = [
-    [*prompt, *[None] * n, *suffix]
-    for prompt, n, suffix in zip(prompts, num_slots, suffixes, strict=True)
-  ]
-  request = layouts.lay_out(rows, seeds, settings)
-  layouts.check_context(model.config.data.length, request.valid)
+  length = max(len(request.row) for request in requests)
+  layouts.check_context(model.config.data.length, length)
+  slots = [request.row.count(None) for request in requests]
+  longest = max(*slots, *(r.settings.gen_length for r in requests))
+  c = dataclasses.replace(c, block_length=min(c.block_length, longest))
   network = model.network
-  tokens, forwards = [None] * len(rows), 0
+  tokens, forwards = [None] * len(requests), 0
   with jax.set_mesh(model.mesh):
-    for answer in refill.answers(network, c, request, batch):
-      if answer.broken:
-        raise sampler.broken_error([answer.row])
+    rows = min(batch, len(requests))
+    for answer in serve(network, c, requests, rows, length):
+      if answer.error:
+        raise UserError(f'request {answer.id}: {answer.error}')
       filled, fill, *_ = answer.recording
       before_eos = layouts.cut(filled, fill, network.eos_id)
-      tokens[answer.row] = filled[fill & before_eos].tolist()
+      tokens[answer.id] = filled[fill & before_eos].tolist()
       forwards += answer.forwards
-  return Completions(tokens, forwards, sum(num_slots))
+  return Completions(tokens, forwards, sum(slots))
 
 
 def answer_lines(model, settings, lines, correct, seed, batch):
@@ -127,10 +124,13 @@ def answer_lines(model, settings, lines, correct, seed, batch):
   if any(suffixes):
     steps = of_rows.steps if 'steps' in settings else 0
     of_rows = of_rows._replace(steps=steps, gen_length=0)
-  seeds = [seed + i for i in range(len(lines))]
-  answers = complete(
-    model, c, of_rows, prompts, suffixes, num_slots, seeds, batch
-  )
+  requests = [
+    RowRequest(i, [*prompt, *[None] * n, *suffix], seed + i, of_rows)
+    for i, (prompt, n, suffix) in enumerate(
+      zip(prompts, num_slots, suffixes, strict=True)
+    )
+  ]
+  answers = complete(model, c, requests, batch)
   rows = []
   for line, tokens in zip(lines, answers.tokens, strict=True):
     text = model.tokenizer.decode(tokens)

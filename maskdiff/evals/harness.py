@@ -29,6 +29,8 @@ from maskdiff.evals import answered
 from maskdiff.interop import load
 from maskdiff.likelihood import bounds, queries
 from maskdiff.likelihood.estimators import Estimator
+from maskdiff.sampling import layouts
+from maskdiff.sampling.serve import RowRequest
 from maskdiff.sampling.settings import describe, sampler_config
 
 try:
@@ -105,6 +107,7 @@ class MaskDiff(TemplateLM):
     self.likelihood = queries.likelihood_config(
       config, guidance, tokens_per_call
     )
+    self.used = {}  # (SamplerConfig, Settings) by settings of requests
     self.info = {
       'workdir': str(workdir),
       'dtype': self.model.dtype,
@@ -210,47 +213,48 @@ class MaskDiff(TemplateLM):
     temperature is above 0.
     """
     del disable_tqdm
-    groups = {}
+    if not requests:
+      return []
+    rows, stops = [], []
     for i, request in enumerate(requests):
-      until, settings = self._decoding(request.args[1])
-      key = tuple(sorted(settings.items()))
-      groups.setdefault(key, []).append((i, request.args[0], until))
-    answers = [''] * len(requests)
-    for key, members in groups.items():
-      config = config_lib.with_settings(self.model.config, dict(key))
-      num_slots = config.sample.gen_length
-      max_prompt = self.max_length - num_slots
+      text, gen_kwargs = request.args
+      until, values = self._decoding(gen_kwargs)
+      c, settings = self._settings(tuple(sorted(values.items())))
+      max_prompt = self.max_length - settings.gen_length
       if max_prompt < 0:
         raise UserError(
-          f'the task generates {num_slots} tokens, but training rows had '
-          f'{self.max_length}: set gen_length to at most {self.max_length}'
+          f'the task generates {settings.gen_length} tokens, but training rows '
+          f'had {self.max_length}: set gen_length to at most {self.max_length}'
         )
-      c, of_rows = sampler_config(config)
-      described = describe(self.model.network, c, of_rows)
+      prompt = _last(self.tok_encode(text), max_prompt)
+      row = layouts.prompt_row(prompt, settings.gen_length)
+      rows.append(RowRequest(i, row, self.seed + i, settings))
+      stops.append(until)
+    # Requests differ only in settings that need no other program.
+    sampled = answered.complete(self.model, c, rows, self.batch)
+    answers = []
+    for request, until, tokens in zip(
+      requests, stops, sampled.tokens, strict=True
+    ):
+      text = self.model.tokenizer.decode(tokens)
+      ends = [text.find(stop) for stop in until if stop in text]
+      answers.append(text[: min(ends, default=len(text))])
+      self.cache_hook.add_partial('generate_until', request.args, answers[-1])
+    return answers
+
+  def _settings(self, values):
+    """Returns the SamplerConfig and Settings of a request, and notes them.
+
+    Args:
+      values: tuple of (key of config.sample, value), sorted.
+    """
+    if values not in self.used:
+      config = config_lib.with_settings(self.model.config, dict(values))
+      self.used[values] = sampler_config(config)
+      described = describe(self.model.network, *self.used[values])
       if described not in self.info['samplers']:
         self.info['samplers'].append(described)
-      prompts = [
-        _last(self.tok_encode(text), max_prompt) for _, text, _ in members
-      ]
-      seeds = [self.seed + i for i, _, _ in members]
-      sampled = answered.complete(
-        self.model,
-        c,
-        of_rows,
-        prompts,
-        [[]] * len(members),
-        [num_slots] * len(members),
-        seeds,
-        self.batch,
-      )
-      for (i, _, until), tokens in zip(members, sampled.tokens, strict=True):
-        text = self.model.tokenizer.decode(tokens)
-        ends = [text.find(stop) for stop in until if stop in text]
-        answers[i] = text[: min(ends, default=len(text))]
-        self.cache_hook.add_partial(
-          'generate_until', requests[i].args, answers[i]
-        )
-    return answers
+    return self.used[values]
 
   def _decoding(self, gen_kwargs):
     """Returns the stop strings and the sampler settings of a request."""

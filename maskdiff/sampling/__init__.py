@@ -11,7 +11,7 @@ Modules, from the request to the answer:
 - remasking: rules that select the predictions to commit
 - commit: parts of a denoising step after its forward pass
 - sampler: the denoising loop; `generate` fills a request
-- refill: many requests in a batch of fixed size
+- serve: requests as they come, in a batch of fixed size
 - prompts: prompts from files and from a keyboard
 - answers: answers to texts, as launch/sample.py gives them
 - output: prints answers, and writes them to files

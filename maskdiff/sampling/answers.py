@@ -1,4 +1,4 @@
-"""Answers to texts: in batches, recorded step by step, or in a conversation.
+"""Answers to texts: from files, recorded step by step, or in a conversation.
 
 An answer is a dict, which launch/sample.py writes as a line of JSON:
 
@@ -11,9 +11,9 @@ An answer is a dict, which launch/sample.py writes as a line of JSON:
     forwards          forward passes of the row
     positions         number of positions that these passes computed
 
-With Sampling.trajectory it also says how the row was filled, in lists with one
-entry per slot of the row, from left to right. The slots after an eos, which
-`answer` leaves out, are among them.
+`trajectory` adds how the row was filled, in lists with one entry per slot of
+the row, from left to right. The slots after an eos, which `answer` leaves out,
+are among them.
 
     ids               token
     steps             denoising step that filled the slot, from 1
@@ -24,6 +24,7 @@ entry per slot of the row, from left to right. The slots after an eos, which
     settings          dict of the settings that sampling depends on
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -31,15 +32,9 @@ import numpy as np
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.model.network import Network
-from maskdiff.sampling import (
-  layouts,
-  prompts,
-  recording,
-  refill,
-  replay,
-  sampler,
-)
-from maskdiff.sampling.request import Request
+from maskdiff.sampling import layouts, recording, replay, sampler
+from maskdiff.sampling.prompts import Prompt, check_unicode
+from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import (
   SamplerConfig,
   Settings,
@@ -55,80 +50,108 @@ class Sampling(NamedTuple):
 
   network: Network
   c: SamplerConfig
-  settings: Settings
   tokenizer: Tokenizer
   context: int  # tokens of a training row
   trajectory: bool = False  # whether answers have the step of every slot
 
 
-class Texts(NamedTuple):
-  """Texts to continue, or texts with gaps to fill, one in each row."""
+class Text(NamedTuple):
+  """A text to continue, or a text with gaps to fill, as a row."""
 
-  prompts: list[prompts.Prompt]
-  gaps: bool  # True: texts with gaps; False: prompts to continue
-  request: Request
+  prompt: Prompt
+  gaps: bool  # True: a text with gaps; False: a prompt to continue
+  row: list  # int for a token, None for a slot
+  settings: Settings
 
 
-def encode_texts(texts, gaps, encode, gen_length, context=None):
-  """Encodes texts and returns them with their Request, as Texts.
+def encode_text(prompt, gaps, settings, encode, context=None):
+  """Returns the Text of a prompt.
 
   Args:
-    texts: list of prompts.Prompt.
-    gaps: True: fill the gaps of the texts; False: continue the texts.
+    prompt: prompts.Prompt.
+    gaps: True: fill the gaps of the text; False: continue the text.
+    settings: Settings; a prompt is continued by settings.gen_length slots.
     encode: function from text to a list of tokens.
-    gen_length: slots after each text; not used with gaps.
-    context: see `layouts.continue_prompts`; not used with gaps.
+    context: see `layouts.prompt_row`; not used with gaps.
 
   Raises:
-    UserError: see `layouts.fill_gaps`; or a text is not valid Unicode.
+    UserError: see `layouts.gap_row`; or the text is not valid Unicode.
   """
-  seeds = [p.seed for p in texts]
-  strings = [p.text for p in texts]
-  for text in strings:
-    prompts.check_unicode(text, f'{text[:60]!r} is not UTF-8')
+  check_unicode(prompt.text, f'{prompt.text[:60]!r} is not UTF-8')
   if gaps:
-    request = layouts.fill_gaps(strings, encode, seeds)
+    row = layouts.gap_row(prompt.text, encode)
   else:
-    request = layouts.continue_prompts(
-      list(map(encode, strings)), gen_length, seeds, context
-    )
-  return Texts(texts, gaps, request)
+    tokens = encode(prompt.text)
+    row = layouts.prompt_row(tokens, settings.gen_length, context)
+  return Text(prompt, gaps, row, settings)
 
 
-def in_batches(s, texts, batch):
-  """Yields the answers in order, computed in batches.
+def fit(c, texts, settings):
+  """Returns a SamplerConfig for texts: guided if one is, with blocks that fit.
+
+  Slots of a block beyond the longest answer would be computed in vain.
+
+  Args:
+    c: SamplerConfig.
+    texts: list of Text; empty for a conversation.
+    settings: Settings of texts without settings of their own.
+  """
+  slots = [max(t.row.count(None), t.settings.gen_length) for t in texts]
+  longest = max(slots, default=settings.gen_length)
+  return dataclasses.replace(
+    c,
+    block_length=max(min(c.block_length, longest), 1),
+    guided=c.guided or any(t.settings.guidance > 0 for t in texts),
+  )
+
+
+def filled(s, texts, batch):
+  """Yields each Text with its serve.Answer, in order.
 
   Args:
     s: Sampling.
-    texts: Texts.
-    batch: rows sampled at once.
+    texts: list of Text.
+    batch: number of rows sampled at once.
 
   Raises:
-    UserError: see `sampler.generate`. Rows with NaN or infinite logits are
-      reported after all other answers were yielded.
+    UserError: a request is not valid, or logits were NaN or infinite. The other
+      texts are yielded before.
   """
-  finished, next_row, broken = {}, 0, []
-  request = texts.request._replace(settings=s.settings)
-  for filled in refill.answers(s.network, s.c, request, batch):
-    finished[filled.row] = filled
-    while next_row in finished:
-      filled = finished.pop(next_row)
-      if filled.broken:
-        broken.append(next_row)
+  requests = (
+    RowRequest(i, text.row, text.prompt.seed, text.settings)
+    for i, text in enumerate(texts)
+  )
+  length = max(len(text.row) for text in texts)
+  waiting, first, broken = {}, 0, []
+  rows = min(batch, len(texts))
+  for answer in serve(s.network, s.c, requests, rows, length):
+    waiting[answer.id] = answer
+    while first in waiting:
+      answer = waiting.pop(first)
+      if answer.error and not answer.recording:
+        raise answer.error
+      if answer.error:
+        broken.append(first)
       else:
-        counts = filled.forwards, filled.positions
-        yield _answer(s, texts, next_row, filled.recording, *counts)
-      next_row += 1
+        yield texts[first], answer
+      first += 1
   if broken:
-    raise sampler.broken_error(broken)
+    raise sampler.broken_error(f'row(s) {broken}')
 
 
-def record(s, texts, show=None):
+def in_batches(s, texts, batch):
+  """Yields the answers in order; arguments and errors as for `filled`."""
+  for text, answer in filled(s, texts, batch):
+    yield as_dict(s, text, answer)
+
+
+def record(s, texts, batch, show=None):
   """Returns the answers and the recording of each.
 
   Args:
     s: Sampling.
-    texts: Texts.
+    texts: list of Text.
+    batch: number of rows sampled at once.
     show: function that is called with the list of texts before every step and
       after the last.
 
@@ -136,38 +159,16 @@ def record(s, texts, show=None):
     List of answers as `in_batches` yields them, and a list of Recordings.
 
   Raises:
-    UserError: see `sampler.generate`.
+    UserError: see `filled`.
   """
-  request = texts.request._replace(settings=s.settings)
-  carry = sampler.complete(s.network, s.c, request)
-  sampler.check(carry)
-  recordings = recording.of_rows(carry, request.fill, request.valid)
-  counts = np.asarray(carry.forwards), np.asarray(carry.positions)
+  found = list(filled(s, texts, batch))
+  recordings = [answer.recording for _, answer in found]
   if show:
     for step in range(max(map(recording.num_steps, recordings)) + 1):
-      show([_text_after(s, r, step) for r in recordings])
-  return [
-    _answer(s, texts, row, *of_row)
-    for row, of_row in enumerate(zip(recordings, *counts, strict=True))
-  ], recordings
-
-
-def trajectory(s, recorded):
-  """Returns the fields of an answer that say how its slots were filled.
-
-  Args:
-    s: Sampling.
-    recorded: Recording.
-  """
-  tokens, fill, steps, confidence = recorded
-  return {
-    'given_ids': tokens[~fill].tolist(),
-    'slots': np.flatnonzero(fill).tolist(),
-    'ids': tokens[fill].tolist(),
-    'steps': steps[fill].tolist(),
-    'confidence': [None if np.isnan(x) else float(x) for x in confidence[fill]],
-    'settings': describe(s.network, s.c, s.settings),
-  }
+      show(
+        [_text_after(s, text, a.recording, step) for text, a in found],
+      )
+  return [as_dict(s, text, answer) for text, answer in found], recordings
 
 
 def page(s, texts, recordings, **settings):
@@ -175,30 +176,31 @@ def page(s, texts, recordings, **settings):
 
   Args:
     s: Sampling.
-    texts: Texts.
+    texts: list of Text, with the same settings.
     recordings: list of Recordings.
     **settings: shown on the page after the settings of the sampler.
   """
-  kind = 'gaps' if texts.gaps else 'prompt'
   titles = [
-    f'{kind} {number}, seed {prompt.seed}'
-    for number, prompt in enumerate(texts.prompts, start=1)
+    f'{"gaps" if text.gaps else "prompt"} {number}, seed {text.prompt.seed}'
+    for number, text in enumerate(texts, start=1)
   ]
-  settings = describe(s.network, s.c, s.settings) | settings
+  settings = describe(s.network, s.c, texts[0].settings) | settings
   return replay.page(recordings, s.tokenizer, titles, settings)
 
 
-def converse(s, lines, seed, note, gap_steps=None):
+def converse(s, settings, lines, seed, note, gap_steps=None):
   """Yields an answer to each line of a conversation.
 
   A line with gaps, {{n}} for n tokens, is filled. Other lines are continued by
-  s.settings.gen_length tokens. Rows are padded to a power of two, at most the
-  context, so that few programs are compiled. Padding does not change the
-  answers. The error of a line without an answer is passed to `note`.
+  settings.gen_length tokens. Rows are padded to a power of two, at most the
+  context, so that short lines are cheap and few programs are compiled. Padding
+  does not change the answers. The error of a line without an answer is passed
+  to `note`.
 
   Args:
     s: Sampling.
-    lines: iterable of str.
+    settings: Settings for prompts.
+    lines: iterable of str. The next line is taken after the answer.
     seed: seed of the first answer; it grows by 1 per answer.
     note: function that is called with a line of text for every error and for
       every compilation.
@@ -207,23 +209,25 @@ def converse(s, lines, seed, note, gap_steps=None):
   compiled = set()
   for line in lines:
     try:
-      texts = _encode_line(s, line, seed)
-      c, settings = s.c, s.settings
-      if texts.gaps:
-        c, settings = for_gaps(c, settings, gap_steps)
-      length = texts.request.canvas.shape[1]
+      c, text = _encode_line(s, settings, line, seed, gap_steps)
+      length = max(SHORTEST_ROW, 1 << (len(text.row) - 1).bit_length())
+      length = min(length, s.context)  # at least that of the row
       if (c, length) not in compiled:
         note(f'compiling for texts of up to {length} tokens')
         compiled.add((c, length))
-      (answer,) = in_batches(s._replace(c=c, settings=settings), texts, batch=1)
+      request = RowRequest(seed, text.row, seed, text.settings)
+      (answer,) = serve(s.network, c, [request], 1, length)
+      if answer.error:
+        raise answer.error
     except UserError as error:
       note(f'error: {error}')
       continue
     seed += 1
-    yield answer
+    yield as_dict(s._replace(c=c), text, answer)
 
 
-def _encode_line(s, line, seed):
+def _encode_line(s, settings, line, seed, gap_steps):
+  """Returns the SamplerConfig for a line of a conversation, and its Text."""
   if not line.strip():
     raise UserError(
       'the line is empty: write a text to continue, or one with gaps, {{n}} '
@@ -235,63 +239,71 @@ def _encode_line(s, line, seed):
       f'{line[:60]!r} has braces that are not a gap: write {{{{n}}}} where n '
       'tokens are to be filled, or pass a text with such braces as --prompt'
     )
-  texts = encode_texts(
-    [prompts.Prompt(line, seed)],
-    gaps,
-    s.tokenizer.encode,
-    s.settings.gen_length,
-    s.context if s.c.lookahead >= 0 else None,
+  c, most = s.c, settings.gen_length
+  context = s.context if c.lookahead >= 0 else None
+  if gaps:
+    c, settings = for_gaps(c, settings, gap_steps)
+  text = encode_text(
+    Prompt(line, seed), gaps, settings, s.tokenizer.encode, context
   )
-  request = texts.request
-  layouts.check_context(s.context, request.valid)
-  slots, length = request.fill.sum(), request.canvas.shape[1]
-  if slots > s.settings.gen_length:
+  layouts.check_context(s.context, len(text.row))
+  slots = text.row.count(None)
+  if slots > most:
     raise UserError(
       f'the gaps have {slots} tokens together: restart with '
-      f'--gen_length={slots} instead of {s.settings.gen_length}'
+      f'--gen_length={slots} instead of {most}'
     )
-  padded = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
-  padded = min(padded, s.context)  # at least `length`, see check_context
-  return texts._replace(request=layouts.widen(request, padded))
+  return c, text
 
 
-def _answer(s, texts, row, recorded, forwards, positions):
-  """Returns the answer of a row as a dict.
+def as_dict(s, text, answer):
+  """Returns an answer as a dict.
 
   Args:
     s: Sampling.
-    texts: Texts.
-    row: int.
-    recorded: Recording.
-    forwards: see state.Carry.
-    positions: see state.Carry.
+    text: Text.
+    answer: serve.Answer without an error.
   """
-  answer = _in_answer(s, recorded, recorded.tokens)
+  recorded = answer.recording
+  in_answer = _in_answer(s, text, recorded, recorded.tokens)
   result = {
-    'infill' if texts.gaps else 'prompt': texts.prompts[row].text,
-    'seed': texts.prompts[row].seed,
-    'text': _text_after(s, recorded, recording.num_steps(recorded)),
-    'tokens': int(answer.sum()),
-    'forwards': int(forwards),
-    'positions': int(positions),
+    'infill' if text.gaps else 'prompt': text.prompt.text,
+    'seed': text.prompt.seed,
+    'text': _text_after(s, text, recorded, recording.num_steps(recorded)),
+    'tokens': int(in_answer.sum()),
+    'forwards': answer.forwards,
+    'positions': answer.positions,
   }
-  if not texts.gaps:
-    result['answer'] = s.tokenizer.decode(recorded.tokens[answer])
+  if not text.gaps:
+    result['answer'] = s.tokenizer.decode(recorded.tokens[in_answer])
   if s.trajectory:
-    result |= trajectory(s, recorded)
+    result |= trajectory(recorded)
+    result['settings'] = describe(s.network, s.c, text.settings)
   return result
 
 
-def _text_after(s, recorded, step):
+def trajectory(recorded):
+  """Returns the fields of an answer that say how its slots were filled."""
+  tokens, fill, steps, confidence = recorded
+  return {
+    'given_ids': tokens[~fill].tolist(),
+    'slots': np.flatnonzero(fill).tolist(),
+    'ids': tokens[fill].tolist(),
+    'steps': steps[fill].tolist(),
+    'confidence': [None if np.isnan(x) else float(x) for x in confidence[fill]],
+  }
+
+
+def _text_after(s, text, recorded, step):
   """Returns the text after a number of denoising steps."""
   tokens = recording.canvas_after(recorded, step, s.network.mask_id)
-  shown = ~recorded.fill | _in_answer(s, recorded, tokens)
+  shown = ~recorded.fill | _in_answer(s, text, recorded, tokens)
   return s.tokenizer.decode(tokens[shown])
 
 
-def _in_answer(s, recorded, tokens):
+def _in_answer(s, text, recorded, tokens):
   """Returns [n] bool, the slots of a row before the first eos that ends it."""
-  if not s.settings.stop_at_eos:
+  if not text.settings.stop_at_eos:
     return recorded.fill
   cut = layouts.cut(tokens, recorded.fill, s.network.eos_id)
   return recorded.fill & cut

@@ -70,7 +70,7 @@ def defer(network, c, settings, logits, token, confidence):
   Returns:
     [B, S] float32.
   """
-  if network.eos_id < 0:  # settings.check refuses the setting
+  if network.eos_id < 0:  # request.begin refuses the setting
     return confidence
   rows = settings.confidence_eos_eot_inf
   eos_ids = jnp.full_like(settings.eot_id, network.eos_id)

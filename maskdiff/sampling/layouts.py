@@ -31,13 +31,22 @@ def continue_prompts(
   Raises:
     UserError: there are no prompts.
   """
-  rows = []
-  for prompt in prompts:
-    slots = gen_length
-    if context is not None:
-      slots = max(min(slots, context - len(prompt)), 1)
-    rows.append([*prompt, *[None] * slots])
+  rows = [prompt_row(prompt, gen_length, context) for prompt in prompts]
   return lay_out(rows, seeds, settings)
+
+
+def prompt_row(prompt, gen_length, context=None):
+  """Returns the row of a prompt: int for a token, None for a slot.
+
+  Args:
+    prompt: list of tokens.
+    gen_length: see `continue_prompts`.
+    context: see `continue_prompts`.
+  """
+  slots = gen_length
+  if context is not None:
+    slots = max(min(slots, context - len(prompt)), 1)
+  return [*prompt, *[None] * slots]
 
 
 def fill_gaps(texts, encode, seeds=None, settings=DEFAULT):
@@ -56,22 +65,30 @@ def fill_gaps(texts, encode, seeds=None, settings=DEFAULT):
     UserError: there are no texts; a text has no gap, or only gaps of 0 tokens;
       or a gap has a million tokens or more.
   """
-  rows = []
-  for text in texts:
-    parts = GAP.split(text)  # text, n, text, n, ..., text
-    row = []
-    for i, part in enumerate(parts):
-      if i % 2 and len(part.lstrip('0')) > 6:
-        raise UserError(
-          f'a gap of {part[:20]} tokens is too long for any model'
-        )
-      row += [None] * int(part[-7:]) if i % 2 else encode(part)
-    if None not in row:
-      raise UserError(
-        f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
-      )
-    rows.append(row)
-  return lay_out(rows, seeds, settings)
+  return lay_out([gap_row(text, encode) for text in texts], seeds, settings)
+
+
+def gap_row(text, encode):
+  """Returns the row of a text with gaps: int for a token, None for a slot.
+
+  Args:
+    text: see `fill_gaps`.
+    encode: see `fill_gaps`.
+
+  Raises:
+    UserError: see `fill_gaps`.
+  """
+  parts = GAP.split(text)  # text, n, text, n, ..., text
+  row = []
+  for i, part in enumerate(parts):
+    if i % 2 and len(part.lstrip('0')) > 6:
+      raise UserError(f'a gap of {part[:20]} tokens is too long for any model')
+    row += [None] * int(part[-7:]) if i % 2 else encode(part)
+  if None not in row:
+    raise UserError(
+      f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
+    )
+  return row
 
 
 def lay_out(rows, seeds=None, settings=DEFAULT):
@@ -114,20 +131,19 @@ def widen(request, length):
   return Request(*padded, *others)
 
 
-def check_context(context, valid):
-  """Checks that no row is longer than the training rows.
+def check_context(context, length):
+  """Checks that a row is not longer than the training rows.
 
   Args:
     context: tokens of a training row, config.data.length.
-    valid: [B, L] bool, False on padding.
+    length: tokens and slots of the row.
 
   Raises:
-    UserError: a row is too long.
+    UserError: the row is too long.
   """
-  longest = int(valid.sum(axis=1).max())
-  if longest > context:
+  if length > context:
     raise UserError(
-      f'prompt and answer have {longest} tokens together, but the model was '
+      f'prompt and answer have {length} tokens together, but the model was '
       f'trained on rows of config.data.length={context}: shorten the prompt or '
       'ask for fewer tokens'
     )

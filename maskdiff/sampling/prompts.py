@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+from maskdiff.config.settings import check_names
 from maskdiff.errors import UserError
 
 
@@ -12,6 +13,9 @@ from maskdiff.errors import UserError
 class Prompt:
   text: str
   seed: int
+  # Settings that differ from those of the command line; keys of config.sample.
+  settings: dict = dataclasses.field(default_factory=dict)
+  where: str = ''  # file and line, for errors
 
 
 def read(path, first_seed):
@@ -19,8 +23,9 @@ def read(path, first_seed):
 
   Args:
     path: UTF-8 text. In a file named *.jsonl every line is an object, all with
-      the key `prompt` or all with `infill`, a text with gaps; `seed` is
-      optional. In other files every line is a prompt. Empty lines are skipped.
+      the key `prompt` or all with `infill`, a text with gaps; `seed` and
+      `settings` are optional. In other files every line is a prompt. Empty
+      lines are skipped.
     first_seed: seed of the first prompt; by default it grows by 1 per prompt.
 
   Returns:
@@ -43,7 +48,9 @@ def read(path, first_seed):
     seed = first_seed + len(prompts)
     where = f'{path}:{number}'
     prompt, has_gaps = (
-      _parse(line, seed, where) if is_json else (Prompt(line, seed), False)
+      _parse(line, seed, where)
+      if is_json
+      else (Prompt(line, seed, where=where), False)
     )
     if gaps not in (None, has_gaps):
       raise UserError(
@@ -54,6 +61,21 @@ def read(path, first_seed):
   if not prompts:
     raise UserError(f'--prompts: {path} has no prompts')
   return prompts, gaps
+
+
+def located(function, prompt):
+  """Returns function(prompt); a UserError gets the file and line of the prompt.
+
+  Args:
+    function: function of a Prompt.
+    prompt: Prompt.
+  """
+  try:
+    return function(prompt)
+  except UserError as error:
+    if not prompt.where:
+      raise
+    raise UserError(f'{prompt.where}: {error}') from error
 
 
 def typed(file):
@@ -105,4 +127,11 @@ def _parse(line, seed, where):
   check_unicode(text, f'{where}: half a surrogate pair is not valid text')
   if not isinstance(seed, int) or not 0 <= seed < 2**32:
     raise UserError(f'{where}: "seed" must be an integer in [0, 2^32)')
-  return Prompt(text, seed), gaps
+  settings = row.get('settings', {})
+  if not isinstance(settings, dict):
+    raise UserError(
+      f'{where}: "settings" must be an object, such as {{"temperature": 0.7}}'
+    )
+  prompt = Prompt(text, seed, settings, where)
+  located(lambda prompt: check_names(prompt.settings), prompt)
+  return prompt, gaps

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maskdiff.config.key import check_choice
+from maskdiff.config.sample import PER_REQUEST, SETTINGS
 from maskdiff.errors import UserError
+from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.sampling import passes
-from maskdiff.sampling import settings as settings_lib
-from maskdiff.sampling.settings import DEFAULT, Settings
+from maskdiff.sampling.settings import DEFAULT, Settings, per_row
 from maskdiff.sampling.state import Carry, Layout
 
 
@@ -36,28 +38,28 @@ def begin(network, c, request, num_slots=0):
     network: Network.
     c: SamplerConfig.
     request: Request.
-    num_slots: slots of a row for which the layout has blocks, at least. Batches
-      with the same number of rows, positions and blocks share a program. Rows
-      with fewer slots have empty blocks.
+    num_slots: number of slots of a row for which the layout has blocks; rows
+      with fewer slots have empty blocks. 0: the largest number of slots, or
+      gen_length, of the rows. Batches with equally many rows, positions and
+      blocks share a program.
 
   Returns:
     The first Carry, the Layout, and passes.shapes of the request.
 
   Raises:
     UserError: shapes differ; the steps cannot be divided equally among the
-      blocks; there are no slots; a setting is not valid (settings.check); text
-      follows a gap while lookahead hides slots; slots are on padding; or a
-      seed is not in [0, 2^32).
+      blocks; there are no slots; a setting is not valid, does not fit the
+      network, or needs another program; text follows a gap while lookahead
+      hides slots; slots are on padding; or a seed is not in [0, 2^32).
   """
   canvas, fill, valid = _arrays(request)
   batch, length = canvas.shape
-  settings = settings_lib.per_row(request.settings, batch)
-  settings_lib.check(network, c, settings)
+  settings = per_row(request.settings, batch)
+  _check_settings(network, c, settings)
   _check_rows(c, fill, valid, request.seeds)
-  max_slots = max(
+  max_slots = num_slots or max(
     int(fill.sum(axis=1).max(initial=0)),
     int(settings.gen_length.max(initial=0)),
-    num_slots,
   )
   size = min(c.block_length, max_slots)
   blocks = -(-max_slots // size)
@@ -146,3 +148,67 @@ def _check_rows(c, fill, valid, seeds):
       f'lookahead={c.lookahead} hides slots at the end of a row, but text '
       'follows a gap in this request: set lookahead=-1'
     )
+
+
+def _check_settings(network, c, settings):
+  """Checks settings against each other and against the network.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    settings: Settings with arrays, from `per_row`.
+
+  Raises:
+    UserError: a setting has an unknown value, does not fit a left-to-right
+      network, needs eos_id, which is missing, or needs another program.
+  """
+  objective = OBJECTIVES[network.objective]
+  if c.block_length < 1:
+    raise UserError(f'block_length={c.block_length} must be at least 1')
+  if objective.left_to_right and c.block_length != 1:
+    raise UserError(
+      f'block_length={c.block_length}: a model trained with objective '
+      f'{network.objective} fills one token at a time; set block_length=1'
+    )
+  guidance = settings.guidance.max(initial=0)
+  if (c.guided or guidance) and not objective.can_guide:
+    raise UserError(
+      f'guidance={guidance} needs a model trained with masked prompts, and '
+      f'objective {network.objective} masks none; set guidance=0'
+    )
+  if guidance and not c.guided:
+    raise _another_program('guidance', guidance, 'guided=False')
+  if objective.left_to_right and (c.cache, c.lookahead) != ('none', -1):
+    raise UserError(
+      f'cache={c.cache} and lookahead={c.lookahead} need a bidirectional '
+      f'network, and objective {network.objective} trains a left-to-right one; '
+      'set cache=none and lookahead=-1'
+    )
+  if c.refresh < 0 or (c.refresh and c.cache == 'none'):
+    raise UserError(
+      f'refresh={c.refresh} is the number of steps between cache refreshes: '
+      'set cache=dual or cache=prefix, or set refresh=0'
+    )
+  for name, key in SETTINGS.items():
+    if not key.per_request:
+      check_choice(name, key, getattr(c, name))
+  for name in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
+    if getattr(settings, name).any() and network.eos_id < 0:
+      raise UserError(
+        f'{name}=True needs an eos token, and the tokenizer has none; set '
+        f'{name}=False'
+      )
+
+
+def _another_program(name, value, program):
+  """Returns the UserError for a setting that the program does not have.
+
+  Args:
+    name: name of the setting.
+    value: its value in the request.
+    program: the setting of the program, as NAME=VALUE.
+  """
+  return UserError(
+    f"{name}={value} needs another program than this sampler's ({program}); "
+    f'settings that may differ by request: {", ".join(PER_REQUEST)}'
+  )

@@ -70,7 +70,7 @@ def complete(network, c, request):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def run(network, c, shapes, carry, layout, max_active=0):
+def run(network, c, shapes, carry, layout, max_active=0, max_calls=2**31 - 1):
   """Runs rounds until at most `max_active` rows are in progress.
 
   Args:
@@ -80,6 +80,7 @@ def run(network, c, shapes, carry, layout, max_active=0):
     carry: Carry.
     layout: Layout.
     max_active: int.
+    max_calls: int; ends too when carry.calls has reached this number.
 
   Returns:
     The last Carry, replicated on all devices.
@@ -92,11 +93,11 @@ def run(network, c, shapes, carry, layout, max_active=0):
     index = passes.choose_shape(c, shapes, carry, layout)
     return jax.lax.switch(index, rounds, carry, layout)
 
-  return replicate(
-    jax.lax.while_loop(
-      lambda carry: in_progress(carry).sum() > max_active, next_round, carry
-    )
-  )
+  def goes_on(carry):
+    many = in_progress(carry).sum() > max_active
+    return many & (carry.calls < max_calls)
+
+  return replicate(jax.lax.while_loop(goes_on, next_round, carry))
 
 
 def run_round(network, c, shape, carry, layout):
@@ -208,7 +209,7 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     still_masked, mode='drop'
   )
   masked &= ~broken[:, None, None]
-  if network.eos_id >= 0:  # else settings.check refuses stop_at_eos
+  if network.eos_id >= 0:  # else request.begin refuses stop_at_eos
     canvas, masked, filled_at = jax.lax.cond(
       settings.stop_at_eos.any(),
       functools.partial(commit.end_at_eos, network.eos_id, layout, total),
@@ -242,12 +243,12 @@ def check(carry):
   """Raises a UserError if rows were abandoned."""
   rows = np.flatnonzero(jax.device_get(carry.broken)).tolist()
   if rows:
-    raise broken_error(rows)
+    raise broken_error(f'row(s) {rows}')
 
 
 def broken_error(rows):
-  """Returns the UserError that names the abandoned rows."""
+  """Returns the UserError for abandoned rows, which `rows` names."""
   return UserError(
-    f'the logits of row(s) {rows} were NaN or infinite: the weights are '
-    'damaged or the training diverged; use an older checkpoint'
+    f'the logits of {rows} were NaN or infinite: the weights are damaged or '
+    'the training diverged; use an older checkpoint'
   )

@@ -10,8 +10,9 @@ import dataclasses
 
 import numpy as np
 
-from maskdiff.config.key import check_choice, check_value
+from maskdiff.config.key import check_value
 from maskdiff.config.sample import PER_REQUEST, SETTINGS
+from maskdiff.config.settings import check_names, with_settings
 from maskdiff.errors import UserError
 from maskdiff.objectives.table import OBJECTIVES
 
@@ -31,6 +32,7 @@ _DEFAULTS = {name: SETTINGS[name].default for name in PER_REQUEST} | {
   'steps': 0,
 }
 _DTYPES = {bool: np.bool_, int: np.int32, float: np.float32}
+_KINDS = {bool: 'b', int: 'iu', float: 'iuf'}  # of NumPy dtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,37 @@ def for_gaps(c, settings, steps=None):
   )
 
 
+def of_request(config, values, changes=None, gaps=False, steps=None):
+  """Returns the SamplerConfig and the Settings of a request.
+
+  Args:
+    config: ConfigDict of the run.
+    values: dict, settings of all requests, for config.with_settings.
+    changes: dict, settings in which this request differs.
+    gaps: whether to fill the gaps of a text. `steps` is then per text.
+    steps: with gaps, denoising steps unless `changes` has them; None: one per
+      slot.
+
+  Raises:
+    UserError: see config.with_settings and config.settings.check_names; or a
+      setting does not go with gaps.
+  """
+  changes = dict(changes or {})
+  check_names(changes)
+  if gaps:
+    for name in ('gen_length', 'stop_at_eos'):
+      if name in changes:
+        raise UserError(f'{name} is for prompts: text follows a gap')
+    # The number of blocks of a text with gaps need not divide its steps.
+    steps = changes.pop('steps', steps)
+    if not isinstance(steps, int | None):
+      raise UserError(f'sampler setting steps={steps!r}: must be int')
+    if steps is not None:
+      check_value('steps', SETTINGS['steps'], steps)
+  c, settings = sampler_config(with_settings(config, values | changes))
+  return for_gaps(c, settings, steps) if gaps else (c, settings)
+
+
 def per_row(settings, batch):
   """Returns Settings whose fields are NumPy arrays [batch].
 
@@ -137,12 +170,15 @@ def per_row(settings, batch):
     batch: number of rows.
 
   Raises:
-    UserError: a field has another number of values, or a value is out of the
-      bounds of its key.
+    UserError: a field has another number of values, or a value has the wrong
+      type or is out of the bounds of its key.
   """
   fields = {}
   for name, value in settings._asdict().items():
     key, array = SETTINGS[name], np.asarray(value)
+    kind = type(key.default)
+    if array.dtype.kind not in _KINDS[kind]:
+      raise UserError(f'{name}={value!r}: must be {kind.__name__}')
     if array.shape not in ((), (batch,)):
       raise UserError(
         f'{name} has shape {array.shape}: give one value, or {batch}, one per '
@@ -152,7 +188,7 @@ def per_row(settings, batch):
     if name not in ('gen_length', 'steps'):
       for one in np.unique(array):
         check_value(name, key, one.item())
-    array = array.astype(_DTYPES[type(key.default)])
+    array = array.astype(_DTYPES[kind])
     fields[name] = np.broadcast_to(array, (batch,))
   return Settings(**fields)
 
@@ -165,70 +201,6 @@ def row(settings, i):
     i: int.
   """
   return Settings(*(np.asarray(x)[i].item() for x in settings))
-
-
-def check(network, c, settings):
-  """Checks settings against each other and against the network.
-
-  Args:
-    network: Network.
-    c: SamplerConfig.
-    settings: Settings with arrays, from `per_row`.
-
-  Raises:
-    UserError: a setting has an unknown value, does not fit a left-to-right
-      network, needs eos_id, which is missing, or needs another program.
-  """
-  objective = OBJECTIVES[network.objective]
-  if c.block_length < 1:
-    raise UserError(f'block_length={c.block_length} must be at least 1')
-  if objective.left_to_right and c.block_length != 1:
-    raise UserError(
-      f'block_length={c.block_length}: a model trained with objective '
-      f'{network.objective} fills one token at a time; set block_length=1'
-    )
-  guidance = settings.guidance.max(initial=0)
-  if (c.guided or guidance) and not objective.can_guide:
-    raise UserError(
-      f'guidance={guidance} needs a model trained with masked prompts, and '
-      f'objective {network.objective} masks none; set guidance=0'
-    )
-  if guidance and not c.guided:
-    raise another_program('guidance', guidance, 'guided=False')
-  if objective.left_to_right and (c.cache, c.lookahead) != ('none', -1):
-    raise UserError(
-      f'cache={c.cache} and lookahead={c.lookahead} need a bidirectional '
-      f'network, and objective {network.objective} trains a left-to-right one; '
-      'set cache=none and lookahead=-1'
-    )
-  if c.refresh < 0 or (c.refresh and c.cache == 'none'):
-    raise UserError(
-      f'refresh={c.refresh} is the number of steps between cache refreshes: '
-      'set cache=dual or cache=prefix, or set refresh=0'
-    )
-  for name, key in SETTINGS.items():
-    if not key.per_request:
-      check_choice(name, key, getattr(c, name))
-  for name in ('stop_at_eos', 'logits_eos_inf', 'confidence_eos_eot_inf'):
-    if getattr(settings, name).any() and network.eos_id < 0:
-      raise UserError(
-        f'{name}=True needs an eos token, and the tokenizer has none; set '
-        f'{name}=False'
-      )
-
-
-def another_program(name, value, program):
-  """Returns the UserError for a setting that the program does not have.
-
-  Args:
-    name: name of the setting.
-    value: its value in the request.
-    program: the setting of the program, as NAME=VALUE.
-  """
-  return UserError(
-    f"{name}={value} needs another program than this sampler's ({program}); "
-    f'settings that may differ by request: {", ".join(PER_REQUEST)}'
-  )
 
 
 def describe(network, c, settings):

@@ -41,6 +41,7 @@ def test_default_is_one_step_per_token(block_length, steps):
     ({'prompts': 'a'}, "'prompts': choose among block_length, cache, "),
     ({'top_k': 3}, 'top_k=3 has no effect at temperature 0'),
     ({'remasking': 'randm'}, "did you mean 'random'"),
+    ({'top_p': None}, 'top_p=None: must be float'),
   ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -56,7 +57,7 @@ def flags(open_length=False, **given):
 def test_flags_override_the_config_of_the_run():
   config = config_lib.default()
   found = config_lib.sample_settings(flags(top_k=0, steps=4), config, 8, False)
-  assert found == {'top_k': 0, 'steps': 4, 'gen_length': 8, 'block_length': 8}
+  assert found == {'top_k': 0, 'steps': 4, 'gen_length': 8}
 
 
 def test_open_length_stops_at_eos_and_sees_no_block_ahead():

@@ -12,7 +12,7 @@ import pytest
 from maskdiff.sampling import answers, recording, sampler
 from maskdiff.sampling.answers import Sampling
 from maskdiff.sampling.prompts import Prompt
-from maskdiff.sampling.settings import split
+from maskdiff.sampling.settings import SamplerConfig, Settings
 
 LENGTH = 8  # slots of an answer
 
@@ -38,15 +38,7 @@ def sampling(tokenizer):
   table = np.full((size, size), -30.0)
   some = [tokenizer.eos_id, *range(300, 330)]
   table[:, some] = random.normal(size=(size, len(some))) * 2
-  c, settings = split(
-    {
-      'steps': LENGTH,
-      'block_length': 4,
-      'temperature': 0.7,
-      'remasking': 'low_confidence',
-      'gen_length': LENGTH,
-    }
-  )
+  c = SamplerConfig(block_length=4, remasking='low_confidence')
   network = fake_networks.network(
     nearest,
     jnp.asarray(table, jnp.float32),
@@ -54,22 +46,31 @@ def sampling(tokenizer):
     bos_id=tokenizer.bos_id,
     eos_id=tokenizer.eos_id,
   )
-  return Sampling(network, c, settings, tokenizer, context=100)
+  return Sampling(network, c, tokenizer, context=100)
 
 
-def with_settings(sampling, **changes):
-  return sampling._replace(settings=sampling.settings._replace(**changes))
+SETTINGS = Settings(steps=LENGTH, gen_length=LENGTH, temperature=0.7)
 
 
-def encode(sampling, texts, gaps=False):
-  prompts = [Prompt(text, seed) for seed, text in enumerate(texts)]
-  return answers.encode_texts(prompts, gaps, sampling.tokenizer.encode, LENGTH)
+def encode(sampling, texts, gaps=False, **changes):
+  """Returns a list of Texts with settings that differ from SETTINGS."""
+  settings = SETTINGS._replace(**changes)
+  if gaps:
+    settings = settings._replace(steps=0, gen_length=0)
+  return [
+    answers.encode_text(
+      Prompt(text, seed), gaps, settings, sampling.tokenizer.encode
+    )
+    for seed, text in enumerate(texts)
+  ]
 
 
-def converse(sampling, lines):
+def converse(sampling, lines, **changes):
   """Returns the answers of a conversation, and its notes."""
   notes = []
-  return list(answers.converse(sampling, lines, 0, notes.append)), notes
+  settings = SETTINGS._replace(**changes)
+  found = answers.converse(sampling, settings, lines, 0, notes.append)
+  return list(found), notes
 
 
 TEXTS = ['def f(', '', 'x = 1', 'a much longer text, of many words more', '"']
@@ -88,12 +89,12 @@ def test_answers_do_not_depend_on_the_batch(sampling):
 
 
 def test_prompts_stop_at_eos_and_gaps_do_not(sampling):
-  s = with_settings(sampling, stop_at_eos=True)
-  found = list(answers.in_batches(s, encode(s, ['x'] * 24), 24))
+  texts = encode(sampling, ['x'] * 24, stop_at_eos=True)
+  found = list(answers.in_batches(sampling, texts, 24))
   short = [a for a in found if a['tokens'] < LENGTH]
   assert short and len(short) < len(found)
   assert all(a['forwards'] <= LENGTH for a in found)
-  found, _ = converse(s, ['x {{8}} y'] * 24)
+  found, _ = converse(sampling, ['x {{8}} y'] * 24, stop_at_eos=True)
   assert {a['tokens'] for a in found} == {LENGTH}
   assert all(a['text'].endswith(' y') for a in found)
 
@@ -101,8 +102,8 @@ def test_prompts_stop_at_eos_and_gaps_do_not(sampling):
 @pytest.mark.parametrize('gaps', [False, True])
 def test_recorded_answers_equal_those_in_batches(sampling, gaps, tokenizer):
   texts = encode(sampling, GAPS if gaps else TEXTS, gaps)
-  seen, rows = [], len(texts.prompts)
-  found, recordings = answers.record(sampling, texts, seen.append)
+  seen, rows = [], len(texts)
+  found, recordings = answers.record(sampling, texts, rows, seen.append)
   assert found == list(answers.in_batches(sampling, texts, rows))
   assert seen[-1] == [answer['text'] for answer in found]
   assert len(seen) == max(map(recording.num_steps, recordings)) + 1
@@ -118,14 +119,14 @@ def test_recorded_answers_equal_those_in_batches(sampling, gaps, tokenizer):
 @pytest.mark.parametrize('gaps', [False, True])
 def test_trajectory_has_every_slot(sampling, gaps, tokenizer):
   """The lists rebuild the row, and the canvas of every step."""
-  s = with_settings(sampling, stop_at_eos=True)._replace(trajectory=True)
-  texts = encode(sampling, GAPS if gaps else ['x'] * 24, gaps)
+  s = sampling._replace(trajectory=True)
+  texts = encode(s, GAPS if gaps else ['x'] * 24, gaps, stop_at_eos=not gaps)
   seen = []
-  answers.record(s, texts, seen.append)
+  answers.record(s, texts, 8, seen.append)
   for row, answer in enumerate(answers.in_batches(s, texts, 3)):
     json.dumps(answer)
     slots, ids = answer['slots'], np.array(answer['ids'])
-    assert len(ids) == len(answer['steps']) == texts.request.fill[row].sum()
+    assert len(ids) == len(answer['steps']) == texts[row].row.count(None)
     tokens = np.zeros(len(slots) + len(answer['given_ids']), int)
     tokens[slots] = ids
     tokens[np.setdiff1d(np.arange(len(tokens)), slots)] = answer['given_ids']
@@ -143,6 +144,33 @@ def test_trajectory_has_every_slot(sampling, gaps, tokenizer):
     }
     assert answer['settings']['temperature'] == 0.7
   assert 'ids' not in next(answers.in_batches(sampling, texts, 3))
+
+
+def test_each_text_has_its_own_settings_and_length(sampling):
+  """Equals the same text among texts that all have its settings."""
+  own = [dict(), dict(temperature=0.0), dict(gen_length=5, steps=4), dict()]
+  own.append(dict(gen_length=3, steps=3, temperature=1.5, top_k=4))
+  mixed = [
+    encode(sampling, TEXTS, **changes)[i] for i, changes in enumerate(own)
+  ]
+  found = list(answers.in_batches(sampling, mixed, 2))
+  assert [a['tokens'] for a in found] == [LENGTH, LENGTH, 5, LENGTH, 3]
+  for i, changes in enumerate(own):
+    all_alike = encode(sampling, TEXTS, **changes)
+    assert list(answers.in_batches(sampling, all_alike, 5))[i] == found[i]
+
+
+def test_program_fits_its_texts(sampling):
+  """Blocks are not longer than answers; one text with guidance needs it."""
+  texts = encode(sampling, TEXTS)
+  c = dataclasses.replace(sampling.c, block_length=64)
+  assert answers.fit(c, texts, SETTINGS).block_length == LENGTH
+  assert not answers.fit(c, texts, SETTINGS).guided
+  texts += encode(sampling, ['x'], gen_length=20, steps=20, guidance=0.5)
+  assert answers.fit(c, texts, SETTINGS).block_length == 20
+  assert answers.fit(c, texts, SETTINGS).guided
+  assert answers.fit(sampling.c, texts, SETTINGS).block_length == 4
+  assert answers.fit(c, [], SETTINGS).block_length == LENGTH
 
 
 def test_conversation_equals_a_batch(sampling):
@@ -163,16 +191,16 @@ def test_conversation_mixes_prompts_and_gaps(sampling):
 
 def test_conversation_compiles_few_programs(sampling):
   """One program each for rows of up to 32, 64 and 100 (the context) tokens."""
-  before = sampler.run._cache_size()
+  sampler.run.clear_cache()
   texts = ['a' + ' b' * n for n in (1, 3, 40, 5, 70, 41, 71, 2)]
   lengths = [len(sampling.tokenizer.encode(text)) + LENGTH for text in texts]
   assert min(lengths) <= 32 < 64 < max(lengths) <= 100
-  found, notes = converse(with_settings(sampling, top_k=9), texts)
+  found, notes = converse(sampling, texts, top_k=9)
   assert len(found) == len(texts)
   assert notes == [
     f'compiling for texts of up to {n} tokens' for n in (32, 64, 100)
   ]
-  assert sampler.run._cache_size() == before + 3
+  assert sampler.run._cache_size() == 3
 
 
 BAD_LINES = {

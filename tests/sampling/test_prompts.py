@@ -19,9 +19,9 @@ def test_each_line_is_a_prompt_and_empty_lines_are_skipped(tmp_path):
   found, gaps = prompts.read(path, 5)
   assert not gaps
   assert found == [
-    Prompt('def f(', 5),
-    Prompt('  x = "é"', 6),
-    Prompt('last\u2028one', 7),
+    Prompt('def f(', 5, where=f'{path}:1'),
+    Prompt('  x = "é"', 6, where=f'{path}:3'),
+    Prompt('last\u2028one', 7, where=f'{path}:4'),
   ]
 
 
@@ -30,14 +30,38 @@ def test_json_prompts_may_have_newlines_and_seeds(tmp_path):
   path = write(tmp_path / 'a.jsonl', rows)
   found, gaps = prompts.read(path, 0)
   assert not gaps
-  assert found == [Prompt('a\nb', 0), Prompt('', 70), Prompt('c', 2)]
+  parts = [(p.text, p.seed, p.settings) for p in found]
+  assert parts == [('a\nb', 0, {}), ('', 70, {}), ('c', 2, {})]
+
+
+def test_json_prompts_may_have_settings(tmp_path):
+  rows = (
+    '{"prompt": "a", "settings": {"temperature": 0.7, "gen_length": 8}}\n'
+    '{"prompt": "b"}\n'
+  )
+  path = write(tmp_path / 'a.jsonl', rows)
+  (first, second), _ = prompts.read(path, 0)
+  assert first.settings == {'temperature': 0.7, 'gen_length': 8}
+  assert second.settings == {}
+  assert second.where == f'{path}:2'
+
+
+def test_errors_of_a_prompt_name_its_line():
+  def fails(prompt):
+    raise UserError('too long')
+
+  with pytest.raises(UserError, match=r'^a.jsonl:3: too long$'):
+    prompts.located(fails, Prompt('', 0, where='a.jsonl:3'))
+  with pytest.raises(UserError, match='^too long$'):
+    prompts.located(fails, Prompt('', 0))
+  assert prompts.located(lambda prompt: prompt.seed, Prompt('', 7)) == 7
 
 
 def test_json_lines_may_have_gaps(tmp_path):
   rows = '{"infill": "a {{3}} b"}\n{"infill": "{{1}}", "seed": 9}\n'
   found, gaps = prompts.read(write(tmp_path / 'a.jsonl', rows), 0)
   assert gaps
-  assert found == [Prompt('a {{3}} b', 0), Prompt('{{1}}', 9)]
+  assert [(p.text, p.seed) for p in found] == [('a {{3}} b', 0), ('{{1}}', 9)]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +77,17 @@ def test_json_lines_may_have_gaps(tmp_path):
     ('{"prompt": "a", "seed": -1}', 'a.jsonl:2: "seed"'),
     ('{"prompt": "a", "seed": "1"}', 'a.jsonl:2: "seed"'),
     ('{"prompt": "\\ud800"}', 'a.jsonl:2: half a surrogate pair'),
+    ('{"prompt": "a", "settings": 3}', 'a.jsonl:2: "settings" must be an obj'),
+    (
+      '{"prompt": "a", "settings": {"temprature": 1}}',
+      "a.jsonl:2: unknown setting 'temprature'; did you mean 'temperature'",
+    ),
+    (
+      '{"prompt": "a", "settings": {"block_length": 8}}',
+      'a.jsonl:2: another block_length needs another program: set '
+      '--block_length for all requests; settings that may differ by request: '
+      'gen_length, steps, temperature, top_k, ',
+    ),
   ],
 )
 def test_invalid_line_is_named_by_number(tmp_path, line, message):

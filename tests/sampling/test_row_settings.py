@@ -9,6 +9,7 @@ import pytest
 import sampled
 import tiny
 
+from maskdiff import config as config_lib
 from maskdiff.config.sample import PER_REQUEST, SETTINGS
 from maskdiff.errors import UserError
 from maskdiff.sampling import layouts, sampler
@@ -16,7 +17,8 @@ from maskdiff.sampling import settings as settings_lib
 from maskdiff.sampling.settings import SamplerConfig, Settings, split
 
 MASK, EOS, EOT, VOCAB = 4, 5, 6, tiny.MODEL.vocab_size
-PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [], [9, 9], [16, 17]]
+# No prompt is empty, because all positions of an all-masked row tie.
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [18], [9, 9], [16, 17]]
 # Settings of six rows, by remasking rule.
 OFF = Settings(gen_length=8, steps=8)
 ROWS = [
@@ -128,6 +130,55 @@ def test_settings_become_arrays_of_their_types():
   )
 
 
+def of_request(changes, gaps=False, steps=None, **values):
+  config = config_lib.default()
+  return settings_lib.of_request(config, values, changes, gaps, steps)
+
+
+def test_settings_of_a_line_override_those_of_the_command_line():
+  values = dict(temperature=0.5, gen_length=8, block_length=4)
+  c, settings = of_request({'temperature': 0.7, 'top_k': 3}, **values)
+  assert (settings.temperature, settings.top_k) == (0.7, 3)
+  assert (settings.gen_length, settings.steps, c.block_length) == (8, 8, 4)
+  _, settings = of_request({'gen_length': 20}, **values)  # a step per token
+  assert (settings.gen_length, settings.steps) == (20, 20)
+  _, settings = of_request({'steps': 2}, **values)
+  assert settings.steps == 2
+  c, settings = of_request({'guidance': 1}, **values)
+  assert (c.guided, settings.guidance) == (True, 1.0)
+
+
+def test_settings_of_a_line_with_gaps():
+  """Steps are counted per text; they need not be a multiple of the blocks."""
+  of = lambda changes, steps: of_request(
+    changes, gaps=True, steps=steps, block_length=4, lookahead=2
+  )
+  c, settings = of({}, None)
+  assert (settings.steps, settings.gen_length, c.lookahead) == (0, 0, -1)
+  assert of({}, 3)[1].steps == 3
+  assert of({'steps': 5, 'top_p': 1}, 3)[1].steps == 5
+
+
+@pytest.mark.parametrize(
+  'changes, gaps, message',
+  [
+    ({'top_k': 3}, False, 'top_k=3 has no effect at temperature 0'),
+    ({'steps': 3}, False, 'steps=3 cannot be divided equally among 2 blocks'),
+    ({'temperature': 'hot'}, False, "temperature='hot': must be float"),
+    ({'temperature': None}, False, 'temperature=None: must be float'),
+    ({'cache': 'dual'}, False, 'another cache needs another program: set --ca'),
+    ({'seed': 3}, False, "unknown setting 'seed'"),
+    ({'gen_length': 3}, True, 'gen_length is for prompts: text follows a gap'),
+    ({'stop_at_eos': True}, True, 'stop_at_eos is for prompts'),
+    ({'steps': 'x'}, True, "steps='x': must be int"),
+    ({'steps': 0}, True, 'steps=0: must be at least 1'),
+  ],
+)
+def test_bad_settings_of_a_line_are_refused(changes, gaps, message):
+  with pytest.raises(UserError, match=message):
+    of_request(changes, gaps, gen_length=8, block_length=4)
+
+
 # Refusals
 
 
@@ -137,6 +188,9 @@ def test_settings_become_arrays_of_their_types():
     (dict(temperature=-1.0), 'temperature=-1.0: must be at least 0'),
     (dict(top_p=0.0), 'top_p=0.0: must be above 0'),
     (dict(threshold=np.nan), 'threshold=nan: must be at least 0'),
+    (dict(temperature='hot'), "temperature='hot': must be float"),
+    (dict(top_k=1.5), 'top_k=1.5: must be int'),
+    (dict(stop_at_eos=1), 'stop_at_eos=1: must be bool'),
     (dict(top_k=[1, 2]), r'top_k has shape \(2,\): give one value, or 1'),
     (dict(steps=-1), 'steps=-1 cannot be shared'),
     (dict(steps=3, gen_length=8), 'steps=3 cannot be shared equally by 2'),

@@ -15,7 +15,9 @@ import tiny
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.model import masks, transformer
-from maskdiff.sampling import layouts, refill
+from maskdiff.sampling import layouts
+from maskdiff.sampling.serve import RowRequest, serve
+from maskdiff.sampling.settings import split
 
 MASK, EOS, VOCAB = 4, 5, 16
 TINY = tiny.model(
@@ -243,7 +245,7 @@ GAPS = [
 
 
 @pytest.mark.parametrize('cache', ['prefix', 'dual'])
-def test_rows_with_a_cache_do_not_depend_on_refill(params, cache):
+def test_served_rows_with_a_cache_do_not_depend_on_the_batch(params, cache):
   """Rows differ in length, and join the batch while a cache is in use."""
   # Lower confidence, so that cached keys lead to other tokens.
   network = network_of(
@@ -260,14 +262,18 @@ def test_rows_with_a_cache_do_not_depend_on_refill(params, cache):
     refresh=0,
   )
   request = layouts.fill_gaps(GAPS, encode)
-  found = {
-    a.row: a for a in refill.answers(*sampled.arguments(network, c, request), 2)
-  }
+  program, settings = split(c)
+  asked = [
+    RowRequest(i, layouts.gap_row(text, encode), i, settings)
+    for i, text in enumerate(GAPS)
+  ]
+  length = request.canvas.shape[1]
+  found = {a.id: a for a in serve(network, program, asked, 2, length)}
   assert sorted(found) == list(range(len(GAPS)))
   for row, answer in found.items():
     alone = layouts.fill_gaps([GAPS[row]], encode, [row])
     # Padded to one length, so that one program serves all rows.
-    alone = layouts.widen(alone, request.canvas.shape[1])
+    alone = layouts.widen(alone, length)
     alone = sampled.complete(network, c, alone)
     valid = request.valid[row]
     tokens = answer.recording.tokens

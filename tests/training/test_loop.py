@@ -569,6 +569,32 @@ def test_sample_script_answers_a_file_of_prompts(
   assert alone == answers[1]['text'] + '\n'
 
 
+def test_lines_of_a_file_have_settings_of_their_own(
+  finished, sample_script, tmp_path
+):
+  """Each answer equals that of a command with its settings as flags."""
+  own = [{}, {'temperature': 0.9, 'top_k': 5}, {'gen_length': 3, 'steps': 2}]
+  file, out = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+  lines = [{'prompt': 'def read(', 'settings': changes} for changes in own]
+  file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+  def answers(**flags):
+    run_script(sample_script, finished.workdir, out=str(out), **flags)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+  found = answers(prompts=str(file), trajectory=True, batch=2)
+  for seed, (answer, changes) in enumerate(zip(found, own, strict=True)):
+    (alone,) = answers(prompt=['def read('], seed=seed, **changes)
+    assert {key: answer[key] for key in alone} == alone
+    assert len(answer['ids']) == answer['tokens'] == len(answer['steps'])
+    assert max(answer['steps']) == answer['forwards']
+    for key, value in changes.items():
+      assert answer['settings'][key] == value
+  file.write_text('{"prompt": "a"}\n{"prompt": "b", "settings": {"top_p": 2}}')
+  with pytest.raises(UserError, match='jsonl:2: config.sample.top_p=2.0: must'):
+    answers(prompts=str(file))
+
+
 def test_sample_script_writes_an_html_replay(
   finished, sample_script, capsys, tmp_path
 ):

@@ -1,0 +1,196 @@
+"""Serves requests as they come, in a batch of fixed size (continuous batching).
+
+Rows end at different times, for example at an early eos, or because a threshold
+commits many tokens per step. The next request takes the row of one that has
+ended, while the other rows go on. With a cache, it waits until the other rows
+need a new cache too. One program serves all requests, and the answer to a
+request does not depend on the others.
+"""
+
+import functools
+import time
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskdiff.distributed.mesh import replicate
+from maskdiff.errors import UserError
+from maskdiff.sampling import layouts, recording, sampler
+from maskdiff.sampling.recording import Recording
+from maskdiff.sampling.request import begin
+from maskdiff.sampling.settings import DEFAULT, Settings
+
+# Passes between two looks at an iterator that had no request; seconds to wait
+# before the next look if no row is in progress.
+POLL_PASSES, POLL_SECONDS = 8, 0.01
+MOST_PASSES = 2**31 - 1
+
+
+class RowRequest(NamedTuple):
+  """A request for one row."""
+
+  id: Hashable  # names the request in its Answer
+  row: list  # int for a token, None for a slot
+  seed: int
+  settings: Settings = DEFAULT
+
+
+class Answer(NamedTuple):
+  """The row of a request with its slots filled, or the reason why it is not."""
+
+  id: Hashable
+  recording: Recording | None = None  # None: the request was refused
+  forwards: int = 0  # see state.Carry
+  positions: int = 0  # see state.Carry
+  error: UserError | None = None
+
+
+def serve(network, c, requests, rows, length):
+  """Yields an Answer to each request, as the rows end.
+
+  A request that is not valid, or whose logits are NaN or infinite, gets an
+  Answer with an error; the others go on.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    requests: iterable of RowRequest, which may be endless. The next request is
+      taken only when a row is free, so that with rows=1 it may depend on the
+      answer before it. While `next` waits, no row goes on. An iterable that may
+      have to wait, such as a queue, can yield None instead: there is no request
+      now. The rows then go on, and it is asked again after a few passes.
+    rows: number of rows of the batch.
+    length: number of tokens and slots for which a row has room.
+  """
+  requests, more = iter(requests), True
+  active = [None] * rows  # the request in each row
+  state = shapes = None
+  while more or any(active):
+    admitted, idle = {}, False
+    for i in range(rows):
+      while more and not idle and active[i] is None:
+        request = next(requests, _END)
+        more, idle = request is not _END, request is None
+        if not more or idle:
+          continue
+        try:
+          *admitted[i], shapes = _begin(network, c, request, length)
+          active[i] = request
+        except UserError as error:
+          yield Answer(request.id, error=error)
+    if not any(active):
+      time.sleep(POLL_SECONDS if idle else 0)
+      continue
+    state = _admit(state, admitted, rows)
+    state, ended = _run(network, c, shapes, state, active, idle)
+    for i, answer in ended:
+      active[i] = None
+      yield answer
+
+
+_END = object()
+
+
+def _begin(network, c, request, length):
+  """Returns the results of request.begin for one RowRequest.
+
+  Raises:
+    UserError: the request is too long, or see `request.begin`.
+  """
+  if len(request.row) > length:
+    raise UserError(
+      f'the request has {len(request.row)} tokens and slots, but rows have '
+      f'room for {length}: shorten the prompt or ask for fewer tokens'
+    )
+  laid = layouts.lay_out([request.row], [request.seed], request.settings)
+  return begin(network, c, layouts.widen(laid, length), num_slots=length)
+
+
+def _admit(state, admitted, rows):
+  """Returns the state of the batch, with admitted requests in their rows.
+
+  Args:
+    state: Carry and Layout of the batch, on devices; None before the first
+      request.
+    admitted: dict from a row to the Carry and Layout of one request.
+    rows: number of rows.
+  """
+  if not admitted:
+    return state
+  # Other rows get a copy of an admitted one, which is not used.
+  any_row = next(iter(admitted.values()))
+  new = jax.tree.map(
+    lambda *x: np.concatenate(x) if np.ndim(x[0]) else x[0],
+    *(tuple(admitted.get(i, any_row)) for i in range(rows)),
+  )
+  replaced = np.isin(np.arange(rows), list(admitted))
+  if state is None:
+    carry, layout = new
+    carry = carry._replace(masked=carry.masked & replaced[:, None, None])
+    # The sharding of the loop's result, so that one program serves all calls.
+    return jax.jit(replicate)((carry, layout))
+  return _replace(state, new, replaced)
+
+
+def _run(network, c, shapes, state, active, idle):
+  """Runs the batch until a row ends.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    shapes: from `request.begin`.
+    state: Carry and Layout of the batch.
+    active: list of the RowRequest, or None, in each row.
+    idle: whether to stop after POLL_PASSES passes, to look for a request.
+
+  Returns:
+    The next state; and a list of (row, Answer) for the rows that have ended.
+  """
+  carry, layout = state
+  is_active = np.array([request is not None for request in active])
+  most = int(carry.calls) + POLL_PASSES if idle else MOST_PASSES
+  carry = sampler.run(
+    *(network, c, shapes, carry, layout),
+    np.int32(is_active.sum() - 1),
+    np.int32(most),
+  )
+  masked, fill, valid, forwards, positions, broken = jax.device_get(
+    (
+      carry.masked,
+      layout.fill,
+      layout.valid,
+      carry.forwards,
+      carry.positions,
+      carry.broken,
+    )
+  )
+  ended = np.flatnonzero(is_active & ~masked.any((1, 2)))
+  recordings = recording.of_rows(carry, fill, valid) if ended.size else []
+  return (carry, layout), [
+    (
+      i,
+      Answer(
+        active[i].id,
+        recordings[i],
+        int(forwards[i]),
+        int(positions[i]),
+        sampler.broken_error('this request') if broken[i] else None,
+      ),
+    )
+    for i in ended
+  ]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace(old, new, replaced):
+  """Returns the state with the `replaced` rows taken from the new one."""
+
+  def one(old, new):
+    if not old.ndim:
+      return new
+    return jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+  return replicate(jax.tree.map(one, old, new))
