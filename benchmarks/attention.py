@@ -42,7 +42,7 @@ def compare(labels, length, rounds):
   q, k, v, g = jax.random.normal(
     jax.random.key(0), (4, 1, 8, length, 128), jnp.bfloat16
   )
-  kernel = attention.fastest(q, k, labels)
+  kernel = attention.fastest(q, k, labels, labels)
   if kernel == 'xla':
     return None
 
@@ -50,7 +50,7 @@ def compare(labels, length, rounds):
 
   @functools.partial(jax.jit, static_argnums=0, compiler_options=options)
   def pass_through(implementation, q, k, v, g):
-    attend = lambda *x: attention.attend(*x, labels, implementation)
+    attend = lambda *x: attention.attend(*x, labels, labels, implementation)
     out, pullback = jax.vjp(attend, q, k, v)
     return out, pullback(g)
 

@@ -76,7 +76,9 @@ def valid_only(x, labels):
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(attend, q, k, v, g, labels):
   """Returns the output and the gradients of sum(out * g), without padding."""
-  out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, labels), q, k, v)
+  out, pullback = jax.vjp(
+    lambda q, k, v: attend(q, k, v, labels, labels), q, k, v
+  )
   return valid_only(out, labels), *pullback(valid_only(g, labels))
 
 
@@ -86,7 +88,7 @@ def assert_equals_xla(
   """Compares an implementation with attention.xla in value and gradients.
 
   Args:
-    attend: (q, k, v, labels, **options) -> output.
+    attend: (q, k, v, query labels, key labels, **options) -> output.
     labels: masks.Labels.
     heads: H.
     kv_heads: G.

@@ -32,7 +32,7 @@ CUDNN_DTYPES = ('bfloat16', 'float16')
 CUDNN_MAX_HEAD_DIM = 128  # on Ampere; Hopper and later allow 256
 
 
-def attend(q, k, v, labels, implementation):
+def attend(q, k, v, query, key, implementation):
   """Returns softmax attention of each position over the positions it sees.
 
   Scores are scaled by 1/sqrt(K) and normalised in float32. H/G consecutive
@@ -42,9 +42,10 @@ def attend(q, k, v, labels, implementation):
 
   Args:
     q: [B, H, L, K].
-    k: [B, G, L, K]; G divides H.
-    v: [B, G, L, K].
-    labels: masks.Labels of the L positions.
+    k: [B, G, S, K]; G divides H.
+    v: [B, G, S, K].
+    query: masks.Labels of the L queries.
+    key: masks.Labels of the S keys; in self-attention those of the queries.
     implementation: a choice of config.model.attention. `auto` is splash on TPUs
       and cudnn on NVIDIA GPUs if the kernel supports the arrays, the labels and
       the mesh, else xla.
@@ -57,20 +58,20 @@ def attend(q, k, v, labels, implementation):
       support these arguments.
   """
   if implementation == 'auto':
-    implementation = fastest(q, k, labels)
+    implementation = fastest(q, k, query, key)
   return {'xla': xla, 'splash': splash, 'cudnn': cudnn}[implementation](
-    q, k, v, labels
+    q, k, v, query, key
   )
 
 
-def fastest(q, k, labels):
+def fastest(q, k, query, key):
   """Returns the implementation that `auto` selects, as for `attend`."""
   kernel = _kernel(device_kind())
-  if kernel is None or misfit(kernel, q, k, labels):
+  if kernel is None or misfit(kernel, q, k, query, key):
     return 'xla'
   # With a mask, cuDNN reads L^2 mask entries and writes a gradient of the same
   # size. `auto` therefore uses cuDNN only without a mask.
-  needs_mask = kernel == 'cudnn' and not _needs_no_mask(labels)
+  needs_mask = kernel == 'cudnn' and not _needs_no_mask(query, key)
   return 'xla' if needs_mask else kernel
 
 
@@ -104,7 +105,7 @@ def _parts():
   return 1 if mesh.empty else mesh.shape['sequence']
 
 
-def misfit(kernel, q, k, labels):
+def misfit(kernel, q, k, query, key):
   """Returns why `splash` or `cudnn` cannot compute these arguments, or None."""
   batch, heads, length, head_dim = q.shape
   groups, parts = k.shape[1], _parts()
@@ -123,18 +124,21 @@ def misfit(kernel, q, k, labels):
       f'config.mesh.tensor={tensor}'
     )
   if kernel == 'splash':
-    return _splash_misfit(length, parts, labels)
-  return _cudnn_misfit(length, parts, labels, q.dtype, head_dim)
+    return _splash_misfit(length, parts, query, key)
+  no_mask = _needs_no_mask(query, key)
+  return _cudnn_misfit(length, parts, no_mask, q.dtype, head_dim)
 
 
-def _splash_misfit(length, parts, labels):
+def _splash_misfit(length, parts, query, key):
+  if query.doc.shape != key.doc.shape or query.regime != key.regime:
+    return 'splash is for self-attention, and the queries are not the keys'
   unit = parts * splash_lib.LANES
   if length % unit:
     return (
       f'the length {length} is not a multiple of {unit} '
       f'({splash_lib.LANES} x config.mesh.sequence={parts})'
     )
-  if labels.regime == masks.GENERAL:
+  if query.regime == masks.GENERAL:
     return (
       'splash needs one of the fixed regimes of masks.py (bidirectional, '
       'causal, block-causal, block diffusion); these labels were built by hand'
@@ -142,7 +146,7 @@ def _splash_misfit(length, parts, labels):
   return None
 
 
-def _cudnn_misfit(length, parts, labels, dtype, head_dim):
+def _cudnn_misfit(length, parts, no_mask, dtype, head_dim):
   if (capability := _capability()) and capability < CUDNN_CAPABILITY:
     dotted = lambda version: '.'.join(map(str, version))
     return (
@@ -161,7 +165,7 @@ def _cudnn_misfit(length, parts, labels, dtype, head_dim):
       f'the length {length} is not divisible by config.mesh.sequence={parts}'
     )
   local_length = length // parts
-  if not _needs_no_mask(labels) and local_length % 2:
+  if not no_mask and local_length % 2:
     return (
       'cudnn needs a mask for these labels, and a mask needs an even length, '
       f'not {local_length}' + (' per device' if parts > 1 else '')
@@ -169,8 +173,8 @@ def _cudnn_misfit(length, parts, labels, dtype, head_dim):
   return None
 
 
-def _require(kernel, kind, q, k, labels):
-  reason = misfit(kernel, q, k, labels)
+def _require(kernel, kind, q, k, query, key):
+  reason = misfit(kernel, q, k, query, key)
   if _kernel(kind) != kernel:
     reason = f'{kernel} does not run on this device ({kind})'
   if reason:
@@ -180,8 +184,8 @@ def _require(kernel, kind, q, k, labels):
     )
 
 
-def xla(q, k, v, labels):
-  """Dense attention; see `attend`. Memory: [B, H, L, L] float32 scores."""
+def xla(q, k, v, query, key):
+  """Dense attention; see `attend`. Memory: [B, H, L, S] float32 scores."""
   batch, heads, length, head_dim = q.shape
   groups = k.shape[1]
   q = q.reshape(batch, groups, heads // groups, length, head_dim)
@@ -189,10 +193,7 @@ def xla(q, k, v, labels):
     'bghlk,bgsk->bghls', q, k, preferred_element_type=jnp.float32
   )
   scores *= 1 / math.sqrt(head_dim)
-  if labels.regime == masks.BIDIRECTIONAL:
-    visible = labels.doc[:, :, None] == labels.doc[:, None, :]
-  else:
-    visible = masks.visible(labels, labels)
+  visible = masks.visible(query, key)
   lowest = jnp.finfo(jnp.float32).min
   scores = jnp.where(visible[:, None, None], scores, lowest)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -201,8 +202,8 @@ def xla(q, k, v, labels):
   return checkpoint_name(out, RESIDUALS)
 
 
-def splash(q, k, v, labels, interpret=False):
-  """Pallas splash attention; see `attend` for q, k, v and labels.
+def splash(q, k, v, query, key, interpret=False):
+  """Pallas splash attention; see `attend` for the first five arguments.
 
   If the mesh axis `sequence` splits the queries, causal attention is
   unbalanced: the device with the last queries has the most work, and the other
@@ -218,23 +219,23 @@ def splash(q, k, v, labels, interpret=False):
     UserError: see `misfit`.
   """
   kind = device_kind()
-  _require('splash', 'TPU' if interpret else kind, q, k, labels)
+  _require('splash', 'TPU' if interpret else kind, q, k, query, key)
   chip = chips.by_kind(kind)
   kernel = splash_lib.make_kernel(
-    labels.regime, q.shape[2], _parts(), chip and chip.name, interpret
+    query.regime, q.shape[2], _parts(), chip and chip.name, interpret
   )
   spec = splash_lib.split_spec(kernel, 'sequence')
 
   def on_device(kernel, q, k, v, query, key):
     return splash_lib.run(kernel, q, k, v, query.doc, key.doc)
 
-  return _on_each_device(on_device, (q, k, v), labels, (kernel,), (spec,))
+  return _on_each_device(on_device, (q, k, v), query, key, (kernel,), (spec,))
 
 
-def _on_each_device(function, arrays, labels, more=(), specs=()):
+def _on_each_device(function, arrays, query, key, more=(), specs=()):
   """Calls function(*more, q, k, v, query labels, key labels) on each device."""
   if jax.sharding.get_abstract_mesh().empty:
-    return function(*more, *arrays, labels, labels)
+    return function(*more, *arrays, query, key)
   queries = P(BATCH_AXES, 'tensor', 'sequence', None)
   keys = P(BATCH_AXES, 'tensor', None, None)
   return jax.shard_map(
@@ -249,15 +250,15 @@ def _on_each_device(function, arrays, labels, more=(), specs=()):
     ),
     out_specs=queries,
     check_vma=False,  # Pallas calls do not declare how their outputs vary
-  )(*more, *arrays, labels, labels)
+  )(*more, *arrays, query, key)
 
 
-def cudnn(q, k, v, labels, implementation='cudnn'):
+def cudnn(q, k, v, query, key, implementation='cudnn'):
   """cuDNN flash attention by jax.nn.dot_product_attention; see `attend`.
 
   Rows of one document need no mask in the bidirectional and causal regimes:
   cuDNN takes the number of keys of each row and ignores the padding after them.
-  Other labels need a mask, [B, 1, L, L], which cuDNN adds to the scores in the
+  Other labels need a mask, [B, 1, L, S], which cuDNN adds to the scores in the
   dtype of q. The kernel is still flash attention, but it reads L^2 entries.
 
   Rematerialization always runs the forward kernel again, because JAX does not
@@ -271,22 +272,24 @@ def cudnn(q, k, v, labels, implementation='cudnn'):
     UserError: see `misfit`.
   """
   if implementation == 'cudnn':
-    _require('cudnn', device_kind(), q, k, labels)
+    _require('cudnn', device_kind(), q, k, query, key)
   on_device = functools.partial(
-    _cudnn_prefix if _needs_no_mask(labels) else _cudnn_mask,
+    _cudnn_prefix if _needs_no_mask(query, key) else _cudnn_mask,
     functools.partial(
       jax.nn.dot_product_attention, implementation=implementation
     ),
   )
-  out = _on_each_device(on_device, (q, k, v), labels)
+  out = _on_each_device(on_device, (q, k, v), query, key)
   return checkpoint_name(out, RESIDUALS)
 
 
-def _needs_no_mask(labels):
+def _needs_no_mask(query, key):
+  if not (query.single and key.single and query.regime == key.regime):
+    return False
   # The causal mask of cuDNN aligns query 0 with key 0. If the mesh splits the
   # length, that is wrong for every device but the first.
-  causal = labels.regime == masks.CAUSAL and _parts() == 1
-  return labels.single and (causal or labels.regime == masks.BIDIRECTIONAL)
+  causal = query.regime == masks.CAUSAL and _parts() == 1
+  return causal or query.regime == masks.BIDIRECTIONAL
 
 
 def _cudnn_mask(attention, q, k, v, query, key):

@@ -89,9 +89,11 @@ def shift_right(x, labels):
 
   A network with `predict_next` predicts a token from the position before it.
   After the shift a position holds the hidden state that predicts its own token.
-  The first position of a document keeps its own hidden state, because no other
-  position of the document precedes it. Dream's generation_utils.py does this at
-  position 0.
+  The left neighbour in the row must be the position before: of the same
+  document, of the same block, and with the preceding `pos`. Otherwise a
+  position keeps its own hidden state. This is so at the first position of a
+  document, as in Dream's generation_utils.py, at the first position of a noisy
+  block, and where the clean copy of [noisy ; clean] rows begins.
 
   Args:
     x: [B, L, D].
@@ -101,8 +103,12 @@ def shift_right(x, labels):
     [B, L, D].
   """
   left = lambda a: jnp.concatenate([a[:, :1], a[:, :-1]], axis=1)
-  continues = labels.doc == left(labels.doc)
-  return jnp.where(continues[..., None], left(x), x)
+  follows = (
+    (labels.doc == left(labels.doc))
+    & (labels.block == left(labels.block))
+    & (labels.pos == left(labels.pos) + 1)
+  )
+  return jnp.where(follows[..., None], left(x), x)
 
 
 @jax.named_scope('network(normalisation)')

@@ -107,11 +107,30 @@ def visible(query, key):
   Returns:
     [B, L, S] bool, True where the query sees the key.
   """
+  if query.regime == key.regime == BIDIRECTIONAL:
+    return query.doc[:, :, None] == key.doc[:, None, :]
   q = jax.tree.map(lambda x: x[:, :, None], query)
   k = jax.tree.map(lambda x: x[:, None, :], key)
   clean = (k.block < 0) & (k.pos < q.reach)
   noisy = (k.block >= 0) & (k.block == q.block)
   return (q.doc == k.doc) & (clean | noisy)
+
+
+def take(labels, positions):
+  """Returns the Labels of some positions of each row.
+
+  Args:
+    labels: Labels, [B, L] each.
+    positions: [B, W] int32 in [0, L).
+
+  Returns:
+    Labels, [B, W] each. The regime stays only if it is bidirectional, because
+    the others fix the position of each label.
+  """
+  rows = jnp.arange(len(positions))[:, None]
+  regime = BIDIRECTIONAL if labels.regime == BIDIRECTIONAL else GENERAL
+  taken = jax.tree.map(lambda x: x[rows, positions], labels)
+  return dataclasses.replace(taken, regime=regime, single=False)
 
 
 def documents(tokens, eos_id):

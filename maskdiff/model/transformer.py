@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskdiff.distributed.mesh import shard
-from maskdiff.errors import UserError
 from maskdiff.model.attention import RESIDUALS, attend
-from maskdiff.model.cached_attention import attend_window
+from maskdiff.model.cache import Cache, write
+from maskdiff.model.cached_attention import attend_cached
 from maskdiff.model.layers import block, lookup, rms_norm, rope, shift_right
 
 _save = jax.checkpoint_policies.save_only_these_names
@@ -156,66 +156,73 @@ class Transformer(nnx.Module):
       state at a position predicts the token of that position. A network with
       `predict_next` predicts the next token, so its states are shifted by one.
     """
-    hidden, _ = self._layers(tokens, labels.pos, self._attend(labels))
-    shifted = self.config.predict_next
-    return shift_right(hidden, labels) if shifted else hidden
+    hidden, _ = self._layers(tokens, labels, self._attend(labels))
+    return hidden
 
   def prefill(self, tokens, labels):
-    """Returns the final hidden states and a KV cache for `extend`.
+    """Returns the final hidden states, [B, L, D], and a Cache of L places.
+
+    Arguments and hidden states as for `__call__`.
+    """
+    hidden, (k, v) = self._layers(
+      tokens, labels, self._attend(labels), keep=True
+    )
+    return hidden, Cache(k, v, labels)
+
+  def extend(self, tokens, labels, cache):
+    """Returns the hidden states of windows that attend to a cache.
+
+    With `predict_next`, the window must contain the position before each
+    position whose hidden state is used.
 
     Args:
-      tokens: [B, L] int32.
-      labels: masks.Labels of the same positions.
+      tokens: [B, W] int32, the tokens of the windows.
+      labels: masks.Labels of the window; doc is -1 on its padding.
+      cache: Cache, which does not change. A position that is in the window too
+        must be hidden in `cache.labels`, because its cached keys are out of
+        date.
 
     Returns:
-      hidden [B, L, D]; and a pair of [N, B, G, L, K], the rotated keys and the
-      values, all in the compute dtype.
-
-    Raises:
-      UserError: the config has `predict_next`. The first position of a window
-        would be predicted at the position before it, outside of the window.
+      [B, W, D], as for `__call__`.
     """
-    if self.config.predict_next:
-      raise UserError(
-        'a network with config.model.predict_next=True cannot sample with a '
-        'cache; set config.sample.cache=none'
-      )
-    return self._layers(tokens, labels.pos, self._attend(labels), keep=True)
-
-  def extend(self, tokens, pos, in_window, cache_valid, cache):
-    """Returns hidden states of windows that attend to themselves and a cache.
-
-    Attention is bidirectional.
-
-    Args:
-      tokens: [B, S] int32, the tokens of the windows.
-      pos: [B, S] int32, their positions in the rows of the cache.
-      in_window: [B, S] bool, False on padding of a window.
-      cache_valid: [B, L] bool, the positions of the cache to attend to. False
-        at the positions of the window, whose cached keys are out of date.
-      cache: from `prefill`.
-
-    Returns:
-      [B, S, D] in the compute dtype.
-    """
-
-    def attention(q, k, v, cached):
-      return attend_window(q, k, v, in_window, *cached, cache_valid)
-
-    hidden, _ = self._layers(tokens, pos, attention, cache)
+    hidden, _ = self._window(tokens, labels, cache, keep=False)
     return hidden
+
+  def append(self, tokens, labels, cache, places):
+    """Computes windows as `extend` does, and stores their keys and values.
+
+    Args:
+      tokens: as for `extend`.
+      labels: as for `extend`.
+      cache: as for `extend`.
+      places: [B, W] int32, places of the cache that take the window; numbers
+        outside of [0, S) are dropped.
+
+    Returns:
+      [B, W, D], as for `extend`; and the Cache with the window.
+    """
+    hidden, (k, v) = self._window(tokens, labels, cache, keep=True)
+    return hidden, write(cache, places, k, v, labels)
 
   def _attend(self, labels):
     implementation = self.config.attention
-    return lambda q, k, v, cached: attend(q, k, v, labels, implementation)
+    return lambda q, k, v, cached: attend(
+      q, k, v, labels, labels, implementation
+    )
 
-  def _layers(self, tokens, pos, attention, cache=None, keep=False):
+  def _window(self, tokens, labels, cache, keep):
+    def attention(q, k, v, cached):
+      return attend_cached(q, k, v, labels, *cached, cache.labels)
+
+    return self._layers(tokens, labels, attention, (cache.k, cache.v), keep)
+
+  def _layers(self, tokens, labels, attention, cached=None, keep=False):
     """Returns hidden states and, with `keep`, the keys and values per layer."""
     c = self.config
     with jax.named_scope('network(embedding)'):
       x = lookup(self.embed[...], tokens, c.dtype)
       x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
-    rotation = rope(pos, c.head_dim, c.rope_theta, c.rope_scaling)
+    rotation = rope(labels.pos, c.head_dim, c.rope_theta, c.rope_scaling)
     # Matrices are cast before the scan, so that a mesh gathers the weights of
     # each layer in the compute dtype.
     with jax.named_scope('part(weights: cast and copy)'):
@@ -236,8 +243,9 @@ class Transformer(nnx.Module):
         layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False
       )
     with jax.named_scope('network(layer: stacked arrays)'):
-      x, kv = jax.lax.scan(layer, x, (layers, cache))
-    return rms_norm(x, self.norm[...], c.norm_eps), kv
+      x, kv = jax.lax.scan(layer, x, (layers, cached))
+    x = rms_norm(x, self.norm[...], c.norm_eps)
+    return shift_right(x, labels) if c.predict_next else x, kv
 
   def vocabulary(self):
     """Returns the output projection, [D, V] float32."""

@@ -29,6 +29,8 @@ class Objective:
       log-likelihood, 'exact' if the loss equals it.
     can_guide: whether the network was trained with masked prompts, which
       classifier-free guidance needs.
+    exact_cache: whether positions see only positions to their left, so that
+      a KV cache of committed tokens stays exact.
     attention_flops: attention FLOPs of a training step per token, in units of
       N L H K (layers, length, heads, head dimension).
   """
@@ -38,6 +40,7 @@ class Objective:
   order: str
   likelihood: str
   can_guide: bool
+  exact_cache: bool
   attention_flops: int
 
   @property
@@ -52,6 +55,7 @@ OBJECTIVES = {
     order='any',
     likelihood='bound',
     can_guide=True,
+    exact_cache=False,
     attention_flops=12,
   ),
   'autoregressive': Objective(
@@ -60,6 +64,7 @@ OBJECTIVES = {
     order='left_to_right',
     likelihood='exact',
     can_guide=False,
+    exact_cache=True,
     attention_flops=6,  # a query sees half of the keys
   ),
 }

@@ -67,7 +67,7 @@ LABELS = {
 def test_xla_equals_a_loop_over_visible_keys(labels, kv_heads):
   q, k, v, _ = draw(3, 12, 4, kv_heads, 8)
   np.testing.assert_allclose(
-    attention.xla(q, k, v, labels),
+    attention.xla(q, k, v, labels, labels),
     query_by_query(q, k, v, labels),
     atol=2e-6,
   )
@@ -79,9 +79,9 @@ def test_invisible_keys_and_values_have_no_influence(labels):
   q, k, v, _ = draw(3, 12, 4, 2, 8)
   query = 7
   hidden = ~masks.visible(labels, labels)[:, None, query, :, None]
-  out = attention.xla(q, k, v, labels)[:, :, query]
+  out = attention.xla(q, k, v, labels, labels)[:, :, query]
   poisoned = attention.xla(
-    q, jnp.where(hidden, 1e4, k), jnp.where(hidden, 1e4, v), labels
+    q, jnp.where(hidden, 1e4, k), jnp.where(hidden, 1e4, v), labels, labels
   )[:, :, query]
   np.testing.assert_array_equal(out, poisoned)
 
@@ -90,9 +90,10 @@ def test_xla_returns_the_dtype_of_the_query_and_sums_scores_in_float32():
   q, k, v, _ = draw(3, 12, 4, 2, 64)
   half = lambda *arrays: [x.astype(jnp.bfloat16) for x in arrays]
   q, k, v = half(q, k, v)
-  out = attention.xla(q, k, v, LABELS['bidirectional'])
+  labels = LABELS['bidirectional']
+  out = attention.xla(q, k, v, labels, labels)
   assert out.dtype == jnp.bfloat16
-  exact = query_by_query(q, k, v, LABELS['bidirectional'])
+  exact = query_by_query(q, k, v, labels)
   np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
 
 
@@ -100,8 +101,8 @@ def test_xla_returns_the_dtype_of_the_query_and_sums_scores_in_float32():
 def test_auto_is_xla_on_the_cpu(labels):
   q, k, v, _ = draw(3, 12, 4, 2, 8)
   np.testing.assert_array_equal(
-    attention.attend(q, k, v, labels, 'auto'),
-    attention.attend(q, k, v, labels, 'xla'),
+    attention.attend(q, k, v, labels, labels, 'auto'),
+    attention.attend(q, k, v, labels, labels, 'xla'),
   )
 
 
@@ -122,7 +123,7 @@ def on(monkeypatch):
 def shapes(labels, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16):
   batch, length = labels.doc.shape
   shape = lambda n: jax.ShapeDtypeStruct((batch, n, length, head_dim), dtype)
-  return shape(heads), shape(kv_heads), labels
+  return shape(heads), shape(kv_heads), labels, labels
 
 
 def regimes(length):
@@ -227,10 +228,10 @@ def test_auto_is_cudnn_from_ampere_on(gpu, kind, capability, expected):
 @pytest.mark.parametrize('kind, capability', TOO_OLD)
 def test_cudnn_on_an_old_gpu_is_one_error(gpu, kind, capability):
   gpu(kind, capability)
-  q, k, labels = shapes(FULL)
+  q, k, labels, _ = shapes(FULL)
   message = f'needs compute capability 8.0 (Ampere); this GPU ({kind})'
   with pytest.raises(UserError, match=re.escape(message)) as error:
-    attention.attend(q, k, k, labels, 'cudnn')
+    attention.attend(q, k, k, labels, labels, 'cudnn')
   assert 'has 7.5; set --config.model.attention=auto' in str(error.value)
   assert '\n' not in str(error.value)
 
@@ -306,10 +307,11 @@ def test_unsupported_implementation_is_one_error(
   on, name, machine, labels, options, message
 ):
   on(machine)
-  q, k, labels = shapes(labels, **options)
+  q, k, labels, _ = shapes(labels, **options)
   with pytest.raises(UserError, match=re.escape(message)) as error:
     jax.eval_shape(
-      lambda q, k, v: attention.attend(q, k, v, labels, name), q, k, k
+      lambda q, k, v: attention.attend(q, k, v, labels, labels, name),
+      *(q, k, k),
     )
   assert '--config.model.attention=auto' in str(error.value)
 
@@ -324,11 +326,12 @@ def test_unsupported_implementation_is_one_error(
 )
 def test_unsupported_mesh_is_one_error(on, sizes, heads, message):
   on('tpu')
-  q, k, labels = shapes(FULL, heads)
+  q, k, labels, _ = shapes(FULL, heads)
   with jax.set_mesh(cpu_mesh(**sizes)):
     with pytest.raises(UserError, match=re.escape(message)):
       jax.eval_shape(
-        lambda q, k, v: attention.attend(q, k, v, labels, 'splash'), q, k, k
+        lambda q, k, v: attention.attend(q, k, v, labels, labels, 'splash'),
+        *(q, k, k),
       )
 
 
@@ -342,7 +345,7 @@ as_cudnn = functools.partial(
 def test_call_of_cudnn_equals_xla_with_gradients(make, heads, kv_heads):
   """Without padding and with padding on either side, without a mask."""
   labels = make(padded(24))
-  assert attention._needs_no_mask(labels)
+  assert attention._needs_no_mask(labels, labels)
   as_cudnn(labels, heads, kv_heads, 16)
 
 
@@ -398,10 +401,10 @@ def test_cudnn_lowers_to_flash_attention_for_cuda(
     jax_cudnn, 'is_cuda_compute_capability_equal', lambda _: False
   )
   on('gpu')
-  q, k, labels = shapes(make(padded(256)))
+  q, k, labels, _ = shapes(make(padded(256)))
 
   def loss(q, k, v):
-    out = attention.attend(q, k, v, labels, 'cudnn')
+    out = attention.attend(q, k, v, labels, labels, 'cudnn')
     return out.astype(jnp.float32).sum()
 
   gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k)

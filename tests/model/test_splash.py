@@ -262,7 +262,8 @@ regimes = {
 
 def compile(regime):
   def loss(q, k, v, valid, doc):
-    out = attend(q, k, v, masks.make_labels(regime, valid, doc), 'auto')
+    labels = masks.make_labels(regime, valid, doc)
+    out = attend(q, k, v, labels, labels, 'auto')
     return out.astype(jnp.float32).sum()
   step = jax.jit(
     jax.grad(loss, argnums=(0, 1, 2)), compiler_options=compiler.options(m)

@@ -45,7 +45,7 @@ MESHES = {
 def layer(config, weights, x, labels):
   """Applies one layer."""
   rotation = layers.rope(labels.pos, config.head_dim, config.rope_theta)
-  attention = lambda q, k, v: attend(q, k, v, labels, config.attention)
+  attention = lambda q, k, v: attend(q, k, v, labels, labels, config.attention)
   return layers.block(config, weights, x, rotation, attention)[0]
 
 
@@ -469,3 +469,27 @@ def test_predict_next_shifts_outputs_to_the_next_position():
   for row, index in enumerate(source):
     real = np.asarray(valid[row])
     np.testing.assert_array_equal(shifted[row][real], plain[row][index][real])
+
+
+def test_predict_next_stays_within_a_copy_and_a_block():
+  """Rows are [noisy ; clean]; the left neighbour must be the position before.
+
+  The first position of each noisy block, and of the clean copy, keeps its own
+  output. So does every position whose left neighbour is of another document.
+  """
+  config = dataclasses.replace(TINY, predict_next=True)
+  params, tokens = draw_params(TINY), random_tokens(TINY, length=12)
+  doc = jnp.array([[0] * 6, [0, 0, 0, 0, 0, 1]])
+  labels = masks.block_diffusion(jnp.ones((2, 6), bool), 3, doc)
+  plain, shifted = (
+    np.asarray(transformer.bind(c, params)(tokens, labels))
+    for c in (TINY, config)
+  )
+  source = np.array(
+    [
+      [0, 0, 1, 3, 3, 4, 6, 6, 7, 8, 9, 10],
+      [0, 0, 1, 3, 3, 5, 6, 6, 7, 8, 9, 11],
+    ]
+  )
+  for row, index in enumerate(source):
+    np.testing.assert_array_equal(shifted[row], plain[row][index])

@@ -1,0 +1,124 @@
+"""The KV cache of a network: keys, values and the labels of their positions.
+
+A cache has S places per row. `Transformer.prefill` makes one with a place for
+every position of a row. `Transformer.extend` computes a window of positions
+that attend to the cache, and `Transformer.append` also stores the window. A
+cached position has masks.Labels like any other position, so the visibility rule
+decides which queries see it. A place that holds nothing, or something out of
+date, has doc -1.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from maskdiff.distributed.mesh import shard
+from maskdiff.model import masks
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['k', 'v', 'labels'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of all layers.
+
+  Attributes:
+    k: [N, B, G, S, K], rotated keys in the compute dtype.
+    v: [N, B, G, S, K], values.
+    labels: masks.Labels of the places, [B, S] each.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  labels: masks.Labels
+
+
+def empty(c, labels):
+  """Returns a Cache without any visible position.
+
+  Args:
+    c: TransformerConfig.
+    labels: masks.Labels [B, S] of the positions that the places are for.
+  """
+  batch, places = labels.doc.shape
+  zeros = jnp.zeros(
+    (c.layers, batch, c.kv_heads, places, c.head_dim), jnp.dtype(c.dtype)
+  )
+  zeros = shard(zeros, None, 'batch', 'kv_heads', None, 'head_dim')
+  return Cache(zeros, zeros, hide(labels))
+
+
+def hide(labels, hidden=True):
+  """Returns Labels that no position sees where `hidden`, [B, S] bool."""
+  return dataclasses.replace(labels, doc=jnp.where(hidden, -1, labels.doc))
+
+
+def hide_places(cache, hidden):
+  """Returns the Cache with some places hidden, [B, S] bool."""
+  return dataclasses.replace(cache, labels=hide(cache.labels, hidden))
+
+
+def write(cache, places, k, v, labels):
+  """Stores keys and values.
+
+  Args:
+    cache: Cache.
+    places: [B, W] int32; a number outside of [0, S) stores nothing. Places of a
+      row must differ.
+    k: [N, B, G, W, K].
+    v: [N, B, G, W, K].
+    labels: masks.Labels of the W positions.
+  """
+  places = jnp.where(places < 0, cache.k.shape[3], places)
+  # By vmap, so that a mesh that splits the rows needs no communication.
+  put = jax.vmap(
+    lambda old, at, new: old.at[:, :, at].set(new, mode='drop'),
+    in_axes=(1, 0, 1),
+    out_axes=1,
+  )
+  mark = jax.vmap(lambda old, at, new: old.at[at].set(new, mode='drop'))
+  old = cache.labels
+  return Cache(
+    put(cache.k, places, k),
+    put(cache.v, places, v),
+    dataclasses.replace(
+      old,
+      doc=mark(old.doc, places, labels.doc),
+      pos=mark(old.pos, places, labels.pos),
+      block=mark(old.block, places, labels.block),
+      reach=mark(old.reach, places, labels.reach),
+    ),
+  )
+
+
+def first_places(cache, places):
+  """Returns a Cache of the first `places` places of each row."""
+  return Cache(
+    cache.k[:, :, :, :places],
+    cache.v[:, :, :, :places],
+    jax.tree.map(lambda x: x[:, :places], cache.labels),
+  )
+
+
+def replace_first_places(cache, part):
+  """Returns the Cache with its first places replaced.
+
+  Args:
+    cache: Cache of S places per row.
+    part: Cache of at most S places. The places after them are hidden, because
+      they are older than those of `part`.
+  """
+  start = lambda old, new: jax.lax.dynamic_update_slice(
+    old, new, (0,) * old.ndim
+  )
+  places = part.k.shape[3]
+  labels = jax.tree.map(start, cache.labels, part.labels)
+  after = jnp.arange(cache.k.shape[3]) >= places
+  return Cache(
+    start(cache.k, part.k), start(cache.v, part.v), hide(labels, after)
+  )
