@@ -108,7 +108,8 @@ KEYS = {
     'none',
     'KV cache of the tokens before the block (prefix), or of all tokens '
     'outside the block (dual). The first step of a block computes it. The '
-    'cache is an approximation unless refresh is 1.',
+    'cache is an approximation unless refresh is 1. For autoregressive '
+    'networks, prefix is an exact cache.',
     ('none', 'prefix', 'dual'),
   ),
   'refresh': Key(
@@ -153,19 +154,18 @@ def check(c):
     f'config.sample.refresh={s.refresh} recomputes a cache: set '
     'config.sample.cache too',
   )
-  require(
-    s.cache == 'none' or not c.model.predict_next,
-    f'config.sample.cache={s.cache} does not work with '
-    'config.model.predict_next=True, where the first token of a block is '
-    'predicted at the position before the block; set '
-    'config.sample.cache=none',
-  )
-  for key, off in (('guidance', 0), ('cache', 'none'), ('lookahead', -1)):
+  for key, off in (('guidance', 0), ('refresh', 0), ('lookahead', -1)):
     require(
       s[key] == off or masked_diffusion,
       f'config.sample.{key}={s[key]} needs '
       "config.objective.name='masked_diffusion'",
     )
+  require(
+    s.cache != 'dual' or masked_diffusion,
+    'config.sample.cache=dual caches the tokens after a block, which a network '
+    f"trained with config.objective.name='{c.objective.name}' does not see; "
+    'set config.sample.cache=prefix',
+  )
   blocks = -(-s.gen_length // min(s.block_length, s.gen_length))
   require(
     s.steps % blocks == 0,

@@ -122,3 +122,30 @@ def replace_first_places(cache, part):
   return Cache(
     start(cache.k, part.k), start(cache.v, part.v), hide(labels, after)
   )
+
+
+def widen(cache, places):
+  """Returns the Cache with hidden places added at the end of each row."""
+  added = places - cache.k.shape[3]
+  last = lambda x, axis, value: jnp.pad(
+    x,
+    [(0, added if a == axis else 0) for a in range(x.ndim)],
+    constant_values=value,
+  )
+  labels = jax.tree.map(lambda x: last(x, 1, -1), cache.labels)
+  return Cache(last(cache.k, 3, 0), last(cache.v, 3, 0), labels)
+
+
+def put_rows(cache, rows, part):
+  """Returns the Cache with some rows replaced.
+
+  Args:
+    cache: Cache of B rows.
+    rows: [n] int32.
+    part: Cache of n rows with as many places.
+  """
+  return Cache(
+    cache.k.at[:, rows].set(part.k),
+    cache.v.at[:, rows].set(part.v),
+    jax.tree.map(lambda x, y: x.at[rows].set(y), cache.labels, part.labels),
+  )

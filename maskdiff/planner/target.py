@@ -22,9 +22,10 @@ from maskdiff.distributed import chips
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
 from maskdiff.interop import load
+from maskdiff.model import cache as cache_lib
 from maskdiff.model import transformer
 from maskdiff.planner.hlo_collectives import Machine
-from maskdiff.sampling import sampler
+from maskdiff.sampling import passes, sampler
 from maskdiff.sampling.request import Request, begin
 from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import evaluation, step, train_state
@@ -229,32 +230,40 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
     (carry, layout),
   )
-  full = _with_constants(sampler.canvas_step, settings)
-  if not window:
-    return _compile(full, target.mesh, network, c, sizes[-1], *given)
-  with jax.set_mesh(target.mesh):
-    _, use_cache, cache = full.eval_shape(network, c, sizes[-1], *given)
-  rows = mesh_lib.batch_shards(target.mesh)
+  carry, layout = given
+  step = sampler.window_step if window else sampler.canvas_step
+  cache = None
+  if c.cache != 'none':
+    cache = _cache_on(network, c, sizes[-1][0], layout, target.mesh)
+  return _compile(
+    _with_constants(step, settings),
+    target.mesh,
+    *(network, c, sizes[-1], layout, carry, cache),
+  )
+
+
+def _cache_on(network, c, length, layout, mesh):
+  """Returns the shapes and shardings of a Cache of `length` positions."""
+  cache = jax.eval_shape(
+    lambda layout: cache_lib.first_places(
+      passes.empty_cache(network, c, layout), length
+    ),
+    layout,
+  )
+  rows, tensor = mesh_lib.batch_shards(mesh), mesh.shape['tensor']
+  _, batch, groups, _, _ = cache.k.shape
   split = P(
     None,
-    mesh_lib.BATCH_AXES if cache[0].shape[1] % rows == 0 else None,
-    'tensor' if model.kv_heads % target.mesh.shape['tensor'] == 0 else None,
+    mesh_lib.BATCH_AXES if batch % rows == 0 else None,
+    'tensor' if groups % tensor == 0 else None,
   )
-  place = lambda x, spec: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=NamedSharding(target.mesh, spec)
-  )
-  cache = jax.tree.map(lambda x: place(x, split), cache)
-  carry, layout = given
-  return _compile(
-    _with_constants(sampler.window_step, settings),
-    target.mesh,
-    network,
-    c,
-    sizes[-1],
-    carry,
-    place(use_cache, P()),
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape,
+      x.dtype,
+      sharding=NamedSharding(mesh, split if x.ndim == 5 else P()),
+    ),
     cache,
-    layout,
   )
 
 
@@ -262,16 +271,16 @@ def _with_constants(step, settings):
   """Returns a jitted step of the sampler, with constant settings of the rows.
 
   Args:
-    step: function (network, c, shape, ..., layout).
+    step: function (network, c, shape, layout, carry, cache).
     settings: Settings of NumPy arrays.
   """
 
-  def denoising_step(*args):
-    *others, layout = args
+  def denoising_step(network, c, shape, layout, carry, cache):
     constants = jax.tree.map(jnp.asarray, settings)
-    return step(*others, layout._replace(settings=constants))
+    layout = layout._replace(settings=constants)
+    return step(network, c, shape, layout, carry, cache)
 
-  return jax.jit(denoising_step, static_argnums=(1, 2))
+  return jax.jit(denoising_step, static_argnums=(1, 2), donate_argnames='cache')
 
 
 def _compile(function, mesh, *args):

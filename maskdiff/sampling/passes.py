@@ -1,9 +1,14 @@
 """The forward pass of a denoising step: over the canvas, or over a window.
 
-Without a cache every step computes the whole canvas. With a cache (Fast-dLLM,
-arXiv 2505.22618), a pass over the canvas stores keys and values, and later
-steps compute a window only. The window is the current block (`dual`), or
-everything from the block to the end of the row (`prefix`).
+Without a cache every step computes the whole canvas. With a cache, a pass over
+the canvas stores keys and values, and later steps compute a window only. There
+are two kinds of cache:
+
+- A network whose positions see only positions to their left has an exact cache.
+  The window is the slot, and its keys are appended to the cache.
+- Any other network has an approximate cache (Fast-dLLM, arXiv 2505.22618), made
+  anew for each block. The window is the current block (`dual`), or everything
+  from the block to the end of the row (`prefix`). The cache does not change.
 
 Only slots of the current block are projected onto the vocabulary. state.py
 explains the letters in shapes. V is the vocabulary size, W the length of a
@@ -12,9 +17,12 @@ window, and R the batch size of the network: B, or 2 B with guidance.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from maskdiff.model import cache as cache_lib
+from maskdiff.model import masks
 from maskdiff.model.transformer import bind
-from maskdiff.objectives.table import show
+from maskdiff.objectives.table import OBJECTIVES, show
 from maskdiff.sampling import candidates
 from maskdiff.sampling.state import current, in_progress, visible
 
@@ -35,7 +43,8 @@ def over_canvas(network, c, shape, carry, layout):
   Returns:
     - logits [B, S, V] float32 of each row's current block;
     - [B] int32, number of positions computed for each row;
-    - the cache for `over_window`; None if c.cache is 'none'.
+    - model.cache.Cache of R rows and shape[0] places; None if c.cache is
+      'none'.
   """
   length, _ = shape
   slots = current(layout.slots, carry.block)
@@ -57,36 +66,83 @@ def over_window(network, c, shape, carry, cache, layout):
   Args:
     network: Network.
     c: SamplerConfig.
-    shape: the argument `shape` of the pass that made the cache.
-    carry: Carry.
-    cache: keys and values, from `over_canvas`.
+    shape: one of `shapes`.
+    carry: Carry. Rows whose `cached` is False are computed in vain.
+    cache: Cache of shape[0] places.
     layout: Layout.
 
   Returns:
-    logits and number of positions, as in `over_canvas`.
+    - logits and number of positions, as from `over_canvas`;
+    - the Cache; an exact cache has the windows of the rows that are `cached`.
   """
-  length, size = shape
+  length, _ = shape
   slots = current(layout.slots, carry.block)
   tokens, valid = (x[:, :length] for x in shown(network, c, carry, layout))
-  start = slots[:, :1]
-  positions = slots if c.cache == 'dual' else start + jnp.arange(size)
-  copies = len(tokens) // len(slots)
+  inputs, labels = show(network.objective, tokens, valid, network.bos_id)
+  positions, columns = window(network, c, shape, slots)
+  copies, rows = len(tokens) // len(slots), jnp.arange(len(tokens))[:, None]
   positions = jnp.tile(positions, (copies, 1))  # [R, W]
-  rows = jnp.arange(len(tokens))[:, None]
-  inside = jnp.minimum(positions, length - 1)
-  # False where the block has no slot (position L) or the position is hidden.
-  in_window = (positions < length) & valid[rows, inside]
-  cache_valid = valid.at[rows, jnp.where(in_window, positions, length)].set(
-    False, mode='drop'
+  inside = jnp.clip(positions, 0, length - 1)
+  # False on padding of the window, and at hidden positions.
+  in_window = (positions == inside) & valid[rows, inside]
+  places = jnp.where(in_window, positions, length)
+  # The cached keys of the window are out of date.
+  outdated = (
+    jnp.zeros(valid.shape, bool).at[rows, places].set(True, mode='drop')
   )
+  usable = cache_lib.hide_places(cache, outdated)
   model = bind(network.config, network.params)
-  hidden = model.extend(
-    tokens[rows, inside], positions, in_window, cache_valid, cache
+  arguments = (
+    inputs[rows, inside],
+    cache_lib.hide(masks.take(labels, inside), ~in_window),
+    usable,
   )
-  columns = jnp.arange(slots.shape[1]) if c.cache == 'dual' else slots - start
-  columns = jnp.broadcast_to(columns, slots.shape)
+  if exact_cache(network):
+    taken = jnp.tile(carry.cached, copies)[:, None]
+    places = jnp.where(taken, places, length)
+    hidden, appended = model.append(*arguments, places)
+    labels = jax.tree.map(
+      lambda new, old: jnp.where(taken, new, old),
+      appended.labels,
+      cache.labels,
+    )
+    cache = cache_lib.Cache(appended.k, appended.v, labels)
+  else:
+    hidden = model.extend(*arguments)
   logits = logits_at(c, layout.settings, model, hidden, columns)
-  return logits, num_positions(layout.settings, in_window)
+  return logits, num_positions(layout.settings, in_window), cache
+
+
+def window(network, c, shape, slots):
+  """Returns the positions of a window, and where the slots are in it.
+
+  With `predict_next`, a window also has the position before each of its slots,
+  because the network predicts the slot there.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    shape: (L, W).
+    slots: [B, S] int32, positions of the current block; L where there is none.
+
+  Returns:
+    - [B, W] int32 ascending positions, which may be outside of [0, L);
+    - [B, S] int32, the index of each slot in the window.
+  """
+  length, size = shape
+  before = _predicted_before(network)
+  if c.cache == 'prefix' and not exact_cache(network):
+    start = slots[:, :1] - before
+    return start + jnp.arange(size), slots - start
+  if not before:
+    return slots, jnp.broadcast_to(jnp.arange(slots.shape[1]), slots.shape)
+  left = jnp.where(slots < length, slots - 1, length)
+  is_slot = (left[:, :, None] == slots[:, None, :]).any(axis=2)
+  left = jnp.where(is_slot, length, left)
+  positions = jnp.sort(jnp.concatenate([left, slots], axis=1), axis=1)
+  positions = positions[:, :size]
+  columns = jnp.argmax(positions[:, None, :] == slots[:, :, None], axis=2)
+  return positions, columns.astype(jnp.int32)
 
 
 def shown(network, c, carry, layout):
@@ -140,7 +196,7 @@ def logits_at(c, settings, model, hidden, columns):
   return candidates.guide(*jnp.split(logits, 2), settings.guidance)
 
 
-def shapes(c, length, size):
+def shapes(network, c, length, slots):
   """Returns the lengths that passes are compiled for, at most MAX_SHAPES.
 
   A pass uses the shortest length that covers the visible positions of all rows.
@@ -148,21 +204,35 @@ def shapes(c, length, size):
   requests of a length.
 
   Args:
+    network: Network.
     c: SamplerConfig.
     length: L.
-    size: S, slots per block.
+    slots: [B, blocks, S] int32, positions of the slots.
 
   Returns:
     Tuple of (positions of a pass over the canvas, positions of a window), in
     increasing order.
   """
-  if c.lookahead < 0 and c.cache != 'prefix':
-    return ((length, size),)
+  size = slots.shape[2]
+  before = 0 if c.cache == 'none' else _predicted_before(network)
+  # The position before each run of adjacent slots.
+  gaps = np.any((np.diff(slots) != 1) & (slots[..., 1:] < length))
+  block = size + before * (size if gaps else 1)
+  to_end = c.cache == 'prefix' and not exact_cache(network)
+  if c.lookahead < 0 and not to_end:
+    return ((length, block),)
   if c.lookahead < 0:
-    return tuple((length, window) for window in halves(length, size))
+    return tuple((length, n + before) for n in halves(length, size))
   ahead = min((1 + c.lookahead) * size, length)
-  window = ahead if c.cache == 'prefix' else size
-  return tuple((n, window) for n in halves(length, ahead))
+  width = ahead + before if to_end else block
+  return tuple((n, width) for n in halves(length, ahead))
+
+
+def wider(shapes, others):
+  """Returns the larger of two lists of shapes, number by number."""
+  return tuple(
+    tuple(map(max, a, b)) for a, b in zip(shapes, others, strict=True)
+  )
 
 
 def halves(largest, smallest):
@@ -176,14 +246,38 @@ def halves(largest, smallest):
   return sizes[::-1]
 
 
-def choose_shape(c, shapes, carry, layout):
+def choose_shape(network, c, shapes, carry, layout):
   """Returns the index of the first shape that covers all rows in progress."""
+  covered = [covers(network, c, shape, carry, layout) for shape in shapes]
+  return jnp.argmax(jnp.stack(covered))
+
+
+def covers(network, c, shape, carry, layout):
+  """Returns whether a shape covers what all rows in progress see, a bool."""
   valid = visible(c, carry, layout)
-  length = valid.shape[1]
-  end = jnp.where(valid, jnp.arange(length) + 1, 0).max(axis=1)
-  window = end - current(layout.slots, carry.block)[:, 0]
-  if c.cache != 'prefix':
-    window = jnp.zeros_like(window)
-  active = in_progress(carry)
-  longest = jnp.max(jnp.where(active, jnp.stack([end, window]), 0), axis=1)
-  return jnp.argmax((jnp.array(shapes) >= longest).all(axis=1))
+  end = jnp.where(valid, jnp.arange(valid.shape[1]) + 1, 0).max(axis=1)
+  fits = end <= shape[0]
+  if c.cache == 'prefix' and not exact_cache(network):
+    start = current(layout.slots, carry.block)[:, 0]
+    fits &= end - start + _predicted_before(network) <= shape[1]
+  return (fits | ~in_progress(carry)).all()
+
+
+def empty_cache(network, c, layout):
+  """Returns a Cache for all rows and positions, with nothing in it."""
+  copies = 2 if c.guided else 1
+  valid = jnp.tile(layout.valid, (copies, 1))
+  _, labels = show(
+    network.objective, valid.astype(jnp.int32), valid, network.bos_id
+  )
+  return cache_lib.empty(network.config, labels)
+
+
+def exact_cache(network):
+  """Returns whether a KV cache of the network is exact."""
+  return OBJECTIVES[network.objective].exact_cache
+
+
+def _predicted_before(network):
+  """Returns 1 if a token is predicted at the position before it, else 0."""
+  return int(network.config.predict_next)

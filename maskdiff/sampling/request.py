@@ -81,6 +81,7 @@ def begin(network, c, request, num_slots=0):
     calls=np.int32(0),
     forwards=zeros,
     positions=zeros,
+    cached=np.zeros(batch, bool),
     broken=np.zeros(batch, bool),
   )
   layout = Layout(
@@ -93,7 +94,7 @@ def begin(network, c, request, num_slots=0):
     seeds=np.asarray(request.seeds, np.uint32),
     settings=settings,
   )
-  return carry, layout, passes.shapes(c, length, size)
+  return carry, layout, passes.shapes(network, c, length, slots)
 
 
 def _arrays(request):
@@ -178,11 +179,11 @@ def _check_settings(network, c, settings):
     )
   if guidance and not c.guided:
     raise _another_program('guidance', guidance, 'guided=False')
-  if objective.left_to_right and (c.cache, c.lookahead) != ('none', -1):
+  if objective.exact_cache and (c.cache == 'dual' or c.refresh):
     raise UserError(
-      f'cache={c.cache} and lookahead={c.lookahead} need a bidirectional '
-      f'network, and objective {network.objective} trains a left-to-right one; '
-      'set cache=none and lookahead=-1'
+      f'cache={c.cache}, refresh={c.refresh}: a network trained with objective '
+      f'{network.objective} sees no later positions, so that its cache is '
+      'exact; set cache=prefix and refresh=0'
     )
   if c.refresh < 0 or (c.refresh and c.cache == 'none'):
     raise UserError(

@@ -28,6 +28,7 @@ letters in shapes.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ import numpy as np
 
 from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
+from maskdiff.model import cache as cache_lib
 from maskdiff.sampling import commit, passes, remasking
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.state import Carry, current, in_progress
@@ -66,12 +68,22 @@ def complete(network, c, request):
     UserError: see `request.begin`.
   """
   carry, layout, shapes = begin(network, c, request)
-  return run(network, c, shapes, carry, layout)
+  return run(network, c, shapes, carry, layout)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def run(network, c, shapes, carry, layout, max_active=0, max_calls=2**31 - 1):
-  """Runs rounds until at most `max_active` rows are in progress.
+MOST = np.int32(2**31 - 1)
+
+
+class Limits(NamedTuple):
+  """When `run` returns; int32 each."""
+
+  active: jax.Array = np.int32(0)  # at most this many rows are in progress
+  calls: jax.Array = MOST  # carry.calls has reached this number
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnames='cache')
+def run(network, c, shapes, carry, layout, cache=None, limits=None):
+  """Runs rounds until a limit is reached, by default until all rows have ended.
 
   Args:
     network: Network.
@@ -79,91 +91,121 @@ def run(network, c, shapes, carry, layout, max_active=0, max_calls=2**31 - 1):
     shapes: from `request.begin`.
     carry: Carry.
     layout: Layout.
-    max_active: int.
-    max_calls: int; ends too when carry.calls has reached this number.
+    cache: Cache of all rows and positions. By default a new one, of which no
+      row of the Carry may make use yet.
+    limits: Limits.
 
   Returns:
-    The last Carry, replicated on all devices.
+    The last Carry, replicated on all devices; and the Cache, None if c.cache is
+    'none'.
   """
-  rounds = [functools.partial(run_round, network, c, shape) for shape in shapes]
+  limits = limits or Limits()
+  if c.cache != 'none' and cache is None:
+    cache = passes.empty_cache(network, c, layout)
+  rounds = [
+    functools.partial(run_round, network, c, shape, layout, limits)
+    for shape in shapes
+  ]
 
-  def next_round(carry):
+  def next_round(state):
     if len(rounds) == 1:
-      return rounds[0](carry, layout)
-    index = passes.choose_shape(c, shapes, carry, layout)
-    return jax.lax.switch(index, rounds, carry, layout)
+      return rounds[0](*state)
+    index = passes.choose_shape(network, c, shapes, state[0], layout)
+    return jax.lax.switch(index, rounds, *state)
 
-  def goes_on(carry):
-    many = in_progress(carry).sum() > max_active
-    return many & (carry.calls < max_calls)
+  carry, cache = jax.lax.while_loop(
+    lambda state: _goes_on(state[0], limits), next_round, (carry, cache)
+  )
+  return replicate(carry), cache
 
-  return replicate(jax.lax.while_loop(goes_on, next_round, carry))
+
+def _goes_on(carry, limits):
+  many = in_progress(carry).sum() > limits.active
+  return many & (carry.calls < limits.calls)
 
 
-def run_round(network, c, shape, carry, layout):
+def run_round(network, c, shape, layout, limits, carry, cache):
   """Runs a step by a pass over the canvas, then the steps its cache serves.
 
-  Passes over a window are repeated until every row needs a new cache, because
-  its block is complete or c.refresh steps are done. Rows that need a new cache
-  sooner wait for the others.
+  If some rows can use the cache, the pass over the canvas is left out. Passes
+  over a window are repeated until every row needs a pass over the canvas; rows
+  that need it sooner wait for the others. The round also ends when a limit is
+  reached, or when a longer shape is needed.
 
   Args:
     network: Network.
     c: SamplerConfig.
     shape: one of passes.shapes.
-    carry: Carry.
     layout: Layout.
+    limits: Limits.
+    carry: Carry.
+    cache: Cache of all positions, or None.
 
   Returns:
-    The next Carry.
+    The next Carry and Cache.
   """
-  carry, use_cache, cache = canvas_step(network, c, shape, carry, layout)
-  if c.cache == 'none':
-    return carry
+  over_canvas = functools.partial(canvas_step, network, c, shape, layout)
+  over_window = functools.partial(window_step, network, c, shape, layout)
+  if cache is None:
+    return over_canvas(carry, cache)
 
-  def next_step(state):
-    return window_step(network, c, shape, *state, cache, layout)
+  def window_is_next(state):
+    carry, _ = state
+    fits = passes.covers(network, c, shape, carry, layout)
+    return uses_cache(carry).any() & _goes_on(carry, limits) & fits
 
-  carry, _ = jax.lax.while_loop(
-    lambda state: state[1].any(), next_step, (carry, use_cache)
+  first_places = cache_lib.first_places(cache, shape[0])
+  state = jax.lax.cond(
+    uses_cache(carry).any(),
+    lambda *state: state,
+    over_canvas,
+    *(carry, first_places),
   )
-  return carry
+  carry, first_places = jax.lax.while_loop(
+    window_is_next, lambda state: over_window(*state), state
+  )
+  return carry, cache_lib.replace_first_places(cache, first_places)
 
 
-def canvas_step(network, c, shape, carry, layout):
+def uses_cache(carry):
+  """Returns [B] bool, rows whose next step is a pass over a window."""
+  return carry.cached & in_progress(carry)
+
+
+def canvas_step(network, c, shape, layout, carry, cache):
   """Runs a denoising step of all rows in progress, by a pass over the canvas.
-
-  Returns:
-    The results of `denoise`; and the cache, None if c.cache is 'none'.
-  """
-  logits, num_positions, cache = passes.over_canvas(
-    network, c, shape, carry, layout
-  )
-  active = in_progress(carry)
-  return *denoise(
-    network, c, carry, layout, logits, active, num_positions
-  ), cache
-
-
-def window_step(network, c, shape, carry, use_cache, cache, layout):
-  """Runs a denoising step by a pass over a window, with cached keys.
 
   Args:
     network: as for `run_round`.
     c: as for `run_round`.
     shape: as for `run_round`.
-    carry: as for `run_round`.
     layout: as for `run_round`.
-    use_cache: [B] bool, the rows that take the step.
-    cache: from `canvas_step`.
+    carry: as for `run_round`.
+    cache: Cache of shape[0] positions, which is replaced; or None.
 
   Returns:
-    The results of `denoise`.
+    The next Carry and Cache.
   """
-  logits, num_positions = passes.over_window(
+  del cache
+  logits, num_positions, cache = passes.over_canvas(
+    network, c, shape, carry, layout
+  )
+  active = in_progress(carry)
+  carry = denoise(network, c, carry, layout, logits, active, num_positions)
+  return carry, cache
+
+
+def window_step(network, c, shape, layout, carry, cache):
+  """Runs a denoising step of the rows that can use the cache.
+
+  Arguments and results as for `canvas_step`.
+  """
+  logits, num_positions, cache = passes.over_window(
     network, c, shape, carry, cache, layout
   )
-  return denoise(network, c, carry, layout, logits, use_cache, num_positions)
+  active = uses_cache(carry)
+  carry = denoise(network, c, carry, layout, logits, active, num_positions)
+  return carry, cache
 
 
 @jax.named_scope('part(sampling: choice of tokens)')
@@ -182,7 +224,7 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     num_positions: [B] int32, number of positions computed for each row.
 
   Returns:
-    The next Carry; and [B] bool, active rows whose next step can use the cache.
+    The next Carry.
   """
   block, step, settings = carry.block, carry.step, layout.settings
   slots = current(layout.slots, block)  # [B, S]
@@ -231,12 +273,32 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     calls=carry.calls + 1,
     forwards=carry.forwards + active * jnp.where(settings.guidance > 0, 2, 1),
     positions=carry.positions + active * num_positions,
+    cached=carry.cached,
     broken=carry.broken | broken,
   )
-  use_cache = active & ~complete & in_progress(carry)
-  if c.refresh:
-    use_cache &= step % c.refresh != 0
-  return carry, use_cache & (c.cache != 'none')
+  next_uses_cache = _next_uses_cache(network, c, carry, layout, slots, complete)
+  return carry._replace(cached=jnp.where(active, next_uses_cache, carry.cached))
+
+
+def _next_uses_cache(network, c, carry, layout, slots, complete):
+  """Returns [B] bool, whether the next step of a row can use the cache.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    carry: Carry after the step, except `cached`.
+    layout: Layout.
+    slots: [B, S] int32, slots of the step.
+    complete: [B] bool, rows whose block is complete.
+  """
+  if c.cache == 'none':
+    return jnp.zeros_like(complete)
+  if passes.exact_cache(network):
+    # Given tokens between two slots are not in the cache yet.
+    return current(layout.slots, carry.block)[:, 0] == slots[:, -1] + 1
+  if not c.refresh:
+    return ~complete
+  return ~complete & (carry.step % c.refresh != 0)
 
 
 def check(carry):

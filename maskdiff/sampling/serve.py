@@ -2,23 +2,20 @@
 
 Rows end at different times, for example at an early eos, or because a threshold
 commits many tokens per step. The next request takes the row of one that has
-ended, while the other rows go on. With a cache, it waits until the other rows
-need a new cache too. One program serves all requests, and the answer to a
-request does not depend on the others.
+ended, while the other rows go on (admission.py). One program serves all
+requests, and the answer to a request does not depend on the others.
 """
 
-import functools
 import time
 from collections.abc import Hashable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
-from maskdiff.sampling import layouts, recording, sampler
+from maskdiff.sampling import layouts, passes, recording, sampler
+from maskdiff.sampling.admission import State, admit
 from maskdiff.sampling.recording import Recording
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.settings import DEFAULT, Settings
@@ -26,7 +23,6 @@ from maskdiff.sampling.settings import DEFAULT, Settings
 # Passes between two looks at an iterator that had no request; seconds to wait
 # before the next look if no row is in progress.
 POLL_PASSES, POLL_SECONDS = 8, 0.01
-MOST_PASSES = 2**31 - 1
 
 
 class RowRequest(NamedTuple):
@@ -77,14 +73,15 @@ def serve(network, c, requests, rows, length):
         if not more or idle:
           continue
         try:
-          *admitted[i], shapes = _begin(network, c, request, length)
+          *admitted[i], own_shapes = _begin(network, c, request, length)
+          shapes = passes.wider(shapes or own_shapes, own_shapes)
           active[i] = request
         except UserError as error:
           yield Answer(request.id, error=error)
     if not any(active):
       time.sleep(POLL_SECONDS if idle else 0)
       continue
-    state = _admit(state, admitted, rows)
+    state = admit(network, c, shapes, state, admitted, rows)
     state, ended = _run(network, c, shapes, state, active, idle)
     for i, answer in ended:
       active[i] = None
@@ -109,32 +106,6 @@ def _begin(network, c, request, length):
   return begin(network, c, layouts.widen(laid, length), num_slots=length)
 
 
-def _admit(state, admitted, rows):
-  """Returns the state of the batch, with admitted requests in their rows.
-
-  Args:
-    state: Carry and Layout of the batch, on devices; None before the first
-      request.
-    admitted: dict from a row to the Carry and Layout of one request.
-    rows: number of rows.
-  """
-  if not admitted:
-    return state
-  # Other rows get a copy of an admitted one, which is not used.
-  any_row = next(iter(admitted.values()))
-  new = jax.tree.map(
-    lambda *x: np.concatenate(x) if np.ndim(x[0]) else x[0],
-    *(tuple(admitted.get(i, any_row)) for i in range(rows)),
-  )
-  replaced = np.isin(np.arange(rows), list(admitted))
-  if state is None:
-    carry, layout = new
-    carry = carry._replace(masked=carry.masked & replaced[:, None, None])
-    # The sharding of the loop's result, so that one program serves all calls.
-    return jax.jit(replicate)((carry, layout))
-  return _replace(state, new, replaced)
-
-
 def _run(network, c, shapes, state, active, idle):
   """Runs the batch until a row ends.
 
@@ -142,21 +113,18 @@ def _run(network, c, shapes, state, active, idle):
     network: Network.
     c: SamplerConfig.
     shapes: from `request.begin`.
-    state: Carry and Layout of the batch.
+    state: admission.State.
     active: list of the RowRequest, or None, in each row.
     idle: whether to stop after POLL_PASSES passes, to look for a request.
 
   Returns:
-    The next state; and a list of (row, Answer) for the rows that have ended.
+    The next State; and a list of (row, Answer) for the rows that have ended.
   """
-  carry, layout = state
+  carry, layout, cache = state
   is_active = np.array([request is not None for request in active])
-  most = int(carry.calls) + POLL_PASSES if idle else MOST_PASSES
-  carry = sampler.run(
-    *(network, c, shapes, carry, layout),
-    np.int32(is_active.sum() - 1),
-    np.int32(most),
-  )
+  calls = int(carry.calls) + POLL_PASSES if idle else sampler.MOST
+  limits = sampler.Limits(np.int32(is_active.sum() - 1), np.int32(calls))
+  carry, cache = sampler.run(network, c, shapes, carry, layout, cache, limits)
   masked, fill, valid, forwards, positions, broken = jax.device_get(
     (
       carry.masked,
@@ -169,7 +137,7 @@ def _run(network, c, shapes, state, active, idle):
   )
   ended = np.flatnonzero(is_active & ~masked.any((1, 2)))
   recordings = recording.of_rows(carry, fill, valid) if ended.size else []
-  return (carry, layout), [
+  return State(carry, layout, cache), [
     (
       i,
       Answer(
@@ -182,15 +150,3 @@ def _run(network, c, shapes, state, active, idle):
     )
     for i in ended
   ]
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _replace(old, new, replaced):
-  """Returns the state with the `replaced` rows taken from the new one."""
-
-  def one(old, new):
-    if not old.ndim:
-      return new
-    return jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-  return replicate(jax.tree.map(one, old, new))

@@ -47,7 +47,8 @@ class SamplerConfig(_OfProgram):
   compute from the start of the block to the end of the row. `dual` stores all
   positions outside the block; later steps compute the block only. Cached values
   do not reflect tokens committed since that pass, so results differ a little
-  from results without a cache. With refresh=1 they are equal.
+  from results without a cache. With refresh=1 they are equal. A left-to-right
+  network has an exact `prefix` cache: results are those without a cache.
 
   Attributes:
     guided: whether the program computes each row twice, the second time with
@@ -107,11 +108,14 @@ def split(values):
 def sampler_config(config):
   """Returns the SamplerConfig and the Settings of a run's config.
 
-  For a left-to-right network, each block has one slot and takes one step.
+  For a left-to-right network, each block has one slot and takes one step. With
+  a cache, later slots are hidden, so that the first pass ends at the prompt.
   """
   values = {name: config.sample[name] for name in SETTINGS}
   if OBJECTIVES[config.objective.name].left_to_right:
     values |= dict(steps=values['gen_length'], block_length=1)
+    if values['cache'] != 'none':
+      values['lookahead'] = 0
   return split(values)
 
 

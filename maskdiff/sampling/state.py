@@ -31,6 +31,7 @@ class Carry(NamedTuple):
   # other rows.
   forwards: jax.Array
   positions: jax.Array
+  cached: jax.Array  # [B] bool, whether the next step of the row uses the cache
   broken: jax.Array  # [B] bool, abandoned: logits were NaN or infinite
 
 

@@ -191,8 +191,10 @@ INVALID = {
   'sample.eot_id': dict(sample__eot_id=4096),
   'sample.refresh': dict(sample__refresh=2),  # without a cache
   'sample.lookahead': dict(sample__lookahead=-2),
-  'sample.cache_shift': dict(sample__cache='dual', model__predict_next=True),
   'sample.cache': dict(sample__cache='dual', objective__name='autoregressive'),
+  'sample.refresh_of_an_exact_cache': dict(
+    sample__cache='prefix', sample__refresh=2, objective__name='autoregressive'
+  ),
   'sample.guidance': dict(
     sample__guidance=1.0, objective__name='autoregressive'
   ),

@@ -371,7 +371,7 @@ def test_recorded_steps_equal_steps_taken_one_at_a_time(network):
   canvases, ended = [carry.canvas], np.zeros(len(PROMPTS), int)
   while np.asarray(carry.masked).any():
     ended += np.asarray(carry.masked).any((1, 2))
-    carry, *_ = one_step(network, c, shape, carry, layout)
+    carry, _ = one_step(network, c, shape, layout, carry, None)
     canvases.append(np.asarray(carry.canvas))
   last = sampler.complete(network, c, request)
   for field in carry._fields:

@@ -14,7 +14,7 @@ import tiny
 
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
-from maskdiff.model import masks, transformer
+from maskdiff.model import transformer
 from maskdiff.sampling import layouts
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import split
@@ -104,65 +104,6 @@ def test_canvases_and_counts_equal_fast_dllm(mode, name, variant):
     assert all(changed)
   elif mode == 'tau0':  # one step fills a block; Fast-dLLM makes another pass
     assert len(lengths) == 2 * sum(changed)
-
-
-# The forward pass over a window
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_window_beside_cache_equals_whole_pass(params, dtype):
-  """Windows have any positions, and missing ones; rows have padding."""
-  random = np.random.default_rng(1)
-  batch, length, size = 3, 20, 6
-  tokens = random.integers(0, VOCAB, (batch, length))
-  valid = np.arange(length) < np.array([[20], [13], [17]])
-  positions = np.sort(
-    np.stack([random.permutation(13)[:size] for _ in range(batch)])
-  )
-  in_window = np.ones(positions.shape, bool)
-  in_window[1, 4:] = False
-  cache_valid = valid.copy()
-  for row in range(batch):
-    cache_valid[row, positions[row][in_window[row]]] = False
-  c = dataclasses.replace(TINY, dtype=dtype)
-
-  @jax.jit
-  def both(params, tokens):
-    network = transformer.bind(c, params)
-    hidden, cache = network.prefill(tokens, masks.bidirectional(valid))
-    window = jnp.take_along_axis(tokens, positions, axis=1)
-    part = network.extend(window, positions, in_window, cache_valid, cache)
-    at = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-    return at, part, network(tokens, masks.bidirectional(valid)) - hidden
-
-  whole, part, difference = both(params, jnp.asarray(tokens))
-  tolerance = 1e-5 if dtype == 'float32' else 0.05
-  np.testing.assert_allclose(
-    np.asarray(part, np.float32)[in_window],
-    np.asarray(whole, np.float32)[in_window],
-    atol=tolerance,
-  )
-  assert not difference.any()
-
-
-def test_stale_cache_differs_from_a_fresh_one(params):
-  """A token of the window affects keys outside the window from layer 2 on."""
-  random = np.random.default_rng(2)
-  tokens = random.integers(6, VOCAB, (1, 12))
-  valid = np.ones((1, 12), bool)
-  positions, in_window = np.arange(4, 8)[None], np.ones((1, 4), bool)
-  cache_valid = valid & ~np.isin(np.arange(12), positions)
-  network = transformer.bind(TINY, params)
-  labels = masks.bidirectional(valid)
-  changed = tokens.copy()
-  changed[0, 5] = MASK
-  _, cache = network.prefill(jnp.asarray(tokens), labels)
-  fresh, _ = network.prefill(jnp.asarray(changed), labels)
-  stale = network.extend(
-    jnp.asarray(changed[:, 4:8]), positions, in_window, cache_valid, cache
-  )
-  assert 1e-4 < np.abs(stale - fresh[:, 4:8]).max()
-  assert np.abs(stale - fresh[:, 4:8]).max() < np.abs(fresh[:, 4:8]).max()
 
 
 REQUESTS = {
@@ -374,11 +315,13 @@ def test_unused_slots_cost_nothing(monkeypatch):
     (dict(cache='dual', refresh=-1), 'refresh=-1'),
     (
       dict(objective='autoregressive', block_length=1, cache='dual'),
-      'need a bidirectional network',
+      'cache is exact; set cache=prefix and refresh=0',
     ),
     (
-      dict(objective='autoregressive', block_length=1, lookahead=0),
-      'need a bidirectional network',
+      dict(
+        objective='autoregressive', block_length=1, cache='prefix', refresh=2
+      ),
+      'refresh=2: .* set cache=prefix and refresh=0',
     ),
   ],
 )

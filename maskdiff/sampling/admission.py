@@ -1,0 +1,114 @@
+"""Puts new requests into rows of a batch while the other rows go on.
+
+Without a cache, a new row joins the next forward pass. With a cache, a new row
+needs a pass over its canvas first. If the other rows are using their caches,
+that pass is made for the new row alone.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskdiff.distributed.mesh import replicate
+from maskdiff.model import cache as cache_lib
+from maskdiff.model.cache import Cache
+from maskdiff.sampling import passes, sampler
+from maskdiff.sampling.state import Carry, Layout
+
+
+class State(NamedTuple):
+  """A batch on devices."""
+
+  carry: Carry
+  layout: Layout
+  cache: Cache | None = None  # None until a program with a cache has run
+
+
+def admit(network, c, shapes, state, admitted, rows):
+  """Returns the State of a batch with admitted requests in their rows.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    shapes: from `request.begin`.
+    state: State, which is donated; None before the first request.
+    admitted: dict from a row to the Carry and Layout of one request.
+    rows: number of rows.
+  """
+  if not admitted:
+    return state
+  # Other rows get a copy of an admitted one, which is not used.
+  any_row = next(iter(admitted.values()))
+  new = jax.tree.map(
+    lambda *x: np.concatenate(x) if np.ndim(x[0]) else x[0],
+    *(tuple(admitted.get(i, any_row)) for i in range(rows)),
+  )
+  replaced = np.isin(np.arange(rows), list(admitted))
+  if state is None:
+    carry, layout = new
+    carry = carry._replace(masked=carry.masked & replaced[:, None, None])
+    # The sharding of the loop's result, so that one program serves all calls.
+    return State(*jax.jit(replicate)((carry, layout)))
+  carry, layout, cache = state
+  others_use_cache = cache and bool(sampler.uses_cache(carry).any())
+  state = State(*_replace((carry, layout), new, replaced), cache)
+  if others_use_cache:
+    for i in admitted:
+      state = start_row(network, c, shapes, state, np.int32(i))
+  return state
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace(old, new, replaced):
+  """Returns the state with the `replaced` rows taken from the new one."""
+
+  def one(old, new):
+    if not old.ndim:
+      return new
+    return jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+  return replicate(jax.tree.map(one, old, new))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=3)
+def start_row(network, c, shapes, state, row):
+  """Runs the first denoising step of one row, and fills its cache.
+
+  Args:
+    network: Network.
+    c: SamplerConfig, with a cache.
+    shapes: from `request.begin`.
+    state: State.
+    row: int32.
+
+  Returns:
+    The next State. Other rows do not change.
+  """
+  of_row = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1) if x.ndim else x
+  carry, layout = jax.tree.map(of_row, (state.carry, state.layout))
+  places = layout.valid.shape[1]
+
+  def step(shape):
+    next_carry, cache = sampler.canvas_step(
+      network, c, shape, layout, carry, None
+    )
+    return next_carry, cache_lib.widen(cache, places)
+
+  steps = [functools.partial(step, shape) for shape in shapes]
+  index = passes.choose_shape(network, c, shapes, carry, layout)
+  carry, cache = jax.lax.switch(index, steps)
+  carry = jax.tree.map(
+    lambda old, new: (
+      jax.lax.dynamic_update_slice_in_dim(old, new, row, 0) if old.ndim else new
+    ),
+    state.carry,
+    carry,
+  )
+  # With guidance the second copies of all rows come after the first.
+  rows = len(state.layout.seeds)
+  copies = row + rows * jnp.arange(cache.labels.doc.shape[0])
+  cache = cache_lib.put_rows(state.cache, copies, cache)
+  return State(*replicate((carry, state.layout)), cache)
