@@ -3,7 +3,7 @@
 python benchmarks/serving.py [--rounds 3]
 
 Also counts the programs that are compiled for requests with settings of their
-own.
+own, and compares autoregressive decoding with and without a KV cache.
 
 All rows of a table have the same requests and the same random weights. The
 last column is the share of tokens that equal those of the first row, because
@@ -97,6 +97,32 @@ def main():
     rounds,
   )
   count_programs(network, request)
+  autoregressive(params, rounds)
+
+
+def autoregressive(params, rounds, prompt_lengths=(128, 1024)):
+  """Compares decoding left to right with and without a KV cache."""
+  network = Network(
+    config=MODEL,
+    params=params,
+    objective='autoregressive',
+    predict_mask=False,
+    mask_id=MASK_ID,
+    bos_id=1,
+    eos_id=EOS_ID,
+  )
+  random = np.random.default_rng(2)
+  plain = {'block_length': 1, 'logits_eos_inf': True}
+  cached = plain | {'cache': 'prefix', 'lookahead': 0}
+  for length in prompt_lengths:
+    prompts = random.integers(9, MODEL.vocab_size, (BATCH, length)).tolist()
+    print(f'\nAutoregressive, {BATCH} prompts of {length} tokens:')
+    compare(
+      network,
+      layouts.continue_prompts(prompts, SLOTS),
+      {'no cache': (plain, batches), 'KV cache': (cached, batches)},
+      rounds,
+    )
 
 
 def count_programs(network, request, number=50):
@@ -150,7 +176,7 @@ def with_eos(params, canvas):
 def batches(network, c, request):
   """Samples R requests by batches: tokens [R, L], forwards, positions."""
   found = []
-  for first in range(0, REQUESTS, BATCH):
+  for first in range(0, len(request.seeds), BATCH):
     rows = slice(first, first + BATCH)
     *arrays, settings = request
     batch = Request(*(x[rows] for x in arrays), settings)
