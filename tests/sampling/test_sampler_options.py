@@ -257,9 +257,8 @@ def test_slots_filled_after_an_eos_have_no_confidence():
   carry = complete(c, answer, request, function=certain)
   confidence = carry.confidence
   assert carry.canvas.tolist() == [[9] + [EOS] * 7]
-  assert np.isnan(confidence).tolist() == [[True, False] + [True] * 6]
-  # One of the two slots of the first block took a step of its own.
-  assert carry.filled_at.tolist() == [[2, 1] + [2] * 6]
+  assert np.isnan(confidence).tolist() == [[False, False] + [True] * 6]
+  assert carry.filled_at.tolist() == [[1, 2] + [2] * 6]
 
 
 def test_eos_after_a_mask_does_not_stop_a_row(table):
