@@ -190,11 +190,11 @@ INVALID = {
   'sample.top_k': dict(sample__top_k=5),  # at temperature 0
   'sample.eot_id': dict(sample__eot_id=4096),
   'sample.refresh': dict(sample__refresh=2),  # without a cache
+  'sample.refresh_shift': dict(  # of a cache that is exact
+    sample__refresh=2, sample__cache='prefix', objective__name='autoregressive'
+  ),
   'sample.lookahead': dict(sample__lookahead=-2),
   'sample.cache': dict(sample__cache='dual', objective__name='autoregressive'),
-  'sample.refresh_of_an_exact_cache': dict(
-    sample__cache='prefix', sample__refresh=2, objective__name='autoregressive'
-  ),
   'sample.guidance': dict(
     sample__guidance=1.0, objective__name='autoregressive'
   ),
