@@ -110,6 +110,7 @@ def network(config, params):
     mask_id=config.tokens.mask_id,
     bos_id=config.tokens.bos_id,
     eos_id=config.tokens.eos_id,
+    context=config.data.length,
   )
 
 

@@ -19,6 +19,7 @@ from maskdiff.model.transformer import TransformerConfig
     'mask_id',
     'bos_id',
     'eos_id',
+    'context',
   ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Network:
     mask_id: id of the mask token.
     bos_id: id of the token before the first token of a left-to-right row.
     eos_id: id of the end-of-text token; -1 if the tokenizer has none.
+    context: tokens of a training row; 0 if unknown.
   """
 
   config: TransformerConfig
@@ -46,3 +48,4 @@ class Network:
   mask_id: int
   bos_id: int
   eos_id: int = -1
+  context: int = 0

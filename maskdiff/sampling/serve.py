@@ -60,7 +60,18 @@ def serve(network, c, requests, rows, length):
       now. The rows then go on, and it is asked again after a few passes.
     rows: number of rows of the batch.
     length: number of tokens and slots for which a row has room.
+
+  Raises:
+    UserError: there are no rows, or they are longer than the training rows.
   """
+  if rows < 1 or length < 1:
+    raise UserError(f'rows={rows} and length={length} must be at least 1')
+  if 0 < network.context < length:
+    raise UserError(
+      f'length={length}: canvas and cache of a row would be longer than '
+      f'the training rows of the model, config.data.length={network.context}; '
+      f'set length to at most {network.context}'
+    )
   requests, more = iter(requests), True
   active = [None] * rows  # the request in each row
   state = shapes = None

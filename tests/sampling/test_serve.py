@@ -12,6 +12,7 @@ import pytest
 import sampled
 
 from maskdiff.distributed import mesh
+from maskdiff.errors import UserError
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling import serve as serve_lib
 from maskdiff.sampling.serve import RowRequest, serve
@@ -269,3 +270,17 @@ def test_broken_row_does_not_stop_the_others():
   assert 'this request were NaN or infinite' in str(broken.error)
   assert (broken.recording.tokens[1:] == MASK).all()
   assert not broken.recording.steps.any()
+
+
+@pytest.mark.parametrize(
+  'rows, length, problem',
+  [
+    (0, 16, 'rows=0 and length=16 must be at least 1'),
+    (2, 17, 'longer than the training rows of the model, .* at most 16'),
+  ],
+)
+def test_impossible_batch_is_one_error(rows, length, problem):
+  network = dataclasses.replace(NETWORK, context=16)
+  with pytest.raises(UserError, match=problem) as error:
+    next(serve(network, C, requests(), rows, length))
+  assert '\n' not in str(error.value)
