@@ -4,32 +4,27 @@ The settings are environment variables, set before JAX is imported. Workers of
 pytest-xdist, and programs that tests start, inherit them.
 """
 
-import importlib.metadata
 import os
 import shutil
 import tempfile
+
+import xla_flags
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # XLA's pool has one thread per device, but a device with two collectives in
 # flight occupies two threads. If all threads wait for a device that has none,
 # the process hangs. Spare threads prevent this.
 os.environ.setdefault('PJRT_NPROC', '64')
-# Most of the time is spent compiling tiny programs, so they are not optimized.
-# A program in one piece compiles faster than one split among threads.
 # On a busy machine 8 devices may wait for each other for more than 40 s, after
 # which XLA would abort the process.
-FLAGS = [
-  '--xla_force_host_platform_device_count=8',
-  '--xla_backend_optimization_level=0',
-  '--xla_cpu_parallel_codegen_split_count=1',
-  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
-]
-# The older of two code generators compiles three times as fast. Later releases
-# do not have it, and XLA aborts a process with a flag that it does not know.
-if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  FLAGS.append('--xla_cpu_use_fusion_emitters=false')
-# Of two values of a flag the last one counts, so the user's flags win.
-os.environ['XLA_FLAGS'] = ' '.join([*FLAGS, os.environ.get('XLA_FLAGS', '')])
+os.environ['XLA_FLAGS'] = ' '.join(
+  (
+    xla_flags.FAST,
+    '--xla_force_host_platform_device_count=8',
+    '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+    os.environ.get('XLA_FLAGS', ''),
+  )
+)
 # All processes of a session share one compile cache.
 COMPILED = None
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:

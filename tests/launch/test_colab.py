@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import xla_flags
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -105,7 +106,7 @@ def kernel(folder, steps):
   )
   environment = os.environ | {
     'PYTHONPATH': str(ROOT),
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    'XLA_FLAGS': xla_flags.FAST,
     'IPYTHONDIR': str(folder / 'ipython'),
   }
   environment.pop('MPLBACKEND', None)
