@@ -9,8 +9,7 @@ import importlib.metadata
 
 # A program is not optimized, nor split into parts for several threads.
 FAST = (
-  '--xla_backend_optimization_level=0 '
-  '--xla_cpu_parallel_codegen_split_count=1'
+  '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
 )
 # The older of two code generators compiles three times as fast. Later releases
 # do not have it, and XLA aborts a process with a flag that it does not know.

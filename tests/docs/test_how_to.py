@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pages
 import pytest
+import xla_flags
 
 # Each page trains or tests in a copy of the code.
 pytestmark = pytest.mark.slow
@@ -56,10 +57,10 @@ class Copy:
       'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
       'PYTHONPATH': str(self.path),
       'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': xla_flags.FAST,  # a single device, as a laptop has
       # Otherwise git finds a repository above the copy.
       'GIT_CEILING_DIRECTORIES': str(self.path.parent),
     }
-    environment.pop('XLA_FLAGS', None)  # a single device, as a laptop has
     result = subprocess.run(
       command,
       input=text,

@@ -20,15 +20,16 @@ from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.hlo_collectives import Machine
 
-# 7,342,592 parameters.
+# 2,360,576 parameters. A model of twice the width on rows of twice the length
+# takes three times as long to compile.
 SMALL = (
-  '--config.model.embed=512 --config.model.layers=2 --config.model.heads=4 '
-  '--config.model.kv_heads=4 --config.model.head_dim=128 '
-  '--config.model.mlp=1024 --config.model.dtype=bfloat16 '
-  '--config.data.length=512 --config.train.batch=32 '
-  '--config.objective.loss_chunk_tokens=256'
+  '--config.model.embed=256 --config.model.layers=2 --config.model.heads=2 '
+  '--config.model.kv_heads=2 --config.model.head_dim=128 '
+  '--config.model.mlp=512 --config.model.dtype=bfloat16 '
+  '--config.data.length=256 --config.train.batch=16 --config.eval.batch=16 '
+  '--config.objective.loss_chunk_tokens=128'
 ).split()
-PARAMETERS = 4096 * 512 + 2 * (4 * 512 * 512 + 3 * 512 * 1024 + 1024) + 512
+PARAMETERS = 4096 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 512 + 512) + 256
 
 
 def launch(*args, path=str(ROOT)):
@@ -213,12 +214,12 @@ def test_a_plan_of_serving_with_a_cache(tmp_path):
   found, text = planned(
     tmp_path,
     *('--topology', 'v5e:2x4', '--mode', 'sample'),
-    *('--tensor', '4', '--dtype', 'bfloat16'),
+    *('--tensor', '2', '--dtype', 'bfloat16'),
     '--config.sample.cache=dual',
     '--config.sample.block_length=16',
     *SMALL,
   )
-  assert found['mesh'] == 'replica=1,fsdp=2,sequence=1,tensor=4'
+  assert found['mesh'] == 'replica=1,fsdp=4,sequence=1,tensor=2'
   weights = 2 * PARAMETERS / 8 / 2**30
   assert weights < found['hbm_arguments_gib'] < 1.1 * weights
   assert found['window_step_s'] < found['step_s']
@@ -246,11 +247,11 @@ def test_a_plan_of_training(tmp_path):
   # Parameters and two moments in float32, a quarter on each chip.
   state = 3 * 4 * PARAMETERS / 4 / 2**30
   assert state < found['hbm_arguments_gib'] < 1.1 * state
-  # An evaluation has 32 rows as the step, but stores no activations.
+  # An evaluation has 16 rows as the step, but stores no activations.
   total = found['hbm_total_gib']
   assert found['hbm_arguments_gib'] < found['hbm_evaluation_gib'] < total
-  # Half of the 8 x 512 tokens of a chip plus 78, in chunks of 256.
-  assert found['loss_chunks'] == 9
+  # Half of the 4 x 256 tokens of a chip plus 39, in chunks of 128.
+  assert found['loss_chunks'] == 5
   assert not any('loop' in w for w in found['warnings'])
   # The step time is the sum of its parts, and slower than at the peak.
   parts = [
@@ -263,7 +264,7 @@ def test_a_plan_of_training(tmp_path):
   ]
   assert found['step_s'] == pytest.approx(sum(found[p] for p in parts))
   assert 0.02 < found['mfu'] < 1
-  step_tokens = 32 * 512
+  step_tokens = 16 * 256
   assert found['tokens_per_s'] == pytest.approx(step_tokens / found['step_s'])
   assert found['total_tokens'] == 1300 * step_tokens
   assert found['chip_hours'] == pytest.approx(24 * 4 * found['days'])
@@ -315,7 +316,7 @@ def test_a_sweep_ranks_what_fits(tmp_path):
     'v6e:1x1',
     '--sweep',
     '--sweep_rows',
-    '8,4096',
+    '8,16384',
     '--sweep_remat',
     'none',
     '--sweep_mesh',
@@ -343,7 +344,7 @@ def test_a_step_that_does_not_fit():
     'v5e:1x1',
     *SMALL,
     '--config.model.remat=none',
-    '--config.train.batch=2048',
+    '--config.train.batch=8192',
     '--config.eval.batch=32',
   )
   assert result.returncode == 1, result.stderr[-4000:]
