@@ -304,7 +304,7 @@ def test_error_in_one_process_ends_all(config_file, tmp_path, failing):
   ended = start(
     'pretrain.py',
     *('--config', config_file, '--workdir', tmp_path / 'run'),
-    of_process={failing: ['--config.data.path=/nowhere']},
+    of_process={failing: ['--workdir=/dev/null/nowhere']},
   )
   _, err, status = ended[failing]
   (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
@@ -318,12 +318,12 @@ def test_error_in_all_processes_is_printed_by_all(config_file, tmp_path):
   ended = start(
     'pretrain.py',
     *('--config', config_file, '--workdir', tmp_path / 'run'),
-    '--config.train.batch=12',
+    '--config.train.batch=14',
   )
   for i, (_, err, status) in enumerate(ended):
     assert status == 2
     (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
-    assert 'config.train.batch=12' in line
+    assert 'config.train.batch=14' in line
     assert f'process {i} of 2' in line
 
 
