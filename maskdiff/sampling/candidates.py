@@ -9,19 +9,18 @@ import jax
 import jax.numpy as jnp
 
 
-def suppress(logits, i, rows=None):
-  """Returns logits with -inf at one token id.
+def suppress(logits, ids, rows=None):
+  """Returns logits with -inf at some token ids.
 
   Args:
-    logits: [B, S, V] float32.
-    i: int.
-    rows: [B] bool, the rows that change; None: all.
+    logits: [..., V] float32; with `rows`, [B, S, V].
+    ids: tuple of n int.
+    rows: [B, n] bool, the rows in which each id is suppressed; None: all.
   """
+  at_ids = logits.at[..., jnp.array(ids)]
   if rows is None:
-    return logits.at[..., i].set(-jnp.inf)
-  return logits.at[..., i].set(
-    jnp.where(rows[:, None], -jnp.inf, logits[..., i])
-  )
+    return at_ids.set(-jnp.inf)
+  return at_ids.min(jnp.where(rows, -jnp.inf, jnp.inf)[:, None])
 
 
 def suppress_each(logits, ids):

@@ -44,10 +44,16 @@ def predict(network, c, settings, logits, keys):
     are NaN or infinite.
   """
   s = settings
+  # Rows in which a token is never predicted. One suppression copies the logits
+  # once.
+  never = {}
   if not network.predict_mask:
-    logits = candidates.suppress(logits, network.mask_id)
+    never[network.mask_id] = jnp.ones_like(s.logits_eos_inf)
   if network.eos_id >= 0:
-    logits = candidates.suppress(logits, network.eos_id, s.logits_eos_inf)
+    never[network.eos_id] = s.logits_eos_inf
+  if never:
+    rows = jnp.stack(list(never.values()), axis=1)
+    logits = candidates.suppress(logits, tuple(never), rows)
   token = candidates.draw(logits, s.temperature, s.top_k, s.top_p, keys)
   confidence = candidates.CONFIDENCES[c.confidence](logits, token)
   return token, defer(network, c, settings, logits, token, confidence)
@@ -114,21 +120,22 @@ def budget(c, settings, num_slots, num_masked, step, steps):
   return remasking.quota_to(ratio(after), num_slots, num_masked)
 
 
-def write(array, slots, committed, value):
-  """Writes values into an array of positions, at the committed slots.
+def at_positions(x, layout, block):
+  """Returns the values of the slots of a block, at their positions.
+
+  A gather: XLA runs a scatter to the positions slot by slot on a CPU.
 
   Args:
-    array: [B, L].
-    slots: [B, S] int32, positions.
-    committed: [B, S] bool.
-    value: [B, S], [B, 1] or a number.
+    x: [B, S].
+    layout: Layout.
+    block: [B] int32, the block of each row.
 
   Returns:
-    [B, L].
+    [B, L]; zero, or False, on all other positions.
   """
-  rows = jnp.arange(len(array))[:, None]
-  positions = jnp.where(committed, slots, array.shape[1])  # L: dropped
-  return array.at[rows, positions].set(value, mode='drop')
+  in_block = layout.block_of == block[:, None]
+  x = jnp.take_along_axis(x, layout.index_of, axis=1, mode='clip')
+  return jnp.where(in_block, x, jnp.zeros_like(x))
 
 
 def end_at_eos(eos_id, layout, step, canvas, masked, filled_at):
@@ -156,10 +163,11 @@ def end_at_eos(eos_id, layout, step, canvas, masked, filled_at):
   is_eos = canvas[rows, jnp.minimum(slots, length - 1)] == eos_id
   after_eos = jnp.cumsum(is_eos & (slots < length) & ~is_masked, axis=1) > 0
   ended = after_eos.any(axis=1) & ~jnp.any(is_masked & ~after_eos, axis=1)
-  ended &= layout.settings.stop_at_eos
-  filled = is_masked & ended[:, None]
+  # An abandoned row has no masked slots, but slots without a token.
+  ended &= layout.settings.stop_at_eos & is_masked.any(axis=1)
+  filled = ended[:, None] & layout.fill & (filled_at == 0)
   return (
-    write(canvas, slots, filled, eos_id),
+    jnp.where(filled, eos_id, canvas),
     masked & ~ended[:, None, None],
-    write(filled_at, slots, filled, step[:, None]),
+    jnp.where(filled, step[:, None], filled_at),
   )

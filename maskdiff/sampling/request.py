@@ -68,7 +68,7 @@ def begin(network, c, request, num_slots=0):
     (positions,) = np.nonzero(is_slot)
     slots[row, : len(positions)] = positions
   slots = slots.reshape(batch, blocks, size)
-  block_of = np.where(fill, np.cumsum(fill, axis=1) - 1, -size) // size
+  number = np.cumsum(fill, axis=1) - 1
   zeros = np.zeros(batch, np.int32)
   carry = Carry(
     block=zeros,
@@ -89,7 +89,8 @@ def begin(network, c, request, num_slots=0):
     num_slots=(slots < length).sum(axis=2, dtype=np.int32),
     fill=fill,
     valid=valid,
-    block_of=block_of.astype(np.int32),
+    block_of=np.where(fill, number // size, -1).astype(np.int32),
+    index_of=np.where(fill, number % size, 0).astype(np.int32),
     steps=_steps_per_block(c, settings, fill.sum(axis=1)),
     seeds=np.asarray(request.seeds, np.uint32),
     settings=settings,

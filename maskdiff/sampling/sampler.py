@@ -227,7 +227,6 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     The next Carry.
   """
   block, step, settings = carry.block, carry.step, layout.settings
-  slots = current(layout.slots, block)  # [B, S]
   masked = current(carry.masked, block) & active[:, None]
   draw_keys, rule_keys = commit.step_keys(layout.seeds, block, step)
 
@@ -243,9 +242,10 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
 
   # Their tokens are committed; the other slots stay masked.
   total = carry.total_steps + active
-  write = lambda array, value: commit.write(array, slots, committed, value)
-  canvas = write(carry.canvas, token)
-  filled_at = write(carry.filled_at, total[:, None])
+  at_positions = lambda x: commit.at_positions(x, layout, block)
+  is_new = at_positions(committed)
+  canvas = jnp.where(is_new, at_positions(token), carry.canvas)
+  filled_at = jnp.where(is_new, total[:, None], carry.filled_at)
   still_masked = current(carry.masked, block) & ~committed
   masked = carry.masked.at[jnp.arange(len(block)), block].set(
     still_masked, mode='drop'
@@ -269,13 +269,14 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     canvas=canvas,
     masked=masked,
     filled_at=filled_at,
-    confidence=write(carry.confidence, confidence),
+    confidence=jnp.where(is_new, at_positions(confidence), carry.confidence),
     calls=carry.calls + 1,
     forwards=carry.forwards + active * jnp.where(settings.guidance > 0, 2, 1),
     positions=carry.positions + active * num_positions,
     cached=carry.cached,
     broken=carry.broken | broken,
   )
+  slots = current(layout.slots, block)  # [B, S]
   next_uses_cache = _next_uses_cache(network, c, carry, layout, slots, complete)
   return carry._replace(cached=jnp.where(active, next_uses_cache, carry.cached))
 

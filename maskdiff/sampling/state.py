@@ -43,6 +43,7 @@ class Layout(NamedTuple):
   fill: jax.Array  # [B, L] bool, True on slots
   valid: jax.Array  # [B, L] bool, False on padding
   block_of: jax.Array  # [B, L] int32, block of each slot; -1 on given tokens
+  index_of: jax.Array  # [B, L] int32, index of each slot in its block; or 0
   steps: jax.Array  # [B] int32, denoising steps per block
   seeds: jax.Array  # [B] uint32
   settings: Settings  # each field [B]

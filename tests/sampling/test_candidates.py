@@ -127,8 +127,7 @@ def test_most_probable_token_always_remains():
 
 
 def test_suppressed_token_is_never_drawn():
-  left = candidates.suppress(jnp.asarray(LOGITS)[None, None], 4)
-  left = candidates.suppress(left, 2)
+  left = candidates.suppress(jnp.asarray(LOGITS)[None, None], (4, 2))
   for temperature in (0.0, 1.0):
     counts = draws(left[0, 0], temperature, 6, 0.95)
     assert counts[4] == counts[2] == 0
@@ -136,9 +135,13 @@ def test_suppressed_token_is_never_drawn():
 
 def test_suppression_of_some_rows_leaves_the_others():
   logits = jnp.broadcast_to(jnp.asarray(LOGITS), (3, 2, 7))
-  some = candidates.suppress(logits, 4, jnp.array([True, False, True]))
-  assert (some == -jnp.inf).any(axis=1).sum(axis=1).tolist() == [1, 0, 1]
+  which = jnp.array([[True, False], [False, False], [True, True]])
+  some = candidates.suppress(logits, (4, 2), which)
+  hidden = [np.flatnonzero(row[1] == -np.inf).tolist() for row in some]
+  assert hidden == [[4], [], [2, 4]]
   np.testing.assert_array_equal(some[1], logits[1])
+  nan = candidates.suppress(logits.at[1, 0, 4].set(jnp.nan), (4,), which[:, :1])
+  assert np.isnan(nan[1, 0, 4])
   each = candidates.suppress_each(
     logits, jnp.array([[4, -1], [-1, -1], [0, 6]])
   )

@@ -269,9 +269,9 @@ def test_eos_after_a_mask_does_not_stop_a_row(table):
   _, layout, _ = sampled.begin(network_of(mixing, table), c, request)
   masked = canvas[:, None] == MASK
   canvas, masked, filled_at = commit.end_at_eos(
-    EOS, layout, jnp.array([3, 4]), canvas, masked, jnp.zeros((2, 4), int)
+    EOS, layout, jnp.array([3, 4]), canvas, masked, 1 - masked[:, 0]
   )
-  assert filled_at.tolist() == [[0] * 4, [0, 0, 0, 4]]
+  assert filled_at.tolist() == [[1, 0, 1, 0], [1, 1, 1, 4]]
   assert canvas.tolist() == [[9, MASK, EOS, MASK], [9, 9, EOS, EOS]]
   assert masked[:, 0].tolist() == [[False, True, False, True], [False] * 4]
 
@@ -326,7 +326,7 @@ def test_eos_is_committed_last_at_a_temperature_unlike_llada(monkeypatch):
   assert token.tolist() == [[EOS, 9]]
   assert confidence[0, 0] == 0 < confidence[0, 1]
 
-  of_llada = candidates.probability(candidates.suppress(logits, EOT), token)
+  of_llada = candidates.probability(candidates.suppress(logits, (EOT,)), token)
   assert of_llada[0, 0] > of_llada[0, 1]
   first_committed = lambda confidence: remasking.commit_top(
     confidence, jnp.ones((1, 2), bool), jnp.array([1])
