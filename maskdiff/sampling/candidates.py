@@ -40,11 +40,10 @@ def guide(conditional, unconditional, scale):
   As in LLaDA's generate.py. w = 0 gives the conditional logits, bit for bit.
 
   Args:
-    conditional: [B, S, V] float32, c, given the prompt.
-    unconditional: [B, S, V] float32, u, with the prompt masked.
-    scale: [B] float32, w.
+    conditional: float32, c, given the prompt.
+    unconditional: float32, u, with the prompt masked.
+    scale: w, a number or an array that broadcasts against the logits.
   """
-  scale = scale[:, None, None]
   guided = unconditional + (scale + 1) * (conditional - unconditional)
   return jnp.where(scale > 0, guided, conditional)
 

@@ -193,7 +193,8 @@ def logits_at(c, settings, model, hidden, columns):
   logits = model.logits(hidden[rows, columns])
   if not c.guided:
     return logits
-  return candidates.guide(*jnp.split(logits, 2), settings.guidance)
+  scale = settings.guidance[:, None, None]
+  return candidates.guide(*jnp.split(logits, 2), scale)
 
 
 def shapes(network, c, length, slots):

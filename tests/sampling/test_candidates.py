@@ -275,7 +275,8 @@ def test_guidance_combines_logits_linearly():
   """Rows with scale 0 have the conditional logits, whatever the others are."""
   c = jnp.array([[[1.0, 2.0]], [[1.0, 2.0]], [[0.1, -jnp.inf]]])
   u = jnp.array([[[0.5, 3.0]], [[0.5, 3.0]], [[0.7, jnp.nan]]])
-  found = candidates.guide(c, u, jnp.array([0.0, 1.5, 0.0]))
+  scale = jnp.array([0.0, 1.5, 0.0])[:, None, None]
+  found = candidates.guide(c, u, scale)
   np.testing.assert_array_equal(found[jnp.array([0, 2])], c[jnp.array([0, 2])])
   np.testing.assert_allclose(found[1, 0], [1.75, 0.5])
 
