@@ -65,6 +65,16 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
+def pytest_collection_finish():
+  """Makes garbage collection rarer.
+
+  Tracing makes many objects, and by default Python would look through all
+  objects, also those of imported modules, hundreds of times.
+  """
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_unconfigure():
   if COMPILED:
     shutil.rmtree(COMPILED, ignore_errors=True)

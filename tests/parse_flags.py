@@ -14,7 +14,13 @@ import runpy
 import sys
 import tempfile
 
-from maskdiff import config  # noqa: F401, imported once for all forks
+import forked
+
+from maskdiff import config
+
+# Imported once for all forks.
+for module in forked.MODULES:
+  __import__(module)
 
 
 def parse(script, arguments):

@@ -48,6 +48,11 @@ RULES = {
     '--config.model.kv_heads=2 --config.model.head_dim=8 '
     '--config.model.mlp=16',
   ),
+  # Rows of these configs are long, and fill one device.
+  'few rows': Rule(
+    r'launch/pretrain\.py .*configs/(150m|1b|published)\.py',
+    '--config.train.batch=2 --config.eval.batch=2',
+  ),
   # With a quarter held out, little text suffices.
   'two workers': Rule(
     r'launch/prepare\.py .*--out', '--workers=2 --heldout_fraction=0.25'
@@ -58,12 +63,11 @@ RULES = {
   'few puzzles': Rule(r'launch/puzzles\.py .*--num \d{4,}', '--num=400'),
   'few lines': Rule(r'launch/evaluate\.py', '--num=2 --samples=4 --strata=2'),
   'few questions': Rule(r'launch/harness\.py', '--limit=1', needs='lm_eval'),
-  # Compile a model of some million parameters for the TPU.
   # A tiny model, compiled for the TPU. The time to compile grows with the
   # tokens of a chip, so one chip gets fewer rows than a pod needs.
   'small plan': Rule(
     r'launch/plan\.py',
-    '--config.model.vocab_size=4096 --config.model.embed=128 '
+    '--config.model.vocab_size=256 --config.model.embed=128 '
     '--config.model.layers=1 --config.model.heads=1 '
     '--config.model.kv_heads=1 --config.model.head_dim=128 '
     '--config.model.mlp=128 --config.tokens.mask_id=4 '
@@ -74,7 +78,7 @@ RULES = {
     needs='libtpu',
   ),
   'plan of one chip': Rule(
-    r'launch/plan\.py .*:1x1', '--config.train.batch=8 --config.eval.batch=8'
+    r'launch/plan\.py .*:1x1', '--config.train.batch=2 --config.eval.batch=2'
   ),
   'small sweep': Rule(
     r'launch/plan\.py .*--sweep',
@@ -98,6 +102,9 @@ def start(program):
   launch/plan.py: libtpu reads its settings when JAX is imported.
   """
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  # A page may set XLA_FLAGS. The last value of a flag counts.
+  flags = os.environ['FAST'], os.environ.get('XLA_FLAGS', '')
+  os.environ['XLA_FLAGS'] = ' '.join(flags)
   script = program[1] if program[0] == sys.executable else ''
   if script.endswith('.py') and script != 'launch/plan.py':
     sys.path.append(os.environ['TESTS'])

@@ -92,7 +92,7 @@ class Shell:
       'HOME': str(home),
       'LANG': 'C.UTF-8',
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': xla_flags.FAST,
+      'FAST': xla_flags.FAST,
       'JAX_COMPILATION_CACHE_DIR': str(home / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'HF_HUB_OFFLINE': '1',
