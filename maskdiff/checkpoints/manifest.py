@@ -6,8 +6,8 @@ In memory it is a `Meta`; on disk it is a JSON object with the keys
     leaves: {name: {shape, dtype, fingerprint}}, digest,
 
 where `leaves` is the manifest: every array with its fingerprint. `digest` is a
-hash of all other keys. Format 2, which is still read, knew only pretraining:
-its `samples` are now the position, and its `data` the identity.
+hash of all other keys. Format 2, written by pretraining only, can also be read.
+Its `samples` is the position of the stage, and its `data` the identity.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Meta:
     identity: `Stage.identity` of the run, JSON values; compared on resume.
     position: position of the stage without its arrays, from `position.split`.
     evaluation_due: whether the evaluation of this step was interrupted. A
-      resumed run repeats the evaluation.
+      resumed run repeats it.
     leaves: {name: {shape, dtype, fingerprint}} of every array; set by `make`.
   """
 

@@ -1,8 +1,8 @@
-"""Positions of stages in checkpoints: numbers and texts in meta, arrays beside.
+"""Divides the position of a stage into JSON values and arrays, for checkpoints.
 
-A position says how far a stage has come; a run resumes from it. It is a value
-of JSON (for pretraining one integer), or a dict from names to values of JSON,
-jax.Arrays and such dicts:
+The position of a stage says how far the stage has come; a run resumes from it.
+It is a JSON value (for pretraining one integer), or a dict from names to JSON
+values, jax.Arrays and nested dicts:
 
     {'prompts': 512, 'round': 3, 'rollout': {'tokens': jax.Array, ...}}
 
@@ -14,7 +14,7 @@ import jax
 
 from maskdiff.checkpoints import manifest
 
-ITEM = 'position'  # of a checkpoint; only if the position has arrays
+ITEM = 'position'  # item of a checkpoint, if the position has arrays
 
 
 def split(position):
@@ -24,11 +24,11 @@ def split(position):
     position: see the module. Names are strings without '/'.
 
   Returns:
-    The position without its arrays, as values of JSON; and nested dicts of the
-    arrays, {} without arrays.
+    The position without its arrays, as JSON values; and nested dicts of the
+    arrays, {} if there are none.
 
   Raises:
-    TypeError: a leaf is neither a value of JSON nor a jax.Array of numbers.
+    TypeError: a leaf is neither a JSON value nor a jax.Array of numbers.
   """
   if not isinstance(position, dict):
     return _value('position', position), {}
@@ -62,7 +62,7 @@ def _value(name, leaf):
 
 
 def join(values, arrays):
-  """Returns the position of which `split` returned the parts."""
+  """Returns the position from the two results of `split`."""
   if not isinstance(values, dict):
     return values
   return values | {
@@ -79,7 +79,7 @@ def targets(leaves, sharding):
     sharding: sharding of every restored array.
 
   Returns:
-    {ITEM: nested dicts} for `Checkpointer.restore`; {} without arrays.
+    {ITEM: nested dicts} for `Checkpointer.restore`; {} if there are no arrays.
   """
   return manifest.nest(
     {

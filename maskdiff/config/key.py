@@ -18,7 +18,7 @@ class Key(NamedTuple):
     above: the value must be larger than this number; None for no bound.
     below: the value must be smaller than this number; None for no bound.
     per_request: (config.sample) whether requests of one batch may differ in the
-      value. Another value of the other settings compiles another program.
+      value. If not, every new value compiles a new program.
   """
 
   default: Any

@@ -2,8 +2,8 @@
 
 Each key except `prompts` is also a setting of the sampler and a flag of
 launch/sample.py. Requests of one batch may differ in the settings with
-per_request=True, the fields of sampling.settings.Settings. A new value of one
-of them compiles nothing. The other settings shape the compiled program: they
+per_request=True, the fields of sampling.settings.Settings. A new value of such
+a setting compiles nothing. The other settings shape the compiled program: they
 are the fields of sampling.settings.SamplerConfig.
 """
 

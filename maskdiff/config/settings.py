@@ -41,7 +41,7 @@ def with_settings(config, settings):
 
 
 def check_names(settings):
-  """Checks that requests of one batch may differ in some settings.
+  """Checks that requests of one batch may differ in these settings.
 
   Args:
     settings: dict from keys of config.sample to values.

@@ -10,7 +10,7 @@ The state of the pipeline is one integer, the number of samples consumed.
     for batch in to_device(batches, sharding, (B, L)): ...
 
 A batch is a `Rows`. If one dataset of a mixture stores a column, all batches of
-the mixture have it: for the other datasets it is filled in.
+the mixture have this column. It is filled in for rows of the other datasets.
 """
 
 import collections
@@ -116,8 +116,8 @@ def train_batches(
     skip: (first, end) ranges of sample numbers to skip.
 
   Returns:
-    Iterator of Rows of NumPy arrays [len(rows), length], with the columns that
-    any of the datasets stores.
+    Iterator of Rows of NumPy arrays [len(rows), length], with every column that
+    one of the datasets stores.
 
   Raises:
     UserError: the length does not fit a row length, a weight is too small,
@@ -212,11 +212,11 @@ def heldout_batches(
 def fingerprint(
   datasets: Sequence[Dataset], *, seed: int, length: int
 ) -> dict[str, str | int | list]:
-  """Returns what determines the order of the data, as a dict for JSON.
+  """Returns a dict of JSON values that determine the order of the data.
 
   Two runs with equal fingerprints read the same rows for the same sample
-  number. Batch size, number of hosts, and the names and places of datasets are
-  not part of the fingerprint, so a resumed run may change them.
+  number. Batch size, number of hosts, and the names and directories of datasets
+  are not part of the fingerprint, so a resumed run may change them.
 
   Raises:
     UserError: the length does not fit a row length.
@@ -273,13 +273,14 @@ def to_device(
     Iterator of Rows of jax.Array [B, L]. The transfer of the next batch starts
     before a batch is returned, so it overlaps with the step.
   """
-  position = {row: i for i, row in enumerate(host_rows(sharding, global_shape))}
+  rows = host_rows(sharding, global_shape)
+  index_of_row = {row: i for i, row in enumerate(rows)}
 
   def put(column: np.ndarray) -> jax.Array:
     def part(index: tuple[slice, slice]) -> np.ndarray:
       # The rows of a device are adjacent in the global batch and in `column`.
       start, stop, _ = index[0].indices(global_shape[0])
-      first = position[start]
+      first = index_of_row[start]
       return column[first : first + stop - start, index[1]]
 
     return jax.make_array_from_callback(global_shape, sharding, part)

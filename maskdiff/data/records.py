@@ -28,9 +28,8 @@ from maskdiff.data import rows as rows_lib
 from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
 
-# Rows of tokens only. Their files are those of earlier code.
-FORMAT_VERSION = 2
-COLUMNS_VERSION = 3  # rows with other columns, which earlier code cannot read
+FORMAT_VERSION = 2  # rows of tokens only, which earlier code also reads
+COLUMNS_VERSION = 3  # rows with more columns, which earlier code cannot read
 MANIFEST = 'manifest.json'
 SPLITS = ('train', 'heldout')
 
@@ -128,7 +127,7 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> str:
-  """Smallest dtype on disk that holds every token id of a vocabulary."""
+  """Returns the smallest dtype on disk that holds all ids of a vocabulary."""
   return 'uint16' if vocab_size <= 1 << 16 else 'uint32'
 
 
@@ -139,9 +138,9 @@ def write_shard(
 ) -> Shard | None:
   """Writes blocks of rows to one file and returns its entry.
 
-  A block is [R, row_length] tokens, or [R, row bytes] from rows.pack. The file
-  gets its name when it is complete. Without a row no file is written and the
-  result is None. Blocks are consumed one by one.
+  A block is [R, row_length] tokens, or [R, row bytes] uint8 from rows.pack. The
+  file gets its name when it is complete. If there are no rows, no file is
+  written and the result is None. Blocks are consumed one by one.
 
   Args:
     temporary: directory for the unfinished file, on the same file system;
@@ -291,7 +290,7 @@ def _manifest(fields: dict) -> Manifest:
 
 
 def sample_digest(reader, rows: int, row_bytes: int) -> str:
-  """Checksum of the first, the middle and the last row of a shard.
+  """Returns the checksum of the first, middle and last row of a shard.
 
   Raises:
     RuntimeError: a row is damaged or does not have row_bytes bytes.
@@ -306,5 +305,5 @@ def sample_digest(reader, rows: int, row_bytes: int) -> str:
 
 
 def short_reason(error: Exception) -> str:
-  """Message of an ArrayRecord error without the path and the offset."""
+  """Returns the message of an ArrayRecord error without path and offset."""
   return str(error).split(';')[0]

@@ -1,7 +1,7 @@
-"""Writes rows with columns as a prepared directory.
+"""Writes rows that a program makes as a prepared directory.
 
-`launch/prepare.py` writes rows of tokens from text. `write_rows` writes rows
-that a program makes, such as conversations with marked answers:
+`launch/prepare.py` writes rows of tokens from text. `write_rows` also writes
+the columns `doc` and `answer`, such as those of conversations:
 
     rows = Rows(tokens=tokens, doc=doc, answer=answer)  # NumPy, [R, L] each
     write_rows('data/chat', {'train': [rows]}, tokenizer, source='my chats')
@@ -38,8 +38,8 @@ def write_rows(
   """Writes blocks of rows as a prepared directory, for config.data.path.
 
   The rows keep their order. The files depend on the rows, not on the sizes of
-  the blocks. Until the last file is written, the directory has no manifest; if
-  a block is refused or the disk is full, nothing remains.
+  the blocks. The manifest is written last. If a block is refused or the disk is
+  full, no file remains.
 
   Args:
     directory: directory to write; new or empty.
@@ -48,8 +48,8 @@ def write_rows(
       columns as all other blocks. `tokens` are ids of the tokenizer, without
       the mask. `doc` is -1 on padding, else below L. `answer` is bool.
     tokenizer: Tokenizer of the tokens; its files are copied to the directory.
-    source: description of the rows, for people.
-    settings: settings that decided the rows; stored in the manifest.
+    source: description of the rows, for readers of the manifest.
+    settings: settings with which the rows were made; stored in the manifest.
     shard_rows: rows per file.
 
   Returns:
@@ -163,7 +163,7 @@ def _packed(blocks, split, of_split) -> Iterator[np.ndarray]:
 
 
 def _take(blocks, rows: int, rest: list) -> Iterator[np.ndarray]:
-  """Yields blocks with `rows` rows in total; keeps the others in `rest`."""
+  """Yields blocks with `rows` rows in total; `rest` gets the next rows."""
   while rows:
     block = rest.pop() if rest else next(blocks, None)
     if block is None:
@@ -184,7 +184,7 @@ class _Blocks:
     vocab_size: number of token ids, including special ids that the tokenizer
       file lacks.
     row_length: tokens per row; None before the first block.
-    columns: names of the columns of all blocks, without the tokens.
+    columns: names of the columns that every block has, without the tokens.
   """
 
   def __init__(self, directory, tokenizer):

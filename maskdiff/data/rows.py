@@ -1,9 +1,9 @@
 """Rows of a batch: tokens and the optional columns doc and answer.
 
 A column that the data do not store is None. None is part of the structure of
-the pytree, so missing columns take no memory on the host or the devices. The
-objectives fill in the missing columns: documents end with eos, and every token
-is an answer.
+the pytree, so a missing column takes no memory on the host or the devices. The
+objectives treat a missing column as follows: without `doc`, documents end with
+eos; without `answer`, every token is an answer.
 
 On disk a row holds its columns one after the other, little-endian: the tokens,
 then `doc` as int16 or int32, then `answer` as bits.
@@ -16,7 +16,7 @@ import numpy as np
 
 COLUMNS = ('doc', 'answer')  # in their order on disk, after the tokens
 PADDING = -1  # the `doc` of a position without text
-_BITS = 'bits'  # eight values of `answer` in a byte, the first one highest
+_BITS = 'bits'  # eight values of `answer` per byte, the first in the high bit
 
 
 class Rows(NamedTuple):
@@ -54,7 +54,7 @@ def map_columns(function: Callable, rows: Rows) -> Rows:
 
 
 def disk_dtypes(columns: Sequence[str], row_length: int) -> dict[str, str]:
-  """Returns the dtype on disk of each column, by name and in their order.
+  """Returns the dtype on disk of each column by name, in the order of COLUMNS.
 
   The numbers of documents are below the row length.
   """
@@ -117,9 +117,9 @@ def unpack(
 def join(rows: Rows, count: int) -> Rows:
   """Joins every `count` adjacent rows, [R, L] to [R / count, count L].
 
-  Document numbers are below L. The numbers of the i-th joined row are raised by
-  i L, so a document never continues in the next row. Without `doc`, a document
-  continues until its eos.
+  Document numbers are below L. The numbers of the i-th of the joined rows are
+  raised by i L, so a document never continues in the next row. Without `doc`, a
+  document continues until its eos.
   """
   length = rows.tokens.shape[1]
   if rows.doc is not None:
@@ -130,7 +130,7 @@ def join(rows: Rows, count: int) -> Rows:
 
 
 def fill(rows: Rows, columns: Sequence[str], eos_id: int) -> Rows:
-  """Adds missing columns: doc from eos, answer of all tokens.
+  """Returns Rows with missing columns added: doc from eos, answer all True.
 
   Args:
     rows: Rows of NumPy arrays [R, L].

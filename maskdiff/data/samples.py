@@ -45,8 +45,9 @@ class Samples:
       rows: row_reader.RowSource.
       length: tokens per sample.
       max_damaged: number of damaged rows to replace.
-      columns: columns of the samples; those that the rows lack are filled in.
-      eos_id: last token of every document, to fill in `doc`.
+      columns: names of the columns of the samples. Columns that the rows lack
+        are filled in.
+      eos_id: last token of every document, from which `doc` is filled in.
     """
     self._rows, self._length, self._max_damaged = rows, length, max_damaged
     self.columns, self._eos_id = columns, eos_id
@@ -71,8 +72,8 @@ class Samples:
       per_row = row_length // self._length
       rows, part = np.divmod(samples, per_row)
       shape = len(samples), per_row, self._length
-      every = np.arange(len(samples))
-      cut = lambda x: x.reshape(shape)[every, part]
+      index = np.arange(len(samples))
+      cut = lambda x: x.reshape(shape)[index, part]
       found = rows_lib.map_columns(cut, self._read(rows))
     return rows_lib.fill(found, self.columns, self._eos_id)
 

@@ -230,7 +230,8 @@ class MaskDiff(TemplateLM):
       row = layouts.prompt_row(prompt, settings.gen_length)
       rows.append(RowRequest(i, row, self.seed + i, settings))
       stops.append(until)
-    # Requests differ only in settings that need no other program.
+    # Requests differ only in settings that share a program, so `c` is that of
+    # all requests.
     sampled = answered.complete(self.model, c, rows, self.batch)
     answers = []
     for request, until, tokens in zip(

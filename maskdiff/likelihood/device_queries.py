@@ -1,9 +1,9 @@
 """Queries of the bound drawn in jit, for batches of rows.
 
-The same estimators as in estimators.py, as functions of JAX arrays: rows of one
-length L, answers at any positions, any number of answer tokens per row. Random
-numbers and queries are separate functions, so that other draws can be used, for
-example one time for several masks.
+The estimators are those of estimators.py, as functions of JAX arrays. Rows have
+one length L, with any number of answer tokens at any positions. Separate
+functions draw random numbers and make queries of them, so that other random
+numbers can be used, for example one time for several masks.
 
 Letters in shapes: n queries per row; B rows; L positions. A row has A answer
 tokens.
@@ -75,9 +75,9 @@ def random_numbers(e, length, key, rows):
 
 
 def bernoulli(times, noise, answer, coupled):
-  """Masks each answer token with probability t, weight 1/t.
+  """Returns queries that mask each answer token with probability t.
 
-  The masks and weights are those of `estimators.bernoulli`.
+  The weight is 1/t. Masks and weights are those of `estimators.bernoulli`.
 
   Args:
     times: [n, B] float32 in (0, 1].
@@ -93,11 +93,12 @@ def bernoulli(times, noise, answer, coupled):
 
 
 def exact_count(times, noise, answer, coupled):
-  """Masks the l answer tokens of lowest noise, weight A/l.
+  """Returns queries that mask the l answer tokens of lowest noise.
 
   The masks and weights are those of `estimators.exact_count` for the ranks of
-  the noise, and l = ceil(t A). With complements, l = ceil(t (A + 1)) - 1 may be
-  0, and the weights are (A + 1) / l and (A + 1) / (A - l).
+  the noise: l = ceil(t A), and the weight is A/l. With complements,
+  l = ceil(t (A + 1)) - 1 may be 0, and the weights are (A + 1) / l and
+  (A + 1) / (A - l).
 
   Args:
     times: [n, B] float32 in (0, 1].

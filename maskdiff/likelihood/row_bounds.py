@@ -18,11 +18,11 @@ of bounds can be differentiated:
 A later call with the same key and row numbers draws the same masks, so the
 bounds of fixed networks can be computed once and stored.
 
-A scan computes one query of all rows after the other, and its backward pass
-repeats the forward pass of the network. Activations therefore exist for one
-query of one network at a time. Their memory does not depend on the number of
-queries. Arrays that grow with it hold one number or bool per token: the masks
-and, with gradients, the log-normalizers.
+A scan computes the queries one by one, each for all rows. Its backward pass
+repeats the forward pass of the network, so activations exist for one query of
+one network at a time. Their memory does not depend on the number of queries.
+Only arrays with one number or bool per query and token grow with it: noise,
+masks and, with gradients, log-normalizers.
 
 Left-to-right networks have one query, whose value is the log-likelihood itself.
 
@@ -72,7 +72,7 @@ def bound(networks, answers, e, key, rows, chunk):
 
 
 def draw(networks, e, answer, key, rows):
-  """Draws the queries of `bound`, a device_queries.RowQueries.
+  """Returns the queries of `bound`, a device_queries.RowQueries.
 
   Arguments and errors are those of `bound`; answer is [B, L] bool. The
   Estimator has no effect for left-to-right networks, which have one query.
@@ -156,6 +156,6 @@ def _objective(networks):
   if len(names) != 1:
     raise UserError(
       'bounds are compared for networks of one training objective, and these '
-      f'have {len(names)} ({", ".join(sorted(names))}); evaluate each alone'
+      f'have {len(names)} ({", ".join(sorted(names))}); evaluate one at a time'
     )
   return names.pop()

@@ -4,8 +4,8 @@ A cache has S places per row. `Transformer.prefill` makes one with a place for
 every position of a row. `Transformer.extend` computes a window of positions
 that attend to the cache, and `Transformer.append` also stores the window. A
 cached position has masks.Labels like any other position, so the visibility rule
-decides which queries see it. A place that holds nothing, or something out of
-date, has doc -1.
+decides which queries see it. A place is hidden, with doc -1, if its keys and
+values are missing or out of date.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Cache:
 
 
 def empty(c, labels):
-  """Returns a Cache without any visible position.
+  """Returns a Cache of zeros whose places are all hidden.
 
   Args:
     c: TransformerConfig.
@@ -54,7 +54,7 @@ def empty(c, labels):
 
 
 def hide(labels, hidden=True):
-  """Returns Labels that no position sees where `hidden`, [B, S] bool."""
+  """Returns Labels with doc -1 where `hidden`, [B, S] bool, is True."""
   return dataclasses.replace(labels, doc=jnp.where(hidden, -1, labels.doc))
 
 
@@ -64,15 +64,15 @@ def hide_places(cache, hidden):
 
 
 def write(cache, places, k, v, labels):
-  """Stores keys and values.
+  """Returns the Cache with the keys and values of a window in some places.
 
   Args:
     cache: Cache.
-    places: [B, W] int32; a number outside of [0, S) stores nothing. Places of a
-      row must differ.
+    places: [B, W] int32, distinct in each row. A position whose number is
+      outside of [0, S) is not stored.
     k: [N, B, G, W, K].
     v: [N, B, G, W, K].
-    labels: masks.Labels of the W positions.
+    labels: masks.Labels of the W positions, [B, W] each.
   """
   places = jnp.where(places < 0, cache.k.shape[3], places)
   # By vmap, so that a mesh that splits the rows needs no communication.
@@ -110,8 +110,8 @@ def replace_first_places(cache, part):
 
   Args:
     cache: Cache of S places per row.
-    part: Cache of at most S places. The places after them are hidden, because
-      they are older than those of `part`.
+    part: Cache of at most S places. The remaining places of `cache` are hidden,
+      because their keys and values are older than those of `part`.
   """
   start = lambda old, new: jax.lax.dynamic_update_slice(
     old, new, (0,) * old.ndim
@@ -142,7 +142,7 @@ def put_rows(cache, rows, part):
   Args:
     cache: Cache of B rows.
     rows: [n] int32.
-    part: Cache of n rows with as many places.
+    part: Cache of n rows, with the same number of places.
   """
   return Cache(
     cache.k.at[:, rows].set(part.k),

@@ -42,12 +42,15 @@ def attend_cached(q, k, v, window, cached_k, cached_v, cached):
       'bghwk,bgsk->bghws', q, k, preferred_element_type=jnp.float32
     )
     products *= 1 / math.sqrt(head_dim)
-    # Padding of the window has the doc of hidden keys. Its output is not used.
-    seen = masks.visible(window, labels)[:, None, None]
-    return jnp.where(seen, products, jnp.finfo(jnp.float32).min)
+    # Padding of the window sees hidden keys, since both have doc -1. Its output
+    # is not used.
+    visible = masks.visible(window, labels)[:, None, None]
+    return jnp.where(visible, products, jnp.finfo(jnp.float32).min)
 
-  both = jnp.concatenate([scores(cached_k, cached), scores(k, window)], axis=-1)
-  weights = jax.nn.softmax(both, axis=-1).astype(v.dtype)
+  all_scores = jnp.concatenate(
+    [scores(cached_k, cached), scores(k, window)], axis=-1
+  )
+  weights = jax.nn.softmax(all_scores, axis=-1).astype(v.dtype)
   cache_weights, window_weights = jnp.split(
     weights, [cached_k.shape[2]], axis=-1
   )

@@ -89,11 +89,11 @@ def shift_right(x, labels):
 
   A network with `predict_next` predicts a token from the position before it.
   After the shift a position holds the hidden state that predicts its own token.
-  The left neighbour in the row must be the position before: of the same
+  The left neighbour in the row must be the previous position: of the same
   document, of the same block, and with the preceding `pos`. Otherwise a
-  position keeps its own hidden state. This is so at the first position of a
-  document, as in Dream's generation_utils.py, at the first position of a noisy
-  block, and where the clean copy of [noisy ; clean] rows begins.
+  position keeps its own hidden state. Three kinds of position do: the first of
+  a document, as in Dream's generation_utils.py; the first of a noisy block; and
+  the first of the clean copy in [noisy ; clean] rows.
 
   Args:
     x: [B, L, D].

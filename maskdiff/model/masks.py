@@ -124,8 +124,8 @@ def take(labels, positions):
     positions: [B, W] int32 in [0, L).
 
   Returns:
-    Labels, [B, W] each. The regime stays only if it is bidirectional, because
-    the others fix the position of each label.
+    Labels, [B, W] each. Only the bidirectional regime stays, because the other
+    regimes fix the label of each index.
   """
   rows = jnp.arange(len(positions))[:, None]
   regime = BIDIRECTIONAL if labels.regime == BIDIRECTIONAL else GENERAL

@@ -1,11 +1,11 @@
 """Negative log-likelihood of selected tokens, with a gradient per token.
 
 `cross_entropy` computes gradients in its forward pass, because it knows the
-weight of each token. Ratios of sequence likelihoods, preference losses and
-reinforcement learning know the weight of a token only after the sums of all
-rows. `token_nll` therefore computes the logits again in the backward pass, and
-keeps one float32 per token, the log-normalizer. It takes four products with the
-head, where `cross_entropy` takes three.
+weight of each token. In ratios of sequence likelihoods, preference losses and
+reinforcement learning, the weight of a token depends on sums over whole rows.
+`token_nll` therefore computes the logits again in the backward pass, and keeps
+one float32 per token, the log-normalizer. It takes four products with the head;
+`cross_entropy` takes three.
 """
 
 import functools
@@ -25,8 +25,9 @@ LOG_NORMALIZERS = 'log_normalizers'
 def token_nll(hidden, head, targets, where, exclude, chunk):
   """Returns the nll of each selected token, differentiable in reverse mode.
 
-  Tokens whose cotangent is 0 are not computed in the backward pass, e.g. those
-  of a row whose ratio is clipped. There are no second derivatives.
+  Tokens whose cotangent is 0 are not computed in the backward pass, for example
+  the tokens of a row whose ratio is clipped. Second derivatives are not
+  supported.
 
   Args:
     hidden: [B, L, D], final hidden states in the compute dtype.

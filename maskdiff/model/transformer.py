@@ -178,9 +178,8 @@ class Transformer(nnx.Module):
     Args:
       tokens: [B, W] int32, the tokens of the windows.
       labels: masks.Labels of the window; doc is -1 on its padding.
-      cache: Cache, which does not change. A position that is in the window too
-        must be hidden in `cache.labels`, because its cached keys are out of
-        date.
+      cache: Cache, which does not change. The positions of the window must be
+        hidden in `cache.labels`, because their cached keys are out of date.
 
     Returns:
       [B, W, D], as for `__call__`.
@@ -195,11 +194,11 @@ class Transformer(nnx.Module):
       tokens: as for `extend`.
       labels: as for `extend`.
       cache: as for `extend`.
-      places: [B, W] int32, places of the cache that take the window; numbers
-        outside of [0, S) are dropped.
+      places: [B, W] int32, the place of the cache for each position; see
+        `cache.write`.
 
     Returns:
-      [B, W, D], as for `extend`; and the Cache with the window.
+      [B, W, D], as for `extend`; and the Cache that includes the window.
     """
     hidden, (k, v) = self._window(tokens, labels, cache, keep=True)
     return hidden, write(cache, places, k, v, labels)

@@ -30,8 +30,8 @@ def on_devices(loop, hidden, head, tokens, outputs):
     hidden: [B, L, D], final hidden states in the compute dtype.
     head: [D, V], the vocabulary projection, float32 or the compute dtype.
     tokens: tuple of [B, L] arrays.
-    outputs: a key of `SPECS` for each output of the loop. Outputs are summed
-      over the devices that computed parts of them.
+    outputs: a key of `SPECS` for each output of the loop. Each output is summed
+      over the devices that computed a part of it.
 
   Returns:
     Tuple of the outputs of the loop.
@@ -119,7 +119,7 @@ def write(x, index, values):
 
 
 def project(hidden, head, targets, exclude):
-  """Returns logits [t, V] float32, and which of them are of targets, bool.
+  """Returns logits [t, V] float32; and [t, V] bool, True at the targets.
 
   Args:
     hidden: [t, D].

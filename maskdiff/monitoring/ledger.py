@@ -88,7 +88,7 @@ class Ledger:
       self._begin(outer)
 
   def beat(self):
-    """Restarts the time of the current span, so that it is not a stall."""
+    """Resets the timer of stalls, by restarting the current span."""
     self._span = (self._span[0], time.monotonic())
 
   def write(self, step):
@@ -100,7 +100,7 @@ class Ledger:
 
     `goodput` reads three events: `opened`, the first line of a process;
     `started`, with the step from which the process resumes; and `ended`,
-    written when the run is complete. All other events are for readers.
+    written when the run is complete. It ignores all other events.
     """
     self._append({'event': name, **values})
 

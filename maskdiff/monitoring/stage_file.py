@@ -1,7 +1,7 @@
-"""`stage.json` of a work directory: the name of the stage and its panels.
+"""Writes and reads stage.json, the name of the stage of a run and its panels.
 
-A run writes the file, so that the report knows which figures to draw without
-running the stage.
+From this file the report knows which figures to draw, without the code of the
+stage.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ class Curve:
   """A panel of the report that shows one metric over time.
 
   Attributes:
-    id: id of its HTML element, unlike those of all other panels.
+    id: id of the HTML element; no other panel has it.
     title, note: texts above the figure.
     key: name of the metric, such as 'train/reward'.
     scale: factor of the values.
     smooth: whether to add a moving average.
-    reduce: 'last', 'max' or 'mean': the value of a group of neighbouring rows,
-      of which a long run draws one point.
+    reduce: 'last', 'max' or 'mean': how neighbouring rows become one point if
+      the run is long.
     from_zero: whether the y axis begins at 0.
   """
 
@@ -41,7 +41,7 @@ class Curve:
 
 
 def write(workdir, name, panels):
-  """Writes the file.
+  """Writes stage.json.
 
   Args:
     workdir: work directory.
@@ -54,10 +54,13 @@ def write(workdir, name, panels):
 
 
 def read_panels(workdir):
-  """Returns the panels of a work directory, as `write` got them.
+  """Reads the panels of stage.json; those of pretraining without the file.
+
+  Returns:
+    Tuple of Curves and names of figures, as in `Stage.panels`.
 
   Raises:
-    UserError: the file is not as `write` writes it.
+    UserError: the file cannot be read or has another form.
   """
   path = os.path.join(workdir, NAME)
   if not os.path.exists(path):
@@ -69,5 +72,5 @@ def read_panels(workdir):
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(
       f'cannot read the panels in {path} ({error}); delete the file to draw '
-      'those of pretraining'
+      'the panels of pretraining'
     ) from error

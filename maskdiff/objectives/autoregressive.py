@@ -21,8 +21,8 @@ def make_canvas(c, rows, numbers, key, batch):
 
   The labels belong to the predicted tokens. The first token of a row is
   predicted from bos. If attention stays within documents, the first token of a
-  later document is predicted from no token of another document: from bos if the
-  rows store their documents, else from the eos that ends the document before.
+  later document is predicted from a single token: from bos if the rows have the
+  column `doc`, else from the eos that ends the previous document.
   """
   del numbers, key, batch
   valid = text_positions(rows)

@@ -70,7 +70,7 @@ def document_labels(c, rows):
 
   Returns:
     [B, L] int32 >= 0, except on padding; or the int 0 if positions attend to
-    the whole row and padding stands only at its ends.
+    the whole row and padding is only at its ends.
   """
   if c.attend_within == 'document':
     if rows.doc is None:
@@ -81,7 +81,7 @@ def document_labels(c, rows):
 
 
 def text_positions(rows):
-  """Returns [B, L] bool, False on padding; rows is a data.rows.Rows."""
+  """Returns [B, L] bool, False on padding, of data.rows.Rows of [B, L]."""
   if rows.doc is None:
     return jnp.ones(rows.tokens.shape, bool)
   return rows.doc != PADDING

@@ -221,24 +221,23 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
     params_on(model, target.mesh),
   )
   network = load.network(config, params)
-  carry, layout, sizes = begin(
+  carry, layout, shapes = begin(
     network, c, Request(canvas, fill, valid, np.arange(prompts), settings)
   )
   settings = layout.settings
-  whole = mesh_lib.replicated(target.mesh)
-  given = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+  replicated = mesh_lib.replicated(target.mesh)
+  carry, layout = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
     (carry, layout),
   )
-  carry, layout = given
   step = sampler.window_step if window else sampler.canvas_step
   cache = None
   if c.cache != 'none':
-    cache = _cache_on(network, c, sizes[-1][0], layout, target.mesh)
+    cache = _cache_on(network, c, shapes[-1][0], layout, target.mesh)
   return _compile(
     _with_constants(step, settings),
     target.mesh,
-    *(network, c, sizes[-1], layout, carry, cache),
+    *(network, c, shapes[-1], layout, carry, cache),
   )
 
 

@@ -1,8 +1,8 @@
-"""Puts new requests into rows of a batch while the other rows go on.
+"""Puts new requests into rows of a batch while the other rows continue.
 
 Without a cache, a new row joins the next forward pass. With a cache, a new row
-needs a pass over its canvas first. If the other rows are using their caches,
-that pass is made for the new row alone.
+needs a pass over its canvas first. If other rows are using their caches, this
+pass computes the new row only.
 """
 
 import functools
@@ -20,11 +20,11 @@ from maskdiff.sampling.state import Carry, Layout
 
 
 class State(NamedTuple):
-  """A batch on devices."""
+  """State of a batch on devices, between two calls of `sampler.run`."""
 
   carry: Carry
   layout: Layout
-  cache: Cache | None = None  # None until a program with a cache has run
+  cache: Cache | None = None  # from `sampler.run`; None before its first call
 
 
 def admit(network, c, shapes, state, admitted, rows):
@@ -40,7 +40,8 @@ def admit(network, c, shapes, state, admitted, rows):
   """
   if not admitted:
     return state
-  # Other rows get a copy of an admitted one, which is not used.
+  # The arrays have all rows. Rows without a new request get a copy of another
+  # request, which is not used.
   any_row = next(iter(admitted.values()))
   new = jax.tree.map(
     lambda *x: np.concatenate(x) if np.ndim(x[0]) else x[0],
@@ -50,7 +51,8 @@ def admit(network, c, shapes, state, admitted, rows):
   if state is None:
     carry, layout = new
     carry = carry._replace(masked=carry.masked & replaced[:, None, None])
-    # The sharding of the loop's result, so that one program serves all calls.
+    # With the sharding of the results of `run`, so that all calls share a
+    # program.
     return State(*jax.jit(replicate)((carry, layout)))
   carry, layout, cache = state
   others_use_cache = cache and bool(sampler.uses_cache(carry).any())
@@ -63,7 +65,7 @@ def admit(network, c, shapes, state, admitted, rows):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _replace(old, new, replaced):
-  """Returns the state with the `replaced` rows taken from the new one."""
+  """Returns the old Carry and Layout with some rows of the new ones."""
 
   def one(old, new):
     if not old.ndim:

@@ -12,8 +12,8 @@ An answer is a dict, which launch/sample.py writes as a line of JSON:
     positions         number of positions that these passes computed
 
 `trajectory` adds how the row was filled, in lists with one entry per slot of
-the row, from left to right. The slots after an eos, which `answer` leaves out,
-are among them.
+the row, from left to right. They include the slots after an eos, which `answer`
+leaves out.
 
     ids               token
     steps             denoising step that filled the slot, from 1
@@ -87,9 +87,10 @@ def encode_text(prompt, gaps, settings, encode, context=None):
 
 
 def fit(c, texts, settings):
-  """Returns a SamplerConfig for texts: guided if one is, with blocks that fit.
+  """Returns a SamplerConfig that fits a list of texts.
 
-  Slots of a block beyond the longest answer would be computed in vain.
+  Blocks are no longer than the longest answer, because further slots of a block
+  would be computed for nothing. The program is guided if a text has guidance.
 
   Args:
     c: SamplerConfig.
@@ -114,8 +115,8 @@ def filled(s, texts, batch):
     batch: number of rows sampled at once.
 
   Raises:
-    UserError: a request is not valid, or logits were NaN or infinite. The other
-      texts are yielded before.
+    UserError: a request is not valid; the texts before it have been yielded. Or
+      logits were NaN or infinite; all other texts have been yielded.
   """
   requests = (
     RowRequest(i, text.row, text.prompt.seed, text.settings)
@@ -152,8 +153,8 @@ def record(s, texts, batch, show=None):
     s: Sampling.
     texts: list of Text.
     batch: number of rows sampled at once.
-    show: function that is called with the list of texts before every step and
-      after the last.
+    show: function of a list of str, the texts after a step. It is called for
+      the texts before the first step and after every step.
 
   Returns:
     List of answers as `in_batches` yields them, and a list of Recordings.
@@ -194,8 +195,7 @@ def converse(s, settings, lines, seed, note, gap_steps=None):
   A line with gaps, {{n}} for n tokens, is filled. Other lines are continued by
   settings.gen_length tokens. Rows are padded to a power of two, at most the
   context, so that short lines are cheap and few programs are compiled. Padding
-  does not change the answers. The error of a line without an answer is passed
-  to `note`.
+  does not change the answers. If a line fails, its error is passed to `note`.
 
   Args:
     s: Sampling.
@@ -239,7 +239,7 @@ def _encode_line(s, settings, line, seed, gap_steps):
       f'{line[:60]!r} has braces that are not a gap: write {{{{n}}}} where n '
       'tokens are to be filled, or pass a text with such braces as --prompt'
     )
-  c, most = s.c, settings.gen_length
+  c, max_slots = s.c, settings.gen_length
   context = s.context if c.lookahead >= 0 else None
   if gaps:
     c, settings = for_gaps(c, settings, gap_steps)
@@ -248,10 +248,10 @@ def _encode_line(s, settings, line, seed, gap_steps):
   )
   layouts.check_context(s.context, len(text.row))
   slots = text.row.count(None)
-  if slots > most:
+  if slots > max_slots:
     raise UserError(
       f'the gaps have {slots} tokens together: restart with '
-      f'--gen_length={slots} instead of {most}'
+      f'--gen_length={slots} instead of {max_slots}'
     )
   return c, text
 

@@ -44,8 +44,8 @@ def predict(network, c, settings, logits, keys):
     are NaN or infinite.
   """
   s = settings
-  # Rows in which a token is never predicted. One suppression copies the logits
-  # once.
+  # For each token, the rows that never predict it. One call of `suppress`
+  # copies the logits only once.
   never = {}
   if not network.predict_mask:
     never[network.mask_id] = jnp.ones_like(s.logits_eos_inf)
@@ -60,10 +60,10 @@ def predict(network, c, settings, logits, keys):
 
 
 def defer(network, c, settings, logits, token, confidence):
-  """Returns confidences by which eos and the end of turn are committed last.
+  """Returns confidences with which eos and the end of turn are committed last.
 
-  Only rows with `confidence_eos_eot_inf` change. Tokens of the two kinds have
-  confidence 0. The confidence of other tokens is computed without the two.
+  Only rows with `confidence_eos_eot_inf` change. The two tokens get confidence
+  0. The confidence of other tokens is computed without the two.
 
   Args:
     network: Network.

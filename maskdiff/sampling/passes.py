@@ -4,11 +4,12 @@ Without a cache every step computes the whole canvas. With a cache, a pass over
 the canvas stores keys and values, and later steps compute a window only. There
 are two kinds of cache:
 
-- A network whose positions see only positions to their left has an exact cache.
-  The window is the slot, and its keys are appended to the cache.
-- Any other network has an approximate cache (Fast-dLLM, arXiv 2505.22618), made
-  anew for each block. The window is the current block (`dual`), or everything
-  from the block to the end of the row (`prefix`). The cache does not change.
+- A network whose positions see only positions to their left has an exact
+  cache. The window is one slot. Its keys and values are appended to the cache.
+- Any other network has an approximate cache (Fast-dLLM, arXiv 2505.22618),
+  which is computed again for each block. The window is the current block
+  (`dual`), or all positions from the block to the end of the row (`prefix`).
+  Passes over a window do not change the cache.
 
 Only slots of the current block are projected onto the vocabulary. state.py
 explains the letters in shapes. V is the vocabulary size, W the length of a
@@ -61,25 +62,25 @@ def over_canvas(network, c, shape, carry, layout):
 
 @jax.named_scope('part(sampling: bookkeeping)')
 def over_window(network, c, shape, carry, cache, layout):
-  """Computes a window of shape[1] positions per row, beside cached keys.
+  """Computes a window of shape[1] positions per row, which attends to a cache.
 
   Args:
     network: Network.
     c: SamplerConfig.
     shape: one of `shapes`.
-    carry: Carry. Rows whose `cached` is False are computed in vain.
+    carry: Carry. The logits of rows whose `cached` is False are meaningless.
     cache: Cache of shape[0] places.
     layout: Layout.
 
   Returns:
     - logits and number of positions, as from `over_canvas`;
-    - the Cache; an exact cache has the windows of the rows that are `cached`.
+    - the Cache; to an exact cache, windows of rows with `cached` are appended.
   """
   length, _ = shape
   slots = current(layout.slots, carry.block)
   tokens, valid = (x[:, :length] for x in shown(network, c, carry, layout))
   inputs, labels = show(network.objective, tokens, valid, network.bos_id)
-  positions, columns = window(network, c, shape, slots)
+  positions, indices = window(network, c, shape, slots)
   copies, rows = len(tokens) // len(slots), jnp.arange(len(tokens))[:, None]
   positions = jnp.tile(positions, (copies, 1))  # [R, W]
   inside = jnp.clip(positions, 0, length - 1)
@@ -98,23 +99,23 @@ def over_window(network, c, shape, carry, cache, layout):
     usable,
   )
   if exact_cache(network):
-    taken = jnp.tile(carry.cached, copies)[:, None]
-    places = jnp.where(taken, places, length)
+    appends = jnp.tile(carry.cached, copies)[:, None]  # [R, 1]
+    places = jnp.where(appends, places, length)
     hidden, appended = model.append(*arguments, places)
     labels = jax.tree.map(
-      lambda new, old: jnp.where(taken, new, old),
+      lambda new, old: jnp.where(appends, new, old),
       appended.labels,
       cache.labels,
     )
     cache = cache_lib.Cache(appended.k, appended.v, labels)
   else:
     hidden = model.extend(*arguments)
-  logits = logits_at(c, layout.settings, model, hidden, columns)
+  logits = logits_at(c, layout.settings, model, hidden, indices)
   return logits, num_positions(layout.settings, in_window), cache
 
 
 def window(network, c, shape, slots):
-  """Returns the positions of a window, and where the slots are in it.
+  """Returns the positions of a window, and the index of each slot in it.
 
   With `predict_next`, a window also has the position before each of its slots,
   because the network predicts the slot there.
@@ -123,7 +124,7 @@ def window(network, c, shape, slots):
     network: Network.
     c: SamplerConfig.
     shape: (L, W).
-    slots: [B, S] int32, positions of the current block; L where there is none.
+    slots: [B, S] int32, slots of the current block; L where there is no slot.
 
   Returns:
     - [B, W] int32 ascending positions, which may be outside of [0, L);
@@ -141,12 +142,12 @@ def window(network, c, shape, slots):
   left = jnp.where(is_slot, length, left)
   positions = jnp.sort(jnp.concatenate([left, slots], axis=1), axis=1)
   positions = positions[:, :size]
-  columns = jnp.argmax(positions[:, None, :] == slots[:, :, None], axis=2)
-  return positions, columns.astype(jnp.int32)
+  indices = jnp.argmax(positions[:, None, :] == slots[:, :, None], axis=2)
+  return positions, indices.astype(jnp.int32)
 
 
 def shown(network, c, carry, layout):
-  """Returns the tokens that the network sees.
+  """Returns the tokens of a forward pass, and which of them are visible.
 
   A guided program has two copies of the canvas, the second with the prompt
   masked (LLaDA's generate.py). Both copies have the committed tokens.
@@ -164,18 +165,18 @@ def shown(network, c, carry, layout):
 def num_positions(settings, computed):
   """Returns the number of positions computed for each row, [B] int32.
 
-  The second copy of `shown` counts for rows with guidance only.
+  The second copy of `shown` is counted only for rows with guidance.
 
   Args:
     settings: Settings, each field [B].
-    computed: [R, ...] bool.
+    computed: [R, W] bool, True at positions to count.
   """
   rows = len(settings.guidance)
   count = computed.reshape(-1, rows, computed.shape[1]).sum(2, dtype=jnp.int32)
   return jnp.where(settings.guidance > 0, count.sum(0), count[0])
 
 
-def logits_at(c, settings, model, hidden, columns):
+def logits_at(c, settings, model, hidden, indices):
   """Returns logits of the slots of a block, [B, S, V] float32.
 
   Args:
@@ -183,14 +184,14 @@ def logits_at(c, settings, model, hidden, columns):
     settings: Settings, each field [B].
     model: Transformer.
     hidden: [R, L, D] hidden states.
-    columns: [B, S] int32, index of each slot along axis L of `hidden`. Where
+    indices: [B, S] int32, index of each slot along axis L of `hidden`. Where
       the block has no slot, the index is arbitrary and the logits are
       meaningless.
   """
-  copies, (_, length) = len(hidden) // len(columns), hidden.shape[:2]
+  copies, (_, length) = len(hidden) // len(indices), hidden.shape[:2]
   rows = jnp.arange(len(hidden))[:, None]
-  columns = jnp.minimum(jnp.tile(columns, (copies, 1)), length - 1)
-  logits = model.logits(hidden[rows, columns])
+  indices = jnp.minimum(jnp.tile(indices, (copies, 1)), length - 1)
+  logits = model.logits(hidden[rows, indices])
   if not c.guided:
     return logits
   scale = settings.guidance[:, None, None]
@@ -230,7 +231,7 @@ def shapes(network, c, length, slots):
 
 
 def wider(shapes, others):
-  """Returns the larger of two lists of shapes, number by number."""
+  """Returns the elementwise maximum of two tuples of shapes."""
   return tuple(
     tuple(map(max, a, b)) for a, b in zip(shapes, others, strict=True)
   )
@@ -248,13 +249,13 @@ def halves(largest, smallest):
 
 
 def choose_shape(network, c, shapes, carry, layout):
-  """Returns the index of the first shape that covers all rows in progress."""
+  """Returns the index of the shortest shape that covers all rows, int32."""
   covered = [covers(network, c, shape, carry, layout) for shape in shapes]
   return jnp.argmax(jnp.stack(covered))
 
 
 def covers(network, c, shape, carry, layout):
-  """Returns whether a shape covers what all rows in progress see, a bool."""
+  """Returns a bool: a shape covers the visible positions of active rows."""
   valid = visible(c, carry, layout)
   end = jnp.where(valid, jnp.arange(valid.shape[1]) + 1, 0).max(axis=1)
   fits = end <= shape[0]
@@ -265,7 +266,7 @@ def covers(network, c, shape, carry, layout):
 
 
 def empty_cache(network, c, layout):
-  """Returns a Cache for all rows and positions, with nothing in it."""
+  """Returns a Cache for all rows and positions whose places are hidden."""
   copies = 2 if c.guided else 1
   valid = jnp.tile(layout.valid, (copies, 1))
   _, labels = show(

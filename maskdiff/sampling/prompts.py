@@ -11,11 +11,20 @@ from maskdiff.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
+  """A text to continue, or a text with gaps.
+
+  Attributes:
+    text: str.
+    seed: int in [0, 2^32).
+    settings: values that differ from those of the command line, by key of
+      config.sample.
+    where: file and line, for errors; '' for a text of the command line.
+  """
+
   text: str
   seed: int
-  # Settings that differ from those of the command line; keys of config.sample.
   settings: dict = dataclasses.field(default_factory=dict)
-  where: str = ''  # file and line, for errors
+  where: str = ''
 
 
 def read(path, first_seed):
@@ -64,11 +73,14 @@ def read(path, first_seed):
 
 
 def located(function, prompt):
-  """Returns function(prompt); a UserError gets the file and line of the prompt.
+  """Returns function(prompt); adds the file and line to a UserError.
 
   Args:
     function: function of a Prompt.
     prompt: Prompt.
+
+  Raises:
+    UserError: of the function, with `prompt.where` in front.
   """
   try:
     return function(prompt)

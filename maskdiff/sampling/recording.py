@@ -1,6 +1,6 @@
-"""How a row was filled: the step and the confidence of every slot.
+"""Recordings of filled rows: the step and the confidence of every slot.
 
-Committed tokens are never revised. The canvas before any denoising step
+Committed tokens are never revised. The canvas after any denoising step
 therefore follows from the filled row and the step of each slot.
 """
 
@@ -19,7 +19,8 @@ class Recording(NamedTuple):
   # whole row. 0 on given tokens, and on slots without a token.
   steps: np.ndarray
   # [n] float32: confidence of the token when it was committed. NaN on given
-  # tokens, and on slots that were filled with eos because an eos came before.
+  # tokens, on slots without a token, and on slots that were filled with eos
+  # because an eos came before.
   confidence: np.ndarray
 
 

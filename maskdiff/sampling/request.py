@@ -38,10 +38,10 @@ def begin(network, c, request, num_slots=0):
     network: Network.
     c: SamplerConfig.
     request: Request.
-    num_slots: number of slots of a row for which the layout has blocks; rows
-      with fewer slots have empty blocks. 0: the largest number of slots, or
-      gen_length, of the rows. Batches with equally many rows, positions and
-      blocks share a program.
+    num_slots: number of slots per row for which the Layout has blocks; rows
+      with fewer slots have empty blocks. 0: the largest number of slots or
+      gen_length among the rows. Batches with the same number of rows, positions
+      and blocks share a program.
 
   Returns:
     The first Carry, the Layout, and passes.shapes of the request.

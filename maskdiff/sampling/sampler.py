@@ -15,8 +15,8 @@ The file reads top to bottom:
 
 1. `generate` and `complete`: request.begin divides the slots into blocks, and
    `run` compiles one loop over rounds.
-2. `run_round`: a denoising step by a forward pass over the canvas and, with a
-   cache, further steps by passes over a window (passes.py).
+2. `run_round`: a denoising step with a forward pass over the canvas and, with a
+   cache, more steps with passes over a window (passes.py).
 3. `denoise`: one denoising step, given the logits of the current block. The
    network predicts a token and a confidence for each slot (commit.predict,
    candidates.py), the remasking rule selects some of the predictions
@@ -71,14 +71,14 @@ def complete(network, c, request):
   return run(network, c, shapes, carry, layout)[0]
 
 
-MOST = np.int32(2**31 - 1)
+MOST = np.int32(2**31 - 1)  # no limit of `calls`
 
 
 class Limits(NamedTuple):
-  """When `run` returns; int32 each."""
+  """Conditions under which `run` returns; int32 each."""
 
   active: jax.Array = np.int32(0)  # at most this many rows are in progress
-  calls: jax.Array = MOST  # carry.calls has reached this number
+  calls: jax.Array = MOST  # `carry.calls` has reached this number
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnames='cache')
@@ -91,8 +91,8 @@ def run(network, c, shapes, carry, layout, cache=None, limits=None):
     shapes: from `request.begin`.
     carry: Carry.
     layout: Layout.
-    cache: Cache of all rows and positions. By default a new one, of which no
-      row of the Carry may make use yet.
+    cache: Cache of all rows and positions, which is donated. None: a new one;
+      `cached` must then be False in all rows of the Carry.
     limits: Limits.
 
   Returns:
@@ -114,23 +114,23 @@ def run(network, c, shapes, carry, layout, cache=None, limits=None):
     return jax.lax.switch(index, rounds, *state)
 
   carry, cache = jax.lax.while_loop(
-    lambda state: _goes_on(state[0], limits), next_round, (carry, cache)
+    lambda state: _below_limits(state[0], limits), next_round, (carry, cache)
   )
   return replicate(carry), cache
 
 
-def _goes_on(carry, limits):
+def _below_limits(carry, limits):
   many = in_progress(carry).sum() > limits.active
   return many & (carry.calls < limits.calls)
 
 
 def run_round(network, c, shape, layout, limits, carry, cache):
-  """Runs a step by a pass over the canvas, then the steps its cache serves.
+  """Runs a step over the canvas, then steps over windows that use its cache.
 
-  If some rows can use the cache, the pass over the canvas is left out. Passes
-  over a window are repeated until every row needs a pass over the canvas; rows
-  that need it sooner wait for the others. The round also ends when a limit is
-  reached, or when a longer shape is needed.
+  If the cache can be used by some rows already, the step over the canvas is
+  skipped. Steps over windows are repeated until every row needs a pass over the
+  canvas; rows that need it earlier wait for the others. The round also ends
+  when a limit is reached, or when a longer shape is needed.
 
   Args:
     network: Network.
@@ -152,7 +152,7 @@ def run_round(network, c, shape, layout, limits, carry, cache):
   def window_is_next(state):
     carry, _ = state
     fits = passes.covers(network, c, shape, carry, layout)
-    return uses_cache(carry).any() & _goes_on(carry, limits) & fits
+    return uses_cache(carry).any() & _below_limits(carry, limits) & fits
 
   first_places = cache_lib.first_places(cache, shape[0])
   state = jax.lax.cond(

@@ -2,7 +2,7 @@
 
 Rows end at different times, for example at an early eos, or because a threshold
 commits many tokens per step. The next request takes the row of one that has
-ended, while the other rows go on (admission.py). One program serves all
+ended, while the other rows continue (admission.py). One program serves all
 requests, and the answer to a request does not depend on the others.
 """
 
@@ -20,8 +20,8 @@ from maskdiff.sampling.recording import Recording
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.settings import DEFAULT, Settings
 
-# Passes between two looks at an iterator that had no request; seconds to wait
-# before the next look if no row is in progress.
+# After None, `next` is called again after this many passes, or after this time
+# if no row is in progress.
 POLL_PASSES, POLL_SECONDS = 8, 0.01
 
 
@@ -35,7 +35,7 @@ class RowRequest(NamedTuple):
 
 
 class Answer(NamedTuple):
-  """The row of a request with its slots filled, or the reason why it is not."""
+  """The filled row of a request, or the error of a request that failed."""
 
   id: Hashable
   recording: Recording | None = None  # None: the request was refused
@@ -47,17 +47,19 @@ class Answer(NamedTuple):
 def serve(network, c, requests, rows, length):
   """Yields an Answer to each request, as the rows end.
 
-  A request that is not valid, or whose logits are NaN or infinite, gets an
-  Answer with an error; the others go on.
+  If a request is not valid, or its logits are NaN or infinite, its Answer has
+  an error. The other requests are not affected. In a run of several processes,
+  all must pass the same requests, and None at the same points.
 
   Args:
     network: Network.
     c: SamplerConfig.
     requests: iterable of RowRequest, which may be endless. The next request is
-      taken only when a row is free, so that with rows=1 it may depend on the
-      answer before it. While `next` waits, no row goes on. An iterable that may
-      have to wait, such as a queue, can yield None instead: there is no request
-      now. The rows then go on, and it is asked again after a few passes.
+      taken only when a row is free, so with rows=1 a request may depend on the
+      previous answer. No row is computed while `next` waits. An iterable that
+      has no request at the moment, such as an empty queue, can yield None
+      instead of waiting. The rows are then computed, and `next` is called again
+      after a few passes.
     rows: number of rows of the batch.
     length: number of tokens and slots for which a row has room.
 
@@ -103,18 +105,18 @@ _END = object()
 
 
 def _begin(network, c, request, length):
-  """Returns the results of request.begin for one RowRequest.
+  """Returns Carry, Layout and shapes of one RowRequest, by request.begin.
 
   Raises:
-    UserError: the request is too long, or see `request.begin`.
+    UserError: the request is too long; or see `request.begin`.
   """
   if len(request.row) > length:
     raise UserError(
       f'the request has {len(request.row)} tokens and slots, but rows have '
       f'room for {length}: shorten the prompt or ask for fewer tokens'
     )
-  laid = layouts.lay_out([request.row], [request.seed], request.settings)
-  return begin(network, c, layouts.widen(laid, length), num_slots=length)
+  one_row = layouts.lay_out([request.row], [request.seed], request.settings)
+  return begin(network, c, layouts.widen(one_row, length), num_slots=length)
 
 
 def _run(network, c, shapes, state, active, idle):
@@ -126,7 +128,7 @@ def _run(network, c, shapes, state, active, idle):
     shapes: from `request.begin`.
     state: admission.State.
     active: list of the RowRequest, or None, in each row.
-    idle: whether to stop after POLL_PASSES passes, to look for a request.
+    idle: whether to stop after POLL_PASSES passes, to ask for a new request.
 
   Returns:
     The next State; and a list of (row, Answer) for the rows that have ended.

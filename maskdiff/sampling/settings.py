@@ -1,8 +1,8 @@
-"""Settings of the sampler: those of a program, and those of each request.
+"""Settings of the sampler: of the compiled program, and of each request.
 
-maskdiff/config/sample.py declares the settings and marks those that may differ
-between the requests of a batch. Those are arrays with one value per row, so a
-new value compiles nothing. The other settings shape the compiled program.
+maskdiff/config/sample.py declares the settings, and marks the settings that may
+differ between the requests of a batch. These are arrays with one value per row,
+so a new value compiles nothing. The other settings shape the compiled program.
 """
 
 import collections
@@ -37,7 +37,7 @@ _KINDS = {bool: 'b', int: 'iu', float: 'iuf'}  # of NumPy dtypes
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig(_OfProgram):
-  """Settings that shape the compiled program, and are equal in all its rows.
+  """Settings that shape the compiled program; all rows share their values.
 
   maskdiff/config/sample.py declares them, with defaults and help.
 
@@ -47,13 +47,13 @@ class SamplerConfig(_OfProgram):
   compute from the start of the block to the end of the row. `dual` stores all
   positions outside the block; later steps compute the block only. Cached values
   do not reflect tokens committed since that pass, so results differ a little
-  from results without a cache. With refresh=1 they are equal. A left-to-right
-  network has an exact `prefix` cache: results are those without a cache.
+  from results without a cache. With refresh=1 they are equal. For left-to-right
+  networks, `prefix` is an exact cache: results equal those without a cache.
 
   Attributes:
     guided: whether the program computes each row twice, the second time with
-      the prompt masked, for classifier-free guidance. Rows with guidance=0 are
-      those of a program without guidance.
+      the prompt masked, for classifier-free guidance. Rows with guidance=0
+      equal those of a program without guidance.
   """
 
   guided: bool = False
@@ -67,10 +67,11 @@ class Settings(
   """Settings of a request, or of the rows of a batch.
 
   maskdiff/config/sample.py declares them, with help. A field is a number or a
-  bool; in a Layout it is an array [B] of int32, float32 or bool. Two fields
-  have one more value here. `gen_length` is the number of slots over which
-  `steps` is divided. 0: the slots of the row; blocks of a row then have equally
-  many steps, rounded up. steps=0 is one step per slot, with gen_length=0 only.
+  bool; in a Layout it is an array [B] of int32, float32 or bool. Two fields may
+  also be 0, unlike the config keys. `gen_length` is the number of slots over
+  which `steps` is divided; 0 stands for the slots of the row, whose blocks then
+  have equally many steps, rounded up. With gen_length=0, steps=0 stands for one
+  step per slot.
 
   Models tuned on answers padded with eos predict eos early. The published
   evaluations of LLaDA (EVAL.md) suppress eos in one of two ways. With

@@ -24,7 +24,7 @@ class Heldout:
     share: share of the dataset in the mixture, in (0, 1].
     tokens_per_byte: tokens per byte of its held-out text.
     unigram_entropy_nats: entropy of single tokens of its held-out text, nats.
-    batches: list of [B, L] int32 arrays on the mesh.
+    batches: list of data.rows.Rows of [B, L] on the mesh.
   """
 
   name: str
@@ -168,9 +168,9 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
   c = eval_config(c)
   keys = jax.random.split(jax.random.key(0), len(batches))
   sums = []
-  for tokens, key in zip(batches, keys, strict=True):
+  for rows, key in zip(batches, keys, strict=True):
     between()
-    sums.append(jit_eval_step(c, params, tokens, key))
+    sums.append(jit_eval_step(c, params, rows, key))
     # Waits for the previous batch, so that at most one batch is queued.
     sums[-2:-1] = jax.device_get(sums[-2:-1])
   sums = jax.device_get(sums)
@@ -195,9 +195,9 @@ def eval_config(c):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def jit_eval_step(c, params, tokens, key):
-  """Jitted `step.eval_step`; the LossSums are replicated on all processes."""
-  return replicate(step_lib.eval_step(c, params, tokens, key))
+def jit_eval_step(c, params, rows, key):
+  """Jitted `step.eval_step`; the LossSums are replicated on all devices."""
+  return replicate(step_lib.eval_step(c, params, rows, key))
 
 
 def nll_by_mask_ratio(sums):

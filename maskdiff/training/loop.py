@@ -44,7 +44,7 @@ def run(config, workdir, make_stage=pretraining.make_stage):
   Args:
     config: ConfigDict with the keys of config.default().
     workdir: work directory, created if it does not exist.
-    make_stage: function from (config, RunSetup) to a Stage.
+    make_stage: (config, RunSetup) -> Stage.
 
   Returns:
     The metrics of the last evaluation, a dict of floats by name.
@@ -151,13 +151,13 @@ def _open_checkpoints(config, workdir):
 
 
 def _next_batch(stage, setup, position, params):
-  """Returns the batch at a position, the next position, and facts."""
+  """Calls `Stage.next_batch`, whose time counts as `data`."""
   with setup.ledger.span('data'), jax.set_mesh(setup.mesh):
     return stage.next_batch(position, params)
 
 
 def _compile(stage, setup, reporter, state, batch, key):
-  """Prints the first row and the memory per device; returns the train step."""
+  """Compiles the train step; prints the first row and memory per device."""
   with jax.set_mesh(setup.mesh):
     with setup.ledger.span('data'):
       reporter.write_first_row(stage.first_row(batch))

@@ -76,23 +76,24 @@ def make_stage(config, setup, gradients=None):
 def in_order(open_batches, batch, skip):
   """Returns `Stage.next_batch` over an endless iterator that reads ahead.
 
-  The iterator stays open while batches are asked for in order; another position
-  opens it there.
+  The position is the number of samples consumed. The iterator stays open while
+  each call continues where the previous call ended. A call with another
+  position opens a new iterator at that position.
 
   Args:
-    open_batches: number of the first sample -> iterator of batches.
+    open_batches: (number of samples consumed) -> iterator of batches.
     batch: samples per batch.
     skip: (first, end) ranges of sample numbers to skip.
   """
-  batches, at = None, None
+  batches, end = None, None  # the open iterator, and its position
 
   def next_batch(position, params):
-    nonlocal batches, at
-    if position != at:
+    nonlocal batches, end
+    if position != end:
       batches = open_batches(position)
     rows = next(batches)
-    at = int(pipeline.sample_number(position, batch, skip))
-    return rows, at, {'samples': (position, at)}
+    end = int(pipeline.sample_number(position, batch, skip))
+    return rows, end, {'samples': (position, end)}
 
   return next_batch
 

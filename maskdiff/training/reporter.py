@@ -14,7 +14,7 @@ from maskdiff.training.optimizer import OptimizerConfig, learning_rate
 
 
 class _Done(NamedTuple):
-  """A dispatched step: its number, StepMetrics, and facts of its batch."""
+  """A dispatched step: its number, StepMetrics, and the facts of its batch."""
 
   step: int
   metrics: object
@@ -24,9 +24,9 @@ class _Done(NamedTuple):
 class Reporter:
   """Writes a run's metrics to disk, TensorBoard, wandb and the terminal.
 
-  The window holds the metrics of all steps since the last call of `write`. They
-  stay on the device until `write` fetches them. The stage says which metrics a
-  row holds, and the text of the progress.
+  Pending steps are the steps since the last call of `write`. Their metrics stay
+  on the device until `write` fetches them. The stage decides which metrics a
+  row holds, and formats the line of progress.
   """
 
   def __init__(self, config, stage, workdir, start, ledger):
@@ -48,7 +48,7 @@ class Reporter:
     # On the host, so that reading a rate does not wait for a step.
     rates = jax.vmap(learning_rate(OptimizerConfig(**config.optimizer), steps))
     self._learning_rates = np.asarray(rates(np.arange(steps)))
-    self._window = collections.deque()
+    self._pending = collections.deque()
     self._skipped = collections.deque(maxlen=self._max_in_a_row)
     self._clock = time.monotonic()
     self._writer = metrics.Writer(
@@ -84,36 +84,36 @@ class Reporter:
     self._clock += time.monotonic() - began
 
   def add(self, step, step_metrics, facts):
-    """Adds a dispatched step to the window.
+    """Adds a dispatched step to the pending steps.
 
     Args:
       step: int.
       step_metrics: StepMetrics on the device.
       facts: facts of the batch, see `Stage.next_batch`.
     """
-    self._window.append(_Done(step, step_metrics, facts))
+    self._pending.append(_Done(step, step_metrics, facts))
 
   def wait(self, step):
-    """Waits until a step of the window has ended on the device.
+    """Waits until a pending step has ended on the device.
 
     The loop dispatches one step ahead. If more steps were queued, a checkpoint
     after SIGTERM would have to wait for all of them.
     """
-    for done in self._window:
+    for done in self._pending:
       if done.step == step:
         with self._ledger.span('step'):
           jax.block_until_ready(done.metrics)
 
   def write(self, step):
-    """Fetches and writes the metrics of the window up to a step.
+    """Fetches and writes the metrics of the pending steps up to a step.
 
     Raises:
       UserError: config.guard.max_in_a_row consecutive updates were skipped.
     """
     done = []
     with self._ledger.span('step'):
-      while self._window and self._window[0].step <= step:
-        first = self._window.popleft()
+      while self._pending and self._pending[0].step <= step:
+        first = self._pending.popleft()
         done.append(first._replace(metrics=jax.device_get(first.metrics)))
     if not done:
       return

@@ -33,7 +33,7 @@ MAY_CHANGE = (
 
 
 class Start(NamedTuple):
-  """The moment of the training at which a run starts.
+  """The step and the position of the stage at which a run starts.
 
   Attributes:
     step: number of steps done; 0 for a new run.
@@ -134,6 +134,9 @@ def _check(name, meta, config, stage):
     meta: manifest.Meta.
     config: ConfigDict of the run.
     stage: Stage of the run.
+
+  Raises:
+    UserError: a difference is not allowed.
   """
   if meta.stage != stage.name:
     raise UserError(

@@ -28,7 +28,7 @@ class RunSetup:
     ledger: Ledger. `with ledger.span('rollout')` counts the time inside.
     between: function without arguments that `Stage.next_batch` and
       `Stage.evaluate` call between parts of long work, equally often in every
-      process. It raises an exception if the run was told to stop.
+      process. It raises an exception if the run has received SIGTERM.
   """
 
   model: TransformerConfig

@@ -111,9 +111,9 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
     rows: data.rows.Rows of [B, L], the global batch of clean tokens.
     key: PRNG key of the run, folded with the step number.
     gradients: (StepConfig, TrainState, batch, key of the step) -> (gradients of
-      the summed loss, sums) for a stage with another loss. `sums` has `loss`
-      and `num_tokens`, by which the gradients are divided. By default
-      `batch_gradients` of the parameters.
+      the summed loss, sums), for a stage with another loss. `sums` has the
+      fields `loss` and `num_tokens`; the gradients are divided by `num_tokens`.
+      Default: `batch_gradients`.
 
   Returns:
     The next TrainState, and StepMetrics.
