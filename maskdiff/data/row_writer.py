@@ -250,13 +250,13 @@ class _Blocks:
       self.row_length, self.columns = shape[1], rows.columns
     if shape[1] != self.row_length:
       raise UserError(
-        f'{where}: rows have {shape[1]} tokens, earlier rows '
+        f'{where}: rows have {shape[1]} tokens, but earlier rows have '
         f'{self.row_length}; write rows of one length'
       )
     if rows.columns != self.columns:
       names = [', '.join(('tokens', *c)) for c in (rows.columns, self.columns)]
       raise UserError(
-        f'{where}: the columns are {names[0]}, those of earlier rows {names[1]}'
+        f'{where}: the columns are {names[0]}, but earlier rows have {names[1]}'
         '; write the same columns in every block'
       )
     _check_columns(where, rows)

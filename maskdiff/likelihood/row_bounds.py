@@ -74,8 +74,8 @@ def bound(networks, answers, e, key, rows, chunk):
 def draw(networks, e, answer, key, rows):
   """Returns the queries of `bound`, a device_queries.RowQueries.
 
-  Arguments and errors are those of `bound`; answer is [B, L] bool. The
-  Estimator has no effect for left-to-right networks, which have one query.
+  Arguments and errors as for `bound`; answer is [B, L] bool. The Estimator has
+  no effect for left-to-right networks, which have one query.
   """
   objective = _objective(networks)
   if OBJECTIVES[objective].likelihood == 'exact':

@@ -64,7 +64,7 @@ REDUCE = {'last': lambda values: values[-1], 'max': np.max, 'mean': np.mean}
 
 
 def panels(runs):
-  """Returns the panels that have data: those of the stages, then the others.
+  """Returns the panels that have data: first the panels of the stages.
 
   Args:
     runs: list of history.Run.

@@ -12,6 +12,7 @@ Modules, from the request to the answer:
 - commit: parts of a denoising step after its forward pass
 - sampler: the denoising loop; `generate` fills a request
 - serve: requests as they come, in a batch of fixed size
+- admission: new requests into free rows of this batch
 - prompts: prompts from files and from a keyboard
 - answers: answers to texts, as launch/sample.py gives them
 - output: prints answers, and writes them to files

@@ -91,7 +91,7 @@ DEFAULT = Settings()
 
 
 def split(values):
-  """Divides settings into those of the program and those of the request.
+  """Returns settings as a SamplerConfig and the Settings of a request.
 
   Args:
     values: dict from keys of config.sample to values; missing keys have the

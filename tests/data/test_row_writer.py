@@ -268,7 +268,7 @@ def test_bad_block_is_refused_and_nothing_remains(name, tokenizer, tmp_path):
 @pytest.mark.parametrize(
   'second, message',
   [
-    (Rows(np.full((2, 8), 20)), 'rows have 8 tokens, earlier rows 12'),
+    (Rows(np.full((2, 8), 20)), '8 tokens, but earlier rows have 12'),
     (make_rows(2, ('doc',)), 'columns are tokens, doc, those of .* answer;'),
     (with_value('doc', 99), r'train rows from 5: doc is 99 .* of the block'),
   ],
