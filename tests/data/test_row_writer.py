@@ -269,7 +269,7 @@ def test_bad_block_is_refused_and_nothing_remains(name, tokenizer, tmp_path):
   'second, message',
   [
     (Rows(np.full((2, 8), 20)), '8 tokens, but earlier rows have 12'),
-    (make_rows(2, ('doc',)), 'columns are tokens, doc, those of .* answer;'),
+    (make_rows(2, ('doc',)), 'tokens, doc, but earlier rows have .* answer;'),
     (with_value('doc', 99), r'train rows from 5: doc is 99 .* of the block'),
   ],
 )
