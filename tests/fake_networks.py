@@ -1,5 +1,8 @@
 """Networks of a few lines that replace the Transformer in the sampler."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -7,11 +10,19 @@ from maskdiff.model.network import Network
 from maskdiff.sampling import passes
 
 
+class Config(NamedTuple):
+  """Stands for a TransformerConfig."""
+
+  function: Callable  # (params, tokens, valid) -> logits
+  vocab_size: int = 1 << 31
+  predict_next: bool = False
+
+
 class Fake:
   """A network whose logits are a function of (params, tokens, valid)."""
 
-  def __init__(self, function, params):
-    self.function, self.params = function, params
+  def __init__(self, config, params):
+    self.function, self.params = config.function, params
 
   def __call__(self, tokens, labels):
     return self.function(self.params, tokens, labels.doc >= 0)  # [B, L, V]
@@ -24,14 +35,16 @@ def network(function, params=None, **fields):
   """Returns a Network that computes a function, for use after `put_in`.
 
   Args:
-    function: (params, tokens, valid) -> logits, as for `Fake`.
+    function: (params, tokens, valid) -> logits, as for `Fake`; or a
+      TransformerConfig, for a real network.
     params: an array or a tree of arrays.
     **fields: fields of Network that differ from the defaults here.
   """
   defaults = dict(
     objective='masked_diffusion', predict_mask=False, mask_id=4, bos_id=1
   )
-  return Network(config=function, params=params, **{**defaults, **fields})
+  config = Config(function) if callable(function) else function
+  return Network(config=config, params=params, **{**defaults, **fields})
 
 
 def put_in(monkeypatch):

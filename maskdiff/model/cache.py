@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from maskdiff.distributed.mesh import shard
+from maskdiff.distributed.mesh import replicate, shard
 from maskdiff.model import masks
 
 
@@ -49,8 +49,18 @@ def empty(c, labels):
   zeros = jnp.zeros(
     (c.layers, batch, c.kv_heads, places, c.head_dim), jnp.dtype(c.dtype)
   )
-  zeros = shard(zeros, None, 'batch', 'kv_heads', None, 'head_dim')
-  return Cache(zeros, zeros, hide(labels))
+  return split(Cache(zeros, zeros, hide(labels)))
+
+
+def split(cache):
+  """Returns the Cache with rows and heads split over the mesh, if there is one.
+
+  The labels are on all devices.
+  """
+  axes = (None, 'batch', 'kv_heads', None, 'head_dim')
+  return Cache(
+    shard(cache.k, *axes), shard(cache.v, *axes), replicate(cache.labels)
+  )
 
 
 def hide(labels, hidden=True):
@@ -75,12 +85,11 @@ def write(cache, places, k, v, labels):
     labels: masks.Labels of the W positions, [B, W] each.
   """
   places = jnp.where(places < 0, cache.k.shape[3], places)
-  # By vmap, so that a mesh that splits the rows needs no communication.
-  put = jax.vmap(
-    lambda old, at, new: old.at[:, :, at].set(new, mode='drop'),
-    in_axes=(1, 0, 1),
-    out_axes=1,
-  )
+  # By vmap over the rows, so that a mesh that splits the rows needs no
+  # communication; over the layers first, so that no axis is moved, which would
+  # copy the whole cache.
+  of_layer = jax.vmap(lambda old, at, new: old.at[:, at].set(new, mode='drop'))
+  put = jax.vmap(of_layer, in_axes=(0, None, 0))
   mark = jax.vmap(lambda old, at, new: old.at[at].set(new, mode='drop'))
   old = cache.labels
   return Cache(
@@ -98,6 +107,8 @@ def write(cache, places, k, v, labels):
 
 def first_places(cache, places):
   """Returns a Cache of the first `places` places of each row."""
+  if places == cache.k.shape[3]:
+    return cache
   return Cache(
     cache.k[:, :, :, :places],
     cache.v[:, :, :, :places],
@@ -113,6 +124,8 @@ def replace_first_places(cache, part):
     part: Cache of at most S places. The remaining places of `cache` are hidden,
       because their keys and values are older than those of `part`.
   """
+  if part.k.shape == cache.k.shape:
+    return part
   start = lambda old, new: jax.lax.dynamic_update_slice(
     old, new, (0,) * old.ndim
   )

@@ -82,7 +82,8 @@ def plan_sample(
     if cached['step_s'] is None:
       return cached
     result['window_step_s'] = cached['step_s']
-  cached_steps = _cached_steps(config.sample, steps)
+  exact = OBJECTIVES[config.objective.name].exact_cache
+  cached_steps = _cached_steps(config.sample, steps, exact)
   latency = (steps - cached_steps) * result['step_s']
   latency += cached_steps * (result['window_step_s'] or 0)
   return result | {
@@ -92,15 +93,18 @@ def plan_sample(
   }
 
 
-def _cached_steps(s, steps):
+def _cached_steps(s, steps, exact):
   """Returns the number of denoising steps that use the cache.
 
   Args:
     s: ConfigDict, config.sample.
     steps: total number of denoising steps.
+    exact: whether the cache stays exact, so that it is filled once.
   """
   if s.cache == 'none':
     return 0
+  if exact:
+    return steps - 1
   slots = s.gen_length
   blocks = -(-slots // min(s.block_length, slots))
   steps_per_block = steps // blocks

@@ -2,7 +2,8 @@
 
 Without a cache, a new row joins the next forward pass. With a cache, a new row
 needs a pass over its canvas first. If other rows are using their caches, this
-pass computes the new row only.
+pass computes the new row only, and so it does for rows that wait for such a
+pass.
 """
 
 import functools
@@ -16,7 +17,7 @@ from maskdiff.distributed.mesh import replicate
 from maskdiff.model import cache as cache_lib
 from maskdiff.model.cache import Cache
 from maskdiff.sampling import passes, sampler
-from maskdiff.sampling.state import Carry, Layout
+from maskdiff.sampling.state import Carry, Layout, in_progress
 
 
 class State(NamedTuple):
@@ -24,7 +25,7 @@ class State(NamedTuple):
 
   carry: Carry
   layout: Layout
-  cache: Cache | None = None  # from `sampler.run`; None before its first call
+  cache: Cache | None = None  # None if c.cache is 'none'
 
 
 def admit(network, c, shapes, state, admitted, rows):
@@ -51,16 +52,45 @@ def admit(network, c, shapes, state, admitted, rows):
   if state is None:
     carry, layout = new
     carry = carry._replace(masked=carry.masked & replaced[:, None, None])
-    # With the sharding of the results of `run`, so that all calls share a
+    # With the shardings of the results of `run`, so that all calls share a
     # program.
-    return State(*jax.jit(replicate)((carry, layout)))
+    cache = None if c.cache == 'none' else _empty_cache(network, c, layout)
+    return State(*jax.jit(replicate)((carry, layout)), cache)
   carry, layout, cache = state
-  others_use_cache = cache and bool(sampler.uses_cache(carry).any())
+  if cache:
+    broken = replaced & jax.device_get(carry.broken)
+    for i in np.flatnonzero(broken):
+      cache = _clear_row(cache, rows, np.int32(i))
   state = State(*_replace((carry, layout), new, replaced), cache)
-  if others_use_cache:
-    for i in admitted:
+  if cache:
+    # Rows whose cache is out of date wait until no row uses its cache. While
+    # requests are admitted, that may never happen.
+    uses_cache, active = jax.device_get(
+      (sampler.uses_cache(state.carry), in_progress(state.carry))
+    )
+    for i in np.flatnonzero(active & ~uses_cache) if uses_cache.any() else ():
       state = start_row(network, c, shapes, state, np.int32(i))
   return state
+
+
+_empty_cache = jax.jit(passes.empty_cache, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _clear_row(cache, rows, row):
+  """Returns the Cache with zeros in a row.
+
+  The keys and values of a broken row may be NaN. A NaN counts even where it is
+  hidden, because its weight of 0 times NaN is NaN.
+  """
+  copies = row + rows * jnp.arange(cache.k.shape[1] // rows)
+  return cache_lib.Cache(
+    cache.k.at[:, copies].set(0),
+    cache.v.at[:, copies].set(0),
+    cache_lib.hide(
+      cache.labels, jnp.isin(jnp.arange(cache.k.shape[1]), copies)[:, None]
+    ),
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -77,7 +107,7 @@ def _replace(old, new, replaced):
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=3)
 def start_row(network, c, shapes, state, row):
-  """Runs the first denoising step of one row, and fills its cache.
+  """Runs a denoising step of one row over its canvas, and fills its cache.
 
   Args:
     network: Network.
@@ -113,4 +143,4 @@ def start_row(network, c, shapes, state, row):
   rows = len(state.layout.seeds)
   copies = row + rows * jnp.arange(cache.labels.doc.shape[0])
   cache = cache_lib.put_rows(state.cache, copies, cache)
-  return State(*replicate((carry, state.layout)), cache)
+  return State(*replicate((carry, state.layout)), cache_lib.split(cache))

@@ -116,7 +116,7 @@ def run(network, c, shapes, carry, layout, cache=None, limits=None):
   carry, cache = jax.lax.while_loop(
     lambda state: _below_limits(state[0], limits), next_round, (carry, cache)
   )
-  return replicate(carry), cache
+  return replicate(carry), cache and cache_lib.split(cache)
 
 
 def _below_limits(carry, limits):

@@ -6,6 +6,7 @@ ended, while the other rows continue (admission.py). One program serves all
 requests, and the answer to a request does not depend on the others.
 """
 
+import numbers
 import time
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -108,8 +109,10 @@ def _begin(network, c, request, length):
   """Returns Carry, Layout and shapes of one RowRequest, by request.begin.
 
   Raises:
-    UserError: the request is too long; or see `request.begin`.
+    UserError: the request is too long, or has a value of the wrong type; or see
+      `request.begin`.
   """
+  _check_request(network, request)
   if len(request.row) > length:
     raise UserError(
       f'the request has {len(request.row)} tokens and slots, but rows have '
@@ -117,6 +120,27 @@ def _begin(network, c, request, length):
     )
   one_row = layouts.lay_out([request.row], [request.seed], request.settings)
   return begin(network, c, layouts.widen(one_row, length), num_slots=length)
+
+
+def _check_request(network, request):
+  """Raises a UserError if a field of a RowRequest has another type or range."""
+  vocab_size = network.config.vocab_size
+  whole = lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool)
+  if not isinstance(request.row, (list, tuple)):
+    raise UserError('row: must be a list of token ids, with None for slots')
+  for i, token in enumerate(request.row):
+    if token is not None and not (whole(token) and 0 <= token < vocab_size):
+      raise UserError(
+        f'row: element {i} is {token!r}, but must be None for a slot or a '
+        f'token id in [0, {vocab_size})'
+      )
+  if not whole(request.seed):
+    raise UserError(f'seed={request.seed!r}: must be an integer')
+  if not isinstance(request.settings, Settings):
+    raise UserError(
+      'settings: must be sampling.settings.Settings, not '
+      f'{type(request.settings).__name__}'
+    )
 
 
 def _run(network, c, shapes, state, active, idle):

@@ -193,6 +193,8 @@ def per_row(settings, batch):
     if name not in ('gen_length', 'steps'):
       for one in np.unique(array):
         check_value(name, key, one.item())
+    if kind is int and (abs(array) >= 2**31).any():
+      raise UserError(f'{name}={value}: must lie between -2^31 and 2^31')
     array = array.astype(_DTYPES[kind])
     fields[name] = np.broadcast_to(array, (batch,))
   return Settings(**fields)

@@ -143,8 +143,9 @@ def _check(name, meta, config, stage):
       f'{name} is a checkpoint of {meta.stage}, not of {stage.name}; use '
       'another --workdir, and --config.init_from to start from its parameters'
     )
-  for item, now in json.loads(json.dumps(stage.identity)).items():
-    before = meta.identity.get(item)
+  identity = json.loads(json.dumps(stage.identity))
+  for item in sorted(identity.keys() | meta.identity.keys()):
+    before, now = meta.identity.get(item), identity.get(item)
     if before == now:
       continue
     difference = f'{name} was trained on data with {item}={before}, not {now}'

@@ -265,7 +265,7 @@ def split_rows(tree, parts):
     x = x.reshape(parts, -1, *rest)
     if mesh.empty:
       return x
-    spec = P(None, BATCH_AXES, *('sequence',) * len(rest))
+    spec = P(None, BATCH_AXES, *['sequence'] * bool(rest))
     return jax.lax.with_sharding_constraint(x, spec)
 
   return jax.tree.map(split, tree)

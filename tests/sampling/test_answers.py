@@ -232,7 +232,8 @@ def test_line_with_nan_logits_is_reported(sampling, monkeypatch):
     bad = (tokens == sampling.tokenizer.encode('x')[0]).any(axis=1)
     return jnp.where(bad[:, None, None], jnp.nan, nearest(table, tokens, valid))
 
-  network = dataclasses.replace(sampling.network, config=fails_at_x)
+  config = fake_networks.Config(fails_at_x)
+  network = dataclasses.replace(sampling.network, config=config)
   found, notes = converse(sampling._replace(network=network), ['x', 'y'])
   assert [a['prompt'] for a in found] == ['y']
   assert 'NaN or infinite' in notes[-1]

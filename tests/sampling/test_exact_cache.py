@@ -5,19 +5,23 @@ approximate cache is exact for it while the tokens outside a window do not
 change.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import types
 
 import fake_networks
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sampled
 import tiny
 
 from maskdiff.distributed import mesh
-from maskdiff.model import transformer
-from maskdiff.sampling import layouts, passes
+from maskdiff.model import cache as cache_lib
+from maskdiff.model import masks, transformer
+from maskdiff.sampling import layouts, passes, sampler
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import SamplerConfig, split
 
@@ -178,3 +182,64 @@ def test_served_rows_with_an_exact_cache_equal_rows_without(temperature):
     slots = np.array([token is None for token in row])
     starts = (slots & ~np.pad(slots, (1, 0))[:-1]).sum()
     assert answer.positions == starts * len(row) + slots.sum() - starts
+
+
+def rows_of(lengths, slots):
+  return [[7] * length + [None] * slots for length in lengths]
+
+
+@pytest.mark.parametrize('sizes', [None, dict(fsdp=4, tensor=2)])
+def test_server_with_a_cache_compiles_one_program(sizes):
+  c, settings = split(CACHED | dict(lookahead=0))
+  rows = rows_of([3, 1, 5, 2, 4], 6)
+  requests = [RowRequest(i, row, i, settings) for i, row in enumerate(rows)]
+  sampler.run.clear_cache()
+  devices = mesh.make_mesh(**sizes) if sizes else None
+  with jax.set_mesh(devices) if sizes else contextlib.nullcontext():
+    answers = list(serve(AUTOREGRESSIVE, c, requests, rows=2, length=16))
+  assert len(answers) == 5 and not any(a.error for a in answers)
+  assert sampler.run._cache_size() == 1
+
+
+def test_broken_row_does_not_break_the_next_request_of_its_row():
+  """The keys of the first request are NaN; the second is shorter."""
+  embed = AUTOREGRESSIVE.params['embed'].at[15].set(jnp.nan)
+  network = dataclasses.replace(
+    AUTOREGRESSIVE, params=AUTOREGRESSIVE.params | {'embed': embed}
+  )
+  c, settings = split(CACHED | dict(lookahead=0, logits_eos_inf=True))
+  rows = [[7] * 20 + [15] * 8 + [None] * 4, *rows_of([3], 26)]
+  requests = [RowRequest(i, row, i, settings) for i, row in enumerate(rows)]
+  broken, after = serve(network, c, requests, rows=1, length=32)
+  (alone,) = serve(network, c, requests[1:], rows=1, length=32)
+  assert broken.error and not alone.error and not after.error
+  np.testing.assert_array_equal(after.recording.tokens, alone.recording.tokens)
+
+
+def test_row_that_needs_a_new_cache_is_not_starved():
+  """Short requests join all the time and use their caches."""
+  network = network_of()
+  c, settings = split(dict(block_length=4, cache='dual'))
+  long = RowRequest('long', rows_of([1], 8)[0], 0, settings)
+
+  def requests():
+    yield long
+    for i in itertools.count():
+      yield RowRequest(i, rows_of([2], 3 + i % 2)[0], i, settings)
+
+  answers = serve(network, c, requests(), rows=3, length=16)
+  found = [answer.id for answer in itertools.islice(answers, 12)]
+  assert 'long' in found
+
+
+def test_appending_copies_no_cache():
+  """A step writes one position per row, not the arrays of all positions."""
+  labels = masks.causal(np.ones((4, 512), bool))
+  cache = cache_lib.empty(MODEL, labels)
+  step = jax.jit(cache_lib.write, donate_argnums=0)
+  new = jnp.zeros((*cache.k.shape[:3], 1, cache.k.shape[4]))
+  places = jnp.zeros((4, 1), jnp.int32)
+  window = masks.take(labels, places)
+  compiled = step.lower(cache, places, new, new, window).compile()
+  memory = compiled.memory_analysis()
+  assert memory.temp_size_in_bytes < cache.k.nbytes / 8

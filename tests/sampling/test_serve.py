@@ -226,7 +226,22 @@ def bad(slots=ROOM, settings=SETTINGS):
   return RowRequest('bad', [7, *[None] * slots], 0, settings)
 
 
+def odd(row=(7, None), seed=0, settings=SETTINGS):
+  return RowRequest('bad', row, seed, settings)
+
+
 BAD = {
+  'row': (odd(None), 'row: must be a list of token ids'),
+  'text': (odd([7, 'x', None]), "element 1 is 'x', but must be None"),
+  'float': (odd([7.0, None]), 'element 0 is 7.0'),
+  'negative': (odd([7, -1, None]), 'element 1 is -1'),
+  'large': (odd([2**40, None]), 'token id in '),
+  'float seed': (odd(seed=1.5), 'seed=1.5: must be an integer'),
+  'no settings': (odd(settings=None), 'must be sampling.settings.Settings'),
+  'overflow': (
+    odd(settings=SETTINGS._replace(top_k=2**32)),
+    'top_k=4294967296',
+  ),
   'long': (bad(ROOM + 1), '18 tokens and slots, but rows have room for 17'),
   'empty': (bad(0), 'nothing to fill'),
   'seed': (SEEDED, 'seed 4294967296 must be'),
@@ -262,7 +277,8 @@ def test_broken_row_does_not_stop_the_others():
     logits = countdown(given, tokens, valid)
     return jnp.where(tokens[:, :1, None] == 10, jnp.nan, logits)
 
-  network = dataclasses.replace(NETWORK, config=nan_at_10)
+  config = fake_networks.Config(nan_at_10)
+  network = dataclasses.replace(NETWORK, config=config)
   found = list(served(requests(), 3, network=network))
   assert len(found) == 10
   (broken,) = [a for a in found if a.error]
