@@ -221,7 +221,9 @@ def test_a_plan_of_serving_with_a_cache(tmp_path):
   )
   assert found['mesh'] == 'replica=1,fsdp=4,sequence=1,tensor=2'
   weights = 2 * PARAMETERS / 8 / 2**30
-  assert weights < found['hbm_arguments_gib'] < 1.1 * weights
+  # Less than 64 bytes per position for the state of the loop, with padding.
+  state = 64 * 8 * (128 + 64) / 2**30
+  assert weights < found['hbm_arguments_gib'] < weights + state
   assert found['window_step_s'] < found['step_s']
   assert found['latency_s'] == pytest.approx(
     4 * found['step_s'] + 60 * found['window_step_s']
