@@ -272,20 +272,39 @@ def test_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
     )
 
   out = tmp_path / 'results.json'
-  done = launch('--tasks=md_choice', '--model=samples=16', f'--out={out}')
+  flags = ('--tensor=2', '--dtype=bfloat16', '--model=samples=16')
+  done = launch('--tasks=md_choice', *flags, f'--out={out}')
   assert done.returncode == 0, done.stderr
   assert '|md_choice|' in done.stdout
   stored = json.loads(out.read_text())['config']['maskdiff']
   assert json.loads(done.stdout.splitlines()[-1])['maskdiff'] == stored
   assert stored['estimator']['samples'] == 16
-  flags = ('--tensor=2', '--dtype=bfloat16', '--model=samples=16')
-  spread = launch('--tasks=md_choice', *flags)
-  assert spread.returncode == 0, spread.stderr
-  last = json.loads(spread.stdout.splitlines()[-1])
-  assert last['maskdiff']['dtype'] == 'bfloat16'
-  twice = launch('--tasks=md_choice', '--model=tensor=2')
-  assert twice.returncode == 2
-  assert 'use the flag --tensor' in twice.stderr.splitlines()[-1]
+  assert stored['dtype'] == 'bfloat16'
   unknown = launch('--tasks=no_such_task')
   assert unknown.returncode == 2
   assert 'no_such_task' in unknown.stderr.splitlines()[-1]
+
+
+# Reading the tasks of lm-eval itself takes seconds.
+WITHOUT_OTHER_TASKS = """
+import functools, runpy, sys
+from lm_eval import tasks
+tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_script_refuses_a_setting_that_is_a_flag(workdir, tasks):
+  done = forked.run(
+    [
+      *('-c', WITHOUT_OTHER_TASKS, 'launch/harness.py'),
+      *(f'--workdir={workdir}', f'--include_path={tasks}'),
+      *('--tasks=md_choice', '--model=tensor=2'),
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+  )
+  assert done.returncode == 2
+  assert 'use the flag --tensor' in done.stderr.splitlines()[-1]
