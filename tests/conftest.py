@@ -43,23 +43,31 @@ import pytest  # noqa: E402
 MOST_MAPPED_REGIONS = 30_000
 # The files that take longest, so that one worker does not start them last.
 LONGEST = (
-  'docs/test_commands.py',
   'training/test_faults.py',
-  'launch/test_launch_plan.py',
+  'docs/test_commands.py',
   'launch/test_pods.py',
-  'objectives/test_markov.py',
+  'sampling/test_sampler_cache.py',
+  'launch/test_launch_plan.py',
   'distributed/test_processes.py',
   'docs/test_how_to.py',
-  'sampling/test_sampler_cache.py',
-  'launch/test_colab.py',
+  'sampling/test_exact_cache.py',
+  'objectives/test_markov.py',
   'training/test_loop.py',
-  'interop/test_warm_start.py',
+  'launch/test_colab.py',
+  'sampling/test_sampler_options.py',
+  'evals/test_harness.py',
+  'launch/test_launch_prepare.py',
   'launch/test_launch_evaluate.py',
+  'interop/test_warm_start.py',
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items):
-  """Puts the longest files first, in the order above."""
+  """Puts the longest files first; tests with a browser are slow."""
+  for item in items:
+    if 'browser' in item.fixturenames:
+      item.add_marker(pytest.mark.slow)
   folder = pathlib.Path(__file__).parent
   order = {str(folder / name): rank for rank, name in enumerate(LONGEST)}
   items.sort(key=lambda item: order.get(str(item.path), len(order)))

@@ -53,6 +53,9 @@ RULES = {
     r'launch/pretrain\.py .*configs/(150m|1b|published)\.py',
     '--config.train.batch=2 --config.eval.batch=2',
   ),
+  'short rows': Rule(
+    r'launch/pretrain\.py .*configs/150m\.py', '--config.data.length=128'
+  ),
   # With a quarter held out, little text suffices.
   'two workers': Rule(
     r'launch/prepare\.py .*--out', '--workers=2 --heldout_fraction=0.25'

@@ -157,13 +157,14 @@ except Preempted:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'preempted, compile_s',
   [
     ([0], 0),
     ([1], 0),
     ([1], 1.5),
-    pytest.param([0, 1], 0, marks=pytest.mark.slow),
+    ([0, 1], 0),
   ],
 )
 def test_sigterm_to_any_process_stops_all_at_the_same_poll(
@@ -195,6 +196,7 @@ with runtime.started('.'):
 """
 
 
+@pytest.mark.slow
 def test_differences_are_reported_by_all_processes(run):
   processes = run(AGREES, processes=3)
   for i, process in enumerate(processes):

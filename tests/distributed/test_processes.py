@@ -24,6 +24,7 @@ from maskdiff.distributed import mesh
 from maskdiff.monitoring import metrics
 from maskdiff.training import loop
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, DEVICES = 6, 4
 
@@ -260,7 +261,6 @@ def test_one_process_resumes_a_run_of_two(
   assert_same_metrics(run_of_one, workdir)
 
 
-@pytest.mark.slow
 def test_two_processes_resume_a_run_of_one(run_of_one, config_file, tmp_path):
   workdir = without_the_last_step(run_of_one, tmp_path / 'run')
   (_, err, _), _ = pretrain(config_file, workdir)
@@ -269,7 +269,6 @@ def test_two_processes_resume_a_run_of_one(run_of_one, config_file, tmp_path):
   assert {p.name for p in (workdir / 'checkpoints').iterdir()} == {'4', '6'}
 
 
-@pytest.mark.slow
 def test_sequence_and_tensor_axes_may_span_processes(
   run_of_one, config_file, tmp_path
 ):
@@ -284,7 +283,6 @@ def test_sequence_and_tensor_axes_may_span_processes(
   assert_same_metrics(run_of_one, tmp_path / 'run')
 
 
-@pytest.mark.slow
 def test_two_processes_sample_and_process_0_prints(run_of_two):
   workdir = run_of_two[0]
   arguments = ('--workdir', workdir, '--prompt', 'def read(')
@@ -298,7 +296,6 @@ def test_two_processes_sample_and_process_0_prints(run_of_two):
   assert shown.count('=' * 8) == 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('failing', [0, 1])
 def test_error_in_one_process_ends_all(config_file, tmp_path, failing):
   ended = start(
@@ -313,7 +310,6 @@ def test_error_in_one_process_ends_all(config_file, tmp_path, failing):
   assert ended[1 - failing][2] not in (0, 2)
 
 
-@pytest.mark.slow
 def test_error_in_all_processes_is_printed_by_all(config_file, tmp_path):
   ended = start(
     'pretrain.py',

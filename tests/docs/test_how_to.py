@@ -58,6 +58,7 @@ class Copy:
       'PYTHONPATH': str(self.path),
       'JAX_PLATFORMS': 'cpu',
       'XLA_FLAGS': xla_flags.FAST,  # a single device, as a laptop has
+      'PYTEST_ADDOPTS': '-n0',  # workers would only import JAX again
       # Otherwise git finds a repository above the copy.
       'GIT_CEILING_DIRECTORIES': str(self.path.parent),
     }

@@ -20,6 +20,7 @@ import browser as browser_lib
 import pytest
 from browser import DESK, PHONE, element, set_window
 
+pytestmark = pytest.mark.slow  # builds the site
 ROOT = pathlib.Path(__file__).parents[2]
 SHOWN = (
   'index',

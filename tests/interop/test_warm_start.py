@@ -69,6 +69,7 @@ def make_config(folder, rows, **changes):
   return c
 
 
+@pytest.mark.slow
 def test_warm_start_and_export_keep_the_weights(folder, rows, tmp_path):
   """The learning rate is 0, so that a run keeps its weights.
 
@@ -125,6 +126,7 @@ def script(name, *flags):
   )
 
 
+@pytest.mark.slow
 def test_scripts_read_a_folder_without_changing_it(folder, tmp_path):
   """Sampling from the folder gives the same text as from a converted folder."""
   before = published_folders.contents(folder)

@@ -159,6 +159,7 @@ def price(text, topology):
   return hlo_cost.price(hlo.parse(text), machine)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_large_matrix_product_is_priced_near_the_peak(texts):
   for topology, text in texts['products'].items():
@@ -168,6 +169,7 @@ def test_a_large_matrix_product_is_priced_near_the_peak(texts):
     assert 0.7 < share < 1, topology
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_cycles_of_a_loop_match_a_simple_count(texts):
   """The count adds all estimates, those of the loop body twelve times."""
@@ -189,6 +191,7 @@ def test_cycles_of_a_loop_match_a_simple_count(texts):
   assert 0.6 < flops / cost.total_s / peak < 1
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_of_sampling(tmp_path):
   found, text = planned(

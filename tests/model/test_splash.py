@@ -276,6 +276,7 @@ print(json.dumps({name: compile(regimes[name]) for name in regimes}))
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @needs_libtpu
 def test_split_rows_compile_for_a_pod_without_a_square_array():
   """Uses the real TPU compiler; `auto` selects splash."""

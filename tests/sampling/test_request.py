@@ -3,12 +3,13 @@
 import fake_networks
 import pytest
 import sampled
+import tiny
 
 from maskdiff.errors import UserError
 from maskdiff.sampling import layouts
 
 MASK = 4
-NETWORK = fake_networks.network(None, mask_id=MASK)
+NETWORK = fake_networks.network(tiny.MODEL, mask_id=MASK)
 PLAIN = dict(
   steps=4,
   block_length=4,

@@ -185,7 +185,9 @@ GAPS = [
 ]
 
 
-@pytest.mark.parametrize('cache', ['prefix', 'dual'])
+@pytest.mark.parametrize(
+  'cache', ['dual', pytest.param('prefix', marks=pytest.mark.slow)]
+)
 def test_served_rows_with_a_cache_do_not_depend_on_the_batch(params, cache):
   """Rows differ in length, and join the batch while a cache is in use."""
   # Lower confidence, so that cached keys lead to other tokens.

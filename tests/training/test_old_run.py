@@ -21,6 +21,7 @@ def old_run(tmp_path, monkeypatch):
   return tmp_path / 'old' / 'run'
 
 
+@pytest.mark.slow
 def test_old_run_resumes_with_the_same_losses(old_run):
   config = config_lib.from_dict(
     json.loads((old_run / 'config.json').read_text())
