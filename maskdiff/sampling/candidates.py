@@ -109,17 +109,17 @@ def draw(logits, temperature, top_k, top_p, keys):
     [B, S] int32.
   """
   is_drawn = temperature > 0  # [B]
+  # Outside of the branches, its maximum is shared with that of the confidence.
+  most_probable = best(logits)
 
-  def noisy():
+  def drawn():
     scaled = logits / jnp.where(is_drawn, temperature, 1)[:, None, None]
     k, p = jnp.where(is_drawn, top_k, 0), jnp.where(is_drawn, top_p, 1)
     left = truncate(scaled, k, p)
-    noise = gumbel(keys, logits.shape[1:])
-    return left + jnp.where(is_drawn[:, None, None], noise, 0)
+    token = best(left + gumbel(keys, logits.shape[1:]))
+    return jnp.where(is_drawn[:, None], token, most_probable)
 
-  return jax.lax.cond(
-    is_drawn.any(), lambda: best(noisy()), lambda: best(logits)
-  )
+  return jax.lax.cond(is_drawn.any(), drawn, lambda: most_probable)
 
 
 def best(logits):
