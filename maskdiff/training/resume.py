@@ -144,7 +144,7 @@ def _check(name, meta, config, stage):
       'another --workdir, and --config.init_from to start from its parameters'
     )
   identity = json.loads(json.dumps(stage.identity))
-  for item in sorted(identity.keys() | meta.identity.keys()):
+  for item in identity | meta.identity:  # keys of both, in their order
     before, now = meta.identity.get(item), identity.get(item)
     if before == now:
       continue
