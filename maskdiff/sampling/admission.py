@@ -1,9 +1,11 @@
 """Puts new requests into rows of a batch while the other rows continue.
 
 Without a cache, a new row joins the next forward pass. With a cache, a new row
-needs a pass over its canvas first. If other rows are using their caches, this
-pass computes the new row only, and so it does for rows that wait for such a
-pass.
+needs a pass over its canvas first. If the cache is exact and other rows are
+using it, this pass computes the new row only, and so it does for rows that wait
+for such a pass. An approximate cache is made anew for every block, so a new row
+waits for the next pass over all rows. Passes of its own were 20% slower in
+benchmarks/serving.py, because they bring the blocks of the rows out of step.
 """
 
 import functools
@@ -62,9 +64,9 @@ def admit(network, c, shapes, state, admitted, rows):
     for i in np.flatnonzero(broken):
       cache = _clear_row(cache, rows, np.int32(i))
   state = State(*_replace((carry, layout), new, replaced), cache)
-  if cache:
-    # Rows whose cache is out of date wait until no row uses its cache. While
-    # requests are admitted, that may never happen.
+  if cache and passes.exact_cache(network):
+    # A row that waits for a pass over its canvas waits until no row uses its
+    # cache. While requests are admitted, that may never happen.
     uses_cache, active = jax.device_get(
       (sampler.uses_cache(state.carry), in_progress(state.carry))
     )

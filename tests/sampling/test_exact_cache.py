@@ -216,11 +216,18 @@ def test_broken_row_does_not_break_the_next_request_of_its_row():
   np.testing.assert_array_equal(after.recording.tokens, alone.recording.tokens)
 
 
-def test_row_that_needs_a_new_cache_is_not_starved():
+@pytest.mark.parametrize(
+  'objective, values, row',
+  [
+    ('masked_diffusion', dict(block_length=4, cache='dual'), [7] + [None] * 8),
+    ('autoregressive', CACHED, [7, None, None, 8, None, 9, None]),
+  ],
+)
+def test_row_that_needs_another_pass_is_not_starved(objective, values, row):
   """Short requests join all the time and use their caches."""
-  network = network_of()
-  c, settings = split(dict(block_length=4, cache='dual'))
-  long = RowRequest('long', rows_of([1], 8)[0], 0, settings)
+  network = network_of(objective=objective)
+  c, settings = split(values)
+  long = RowRequest('long', row, 0, settings)
 
   def requests():
     yield long
