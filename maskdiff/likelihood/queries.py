@@ -23,6 +23,7 @@ import numpy as np
 
 from maskdiff.distributed.mesh import batch_shards, replicate
 from maskdiff.errors import UserError
+from maskdiff.model import vocabulary_loop as loops
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.model.transformer import bind
 from maskdiff.objectives.table import OBJECTIVES, show
@@ -340,26 +341,22 @@ def _predictions(network, c, call):
   states = _states(network, model, c, call)
   states = states.reshape(-1, states.shape[-1])
   scored = call.scored.reshape(-1)
-  chunk = min(c.loss_chunk_tokens, len(scored))
-  order = jnp.argsort(~scored, stable=True)
-  # An index out of range reads 0, and writes to it are dropped.
-  order = jnp.where(jnp.arange(len(order)) < scored.sum(), order, len(order))
-  order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(scored))
 
-  def body(i, results):
-    index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-    logits = model.logits(states.at[index].get(mode='fill', fill_value=0))
+  def body(index, results):
+    logits = model.logits(loops.read(states, index))
     if not network.predict_mask:
       logits = candidates.suppress(logits, (network.mask_id,))
     log_prob = logits.max(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     chunk_results = jnp.argmax(logits, axis=-1).astype(jnp.int32), log_prob
     return tuple(
-      x.at[index].set(new, mode='drop')
+      loops.write(x, index, new)
       for x, new in zip(results, chunk_results, strict=True)
     )
 
-  results = jnp.zeros(len(scored), jnp.int32), jnp.zeros(len(scored))
-  results = jax.lax.fori_loop(0, -(-scored.sum() // chunk), body, results)
+  start = jnp.zeros(len(scored), jnp.int32), jnp.zeros(len(scored))
+  results = loops.over_selected(
+    body, start, scored, c.loss_chunk_tokens, part=0, parts=1
+  )
   return replicate(tuple(x.reshape(call.scored.shape) for x in results))
 
 

@@ -85,7 +85,7 @@ def _clear_row(cache, rows, row):
   The keys and values of a broken row may be NaN. A NaN counts even where it is
   hidden, because its weight of 0 times NaN is NaN.
   """
-  copies = row + rows * jnp.arange(cache.k.shape[1] // rows)
+  copies = _copies(cache, rows, row)
   return cache_lib.Cache(
     cache.k.at[:, copies].set(0),
     cache.v.at[:, copies].set(0),
@@ -93,6 +93,14 @@ def _clear_row(cache, rows, row):
       cache.labels, jnp.isin(jnp.arange(cache.k.shape[1]), copies)[:, None]
     ),
   )
+
+
+def _copies(cache, rows, row):
+  """Returns the rows of the cache that belong to a row of the batch.
+
+  With guidance the second copies of all rows come after the first.
+  """
+  return row + rows * jnp.arange(cache.k.shape[1] // rows)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -141,8 +149,6 @@ def start_row(network, c, shapes, state, row):
     state.carry,
     carry,
   )
-  # With guidance the second copies of all rows come after the first.
-  rows = len(state.layout.seeds)
-  copies = row + rows * jnp.arange(cache.labels.doc.shape[0])
+  copies = _copies(state.cache, len(state.layout.seeds), row)
   cache = cache_lib.put_rows(state.cache, copies, cache)
   return State(*replicate((carry, state.layout)), cache_lib.split(cache))

@@ -132,7 +132,7 @@ def window(network, c, shape, slots):
   """
   length, size = shape
   before = _predicted_before(network)
-  if c.cache == 'prefix' and not exact_cache(network):
+  if to_end_of_row(network, c):
     start = slots[:, :1] - before
     return start + jnp.arange(size), slots - start
   if not before:
@@ -220,7 +220,7 @@ def shapes(network, c, length, slots):
   # The position before each run of adjacent slots.
   gaps = np.any((np.diff(slots) != 1) & (slots[..., 1:] < length))
   block = size + before * (size if gaps else 1)
-  to_end = c.cache == 'prefix' and not exact_cache(network)
+  to_end = to_end_of_row(network, c)
   if c.lookahead < 0 and not to_end:
     return ((length, block),)
   if c.lookahead < 0:
@@ -259,7 +259,7 @@ def covers(network, c, shape, carry, layout):
   valid = visible(c, carry, layout)
   end = jnp.where(valid, jnp.arange(valid.shape[1]) + 1, 0).max(axis=1)
   fits = end <= shape[0]
-  if c.cache == 'prefix' and not exact_cache(network):
+  if to_end_of_row(network, c):
     start = current(layout.slots, carry.block)[:, 0]
     fits &= end - start + _predicted_before(network) <= shape[1]
   return (fits | ~in_progress(carry)).all()
@@ -273,6 +273,11 @@ def empty_cache(network, c, layout):
     network.objective, valid.astype(jnp.int32), valid, network.bos_id
   )
   return cache_lib.empty(network.config, labels)
+
+
+def to_end_of_row(network, c):
+  """Returns whether windows reach from the current block to the row's end."""
+  return c.cache == 'prefix' and not exact_cache(network)
 
 
 def exact_cache(network):

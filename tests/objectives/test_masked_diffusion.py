@@ -84,6 +84,22 @@ def golden_arrays():
     return dict(arrays)
 
 
+def golden_case(arrays, name, case):
+  """Returns the arrays of a case, and the configs and parameters of its model.
+
+  The result is (dict of arrays, ObjectiveConfig, TransformerConfig, params).
+  """
+  prefix = f'{name}.{case}.'
+  golden = {
+    key.removeprefix(prefix): value
+    for key, value in arrays.items()
+    if key.startswith(prefix)
+  }
+  mask_id = {'model_a': 510, 'model_b': 297}[name]
+  c = dataclasses.replace(CONFIG, predict_mask=True, mask_id=mask_id)
+  return golden, c, *golden_models.load(name)
+
+
 @pytest.fixture(
   scope='module',
   params=itertools.product(('model_a', 'model_b'), CASES),
@@ -97,15 +113,9 @@ def run(request, golden_arrays):
   rows; an empty row fills up the batch, so all compile to one program.
   """
   name, case = request.param
-  prefix = f'{name}.pretrain.{case}.'
-  golden = {
-    key.removeprefix(prefix): value
-    for key, value in golden_arrays.items()
-    if key.startswith(prefix)
-  }
-  config, params = golden_models.load(name)
-  mask_id = {'model_a': 510, 'model_b': 297}[name]
-  c = dataclasses.replace(CONFIG, predict_mask=True, mask_id=mask_id)
+  golden, c, config, params = golden_case(
+    golden_arrays, name, f'pretrain.{case}'
+  )
   rows, full = golden['input_ids'].shape
   length = int(golden['truncate_to']) or full
 
@@ -381,15 +391,7 @@ def test_loss_of_a_perfect_denoiser_is_the_nll_of_the_answer(answer):
 @pytest.mark.parametrize('case', ['normal', 'eos_padded'])
 def test_answers_have_the_losses_of_llada(case, name, golden_arrays):
   """LLaDA divides each row by its answer length, SMDM as here."""
-  prefix = f'{name}.sft.{case}.'
-  golden = {
-    key.removeprefix(prefix): value
-    for key, value in golden_arrays.items()
-    if key.startswith(prefix)
-  }
-  config, params = golden_models.load(name)
-  mask_id = {'model_a': 510, 'model_b': 297}[name]
-  c = dataclasses.replace(CONFIG, predict_mask=True, mask_id=mask_id)
+  golden, c, config, params = golden_case(golden_arrays, name, f'sft.{case}')
   tokens, lengths = golden['input_ids'], golden['answer_lengths']
   rows, length = tokens.shape
   answer = np.arange(length) >= golden['prompt_lengths'][:, None]
