@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import unicodedata
 
 STATUS_UNEXPECTED = 1
 STATUS_USER = 2  # do not restart: the same error would follow
@@ -47,12 +48,29 @@ def no_workdir(workdir):
   return UserError(f'there is no work directory {workdir!r}')
 
 
+def printable(text):
+  """Returns a text without characters that control a terminal.
+
+  Texts of models, files and users may hold escape sequences, which would move
+  the cursor or retitle the window. Control characters except newline and tab
+  become escapes such as \\x1b, and lone surrogates become \\ud800.
+  """
+  return ''.join(
+    c
+    if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cs')
+    else c.encode('unicode_escape').decode()
+    for c in text
+  )
+
+
 def one_line(error, length=200):
   """Returns the message of an error as one line of at most `length` characters.
 
-  If the message is empty, returns the name of the error's class.
+  Control characters are escaped. If the message is empty, returns the name of
+  the error's class.
   """
-  return ' '.join(str(error).split())[:length] or type(error).__name__
+  line = ' '.join(str(error).split())[:length]
+  return printable(line) or type(error).__name__
 
 
 def suggestion(word, known):

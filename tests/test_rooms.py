@@ -13,6 +13,7 @@ PACKAGE = ROOT / 'maskdiff'
 # A room imports only from rooms in the lines above its own.
 ROOMS = (
   ('errors',),
+  ('files',),
   ('config',),
   ('data', 'distributed'),
   ('checkpoints',),

@@ -25,8 +25,8 @@ import sentencepiece
 
 from maskdiff.data import sources
 from maskdiff.data import tokenizer as tokenizer_lib
-from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 
 SHIPPED = pathlib.Path(__file__).resolve().parent / 'stdlib_4k.model'
 

@@ -24,8 +24,8 @@ import tqdm
 
 from maskdiff.data import records, row_reader, shards, sources
 from maskdiff.data import tokenizer as tokenizer_lib
-from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 
 # One document in 20 of the embedded corpus is held out.
 EMBEDDED_HELDOUT_FRACTION = 0.05

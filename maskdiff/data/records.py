@@ -25,8 +25,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from maskdiff.data import rows as rows_lib
-from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 
 FORMAT_VERSION = 2  # rows of tokens only, which earlier code also reads
 COLUMNS_VERSION = 3  # rows with more columns, which earlier code cannot read

@@ -16,7 +16,6 @@ from array_record.python import array_record_module
 
 from maskdiff.data import records
 from maskdiff.data import rows as rows_lib
-from maskdiff.data.paths import local_path
 from maskdiff.data.records import (
   FIX,
   READ_OPTIONS,
@@ -24,6 +23,7 @@ from maskdiff.data.records import (
   short_reason,
 )
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 
 _RETRY_S = (0.01, 0.1, 1.0)  # between attempts to read a row
 

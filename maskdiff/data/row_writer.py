@@ -17,10 +17,10 @@ import numpy as np
 from maskdiff.data import records
 from maskdiff.data import rows as rows_lib
 from maskdiff.data import tokenizer as tokenizer_lib
-from maskdiff.data.paths import local_path
 from maskdiff.data.rows import Rows
 from maskdiff.data.shards import unigram_entropy
 from maskdiff.errors import UserError, one_line
+from maskdiff.files.paths import local_path
 
 SHARD_ROWS = 1 << 16
 _UNFINISHED = '.unfinished'  # folder of the files until all are written

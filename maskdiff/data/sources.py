@@ -22,9 +22,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from maskdiff.data import readers
-from maskdiff.data.paths import local_path
 from maskdiff.data.readers import Skipped
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 
 # A part is 1/256 of the input, so that all workers finish at about the same
 # time. The minimum keeps the cost of starting a part small. The maximum bounds

@@ -26,8 +26,8 @@ import sentencepiece
 
 from maskdiff.data import byte_level
 from maskdiff.data import sentencepiece_model as spm
-from maskdiff.data.paths import local_path
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 
 # Both libraries need some hundred bytes of memory per character of a text. Long
 # texts are therefore encoded in parts of at most PART_CHARS characters, and one

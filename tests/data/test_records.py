@@ -14,8 +14,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from maskdiff.data import paths, records, row_reader
+from maskdiff.data import records, row_reader
 from maskdiff.errors import UserError
+from maskdiff.files import paths
 
 ROW_LENGTH = 64
 VOCAB = 70_000  # needs uint32

@@ -1,4 +1,4 @@
-"""Local paths of files, also of files in a mounted bucket."""
+"""Local paths: of files in a mounted bucket, and of files within a folder."""
 
 import os
 import pathlib
@@ -32,3 +32,31 @@ def local_path(path: str | pathlib.Path) -> pathlib.Path:
     else 'mount it and give the mount point'
   )
   raise UserError(f'{text} is not a local path: {mount}')
+
+
+def inside(folder, name):
+  """Returns the path of a file that a manifest or an index names.
+
+  Args:
+    folder: the only folder whose files may be opened.
+    name: path relative to the folder, from a file that is not trusted.
+
+  Raises:
+    UserError: the name is not a text, is absolute or leaves the folder, also
+      through symbolic links.
+  """
+  path = None
+  if isinstance(name, str) and name and '\0' not in name:
+    path = os.path.join(folder, name)
+    root = os.path.realpath(folder)
+    if (
+      os.path.isabs(name)
+      or os.path.commonpath([root, os.path.realpath(path)]) != root
+    ):
+      path = None
+  if path is None:
+    raise UserError(
+      f'{os.fspath(folder)!r} names the file {name!r}, which is not a file of '
+      'this folder'
+    )
+  return path

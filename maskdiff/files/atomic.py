@@ -1,0 +1,36 @@
+"""Writes small files completely or not at all."""
+
+import contextlib
+import os
+
+
+def write(path, content):
+  """Writes a file; a reader sees the old or the new contents, never a part.
+
+  A symbolic link at `path` is replaced, not followed: a link that somebody
+  placed in a work directory must not redirect a write.
+
+  Args:
+    path: path of the file.
+    content: str, written as UTF-8, or bytes.
+
+  Raises:
+    OSError: the file cannot be written. The old file is kept.
+  """
+  path = os.fspath(path)
+  if isinstance(content, str):
+    content = content.encode()
+  temporary = f'{path}.tmp'
+  with contextlib.suppress(FileNotFoundError):
+    os.unlink(temporary)
+  try:
+    # 'x' refuses an existing file or link.
+    with open(temporary, 'xb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
+    raise

@@ -1,0 +1,139 @@
+"""Bounded reads of files that somebody else may have written or damaged.
+
+Each function either returns a value of the promised form or raises UserError.
+It reads regular files only, so a FIFO or a device cannot block the caller, and
+at most a given number of bytes.
+"""
+
+import json
+import os
+import stat
+
+from maskdiff.errors import UserError, one_line
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 100  # of JSON; code that walks values may recurse
+
+
+def open_regular(path):
+  """Opens a regular file for reading.
+
+  Args:
+    path: path; symbolic links are followed.
+
+  Returns:
+    Binary file object.
+
+  Raises:
+    UserError: the file does not exist, cannot be opened or is not regular.
+  """
+  path = os.fspath(path)
+  try:
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  except (OSError, ValueError) as error:  # ValueError: a null character
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot read {path!r} ({reason})') from error
+  if not stat.S_ISREG(os.fstat(handle).st_mode):
+    os.close(handle)
+    raise UserError(f'cannot read {path!r} (not a regular file)')
+  return open(handle, 'rb')
+
+
+def read_bytes(path, max_bytes=MAX_BYTES):
+  """Returns the contents of a regular file.
+
+  Raises:
+    UserError: the file cannot be read, is not regular or has more than
+      `max_bytes` bytes.
+  """
+  with open_regular(path) as file:
+    try:
+      # Not by the size: files in /proc have size 0.
+      content = file.read(max_bytes + 1)
+    except OSError as error:
+      raise UserError(
+        f'cannot read {os.fspath(path)!r} ({error.strerror})'
+      ) from error
+  if len(content) > max_bytes:
+    raise UserError(
+      f'{os.fspath(path)!r} has more than {max_bytes:,} bytes, the limit for '
+      'a file of this kind'
+    )
+  return content
+
+
+def read_text(path, max_bytes=MAX_BYTES):
+  """Returns the contents of a regular UTF-8 file, without a byte order mark.
+
+  Raises:
+    UserError: as `read_bytes`, or the file is not UTF-8.
+  """
+  content = read_bytes(path, max_bytes)
+  try:
+    return content.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{os.fspath(path)!r} is not UTF-8 ({error})') from error
+
+
+def parse_json(content, name):
+  """Parses JSON.
+
+  Args:
+    content: str or bytes.
+    name: how the error calls the content, for example a path and a line.
+
+  Returns:
+    The value. Its depth is at most MAX_DEPTH, and all strings in it can be
+    encoded as UTF-8. Numbers may be NaN or infinite, which Python writes.
+
+  Raises:
+    UserError: the content is not JSON, not UTF-8, or nested too deeply.
+  """
+  try:
+    if isinstance(content, bytes):
+      content = content.decode('utf-8-sig')
+    value = json.loads(content)
+  except RecursionError as error:
+    raise UserError(_too_deep(name)) from error
+  except ValueError as error:
+    raise UserError(f'{name} is not valid JSON ({one_line(error)})') from error
+  # The walks are slow. Few contents need them.
+  if content.count('[') + content.count('{') > MAX_DEPTH:
+    _check_depth(value, name)
+  if '\\u' in content:
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f'{name} has half of a surrogate pair (\\ud800 to \\udfff), which is '
+        'not a character'
+      ) from error
+  return value
+
+
+def read_json(path, max_bytes=MAX_BYTES):
+  """Returns the value of a JSON file, see `parse_json`.
+
+  Raises:
+    UserError: as `read_bytes` and `parse_json`.
+  """
+  return parse_json(read_bytes(path, max_bytes), repr(os.fspath(path)))
+
+
+def _check_depth(value, name):
+  level, depth = [value], 0
+  while level:
+    depth += 1
+    if depth > MAX_DEPTH + 1:
+      raise UserError(_too_deep(name))
+    level = [
+      child
+      for parent in level
+      if isinstance(parent, (list, dict))
+      for child in (parent.values() if isinstance(parent, dict) else parent)
+    ]
+
+
+def _too_deep(name):
+  return f'{name} is nested more than {MAX_DEPTH} levels deep'

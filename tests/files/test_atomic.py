@@ -1,0 +1,39 @@
+"""A write leaves the old file or the whole new one."""
+
+import pytest
+
+from maskdiff.files import atomic
+
+
+def test_content_is_written_whole(tmp_path):
+  path = tmp_path / 'a'
+  for content in ('ü', b'\xff', ''):
+    atomic.write(path, content)
+    bytes_ = content.encode() if isinstance(content, str) else content
+    assert path.read_bytes() == bytes_
+  assert [p.name for p in tmp_path.iterdir()] == ['a']
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / 'a'
+  path.write_text('old')
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('os.fsync', full)
+  with pytest.raises(OSError, match='No space'):
+    atomic.write(path, 'new')
+  assert path.read_text() == 'old'
+  assert [p.name for p in tmp_path.iterdir()] == ['a']
+
+
+def test_planted_links_are_not_followed(tmp_path):
+  victim = tmp_path / 'victim'
+  victim.write_text('private')
+  path = tmp_path / 'a'
+  path.symlink_to(victim)
+  (tmp_path / 'a.tmp').symlink_to(victim)
+  atomic.write(path, 'new')
+  assert victim.read_text() == 'private'
+  assert path.read_text() == 'new' and not path.is_symlink()
