@@ -7,7 +7,7 @@ python launch/checkpoints.py --workdir runs/tiny --rollback 4000
 --verify restores all arrays onto the devices and compares their bits with the
 saved fingerprints. --rollback moves all later checkpoints to
 checkpoints.aside/, so that the run resumes from the given step. Stop the run
-before a rollback.
+before a rollback, which is refused while the run writes.
 """
 
 import contextlib
@@ -88,11 +88,14 @@ def roll_back(workdir, step):
   from maskdiff.checkpoints import restore
   from maskdiff.checkpoints.checkpoint import Checkpointer
   from maskdiff.checkpoints.manifest import Damaged
+  from maskdiff.files import lock
 
   restore.open_run(workdir).close()  # raises UserError if there is none
   directory = os.path.join(workdir, 'checkpoints')
-  checkpointer = Checkpointer(directory, keep=None)
-  with contextlib.closing(checkpointer):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(lock.locked(workdir))
+    checkpointer = Checkpointer(directory, keep=None)
+    stack.callback(checkpointer.close)
     if step in checkpointer.steps():
       try:
         checkpointer.read_meta(step)

@@ -12,15 +12,29 @@ STATUS_AGAIN = 75  # EX_TEMPFAIL: start the same command again
 class UserError(ValueError):
   """A bad config, file or argument. The message is one line and names the fix.
 
-  Scripts in launch/ print it without a traceback and exit with status 2.
+  Scripts in launch/ print it without a traceback and exit with `status`.
   """
+
+  status = STATUS_USER
 
 
 class NotJoined(UserError):
   """The other processes of the run did not start in time.
 
-  Scripts in launch/ exit with status 75, since a restart can find them.
+  The status is 75, since a restart can find them.
   """
+
+  status = STATUS_AGAIN
+
+
+class InUse(UserError):
+  """Another process writes to the same directory.
+
+  The status is 75, since that process may be one that is about to end: a host
+  that is lost, or a process that still saves its state.
+  """
+
+  status = STATUS_AGAIN
 
 
 class Preempted(Exception):

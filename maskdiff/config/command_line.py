@@ -11,7 +11,6 @@ from maskdiff.config import sample
 from maskdiff.config.keys import KEYS, SECTIONS, check_keys
 from maskdiff.errors import (
   STATUS_AGAIN,
-  STATUS_USER,
   Preempted,
   UserError,
   no_checkpoint,
@@ -28,7 +27,8 @@ def run_script(main, argv=None, positional=False):
 
   Errors that the user can fix (unknown flags and config keys, missing dashes,
   every UserError) are printed as one line on standard error; the exit status is
-  2. After Preempted the exit status is 75: the same command resumes the run.
+  that of the error, mostly 2. After Preempted it is 75: the same command
+  resumes the run.
   --help prints the docstring of the script and its flags.
 
   Args:
@@ -52,7 +52,7 @@ def run_script(main, argv=None, positional=False):
       main(args)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(STATUS_USER)
+    sys.exit(error.status)
   except Preempted:  # the training loop has printed it
     sys.exit(STATUS_AGAIN)
 

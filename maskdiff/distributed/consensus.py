@@ -12,7 +12,7 @@ from jax._src import distributed  # the key-value service is not public
 from jax.experimental import multihost_utils
 
 from maskdiff.distributed.runtime import BARRIER_TIMEOUT_S
-from maskdiff.errors import UserError
+from maskdiff.errors import InUse, UserError
 
 _calls = itertools.count()
 
@@ -98,6 +98,26 @@ def agree(values):
   )
   if others:
     raise UserError(_disagreement(first, others))
+
+
+def raise_in_all(error):
+  """Raises an error of process 0 in all processes, which all must call this.
+
+  Args:
+    error: UserError of process 0, or None. Ignored in other processes.
+  """
+  if jax.process_count() > 1:
+    client = distributed.global_state.client
+    key = f'maskdiff_error_{next(_calls)}'
+    if jax.process_index() == 0:
+      text = json.dumps([isinstance(error, InUse), error and str(error)])
+      client.key_value_set(key, text)
+    else:
+      text = client.blocking_key_value_get(key, BARRIER_TIMEOUT_S * 1000)
+      in_use, message = json.loads(text)
+      error = message and (InUse if in_use else UserError)(message)
+  if error:
+    raise error
 
 
 def _disagreement(first, others):

@@ -24,9 +24,7 @@ import jax
 from jax._src import distributed  # address and barrier are not public
 
 from maskdiff.errors import (
-  STATUS_AGAIN,
   STATUS_UNEXPECTED,
-  STATUS_USER,
   NotJoined,
   Preempted,
   UserError,
@@ -322,9 +320,7 @@ def _leave(error):
     # The exit of process 0 ends the others. If all fail, the delay lets each
     # print its own error.
     time.sleep(_EXIT_DELAY_S)
-  if isinstance(error, NotJoined):
-    os._exit(STATUS_AGAIN)
-  os._exit(STATUS_USER if isinstance(error, UserError) else STATUS_UNEXPECTED)
+  os._exit(error.status if isinstance(error, UserError) else STATUS_UNEXPECTED)
 
 
 def print_once(text, file=None):

@@ -27,6 +27,7 @@ from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
+from maskdiff.files import lock
 from maskdiff.interop import (
   families,
   hf,
@@ -268,25 +269,42 @@ def check_tokens(published):
 def new_directory(path):
   """Yields a temporary directory, and renames it to `path` on success.
 
+  Meanwhile `path` is an empty directory that this process has locked.
+
   Raises:
     UserError: `path` is a file or a directory that is not empty, or the
       temporary directory cannot be made.
+    InUse: another process writes to `path`.
   """
   path = os.path.abspath(path)
-  if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
-    raise UserError(f'--out {path} exists already: choose another')
+  _require_empty(path)
   parent, name = os.path.split(path)
   new = os.path.join(parent, f'.{name}.{secrets.token_hex(4)}')
   try:
     os.makedirs(new)
+    os.makedirs(path, exist_ok=True)
   except OSError as error:
+    shutil.rmtree(new, ignore_errors=True)
     raise UserError(f'--out: cannot make {new} ({error.strerror})') from error
   try:
-    yield new
-    with safetensors.writing(path):
-      os.replace(new, path)
+    with lock.locked(path):
+      _require_empty(path)  # a process that has just ended may have filled it
+      yield new
+      with safetensors.writing(path):
+        os.unlink(os.path.join(path, lock.NAME))
+        os.replace(new, path)
   finally:
     shutil.rmtree(new, ignore_errors=True)
+    with contextlib.suppress(OSError):  # after an error it is empty
+      os.rmdir(path)
+
+
+def _require_empty(path):
+  """Raises UserError if something exists at a path, except its lock."""
+  if os.path.lexists(path) and (
+    not os.path.isdir(path) or set(os.listdir(path)) - {lock.NAME}
+  ):
+    raise UserError(f'--out {path} exists already: choose another')
 
 
 def _open_workdir(workdir, stack):

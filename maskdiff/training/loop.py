@@ -53,6 +53,7 @@ def run(config, workdir, make_stage=pretraining.make_stage):
     UserError: the config, the data and the checkpoints do not fit together
       (raised before the step is compiled); a device has too little memory; too
       many consecutive updates were skipped; or checkpoints cannot be written.
+    InUse: another process writes to the work directory.
     Preempted: the process received SIGTERM and has saved a checkpoint.
   """
   with _memory_advice(config), contextlib.ExitStack() as stack:
@@ -65,12 +66,13 @@ def _run(config, workdir, make_stage, stack):
   steps = config.train.steps
   wandb_run.require_wandb(config.train.wandb_project)
   workdir_lib.make_workdir(workdir)
+  check_lock = stack.enter_context(workdir_lib.locked(workdir))
   main_process = jax.process_index() == 0
   ledger = Ledger(os.path.join(workdir, 'ledger.jsonl'), main_process)
   stack.callback(ledger.close)
   preemption = stack.enter_context(Preemption())
   stack.enter_context(watch(ledger, config.train.stall_s))
-  stop_if_preempted = functools.partial(_stop_if_preempted, preemption, ledger)
+  stop_if_preempted = lambda: _stop_if_preempted(preemption, ledger, check_lock)
   with ledger.span('init'):
     setup = open_setup(config, ledger, stop_if_preempted)
     stage = make_stage(config, setup)
@@ -176,7 +178,7 @@ def _evaluate(stage, setup, reporter, step, params):
   return result
 
 
-def _stop_if_preempted(preemption, ledger):
+def _stop_if_preempted(preemption, ledger, check_lock):
   """Raises _Stop if a process of the run has received SIGTERM.
 
   All processes must call this function the same number of times.
@@ -184,8 +186,10 @@ def _stop_if_preempted(preemption, ledger):
   Args:
     preemption: Preemption.
     ledger: Ledger. The call resets its timer for stalls.
+    check_lock: raises InUse if another run has taken the work directory.
   """
   ledger.beat()
+  check_lock()
   if preemption.poll():
     raise _Stop
 

@@ -1,5 +1,6 @@
 """Writes the files of a work directory, except checkpoints and metrics."""
 
+import contextlib
 import json
 import os
 
@@ -8,8 +9,10 @@ import jax
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
+from maskdiff.files import lock
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
 from maskdiff.monitoring import stage_file, terminal
@@ -32,6 +35,32 @@ def make_workdir(workdir):
     raise UserError(
       f'--workdir: cannot create {workdir!r} ({error})'
     ) from error
+
+
+@contextlib.contextmanager
+def locked(workdir):
+  """Context manager that locks a work directory for this run.
+
+  Process 0 holds the lock. All processes must call this function.
+
+  Args:
+    workdir: existing directory.
+
+  Yields:
+    Function without arguments, see `lock.locked`.
+
+  Raises:
+    UserError: raised in all processes; see `lock.locked`.
+  """
+  with contextlib.ExitStack() as stack:
+    check, error = lambda: None, None
+    if jax.process_index() == 0:
+      try:
+        check = stack.enter_context(lock.locked(workdir, runtime.print_once))
+      except UserError as e:
+        error = e
+    consensus.raise_in_all(error)
+    yield check
 
 
 def save_run_files(config, setup, stage, workdir):
