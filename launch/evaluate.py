@@ -80,7 +80,10 @@ flags.DEFINE_bool(
   'coupled', False, 'Use each mask together with its complement.'
 )
 flags.DEFINE_float(
-  'guidance', 0.0, 'Scale w of classifier-free guidance, as in LLaDA. 0: off.'
+  'guidance',
+  0.0,
+  'Scale w of classifier-free guidance, as in LLaDA. 0: off.',
+  lower_bound=0,
 )
 flags.DEFINE_integer(
   'seed', 0, 'Seed of the first line; the next has seed + 1.', lower_bound=0

@@ -7,7 +7,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from maskdiff.config import sample
+from maskdiff.config import config_file, sample
+from maskdiff.config.key import finite
 from maskdiff.config.keys import KEYS, SECTIONS, check_keys
 from maskdiff.errors import (
   STATUS_AGAIN,
@@ -29,7 +30,7 @@ def run_script(main, argv=None, positional=False):
   every UserError) are printed as one line on standard error; the exit status is
   that of the error, mostly 2. After Preempted it is 75: the same command
   resumes the run.
-  --help prints the docstring of the script and its flags.
+  --help, or -h, prints the docstring of the script and its flags.
 
   Args:
     main: function of FLAGS; with `positional`, of FLAGS and a list of the other
@@ -38,7 +39,7 @@ def run_script(main, argv=None, positional=False):
     positional: whether the script takes arguments that are not flags.
   """
   argv = sys.argv if argv is None else argv
-  if '--help' in argv[1:]:
+  if not {'--help', '-h'}.isdisjoint(argv[1:]):
     print(_help())
     return
   try:
@@ -71,13 +72,21 @@ def _parse(argv):
       check_keys(flags.FLAGS.config)
   except UserError:
     raise
-  except Exception as e:  # a config file is a program and can raise anything
+  except Exception as e:
     raise UserError(_explain(e, argv)) from e
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    if isinstance(value, float) and not finite(value):
+      raise UserError(f'--{name}={value}: must be finite')
   return flags.FLAGS, rest
 
 
 def _explain(error, argv):
   """Returns one line on what is wrong with a flag or a config file."""
+  cause = error
+  while cause := cause.__cause__ or cause.__context__:
+    if isinstance(cause, UserError):  # of the config file
+      return str(cause)
   if isinstance(error, flags.UnrecognizedFlagError):
     return f'unknown flag --{error.flagname}' + suggestion(
       error.flagname, flags.FLAGS
@@ -86,35 +95,17 @@ def _explain(error, argv):
     match = re.match(r'--config\.([^=]+)', argument)
     if match and match[1] not in KEYS and match[1] not in SECTIONS:
       return f'unknown config key {match[1]!r}' + suggestion(match[1], KEYS)
-  # ml_collections wraps errors of the file in messages of several lines.
-  message = str(error).replace('\\', '')
-  if match := re.search(r'errors\.UserError: (.*)', message):
-    return match[1]
-  if match := re.search(r"No such file or directory: ('.*')", message):
-    return f'there is no config file {match[1]}'
-  if match := re.search(r'Key "(\w+)" does not exist', message):
-    neighbours = re.findall(r"'(\w+)':", message)
-    return f'unknown config key {match[1]!r} in the config file' + suggestion(
-      match[1], neighbours
-    )
-  if match := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
-    return (
-      f'unknown config key {match[2]!r} in the config file; '
-      f'did you mean {match[1]!r}?'
-    )
-  if match := re.search(r"override field '(\w+)' .*cast.* to type", message):
-    _, _, detail = message.partition('(reference). ')
-    return f'config key {match[1]!r}: {one_line(detail)}'
-  if isinstance(error, flags.Error):
-    return one_line(message)
-  return f'cannot load the config file: {one_line(message)}'
+  return one_line(error)
 
 
 def define_config_flag():
   """Defines --config FILE and its --config.key=value overrides."""
   config_flags.DEFINE_config_file(
-    'config', None, 'File in configs/, such as configs/tiny.py.'
+    'config',
+    None,
+    'File in configs/, such as configs/tiny.py; or config.json of a run.',
   )
+  flags.FLAGS['config'].parser = config_file.Parser()
 
 
 def define_load_flags():

@@ -1,8 +1,12 @@
 """The declaration of a config key, and the check of its value."""
 
+import math
 from typing import Any, NamedTuple
 
-from maskdiff.errors import UserError, suggestion
+from maskdiff.errors import UserError, one_line, suggestion
+
+# Bound of integers without another. Steps and positions are int32.
+MAX_INT = 2**31 - 1
 
 
 class Key(NamedTuple):
@@ -14,7 +18,7 @@ class Key(NamedTuple):
     help: one or two sentences on what the key sets.
     choices: allowed values; () allows every value within the bounds.
     minimum: smallest allowed value, or None.
-    maximum: largest allowed value, or None.
+    maximum: largest allowed value; None for no bound, and for integers MAX_INT.
     above: the value must be larger than this number; None for no bound.
     below: the value must be smaller than this number; None for no bound.
     per_request: (config.sample) whether requests of one batch may differ in the
@@ -44,8 +48,8 @@ def check_choice(name, key, value):
   """
   require(
     not key.choices or value in key.choices,
-    f'{name}={value!r}: choose one of {", ".join(key.choices)}'
-    + suggestion(value, key.choices),
+    f'{name}={one_line(repr(value), 100)}: choose one of '
+    f'{", ".join(key.choices)}' + suggestion(value, key.choices),
   )
 
 
@@ -58,17 +62,43 @@ def check_value(name, key, value):
     value: value of the key.
 
   Raises:
-    UserError: the value is not one of the choices, or is out of bounds.
+    UserError: the value has another type, is not one of the choices, is out of
+      bounds, or has a number that is not finite.
   """
+  kind, shown = type(key.default), one_line(repr(value), 100)
+  require(
+    type(value) is kind or (kind is float and type(value) is int),
+    f'{name}={shown}: must be {kind.__name__}, not {type(value).__name__}',
+  )
   check_choice(name, key, value)
-  # NaN fails every bound, since its comparisons are false.
+  require(finite(value), f'{name}={shown}: must be finite')
+  maximum = key.maximum
+  if kind is int and maximum is None:
+    maximum = MAX_INT
   for bound, text, holds in (
     (key.minimum, 'at least', lambda bound: value >= bound),
-    (key.maximum, 'at most', lambda bound: value <= bound),
+    (maximum, 'at most', lambda bound: value <= bound),
     (key.above, 'above', lambda bound: value > bound),
     (key.below, 'below', lambda bound: value < bound),
   ):
     require(
       bound is None or holds(bound),
-      f'{name}={value}: must be {text} {bound}',
+      f'{name}={shown}: must be {text} {bound}',
     )
+
+
+def finite(value):
+  """Returns whether all numbers in a value, or in nested tuples, are finite.
+
+  Integers beyond int64 count as infinite.
+  """
+  if isinstance(value, tuple):
+    return all(map(finite, value))
+  if isinstance(value, int):
+    return abs(value) < 2**63
+  return not isinstance(value, float) or math.isfinite(value)
+
+
+def are_numbers(values):
+  """Returns whether all elements of a tuple are numbers, and not bool."""
+  return all(type(value) in (int, float) for value in values)

@@ -20,11 +20,16 @@ from maskdiff.config import (
   train,
 )
 from maskdiff.config import eval as evaluation
-from maskdiff.config.key import Key
-from maskdiff.errors import UserError, suggestion
+from maskdiff.config.key import Key, check_value
+from maskdiff.errors import UserError, one_line, suggestion
 
 TOP = {
-  'seed': Key(0, 'Seed of parameters, data order and noise.'),
+  'seed': Key(
+    0,
+    'Seed of parameters, data order and noise.',
+    minimum=-(2**63),
+    maximum=2**63 - 1,
+  ),
   'init_from': Key(
     '',
     'Hugging Face folder or work directory whose parameters start the run. '
@@ -115,24 +120,40 @@ def flatten(c):
   return flat
 
 
-def from_dict(tree):
+def from_dict(tree, name='the saved config'):
   """Converts the nested dict of a saved config to a config.
 
   A key that was added after the config was saved gets its default, which keeps
   the behaviour of the older version.
 
+  Args:
+    tree: JSON value, which may come from somebody else.
+    name: how errors call the config.
+
   Raises:
-    UserError: the dict has keys that this version does not have.
+    UserError: the value is not a dict of sections, has keys that this version
+      does not have, or a value is not allowed.
   """
+  if not isinstance(tree, dict):
+    raise UserError(f'{name} is not a JSON object of config keys')
   saved = {RENAMED.get(k, k): v for k, v in flatten(tree).items()}
-  if saved.keys() - KEYS.keys():
-    unknown = ', '.join(sorted(saved.keys() - KEYS.keys()))
+  if unknown := sorted(saved.keys() - KEYS.keys()):
+    some = ', '.join(unknown[:6]) + ', ...' * (len(unknown) > 6)
     raise UserError(
-      f'this config was saved by another version of maskdiff, which has the '
-      f'keys {unknown}: use that version'
+      one_line(
+        f'{name} has the keys {some}, which this version of maskdiff does not '
+        'have: use the version that saved it, or remove them'
+        + suggestion(unknown[0][:100], KEYS),
+        300,
+      )
     )
+  values = {k: _tuples(v) for k, v in saved.items()}
+  for key, value in values.items():
+    check_value(f'config.{key}', KEYS[key], value)
   c = default()
-  c.update_from_flattened_dict({k: _tuples(v) for k, v in saved.items()})
+  c.update_from_flattened_dict(values)
+  for section in (model, tokens):  # code that opens a model relies on them
+    section.check(c)
   return c
 
 

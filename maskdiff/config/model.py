@@ -1,6 +1,6 @@
 """Config keys of the network."""
 
-from maskdiff.config.key import Key, require
+from maskdiff.config.key import Key, are_numbers, require
 
 KEYS = {
   'vocab_size': Key(4096, 'Vocabulary size V.', minimum=1),
@@ -79,7 +79,9 @@ def check(c):
     'predicts the next token already',
   )
   require(
-    len(m.rope_scaling) in (0, 4) and all(x > 0 for x in m.rope_scaling),
+    len(m.rope_scaling) in (0, 4)
+    and are_numbers(m.rope_scaling)
+    and all(x > 0 for x in m.rope_scaling),
     f"config.model.rope_scaling={m.rope_scaling}: must be () or Llama 3.1's "
     '(factor, low_freq_factor, high_freq_factor, length)',
   )

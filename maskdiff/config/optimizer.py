@@ -1,6 +1,6 @@
 """Config keys of AdamW and the learning rate."""
 
-from maskdiff.config.key import Key, require
+from maskdiff.config.key import Key, are_numbers, require
 
 KEYS = {
   'schedule': Key(
@@ -51,10 +51,13 @@ def check(c):
     f'config.train.steps={steps} for the cosine',
   )
   if o.schedule == 'piecewise':
-    triples = all(isinstance(p, tuple) and len(p) == 3 for p in o.pieces)
+    triples = all(
+      isinstance(p, tuple) and len(p) == 3 and are_numbers(p) and min(p) >= 0
+      for p in o.pieces
+    )
     ends = [piece[0] for piece in o.pieces] if triples else []
     require(
       ends and ends == sorted(ends) and ends[-1] == steps,
       'config.optimizer.pieces must be (last step, first rate, last rate) in '
-      f'order, and end at config.train.steps={steps}',
+      f'order, not negative, and end at config.train.steps={steps}',
     )

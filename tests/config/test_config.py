@@ -503,6 +503,42 @@ def test_help_lists_the_flags_without_jax(path):
   assert f'launch/{path.name}:' in result.stdout and '  --' in result.stdout
 
 
+def test_h_is_short_for_help():
+  short, long = (without_jax('launch/goodput.py', f) for f in ('-h', '--help'))
+  assert (short.returncode, short.stdout) == (0, long.stdout)
+
+
+def test_numbers_that_are_not_finite_or_negative_are_refused_by_name():
+  pretrain = ['launch/pretrain.py', [TINY, WORKDIR]]
+  sampler = ['launch/sample.py', [WORKDIR]]
+  commands = [
+    (script, [*flags, f'{flag}={value}'])
+    for (script, flags), flag in (
+      (pretrain, '--config.optimizer.learning_rate'),
+      (pretrain, '--config.guard.spike_sigmas'),
+      (sampler, '--temperature'),
+      (sampler, '--guidance'),
+      (sampler, '--threshold'),
+      (['launch/evaluate.py', [WORKDIR, '--task=cloze']], '--guidance'),
+      (
+        ['launch/prepare.py', ['--source=configs', '--out=/nowhere/rows']],
+        '--heldout_fraction',
+      ),
+      (['launch/convert.py', ['--check', '--in=configs']], '--shard_gb'),
+    )
+    for value in ('nan', 'inf', '-inf', '-1')
+  ]
+  result = forked.run(
+    [ROOT / 'tests' / 'parse_flags.py'], cwd=ROOT, input=json.dumps(commands)
+  )
+  for (script, flags), line in zip(
+    commands, json.loads(result.stdout), strict=True
+  ):
+    assert re.fullmatch('error: .*\n', line), (script, flags, line)
+    name, value = flags[-1].lstrip('-').split('=')
+    assert name in line and value in line
+
+
 def test_each_sampler_setting_is_a_flag_of_its_type():
   """A flag that is not given is None, and overrides nothing."""
   values = {bool: True, int: 3, float: 0.5}
