@@ -107,9 +107,8 @@ def main(args):
     )
   config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
-  from maskdiff.interop import load
 
-  with runtime.started(load.writable_workdir(args.workdir)):
+  with runtime.started():
     evaluate(args)
 
 

@@ -35,9 +35,8 @@ flags.mark_flags_as_required(['workdir', 'tasks'])
 def main(args):
   config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
-  from maskdiff.interop import load
 
-  with runtime.started(load.writable_workdir(args.workdir)):
+  with runtime.started():
     evaluate(args)
 
 

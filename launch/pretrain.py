@@ -26,7 +26,7 @@ def main(args, make_stage=None):
 
   heartbeat_s = args.config.train.heartbeat_s
   make_stage = make_stage or pretraining.make_stage
-  with runtime.started(args.workdir, heartbeat_s=heartbeat_s):
+  with runtime.started(heartbeat_s=heartbeat_s):
     loop.run(args.config, args.workdir, make_stage)
 
 

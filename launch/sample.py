@@ -88,9 +88,8 @@ def main(args):
     raise UserError('--html replays texts of --prompt or --infill only')
   config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
-  from maskdiff.interop import load
 
-  with runtime.started(load.writable_workdir(args.workdir)):
+  with runtime.started():
     sample(args)
 
 

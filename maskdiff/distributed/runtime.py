@@ -4,7 +4,7 @@ A run is one process on a laptop and one process per host on a pod. `started`
 reads the environment and joins the processes through `jax.distributed`. If a
 process fails, it exits without waiting for the others:
 
-    with runtime.started(workdir):
+    with runtime.started():
       loop.run(config, workdir)
 
 Enter it before any call that asks JAX for its devices.
@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -43,7 +44,7 @@ _barriers = itertools.count()
 
 
 @contextlib.contextmanager
-def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
+def started(timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
   """Context manager that joins the other processes of the run, if any.
 
   With several processes an error inside ends this process at once: a normal
@@ -54,8 +55,6 @@ def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
   Preempted, which all processes raise together, ends them normally.
 
   Args:
-    workdir: work directory for the compilation cache, or None; see
-      `use_compile_cache`.
     timeout_s: seconds to wait for the other processes.
     heartbeat_s: whole seconds without a heartbeat after which a process counts
       as dead and the others are aborted.
@@ -65,12 +64,12 @@ def started(workdir, timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
   """
   arguments = detect(os.environ, jax.config.jax_platforms)
   if arguments is None:
-    use_compile_cache(workdir)
+    use_compile_cache()
     yield
     return
   try:
     join(arguments, timeout_s, heartbeat_s)
-    use_compile_cache(workdir)
+    use_compile_cache()
     yield
   except Preempted:
     raise
@@ -253,28 +252,47 @@ def _reachable(address):
     return False
 
 
-def use_compile_cache(workdir):
+def use_compile_cache():
   """Enables JAX's persistent compilation cache, so that restarts are faster.
 
-  The cache is in JAX_COMPILATION_CACHE_DIR, or else in `compile_cache` in the
-  work directory. Process 0 writes it, so all processes must be able to read
-  the directory. JAX_ENABLE_COMPILATION_CACHE=0 disables it.
+  The cache is in JAX_COMPILATION_CACHE_DIR, or else in maskdiff/compiled in the
+  user's cache folder (XDG_CACHE_HOME or ~/.cache). It holds code that is
+  executed. It is therefore never in a work directory, which may come from
+  somebody else, and the default is used only if no other user can write it.
+  Process 0 writes the cache; hosts share it only if they share the directory.
+  JAX_ENABLE_COMPILATION_CACHE=0 disables it.
 
   On CPUs the cache is used only if JAX_COMPILATION_CACHE_DIR is set, because
   another machine may lack the instructions of a compiled program.
-
-  Args:
-    workdir: work directory, or None for a cache only in
-      JAX_COMPILATION_CACHE_DIR.
   """
   if os.environ.get(_CACHE) or jax.default_backend() == 'cpu':
     return
-  if workdir is None:
-    return
-  jax.config.update(
-    'jax_compilation_cache_dir',
-    os.path.join(os.path.abspath(workdir), 'compile_cache'),
-  )
+  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  path = os.path.join(home, 'maskdiff', 'compiled')
+  if reason := _not_private(path):
+    print_once(f'no compilation cache in {path} ({reason}); set {_CACHE}')
+  else:
+    jax.config.update('jax_compilation_cache_dir', path)
+
+
+def _not_private(path):
+  """Makes a directory that only this user can write.
+
+  Returns:
+    '', or why the directory may hold files of other users.
+  """
+  if not os.path.isabs(path):
+    return 'the user has no home directory'
+  try:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    status = os.lstat(path)
+  except OSError as error:
+    return one_line(error.strerror)
+  if not stat.S_ISDIR(status.st_mode):
+    return 'it is a link'
+  if status.st_uid != os.geteuid():
+    return 'it belongs to another user'
+  return 'other users can write it' if status.st_mode & 0o022 else ''
 
 
 def main_process_first(work):

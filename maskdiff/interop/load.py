@@ -137,11 +137,6 @@ def warm_start(config, mesh):
   return params
 
 
-def writable_workdir(workdir):
-  """Returns `workdir`; None for a Hugging Face folder, which is only read."""
-  return None if families.is_published(workdir) else workdir
-
-
 def _load_published(published, mesh, dtype):
   config = hf.run_config(published, None)
   shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])

@@ -142,7 +142,7 @@ def wait_for(line, process):
 
 POLLS = """
 try:
-  with runtime.started('.'), consensus.Preemption() as preemption:
+  with runtime.started(), consensus.Preemption() as preemption:
     print('here')
     time.sleep(float(sys.argv[1]))
     n = 1
@@ -188,7 +188,7 @@ def test_sigterm_to_any_process_stops_all_at_the_same_poll(
 
 
 AGREES = """
-with runtime.started('.'):
+with runtime.started():
   same = {'config': 'c0', 'code': 'v0', 'data': 'd0'}
   consensus.agree(same)
   print('agreed')
@@ -219,7 +219,7 @@ def test_at_most_four_differing_processes_are_listed():
 
 
 DIES = """
-with runtime.started('.', heartbeat_s=10):
+with runtime.started(heartbeat_s=10):
   consensus.agree({})
   print('here')
   time.sleep(200)

@@ -334,7 +334,7 @@ def make(name):
     path.write_text(os.environ['JAX_PROCESS_ID'])
   return path.read_text()
 
-with runtime.started('.'):
+with runtime.started():
   for name in ('first', 'second'):
     print(name, runtime.main_process_first(lambda: make(name)))
 """

@@ -168,7 +168,7 @@ def start(process_id, address, timeout_s):
   script = (
     'import sys\n'
     'from maskdiff.distributed import runtime\n'
-    f'with runtime.started(".", {timeout_s}):\n'
+    f'with runtime.started({timeout_s}):\n'
     '  print("here", flush=True)\n'
   )
   return forked.start(
@@ -255,7 +255,7 @@ def test_exit_status_of_a_process_with_peers(error, expected):
     'runtime.distributed.global_state.num_processes = 2\n'
     'runtime.distributed.global_state.process_id = 1\n'
     'try:\n'
-    '  with runtime.started("."):\n'
+    '  with runtime.started():\n'
     f'    raise {error}\n'
     'except errors.Preempted as error:\n'
     '  assert error.step == 3\n'
@@ -283,7 +283,7 @@ def test_single_process_propagates_errors(monkeypatch, tmp_path):
   for name in EXPLICIT:
     monkeypatch.delenv(name, raising=False)
   error = UserError('of the run')
-  with pytest.raises(UserError) as raised, runtime.started(tmp_path):
+  with pytest.raises(UserError) as raised, runtime.started():
     raise error
   assert raised.value is error
 
@@ -300,27 +300,74 @@ def cache_dir(monkeypatch):
   jax.config.update('jax_compilation_cache_dir', before)
 
 
-def test_accelerators_cache_programs_in_the_workdir(
-  cache_dir, monkeypatch, tmp_path
-):
+@pytest.fixture
+def folder(cache_dir, monkeypatch, tmp_path):
+  """The cache folder of a user with a TPU."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-  runtime.use_compile_cache(tmp_path)
-  assert cache_dir() == str(tmp_path / 'compile_cache')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  return tmp_path / 'maskdiff' / 'compiled'
 
 
-def test_cpus_cache_no_programs_by_default(cache_dir, tmp_path):
+def test_accelerators_cache_programs_in_the_folder_of_the_user(
+  cache_dir, folder
+):
+  for _ in range(2):
+    runtime.use_compile_cache()
+    assert cache_dir() == str(folder)
+  assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def plant_link(folder):
+  folder.symlink_to(folder.parent)
+
+
+def plant_writable(folder):
+  folder.mkdir()
+  folder.chmod(0o770)
+
+
+def plant_file(folder):
+  folder.touch()
+
+
+def plant_of_another_user(folder):
+  folder.mkdir()
+  if os.geteuid():
+    pytest.skip('only root may give a folder away')
+  os.chown(folder, 12345, -1)
+
+
+@pytest.mark.parametrize(
+  'plant, reason',
+  [
+    (plant_link, 'it is a link'),
+    (plant_writable, 'other users can write it'),
+    (plant_file, 'File exists'),
+    (plant_of_another_user, 'it belongs to another user'),
+  ],
+)
+def test_programs_that_others_can_write_are_not_loaded(
+  cache_dir, folder, capsys, plant, reason
+):
+  folder.parent.mkdir()
+  plant(folder)
   before = cache_dir()
-  runtime.use_compile_cache(tmp_path)
+  runtime.use_compile_cache()
+  assert cache_dir() == before
+  assert f'({reason}); set JAX_COMP' in capsys.readouterr().err
+
+
+def test_cpus_cache_no_programs_by_default(cache_dir):
+  before = cache_dir()
+  runtime.use_compile_cache()
   assert cache_dir() == before
 
 
-def test_environment_variable_sets_the_cache_directory(
-  cache_dir, monkeypatch, tmp_path
-):
+def test_environment_variable_sets_the_cache_directory(cache_dir, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'gs://bucket/programs')
   before = cache_dir()  # JAX reads the variable itself at import
-  runtime.use_compile_cache(tmp_path)
+  runtime.use_compile_cache()
   assert cache_dir() == before
 
 
