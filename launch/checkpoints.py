@@ -18,7 +18,7 @@ import time
 from absl import flags, logging
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, printable
 
 flags.DEFINE_string('workdir', None, 'Work directory of the run.')
 flags.DEFINE_bool(
@@ -61,7 +61,8 @@ def show(workdir, verify):
       print(f'{step:>9,}  {date}  {_size(path) / 1e9:9.3f} GB  {state}')
     aside = checkpointer.aside()
     if os.path.isdir(aside):
-      print(f'set aside: {", ".join(sorted(os.listdir(aside)))} in {aside}')
+      names = printable(', '.join(sorted(os.listdir(aside))))
+      print(f'set aside: {names} in {aside}')
   if damaged:
     sys.exit(1)
 
@@ -109,13 +110,13 @@ def roll_back(workdir, step):
 def _written(path):
   """Returns the time of a save in seconds since the epoch."""
   meta = os.path.join(path, 'meta', 'metadata')
-  return os.path.getmtime(meta if os.path.exists(meta) else path)
+  return os.lstat(meta if os.path.exists(meta) else path).st_mtime
 
 
 def _size(path):
   """Returns the bytes of all files in a folder and its subfolders."""
   return sum(
-    os.path.getsize(os.path.join(folder, name))
+    os.lstat(os.path.join(folder, name)).st_size
     for folder, _, names in os.walk(path)
     for name in names
   )

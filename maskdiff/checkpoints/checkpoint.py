@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import time
 
 import jax
@@ -25,9 +26,11 @@ from maskdiff.checkpoints.fingerprint import fingerprints
 from maskdiff.checkpoints.manifest import Damaged, flat
 from maskdiff.checkpoints.orbax_manager import SaveLateJson, open_manager
 from maskdiff.errors import UserError, one_line
+from maskdiff.files import atomic, reading
 
 _DAMAGED_FILE = 'damaged.txt'
 _DISK_FULL = re.compile('No space left on device|Disk quota exceeded')
+_STEP = re.compile(r'0|[1-9]\d{0,8}', re.ASCII)  # name of a folder
 _RETRY_S = 1
 
 
@@ -157,7 +160,8 @@ class Checkpointer:
     """Lists the steps on disk in ascending order, damaged ones included."""
     if not os.path.isdir(self.directory):
       return []
-    return sorted(int(n) for n in os.listdir(self.directory) if n.isdecimal())
+    names = os.listdir(self.directory)
+    return sorted(int(n) for n in names if _STEP.fullmatch(n))
 
   def read_meta(self, step):
     """Reads the Meta of a step, with its manifest in `leaves`.
@@ -168,9 +172,13 @@ class Checkpointer:
     """
     path = os.path.join(self.directory, str(step))
     mark = os.path.join(path, _DAMAGED_FILE)
-    if os.path.exists(mark):
-      with open(mark) as f:
-        raise Damaged(f.read().strip())
+    if os.path.lexists(mark):
+      try:
+        reason = reading.read_text(mark, 4096)
+      except UserError as error:
+        reason = error
+      raise Damaged(one_line(reason, 300))
+    _require_regular(path)
     return manifest.read(os.path.join(path, 'meta', 'metadata'))
 
   def restore(self, step, meta, **targets):
@@ -188,7 +196,8 @@ class Checkpointer:
       UserError: names, shapes or dtypes on disk differ from the targets'.
       Damaged: files are missing, or bits differ from those saved.
       RuntimeError: this process of several cannot read its part. The step is
-        then marked as damaged for the next start.
+        then marked as damaged for the next start. If the checkpointer is
+        read-only, UserError is raised and nothing is marked.
     """
     path = os.path.join(self.directory, str(step))
     manifest.compare(path, meta.leaves, targets)
@@ -206,10 +215,14 @@ class Checkpointer:
       reason = f'it cannot be read: {_reason(error)}'
       if jax.process_count() > 1:
         # Other processes may have read their part and wait for this process,
-        # which cannot send them a message. The next start reads the mark.
-        with contextlib.suppress(OSError):
-          with open(os.path.join(path, _DAMAGED_FILE), 'w') as f:
-            f.write(reason + '\n')
+        # which cannot send them a message.
+        if self.read_only:
+          raise UserError(
+            f'{path}: {reason}; launch/checkpoints.py --verify shows the '
+            'damaged steps, and the next start of the run moves them aside'
+          ) from error
+        with contextlib.suppress(OSError):  # the next start reads the mark
+          atomic.write(os.path.join(path, _DAMAGED_FILE), reason + '\n')
         raise RuntimeError(f'{path}: {reason}; start again') from error
       raise Damaged(reason) from error
     named = flat({name: restored[name] for name in nested})
@@ -304,6 +317,19 @@ class Checkpointer:
       self.finish()
     finally:
       self._manager.close()
+
+
+def _require_regular(path):
+  """Raises Damaged if a step holds a link, or a file that is not regular.
+
+  A run writes none. A link could lead out of the folder, and the code that
+  reads arrays would wait for the other end of a FIFO.
+  """
+  for folder, folders, files in os.walk(path):
+    for name in [*folders, *files]:
+      mode = os.lstat(os.path.join(folder, name)).st_mode
+      if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise Damaged(f'{one_line(name)} is not a regular file')
 
 
 def _reason(error):

@@ -13,11 +13,15 @@ Its `samples` is the position of the stage, and its `data` the identity.
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 
 import jax
+import numpy as np
 
 from maskdiff.errors import UserError, one_line
+from maskdiff.files import reading
 
 FORMAT_VERSION = 3
 
@@ -49,6 +53,13 @@ class Meta:
 
 
 _KEYS = tuple(field.name for field in dataclasses.fields(Meta))
+_TYPES = {
+  'config': dict,
+  'stage': str,
+  'identity': dict,
+  'evaluation_due': bool,
+  'leaves': dict,
+}
 
 
 def config_json(config):
@@ -111,13 +122,13 @@ def read(path):
   """Reads the file with the result of `make`; returns a Meta.
 
   Raises:
-    Damaged: the file is missing or differs from what was written.
+    Damaged: the file is missing, differs from what was written, or holds values
+      that `make` does not write.
     UserError: the file has the format of another version.
   """
   try:
-    with open(path) as f:
-      values = json.load(f)
-  except (OSError, ValueError) as error:
+    values = reading.read_json(path)
+  except UserError as error:
     raise Damaged(f'its meta cannot be read: {one_line(error)}') from error
   is_dict = isinstance(values, dict)
   digest = values.pop('digest', None) if is_dict else None
@@ -138,7 +149,46 @@ def read(path):
     values['stage'] = 'pretraining'
     values['identity'] = values.pop('data', None)
     values['position'] = values.pop('samples')
+  # A digest protects from accidents; a stranger can compute one.
+  if reason := _problem(values):
+    raise Damaged(f'its meta is wrong: {one_line(reason)}')
   return Meta(**{key: values[key] for key in _KEYS if key in values})
+
+
+def _problem(values):
+  """Returns why the values of a file cannot come from `make`, or None."""
+  for key, kind in _TYPES.items():
+    if key in values and not isinstance(values[key], kind):
+      return f'{key} is not a {kind.__name__}'
+  if 'leaves' not in values:
+    return 'it has no leaves'
+  folders = set()
+  for name, leaf in values['leaves'].items():
+    if not isinstance(leaf, dict) or not _is_leaf(leaf):
+      return f'the shape, dtype or fingerprint of {name!r} is not one'
+    parts = name.split('/')
+    if len(parts) > 100 or not {'', '.', '..'}.isdisjoint(parts):
+      return f'{name!r} is not the name of an array'
+    folders |= {'/'.join(parts[:n]) for n in range(1, len(parts))}
+  if clash := folders & values['leaves'].keys():
+    return f'{min(clash)!r} is an array and also the start of a name'
+  return None
+
+
+def _is_leaf(leaf):
+  """Returns whether a dict is an entry of `leaves`."""
+  shape, name = leaf.get('shape'), leaf.get('dtype')
+  sizes = [leaf.get('fingerprint'), *(shape if type(shape) is list else [None])]
+  if not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+    return False
+  if not isinstance(name, str) or not re.fullmatch(r'\w{1,20}', name):
+    return False  # NumPy would parse an expression
+  try:
+    dtype = np.dtype(name)
+  except (TypeError, ValueError):
+    return False
+  number = name == 'bool' or jax.dtypes.issubdtype(dtype, np.number)
+  return number and name == dtype.name and math.prod(shape) < 2**59
 
 
 def compare(step_path, leaves, targets):

@@ -66,7 +66,7 @@ def join(values, arrays):
   if not isinstance(values, dict):
     return values
   return values | {
-    name: join(values[name], leaf) if isinstance(leaf, dict) else leaf
+    name: join(values.get(name, {}), leaf) if isinstance(leaf, dict) else leaf
     for name, leaf in arrays.items()
   }
 

@@ -43,8 +43,9 @@ def newest(checkpointer, targets_of):
   Args:
     checkpointer: Checkpointer.
     targets_of: function from (step, Meta) to the targets of
-      `Checkpointer.restore`, a dict. It may raise UserError if the config does
-      not fit. The step then does not count as damaged.
+      `Checkpointer.restore`, a dict. It may raise Damaged, in all processes;
+      or UserError if the config does not fit. The step then does not count as
+      damaged.
 
   Returns:
     (step, Meta, tuple of trees); None if the directory never held a step.
@@ -61,8 +62,8 @@ def newest(checkpointer, targets_of):
     except Damaged as error:
       meta, reason = None, str(error)
     if not _any_process(reason):
-      targets = targets_of(step, meta)
       try:
+        targets = targets_of(step, meta)
         return step, meta, checkpointer.restore(step, meta, **targets)
       except Damaged as error:  # the same in all processes
         reason = str(error)

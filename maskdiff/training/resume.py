@@ -17,7 +17,7 @@ from maskdiff.checkpoints import manifest, restore
 from maskdiff.checkpoints import position as position_lib
 from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 from maskdiff.interop import load
 from maskdiff.training import train_state
 from maskdiff.training.train_state import TrainState
@@ -124,6 +124,13 @@ def restore_or_init(config, setup, stage, key, checkpointer):
   return TrainState(count, params, opt_state, guard), start
 
 
+def _like(position, start):
+  """Returns whether a saved position has the type of the first position."""
+  if type(start) is int:
+    return type(position) is int and 0 <= position < 2**63
+  return isinstance(position, dict) == isinstance(start, dict)
+
+
 def _check(name, meta, config, stage):
   """Compares a checkpoint with the config and the stage of the run.
 
@@ -136,6 +143,7 @@ def _check(name, meta, config, stage):
     stage: Stage of the run.
 
   Raises:
+    Damaged: the metadata lacks the position of the stage.
     UserError: a difference is not allowed.
   """
   if meta.stage != stage.name:
@@ -143,19 +151,25 @@ def _check(name, meta, config, stage):
       f'{name} is a checkpoint of {meta.stage}, not of {stage.name}; use '
       'another --workdir, and --config.init_from to start from its parameters'
     )
+  if meta.identity is None or not _like(meta.position, stage.start):
+    raise manifest.Damaged('its meta has no identity or position of the stage')
   identity = json.loads(json.dumps(stage.identity))
   for item in identity | meta.identity:  # keys of both, in their order
     before, now = meta.identity.get(item), identity.get(item)
     if before == now:
       continue
-    difference = f'{name} was trained on data with {item}={before}, not {now}'
+    difference = one_line(
+      f'{name} was trained on data with {item}={before}, not {now}', 500
+    )
     if not config.data.allow_change:
       raise UserError(
         f'{difference}; use the same data or another --workdir, or set '
         '--config.data.allow_change=True to continue with this data'
       )
     runtime.print_once(difference)
-  old = config_lib.flatten(config_lib.from_dict(meta.config))
+  old = config_lib.flatten(
+    config_lib.from_dict(meta.config, f'the config of {name}')
+  )
   new = config_lib.flatten(config)
   changed = [key for key, value in new.items() if old[key] != value]
   for key in changed:
