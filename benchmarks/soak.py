@@ -3,10 +3,11 @@
 python benchmarks/soak.py [--steps 1000] [--batch 8] [--seed 0]
 
 Trains configs/tiny.py twice, with NaN losses at the same steps. One run has a
-random fault every 20 to 50 steps: SIGKILL, SIGTERM, or SIGKILL followed by a
-flipped bit in the newest checkpoint. Prints the number of faults and the
-goodput of both runs. The exit status is 1 unless the parameters are equal bit
-for bit.
+random fault every 20 to 50 steps: SIGKILL, SIGTERM, SIGKILL followed by a
+flipped bit in the newest checkpoint, or a second process with the same command,
+which must be refused while the first continues. Prints the number of faults and
+the goodput of both runs. The exit status is 1 unless the parameters are equal
+bit for bit.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from maskdiff.checkpoints import checkpoint
+from maskdiff.errors import STATUS_AGAIN
 from maskdiff.monitoring import ledger, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -85,15 +87,21 @@ def flip_a_bit(workdir):
 def disturbed(workdir, args, nan_steps, dice):
   """Runs a training with faults to its end; returns the counts of faults."""
   faults = collections.Counter()
-  target = 0
+  process, target = None, 0
   while True:
-    process = start(workdir, args, nan_steps)
+    process = process or start(workdir, args, nan_steps)
     target = max(target, last_step(workdir)) + dice.randint(20, 50)
     while process.poll() is None and last_step(workdir) < target:
       time.sleep(0.05)
     time.sleep(dice.uniform(0, 0.5))
-    fault = dice.choice(['kill', 'sigterm', 'flipped bit'])
+    fault = dice.choice(['kill', 'sigterm', 'flipped bit', 'second process'])
     if process.poll() is None:
+      if fault == 'second process':
+        refused = start(workdir, args, nan_steps).wait() == STATUS_AGAIN
+        if not refused and process.poll() is None:
+          sys.exit('a second process was not refused; see the log')
+        faults[fault] += refused
+        continue
       process.send_signal(
         signal.SIGTERM if fault == 'sigterm' else signal.SIGKILL
       )
@@ -106,6 +114,7 @@ def disturbed(workdir, args, nan_steps, dice):
       sys.exit(f'the run ended with status {process.returncode}; see the log')
     if process.returncode == 0 and last_step(workdir) == args.steps:
       return faults
+    process = None
 
 
 def parameters(workdir, step):

@@ -280,6 +280,7 @@ def new_directory(path):
   _require_empty(path)
   parent, name = os.path.split(path)
   new = os.path.join(parent, f'.{name}.{secrets.token_hex(4)}')
+  existed = os.path.isdir(path)
   try:
     os.makedirs(new)
     os.makedirs(path, exist_ok=True)
@@ -293,10 +294,12 @@ def new_directory(path):
       with safetensors.writing(path):
         os.unlink(os.path.join(path, lock.NAME))
         os.replace(new, path)
-  finally:
+  except BaseException:
     shutil.rmtree(new, ignore_errors=True)
-    with contextlib.suppress(OSError):  # after an error it is empty
-      os.rmdir(path)
+    if not existed:
+      with contextlib.suppress(OSError):  # another process may have filled it
+        os.rmdir(path)
+    raise
 
 
 def _require_empty(path):

@@ -18,7 +18,8 @@ from absl import flags
 
 from maskdiff.checkpoints import checkpoint, manifest, restore
 from maskdiff.checkpoints.checkpoint import Checkpointer
-from maskdiff.errors import UserError
+from maskdiff.errors import InUse, UserError
+from maskdiff.files import lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'launch' / 'checkpoints.py'
@@ -192,6 +193,25 @@ def test_a_refused_rollback_moves_nothing(script, workdir, flags, says):
     script(workdir, **flags)
   assert not (workdir / 'checkpoints.aside').exists()
   assert len(os.listdir(workdir / 'checkpoints')) == 3
+
+
+def test_a_rollback_is_refused_while_the_run_writes(script, workdir, capsys):
+  with lock.locked(workdir):
+    with pytest.raises(InUse, match=f'process {os.getpid()} on '):
+      script(workdir, rollback=10)
+    script(workdir)  # a reader needs no lock
+  assert len(lines(capsys)) == 3
+  assert not (workdir / 'checkpoints.aside').exists()
+
+
+def test_a_directory_with_planted_files_is_listed(script, workdir, capsys):
+  (workdir / 'checkpoints' / '20' / 'link').symlink_to('nowhere')
+  (workdir / 'checkpoints.aside' / '\x1b[2J').mkdir(parents=True)
+  with pytest.raises(SystemExit):
+    script(workdir)
+  printed = lines(capsys)
+  assert printed[1].endswith('damaged: link is not a regular file')
+  assert printed[-1].startswith(r'set aside: \x1b[2J in ')
 
 
 def test_the_command_line(workdir, tmp_path):

@@ -306,6 +306,31 @@ def test_sigterm_to_one_of_two_processes_saves_one_step(runs, undisturbed_two):
   assert evaluations(runs.workdir) == evaluations(undisturbed_two)
 
 
+# A second process
+
+
+@pytest.mark.slow
+def test_second_process_is_refused_and_the_first_is_unharmed(runs, undisturbed):
+  """Also a second run of two processes, of which both end in order."""
+  (first,) = runs.start(step_s=0.2)
+  runs.wait_for(3, [first])
+  for processes in (1, 2):
+    before = (runs.workdir / 'ledger.jsonl').read_bytes()
+    for second in runs.start(processes=processes):
+      errors = runs.end_of(second, timeout=100)
+      assert second.returncode == 75, errors[-3000:]
+      (line,) = [x for x in errors.splitlines() if x.startswith('error: ')]
+      assert f'process {first.pid} on {socket.gethostname()} ' in line
+    assert (runs.workdir / 'ledger.jsonl').read_bytes().startswith(before)
+  assert first.poll() is None
+  first.send_signal(signal.SIGTERM)
+  log = runs.end_of(first)
+  assert first.returncode == 75, log[-3000:]
+  assert runs.restarts() == 0
+  runs.finish()  # the lock has ended with the process
+  assert_same(runs.workdir, undisturbed, same_rows=False)
+
+
 # Damaged
 
 

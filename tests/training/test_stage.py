@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ import saved
 import tiny
 
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import Preempted, UserError
+from maskdiff.errors import InUse, Preempted, UserError
+from maskdiff.files import lock
 from maskdiff.monitoring import curves, history, ledger, metrics, skipped
 from maskdiff.monitoring.stage_file import Curve
 from maskdiff.training import inputs, loop
@@ -271,3 +273,25 @@ def test_skipped_update_is_described_by_its_facts():
     'step 7: update skipped, loss 0.25 policy, gradient norm 2, round 2, '
     'prompts 8 to 15'
   )
+
+
+def test_run_whose_lock_another_host_took_stops(config, tmp_path, monkeypatch):
+  """Where flock is not shared, a stopped process can lose its lock."""
+  monkeypatch.setattr(lock, 'REFRESH_S', 0.01)
+  others = '{"host": "host-3", "pid": 12}'
+
+  def taken(config, setup):
+    stage = toy(config, setup)
+
+    def next_batch(position, params):
+      if position['round'] == 1:
+        (tmp_path / lock.NAME).write_text(others)
+        time.sleep(0.2)
+      return stage.next_batch(position, params)
+
+    return dataclasses.replace(stage, next_batch=next_batch)
+
+  with pytest.raises(InUse, match='process 12 on host-3 writes to it'):
+    loop.run(config, str(tmp_path), taken)
+  assert (tmp_path / lock.NAME).read_text() == others
+  assert max(row['step'] for row in rows(tmp_path)) <= INNER
