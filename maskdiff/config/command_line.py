@@ -16,7 +16,6 @@ from maskdiff.errors import (
   UserError,
   no_checkpoint,
   one_line,
-  printable,
   suggestion,
 )
 
@@ -53,7 +52,7 @@ def run_script(main, argv=None, positional=False):
     else:
       main(args)
   except UserError as error:
-    print(f'error: {printable(str(error))}', file=sys.stderr)
+    print(f'error: {error}', file=sys.stderr)
     sys.exit(error.status)
   except Preempted:  # the training loop has printed it
     sys.exit(STATUS_AGAIN)

@@ -30,7 +30,6 @@ from maskdiff.errors import (
   Preempted,
   UserError,
   one_line,
-  printable,
 )
 
 JOIN_TIMEOUT_S = 300
@@ -329,7 +328,7 @@ def _leave(error):
   """Prints the error and exits without waiting for other processes."""
   name = process_name() or f'a process on {socket.gethostname()}'
   if isinstance(error, UserError):
-    print(f'error: {printable(str(error))} ({name})', file=sys.stderr)
+    print(f'error: {error} ({name})', file=sys.stderr)
   else:
     traceback.print_exception(error)
     print(f'{name} ends', file=sys.stderr)

@@ -7,7 +7,7 @@ file therefore also names the host and the process that hold the lock, and a
 thread of this process sets the time of the file every REFRESH_S seconds. That
 needs no space, so it works on a full disk. If flock cannot prove that the
 process in the file has ended, `locked` watches the file for WATCH_S seconds.
-Clocks of hosts are never compared.
+The file of a free lock is empty. Clocks of hosts are never compared.
 """
 
 import contextlib
@@ -75,12 +75,50 @@ def locked(folder, log=print):
   finally:
     ended.set()
     if handle in _handles:  # not in a forked child
-      # Removed while it is locked, so that no other process loses its file.
-      if _content(path) in (record, b''):
-        with contextlib.suppress(OSError):
-          os.unlink(path)
+      # The file stays: on a full disk it could not be made again.
+      if _content(path) == record:
+        _write(path, b'')
       _handles.discard(handle)
       os.close(handle)
+
+
+@contextlib.contextmanager
+def reserved(path):
+  """Context manager that locks the place of a new folder.
+
+  Meanwhile the place is a directory with only the lock file. It is removed
+  after an error if it did not exist before.
+
+  Args:
+    path: path of the new folder; it does not exist, or `is_empty`.
+
+  Yields:
+    Function without arguments to call before os.replace(folder, path), which
+    needs an empty place.
+
+  Raises:
+    InUse, UserError: see `locked`.
+  """
+  existed = os.path.isdir(path)
+  try:
+    os.makedirs(path, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'cannot make {path!r} ({error.strerror})') from error
+  with locked(path):
+    free = lambda: os.unlink(os.path.join(path, NAME))
+    try:
+      yield free
+    except BaseException:
+      if not existed:
+        with contextlib.suppress(OSError):
+          free()
+          os.rmdir(path)
+      raise
+
+
+def is_empty(folder):
+  """Returns whether a directory holds nothing, or only a lock file."""
+  return set(os.listdir(folder)) <= {NAME}
 
 
 def _acquire(path, log):
@@ -95,7 +133,7 @@ def _acquire(path, log):
       ended = shared and _parse(content).get('kernel') == kernel
       if content and not ended:
         _watch(path, content, log)
-      # The owner may have removed the file in the meantime.
+      # Somebody may have removed the file or the directory in the meantime.
       if _is_file(path, handle):
         record = _record(kernel)
         _write(path, record)
@@ -186,9 +224,8 @@ def _record(kernel):
 
 def _write(path, record):
   """Writes a record; without space the file stays empty, and flock holds."""
-  # gcsfuse uploads a file when it is closed. 'r+': a lock that was removed
-  # must not come back. The file is never empty in between, which would look
-  # like a free lock.
+  # gcsfuse uploads a file when it is closed. 'r+': a file that was removed must
+  # not come back. The file is never empty in between, as that of a free lock.
   with contextlib.suppress(OSError), open(path, 'r+b') as file:
     file.write(record)
     file.truncate()

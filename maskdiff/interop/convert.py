@@ -280,32 +280,25 @@ def new_directory(path):
   _require_empty(path)
   parent, name = os.path.split(path)
   new = os.path.join(parent, f'.{name}.{secrets.token_hex(4)}')
-  existed = os.path.isdir(path)
   try:
     os.makedirs(new)
-    os.makedirs(path, exist_ok=True)
   except OSError as error:
-    shutil.rmtree(new, ignore_errors=True)
     raise UserError(f'--out: cannot make {new} ({error.strerror})') from error
   try:
-    with lock.locked(path):
+    with lock.reserved(path) as free:
       _require_empty(path)  # a process that has just ended may have filled it
       yield new
       with safetensors.writing(path):
-        os.unlink(os.path.join(path, lock.NAME))
+        free()
         os.replace(new, path)
-  except BaseException:
+  finally:
     shutil.rmtree(new, ignore_errors=True)
-    if not existed:
-      with contextlib.suppress(OSError):  # another process may have filled it
-        os.rmdir(path)
-    raise
 
 
 def _require_empty(path):
-  """Raises UserError if something exists at a path, except its lock."""
+  """Raises UserError if something exists at a path, except a lock file."""
   if os.path.lexists(path) and (
-    not os.path.isdir(path) or set(os.listdir(path)) - {lock.NAME}
+    not os.path.isdir(path) or not lock.is_empty(path)
   ):
     raise UserError(f'--out {path} exists already: choose another')
 
