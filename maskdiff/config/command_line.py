@@ -12,6 +12,7 @@ from maskdiff.config.key import finite
 from maskdiff.config.keys import KEYS, SECTIONS, check_keys
 from maskdiff.errors import (
   STATUS_AGAIN,
+  STATUS_USER,
   Preempted,
   UserError,
   no_checkpoint,
@@ -100,11 +101,16 @@ def _explain(error, argv):
 
 def define_config_flag():
   """Defines --config FILE and its --config.key=value overrides."""
-  config_flags.DEFINE_config_file(
-    'config',
-    None,
-    'File in configs/, such as configs/tiny.py; or config.json of a run.',
-  )
+  try:
+    config_flags.DEFINE_config_file(
+      'config',
+      None,
+      'File in configs/, such as configs/tiny.py; or config.json of a run.',
+    )
+  except (flags.Error, OSError, ValueError) as error:
+    # ml_collections looks for the flag in the files of --flagfile already here.
+    print(f'error: --flagfile: {one_line(error)}', file=sys.stderr)
+    sys.exit(STATUS_USER)
   flags.FLAGS['config'].parser = config_file.Parser()
 
 

@@ -71,10 +71,11 @@ def check_value(name, key, value):
     f'{name}={shown}: must be {kind.__name__}, not {type(value).__name__}',
   )
   check_choice(name, key, value)
-  require(finite(value), f'{name}={shown}: must be finite')
   maximum = key.maximum
-  if kind is int and maximum is None:
-    maximum = MAX_INT
+  if kind is int:
+    maximum = MAX_INT if maximum is None else maximum
+  else:
+    require(finite(value), f'{name}={shown}: must be finite')
   for bound, text, holds in (
     (key.minimum, 'at least', lambda bound: value >= bound),
     (maximum, 'at most', lambda bound: value <= bound),

@@ -420,6 +420,7 @@ REFUSED = {
   'flag': ([TINY, '--wrkdir=/nowhere/run'], "did you mean 'workdir'?"),
   'no workdir': ([TINY], '--workdir'),
   'no config': ([WORKDIR], '--config'),
+  'flag file': (['--flagfile=configs', TINY, WORKDIR], '--flagfile'),
   'no file': (['--config=configs/tinny.py', WORKDIR], 'configs/tinny.py'),
   'machine': (
     ['--config=configs/8b.py:v5e-265', WORKDIR],
