@@ -187,7 +187,7 @@ def test_bad_settings_of_a_line_are_refused(changes, gaps, message):
   [
     (dict(temperature=-1.0), 'temperature=-1.0: must be at least 0'),
     (dict(top_p=0.0), 'top_p=0.0: must be above 0'),
-    (dict(threshold=np.nan), 'threshold=nan: must be at least 0'),
+    (dict(threshold=np.nan), 'threshold=nan: must be finite'),
     (dict(temperature='hot'), "temperature='hot': must be float"),
     (dict(top_k=1.5), 'top_k=1.5: must be int'),
     (dict(stop_at_eos=1), 'stop_at_eos=1: must be bool'),
