@@ -84,6 +84,7 @@ flags.DEFINE_float(
   0.0,
   'Scale w of classifier-free guidance, as in LLaDA. 0: off.',
   lower_bound=0,
+  upper_bound=1000,
 )
 flags.DEFINE_integer(
   'seed', 0, 'Seed of the first line; the next has seed + 1.', lower_bound=0

@@ -90,6 +90,7 @@ KEYS = {
     'Scale of classifier-free guidance. A scale above 0 doubles the forward '
     'passes. 0: off.',
     minimum=0,
+    maximum=1000,  # the logits must not overflow
     per_request=True,
   ),
   'stop_at_eos': Key(

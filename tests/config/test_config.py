@@ -527,7 +527,13 @@ def test_numbers_that_are_not_finite_or_negative_are_refused_by_name():
       ),
       (['launch/convert.py', ['--check', '--in=configs']], '--shard_gb'),
     )
-    for value in ('nan', 'inf', '-inf', '-1')
+    for value in (
+      'nan',
+      'inf',
+      '-inf',
+      '-1',
+      *['1e30'] * (flag == '--guidance'),
+    )
   ]
   result = forked.run(
     [ROOT / 'tests' / 'parse_flags.py'], cwd=ROOT, input=json.dumps(commands)
