@@ -312,7 +312,7 @@ def test_sigterm_to_one_of_two_processes_saves_one_step(runs, undisturbed_two):
 @pytest.mark.slow
 def test_second_process_is_refused_and_the_first_is_unharmed(runs, undisturbed):
   """Also a second run of two processes, of which both end in order."""
-  (first,) = runs.start(step_s=0.2)
+  (first,) = runs.start(step_s=0.5)
   runs.wait_for(3, [first])
   for processes in (1, 2):
     before = (runs.workdir / 'ledger.jsonl').read_bytes()
