@@ -8,11 +8,13 @@ restarts.
 """
 
 import os
+import sys
 
 from absl import flags
 
 from maskdiff import config
-from maskdiff.monitoring import ledger
+from maskdiff.errors import printable
+from maskdiff.monitoring import json_lines, ledger
 
 flags.DEFINE_string('workdir', None, 'Work directory of the run.')
 flags.mark_flag_as_required('workdir')
@@ -20,7 +22,11 @@ flags.mark_flag_as_required('workdir')
 
 def main(args):
   path = os.path.join(args.workdir, 'ledger.jsonl')
-  print(ledger.format_goodput(ledger.goodput(path)))
+  result = ledger.goodput(path)
+  lines = json_lines.Lines([], result['skipped_lines'])
+  if warning := lines.warning(path):
+    print(f'warning: {printable(warning)}', file=sys.stderr)
+  print(ledger.format_goodput(result))
 
 
 if __name__ == '__main__':

@@ -10,10 +10,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import stat
 import time
 
 from maskdiff.errors import UserError
+from maskdiff.files import reading
 from maskdiff.monitoring import json_lines
+
+MAX_SECONDS = 4_102_444_800  # since 1970: the year 2100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,26 +155,62 @@ class Ledger:
 
 
 def _last_line_is_cut_short(path):
-  if not os.path.exists(path) or not os.path.getsize(path):
+  if not os.path.exists(path):
     return False
-  with open(path, 'rb') as f:
+  mode = os.stat(path).st_mode
+  if stat.S_ISFIFO(mode) or stat.S_ISDIR(mode):  # opening a FIFO would wait
+    raise UserError(f'{path} is not a regular file: move it elsewhere')
+  if not stat.S_ISREG(mode) or not os.path.getsize(path):
+    return False
+  with reading.open_regular(path) as f, reading.reported(path):
     f.seek(-1, os.SEEK_END)
     return f.read(1) != b'\n'
 
 
 def read(path):
-  """Reads the lines of a ledger; skips lines that a kill cut short.
+  """Returns the valid lines of a ledger.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  return read_lines(path).values
+
+
+def read_lines(path):
+  """Reads the lines of a ledger; returns json_lines.Lines.
 
   Raises:
     UserError: the file cannot be read.
   """
   try:
-    lines = json_lines.read(path)
-  except OSError as error:
-    raise UserError(
-      f'cannot read {path} ({error.strerror}): give the work directory of a run'
-    ) from error
-  return [x for x in lines if isinstance(x, dict) and 'seconds' in x]
+    return json_lines.read(path, is_line)
+  except UserError as error:
+    raise UserError(f'{error}: give the work directory of a run') from error
+
+
+def is_line(value):
+  """Returns whether a JSON value is a line as `Ledger` writes it."""
+  if not isinstance(value, dict):
+    return False
+  seconds, event = value.get('seconds'), value.get('event')
+  return (
+    _is_time(value.get('time'))
+    and isinstance(seconds, dict)
+    and seconds.keys() <= KINDS.keys()
+    and all(map(_is_time, seconds.values()))
+    and (event is None or isinstance(event, str))
+    and (
+      json_lines.is_count(value['step'])
+      if 'step' in value
+      else event is not None and event != 'started'
+    )
+  )
+
+
+def _is_time(value):
+  """Returns whether a JSON value is a number of seconds."""
+  number = json_lines.finite(value)
+  return number is not None and 0 <= number <= MAX_SECONDS
 
 
 def goodput(path):
@@ -190,13 +230,17 @@ def goodput(path):
       restarts: number of processes after the first.
       steps: last step done.
       goodput: seconds of useful kinds / wall_s; None if wall_s is 0.
+      skipped_lines: number of damaged lines, which do not count.
 
   Raises:
     UserError: the ledger cannot be read or has no complete line.
   """
-  lines = read(path)
+  lines, num_skipped = read_lines(path)
   if not lines:
-    raise UserError(f'{path} has no complete line: the run has not started yet')
+    raise UserError(
+      f'{path} has no complete line: the run has not started yet'
+      + (f'; {num_skipped:,} lines are damaged' if num_skipped else '')
+    )
   processes = _split_by_process(lines)
   seconds = dict.fromkeys((*KINDS, *LOST), 0.0)
   useful = [name for name, kind in KINDS.items() if kind.useful]
@@ -223,6 +267,7 @@ def goodput(path):
     'restarts': len(processes) - 1,
     'steps': reached[-1][-1][0] if reached else 0,
     'goodput': sum(seconds[kind] for kind in useful) / wall if wall else None,
+    'skipped_lines': num_skipped,
   }
 
 
