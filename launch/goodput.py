@@ -14,7 +14,7 @@ from absl import flags
 
 from maskdiff import config
 from maskdiff.errors import printable
-from maskdiff.monitoring import json_lines, ledger
+from maskdiff.monitoring import ledger
 
 flags.DEFINE_string('workdir', None, 'Work directory of the run.')
 flags.mark_flag_as_required('workdir')
@@ -22,11 +22,9 @@ flags.mark_flag_as_required('workdir')
 
 def main(args):
   path = os.path.join(args.workdir, 'ledger.jsonl')
-  result = ledger.goodput(path)
-  lines = json_lines.Lines([], result['skipped_lines'])
-  if warning := lines.warning(path):
+  if warning := ledger.read_lines(path).warning(path):
     print(f'warning: {printable(warning)}', file=sys.stderr)
-  print(ledger.format_goodput(result))
+  print(ledger.format_goodput(ledger.goodput(path)))
 
 
 if __name__ == '__main__':

@@ -135,12 +135,8 @@ def read_run(workdir, plan=None):
       'its first evaluation'
     )
   own_plan = file('plan.json')
-  lines, goodput = [], None
-  if os.path.exists(file('ledger.jsonl')):
-    found = ledger.read_lines(file('ledger.jsonl'))
-    warnings.append(found.warning(file('ledger.jsonl')))
-    if lines := found.values:
-      goodput = ledger.goodput(file('ledger.jsonl'))
+  lines, goodput, problem = _read_ledger(file('ledger.jsonl'))
+  warnings.append(problem)
   config, problem = read_config(file('config.json'))
   warnings.append(problem)
   header, problem = read_header(file('header.txt'))
@@ -157,6 +153,18 @@ def read_run(workdir, plan=None):
     panels=stage_file.read_panels(workdir),
     warnings=tuple(filter(None, warnings)),
   )
+
+
+def _read_ledger(path):
+  """Returns lines of a ledger, [] without any; goodput or None; a warning."""
+  if not os.path.exists(path):
+    return [], None, ''
+  try:
+    found = ledger.read_lines(path)
+    goodput = ledger.goodput(path) if found.values else None
+  except UserError as error:
+    return [], None, f'the ledger is left out: {error}'
+  return found.values, goodput, found.warning(path)
 
 
 def series(run, key):

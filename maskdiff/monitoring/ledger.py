@@ -10,11 +10,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import stat
 import time
 
 from maskdiff.errors import UserError
-from maskdiff.files import reading
 from maskdiff.monitoring import json_lines
 
 MAX_SECONDS = 4_102_444_800  # since 1970: the year 2100
@@ -155,14 +153,9 @@ class Ledger:
 
 
 def _last_line_is_cut_short(path):
-  if not os.path.exists(path):
+  if not os.path.exists(path) or not os.path.getsize(path):
     return False
-  mode = os.stat(path).st_mode
-  if stat.S_ISFIFO(mode) or stat.S_ISDIR(mode):  # opening a FIFO would wait
-    raise UserError(f'{path} is not a regular file: move it elsewhere')
-  if not stat.S_ISREG(mode) or not os.path.getsize(path):
-    return False
-  with reading.open_regular(path) as f, reading.reported(path):
+  with open(path, 'rb') as f:
     f.seek(-1, os.SEEK_END)
     return f.read(1) != b'\n'
 
@@ -230,17 +223,13 @@ def goodput(path):
       restarts: number of processes after the first.
       steps: last step done.
       goodput: seconds of useful kinds / wall_s; None if wall_s is 0.
-      skipped_lines: number of damaged lines, which do not count.
 
   Raises:
     UserError: the ledger cannot be read or has no complete line.
   """
-  lines, num_skipped = read_lines(path)
+  lines = read(path)
   if not lines:
-    raise UserError(
-      f'{path} has no complete line: the run has not started yet'
-      + (f'; {num_skipped:,} lines are damaged' if num_skipped else '')
-    )
+    raise UserError(f'{path} has no complete line: the run has not started yet')
   processes = _split_by_process(lines)
   seconds = dict.fromkeys((*KINDS, *LOST), 0.0)
   useful = [name for name, kind in KINDS.items() if kind.useful]
@@ -267,7 +256,6 @@ def goodput(path):
     'restarts': len(processes) - 1,
     'steps': reached[-1][-1][0] if reached else 0,
     'goodput': sum(seconds[kind] for kind in useful) / wall if wall else None,
-    'skipped_lines': num_skipped,
   }
 
 
