@@ -4,7 +4,6 @@ The run may still be training, and its files are not trusted. Damaged lines are
 skipped and counted. If a file does not exist yet, its attribute is empty.
 """
 
-import collections
 import dataclasses
 import functools
 import json
@@ -64,6 +63,11 @@ class Run:
   def last_step(self):
     """Last step that has a row of metrics."""
     return max(row['step'] for row in self.rows)
+
+  @functools.cached_property
+  def keys(self):
+    """Set of the keys of all rows."""
+    return {key for row in self.rows for key in row}
 
   @functools.cached_property
   def tokens(self):
@@ -211,8 +215,8 @@ def tokens_at(run, steps):
 
 def datasets(run):
   """Returns '', for all held-out datasets together, and the name of each."""
-  keys = {key for row in run.rows for key in row}
-  found = (re.fullmatch('eval/(.+)/loss_nats_per_token', key) for key in keys)
+  pattern = 'eval/(.+)/loss_nats_per_token'
+  found = (re.fullmatch(pattern, key) for key in run.keys)
   names = {match[1] for match in found if match}
   return ['', *sorted(names)[:MAX_CHOICES]]
 
@@ -246,10 +250,10 @@ def by_ratio(run, where):
     The step, or None; and a list of (mask ratio, nats per masked token). A loss
     that is not finite is None.
   """
-  pattern = re.compile(re.escape(where + RATIO) + r'([01](\.[0-9]{1,9})?)')
-  for row in reversed(run.rows):
-    matches = ((pattern.fullmatch(key), value) for key, value in row.items())
-    found = {float(m[1]): finite(value) for m, value in matches if m}
+  pattern = re.escape(where + RATIO) + r'([01](\.[0-9]{1,9})?)'
+  matches = [m for key in run.keys if (m := re.fullmatch(pattern, key))]
+  for row in reversed(run.rows if matches else ()):
+    found = {float(m[1]): finite(row[m[0]]) for m in matches if m[0] in row}
     if found:
       return row['step'], sorted(found.items())[:MAX_CHOICES]
   return None, []
@@ -257,13 +261,17 @@ def by_ratio(run, where):
 
 def samples(run):
   """Returns a dict from prompt number to its samples, [(step, text), ...]."""
-  found = collections.defaultdict(list)
-  for row in run.rows:
-    for key, value in row.items():
-      match = re.fullmatch('sample/([0-9]{1,9})', key)
-      if match and isinstance(value, str):
-        found[int(match[1])].append((row['step'], value))
-  return dict(sorted(found.items())[:MAX_CHOICES])
+  matches = (re.fullmatch('sample/(0|[1-9][0-9]{0,8})', k) for k in run.keys)
+  keys = sorted((int(match[1]), match[0]) for match in matches if match)
+  found = {
+    number: [
+      (row['step'], row[key])
+      for row in run.rows
+      if isinstance(row.get(key), str)
+    ]
+    for number, key in keys[:MAX_CHOICES]
+  }
+  return {number: texts for number, texts in found.items() if texts}
 
 
 def differences(runs):

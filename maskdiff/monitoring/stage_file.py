@@ -59,8 +59,12 @@ def write(workdir, name, panels):
     workdir: work directory.
     name: `Stage.name`.
     panels: `Stage.panels`.
+
+  Raises:
+    UserError: `read_panels` would refuse a panel.
   """
   plain = [p if isinstance(p, str) else dataclasses.asdict(p) for p in panels]
+  _panels({'panels': json.loads(json.dumps(plain))})
   with open(os.path.join(workdir, NAME), 'w') as f:
     json.dump({'name': name, 'panels': plain}, f, indent=2)
 

@@ -202,6 +202,18 @@ def test_panel_of_a_wrong_form_is_one_line(workdir, change, message):
   assert '\n' not in str(error.value) and 'delete the file' in str(error.value)
 
 
+def test_stage_does_not_write_what_cannot_be_read(workdir):
+  before = (workdir / 'stage.json').read_text()
+  curve = Curve(**GOOD)
+  for panels in (
+    (Curve(**GOOD | {'id': 'goodput'}),),
+    (curve, Curve(**GOOD | {'title': 'B'})),
+  ):
+    with pytest.raises(UserError, match='two panels have the id'):
+      stage_file.write(workdir, 'toy', panels)
+  assert (workdir / 'stage.json').read_text() == before
+
+
 @pytest.mark.parametrize(
   'text',
   [
