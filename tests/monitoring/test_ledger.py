@@ -504,12 +504,12 @@ def test_damaged_line_is_skipped_and_counted(path, damaged):
 
 
 def test_new_process_appends_to_a_damaged_ledger(clock, path):
-  path.write_bytes(json.dumps(GOOD[0]).encode() + b'\n\xff\n{"time": 3')
+  path.write_bytes(json.dumps(GOOD[0]).encode() + b'\n\xff\n')
   Ledger(path, active=True).close()
   assert [line['event'] for line in ledger_lib.read(path)] == [
     *('opened', 'opened', 'closed')
   ]
-  assert ledger_lib.read_lines(path).num_skipped == 2
+  assert ledger_lib.read_lines(path).num_skipped == 1
 
 
 @pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
