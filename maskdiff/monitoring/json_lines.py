@@ -16,6 +16,10 @@ MAX_LINE_BYTES = 16 << 20
 # Reading ends after so many bytes of longer lines. A sparse file of terabytes
 # takes no space on disk.
 MAX_SKIPPED_BYTES = 4 << 30
+# `read` keeps all values in memory: 3 million rows of metrics. Each value takes
+# at least LINE_OVERHEAD, so that short lines count too.
+MAX_BYTES = 4 << 30
+LINE_OVERHEAD = 512
 MAX_COUNT = 2**53  # larger integers are not exact in float64
 # Products and sums of a few numbers up to this size are finite in float64.
 MAX_NUMBER = 1e100
@@ -46,10 +50,11 @@ def read(path, valid):
     Lines.
 
   Raises:
-    UserError: the file does not exist, cannot be read or is not regular.
+    UserError: the file does not exist, cannot be read or is not regular; or its
+      values take too much memory.
   """
   values, num_skipped = [], 0
-  for value in each(path, valid):
+  for value in each(path, valid, MAX_BYTES):
     if value is None:
       num_skipped += 1
     else:
@@ -57,7 +62,7 @@ def read(path, valid):
   return Lines(values, num_skipped)
 
 
-def each(path, valid):
+def each(path, valid, max_bytes=None):
   """Yields the value of each line, or None for a damaged line.
 
   A last line without an end is still being written, or was cut short by a kill.
@@ -65,12 +70,14 @@ def each(path, valid):
 
   Args:
     path, valid: see `read`.
+    max_bytes: limit on the lengths of all valid lines, with LINE_OVERHEAD for
+      each. None for no limit: one value is in memory at a time.
 
   Raises:
     UserError: see `read`.
   """
   keys = {}  # one string per key instead of one per line halves the memory
-  skipped_bytes = 0
+  skipped_bytes = valid_bytes = 0
   with reading.open_regular(path) as file, reading.reported(path):
     while line := file.readline(MAX_LINE_BYTES):
       complete = line.endswith(b'\n')
@@ -85,6 +92,12 @@ def each(path, valid):
         text = line.removeprefix(codecs.BOM_UTF8).decode()
         value = reading.parse_json(text, 'line')
       if value is not None and valid(value):
+        valid_bytes += len(line) + LINE_OVERHEAD
+        if max_bytes is not None and valid_bytes > max_bytes:
+          raise UserError(
+            f'{os.fspath(path)!r} has too many lines to be kept in memory: '
+            'move its first lines to another file'
+          )
         if isinstance(value, dict):
           value = {keys.setdefault(k, k): x for k, x in value.items()}
         yield value

@@ -108,6 +108,17 @@ def test_reading_ends_in_a_file_of_terabytes(tmp_path, monkeypatch):
   assert metrics_file.read(path) == ([{'step': 1}], 1)
 
 
+def test_values_in_memory_are_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(json_lines, 'MAX_BYTES', 1 << 16)
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n' * 100)
+  assert len(metrics_file.read(path).values) == 100
+  path.write_text('{"step": 1}\n' * 200)
+  with pytest.raises(UserError, match='too many lines to be kept in memory'):
+    metrics_file.read(path)
+  assert len(list(metrics_file.each(path))) == 200
+
+
 def test_other_than_regular_files_are_refused(tmp_path):
   """A FIFO would block the reader for ever."""
   os.mkfifo(tmp_path / 'fifo')
