@@ -15,10 +15,15 @@ from maskdiff.monitoring import curves, history, ledger, report, stage_file
 from maskdiff.monitoring.stage_file import Curve
 
 NAN, INFINITY = float('nan'), float('inf')
-FILES = (
-  *('metrics.jsonl', 'ledger.jsonl', 'stage.json'),
-  *('plan.json', 'config.json', 'header.txt'),
-)
+# Files of a work directory that the report reads, and how often to damage each.
+FILES = {
+  'metrics.jsonl': 120,
+  'ledger.jsonl': 120,
+  'stage.json': 100,
+  'plan.json': 100,
+  'config.json': 40,
+  'header.txt': 20,
+}
 SKIPPED = {
   **{'time': 7.0, 'event': 'skipped', 'step': 7, 'in_a_row': 1},
   **{'loss_nats_per_token': 99.0, 'grad_norm': 1e4, 'samples': [48, 56]},
@@ -96,7 +101,7 @@ def mutated(rng, name, content):
 def test_any_damage_to_a_file_is_skipped_or_a_user_error(workdir, name):
   path, drawn = workdir / name, 0
   content = path.read_bytes()
-  for seed in range(80):
+  for seed in range(FILES[name]):
     path.write_bytes(mutated(random.Random(f'{name} {seed}'), name, content))
     try:
       data_of([history.read_run(workdir)])
