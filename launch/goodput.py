@@ -8,10 +8,12 @@ restarts.
 """
 
 import os
+import sys
 
 from absl import flags
 
 from maskdiff import config
+from maskdiff.errors import printable
 from maskdiff.monitoring import ledger
 
 flags.DEFINE_string('workdir', None, 'Work directory of the run.')
@@ -20,6 +22,8 @@ flags.mark_flag_as_required('workdir')
 
 def main(args):
   path = os.path.join(args.workdir, 'ledger.jsonl')
+  if warning := ledger.read_lines(path).warning(path):
+    print(f'warning: {printable(warning)}', file=sys.stderr)
   print(ledger.format_goodput(ledger.goodput(path)))
 
 

@@ -10,11 +10,13 @@ directory of a run. `launch/plan.py --json` writes plans.
 """
 
 import os
+import sys
 
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError, no_workdir, writing
+from maskdiff.errors import UserError, no_workdir, printable, writing
+from maskdiff.files import atomic
 
 flags.DEFINE_string(
   'out', None, 'Output file. Default: report.html in the first work directory.'
@@ -33,6 +35,9 @@ def main(args, workdirs):
   from maskdiff.monitoring import history, report
 
   runs = history.read_runs(workdirs, args.plan)
+  for run in runs:
+    for warning in run.warnings:
+      print(f'warning: {printable(warning)}', file=sys.stderr)
   path = args.out or os.path.join(workdirs[0], 'report.html')
   write(path, report.page(runs))
   print(path)
@@ -40,11 +45,8 @@ def main(args, workdirs):
 
 def write(path, text):
   """Writes a file atomically, so that a browser never loads half of it."""
-  part = path + '.part'
   with writing('out', path):
-    with open(part, 'w', encoding='utf-8') as f:
-      f.write(text)
-    os.replace(part, path)
+    atomic.write(path, text)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,9 @@
 - skipped: messages about updates that the guard skipped.
 - history: reads a run back from its work directory.
 - stage_file: the stage of a run and its panels, `stage.json`.
-- json_lines: reads JSON lines files.
+- metrics_file: reads `metrics.jsonl`.
+- run_files: reads `config.json`, `header.txt` and `plan.json`.
+- json_lines: reads JSON lines files; checks of their numbers.
 - smoothing: smooths and thins series.
 - traces: runs as Plotly traces, and axis ranges.
 - panel: a figure with its title, note and menu.

@@ -3,7 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 from maskdiff.monitoring import (
   history,
   ledger,
@@ -12,7 +12,12 @@ from maskdiff.monitoring import (
   smoothing,
   traces,
 )
-from maskdiff.monitoring.panel import Panel, make_figure, with_ranges
+from maskdiff.monitoring.panel import (
+  Panel,
+  make_figure,
+  of_metrics,
+  with_ranges,
+)
 from maskdiff.monitoring.stage_file import NAME, Curve
 from maskdiff.monitoring.traces import Series
 
@@ -64,7 +69,7 @@ REDUCE = {'last': lambda values: values[-1], 'max': np.max, 'mean': np.mean}
 
 
 def panels(runs):
-  """Returns the panels that have data: first the panels of the stages.
+  """Returns the panels that have values: first the panels of the stages.
 
   Args:
     runs: list of history.Run.
@@ -80,7 +85,7 @@ def panels(runs):
     _skipped(runs),
     _goodput(runs),
   ]
-  return [panel for panel in candidates if panel.figure.data]
+  return [p for p in candidates if p.figure.data or p.not_drawn]
 
 
 def _of_stage(runs, panel):
@@ -89,8 +94,8 @@ def _of_stage(runs, panel):
     return _curve(runs, panel)
   if panel not in FIGURES:
     raise UserError(
-      f'{NAME} of a run names the panel {panel!r}, which this version of '
-      'maskdiff does not draw; use the version that wrote the run'
+      f'{NAME} of a run names the panel {one_line(repr(panel))}, which this '
+      'version of maskdiff does not draw; use the version that wrote the run'
     )
   return FIGURES[panel](runs)
 
@@ -116,7 +121,10 @@ def _curve(runs, curve, trim=False):
       if trim:
         steps, values = smoothing.without_outliers(steps, values)
       shown.append(Series(steps, values))
-  panel = Panel(curve.id, curve.title, curve.note, figure)
+  not_drawn = of_metrics(runs, lambda _: [curve.key])
+  panel = Panel(
+    *(curve.id, curve.title, curve.note, figure), not_drawn=not_drawn
+  )
   return with_ranges(panel, shown, 0 if curve.from_zero else None)
 
 
@@ -124,7 +132,9 @@ def _step_time(runs):
   """Returns a panel of the seconds per step, measured and planned."""
   panel = _curve(runs, STEP_TIME, trim=True)
   planned = [
-    (i, run) for i, run in enumerate(runs) if run.plan and run.plan['step_s']
+    (i, run)
+    for i, run in enumerate(runs)
+    if run.plan and run.plan.get('step_s')
   ]
   if not planned:
     return panel
@@ -163,6 +173,7 @@ def _skipped(runs):
       'Cumulative number of updates skipped because of their loss or gradient '
       'norm. Runs without skipped updates are not drawn.',
       figure,
+      not_drawn=of_metrics(runs, lambda _: ['train/skipped_updates']),
     ),
     shown,
     0,

@@ -1,22 +1,26 @@
 """Reads a run back from its work directory: config, metrics, ledger, plan.
 
-The run may still be training. Incomplete lines are skipped. If a file does not
-exist yet, its attribute is empty.
+The run may still be training, and its files are not trusted. Damaged lines are
+skipped and counted. If a file does not exist yet, its attribute is empty.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 
 import numpy as np
 
-from maskdiff import config as config_lib
 from maskdiff.errors import UserError, no_workdir
-from maskdiff.monitoring import ledger, metrics, stage_file
+from maskdiff.monitoring import ledger, metrics_file, stage_file
+from maskdiff.monitoring.json_lines import finite
+from maskdiff.monitoring.run_files import read_config, read_header, read_plan
 from maskdiff.objectives.table import OBJECTIVES
 
 RATIO = '/nll_at_mask_ratio_'
+# More datasets, mask ratios or prompts than these make no readable page.
+MAX_CHOICES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Run:
     goodput: result of `ledger.goodput`; None without a ledger.
     plan: dict with the keys of planner.fields.FIELDS, or None.
     panels: panels of the stage of the run, see `stage_file.read_panels`.
+    warnings: lines about damaged lines and files that were left out.
   """
 
   name: str
@@ -46,6 +51,7 @@ class Run:
   goodput: dict | None = None
   plan: dict | None = None
   panels: tuple = stage_file.PRETRAINING
+  warnings: tuple = ()
 
   @property
   def causal(self):
@@ -57,6 +63,28 @@ class Run:
   def last_step(self):
     """Last step that has a row of metrics."""
     return max(row['step'] for row in self.rows)
+
+  @functools.cached_property
+  def keys(self):
+    """Set of the keys of all rows."""
+    return {key for row in self.rows for key in row}
+
+  @functools.cached_property
+  def tokens(self):
+    """Numbers of steps and of tokens up to them, and tokens per later step."""
+    knots, per_step = [(0.0, 0.0)], None
+    for row in self.rows:
+      per_s = finite(row.get('train/tokens_per_s'))
+      step_s = finite(row.get('train/step_s'))
+      if per_s is not None and step_s is not None:
+        per_step = round(per_s * step_s)
+        step, tokens = knots[-1]
+        if row['step'] > step:
+          knots.append((row['step'], tokens + (row['step'] - step) * per_step))
+    if per_step is None:
+      c = self.config
+      per_step = c.get('train.batch', 0) * c.get('data.length', 0)
+    return *np.array(knots, float).T, float(per_step)
 
 
 def read_runs(workdirs, plan=None):
@@ -95,83 +123,52 @@ def read_run(workdir, plan=None):
     plan: dict to use if the directory has no plan.json.
 
   Raises:
-    UserError: the directory or its metrics do not exist, or its plan.json or
-      stage.json is invalid.
+    UserError: the directory or its metrics do not exist or cannot be read, or
+      its plan.json or stage.json is invalid.
   """
   if not os.path.isdir(workdir):
     raise no_workdir(workdir)
   file = lambda name: os.path.join(workdir, name)
-  rows = metrics.read(file('metrics.jsonl'))
-  rows = [r for r in rows if isinstance(r, dict) and 'step' in r]
-  if not rows:
+  metrics = metrics_file.read(file('metrics.jsonl'))
+  warnings = [metrics.warning(file('metrics.jsonl'))]
+  if not metrics.values:
     raise UserError(
-      f'{workdir} has no rows of metrics: give the --workdir of a '
-      'launch/pretrain.py run that has finished its first evaluation'
+      f'{workdir} has no rows of metrics'
+      + (f' ({warnings[0]})' if warnings[0] else '')
+      + ': give the --workdir of a launch/pretrain.py run that has finished '
+      'its first evaluation'
     )
   own_plan = file('plan.json')
-  lines, goodput = _read_ledger(file('ledger.jsonl'))
+  lines, goodput, problem = _read_ledger(file('ledger.jsonl'))
+  warnings.append(problem)
+  config, problem = read_config(file('config.json'))
+  warnings.append(problem)
+  header, problem = read_header(file('header.txt'))
+  warnings.append(problem)
   return Run(
     name=os.path.basename(os.path.abspath(workdir)),
     workdir=str(workdir),
-    rows=rows,
-    config=_read_config(file('config.json')),
-    header=_text(file('header.txt')),
+    rows=metrics.values,
+    config=config,
+    header=header,
     skipped=[x for x in lines if x.get('event') == 'skipped'],
     goodput=goodput,
     plan=read_plan(own_plan) if os.path.exists(own_plan) else plan,
     panels=stage_file.read_panels(workdir),
+    warnings=tuple(filter(None, warnings)),
   )
 
 
-def _text(path):
-  """Returns the contents of a text file; '' if it does not exist."""
-  if not os.path.exists(path):
-    return ''
-  with open(path, encoding='utf-8', errors='replace') as f:
-    return f.read()
-
-
-def _read_config(path):
-  """Returns a config.json by dotted key, with defaults; {} without a file."""
-  try:
-    saved = json.loads(_text(path))
-  except json.JSONDecodeError:  # no file, or it is being written
-    return {}
-  defaults = config_lib.flatten(config_lib.default())
-  return json.loads(json.dumps(defaults)) | config_lib.flatten(saved)
-
-
 def _read_ledger(path):
-  """Returns the lines of a ledger and their goodput; [] and None if empty."""
+  """Returns lines of a ledger, [] without any; goodput or None; a warning."""
   if not os.path.exists(path):
-    return [], None
-  lines = ledger.read(path)
-  return lines, ledger.goodput(path) if lines else None
-
-
-def read_plan(path):
-  """Reads a plan of a training, as launch/plan.py --json writes it.
-
-  Raises:
-    UserError: the file cannot be read or is not the plan of one training.
-  """
+    return [], None, ''
   try:
-    with open(path) as f:
-      plan = json.load(f)
-  except OSError as error:
-    raise UserError(
-      f'cannot read the plan {path} ({error.strerror})'
-    ) from error
-  except ValueError as error:
-    raise UserError(f'the plan {path} is not JSON ({error})') from error
-  if isinstance(plan, list):
-    raise UserError(f'{path} is a sweep: plan one config, without --sweep')
-  if not isinstance(plan, dict) or plan.get('mode') != 'train':
-    raise UserError(
-      f'{path} is not the plan of a training: write one with launch/plan.py '
-      '--json FILE'
-    )
-  return plan
+    found = ledger.read_lines(path)
+    goodput = ledger.goodput(path) if found.values else None
+  except UserError as error:
+    return [], None, f'the ledger is left out: {error}'
+  return found.values, goodput, found.warning(path)
 
 
 def series(run, key):
@@ -181,12 +178,27 @@ def series(run, key):
     Two float64 arrays, steps and values, from the rows with a finite value.
   """
   pairs = [
-    (row['step'], row[key])
+    (row['step'], value)
     for row in run.rows
-    if isinstance(row.get(key), (int, float)) and np.isfinite(row[key])
+    if (value := finite(row.get(key))) is not None
   ]
   steps, values = np.array(pairs, float).reshape(-1, 2).T
   return steps, values
+
+
+def not_finite(run, keys):
+  """Counts the values of metrics that `series` leaves out.
+
+  Returns:
+    The number of values that are not finite numbers, and of all values.
+  """
+  values = [row[key] for row in run.rows for key in keys if key in row]
+  return sum(finite(value) is None for value in values), len(values)
+
+
+def newest(run, key):
+  """Returns the newest row that has a metric, even if not finite, or None."""
+  return next((row for row in reversed(run.rows) if key in row), None)
 
 
 def tokens_at(run, steps):
@@ -195,17 +207,7 @@ def tokens_at(run, steps):
   The tokens per step are read from the rows of metrics, so the count is right
   even if the batch size changed during the run.
   """
-  knots, per_step = [(0.0, 0.0)], None
-  for row in run.rows:
-    if {'train/tokens_per_s', 'train/step_s'} <= row.keys():
-      per_step = round(row['train/tokens_per_s'] * row['train/step_s'])
-      step, tokens = knots[-1]
-      if row['step'] > step:
-        knots.append((row['step'], tokens + (row['step'] - step) * per_step))
-  if per_step is None:
-    c = run.config
-    per_step = c.get('train.batch', 0) * c.get('data.length', 0)
-  at, total = np.array(knots).T
+  at, total, per_step = run.tokens
   steps = np.asarray(steps, float)
   beyond = np.maximum(steps - at[-1], 0) * per_step
   return np.interp(steps, at, total) + beyond
@@ -213,13 +215,10 @@ def tokens_at(run, steps):
 
 def datasets(run):
   """Returns '', for all held-out datasets together, and the name of each."""
-  found = (
-    re.fullmatch('eval/(.+)/loss_nats_per_token', key)
-    for row in run.rows
-    for key in row
-  )
+  pattern = 'eval/(.+)/loss_nats_per_token'
+  found = (re.fullmatch(pattern, key) for key in run.keys)
   names = {match[1] for match in found if match}
-  return ['', *sorted(names)]
+  return ['', *sorted(names)[:MAX_CHOICES]]
 
 
 def prefix(dataset):
@@ -232,9 +231,10 @@ def bits_per_nat(run, dataset=''):
   p = prefix(dataset)
   for row in reversed(run.rows):
     loss, bits = (
-      row.get(f'{p}/{x}') for x in ('loss_nats_per_token', 'bits_per_byte')
+      finite(row.get(f'{p}/{x}'))
+      for x in ('loss_nats_per_token', 'bits_per_byte')
     )
-    if loss and bits and np.isfinite([loss, bits]).all():
+    if loss and bits and loss > 0 and bits > 0:
       return bits / loss
   return None
 
@@ -247,30 +247,31 @@ def by_ratio(run, where):
     where: 'train', or `prefix` of a dataset.
 
   Returns:
-    The step, or None; and a list of (mask ratio, nats per masked token).
+    The step, or None; and a list of (mask ratio, nats per masked token). A loss
+    that is not finite is None.
   """
-  start = where + RATIO
-  for row in reversed(run.rows):
-    found = sorted(
-      (float(key.removeprefix(start)), value)
-      for key, value in row.items()
-      if key.startswith(start)
-    )
+  pattern = re.escape(where + RATIO) + r'([01](\.[0-9]{1,9})?)'
+  matches = [m for key in run.keys if (m := re.fullmatch(pattern, key))]
+  for row in reversed(run.rows if matches else ()):
+    found = {float(m[1]): finite(row[m[0]]) for m in matches if m[0] in row}
     if found:
-      return row['step'], found
+      return row['step'], sorted(found.items())[:MAX_CHOICES]
   return None, []
 
 
 def samples(run):
   """Returns a dict from prompt number to its samples, [(step, text), ...]."""
-  found = {}
-  for row in run.rows:
-    for key, value in row.items():
-      if key.startswith('sample/') and isinstance(value, str):
-        found.setdefault(int(key.partition('/')[2]), []).append(
-          (row['step'], value)
-        )
-  return dict(sorted(found.items()))
+  matches = (re.fullmatch('sample/(0|[1-9][0-9]{0,8})', k) for k in run.keys)
+  keys = sorted((int(match[1]), match[0]) for match in matches if match)
+  found = {
+    number: [
+      (row['step'], row[key])
+      for row in run.rows
+      if isinstance(row.get(key), str)
+    ]
+    for number, key in keys[:MAX_CHOICES]
+  }
+  return {number: texts for number, texts in found.items() if texts}
 
 
 def differences(runs):

@@ -15,6 +15,8 @@ import time
 from maskdiff.errors import UserError
 from maskdiff.monitoring import json_lines
 
+MAX_SECONDS = 4_102_444_800  # since 1970: the year 2100
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -159,18 +161,49 @@ def _last_line_is_cut_short(path):
 
 
 def read(path):
-  """Reads the lines of a ledger; skips lines that a kill cut short.
+  """Returns the valid lines of a ledger.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  return read_lines(path).values
+
+
+def read_lines(path):
+  """Reads the lines of a ledger; returns json_lines.Lines.
 
   Raises:
     UserError: the file cannot be read.
   """
   try:
-    lines = json_lines.read(path)
-  except OSError as error:
-    raise UserError(
-      f'cannot read {path} ({error.strerror}): give the work directory of a run'
-    ) from error
-  return [x for x in lines if isinstance(x, dict) and 'seconds' in x]
+    return json_lines.read(path, is_line)
+  except UserError as error:
+    raise UserError(f'{error}: give the work directory of a run') from error
+
+
+def is_line(value):
+  """Returns whether a JSON value is a line as `Ledger` writes it."""
+  if not isinstance(value, dict):
+    return False
+  seconds, event = value.get('seconds'), value.get('event')
+  return (
+    _is_time(value.get('time'))
+    and isinstance(seconds, dict)
+    and seconds.keys() <= KINDS.keys()
+    and all(map(_is_time, seconds.values()))
+    and (event is None or isinstance(event, str))
+    and (
+      json_lines.is_count(value['step'])
+      if 'step' in value
+      else event is not None and event != 'started'
+    )
+  )
+
+
+def _is_time(value):
+  """Returns whether a JSON value is a number of seconds."""
+  number = json_lines.finite(value)
+  return number is not None and 0 <= number <= MAX_SECONDS
 
 
 def goodput(path):

@@ -3,7 +3,12 @@
 import numpy as np
 
 from maskdiff.monitoring import history, traces
-from maskdiff.monitoring.panel import Panel, make_figure, with_ranges
+from maskdiff.monitoring.panel import (
+  Panel,
+  make_figure,
+  of_metrics,
+  with_ranges,
+)
 from maskdiff.monitoring.traces import Series
 
 
@@ -38,9 +43,17 @@ def heldout(runs):
       'for autoregression. Bars are one standard error.',
       figure,
       choices if len(choices) > 1 else [],
+      not_drawn=of_metrics(runs, _heldout_keys),
     ),
     shown,
   )
+
+
+def _heldout_keys(run):
+  return [
+    f'{history.prefix(dataset)}/loss_nats_per_token'
+    for dataset in history.datasets(run)
+  ]
 
 
 def training(runs):
@@ -57,6 +70,7 @@ def training(runs):
       'Faint: mean of each row of metrics, which is noisy because tokens have '
       'weight 1/t. Bold: smoothed over neighbouring rows.',
       figure,
+      not_drawn=of_metrics(runs, lambda _: ['train/loss_nats_per_token']),
     ),
     shown,
   )

@@ -3,23 +3,31 @@
 import numpy as np
 
 from maskdiff.monitoring import history, smoothing, traces
-from maskdiff.monitoring.panel import Panel, make_figure, with_ranges
+from maskdiff.monitoring.panel import (
+  Panel,
+  make_figure,
+  not_drawn,
+  of_metrics,
+  with_ranges,
+)
 from maskdiff.monitoring.traces import Series
 
 
 def heldout(runs):
   """Returns a panel of the held-out loss by mask ratio, newest evaluation."""
-  figure, choices = make_figure(), []
+  figure, choices, counts = make_figure(), [], []
   for i, run in enumerate(runs):
     if run.causal:
       continue
     for dataset in history.datasets(run):
       step, found = history.by_ratio(run, history.prefix(dataset))
-      if not found:
+      finite = [(ratio, loss) for ratio, loss in found if loss is not None]
+      counts.append((run, len(found) - len(finite), len(found)))
+      if not finite:
         continue
       name = dataset or 'all'
       choices += [name] if name not in choices else []
-      ratios, losses = zip(*found, strict=True)
+      ratios, losses = zip(*finite, strict=True)
       trace = traces.line(run, i, ratios, losses, name, mode='lines+markers')
       trace.meta.pop('tokens')
       label = traces.run_name(run)
@@ -37,6 +45,7 @@ def heldout(runs):
     figure,
     choices if len(choices) > 1 else [],
     over_time=False,
+    not_drawn=not_drawn(counts),
   )
 
 
@@ -54,8 +63,10 @@ def training(runs):
   single = sum(map(bool, buckets.values())) == 1
   for i, found in buckets.items():
     for bucket, (ratio, _) in enumerate(found):
-      key = f'train{history.RATIO}{ratio}'
-      steps, loss = smoothing.thin(*history.series(runs[i], key), np.mean)
+      steps, loss = history.series(runs[i], _key(ratio))
+      if not len(steps):
+        continue
+      steps, loss = smoothing.thin(steps, loss, np.mean)
       loss = smoothing.smooth(loss, smoothing.half_window(steps))
       name = f'{ratio:g}'
       choices += [name] if name not in choices else []
@@ -75,10 +86,18 @@ def training(runs):
       + _causal_note(runs),
       figure,
       [] if single else sorted(choices),
+      not_drawn=of_metrics(
+        [runs[i] for i in buckets],
+        lambda run: [_key(x) for x, _ in history.by_ratio(run, 'train')[1]],
+      ),
     ),
     shown,
     title='nats/masked token',
   )
+
+
+def _key(ratio):
+  return f'train{history.RATIO}{ratio}'
 
 
 def _causal_note(runs):

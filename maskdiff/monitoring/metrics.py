@@ -8,7 +8,7 @@ import json
 import os
 
 from maskdiff.distributed.chips import PEAK_FLOPS
-from maskdiff.monitoring import json_lines, wandb_run
+from maskdiff.monitoring import metrics_file, wandb_run
 
 
 def utilization(tokens_per_s, flops_per_token, devices):
@@ -93,5 +93,9 @@ class Writer:
 
 
 def read(path):
-  """Returns the rows of a metrics.jsonl; [] if the file does not exist."""
-  return json_lines.read(path) if os.path.exists(path) else []
+  """Returns the valid rows of a metrics.jsonl; [] if it does not exist.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  return metrics_file.read(path).values

@@ -6,12 +6,15 @@
 
 import importlib.resources
 import json
+import math
 import time
 
 import numpy as np
 from plotly.offline import get_plotlyjs
 
 from maskdiff.monitoring import curves, history, skipped, smoothing, traces
+from maskdiff.monitoring.json_lines import finite
+from maskdiff.monitoring.run_files import num_parameters
 
 
 def page(runs, now=None):
@@ -36,13 +39,29 @@ def page(runs, now=None):
   }
   # ASCII is safe under any encoding. Without '<' no text can close the script
   # element that holds the JSON.
-  encoded = json.dumps(data, ensure_ascii=True, separators=(',', ':'))
+  encoded = json.dumps(
+    _strict(data), ensure_ascii=True, separators=(',', ':'), allow_nan=False
+  )
   encoded = encoded.replace('<', '\\u003c')
   template = importlib.resources.files('maskdiff.monitoring').joinpath(
     'report.html'
   )
   head, middle, tail = _split(template.read_text('utf-8'))
   return head + get_plotlyjs() + middle + encoded + tail
+
+
+def _strict(value):
+  """Returns a JSON value with None for numbers that strict JSON does not have.
+
+  One NaN would keep the browser from reading the whole page.
+  """
+  if isinstance(value, dict):
+    return {key: _strict(x) for key, x in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_strict(x) for x in value]
+  return (
+    None if isinstance(value, float) and not math.isfinite(value) else value
+  )
 
 
 def _split(template):
@@ -91,7 +110,7 @@ def _facts(run, i):
     else ('step', f'{last:,}'),
     ('tokens', _si(history.tokens_at(run, [last])[0])),
   ]
-  if parameters := _parameters(run.header):
+  if parameters := num_parameters(run.header):
     pairs.append(('parameters', _si(parameters)))
   pairs += _losses(run)
   for name, key, form in (
@@ -115,36 +134,39 @@ def _facts(run, i):
     'objective': c.get('objective.name', '').replace('_', ' '),
     'facts': pairs,
     'header': run.header,
-    'skipped': [skipped.describe(update) for update in run.skipped[-20:]],
+    'skipped': [
+      skipped.describe(update)
+      for update in filter(skipped.is_update, run.skipped[-20:])
+    ],
+    'warnings': list(run.warnings),
   }
 
 
 def _losses(run):
   """Returns (label, value) pairs of the newest held-out and training loss."""
   pairs = []
-  bits = history.bits_per_nat(run)
-  _, heldout = history.series(run, 'eval/loss_nats_per_token')
-  _, stderr = history.series(run, 'eval/stderr_nats_per_token')
-  if len(heldout):
-    for unit, factor in (('nats/token', 1.0), ('bits/byte', bits)):
-      if factor:
-        text = f'{heldout[-1] * factor:.3f}'
-        text += f' ± {stderr[-1] * factor:.3f}' if len(stderr) else ''
+  row = history.newest(run, 'eval/loss_nats_per_token')
+  if row:
+    loss = finite(row['eval/loss_nats_per_token'])
+    stderr = finite(row.get('eval/stderr_nats_per_token'))
+    for unit, factor in (
+      ('nats/token', 1.0),
+      ('bits/byte', history.bits_per_nat(run)),
+    ):
+      if factor and loss is not None:
+        text = f'{loss * factor:.3f}'
+        text += f' ± {stderr * factor:.3f}' if stderr is not None else ''
         pairs.append((f'held-out, {unit}', text))
-  _, loss = history.series(run, 'train/loss_nats_per_token')
-  if len(loss):
-    smoothed = smoothing.smooth(loss, smoothing.half_window(loss))[-1]
-    pairs.append(('training, nats/token', f'{smoothed:.3f}'))
+    if loss is None:
+      pairs.append(('held-out, nats/token', 'not finite'))
+  row = history.newest(run, 'train/loss_nats_per_token')
+  if row:
+    _, losses = history.series(run, 'train/loss_nats_per_token')
+    text = 'not finite'
+    if finite(row['train/loss_nats_per_token']) is not None:
+      text = f'{losses[-smoothing.half_window(losses) - 1 :].mean():.3f}'
+    pairs.append(('training, nats/token', text))
   return pairs
-
-
-def _parameters(header):
-  """Returns the number in the line `total` of a header, or None."""
-  for line in header.splitlines():
-    words = line.split()
-    if len(words) == 2 and words[0] == 'total':
-      return int(words[1].replace(',', ''))
-  return None
 
 
 def _median(run, key):
@@ -174,7 +196,7 @@ def _plan_row(i, run):
     for field, key in (('batch', 'train.batch'), ('length', 'data.length'))
     if key in c and plan.get(field) != c[key]
   ]
-  if plan['step_s'] is None:
+  if plan.get('step_s') is None:
     warnings.append(f'the plan has no time: it {plan["status"]}')
   slices = plan['num_slices']
   machines = f'{slices} x ' * (slices > 1) + f'{plan["topology"]}'
@@ -190,7 +212,10 @@ def _samples(runs):
   """Returns for each prompt number the prompts and samples of all runs."""
   found = [history.samples(run) for run in runs]
   numbers = sorted({n for texts in found for n in texts})
-  prompts = [run.config.get('sample.prompts', []) for run in runs]
+  prompts = [
+    [x if isinstance(x, str) else '' for x in c.get('sample.prompts', [])]
+    for c in (run.config for run in runs)
+  ]
   return [
     {
       'number': number,

@@ -3,6 +3,9 @@
 import json
 import os
 
+from maskdiff.errors import one_line
+from maskdiff.monitoring.json_lines import finite, is_count
+
 # Keys of an update, and of a line of the ledger, that are not facts.
 _OTHER_KEYS = {'time', 'event', 'seconds', 'step', 'grad_norm', 'in_a_row'}
 
@@ -42,18 +45,40 @@ def facts_of(update):
   }
 
 
+def is_update(line):
+  """Returns whether a line of the ledger holds a result of `find`."""
+  losses = [name for name in line if name.startswith('loss')]
+  return (
+    line.get('event') == 'skipped'
+    and is_count(line.get('step'))
+    and len(losses) == 1
+    and 'grad_norm' in line
+    and all(_is_number(line[name]) for name in (*losses, 'grad_norm'))
+  )
+
+
+def _is_number(value):
+  """Returns whether a JSON value is a number. Strict JSON has null for NaN."""
+  return value is None or type(value) is float or finite(value) is not None
+
+
 def describe(update):
-  """Formats one result of `find` as a line."""
+  """Formats one result of `find`, or its line of the ledger, as a line."""
   (name,) = (name for name in update if name.startswith('loss'))
   unit = name.removeprefix('loss').replace('_per_', '/').replace('_', ' ')
+  loss, grad_norm = (
+    float('nan') if x is None else x
+    for x in (update[name], update['grad_norm'])
+  )
   text = (
-    f'step {update["step"]}: update skipped, loss {update[name]:.4g}{unit}, '
-    f'gradient norm {update["grad_norm"]:.4g}'
+    f'step {update["step"]}: update skipped, loss {loss:.4g}{unit}, '
+    f'gradient norm {grad_norm:.4g}'
   )
   for name, value in facts_of(update).items():
-    if isinstance(value, (list, tuple)):
-      value = f'{value[0]} to {value[1] - 1}'
-    text += f', {name} {value}'
+    match value:
+      case [first, end] if is_count(first) and is_count(end):
+        value = f'{first} to {end - 1}'
+    text += f', {name} {one_line(value)}'
   return text
 
 

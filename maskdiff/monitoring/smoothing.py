@@ -12,14 +12,20 @@ def smooth(values, half):
   """Returns the moving average over `half` values on either side of each value.
 
   Near the start, where a loss falls steeply, the window shrinks equally on both
-  sides. Near the end it shrinks on the right side only.
+  sides. Near the end it shrinks on the right side only. The time grows with
+  `half`; use `thin` on a long series first.
   """
   values = np.asarray(values, float)
-  total = np.concatenate([[0.0], np.cumsum(values)])
   at = np.arange(len(values))
   first = np.maximum(at - half, 0)
   end = np.minimum(at + np.minimum(at, half) + 1, len(values))
-  return (total[end] - total[first]) / (end - first)
+  # Not differences of cumulative sums: after a value of 1e30, as of a run that
+  # diverges, they have no digits of the others.
+  total = np.zeros(len(values))
+  for offset in range(-half, half + 1):
+    inside = (at + offset >= first) & (at + offset < end)
+    total[inside] += values[at[inside] + offset]
+  return total / (end - first)
 
 
 def half_window(steps):

@@ -60,12 +60,16 @@ def dash(i):
   return DASHES[i // len(COLOURS) % len(DASHES)]
 
 
+def short_name(run, max_length=40):
+  """Returns a run's name, shortened."""
+  if len(run.name) > max_length:
+    return run.name[: max_length - 1] + '…'
+  return run.name
+
+
 def run_name(run, max_length=40):
   """Returns a run's name, shortened and escaped, since Plotly reads HTML."""
-  name = run.name
-  if len(name) > max_length:
-    name = name[: max_length - 1] + '…'
-  return html.escape(name)
+  return html.escape(short_name(run, max_length))
 
 
 def line(run, i, steps, values, choice=None, bits=None, mode='lines'):
@@ -151,6 +155,7 @@ def _padded(values, low):
     return None
   smallest, largest = min(values), max(values)
   if low is not None:
-    return [low, 1.08 * largest or 1.0]
+    # A metric from a file may be negative where none is expected.
+    return [min(low, smallest), 1.08 * largest or 1.0]
   pad = 0.06 * (largest - smallest) or 0.05 * abs(largest) or 1.0
   return [smallest - pad, largest + pad]

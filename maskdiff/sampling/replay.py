@@ -43,7 +43,9 @@ def page(recordings, tokenizer, titles, settings):
   }
   # ASCII reads the same in any encoding. Without <, a text cannot end the
   # script element that contains it.
-  encoded = json.dumps(data, ensure_ascii=True, separators=(',', ':'))
+  encoded = json.dumps(
+    data, ensure_ascii=True, separators=(',', ':'), allow_nan=False
+  )
   encoded = encoded.replace('<', '\\u003c')
   template = importlib.resources.files('maskdiff.sampling').joinpath(
     'replay.html'
@@ -62,7 +64,7 @@ def _text(recording, tokenizer, title, block_length, last):
     'pieces': [_piece(tokenizer, int(i)) for i in tokens],
     'steps': steps.tolist(),
     'confidence': [
-      None if np.isnan(x) else round(float(x), 4) for x in confidence
+      round(float(x), 4) if np.isfinite(x) else None for x in confidence
     ],
     'blocks': np.where(fill, (fill.cumsum() - 1) // block_length, -1).tolist(),
   }

@@ -56,3 +56,23 @@ def test_user_errors_are_one_line(workdir):
     assert result.returncode == 2
     assert says in result.stderr and result.stdout == ''
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_damaged_lines_are_counted_in_one_line_per_file(workdir):
+  """Planted links beside them are replaced, not followed."""
+  private = workdir.parent / 'private'
+  private.write_text('text')
+  for name in ('report.html', 'report.html.tmp'):
+    (workdir / name).symlink_to(private)
+  with open(workdir / 'metrics.jsonl', 'ab') as f:
+    f.write(b'\xff\n3\n{"step": 4}\n{"step": 6, "tr')
+  (workdir / 'ledger.jsonl').write_bytes(b'{"time": NaN}\n')
+  result = launch(workdir)
+  assert result.returncode == 0
+  assert result.stdout.strip() == str(workdir / 'report.html')
+  assert result.stderr.splitlines() == [
+    f'warning: {workdir}/metrics.jsonl: 2 damaged lines are skipped',
+    f'warning: {workdir}/ledger.jsonl: 1 damaged line is skipped',
+  ]
+  assert private.read_text() == 'text'
+  assert not (workdir / 'report.html').is_symlink()

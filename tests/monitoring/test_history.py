@@ -73,7 +73,7 @@ def test_plan_of_the_run_overrides_the_given_plan(tmp_path):
   'text, message',
   [
     (None, 'cannot read the plan'),
-    ('{"mode"', 'not JSON'),
+    ('{"mode"', 'not valid JSON'),
     ('[{}]', 'is a sweep'),
     ('{"mode": "sample"}', 'not the plan of a training'),
   ],

@@ -438,3 +438,91 @@ def test_page_lists_every_kind_with_its_meaning():
   assert table.split('\n\n')[0].splitlines() == rows
   useful = [f'`{name}`' for name, kind in KINDS.items() if kind.useful]
   assert f'Goodput is the share of {" and ".join(reversed(useful))}.' in page
+
+
+# Damaged lines
+
+GOOD = [
+  {'time': 0, 'event': 'opened', 'seconds': {}},
+  {'time': 1, 'event': 'started', 'step': 0, 'seconds': {'init': 1}},
+  {'time': 9, 'step': 10, 'seconds': {'step': 8}},
+]
+LINE = GOOD[-1]
+
+
+@pytest.mark.parametrize(
+  'damaged',
+  [
+    *('3', 'null', '[]', '{}', '\x00', '[' * 100_000, '"seconds"'),
+    *(
+      json.dumps(LINE | change)
+      for change in (
+        {'seconds': {'nap': 1}},
+        {'seconds': {'step': -1}},
+        {'seconds': {'step': float('nan')}},
+        {'seconds': {'step': float('inf')}},
+        {'seconds': {'step': 10**400}},
+        {'seconds': {'step': '1'}},
+        {'seconds': {'step': True}},
+        {'seconds': [1]},
+        {'seconds': None},
+        {'time': None},
+        {'time': '1'},
+        {'time': -1},
+        {'time': float('nan')},
+        {'time': 1e12},
+        {'step': '10'},
+        {'step': None},
+        {'step': -1},
+        {'step': 1.5},
+        {'step': 10**400},
+        {'event': 3},
+        {'event': ['opened']},
+      )
+    ),
+    *(
+      json.dumps({k: x for k, x in LINE.items() if k != lost} | change)
+      for lost, change in (
+        ('time', {}),
+        ('seconds', {}),
+        ('step', {}),
+        ('step', {'event': 'started'}),
+      )
+    ),
+  ],
+)
+def test_damaged_line_is_skipped_and_counted(path, damaged):
+  good = [json.dumps(line) for line in GOOD]
+  path.write_text('\n'.join([*good[:2], damaged, good[2]]) + '\n')
+  result = goodput(path)
+  assert (result['wall_s'], result['steps']) == (9, 10)
+  assert ledger_lib.read_lines(path) == (GOOD, 1)
+  format_goodput(result)
+  path.write_text(damaged + '\n')
+  with pytest.raises(UserError, match='no complete line'):
+    goodput(path)
+
+
+def test_new_process_appends_to_a_damaged_ledger(clock, path):
+  path.write_bytes(json.dumps(GOOD[0]).encode() + b'\n\xff\n')
+  Ledger(path, active=True).close()
+  assert [line['event'] for line in ledger_lib.read(path)] == [
+    *('opened', 'opened', 'closed')
+  ]
+  assert ledger_lib.read_lines(path).num_skipped == 1
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_fifo_or_folder_in_place_of_the_ledger_is_one_line(path, make):
+  make(path)
+  with pytest.raises(UserError, match='not a regular file'):
+    goodput(path)
+
+
+def test_script_counts_damaged_lines(path):
+  good = '\n'.join(map(json.dumps, GOOD))
+  path.write_bytes(good.encode() + b'\n\xff\n3\n')
+  ended = script('--workdir', path.parent)
+  assert ended.returncode == 0
+  assert ended.stdout.endswith('goodput 88.9%\n')
+  assert ended.stderr == f'warning: {path}: 2 damaged lines are skipped\n'

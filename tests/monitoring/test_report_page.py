@@ -9,8 +9,9 @@ import pytest
 from browser import DESK, PHONE, element, set_window
 from made_runs import eval_row, train_row
 
-from maskdiff.monitoring import history, report, traces
+from maskdiff.monitoring import history, report, stage_file, traces
 from maskdiff.monitoring.ledger import KINDS, LOST
+from maskdiff.monitoring.stage_file import Curve
 
 STEPS = 40
 EVALUATIONS = (0, 10, 20, 30, 40)
@@ -303,6 +304,46 @@ def test_menu_selects_the_dataset(browser, tmp_path):
   Select(element(browser, '#heldout select')).select_by_visible_text('web')
   assert data(browser, 'heldout', 't.y') == [[6.0]]
   assert browser.get_log('browser') == []
+
+
+def test_page_of_a_diverged_run_is_complete(browser, tmp_path):
+  """Panels draw the finite values and count the others."""
+  nan = float('nan')
+  losses = [3.0, nan, 5.0, *[nan] * 9]
+  rows = [eval_row(0, 9.0)]
+  rows += [train_row(i, x) for i, x in enumerate(losses, 1)]
+  rows += [eval_row(12, nan), {'step': 12, 'sample/0': SAMPLE}]
+  for row in rows[1:13]:
+    row['train/mfu'] = nan
+  workdir = made_runs.write(tmp_path / 'diverged', rows)
+  panels = ('samples', 'goodput2')  # an id that the page has already
+  stage_file.write(
+    workdir,
+    'toy',
+    ('heldout', 'training')
+    + tuple(Curve(x, SAMPLE, x, 'train/step_s') for x in panels),
+  )
+  with open(workdir / 'metrics.jsonl', 'ab') as f:
+    f.write(b'\xff\n')
+  path = tmp_path / 'page.html'
+  path.write_text(report.page([history.read_run(workdir)]), encoding='utf-8')
+  load(browser, path, DESK)
+  assert browser.get_log('browser') == []
+  assert data(browser, 'heldout', 't.y') == [[9.0]]
+  assert data(browser, 'training', 't.x') == [[1, 3]]
+  titles = browser.find_elements('css selector', '#panels h2')
+  titles = [e.get_property('textContent') for e in titles]
+  assert titles.count(SAMPLE) == 2 and 'Model FLOPs utilization, %' in titles
+  notes = [e.text for e in browser.find_elements('css selector', '.warning')]
+  assert notes == [
+    f'{workdir}/metrics.jsonl: 1 damaged line is skipped',
+    'Not finite, so not drawn: 1 of 2 values of diverged.',
+    'Not finite, so not drawn: 10 of 12 values of diverged.',
+    'Not finite, so not drawn: 10 of 12 values of diverged.',
+    'Not finite, so not drawn: 12 of 12 values of diverged.',
+  ]
+  sample = element(browser, '#texts .sample')
+  assert sample.get_property('textContent') == SAMPLE
 
 
 @pytest.mark.parametrize('size', [PHONE, DESK], ids=['phone', 'desk'])

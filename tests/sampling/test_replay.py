@@ -364,6 +364,17 @@ def test_canvas_after_a_step_has_the_slots_filled_until_then(recordings):
     assert not masked.any()
 
 
+def test_confidence_that_is_not_finite_leaves_the_page_strict(tokenizer):
+  fill, steps = np.ones(3, bool), np.array([1, 2, 3])
+  r = Recording(
+    np.array([7, 8, 9]), fill, steps, np.array([0.5, -np.inf, np.inf])
+  )
+  parser = Scripts()
+  parser.feed(replay.page([r], tokenizer, ['a'], SETTINGS))
+  (text,) = json.loads(parser.found[0], parse_constant=pytest.fail)['texts']
+  assert text['confidence'] == [0.5, None, None]
+
+
 def test_slot_without_a_token_is_masked_at_every_step(tokenizer):
   """Also if its row is replayed beside another one."""
   nan, mask = np.nan, tokenizer.mask_id
