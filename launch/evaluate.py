@@ -35,6 +35,7 @@ from maskdiff.evals import puzzles
 SCORED = ('bound', 'choices', 'greedy')
 ANSWERED = (*puzzles.PUZZLES, 'cloze')
 GENERATED = (*ANSWERED, 'choices')
+RANDOM_ORDERS = ('multi_sample', 'two_sided')
 
 flags.DEFINE_string('workdir', None, 'Work directory or Hugging Face folder.')
 flags.DEFINE_enum(
@@ -59,17 +60,18 @@ flags.DEFINE_integer('batch', 32, 'Lines per sampling batch.', lower_bound=1)
 flags.DEFINE_enum(
   'form',
   'count',
-  ['count', 'bernoulli', 'left_to_right', 'multi_sample'],
+  ['count', 'bernoulli', 'left_to_right', 'multi_sample', 'two_sided'],
   'Estimator. count: mask a fixed number of tokens, weight L/l. bernoulli: '
   'mask each token with probability t, weight 1/t. left_to_right: the exact '
   'chain rule, one query per token. multi_sample: the importance-weighted '
-  'bound, the chain rule in --orders random orders.',
+  'bound, the chain rule in --orders random orders. two_sided: for --task '
+  'bound, this bound and a bound from the other side, from the same orders.',
 )
 flags.DEFINE_integer(
   'orders',
   16,
-  'Random orders per answer for --form multi_sample; one query per token and '
-  'order.',
+  'Random orders per answer for --form multi_sample and two_sided; one query '
+  'per token and order.',
   lower_bound=1,
 )
 flags.DEFINE_integer('samples', 128, 'Masks per answer.', lower_bound=1)
@@ -106,6 +108,8 @@ def main(args):
     raise UserError(
       f'--sample is for tasks that the sampler answers, not --task {args.task}'
     )
+  if args.form == 'two_sided' and args.task != 'bound':
+    raise UserError(f'--form two_sided is for --task bound, not {args.task}')
   config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
 
@@ -184,7 +188,7 @@ def score(args, model, estimator, lines):
   import jax
 
   from maskdiff.evals import scored
-  from maskdiff.likelihood import bounds, queries
+  from maskdiff.likelihood import bounds, bracket, queries
   from maskdiff.objectives.table import OBJECTIVES
 
   c = queries.likelihood_config(
@@ -193,9 +197,9 @@ def score(args, model, estimator, lines):
   network = model.network
   if OBJECTIVES[network.objective].left_to_right:
     scored.check_no_suffixes(lines)
-    if args.form == 'multi_sample':
+    if args.form in RANDOM_ORDERS:
       raise UserError(
-        '--form multi_sample: an autoregressive model has one order only and '
+        f'--form {args.form}: an autoregressive model has one order only and '
         'gives the exact log-likelihood; leave out --form'
       )
 
@@ -203,8 +207,12 @@ def score(args, model, estimator, lines):
     if args.form == 'left_to_right':
       return bounds.left_to_right(network, c, answers)
     seeds = [args.seed + s for s in seeds]
-    if args.form == 'multi_sample':
-      return bounds.multi_sample(network, c, answers, args.orders, seeds)
+    if args.form in RANDOM_ORDERS:
+      function = {
+        'multi_sample': bounds.multi_sample,
+        'two_sided': bracket.bracket,
+      }[args.form]
+      return function(network, c, answers, args.orders, seeds)
     return bounds.bound(network, c, answers, estimator, seeds)
 
   def matches(answers):
@@ -222,7 +230,7 @@ def score(args, model, estimator, lines):
     total['estimator'] = args.form
     if estimator:
       total['estimator'] = dataclasses.asdict(estimator)
-    elif args.form == 'multi_sample':
+    elif args.form in RANDOM_ORDERS:
       total['estimator'] = {'form': args.form, 'orders': args.orders}
   return rows, total
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import numpy as np
 import tiny
 
 from maskdiff.data.rows import Rows
-from maskdiff.model import transformer
+from maskdiff.model import masks, transformer
 from maskdiff.objectives import canvas as canvas_lib
-from maskdiff.objectives import table
+from maskdiff.objectives import masked_diffusion, table
 from maskdiff.objectives.canvas import ObjectiveConfig
 from maskdiff.objectives.schedule import Schedule
+from maskdiff.objectives.time_density import TimeDensity, Weight
 
 MASK, EOS = 3, 1
 CONFIG = ObjectiveConfig(
@@ -21,6 +23,9 @@ CONFIG = ObjectiveConfig(
   schedule=Schedule(),
   eps=1e-3,
   time_sampling='antithetic',
+  time_density=TimeDensity(),
+  weight=Weight(),
+  uniform_after=1.0,
   random_length_fraction=0.0,
   attend_within='row',
   predict_mask=False,
@@ -67,10 +72,10 @@ def without_mask(log_p):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def make_canvas(c, rows, numbers, key, batch):
+def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   """Returns the Canvas of Rows, or of tokens without other columns."""
   rows = rows if isinstance(rows, Rows) else Rows(rows)
-  return table.make_canvas(c, rows, numbers, key, batch)
+  return table.make_canvas(c, rows, numbers, key, batch, progress)
 
 
 @functools.cache
@@ -102,3 +107,73 @@ def stored(batch):
   tile = lambda x: jnp.tile(jnp.asarray(x), (batch, 1))
   doc = tile(STORED_DOC.astype(np.int32))
   return Rows(packed(batch), doc, tile(STORED_ANSWER))
+
+
+# Enumeration of all masks of a row
+
+TOKENS = np.array([2, 0, 1, 1])
+ALL_MASKS = np.array(list(itertools.product([False, True], repeat=L)))
+
+
+def nll_by_mask(params):
+  """Returns [16], the summed nll of the masked tokens for each mask."""
+  inputs = jnp.asarray(np.where(ALL_MASKS, MASK, TOKENS))
+  labels = masks.bidirectional(jnp.ones(ALL_MASKS.shape, bool))
+  log_p = without_mask(log_probabilities(TINY, params, inputs, labels))
+  return -np.where(ALL_MASKS, log_p[:, np.arange(L), TOKENS], 0).sum(axis=1)
+
+
+def enumerated_bound(params):
+  """Returns the negative ELBO of TOKENS in nats, by enumeration.
+
+  It is the sum over l of 1/l times the mean over all masks of l tokens. It does
+  not depend on the schedule: term l is the integral of t^(l-1) (1-t)^(L-l) over
+  t, times the sum over the masks.
+  """
+  nll, count = nll_by_mask(params), ALL_MASKS.sum(axis=1)
+  return sum(nll[count == l].mean() / l for l in range(1, L + 1))
+
+
+def nll_of(params):
+  """Returns the function `nll` of `expected_loss` for the tiny network."""
+
+  def nll(canvas):
+    return np.asarray(loss(CONFIG, TINY, params, canvas)[1], np.float64)
+
+  return nll
+
+
+def expected_loss(c, nll, answer=None, points=None):
+  """Returns the expectation of the loss over u and the mask, for TOKENS.
+
+  A quadrature over u. For each u all masks are enumerated with
+  their probabilities; `corrupt` gets draws that lead to each mask.
+
+  Args:
+    c: ObjectiveConfig.
+    nll: function from a Canvas to the nll of its positions, [B, L].
+    answer: [L] bool, tokens that may be masked; default: all.
+    points: number of points of the midpoint rule, for weights that are not
+      smooth in u; default: 24 points of Gauss-Legendre quadrature.
+  """
+  if points is None:
+    at, point_weights = np.polynomial.legendre.leggauss(24)
+    at, point_weights = (at + 1) / 2, point_weights / 2
+  else:
+    at, point_weights = (np.arange(points) + 0.5) / points, 1 / points
+    point_weights = np.full(points, point_weights)
+  u = np.repeat(at, len(ALL_MASKS)).astype(np.float32)
+  if answer is None:
+    answer = np.ones(L, bool)
+  mask = np.tile(ALL_MASKS, (len(at), 1))
+  tokens = jnp.asarray(np.tile(TOKENS, (len(u), 1)), jnp.int32)
+  draws = np.where(mask, 0.0, 1.0).astype(np.float32)
+  rows = Rows(tokens, answer=np.tile(answer, (len(u), 1)))
+  canvas = masked_diffusion.corrupt(c, rows, u, draws, np.full(len(u), L))
+  np.testing.assert_array_equal(canvas.inputs == MASK, mask & answer)
+  assert (canvas.num_tokens == answer.sum()).all()
+  of_row = np.sum(np.asarray(canvas.weights) * nll(canvas), axis=1)
+  p = np.asarray(canvas.mask_ratio, np.float64)[:, None]
+  probability = np.where(mask, p, 1 - p).prod(axis=1)
+  mean_by_point = (probability * of_row).reshape(len(at), -1).sum(axis=1)
+  return mean_by_point @ point_weights

@@ -3,6 +3,7 @@
 from maskdiff.config import (
   data,
   model,
+  objective,
   optimizer,
   sample,
   tokens,
@@ -24,5 +25,14 @@ def validate(c):
   check_keys(c)
   for name, key in KEYS.items():
     check_value(f'config.{name}', key, lookup(c, name))
-  for section in (model, tokens, optimizer, data, train, evaluation, sample):
+  for section in (
+    model,
+    tokens,
+    objective,
+    optimizer,
+    data,
+    train,
+    evaluation,
+    sample,
+  ):
     section.check(c)

@@ -1,6 +1,6 @@
 """Config keys of the training objective."""
 
-from maskdiff.config.key import Key
+from maskdiff.config.key import Key, require
 
 KEYS = {
   'name': Key(
@@ -24,6 +24,51 @@ KEYS = {
     'How the diffusion times of a batch are drawn.',
     ('antithetic', 'stratified', 'iid'),
   ),
+  'time_density': Key(
+    'uniform',
+    'Density of the diffusion times in training. The held-out bound always '
+    'has uniform times.',
+    ('uniform', 'bell'),
+  ),
+  'bell_mean': Key(
+    0.5,
+    'Mean of the normal distribution of time_density=bell.',
+    minimum=0,
+    maximum=1,
+  ),
+  'bell_width': Key(
+    0.12,
+    'Standard deviation of the normal distribution of time_density=bell, '
+    'before it is cut to the interval of times.',
+    minimum=0.01,
+  ),
+  'bell_uniform_share': Key(
+    0.0,
+    'Share of uniform times, mixed with those of time_density=bell.',
+    minimum=0,
+    maximum=1,
+  ),
+  'time_interval': Key(
+    (0.0, 1.0), 'First and last diffusion time drawn in training.'
+  ),
+  'weight': Key(
+    'bound',
+    'Weight of a masked token in training. bound: as in the bound, 1/t for the '
+    'linear schedule. importance: the same divided by the density of the time, '
+    'so that the expected loss is the bound. power: 1 / mask_ratio to the '
+    'power of weight_power.',
+    ('bound', 'importance', 'power'),
+  ),
+  'weight_power': Key(
+    0.0, 'Exponent of weight=power. 0 is cross entropy without weights.'
+  ),
+  'uniform_after': Key(
+    1.0,
+    'Share of train.steps after which times are uniform and weights are those '
+    'of the bound. 1 never changes them.',
+    minimum=0,
+    maximum=1,
+  ),
   'random_length_fraction': Key(
     0.01, 'Share of rows cut to a random length.', minimum=0, maximum=1
   ),
@@ -42,3 +87,25 @@ KEYS = {
     minimum=1,
   ),
 }
+
+
+def check(c):
+  """Raises UserError if keys of this section contradict each other."""
+  o = c.objective
+  interval = o.time_interval
+  numbers = all(isinstance(x, (int, float)) for x in interval)
+  require(
+    len(interval) == 2 and numbers and 0 <= interval[0] < interval[1] <= 1,
+    f'config.objective.time_interval={interval}: must be two numbers, start '
+    'and end, with 0 <= start < end <= 1',
+  )
+  require(
+    o.time_density != 'bell' or interval[0] <= o.bell_mean <= interval[1],
+    f'config.objective.bell_mean={o.bell_mean}: must be within '
+    f'config.objective.time_interval={interval}',
+  )
+  require(
+    o.weight != 'importance' or tuple(interval) == (0, 1),
+    'config.objective.weight=importance needs all times; set '
+    '--config.objective.time_interval="(0.0, 1.0)"',
+  )

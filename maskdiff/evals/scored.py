@@ -24,6 +24,7 @@ import numpy as np
 
 from maskdiff.errors import UserError
 from maskdiff.likelihood.bounds import corpus, lay_out
+from maskdiff.likelihood.bracket import Bracket
 
 
 class Line(NamedTuple):
@@ -126,13 +127,15 @@ def bound(lines, tokenizer, context, score):
     tokenizer: data.tokenizer.Tokenizer.
     context: largest number of tokens of a row.
     score: function from queries.Answers and one seed per row to a
-      bounds.Estimate.
+      bounds.Estimate, or to a bracket.Bracket.
 
   Returns:
     - one dict per line: the bound in nats, its standard error (None if
-      unknown), the number of tokens, and bits per byte.
+      unknown), the number of tokens, and bits per byte. For a Bracket, also
+      the lower bound in nats, its standard error, and the smallest number of
+      effective orders.
     - dict for all lines: numbers of lines and tokens, and the values of
-      bounds.corpus.
+      bounds.corpus. For a Bracket, also the lower bound per token.
 
   Raises:
     UserError: prompt, answer and suffix of a line are longer than the context.
@@ -152,6 +155,11 @@ def bound(lines, tokenizer, context, score):
     rows += pieces
     line_of += [i] * len(pieces)
   estimate = score(lay_out(*zip(*rows, strict=True)), range(len(rows)))
+  estimate, bracket = (
+    (estimate.lower, estimate)
+    if isinstance(estimate, Bracket)
+    else (estimate, None)
+  )
   sum_by_line = lambda x: np.bincount(line_of, x, minlength=len(lines))
   nats = -sum_by_line(estimate.log_likelihood)
   stderr = np.sqrt(sum_by_line(estimate.stderr**2))
@@ -166,6 +174,22 @@ def bound(lines, tokenizer, context, score):
     for i in range(len(lines))
   ]
   total = corpus(estimate, int(num_tokens.sum()), int(num_bytes.sum()))
+  if bracket:
+    at_least = -sum_by_line(bracket.upper.log_likelihood)
+    error = np.sqrt(sum_by_line(bracket.upper.stderr**2))
+    effective = np.full(len(lines), np.inf)
+    np.minimum.at(effective, line_of, bracket.effective_orders)
+    for i, result in enumerate(results):
+      result |= {
+        'nats_at_least': float(at_least[i]),
+        'stderr_nats_at_least': _number(error[i]),
+        'effective_orders': float(effective[i]),
+      }
+    upper = corpus(bracket.upper, int(num_tokens.sum()), int(num_bytes.sum()))
+    total['nats_per_token_at_least'] = upper['nats_per_token']
+    total['stderr_nats_per_token_at_least'] = _number(
+      upper['stderr_nats_per_token']
+    )
   total['stderr_nats_per_token'] = _number(total['stderr_nats_per_token'])
   return results, {
     'lines': len(lines),

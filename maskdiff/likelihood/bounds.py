@@ -160,6 +160,19 @@ def multi_sample(network, c, answers, num_orders, seeds):
   Raises:
     UserError: num_orders is below 1; or the network is left-to-right.
   """
+  return log_mean(
+    np.array(random_orders(network, c, answers, num_orders, seeds))
+  )
+
+
+def random_orders(network, c, answers, num_orders, seeds):
+  """Computes log-likelihoods of decoding answers in K random orders.
+
+  Arguments and errors as for `multi_sample`.
+
+  Returns:
+    list of [K] float64, nats.
+  """
   if num_orders < 1:
     raise UserError(f'num_orders={num_orders} must be at least 1')
   rows = queries.rows_of(network, c, answers)
@@ -169,9 +182,17 @@ def multi_sample(network, c, answers, num_orders, seeds):
     )
     for row, seed in zip(rows, seeds, strict=True)
   ]
-  values = np.array(chain_rule(network, c, answers, orders))
-  peak = values.max(axis=1)
-  mean, stderr = _mean(np.exp(values - peak[:, None]))
+  return chain_rule(network, c, answers, orders)
+
+
+def log_mean(log_p):
+  """Returns the log of the mean of p as an Estimate.
+
+  Args:
+    log_p: [B, K] float64, nats, of K independent draws.
+  """
+  peak = log_p.max(axis=1)
+  mean, stderr = _mean(np.exp(log_p - peak[:, None]))
   return Estimate(peak + np.log(mean), stderr / mean)
 
 

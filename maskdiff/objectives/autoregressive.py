@@ -11,7 +11,7 @@ from maskdiff.objectives.canvas import (
 )
 
 
-def make_canvas(c, rows, numbers, key, batch):
+def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   """Returns a Canvas whose targets are the answers, with weight 1.
 
   The inputs are the tokens shifted right, with bos in front. The targets are
@@ -24,7 +24,7 @@ def make_canvas(c, rows, numbers, key, batch):
   later document is predicted from a single token: from bos if the rows have the
   column `doc`, else from the eos that ends the previous document.
   """
-  del numbers, key, batch
+  del numbers, key, batch, progress
   valid = text_positions(rows)
   doc = document_labels(c, rows)
   inputs, labels = show(rows.tokens, valid, c.bos_id, doc)

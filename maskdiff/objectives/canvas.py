@@ -17,6 +17,7 @@ from maskdiff.data.rows import PADDING
 from maskdiff.model import masks
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.objectives.schedule import Schedule
+from maskdiff.objectives.time_density import TimeDensity, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,9 @@ class ObjectiveConfig:
   schedule: Schedule
   eps: float  # times are in [eps, 1)
   time_sampling: str  # one of schedule.TIME_SAMPLINGS
+  time_density: TimeDensity
+  weight: Weight
+  uniform_after: float  # share of the training with time_density and weight
   random_length_fraction: float  # share of rows cut to a random length
   attend_within: str  # row or document
   predict_mask: bool  # whether the softmax includes the mask token
@@ -32,6 +36,16 @@ class ObjectiveConfig:
   bos_id: int
   eos_id: int  # the last token of every document, and of nothing else
   loss_chunk_tokens: int  # `chunk` of cross_entropy
+
+  def is_bound(self, progress):
+    """Returns whether the expected loss is the bound.
+
+    Args:
+      progress: share of the training that is done, in [0, 1].
+    """
+    importance = self.weight.name == 'importance'
+    uniform = self.weight.name == 'bound' and self.time_density.is_uniform
+    return importance or uniform or progress >= self.uniform_after
 
 
 @functools.partial(

@@ -11,16 +11,19 @@ from maskdiff.objectives.canvas import (
   text_positions,
 )
 from maskdiff.objectives.schedule import sample_times
+from maskdiff.objectives.time_density import TimeDensity, Weight
 
 
-def make_canvas(c, rows, numbers, key, batch):
+def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   """Masks a random share of each row; the targets are the masked tokens.
 
   Each row draws a time t in [eps, 1). Each of its tokens is masked
   independently with probability p = 1 - alpha(t), and a masked token has the
   weight -alpha'(t) / p. With the linear schedule this is LLaDA's pretraining
   loss (arXiv 2502.09992, alg. 1 and GUIDELINES.md): p = (1 - eps) u + eps,
-  weight 1/p, divided by B x L.
+  weight 1/p, divided by B x L. `c.time_density` and `c.weight` may draw other
+  times and weigh them differently, in the first `c.uniform_after` of the
+  training; the loss is then not the bound, except with importance weights.
 
   Rows with `answer` mask and count only answers. The loss is then a bound on
   the negative log-likelihood of the answers given the prompts. It is divided by
@@ -41,6 +44,7 @@ def make_canvas(c, rows, numbers, key, batch):
     numbers: [b] int32, numbers of the rows in the global batch.
     key: PRNG key of this step.
     batch: rows of the global batch.
+    progress: share of the training that is done, float32 scalar in [0, 1].
 
   Returns:
     Canvas.
@@ -57,31 +61,28 @@ def make_canvas(c, rows, numbers, key, batch):
     lambda k: jax.random.randint(k, (), 1, length + 1), keys[3]
   )
   lengths = jnp.where(cut, random_length, length)
-  return corrupt(c, rows, u, noise, lengths)
+  return corrupt(c, rows, u, noise, lengths, progress)
 
 
-def corrupt(c, rows, u, noise, lengths):
+def corrupt(c, rows, u, noise, lengths, progress=0.0):
   """Returns the Canvas of masked diffusion for given random draws.
 
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [B, L].
-    u: [B] float32 in [0, 1); the time is (1 - eps) u + eps.
+    u: [B] float32 in [0, 1); the time is (1 - eps) d + eps, where d is the
+      quantile u of the density of times.
     noise: [B, L] float32 in [0, 1); a token is masked where noise < p.
     lengths: [B] int32, tokens of each row before the cut.
+    progress: see `make_canvas`.
   """
-  t = (1 - c.eps) * u + c.eps
+  t, weight = _times_and_weights(c, u, progress)
   mask_ratio = c.schedule.mask_ratio(t)
   valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
   if rows.doc is not None:
     valid = valid & text_positions(rows)
   answer = answer_positions(rows, valid)
   masked = answer & (noise < mask_ratio[:, None])
-  # Times start at eps, not at 0. `correction` keeps the expected weight of a
-  # token at 1, so that the loss of a perfect model is the entropy of the text.
-  # It is 1 for the linear schedule.
-  correction = (1 - c.eps) / (1 - c.schedule.mask_ratio(c.eps))
-  weight = correction * c.schedule.weight(t)
   noisy = jnp.where(masked, c.mask_id, rows.tokens)
   # Without columns, the lengths need no sum over a sharded axis.
   num_tokens = answer.sum(axis=1) if rows.columns else lengths
@@ -96,6 +97,25 @@ def corrupt(c, rows, u, noise, lengths):
     weights=jnp.where(masked, weight[:, None], 0.0),
     num_tokens=num_tokens.astype(jnp.float32),
     mask_ratio=mask_ratio,
+  )
+
+
+def _times_and_weights(c, u, progress):
+  """Returns the times and the weights of masked tokens, each of the shape of u.
+
+  Arguments as for `corrupt`.
+  """
+  at = lambda density, weight: (
+    (1 - c.eps) * density.quantile(u) + c.eps,
+    weight(c.schedule, density, c.eps, u),
+  )
+  early = at(c.time_density, c.weight)
+  if c.uniform_after >= 1 or c.is_bound(0) and c.time_density.is_uniform:
+    return early
+  late = at(TimeDensity(), Weight())
+  return tuple(
+    jnp.where(progress < c.uniform_after, a, b)
+    for a, b in zip(early, late, strict=True)
   )
 
 

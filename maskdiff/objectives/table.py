@@ -20,7 +20,7 @@ class Objective:
 
   Attributes:
     make_canvas: (ObjectiveConfig, Rows of [b, L], row numbers [b] int32, key,
-      batch) -> Canvas; see masked_diffusion.make_canvas.
+      batch, progress) -> Canvas; see masked_diffusion.make_canvas.
     show: (tokens [B, L] int32, valid [B, L] bool, bos_id, doc) -> inputs
       [B, L] int32 and their masks.Labels.
     order: the order in which tokens can be predicted: 'any', or
@@ -71,12 +71,12 @@ OBJECTIVES = {
 
 
 @jax.named_scope('part(noise)')
-def make_canvas(c, rows, numbers, key, batch):
+def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   """Returns the Canvas of the objective `c.name`.
 
   Arguments as for masked_diffusion.make_canvas.
   """
-  return OBJECTIVES[c.name].make_canvas(c, rows, numbers, key, batch)
+  return OBJECTIVES[c.name].make_canvas(c, rows, numbers, key, batch, progress)
 
 
 def show(name, tokens, valid, bos_id, doc=0):

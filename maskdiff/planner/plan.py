@@ -150,16 +150,21 @@ def loss_chunks(config, sizes):
   rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
   tokens = rows * config.data.length / sizes['sequence'] / sizes['tensor']
   share, variance = 1.0, 0.0  # mean and variance of "this token has a loss"
-  # Under the linear schedule a pair of rows has about L masked tokens in total.
+  # Under the linear schedule a pair of rows has about L masked tokens in total,
+  # if the density of times is symmetric.
   # Without pairs the share on a device depends on the times of its rows, and
   # among many devices one is likely to have times near 1.
+  c = step.step_config(config).objective
   paired = (
-    o.time_sampling == 'antithetic' and o.schedule == 'linear' and rows % 2 == 0
+    c.time_sampling == 'antithetic'
+    and c.schedule.name == 'linear'
+    and c.time_density.is_symmetric
+    and rows % 2 == 0
   )
   if paired and not OBJECTIVES[o.name].left_to_right:
-    schedule = step.step_config(config).objective.schedule
-    times = (np.arange(1000) + 0.5) / 1000  # eps is small enough to ignore
-    ratio = schedule.mask_ratio(times)
+    u = (np.arange(1000) + 0.5) / 1000
+    # The linear mask ratio is the time; eps is small enough to ignore.
+    ratio = np.asarray(c.time_density.quantile(u))
     share = float(np.mean(ratio))
     variance = float(np.mean(ratio * (1 - ratio)))  # given the times
   chunk = min(o.loss_chunk_tokens, math.ceil(tokens))

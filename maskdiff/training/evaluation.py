@@ -8,6 +8,7 @@ import numpy as np
 
 from maskdiff.distributed.mesh import replicate
 from maskdiff.interop import load
+from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import inputs
@@ -187,9 +188,17 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
 
 
 def eval_config(c):
-  """Returns a StepConfig for evaluation: whole rows, stratified times."""
+  """Returns a StepConfig for evaluation, whose loss is the bound.
+
+  Rows are whole, times are stratified and uniform, and weights are those of
+  the bound, whatever the training draws.
+  """
   objective = dataclasses.replace(
-    c.objective, random_length_fraction=0.0, time_sampling='stratified'
+    c.objective,
+    random_length_fraction=0.0,
+    time_sampling='stratified',
+    time_density=TimeDensity(),
+    weight=Weight(),
   )
   return dataclasses.replace(c, objective=objective)
 

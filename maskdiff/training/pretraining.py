@@ -17,6 +17,19 @@ from maskdiff.training import evaluation, inputs
 from maskdiff.training import step as step_lib
 from maskdiff.training.stage import Stage, compile_step
 
+BOUND = 'train/loss_nats_per_token'
+OTHER_LOSS = 'train/objective_nats_per_token'
+OTHER_LOSS_PANEL = stage_file.Curve(
+  id='objective',
+  title='Training objective',
+  note='Not the bound: config.objective has other times or weights. Compare '
+  'runs by their held-out loss.',
+  key=OTHER_LOSS,
+  smooth=True,
+  reduce='mean',
+  from_zero=False,
+)
+
 
 def make_stage(config, setup, gradients=None):
   """Opens tokenizer and data of a config; returns the Stage of pretraining.
@@ -69,8 +82,23 @@ def make_stage(config, setup, gradients=None):
     first_row=lambda batch: tokenizer.decode(inputs.first_row(batch, mesh)),
     read_texts=read_texts,
     remedy=remedy,
-    panels=stage_file.PRETRAINING,
+    panels=tuple(
+      OTHER_LOSS_PANEL if p == 'training' and loss_name(c) == OTHER_LOSS else p
+      for p in stage_file.PRETRAINING
+    ),
   )
+
+
+def loss_name(c):
+  """Returns the name of the metric of the training loss.
+
+  A loss that is not the bound during the whole training has another name.
+
+  Args:
+    c: StepConfig.
+  """
+  exact = table.OBJECTIVES[c.objective.name].likelihood == 'exact'
+  return BOUND if exact or c.objective.is_bound(0) else OTHER_LOSS
 
 
 def in_order(open_batches, batch, skip):
@@ -108,7 +136,7 @@ def row(config, c, mesh, metrics, facts, step_s):
   if applied:
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *applied)
     values = {
-      'train/loss_nats_per_token': float(total.loss),
+      loss_name(c): float(total.loss),
       'train/masked_share': float(total.num_predicted / total.num_tokens),
       **evaluation.ratio_metrics('train', evaluation.nll_by_mask_ratio(total)),
     }
@@ -121,10 +149,11 @@ def row(config, c, mesh, metrics, facts, step_s):
 
 def line(row):
   """Returns loss, learning rate and throughput of a row of metrics."""
-  loss = row.get('train/loss_nats_per_token', float('nan'))
+  name = OTHER_LOSS if OTHER_LOSS in row else BOUND
+  loss = row.get(name, float('nan'))
   mfu = row.get('train/mfu')
   return (
-    f'loss {loss:.3f} nats/token  '
+    f'{"loss" if name == BOUND else "objective"} {loss:.3f} nats/token  '
     f'lr {row["train/learning_rate"]:.2e}  '
     f'{row["train/tokens_per_s"]:,.0f} tokens/s'
     + (f'  mfu {mfu:.1%}' if mfu else '')

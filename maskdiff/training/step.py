@@ -16,6 +16,7 @@ from maskdiff.model.transformer import TransformerConfig, bind
 from maskdiff.objectives.canvas import ObjectiveConfig, canvas_loss
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.objectives.table import make_canvas
+from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.training import guard as guard_lib
 from maskdiff.training import train_state
 from maskdiff.training.guard import GuardConfig
@@ -37,21 +38,36 @@ class StepConfig:
   length: int  # L
   microbatches: int
   guard: GuardConfig
+  steps: int = 1  # of the training
 
 
 def step_config(config):
   """Returns the StepConfig of a run's config."""
-  objective = {**config.objective, **config.tokens}
-  objective['schedule'] = Schedule(
-    objective['schedule'], objective.pop('schedule_power')
-  )
   return StepConfig(
     model=TransformerConfig(**config.model),
-    objective=ObjectiveConfig(**objective),
+    objective=objective_config(config),
     length=config.data.length,
     microbatches=config.train.microbatches,
     guard=GuardConfig(config.guard.spike_sigmas),
+    steps=config.train.steps,
   )
+
+
+def objective_config(config):
+  """Returns the ObjectiveConfig of a run's config."""
+  values = {**config.objective, **config.tokens}
+  values['schedule'] = Schedule(
+    values['schedule'], values.pop('schedule_power')
+  )
+  values['time_density'] = TimeDensity(
+    values['time_density'],
+    values.pop('bell_mean'),
+    values.pop('bell_width'),
+    values.pop('bell_uniform_share'),
+    tuple(map(float, values.pop('time_interval'))),
+  )
+  values['weight'] = Weight(values['weight'], values.pop('weight_power'))
+  return ObjectiveConfig(**values)
 
 
 class LossSums(NamedTuple):
@@ -122,7 +138,9 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
   if gradients:
     gradients, sums = gradients(c, state, rows, key)
   else:
-    gradients, sums = batch_gradients(c, state.params, rows, key)
+    gradients, sums = batch_gradients(
+      c, state.params, rows, key, state.step / c.steps
+    )
   with jax.named_scope('part(optimizer)'):
     gradients = jax.tree.map(lambda g: g / sums.num_tokens, gradients)
     grad_norm = optax.tree.norm(gradients)
@@ -147,7 +165,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
   return TrainState(state.step + 1, params, opt_state, guard), metrics
 
 
-def batch_gradients(c, params, rows, key):
+def batch_gradients(c, params, rows, key, progress=0.0):
   """Returns the gradient of the summed loss, accumulated over microbatches.
 
   Args:
@@ -155,6 +173,7 @@ def batch_gradients(c, params, rows, key):
     params: parameter tree.
     rows: data.rows.Rows of [B, L], the global batch.
     key: PRNG key of this step.
+    progress: share of the training that is done, float32 scalar in [0, 1].
 
   Returns:
     A tree like params, and the LossSums of the batch.
@@ -162,7 +181,7 @@ def batch_gradients(c, params, rows, key):
   batch = rows.tokens.shape[0]
 
   def loss(params, numbers, rows):
-    sums = loss_sums(c, params, rows, numbers, key, batch)
+    sums = loss_sums(c, params, rows, numbers, key, batch, progress)
     return sums.weighted_nll, sums
 
   gradient = jax.grad(loss, has_aux=True)
@@ -198,7 +217,7 @@ def eval_step(c, params, rows, key):
   return loss_sums(c, params, rows, numbers, key, batch)
 
 
-def loss_sums(c, params, rows, numbers, key, batch):
+def loss_sums(c, params, rows, numbers, key, batch, progress=0.0):
   """Makes a canvas from some rows of a global batch and sums the losses.
 
   Args:
@@ -208,11 +227,12 @@ def loss_sums(c, params, rows, numbers, key, batch):
     numbers: [b] int32, row numbers in the global batch.
     key: PRNG key of this step.
     batch: number of rows of the global batch.
+    progress: see `batch_gradients`.
 
   Returns:
     LossSums. Only `weighted_nll` has a gradient.
   """
-  canvas = make_canvas(c.objective, rows, numbers, key, batch)
+  canvas = make_canvas(c.objective, rows, numbers, key, batch, progress)
   total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
   return summarize(canvas, total, nll)
 

@@ -183,6 +183,14 @@ INVALID = {
   'model.head_dim': dict(model__head_dim=7),
   'model.layers': dict(model__layers=0),
   'objective.eps': dict(objective__eps=1.0),
+  'objective.bell_width': dict(objective__bell_width=float('nan')),
+  'objective.bell_mean': dict(
+    objective__time_density='bell', objective__time_interval=(0.6, 1.0)
+  ),
+  'objective.time_interval': dict(objective__time_interval=(0.5, 0.5)),
+  'objective.weight': dict(
+    objective__weight='importance', objective__time_interval=(0.0, 0.9)
+  ),
   'objective.random_length_fraction': dict(objective__random_length_fraction=2),
   'train.steps': dict(train__steps=150),  # less than warmup and decay
   'sample.steps': dict(sample__steps=63, sample__block_length=32),

@@ -11,7 +11,7 @@ import pytest
 import untrained_run
 
 from maskdiff.interop import load
-from maskdiff.likelihood import bounds, queries
+from maskdiff.likelihood import bounds, bracket, queries
 from maskdiff.likelihood.estimators import Estimator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -93,6 +93,32 @@ def test_multi_sample_matches_the_library(workdir, tokenizer):
   np.testing.assert_allclose([r['nats'] for r in rows], -value, rtol=1e-5)
   np.testing.assert_allclose([r['stderr_nats'] for r in rows], error, rtol=1e-3)
   assert total['estimator'] == {'form': 'multi_sample', 'orders': 4}
+
+
+def test_bracket_matches_the_library(workdir, tokenizer):
+  flags = ('--task=bound', '--form=two_sided', '--orders=4', '--seed=3')
+  *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
+  answers = answers_of_pairs(tokenizer)
+  lower, upper, effective = by_library(
+    workdir, bracket.bracket, answers, 4, [3, 4]
+  )
+  for key, values in {
+    'nats': -lower.log_likelihood,
+    'nats_at_least': -upper.log_likelihood,
+    'stderr_nats_at_least': upper.stderr,
+    'effective_orders': effective,
+  }.items():
+    np.testing.assert_allclose([r[key] for r in rows], values, rtol=1e-3)
+  at_least = total['nats_per_token_at_least']
+  assert at_least == pytest.approx(
+    -upper.log_likelihood.sum() / total['tokens'], rel=1e-3
+  )
+  assert at_least < total['nats_per_token']
+  assert total['estimator'] == {'form': 'two_sided', 'orders': 4}
+  message = error_of(
+    evaluate(workdir, PAIRS, '--task=greedy', '--form=two_sided')
+  )
+  assert 'two_sided is for --task bound' in message
 
 
 def test_a_suffix_is_part_of_the_row(workdir, tokenizer):

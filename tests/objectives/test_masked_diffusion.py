@@ -16,11 +16,15 @@ from objective_cases import (
   EOS,
   MASK,
   TINY,
+  TOKENS,
   L,
   canvas_of,
+  enumerated_bound,
+  expected_loss,
   log_probabilities,
   loss,
   make_canvas,
+  nll_of,
   random_tokens,
   strong_params,
   without_mask,
@@ -220,68 +224,16 @@ def test_batch_without_masks_has_zero_loss_and_gradients(run):
 
 # Enumeration of all masks
 
-TOKENS = np.array([2, 0, 1, 1])
-ALL_MASKS = np.array(list(itertools.product([False, True], repeat=L)))
-
 
 @pytest.fixture(scope='module')
-def nll_by_mask(params):
-  """Returns [16], the summed nll of the masked tokens for each mask."""
-  inputs = jnp.asarray(np.where(ALL_MASKS, MASK, TOKENS))
-  labels = masks.bidirectional(jnp.ones(ALL_MASKS.shape, bool))
-  log_p = without_mask(log_probabilities(TINY, params, inputs, labels))
-  return -np.where(ALL_MASKS, log_p[:, np.arange(L), TOKENS], 0).sum(axis=1)
-
-
-@pytest.fixture(scope='module')
-def bound(nll_by_mask):
-  """Returns the negative ELBO in nats, by enumeration.
-
-  It is the sum over l of 1/l times the mean over all masks of l tokens. It does
-  not depend on the schedule: term l is the integral of t^(l-1) (1-t)^(L-l) over
-  t, times the sum over the masks.
-  """
-  count = ALL_MASKS.sum(axis=1)
-  return sum(nll_by_mask[count == l].mean() / l for l in range(1, L + 1))
-
-
-def expected_loss(c, nll_of, answer=None):
-  """Returns the expectation of the loss over u and the mask, for TOKENS.
-
-  Gauss-Legendre quadrature over u. For each u all masks are enumerated with
-  their probabilities; `corrupt` gets draws that lead to each mask.
-
-  Args:
-    c: ObjectiveConfig.
-    nll_of: function from a Canvas to the nll of its positions, [B, L].
-    answer: [L] bool, tokens that may be masked; default: all.
-  """
-  points, point_weights = np.polynomial.legendre.leggauss(24)
-  u = np.repeat((points + 1) / 2, len(ALL_MASKS)).astype(np.float32)
-  if answer is None:
-    answer = np.ones(L, bool)
-  mask = np.tile(ALL_MASKS, (len(points), 1))
-  tokens = jnp.asarray(np.tile(TOKENS, (len(u), 1)), jnp.int32)
-  draws = np.where(mask, 0.0, 1.0).astype(np.float32)
-  rows = Rows(tokens, answer=np.tile(answer, (len(u), 1)))
-  canvas = masked_diffusion.corrupt(c, rows, u, draws, np.full(len(u), L))
-  np.testing.assert_array_equal(canvas.inputs == MASK, mask & answer)
-  assert (canvas.num_tokens == answer.sum()).all()
-  of_row = np.sum(np.asarray(canvas.weights) * nll_of(canvas), axis=1)
-  p = np.asarray(canvas.mask_ratio, np.float64)[:, None]
-  probability = np.where(mask, p, 1 - p).prod(axis=1)
-  mean_by_point = (probability * of_row).reshape(len(points), -1).sum(axis=1)
-  return mean_by_point @ point_weights / 2
+def bound(params):
+  return enumerated_bound(params)
 
 
 @pytest.fixture(scope='module')
 def network_nll(params):
   """Returns the function `nll_of` of `expected_loss` for the tiny network."""
-
-  def nll(canvas):
-    return np.asarray(loss(CONFIG, TINY, params, canvas)[1], np.float64)
-
-  return nll
+  return nll_of(params)
 
 
 @pytest.mark.parametrize('schedule', SCHEDULES)

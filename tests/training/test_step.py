@@ -16,6 +16,7 @@ from maskdiff.model import transformer
 from maskdiff.objectives import masked_diffusion, table
 from maskdiff.objectives.canvas import ObjectiveConfig
 from maskdiff.objectives.schedule import Schedule
+from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.training import guard, optimizer, step
 from maskdiff.training import train_state as state_lib
 from maskdiff.training.guard import GuardConfig
@@ -30,6 +31,9 @@ OBJECTIVE = ObjectiveConfig(
   schedule=Schedule(),
   eps=1e-3,
   time_sampling='antithetic',
+  time_density=TimeDensity(),
+  weight=Weight(),
+  uniform_after=1.0,
   random_length_fraction=0.2,
   attend_within='row',
   predict_mask=False,
@@ -133,7 +137,7 @@ def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
   """Trains from the same parameters on the same batch."""
   m = make_mesh(mesh_name)
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
-  c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD)
+  c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD, steps)
   out = Run([], [], [], [])
   with jax.set_mesh(m):
     state = jax.device_put(
@@ -288,6 +292,27 @@ def test_updates_do_not_depend_on_mesh_or_microbatches(other, reference):
     reference.params[STEPS - 1],
     initial_params(),
   )
+
+
+def test_other_times_and_weights_do_not_depend_on_mesh_or_microbatches():
+  """Half of the steps have the times and weights of the bound."""
+  bell = dataclasses.replace(
+    OBJECTIVE,
+    time_density=TimeDensity('bell', width=0.2),
+    weight=Weight('power', 0.5),
+    uniform_after=0.5,
+  )
+  one, eight = run('one_device', 4, 2, bell), run('fsdp8', 1, 2, bell)
+  for name in ('sums.num_predicted', 'sums.ratio_count'):
+    values = [of_each_step(name, r.metrics) for r in (one, eight)]
+    np.testing.assert_array_equal(*values)
+  for name in ('sums.weighted_nll', 'grad_norm', 'param_norm'):
+    values = [of_each_step(name, r.metrics) for r in (one, eight)]
+    np.testing.assert_allclose(*values, rtol=2e-5, err_msg=name)
+  # The second step of two is past the half.
+  canvases = [canvas_of(bell, KEY, 0), canvas_of(OBJECTIVE, KEY, 1)]
+  for metrics, canvas in zip(one.metrics, canvases, strict=True):
+    assert metrics.sums.num_predicted == np.count_nonzero(canvas.weights)
 
 
 def test_packed_documents_loss_does_not_depend_on_the_mesh():
