@@ -1,6 +1,6 @@
 """Config keys of the training objective."""
 
-from maskdiff.config.key import Key, require
+from maskdiff.config.key import Key, are_numbers, require
 
 KEYS = {
   'name': Key(
@@ -93,9 +93,10 @@ def check(c):
   """Raises UserError if keys of this section contradict each other."""
   o = c.objective
   interval = o.time_interval
-  numbers = all(isinstance(x, (int, float)) for x in interval)
   require(
-    len(interval) == 2 and numbers and 0 <= interval[0] < interval[1] <= 1,
+    len(interval) == 2
+    and are_numbers(interval)
+    and 0 <= interval[0] < interval[1] <= 1,
     f'config.objective.time_interval={interval}: must be two numbers, start '
     'and end, with 0 <= start < end <= 1',
   )
