@@ -21,11 +21,14 @@ import numpy as np
 from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.fingerprint import fingerprint
 from maskdiff.errors import UserError
+from maskdiff.files import atomic
+from maskdiff.files import folder as folder_lib
 from maskdiff.interop import safetensors
 
 PARAMS = 'params'  # the folder in a work directory
 META = 'meta.json'
 PART_BYTES = 64 << 20
+_MAX_META_BYTES = 4 << 20
 
 
 class Leaf(NamedTuple):
@@ -87,8 +90,20 @@ def write(folder, leaves, meta, dtype=None):
     entries[name] = {'shape': list(leaf.shape), 'dtype': str(to)}
   fingerprints = {name: total.value for name, total in sums.items()}
   path = os.path.join(folder, META)
-  with safetensors.writing(path), open(path, 'w') as f:
-    json.dump(manifest.make(meta, entries, manifest.nest(fingerprints)), f)
+  values = manifest.make(meta, entries, manifest.nest(fingerprints))
+  with safetensors.writing(path):
+    atomic.write(path, json.dumps(values))
+
+
+def files(workdir, leaves):
+  """Returns the paths of the files of leaves; [] if they are a checkpoint.
+
+  Args:
+    workdir: work directory.
+    leaves: dict of Leaf by name.
+  """
+  paths = [os.path.join(workdir, PARAMS, _file(name)) for name in leaves]
+  return [path for path in paths if os.path.exists(path)]
 
 
 def open_folder(folder):
@@ -98,12 +113,16 @@ def open_folder(folder):
     dict of Leaf by name, and the manifest.Meta.
 
   Raises:
-    UserError: a file is missing or damaged.
+    UserError: a file is missing or damaged, or a link.
   """
+  parent, name = os.path.split(os.path.abspath(folder))
+  folder_lib.read_json(parent, os.path.join(name, META), _MAX_META_BYTES)
   try:
     meta = manifest.read(os.path.join(folder, META))
   except manifest.Damaged as error:
     raise UserError(f'{folder} cannot be used: {error}') from error
+  if not isinstance(meta.config, dict) or not _are_entries(meta.leaves):
+    raise UserError(f'{folder} cannot be used: its {META} was not written here')
   leaves = {}
   for name, entry in meta.leaves.items():
     path = os.path.join(folder, _file(name))
@@ -122,6 +141,17 @@ def open_folder(folder):
       tensor.shape, tensor.dtype, lambda index, t=tensor: t.view()[index]
     )
   return leaves, meta
+
+
+def _are_entries(leaves):
+  """Returns whether the `leaves` of a manifest have the form of `write`."""
+  return isinstance(leaves, dict) and all(
+    isinstance(entry, dict)
+    and isinstance(entry.get('shape'), list)
+    and isinstance(entry.get('dtype'), str)
+    and type(entry.get('fingerprint')) is int
+    for entry in leaves.values()
+  )
 
 
 def place(leaves, shardings, dtype=None, entries=None, where=''):
