@@ -28,7 +28,6 @@ from maskdiff.interop import safetensors
 PARAMS = 'params'  # the folder in a work directory
 META = 'meta.json'
 PART_BYTES = 64 << 20
-_MAX_META_BYTES = 4 << 20
 
 
 class Leaf(NamedTuple):
@@ -116,13 +115,13 @@ def open_folder(folder):
     UserError: a file is missing or damaged, or a link.
   """
   parent, name = os.path.split(os.path.abspath(folder))
-  folder_lib.read_json(parent, os.path.join(name, META), _MAX_META_BYTES)
+  folder_lib.open_file(parent, os.path.join(name, META)).close()  # no link
   try:
     meta = manifest.read(os.path.join(folder, META))
   except manifest.Damaged as error:
     raise UserError(f'{folder} cannot be used: {error}') from error
-  if not isinstance(meta.config, dict) or not _are_entries(meta.leaves):
-    raise UserError(f'{folder} cannot be used: its {META} was not written here')
+  if meta.config is None:
+    raise UserError(f'{folder} cannot be used: its {META} has no config')
   leaves = {}
   for name, entry in meta.leaves.items():
     path = os.path.join(folder, _file(name))
@@ -141,17 +140,6 @@ def open_folder(folder):
       tensor.shape, tensor.dtype, lambda index, t=tensor: t.view()[index]
     )
   return leaves, meta
-
-
-def _are_entries(leaves):
-  """Returns whether the `leaves` of a manifest have the form of `write`."""
-  return isinstance(leaves, dict) and all(
-    isinstance(entry, dict)
-    and isinstance(entry.get('shape'), list)
-    and isinstance(entry.get('dtype'), str)
-    and type(entry.get('fingerprint')) is int
-    for entry in leaves.values()
-  )
 
 
 def place(leaves, shardings, dtype=None, entries=None, where=''):

@@ -126,7 +126,7 @@ def damaged(folder, kind):
       path.write_text('[' * 10**5)
       return
     case 'large':
-      path.write_bytes(bytes(5 << 20))
+      os.truncate(path, 1 << 40)  # sparse: takes no space
       return
     case 'no leaves':
       values['leaves'] = None
@@ -136,6 +136,8 @@ def damaged(folder, kind):
       leaf['shape'] = 8
     case 'a config':
       values['config'] = []
+    case 'no config':
+      del values['config']
     case 'another folder':
       values['leaves'] = {'../../private': leaf}
     case 'a null character':
@@ -148,12 +150,13 @@ DAMAGE = {
   'FIFO': 'not a regular file',
   'link': 'is a link to',
   'deep': 'nested more than',
-  'large': 'more than 4,194,304 bytes',
-  'no leaves': 'was not written here',
-  'a leaf': 'was not written here',
-  'a shape': 'was not written here',
-  'a config': 'was not written here',
-  'another folder': r"cannot read '.*/params/\.+private.safetensors'",
+  'large': 'more than 67,108,864 bytes',
+  'no leaves': 'leaves is not a dict',
+  'a leaf': "of 'w' is not one",
+  'a shape': "of 'w' is not one",
+  'a config': 'config is not a dict',
+  'no config': 'meta.json has no config',
+  'another folder': 'is not the name of an array',
   'a null character': 'is not a file of this folder',
 }
 
