@@ -30,7 +30,8 @@ def new_folder(path, flag='out'):
   Meanwhile `path` is an empty folder that this process has locked.
 
   Args:
-    path: path of the new folder. It may be an empty folder.
+    path: path of the new folder. It may be an empty folder, whose permissions
+      stay.
     flag: name of the flag that gave the path, for error messages.
 
   Raises:
@@ -47,7 +48,7 @@ def new_folder(path, flag='out'):
       try:
         os.makedirs(new)
         stack.callback(shutil.rmtree, new, ignore_errors=True)
-        mode = stat.S_IMODE(os.stat(new).st_mode)
+        mode = os.stat(path if os.path.isdir(path) else new).st_mode
         os.chmod(new, 0o700)  # others see complete files only
         if _lock(new, stack):
           break
@@ -61,7 +62,7 @@ def new_folder(path, flag='out'):
     yield new
     try:
       os.unlink(os.path.join(new, _LOCK))
-      os.chmod(new, mode)
+      os.chmod(new, stat.S_IMODE(mode))
       free()
       os.replace(new, path)
     except OSError as error:

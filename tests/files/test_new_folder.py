@@ -102,3 +102,10 @@ def test_folder_is_complete_or_absent(tmp_path):
   with pytest.raises(UserError, match='out exists already: choose another'):
     with new_folder.new_folder(tmp_path / 'out'):
       pass
+
+
+def test_permissions_of_an_empty_folder_stay(tmp_path):
+  (tmp_path / 'out').mkdir(mode=0o700)
+  with new_folder.new_folder(tmp_path / 'out') as new:
+    assert os.stat(new).st_mode & 0o777 == 0o700
+  assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o700
