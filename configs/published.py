@@ -11,7 +11,7 @@ learning rates and the row length for your data.
 
 from maskdiff.config import default
 from maskdiff.errors import UserError
-from maskdiff.interop import hf, hf_tokenizer
+from maskdiff.interop import hf, hf_config, hf_tokenizer
 
 
 def get_config(folder=''):
@@ -22,7 +22,7 @@ def get_config(folder=''):
   if tokenizer is None:
     raise UserError(f'{folder} has no tokenizer')
   c = default()
-  hf.fill(c, published, tokenizer)
+  hf_config.fill(c, published, tokenizer)
   c.init_from = folder
   if published.family.objective == 'autoregressive':
     c.model.predict_next = True

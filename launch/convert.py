@@ -11,6 +11,8 @@ follows the conversion.
 """
 
 import os
+import signal
+import sys
 
 from absl import flags, logging
 
@@ -75,12 +77,20 @@ def main(args):
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
 
+  from maskdiff.files import new_folder
   from maskdiff.interop import convert
+
+  # Exit through `finally` clauses, which remove unfinished folders.
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+      signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
   def say(lines):
     for line in lines:
       print(line, flush=True)
 
+  if any(kind.values()):
+    say(new_folder.remove_unfinished(out))
   if kind['from']:
     say(
       convert.from_hf(

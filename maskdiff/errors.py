@@ -77,6 +77,19 @@ def printable(text):
   )
 
 
+def inline(text, length=5000):
+  """Returns a text or path that can stand within one line of a terminal.
+
+  All characters that are not printable become escapes, also newlines and the
+  marks that reverse the direction of a text. The rest beyond `length`
+  characters is cut off.
+  """
+  return ''.join(
+    c if c.isprintable() else c.encode('unicode_escape').decode()
+    for c in str(text)[:length]
+  )
+
+
 def one_line(error, length=200):
   """Returns the message of an error as one line of at most `length` characters.
 

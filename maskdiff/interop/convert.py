@@ -16,8 +16,6 @@ import functools
 import json
 import math
 import os
-import secrets
-import shutil
 
 import jax
 import numpy as np
@@ -26,13 +24,15 @@ from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError
-from maskdiff.files import lock
+from maskdiff.errors import UserError, inline
+from maskdiff.files import atomic, new_folder
 from maskdiff.interop import (
   families,
   hf,
+  hf_config,
   hf_tokenizer,
   load,
+  permissions,
   reference,
   safetensors,
 )
@@ -72,12 +72,11 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
   if with_tokenizer:
     tokenizer = hf_tokenizer.open_tokenizer(published, mask_id)
     if tokenizer is None:
-      notes.append(f'{folder} has no tokenizer: converted the weights only')
-  config = hf.run_config(published, tokenizer)
-  if mask_id is not None:
-    config.tokens.mask_id = mask_id
-    config_lib.validate(config)
-  with new_directory(workdir) as new:
+      notes.append(
+        f'{inline(folder)} has no tokenizer: converted the weights only'
+      )
+  config = hf_config.run_config(published, tokenizer, mask_id)
+  with new_folder.new_folder(workdir) as new:
     with safetensors.writing(new):
       params = os.path.join(new, leaves_lib.PARAMS)
       os.mkdir(params)
@@ -85,21 +84,27 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
         json.dump(manifest.config_json(config), f, indent=2)
     hf.copy_published_files(folder, os.path.join(new, hf.PUBLISHED))
     if tokenizer is not None:
-      tokenizer_lib.copy(tokenizer, new)
+      permissions.copy_tokenizer(tokenizer, new)
     leaves_lib.write(
       params,
       published.leaves,
       manifest.Meta(config=manifest.config_json(config)),
       dtype,
     )
+    permissions.narrow(
+      params, {tensor.path for tensor in published.tensors.values()}
+    )
   leaves = published.leaves.values()
   num_params = sum(math.prod(leaf.shape) for leaf in leaves)
   num_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-  ids = ', '.join(f'{k}={v}' for k, v in config.tokens.items())
+  ids = dict(config.tokens)
+  if config.sample.eot_id >= 0:
+    ids['eot_id'] = config.sample.eot_id
+  ids = ', '.join(f'{k}={v}' for k, v in ids.items())
   return [
     *notes,
-    f'{workdir}: {num_params:,} parameters, {num_bytes / 1e9:.2f} GB as '
-    f'published, {published.family.name}, {config.objective.name}, {ids}',
+    f'{inline(workdir)}: {num_params:,} parameters, {num_bytes / 1e9:.2f} GB '
+    f'as published, {published.family.name}, {config.objective.name}, {ids}',
   ]
 
 
@@ -126,8 +131,8 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
     config, leaves, source = _open_workdir(workdir, stack)
     published_files = os.path.join(workdir, hf.PUBLISHED)
     original = None
-    if os.path.exists(os.path.join(published_files, families.CONFIG)):
-      original = families.read_config(published_files)
+    if os.path.lexists(os.path.join(published_files, families.CONFIG)):
+      original = families.read_config(workdir, hf.PUBLISHED)
     chosen = choose_family(config, original, family)
     if original is not None:
       source_family = families.detect(original, published_files)
@@ -136,22 +141,23 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
     written = families.published_config(
       chosen, config.model, config.tokens, config.data.length, stored, original
     )
-    with new_directory(folder) as new:
+    with new_folder.new_folder(folder) as new:
       tokenizer = None
       if hf_tokenizer.has_tokenizer(workdir):
         tokenizer = tokenizer_lib.load(workdir)
       if os.path.isdir(published_files):
         leave_out = hf_tokenizer.TOKENIZERS if tokenizer else ()
-        hf.copy_published_files(published_files, new, leave_out)
+        hf.copy_published_files(workdir, new, leave_out, hf.PUBLISHED)
       if written != original:
         path = os.path.join(new, families.CONFIG)
-        with safetensors.writing(path), open(path, 'w') as f:
-          f.write(as_text(written))
+        with safetensors.writing(path):
+          atomic.write(path, as_text(written))
       if tokenizer:
-        tokenizer_lib.copy(tokenizer, new)
+        permissions.copy_tokenizer(tokenizer, new)
       hf.write_weights(new, chosen, leaves, dtype, max_bytes)
+      permissions.narrow(new, leaves_lib.files(workdir, leaves))
   architecture = chosen.architectures[0]
-  lines = [f'{folder}: {architecture} from {source}, {stored}']
+  lines = [f'{inline(folder)}: {architecture} from {inline(source)}, {stored}']
   if config.objective.name != chosen.objective:
     lines.append(
       f'note: the model was trained with {config.objective.name}, but code '
@@ -229,7 +235,7 @@ def check(folder, workdir=None):
   largest = float(np.abs(expected).max())
   difference = float(np.abs(found - expected).max())
   lines = [
-    f'{name}  {list(tensor.shape)}  {tensor.dtype.name}'
+    f'{inline(name)}  {list(tensor.shape)}  {tensor.dtype.name}'
     for name, tensor in published.tensors.items()
   ]
   lines.append(
@@ -238,9 +244,9 @@ def check(folder, workdir=None):
   )
   if not difference <= TOLERANCE * max(1.0, largest):
     raise UserError(
-      f'{workdir or folder} differs from {folder}: the largest difference of '
-      f'a logit is {difference:.3g}, the largest logit {largest:.3g}; convert '
-      'again'
+      f'{inline(workdir or folder)} differs from {inline(folder)}: the largest '
+      f'difference of a logit is {difference:.3g}, the largest logit '
+      f'{largest:.3g}; convert again'
     )
   return lines
 
@@ -265,44 +271,6 @@ def check_tokens(published):
   return tokens
 
 
-@contextlib.contextmanager
-def new_directory(path):
-  """Yields a temporary directory, and renames it to `path` on success.
-
-  Meanwhile `path` is an empty directory that this process has locked.
-
-  Raises:
-    UserError: `path` is a file or a directory that is not empty, or the
-      temporary directory cannot be made.
-    InUse: another process writes to `path`.
-  """
-  path = os.path.abspath(path)
-  _require_empty(path)
-  parent, name = os.path.split(path)
-  new = os.path.join(parent, f'.{name}.{secrets.token_hex(4)}')
-  try:
-    os.makedirs(new)
-  except OSError as error:
-    raise UserError(f'--out: cannot make {new} ({error.strerror})') from error
-  try:
-    with lock.reserved(path) as free:
-      _require_empty(path)  # a process that has just ended may have filled it
-      yield new
-      with safetensors.writing(path):
-        free()
-        os.replace(new, path)
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
-
-
-def _require_empty(path):
-  """Raises UserError if something exists at a path, except a lock file."""
-  if os.path.lexists(path) and (
-    not os.path.isdir(path) or not lock.is_empty(path)
-  ):
-    raise UserError(f'--out {path} exists already: choose another')
-
-
 def _open_workdir(workdir, stack):
   """Opens the parameters of a work directory.
 
@@ -318,7 +286,9 @@ def _open_workdir(workdir, stack):
   params = os.path.join(workdir, leaves_lib.PARAMS)
   if os.path.isdir(params):
     leaves, meta = leaves_lib.open_folder(params)
-    return config_lib.from_dict(meta.config), leaves, params
+    config = config_lib.from_dict(meta.config)
+    hf.check_leaves(leaves, config.model, params)
+    return config, leaves, params
   checkpointer = restore.open_run(workdir)
   stack.enter_context(contextlib.closing(checkpointer))
   step, meta = restore.newest_meta(checkpointer)

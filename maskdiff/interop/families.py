@@ -12,7 +12,6 @@ matrix; all other parameters have the same axes in both forms.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -20,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from maskdiff.errors import UserError, one_line
+from maskdiff.errors import UserError, inline
+from maskdiff.files import folder as folder_lib
+from maskdiff.interop import config_keys
 
 CONFIG = 'config.json'
 # Number of input axes of each matrix.
@@ -109,11 +110,18 @@ _LLADA_KEYS = {
   'norm_eps': 'rms_norm_eps',
   'length': 'max_sequence_length',
 }
-_QWEN_REQUIRED = {'hidden_act': ('silu',), 'use_sliding_window': (False,)}
+_QWEN_REQUIRED = {
+  'hidden_act': ('silu', 'swish'),  # two names of one function
+  'use_sliding_window': (False,),
+}
+_QWEN_IGNORED = ('sliding_window', 'max_window_layers')
 _LLADA_REQUIRED = {
   'block_type': ('llama',),
+  'block_group_size': (1,),
   'activation_type': ('silu',),
   'layer_norm_type': ('rms',),
+  'layer_norm_with_affine': (True,),
+  'bias_for_layer_norm': (False, None),
   'rope': (True,),
   'alibi': (False,),
   'include_bias': (False,),
@@ -177,8 +185,12 @@ class Family:
     architectures: accepted `architectures` in config.json; the first is
       written.
     keys: map from a field of the model to its key in config.json.
-    required: map from a key of config.json to its supported values; the key may
-      be missing.
+    required: map from a key of config.json to its supported values. An absent
+      key has the default of config_keys.DEFAULTS.
+    ignored: keys that the published code does not read, or reads only if a
+      required key had another value.
+    end_of_turn: the token that ends a turn of a chat, in the tokenizers of
+      this family.
     names: map from a parameter to the published name of its tensor, see
       _LLAMA_NAMES.
     template: other entries of a new config.json.
@@ -199,6 +211,8 @@ class Family:
   required: Mapping[str, tuple]
   names: Mapping[str, str]
   template: Mapping[str, Any]
+  end_of_turn: str
+  ignored: tuple[str, ...] = ()
   objective: str = 'autoregressive'
   derived: tuple[str, ...] = _DERIVED
   qkv_bias: bool = False
@@ -207,6 +221,11 @@ class Family:
   has_head_dim: bool = False
   head_dim: int = 0
   scales_rope: bool = True
+
+  @property
+  def has_mask_token(self):
+    """Whether the published networks were trained with a mask token."""
+    return self.objective == 'masked_diffusion'
 
 
 FAMILIES = (
@@ -218,6 +237,8 @@ FAMILIES = (
     required=_LLADA_REQUIRED,
     names=_LLADA_NAMES,
     template=_LLADA_TEMPLATE,
+    end_of_turn='<|eot_id|>',
+    ignored=('alibi_bias_max',),
     objective='masked_diffusion',
     derived=(),
     scales_rope=False,
@@ -236,6 +257,8 @@ FAMILIES = (
         'AutoModel': 'modeling_dream.DreamModel',
       },
     },
+    end_of_turn='<|im_end|>',
+    ignored=(*_QWEN_IGNORED, 'attention_bias', 'mlp_bias'),
     objective='masked_diffusion',
     qkv_bias=True,
     predict_next=True,
@@ -248,6 +271,8 @@ FAMILIES = (
     required=_QWEN_REQUIRED,
     names=_LLAMA_NAMES,
     template=_QWEN_TEMPLATE,
+    end_of_turn='<|im_end|>',
+    ignored=(*_QWEN_IGNORED, 'attention_bias'),
     qkv_bias=True,
   ),
   Family(
@@ -258,6 +283,8 @@ FAMILIES = (
     required={**_QWEN_REQUIRED, 'attention_bias': (False,)},
     names=_LLAMA_NAMES,
     template={**_QWEN_TEMPLATE, 'attention_bias': False},
+    end_of_turn='<|im_end|>',
+    ignored=_QWEN_IGNORED,
     qk_norm=True,
     has_head_dim=True,
     head_dim=128,
@@ -268,7 +295,7 @@ FAMILIES = (
     architectures=('LlamaForCausalLM',),
     keys=_LLAMA_KEYS,
     required={
-      'hidden_act': ('silu',),
+      'hidden_act': ('silu', 'swish'),
       'attention_bias': (False,),
       'mlp_bias': (False,),
     },
@@ -282,35 +309,44 @@ FAMILIES = (
       'pretraining_tp': 1,
       'use_cache': True,
     },
+    end_of_turn='<|eot_id|>',
     has_head_dim=True,
   ),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
 _DTYPES = ('float32', 'bfloat16', 'float16')
+_MAX_CONFIG_BYTES = 4 << 20
 
 
-def read_config(folder):
+def read_config(folder, subfolder=''):
   """Returns the config.json of a folder, a dict.
 
+  Args:
+    folder: path of the folder.
+    subfolder: the folder within it that has the file; it must not be a link.
+
   Raises:
-    UserError: the file cannot be read or is not a JSON object.
+    UserError: the file cannot be read, is a link to a file outside the folder,
+      or is not a JSON object.
   """
-  path = os.path.join(folder, CONFIG)
-  try:
-    with open(path, encoding='utf-8') as f:
-      found = json.load(f)
-  except (OSError, ValueError) as error:
-    raise UserError(f'cannot read {path} ({one_line(error, 100)})') from error
+  name = os.path.join(subfolder, CONFIG)
+  found = folder_lib.read_json(folder, name, _MAX_CONFIG_BYTES)
   if not isinstance(found, dict):
-    raise UserError(f'{path} is not a JSON object')
+    raise UserError(f'{os.path.join(folder, name)!r} is not a JSON object')
   return found
 
 
 def is_published(folder):
-  """Returns whether a folder has the config.json of a Hugging Face model."""
+  """Returns whether a folder has the config.json of a Hugging Face model.
+
+  Raises:
+    UserError: config.json is a link to a file outside the folder.
+  """
   try:
     found = read_config(folder)
   except UserError:
+    if os.path.islink(os.path.join(folder, CONFIG)):
+      raise
     return False
   return 'model_type' in found or 'architectures' in found
 
@@ -326,21 +362,28 @@ def detect(published, path):
     UserError: the architecture is not in FAMILIES.
   """
   names = published.get('architectures') or []
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    raise UserError(
+      f'{path}: architectures={config_keys.shown(names)} must be a list of '
+      'names'
+    )
   for family in FAMILIES:
     if set(names) & set(family.architectures) or (
       not names and published.get('model_type') == family.model_type
     ):
       return family
-  architecture = ', '.join(map(str, names)) or published.get('model_type')
+  architecture = ', '.join(names) or published.get('model_type')
   known = ', '.join(family.architectures[0] for family in FAMILIES)
   raise UserError(
-    f'{path}: architecture {architecture} is not supported; supported '
-    f'architectures: {known}'
+    f'{path}: architecture {inline(architecture, 200)} is not supported; '
+    f'supported architectures: {known}'
   )
 
 
 def model_of(family, published, path):
   """Reads the fields of the model from a config.json.
+
+  Absent keys have the defaults of the published class, see config_keys.py.
 
   Args:
     family: Family.
@@ -352,57 +395,42 @@ def model_of(family, published, path):
     in tokens) and `dtype` (of the weights).
 
   Raises:
-    UserError: a key is missing or its value is not supported.
+    UserError: a value is not supported, or of the wrong type.
   """
+  defaults = config_keys.DEFAULTS[family.name]
+  value_of = lambda key: published.get(key, defaults.get(key))
   for key, allowed in family.required.items():
-    if key in published and published[key] not in allowed:
-      raise UserError(
-        f'{path}: {key}={published[key]!r} is not supported, only '
-        f'{" or ".join(map(repr, allowed))}'
-      )
-  defaults = {'tie_embeddings': False, 'norm_eps': 1e-6, 'length': 2048}
+    config_keys.check_allowed(published, key, defaults, allowed, path)
+  known = (*family.keys.values(), *family.required, *family.ignored)
+  config_keys.check_others(published, known, path)
   found = {}
-  for field, key in family.keys.items():
-    value = published.get(key)
-    if value is None and field == 'vocab_size':
-      value = published.get('vocab_size')
-    if value is None and field == 'kv_heads':
-      value = published.get(family.keys['heads'])
-    if value is None:
-      value = defaults.get(field)
-    if value is None:
-      raise UserError(f'{path} has no {key!r}')
-    found[field] = value
-    if not isinstance(
-      value, bool if field == 'tie_embeddings' else int | float
-    ):
-      raise UserError(f'{path}: {key}={value!r} has the wrong type')
-  for field in ('vocab_size', 'embed', 'layers', 'heads', 'kv_heads', 'mlp'):
-    if not isinstance(found[field], int) or found[field] < 1:
-      raise UserError(
-        f'{path}: {family.keys[field]}={found[field]!r} must be 1 or more'
-      )
-  head_dim = published.get('head_dim') if family.has_head_dim else None
-  found['head_dim'] = (
-    head_dim or family.head_dim or found['embed'] // found['heads']
-  )
-  if found['heads'] % found['kv_heads'] or found['head_dim'] % 2:
+  for field in ('embed', 'heads', 'layers', 'length', *_AFTER):
+    key = family.keys[field]
+    value = value_of(key)
+    if value is None and field in _IF_NULL:
+      value = _IF_NULL[field](found, value_of)
+    found[field] = config_keys.size(value, field, key, path)
+  tied = value_of(family.keys['tie_embeddings'])
+  if not isinstance(tied, bool):
     raise UserError(
-      f'{path}: {found["heads"]} heads are not a multiple of '
-      f'{found["kv_heads"]} key-value heads, or the head size '
-      f'{found["head_dim"]} is odd'
+      f'{path}: {family.keys["tie_embeddings"]}={config_keys.shown(tied)} must '
+      'be true or false'
     )
+  eps = family.keys['norm_eps']
+  found['norm_eps'] = config_keys.number(value_of(eps), eps, path, below=1)
+  found['head_dim'] = _head_dim(family, published, found, path)
   found['rope_theta'], found['rope_scaling'] = _rope(family, published, path)
+  config_keys.check_token_ids(published, found['vocab_size'], path)
   dtype = published.get('torch_dtype') or published.get('dtype') or 'float32'
   dtype = str(dtype).removeprefix('torch.')
   if dtype not in _DTYPES:
     raise UserError(
-      f'{path}: torch_dtype={dtype!r} is not supported, only '
+      f'{path}: torch_dtype={config_keys.shown(dtype)} is not supported, only '
       f'{", ".join(_DTYPES)}'
     )
   return {
     **found,
-    'norm_eps': float(found['norm_eps']),
+    'tie_embeddings': tied,
     'qkv_bias': family.qkv_bias,
     'qk_norm': family.qk_norm,
     'predict_next': family.predict_next,
@@ -410,36 +438,102 @@ def model_of(family, published, path):
   }
 
 
+# Fields whose value may follow from those before them, if it is null.
+_AFTER = ('kv_heads', 'mlp', 'vocab_size')
+_IF_NULL = {
+  'kv_heads': lambda found, value_of: found['heads'],
+  'mlp': lambda found, value_of: _product(value_of('mlp_ratio'), found),
+  'vocab_size': lambda found, value_of: value_of('vocab_size'),
+}
+
+
+def _product(ratio, found):
+  """Returns the hidden size of LLaDA's MLP; None for other families."""
+  return ratio * found['embed'] if type(ratio) is int else ratio
+
+
+def _head_dim(family, published, found, path):
+  """Returns the size of a head, after checking it and the numbers of heads."""
+  embed, heads = found['embed'], found['heads']
+  given = published.get('head_dim')
+  given = family.head_dim or None if given is None else given
+  if given is None and embed % heads:
+    raise UserError(
+      f'{path}: {family.keys["embed"]}={embed} is not a multiple of {heads} '
+      'heads'
+    )
+  head_dim = embed // heads if given is None else given
+  config_keys.size(head_dim, 'head_dim', 'head_dim', path)
+  if not family.has_head_dim and head_dim * heads != embed:
+    raise UserError(
+      f'{path}: head_dim={head_dim} is not supported, only '
+      f'{family.keys["embed"]} / {family.keys["heads"]} = {embed / heads:g}'
+    )
+  if heads % found['kv_heads'] or head_dim % 2:
+    raise UserError(
+      f'{path}: {heads} heads are not a multiple of {found["kv_heads"]} '
+      f'key-value heads, or the head size {head_dim} is odd'
+    )
+  return head_dim
+
+
 def _rope(family, published, path):
   """Returns rope_theta and rope_scaling of the TransformerConfig."""
   # transformers 5 and later store both under one key.
   entry = published.get('rope_parameters') or {}
-  theta = entry.get('rope_theta', published.get('rope_theta')) or 10000.0
-  scaling = entry or published.get('rope_scaling') or {}
-  kind = scaling.get('rope_type') or scaling.get('type') or 'default'
-  if kind == 'default':
-    return float(theta), ()
+  scaling = published.get('rope_scaling') or {}
+  for key, value in (('rope_parameters', entry), ('rope_scaling', scaling)):
+    if not isinstance(value, dict):
+      raise UserError(
+        f'{path}: {key}={config_keys.shown(value)} must be an object'
+      )
+  if entry and scaling and entry != scaling:
+    raise UserError(
+      f'{path} has both rope_parameters and rope_scaling: remove one of them'
+    )
+  default = config_keys.DEFAULTS[family.name]['rope_theta']
+  theta = entry.get('rope_theta', published.get('rope_theta'))
+  theta = config_keys.number(
+    default if theta is None else theta, 'rope_theta', path
+  )
+  scaling = {
+    key: value
+    for key, value in (entry or scaling).items()
+    if key != 'rope_theta' and value is not None
+  }
+  key = 'rope_parameters' if entry else 'rope_scaling'
+  rotated = scaling.pop('partial_rotary_factor', 1)
+  kind = scaling.pop('rope_type', None) or scaling.pop('type', None)
+  if not config_keys.equal(rotated, 1) or (kind is None and scaling):
+    raise UserError(
+      f'{path}: {key}={config_keys.shown(published[key])} is not supported, '
+      "only rope_type 'llama3' or 'default'"
+    )
+  if kind in (None, 'default'):
+    return theta, ()
   if kind != 'llama3' or not family.scales_rope:
     raise UserError(
-      f'{path}: rope_scaling of type {kind!r} is not supported, only llama3'
+      f'{path}: rope_scaling of type {config_keys.shown(kind)} is not '
+      'supported, only ' + ('llama3' if family.scales_rope else 'null')
     )
-  try:
-    numbers = tuple(
-      float(scaling[key])
-      for key in (
-        'factor',
-        'low_freq_factor',
-        'high_freq_factor',
-        'original_max_position_embeddings',
-      )
-    )
-  except KeyError as error:
-    raise UserError(f'{path}: rope_scaling lacks {error}') from error
-  except (TypeError, ValueError) as error:
+  keys = (
+    'factor',
+    'low_freq_factor',
+    'high_freq_factor',
+    'original_max_position_embeddings',
+  )
+  for key in keys:
+    if key not in scaling:
+      raise UserError(f'{path}: rope_scaling lacks {key!r}')
+  numbers = tuple(
+    config_keys.number(scaling[key], f'rope_scaling.{key}', path)
+    for key in keys
+  )
+  if not numbers[1] < numbers[2]:
     raise UserError(
-      f'{path}: a value of rope_scaling is not a number ({error})'
-    ) from error
-  return float(theta), numbers
+      f'{path}: rope_scaling needs low_freq_factor below high_freq_factor'
+    )
+  return theta, numbers
 
 
 def misfit(family, model):
@@ -501,7 +595,7 @@ def published_config(family, model, tokens, length, dtype, original=None):
       'eos_token_id': tokens['eos_id'],
       'pad_token_id': tokens['eos_id'],
     }
-    if family.objective == 'masked_diffusion':
+    if family.has_mask_token:
       base['mask_token_id'] = tokens['mask_id']
   base |= {family.keys[f]: fields[f] for f in family.keys if f in changed}
   if 'vocab_size' in changed:

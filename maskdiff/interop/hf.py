@@ -7,15 +7,15 @@ hf_tokenizer.py opens the tokenizer.
 
 import functools
 import os
-import shutil
 from typing import NamedTuple
 
 import numpy as np
 
-from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest
-from maskdiff.errors import UserError
-from maskdiff.interop import families, hf_tokenizer, safetensors
+from maskdiff.errors import UserError, inline
+from maskdiff.files import atomic, reading
+from maskdiff.files import folder as folder_lib
+from maskdiff.interop import config_keys, families, safetensors
 from maskdiff.interop.leaves import PART_BYTES, Leaf
 from maskdiff.model import transformer
 
@@ -23,8 +23,8 @@ from maskdiff.model import transformer
 PUBLISHED = 'published'
 MAX_SHARD_BYTES = 5 << 30
 MAX_COPIED_BYTES = 64 << 20  # larger files are not copied between folders
+MAX_COPIED_TOTAL = 1 << 30  # bytes of all copied files
 _WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.h5', '.msgpack', '.gguf')
-_IDS = ('mask_id', 'bos_id', 'eos_id')
 
 
 class Published(NamedTuple):
@@ -33,7 +33,8 @@ class Published(NamedTuple):
   Attributes:
     folder: path of the folder.
     family: families.Family.
-    config: contents of config.json, a dict.
+    config: contents of config.json, a dict. An absent mask_token_id has the
+      default of the published class, if that is an id of the model.
     model: dict from families.model_of.
     tensors: dict of safetensors.Tensor by published name.
     leaves: dict of Leaf by name in the parameter tree.
@@ -57,12 +58,18 @@ def open_folder(folder):
 
   Raises:
     UserError: the architecture is unknown or not supported; a tensor is
-      missing, unexpected or has another shape; or a file is damaged.
+      missing, unexpected or has another shape; a file is damaged; or a file
+      that may be read or copied is a link to a file outside the folder.
   """
-  path = os.path.join(folder, families.CONFIG)
+  folder = os.fspath(folder)
+  path = inline(os.path.join(folder, families.CONFIG))
   config = families.read_config(folder)
   family = families.detect(config, path)
   model = families.model_of(family, config, path)
+  mask = config_keys.DEFAULTS[family.name].get('mask_token_id')
+  if mask is not None and mask < model['vocab_size']:
+    config = {'mask_token_id': mask, **config}
+  folder_lib.check_links(folder, _small_files(folder))
   tensors = safetensors.read_folder(folder)
   opened = Published(folder, family, config, model, tensors, {}, [])
   used = set()
@@ -103,15 +110,33 @@ def shapes(model):
   return {name: leaf.shape for name, leaf in named.items()}
 
 
+def check_leaves(leaves, model, where):
+  """Raises a UserError unless leaves are the parameters of a model.
+
+  Args:
+    leaves: dict of Leaf by name.
+    model: mapping with the keys families.FIELDS.
+    where: path of the leaves, for the error message.
+  """
+  expected, found = shapes(model), {n: x.shape for n, x in leaves.items()}
+  for name in sorted(expected.keys() | found.keys()):
+    if expected.get(name) != found.get(name):
+      raise UserError(
+        f'{where!r} has the shape {found.get(name)} for {inline(name)}, but '
+        f'the config of its model needs {expected.get(name)}: convert again'
+      )
+
+
 def _find(opened, name, shape):
   """Returns the tensor with a published name, after checking its shape."""
   tensor = opened.tensors.get(name)
-  config = os.path.join(opened.folder, families.CONFIG)
+  config = inline(os.path.join(opened.folder, families.CONFIG))
   if tensor is None:
     files = sorted({t.path for t in opened.tensors.values()})
+    places = ', '.join(files[:3]) or opened.folder
     raise UserError(
       f'{name} is missing: {config} requires it, but it is not in '
-      f'{", ".join(files[:3])}{", ..." * (len(files) > 3)}'
+      f'{inline(places)}{", ..." * (len(files) > 3)}'
     )
   if tensor.shape != shape:
     raise UserError(
@@ -131,6 +156,7 @@ def _check_unused(opened, used):
     used: set of the published names of all parameters.
   """
   family, layers = opened.family, opened.model['layers']
+  config = inline(os.path.join(opened.folder, families.CONFIG))
   derived = {p.format(n=n) for p in family.derived for n in range(layers)}
   for name in opened.tensors.keys() - used - derived:
     tensor = opened.tensors[name]
@@ -138,16 +164,17 @@ def _check_unused(opened, used):
       raise UserError(
         f'{tensor} is not a parameter of a {family.architectures[0]} of '
         f'{layers} layers: remove it, or correct the number of layers in '
-        f'{os.path.join(opened.folder, families.CONFIG)}'
+        f'{config}'
       )
     embed = opened.tensors[family.names['embed']]
     if not _equal(tensor, embed):
       raise UserError(
         f'{tensor} differs from {embed}, though '
-        f'{family.keys["tie_embeddings"]} is true in '
-        f'{os.path.join(opened.folder, families.CONFIG)}: set it to false'
+        f'{family.keys["tie_embeddings"]} is true in {config}: set it to false'
       )
-    opened.notes.append(f'{tensor} repeats {embed.name} and is left out')
+    opened.notes.append(
+      f'{tensor} repeats {inline(embed.name)} and is left out'
+    )
 
 
 def _equal(a, b):
@@ -184,77 +211,56 @@ def _read(name, tensors, shape, stack, index):
   return out
 
 
-def run_config(published, tokenizer):
-  """Returns the ConfigDict of a run with a folder's model.
-
-  Args:
-    published: Published.
-    tokenizer: from hf_tokenizer.open_tokenizer, or None.
-
-  Raises:
-    UserError: the config is not valid, for example its token ids.
-  """
-  c = config_lib.default()
-  fill(c, published, tokenizer)
-  c.data.length = published.model['length']
-  compute = published.model['dtype']
-  c.model.dtype = 'bfloat16' if compute == 'bfloat16' else 'float32'
-  c.objective.name = published.family.objective
-  # Published losses and samplers do not exclude the mask token.
-  c.objective.predict_mask = True
-  config_lib.validate(c)
-  return c
-
-
-def fill(c, published, tokenizer):
-  """Copies the model, token ids and tokenizer of a folder into a config.
-
-  Args:
-    c: ConfigDict, changed in place.
-    published: Published.
-    tokenizer: from hf_tokenizer.open_tokenizer, or None.
-  """
-  for field in (*families.FIELDS, 'predict_next'):
-    c.model[field] = published.model[field]
-  if tokenizer is not None:
-    c.tokens.update({name: getattr(tokenizer, name) for name in _IDS})
-    c.data.tokenizer = tokenizer.path
-    return
-  last = published.model['vocab_size'] - 1
-  mask = published.config.get('mask_token_id')
-  eos = hf_tokenizer.token_id(published.config, 'eos_token_id', 0)
-  c.tokens.update(
-    mask_id=last if mask is None else mask,
-    eos_id=eos,
-    bos_id=hf_tokenizer.token_id(published.config, 'bos_token_id', eos),
-  )
-
-
-def copy_published_files(source, target, leave_out=()):
+def copy_published_files(source, target, leave_out=(), subfolder=''):
   """Copies the small files of a folder, except weights and hidden files.
 
   Examples are chat templates and generation configs. Files above
-  MAX_COPIED_BYTES are not copied.
+  MAX_COPIED_BYTES are not copied. A copy has at most the permissions of its
+  source.
 
   Args:
     source: folder.
     target: folder, created if it does not exist.
     leave_out: names of files that are not copied.
+    subfolder: the folder within `source` whose files are copied; it must not be
+      a link.
 
   Raises:
-    UserError: a file cannot be written.
+    UserError: a file cannot be read or written, or is a link to a file outside
+      the folder; see files.folder. Or the files have more than MAX_COPIED_TOTAL
+      bytes.
   """
+  names, total = _small_files(source, subfolder), 0
   with safetensors.writing(target):
     os.makedirs(target, exist_ok=True)
-    for entry in sorted(os.scandir(source), key=lambda e: e.name):
-      if (
-        entry.is_file()
-        and not entry.name.startswith('.')
-        and entry.name not in leave_out
-        and not entry.name.endswith((*_WEIGHTS, '.index.json'))
-        and entry.stat().st_size <= MAX_COPIED_BYTES
-      ):
-        shutil.copyfile(entry.path, os.path.join(target, entry.name))
+  for name in names:
+    if name in leave_out:
+      continue
+    with folder_lib.open_file(source, os.path.join(subfolder, name)) as file:
+      state = os.fstat(file.fileno())
+      if state.st_size > MAX_COPIED_BYTES:
+        continue
+      path = os.path.join(source, subfolder, name)
+      content = reading.read_opened(file, path, MAX_COPIED_BYTES)
+    total += len(content)
+    if total > MAX_COPIED_TOTAL:
+      raise UserError(
+        f'{os.path.join(source, subfolder)!r} has more than '
+        f'{MAX_COPIED_TOTAL:,} bytes of files that are not weights: remove '
+        'those that do not belong to the model'
+      )
+    copy = os.path.join(target, name)
+    with safetensors.writing(copy):
+      atomic.write(copy, content, state.st_mode & 0o666)
+
+
+def _small_files(folder, subfolder=''):
+  """Returns the names of files that are no weights, indices or hidden files."""
+  return [
+    name
+    for name in folder_lib.file_names(folder, subfolder)
+    if not name.endswith((*_WEIGHTS, '.index.json'))
+  ]
 
 
 def write_weights(folder, family, leaves, dtype=None, max_bytes=None):

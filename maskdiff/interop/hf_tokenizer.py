@@ -54,6 +54,8 @@ def open_tokenizer(published, mask_id=None):
     ids['bos_id'] = ids['eos_id']
   mask = published.config.get('mask_token_id') if mask_id is None else mask_id
   mask = tokenizer.mask_id if mask is None else mask
+  if mask is None and published.family.has_mask_token:
+    raise UserError(f'{config} has no mask_token_id: add it or give --mask_id')
   if mask is None:
     mask = _spare_id(tokenizer, embed.shape[0], ids, config)
   if not 0 <= mask < embed.shape[0]:

@@ -21,6 +21,8 @@ import numpy as np
 from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.fingerprint import fingerprint
 from maskdiff.errors import UserError
+from maskdiff.files import atomic
+from maskdiff.files import folder as folder_lib
 from maskdiff.interop import safetensors
 
 PARAMS = 'params'  # the folder in a work directory
@@ -87,8 +89,20 @@ def write(folder, leaves, meta, dtype=None):
     entries[name] = {'shape': list(leaf.shape), 'dtype': str(to)}
   fingerprints = {name: total.value for name, total in sums.items()}
   path = os.path.join(folder, META)
-  with safetensors.writing(path), open(path, 'w') as f:
-    json.dump(manifest.make(meta, entries, manifest.nest(fingerprints)), f)
+  values = manifest.make(meta, entries, manifest.nest(fingerprints))
+  with safetensors.writing(path):
+    atomic.write(path, json.dumps(values))
+
+
+def files(workdir, leaves):
+  """Returns the paths of the files of leaves; [] if they are a checkpoint.
+
+  Args:
+    workdir: work directory.
+    leaves: dict of Leaf by name.
+  """
+  paths = [os.path.join(workdir, PARAMS, _file(name)) for name in leaves]
+  return [path for path in paths if os.path.exists(path)]
 
 
 def open_folder(folder):
@@ -98,12 +112,16 @@ def open_folder(folder):
     dict of Leaf by name, and the manifest.Meta.
 
   Raises:
-    UserError: a file is missing or damaged.
+    UserError: a file is missing or damaged, or a link.
   """
+  parent, name = os.path.split(os.path.abspath(folder))
+  folder_lib.open_file(parent, os.path.join(name, META)).close()  # no link
   try:
     meta = manifest.read(os.path.join(folder, META))
   except manifest.Damaged as error:
     raise UserError(f'{folder} cannot be used: {error}') from error
+  if meta.config is None:
+    raise UserError(f'{folder} cannot be used: its {META} has no config')
   leaves = {}
   for name, entry in meta.leaves.items():
     path = os.path.join(folder, _file(name))

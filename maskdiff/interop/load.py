@@ -11,11 +11,12 @@ from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import families, hf, hf_tokenizer
+from maskdiff.interop import families, hf, hf_config, hf_tokenizer
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import transformer
 from maskdiff.model.network import Network
 from maskdiff.model.transformer import TransformerConfig
+from maskdiff.objectives.table import OBJECTIVES
 
 
 def load(workdir, tensor=1, dtype=None):
@@ -54,7 +55,7 @@ def load(workdir, tensor=1, dtype=None):
       'tokenizer_config.json into it'
     )
   config, params = _load_published(published, mesh, dtype)
-  hf.fill(config, published, tokenizer)
+  hf_config.fill(config, published, tokenizer)
   return config, tokenizer, params, mesh
 
 
@@ -68,7 +69,8 @@ def load_params(path, mesh, dtype=None):
 
   Returns:
     - `config`: ConfigDict of the run; for a Hugging Face folder, the config of
-      a run with this model.
+      a run with this model. Token ids that its config.json does not give are
+      -1; see hf_config.fill.
     - `params`: parameter tree.
 
   Raises:
@@ -82,6 +84,7 @@ def load_params(path, mesh, dtype=None):
     return _load_checkpoint(path, mesh, dtype)
   leaves, meta = leaves_lib.open_folder(params_dir)
   config = config_lib.from_dict(meta.config)
+  hf.check_leaves(leaves, config.model, params_dir)
   shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
   return config, leaves_lib.place(
     leaves, shardings, dtype, meta.leaves, params_dir
@@ -98,7 +101,16 @@ def network(config, params):
   Args:
     config: ConfigDict of the run.
     params: parameter tree.
+
+  Raises:
+    UserError: the network needs a mask token, and the config has no id for it.
   """
+  order = OBJECTIVES[config.objective.name].order
+  if config.tokens.mask_id < 0 and order != 'left_to_right':
+    raise UserError(
+      'the id of the mask token is not known: add mask_token_id to '
+      'config.json, or the tokenizer to the folder'
+    )
   model = TransformerConfig(**config.model)
   if model.attention != 'xla':
     model = dataclasses.replace(model, attention='auto')
@@ -138,7 +150,7 @@ def warm_start(config, mesh):
 
 
 def _load_published(published, mesh, dtype):
-  config = hf.run_config(published, None)
+  config = hf_config.weights_config(published)
   shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
   return config, leaves_lib.place(published.leaves, shardings, dtype)
 

@@ -18,24 +18,25 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from maskdiff.errors import UserError, one_line
+from maskdiff.errors import UserError, inline
+from maskdiff.files import folder as folder_lib
+from maskdiff.interop import safetensors_header
 
-DTYPES = {
-  'F64': np.dtype(np.float64),
-  'F32': np.dtype(np.float32),
-  'F16': np.dtype(np.float16),
-  'BF16': np.dtype(ml_dtypes.bfloat16),
-  'I64': np.dtype(np.int64),
-  'I32': np.dtype(np.int32),
-  'U8': np.dtype(np.uint8),
-}
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100 << 20  # bytes, as in the package safetensors
+_NAMES = {dtype: name for name, dtype in safetensors_header.DTYPES.items()}
+
+
+class _State(NamedTuple):
+  """State of a file; changed contents have another state.
+
+  Inodes are left out, because gcsfuse changes the inodes of its files.
+  """
+
+  size: int
+  time_ns: int
 
 
 class Tensor(NamedTuple):
@@ -47,6 +48,7 @@ class Tensor(NamedTuple):
     dtype: numpy dtype.
     shape: tuple of int.
     offset: position of the first byte in the file.
+    state: _State of the file when its header was read.
   """
 
   path: str
@@ -54,6 +56,7 @@ class Tensor(NamedTuple):
   dtype: np.dtype
   shape: tuple[int, ...]
   offset: int
+  state: _State
 
   @property
   def num_bytes(self):
@@ -63,13 +66,23 @@ class Tensor(NamedTuple):
     """Returns the tensor as a read-only memory map of the file.
 
     Only the accessed parts are read. The map is closed with its last view.
+
+    Raises:
+      UserError: the file cannot be read, or has changed since its header was
+        read.
     """
     if not self.num_bytes:
       return np.zeros(self.shape, self.dtype)
-    return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
+    with _open(self.path) as file:
+      if _state(file) != self.state:
+        raise UserError(
+          f'{inline(self.path)} has changed since its header was read: wait '
+          'until it is complete, and start again'
+        )
+      return np.memmap(file, self.dtype, 'r', self.offset, self.shape)
 
   def __str__(self):
-    return f'{self.name} in {self.path}'
+    return f'{inline(self.name, 200)} in {inline(self.path)}'
 
 
 class New(NamedTuple):
@@ -100,67 +113,27 @@ def _num_bytes(tensor):
 def read_header(path):
   """Returns the tensors of a file, a dict of Tensor by name.
 
+  Args:
+    path: path of the file. If its last part is a link, see files.folder.
+
   Raises:
     UserError: the file cannot be read, is cut off, or is not in the format.
   """
-  try:
-    size = os.path.getsize(path)
-    with open(path, 'rb') as f:
-      start = f.read(8)
-      length = struct.unpack('<Q', start)[0] if len(start) == 8 else 0
-      header = f.read(length) if length <= min(size, _MAX_HEADER) else b''
-  except OSError as error:
-    raise UserError(f'cannot read {path} ({error.strerror})') from error
-  if len(start) < 8 or len(header) < length:
-    raise UserError(
-      f'{path} is cut off or not a safetensors file: it has {size} bytes, but '
-      f'its header alone should have {length}; download the file again'
-    )
-  try:
-    entries = json.loads(header)
-    entries.pop('__metadata__', None)
-    found = {
-      name: (e['dtype'], tuple(map(int, e['shape'])), *e['data_offsets'])
-      for name, e in entries.items()
-    }
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(
-      f'{path} is damaged or not a safetensors file: its header is not valid '
-      f'({one_line(error, 100)})'
-    ) from error
-  tensors, data, end = {}, 8 + length, 0
-  for name, (dtype, shape, first, last) in sorted(
-    found.items(), key=lambda item: item[1][2:]
-  ):
-    if dtype not in DTYPES:
-      raise UserError(
-        f'{name} in {path} has dtype {dtype}; supported are '
-        f'{", ".join(DTYPES)}: convert quantized weights to one of them first'
-      )
-    tensors[name] = Tensor(path, name, DTYPES[dtype], shape, data + first)
-    if min(shape, default=0) < 0 or last - first != tensors[name].num_bytes:
-      raise UserError(
-        f'{name} in {path} has {last - first} bytes, but {dtype}{list(shape)} '
-        f'takes {tensors[name].num_bytes}: the file is damaged'
-      )
-    if first != end:
-      raise UserError(
-        f'{name} in {path} begins at byte {first} of the data, not at {end}, '
-        'where the tensor before it ends: the file is damaged'
-      )
-    end = last
-    if data + end > size:
-      raise UserError(
-        f'{path} is cut off within {name}: it has {size} bytes, but its header '
-        f'says {data + max(entry[3] for entry in found.values())}; download '
-        'the file again'
-      )
-  if data + end != size:
-    raise UserError(
-      f'{path} has {size} bytes, but its header says {data + end}: the file is '
-      'damaged'
-    )
-  return tensors
+  with _open(path) as file:
+    state = _state(file)
+    entries = safetensors_header.read(file, state.size, inline(path))
+  return {entry.name: Tensor(path, *entry, state) for entry in entries}
+
+
+def _open(path):
+  folder, name = os.path.split(os.fspath(path))
+  return folder_lib.open_file(folder or '.', name)
+
+
+def _state(file):
+  """Returns the _State of an open file."""
+  found = os.fstat(file.fileno())
+  return _State(found.st_size, found.st_mtime_ns)
 
 
 def read_folder(folder):
@@ -169,43 +142,63 @@ def read_folder(folder):
   The folder has one safetensors file, or several and an index.
 
   Raises:
-    UserError: the folder has neither; index and files disagree; or a file is
-      damaged.
+    UserError: the folder has neither; index and files disagree; a file is
+      damaged, or a link to a file outside the folder.
   """
   single, index = os.path.join(folder, SINGLE), os.path.join(folder, INDEX)
-  if not os.path.exists(index):
-    if os.path.exists(single):
+  shown = inline(folder)
+  if not os.path.lexists(index):
+    if os.path.lexists(single):
       return read_header(single)
     others = sorted(n for n in _listing(folder) if n.endswith('.safetensors'))
     raise UserError(
-      f'{folder} has no {SINGLE} and no {INDEX}'
-      + (f', only {", ".join(others[:4])}' if others else '')
+      f'{shown} has no {SINGLE} and no {INDEX}'
+      + (f', only {inline(", ".join(others[:4]))}' if others else '')
       + ': only safetensors files can be read'
     )
-  try:
-    with open(index, encoding='utf-8') as f:
-      file_of = json.load(f)['weight_map']
-    files = sorted(set(file_of.values()))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    reason = one_line(error, 100)
-    raise UserError(
-      f'{index} cannot be read as an index ({reason}): it needs a "weight_map"'
-    ) from error
-  tensors = {}
-  for file in files:
+  file_of = _read_index(folder, index)
+  shown_index, tensors = inline(index), {}
+  for file in sorted(set(file_of.values())):
     path = os.path.join(folder, file)
-    if os.path.basename(file) != file or not os.path.exists(path):
-      raise UserError(f'{index} names {file}, which is not in {folder}')
+    if not _is_name(file) or not os.path.lexists(path):
+      raise UserError(
+        f'{shown_index} names {inline(file, 200)}, which is not in {shown}'
+      )
     for name, tensor in read_header(path).items():
       if name not in file_of:
-        raise UserError(f'{tensor} is not in {index}')
+        raise UserError(f'{tensor} is not in {shown_index}')
       if file_of[name] != file:
-        raise UserError(f'{tensor}, but {index} places it in {file_of[name]}')
+        raise UserError(
+          f'{tensor}, but {shown_index} places it in '
+          f'{inline(file_of[name], 200)}'
+        )
       tensors[name] = tensor
   for name, file in file_of.items():
     if name not in tensors:
-      raise UserError(f'{index} places {name} in {file}, which lacks it')
+      raise UserError(
+        f'{shown_index} places {inline(name, 200)} in {inline(file, 200)}, '
+        'which lacks it'
+      )
   return tensors
+
+
+def _read_index(folder, path):
+  """Returns the names of the files by name of the tensor."""
+  index = folder_lib.read_json(folder, INDEX, safetensors_header.MAX_BYTES)
+  file_of = index.get('weight_map') if isinstance(index, dict) else None
+  if not isinstance(file_of, dict) or not all(
+    isinstance(file, str) for file in file_of.values()
+  ):
+    raise UserError(
+      f'{inline(path)} cannot be read as an index: it needs a "weight_map" '
+      'from names of tensors to names of files'
+    )
+  return file_of
+
+
+def _is_name(file):
+  """Returns whether a text is the name of a file in the same folder."""
+  return file not in ('', '.', '..') and not set(file) & {'/', '\0'}
 
 
 def write(path, tensors):
@@ -285,11 +278,14 @@ def writing(path):
   try:
     yield
   except OSError as error:
-    raise UserError(f'cannot write {path} ({error.strerror})') from error
+    raise UserError(
+      f'cannot write {inline(path)} ({error.strerror})'
+    ) from error
 
 
 def _listing(folder):
   try:
     return os.listdir(folder)
   except OSError as error:
-    raise UserError(f'cannot read {folder} ({error.strerror})') from error
+    shown = inline(folder)
+    raise UserError(f'cannot read {shown} ({error.strerror})') from error

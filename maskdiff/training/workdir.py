@@ -95,10 +95,12 @@ def copy_published_files(config, workdir):
   copies of such files. Nothing is copied if there are no such files.
   """
   source = config.init_from
-  if source and not families.is_published(source):
-    source = os.path.join(source, hf.PUBLISHED)
-  if source and os.path.isdir(source):
-    hf.copy_published_files(source, os.path.join(workdir, hf.PUBLISHED))
+  if not source:
+    return
+  subfolder = '' if families.is_published(source) else hf.PUBLISHED
+  if os.path.isdir(os.path.join(source, subfolder)):
+    target = os.path.join(workdir, hf.PUBLISHED)
+    hf.copy_published_files(source, target, subfolder=subfolder)
 
 
 def describe(config, model, mesh):

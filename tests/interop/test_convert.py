@@ -19,7 +19,7 @@ from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import InUse, UserError
-from maskdiff.files import lock
+from maskdiff.files import lock, new_folder
 from maskdiff.interop import convert, hf, load, reference
 from maskdiff.interop import safetensors as ours
 from maskdiff.model import masks, transformer
@@ -269,16 +269,16 @@ def test_existing_files_are_not_overwritten(tmp_path):
 
 def test_a_directory_has_one_writer(tmp_path):
   out = tmp_path / 'out'
-  with convert.new_directory(out) as new:
+  with new_folder.new_folder(out) as new:
     (pathlib.Path(new) / 'a').touch()
     with pytest.raises(InUse, match=f'process {os.getpid()} on '):
       with lock.locked(out):  # a training
         pass
-    with pytest.raises(InUse), convert.new_directory(out):
+    with pytest.raises(InUse), new_folder.new_folder(out):
       pass
   assert os.listdir(out) == ['a'] and os.listdir(tmp_path) == ['out']
   (tmp_path / 'killed').mkdir()
   (tmp_path / 'killed' / lock.NAME).touch()  # of a process that was killed
-  with convert.new_directory(tmp_path / 'killed'):
+  with new_folder.new_folder(tmp_path / 'killed'):
     pass
   assert os.listdir(tmp_path / 'killed') == []

@@ -58,6 +58,122 @@ def test_early_configs_get_defaults():
   assert found['rope_theta'] == 1e4 and found['dtype'] == 'float32'
 
 
+DEFAULTS = {
+  'llada': {
+    **{'norm_eps': 1e-5, 'tie_embeddings': True, 'length': 1024},
+    **{'vocab_size': 50304, 'embed': 768, 'layers': 12, 'heads': 12},
+    **{'kv_heads': 12, 'mlp': 3072, 'head_dim': 64},
+  },
+  'dream': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'mlp': 22016},
+  'qwen2': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'mlp': 22016},
+  'qwen3': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'head_dim': 128},
+  'llama': {
+    **{'norm_eps': 1e-6, 'length': 2048, 'vocab_size': 32000, 'kv_heads': 32},
+    **{'mlp': 11008, 'head_dim': 128},
+  },
+}
+
+
+@pytest.mark.parametrize('name', DEFAULTS)
+def test_absent_keys_have_the_defaults_of_the_published_class(name):
+  family = BY_NAME[name]
+  config = {'architectures': [family.architectures[0]]}
+  # LLaDA's class has a computation by default that its networks do not use.
+  config |= {key: allowed[0] for key, allowed in family.required.items()}
+  found = families.model_of(family, config, 'config.json')
+  expected = {'tie_embeddings': False, 'rope_theta': 1e4, **DEFAULTS[name]}
+  assert {key: found[key] for key in expected} == expected
+  assert found['rope_scaling'] == () and found['dtype'] == 'float32'
+
+
+@pytest.mark.parametrize('key', ['rope', 'block_type', 'layer_norm_type'])
+def test_absent_key_whose_default_is_not_supported_is_named(key):
+  config = config_of('llada')
+  del config[key]
+  with pytest.raises(UserError, match=f"has no '{key}': its default, "):
+    families.model_of(BY_NAME['llada'], config, 'config.json')
+
+
+def test_null_is_not_an_absent_key():
+  config = config_of('llada', n_kv_heads=None, mlp_hidden_size=None)
+  config |= {'embedding_size': None, 'vocab_size': 300, 'mlp_ratio': 3}
+  found = families.model_of(BY_NAME['llada'], config, 'config.json')
+  assert (found['kv_heads'], found['mlp'], found['vocab_size']) == (4, 48, 300)
+  config = config_of('qwen2', num_key_value_heads=None)
+  found = families.model_of(BY_NAME['qwen2'], config, 'config.json')
+  assert found['kv_heads'] == 4
+  del config['num_key_value_heads']
+  with pytest.raises(UserError, match='4 heads are not a multiple of 32'):
+    families.model_of(BY_NAME['qwen2'], config, 'config.json')
+
+
+COMPUTATIONS = {
+  'sliding_window': 4096,
+  'layer_types': ['full_attention', 'sliding_attention'],
+  'final_logit_softcapping': 30.0,
+  'attn_logit_soft_cap': 50.0,
+  'alibi': True,
+  'clip_qkv': 8.0,
+  'quantization_config': {'quant_method': 'fp8'},
+  'num_experts': 8,
+  'num_local_experts': 8,
+  'logit_scale': 0.0625,
+  'embedding_multiplier': 12.0,
+  'partial_rotary_factor': 0.5,
+  'no_rope_layers': [1, 0],
+  'layer_scale_init_value': 1e-5,
+  'use_qk_norm': True,
+  'use_parallel_residual': True,
+  'position_embedding_type': 'alibi',
+  'norm_type': 'layernorm',
+  'block_type': 'sequential',
+  'query_pre_attn_scalar': 144,
+  'lm_head_bias': True,
+}
+
+
+@pytest.mark.parametrize('key', COMPUTATIONS)
+@pytest.mark.parametrize('case', ['llada', 'llama'])
+def test_key_of_another_computation_is_named(case, key):
+  config = config_of(case, **{key: COMPUTATIONS[key]})
+  with pytest.raises(UserError, match=f'{key}=.* is not supported'):
+    families.model_of(BY_NAME[case], config, 'config.json')
+
+
+# As in config.json of Qwen2.5, Dream, Llama 3 and LLaDA.
+HARMLESS = {
+  'qwen2': {
+    **{'sliding_window': 131072, 'max_window_layers': 28, 'use_mrope': False},
+    **{'use_sliding_window': False, 'attention_dropout': 0.1},
+    'layer_types': ['full_attention', 'full_attention'],
+  },
+  'dream': {'sliding_window': None, 'max_window_layers': 28, 'use_cache': True},
+  'qwen3': {'sliding_window': None, 'max_window_layers': 36},
+  'llama': {
+    **{'pretraining_tp': 2, 'pad_token_id': -1, 'eos_token_id': [5, 6]},
+    **{'mlp_bias': False, 'sliding_window': None, 'quantization_config': None},
+    **{'rope_scaling': {'type': 'default'}, '_name_or_path': 'x'},
+  },
+  'llada': {
+    **{
+      'residual_dropout': 0.1,
+      'embedding_dropout': 0.1,
+      'alibi_bias_max': 9.0,
+    },
+    **{'rope_full_precision': False, 'flash_attention': True, 'note': [None]},
+    **{'bias_for_layer_norm': None, 'init_fn': 'normal'},
+  },
+}
+
+
+@pytest.mark.parametrize('case', HARMLESS)
+def test_key_that_does_not_change_the_computation_passes(case):
+  config = config_of(case, **HARMLESS[case])
+  family, model = published_folders.model_of(case)
+  found = families.model_of(family, config, 'config.json')
+  assert found == {**model, 'length': 64, 'dtype': 'bfloat16'}
+
+
 UNSUPPORTED = {
   'llada with biases': ('llada', {'include_bias': True}, 'include_bias=True'),
   'sliding window': (
@@ -79,6 +195,46 @@ UNSUPPORTED = {
   'missing size': ('llama', {'hidden_size': None}, "has no 'hidden_size'"),
   'type': ('llama', {'hidden_size': 'many'}, "hidden_size='many'"),
   'dtype': ('llama', {'torch_dtype': 'int8'}, "torch_dtype='int8'"),
+  'a head size of another kind': (
+    'qwen2',
+    {'head_dim': 8},
+    'head_dim=8 is not supported, only hidden_size / num_attention_heads = 4',
+  ),
+  'no whole head size': (
+    'qwen2',
+    {'hidden_size': 18},
+    'hidden_size=18 is not a multiple of 4 heads',
+  ),
+  'untyped scaling': (
+    'llama',
+    {'rope_scaling': {'factor': 8.0}},
+    "rope_scaling={'factor': 8.0} is not supported",
+  ),
+  'scaling of LLaDA': (
+    'llada',
+    {'rope_scaling': {'rope_type': 'llama3'}},
+    "rope_scaling of type 'llama3' is not supported, only null",
+  ),
+  'two scalings': (
+    'llama',
+    {'rope_scaling': {'type': 'default'}, 'rope_parameters': {'rope_theta': 1}},
+    'has both rope_parameters and rope_scaling',
+  ),
+  'rotary factor': (
+    'llama',
+    {'rope_parameters': {'rope_theta': 1e4, 'partial_rotary_factor': 0.5}},
+    'rope_parameters=.*partial_rotary_factor.* is not supported',
+  ),
+  'scaling per kind of layer': (
+    'qwen3',
+    {'rope_parameters': {'full_attention': {'rope_theta': 1e4}}},
+    'rope_parameters=.*full_attention.* is not supported',
+  ),
+  'escape': (
+    'llama',
+    {'hidden_act': '\x1b[2J\n'},
+    r"hidden_act='.x1b\[2J.n' is not supported",
+  ),
 }
 
 
@@ -91,6 +247,38 @@ def test_unsupported_key_is_named(case, changes, message):
   with pytest.raises(UserError, match=message) as raised:
     families.model_of(family, config, 'X/config.json')
   assert 'X/config.json' in str(raised.value)
+
+
+ODD = (
+  *(10**9, 10**400, -1, 0, 0.5, 1.5, float('nan'), float('inf'), True, 'x'),
+  *([], {}, [4], {'a': 1}, '\ud7ff\x1b', 'x' * 10**5),
+)
+# Values of ODD that a key may have.
+GOOD = {
+  **dict.fromkeys(('hidden_size', 'num_hidden_layers'), ()),
+  **dict.fromkeys(('num_attention_heads', 'num_key_value_heads'), ()),
+  **dict.fromkeys(('intermediate_size', 'max_position_embeddings'), ()),
+  **{'vocab_size': (), 'head_dim': (), 'hidden_act': ()},
+  **{'rms_norm_eps': (0.5,), 'rope_theta': (10**9, 0.5, 1.5)},
+  **{'tie_word_embeddings': (True,), 'mask_token_id': (0,)},
+  **{'eos_token_id': (0, [], [4]), 'bos_token_id': (0, [], [4])},
+  **dict.fromkeys(('rope_scaling', 'rope_parameters'), (0, [], {})),
+  **dict.fromkeys(('architectures', 'torch_dtype'), (0, [], {})),
+}
+
+
+@pytest.mark.parametrize('key', GOOD)
+def test_odd_values_are_one_line_that_names_the_key(key):
+  for value in ODD:
+    if any(value is good or value == good for good in GOOD[key]) and not (
+      value is True and True not in GOOD[key]
+    ):
+      continue
+    config = config_of('llama', **{key: value})
+    with pytest.raises(UserError, match=f'^c: {key}=') as raised:
+      families.model_of(families.detect(config, 'c'), config, 'c')
+    message = str(raised.value)
+    assert len(message) < 300 and message.isprintable(), value
 
 
 UNKNOWN = {

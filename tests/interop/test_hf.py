@@ -1,15 +1,29 @@
 """Hugging Face folders: tensors, config.json and tokenizer are checked."""
 
 import json
+import os
 import pathlib
+import shutil
 
 import numpy as np
 import published_folders
 import pytest
 import safetensors.numpy as original
 
+from maskdiff import config as config_lib
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import hf, hf_tokenizer, safetensors
+from maskdiff.interop import (
+  config_keys,
+  convert,
+  families,
+  hf,
+  hf_config,
+  hf_tokenizer,
+  load,
+  safetensors,
+)
+from maskdiff.training import workdir
 
 Q1 = 'model.transformer.blocks.1.q_proj.weight'
 
@@ -95,18 +109,45 @@ def test_wrong_tensor_is_named(folder, change, message):
 
 
 def test_invalid_model_config_is_refused(folder):
-  change_config(folder, n_heads=3)
+  change_config(folder, n_kv_heads=3)
   with pytest.raises(
-    UserError, match='config.json: 3 heads are not a multiple'
+    UserError, match='config.json: 4 heads are not a multiple'
   ):
     hf.open_folder(folder)
   change_config(folder, n_heads=0)
   with pytest.raises(
-    UserError, match='config.json: n_heads=0 must be 1 or more'
+    UserError, match='config.json: n_heads=0 must be a whole number from 1'
   ):
     hf.open_folder(folder)
-  (folder / 'config.json').write_text('[')
-  with pytest.raises(UserError, match='cannot read .*config.json'):
+  for text, message in (
+    ('[', 'config.json.* is not valid JSON'),
+    ('[' * 10**5, 'nested more than 100'),
+    ('[]', 'is not a JSON object'),
+    ('{"n_heads": 4, "n_heads": 2}', "the key 'n_heads' is there twice"),
+    (' ' * (5 << 20), 'has more than 4,194,304 bytes'),
+  ):
+    (folder / 'config.json').write_text(text)
+    with pytest.raises(UserError, match=message):
+      hf.open_folder(folder)
+    assert not families.is_published(folder)
+  (folder / 'config.json').unlink()
+  os.mkfifo(folder / 'config.json')
+  with pytest.raises(UserError, match='config.json.* .not a regular file'):
+    hf.open_folder(folder)
+
+
+def test_path_cannot_control_the_terminal(tmp_path):
+  folder = published_folders.make(tmp_path / 'in\x1b[31m\n')
+  for changes in ({'n_layers': 0}, {'n_layers': 3}, {'d_model': 32}):
+    change_config(folder, **{'n_layers': 2, **changes})
+    with pytest.raises(UserError) as raised:
+      hf.open_folder(folder)
+    assert str(raised.value).isprintable()
+
+
+def test_layers_of_config_cost_no_memory(folder):
+  change_config(folder, n_layers=4096)
+  with pytest.raises(UserError, match='blocks.2.* is missing'):
     hf.open_folder(folder)
 
 
@@ -138,7 +179,7 @@ def test_token_ids_match_config_and_tokenizer(folder):
   tokenizer = hf_tokenizer.open_tokenizer(hf.open_folder(folder))
   ids = tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id
   assert ids == (258, 256, 257)
-  config = hf.run_config(hf.open_folder(folder), tokenizer)
+  config = hf_config.run_config(hf.open_folder(folder), tokenizer)
   assert dict(config.tokens) == published_folders.TOKENS
   assert config.objective.name == 'masked_diffusion'
   assert config.data.length == 64
@@ -202,8 +243,76 @@ def test_folder_without_a_tokenizer_opens(tmp_path):
   folder = published_folders.make(tmp_path / 'in', tokenizer=False)
   published = hf.open_folder(folder)
   assert hf_tokenizer.open_tokenizer(published) is None
-  config = hf.run_config(published, None)
+  config = hf_config.run_config(published, None)
   assert dict(config.tokens) == published_folders.TOKENS
+  config = hf_config.run_config(published, None, mask_id=3)
+  assert config.tokens.mask_id == 3
+
+
+@pytest.mark.parametrize('case', ['llada', 'qwen2'])
+def test_unknown_mask_id_is_not_guessed(tmp_path, case):
+  folder = published_folders.make(tmp_path / 'in', case, tokenizer=False)
+  change_config(folder, mask_token_id=None)
+  published = hf.open_folder(folder)
+  with pytest.raises(UserError, match='json has no mask_token_id.*--mask_id'):
+    hf_config.run_config(published, None)
+  assert hf_config.run_config(published, None, 7).tokens.mask_id == 7
+  config, params = load.load_params(folder, mesh_lib.make_mesh())
+  assert config.tokens.mask_id == -1
+  if case == 'llada':
+    with pytest.raises(UserError, match='mask token is not known'):
+      load.network(config, params)
+  else:  # an autoregressive network needs no mask token
+    assert load.network(config, params).mask_id == -1
+  change_config(folder, eos_token_id=None)
+  with pytest.raises(UserError, match='json has no eos_token_id'):
+    hf_config.run_config(hf.open_folder(folder), None, 7)
+
+
+def test_mask_of_a_masked_diffusion_network_is_not_a_spare_id(tmp_path):
+  folder = published_folders.make(tmp_path / 'in')
+  path = folder / 'tokenizer.json'
+  path.write_text(path.read_text().replace('<|mdm_mask|>', '<|fim|>'))
+  change_config(folder, mask_token_id=None)
+  published = hf.open_folder(folder)
+  with pytest.raises(UserError, match='json has no mask_token_id'):
+    hf_tokenizer.open_tokenizer(published)
+  assert hf_tokenizer.open_tokenizer(published, 258).mask_id == 258
+
+
+def test_default_mask_of_the_published_class_must_be_an_id(
+  tmp_path, monkeypatch
+):
+  folder = published_folders.make(tmp_path / 'in', 'dream', tokenizer=False)
+  path = folder / 'config.json'
+  config = json.loads(path.read_text())
+  del config['mask_token_id']
+  path.write_text(json.dumps(config))
+  # Dream's 151666 is beyond this vocabulary.
+  assert 'mask_token_id' not in hf.open_folder(folder).config
+  monkeypatch.setitem(config_keys.DEFAULTS['dream'], 'mask_token_id', 260)
+  found = hf_config.run_config(hf.open_folder(folder), None)
+  assert found.tokens.mask_id == 260
+
+
+@pytest.mark.parametrize(
+  'case, token',
+  [('llada', '<|eot_id|>'), ('dream', '<|im_end|>'), ('llama', '<|eot_id|>')],
+)
+def test_end_of_turn_is_that_of_the_family(tmp_path, monkeypatch, case, token):
+  folder = published_folders.make(tmp_path / 'in', case)
+  config = lambda: hf_config.run_config(
+    published, hf_tokenizer.open_tokenizer(published)
+  )
+  published = hf.open_folder(folder)
+  assert config().sample.eot_id == -1
+  special = [*published_folders.SPECIAL, '<|other|>', token]
+  monkeypatch.setattr(published_folders, 'SPECIAL', special)
+  published_folders.save_tokenizer(folder)
+  assert config().sample.eot_id == 260
+
+
+# Copies and links
 
 
 def test_small_files_except_weights_are_copied(folder, tmp_path, monkeypatch):
@@ -222,3 +331,103 @@ def test_small_files_except_weights_are_copied(folder, tmp_path, monkeypatch):
     'tokenizer.json',
     'tokenizer_config.json',
   }
+
+
+def test_bytes_of_copied_files_are_bounded(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(hf, 'MAX_COPIED_TOTAL', 10)
+  with pytest.raises(UserError, match='more than 10 bytes of files that are'):
+    convert.from_hf(folder, tmp_path / 'run')
+  assert os.listdir(tmp_path) == ['in']
+
+
+def published_copy(folder, target):
+  """Converts a folder, and exports it again."""
+  convert.from_hf(folder, target / 'run')
+  convert.to_hf(target / 'run', target / 'out')
+
+
+@pytest.mark.parametrize('target', ['../private', '/proc/self/environ'])
+@pytest.mark.parametrize(
+  'name', ['notes.txt', 'tokenizer.json', 'config.json', 'model.safetensors']
+)
+def test_linked_file_is_neither_read_nor_copied(folder, tmp_path, name, target):
+  (tmp_path / 'private').write_text('secret')
+  if (folder / name).exists():
+    (folder / name).rename(tmp_path / 'private')
+  (folder / name).symlink_to(target)
+  with pytest.raises(UserError, match=f'{name}.* is a link to'):
+    published_copy(folder, tmp_path)
+  assert sorted(os.listdir(tmp_path)) == ['in', 'private']
+  if name in ('config.json', 'model.safetensors'):
+    with pytest.raises(UserError, match=f'{name}.* is a link to'):
+      load.load(folder)
+
+
+def test_links_in_a_work_directory_are_not_exported(folder, tmp_path):
+  convert.from_hf(folder, tmp_path / 'run')
+  (tmp_path / 'private').write_text('secret')
+  published = tmp_path / 'run' / hf.PUBLISHED
+  (published / 'notes.txt').symlink_to(tmp_path / 'private')
+  with pytest.raises(UserError, match='notes.txt.* is a link to'):
+    convert.to_hf(tmp_path / 'run', tmp_path / 'out')
+  config = config_lib.default()
+  config.init_from = str(tmp_path / 'run')
+  with pytest.raises(UserError, match='notes.txt.* is a link to'):
+    workdir.copy_published_files(config, str(tmp_path / 'next'))
+  (published / 'notes.txt').unlink()
+  workdir.copy_published_files(config, str(tmp_path / 'next'))
+  assert sorted(os.listdir(tmp_path / 'next' / hf.PUBLISHED)) == sorted(
+    os.listdir(published)
+  )
+  published.rename(tmp_path / 'elsewhere')
+  published.symlink_to(tmp_path / 'elsewhere')
+  for copy in (
+    lambda: convert.to_hf(tmp_path / 'run', tmp_path / 'out'),
+    lambda: workdir.copy_published_files(config, str(tmp_path / 'last')),
+  ):
+    with pytest.raises(UserError, match='is a link to another folder'):
+      copy()
+  assert not (tmp_path / 'out').exists()
+
+
+def test_parameters_in_a_linked_folder_are_refused(folder, tmp_path):
+  convert.from_hf(folder, tmp_path / 'run')
+  params = tmp_path / 'run' / 'params'
+  params.rename(tmp_path / 'elsewhere')
+  params.symlink_to(tmp_path / 'elsewhere')
+  with pytest.raises(UserError, match='params.* is a link to another folder'):
+    load.load_params(tmp_path / 'run', mesh_lib.make_mesh())
+
+
+def test_cache_of_the_hub_converts_as_its_files(folder, tmp_path):
+  repository = tmp_path / 'models--a--b'
+  snapshot = repository / 'snapshots' / 'main'
+  snapshot.mkdir(parents=True)
+  (repository / 'blobs').mkdir()
+  for i, path in enumerate(sorted(folder.iterdir())):
+    blob = repository / 'blobs' / f'{i:040x}'
+    shutil.copyfile(path, blob)
+    (snapshot / path.name).symlink_to(f'../../blobs/{blob.name}')
+  before = published_folders.contents(folder)
+  published_copy(snapshot, tmp_path)
+  after = published_folders.contents(tmp_path / 'out')
+  del before['model.safetensors'], after['model.safetensors']
+  assert before == after
+
+
+def test_copies_have_at_most_the_permissions_of_their_source(folder, tmp_path):
+  for path in folder.iterdir():
+    path.chmod(0o600)
+  (folder / 'generation_config.json').chmod(0o755)
+  before = os.umask(0o022)
+  try:
+    published_copy(folder, tmp_path)
+  finally:
+    os.umask(before)
+  params = (tmp_path / 'run' / 'params').glob('*.safetensors')
+  assert {path.stat().st_mode & 0o777 for path in params} == {0o600}
+  assert (tmp_path / 'run').stat().st_mode & 0o777 == 0o755
+  for parent in (tmp_path / 'run' / hf.PUBLISHED, tmp_path / 'out'):
+    modes = {p.name: p.stat().st_mode & 0o777 for p in parent.iterdir()}
+    assert modes.pop('generation_config.json') == 0o644
+    assert set(modes.values()) == {0o600}

@@ -1,6 +1,7 @@
 """Parameters on disk: slices that each device reads, fingerprints, dtypes."""
 
 import json
+import os
 
 import jax
 import ml_dtypes
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.fingerprint import fingerprint
 from maskdiff.checkpoints.manifest import Meta
 from maskdiff.distributed import mesh as mesh_lib
@@ -103,6 +105,70 @@ def test_folder_that_disagrees_with_its_manifest_is_refused(tmp_path):
   (tmp_path / 'meta.json').write_text(json.dumps(meta))
   with pytest.raises(UserError, match='its meta differs from what was written'):
     leaves_lib.open_folder(str(tmp_path))
+
+
+def damaged(folder, kind):
+  """Damages meta.json in a way that its digest does not show."""
+  path = folder / 'meta.json'
+  values = json.loads(path.read_text())
+  values.pop('digest')
+  leaf = values['leaves']['w']
+  match kind:
+    case 'FIFO':
+      path.unlink()
+      os.mkfifo(path)
+      return
+    case 'link':
+      path.rename(folder.parent / 'private')
+      path.symlink_to('../private')
+      return
+    case 'deep':
+      path.write_text('[' * 10**5)
+      return
+    case 'large':
+      os.truncate(path, 1 << 40)  # sparse: takes no space
+      return
+    case 'no leaves':
+      values['leaves'] = None
+    case 'a leaf':
+      values['leaves']['w'] = 1
+    case 'a shape':
+      leaf['shape'] = 8
+    case 'a config':
+      values['config'] = []
+    case 'no config':
+      del values['config']
+    case 'another folder':
+      values['leaves'] = {'../../private': leaf}
+    case 'a null character':
+      values['leaves'] = {'a\0b': leaf}
+  digest = manifest.json_digest(values)
+  path.write_text(json.dumps({**values, 'digest': digest}))
+
+
+DAMAGE = {
+  'FIFO': 'not a regular file',
+  'link': 'is a link to',
+  'deep': 'nested more than',
+  'large': 'more than 67,108,864 bytes',
+  'no leaves': 'leaves is not a dict',
+  'a leaf': "of 'w' is not one",
+  'a shape': "of 'w' is not one",
+  'a config': 'config is not a dict',
+  'no config': 'meta.json has no config',
+  'another folder': 'is not the name of an array',
+  'a null character': 'is not a file of this folder',
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_damaged_meta_is_refused(tmp_path, kind):
+  folder = tmp_path / 'params'
+  folder.mkdir()
+  leaves_lib.write(str(folder), {'w': counting(draw((4, 8)))[0]}, META)
+  damaged(folder, kind)
+  with pytest.raises(UserError, match=DAMAGE[kind]):
+    leaves_lib.open_folder(folder)
 
 
 def test_fingerprint_is_the_sum_over_parts():

@@ -9,7 +9,15 @@ import published_folders
 import pytest
 
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.interop import convert, families, hf, load, reference
+from maskdiff.interop import (
+  config_keys,
+  convert,
+  families,
+  hf,
+  hf_config,
+  load,
+  reference,
+)
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -41,6 +49,14 @@ MODELS = {
   'qwen3': lambda t: t.Qwen3Config(**COMMON, head_dim=16),
 }
 IDS = np.array([[5, 7, 11, 250, 80, 2, 9, 256], list(range(40, 48))])
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'qwen3', 'llama'])
+def test_defaults_are_those_of_the_published_class(name):
+  found = getattr(transformers, f'{name.capitalize()}Config')().to_dict()
+  found |= {'rope_theta': found['rope_parameters']['rope_theta']}
+  for key, value in config_keys.DEFAULTS[name].items():
+    assert value is None or found[key] == value, key
 
 
 @pytest.fixture(scope='module', params=MODELS)
@@ -97,7 +113,7 @@ def test_transformers_reads_a_new_config(saved, tmp_path):
   """A run that was trained from scratch has no original config.json."""
   model, folder = saved
   published = hf.open_folder(folder)
-  config = hf.run_config(published, None)
+  config = hf_config.run_config(published, None, mask_id=0)
   written = families.published_config(
     published.family, config.model, config.tokens, 256, 'float32'
   )

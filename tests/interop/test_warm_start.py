@@ -5,6 +5,9 @@ import os
 import pathlib
 import runpy
 import shutil
+import signal
+import subprocess
+import sys
 
 import forked
 import numpy as np
@@ -190,6 +193,44 @@ def test_truncated_file_is_one_error_line_and_leaves_nothing(folder, tmp_path):
   (line,) = result.stderr.splitlines()
   assert line.startswith('error: ') and f'{path} is cut off within' in line
   assert os.listdir(tmp_path) == ['in']
+
+
+# Runs launch/convert.py, and stops while it writes parameters.
+PAUSED = """
+import runpy, sys, time
+from maskdiff.interop import leaves
+def write(folder, *args):
+  print(folder, flush=True)
+  time.sleep(600)
+leaves.write = write
+runpy.run_path('launch/convert.py', run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_ended_conversion_leaves_nothing_and_killed_one_is_cleaned_up(
+  folder, tmp_path
+):
+  flags = ('--from=hf', f'--in={folder}', f'--out={tmp_path / "run"}')
+  for number, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+    process = subprocess.Popen(
+      [sys.executable, '-c', PAUSED, *flags],
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+      env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
+    params = pathlib.Path(process.stdout.readline().strip())
+    assert params.parent.parent == tmp_path
+    process.send_signal(number)
+    assert process.wait(60) == status
+    # The place of the folder is locked and empty.
+    left = {params.parent.name, 'run'} if number == signal.SIGKILL else set()
+    assert set(os.listdir(tmp_path)) == left
+  result = script('convert', *flags)
+  assert result.returncode == 0, result.stderr
+  assert f'removed {params.parent}, 0.00 GB, left by' in result.stdout
+  assert os.listdir(tmp_path) == ['run']
 
 
 WRONG_FLAGS = {

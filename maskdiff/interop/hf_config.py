@@ -1,0 +1,95 @@
+"""Configs of runs with the model of a Hugging Face folder."""
+
+import os
+
+from maskdiff import config as config_lib
+from maskdiff.errors import UserError, inline
+from maskdiff.interop import families, hf_tokenizer
+
+_IDS = ('mask_id', 'bos_id', 'eos_id')
+
+
+def run_config(published, tokenizer, mask_id=None):
+  """Returns the ConfigDict of a run with a folder's model.
+
+  Args:
+    published: Published.
+    tokenizer: from hf_tokenizer.open_tokenizer, or None.
+    mask_id: id of the mask token, if there is no tokenizer; default: that of
+      config.json.
+
+  Raises:
+    UserError: the config is not valid; or without a tokenizer, nothing gives
+      the ids of the mask token and of eos.
+  """
+  c = weights_config(published)
+  if tokenizer is None and mask_id is not None:
+    c.tokens.mask_id = mask_id
+  if tokenizer is not None:
+    fill(c, published, tokenizer)
+  config = inline(os.path.join(published.folder, families.CONFIG))
+  for name, fix in (
+    ('mask_id', 'give the id with --mask_id'),
+    ('eos_id', 'add it'),
+  ):
+    if c.tokens[name] < 0:
+      key = name.replace('_id', '_token_id')
+      raise UserError(
+        f'{config} has no {key}, and the folder has no tokenizer that is '
+        f'read: {fix}'
+      )
+  config_lib.validate(c)
+  return c
+
+
+def weights_config(published):
+  """Returns the config of `run_config` as far as config.json gives it.
+
+  Token ids that config.json does not give are -1, which no network accepts.
+
+  Args:
+    published: Published.
+  """
+  c = config_lib.default()
+  _fill_model(c, published)
+  c.data.length = published.model['length']
+  compute = published.model['dtype']
+  c.model.dtype = 'bfloat16' if compute == 'bfloat16' else 'float32'
+  c.objective.name = published.family.objective
+  # Published losses and samplers do not exclude the mask token.
+  c.objective.predict_mask = True
+  mask = published.config.get('mask_token_id')
+  eos = hf_tokenizer.token_id(published.config, 'eos_token_id', -1)
+  c.tokens.update(
+    mask_id=-1 if mask is None else mask,
+    eos_id=eos,
+    bos_id=hf_tokenizer.token_id(published.config, 'bos_token_id', eos),
+  )
+  return c
+
+
+def fill(c, published, tokenizer):
+  """Copies the model, token ids and tokenizer of a folder into a config.
+
+  Args:
+    c: ConfigDict, changed in place.
+    published: Published.
+    tokenizer: from hf_tokenizer.open_tokenizer.
+  """
+  _fill_model(c, published)
+  c.tokens.update({name: getattr(tokenizer, name) for name in _IDS})
+  c.data.tokenizer = tokenizer.path
+  c.sample.eot_id = _end_of_turn(published, tokenizer)
+
+
+def _fill_model(c, published):
+  for field in (*families.FIELDS, 'predict_next'):
+    c.model[field] = published.model[field]
+
+
+def _end_of_turn(published, tokenizer):
+  """Returns the id of the family's end-of-turn token; -1 without one."""
+  # A SentencePiece processor returns the id of <unk> for unknown tokens.
+  id_of = getattr(tokenizer.processor, 'token_to_id', lambda token: None)
+  i = id_of(published.family.end_of_turn)
+  return i if i is not None and i < published.model['vocab_size'] else -1
