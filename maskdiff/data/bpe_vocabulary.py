@@ -92,7 +92,8 @@ def _check_id(i, token, name):
   if type(i) is not int or not 0 <= i <= MAX_ID:
     raise malformed(
       name,
-      f'the id of {token!r:.40} is {i!r:.40}, not an integer from 0 to {MAX_ID}',
+      f'the id of {token!r:.40} is {i!r:.40}, not an integer from 0 to '
+      f'{MAX_ID}',
     )
 
 
@@ -113,7 +114,9 @@ def merges(model, name):
     first, second = pair
     for token in (first, second, first + second):
       if token not in vocabulary:
-        raise malformed(name, f'a merge has {token!r:.40}, not a token of vocab')
+        raise malformed(
+          name, f'a merge has {token!r:.40}, not a token of vocab'
+        )
     pairs.append((first, second))
   return pairs
 
@@ -130,7 +133,9 @@ def added(value, name):
       raise malformed(name, 'an added token is not an object')
     content = field(token, 'content', str, None, name)
     if not content or content in contents:
-      raise malformed(name, f'the added token {content!r:.40} is empty or twice')
+      raise malformed(
+        name, f'the added token {content!r:.40} is empty or twice'
+      )
     _check_id(token.get('id'), content, name)
     contents.add(content)
     size += len(content)
@@ -149,12 +154,14 @@ def added(value, name):
 
 
 def check_added(added, vocabulary, nfc, name):
-  """Raises a UserError if an added token has an id of another, or loses text."""
+  """Raises a UserError if added tokens share ids, or lose text."""
   tokens = {i: token for token, i in vocabulary.items()}
   for token in added:
     i, content = token['id'], token['content']
     if tokens.setdefault(i, content) != content:
-      raise malformed(name, f'{content!r:.40} and another token have the id {i}')
+      raise malformed(
+        name, f'{content!r:.40} and another token have the id {i}'
+      )
     if token['special']:
       continue
     if token['lstrip'] or token['rstrip']:

@@ -17,7 +17,12 @@ import unicodedata
 
 from maskdiff.data import bpe_vocabulary as bpe
 from maskdiff.data import tokenizer_json, vocabulary_files
-from maskdiff.data.tokenizer_files import BESIDE, read_beside, with_fix
+from maskdiff.data.tokenizer_files import (
+  BESIDE,
+  VOCABULARY,
+  read_beside,
+  with_fix,
+)
 from maskdiff.errors import UserError, one_line
 from maskdiff.files import reading
 
@@ -61,7 +66,7 @@ def read(path: pathlib.Path, content: bytes):
   """
   with with_fix(bpe.FIX):
     spec = reading.parse_json(content, str(path))
-  if path.name == vocabulary_files.VOCABULARY:
+  if path.name == VOCABULARY:
     spec = vocabulary_files.as_tokenizer_json(path, spec)
     content = json.dumps(spec, sort_keys=True).encode()
   parts = tokenizer_json.parts(spec, path)
@@ -115,7 +120,9 @@ def _processor(parts, path):
     processor.pre_tokenizer = pre_tokenizers.Sequence(
       [_step(step) for step in parts.steps]
     )
-    processor.add_tokens([tokenizers.AddedToken(**_flags(t)) for t in parts.added])
+    processor.add_tokens(
+      [tokenizers.AddedToken(**_flags(t)) for t in parts.added]
+    )
   # Text that looks like a special token stays text.
   processor.encode_special_tokens = True
   for token in parts.added:
@@ -134,7 +141,7 @@ def _flags(token):
 
 
 def _step(step):
-  """Returns a step of a pre_tokenizer as an object of the package tokenizers."""
+  """Returns a step of a pre_tokenizer as an object of the library."""
   from tokenizers import Regex, pre_tokenizers
 
   behavior = tokenizer_json.BEHAVIORS.get(step.get('behavior'), 'isolated')

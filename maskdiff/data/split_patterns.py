@@ -38,7 +38,8 @@ PUBLISHED = {
   f'{_PREFIX}{_UPPER}*{_LOWER}+{_ENDING}|{_PREFIX}{_UPPER}+{_LOWER}*{_ENDING}'
   rf'|\p{{N}}{{1,3}}{_REST}',
   # Mistral's Tekken
-  f'{_PREFIX}{_UPPER}*{_LOWER}+|{_PREFIX}{_UPPER}+{_LOWER}*' rf'|\p{{N}}{_REST}',
+  f'{_PREFIX}{_UPPER}*{_LOWER}+|{_PREFIX}{_UPPER}+{_LOWER}*'
+  rf'|\p{{N}}{_REST}',
 }
 
 # Published patterns end with some of these alternatives and then with `\s+`,
@@ -72,8 +73,9 @@ _TOKEN = re.compile(
   re.VERBOSE | re.DOTALL,
 )
 _QUANTIFIER = re.compile(
-  r'(?: (?P<sign>[?*+]) \+? | \{ (?P<low>\d{1,9}) (?P<range>,(?P<high>\d{0,9}))?'
-  r' \} )? (?P<more>[?*+{])?',
+  r'(?: (?P<sign>[?*+]) \+?'
+  r' | \{ (?P<low>\d{1,9}) (?P<range>,(?P<high>\d{0,9}))? \} )?'
+  r' (?P<more>[?*+{])?',
   re.VERBOSE,
 )
 
@@ -200,7 +202,9 @@ def _check_sequence(items, is_white_space):
 
 def _check_white_space(texts):
   """Raises _Refused if `\\s+` does not take what _WHITE_SPACE gives back."""
-  first = next((i for i, text in enumerate(texts) if text in _WHITE_SPACE), None)
+  first = next(
+    (i for i, text in enumerate(texts) if text in _WHITE_SPACE), None
+  )
   if first is not None and (
     texts[-1] != _LAST or set(texts[first:-1]) - set(_WHITE_SPACE)
   ):

@@ -1,9 +1,9 @@
 """Names of the files of a tokenizer, and reads of those beside it.
 
-    tokenizer.model          a SentencePiece model
-    tokenizer.json           a byte-level BPE
-    vocab.json, merges.txt   a byte-level BPE without its special tokens
-    BESIDE                   special tokens of a byte-level BPE
+tokenizer.model          a SentencePiece model
+tokenizer.json           a byte-level BPE
+vocab.json, merges.txt   a byte-level BPE without its special tokens
+BESIDE                   special tokens of a byte-level BPE
 """
 
 import contextlib

@@ -47,7 +47,7 @@ class Parts(NamedTuple):
     ignore_merges: whether a word that is a token is not split.
     nfc: whether texts are normalized to NFC.
     steps: list of dicts, the steps of the pre_tokenizer.
-    added: list of dicts with `id`, `content` and its flags, in the order of ids.
+    added: list of dicts with `id`, `content` and flags, in the order of ids.
   """
 
   vocabulary: dict
@@ -156,7 +156,9 @@ def _check_pattern(step, name):
   """Raises a UserError unless the pattern of a Split takes linear time."""
   (kind, text), *more = step['pattern'].items() or [(None, None)]
   if more or kind not in ('String', 'Regex') or not isinstance(text, str):
-    raise bpe.malformed(name, 'the pattern of a Split is not a String or a Regex')
+    raise bpe.malformed(
+      name, 'the pattern of a Split is not a String or a Regex'
+    )
   if not text or len(text) > split_patterns.MAX_LENGTH:
     raise bpe.malformed(
       name,
@@ -187,6 +189,6 @@ def _is_nfc(value, name):
 def _check_decoder(value, name):
   for step in _flat(value, 'decoders', 'decoder', name):
     if step['type'] not in ('ByteLevel', 'Fuse'):
-      raise bpe.lossy(name, f'its decoder {step["type"]!r:.40} is not ByteLevel')
-
-
+      raise bpe.lossy(
+        name, f'its decoder {step["type"]!r:.40} is not ByteLevel'
+      )

@@ -16,15 +16,12 @@ from maskdiff.data.tokenizer_files import (
   BESIDE,
   MERGES,
   SPECIAL,
-  VOCABULARY,
   check_link,
   read_beside,
   with_fix,
 )
 from maskdiff.errors import UserError
 from maskdiff.files import reading
-
-__all__ = ['VOCABULARY', 'as_tokenizer_json']
 
 
 class _Class(NamedTuple):
@@ -131,7 +128,9 @@ def _added(path, vocabulary, config):
   for token in more if isinstance(more, list) else [more]:
     token = token.get('content') if isinstance(token, dict) else token
     if not isinstance(token, str):
-      raise bpe.malformed(path.parent, 'additional_special_tokens are not texts')
+      raise bpe.malformed(
+        path.parent, 'additional_special_tokens are not texts'
+      )
     special.append(token)
   decoder = config.get('added_tokens_decoder')
   if decoder is None:
@@ -154,7 +153,7 @@ def _added(path, vocabulary, config):
 
 
 def _entry(path, i, token):
-  """Returns an entry of added_tokens_decoder in the form of a tokenizer.json."""
+  """Returns an entry of added_tokens_decoder as an added token."""
   if not (i.isascii() and i.isdigit() and len(i) < 10):
     raise bpe.malformed(
       path.parent, f'{i!r:.40} in added_tokens_decoder is not an id'
