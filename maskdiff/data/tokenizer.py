@@ -26,7 +26,7 @@ import sentencepiece
 
 from maskdiff.data import byte_level, tokenizer_files
 from maskdiff.data import sentencepiece_model as spm
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
@@ -165,7 +165,16 @@ def load(path: str | pathlib.Path) -> Tokenizer:
       text could produce; or the package `tokenizers` is needed and not
       installed.
   """
-  path = local_path(path)
+  try:
+    return _load(local_path(path))
+  except UserError as error:
+    if str(error).isprintable():
+      raise
+    # Names of files may have control characters.
+    raise UserError(one_line(error, length=1000)) from error
+
+
+def _load(path):
   if path.is_dir():
     path = tokenizer_files.find(path, _FIX)
   with tokenizer_files.with_fix(_FIX):

@@ -22,6 +22,8 @@ from maskdiff.data import bpe_vocabulary as bpe
 from maskdiff.data import split_patterns
 from maskdiff.errors import UserError
 
+MAX_STEPS = 100  # of a normalizer, pre_tokenizer or decoder
+
 # Steps of a pre_tokenizer that drop no text, with the type of each field.
 _STEPS = {
   'ByteLevel': {'add_prefix_space': bool, 'trim_offsets': bool},
@@ -114,6 +116,8 @@ def _flat(value, children, what, name):
       waiting += reversed(inner)
     else:
       raise bpe.malformed(name, f'a Sequence of {what} has no list {children}')
+    if len(steps) + len(waiting) > MAX_STEPS:
+      raise bpe.malformed(name, f'{what} has more than {MAX_STEPS} steps')
   return steps
 
 

@@ -255,6 +255,13 @@ def test_slow_pattern_is_refused_by_its_text(tmp_path, pattern):
   assert 'a time that is not proportional to the text' in message
 
 
+def test_many_steps_are_refused(tmp_path):
+  digits = {'type': 'Digits', 'individual_digits': True}
+  for steps in ([digits] * 101, [made.sequence(*[digits] * 60)] * 2):
+    value = made.spec(pre_tokenizer=made.sequence(*steps, made.BYTE_LEVEL))
+    assert 'pre_tokenizer has more than 100 steps' in refused(tmp_path, value)
+
+
 def test_steps_that_keep_text_are_accepted(tmp_path):
   steps = made.sequence(
     made.sequence(made.split('[0-9]{1,3}', 'MergedWithPrevious')),
@@ -307,6 +314,12 @@ def test_special_token_that_is_not_a_text_is_named(tmp_path, value):
 def test_control_characters_in_names_are_escaped(tmp_path):
   message = refused(tmp_path, made.spec(), {'mask_token': '\x1b[2J\u202e'})
   assert r"mask token '\x1b[2J\u202e'" in message
+
+
+def test_control_characters_in_a_path_are_escaped(tmp_path):
+  folder = tmp_path / 'a\x1b[2J\nb'
+  message = refused(folder, made.spec(model=made.model(type='Unigram')))
+  assert r'a\x1b[2J b/tokenizer.json is not byte-level BPE' in message
 
 
 def test_lone_surrogate_is_refused(tmp_path):
