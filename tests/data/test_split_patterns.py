@@ -125,8 +125,7 @@ def test_accepted_patterns_take_linear_time():
     if split_patterns.problem(pattern):
       continue
     accepted += 1
-    for run in ('a', 'b', 'ab', ' ', '\n', ' \n', 'a '):
-      text = run * (40_000 // len(run))
+    for run in ('a', 'ab', ' ', ' \n'):
+      text = run * (40_000 // len(run)) + '1'
       # The quadratic search of a*b takes 2 s.
       assert seconds(pattern, text) < 0.7, (pattern, run)
-      assert seconds(pattern, text + '1') < 0.7, (pattern, run)
