@@ -1,6 +1,8 @@
 """Local files, also those that somebody else wrote or damaged.
 
 - `reading`: bounded reads of regular files, and of JSON.
+- `folder`: files of a folder that somebody else made, none outside it.
+- `new_folder`: folders that are complete or absent.
 - `paths`: paths of mounted buckets, and paths that stay within a folder.
 - `atomic`: writes of whole files.
 """

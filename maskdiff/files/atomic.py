@@ -1,10 +1,11 @@
 """Writes small files completely or not at all."""
 
 import contextlib
+import functools
 import os
 
 
-def write(path, content):
+def write(path, content, mode=0o666):
   """Writes a file; a reader sees the old or the new contents, never a part.
 
   A symbolic link at `path` is replaced, not followed: a link that somebody
@@ -13,6 +14,7 @@ def write(path, content):
   Args:
     path: path of the file.
     content: str, written as UTF-8, or bytes.
+    mode: permissions of a new file, before the umask.
 
   Raises:
     OSError: the file cannot be written. The old file is kept.
@@ -25,7 +27,8 @@ def write(path, content):
     os.unlink(temporary)
   try:
     # 'x' refuses an existing file or link.
-    with open(temporary, 'xb') as file:
+    opener = functools.partial(os.open, mode=mode)
+    with open(temporary, 'xb', opener=opener) as file:
       file.write(content)
       file.flush()
       os.fsync(file.fileno())

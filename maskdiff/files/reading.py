@@ -48,13 +48,21 @@ def read_bytes(path, max_bytes=MAX_BYTES):
       `max_bytes` bytes.
   """
   with open_regular(path) as file:
-    try:
-      # Not by the size: files in /proc have size 0.
-      content = file.read(max_bytes + 1)
-    except OSError as error:
-      raise UserError(
-        f'cannot read {os.fspath(path)!r} ({error.strerror})'
-      ) from error
+    return read_opened(file, path, max_bytes)
+
+
+def read_opened(file, path, max_bytes=MAX_BYTES):
+  """Returns the contents of an open binary file, see `read_bytes`.
+
+  `path` is the path of the file, for error messages.
+  """
+  try:
+    # Not by the size: files in /proc have size 0.
+    content = file.read(max_bytes + 1)
+  except OSError as error:
+    raise UserError(
+      f'cannot read {os.fspath(path)!r} ({error.strerror})'
+    ) from error
   if len(content) > max_bytes:
     raise UserError(
       f'{os.fspath(path)!r} has more than {max_bytes:,} bytes, the limit for '
@@ -76,24 +84,28 @@ def read_text(path, max_bytes=MAX_BYTES):
     raise UserError(f'{os.fspath(path)!r} is not UTF-8 ({error})') from error
 
 
-def parse_json(content, name):
+def parse_json(content, name, unique_keys=False):
   """Parses JSON.
 
   Args:
     content: str or bytes.
     name: how the error calls the content, for example a path and a line.
+    unique_keys: whether to refuse an object that has a key twice. Readers
+      disagree on which of the two values counts.
 
   Returns:
     The value. Its depth is at most MAX_DEPTH, and all strings in it can be
     encoded as UTF-8. Numbers may be NaN or infinite, which Python writes.
 
   Raises:
-    UserError: the content is not JSON, not UTF-8, or nested too deeply.
+    UserError: the content is not JSON, not UTF-8, or nested too deeply; or an
+      object has a key twice.
   """
   try:
     if isinstance(content, bytes):
       content = content.decode('utf-8-sig')
-    value = json.loads(content)
+    hook = _unique if unique_keys else None
+    value = json.loads(content, object_pairs_hook=hook)
   except RecursionError as error:
     raise UserError(_too_deep(name)) from error
   except ValueError as error:
@@ -119,6 +131,16 @@ def read_json(path, max_bytes=MAX_BYTES):
     UserError: as `read_bytes` and `parse_json`.
   """
   return parse_json(read_bytes(path, max_bytes), repr(os.fspath(path)))
+
+
+def _unique(pairs):
+  """Returns a dict of (key, value) pairs; raises ValueError for a key twice."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    seen = set()
+    twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    raise ValueError(f'the key {twice[:100]!r} is there twice')
+  return found
 
 
 def _check_depth(value, name):

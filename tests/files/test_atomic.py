@@ -37,3 +37,9 @@ def test_planted_links_are_not_followed(tmp_path):
   atomic.write(path, 'new')
   assert victim.read_text() == 'private'
   assert path.read_text() == 'new' and not path.is_symlink()
+
+
+def test_mode_of_a_new_file(tmp_path):
+  path = tmp_path / 'a'
+  atomic.write(path, 'x', mode=0o600)
+  assert path.stat().st_mode & 0o777 == 0o600
