@@ -12,6 +12,9 @@ from maskdiff.errors import UserError
 MAX_ID = (1 << 21) - 1
 MAX_ADDED = 1 << 16  # tokens
 MAX_ADDED_CHARS = 1 << 20  # of all added tokens
+# Characters of one added token. Python normalizes a run of combining marks in
+# quadratic time.
+MAX_CONTENT = 1000
 
 FIX = (
   'set --config.data.tokenizer to another tokenizer.json, or to a model made '
@@ -135,6 +138,12 @@ def added(value, name):
     if not content or content in contents:
       raise malformed(
         name, f'the added token {content!r:.40} is empty or twice'
+      )
+    if len(content) > MAX_CONTENT:
+      raise malformed(
+        name,
+        f'the added token {content!r:.40} has more than {MAX_CONTENT:,} '
+        'characters',
       )
     _check_id(token.get('id'), content, name)
     contents.add(content)

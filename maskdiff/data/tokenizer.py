@@ -27,6 +27,7 @@ import sentencepiece
 from maskdiff.data import byte_level, tokenizer_files
 from maskdiff.data import sentencepiece_model as spm
 from maskdiff.errors import UserError, one_line
+from maskdiff.files import folder as folder_lib
 from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
@@ -175,10 +176,12 @@ def load(path: str | pathlib.Path) -> Tokenizer:
 
 
 def _load(path):
-  if path.is_dir():
-    path = tokenizer_files.find(path, _FIX)
   with tokenizer_files.with_fix(_FIX):
-    content = reading.read_bytes(path)
+    if path.is_dir():
+      path = tokenizer_files.find(path)
+      content = folder_lib.read_bytes(path.parent, path.name)
+    else:
+      content = reading.read_bytes(path)
   if path.suffix == '.json':
     processor, pieces, ids, digest = byte_level.read(path, content)
   else:
@@ -284,7 +287,13 @@ def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
       directory.mkdir(parents=True, exist_ok=True)
       if target.exists() and target.samefile(file):
         continue
-      temporary.write_bytes(reading.read_bytes(file))
+      content = (
+        # The user may have named a link, but others made the files beside it.
+        reading.read_bytes(file)
+        if file == source
+        else folder_lib.read_bytes(file.parent, file.name)
+      )
+      temporary.write_bytes(content)
       os.replace(temporary, target)
     except OSError as e:
       with contextlib.suppress(OSError):

@@ -7,12 +7,12 @@ BESIDE                   special tokens of a byte-level BPE
 """
 
 import contextlib
-import os
 import pathlib
 
 from maskdiff.data import bpe_vocabulary as bpe
 from maskdiff.data import sentencepiece_model as spm
 from maskdiff.errors import UserError
+from maskdiff.files import folder as folder_lib
 from maskdiff.files import reading
 
 MODEL = 'tokenizer.model'
@@ -39,12 +39,11 @@ def with_fix(fix):
     raise UserError(f'{error}: {fix}') from error
 
 
-def find(folder: pathlib.Path, fix: str) -> pathlib.Path:
+def find(folder: pathlib.Path) -> pathlib.Path:
   """Returns the file of the tokenizer of a folder.
 
   Args:
     folder: path of the folder.
-    fix: what to do if it has none, for the error message.
 
   Returns:
     tokenizer.model, else tokenizer.json, else vocab.json if merges.txt is
@@ -67,7 +66,7 @@ def find(folder: pathlib.Path, fix: str) -> pathlib.Path:
   if len(models) != 1:
     raise UserError(
       f'{folder} has neither {MODEL} nor {JSON}, and {len(models)} other '
-      f'.model files: {fix}'
+      '.model files'
     )
   return models[0]
 
@@ -77,17 +76,9 @@ def _is_tiktoken(path):
     return spm.is_tiktoken(file.read(1000))
 
 
-def beside(path: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns the existing files of BESIDE in the folder of a tokenizer, by name.
-
-  Raises:
-    UserError: a file is a link that leaves the folder.
-  """
-  files = {name: path.parent / name for name in BESIDE}
-  files = {name: file for name, file in files.items() if file.is_file()}
-  for file in files.values():
-    check_link(file)
-  return files
+def _beside(path: pathlib.Path) -> list[str]:
+  """Returns the existing files of BESIDE in the folder of a tokenizer."""
+  return [name for name in BESIDE if (path.parent / name).is_file()]
 
 
 def of_byte_level(path: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -95,34 +86,14 @@ def of_byte_level(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
   Args:
     path: its tokenizer.json, under any name, or its vocab.json.
-
-  Raises:
-    UserError: a file is a link that leaves the folder.
   """
-  if path.name != VOCABULARY:
-    return {JSON: path, **beside(path)}
-  files = {VOCABULARY: path, MERGES: path.parent / MERGES, **beside(path)}
-  added = path.parent / ADDED
-  if added.is_file():
-    check_link(added)
-    files[ADDED] = added
-  return files
-
-
-def check_link(file: pathlib.Path) -> None:
-  """Raises a UserError if a file is a link that leaves its folder.
-
-  A copy of the file would publish a file that the link's author does not own.
-  The cache of the Hub is a folder of links to ../../blobs.
-  """
-  folder = os.path.realpath(file.parent)
-  target = os.path.realpath(file)
-  blobs = os.path.join(os.path.dirname(os.path.dirname(folder)), 'blobs')
-  if os.path.dirname(target) not in (folder, blobs):
-    raise UserError(
-      f'{str(file)!r} is a link to {target!r}, which is not in its folder: '
-      'replace the link with a copy of the file'
-    )
+  names = _beside(path)
+  if path.name == VOCABULARY:
+    names += [MERGES, *([ADDED] if (path.parent / ADDED).is_file() else [])]
+    files = {VOCABULARY: path}
+  else:
+    files = {JSON: path}
+  return files | {name: path.parent / name for name in names}
 
 
 def read_beside(path: pathlib.Path) -> dict:
@@ -132,12 +103,15 @@ def read_beside(path: pathlib.Path) -> dict:
     path: file of a tokenizer in the same folder.
 
   Raises:
-    UserError: a file is not a JSON object, or a special token is not a text.
+    UserError: a file is not a JSON object, or a link that leaves the folder; or
+      a special token is not a text.
   """
   stated = {}
-  for file in beside(path).values():
+  for name in _beside(path):
+    file = path.parent / name
     with with_fix(bpe.FIX):
-      found = reading.read_json(file)
+      content = folder_lib.read_bytes(path.parent, name)
+      found = reading.parse_json(content, str(file))
     if not isinstance(found, dict):
       raise UserError(f'{file} does not hold a JSON object: {bpe.FIX}')
     for key in SPECIAL & found.keys():

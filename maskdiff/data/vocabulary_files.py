@@ -16,11 +16,11 @@ from maskdiff.data.tokenizer_files import (
   BESIDE,
   MERGES,
   SPECIAL,
-  check_link,
   read_beside,
   with_fix,
 )
 from maskdiff.errors import UserError
+from maskdiff.files import folder as folder_lib
 from maskdiff.files import reading
 
 
@@ -114,7 +114,11 @@ def _class(path, config):
 def _merges(path):
   """Returns the merges of a merges.txt as a list of texts with one space."""
   with with_fix(bpe.FIX):
-    lines = reading.read_text(path).split('\n')
+    content = folder_lib.read_bytes(path.parent, path.name)
+  try:
+    lines = content.decode('utf-8-sig').split('\n')
+  except UnicodeDecodeError as error:
+    raise bpe.malformed(path, f'it is not UTF-8: {error}') from error
   if lines[0].startswith('#version:'):
     lines[0] = ''
   lines = [line.rstrip('\r') for line in lines]
@@ -173,9 +177,9 @@ def _added_tokens_file(path, special):
   """Returns the tokens of an added_tokens.json; [] if there is no such file."""
   if not path.is_file():
     return []
-  check_link(path)
   with with_fix(bpe.FIX):
-    ids = reading.read_json(path)
+    content = folder_lib.read_bytes(path.parent, path.name)
+    ids = reading.parse_json(content, str(path))
   if not isinstance(ids, dict):
     raise bpe.malformed(path, 'it is not an object with tokens')
   return [

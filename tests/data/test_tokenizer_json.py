@@ -171,7 +171,7 @@ def test_hole_in_the_ids_is_a_token_without_text(tmp_path):
     ({'content': ['x']}, 'content is not a text'),
     ({'special': 1}, 'special is not true or false'),
     ({'id': None}, 'not an integer'),
-    ({'content': 'x' * (1 << 20)}, 'more than 1,048,576 characters'),
+    ({'content': 'x' * 1001}, 'has more than 1,000 characters'),
   ],
 )
 def test_malformed_added_token_is_refused(tmp_path, token, shown):
@@ -179,6 +179,14 @@ def test_malformed_added_token_is_refused(tmp_path, token, shown):
   entry = made.added(['<x>'], id=first + 1, special=False)[0] | token
   value = made.spec(added_tokens=[*made.added(['<|endoftext|>']), entry])
   assert shown in refused(tmp_path, value)
+
+
+def test_many_added_tokens_are_refused(tmp_path):
+  contents = [f'{i:0999}' for i in range(1100)]
+  value = made.spec(added_tokens=made.added(contents))
+  assert 'more than 1,048,576 characters in them' in refused(tmp_path, value)
+  value = made.spec(added_tokens=made.added(map(str, range(1 << 16 | 1))))
+  assert 'more than 65,536 added tokens' in refused(tmp_path, value)
 
 
 def test_added_token_that_is_not_in_nfc_is_refused(tmp_path):
@@ -337,19 +345,29 @@ def test_link_that_leaves_the_folder_is_not_copied(tmp_path):
   (folder / 'tokenizer_config.json').symlink_to(private)
   with pytest.raises(UserError, match='is a link to .*private.json'):
     tokenizer.load(folder)
+  (folder / 'tokenizer_config.json').unlink()
+  (folder / 'tokenizer.json').rename(private)
+  (folder / 'tokenizer.json').symlink_to('../private.json')
+  with pytest.raises(UserError, match='is a link to .*private.json'):
+    tokenizer.load(folder)
+  # The user may name a link.
+  assert tokenizer.load(folder / 'tokenizer.json').vocab_size == 267
 
 
 def test_folder_of_the_hub_cache_is_accepted(tmp_path):
   blobs = made.write_json(tmp_path / 'blobs', made.spec(), {'pad_token': None})
   folder = tmp_path / 'snapshots' / '0123'
   folder.mkdir(parents=True)
-  for name in ('tokenizer.json', 'tokenizer_config.json'):
-    (folder / name).symlink_to(f'../../blobs/{name}')
+  config = blobs / ('c' * 40)
+  (blobs / 'tokenizer_config.json').rename(config)
+  (blobs / 'tokenizer.json').rename(blobs / ('a' * 64))
+  (folder / 'tokenizer.json').symlink_to('../../blobs/' + 'a' * 64)
+  (folder / 'tokenizer_config.json').symlink_to(f'../../blobs/{config.name}')
   tok = tokenizer.load(folder)
   tokenizer.copy(tok, tmp_path / 'out')
   copied = tmp_path / 'out' / 'tokenizer_config.json'
   assert not copied.is_symlink()
-  assert copied.read_bytes() == (blobs / 'tokenizer_config.json').read_bytes()
+  assert copied.read_bytes() == config.read_bytes()
 
 
 def check_refused_or_exact(path):
