@@ -182,25 +182,37 @@ def check_added(added, vocabulary, nfc, name):
       raise lossy(name, f'the added token {content!r:.40} is not in NFC')
 
 
-def check_reachable(added, vocabulary, merges, ignore_merges, name):
-  """Raises a UserError if the model can produce an added token wrongly.
+def without_special(added, vocabulary, merges, ignore_merges, name):
+  """Returns the vocabulary that the model needs to encode texts.
 
-  A special token must not come from text. An ordinary one that the model
-  produces too must stand for the same bytes.
+  With `ignore_merges`, a word that is a token becomes this token. The special
+  tokens are then left out, so that no text becomes one.
+
+  Raises:
+    UserError: the model can produce a special token from text, or an ordinary
+      added token from another text.
   """
   reachable = {first + second for first, second in merges}
+  reachable |= {token for token in vocabulary if len(token) == 1}
+  reachable |= {token for pair in merges for token in pair}
+  hidden = set()
   for token in added:
     content = token['content']
     if content not in vocabulary or not CHARACTER_BYTES.keys() >= set(content):
       continue
-    if not (ignore_merges or len(content) == 1 or content in reachable):
-      continue
-    if token['special']:
+    if token['special'] and content in reachable:
       raise UserError(
         f'text could produce the special token {content!r:.40} of {name}, '
         f'because it is also a token of vocab: {FIX}'
       )
-    if token_bytes(content) != content.encode():
+    if token['special'] and ignore_merges:
+      hidden.add(content)
+    if (
+      not token['special']
+      and (ignore_merges or content in reachable)
+      and token_bytes(content) != content.encode()
+    ):
       raise lossy(
         name, f'the added token {content!r:.40} is also another text in vocab'
       )
+  return {t: i for t, i in vocabulary.items() if t not in hidden}

@@ -44,7 +44,7 @@ class Parts(NamedTuple):
   """What a tokenizer.json says about ids.
 
   Attributes:
-    vocabulary: dict, ids by token of the model.
+    vocabulary: dict, ids by token of the model; see bpe.without_special.
     merges: list of pairs of tokens.
     ignore_merges: whether a word that is a token is not split.
     nfc: whether texts are normalized to NFC.
@@ -92,7 +92,9 @@ def parts(spec, name):
   nfc = _is_nfc(spec.get('normalizer'), name)
   added = bpe.added(spec.get('added_tokens'), name)
   bpe.check_added(added, vocabulary, nfc, name)
-  bpe.check_reachable(added, vocabulary, merges, ignore_merges, name)
+  vocabulary = bpe.without_special(
+    added, vocabulary, merges, ignore_merges, name
+  )
   return Parts(vocabulary, merges, ignore_merges, nfc, steps, added)
 
 

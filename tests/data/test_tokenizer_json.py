@@ -218,6 +218,22 @@ def test_special_token_that_the_model_produces_is_refused(
   assert f'text could produce the special token {content!r}' in message
 
 
+@pytest.mark.parametrize('ignore_merges', [False, True])
+def test_special_tokens_may_be_in_the_vocabulary(tmp_path, ignore_merges):
+  contents = ('<|endoftext|>', 'word')
+  first = len(made.vocabulary())
+  vocab = made.vocabulary() | {t: first + i for i, t in enumerate(contents)}
+  value = made.spec(
+    model=made.model(vocab=vocab, ignore_merges=ignore_merges),
+    added_tokens=made.added(contents),
+  )
+  tok = load(tmp_path, value)
+  assert (tok.eos_id, tok.vocab_size) == (first, first + 2)
+  text = 'word <|endoftext|>'
+  assert not {first, first + 1} & set(tok.encode(text))
+  assert tok.decode(tok.encode(text)) == text
+
+
 def test_added_token_that_spells_another_text_is_refused(tmp_path):
   # The model writes a space as this character.
   i = made.vocabulary()['\u0120']
