@@ -282,17 +282,17 @@ def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
       )
   for name, file in files.items():
     target = directory / name
+    # The user may have named a link, but others made the files beside it.
+    content = (
+      reading.read_bytes(file)
+      if file == source
+      else folder_lib.read_bytes(file.parent, file.name)
+    )
     temporary = directory / f'.{name}.{secrets.token_hex(4)}'
     try:
       directory.mkdir(parents=True, exist_ok=True)
-      if target.exists() and target.samefile(file):
+      if target.is_file() and target.read_bytes() == content:
         continue
-      content = (
-        # The user may have named a link, but others made the files beside it.
-        reading.read_bytes(file)
-        if file == source
-        else folder_lib.read_bytes(file.parent, file.name)
-      )
       temporary.write_bytes(content)
       os.replace(temporary, target)
     except OSError as e:
