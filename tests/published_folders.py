@@ -75,7 +75,9 @@ def make(folder, case='llada', dtype='float32', tokenizer=True, **kwargs):
   config = families.published_config(family, model, TOKENS, 64, dtype)
   (folder / 'config.json').write_text(json.dumps(config))
   hf.write_weights(folder, family, random_leaves(model, dtype), **kwargs)
-  if tokenizer:
+  if tokenizer and case == 'dream':  # which is published without a .json
+    save_vocabulary(folder)
+  elif tokenizer:
     save_tokenizer(folder)
   (folder / 'chat_template.jinja').write_text('{{ messages }}')
   (folder / 'generation_config.json').write_text('{"top_p": 0.9}')
@@ -91,6 +93,25 @@ def save_tokenizer(folder, words=()):
   made.add_special_tokens(SPECIAL)
   made.save(str(folder / 'tokenizer.json'))
   config = {'bos_token': SPECIAL[0], 'eos_token': SPECIAL[1]}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+
+
+def save_vocabulary(folder):
+  """Writes the tokenizer of `save_tokenizer` as vocab.json and merges.txt."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {token: i for i, token in enumerate(alphabet)}
+  (folder / 'vocab.json').write_text(json.dumps(vocabulary))
+  (folder / 'merges.txt').write_text('#version: 0.2\n')
+  added = {
+    str(256 + i): {'content': token, 'special': True}
+    for i, token in enumerate(SPECIAL)
+  }
+  config = {
+    'added_tokens_decoder': added,
+    'bos_token': SPECIAL[0],
+    'eos_token': SPECIAL[1],
+    'tokenizer_class': 'DreamTokenizer',
+  }
   (folder / 'tokenizer_config.json').write_text(json.dumps(config))
 
 

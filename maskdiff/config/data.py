@@ -11,7 +11,8 @@ KEYS = {
   ),
   'tokenizer': Key(
     'tokenizer/stdlib_4k.model',
-    'Tokenizer: a .model or tokenizer.json file, or a directory with one.',
+    'Tokenizer: a .model, tokenizer.json or vocab.json file, or a directory '
+    'with one.',
   ),
   'cache_dir': Key(
     '~/.cache/maskdiff', 'Directory for the rows of the embedded corpus.'

@@ -2,7 +2,8 @@
 
 Two kinds of files are supported: SentencePiece models made by
 tokenizer/train.py, and byte-level BPE in a Hugging Face tokenizer.json (LLaDA,
-Qwen, Llama 3, GPT-2), which needs the package `tokenizers`.
+Qwen, Llama 3, GPT-2) or in vocab.json and merges.txt (Dream), which needs the
+package `tokenizers`.
 
 A partly denoised canvas may have mask ids anywhere, even between the bytes of
 one character. So `decode` joins the bytes of each id and does not use the
@@ -16,7 +17,6 @@ import os
 import pathlib
 import re
 import secrets
-import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from maskdiff.data import byte_level
+from maskdiff.data import byte_level, tokenizer_files
 from maskdiff.data import sentencepiece_model as spm
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
+from maskdiff.files import folder as folder_lib
+from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
 # Both libraries need some hundred bytes of memory per character of a text. Long
@@ -43,9 +45,6 @@ _CHARS_AT_ONCE = 1 << 22
 # before it. A run of white space is not cut, because its tokens depend on the
 # text after it.
 _LAST_CUT = re.compile(r'(?s:.+)(?:\S(?= )|[^\W_](?=\n))')
-
-_MODEL = 'tokenizer.model'
-_JSON = 'tokenizer.json'
 
 _FIX = (
   'set --config.data.tokenizer to a model made by tokenizer/train.py, such as '
@@ -65,7 +64,8 @@ class Tokenizer:
     bos_id: None if the tokenizer has no bos token (Qwen).
     eos_id: id of the end-of-text token.
     mask_id: None if the tokenizer has no mask token.
-    fingerprint: 16 hex digits of the SHA-256 of the file.
+    fingerprint: 16 hex digits of the SHA-256 of the file; for a vocab.json, of
+      all that determines its tokens.
     pieces: [vocab_size] the UTF-8 bytes that each id stands for; empty for
       special ids and for ids without a token. The joined pieces of the ids of a
       text are its bytes.
@@ -148,28 +148,45 @@ class Tokenizer:
 def load(path: str | pathlib.Path) -> Tokenizer:
   """Loads a Tokenizer from a file or from its directory.
 
-  In a directory, the file is tokenizer.model, else tokenizer.json, else the
-  only .model file. A file whose name ends in .json is read as a Hugging Face
-  tokenizer, any other file as a SentencePiece model.
+  In a directory, the file is tokenizer.model, else tokenizer.json, else
+  vocab.json with merges.txt, else the only .model file. A file whose name ends
+  in .json is read as a Hugging Face tokenizer, any other file as a
+  SentencePiece model.
 
   A SentencePiece model must have the control symbols <pad>, <bos>, <eos> and
-  <mask>. For a tokenizer.json, the files tokenizer_config.json or
+  <mask>. For a Hugging Face tokenizer, the files tokenizer_config.json or
   special_tokens_map.json in the same folder name the special tokens (bos_token,
   eos_token, mask_token, pad_token); otherwise added tokens with well-known
   names are used. The eos token is required. A missing pad token is replaced by
   eos. Missing bos and mask tokens are None; `with_ids` sets them.
 
   Raises:
-    UserError: the file is missing, is of neither kind, cannot encode every text
-      without loss, has no eos, or has a special id that text could produce; or
-      the package `tokenizers` is needed and not installed.
+    UserError: the file is missing, is of neither kind, may not encode every
+      text without loss or in linear time, has no eos, or has a special id that
+      text could produce; or the package `tokenizers` is needed and not
+      installed.
   """
-  path = _find(local_path(path))
-  content = _read(path)
+  try:
+    return _load(local_path(path))
+  except UserError as error:
+    if str(error).isprintable():
+      raise
+    # Names of files may have control characters.
+    raise UserError(one_line(error, length=1000)) from error
+
+
+def _load(path):
+  with tokenizer_files.with_fix(_FIX):
+    if path.is_dir():
+      path = tokenizer_files.find(path)
+      content = folder_lib.read_bytes(path.parent, path.name)
+    else:
+      content = reading.read_bytes(path)
   if path.suffix == '.json':
-    processor, pieces, ids = byte_level.read(path, content)
+    processor, pieces, ids, digest = byte_level.read(path, content)
   else:
     processor, pieces, ids = spm.read(path, content)
+    digest = hashlib.sha256(content).hexdigest()
   return Tokenizer(
     path=str(path),
     vocab_size=len(pieces),
@@ -177,7 +194,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     bos_id=ids['bos'],
     eos_id=ids['eos'],
     mask_id=ids['mask'],
-    fingerprint=hashlib.sha256(content).hexdigest()[:16],
+    fingerprint=digest[:16],
     pieces=tuple(pieces),
     processor=processor,
   )
@@ -244,22 +261,20 @@ def with_missing_ids(
 def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
   """Copies the files of a tokenizer to a directory, for `load(directory)`.
 
-  The copy is named tokenizer.model or tokenizer.json. With a tokenizer.json,
-  the files that name its special tokens are copied too. Each file is written
-  atomically.
+  A SentencePiece model is named tokenizer.model in the copy, other files keep
+  their names. The files that name special tokens are copied too. Each file is
+  written atomically.
 
   Raises:
     UserError: the directory holds files of another tokenizer, or is not
-      writable.
+      writable; or a file is a link that leaves the folder of the tokenizer.
   """
   source, directory = pathlib.Path(tokenizer.path), local_path(directory)
   if _is_sentencepiece(tokenizer.processor):
-    files = {_MODEL: source}
+    files = {tokenizer_files.MODEL: source}
   else:
-    beside = {name: source.parent / name for name in byte_level.BESIDE}
-    files = {_JSON: source}
-    files |= {name: file for name, file in beside.items() if file.is_file()}
-  for name in {_MODEL, _JSON, *byte_level.BESIDE} - files.keys():
+    files = tokenizer_files.of_byte_level(source)
+  for name in tokenizer_files.OTHERS - files.keys():
     if (directory / name).exists():
       raise UserError(
         f'{directory} holds {name} of another tokenizer than {source}: delete '
@@ -267,12 +282,18 @@ def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
       )
   for name, file in files.items():
     target = directory / name
+    # The user may have named a link, but others made the files beside it.
+    content = (
+      reading.read_bytes(file)
+      if file == source
+      else folder_lib.read_bytes(file.parent, file.name)
+    )
     temporary = directory / f'.{name}.{secrets.token_hex(4)}'
     try:
       directory.mkdir(parents=True, exist_ok=True)
-      if target.exists() and target.samefile(file):
+      if target.is_file() and target.read_bytes() == content:
         continue
-      shutil.copyfile(file, temporary)
+      temporary.write_bytes(content)
       os.replace(temporary, target)
     except OSError as e:
       with contextlib.suppress(OSError):
@@ -334,27 +355,3 @@ def _before_marks(text: str, stop: int) -> int:
 
 def _is_sentencepiece(processor) -> bool:
   return isinstance(processor, sentencepiece.SentencePieceProcessor)
-
-
-def _find(path: pathlib.Path) -> pathlib.Path:
-  if not path.is_dir():
-    return path
-  for name in (_MODEL, _JSON):
-    if (path / name).is_file():
-      return path / name
-  models = sorted(path.glob('*.model'))
-  if len(models) != 1:
-    raise UserError(
-      f'{path} has neither {_MODEL} nor {_JSON}, and {len(models)} other '
-      f'.model files: {_FIX}'
-    )
-  return models[0]
-
-
-def _read(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except OSError as e:
-    raise UserError(
-      f'cannot read tokenizer {path} ({e.strerror}): {_FIX}'
-    ) from e

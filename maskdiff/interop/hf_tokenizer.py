@@ -3,10 +3,11 @@
 import os
 
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data import tokenizer_files
 from maskdiff.errors import UserError
 from maskdiff.interop import families
 
-TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+TOKENIZERS = (tokenizer_files.JSON, tokenizer_files.MODEL)
 
 
 def open_tokenizer(published, mask_id=None):
@@ -43,7 +44,7 @@ def open_tokenizer(published, mask_id=None):
   }
   for name, i in ids.items():
     if i is not None and not (
-      i < tokenizer.vocab_size and not tokenizer.pieces[i]
+      0 <= i < tokenizer.vocab_size and not tokenizer.pieces[i]
     ):
       raise UserError(
         f'{config}: {name.replace("_id", "_token_id")}={i} is not a special '
@@ -52,7 +53,10 @@ def open_tokenizer(published, mask_id=None):
       )
   if ids['bos_id'] is None:
     ids['bos_id'] = ids['eos_id']
-  mask = published.config.get('mask_token_id') if mask_id is None else mask_id
+  if mask_id is None:
+    mask = token_id(published.config, 'mask_token_id', None)
+  else:
+    mask = mask_id
   mask = tokenizer.mask_id if mask is None else mask
   if mask is None and published.family.has_mask_token:
     raise UserError(f'{config} has no mask_token_id: add it or give --mask_id')
@@ -72,16 +76,27 @@ def token_id(config, key, preferred):
     config: dict, contents of config.json.
     key: such as 'eos_token_id'.
     preferred: the id to return if it is in the list, or if the key is missing.
+
+  Raises:
+    UserError: the value is neither an integer nor a list of integers.
   """
   value = config.get(key)
-  if isinstance(value, list):
-    return preferred if preferred in value else next(iter(value), preferred)
-  return preferred if value is None else value
+  values = value if isinstance(value, list) else [value]
+  if value is None or not values:
+    return preferred
+  if not all(type(i) is int for i in values):
+    raise UserError(
+      f'{families.CONFIG} has {key}={value!r:.40}: set it to the id of a token'
+    )
+  return preferred if preferred in values else values[0]
 
 
 def has_tokenizer(folder):
   """Returns whether a folder has the files of a tokenizer."""
-  return any(os.path.exists(os.path.join(folder, n)) for n in TOKENIZERS)
+  exists = lambda name: os.path.exists(os.path.join(folder, name))
+  return any(map(exists, TOKENIZERS)) or (
+    exists(tokenizer_files.VOCABULARY) and exists(tokenizer_files.MERGES)
+  )
 
 
 def _spare_id(tokenizer, rows, ids, config):

@@ -207,6 +207,30 @@ def test_eos_from_a_list_is_the_tokenizers(folder):
   assert hf_tokenizer.open_tokenizer(hf.open_folder(folder)).eos_id == 257
 
 
+def test_tokenizer_of_dream_is_equal_in_both_forms(tmp_path):
+  folder = published_folders.make(tmp_path / 'in', 'dream')
+  assert not (folder / 'tokenizer.json').exists()
+  tokenizer = hf_tokenizer.open_tokenizer(hf.open_folder(folder))
+  published_folders.save_tokenizer(folder)
+  other = hf_tokenizer.open_tokenizer(hf.open_folder(folder))
+  assert other.path == str(folder / 'tokenizer.json')
+  assert tokenizer.pieces == other.pieces
+  text = " it's\n\n 12 \u4e16<|mdm_mask|>"
+  assert tokenizer.encode(text) == other.encode(text)
+  ids = [(t.mask_id, t.bos_id, t.eos_id) for t in (tokenizer, other)]
+  assert ids == [(258, 256, 257)] * 2
+
+
+@pytest.mark.parametrize('key', ['bos', 'eos', 'mask'])
+@pytest.mark.parametrize(
+  'value', ['7', 1.5, True, [[1]], {}, -1, -(10**6), 2**40]
+)
+def test_token_id_of_a_wrong_form_is_refused(folder, key, value):
+  change_config(folder, **{f'{key}_token_id': value})
+  with pytest.raises(UserError, match=f'{key}(_token)?_id='):
+    hf_tokenizer.open_tokenizer(hf.open_folder(folder))
+
+
 WRONG_TOKENIZERS = {
   'too large': (
     lambda folder: published_folders.save_tokenizer(
