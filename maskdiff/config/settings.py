@@ -24,6 +24,7 @@ def with_settings(config, settings):
     if key not in SETTINGS:
       raise UserError(
         f'sampler setting {key!r}: choose among {", ".join(sorted(SETTINGS))}'
+        + suggestion(key, SETTINGS)
       )
     try:
       if value is None:
