@@ -86,17 +86,23 @@ def seeds_of(seed, size):
     UserError: a seed is not an integer in [0, 2^32), or the list has another
       length.
   """
-  whole = lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool)
-  one = whole(seed)
+  one = _is_whole(seed)
   seeds = [seed + i for i in range(size)] if one else seed
   if np.ndim(seeds) != 1 or len(seeds) != size:
     raise UserError(
       f'seed={seed!r}: give an integer, or a list of {size}, one per row'
     )
   for value in seeds:
-    if not whole(value) or not 0 <= value < 2**32:
+    if not _is_whole(value) or not 0 <= value < 2**32:
       raise UserError(f'seed={value!r} must be an integer in [0, {2**32})')
   return [int(value) for value in seeds]
+
+
+def check_whole(**values):
+  """Raises a UserError if a value is not an integer of at least 1."""
+  for name, value in values.items():
+    if not _is_whole(value) or value < 1:
+      raise UserError(f'{name}={value!r} must be an integer of at least 1')
 
 
 def batch_of(model, rows, lengths=None, doc=None, pad_to=lambda length: length):
@@ -139,15 +145,15 @@ def batch_of(model, rows, lengths=None, doc=None, pad_to=lambda length: length):
   if doc is not None:
     doc = per_position('doc', doc, tokens.shape, 'iu')
     valid = valid & (doc >= 0)
-    doc = _numpy_of(doc).where(valid, doc, PADDING).astype(np.int32)
+    doc = _numpy_of(doc, valid).where(valid, doc, PADDING).astype(np.int32)
   if not traced(tokens) and not traced(valid):
     check_ids(model, np.asarray(tokens)[np.asarray(valid)], 'rows')
   # Padding may have any id.
-  tokens = _numpy_of(tokens).where(valid, tokens, 0).astype(np.int32)
+  tokens = _numpy_of(tokens, valid).where(valid, tokens, 0).astype(np.int32)
   added = -size % batch_shards(model.mesh), pad_to(length) - length
   tokens, valid = padded(tokens, *added), padded(valid, *added)
   if doc is not None:
-    doc = _numpy_of(doc).where(valid, padded(doc, *added), PADDING)
+    doc = _numpy_of(doc, valid).where(valid, padded(doc, *added), PADDING)
   return Batch(tokens, valid, doc, size, length)
 
 
@@ -244,6 +250,10 @@ def _lengths(lengths, shape):
   return lengths
 
 
+def _is_whole(x):
+  return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
 def _is_array(x):
   return isinstance(x, (jax.Array, np.ndarray))
 
@@ -253,6 +263,6 @@ def traced(x):
   return isinstance(x, jax.core.Tracer)
 
 
-def _numpy_of(x):
-  """Returns the module for an array: jax.numpy if it is traced, else numpy."""
-  return jax.numpy if traced(x) else np
+def _numpy_of(*arrays):
+  """Returns the module for arrays: jax.numpy if one is traced, else numpy."""
+  return jax.numpy if any(map(traced, arrays)) else np

@@ -1,5 +1,7 @@
 """Log-likelihoods: `maskdiff.log_likelihood`, `maskdiff.greedy_matches`."""
 
+import numbers
+
 import jax
 import numpy as np
 
@@ -81,6 +83,7 @@ def log_likelihood(
     if form == 'left_to_right':
       return bounds.left_to_right(network, c, rows)
     seeds = batches.seeds_of(seed, size)
+    batches.check_whole(samples=samples, strata=strata, orders=orders)
     if form == 'multi_sample':
       return bounds.multi_sample(network, c, rows, orders, seeds)
     if form not in FORMS:
@@ -138,12 +141,9 @@ def _answers(model, prompts, answers, suffixes, guidance, tokens_per_call):
     [batches.ids_of(model, text, name) for text in found]
     for name, found in parts.items()
   ]
-  for name, value, low in (
-    ('guidance', guidance, 0),
-    ('tokens_per_call', tokens_per_call, 1),
-  ):
-    if not np.isfinite(value) or value < low:
-      raise UserError(f'{name}={value}: must be at least {low}')
+  if not isinstance(guidance, numbers.Real) or not 0 <= guidance < np.inf:
+    raise UserError(f'guidance={guidance!r} must be a number of at least 0')
+  batches.check_whole(tokens_per_call=tokens_per_call)
   c = queries.likelihood_config(
     model.config, float(guidance), int(tokens_per_call)
   )

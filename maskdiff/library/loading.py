@@ -5,8 +5,9 @@ import os
 import jax
 from absl import logging
 
+from maskdiff.config.command_line import WEIGHT_DTYPES
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, suggestion
 from maskdiff.files.paths import local_path
 from maskdiff.interop import hf_tokenizer
 from maskdiff.interop import load as load_lib
@@ -33,6 +34,11 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True):
     raise UserError(
       f'there is no folder {path!r}: give the work directory of a run, or a '
       'Hugging Face folder'
+    )
+  if dtype is not None and dtype not in WEIGHT_DTYPES:
+    raise UserError(
+      f'dtype={dtype!r}: choose one of {", ".join(WEIGHT_DTYPES)}'
+      + suggestion(dtype, WEIGHT_DTYPES)
     )
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   verbosity = logging.get_verbosity()

@@ -72,8 +72,7 @@ def sample(
   """
   prompts = batches.texts_of(prompts)
   seeds = batches.seeds_of(seed, len(prompts))
-  if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-    raise UserError(f'batch={batch!r} must be an integer of at least 1')
+  batches.check_whole(batch=batch)
   shared, per_prompt = _split(settings, len(prompts))
   context = model.config.data.length
   gen_length = shared.get(
@@ -170,9 +169,11 @@ def _text(model, prompt, seed, gaps, settings, limit):
     encode = lambda part: batches.ids_of(model, part)
     text = answers.encode_text(Prompt(prompt, seed), True, settings, encode)
   else:
-    tokens = list(prompt) if gaps else batches.ids_of(model, prompt)
-    if gaps:
+    if gaps and hasattr(prompt, '__iter__'):
+      tokens = list(prompt)
       batches.ids_of(model, [t for t in tokens if t is not None])
+    else:
+      tokens = batches.ids_of(model, prompt)
     shown = prompt if is_text else tokens
     # Checked before the row is made, since gen_length may be huge.
     slots = 1 if limit else settings.gen_length
