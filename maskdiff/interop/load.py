@@ -21,7 +21,7 @@ from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives.table import OBJECTIVES
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
   """A loaded model: the results of `load`.
 
@@ -47,6 +47,14 @@ class Model:
     """Names of the parameters' dtypes, separated by commas."""
     names = {x.dtype.name for x in jax.tree.leaves(self.params)}
     return ', '.join(sorted(names))
+
+  def __repr__(self):
+    size = sum(x.size for x in jax.tree.leaves(self.params))
+    tokenizer = self.tokenizer and self.tokenizer.path
+    return (
+      f'Model({self.config.objective.name}, {size:,} parameters, {self.dtype}, '
+      f'tokenizer={tokenizer!r})'
+    )
 
 
 def load(workdir, tensor=1, dtype=None):

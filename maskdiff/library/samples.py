@@ -75,11 +75,8 @@ def sample(
   batches.check_whole(batch=batch)
   shared, per_prompt = _split(settings, len(prompts))
   context = model.config.data.length
-  gen_length = shared.get(
-    'gen_length', context if open_length else model.config.sample.gen_length
-  )
-  values = _values(model.config, shared, gen_length, gaps, open_length)
-  steps = shared.get('steps')
+  values = _values(model.config, shared | per_prompt[0], gaps, open_length)
+  steps = (shared | per_prompt[0]).get('steps')
   c, of_all = of_request(model.config, values, {}, gaps, steps)
   texts = []
   for prompt, seed_of, own in zip(prompts, seeds, per_prompt, strict=True):
@@ -142,11 +139,13 @@ def _python(value):
   return value.item() if hasattr(value, 'item') else value
 
 
-def _values(config, shared, gen_length, gaps, open_length):
-  """Returns the settings of all prompts, a dict for `of_request`."""
-  if gaps and 'gen_length' in shared:
+def _values(config, settings, gaps, open_length):
+  """Returns the settings of the first prompt, a dict for `of_request`."""
+  if gaps and 'gen_length' in settings:
     raise UserError('gen_length is for prompts: gaps have their own lengths')
-  flags = dict.fromkeys(SETTINGS) | shared | {'open_length': open_length}
+  default = config.data.length if open_length else config.sample.gen_length
+  gen_length = settings.get('gen_length', default)
+  flags = dict.fromkeys(SETTINGS) | settings | {'open_length': open_length}
   return config_lib.sample_settings(
     types.SimpleNamespace(**flags), config, gen_length, gaps
   )

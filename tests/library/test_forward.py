@@ -174,7 +174,9 @@ def training_loss(model, rows, key):
   return sums.loss
 
 
-def test_loss_under_a_key_is_that_of_training(model):
+@pytest.mark.parametrize('kind', ['run', 'causal'])
+def test_loss_under_a_key_is_that_of_training(request, kind):
+  model = request.getfixturevalue(kind)
   tokens = np.random.default_rng(0).integers(8, 250, (8, 6)).astype(np.int32)
   key = jax.random.key(5)
   found = maskdiff.loss(model, tokens, key=key)
