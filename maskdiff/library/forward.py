@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdiff.data.rows import PADDING, Rows
+from maskdiff.distributed.mesh import batch_sharding
 from maskdiff.errors import UserError
-from maskdiff.library import batches
+from maskdiff.library import arguments, batches
 from maskdiff.likelihood.queries import padded_length
 from maskdiff.model.transformer import bind
 from maskdiff.objectives.canvas import canvas_loss
@@ -53,7 +54,8 @@ def logits(model, rows, *, lengths=None, doc=None):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _logits(network, mesh, tokens, valid, doc):
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  with _on_mesh(mesh):
+    tokens = jax.lax.with_sharding_constraint(tokens, batch_sharding(mesh))
     documents = 0 if doc is None else doc
     inputs, labels = show(
       network.objective, tokens, valid, network.bos_id, documents
@@ -69,6 +71,15 @@ def _logits(network, mesh, tokens, valid, doc):
     if not network.predict_mask:
       found = found.at[..., network.mask_id].set(-jnp.inf)
     return jnp.where(valid[..., None], found, 0)
+
+
+def _on_mesh(mesh):
+  """Returns the context of a mesh inside jit, where jax.set_mesh is refused.
+
+  Inputs need shardings of the mesh, since the caller may compile for another
+  set of devices.
+  """
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def loss(
@@ -106,7 +117,7 @@ def loss(
     masked: [B, L] bool, the masked tokens; prompts and padding never are.
     noise: [B, L] float in [0, 1), in place of the masks: tokens are masked
       where the noise is below the mask ratio.
-    key: PRNG key, as that of a training step.
+    key: PRNG key, as that of a training step; or an integer, its seed.
 
   Returns:
     float32, nats per token: sum(weights x nll) / tokens that may carry a loss.
@@ -118,13 +129,15 @@ def loss(
   batch = batches.batch_of(model, rows, lengths, doc)
   c = step_config(model.config).objective
   columns = _columns(c, batch, answer)
+  key = None if key is None else arguments.key_of(key)
   draws = _draws(c, batch, times, mask_ratio, masked, noise, key)
   return _loss(model.network, c, model.mesh, batch.size, columns, draws)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _loss(network, c, mesh, size, rows, draws):
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  with _on_mesh(mesh):
+    rows = jax.lax.with_sharding_constraint(rows, batch_sharding(mesh))
     if isinstance(draws, tuple):
       t, masked = draws
       lengths = jnp.full(len(t), rows.tokens.shape[1])
@@ -144,7 +157,7 @@ def _columns(c, batch, answer):
   it comes after all tokens.
   """
   tokens, valid, doc, size, length = batch
-  if not batches.traced(tokens) and not batches.traced(valid):
+  if not arguments.traced(tokens) and not arguments.traced(valid):
     if (tokens[valid] == c.mask_id).any():
       raise UserError(
         f'rows contain the mask token, id {c.mask_id}: give clean tokens, and '
@@ -202,8 +215,8 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
   name = 'times' if mask_ratio is None else 'mask_ratio'
   t = times if mask_ratio is None else mask_ratio
   shape = batch.size, batch.length
-  t = batches.checked(name, t, shape[:1], 'fiu')
-  if not batches.traced(t) and not np.all((t > 0) & (t <= 1)):
+  t = arguments.checked(name, t, shape[:1], 'fiu')
+  if not arguments.traced(t) and not np.all((t > 0) & (t <= 1)):
     raise UserError(f'{name}={np.asarray(t).tolist()} must lie in (0, 1]')
   t = jnp.asarray(t, jnp.float32)
   t = t if mask_ratio is None else c.schedule.time(t)

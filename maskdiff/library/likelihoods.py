@@ -7,7 +7,7 @@ import numpy as np
 
 from maskdiff.errors import UserError, suggestion
 from maskdiff.evals.scored import split_space
-from maskdiff.library import batches
+from maskdiff.library import arguments
 from maskdiff.likelihood import bounds, estimators, queries
 from maskdiff.objectives.table import OBJECTIVES
 
@@ -82,8 +82,8 @@ def log_likelihood(
       raise UserError('weights: are for given masks; set masks too')
     if form == 'left_to_right':
       return bounds.left_to_right(network, c, rows)
-    seeds = batches.seeds_of(seed, size)
-    batches.check_whole(samples=samples, strata=strata, orders=orders)
+    seeds = arguments.seeds_of(seed, size)
+    arguments.check_whole(samples=samples, strata=strata, orders=orders)
     if form == 'multi_sample':
       return bounds.multi_sample(network, c, rows, orders, seeds)
     if form not in FORMS:
@@ -121,11 +121,11 @@ def greedy_matches(
 def _answers(model, prompts, answers, suffixes, guidance, tokens_per_call):
   """Returns queries.Answers and the LikelihoodConfig."""
   texts = {
-    'prompts': batches.texts_of(prompts),
-    'answers': batches.texts_of(answers, 'answers'),
+    'prompts': arguments.texts_of(prompts),
+    'answers': arguments.texts_of(answers, 'answers'),
   }
   if suffixes is not None:
-    texts['suffixes'] = batches.texts_of(suffixes, 'suffixes')
+    texts['suffixes'] = arguments.texts_of(suffixes, 'suffixes')
   sizes = {name: len(found) for name, found in texts.items()}
   if len(set(sizes.values())) > 1:
     named = ', '.join(f'{n} {name}' for name, n in sizes.items())
@@ -138,12 +138,12 @@ def _answers(model, prompts, answers, suffixes, guidance, tokens_per_call):
   if suffixes is not None:
     parts['suffix'] = texts['suffixes']
   encoded = [
-    [batches.ids_of(model, text, name) for text in found]
+    [arguments.ids_of(model, text, name) for text in found]
     for name, found in parts.items()
   ]
   if not isinstance(guidance, numbers.Real) or not 0 <= guidance < np.inf:
     raise UserError(f'guidance={guidance!r} must be a number of at least 0')
-  batches.check_whole(tokens_per_call=tokens_per_call)
+  arguments.check_whole(tokens_per_call=tokens_per_call)
   c = queries.likelihood_config(
     model.config, float(guidance), int(tokens_per_call)
   )
@@ -170,9 +170,12 @@ def _given(network, c, answers, masks, weights):
 def _queries(i, size, masks, weights, num_rows):
   """Returns the estimators.Queries of the given masks of row i."""
   for name, given in (('masks', masks), ('weights', weights)):
-    if given is not None and len(given) != num_rows:
-      raise UserError(f'{name} has {len(given)} elements for {num_rows} rows')
-  masked = batches.checked(f'masks[{i}]', masks[i], (len(masks[i]), size), 'b')
+    found = len(given) if hasattr(given, '__len__') else 0
+    if given is not None and found != num_rows:
+      raise UserError(f'{name} has {found} elements for {num_rows} rows')
+  masked = arguments.checked(
+    f'masks[{i}]', masks[i], (len(masks[i]), size), 'b'
+  )
   masked = np.asarray(masked)
   if not len(masked):
     raise UserError(f'masks[{i}] is empty: give at least one mask')
@@ -181,7 +184,7 @@ def _queries(i, size, masks, weights, num_rows):
     weight = size / np.maximum(count, 1) * (count > 0)
   else:
     weight = np.asarray(
-      batches.checked(f'weights[{i}]', weights[i], (len(masked),), 'fiu'),
+      arguments.checked(f'weights[{i}]', weights[i], (len(masked),), 'fiu'),
       np.float64,
     )
   return estimators.Queries(masked, masked, weight)

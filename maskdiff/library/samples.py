@@ -9,7 +9,7 @@ import numpy as np
 from maskdiff import config as config_lib
 from maskdiff.config.sample import PER_REQUEST, SETTINGS
 from maskdiff.errors import UserError, suggestion
-from maskdiff.library import batches
+from maskdiff.library import arguments
 from maskdiff.sampling import answers, layouts, recording, sampler
 from maskdiff.sampling.prompts import Prompt
 from maskdiff.sampling.request import begin
@@ -70,9 +70,9 @@ def sample(
       a row is longer than the training rows; noise has another shape; or logits
       were NaN or infinite.
   """
-  prompts = batches.texts_of(prompts)
-  seeds = batches.seeds_of(seed, len(prompts))
-  batches.check_whole(batch=batch)
+  prompts = arguments.texts_of(prompts)
+  seeds = arguments.seeds_of(seed, len(prompts))
+  arguments.check_whole(batch=batch)
   shared, per_prompt = _split(settings, len(prompts))
   context = model.config.data.length
   values = _values(model.config, shared | per_prompt[0], gaps, open_length)
@@ -165,14 +165,14 @@ def _text(model, prompt, seed, gaps, settings, limit):
   context = model.config.data.length
   is_text = isinstance(prompt, str)
   if gaps and is_text:
-    encode = lambda part: batches.ids_of(model, part)
+    encode = lambda part: arguments.ids_of(model, part)
     text = answers.encode_text(Prompt(prompt, seed), True, settings, encode)
   else:
     if gaps and hasattr(prompt, '__iter__'):
       tokens = list(prompt)
-      batches.ids_of(model, [t for t in tokens if t is not None])
+      arguments.ids_of(model, [t for t in tokens if t is not None])
     else:
-      tokens = batches.ids_of(model, prompt)
+      tokens = arguments.ids_of(model, prompt)
     shown = prompt if is_text else tokens
     # Checked before the row is made, since gen_length may be huge.
     slots = 1 if limit else settings.gen_length

@@ -1,6 +1,7 @@
 """Parameters under published names: `to_published`, `from_published`."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -51,6 +52,8 @@ def from_published(model, tensors, family=None):
     UserError: a tensor is missing, unknown or has another shape; or see
       `to_published`.
   """
+  if not isinstance(tensors, Mapping):
+    raise UserError('tensors: give a dict from published names to arrays')
   family, left = _family(model, family), dict(tensors)
   params = {}
   old = manifest.flat(model.params)

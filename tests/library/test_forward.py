@@ -192,17 +192,15 @@ def test_loss_under_a_key_is_that_of_training(request, kind):
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_loss_of_a_batch_is_the_mean_over_tokens_of_rows_alone(run, causal):
-  masked = [[True, False, True, False, True], [False, True], [True] * 3]
-  times = [0.5, 0.25, 0.9]
-  draws = {'times': times, 'masked': masked}
-  for model, draws_of in ((run, draws), (causal, {})):
-    found = maskdiff.loss(model, ROWS, **draws_of)
-    total = 0
-    for i, row in enumerate(ROWS):
-      of_row = {name: [values[i]] for name, values in draws_of.items()}
-      total += len(row) * maskdiff.loss(model, [row], **of_row)
-    np.testing.assert_allclose(found, total / 10, rtol=1e-5)
+def test_loss_of_a_batch_is_the_mean_over_tokens_of_rows_alone(run):
+  masked = [[True, False, True, False, True], [False, True]]
+  times = [0.5, 0.25]
+  found = maskdiff.loss(run, ROWS[:2], times=times, masked=masked)
+  total = sum(
+    len(row) * maskdiff.loss(run, [row], times=[t], masked=[of_row])
+    for row, t, of_row in zip(ROWS, times, masked, strict=False)
+  )
+  np.testing.assert_allclose(found, total / 7, rtol=1e-5)
 
 
 def test_loss_of_a_mask_is_the_weighted_cross_entropy_of_the_logits(model):
@@ -255,6 +253,43 @@ def test_a_mask_ratio_determines_the_time(run, schedule):
   ratio = [float(c.mask_ratio(jnp.float32(0.3)))]
   by_ratio = maskdiff.loss(changed, [[9, 10, 11]], mask_ratio=ratio, **draws)
   np.testing.assert_allclose(by_time, by_ratio, rtol=1e-5)
+
+
+def test_functions_can_be_called_inside_jit(run):
+  """Parameters of the closure are constants; tokens and draws are arguments."""
+  rows, masked = (
+    np.array(ROWS[:1]),
+    np.array([[True, False, True, True, False]]),
+  )
+
+  def loss(rows, times, masked, doc):
+    return maskdiff.loss(run, rows, times=times, masked=masked, doc=doc)
+
+  arguments = rows, np.array([0.5]), masked, np.zeros_like(rows)
+  found = jax.jit(loss)(*arguments)
+  np.testing.assert_allclose(found, loss(*arguments), rtol=1e-6)
+  with jax.set_mesh(run.mesh):
+    found = jax.jit(lambda rows: maskdiff.logits(run, rows))(rows)
+  expected = maskdiff.logits(run, rows)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_gradients_have_the_dtype_of_the_parameters(run):
+  half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+  gradient = jax.grad(
+    lambda params: maskdiff.loss(
+      dataclasses.replace(run, params=params),
+      ROWS[:1],
+      times=[0.5],
+      masked=[[True, False, True, False, False]],
+    )
+  )
+  expected, found = gradient(run.params), gradient(half(run.params))
+  leaves = jax.tree.leaves(expected)
+  for a, b in zip(jax.tree.leaves(found), leaves, strict=True):
+    assert (a.dtype, b.dtype) == (jnp.bfloat16, jnp.float32)
+    atol = 0.05 * max(float(jnp.abs(x).max()) for x in leaves)
+    np.testing.assert_allclose(a.astype(b.dtype), b, rtol=0, atol=atol)
 
 
 # Compilations and errors
@@ -310,6 +345,7 @@ TWO = [[9, 10]]
     (TWO, {'lengths': [2]}, 'lengths: are for rows that are one array'),
     (np.array(TWO), {'lengths': [3]}, r'lengths=\[3\] must lie in \[0, 2\]'),
     (np.array(TWO), {'lengths': [2, 2]}, r'lengths is int64 of shape \[2\]'),
+    (np.array(TWO), {'lengths': [0]}, 'rows have no tokens'),
     (TWO, {'doc': [[0]] * 2}, 'doc: give 1 rows of up to 2 values'),
     (TWO, {'doc': np.zeros((1, 2))}, 'doc is float64 of shape'),
   ],
@@ -334,13 +370,14 @@ def test_bad_rows_are_one_line(run, rows, arguments, message):
     (TWO, {**GIVEN, 'times': [0.5, 0.5]}, r'give float of shape \[1\]'),
     (TWO, {**GIVEN, 'masked': [[1, 0]]}, 'masked is int64 .* give bool'),
     (TWO, {**GIVEN, 'answer': [[1, 0]]}, 'answer is int64 .* give bool'),
-    (TWO, {**GIVEN, 'key': jax.random.key}, 'leave out times and masked'),
-    (TWO, {'key': jax.random.key}, 'give an even number'),
+    (TWO, {**GIVEN, 'key': 0}, 'leave out times and masked'),
+    (TWO, {'key': 0}, 'give an even number'),
+    (TWO, {'key': -1}, 'key=-1: give one key of jax.random.key, or an'),
+    (TWO, {'key': np.zeros(2)}, 'give one key'),
+    (TWO, {**GIVEN, 'masked': 5}, 'masked: give 1 rows of up to 2 values'),
   ],
 )
 def test_bad_draws_are_one_line(run, rows, arguments, message):
-  if 'key' in arguments:
-    arguments = {**arguments, 'key': jax.random.key(0)}
   with pytest.raises(maskdiff.UserError, match=message):
     maskdiff.loss(run, rows, **arguments)
 

@@ -230,6 +230,7 @@ def test_other_seeds_and_masks_compile_nothing(run):
     ({'guidance': '1'}, "guidance='1' must be a number"),
     ({'tokens_per_call': 0}, 'tokens_per_call=0 must be an integer'),
     ({'weights': [[1.0]]}, 'weights: are for given masks'),
+    ({'masks': 5}, 'masks has 0 elements'),
     ({'masks': []}, 'masks has 0 elements for 1 rows'),
     (
       {'masks': [[[True, True]]]},

@@ -138,6 +138,8 @@ def test_wrong_tensors_are_named(golden):
     changed = {k: v for k, v in (tensors | changes).items() if v is not None}
     with pytest.raises(maskdiff.UserError, match=message):
       maskdiff.from_published(golden, changed)
+  with pytest.raises(maskdiff.UserError, match='give a dict from published'):
+    maskdiff.from_published(golden, [])
   with pytest.raises(maskdiff.UserError, match="did you mean 'llada'"):
     maskdiff.to_published(golden, 'lada')
   with pytest.raises(maskdiff.UserError, match='dream does not support'):

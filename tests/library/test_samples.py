@@ -88,7 +88,7 @@ def test_left_to_right_samples_equal_those_of_the_script(causal):
 
 
 def test_open_answers_fill_the_row(run):
-  (found,) = maskdiff.sample(run, ['def '], open_length=True, block_length=8)
+  (found,) = maskdiff.sample(run, ['def '], open_length=True, block_length=32)
   assert found['settings']['stop_at_eos']
   assert len(found['given_ids']) + len(found['slots']) == 32
 
