@@ -1,17 +1,17 @@
 """Log-likelihoods: `maskdiff.log_likelihood`, `maskdiff.greedy_matches`."""
 
-import numbers
-
 import jax
 import numpy as np
 
+from maskdiff.config.key import check_value
+from maskdiff.config.sample import SETTINGS
 from maskdiff.errors import UserError, suggestion
 from maskdiff.evals.scored import split_space
 from maskdiff.library import arguments
-from maskdiff.likelihood import bounds, estimators, queries
+from maskdiff.likelihood import bounds, bracket, estimators, queries
 from maskdiff.objectives.table import OBJECTIVES
 
-FORMS = (*estimators.FORMS, 'left_to_right', 'multi_sample')
+FORMS = (*estimators.FORMS, 'left_to_right', 'multi_sample', 'two_sided')
 
 
 def log_likelihood(
@@ -35,7 +35,7 @@ def log_likelihood(
 
   A masked diffusion model has a bound, which is a mean over masks, or the exact
   chain rule of a decoding order. An autoregressive model has the log-likelihood
-  itself, with a standard error of 0, for every form except multi_sample.
+  itself, with a standard error of 0, and refuses multi_sample and two_sided.
 
   As in launch/evaluate.py, white space at the end of a prompt text moves to the
   answer. Token lists are not changed.
@@ -47,11 +47,12 @@ def log_likelihood(
     suffixes: list of B texts or token lists that follow the answers and are
       never masked; default: empty.
     form: count or bernoulli, for the bound; left_to_right, for the chain rule;
-      or multi_sample, for the importance-weighted bound.
+      multi_sample, for the importance-weighted bound; two_sided, for this bound
+      and one from the other side.
     samples: masks per answer, for the bound.
     strata: masks that share a stratified draw; see estimators.Estimator.
     coupled: use each mask together with its complement.
-    orders: random orders per answer, for multi_sample.
+    orders: random orders per answer, for multi_sample and two_sided.
     seed: seed of the first row, which grows by 1 per row; or a list of B. Rows
       with one seed and equally long answers have the same masks.
     masks: list of B arrays [n, A] of bool, masks of the A tokens of an answer
@@ -65,7 +66,7 @@ def log_likelihood(
   Returns:
     bounds.Estimate: log_likelihood and stderr, [B] float64 each, in nats. The
     standard error is nan if it is unknown. With `masks`, it is that of the mean
-    of independent masks.
+    of independent masks. For two_sided, a bracket.Bracket.
 
   Raises:
     UserError: lists have different lengths, an answer is empty, a row is longer
@@ -86,6 +87,8 @@ def log_likelihood(
     arguments.check_whole(samples=samples, strata=strata, orders=orders)
     if form == 'multi_sample':
       return bounds.multi_sample(network, c, rows, orders, seeds)
+    if form == 'two_sided':
+      return bracket.bracket(network, c, rows, orders, seeds)
     if form not in FORMS:
       raise UserError(
         f'form={form!r}: choose one of {", ".join(FORMS)}'
@@ -141,8 +144,8 @@ def _answers(model, prompts, answers, suffixes, guidance, tokens_per_call):
     [arguments.ids_of(model, text, name) for text in found]
     for name, found in parts.items()
   ]
-  if not isinstance(guidance, numbers.Real) or not 0 <= guidance < np.inf:
-    raise UserError(f'guidance={guidance!r} must be a number of at least 0')
+  guidance = guidance.item() if hasattr(guidance, 'item') else guidance
+  check_value('guidance', SETTINGS['guidance'], guidance)
   arguments.check_whole(tokens_per_call=tokens_per_call)
   c = queries.likelihood_config(
     model.config, float(guidance), int(tokens_per_call)

@@ -16,6 +16,7 @@ import pytest
 
 import maskdiff
 from maskdiff.data.rows import Rows
+from maskdiff.objectives import masked_diffusion
 from maskdiff.training import step
 
 KINDS = ('run', 'causal', 'dream', 'golden')
@@ -290,6 +291,23 @@ def test_gradients_have_the_dtype_of_the_parameters(run):
     assert (a.dtype, b.dtype) == (jnp.bfloat16, jnp.float32)
     atol = 0.05 * max(float(jnp.abs(x).max()) for x in leaves)
     np.testing.assert_allclose(a.astype(b.dtype), b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize('weight', ['importance', 'power'])
+def test_given_times_have_the_weights_of_the_config(run, weight):
+  config = run.config.copy_and_resolve_references()
+  config.objective.update(time_density='bell', weight=weight, weight_power=0.5)
+  changed = dataclasses.replace(run, config=config)
+  c = step.objective_config(config)
+  u, row = jnp.array([0.3]), np.array([[9, 10, 11]])
+  canvas = masked_diffusion.corrupt(
+    c, Rows(row), u, jnp.zeros((1, 3)), jnp.array([3])
+  )
+  t = canvas.mask_ratio  # of the linear schedule
+  draws = {'times': t, 'masked': [[True, False, True]]}
+  found = maskdiff.loss(changed, row, **draws)
+  expected = maskdiff.loss(run, row, **draws) * t * canvas.weights.max()
+  np.testing.assert_allclose(found, expected[0], rtol=1e-5)
 
 
 # Compilations and errors

@@ -102,6 +102,12 @@ def test_multi_sample_bounds_equal_those_of_the_script(run):
     orders=3,
   )
   assert_same(found, lines)
+  both = maskdiff.log_likelihood(
+    run, PROMPTS, ANSWERS, suffixes=[' y'] * 3, form='two_sided', orders=3
+  )
+  assert_same(both.lower, lines)
+  width = both.upper.log_likelihood - both.lower.log_likelihood
+  assert (width > -1e-6).all() and width.max() > 0.1
 
 
 def test_token_lists_equal_texts(run):
@@ -226,8 +232,9 @@ def test_other_seeds_and_masks_compile_nothing(run):
     ({'samples': 0}, 'samples=0 must be an integer of at least 1'),
     ({'form': 'multi_sample', 'orders': 1.5}, 'orders=1.5 must be an integer'),
     ({'seed': [1, 2]}, 'give an integer, or a list of 1'),
-    ({'guidance': math.nan}, 'guidance=nan must be a number of at least 0'),
-    ({'guidance': '1'}, "guidance='1' must be a number"),
+    ({'guidance': math.nan}, 'guidance=nan: must be finite'),
+    ({'guidance': '1'}, "guidance='1': must be float, not str"),
+    ({'guidance': 1e6}, 'guidance=1000000.0: must be at most 1000'),
     ({'tokens_per_call': 0}, 'tokens_per_call=0 must be an integer'),
     ({'weights': [[1.0]]}, 'weights: are for given masks'),
     ({'masks': 5}, 'masks has 0 elements'),
