@@ -24,7 +24,6 @@ def with_settings(config, settings):
     if key not in SETTINGS:
       raise UserError(
         f'sampler setting {key!r}: choose among {", ".join(sorted(SETTINGS))}'
-        + suggestion(key, SETTINGS)
       )
     try:
       if value is None:

@@ -117,7 +117,7 @@ def _split(settings, size):
         f'unknown setting {name!r}{suggestion(name, SETTINGS)}; settings: '
         f'{", ".join(SETTINGS)}'
       )
-    if isinstance(value, str) or np.ndim(value) == 0:
+    if not isinstance(value, list | tuple) and not getattr(value, 'ndim', 0):
       shared[name] = _python(value)
       continue
     if name not in PER_REQUEST:
@@ -125,7 +125,7 @@ def _split(settings, size):
         f'{name}={value!r}: all prompts share one value; settings that may '
         f'differ by prompt: {", ".join(PER_REQUEST)}'
       )
-    if np.shape(value) != (size,):
+    if len(value) != size:
       raise UserError(
         f'{name}={value!r}: give one value, or {size}, one per prompt'
       )
@@ -166,7 +166,9 @@ def _text(model, prompt, seed, gaps, settings, limit):
   is_text = isinstance(prompt, str)
   if gaps and is_text:
     encode = lambda part: arguments.ids_of(model, part)
-    text = answers.encode_text(Prompt(prompt, seed), True, settings, encode)
+    text = answers.encode_text(
+      Prompt(prompt, seed), True, settings, encode, context
+    )
   else:
     if gaps and hasattr(prompt, '__iter__'):
       tokens = list(prompt)

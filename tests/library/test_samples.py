@@ -35,7 +35,7 @@ def by_script(model, texts, values, gaps=False, changes=({}, {}, {}), seed=0):
     own = of_request(model.config, values, change, gaps, steps)[1]
     prompt = Prompt(text, seed + i)
     encode = model.tokenizer.encode
-    encoded.append(answers.encode_text(prompt, gaps, own, encode))
+    encoded.append(answers.encode_text(prompt, gaps, own, encode, context))
   s = answers.Sampling(
     model.network,
     answers.fit(c, encoded, settings),
@@ -228,6 +228,8 @@ NOISE = np.zeros((1, 4, 4, 4096), np.float32)
     (['a'], {'temperature': math.nan}, 'temperature'),
     (['a'], {'temperature': -1.0}, 'temperature=-1.0: must be at least 0'),
     (['a'], {'temperature': [1, 1]}, 'give one value, or 1, one per prompt'),
+    (['a'], {'temperature': [[1, 2]]}, 'temperature'),
+    (['a'], {'temperature': {}}, 'temperature={}: must be float'),
     (['a'], {'remasking': 'lowest'}, "remasking='lowest': choose one of"),
     (['a'], {'remasking': ['random']}, 'all prompts share one value'),
     (['a'], {'threshold': 0.5}, 'threshold is for .*remasking threshold only'),
