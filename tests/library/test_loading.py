@@ -1,6 +1,7 @@
 """Loading of models, parameters under published names, cheap import."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import subprocess
@@ -70,6 +71,19 @@ def test_a_published_folder_loads_with_and_without_its_tokenizer(tmp_path):
   assert model.tokenizer.encode('a') and model.network.eos_id == 257
   model = maskdiff.load(folder, with_tokenizer=False, dtype='bfloat16')
   assert (model.tokenizer, model.dtype) == (None, 'bfloat16')
+
+
+def test_a_missing_mask_id_can_be_set(tmp_path):
+  folder = published_folders.make(tmp_path / 'in', tokenizer=False)
+  config = json.loads((folder / 'config.json').read_text())
+  del config['mask_token_id']
+  (folder / 'config.json').write_text(json.dumps(config))
+  model = maskdiff.load(folder)
+  with pytest.raises(maskdiff.UserError, match='mask token is not known'):
+    maskdiff.logits(model, [[9]])
+  model.config.tokens.mask_id = 258
+  (answer,) = maskdiff.sample(model, [[9]], gen_length=2)
+  assert len(answer['ids']) == 2
 
 
 def test_bad_folders_are_one_line(tmp_path):
