@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff.evals import answered, heldout
+from maskdiff.evals import heldout
 from maskdiff.interop import load
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.settings import sampler_config
@@ -53,7 +53,7 @@ def main():
   parser.add_argument('--num', type=int, default=32, help='texts')
   parser.add_argument('--out', help='file for the plot')
   args = parser.parse_args()
-  model = answered.Model(*load.load(args.workdir))
+  model = load.Model(*load.load(args.workdir))
   found = {}
   for name, (rule, temperature) in RULES.items():
     found[name] = order = positions(model, rule, temperature, args.num) + 1

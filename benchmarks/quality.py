@@ -49,7 +49,7 @@ def measure(task, workdir, num):
     Dict from a rule to a list of (forward passes per token, accuracy, standard
     error, setting).
   """
-  model = answered.Model(*load.load(workdir))
+  model = load.Model(*load.load(workdir))
   lines = puzzles.make(task, 0, num)
   slots = len(model.tokenizer.encode(lines[0]['answer'])) + 1
   points = {}

@@ -142,7 +142,7 @@ def evaluate(args):
   if args.form in FORMS and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = config.parse_pairs(args.sample)
-  model = answered_lib.Model(*load.load(args.workdir, args.tensor, args.dtype))
+  model = load.Model(*load.load(args.workdir, args.tensor, args.dtype))
   if lines is None:
     lines = [scored.Line(*line) for line in generate(args, model)]
   if answered:

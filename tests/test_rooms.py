@@ -26,6 +26,7 @@ ROOMS = (
   ('training',),
   ('evals',),
   ('planner',),
+  ('library',),
 )
 LEVEL = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
 MAX_MODULES_AT_THE_TOP = 3

@@ -8,30 +8,9 @@ import jax
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError
 from maskdiff.evals.scored import accuracy
-from maskdiff.interop import load
 from maskdiff.sampling import layouts
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import describe, sampler_config
-
-
-class Model(NamedTuple):
-  """A loaded model: the results of `load.load`."""
-
-  config: object  # ConfigDict of the run
-  tokenizer: object  # data.tokenizer.Tokenizer
-  params: dict
-  mesh: jax.sharding.Mesh
-
-  @property
-  def network(self):
-    """model.network.Network, for sampling and scoring."""
-    return load.network(self.config, self.params)
-
-  @property
-  def dtype(self):
-    """Names of the parameters' dtypes, separated by commas."""
-    names = {x.dtype.name for x in jax.tree.leaves(self.params)}
-    return ', '.join(sorted(names))
 
 
 class Completions(NamedTuple):

@@ -99,7 +99,7 @@ class MaskDiff(TemplateLM):
     self.estimator = None
     if form != 'left_to_right':
       self.estimator = Estimator(form, samples, strata, coupled)
-    self.model = answered.Model(*load.load(workdir, tensor, dtype))
+    self.model = load.Model(*load.load(workdir, tensor, dtype))
     config = self.model.config
     # `steps` is checked later, since it depends on a task's gen_length.
     checked = {k: v for k, v in self.sampler_settings.items() if k != 'steps'}

@@ -272,8 +272,7 @@ def _encode(line, answer, tokenizer, context):
   Raises:
     UserError: the row is longer than the context.
   """
-  prompt = line.value['prompt'].rstrip()
-  answer = line.value['prompt'][len(prompt) :] + answer
+  prompt, answer = split_space(line.value['prompt'], answer)
   suffix = line.value.get('suffix', '')
   parts = [tokenizer.encode(text) for text in (prompt, answer, suffix)]
   length = sum(map(len, parts))
@@ -284,6 +283,12 @@ def _encode(line, answer, tokenizer, context):
       f'rows had {context}: shorten the line'
     )
   return *parts, len(answer.encode())
+
+
+def split_space(prompt, answer):
+  """Returns prompt and answer with white space between them in the answer."""
+  stripped = prompt.rstrip()
+  return stripped, prompt[len(stripped) :] + answer
 
 
 def accuracy(name, correct):

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import os
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest, restore
@@ -17,6 +19,42 @@ from maskdiff.model import transformer
 from maskdiff.model.network import Network
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives.table import OBJECTIVES
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Model:
+  """A loaded model: the results of `load`.
+
+  Attributes:
+    config: ConfigDict of the run.
+    tokenizer: data.tokenizer.Tokenizer; None for a model without one.
+    params: parameter tree, which dataclasses.replace can exchange.
+    mesh: device mesh of the parameters.
+  """
+
+  config: ConfigDict
+  tokenizer: Any
+  params: Any
+  mesh: jax.sharding.Mesh
+
+  @property
+  def network(self):
+    """The model.network.Network, for sampling and scoring."""
+    return network(self.config, self.params)
+
+  @property
+  def dtype(self):
+    """Names of the parameters' dtypes, separated by commas."""
+    names = {x.dtype.name for x in jax.tree.leaves(self.params)}
+    return ', '.join(sorted(names))
+
+  def __repr__(self):
+    size = sum(x.size for x in jax.tree.leaves(self.params))
+    tokenizer = self.tokenizer and self.tokenizer.path
+    return (
+      f'Model({self.config.objective.name}, {size:,} parameters, {self.dtype}, '
+      f'tokenizer={tokenizer!r})'
+    )
 
 
 def load(workdir, tensor=1, dtype=None):

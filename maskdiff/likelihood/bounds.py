@@ -87,7 +87,7 @@ def bound(network, c, answers, estimator, seeds):
     )
   )
   shape = (len(rows), estimator.groups, estimator.samples // estimator.groups)
-  return Estimate(*_mean(np.reshape(values, shape).mean(axis=2)))
+  return Estimate(*mean_and_stderr(np.reshape(values, shape).mean(axis=2)))
 
 
 def chain_rule(network, c, answers, orders=None):
@@ -192,11 +192,11 @@ def log_mean(log_p):
     log_p: [B, K] float64, nats, of K independent draws.
   """
   peak = log_p.max(axis=1)
-  mean, stderr = _mean(np.exp(log_p - peak[:, None]))
+  mean, stderr = mean_and_stderr(np.exp(log_p - peak[:, None]))
   return Estimate(peak + np.log(mean), stderr / mean)
 
 
-def _mean(values):
+def mean_and_stderr(values):
   """Returns the mean over n independent columns and its standard error.
 
   Args:

@@ -212,7 +212,8 @@ def lookup(table, tokens, dtype):
   over thousands of positions.
 
   Args:
-    table: [V, D] float32.
+    table: [V, D] float32; or of a lower precision, for a model that was loaded
+      in it.
     tokens: [B, L] int32.
     dtype: dtype of the result.
   """
@@ -247,7 +248,7 @@ def _lookup_backward(dtype, residuals, d_rows):
     return jax.lax.psum(d_table, ('replica', 'sequence'))
 
   if mesh.empty:
-    return add_up(tokens, d_rows, 0), None
+    return add_up(tokens, d_rows, 0).astype(table.dtype), None
   rows = P(BATCH_AXES, 'sequence')
   d_table = jax.shard_map(
     on_device,
@@ -256,7 +257,7 @@ def _lookup_backward(dtype, residuals, d_rows):
     # Each device along `tensor` sums its own vocabulary rows, without a psum.
     check_vma=False,
   )(tokens, d_rows)
-  return d_table, None
+  return d_table.astype(table.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

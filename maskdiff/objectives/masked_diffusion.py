@@ -77,12 +77,38 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
     progress: see `make_canvas`.
   """
   t, weight = _times_and_weights(c, u, progress)
+  masked = noise < c.schedule.mask_ratio(t)[:, None]
+  return _canvas(c, rows, t, weight, masked, lengths)
+
+
+def with_masks(c, rows, t, masked, lengths):
+  """Returns the Canvas of masked diffusion for given times and masks.
+
+  The weights are those of the start of the training; see ObjectiveConfig.
+
+  Args:
+    c: ObjectiveConfig.
+    rows: data.rows.Rows of [B, L], clean.
+    t: [B] float32 in (0, 1], the times, which determine the weights.
+    masked: [B, L] bool; prompts and padding are never masked.
+    lengths: [B] int32, tokens of each row before the cut.
+  """
+  early = c.uniform_after > 0
+  weight = c.weight if early else Weight()
+  density = c.time_density if early else TimeDensity()
+  d = (t - c.eps) / (1 - c.eps)
+  weights = weight.at(c.schedule, density, c.eps, d)
+  return _canvas(c, rows, t, weights, masked, lengths)
+
+
+def _canvas(c, rows, t, weight, masked, lengths):
+  """Returns the Canvas for times, weights and masks of every row."""
   mask_ratio = c.schedule.mask_ratio(t)
   valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
   if rows.doc is not None:
     valid = valid & text_positions(rows)
   answer = answer_positions(rows, valid)
-  masked = answer & (noise < mask_ratio[:, None])
+  masked = answer & masked
   noisy = jnp.where(masked, c.mask_id, rows.tokens)
   # Without columns, the lengths need no sum over a sharded axis.
   num_tokens = answer.sum(axis=1) if rows.columns else lengths

@@ -34,6 +34,14 @@ class Schedule:
       'cosine': lambda: jnp.sin(jnp.pi / 2 * t),
     }[self.name]()
 
+  def time(self, mask_ratio):
+    """Returns the time t of a mask ratio; inverts `mask_ratio`."""
+    return {
+      'linear': lambda: mask_ratio,
+      'polynomial': lambda: mask_ratio ** (1 / self.power),
+      'cosine': lambda: 2 / jnp.pi * jnp.arcsin(mask_ratio),
+    }[self.name]()
+
   def weight(self, t):
     """Returns -alpha'(t) / (1 - alpha(t)), the loss weight, for t > 0."""
     return {

@@ -33,6 +33,8 @@ class Objective:
       a KV cache of committed tokens stays exact.
     attention_flops: attention FLOPs of a training step per token, in units of
       N L H K (layers, length, heads, head dimension).
+    with_masks: (ObjectiveConfig, Rows of [B, L], times [B], masked [B, L] bool,
+      lengths [B]) -> Canvas for given masks; None if the objective draws none.
   """
 
   make_canvas: Callable
@@ -42,6 +44,7 @@ class Objective:
   can_guide: bool
   exact_cache: bool
   attention_flops: int
+  with_masks: Callable | None = None
 
   @property
   def left_to_right(self):
@@ -57,6 +60,7 @@ OBJECTIVES = {
     can_guide=True,
     exact_cache=False,
     attention_flops=12,
+    with_masks=masked_diffusion.with_masks,
   ),
   'autoregressive': Objective(
     make_canvas=autoregressive.make_canvas,

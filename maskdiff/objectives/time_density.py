@@ -105,7 +105,10 @@ class Weight:
       eps: times are (1 - eps) d + eps, where d has the density.
       u: uniform draws, an array.
     """
-    d = density.quantile(u)
+    return self.at(schedule, density, eps, density.quantile(u))
+
+  def at(self, schedule, density, eps, d):
+    """Returns the weights at draws d of the density; arguments as above."""
     return self._scale(schedule, density, eps) * self._raw(
       schedule, density, eps, d
     )

@@ -50,7 +50,7 @@ class Sampling(NamedTuple):
 
   network: Network
   c: SamplerConfig
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | None  # None: answers have no texts
   context: int  # tokens of a training row
   trajectory: bool = False  # whether answers have the step of every slot
 
@@ -106,13 +106,15 @@ def fit(c, texts, settings):
   )
 
 
-def filled(s, texts, batch):
+def filled(s, texts, batch, length=0):
   """Yields each Text with its serve.Answer, in order.
 
   Args:
     s: Sampling.
     texts: list of Text.
     batch: number of rows sampled at once.
+    length: positions for which the program is compiled; by default those of the
+      longest text. Padding does not change the answers.
 
   Raises:
     UserError: a request is not valid; the texts before it have been yielded. Or
@@ -122,7 +124,7 @@ def filled(s, texts, batch):
     RowRequest(i, text.row, text.prompt.seed, text.settings)
     for i, text in enumerate(texts)
   )
-  length = max(len(text.row) for text in texts)
+  length = length or max(len(text.row) for text in texts)
   waiting, first, broken = {}, 0, []
   rows = min(batch, len(texts))
   for answer in serve(s.network, s.c, requests, rows, length):
@@ -210,8 +212,7 @@ def converse(s, settings, lines, seed, note, gap_steps=None):
   for line in lines:
     try:
       c, text = _encode_line(s, settings, line, seed, gap_steps)
-      length = max(SHORTEST_ROW, 1 << (len(text.row) - 1).bit_length())
-      length = min(length, s.context)  # at least that of the row
+      length = padded_length(len(text.row), s.context)
       if (c, length) not in compiled:
         note(f'compiling for texts of up to {length} tokens')
         compiled.add((c, length))
@@ -224,6 +225,19 @@ def converse(s, settings, lines, seed, note, gap_steps=None):
       continue
     seed += 1
     yield as_dict(s._replace(c=c), text, answer)
+
+
+def padded_length(length, context):
+  """Returns the length that rows are padded to, so that few are compiled.
+
+  Args:
+    length: positions of the longest row, at most `context`.
+    context: tokens of a training row.
+
+  Returns:
+    A power of two of at least SHORTEST_ROW, or the context if that is shorter.
+  """
+  return min(max(SHORTEST_ROW, 1 << (length - 1).bit_length()), context)
 
 
 def _encode_line(s, settings, line, seed, gap_steps):
@@ -269,12 +283,12 @@ def as_dict(s, text, answer):
   result = {
     'infill' if text.gaps else 'prompt': text.prompt.text,
     'seed': text.prompt.seed,
-    'text': _text_after(s, text, recorded, recording.num_steps(recorded)),
+    **({'text': _filled_text(s, text, recorded)} if s.tokenizer else {}),
     'tokens': int(in_answer.sum()),
     'forwards': answer.forwards,
     'positions': answer.positions,
   }
-  if not text.gaps:
+  if s.tokenizer and not text.gaps:
     result['answer'] = s.tokenizer.decode(recorded.tokens[in_answer])
   if s.trajectory:
     result |= trajectory(recorded)
@@ -299,6 +313,10 @@ def _text_after(s, text, recorded, step):
   tokens = recording.canvas_after(recorded, step, s.network.mask_id)
   shown = ~recorded.fill | _in_answer(s, text, recorded, tokens)
   return s.tokenizer.decode(tokens[shown])
+
+
+def _filled_text(s, text, recorded):
+  return _text_after(s, text, recorded, recording.num_steps(recorded))
 
 
 def _in_answer(s, text, recorded, tokens):

@@ -87,7 +87,12 @@ def truncate(logits, top_k, top_p):
 
 
 def gumbel(keys, shape):
-  """Returns [B, *shape] float32 Gumbel noise, each row from its own key."""
+  """Returns [B, *shape] float32 Gumbel noise, each row from its own key.
+
+  `keys` may also be the noise itself, which is then returned.
+  """
+  if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+    return keys
   return jax.vmap(lambda key: jax.random.gumbel(key, shape))(keys)
 
 
@@ -103,7 +108,7 @@ def draw(logits, temperature, top_k, top_p, keys):
     temperature: [B] float32; 0 takes the most probable token.
     top_k: [B] int32, see `truncate`; not used at temperature 0.
     top_p: [B] float32, see `truncate`; not used at temperature 0.
-    keys: [B] PRNG keys.
+    keys: [B] PRNG keys, or Gumbel noise [B, S, V].
 
   Returns:
     [B, S] int32.

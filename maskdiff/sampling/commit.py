@@ -29,6 +29,35 @@ def step_keys(seeds, block, step):
   return jax.vmap(jax.random.split, out_axes=1)(keys)
 
 
+def noise_of_step(layout, carry):
+  """Returns the noise of a denoising step: PRNG keys, or the noise itself.
+
+  Args:
+    layout: Layout.
+    carry: Carry before the step.
+
+  Returns:
+    For drawing tokens: [B] PRNG keys, or Gumbel noise [B, S, V] if the Layout
+    has it. For the remasking rule: [B] keys, or uniform numbers [B, S].
+  """
+  keys = step_keys(layout.seeds, carry.block, carry.step)
+
+  def current(noise):
+    steps, blocks = noise.shape[1:3]
+    return noise[
+      jnp.arange(len(noise)),
+      jnp.minimum(carry.total_steps, steps - 1),
+      jnp.minimum(carry.block, blocks - 1),
+    ]
+
+  return tuple(
+    of_keys if given is None else current(given)
+    for of_keys, given in zip(
+      keys, (layout.gumbel, layout.uniform), strict=True
+    )
+  )
+
+
 def predict(network, c, settings, logits, keys):
   """Draws a token for every slot of a block.
 
@@ -37,7 +66,7 @@ def predict(network, c, settings, logits, keys):
     c: SamplerConfig.
     settings: Settings, each field [B].
     logits: [B, S, V] float32.
-    keys: [B] PRNG keys.
+    keys: [B] PRNG keys, or Gumbel noise [B, S, V].
 
   Returns:
     token [B, S] int32; and [B, S] float32, its confidence, NaN where logits

@@ -7,7 +7,7 @@ slots of the current block:
     masked      [B, S] bool, slots that may be committed
     budget      [B] int32, number of tokens to commit in this step; some rules
                 take [B] float32 of another quantity, named in their docstring
-    keys        [B] PRNG keys, one per row
+    keys        [B] PRNG keys, one per row; or the uniform numbers [B, S]
     committed   [B, S] bool, a subset of `masked`
 
 The other slots stay masked. The result for a row depends on that row only.
@@ -82,7 +82,12 @@ def commit_top(score, masked, budget):
 
 
 def uniform(keys, slots):
-  """Returns [B, slots] float32 in [0, 1), each row from its own key."""
+  """Returns [B, slots] float32 in [0, 1), each row from its own key.
+
+  `keys` may also be these numbers, which are then returned.
+  """
+  if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+    return keys
   return jax.vmap(lambda key: jax.random.uniform(key, (slots,)))(keys)
 
 

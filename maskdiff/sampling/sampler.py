@@ -228,7 +228,7 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
   """
   block, step, settings = carry.block, carry.step, layout.settings
   masked = current(carry.masked, block) & active[:, None]
-  draw_keys, rule_keys = commit.step_keys(layout.seeds, block, step)
+  draw_keys, rule_keys = commit.noise_of_step(layout, carry)
 
   # The network's predictions.
   token, confidence = commit.predict(network, c, settings, logits, draw_keys)

@@ -1,7 +1,8 @@
 """The denoising loop: its state (Carry) and its constants (Layout).
 
 Every row has its own blocks and its own step, so rows of a batch do not wait
-for each other. Letters: B rows, L positions, S slots per block.
+for each other. Letters: B rows, L positions, S slots per block,
+V vocabulary size.
 """
 
 from typing import NamedTuple
@@ -47,6 +48,11 @@ class Layout(NamedTuple):
   steps: jax.Array  # [B] int32, denoising steps per block
   seeds: jax.Array  # [B] uint32
   settings: Settings  # each field [B]
+  # Noise of every denoising step in place of that of the seeds, or None: Gumbel
+  # noise of the tokens [B, steps, blocks, S, V], and uniform numbers of the
+  # remasking rule [B, steps, blocks, S]; both float32.
+  gumbel: jax.Array | None = None
+  uniform: jax.Array | None = None
 
 
 def current(x, block):

@@ -52,7 +52,7 @@ def model(tokenizer, monkeypatch):
     table = np.full((len(rows), 64), tokenizer.eos_id, np.int32)
     for i, row in enumerate(rows):
       table[i, : len(row)] = row
-    return answered.Model(
+    return load.Model(
       config, tokenizer, jnp.asarray(table), mesh.make_mesh(fsdp=8)
     )
 

@@ -1,0 +1,54 @@
+"""Opens a trained model: `maskdiff.load`."""
+
+import os
+
+import jax
+from absl import logging
+
+from maskdiff.config.command_line import WEIGHT_DTYPES
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.errors import UserError, suggestion
+from maskdiff.files.paths import local_path
+from maskdiff.interop import hf_tokenizer
+from maskdiff.interop import load as load_lib
+
+
+def load(path, tensor=1, dtype=None, with_tokenizer=True):
+  """Loads a run or a Hugging Face folder onto all devices.
+
+  Args:
+    path: work directory of a run or of a conversion, or a Hugging Face folder.
+    tensor: number of devices among which every layer is split.
+    dtype: name of the parameters' dtype; default: as stored.
+    with_tokenizer: whether to load the tokenizer. A folder without one gives a
+      Model without one, whose special ids are those of its config.
+
+  Returns:
+    interop.load.Model: config, tokenizer (or None), params, mesh.
+
+  Raises:
+    UserError: the folder does not exist, or its model cannot be loaded.
+  """
+  path = str(local_path(path))
+  if not os.path.isdir(path):
+    raise UserError(
+      f'there is no folder {path!r}: give the work directory of a run, or a '
+      'Hugging Face folder'
+    )
+  if dtype is not None and dtype not in WEIGHT_DTYPES:
+    raise UserError(
+      f'dtype={dtype!r}: choose one of {", ".join(WEIGHT_DTYPES)}'
+      + suggestion(dtype, WEIGHT_DTYPES)
+    )
+  # Orbax warns that the checkpoint is opened read-only, which is intended.
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    if with_tokenizer and hf_tokenizer.has_tokenizer(path):
+      return load_lib.Model(*load_lib.load(path, tensor, dtype))
+    slices = mesh_lib.split_by_slice(jax.devices())
+    mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
+    config, params = load_lib.load_params(path, mesh, dtype)
+  finally:
+    logging.set_verbosity(verbosity)
+  return load_lib.Model(config, None, params, mesh)
