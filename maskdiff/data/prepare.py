@@ -74,7 +74,8 @@ def prepare(
 
   Raises:
     UserError: heldout_fraction is not in [0, 1], the text does not fill one
-      row, the disk is full or not writable, the directory holds other data, input is damaged, or a worker was killed.
+      row, the disk is full or not writable, the directory holds other data,
+      input is damaged, or a worker was killed.
   """
   check_heldout_fraction(heldout_fraction)
   directory = local_path(directory)
@@ -266,7 +267,9 @@ def _do_parts(
 ) -> None:
   """Makes the shards of all unfinished parts."""
   todo = [
-    (i, part) for i, part in enumerate(parts) if not shards.is_done(job, i, tokenizer.vocab_size)
+    (i, part)
+    for i, part in enumerate(parts)
+    if not shards.is_done(job, i, tokenizer.vocab_size)
   ]
   done = len(parts) - len(todo)
   if done:

@@ -79,7 +79,9 @@ def is_done(job: Job, number: int, vocab_size: int) -> bool:
       if array.ndim != 1 or array.dtype != kind:
         return False
     *tokens, counts = others
-    if len(counts) != vocab_size or any((t >= vocab_size).any() for t in tokens):
+    if len(counts) != vocab_size or any(
+      (t >= vocab_size).any() for t in tokens
+    ):
       return False
     shard = _about(str(about))['shard']
     path = job.shard('train', number)

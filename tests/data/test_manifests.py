@@ -96,7 +96,10 @@ HUGE = 10**18
 @pytest.mark.parametrize(
   'place, values',
   [
-    ((*SHARD, 'file'), ['/etc/passwd', '../x', 'x/y', '..', '', 7, None, 'a\0']),
+    (
+      (*SHARD, 'file'),
+      ['/etc/passwd', '../x', 'x/y', '..', '', 7, None, 'a\0'],
+    ),
     ((*SHARD, 'file'), ['b.array_record', '\x1b[2J', ['a.array_record']]),
     ((*SHARD, 'rows'), [-1, 0, HUGE, 10.0, True, '10', float('nan'), None]),
     ((*SHARD, 'bytes'), [-1, 10**19, float('inf'), False]),
@@ -104,7 +107,10 @@ HUGE = 10**18
     (('splits', 'train', 'rows'), [-1, 19, 21, HUGE, True, '20']),
     (('splits', 'train', 'tokens'), [-1, 10**19, 1.5, None]),
     (('splits', 'train', 'shards'), [{}, None, 'ab', [[]], [None] * 3]),
-    (('splits', 'train', 'unigram_entropy_nats'), [float('nan'), -1, '1', True]),
+    (
+      ('splits', 'train', 'unigram_entropy_nats'),
+      [float('nan'), -1, '1', True],
+    ),
     (('splits', 'train'), [None, [], 'x']),
     (('splits',), [[], None, {'train': {}}]),
     (('row_length',), [-1, 0, HUGE, True, 8.0, '8', None]),
@@ -179,9 +185,9 @@ def test_any_damage_to_a_manifest_is_one_line_or_harmless(data, monkeypatch):
   """A seeded fuzz test: no traceback, no file outside the directory."""
   opened, open_regular = [], reading.open_regular
 
-  def spy(path):
+  def spy(path, *buffering):
     opened.append(os.path.realpath(path))
-    return open_regular(path)
+    return open_regular(path, *buffering)
 
   monkeypatch.setattr(reading, 'open_regular', spy)
   path = data / 'manifest.json'
