@@ -84,8 +84,10 @@ def _split(split, where: str, files: set) -> None:
     'shards rows tokens text_bytes documents unigram_entropy_nats',
   )
   _integer(split, 'rows', f'{where}.rows')
-  for name in ('tokens', 'text_bytes', 'documents'):
-    _integer(split, name, f'{where}.{name}', 0, 1 << 62)
+  # Bits per byte divide by the tokens and the bytes of a split that has rows.
+  for name in ('tokens', 'text_bytes'):
+    _integer(split, name, f'{where}.{name}', int(split['rows'] > 0), 1 << 62)
+  _integer(split, 'documents', f'{where}.documents', 0, 1 << 62)
   entropy = split['unigram_entropy_nats']
   _check(
     type(entropy) in (int, float) and 0 <= entropy < math.inf,

@@ -222,7 +222,7 @@ def _open_lock(path: pathlib.Path):
 
 
 def _start_or_resume(job: shards.Job, settings: dict) -> None:
-  path = job.state / 'settings.json'
+  path = job.state / shards.SETTINGS
   if path.exists():
     previous = reading.read_json(path)
     _check_settings(previous, settings, job.directory)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ REASONS = (NOT_UTF8, NOT_JSON, NO_TEXT, EMPTY, NOT_UNICODE)
 # Bytes per read; a mounted bucket gets one request for each.
 _BUFFER = 1 << 20
 _RECORDS_PER_BATCH = 256
+_BATCH_BYTES = 1 << 26  # of Parquet
+_TEXT_TYPES = ('string', 'binary')  # of Parquet
 
 # Largest document and line. Parsed JSON takes up to 20 times its bytes.
 MAX_DOCUMENT_BYTES = 1 << 28
@@ -80,19 +83,40 @@ def _json_lines(path, size, start, stop, text_key):
 
 
 def _parquet_rows(path, size, start, stop, text_key):
-  with open_parquet(path, size, text_key) as file:
+  left = limit = unpack.limit_bytes(size)
+  with open_parquet(path, size, text_key) as (file, dictionaries):
     groups = range(start, stop or file.metadata.num_row_groups)
     row = sum(file.metadata.row_group(g).num_rows for g in range(start))
-    for batch in file.iter_batches(
-      _RECORDS_PER_BATCH, groups, [text_key], use_threads=False
-    ):
-      try:
-        values = batch.column(0).to_pylist()
-      except UnicodeDecodeError:
-        values = batch.column(0).cast('binary').to_pylist()
+    for group in groups:
+      if dictionaries is None:  # the column is not text
+        num_rows = file.metadata.row_group(group).num_rows
+        values = itertools.repeat(None, num_rows)
+      else:
+        values = _parquet_texts(file, dictionaries, group, text_key)
       for value in values:
         yield value, 'row', row
         row += 1
+        left -= len(value or b'')
+        if left < 0:
+          raise unpack.expands(path, limit)
+
+
+def _parquet_texts(file, dictionaries, group: int, text_key: str):
+  """Yields the texts of a row group as bytes or None, few at a time."""
+  read = lambda file, rows: file.iter_batches(
+    rows, [group], [text_key], use_threads=False
+  )
+  # A dictionary stores a repeated text once, but pyarrow copies it for every
+  # row of a batch, so that a small file could fill the memory.
+  longest = 1
+  for batch in itertools.islice(read(dictionaries, 1), 1):
+    lengths = batch.column(0).dictionary.cast('binary')
+    longest = max((len(v.as_py() or b'') for v in lengths), default=1)
+  metadata = file.metadata.row_group(group)
+  mean = metadata.total_byte_size // max(1, metadata.num_rows)
+  rows = _BATCH_BYTES // max(1, longest, mean)
+  for batch in read(file, max(1, min(rows, _RECORDS_PER_BATCH))):
+    yield from batch.column(0).cast('large_binary').to_pylist()
 
 
 def _tfds_records(path, size, start, stop, text_key):
@@ -178,16 +202,40 @@ def tfds_feature(directory: str, text_key: str):
 
 @contextlib.contextmanager
 def open_parquet(path: str, size: int, text_key: str):
-  """Opens a Parquet file; raises UserError if it lacks the column text_key."""
+  """Opens a Parquet file, also to read the dictionaries of a column of text.
+
+  Yields:
+    (file, the same file with the column as dictionaries; None if the column is
+    not text).
+
+  Raises:
+    UserError: the file is damaged, or does not have one column text_key.
+  """
   parquet = unpack.module('pyarrow.parquet')
   damage = unpack.module('pyarrow').ArrowException
   # By default pyarrow holds a whole row group in memory.
   options = dict(pre_buffer=False, buffer_size=_BUFFER)
-  with _open(path, size, damage), parquet.ParquetFile(path, **options) as file:
+  with (
+    _open(path, size, damage),
+    parquet.ParquetFile(path, **options) as file,
+    contextlib.ExitStack() as stack,
+  ):
     names = file.schema_arrow.names
     if text_key not in names:
       raise _no_field(path, text_key, names)
-    yield file
+    if names.count(text_key) > 1:
+      raise UserError(f'{path} has several columns {text_key!r}: rename them')
+    type = file.schema_arrow.field(text_key).type
+    type = str(getattr(type, 'value_type', type))
+    dictionaries = None
+    # The names of nested columns in the file are longer.
+    if (
+      type.removeprefix('large_').removesuffix('_view') in _TEXT_TYPES
+      and file.metadata.schema.names.count(text_key) == 1
+    ):
+      options |= dict(metadata=file.metadata, read_dictionary=[text_key])
+      dictionaries = stack.enter_context(parquet.ParquetFile(path, **options))
+    yield file, dictionaries
 
 
 @contextlib.contextmanager
@@ -242,7 +290,7 @@ def cannot_read(path: str, error: Exception) -> UserError:
 
 
 def _no_field(where: str, text_key: str, names: Iterable[str]) -> UserError:
-  first = ', '.join(repr(name[:40]) for name in sorted(names)[:20])
+  first = ', '.join(repr(name[:40]) for name in sorted(names)[:10])
   return UserError(
     f'{where} has no field {text_key!r} among {first}: set --text_key to the '
     'field that holds the text'

@@ -24,6 +24,7 @@ from maskdiff.files import paths, reading
 
 # Folder of unfinished files and leftovers, deleted at the end.
 STATE = '.prepare'
+SETTINGS = 'settings.json'  # in this folder
 _TEXT_CHARS = 1 << 20  # characters encoded at once
 _BLOCK_TOKENS = 1 << 20  # tokens written at once
 

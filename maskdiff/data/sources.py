@@ -351,7 +351,7 @@ def _ranges(
 
 def _row_group_bytes(i: Input, text_key: str) -> list[int]:
   """Returns the stored bytes of each row group of a Parquet file, estimated."""
-  with readers.open_parquet(i.path, i.size, text_key) as file:
+  with readers.open_parquet(i.path, i.size, text_key) as (file, _):
     groups = range(file.metadata.num_row_groups)
     unpacked = [file.metadata.row_group(g).total_byte_size for g in groups]
   ends = list(itertools.accumulate(unpacked, initial=0))

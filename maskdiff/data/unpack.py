@@ -43,8 +43,21 @@ def unpacked(path: str, file: BinaryIO, size: int, buffer: int) -> BinaryIO:
     file = _Zstandard(file)
   else:
     return file
-  limit = max(MIN_LIMIT_BYTES, MAX_EXPANSION * size)
+  limit = limit_bytes(size)
   return io.BufferedReader(_Limited(path, file, limit), buffer)
+
+
+def limit_bytes(size: int) -> int:
+  """Returns the number of bytes to which a file of a size may grow."""
+  return max(MIN_LIMIT_BYTES, MAX_EXPANSION * size)
+
+
+def expands(path: str, limit: int) -> UserError:
+  """Returns the error for a file that grows to more than `limit` bytes."""
+  return UserError(
+    f'{path} unpacks to more than {limit:,} bytes, over {MAX_EXPANSION:,} '
+    'times its size: remove it, or unpack it first if it is text'
+  )
 
 
 class _Limited(io.RawIOBase):
@@ -61,11 +74,7 @@ class _Limited(io.RawIOBase):
     count = self._file.readinto(buffer)
     self._left -= count
     if self._left < 0:
-      raise UserError(
-        f'{self._path} unpacks to more than {self._limit:,} bytes, '
-        f'{MAX_EXPANSION:,} times its size: remove it, or unpack it first if '
-        'it is text'
-      )
+      raise expands(self._path, self._limit)
     return count
 
 
