@@ -77,10 +77,14 @@ def parse_mixture(path: str) -> list[tuple[str, float]]:
         f'data path {path!r}: {part!r} must be DIRECTORY=WEIGHT with a '
         'positive weight, as in --config.data.path=data/web=0.7,data/code=0.3'
       )
-    if os.path.normpath(directory) in map(os.path.normpath, mixture):
+    if _real_path(directory) in map(_real_path, mixture):
       raise UserError(f'data path {path!r} names {directory} twice')
     mixture[directory] = number
   return list(mixture.items())
+
+
+def _real_path(directory: str) -> str:
+  return os.path.realpath(os.path.expanduser(directory))
 
 
 def train_batches(
