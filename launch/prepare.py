@@ -66,6 +66,13 @@ flags.DEFINE_float(
   upper_bound=1,
 )
 flags.DEFINE_integer(
+  'piece_chars',
+  None,
+  'Cut longer documents into pieces of at most so many characters, each of '
+  'which counts as a document. Default: documents stay whole.',
+  lower_bound=1,
+)
+flags.DEFINE_integer(
   'workers', os.cpu_count() or 1, 'Number of processes.', lower_bound=1
 )
 flags.DEFINE_string(
@@ -86,7 +93,10 @@ flags.DEFINE_string(
 def main(args):
   modes = [m for m in ('out', 'inspect', 'verify') if args[m].value]
   if len(modes) != 1:
-    raise UserError('give one of --out DIR, --inspect DIR and --verify DIR')
+    raise UserError(
+      'give one of --out DIR, the directory to write, --inspect DIR and '
+      '--verify DIR'
+    )
   {'out': prepare, 'inspect': inspect, 'verify': verify}[modes[0]](args)
 
 
@@ -131,9 +141,11 @@ def prepare(args):
   if command := first_run.command(args.out, manifest, tok):
     print(f'to train on these rows:\n{command}')
   else:
+    choices = dataclasses.asdict(first_run.choose(plan))
+    words = ' '.join(f'--{name}={x}' for name, x in choices.items() if x)
     print(
       'note: a run needs two held-out rows and a training row: prepare more '
-      'text, or choose another --heldout_fraction or a shorter --row_length'
+      f'text, or another --out with {words}'
     )
 
 
@@ -144,26 +156,22 @@ def open_tokenizer(args, plan, folder):
   """
   from maskdiff.data import first_run, tokenizer
 
-  row_length, heldout_fraction = args.row_length, args.heldout_fraction
+  names = ('row_length', 'heldout_fraction', 'piece_chars')
+  given = {name: x for name in names if (x := args[name].value) is not None}
   if not args.train_tokenizer:
-    if row_length is None:
-      row_length = ROW_LENGTH
-    if heldout_fraction is None:
-      heldout_fraction = HELDOUT_FRACTION
-    choices = first_run.Choices(row_length, heldout_fraction)
+    defaults = first_run.Choices(ROW_LENGTH, HELDOUT_FRACTION)
+    choices = dataclasses.replace(defaults, **given)
     return tokenizer.load(args.tokenizer), choices
   if found := first_run.stored(args.out):
     tok, choices = found
-    given = {'row_length': row_length, 'heldout_fraction': heldout_fraction}
-    given = {name: x for name, x in given.items() if x is not None}
     if args.vocab_size not in (None, tok.vocab_size):
       raise UserError(
         f'{args.out} was prepared with --vocab_size={tok.vocab_size}: delete '
         'it or choose another directory'
       )
     return tok, dataclasses.replace(choices, **given)
-  choices = first_run.choose(plan, row_length, heldout_fraction)
-  if choices.piece_chars:
+  choices = first_run.choose(plan, **given)
+  if choices.piece_chars and not args.piece_chars:
     print(
       'note: few documents hold most of the text, so it is cut into pieces of '
       f'at most {choices.piece_chars:,} characters, and some of them are held '

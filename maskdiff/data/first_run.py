@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from maskdiff.config import keys
 from maskdiff.data import (
@@ -53,7 +53,10 @@ class Choices:
 
 
 def choose(
-  plan: sources.Plan, row_length: int | None, heldout_fraction: float | None
+  plan: sources.Plan,
+  row_length: int | None = None,
+  heldout_fraction: float | None = None,
+  piece_chars: int | None = None,
 ) -> Choices:
   """Chooses how to prepare some text; values other than None are kept.
 
@@ -66,21 +69,20 @@ def choose(
   if heldout_fraction is not None:
     prepare.check_heldout_fraction(heldout_fraction)
   shares = _SHARES if heldout_fraction is None else (heldout_fraction,)
-  size, chars, held_out = _scan(plan, shares, 0)
+  size, chars, held_out = _scan(plan, shares, piece_chars or 0)
   if row_length is None:
     row_length = next(n for least, n in _ROW_LENGTHS if size >= least)
   # Two rows and the rest that does not fill a row, or as much as is useful.
   row_bytes = row_length * _BYTES_PER_TOKEN
   wanted = max(3 * row_bytes, min(size // 20, _EVAL_ROWS * row_bytes))
-  for piece_chars in (0, _piece_chars(chars)):
-    if piece_chars:
+  tries = (0, _piece_chars(chars)) if piece_chars is None else (piece_chars,)
+  for number, piece_chars in enumerate(tries):
+    if number:
       size, _, held_out = _scan(plan, shares, piece_chars)
     for share, held_out_bytes in zip(shares, held_out, strict=True):
       if wanted <= held_out_bytes <= _MAX_SHARE * size:
         return Choices(row_length, share, piece_chars)
-    if heldout_fraction is not None:
-      return Choices(row_length, heldout_fraction)
-  return Choices(row_length, _SHARES[-1], _piece_chars(chars))
+  return Choices(row_length, shares[-1], tries[-1] * (heldout_fraction != 0))
 
 
 def _piece_chars(chars: int) -> int:
@@ -167,6 +169,43 @@ def stored(
   return tokenizer_lib.load(directory), choices
 
 
+def fit_vocabulary(
+  tokenizer: tokenizer_lib.Tokenizer, tokens: Mapping[str, int], vocab_size: int
+) -> dict[str, int]:
+  """Returns the keys of a config that a tokenizer does not fit.
+
+  Args:
+    tokenizer: the tokenizer as loaded, perhaps without a mask or bos token.
+    tokens: config.tokens, the special ids by name.
+    vocab_size: config.model.vocab_size.
+
+  Returns:
+    Dict from dotted keys to the values that fit. A token that the tokenizer
+    lacks keeps the id of the config, if no text has this id.
+  """
+  changes, needed = {}, tokenizer.vocab_size
+  others = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
+  for name, given in tokens.items():
+    value = getattr(tokenizer, name)
+    if value is None:
+      is_text = _is_text(tokenizer, given)
+      clashes = name == 'mask_id' and given in others
+      value = needed if is_text or clashes else given
+    needed = max(needed, value + 1)
+    if value != given:
+      changes[f'tokens.{name}'] = value
+  if needed > vocab_size:
+    changes['model.vocab_size'] = needed
+  return changes
+
+
+def _is_text(tokenizer: tokenizer_lib.Tokenizer, value: int) -> bool:
+  """Returns whether text could be encoded to an id, or it is no id."""
+  return value < 0 or (
+    value < tokenizer.vocab_size and bool(tokenizer.pieces[value])
+  )
+
+
 def command(
   directory: str, manifest: records.Manifest, tokenizer: tokenizer_lib.Tokenizer
 ) -> str | None:
@@ -187,20 +226,12 @@ def command(
     return None
   # An even number, since evaluation draws times for pairs of rows.
   batch = 1 << (min(heldout, 32).bit_length() - 1)
-  ids, vocab_size = {}, manifest.vocab_size
-  for name, default in keys.SECTIONS['tokens'].items():
-    value = getattr(tokenizer, name)
-    if value is None:  # an id that no text has
-      value = vocab_size
-      vocab_size += 1
-    if value != default.default:
-      ids[f'tokens.{name}'] = value
+  tokens = {n: k.default for n, k in keys.SECTIONS['tokens'].items()}
   values = {
     'data.path': directory,
     'data.tokenizer': directory,
     'data.length': length,
-    'model.vocab_size': vocab_size,
-    **ids,
+    **fit_vocabulary(tokenizer, tokens, 0),
     'eval.batch': batch,
     'eval.batches': min(heldout // batch, _EVAL_ROWS // batch),
   }

@@ -104,10 +104,18 @@ def prepare(
         row_reader.verify(directory, manifest)
         shutil.rmtree(job.state, ignore_errors=True)
         return manifest
+      known = set(os.listdir(directory))
       _start_or_resume(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
       _do_parts(job, tokenizer, plan.parts, workers, log)
-      manifest = shards.conclude(job, plan, tokenizer, settings)
+      try:
+        manifest = shards.conclude(job, plan, tokenizer, settings)
+      except shards.TooShort:
+        # The command with another row length must not find this preparation.
+        shutil.rmtree(job.state, ignore_errors=True)
+        for name in set(os.listdir(directory)) - known:
+          (directory / name).unlink()
+        raise
       records.write_manifest(directory, manifest)
       shutil.rmtree(job.state, ignore_errors=True)
       return manifest

@@ -256,8 +256,8 @@ def read_manifest(directory: str | pathlib.Path) -> Manifest:
   except UserError as e:
     raise UserError(
       f'{e}: it is written when launch/prepare.py has finished; run that '
-      '(again), or set --config.data.path to a prepared directory or to '
-      "'embedded'"
+      f'(again){_text_hint(path.parent)}, or set --config.data.path to a '
+      "prepared directory or to 'embedded'"
     ) from e
   try:
     fields = reading.parse_json(content, MANIFEST)
@@ -270,6 +270,16 @@ def read_manifest(directory: str | pathlib.Path) -> Manifest:
   raise UserError(
     f'{path} has format version {version}, this code reads {FORMAT_VERSION} '
     f'and {COLUMNS_VERSION}: delete the directory and prepare it again'
+  )
+
+
+def _text_hint(directory: pathlib.Path) -> str:
+  # A directory of text, not of rows whose preparation was interrupted.
+  if not directory.is_dir() or (directory / '.prepare').exists():
+    return ''
+  return (
+    f', as in `python launch/prepare.py --source {directory} --out '
+    f'{directory}_rows --train_tokenizer`'
   )
 
 

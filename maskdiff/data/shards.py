@@ -31,6 +31,10 @@ _BLOCK_TOKENS = 1 << 20  # tokens written at once
 _LEFTOVERS = ('about', 'heldout', 'tail', 'counts')
 
 
+class TooShort(UserError):
+  """The text does not fill one row. No shard was written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """Settings that are the same for all parts.
@@ -257,7 +261,7 @@ def conclude(
   """Writes the shards of the leftovers and returns the manifest.
 
   Raises:
-    UserError: the text does not fill one row.
+    TooShort: the text does not fill one row.
     OSError: the disk is full or not writable.
   """
   parts = range(len(plan.parts))
@@ -293,11 +297,7 @@ def conclude(
     for split in records.SPLITS
   }
   if not any(shards.values()):
-    raise UserError(
-      f'{sum(documents.values())} documents do not fill one row of '
-      f'{job.row_length} tokens: give more text or a shorter --row_length, and '
-      'another directory'
-    )
+    raise _too_short(job, parts, sum(documents.values()))
 
   skipped = {}
   for reason, count in (x for a in abouts for x in a['skipped'].items()):
@@ -324,6 +324,20 @@ def conclude(
       )
       for split in records.SPLITS
     },
+  )
+
+
+def _too_short(job: Job, parts: range, documents: int) -> TooShort:
+  tokens = 0
+  for number in parts:
+    with np.load(job.leftovers(number)) as arrays:
+      tokens += len(arrays['tail'])
+  fix = 'give more text'
+  if tokens >= 4:
+    fix += f', or set --row_length={1 << ((tokens // 4).bit_length() - 1)}'
+  return TooShort(
+    f'{documents} documents do not fill one row of {job.row_length} tokens '
+    f'(training text has {tokens}): {fix}'
   )
 
 

@@ -118,6 +118,8 @@ def in_order(open_batches, batch, skip):
   def next_batch(position, params):
     nonlocal batches, end
     if position != end:
+      # Ends the threads that read ahead, if the iterator has any.
+      getattr(batches, 'close', lambda: None)()
       batches = open_batches(position)
     rows = next(batches)
     end = int(pipeline.sample_number(position, batch, skip))

@@ -829,7 +829,7 @@ def test_heldout_rows_are_cut_and_joined_like_those_of_training(
 
 def test_too_many_heldout_batches_are_refused(dataset):
   assert len(heldout(dataset, num_batches=12)) == 12
-  with pytest.raises(UserError, match='config.eval.batches to at most 12') as e:
+  with pytest.raises(UserError, match='config.eval.batches=12') as e:
     heldout(dataset, num_batches=13)
   assert dataset.directory in str(e.value)
   check_one_line(e)
