@@ -234,12 +234,22 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def write_manifest(directory: str | pathlib.Path, manifest: Manifest) -> None:
-  """Writes manifest.json atomically. Call it after the last shard."""
+  """Writes manifest.json atomically. Call it after the last shard.
+
+  Raises:
+    UserError: `read_manifest` would refuse it, for example for a setting that
+      is a list.
+    OSError: the disk is full or the directory is not writable.
+  """
   fields = dataclasses.asdict(manifest)
   if not manifest.columns:
     del fields['columns']  # earlier code does not know the field
   text = json.dumps(fields, indent=2) + '\n'
   path = pathlib.Path(directory) / MANIFEST
+  try:
+    manifest_fields.check(reading.parse_json(text, MANIFEST), SPLITS)
+  except ValueError as e:
+    raise UserError(f'cannot write {path}: {one_line(e)}') from e
   write_file(path, lambda f: f.write(text.encode()))
 
 

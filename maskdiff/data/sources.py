@@ -30,6 +30,7 @@ from maskdiff.files.paths import local_path
 # time. The minimum keeps the cost of starting a part small. The maximum bounds
 # the work that is lost if a machine fails.
 PARTS = 256
+MAX_PARTS = 1 << 16  # a sparse file may seem to have any size
 MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 1 << 30
 
@@ -150,6 +151,7 @@ def plan(
   if not total:
     raise UserError(f'no text in {", ".join(specs)}: give files with text')
   target = min(max(total // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+  target = max(target, total // MAX_PARTS)
   parts = tuple(_parts(inputs, text_key, target))
   content = [
     [(i.name, i.size) for i in inputs],

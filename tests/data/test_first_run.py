@@ -5,10 +5,12 @@ import json
 import os
 import pathlib
 import random
+import re
 import shlex
 import tempfile
 
 import forked
+import jax
 import pytest
 import tiny
 
@@ -23,7 +25,9 @@ from maskdiff.data import (
   tokenizer,
   tokenizer_training,
 )
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
+from maskdiff.training import inputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = ROOT / 'tokenizer' / 'stdlib_4k.model'
@@ -245,3 +249,88 @@ def test_rows_without_held_out_text_have_no_command(tmp_path):
   manifest, tok = prepared(path, tmp_path / 'out', choices)
   assert first_run.command('rows', manifest, tok) is None
   assert isinstance(manifest, records.Manifest)
+
+
+def config_of(**changes):
+  c = config.default()
+  c.update_from_flattened_dict(
+    {k.replace('__', '.'): v for k, v in changes.items()}
+  )
+  return c
+
+
+def follow(c, message):
+  """Sets the flags that a message names, as a user who pastes them."""
+  found = re.findall(r'--config\.([\w.]+)=([^\s,;:]+)', message)
+  assert found, message
+  for key, value in found:
+    kind = type(config.lookup(c, key))
+    c.update_from_flattened_dict({key: kind(value)})
+
+
+def test_first_errors_name_flags_that_work(tmp_path):
+  """From rows of a trained tokenizer, each error's flags lead to the next."""
+  path = write_texts(tmp_path / 'in', [3000] * 3)
+  rows = tmp_path / 'rows'
+  prepared(path, rows)
+  c = config_of(
+    data__path=str(rows),
+    data__length=48,
+    model__vocab_size=64,
+    tokens__mask_id=9,
+  )
+  c.data.tokenizer = str(SHIPPED)
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  errors = []
+  for _ in range(8):
+    try:
+      tok = inputs.open_tokenizer(c)
+      datasets = inputs.open_data(c, tok)
+      batches = list(inputs.heldout_batches(c, datasets[0], mesh))
+      break
+    except UserError as e:
+      errors.append(str(e))
+      follow(c, str(e))
+  assert batches[0].tokens.shape == (c.eval.batch, c.data.length)
+  assert c.eval.batch % 2 == 0
+  kinds = (
+    'mask_id',
+    'prepared with tokenizer',
+    'does not fit rows',
+    'batches of',
+  )
+  for kind in kinds:
+    assert any(kind in error for error in errors), errors
+  config.validate(c)
+
+
+@pytest.mark.parametrize(
+  'held_out, batch, advice',
+  [
+    (100, 32, 'set --config.eval.batches=3'),
+    (31, 32, 'set --config.eval.batch=16 --config.eval.batches=1'),
+    (3, 32, 'set --config.eval.batch=2 --config.eval.batches=1'),
+    (1, 2, 'prepare more held-out text'),
+  ],
+)
+def test_advice_on_few_held_out_samples(held_out, batch, advice):
+  found = samples.fewer_batches(held_out, batch)
+  assert found.startswith(advice) and 'prepare more held-out text' in found
+
+
+def test_vocabulary_of_a_tokenizer_without_mask(tmp_path):
+  tok = tokenizer.load(SHIPPED)
+  fit = lambda tok, **ids: first_run.fit_vocabulary(
+    tok, {'mask_id': 4, 'bos_id': 1, 'eos_id': 2} | ids, 4096
+  )
+  assert fit(tok) == {}
+  assert fit(tok, mask_id=7) == {'tokens.mask_id': 4}
+  text = next(i for i, piece in enumerate(tok.pieces) if piece)
+  bare = dataclasses.replace(tok, mask_id=None)
+  assert fit(bare) == {}  # no text has the id 4
+  for given in (text, -1, 2):
+    assert fit(bare, mask_id=given) == {
+      'tokens.mask_id': 4096,
+      'model.vocab_size': 4097,
+    }
+  assert fit(bare, mask_id=5000) == {'model.vocab_size': 5001}

@@ -1,5 +1,6 @@
 """Manifests of strangers: every bad one is refused in one line."""
 
+import dataclasses
 import json
 import os
 import random
@@ -208,3 +209,12 @@ def test_any_damage_to_a_manifest_is_one_line_or_harmless(data, monkeypatch):
       assert '\n' not in str(e), seed
   assert len(messages) > 30
   assert all(p.startswith(os.path.realpath(data) + '/') for p in opened)
+
+
+def test_manifest_that_could_not_be_read_is_not_written(data):
+  manifest = records.read_manifest(data)
+  before = (data / 'manifest.json').read_bytes()
+  for changes in ({'settings': {'a': [1]}}, {'source': '\ud800'}):
+    with pytest.raises(UserError, match='cannot write .*manifest.json'):
+      records.write_manifest(data, dataclasses.replace(manifest, **changes))
+  assert (data / 'manifest.json').read_bytes() == before

@@ -314,3 +314,11 @@ def test_source_within_the_output_is_refused(folder):
   for output in (folder, folder.parent):
     message = refused(folder, output=output)
     assert '--out' in message and 'inside the source' in message
+
+
+def test_plan_of_a_sparse_file_is_short(folder):
+  with open(folder / 'b.jsonl', 'wb') as f:
+    f.truncate((1 << 43) - 1)  # close to the largest file of ext4
+  found = sources.plan([str(folder / 'b.jsonl')])
+  assert len(found.parts) <= sources.MAX_PARTS
+  assert found.parts[-1].stop == (1 << 43) - 1
