@@ -54,25 +54,29 @@ def walk(
   Raises:
     UserError: a folder cannot be read.
   """
-
-  def unreadable(error: OSError):
-    raise readers.cannot_read(error.filename, error)
-
-  real_root = os.path.realpath(root)
-  for folder, folders, files in os.walk(root, onerror=unreadable):
+  # os.walk and recursive functions fail for folders nested 1,000 deep.
+  waiting, real_root = [root], os.path.realpath(root)
+  while waiting:
+    folder = waiting.pop()
     if _within(real_root + folder.removeprefix(root), output):
-      folders.clear()
       continue
-    if is_prepared([*folders, *files]):
+    try:
+      with os.scandir(folder) as found:
+        entries = list(found)
+    except OSError as e:
+      raise readers.cannot_read(folder, e) from e
+    if is_prepared(entry.name for entry in entries):
       ignored['folders of prepared rows'] += 1
-      folders.clear()
       continue
-    # os.walk does not enter folders that are removed in place.
-    folders[:] = [f for f in folders if f not in foreign]
-    links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
-    if links:
-      ignored['linked folders'] += len(links)
-    yield from (os.path.join(folder, file) for file in files)
+    for entry in entries:
+      if not _is_folder(entry):
+        yield entry.path
+      elif entry.name in foreign:
+        continue
+      elif entry.is_symlink():
+        ignored['linked folders'] += 1
+      else:
+        waiting.append(entry.path)
 
 
 def select(
@@ -157,6 +161,13 @@ def _within(path: str, folder: str | None) -> bool:
   if folder is None:
     return False
   return path == folder or path.startswith(folder.rstrip('/') + '/')
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError:  # a loop of links
+    return False
 
 
 def _is_hub_blob(folder: str, real: str) -> bool:

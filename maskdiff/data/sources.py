@@ -210,7 +210,13 @@ def _inputs(
       found.append(source_files.examine(os.path.dirname(path), path, format))
   elif glob.has_magic(path):
     root = os.path.dirname(path[: re.search(r'[*?[]', path).start()])
-    paths = [p for p in glob.glob(path, recursive=True) if not os.path.isdir(p)]
+    try:
+      found = glob.glob(path, recursive=True)
+    except RecursionError as e:
+      raise UserError(
+        f'{spec} has folders nested too deep for **: name the folder itself'
+      ) from e
+    paths = [p for p in found if not os.path.isdir(p)]
     found = source_files.select(root, set(paths), format_of, ignored, output)
   else:
     raise UserError(f'no file or directory {spec}: correct the path')

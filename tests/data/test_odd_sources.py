@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import socket
+import subprocess
 import tracemalloc
 
 import pyarrow as pa
@@ -96,6 +97,21 @@ def test_link_loops_are_named(folder):
   (folder / 'b.txt').unlink()
   (folder / 'sub').symlink_to(folder)
   assert read(folder)[1] == ['a']
+
+
+def test_folders_nested_deep_are_read(folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  for _ in range(1500):
+    os.mkdir('d')
+    os.chdir('d')
+  with open('b.txt', 'w') as f:
+    f.write('deep')
+  os.chdir(folder)
+  try:
+    assert sorted(read(folder)[1]) == ['a', 'deep']
+    assert 'name the folder itself' in refused(folder / '**' / '*.txt')
+  finally:  # shutil.rmtree, which pytest calls later, is recursive
+    subprocess.run(['rm', '-r', folder / 'd'], check=True)
 
 
 def test_names_that_are_not_utf8_are_read(folder):
