@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from maskdiff.config import keys
 from maskdiff.data import (
+  manifest_fields,
   prepare,
   records,
   samples,
@@ -154,16 +155,22 @@ def stored(
     settings = reading.read_json(state)
   else:
     return None
-  try:
-    choices = Choices(
-      settings['row_length'],
-      settings['heldout_fraction'],
-      settings.get('piece_chars', 0),
-    )
-  except (KeyError, TypeError, AttributeError) as e:
+  names = ('row_length', 'heldout_fraction', 'piece_chars')
+  settings = settings if isinstance(settings, dict) else {}
+  values = [settings.get(name, 0) for name in names]
+  row_length, heldout_fraction, piece_chars = values
+  # True is an int, and NaN is not between two numbers.
+  if not (
+    type(row_length) is type(piece_chars) is int
+    and type(heldout_fraction) in (int, float)
+    and 1 <= row_length <= manifest_fields.MAX_ROW_LENGTH
+    and 0 <= heldout_fraction <= 1
+    and piece_chars >= 0
+  ):
     raise UserError(
       f'{directory} holds rows of another kind: choose another --out'
-    ) from e
+    )
+  choices = Choices(*values)
   if not (directory / 'tokenizer.model').exists():
     return None  # killed before the tokenizer was copied
   return tokenizer_lib.load(directory), choices

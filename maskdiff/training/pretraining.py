@@ -106,7 +106,7 @@ def in_order(open_batches, batch, skip):
 
   The position is the number of samples consumed. The iterator stays open while
   each call continues where the previous call ended. A call with another
-  position opens a new iterator at that position.
+  position closes it and opens a new iterator at that position.
 
   Args:
     open_batches: (number of samples consumed) -> iterator of batches.

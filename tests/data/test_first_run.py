@@ -225,6 +225,27 @@ def test_stored_choices_are_used_again(tmp_path):
   assert (found.fingerprint, again) == (tok.fingerprint, choices)
 
 
+@pytest.mark.parametrize(
+  'settings',
+  [
+    [],
+    {},
+    {'row_length': '8', 'heldout_fraction': 0.1},
+    {'row_length': 8.0, 'heldout_fraction': 0.1},
+    {'row_length': 8, 'heldout_fraction': float('nan')},
+    {'row_length': 8, 'heldout_fraction': 0.1, 'piece_chars': -1},
+    {'row_length': 10**12, 'heldout_fraction': 0.1},
+    {'row_length': True, 'heldout_fraction': 0.1},
+  ],
+)
+def test_damaged_stored_choices_are_refused(tmp_path, settings):
+  (tmp_path / '.prepare').mkdir()
+  path = tmp_path / '.prepare' / 'settings.json'
+  path.write_text(json.dumps(settings))
+  with pytest.raises(UserError, match='rows of another kind'):
+    first_run.stored(tmp_path)
+
+
 def test_command_gives_ids_that_a_tokenizer_lacks(tmp_path):
   tok = tokenizer.load(SHIPPED)
   path = write_texts(tmp_path / 'in', [3000] * 3)
