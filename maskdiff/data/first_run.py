@@ -30,7 +30,13 @@ _SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 _MAX_SHARE = 0.4  # of the text
 
 # Row length by the least amount of text, in bytes.
-_ROW_LENGTHS = ((64 << 20, 1024), (1 << 15, 128), (1 << 13, 64), (0, 32))
+_ROW_LENGTHS = (
+  (64 << 20, 1024),
+  (1 << 15, 128),
+  (1 << 13, 64),
+  (1 << 11, 32),
+  (0, 16),
+)
 _BYTES_PER_TOKEN = 5  # more than most tokenizers reach
 
 _EVAL_ROWS = 512  # that a first run evaluates, if the text allows
@@ -83,7 +89,10 @@ def choose(
     for share, held_out_bytes in zip(shares, held_out, strict=True):
       if wanted <= held_out_bytes <= _MAX_SHARE * size:
         return Choices(row_length, share, piece_chars)
-  return Choices(row_length, shares[-1], tries[-1] * (heldout_fraction != 0))
+  # Very little text: as much as leaves most of it for training.
+  fit = [s for s, n in zip(shares, held_out, strict=True) if n <= size / 3]
+  share = fit[-1] if fit else shares[0]
+  return Choices(row_length, share, tries[-1] * (heldout_fraction != 0))
 
 
 def _piece_chars(chars: int) -> int:

@@ -1,6 +1,7 @@
 """From a folder of text to a trained model, with one command for each."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -31,7 +32,10 @@ from maskdiff.training import inputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = ROOT / 'tokenizer' / 'stdlib_4k.model'
-WORDS = (ROOT / 'WORKSPACE.md').read_text().split()
+SYLLABLES = (
+  'ba de fi go lu ma ne pi ro su ta ve wi xo zu an er il os um'.split()
+)
+WORDS = [''.join(p) for p in itertools.product(SYLLABLES, SYLLABLES[::3])]
 
 
 def write_texts(folder, sizes, seed=0):
