@@ -32,9 +32,9 @@ _MAX_SHARE = 0.4  # of the text
 # Row length by the least amount of text, in bytes.
 _ROW_LENGTHS = (
   (64 << 20, 1024),
-  (1 << 15, 128),
-  (1 << 13, 64),
-  (1 << 11, 32),
+  (1 << 16, 128),
+  (1 << 14, 64),
+  (1 << 13, 32),
   (0, 16),
 )
 _BYTES_PER_TOKEN = 5  # more than most tokenizers reach
@@ -79,9 +79,10 @@ def choose(
   size, chars, held_out = _scan(plan, shares, piece_chars or 0)
   if row_length is None:
     row_length = next(n for least, n in _ROW_LENGTHS if size >= least)
-  # Two rows and the rest that does not fill a row, or as much as is useful.
+  # A row for each of 8 devices and the rest that does not fill a row, or as
+  # much as is useful.
   row_bytes = row_length * _BYTES_PER_TOKEN
-  wanted = max(3 * row_bytes, min(size // 20, _EVAL_ROWS * row_bytes))
+  wanted = max(9 * row_bytes, min(size // 20, _EVAL_ROWS * row_bytes))
   tries = (0, _piece_chars(chars)) if piece_chars is None else (piece_chars,)
   for number, piece_chars in enumerate(tries):
     if number:
