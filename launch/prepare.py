@@ -194,7 +194,7 @@ def inspect(args):
   manifest = records.read_manifest(directory)
   tok = tokenizer.load(directory)
   print(printable(f'{directory}: {manifest.source}'))
-  print(prepare.summary(manifest))
+  print(printable(prepare.summary(manifest)))
   dtypes = {'tokens': manifest.dtype, **manifest.columns}
   columns = ', '.join(f'{name} {dtype}' for name, dtype in dtypes.items())
   print(f'tokenizer {manifest.tokenizer_fingerprint}, on disk: {columns}')
