@@ -11,13 +11,14 @@ learning rates and the row length for your data.
 
 from maskdiff.config import default
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 from maskdiff.interop import hf, hf_config, hf_tokenizer
 
 
 def get_config(folder=''):
   if not folder:
     raise UserError('name the folder: --config configs/published.py:DIR')
-  published = hf.open_folder(folder)
+  published = hf.open_folder(str(local_path(folder)))
   tokenizer = hf_tokenizer.open_tokenizer(published)
   if tokenizer is None:
     raise UserError(f'{folder} has no tokenizer')

@@ -1,21 +1,29 @@
 r"""Turns text into rows of tokens for training, or inspects such rows.
 
+python launch/prepare.py --source data/books --out data/rows --train_tokenizer
 python launch/prepare.py --source 'data/web/*.jsonl.zst' --source data/books \
   --tokenizer tokenizer/stdlib_4k.model --out data/rows --row_length 4096 \
   --workers 16
 python launch/prepare.py --inspect data/rows
 python launch/prepare.py --verify data/rows
 
-After an interruption, the same command resumes the work.
+After an interruption, the same command resumes the work. The last line is a
+command that trains a small model on the rows.
 """
 
+import dataclasses
 import os
+import pathlib
 import sys
+import tempfile
 
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, printable
+
+ROW_LENGTH = 4096
+HELDOUT_FRACTION = 0.005
 
 flags.DEFINE_multi_string(
   'source',
@@ -24,14 +32,45 @@ flags.DEFINE_multi_string(
   '(also with .gz or .zst) or .parquet; or tfds:DIR:SPLIT. May be repeated.',
 )
 flags.DEFINE_string('tokenizer', None, 'A .model or tokenizer.json file.')
-flags.DEFINE_string('out', None, 'Output directory for the rows.')
-flags.DEFINE_integer('row_length', 4096, 'Tokens per row.', lower_bound=1)
+flags.DEFINE_bool(
+  'train_tokenizer',
+  False,
+  'Train a tokenizer on the text, in place of --tokenizer. Row length and '
+  'held-out share are chosen by the amount of text.',
+)
+flags.DEFINE_integer(
+  'vocab_size',
+  None,
+  'Token ids of --train_tokenizer. Default: by the amount of text.',
+  lower_bound=1,
+  upper_bound=1 << 20,
+)
+flags.DEFINE_string(
+  'out',
+  None,
+  'Output directory for the rows. It may be inside a source.',
+)
+flags.DEFINE_integer(
+  'row_length',
+  None,
+  f'Tokens per row. Default: {ROW_LENGTH}.',
+  lower_bound=1,
+  upper_bound=1 << 20,
+)
 flags.DEFINE_float(
   'heldout_fraction',
-  0.005,
-  'Share of held-out documents, selected by a hash of their text.',
+  None,
+  'Share of held-out documents, selected by a hash of their text. Default: '
+  f'{HELDOUT_FRACTION}.',
   lower_bound=0,
   upper_bound=1,
+)
+flags.DEFINE_integer(
+  'piece_chars',
+  None,
+  'Cut longer documents into pieces of at most so many characters, each of '
+  'which counts as a document. Default: documents stay whole.',
+  lower_bound=1,
 )
 flags.DEFINE_integer(
   'workers', os.cpu_count() or 1, 'Number of processes.', lower_bound=1
@@ -54,41 +93,95 @@ flags.DEFINE_string(
 def main(args):
   modes = [m for m in ('out', 'inspect', 'verify') if args[m].value]
   if len(modes) != 1:
-    raise UserError('give one of --out DIR, --inspect DIR and --verify DIR')
+    raise UserError(
+      'give one of --out DIR, the directory to write, --inspect DIR and '
+      '--verify DIR'
+    )
   {'out': prepare, 'inspect': inspect, 'verify': verify}[modes[0]](args)
 
 
 def prepare(args):
-  from maskdiff.data import prepare, sources, tokenizer
+  from maskdiff.data import first_run, prepare, sources
 
   sys.stdout.reconfigure(line_buffering=True)  # for progress in a log file
-  for name in ('source', 'tokenizer'):
-    if not args[name].value:
-      raise UserError(f'--out needs --{name}')
-  tok = tokenizer.load(args.tokenizer)
-  plan = sources.plan(args.source, text_key=args.text_key, by_line=args.by_line)
+  if not args.source:
+    raise UserError(
+      "--out needs --source: the text, such as --source 'my/text'"
+    )
+  if bool(args.tokenizer) == args.train_tokenizer:
+    raise UserError(
+      '--out needs either --train_tokenizer, which trains a tokenizer on the '
+      'text, or --tokenizer FILE, such as tokenizer/stdlib_4k.model'
+    )
+  if args.vocab_size and not args.train_tokenizer:
+    raise UserError('--vocab_size needs --train_tokenizer')
+  plan = sources.plan(
+    args.source, text_key=args.text_key, by_line=args.by_line, output=args.out
+  )
   size = sum(part.size for part in plan.parts)
   print(f'{plan.description}: {size / 1e6:,.1f} MB, {len(plan.parts)} parts')
   for suffix, number in plan.ignored.items():
-    print(f'note: not read: {number:,} {suffix}')
+    print(printable(f'note: not read: {number:,} {suffix}'))
   large = [p for p in plan.parts if p.size > sources.MAX_PART_BYTES]
   if large:
     print(
-      f'note: {len(large)} parts are over 1 GiB, such as {large[0].paths[0]}: '
-      'a single process reads each of them; split the files to share the work'
+      f'note: {len(large)} parts are over 1 GiB, such as '
+      f'{printable(large[0].paths[0])}: a single process reads each of them; '
+      'split the files to share the work'
     )
-  manifest = prepare.prepare(
-    plan,
-    tok,
-    args.out,
-    row_length=args.row_length,
-    heldout_fraction=args.heldout_fraction,
-    workers=args.workers,
-  )
+  with tempfile.TemporaryDirectory() as folder:
+    tok, choices = open_tokenizer(args, plan, pathlib.Path(folder))
+    manifest = prepare.prepare(
+      plan, tok, args.out, workers=args.workers, **dataclasses.asdict(choices)
+    )
   print(f'{args.out}: {prepare.summary(manifest)}')
   for name, split in manifest.splits.items():
     if not split.rows:
       print(f'note: no row in the split {name!r}; see --heldout_fraction')
+  if command := first_run.command(args.out, manifest, tok):
+    print(f'to train on these rows:\n{command}')
+  else:
+    choices = dataclasses.asdict(first_run.choose(plan))
+    words = ' '.join(f'--{name}={x}' for name, x in choices.items() if x)
+    print(
+      'note: a run needs two held-out rows and a training row: prepare more '
+      f'text, or another --out with {words}'
+    )
+
+
+def open_tokenizer(args, plan, folder):
+  """Returns the tokenizer and first_run.Choices of the flags.
+
+  A tokenizer that is trained is written to the folder.
+  """
+  from maskdiff.data import first_run, tokenizer
+
+  names = ('row_length', 'heldout_fraction', 'piece_chars')
+  given = {name: x for name in names if (x := args[name].value) is not None}
+  if not args.train_tokenizer:
+    defaults = first_run.Choices(ROW_LENGTH, HELDOUT_FRACTION)
+    choices = dataclasses.replace(defaults, **given)
+    return tokenizer.load(args.tokenizer), choices
+  if found := first_run.stored(args.out):
+    tok, choices = found
+    if args.vocab_size not in (None, tok.vocab_size):
+      raise UserError(
+        f'{args.out} was prepared with --vocab_size={tok.vocab_size}: delete '
+        'it or choose another directory'
+      )
+    return tok, dataclasses.replace(choices, **given)
+  choices = first_run.choose(plan, **given)
+  if choices.piece_chars and not args.piece_chars:
+    print(
+      'note: few documents hold most of the text, so it is cut into pieces of '
+      f'at most {choices.piece_chars:,} characters, and some of them are held '
+      'out'
+    )
+  tok = first_run.train_tokenizer(
+    plan, choices, args.vocab_size, folder / 'tokenizer.model'
+  )
+  print(f'trained a tokenizer of {tok.vocab_size:,} token ids')
+  return tok, choices
 
 
 def inspect(args):
@@ -100,8 +193,8 @@ def inspect(args):
   directory = args.inspect
   manifest = records.read_manifest(directory)
   tok = tokenizer.load(directory)
-  print(f'{directory}: {manifest.source}')
-  print(prepare.summary(manifest))
+  print(printable(f'{directory}: {manifest.source}'))
+  print(printable(prepare.summary(manifest)))
   dtypes = {'tokens': manifest.dtype, **manifest.columns}
   columns = ', '.join(f'{name} {dtype}' for name, dtype in dtypes.items())
   print(f'tokenizer {manifest.tokenizer_fingerprint}, on disk: {columns}')
@@ -120,7 +213,8 @@ def inspect(args):
       row = rows_lib.map_columns(lambda x: x[0], source.read([i]))
       pieces = rows_lib.split_documents(row, manifest.eos_id)
       documents = map(tok.decode, pieces)
-      print(f'--- {name} row {i} ---\n{"<end of document>".join(documents)}')
+      text = printable('<end of document>'.join(documents))
+      print(f'--- {name} row {i} ---\n{text}')
 
 
 def verify(args):

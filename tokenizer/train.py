@@ -12,50 +12,31 @@ import argparse
 import collections
 import contextlib
 import hashlib
-import heapq
-import io
 import os
 import pathlib
-import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
-
-import sentencepiece
+from collections.abc import Iterator
 
 from maskdiff.data import sources
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data.tokenizer_training import THREADS, chunks, draw, train
 from maskdiff.errors import UserError
 from maskdiff.files.paths import local_path
 
 SHIPPED = pathlib.Path(__file__).resolve().parent / 'stdlib_4k.model'
-
-CONTROL = ['<mask>', '<system>', '<user>', '<assistant>', '<end_of_turn>']
-
-# A line break and the indentation after it are one token, and no other token
-# contains a line break. SentencePiece matches these symbols after it has
-# replaced spaces by U+2581.
-LINE_BREAKS = [
-  '\n' * breaks + '\u2581' * spaces
-  for breaks, spaces in [(1, n) for n in range(0, 25, 4)]
-  + [(2, n) for n in (0, 4, 8)]
-  + [(3, 0)]
-]
 
 # Tests and character tables are two thirds of the standard library and differ
 # from other code, so that only one in 16 of these files is trained on.
 RARE = {'test', 'tests', 'idle_test', 'encodings', 'pydoc_data'}
 KEEP_ONE_IN = 16
 
-CHUNK_CHARS = 4096
-
 # The trained model depends on the number of threads, which is therefore fixed.
 SHIPPED_THREADS = 2
-INPUT_THREADS = 16
+INPUT_THREADS = THREADS
 
 # Chunks of --input that are held out to measure bytes per token.
 HOLD_OUT_ONE_IN = 64
-HELD_OUT_BYTES = 1 << 20
 
 
 def is_training_file(name: str) -> bool:
@@ -63,60 +44,6 @@ def is_training_file(name: str) -> bool:
   digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
   rare = not RARE.isdisjoint(name.split('/'))
   return not rare or int.from_bytes(digest, 'big') % KEEP_ONE_IN == 0
-
-
-def chunks(text: str) -> Iterator[str]:
-  """Yields parts of a text of at most CHUNK_CHARS characters, cut at line ends.
-
-  Longer lines are cut anywhere, since SentencePiece would drop them.
-  """
-  start = 0
-  while start < len(text):
-    stop = start + CHUNK_CHARS
-    if stop < len(text):
-      stop = text.rfind('\n', start, stop) + 1 or stop
-    yield text[start:stop]
-    start = stop
-
-
-def draw(
-  texts: Iterable[str], max_bytes: int, one_in: int
-) -> tuple[list[bytes], list[bytes]]:
-  """Samples chunks of a stream of texts uniformly.
-
-  A hash of a chunk's number in the stream decides whether the chunk is held
-  out. Of the training chunks and of the held-out chunks, those with the
-  smallest hashes are sampled, up to a number of bytes.
-
-  Args:
-    texts: the stream.
-    max_bytes: largest sum of bytes of the training chunks. That of the held-out
-      chunks is HELD_OUT_BYTES.
-    one_in: hold out one in so many chunks.
-
-  Returns:
-    (training chunks, held-out chunks), each in the order of the stream.
-  """
-  samples = [], []  # training and held-out heaps of (-hash, number, chunk)
-  free_bytes = [max_bytes, HELD_OUT_BYTES]
-  stream = (chunk for text in texts for chunk in chunks(text))
-  for number, chunk in enumerate(stream):
-    digest = hashlib.blake2b(number.to_bytes(8, 'big'), digest_size=8).digest()
-    order, remainder = divmod(int.from_bytes(digest, 'big'), one_in)
-    split = int(remainder == 0)
-    data = chunk.encode()
-    heapq.heappush(samples[split], (-order, number, data))
-    free_bytes[split] -= len(data)
-    while free_bytes[split] < 0:
-      *_, data = heapq.heappop(samples[split])
-      free_bytes[split] += len(data)
-  training, held_out = samples
-  return _in_order(training), _in_order(held_out)
-
-
-def _in_order(heap: list) -> list[bytes]:
-  heap.sort(key=lambda item: item[1])
-  return [data for *_, data in heap]
 
 
 def library() -> tuple[Iterator[str], list[bytes]]:
@@ -171,72 +98,6 @@ def corpus(
   # Frees each chunk once SentencePiece has copied it.
   training.reverse()
   return (training.pop() for _ in range(len(training))), held_out
-
-
-def train(
-  sentences: Iterator[str | bytes],
-  vocab_size: int,
-  model_type: str,
-  num_threads: int,
-) -> bytes:
-  """Trains a SentencePiece model that is lossless on any text.
-
-  Returns:
-    The serialized model.
-
-  Raises:
-    UserError: the text has too few pieces for vocab_size, or too many
-      characters.
-  """
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=sentences,
-      model_writer=model,
-      model_type=model_type,
-      vocab_size=vocab_size,
-      normalization_rule_name='identity',
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      allow_whitespace_only_pieces=True,
-      byte_fallback=True,
-      split_digits=True,
-      character_coverage=0.9995,
-      max_sentence_length=4 * CHUNK_CHARS,  # in bytes
-      pad_id=0,
-      bos_id=1,
-      eos_id=2,
-      unk_id=3,
-      pad_piece='<pad>',
-      bos_piece='<bos>',
-      eos_piece='<eos>',
-      unk_piece='<unk>',
-      # Control symbols: no text is encoded to their ids.
-      control_symbols=CONTROL,
-      user_defined_symbols=LINE_BREAKS,
-      num_threads=num_threads,
-      minloglevel=2,
-    )
-  except RuntimeError as e:
-    error = _size_error(vocab_size, str(e))
-    if not error:
-      raise
-    raise error from e
-  return model.getvalue()
-
-
-def _size_error(vocab_size: int, message: str) -> UserError | None:
-  size = f'--vocab_size {vocab_size}'
-  if found := re.search(r'too high .* value <= (\d+)', message):
-    return UserError(
-      f'{size} is too large for this text: set it to {found[1]} or less'
-    )
-  if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    return UserError(
-      f'{size} is too small for the characters of this text: set it to '
-      f'{found[1]} or more'
-    )
-  return None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from maskdiff.config import config_file, sample
+from maskdiff.config import config_file, path_flags, sample
 from maskdiff.config.key import finite
 from maskdiff.config.keys import KEYS, SECTIONS, check_keys
 from maskdiff.errors import (
@@ -45,6 +45,7 @@ def run_script(main, argv=None, positional=False):
     return
   try:
     args, rest = _parse(argv)
+    rest = path_flags.expand(args, rest)
     if positional:
       main(args, rest)
     elif rest:

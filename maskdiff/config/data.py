@@ -2,6 +2,8 @@
 
 from maskdiff.config.key import Key, require
 
+_MAX_SAMPLE = 1 << 62  # sample numbers are int64
+
 KEYS = {
   'path': Key(
     'embedded',
@@ -52,7 +54,7 @@ def check(c):
   bounds = [n for pair in skip for n in pair] if pairs else []
   require(
     pairs
-    and all(isinstance(n, int) and n >= 0 for n in bounds)
+    and all(type(n) is int and 0 <= n < _MAX_SAMPLE for n in bounds)
     and bounds == sorted(set(bounds)),
     f'config.data.skip_samples={skip}: must be (first, end) pairs of sample '
     'numbers, ascending and not adjacent, as in ((128, 256), (512, 544))',

@@ -43,12 +43,14 @@ def check(c):
   require(
     o.schedule == 'piecewise' or warmup <= steps,
     f'config.optimizer: warmup and decay take {warmup} steps, more than '
-    f'config.train.steps={steps}; shorten them',
+    f'config.train.steps={steps}; set --config.optimizer.warmup_steps='
+    f'{steps // 20} --config.optimizer.decay_steps={steps // 3}',
   )
   require(
     o.schedule != 'cosine' or o.warmup_steps < steps,
     f'config.optimizer.warmup_steps={o.warmup_steps} leaves no step of '
-    f'config.train.steps={steps} for the cosine',
+    f'config.train.steps={steps} for the cosine; set '
+    f'--config.optimizer.warmup_steps={steps // 20}',
   )
   if o.schedule == 'piecewise':
     triples = all(

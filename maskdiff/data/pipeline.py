@@ -27,7 +27,7 @@ from maskdiff.data import order as order_lib
 from maskdiff.data import records, row_reader
 from maskdiff.data import rows as rows_lib
 from maskdiff.data.rows import Rows
-from maskdiff.data.samples import Samples, num_samples
+from maskdiff.data.samples import Samples, fewer_batches, num_samples
 from maskdiff.errors import UserError
 
 # Held-out samples are the same in every run, whatever its seed.
@@ -77,10 +77,14 @@ def parse_mixture(path: str) -> list[tuple[str, float]]:
         f'data path {path!r}: {part!r} must be DIRECTORY=WEIGHT with a '
         'positive weight, as in --config.data.path=data/web=0.7,data/code=0.3'
       )
-    if os.path.normpath(directory) in map(os.path.normpath, mixture):
+    if _real_path(directory) in map(_real_path, mixture):
       raise UserError(f'data path {path!r} names {directory} twice')
     mixture[directory] = number
   return list(mixture.items())
+
+
+def _real_path(directory: str) -> str:
+  return os.path.realpath(os.path.expanduser(directory))
 
 
 def train_batches(
@@ -193,15 +197,16 @@ def heldout_batches(
   )
   if not len(samples):
     raise UserError(
-      f'{dataset.directory} has no held-out text: prepare it with a larger '
-      '--heldout_fraction, or set --config.eval.path to other data'
+      f'{dataset.directory} has no held-out text for a sample of {length} '
+      'tokens: prepare it with a larger --heldout_fraction (or with '
+      '--train_tokenizer, which chooses one), or set --config.eval.path to '
+      'other data'
     )
   if num_batches * batch > len(samples):
     raise UserError(
       f'the held-out part of {dataset.directory} has {len(samples)} samples of '
-      f'{length} tokens, fewer than {num_batches} batches of {batch}: set '
-      f'--config.eval.batches to at most {len(samples) // batch}, or prepare '
-      'more held-out text'
+      f'{length} tokens, fewer than {num_batches} batches of {batch}: '
+      f'{fewer_batches(len(samples), batch)}'
     )
   order = _order([dataset], [len(samples)], HELDOUT_SEED)
   number = functools.partial(sample_number, 0)
@@ -271,7 +276,8 @@ def to_device(
 
   Returns:
     Iterator of Rows of jax.Array [B, L]. The transfer of the next batch starts
-    before a batch is returned, so it overlaps with the step.
+    before a batch is returned, so it overlaps with the step. Its `close` closes
+    `batches`.
   """
   rows = host_rows(sharding, global_shape)
   index_of_row = {row: i for i, row in enumerate(rows)}
@@ -286,11 +292,15 @@ def to_device(
     return jax.make_array_from_callback(global_shape, sharding, part)
 
   ahead = collections.deque()
-  for batch in batches:
-    ahead.append(jax.tree.map(put, batch))
-    if len(ahead) == 2:
-      yield ahead.popleft()
-  yield from ahead
+  try:
+    for batch in batches:
+      ahead.append(jax.tree.map(put, batch))
+      if len(ahead) == 2:
+        yield ahead.popleft()
+    yield from ahead
+  finally:
+    # Ends the threads of grain, which read ahead.
+    getattr(batches, 'close', lambda: None)()
 
 
 class _Batches:
@@ -372,7 +382,8 @@ def _order(datasets, sizes: Sequence[int], seed: int) -> order_lib.Order:
     if not size:
       raise UserError(
         f'{dataset.directory} has no training rows for one sample: prepare it '
-        'with more text or a smaller held-out fraction'
+        'with more text or a smaller --heldout_fraction, or set a shorter '
+        '--config.data.length'
       )
   weights = tuple(d.weight for d in datasets)
   try:

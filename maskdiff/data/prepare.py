@@ -24,7 +24,8 @@ import tqdm
 
 from maskdiff.data import records, row_reader, shards, sources
 from maskdiff.data import tokenizer as tokenizer_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
+from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
 # One document in 20 of the embedded corpus is held out.
@@ -42,6 +43,7 @@ def prepare(
   row_length: int,
   heldout_fraction: float,
   workers: int,
+  piece_chars: int = 0,
   log: Callable[[str], None] = print,
 ) -> records.Manifest:
   """Writes the documents of a plan as rows of row_length tokens.
@@ -63,15 +65,19 @@ def prepare(
       hash of the text decides, so all copies of a document are in one split.
     workers: number of worker processes; 0 uses this process, with one thread
       per core.
+    piece_chars: cut longer documents into pieces of at most so many characters,
+      each of which then counts as a document; 0 keeps documents whole.
     log: function that receives lines of progress.
 
   Returns:
     The manifest. The tokenizer's files are copied to the same directory.
 
   Raises:
-    UserError: the text does not fill one row, the disk is full or not writable,
-      the directory holds other data, input is damaged, or a worker was killed.
+    UserError: heldout_fraction is not in [0, 1], the text does not fill one
+      row, the disk is full or not writable, the directory holds other data,
+      input is damaged, or a worker was killed.
   """
+  check_heldout_fraction(heldout_fraction)
   directory = local_path(directory)
   settings = {
     'input': plan.fingerprint,
@@ -79,12 +85,15 @@ def prepare(
     'eos_id': tokenizer.eos_id,
     'row_length': row_length,
     'heldout_fraction': heldout_fraction,
+    # Absent if documents stay whole, as in manifests of earlier code.
+    **({'piece_chars': piece_chars} if piece_chars else {}),
   }
   job = shards.Job(
     directory,
     row_length,
     heldout_fraction,
     num_threads=1 if workers else os.cpu_count() or 1,
+    piece_chars=piece_chars,
   )
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -95,10 +104,18 @@ def prepare(
         row_reader.verify(directory, manifest)
         shutil.rmtree(job.state, ignore_errors=True)
         return manifest
+      known = set(os.listdir(directory))
       _start_or_resume(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
       _do_parts(job, tokenizer, plan.parts, workers, log)
-      manifest = shards.conclude(job, plan, tokenizer, settings)
+      try:
+        manifest = shards.conclude(job, plan, tokenizer, settings)
+      except shards.TooShort:
+        # The command with another row length must not find this preparation.
+        shutil.rmtree(job.state, ignore_errors=True)
+        for name in set(os.listdir(directory)) - known:
+          (directory / name).unlink()
+        raise
       records.write_manifest(directory, manifest)
       shutil.rmtree(job.state, ignore_errors=True)
       return manifest
@@ -169,12 +186,20 @@ def summary(manifest: records.Manifest) -> str:
   )
 
 
+def check_heldout_fraction(fraction: float) -> None:
+  """Raises UserError unless the fraction is in [0, 1]; NaN is not."""
+  if not 0 <= fraction <= 1:
+    raise UserError(
+      f'--heldout_fraction={fraction}: must be from 0 to 1, as in 0.005'
+    )
+
+
 @contextlib.contextmanager
 def _locked(directory: pathlib.Path, log) -> Iterator[None]:
   """Locks a directory for this process; the lock ends with the process."""
   path = directory / _LOCK
   while True:
-    file = open(path, 'a')
+    file = _open_lock(path)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -198,10 +223,16 @@ def _locked(directory: pathlib.Path, log) -> Iterator[None]:
     file.close()
 
 
+def _open_lock(path: pathlib.Path):
+  # Not through a link, and not a FIFO, which would wait for a reader.
+  flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+  return open(os.open(path, flags | os.O_CLOEXEC, 0o666), 'rb')
+
+
 def _start_or_resume(job: shards.Job, settings: dict) -> None:
-  path = job.state / 'settings.json'
+  path = job.state / shards.SETTINGS
   if path.exists():
-    previous = json.loads(path.read_text(encoding='utf-8'))
+    previous = reading.read_json(path)
     _check_settings(previous, settings, job.directory)
   else:
     paths = sorted(job.directory.iterdir())
@@ -224,12 +255,14 @@ def _start_or_resume(job: shards.Job, settings: dict) -> None:
 
 
 def _check_settings(previous: dict, settings: dict, directory) -> None:
-  for name, value in settings.items():
-    if previous.get(name) != value:
+  if not isinstance(previous, dict):
+    previous = {}
+  for name in sorted({'piece_chars', *settings}):
+    found, value = previous.get(name), settings.get(name)
+    if found != value:
       raise UserError(
-        f'{directory} was prepared with {name}={previous.get(name)}, not '
-        f'{value}: '
-        'delete it or choose another directory'
+        f'{directory} was prepared with {name}={one_line(found, 40)}, not '
+        f'{value}: delete it or choose another directory'
       )
 
 
@@ -242,7 +275,9 @@ def _do_parts(
 ) -> None:
   """Makes the shards of all unfinished parts."""
   todo = [
-    (i, part) for i, part in enumerate(parts) if not shards.is_done(job, i)
+    (i, part)
+    for i, part in enumerate(parts)
+    if not shards.is_done(job, i, tokenizer.vocab_size)
   ]
   done = len(parts) - len(todo)
   if done:

@@ -2,16 +2,16 @@
 
 import contextlib
 import dataclasses
-import gzip
-import importlib
 import io
+import itertools
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from maskdiff.errors import UserError
+from maskdiff.data import unpack
+from maskdiff.errors import UserError, one_line
+from maskdiff.files import reading
 
 # Why a document is skipped.
 NOT_UTF8 = 'not UTF-8'
@@ -24,6 +24,12 @@ REASONS = (NOT_UTF8, NOT_JSON, NO_TEXT, EMPTY, NOT_UNICODE)
 # Bytes per read; a mounted bucket gets one request for each.
 _BUFFER = 1 << 20
 _RECORDS_PER_BATCH = 256
+_BATCH_BYTES = 1 << 26  # of Parquet
+_TEXT_TYPES = ('string', 'binary')  # of Parquet
+
+# Largest document and line. Parsed JSON takes up to 20 times its bytes.
+MAX_DOCUMENT_BYTES = 1 << 28
+MAX_LINE_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Skipped:
 
 def whole_file(path, size, *_):
   with _open(path, size) as file:
-    data = _unpacked(path, file).read()
+    data = _read(_unpacked(path, file, size), path)
   yield (data,)
 
 
@@ -77,24 +83,45 @@ def _json_lines(path, size, start, stop, text_key):
 
 
 def _parquet_rows(path, size, start, stop, text_key):
-  with open_parquet(path, size, text_key) as file:
+  left = limit = unpack.limit_bytes(size)
+  with open_parquet(path, size, text_key) as (file, dictionaries):
     groups = range(start, stop or file.metadata.num_row_groups)
     row = sum(file.metadata.row_group(g).num_rows for g in range(start))
-    for batch in file.iter_batches(
-      _RECORDS_PER_BATCH, groups, [text_key], use_threads=False
-    ):
-      try:
-        values = batch.column(0).to_pylist()
-      except UnicodeDecodeError:
-        values = batch.column(0).cast('binary').to_pylist()
+    for group in groups:
+      if dictionaries is None:  # the column is not text
+        num_rows = file.metadata.row_group(group).num_rows
+        values = itertools.repeat(None, num_rows)
+      else:
+        values = _parquet_texts(file, dictionaries, group, text_key)
       for value in values:
         yield value, 'row', row
         row += 1
+        left -= len(value or b'')
+        if left < 0:
+          raise unpack.expands(path, limit)
+
+
+def _parquet_texts(file, dictionaries, group: int, text_key: str):
+  """Yields the texts of a row group as bytes or None, few at a time."""
+  read = lambda file, rows: file.iter_batches(
+    rows, [group], [text_key], use_threads=False
+  )
+  # A dictionary stores a repeated text once, but pyarrow copies it for every
+  # row of a batch, so that a small file could fill the memory.
+  longest = 1
+  for batch in itertools.islice(read(dictionaries, 1), 1):
+    lengths = batch.column(0).dictionary.cast('binary')
+    longest = max((len(v.as_py() or b'') for v in lengths), default=1)
+  metadata = file.metadata.row_group(group)
+  mean = metadata.total_byte_size // max(1, metadata.num_rows)
+  rows = _BATCH_BYTES // max(1, longest, mean)
+  for batch in read(file, max(1, min(rows, _RECORDS_PER_BATCH))):
+    yield from batch.column(0).cast('large_binary').to_pylist()
 
 
 def _tfds_records(path, size, start, stop, text_key):
   feature = tfds_feature(os.path.dirname(path), text_key)
-  array_record = module('array_record.python.array_record_module')
+  array_record = unpack.module('array_record.python.array_record_module')
   # ArrayRecord and tfds raise several types of exceptions.
   with _open(path, size, Exception):
     reader = array_record.ArrayRecordReader(path)
@@ -114,6 +141,20 @@ READERS = {
 }
 
 
+def _read(file: BinaryIO, path: str) -> bytes:
+  """Returns the rest of a file; raises UserError if it is too long."""
+  data = io.BytesIO()
+  while chunk := file.read(_BUFFER):
+    data.write(chunk)
+    if data.tell() > MAX_DOCUMENT_BYTES:
+      raise UserError(
+        f'{path} holds a document of more than {MAX_DOCUMENT_BYTES:,} bytes, '
+        'the limit: cut the file into smaller ones, or give --by_line if each '
+        'line of a .txt file is a document'
+      )
+  return data.getvalue()
+
+
 def _lines(
   path: str, size: int, start: int, stop: int
 ) -> Iterator[tuple[bytes, str, int]]:
@@ -129,61 +170,30 @@ def _lines(
         at += len(skipped)
         if skipped.endswith(b'\n'):
           break
-    lines = _unpacked(path, file)
-    while (at < stop or not stop) and (line := lines.readline()):
+    lines = _unpacked(path, file, size)
+    while at < stop or not stop:
+      line = lines.readline(MAX_LINE_BYTES + 1)
+      if not line:
+        break
       number += 1
+      place = ('byte', at) if stop else ('line', number)
+      if len(line) > MAX_LINE_BYTES:
+        raise UserError(
+          f'{_where(path, *place)} has more than {MAX_LINE_BYTES:,} bytes, the '
+          'limit for a line: break the line or remove it'
+        )
       if not line.isspace():
-        yield (line, 'byte', at) if stop else (line, 'line', number)
+        yield line, *place
       at += len(line)
 
 
-def _unpacked(path: str, file: BinaryIO) -> BinaryIO:
-  if path.lower().endswith('.gz'):
-    return io.BufferedReader(gzip.GzipFile(fileobj=file), _BUFFER)
-  if path.lower().endswith('.zst'):
-    return io.BufferedReader(_Zstandard(file), _BUFFER)
-  return file
-
-
-class _Zstandard(io.RawIOBase):
-  """Decompresses a file; unlike zstandard's reader, it detects truncation."""
-
-  def __init__(self, file: BinaryIO):
-    zstandard = module('zstandard')
-    # The largest window, made by `zstd --long=31`.
-    self._unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    self._error = zstandard.ZstdError
-    self._file = file
-    self._frame = None
-    self._packed, self._unpacked = b'', memoryview(b'')
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer) -> int:
-    while not self._unpacked:
-      packed = self._packed or self._file.read(1 << 16)
-      if not packed and self._frame:
-        raise EOFError('the compressed data are truncated')
-      if not packed:
-        return 0
-      self._frame = self._frame or self._unpacker.decompressobj()
-      try:
-        self._unpacked = memoryview(self._frame.decompress(packed))
-      except self._error as e:
-        raise OSError(str(e)) from e
-      self._packed = self._frame.unused_data
-      if self._frame.eof:
-        self._frame = None
-    count = min(len(buffer), len(self._unpacked))
-    buffer[:count] = self._unpacked[:count]
-    self._unpacked = self._unpacked[count:]
-    return count
+def _unpacked(path: str, file: BinaryIO, size: int) -> BinaryIO:
+  return unpack.unpacked(path, file, size, _BUFFER)
 
 
 def tfds_feature(directory: str, text_key: str):
   """Returns a decoder of the text field, much faster than one of all fields."""
-  tfds = module('tensorflow_datasets')
+  tfds = unpack.module('tensorflow_datasets')
   features = tfds.builder_from_directory(directory).info.features
   if text_key not in features:
     raise _no_field(directory, text_key, features)
@@ -192,23 +202,51 @@ def tfds_feature(directory: str, text_key: str):
 
 @contextlib.contextmanager
 def open_parquet(path: str, size: int, text_key: str):
-  """Opens a Parquet file; raises UserError if it lacks the column text_key."""
-  parquet = module('pyarrow.parquet')
-  damage = module('pyarrow').ArrowException
+  """Opens a Parquet file, also to read the dictionaries of a column of text.
+
+  Yields:
+    (file, the same file with the column as dictionaries; None if the column is
+    not text).
+
+  Raises:
+    UserError: the file is damaged, or does not have one column text_key.
+  """
+  parquet = unpack.module('pyarrow.parquet')
+  damage = unpack.module('pyarrow').ArrowException
   # By default pyarrow holds a whole row group in memory.
   options = dict(pre_buffer=False, buffer_size=_BUFFER)
-  with _open(path, size, damage), parquet.ParquetFile(path, **options) as file:
+  with (
+    _open(path, size, damage),
+    parquet.ParquetFile(path, **options) as file,
+    contextlib.ExitStack() as stack,
+  ):
     names = file.schema_arrow.names
     if text_key not in names:
       raise _no_field(path, text_key, names)
-    yield file
+    if names.count(text_key) > 1:
+      raise UserError(f'{path} has several columns {text_key!r}: rename them')
+    type = file.schema_arrow.field(text_key).type
+    type = str(getattr(type, 'value_type', type))
+    dictionaries = None
+    # The names of nested columns in the file are longer.
+    if (
+      type.removeprefix('large_').removesuffix('_view') in _TEXT_TYPES
+      and file.metadata.schema.names.count(text_key) == 1
+    ):
+      options |= dict(metadata=file.metadata, read_dictionary=[text_key])
+      dictionaries = stack.enter_context(parquet.ParquetFile(path, **options))
+    yield file, dictionaries
 
 
 @contextlib.contextmanager
 def _open(path: str, size: int, *damage: type[Exception]) -> Iterator[BinaryIO]:
   """Opens a file; turns OSErrors and `damage` while reading into UserErrors."""
   try:
-    with open(path, 'rb', _BUFFER) as file:
+    opened = reading.open_regular(path, _BUFFER)
+  except UserError as e:
+    raise UserError(f'{e}: replace it or remove it') from e
+  try:
+    with opened as file:
       actual = os.fstat(file.fileno()).st_size
       if actual != size:
         raise UserError(
@@ -218,7 +256,7 @@ def _open(path: str, size: int, *damage: type[Exception]) -> Iterator[BinaryIO]:
       yield file
   except UserError:
     raise
-  except (OSError, EOFError, zlib.error, *damage) as e:
+  except (OSError, *unpack.DAMAGE, *damage) as e:
     raise cannot_read(path, e) from e
 
 
@@ -247,25 +285,13 @@ def _where(path: str, *place) -> str:
 
 
 def cannot_read(path: str, error: Exception) -> UserError:
-  reason = getattr(error, 'strerror', None) or str(error)
-  reason = ' '.join(reason.split())
+  reason = one_line(getattr(error, 'strerror', None) or error)
   return UserError(f'cannot read {path} ({reason}): replace it or remove it')
 
 
 def _no_field(where: str, text_key: str, names: Iterable[str]) -> UserError:
+  first = ', '.join(repr(name[:40]) for name in sorted(names)[:10])
   return UserError(
-    f'{where} has no field {text_key!r} among {sorted(names)}: set --text_key '
-    'to the field that holds the text'
+    f'{where} has no field {text_key!r} among {first}: set --text_key to the '
+    'field that holds the text'
   )
-
-
-def module(name: str):
-  """Imports an optional package; raises UserError if it is not installed."""
-  try:
-    return importlib.import_module(name)
-  except ImportError as e:
-    package = name.partition('.')[0]
-    raise UserError(
-      f'{package} is not installed and this format needs it: pip install -r '
-      'requirements-data.txt'
-    ) from e

@@ -24,8 +24,10 @@ from typing import BinaryIO
 import numpy as np
 from array_record.python import array_record_module
 
+from maskdiff.data import manifest_fields
 from maskdiff.data import rows as rows_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
+from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
 FORMAT_VERSION = 2  # rows of tokens only, which earlier code also reads
@@ -232,47 +234,63 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def write_manifest(directory: str | pathlib.Path, manifest: Manifest) -> None:
-  """Writes manifest.json atomically. Call it after the last shard."""
+  """Writes manifest.json atomically. Call it after the last shard.
+
+  Raises:
+    UserError: `read_manifest` would refuse it, for example for a setting that
+      is a list.
+    OSError: the disk is full or the directory is not writable.
+  """
   fields = dataclasses.asdict(manifest)
   if not manifest.columns:
     del fields['columns']  # earlier code does not know the field
   text = json.dumps(fields, indent=2) + '\n'
   path = pathlib.Path(directory) / MANIFEST
+  try:
+    manifest_fields.check(reading.parse_json(text, MANIFEST), SPLITS)
+  except ValueError as e:
+    raise UserError(f'cannot write {path}: {one_line(e)}') from e
   write_file(path, lambda f: f.write(text.encode()))
 
 
 def read_manifest(directory: str | pathlib.Path) -> Manifest:
-  """Reads the manifest of a directory; does not check its shards.
+  """Reads the manifest of a directory; does not open its shards.
 
   Raises:
-    UserError: the directory or manifest is missing or unreadable, or has
-      another format version.
+    UserError: the directory or manifest is missing or unreadable, has another
+      format version, or holds a value that a manifest cannot have.
   """
-  directory = local_path(directory)
-  path = directory / MANIFEST
+  path = local_path(directory) / MANIFEST
   try:
-    text = path.read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as e:
-    reason = getattr(e, 'strerror', None) or 'not text'
+    content = reading.read_bytes(path)
+  except UserError as e:
     raise UserError(
-      f'cannot read {path} ({reason}): it is written when launch/prepare.py '
-      'has finished; run that (again), or set --config.data.path to a prepared '
-      "directory or to 'embedded'"
+      f'{e}: it is written when launch/prepare.py has finished; run that '
+      f'(again){_text_hint(path.parent)}, or set --config.data.path to a '
+      "prepared directory or to 'embedded'"
     ) from e
   try:
-    fields = json.loads(text)
-    version = fields['format_version']
-    known = version in (FORMAT_VERSION, COLUMNS_VERSION)
-    manifest = _manifest(fields) if known else None
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise UserError(f'{path} is damaged ({e!r}): {FIX}') from e
-  if manifest is None:
-    raise UserError(
-      f'{path} has format version {version}, this code reads '
-      f'{FORMAT_VERSION} and {COLUMNS_VERSION}: delete the directory and '
-      'prepare it again'
-    )
-  return manifest
+    fields = reading.parse_json(content, MANIFEST)
+    version = manifest_fields.version(fields)
+    if version in (FORMAT_VERSION, COLUMNS_VERSION):
+      manifest_fields.check(fields, SPLITS)
+      return _manifest(fields)
+  except ValueError as e:  # also UserError
+    raise UserError(f'{path} is damaged ({one_line(e)}): {FIX}') from e
+  raise UserError(
+    f'{path} has format version {version}, this code reads {FORMAT_VERSION} '
+    f'and {COLUMNS_VERSION}: delete the directory and prepare it again'
+  )
+
+
+def _text_hint(directory: pathlib.Path) -> str:
+  # A directory of text, not of rows whose preparation was interrupted.
+  if not directory.is_dir() or (directory / '.prepare').exists():
+    return ''
+  return (
+    f', as in `python launch/prepare.py --source {directory} --out '
+    f'{directory}_rows --train_tokenizer`'
+  )
 
 
 def _manifest(fields: dict) -> Manifest:
@@ -282,10 +300,10 @@ def _manifest(fields: dict) -> Manifest:
     shards = tuple(Shard(**shard) for shard in split.pop('shards'))
     splits[name] = Split(shards=shards, **split)
   manifest = Manifest(**{**fields, 'splits': splits})
-  names, version = tuple(manifest.columns), manifest.format_version
-  dtypes = rows_lib.disk_dtypes(names, manifest.row_length)
-  if manifest.columns != dtypes or bool(names) != (version == COLUMNS_VERSION):
-    raise ValueError(f'columns {manifest.columns} in format version {version}')
+  if bool(manifest.columns) != (manifest.format_version == COLUMNS_VERSION):
+    raise ValueError(
+      f'columns {manifest.columns} in format version {manifest.format_version}'
+    )
   return manifest
 
 

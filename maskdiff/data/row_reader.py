@@ -23,6 +23,7 @@ from maskdiff.data.records import (
   short_reason,
 )
 from maskdiff.errors import UserError
+from maskdiff.files import paths, reading
 from maskdiff.files.paths import local_path
 
 _RETRY_S = (0.01, 0.1, 1.0)  # between attempts to read a row
@@ -60,7 +61,7 @@ def verify(
   def problem(shard: records.Shard) -> str | None:
     path = directory / shard.file
     try:
-      reader = open_shard(path, shard)
+      reader = open_shard(directory, shard)
       same = rows == 'none' or shard.sample_digest == sample_digest(
         reader, shard.rows, row_bytes
       )
@@ -167,8 +168,7 @@ class RowSource:
   def _open(self, shard: int):
     with self._opening:
       if self._readers[shard] is None:
-        entry = self._shards[shard]
-        self._readers[shard] = open_shard(self.directory / entry.file, entry)
+        self._readers[shard] = open_shard(self.directory, self._shards[shard])
       return self._readers[shard]
 
   def __repr__(self) -> str:
@@ -181,16 +181,23 @@ class RowSource:
     self.__init__(*state)
 
 
-def open_shard(path: pathlib.Path, shard: records.Shard):
+def open_shard(directory: pathlib.Path, shard: records.Shard):
+  """Opens a shard of a prepared directory.
+
+  Raises:
+    UserError: the file is missing, is not a regular file within the directory,
+      is damaged, or differs from its entry in size or number of rows.
+  """
+  path = directory / shard.file
+  # The library reads a file that it cannot open as an empty one, and a FIFO
+  # would block it.
+  if not os.path.lexists(path):
+    raise UserError(f'shard {path} is missing: {FIX}')
   try:
-    # Open the file here: the library reads a file that it cannot open as an
-    # empty one.
-    with open(path, 'rb') as f:
+    with reading.open_regular(paths.inside(directory, shard.file)) as f:
       size = os.fstat(f.fileno()).st_size
-  except FileNotFoundError as e:
-    raise UserError(f'shard {path} is missing: {FIX}') from e
-  except OSError as e:
-    raise UserError(f'cannot open shard {path}: {e.strerror}') from e
+  except UserError as e:
+    raise UserError(f'cannot open shard {path}: {e}') from e
   if size != shard.bytes:
     raise UserError(
       f'shard {path} has {size} bytes, its manifest says {shard.bytes}: {FIX}'

@@ -103,13 +103,18 @@ def _unfinished_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     )
   unfinished = directory / _UNFINISHED
   unfinished.mkdir()
+  moved = []
   try:
     yield unfinished
     # The manifest is last: it marks a complete directory.
     is_manifest = lambda path: path.name == records.MANIFEST
     for path in sorted(unfinished.iterdir(), key=is_manifest):
+      moved.append(directory / path.name)
       records.replace(path, directory / path.name)
   except BaseException:
+    for path in reversed(moved):  # the manifest first
+      with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
     shutil.rmtree(unfinished, ignore_errors=True)
     if created:
       with contextlib.suppress(OSError):

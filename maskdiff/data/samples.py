@@ -24,10 +24,27 @@ def num_samples(rows: int, row_length: int, length: int) -> int:
   if length < 1 or (row_length % length and length % row_length):
     raise UserError(
       f'a sequence length of {length} does not fit rows of {row_length} '
-      f'tokens: set --config.data.length to a divisor or a multiple of '
-      f'{row_length}, or prepare the data again with rows of {length}'
+      f'tokens: set --config.data.length={row_length}, or another divisor or '
+      f'multiple of it, or prepare the data again with --row_length={length}'
     )
   return rows * row_length // length
+
+
+def fewer_batches(samples: int, batch: int) -> str:
+  """Returns the advice on how to evaluate on a small number of samples.
+
+  Args:
+    samples: number of held-out samples, not 0, too few for the config.
+    batch: samples per batch.
+  """
+  more = 'prepare more held-out text'
+  if samples >= batch:
+    return f'set --config.eval.batches={samples // batch}, or {more}'
+  if samples < 2:  # antithetic times are drawn for pairs
+    return more
+  # A power of two is even and can be divided among devices.
+  batch = 1 << (samples.bit_length() - 1)
+  return f'set --config.eval.batch={batch} --config.eval.batches=1, or {more}'
 
 
 class Samples:

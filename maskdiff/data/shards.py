@@ -11,21 +11,28 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from maskdiff.data import readers, records, sources
+from maskdiff.data import manifest_fields, readers, records, sources
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
+from maskdiff.files import paths, reading
 
 # Folder of unfinished files and leftovers, deleted at the end.
 STATE = '.prepare'
+SETTINGS = 'settings.json'  # in this folder
 _TEXT_CHARS = 1 << 20  # characters encoded at once
 _BLOCK_TOKENS = 1 << 20  # tokens written at once
 
 _LEFTOVERS = ('about', 'heldout', 'tail', 'counts')
+
+
+class TooShort(UserError):
+  """The text does not fill one row. No shard was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +44,15 @@ class Job:
     row_length: tokens per row.
     heldout_fraction: share of the documents in the split 'heldout'.
     num_threads: threads that encode text in one process.
+    piece_chars: cut longer documents into pieces of at most so many characters,
+      each of which then counts as a document; 0 keeps documents whole.
   """
 
   directory: pathlib.Path
   row_length: int
   heldout_fraction: float
   num_threads: int
+  piece_chars: int = 0
 
   @property
   def state(self) -> pathlib.Path:
@@ -58,17 +68,52 @@ class Job:
     return self.directory / f'{split}-{number:05d}.array_record'
 
 
-def is_done(job: Job, number: int) -> bool:
-  """Returns whether a part has its leftovers and a shard of the right size."""
+def is_done(job: Job, number: int, vocab_size: int) -> bool:
+  """Returns whether a part has its leftovers and a shard of the right size.
+
+  A part whose leftovers are damaged, or not of the form that `make_shard`
+  writes, is not done.
+  """
   try:
-    with np.load(job.leftovers(number)) as file:
-      # Reading all arrays checks their checksums.
-      about, *_ = [file[name] for name in _LEFTOVERS]
-    shard = json.loads(str(about))['shard']
+    with reading.open_regular(job.leftovers(number)) as file:
+      with np.load(file) as arrays:
+        # Reading all arrays checks their checksums.
+        about, *others = [arrays[name] for name in _LEFTOVERS]
+    dtype = np.dtype(records.token_dtype(vocab_size))
+    for array, kind in zip(others, (dtype, dtype, np.int64), strict=True):
+      if array.ndim != 1 or array.dtype != kind:
+        return False
+    *tokens, counts = others
+    if len(counts) != vocab_size or any(
+      (t >= vocab_size).any() for t in tokens
+    ):
+      return False
+    shard = _about(str(about))['shard']
     path = job.shard('train', number)
-    return not shard or path.stat().st_size == shard['bytes']
+    if not shard:
+      return True
+    with reading.open_regular(paths.inside(job.directory, path.name)) as file:
+      size = os.fstat(file.fileno()).st_size
+    return shard['file'] == path.name and size == shard['bytes']
   except Exception:  # a damaged zip file raises many types
     return False
+
+
+def _about(text: str) -> dict:
+  """Parses and checks the entry `about` of the leftovers of a part.
+
+  Raises:
+    ValueError: it does not have the form that `make_shard` writes.
+  """
+  about = reading.parse_json(text, 'about')
+  if about['shard']:
+    manifest_fields.check_shard(about['shard'], 'about.shard')
+  numbers = [*about['documents'].values(), *about['skipped'].values()]
+  if about['documents'].keys() != set(records.SPLITS) or not all(
+    type(n) is int and n >= 0 for n in numbers
+  ):
+    raise ValueError('about: numbers of documents')
+  return about
 
 
 def make_shard(
@@ -95,11 +140,12 @@ def make_shard(
   skipped, heldout, tail = {}, [], []
 
   def train_tokens() -> Iterator[np.ndarray]:
-    for text, ids in _encoded(part, tokenizer, job.num_threads, skipped):
+    texts = pieces(documents_of(part, skipped), job.piece_chars)
+    for text, ids in _encoded(texts, tokenizer, job.num_threads):
       tokens = np.fromiter(
         itertools.chain(ids, (tokenizer.eos_id,)), dtype, len(ids) + 1
       )
-      if _fraction(text) < job.heldout_fraction:
+      if hash_fraction(text) < job.heldout_fraction:
         documents['heldout'] += 1
         heldout.append(tokens)
       else:
@@ -133,27 +179,56 @@ def make_shard(
   return int(counts.sum()) + len(heldout) + len(tail)
 
 
+def documents_of(part: sources.Part, skipped: dict) -> Iterator[str]:
+  """Yields the texts of a part; counts skipped documents in `skipped`.
+
+  Raises:
+    UserError: input is damaged, or more than half of it is not text.
+  """
+  readable, unreadable = 0, 0
+  for document in sources.read(part):
+    if not isinstance(document, readers.Skipped):
+      readable += 1
+      yield document
+      continue
+    skipped[document.reason] = skipped.get(document.reason, 0) + 1
+    unreadable += document.reason != readers.EMPTY
+    if unreadable >= 100 and unreadable > readable:
+      raise UserError(
+        f'more than half of the documents before {document.where} cannot be '
+        f'read ({document.reason}): check the format of that file'
+      )
+
+
+def pieces(texts: Iterable[str], chars: int) -> Iterator[str]:
+  """Yields parts of at most `chars` characters, cut at line ends if possible.
+
+  Longer lines are cut anywhere. With chars=0, texts stay whole.
+  """
+  for text in texts:
+    if not chars:
+      yield text
+      continue
+    start = 0
+    while start < len(text):
+      stop = start + chars
+      if stop < len(text):
+        stop = text.rfind('\n', start, stop) + 1 or stop
+      yield text[start:stop]
+      start = stop
+
+
 def _encoded(
-  part, tokenizer, num_threads: int, skipped: dict
+  documents: Iterable[str], tokenizer, num_threads: int
 ) -> Iterator[tuple[str, list[int]]]:
-  """Yields texts and their ids; counts skipped documents in `skipped`."""
-  texts, chars, readable, unreadable = [], 0, 0, 0
+  """Yields texts and their ids."""
+  texts, chars = [], 0
 
   def encoded():
     ids = tokenizer.encode_batch(texts, num_threads)
     return list(zip(texts, ids, strict=True))
 
-  for document in sources.read(part):
-    if isinstance(document, readers.Skipped):
-      skipped[document.reason] = skipped.get(document.reason, 0) + 1
-      unreadable += document.reason != readers.EMPTY
-      if unreadable >= 100 and unreadable > readable:
-        raise UserError(
-          f'more than half of the documents before {document.where} cannot be '
-          f'read ({document.reason}): check the format of that file'
-        )
-      continue
-    readable += 1
+  for document in documents:
     texts.append(document)
     chars += len(document)
     if chars >= _TEXT_CHARS:
@@ -186,7 +261,7 @@ def conclude(
   """Writes the shards of the leftovers and returns the manifest.
 
   Raises:
-    UserError: the text does not fill one row.
+    TooShort: the text does not fill one row.
     OSError: the disk is full or not writable.
   """
   parts = range(len(plan.parts))
@@ -222,11 +297,7 @@ def conclude(
     for split in records.SPLITS
   }
   if not any(shards.values()):
-    raise UserError(
-      f'{sum(documents.values())} documents do not fill one row of '
-      f'{job.row_length} tokens: give more text or a shorter --row_length, and '
-      'another directory'
-    )
+    raise _too_short(job, parts, sum(documents.values()))
 
   skipped = {}
   for reason, count in (x for a in abouts for x in a['skipped'].items()):
@@ -256,12 +327,30 @@ def conclude(
   )
 
 
+def _too_short(job: Job, parts: range, documents: int) -> TooShort:
+  tokens = 0
+  for number in parts:
+    with np.load(job.leftovers(number)) as arrays:
+      tokens += len(arrays['tail'])
+  fix = 'give more text'
+  if tokens >= 4:
+    fix += f', or set --row_length={1 << ((tokens // 4).bit_length() - 1)}'
+  return TooShort(
+    f'{documents} documents do not fill one row of {job.row_length} tokens '
+    f'(training text has {tokens}): {fix}'
+  )
+
+
 def unigram_entropy(counts: np.ndarray) -> float:
   probability = counts[counts > 0] / max(1, counts.sum())
   return float(0 - probability @ np.log(probability))
 
 
-def _fraction(text: str) -> float:
+def hash_fraction(text: str) -> float:
+  """Returns the hash of a text as a number in [0, 1).
+
+  A document is held out if it is below Job.heldout_fraction.
+  """
   # Python's `hash` of a string differs between processes.
   digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'big') / 2**64

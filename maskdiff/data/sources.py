@@ -18,18 +18,19 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
-from maskdiff.data import readers
+from maskdiff.data import readers, source_files, unpack
 from maskdiff.data.readers import Skipped
-from maskdiff.errors import UserError
+from maskdiff.data.source_files import Input
+from maskdiff.errors import UserError, printable
 from maskdiff.files.paths import local_path
 
 # A part is 1/256 of the input, so that all workers finish at about the same
 # time. The minimum keeps the cost of starting a part small. The maximum bounds
 # the work that is lost if a machine fails.
 PARTS = 256
+MAX_PARTS = 1 << 16  # a sparse file may seem to have any size
 MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 1 << 30
 
@@ -82,22 +83,14 @@ class Plan:
     fingerprint: 16 hex digits, a hash of the name and size of every input file,
       the boundaries of the parts and the text key. Names are relative to the
       source, so a copy in another place has the same fingerprint.
-    ignored: numbers of ignored files in directories and globs, by suffix, and
-      of linked folders.
+    ignored: numbers of ignored files in directories and globs, by suffix or
+      reason, and of linked folders and folders of prepared rows.
   """
 
   parts: tuple[Part, ...]
   description: str
   fingerprint: str
   ignored: dict[str, int]
-
-
-class _Input(NamedTuple):
-  name: str  # relative to the source
-  path: str
-  size: int  # bytes
-  format: str
-  records: int = 0  # number of records of a 'tfds' shard
 
 
 def embedded() -> Iterator[tuple[str, str]]:
@@ -123,7 +116,11 @@ def embedded() -> Iterator[tuple[str, str]]:
 
 
 def plan(
-  specs: Sequence[str], *, text_key: str = 'text', by_line: bool = False
+  specs: Sequence[str],
+  *,
+  text_key: str = 'text',
+  by_line: bool = False,
+  output: str | os.PathLike | None = None,
 ) -> Plan:
   """Returns the Plan of a corpus: its sources, cut into parts.
 
@@ -133,6 +130,8 @@ def plan(
       such as ~/tensorflow_datasets/c4/en/3.1.0.
     text_key: field that holds the text, in formats with fields.
     by_line: whether each line of a .txt file is a document.
+    output: directory of the rows, which may be inside a source; its files are
+      not input.
 
   Raises:
     UserError: a source is missing, unreadable, damaged, of unknown format or
@@ -140,14 +139,19 @@ def plan(
       installed.
   """
   ignored = collections.Counter()
+  if output is not None:
+    output = os.path.realpath(local_path(output))
   inputs = [
-    i for spec in specs for i in _inputs(spec, text_key, by_line, ignored)
+    i
+    for spec in specs
+    for i in _inputs(spec, text_key, by_line, ignored, output)
   ]
   _check_named_once(inputs)
   total = sum(i.size for i in inputs)
   if not total:
     raise UserError(f'no text in {", ".join(specs)}: give files with text')
   target = min(max(total // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+  target = max(target, total // MAX_PARTS)
   parts = tuple(_parts(inputs, text_key, target))
   content = [
     [(i.name, i.size) for i in inputs],
@@ -157,7 +161,7 @@ def plan(
   names = {'embedded': f'{python} standard library'}
   return Plan(
     parts=parts,
-    description=' + '.join(names.get(spec, spec) for spec in specs),
+    description=' + '.join(names.get(s, printable(s)) for s in specs),
     fingerprint=hashlib.blake2b(
       json.dumps(content).encode(), digest_size=8
     ).hexdigest(),
@@ -184,37 +188,59 @@ def read(part: Part) -> Iterator[str | Skipped]:
 
 
 def _inputs(
-  spec: str, text_key: str, by_line: bool, ignored: collections.Counter
-) -> list[_Input]:
+  spec: str,
+  text_key: str,
+  by_line: bool,
+  ignored: collections.Counter,
+  output: str | None,
+) -> list[Input]:
   if spec == 'embedded':
     return _embedded()
   if spec.startswith('tfds:'):
     return _tfds_shards(spec, text_key)
   path = os.path.abspath(local_path(spec))
+  source_files.check_output(spec, path, output)
   format_of = functools.partial(_format, by_line=by_line)
   if os.path.isdir(path):
-    found = _files(path, _walk(path, ignored), format_of, ignored)
+    paths = source_files.walk(path, ignored, output=output)
+    found = source_files.select(path, paths, format_of, ignored, output)
   elif os.path.exists(path):
-    found = _files(os.path.dirname(path), [path], format_of, ignored)
+    found = []
+    if format := format_of(path):
+      found.append(source_files.examine(os.path.dirname(path), path, format))
   elif glob.has_magic(path):
     root = os.path.dirname(path[: re.search(r'[*?[]', path).start()])
-    paths = set(glob.glob(path, recursive=True))
-    found = _files(root, filter(os.path.isfile, paths), format_of, ignored)
+    try:
+      found = glob.glob(path, recursive=True)
+    except RecursionError as e:
+      raise UserError(
+        f'{spec} has folders nested too deep for **: name the folder itself'
+      ) from e
+    paths = [p for p in found if not os.path.isdir(p)]
+    found = source_files.select(root, set(paths), format_of, ignored, output)
   else:
     raise UserError(f'no file or directory {spec}: correct the path')
   if not found:
-    raise UserError(f'no text files in {spec}: give files that end in {_KNOWN}')
+    others = ', '.join(f'{n:,} {name}' for name, n in ignored.items())
+    raise UserError(
+      f'no text files in {spec}'
+      + (f' (not read: {printable(others)})' if others else '')
+      + f': give files that end in {_KNOWN}'
+    )
   return found
 
 
-def _embedded() -> list[_Input]:
+def _embedded() -> list[Input]:
   root = sysconfig.get_paths()['stdlib']
   found = []
   if os.path.isdir(root):
     ignored = collections.Counter()
     format_of = lambda path: 'files' if path.endswith('.py') else None
-    paths = _walk(root, ignored, foreign=_FOREIGN)
-    found = _files(root, paths, format_of, ignored)
+    found = sorted(
+      source_files.examine(root, path, format)
+      for path in source_files.walk(root, ignored, foreign=_FOREIGN)
+      if (format := format_of(path))
+    )
   if not found:
     raise UserError(
       f'no .py files in {root}: use a Python with its standard library '
@@ -231,46 +257,7 @@ def _format(path: str, by_line: bool) -> str | None:
   return format if stem == name or format != 'parquet' else None
 
 
-def _walk(
-  root: str, ignored: collections.Counter, foreign: Collection[str] = ()
-) -> Iterator[str]:
-  def unreadable(error: OSError):
-    raise readers.cannot_read(error.filename, error)
-
-  for folder, folders, files in os.walk(root, onerror=unreadable):
-    # os.walk does not enter folders that are removed in place.
-    folders[:] = [f for f in folders if f not in foreign]
-    links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
-    if links:
-      ignored['linked folders'] += len(links)
-    yield from (os.path.join(folder, file) for file in files)
-
-
-def _files(
-  root: str,
-  paths: Iterable[str],
-  format_of: Callable[[str], str | None],
-  ignored: collections.Counter,
-) -> list[_Input]:
-  found = []
-  for path in paths:
-    if format := format_of(path):
-      found.append(_input(root, path, format))
-    else:
-      ignored[os.path.splitext(path)[1] or 'no suffix'] += 1
-  return sorted(found)
-
-
-def _input(root: str, path: str, format: str, records: int = 0) -> _Input:
-  try:
-    size = os.stat(path).st_size
-  except OSError as e:
-    raise readers.cannot_read(path, e) from e
-  name = path.removeprefix(root).lstrip('/')
-  return _Input(name, path, size, format, records)
-
-
-def _tfds_shards(spec: str, text_key: str) -> list[_Input]:
+def _tfds_shards(spec: str, text_key: str) -> list[Input]:
   directory, _, split = spec.removeprefix('tfds:').rpartition(':')
   directory = os.path.abspath(local_path(directory))
   if not os.path.isfile(os.path.join(directory, 'dataset_info.json')):
@@ -278,7 +265,7 @@ def _tfds_shards(spec: str, text_key: str) -> list[_Input]:
       f'no prepared dataset in {directory}: write tfds:DIR:SPLIT with the '
       'folder of a version, such as ~/tensorflow_datasets/c4/en/3.1.0'
     )
-  tfds = readers.module('tensorflow_datasets')
+  tfds = unpack.module('tensorflow_datasets')
   try:
     info = tfds.builder_from_directory(directory).info
   except Exception as e:  # tfds raises several types
@@ -295,12 +282,14 @@ def _tfds_shards(spec: str, text_key: str) -> list[_Input]:
     )
   readers.tfds_feature(directory, text_key)
   return [
-    _input(directory, str(shard.filename), 'tfds', shard.examples_in_shard)
+    source_files.examine(
+      directory, str(shard.filename), 'tfds', shard.examples_in_shard
+    )
     for shard in info.splits[split].file_instructions
   ]
 
 
-def _check_named_once(inputs: list[_Input]) -> None:
+def _check_named_once(inputs: list[Input]) -> None:
   # Resolving every path from the root would take longer than the rest of
   # planning, so folders are resolved once, and files only if they are links.
   real_folder = functools.cache(os.path.realpath)
@@ -317,7 +306,7 @@ def _check_named_once(inputs: list[_Input]) -> None:
     seen.add(real)
 
 
-def _parts(inputs: list[_Input], text_key: str, target: int) -> Iterator[Part]:
+def _parts(inputs: list[Input], text_key: str, target: int) -> Iterator[Part]:
   for format, run in itertools.groupby(inputs, key=lambda i: i.format):
     run = list(run)
     row_groups = {}
@@ -351,7 +340,7 @@ def _groups(sizes: Sequence[int], target: int) -> Iterator[tuple[int, int]]:
 
 
 def _ranges(
-  i: _Input, row_groups: list[int], target: int
+  i: Input, row_groups: list[int], target: int
 ) -> Iterator[tuple[int, int, int]]:
   """One file as (start, stop, bytes)."""
   if i.format == 'files' or i.path.lower().endswith(_PACKED):
@@ -368,9 +357,9 @@ def _ranges(
       yield start, stop, size
 
 
-def _row_group_bytes(i: _Input, text_key: str) -> list[int]:
+def _row_group_bytes(i: Input, text_key: str) -> list[int]:
   """Returns the stored bytes of each row group of a Parquet file, estimated."""
-  with readers.open_parquet(i.path, i.size, text_key) as file:
+  with readers.open_parquet(i.path, i.size, text_key) as (file, _):
     groups = range(file.metadata.num_row_groups)
     unpacked = [file.metadata.row_group(g).total_byte_size for g in groups]
   ends = list(itertools.accumulate(unpacked, initial=0))

@@ -16,11 +16,12 @@ MAX_BYTES = 64 << 20
 MAX_DEPTH = 100  # of JSON; code that walks values may recurse
 
 
-def open_regular(path):
+def open_regular(path, buffering=-1):
   """Opens a regular file for reading.
 
   Args:
     path: path; symbolic links are followed.
+    buffering: see `open`.
 
   Returns:
     Binary file object.
@@ -38,7 +39,7 @@ def open_regular(path):
   if not stat.S_ISREG(os.fstat(handle).st_mode):
     os.close(handle)
     raise UserError(f'cannot read {path!r} (not a regular file)')
-  return open(handle, 'rb')
+  return open(handle, 'rb', buffering)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
+from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf, hf_config, hf_tokenizer
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import transformer
@@ -174,7 +175,7 @@ def warm_start(config, mesh):
   Raises:
     UserError: the stored model has another architecture, or cannot be loaded.
   """
-  path = config.init_from
+  path = str(local_path(config.init_from))
   stored, params = load_params(path, mesh, 'float32')
   for field in families.FIELDS:
     if stored.model[field] != config.model[field]:

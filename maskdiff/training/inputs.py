@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from maskdiff.data import pipeline, prepare, records, row_reader
+from maskdiff import config as config_lib
+from maskdiff.data import first_run, pipeline, prepare, records, row_reader
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed import runtime
@@ -24,23 +25,19 @@ def open_tokenizer(config):
     UserError: a token id differs from config.tokens, or the tokenizer has more
       pieces than config.model.vocab_size.
   """
-  tokenizer = tokenizer_lib.with_missing_ids(
-    tokenizer_lib.load(config.data.tokenizer), config.tokens
+  tokenizer = tokenizer_lib.load(config.data.tokenizer)
+  changes = first_run.fit_vocabulary(
+    tokenizer, config.tokens, config.model.vocab_size
   )
-  for name, value in config.tokens.items():
-    if getattr(tokenizer, name) != value:
-      raise UserError(
-        f'config.tokens.{name}={value}, but {config.data.tokenizer} has '
-        f'{getattr(tokenizer, name)}; set --config.tokens.{name}='
-        f'{getattr(tokenizer, name)} or choose another config.data.tokenizer'
-      )
-  if tokenizer.vocab_size > config.model.vocab_size:
+  if changes:
+    name, value = next(iter(changes.items()))
+    flags = ' '.join(f'--config.{k}={v}' for k, v in changes.items())
     raise UserError(
-      f'{config.data.tokenizer} has {tokenizer.vocab_size} pieces, more than '
-      f'config.model.vocab_size={config.model.vocab_size}; set '
-      f'--config.model.vocab_size={tokenizer.vocab_size}'
+      f'config.{name}={config_lib.lookup(config, name)}, but '
+      f'{config.data.tokenizer} needs {value}; set {flags}, or choose another '
+      '--config.data.tokenizer'
     )
-  return tokenizer
+  return tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
 
 
 def open_data(config, tokenizer, path=None, columns=()):
@@ -81,14 +78,14 @@ def open_data(config, tokenizer, path=None, columns=()):
       raise UserError(
         f'{directory} was prepared with tokenizer '
         f'{manifest.tokenizer_fingerprint}, but {config.data.tokenizer} is '
-        f'{tokenizer.fingerprint}; set config.data.tokenizer to the copy of '
-        f'the right tokenizer in {directory}'
+        f'{tokenizer.fingerprint}; set --config.data.tokenizer={directory}, '
+        'which holds the right tokenizer'
       )
     if manifest.eos_id != tokenizer.eos_id:
       raise UserError(
         f'the documents of {directory} end with the eos id {manifest.eos_id}, '
         f'but config.tokens.eos_id={tokenizer.eos_id}; set '
-        f'config.data.tokenizer to the copy of the tokenizer in {directory}'
+        f'--config.data.tokenizer={directory}, which holds the right tokenizer'
       )
     missing = [name for name in columns if name not in manifest.columns]
     if missing:

@@ -106,7 +106,7 @@ def in_order(open_batches, batch, skip):
 
   The position is the number of samples consumed. The iterator stays open while
   each call continues where the previous call ended. A call with another
-  position opens a new iterator at that position.
+  position closes it and opens a new iterator at that position.
 
   Args:
     open_batches: (number of samples consumed) -> iterator of batches.
@@ -118,6 +118,8 @@ def in_order(open_batches, batch, skip):
   def next_batch(position, params):
     nonlocal batches, end
     if position != end:
+      # Ends the threads that read ahead, if the iterator has any.
+      getattr(batches, 'close', lambda: None)()
       batches = open_batches(position)
     rows = next(batches)
     end = int(pipeline.sample_number(position, batch, skip))

@@ -13,6 +13,7 @@ from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.files import lock
+from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
 from maskdiff.monitoring import stage_file, terminal
@@ -94,9 +95,9 @@ def copy_published_files(config, workdir):
   config.init_from is a Hugging Face folder, or a work directory that may hold
   copies of such files. Nothing is copied if there are no such files.
   """
-  source = config.init_from
-  if not source:
+  if not config.init_from:
     return
+  source = str(local_path(config.init_from))
   subfolder = '' if families.is_published(source) else hf.PUBLISHED
   if os.path.isdir(os.path.join(source, subfolder)):
     target = os.path.join(workdir, hf.PUBLISHED)

@@ -176,6 +176,7 @@ INVALID = {
   'train.microbatches': dict(train__batch=32, train__microbatches=5),
   'train.batch': dict(train__batch=33),
   'eval.batch': dict(eval__batch=31),
+  'data.skip_samples': dict(data__skip_samples=((0, 1 << 63),)),
   'tokens.mask_id': dict(tokens__mask_id=4096),
   'tokens.bos_id': dict(tokens__bos_id=-1),
   'tokens.eos_id': dict(tokens__eos_id=4096),

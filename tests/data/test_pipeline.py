@@ -17,6 +17,7 @@ from maskdiff.data import rows as rows_lib
 from maskdiff.data.rows import Rows
 from maskdiff.data.samples import num_samples
 from maskdiff.errors import UserError
+from maskdiff.training import pretraining
 
 ROWS, ROW_LENGTH, BATCH = 50, 32, 8
 
@@ -829,7 +830,7 @@ def test_heldout_rows_are_cut_and_joined_like_those_of_training(
 
 def test_too_many_heldout_batches_are_refused(dataset):
   assert len(heldout(dataset, num_batches=12)) == 12
-  with pytest.raises(UserError, match='config.eval.batches to at most 12') as e:
+  with pytest.raises(UserError, match='config.eval.batches=12') as e:
     heldout(dataset, num_batches=13)
   assert dataset.directory in str(e.value)
   check_one_line(e)
@@ -1169,3 +1170,36 @@ def test_skipping_samples_does_not_change_the_others(dataset, skip):
   np.testing.assert_array_equal(
     samples(len(numbers) // 4, skip=skip), everything[numbers - 2]
   )
+
+
+def test_closing_the_device_batches_ends_reading_ahead():
+  closed = []
+
+  class Batches:
+    """An iterator with a `close`, as those of grain have."""
+
+    def __init__(self, batches):
+      self._batches = batches
+
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      return next(self._batches)
+
+    def close(self):
+      closed.append(True)
+
+  opened = []
+
+  def open_batches(position):
+    assert len(closed) == len(opened)  # one iterator is open at a time
+    opened.append(position)
+    source = Batches(itertools.repeat(Rows(np.zeros((8, 8), np.int32))))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return pipeline.to_device(source, sharding, (8, 8))
+
+  next_batch = pretraining.in_order(open_batches, 8, ())
+  for position in (0, 8, 16, 0, 8, 64):
+    next_batch(position, None)
+  assert opened == [0, 0, 64] and len(closed) == 2

@@ -636,11 +636,103 @@ def test_a_full_disk_costs_no_finished_part(
   assert contents(tmp_path / 'rows') == contents(rows)
 
 
+@pytest.mark.parametrize('out', ['rows', 'a/b/rows'])
+def test_output_inside_the_input_resumes(
+  texts, tokenizer, tmp_path, monkeypatch, out
+):
+  """The rows, their manifest, lock and leftovers are no input."""
+  folder = tmp_path / 'in'
+  write_jsonl(folder / 'a.jsonl', texts[:60])
+  (folder / 'a').mkdir()
+  (tmp_path / 'link').symlink_to(folder)
+  expected = prepared(plan_of(folder), tokenizer, tmp_path / 'outside')
+  plan = lambda source: sources.plan([str(source)], output=folder / out)
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, 'conclude', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      prepared(plan(folder), tokenizer, folder / out)
+  # Interrupted, finished, and through a link.
+  for source in (folder, folder, tmp_path / 'link'):
+    manifest = prepared(plan(source), tokenizer, folder / out)
+    assert manifest.splits == expected.splits
+    row_reader.verify(folder / out, manifest, rows='all')
+  others = prepared(plan_of(folder), tokenizer, tmp_path / 'later')
+  assert others.splits == expected.splits
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1.0, 1.5])
+def test_heldout_fraction_out_of_bounds_is_refused(
+  small, tokenizer, tmp_path, value
+):
+  message = refused(
+    small[0], tokenizer, tmp_path / 'rows', heldout_fraction=value
+  )
+  assert message.startswith(f'--heldout_fraction={value}: must be from 0 to 1')
+  assert not (tmp_path / 'rows').exists()
+
+
+@pytest.mark.parametrize('content', ['[]', 'null', '[' * 100_000, '\0', '{}'])
+def test_damaged_state_is_refused(small, tokenizer, tmp_path, content):
+  (tmp_path / '.prepare').mkdir()
+  (tmp_path / '.prepare' / 'settings.json').write_text(content)
+  message = refused(small[0], tokenizer, tmp_path)
+  assert 'settings.json' in message or 'was prepared with' in message
+
+
+@pytest.mark.parametrize('kind', ['link', 'fifo'])
+def test_lock_is_no_link_and_no_fifo(small, tokenizer, tmp_path, kind):
+  path = tmp_path / 'rows' / '.prepare.lock'
+  path.parent.mkdir()
+  if kind == 'link':
+    path.symlink_to(tmp_path / 'planted')
+    assert 'cannot write' in refused(small[0], tokenizer, path.parent)
+    assert not (tmp_path / 'planted').exists()
+  else:
+    os.mkfifo(path)
+    prepared(small[0], tokenizer, path.parent)  # does not wait for a reader
+
+
+def test_leftovers_of_another_form_are_not_used(
+  small, tokenizer, tmp_path, monkeypatch
+):
+  plan, rows = small
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, 'conclude', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      prepared(plan, tokenizer, tmp_path)
+  path = tmp_path / '.prepare' / '00000.npz'
+  with np.load(path) as file:
+    arrays = dict(file)
+  about = json.loads(str(arrays['about']))
+  outside = about | {'shard': (about['shard'] or {}) | {'file': '/etc/passwd'}}
+  job = shards.Job(tmp_path, 32, 0.2, 1)
+  assert shards.is_done(job, 0, tokenizer.vocab_size)
+  for changes in (
+    {'about': np.array(json.dumps(outside))},
+    {'about': np.array('[' * 100_000)},
+    {'about': np.array(json.dumps(about | {'skipped': {'empty': -1}}))},
+    {'tail': arrays['tail'].astype(float)},
+    {'tail': np.full(3, 60_000, np.uint16)},
+    {'heldout': arrays['heldout'][:, None]},
+    {'counts': arrays['counts'][:-1]},
+  ):
+    np.savez(path, **(arrays | changes))
+    assert not shards.is_done(job, 0, tokenizer.vocab_size)
+  prepared(plan, tokenizer, tmp_path)
+  assert contents(tmp_path) == contents(rows)
+
+
 def test_less_than_a_row_is_refused(tokenizer, tmp_path):
   path = write_jsonl(tmp_path / 'few.jsonl', ['x = 1\n', 'y = 2\n'])
   message = refused(plan_of(path), tokenizer, tmp_path / 'rows')
   assert '2 documents do not fill one row of 32 tokens' in message
-  assert not (tmp_path / 'rows' / records.MANIFEST).exists()
+  assert contents(tmp_path / 'rows') == {}
+  # The message names a length that works in the same directory.
+  length = int(message.partition('--row_length=')[2])
+  manifest = prepared(
+    plan_of(path), tokenizer, tmp_path / 'rows', row_length=length
+  )
+  assert manifest.splits['train'].rows
 
 
 def test_empty_documents_alone_are_refused(tokenizer, tmp_path):

@@ -1,7 +1,9 @@
 """Rows with columns are written completely, or not at all."""
 
+import errno
 import itertools
 import json
+import os
 import pathlib
 import re
 
@@ -318,6 +320,29 @@ def test_directory_is_complete_at_once_or_not_at_all(tokenizer, tmp_path):
     assert not list(directory.iterdir())
   write(directory, blocks(), tokenizer, shard_rows=8)
   assert len(read(directory).tokens) == 40
+
+
+@pytest.mark.parametrize('moved', range(3))
+def test_failed_move_leaves_nothing(tokenizer, tmp_path, monkeypatch, moved):
+  """Also if the last move, that of the manifest, fails after the rename."""
+  replace, calls = records.replace, []
+
+  def fails(unfinished, path):
+    if '.unfinished' in str(path):  # a write, before the moves
+      return replace(unfinished, path)
+    calls.append(path)
+    if len(calls) <= moved:
+      return replace(unfinished, path)
+    os.replace(unfinished, path)
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  monkeypatch.setattr(records, 'replace', fails)
+  folder = tmp_path / 'rows'
+  folder.mkdir()
+  with pytest.raises(UserError, match='Input/output error'):
+    write(folder, [make_rows(3)], tokenizer)
+  assert len(calls) == moved + 1
+  assert list(folder.iterdir()) == []
 
 
 def test_directory_that_is_not_empty_is_refused(tokenizer, tmp_path):

@@ -202,13 +202,15 @@ def test_damaged_leftovers_are_never_used(tokenizer, tmp_path):
   content = path.read_bytes()
   with np.load(path) as file:
     arrays = dict(file)
-  assert shards.is_done(job, 7)
+  assert shards.is_done(job, 7, tokenizer.vocab_size)
   rng = random.Random(0)
   for n in range(300):
     damaged = bytearray(content)
     damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(damaged[: rng.randrange(len(content)) if n % 3 else None])
-    if shards.is_done(job, 7):  # the damage is to a date, say
+    if shards.is_done(
+      job, 7, tokenizer.vocab_size
+    ):  # the damage is to a date, say
       with np.load(path) as file:
         assert all(np.array_equal(file[k], v) for k, v in arrays.items())
 

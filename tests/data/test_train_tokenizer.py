@@ -10,7 +10,7 @@ import sys
 import pytest
 import sentencepiece
 
-from maskdiff.data import tokenizer
+from maskdiff.data import tokenizer, tokenizer_training
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'tokenizer' / 'train.py'
@@ -197,5 +197,5 @@ def test_shipped_model_is_reproduced(module, tmp_path):
 
 def test_library_has_held_out_text(module):
   sentences, held_out = module.library()
-  assert 0 < sum(map(len, held_out)) <= module.HELD_OUT_BYTES
+  assert 0 < sum(map(len, held_out)) <= tokenizer_training.HELD_OUT_BYTES
   assert next(sentences)

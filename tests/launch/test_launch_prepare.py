@@ -143,9 +143,11 @@ def undisturbed(corpus, tmp_path_factory):
 def test_the_source_and_a_summary_are_printed(corpus, undisturbed):
   directory, _, output = undisturbed
   manifest = records.read_manifest(directory)
-  first, last = output.splitlines()
+  first, summary, line, command = output.splitlines()
   assert first.startswith(f'{corpus}: 1.') and first.endswith('MB, 12 parts')
-  assert last == f'{directory}: {prepare.summary(manifest)}'
+  assert summary == f'{directory}: {prepare.summary(manifest)}'
+  assert line == 'to train on these rows:'
+  assert f'--config.data.path={directory} ' in command
   assert len(manifest.splits['train'].shards) == 13
   row_reader.verify(directory, manifest, rows='all')
 
@@ -305,7 +307,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(
 
 def test_skipped_documents_are_counted(small):
   directory, output = small
-  assert '(skipped: 2 not UTF-8, 1 empty)' in output.splitlines()[-1]
+  assert '(skipped: 2 not UTF-8, 1 empty)\n' in output
   manifest = records.read_manifest(directory)
   assert manifest.skipped == {'not UTF-8': 2, 'empty': 1}
   assert sum(s.documents for s in manifest.splits.values()) == 300
@@ -315,7 +317,9 @@ def test_a_split_without_rows_is_reported(small, tmp_path):
   source = small[0].parent / 'a.jsonl'
   args = ['--source', source, '--text_key=content', '--out', tmp_path / 'rows']
   output = run(*args, *SETTINGS, '--heldout_fraction=0')
-  assert "no row in the split 'heldout'" in output.splitlines()[-1]
+  *_, note, advice = output.splitlines()
+  assert "no row in the split 'heldout'" in note
+  assert '--row_length=' in advice and '--heldout_fraction=0.' in advice
 
 
 def test_inspect_prints_statistics_and_rows(small):
@@ -367,17 +371,27 @@ def test_verify_finds_one_changed_byte(small, tmp_path):
 @pytest.mark.parametrize(
   'args, message',
   [
-    ([], 'give one of --out DIR, --inspect DIR and --verify DIR'),
+    ([], 'give one of --out DIR, the directory to write, --inspect DIR and'),
     (['--out=x', '--verify=x'], 'give one of --out DIR'),
     (['--out=x'], '--out needs --source'),
-    (['--out=x', '--source=embedded'], '--out needs --tokenizer'),
+    (['--out=x', '--source=embedded'], '--out needs either --train_tokenizer'),
+    (['--out=x', '--source=launch', '--vocab_size=9'], '--out needs either'),
+    (
+      [
+        '--out=x',
+        '--source=launch',
+        '--tokenizer=tokenizer',
+        '--heldout_fraction=nan',
+      ],
+      '--heldout_fraction=nan',
+    ),
     (['--out=x', '--rowlength=3'], "rowlength; did you mean 'row_length'?"),
     (['--out=x', '--row_length=0'], 'row_length'),
     (['--out=x', '--heldout_fraction=2'], 'heldout_fraction'),
     (['--out=x', '--workers=0'], 'workers'),
     (['--out=x', '--source=a.txt', 'b.txt'], "unexpected argument 'b.txt'"),
-    (['--inspect=absent'], 'cannot read absent/manifest.json'),
-    (['--verify=absent'], 'cannot read absent/manifest.json'),
+    (['--inspect=absent'], "cannot read 'absent/manifest.json'"),
+    (['--verify=absent'], "cannot read 'absent/manifest.json'"),
     (
       ['--out=x', '--source=absent', '--tokenizer=tokenizer'],
       'no file or directory absent',

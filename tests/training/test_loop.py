@@ -896,7 +896,7 @@ REFUSED = {
     dict(data__tokenizer='/nowhere/t.model'),
     '/nowhere/t.model.*config.data.tokenizer',
   ),
-  'mask id': (dict(tokens__mask_id=5), 'config.tokens.mask_id=5.* has 4'),
+  'mask id': (dict(tokens__mask_id=5), 'config.tokens.mask_id=5.* needs 4'),
   'vocabulary': (dict(model__vocab_size=4000), 'config.model.vocab_size=4000'),
   'mesh': (dict(mesh__tensor=3), 'tensor=3.*number of devices, 8'),
   'heads': (
