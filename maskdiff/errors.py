@@ -7,6 +7,7 @@ import unicodedata
 STATUS_UNEXPECTED = 1
 STATUS_USER = 2  # do not restart: the same error would follow
 STATUS_AGAIN = 75  # EX_TEMPFAIL: start the same command again
+STATUS_OUTPUT_CLOSED = 141  # as of a program that SIGPIPE ended, in a shell
 
 
 class UserError(ValueError):
@@ -47,6 +48,13 @@ class Preempted(Exception):
     """`step` is the step of the saved checkpoint."""
     super().__init__(f'preempted; step {step} is saved')
     self.step = step
+
+
+class OutputClosed(Exception):
+  """The reader of standard output has ended, as in `| head`.
+
+  Scripts in launch/ print nothing and exit with status 141.
+  """
 
 
 def no_checkpoint(workdir):
