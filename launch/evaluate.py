@@ -25,6 +25,7 @@ totals and the settings. See docs/evaluation.md.
 
 import functools
 import json
+import math
 
 from absl import flags, logging
 
@@ -49,7 +50,9 @@ flags.DEFINE_enum(
 flags.DEFINE_string(
   'data', None, 'File of JSON lines. Default: generated lines.'
 )
-flags.DEFINE_integer('num', 200, 'Lines to generate.', lower_bound=1)
+flags.DEFINE_integer(
+  'num', 200, 'Lines to generate.', lower_bound=1, upper_bound=1_000_000
+)
 flags.DEFINE_multi_string(
   'sample',
   [],
@@ -102,6 +105,10 @@ flags.mark_flags_as_required(['workdir', 'task'])
 
 
 def main(args):
+  if not 0 <= args.guidance < math.inf:
+    raise UserError(
+      f'--guidance={args.guidance} must be a finite number, at least 0'
+    )
   if not args.data and args.task not in GENERATED:
     raise UserError(f'--task {args.task} needs --data')
   if args.sample and args.task not in ANSWERED:
@@ -153,6 +160,7 @@ def evaluate(args):
       functools.partial(puzzles.correct, args.task),
       args.seed,
       args.batch,
+      counter(len(lines), 'lines'),
     )
   else:
     rows, total = score(args, model, estimator, lines)
@@ -181,6 +189,15 @@ def generate(args, model):
   return [(f'{args.task} {i}', line) for i, line in enumerate(lines)]
 
 
+def counter(total, unit):
+  """Returns the function that counts finished lines; None: do not count."""
+  import jax
+
+  from maskdiff.monitoring import progress
+
+  return None if jax.process_index() else progress.counter(total, unit)
+
+
 def score(args, model, estimator, lines):
   """Returns the rows and the totals of a task scored by likelihood."""
   import dataclasses
@@ -204,19 +221,23 @@ def score(args, model, estimator, lines):
       )
 
   def bound(answers, seeds):
+    count = counter(len(answers.tokens), 'rows')
     if args.form == 'left_to_right':
-      return bounds.left_to_right(network, c, answers)
+      return bounds.left_to_right(network, c, answers, count)
     seeds = [args.seed + s for s in seeds]
     if args.form in RANDOM_ORDERS:
+      scored.check_masks(answers, orders=args.orders)
       function = {
         'multi_sample': bounds.multi_sample,
         'two_sided': bracket.bracket,
       }[args.form]
-      return function(network, c, answers, args.orders, seeds)
-    return bounds.bound(network, c, answers, estimator, seeds)
+      return function(network, c, answers, args.orders, seeds, count)
+    scored.check_masks(answers, samples=args.samples)
+    return bounds.bound(network, c, answers, estimator, seeds, count)
 
   def matches(answers):
-    return bounds.greedy_matches(network, c, answers)
+    count = counter(len(answers.tokens), 'rows')
+    return bounds.greedy_matches(network, c, answers, count)
 
   with jax.set_mesh(model.mesh):
     rows, total = scored.TASKS[args.task](

@@ -46,18 +46,28 @@ def with_settings(config, settings):
         f'sampler setting {key}={s[key]} has no effect with '
         f'remasking={s.remasking}: set remasking={key} or remove {key}'
       )
-  limit = MAX_STEPS_PER_TOKEN * config.data.length
-  if 'steps' in settings and s.steps > limit:
-    raise UserError(
-      f'sampler setting steps={s.steps}: must be at most {limit}, '
-      f'{MAX_STEPS_PER_TOKEN} for each of the config.data.length='
-      f'{config.data.length} tokens of a row'
-    )
+  if 'steps' in settings:
+    check_steps(s.steps, config.data.length)
   if 'steps' not in settings:
     size = max(1, min(s.block_length, s.gen_length))  # validate refuses 0
     s.steps = -(-s.gen_length // size) * size
   validate(config)
   return config
+
+
+def check_steps(steps, context):
+  """Raises UserError if a row would take far too many denoising steps.
+
+  Args:
+    steps: int.
+    context: tokens of a training row.
+  """
+  if steps > MAX_STEPS_PER_TOKEN * context:
+    raise UserError(
+      f'sampler setting steps={steps}: must be at most '
+      f'{MAX_STEPS_PER_TOKEN * context}, {MAX_STEPS_PER_TOKEN} for each of the '
+      f'config.data.length={context} tokens of a row'
+    )
 
 
 def check_names(settings):

@@ -12,7 +12,12 @@ import numpy as np
 
 from maskdiff.config.key import check_value
 from maskdiff.config.sample import PER_REQUEST, SETTINGS
-from maskdiff.config.settings import check_names, check_types, with_settings
+from maskdiff.config.settings import (
+  check_names,
+  check_steps,
+  check_types,
+  with_settings,
+)
 from maskdiff.errors import UserError
 from maskdiff.objectives.table import OBJECTIVES
 
@@ -163,6 +168,7 @@ def of_request(config, values, changes=None, gaps=False, steps=None):
     steps = changes.pop('steps', steps)
     if steps is not None:
       check_value('steps', SETTINGS['steps'], steps)
+      check_steps(steps, config.data.length)
   length = (values | changes).get('gen_length', 0)
   if not gaps and length > config.data.length:
     raise UserError(

@@ -209,7 +209,7 @@ def test_empty_lines_are_skipped(write):
 
 PAIR = {'prompt': 'a', 'answer': 'b'}
 REFUSED = {
-  'not_json': ('bound', '{"text": ', 'data.jsonl:2: not JSON'),
+  'not_json': ('bound', '{"text": ', 'data.jsonl:2 is not valid JSON'),
   'not_an_object': ('bound', '[1]', ':2: must be a JSON object'),
   'no_answer': ('bound', {'prompt': 'a'}, r':2: bound needs .*answer \(str\)'),
   'number': ('bound', {'text': 3}, r':2: bound needs text \(str\)'),
@@ -229,9 +229,9 @@ REFUSED = {
   'surrogate_after': (
     'bound',
     '{"prompt": "", "answer": "a", "suffix": "\\ud800"}',
-    ':2: not Unicode',
+    ':2 has half of a surrogate',
   ),
-  'surrogate': ('bound', '{"text": "\\ud800"}', ':2: not Unicode'),
+  'surrogate': ('bound', '{"text": "\\ud800"}', ':2 has half of a surrogate'),
   'choices': (
     'choices',
     {'prompt': 'a', 'choices': 'bc', 'answer': 0},
@@ -270,12 +270,12 @@ def test_invalid_line_is_named(write, case):
 
 
 def test_missing_or_empty_file_is_named(write, tmp_path):
-  with pytest.raises(UserError, match='--data: cannot read .*none.jsonl'):
+  with pytest.raises(UserError, match='cannot read .*none.jsonl'):
     scored_lib.read(str(tmp_path / 'none.jsonl'), 'bound')
   with pytest.raises(UserError, match='data.jsonl.* has no lines'):
     scored_lib.read(write(), 'bound')
   (tmp_path / 'binary').write_bytes(b'\xff\xfe')
-  with pytest.raises(UserError, match='--data: cannot read .*binary'):
+  with pytest.raises(UserError, match='binary:1: not UTF-8'):
     scored_lib.read(str(tmp_path / 'binary'), 'bound')
 
 
