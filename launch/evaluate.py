@@ -99,6 +99,7 @@ flags.DEFINE_integer(
   4096,
   'Tokens per forward pass; memory grows with it.',
   lower_bound=1,
+  upper_bound=2**24,
 )
 config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'task'])

@@ -27,7 +27,9 @@ config.define_config_flag()
 flags.DEFINE_string(
   'topology', None, 'Topology of one slice, such as v5p:4x4x4.'
 )
-flags.DEFINE_integer('num_slices', 1, 'Number of slices.', lower_bound=1)
+flags.DEFINE_integer(
+  'num_slices', 1, 'Number of slices.', lower_bound=1, upper_bound=1024
+)
 flags.DEFINE_enum(
   'mode',
   'train',

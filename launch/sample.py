@@ -166,10 +166,13 @@ def sample(args):
 def read_prompts(args):
   """Returns a list of prompts.Prompt, and whether they have gaps."""
   if args.prompts:
-    return prompts_lib.read(args.prompts, args.seed)
-  texts = args.infill or args.prompt or ['']
-  found = [prompts_lib.Prompt(t, args.seed + i) for i, t in enumerate(texts)]
-  return found, bool(args.infill)
+    found, gaps = prompts_lib.read(args.prompts, args.seed)
+  else:
+    texts, gaps = args.infill or args.prompt or [''], bool(args.infill)
+    found = [prompts_lib.Prompt(t, args.seed + i) for i, t in enumerate(texts)]
+  for prompt in found:
+    prompts_lib.located(prompts_lib.check_seed, prompt)
+  return found, gaps
 
 
 if __name__ == '__main__':

@@ -123,4 +123,5 @@ def writing(flag, path):
   try:
     yield
   except OSError as error:
-    raise UserError(f'--{flag}: cannot write {path!r} ({error})') from error
+    reason = error.strerror or error  # without the name of a temporary file
+    raise UserError(f'--{flag}: cannot write {path!r} ({reason})') from error

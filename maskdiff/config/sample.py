@@ -127,6 +127,7 @@ KEYS = {
     '-1: all. With 0 or more, the network cannot see the maximum length of '
     'the answer.',
     minimum=-1,
+    maximum=1_000_000,
   ),
 }
 # Settings of the sampler: everything except the prompts of evaluations.

@@ -38,6 +38,8 @@ def with_settings(config, settings):
       )
     try:
       s[key] = _checked(key, _parse(value, type(s[key])))
+    except UserError:
+      raise
     except (KeyError, TypeError, ValueError) as error:
       raise _wrong_type(key, value) from error
   for key in OF_RULE:

@@ -26,7 +26,7 @@ from maskdiff.files import reading
 from maskdiff.likelihood.bounds import corpus, lay_out
 from maskdiff.likelihood.bracket import Bracket
 
-MAX_MASK_BYTES = 4 << 30  # of one answer, on the host
+MAX_MASK_BYTES = 4 << 30  # on the host
 
 
 class Line(NamedTuple):
@@ -89,7 +89,7 @@ def _parse(where, text, task):
 
 
 def check_masks(answers, orders=0, samples=0):
-  """Checks that the masks of the longest answer fit into memory.
+  """Checks that the masks of an answer, and all values, fit into memory.
 
   Args:
     answers: queries.Answers.
@@ -97,14 +97,18 @@ def check_masks(answers, orders=0, samples=0):
     samples: number of masks that are drawn.
 
   Raises:
-    UserError: the masks have more than MAX_MASK_BYTES.
+    UserError: they need more than about MAX_MASK_BYTES.
   """
   longest = int(answers.answer.sum(axis=1).max(initial=0))
-  if (orders * longest + samples) * longest > MAX_MASK_BYTES:
+  queries = orders * longest + samples
+  # Two masks, a weight, an index and results of a query; a value for each row.
+  size = queries * (2 * longest + 64 + 8 * len(answers.answer))
+  if size > MAX_MASK_BYTES:
     flag, number = ('orders', orders) if orders else ('samples', samples)
     raise UserError(
-      f'{flag}={number}: the masks of an answer of {longest} tokens would take '
-      f'more than {MAX_MASK_BYTES >> 30} GiB of memory; lower {flag}'
+      f'{flag}={number}: {len(answers.answer)} answers of up to {longest} '
+      f'tokens would take {size / 2**30:,.0f} GiB of memory, more than the '
+      f'limit of {MAX_MASK_BYTES >> 30} GiB; lower {flag}'
     )
 
 

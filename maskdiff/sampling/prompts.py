@@ -82,6 +82,14 @@ def located(function, prompt):
     raise UserError(f'{prompt.where}: {error}') from error
 
 
+def check_seed(prompt):
+  """Raises UserError unless the seed of a Prompt is in [0, 2^32)."""
+  if not 0 <= prompt.seed < 2**32:
+    raise UserError(
+      f'"seed" is {prompt.seed}, but must be an integer in [0, 2^32)'
+    )
+
+
 def typed(file, note):
   """Yields the lines of a stream as they arrive, without line ends.
 
@@ -146,8 +154,8 @@ def _parse(line, seed, where):
       f'{where}: must be {{"prompt": "text"}} or '
       '{"infill": "text, {{n}}"}'
     )
-  if type(seed) is not int or not 0 <= seed < 2**32:
-    raise UserError(f'{where}: "seed" must be an integer in [0, 2^32)')
+  if type(seed) is not int:
+    raise UserError(f'{where}: "seed" must be an integer')
   settings = row.get('settings', {})
   if not isinstance(settings, dict):
     raise UserError(
@@ -156,4 +164,5 @@ def _parse(line, seed, where):
   prompt = Prompt(text, seed, settings, where)
   located(lambda prompt: check_names(prompt.settings), prompt)
   located(lambda prompt: check_types(prompt.settings), prompt)
+  located(check_seed, prompt)
   return prompt, gaps
