@@ -10,7 +10,7 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.evals import scored as scored_lib
-from maskdiff.likelihood.bounds import Estimate
+from maskdiff.likelihood.bounds import Estimate, lay_out
 
 BITS = 1 / np.log(2)
 
@@ -210,6 +210,8 @@ def test_empty_lines_are_skipped(write):
 PAIR = {'prompt': 'a', 'answer': 'b'}
 REFUSED = {
   'not_json': ('bound', '{"text": ', 'data.jsonl:2 is not valid JSON'),
+  'nested': ('bound', '{"text": ' + '[' * 100_000, ':2 is nested more than'),
+  'long': ('bound', '{"text": "' + 'x' * (4 << 20) + '"}', ':2: the line has'),
   'not_an_object': ('bound', '[1]', ':2: must be a JSON object'),
   'no_answer': ('bound', {'prompt': 'a'}, r':2: bound needs .*answer \(str\)'),
   'number': ('bound', {'text': 3}, r':2: bound needs text \(str\)'),
@@ -285,3 +287,12 @@ def test_line_longer_than_the_context_is_named(write, score, tokenizer, task):
     lines = scored_lib.read(write(PAIR, long), task)
     with pytest.raises(UserError, match='data.jsonl:2: .* training rows had 3'):
       scored_lib.TASKS[task](lines, tokenizer, 3, score)
+
+
+def test_masks_that_do_not_fit_into_memory_are_refused():
+  answers = lay_out([[1]] * 3, [[2, 3, 4], [5], [6, 7]])
+  scored_lib.check_masks(answers, samples=4096)
+  scored_lib.check_masks(answers, orders=4096)
+  for flag in ('samples', 'orders'):
+    with pytest.raises(UserError, match=f'{flag}=1000000000: 3 answers'):
+      scored_lib.check_masks(answers, **{flag: 10**9})
