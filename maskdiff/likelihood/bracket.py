@@ -19,7 +19,6 @@ from maskdiff.errors import UserError
 from maskdiff.likelihood import bounds
 from maskdiff.likelihood.bounds import Estimate
 
-
 MAX_ORDERS = 1000  # the standard error takes K^3 operations
 
 
