@@ -25,7 +25,6 @@ totals and the settings. See docs/evaluation.md.
 
 import functools
 import json
-import math
 
 from absl import flags, logging
 
@@ -106,10 +105,6 @@ flags.mark_flags_as_required(['workdir', 'task'])
 
 
 def main(args):
-  if not 0 <= args.guidance < math.inf:
-    raise UserError(
-      f'--guidance={args.guidance} must be a finite number, at least 0'
-    )
   if not args.data and args.task not in GENERATED:
     raise UserError(f'--task {args.task} needs --data')
   if args.sample and args.task not in ANSWERED:
