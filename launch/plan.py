@@ -19,7 +19,7 @@ import sys
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, printable
 from maskdiff.files import outputs
 from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 
@@ -93,7 +93,7 @@ def main(args):
         remats=args.sweep_remat,
         meshes=meshes,
         num_slices=args.num_slices,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=lambda line: print(printable(line), file=sys.stderr, flush=True),
       )
     print(tables.format_sweep(result))
     fits = any(p['fits'] for p in result)
