@@ -29,7 +29,7 @@ import json
 from absl import flags, logging
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, printable
 from maskdiff.evals import puzzles
 
 SCORED = ('bound', 'choices', 'greedy')
@@ -162,8 +162,9 @@ def evaluate(args):
     rows, total = score(args, model, estimator, lines)
   total |= {
     'task': args.task,
-    'data': args.data or f'{args.num} made with seed {args.seed}',
-    'workdir': args.workdir,
+    # A path that is not UTF-8 would make the line invalid JSON.
+    'data': printable(args.data or f'{args.num} made with seed {args.seed}'),
+    'workdir': printable(args.workdir),
     'dtype': model.dtype,
   }
   if jax.process_index() == 0:

@@ -70,6 +70,16 @@ def no_workdir(workdir):
   return UserError(f'there is no work directory {workdir!r}')
 
 
+def require_utf8(path):
+  """Raises UserError if a path has bytes that are not UTF-8."""
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'the path {str(path)!r} is not UTF-8: rename the folder'
+    ) from error
+
+
 def printable(text):
   """Returns a text without characters that control a terminal.
 
