@@ -38,8 +38,11 @@ def main(args):
   config.require_workdir(args.workdir)
   import jax
 
+  from maskdiff.distributed import runtime
+
   if not args.verify:  # the run may be training and hold the devices
     jax.config.update('jax_platforms', 'cpu')
+  runtime.quiet_without_tpu(os.environ, jax.config.jax_platforms)
   # Orbax warns that checkpoints are opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
   if args.rollback is not None:

@@ -29,7 +29,7 @@ import json
 from absl import flags, logging
 
 from maskdiff import config
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, printable
 from maskdiff.evals import puzzles
 
 SCORED = ('bound', 'choices', 'greedy')
@@ -49,7 +49,9 @@ flags.DEFINE_enum(
 flags.DEFINE_string(
   'data', None, 'File of JSON lines. Default: generated lines.'
 )
-flags.DEFINE_integer('num', 200, 'Lines to generate.', lower_bound=1)
+flags.DEFINE_integer(
+  'num', 200, 'Lines to generate.', lower_bound=1, upper_bound=1_000_000
+)
 flags.DEFINE_multi_string(
   'sample',
   [],
@@ -96,6 +98,7 @@ flags.DEFINE_integer(
   4096,
   'Tokens per forward pass; memory grows with it.',
   lower_bound=1,
+  upper_bound=2**24,
 )
 config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'task'])
@@ -153,13 +156,15 @@ def evaluate(args):
       functools.partial(puzzles.correct, args.task),
       args.seed,
       args.batch,
+      counter(len(lines), 'lines'),
     )
   else:
     rows, total = score(args, model, estimator, lines)
   total |= {
     'task': args.task,
-    'data': args.data or f'{args.num} made with seed {args.seed}',
-    'workdir': args.workdir,
+    # A path that is not UTF-8 would make the line invalid JSON.
+    'data': printable(args.data or f'{args.num} made with seed {args.seed}'),
+    'workdir': printable(args.workdir),
     'dtype': model.dtype,
   }
   if jax.process_index() == 0:
@@ -179,6 +184,15 @@ def generate(args, model):
     context = model.config.data.length
     lines = draw(found, model.tokenizer, context, args.seed, args.num)
   return [(f'{args.task} {i}', line) for i, line in enumerate(lines)]
+
+
+def counter(total, unit):
+  """Returns the function that counts finished lines; None: do not count."""
+  import jax
+
+  from maskdiff.monitoring import progress
+
+  return None if jax.process_index() else progress.counter(total, unit)
 
 
 def score(args, model, estimator, lines):
@@ -204,19 +218,23 @@ def score(args, model, estimator, lines):
       )
 
   def bound(answers, seeds):
+    count = counter(len(answers.tokens), 'rows')
     if args.form == 'left_to_right':
-      return bounds.left_to_right(network, c, answers)
+      return bounds.left_to_right(network, c, answers, count)
     seeds = [args.seed + s for s in seeds]
     if args.form in RANDOM_ORDERS:
+      scored.check_masks(answers, orders=args.orders)
       function = {
         'multi_sample': bounds.multi_sample,
         'two_sided': bracket.bracket,
       }[args.form]
-      return function(network, c, answers, args.orders, seeds)
-    return bounds.bound(network, c, answers, estimator, seeds)
+      return function(network, c, answers, args.orders, seeds, count)
+    scored.check_masks(answers, samples=args.samples)
+    return bounds.bound(network, c, answers, estimator, seeds, count)
 
   def matches(answers):
-    return bounds.greedy_matches(network, c, answers)
+    count = counter(len(answers.tokens), 'rows')
+    return bounds.greedy_matches(network, c, answers, count)
 
   with jax.set_mesh(model.mesh):
     rows, total = scored.TASKS[args.task](

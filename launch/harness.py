@@ -10,11 +10,13 @@ the settings.
 """
 
 import json
+import sys
 
 from absl import flags, logging
 
 from maskdiff import config
-from maskdiff.errors import UserError, writing
+from maskdiff.errors import UserError
+from maskdiff.files import outputs
 
 flags.DEFINE_string('workdir', None, 'Work directory or Hugging Face folder.')
 flags.DEFINE_list('tasks', None, 'Names of tasks, separated by commas.')
@@ -25,14 +27,20 @@ flags.DEFINE_multi_string(
   'KEY=VALUE, a setting: samples, strata, form, coupled, guidance, '
   'check_greedy, seed, batch_size, or a key of config.sample; may be repeated.',
 )
-flags.DEFINE_integer('num_fewshot', None, 'Examples before each question.')
-flags.DEFINE_integer('limit', None, 'Questions per task. Default: all.')
+flags.DEFINE_integer(
+  'num_fewshot', None, 'Examples before each question.', lower_bound=0
+)
+flags.DEFINE_integer(
+  'limit', None, 'Questions per task. Default: all.', lower_bound=1
+)
 flags.DEFINE_string('out', None, 'JSON file for all results, with the answers.')
 config.define_load_flags()
 flags.mark_flags_as_required(['workdir', 'tasks'])
 
 
 def main(args):
+  if args.out:
+    outputs.check('out', args.out)
   config.require_workdir(args.workdir)
   from maskdiff.distributed import runtime
 
@@ -78,8 +86,9 @@ def evaluate(args):
   print(make_table(results))
   print(json.dumps(model.get_model_info()))
   if args.out:
-    with writing('out', args.out), open(args.out, 'w', encoding='utf-8') as f:
-      json.dump(results, f, default=handle_non_serializable)
+    content = json.dumps(results, default=handle_non_serializable)
+    outputs.write('out', args.out, content)
+    print(f'results: {args.out}', file=sys.stderr)
 
 
 if __name__ == '__main__':

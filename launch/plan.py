@@ -13,27 +13,33 @@ every config of a sweep, needs more memory than a chip has.
 
 import json
 import os
+import re
 import sys
 
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError, writing
+from maskdiff.errors import UserError, printable
+from maskdiff.files import outputs
 from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 
 config.define_config_flag()
 flags.DEFINE_string(
   'topology', None, 'Topology of one slice, such as v5p:4x4x4.'
 )
-flags.DEFINE_integer('num_slices', 1, 'Number of slices.')
+flags.DEFINE_integer(
+  'num_slices', 1, 'Number of slices.', lower_bound=1, upper_bound=1024
+)
 flags.DEFINE_enum(
   'mode',
   'train',
   ['train', 'sample'],
   'Plan a train step, or a denoising step.',
 )
-flags.DEFINE_integer('prompts', 8, 'sample: prompts per batch.')
-flags.DEFINE_integer('prompt_tokens', 128, 'sample: tokens per prompt.')
+flags.DEFINE_integer('prompts', 8, 'sample: prompts per batch.', lower_bound=1)
+flags.DEFINE_integer(
+  'prompt_tokens', 128, 'sample: tokens per prompt.', lower_bound=0
+)
 flags.DEFINE_integer(
   'tensor',
   1,
@@ -65,6 +71,7 @@ flags.mark_flags_as_required(['config', 'topology'])
 def main(args):
   os.environ.update(COMPILER_ENVIRONMENT)
   # These modules import JAX, which reads the environment.
+  from maskdiff.monitoring import progress
   from maskdiff.planner import plan, plan_sample, plot, sweep, tables
 
   if args.sweep and (args.plot or args.mode == 'sample'):
@@ -74,45 +81,50 @@ def main(args):
     plot.check_plot(args.plot)
   for flag in ('json', 'plot'):
     if args[flag].value:
-      _require_writable(flag, args[flag].value)
+      outputs.check(flag, args[flag].value)
   if args.sweep:
-    result = sweep.sweep(
-      args.config,
-      args.topology,
-      rows=[_positive(rows) for rows in args.sweep_rows],
-      remats=args.sweep_remat,
-      meshes=[_mesh(sizes) for sizes in args.sweep_mesh],
-      num_slices=args.num_slices,
-      say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    rows = [_positive(rows) for rows in args.sweep_rows]
+    meshes = [_mesh(sizes) for sizes in args.sweep_mesh]
+    with progress.waiting(f'compiling for {args.topology}'):
+      result = sweep.sweep(
+        args.config,
+        args.topology,
+        rows=rows,
+        remats=args.sweep_remat,
+        meshes=meshes,
+        num_slices=args.num_slices,
+        say=lambda line: print(printable(line), file=sys.stderr, flush=True),
+      )
     print(tables.format_sweep(result))
     fits = any(p['fits'] for p in result)
   else:
-    if args.mode == 'sample':
-      result = plan_sample.plan_sample(
-        args.config,
-        args.topology,
-        args.prompts,
-        args.prompt_tokens,
-        args.num_slices,
-        args.tensor,
-        args.dtype,
-      )
-    else:
-      result = plan.plan(args.config, args.topology, args.num_slices)
+    with progress.waiting(f'compiling for {args.topology}'):
+      if args.mode == 'sample':
+        result = plan_sample.plan_sample(
+          args.config,
+          args.topology,
+          args.prompts,
+          args.prompt_tokens,
+          args.num_slices,
+          args.tensor,
+          args.dtype,
+        )
+      else:
+        result = plan.plan(args.config, args.topology, args.num_slices)
     print(tables.format_table(result))
     fits = result['fits']
   if args.json:
-    with writing('json', args.json), open(args.json, 'w') as f:
-      f.write(json.dumps(result, indent=2) + '\n')
+    outputs.write('json', args.json, json.dumps(result, indent=2) + '\n')
+    print(f'plan: {args.json}', file=sys.stderr)
   if args.plot:
     plot.plot(result, args.plot)
+    print(f'plot: {args.plot}', file=sys.stderr)
   if not fits:
     sys.exit(1)
 
 
 def _positive(text):
-  if not text.isdecimal() or int(text) < 1:
+  if not re.fullmatch('[1-9][0-9]{0,8}', text):
     raise UserError(f'--sweep_rows: {text!r} is not a positive number')
   return int(text)
 
@@ -126,16 +138,6 @@ def _mesh(text):
     raise UserError(
       f'--sweep_mesh {text!r}: write axis=size,axis=size'
     ) from error
-
-
-def _require_writable(flag, path):
-  """Raises UserError unless a file can be written; creates no file."""
-  new = not os.path.exists(path)
-  with writing(flag, path):
-    with open(path, 'a'):  # does not truncate an existing file
-      pass
-    if new:
-      os.remove(os.path.realpath(path))
 
 
 if __name__ == '__main__':

@@ -98,13 +98,14 @@ def sample(args):
 
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
-  from maskdiff.sampling import answers, layouts, output
+  from maskdiff.sampling import answers, output
   from maskdiff.sampling.settings import of_request
 
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
   if args.interactive and jax.process_count() > 1:
     raise UserError('--interactive needs a single process')
+  output.check_files(out=args.out, html=args.html)
   prompts, gaps = ([], False) if args.interactive else read_prompts(args)
   run_config, tokenizer, params, mesh = load.load(
     args.workdir, args.tensor, args.dtype
@@ -114,15 +115,14 @@ def sample(args):
   gen_length = args.gen_length or default_length
   values = config.sample_settings(args, run_config, gen_length, gaps)
   c, settings = of_request(run_config, values, {}, gaps, args.steps)
-  limit = context if args.open_length else None
 
   def encoded(prompt):
     own = settings
     if changes := prompt.settings:
       _, own = of_request(run_config, values, changes, gaps, args.steps)
-    text = answers.encode_text(prompt, gaps, own, tokenizer.encode, limit)
-    layouts.check_context(context, len(text.row))
-    return text
+    return answers.encode_text(
+      prompt, gaps, own, tokenizer.encode, context, args.open_length
+    )
 
   texts = [prompts_lib.located(encoded, prompt) for prompt in prompts]
   network = load.network(run_config, params)
@@ -134,22 +134,24 @@ def sample(args):
   totals = collections.Counter()  # kept if Ctrl-C ends --interactive
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
-    write = stack.enter_context(output.open_file('out', args.out))
-    write_page = stack.enter_context(output.open_file('html', args.html))
+    write = stack.enter_context(output.open_lines('out', args.out))
+    page = None
     if args.interactive:
       stack.enter_context(contextlib.suppress(KeyboardInterrupt))
-      lines = prompts_lib.typed(sys.stdin)
+      lines = prompts_lib.typed(sys.stdin, runtime.print_once)
       found = answers.converse(
         s, settings, lines, args.seed, runtime.print_once, args.steps
       )
     elif args.show or args.html:
       print_step = output.print_step if args.show else None
       found, recordings = answers.record(s, texts, args.batch, print_step)
-      if write_page:
-        write_page(answers.page(s, texts, recordings, workdir=args.workdir))
+      if args.html:
+        page = answers.page(s, texts, recordings, workdir=args.workdir)
     else:
       found = answers.in_batches(s, texts, args.batch)
     output.write_answers(found, write, args.show, totals)
+    if page:  # after the answers, which a full disk must not lose
+      output.write_page('html', args.html, page)
   tokens, forwards, positions = (
     totals[key] for key in ('tokens', 'forwards', 'positions')
   )
@@ -164,10 +166,13 @@ def sample(args):
 def read_prompts(args):
   """Returns a list of prompts.Prompt, and whether they have gaps."""
   if args.prompts:
-    return prompts_lib.read(args.prompts, args.seed)
-  texts = args.infill or args.prompt or ['']
-  found = [prompts_lib.Prompt(t, args.seed + i) for i, t in enumerate(texts)]
-  return found, bool(args.infill)
+    found, gaps = prompts_lib.read(args.prompts, args.seed)
+  else:
+    texts, gaps = args.infill or args.prompt or [''], bool(args.infill)
+    found = [prompts_lib.Prompt(t, args.seed + i) for i, t in enumerate(texts)]
+  for prompt in found:
+    prompts_lib.located(prompts_lib.check_seed, prompt)
+  return found, gaps
 
 
 if __name__ == '__main__':

@@ -14,15 +14,21 @@ launch/tpu_pod.sh COMMAND --name NAME --zone ZONE [--project P] [--slices N]
              --type v5p-128 --runtime v2-alpha-tpuv5 [--spot | --reserved]
   install  copies this checkout, without files that git ignores, to ~/maskdiff
            on every host and installs requirements-tpu.txt; repeat to update
-  mount    mounts a bucket at /gcs/BUCKET on every host, with gcsfuse
-             --bucket BUCKET
+  mount    mounts a bucket, or a folder of it, at /gcs/BUCKET[/FOLDER] on every
+           host, with gcsfuse
+             --bucket BUCKET[/FOLDER]
   start    starts launch/pretrain.py on every host, in the background
-             [--env KEY=VALUE ...] -- --config configs/8b.py --workdir DIR ...
+             [--env KEY[=VALUE] ...] -- --config configs/8b.py --workdir DIR ...
+           --env KEY takes the value from the environment of this shell, so that
+           it is in no command line. The hosts get the values in a file that
+           only you can read, and that the start deletes.
   watch    follows the output of the run; control-C ends the watching, not
            the run
   logs     prints the last lines of every host
   status   prints the state of the machines and the hosts that run
-  stop     ends the run on every host; start with the same arguments resumes
+  stop     asks the run on every host to save and end, and waits; start with the
+           same arguments resumes
+             [--grace SECONDS] until a run that has not ended is killed; 300
   delete   ends the run and deletes the machines; asks first unless --yes
 
 --slices N: number of slices, the same for all commands; default 1.
@@ -140,8 +146,15 @@ uv pip install --quiet --python .venv/bin/python -r requirements-tpu.txt'
 mount_bucket() {
   [[ -n $bucket ]] || fail 'mount needs --bucket'
   bucket=${bucket#gs://}
-  local quoted
+  bucket=${bucket%/}
+  [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+(/[^/]+)*$ && /$bucket/ != */../* &&
+    /$bucket/ != */./* ]] ||
+    fail "--bucket $bucket must be BUCKET or BUCKET/FOLDER"
+  local quoted source
   quoted=$(printf '%q' "$bucket")
+  source=$(printf '%q' "${bucket%%/*}")
+  [[ $bucket != */* ]] ||
+    source="--only-dir=$(printf '%q' "${bucket#*/}") $source"
   # Saving a checkpoint renames a directory with many files.
   on_hosts "set -e
 command -v gcsfuse >/dev/null || {
@@ -151,24 +164,46 @@ command -v gcsfuse >/dev/null || {
 mountpoint -q /gcs/$quoted || {
   sudo mkdir -p /gcs/$quoted
   sudo chown \"\$USER\" /gcs/$quoted
-  gcsfuse --implicit-dirs --rename-dir-limit=100000 $quoted /gcs/$quoted
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 $source /gcs/$quoted
 }"
+}
+
+# Copies the variables of --env to all hosts, into the file maskdiff.env. Only
+# its owner can read it. In a command line, ps would show the values.
+send_variables() {
+  local node file
+  if [[ $dry_run == 1 ]]; then
+    file=/tmp/maskdiff.env
+  else
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    file=$scratch/maskdiff.env
+    (umask 077 && printf 'export %q\n' "${variables[@]}" >"$file")
+  fi
+  for node in $(nodes); do
+    tpus tpu-vm scp "$file" "$node:" --worker=all
+  done
 }
 
 # setsid gives the run a process group, so that stop ends its children too.
 start() {
   [[ $# -gt 0 ]] || fail 'start needs the arguments of pretrain.py after --'
   local environment='' arguments
-  [[ ${#variables[@]} == 0 ]] ||
-    environment=$(printf '%q ' env "${variables[@]}")
+  if [[ ${#variables[@]} != 0 ]]; then
+    send_variables
+    # First, so that the file is deleted whatever fails later.
+    environment='chmod 600 maskdiff.env && . ./maskdiff.env || exit 1
+rm -f maskdiff.env
+'
+  fi
   arguments=$(printf ' %q' "$@")
-  on_hosts "cd maskdiff || exit 1
+  on_hosts "${environment}cd maskdiff || exit 1
 if [ -e ../maskdiff.pid ] && kill -0 \"\$(cat ../maskdiff.pid)\" 2>/dev/null
 then
   echo 'a run is already active: stop it first' >&2
   exit 1
 fi
-nohup setsid ${environment}.venv/bin/python launch/pretrain.py$arguments \\
+nohup setsid .venv/bin/python launch/pretrain.py$arguments \\
   >../maskdiff.log 2>&1 </dev/null &
 echo \$! >../maskdiff.pid"
 }
@@ -188,14 +223,21 @@ status() {
 then echo "$(hostname) runs"; else echo "$(hostname) does not run"; fi'
 }
 
+# The run finishes a step, saves a checkpoint and ends. It is killed if it has
+# not ended after $grace seconds.
 stop() {
-  on_hosts '[ -e maskdiff.pid ] || exit 0
+  on_hosts "grace=$grace"'
+[ -e maskdiff.pid ] || exit 0
 pid=$(cat maskdiff.pid)
 kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid" 2>/dev/null
-for second in $(seq 30); do
+for second in $(seq "$grace"); do
   kill -0 "$pid" 2>/dev/null || break
+  [ $((second % 30)) != 0 ] || echo "$(hostname): saving, $second s"
   sleep 1
 done
+if kill -0 "$pid" 2>/dev/null; then
+  echo "$(hostname): killed, since it had not ended after $grace s" >&2
+fi
 kill -KILL -- "-$pid" 2>/dev/null
 rm -f maskdiff.pid'
 }
@@ -213,7 +255,7 @@ delete() {
 command=$1
 shift
 name='' zone='' project='' slices=1 type='' runtime='' kind='' bucket=''
-dry_run=0 yes=0 variables=()
+grace=300 dry_run=0 yes=0 variables=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --) break ;;
@@ -221,7 +263,7 @@ while [[ $# -gt 0 ]]; do
   esac
   case $1 in
     --name | --zone | --project | --slices | --type | --runtime | --bucket | \
-      --env)
+      --grace | --env)
       [[ $# -gt 1 ]] || fail "$1 needs a value"
       case $1 in
         --name) name=$2 ;;
@@ -231,6 +273,7 @@ while [[ $# -gt 0 ]]; do
         --type) type=$2 ;;
         --runtime) runtime=$2 ;;
         --bucket) bucket=$2 ;;
+        --grace) grace=$2 ;;
         --env) variables+=("$2") ;;
       esac
       shift 2
@@ -252,11 +295,19 @@ esac
 [[ -n $name ]] || fail "$command needs --name"
 [[ -n $zone ]] || fail "$command needs --zone"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices must be 1 or more"
+[[ $grace =~ ^[0-9]{1,6}$ ]] ||
+  fail "--grace $grace must be a number of seconds"
 [[ $command == start || $# == 0 ]] ||
   fail "$command takes no arguments after --"
-for variable in ${variables[@]+"${variables[@]}"}; do
-  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
-    fail "--env $variable must be KEY=VALUE"
+for i in ${variables[@]+"${!variables[@]}"}; do
+  key=${variables[i]%%=*}
+  [[ $key =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
+    fail "--env $key must be KEY=VALUE, or KEY for a variable of this shell"
+  if [[ ${variables[i]} != *=* ]]; then
+    printenv "$key" >/dev/null ||
+      fail "--env $key: this shell exports no such variable"
+    variables[i]=$key=$(printenv "$key")
+  fi
 done
 [[ $dry_run == 1 ]] || command -v gcloud >/dev/null ||
   fail 'gcloud not found: install the Google Cloud CLI and log in'

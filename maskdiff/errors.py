@@ -7,6 +7,7 @@ import unicodedata
 STATUS_UNEXPECTED = 1
 STATUS_USER = 2  # do not restart: the same error would follow
 STATUS_AGAIN = 75  # EX_TEMPFAIL: start the same command again
+STATUS_OUTPUT_CLOSED = 141  # as of a program that SIGPIPE ended, in a shell
 
 
 class UserError(ValueError):
@@ -49,6 +50,13 @@ class Preempted(Exception):
     self.step = step
 
 
+class OutputClosed(Exception):
+  """The reader of standard output has ended, as in `| head`.
+
+  Scripts in launch/ print nothing and exit with status 141.
+  """
+
+
 def no_checkpoint(workdir):
   """Returns the UserError for a work directory without a checkpoint."""
   return UserError(
@@ -60,6 +68,16 @@ def no_checkpoint(workdir):
 def no_workdir(workdir):
   """Returns the UserError for a work directory that does not exist."""
   return UserError(f'there is no work directory {workdir!r}')
+
+
+def require_utf8(path):
+  """Raises UserError if a path has bytes that are not UTF-8."""
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'the path {str(path)!r} is not UTF-8: rename the folder'
+    ) from error
 
 
 def printable(text):
@@ -115,4 +133,5 @@ def writing(flag, path):
   try:
     yield
   except OSError as error:
-    raise UserError(f'--{flag}: cannot write {path!r} ({error})') from error
+    reason = error.strerror or error  # without the name of a temporary file
+    raise UserError(f'--{flag}: cannot write {path!r} ({reason})') from error

@@ -25,7 +25,7 @@ from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.fingerprint import fingerprints
 from maskdiff.checkpoints.manifest import Damaged, flat
 from maskdiff.checkpoints.orbax_manager import SaveLateJson, open_manager
-from maskdiff.errors import UserError, one_line
+from maskdiff.errors import UserError, one_line, require_utf8
 from maskdiff.files import atomic, reading
 
 _DAMAGED_FILE = 'damaged.txt'
@@ -73,9 +73,11 @@ class Checkpointer:
         directory at the same time.
 
     Raises:
-      UserError: the directory cannot be created or read.
+      UserError: the directory cannot be created or read, or its path is not
+        UTF-8, which Orbax needs.
     """
     self.directory = os.path.abspath(directory)
+    require_utf8(self.directory)
     self.read_only = read_only
     self.durable_step = None
     self._saving = None

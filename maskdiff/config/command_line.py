@@ -12,13 +12,17 @@ from maskdiff.config.key import finite
 from maskdiff.config.keys import KEYS, SECTIONS, check_keys
 from maskdiff.errors import (
   STATUS_AGAIN,
+  STATUS_OUTPUT_CLOSED,
   STATUS_USER,
+  OutputClosed,
   Preempted,
   UserError,
   no_checkpoint,
   one_line,
+  printable,
   suggestion,
 )
+from maskdiff.files import streams
 
 # Dtypes to which the weights of a loaded model can be cast.
 WEIGHT_DTYPES = ('float32', 'bfloat16')
@@ -30,8 +34,9 @@ def run_script(main, argv=None, positional=False):
   Errors that the user can fix (unknown flags and config keys, missing dashes,
   every UserError) are printed as one line on standard error; the exit status is
   that of the error, mostly 2. After Preempted it is 75: the same command
-  resumes the run.
-  --help, or -h, prints the docstring of the script and its flags.
+  resumes the run. If the reader of standard output has ended, as in `| head`,
+  it is 141; see files/streams.py. --help, or -h, prints the docstring of the
+  script and its flags.
 
   Args:
     main: function of FLAGS; with `positional`, of FLAGS and a list of the other
@@ -40,24 +45,35 @@ def run_script(main, argv=None, positional=False):
     positional: whether the script takes arguments that are not flags.
   """
   argv = sys.argv if argv is None else argv
+  streams.protect()
+  try:
+    try:
+      _run(main, argv, positional)
+    finally:
+      sys.stdout.flush()  # raises the errors of the last lines
+  except UserError as error:
+    line = ' '.join(printable(str(error)).splitlines())
+    print(f'error: {line}', file=sys.stderr)
+    sys.exit(error.status)
+  except OutputClosed:
+    sys.exit(STATUS_OUTPUT_CLOSED)
+  except Preempted:  # the training loop has printed it
+    sys.exit(STATUS_AGAIN)
+
+
+def _run(main, argv, positional):
   if not {'--help', '-h'}.isdisjoint(argv[1:]):
     print(_help())
     return
-  try:
-    args, rest = _parse(argv)
-    rest = path_flags.expand(args, rest)
-    if positional:
-      main(args, rest)
-    elif rest:
-      hint = f'; did you mean --{rest[0]}?' if '=' in rest[0] else ''
-      raise UserError(f'unexpected argument {rest[0]!r}{hint}')
-    else:
-      main(args)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(error.status)
-  except Preempted:  # the training loop has printed it
-    sys.exit(STATUS_AGAIN)
+  args, rest = _parse(argv)
+  rest = path_flags.expand(args, rest)
+  if positional:
+    main(args, rest)
+  elif rest:
+    hint = f'; did you mean --{rest[0]}?' if '=' in rest[0] else ''
+    raise UserError(f'unexpected argument {rest[0]!r}{hint}')
+  else:
+    main(args)
 
 
 def _help():

@@ -100,7 +100,9 @@ KEYS = {
   ),
   'logits_eos_inf': Key(False, 'Never predict eos.', per_request=True),
   'confidence_eos_eot_inf': Key(
-    False, 'Commit eos and end of turn last.', per_request=True
+    False,
+    'Commit eos and end of turn last. Needs eot_id.',
+    per_request=True,
   ),
   'eot_id': Key(
     -1, 'Id of the end-of-turn token. -1: none.', minimum=-1, per_request=True
@@ -125,6 +127,7 @@ KEYS = {
     '-1: all. With 0 or more, the network cannot see the maximum length of '
     'the answer.',
     minimum=-1,
+    maximum=1_000_000,
   ),
 }
 # Settings of the sampler: everything except the prompts of evaluations.
@@ -149,6 +152,12 @@ def check(c):
     s.eot_id < c.model.vocab_size,
     f'config.sample.eot_id={s.eot_id} is outside the vocabulary of '
     f'config.model.vocab_size={c.model.vocab_size}; -1 for none',
+  )
+  require(
+    not s.confidence_eos_eot_inf or s.eot_id >= 0,
+    'config.sample.confidence_eos_eot_inf=True needs an end-of-turn token: set '
+    'config.sample.eot_id to its id, or to the id of eos if the tokenizer has '
+    'none',
   )
   require(
     not s.refresh or s.cache != 'none',

@@ -1,8 +1,18 @@
 """Sampler settings that override the config.sample of a run."""
 
+import math
+import numbers
+import reprlib
+
 from maskdiff.config.checks import validate
 from maskdiff.config.sample import PER_REQUEST, SETTINGS
 from maskdiff.errors import UserError, suggestion
+
+# More denoising steps than this change no token, not even for
+# remasking=ancestral, and take hours.
+MAX_STEPS_PER_TOKEN = 100
+# Settings that one remasking rule reads, which has the same name.
+OF_RULE = ('threshold', 'factor')
 
 
 def with_settings(config, settings):
@@ -15,8 +25,9 @@ def with_settings(config, settings):
       per token.
 
   Raises:
-    UserError: a key is unknown, a value has the wrong type, or the resulting
-      config is invalid.
+    UserError: a key is unknown; a value has the wrong type, is not finite or
+      has no effect; there are far too many steps; or the resulting config is
+      invalid.
   """
   config = config.copy_and_resolve_references()
   s = config.sample
@@ -26,18 +37,39 @@ def with_settings(config, settings):
         f'sampler setting {key!r}: choose among {", ".join(sorted(SETTINGS))}'
       )
     try:
-      if value is None:
-        raise TypeError('ConfigDict accepts None for any type')
-      s[key] = _parse(value, type(s[key]))
+      s[key] = _checked(key, _parse(value, type(s[key])))
+    except UserError:
+      raise
     except (KeyError, TypeError, ValueError) as error:
+      raise _wrong_type(key, value) from error
+  for key in OF_RULE:
+    if key in settings and s.remasking != key:
       raise UserError(
-        f'sampler setting {key}={value!r}: must be {type(s[key]).__name__}'
-      ) from error
+        f'sampler setting {key}={s[key]} has no effect with '
+        f'remasking={s.remasking}: set remasking={key} or remove {key}'
+      )
+  if 'steps' in settings:
+    check_steps(s.steps, config.data.length)
   if 'steps' not in settings:
     size = max(1, min(s.block_length, s.gen_length))  # validate refuses 0
     s.steps = -(-s.gen_length // size) * size
   validate(config)
   return config
+
+
+def check_steps(steps, context):
+  """Raises UserError if a row would take far too many denoising steps.
+
+  Args:
+    steps: int.
+    context: tokens of a training row.
+  """
+  if steps > MAX_STEPS_PER_TOKEN * context:
+    raise UserError(
+      f'sampler setting steps={steps}: must be at most '
+      f'{MAX_STEPS_PER_TOKEN * context}, {MAX_STEPS_PER_TOKEN} for each of the '
+      f'config.data.length={context} tokens of a row'
+    )
 
 
 def check_names(settings):
@@ -63,6 +95,20 @@ def check_names(settings):
     )
 
 
+def check_types(settings):
+  """Checks the types of settings from a JSON file.
+
+  Args:
+    settings: dict from keys of config.sample to values.
+
+  Raises:
+    UserError: a value has another type than its key, is not finite or is not
+      between -2^31 and 2^31.
+  """
+  for key, value in settings.items():
+    _checked(key, value)
+
+
 def sample_settings(args, run_config, gen_length, gaps):
   """Returns the sampler settings that the flags of launch/sample.py set.
 
@@ -84,7 +130,7 @@ def sample_settings(args, run_config, gen_length, gaps):
     for name in SETTINGS
     if getattr(args, name) is not None
   }
-  for key in ('threshold', 'factor'):
+  for key in OF_RULE:
     remasking = settings.get('remasking', run_config.sample.remasking)
     if key in settings and remasking != key:
       raise UserError(f'--{key} is for --remasking {key} only')
@@ -111,6 +157,43 @@ def parse_pairs(texts):
     if '=' not in text:
       raise UserError(f'sampler setting {text!r}: write KEY=VALUE')
   return dict(text.split('=', 1) for text in texts)
+
+
+def _checked(key, value):
+  """Returns a value of a setting, as the type of its key."""
+  kind = type(SETTINGS[key].default)
+  accepted = {
+    bool: bool,
+    int: numbers.Integral,
+    float: numbers.Real,
+    str: str,
+  }[kind]
+  # A bool counts as an integer in Python, but not in JSON.
+  if not isinstance(value, accepted) or (
+    isinstance(value, bool) and kind is not bool
+  ):
+    raise _wrong_type(key, value)
+  if kind is int and not -(2**31) < value < 2**31:
+    raise UserError(
+      f'sampler setting {key}={_short(value)}: must be between -2^31 and 2^31'
+    )
+  try:
+    value = kind(value)
+  except OverflowError:  # an integer that is too large for a float
+    value = math.inf
+  if kind is float and not math.isfinite(value):
+    raise UserError(f'sampler setting {key}={value}: must be a finite number')
+  return value
+
+
+def _wrong_type(key, value):
+  kind = type(SETTINGS[key].default).__name__
+  return UserError(f'sampler setting {key}={_short(value)}: must be {kind}')
+
+
+def _short(value):
+  """Returns the start of a value's repr: it may be huge or deeply nested."""
+  return reprlib.repr(value)
 
 
 def _parse(value, kind):

@@ -25,11 +25,14 @@ import jax
 from jax._src import distributed  # address and barrier are not public
 
 from maskdiff.errors import (
+  STATUS_OUTPUT_CLOSED,
   STATUS_UNEXPECTED,
   NotJoined,
+  OutputClosed,
   Preempted,
   UserError,
   one_line,
+  printable,
 )
 
 JOIN_TIMEOUT_S = 300
@@ -62,6 +65,7 @@ def started(timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
   Raises:
     UserError: environment variables contradict each other.
   """
+  quiet_without_tpu(os.environ, jax.config.jax_platforms)
   arguments = detect(os.environ, jax.config.jax_platforms)
   if arguments is None:
     use_compile_cache()
@@ -75,6 +79,24 @@ def started(timeout_s=JOIN_TIMEOUT_S, heartbeat_s=HEARTBEAT_S):
     raise
   except (Exception, KeyboardInterrupt) as error:
     _leave(error)
+
+
+def quiet_without_tpu(environ, platforms):
+  """Keeps libtpu from complaining on a machine without a TPU.
+
+  If libtpu is installed, JAX loads it even without a TPU. libtpu then prints
+  five lines about its missing host name and chip type, before JAX falls back to
+  another device. With the two variables, it finds no TPU and prints nothing.
+  Errors on a machine with a TPU stay visible.
+
+  Args:
+    environ: environment variables, after JAX was imported; changed in place.
+    platforms: value of jax_platforms.
+  """
+  # JAX sets the first variable if it finds no TPU chip.
+  if 'TPU_SKIP_MDS_QUERY' in environ and not platforms:
+    environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-1')
 
 
 def detect(environ, platforms):
@@ -328,8 +350,8 @@ def _leave(error):
   """Prints the error and exits without waiting for other processes."""
   name = process_name() or f'a process on {socket.gethostname()}'
   if isinstance(error, UserError):
-    print(f'error: {error} ({name})', file=sys.stderr)
-  else:
+    print(printable(f'error: {error} ({name})'), file=sys.stderr)
+  elif not isinstance(error, OutputClosed):
     traceback.print_exception(error)
     print(f'{name} ends', file=sys.stderr)
   sys.stdout.flush()
@@ -338,10 +360,16 @@ def _leave(error):
     # The exit of process 0 ends the others. If all fail, the delay lets each
     # print its own error.
     time.sleep(_EXIT_DELAY_S)
+  if isinstance(error, OutputClosed):
+    os._exit(STATUS_OUTPUT_CLOSED)
   os._exit(error.status if isinstance(error, UserError) else STATUS_UNEXPECTED)
 
 
 def print_once(text, file=None):
-  """Prints a line from process 0 only, on standard error unless `file`."""
+  """Prints a line from process 0 only, on standard error unless `file`.
+
+  Control characters are escaped, because the text may be that of a model or of
+  a stranger.
+  """
   if jax.process_index() == 0:
-    print(text, file=file or sys.stderr, flush=True)
+    print(printable(text), file=file or sys.stderr, flush=True)

@@ -21,7 +21,7 @@ class Completions(NamedTuple):
   num_slots: int  # sum over rows
 
 
-def complete(model, c, requests, batch):
+def complete(model, c, requests, batch, progress=None):
   """Samples the slots of requests.
 
   Args:
@@ -29,6 +29,7 @@ def complete(model, c, requests, batch):
     c: SamplerConfig.
     requests: list of serve.RowRequest; the ids are 0, 1, 2, ...
     batch: number of rows sampled together.
+    progress: function without arguments, called after each answer; or None.
 
   Returns:
     Completions.
@@ -53,10 +54,12 @@ def complete(model, c, requests, batch):
       before_eos = layouts.cut(filled, fill, network.eos_id)
       tokens[answer.id] = filled[fill & before_eos].tolist()
       forwards += answer.forwards
+      if progress:
+        progress()
   return Completions(tokens, forwards, sum(slots))
 
 
-def answer_lines(model, settings, lines, correct, seed, batch):
+def answer_lines(model, settings, lines, correct, seed, batch, progress=None):
   """Samples an answer to each line, and computes the accuracy.
 
   An answer at the end of its row gets slots for the longest right answer and an
@@ -74,6 +77,7 @@ def answer_lines(model, settings, lines, correct, seed, batch):
     correct: function from a line and a text to a bool.
     seed: seed of the first line; it grows by 1 per line.
     batch: number of lines sampled together.
+    progress: see `complete`.
 
   Returns:
     - one dict per line: the line, with its sampled `text` and whether the text
@@ -96,6 +100,13 @@ def answer_lines(model, settings, lines, correct, seed, batch):
     n if suffix else max(lengths) + 1
     for n, suffix in zip(lengths, suffixes, strict=True)
   ]
+  layouts.check_context(  # before the slots take memory
+    model.config.data.length,
+    max(
+      len(prompt) + n + len(suffix)
+      for prompt, n, suffix in zip(prompts, num_slots, suffixes, strict=True)
+    ),
+  )
   config = config_lib.with_settings(
     model.config, {**settings, 'gen_length': max(num_slots)}
   )
@@ -109,7 +120,7 @@ def answer_lines(model, settings, lines, correct, seed, batch):
       zip(prompts, num_slots, suffixes, strict=True)
     )
   ]
-  answers = complete(model, c, requests, batch)
+  answers = complete(model, c, requests, batch, progress)
   rows = []
   for line, tokens in zip(lines, answers.tokens, strict=True):
     text = model.tokenizer.decode(tokens)

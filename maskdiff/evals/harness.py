@@ -25,7 +25,7 @@ import jax
 
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError
-from maskdiff.evals import answered
+from maskdiff.evals import answered, scored
 from maskdiff.interop import load
 from maskdiff.likelihood import bounds, queries
 from maskdiff.likelihood.estimators import Estimator
@@ -89,6 +89,15 @@ class MaskDiff(TemplateLM):
       UserError: the model cannot be loaded, or a setting is not valid.
     """
     super().__init__()
+    for name, value, least in (
+      ('samples', samples, 1),
+      ('strata', strata, 1),
+      ('seed', seed, 0),
+      ('tokens_per_call', tokens_per_call, 1),
+      ('tensor', tensor, 1),
+      ('batch_size', batch_size, 1),
+    ):
+      _check_integer(name, value, least)
     if dtype is not None and dtype not in config_lib.WEIGHT_DTYPES:
       raise UserError(
         f'dtype={dtype!r}: choose among {", ".join(config_lib.WEIGHT_DTYPES)}'
@@ -310,8 +319,18 @@ class MaskDiff(TemplateLM):
       if self.estimator is None:
         estimate = bounds.left_to_right(network, c, answers)
       else:
+        scored.check_masks(answers, samples=self.estimator.samples)
         estimate = bounds.bound(network, c, answers, self.estimator, seeds)
     return estimate.log_likelihood.tolist()
+
+
+def _check_integer(name, value, least):
+  """Raises UserError unless a setting is an integer of at least `least`."""
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  if not whole or not least <= value < 2**31:
+    raise UserError(
+      f'{name}={value!r}: must be an integer from {least} to {2**31 - 1}'
+    )
 
 
 def _last(tokens, n):

@@ -214,6 +214,7 @@ def _cells():
   return np.array([list(grid) for grid in grids()])
 
 
+MAX_EXPRESSION = 1000  # characters; Python refuses to parse huge numbers
 OPERATORS = {
   '+': operator.add,
   '-': operator.sub,
@@ -250,8 +251,11 @@ def expressions(numbers):
 def value(expression):
   """Returns the value of an expression of numbers and + - * /, a Fraction.
 
-  Returns None if the expression is not well formed or divides by zero.
+  Returns None if the expression is not well formed, is longer than
+  MAX_EXPRESSION or divides by zero.
   """
+  if len(expression) > MAX_EXPRESSION:
+    return None
   if not re.fullmatch(r'\d+([-+*/]\d+)*', expression, re.ASCII):
     return None
   total = fractions.Fraction(0)
@@ -271,7 +275,7 @@ def makes_target(puzzle, text):
 
   The expression must use each number once and have the value of the prompt.
   """
-  prompt = re.fullmatch(r'(.*)->(\d+):', puzzle['prompt'], re.ASCII)
+  prompt = re.fullmatch(r'(.*)->(\d{1,99}):', puzzle['prompt'], re.ASCII)
   if not prompt:
     return False
   numbers = sorted(re.findall(r'\d+', text, re.ASCII))

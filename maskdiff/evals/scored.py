@@ -17,14 +17,16 @@ list with one dict per line, and a dict for all lines. As in LLaDA's evaluation
 the answer, where tokenizers expect it.
 """
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 
 from maskdiff.errors import UserError
+from maskdiff.files import reading
 from maskdiff.likelihood.bounds import corpus, lay_out
 from maskdiff.likelihood.bracket import Bracket
+
+MAX_MASK_BYTES = 4 << 30  # on the host
 
 
 class Line(NamedTuple):
@@ -38,7 +40,7 @@ def read(path, task):
   """Reads and checks the lines of an evaluation task.
 
   Args:
-    path: JSON lines file; empty lines are skipped.
+    path: JSON lines file, or /dev/stdin; empty lines are skipped.
     task: key of TASKS.
 
   Returns:
@@ -48,24 +50,14 @@ def read(path, task):
     UserError: the file cannot be read or has no lines; or a line is not valid,
       in which case the message names file and line.
   """
-  lines = []
-  try:
-    with open(path, encoding='utf-8') as f:
-      for number, text in enumerate(f, start=1):
-        if text.strip():
-          lines.append(_parse(f'{path}:{number}', text, task))
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'--data: cannot read {path!r} ({error})') from error
+  lines = [_parse(*line, task) for line in reading.lines(path)]
   if not lines:
     raise UserError(f'--data: {path!r} has no lines')
   return lines
 
 
 def _parse(where, text, task):
-  try:
-    value = json.loads(text)
-  except ValueError as error:
-    raise UserError(f'{where}: not JSON ({error})') from error
+  value = reading.parse_json(text, where)
   if not isinstance(value, dict):
     raise UserError(f'{where}: must be a JSON object')
   fields, scored_field = {'prompt': str, 'answer': str}, 'answer'
@@ -93,12 +85,31 @@ def _parse(where, text, task):
       f'{where}: answer {value["answer"]} must be the index of one of the '
       f'{len(texts)} choices, counted from 0'
     )
-  try:
-    context = value.get('prompt', ''), value.get('suffix', '')
-    ''.join([*context, *texts]).encode()
-  except UnicodeEncodeError as error:
-    raise UserError(f'{where}: not Unicode text ({error})') from error
   return Line(where, value)
+
+
+def check_masks(answers, orders=0, samples=0):
+  """Checks that the masks of an answer, and all values, fit into memory.
+
+  Args:
+    answers: queries.Answers.
+    orders: number of random orders, with as many masks each as tokens.
+    samples: number of masks that are drawn.
+
+  Raises:
+    UserError: they need more than about MAX_MASK_BYTES.
+  """
+  longest = int(answers.answer.sum(axis=1).max(initial=0))
+  queries = orders * longest + samples
+  # Two masks, a weight, an index and results of a query; a value for each row.
+  size = queries * (2 * longest + 64 + 8 * len(answers.answer))
+  if size > MAX_MASK_BYTES:
+    flag, number = ('orders', orders) if orders else ('samples', samples)
+    raise UserError(
+      f'{flag}={number}: {len(answers.answer)} answers of up to {longest} '
+      f'tokens would take {size / 2**30:,.0f} GiB of memory, more than the '
+      f'limit of {MAX_MASK_BYTES >> 30} GiB; lower {flag}'
+    )
 
 
 def check_no_suffixes(lines):

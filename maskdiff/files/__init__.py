@@ -6,4 +6,6 @@
 - `paths`: paths of mounted buckets, and paths that stay within a folder.
 - `atomic`: writes of whole files.
 - `lock`: a directory that one process writes.
+- `outputs`: files that flags name, checked before long work.
+- `streams`: standard input, output and error of a script.
 """

@@ -2,7 +2,8 @@
 
 Each function either returns a value of the promised form or raises UserError.
 It reads regular files only, so a FIFO or a device cannot block the caller, and
-at most a given number of bytes.
+at most a given number of bytes. `lines` also reads the streams that a shell
+passes by name, such as /dev/stdin and <(command).
 """
 
 import contextlib
@@ -14,6 +15,9 @@ from maskdiff.errors import UserError, one_line
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 100  # of JSON; code that walks values may recurse
+MAX_LINE_BYTES = 4 << 20
+MAX_LINES_BYTES = 1 << 30  # of a file that is read line by line
+_STREAMS = ('/dev/stdin', '/dev/fd/', '/proc/self/fd/')
 
 
 def open_regular(path, buffering=-1):
@@ -91,6 +95,75 @@ def read_text(path, max_bytes=MAX_BYTES):
     return content.decode('utf-8-sig')
   except UnicodeDecodeError as error:
     raise UserError(f'{os.fspath(path)!r} is not UTF-8 ({error})') from error
+
+
+def lines(path):
+  """Yields (where, text) for each line of a UTF-8 file that is not blank.
+
+  `where` is FILE:NUMBER. The text has no line end and no byte order mark.
+
+  Args:
+    path: regular file; or /dev/stdin, or another stream of the shell.
+
+  Raises:
+    UserError: the file cannot be read or has more than MAX_LINES_BYTES bytes;
+      or a line has more than MAX_LINE_BYTES, or is not UTF-8.
+  """
+  name, total = os.fspath(path), 0
+  with open_stream(name) as file:
+    number = 0
+    while True:
+      number += 1
+      try:
+        line = file.readline(MAX_LINE_BYTES + 1)
+      except OSError as error:
+        raise UserError(f'cannot read {name!r} ({error.strerror})') from error
+      if not line:
+        return
+      total += len(line)
+      if total > MAX_LINES_BYTES:
+        raise UserError(
+          f'{name!r} has more than {MAX_LINES_BYTES:,} bytes, the limit for '
+          'a file of lines: split it'
+        )
+      where = f'{name}:{number}'
+      text = decode_line(line, number == 1, where)
+      if text.strip():
+        yield where, text
+
+
+def open_stream(path):
+  """Opens a regular file, or a stream that a shell passes by name.
+
+  Raises:
+    UserError: see `open_regular`.
+  """
+  if not path.startswith(_STREAMS):
+    return open_regular(path)
+  try:
+    return open(path, 'rb')
+  except OSError as error:
+    raise UserError(f'cannot read {path!r} ({error.strerror})') from error
+
+
+def decode_line(line, first, where):
+  """Returns a line as text, without its line end.
+
+  Args:
+    line: bytes; its end, if any, is a newline, or "\\r\\n" as on Windows.
+    first: whether it is the first line, which may have a byte order mark.
+    where: how errors call the line.
+
+  Raises:
+    UserError: the line has more than MAX_LINE_BYTES, or is not UTF-8.
+  """
+  if len(line) > MAX_LINE_BYTES:
+    raise UserError(f'{where}: the line has more than {MAX_LINE_BYTES:,} bytes')
+  line = line.removesuffix(b'\n').removesuffix(b'\r')
+  try:
+    return line.decode('utf-8-sig' if first else 'utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{where}: not UTF-8 ({error})') from error
 
 
 def parse_json(content, name, unique_keys=False):

@@ -17,6 +17,7 @@ Arguments that the functions share:
 - `answers`: queries.Answers, B rows; see `lay_out`.
 - `seeds`: [B] int >= 0. Rows with the same seed and equally long answers mask
   the same tokens, which reduces the noise of their difference.
+- `progress`: function without arguments, called after each row; or None.
 
 Functions with these arguments raise a UserError if queries.rows_of refuses the
 rows, or if a log-probability is not finite.
@@ -64,7 +65,7 @@ def lay_out(prompts, answers, suffixes=None):
   return queries.Answers(tokens, answer, valid)
 
 
-def bound(network, c, answers, estimator, seeds):
+def bound(network, c, answers, estimator, seeds, progress=None):
   """Estimates the lower bound on the log-likelihood of each answer.
 
   With guidance, the bound is for the guided model. For a left-to-right
@@ -77,7 +78,9 @@ def bound(network, c, answers, estimator, seeds):
     Estimate; stderr is nan if the estimator has a single group.
   """
   rows = queries.rows_of(network, c, answers)
-  evaluate = lambda queries_of: queries.evaluate(network, c, rows, queries_of)
+  evaluate = lambda queries_of: queries.evaluate(
+    network, c, rows, queries_of, progress
+  )
   if OBJECTIVES[network.objective].likelihood == 'exact':
     exact = evaluate(lambda i: estimators.causal(rows[i].answer.sum()))
     return Estimate(np.array(exact).reshape(-1), np.zeros(len(rows)))
@@ -90,7 +93,7 @@ def bound(network, c, answers, estimator, seeds):
   return Estimate(*mean_and_stderr(np.reshape(values, shape).mean(axis=2)))
 
 
-def chain_rule(network, c, answers, orders=None):
+def chain_rule(network, c, answers, orders=None, progress=None):
   """Computes exact log-likelihoods of decoding answers in given orders.
 
   Each token is predicted while it and all later tokens of the order are masked
@@ -110,7 +113,9 @@ def chain_rule(network, c, answers, orders=None):
   """
   rows = queries.rows_of(network, c, answers)
   sizes = [int(row.answer.sum()) for row in rows]
-  evaluate = lambda queries_of: queries.evaluate(network, c, rows, queries_of)
+  evaluate = lambda queries_of: queries.evaluate(
+    network, c, rows, queries_of, progress
+  )
   if OBJECTIVES[network.objective].left_to_right:
     if orders is not None:
       raise UserError(
@@ -136,13 +141,13 @@ def chain_rule(network, c, answers, orders=None):
   ]
 
 
-def left_to_right(network, c, answers):
+def left_to_right(network, c, answers, progress=None):
   """Returns the log-likelihood of decoding left to right, an exact Estimate."""
-  values = chain_rule(network, c, answers)
+  values = chain_rule(network, c, answers, progress=progress)
   return Estimate(np.array(values).reshape(-1), np.zeros(len(values)))
 
 
-def multi_sample(network, c, answers, num_orders, seeds):
+def multi_sample(network, c, answers, num_orders, seeds, progress=None):
   """Estimates the importance-weighted bound from K random orders.
 
   Decoding in a random order produces the answer with probability E[p(answer |
@@ -161,11 +166,11 @@ def multi_sample(network, c, answers, num_orders, seeds):
     UserError: num_orders is below 1; or the network is left-to-right.
   """
   return log_mean(
-    np.array(random_orders(network, c, answers, num_orders, seeds))
+    np.array(random_orders(network, c, answers, num_orders, seeds, progress))
   )
 
 
-def random_orders(network, c, answers, num_orders, seeds):
+def random_orders(network, c, answers, num_orders, seeds, progress=None):
   """Computes log-likelihoods of decoding answers in K random orders.
 
   Arguments and errors as for `multi_sample`.
@@ -182,7 +187,7 @@ def random_orders(network, c, answers, num_orders, seeds):
     )
     for row, seed in zip(rows, seeds, strict=True)
   ]
-  return chain_rule(network, c, answers, orders)
+  return chain_rule(network, c, answers, orders, progress)
 
 
 def log_mean(log_p):
@@ -211,7 +216,7 @@ def mean_and_stderr(values):
   return values.mean(axis=1), deviation / n**0.5
 
 
-def greedy_matches(network, c, answers):
+def greedy_matches(network, c, answers, progress=None):
   """Returns whether greedy decoding gives the answer of each row, [B] bool.
 
   Each step commits the most confident token (LLaDA, eval_llada.py,
@@ -239,6 +244,8 @@ def greedy_matches(network, c, answers):
         masked[i][commit] = False
         if not match[i] or not masked[i].any():
           del masked[i]
+          if progress:
+            progress()
   return match
 
 

@@ -19,6 +19,8 @@ from maskdiff.errors import UserError
 from maskdiff.likelihood import bounds
 from maskdiff.likelihood.bounds import Estimate
 
+MAX_ORDERS = 1000  # the standard error takes K^3 operations
+
 
 class Bracket(NamedTuple):
   """Bounds on the log-likelihood of each of B answers.
@@ -37,26 +39,29 @@ class Bracket(NamedTuple):
   effective_orders: np.ndarray
 
 
-def bracket(network, c, answers, num_orders, seeds):
+def bracket(network, c, answers, num_orders, seeds, progress=None):
   """Estimates both bounds from the same K random orders.
 
   An order takes one forward pass per token of the answer. Arguments as for
   `bounds.multi_sample`.
 
   Args:
-    num_orders: K, at least 2.
+    num_orders: K, from 2 to MAX_ORDERS.
 
   Returns:
     Bracket.
 
   Raises:
-    UserError: num_orders is below 2; or the network is left-to-right.
+    UserError: num_orders is out of range; or the network is left-to-right.
   """
-  if num_orders < 2:
+  if not 2 <= num_orders <= MAX_ORDERS:
     raise UserError(
-      f'num_orders={num_orders} must be at least 2 for an upper bound'
+      f'num_orders={num_orders} must be at least 2 for an upper bound, and at '
+      f'most {MAX_ORDERS}'
     )
-  log_p = np.array(bounds.random_orders(network, c, answers, num_orders, seeds))
+  log_p = np.array(
+    bounds.random_orders(network, c, answers, num_orders, seeds, progress)
+  )
   p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
   return Bracket(
     lower=bounds.log_mean(log_p),

@@ -160,7 +160,7 @@ def by_length(rows):
   return groups
 
 
-def evaluate(network, c, rows, queries_of):
+def evaluate(network, c, rows, queries_of, progress=None):
   """Computes the values of queries.
 
   Args:
@@ -169,6 +169,7 @@ def evaluate(network, c, rows, queries_of):
     rows: list of Row.
     queries_of: function from the index of a row to its n estimators.Queries.
       It is called once per row, shortly before the row is computed.
+    progress: function without arguments, called after each row; or None.
 
   Returns:
     list of [n] float64: weight x sum over the scored tokens of log p, in nats.
@@ -206,6 +207,8 @@ def evaluate(network, c, rows, queries_of):
       check_finite(i, log_probs)
       sums = np.where(queries.scored, log_probs[inverse], 0).sum(axis=1)
       values[i] = queries.weight * sums
+      if progress:
+        progress()
   return values
 
 

@@ -8,6 +8,8 @@ from maskdiff.planner import pricing
 from maskdiff.planner.target import compile_denoise, open_target
 from maskdiff.sampling.settings import sampler_config
 
+MAX_TOKENS = 2**28  # of a batch; a plan holds arrays of this size on the host
+
 
 def plan_sample(
   config,
@@ -46,6 +48,12 @@ def plan_sample(
       'positive and prompt_tokens must not be negative'
     )
   config_lib.validate(config)
+  tokens = prompts * (prompt_tokens + config.sample.gen_length)
+  if tokens > MAX_TOKENS:
+    raise UserError(
+      f'--prompts={prompts} --prompt_tokens={prompt_tokens}: the batch has '
+      f'{tokens:,} tokens; at most {MAX_TOKENS:,} are planned'
+    )
   # Sampling uses the mesh of interop.load, not the training mesh of the config.
   config = config.copy_and_resolve_references()
   config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=tensor)

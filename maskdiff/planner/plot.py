@@ -1,8 +1,10 @@
 """Plots a plan as a bar chart of the time of each part."""
 
+import io
 import os
 
 from maskdiff.errors import UserError
+from maskdiff.files import outputs
 from maskdiff.planner.tables import TOP_OPERATIONS
 
 
@@ -61,9 +63,10 @@ def plot(plan, path):
     fontsize=10,
   )
   axes.spines[['top', 'right']].set_visible(False)
+  image = io.BytesIO()
+  form = os.path.splitext(path)[1][1:].lower() or 'png'
   try:
-    figure.savefig(path, dpi=150)
-  except (OSError, ValueError) as error:
-    raise UserError(f'--plot: cannot write {path!r} ({error})') from error
+    figure.savefig(image, dpi=150, format=form)
   finally:
     plt.close(figure)
+  outputs.write('plot', path, image.getvalue())

@@ -64,7 +64,7 @@ class Text(NamedTuple):
   settings: Settings
 
 
-def encode_text(prompt, gaps, settings, encode, context=None):
+def encode_text(prompt, gaps, settings, encode, context, open_length=False):
   """Returns the Text of a prompt.
 
   Args:
@@ -72,17 +72,23 @@ def encode_text(prompt, gaps, settings, encode, context=None):
     gaps: True: fill the gaps of the text; False: continue the text.
     settings: Settings; a prompt is continued by settings.gen_length slots.
     encode: function from text to a list of tokens.
-    context: see `layouts.prompt_row`; not used with gaps.
+    context: largest number of tokens of a row.
+    open_length: whether a prompt may get fewer slots than gen_length, as many
+      as its row has room for.
 
   Raises:
-    UserError: see `layouts.gap_row`; or the text is not valid Unicode.
+    UserError: see `layouts.gap_row`; the row is longer than the context; or the
+      text is not valid Unicode.
   """
   check_unicode(prompt.text, f'{prompt.text[:60]!r} is not UTF-8')
   if gaps:
-    row = layouts.gap_row(prompt.text, encode)
+    row = layouts.gap_row(prompt.text, encode, context)
   else:
-    tokens = encode(prompt.text)
-    row = layouts.prompt_row(tokens, settings.gen_length, context)
+    tokens, slots = encode(prompt.text), settings.gen_length
+    if not open_length:  # before the slots take memory
+      layouts.check_context(context, len(tokens) + slots)
+    row = layouts.prompt_row(tokens, slots, context)
+  layouts.check_context(context, len(row))
   return Text(prompt, gaps, row, settings)
 
 
@@ -254,13 +260,17 @@ def _encode_line(s, settings, line, seed, gap_steps):
       'tokens are to be filled, or pass a text with such braces as --prompt'
     )
   c, max_slots = s.c, settings.gen_length
-  context = s.context if c.lookahead >= 0 else None
+  open_length = c.lookahead >= 0
   if gaps:
     c, settings = for_gaps(c, settings, gap_steps)
   text = encode_text(
-    Prompt(line, seed), gaps, settings, s.tokenizer.encode, context
+    Prompt(line, seed),
+    gaps,
+    settings,
+    s.tokenizer.encode,
+    s.context,
+    open_length,
   )
-  layouts.check_context(s.context, len(text.row))
   slots = text.row.count(None)
   if slots > max_slots:
     raise UserError(

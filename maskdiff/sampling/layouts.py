@@ -8,7 +8,8 @@ from maskdiff.errors import UserError
 from maskdiff.sampling.request import Request
 from maskdiff.sampling.settings import DEFAULT
 
-GAP = re.compile(r'\{\{(\d+)\}\}')
+MAX_GAPS = 10**6  # tokens of all gaps of a text, where no context is known
+GAP = re.compile(r'\{\{([0-9]+)\}\}')
 
 
 def continue_prompts(
@@ -63,30 +64,43 @@ def fill_gaps(texts, encode, seeds=None, settings=DEFAULT):
 
   Raises:
     UserError: there are no texts; a text has no gap, or only gaps of 0 tokens;
-      or a gap has a million tokens or more.
+      or the gaps have more than MAX_GAPS tokens.
   """
   return lay_out([gap_row(text, encode) for text in texts], seeds, settings)
 
 
-def gap_row(text, encode):
+def gap_row(text, encode, context=None):
   """Returns the row of a text with gaps: int for a token, None for a slot.
 
   Args:
     text: see `fill_gaps`.
     encode: see `fill_gaps`.
+    context: largest number of tokens of a row; None: MAX_GAPS.
 
   Raises:
-    UserError: see `fill_gaps`.
+    UserError: see `fill_gaps`; or the gaps have more tokens than the context.
   """
   parts = GAP.split(text)  # text, n, text, n, ..., text
-  row = []
-  for i, part in enumerate(parts):
-    if i % 2 and len(part.lstrip('0')) > 6:
-      raise UserError(f'a gap of {part[:20]} tokens is too long for any model')
-    row += [None] * int(part[-7:]) if i % 2 else encode(part)
+  # Larger numbers are as wrong as this one; Python refuses very long numbers.
+  sizes = [int(part.lstrip('0')[:12] or '0') for part in parts[1::2]]
+  limit = MAX_GAPS if context is None else context
+  if sum(sizes) > limit:
+    raise UserError(
+      f'the gaps have {sum(sizes)} tokens together, more than '
+      + (
+        f'any model has: at most {limit}'
+        if context is None
+        else f'a row of config.data.length={context}: ask for fewer tokens'
+      )
+    )
+  row = list(encode(parts[0]))
+  for size, part in zip(sizes, parts[2::2], strict=True):
+    row += [None] * size
+    row += encode(part)
   if None not in row:
     raise UserError(
-      f'no gap in {text!r}: write {{{{n}}}} where n tokens are to be filled'
+      f'no gap in {text[:60]!r}: write {{{{n}}}} where n tokens are to be '
+      'filled'
     )
   return row
 

@@ -8,7 +8,7 @@ import time
 import jax
 
 from maskdiff.distributed import runtime
-from maskdiff.errors import writing
+from maskdiff.files import outputs, streams
 
 STEP_SECONDS = 0.1  # that --show leaves a step on a terminal
 
@@ -26,7 +26,7 @@ def write_answers(answers, write, shown, totals):
     for key in ('tokens', 'forwards', 'positions'):
       totals[key] += answer[key]
     if write:
-      write(json.dumps(answer, ensure_ascii=False) + '\n')
+      write(json.dumps(answer, ensure_ascii=False))
     elif not shown:
       line = '---\n' if number else ''
       runtime.print_once(line + answer['text'], file=sys.stdout)
@@ -34,23 +34,43 @@ def write_answers(answers, write, shown, totals):
 
 def print_step(texts):
   """Prints the texts of a step; a terminal is cleared first, and then waits."""
-  clear, end = '', '\n' + '=' * 8
+  end = '\n' + '=' * 8
   if sys.stdout.isatty():
-    clear, end = '\x1b[2J\x1b[H', ''
+    end = ''
+    if jax.process_index() == 0:
+      streams.clear_terminal()
     time.sleep(STEP_SECONDS)
-  runtime.print_once(clear + '\n---\n'.join(texts) + end, file=sys.stdout)
+  runtime.print_once('\n---\n'.join(texts) + end, file=sys.stdout)
 
 
 @contextlib.contextmanager
-def open_file(flag, path):
-  """Yields a function that writes text to the file of a flag.
+def open_lines(flag, path):
+  """Yields a function that writes a line to the file of a flag.
 
-  Yields None without a path. Only process 0 writes. Each line is flushed.
+  Yields None without a path. Only process 0 writes; see `outputs.lines`.
   """
   if not path or jax.process_index():
     yield path and (lambda text: None)
     return
-  with writing(flag, path):
-    f = open(path, 'w', encoding='utf-8', buffering=1)
-  with f:
-    yield f.write
+  with outputs.lines(flag, path, runtime.print_once) as write:
+    yield write
+  runtime.print_once(f'answers: {path}')
+
+
+def write_page(flag, path, page):
+  """Writes an HTML page to the file of a flag, from process 0 only."""
+  if jax.process_index() == 0:
+    outputs.write(flag, path, page)
+  runtime.print_once(f'page: {path}')
+
+
+def check_files(**paths):
+  """Raises UserError, from process 0, if a flag names a file it cannot write.
+
+  Args:
+    **paths: path by name of the flag; None for a flag that is not set.
+  """
+  if jax.process_index() == 0:
+    for flag, path in paths.items():
+      if path:
+        outputs.check(flag, path)

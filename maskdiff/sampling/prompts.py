@@ -1,12 +1,12 @@
 """Reads prompts from a file of lines or JSON lines, and from a keyboard."""
 
 import dataclasses
-import json
 import os
 import sys
 
-from maskdiff.config.settings import check_names
+from maskdiff.config.settings import check_names, check_types
 from maskdiff.errors import UserError
+from maskdiff.files import reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ def read(path, first_seed):
   """Reads a file of prompts.
 
   Args:
-    path: UTF-8 text. In a file named *.jsonl every line is an object, all with
-      the key `prompt` or all with `infill`, a text with gaps; `seed` and
-      `settings` are optional. In other files every line is a prompt. Empty
-      lines are skipped.
+    path: UTF-8 text, or /dev/stdin. In a file named *.jsonl every line is an
+      object, all with the key `prompt` or all with `infill`, a text with gaps;
+      `seed` and `settings` are optional. In other files every line is a prompt.
+      Empty lines are skipped. Lines may end as on Windows.
     first_seed: seed of the first prompt; by default it grows by 1 per prompt.
 
   Returns:
@@ -44,18 +44,10 @@ def read(path, first_seed):
     UserError: the file cannot be read or has no prompts; a line is not valid;
       or the file has both prompts and texts with gaps.
   """
-  try:
-    with open(path, encoding='utf-8') as f:
-      lines = f.read().split('\n')
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'--prompts: cannot read {path!r} ({error})') from error
   is_json = os.path.splitext(path)[1] == '.jsonl'
   prompts, gaps = [], None
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
+  for where, line in reading.lines(path):
     seed = first_seed + len(prompts)
-    where = f'{path}:{number}'
     prompt, has_gaps = (
       _parse(line, seed, where)
       if is_json
@@ -90,12 +82,26 @@ def located(function, prompt):
     raise UserError(f'{prompt.where}: {error}') from error
 
 
-def typed(file):
+def check_seed(prompt):
+  """Raises UserError unless the seed of a Prompt is in [0, 2^32)."""
+  if not 0 <= prompt.seed < 2**32:
+    raise UserError(
+      f'"seed" is {prompt.seed}, but must be an integer in [0, 2^32)'
+    )
+
+
+def typed(file, note):
   """Yields the lines of a stream as they arrive, without line ends.
+
+  A line that is too long or not UTF-8 is skipped, after a message.
 
   Args:
     file: sys.stdin. On a terminal the user is prompted for each line, and can
       edit it and recall earlier ones.
+    note: function that receives a line of text for every skipped line.
+
+  Raises:
+    UserError: the stream cannot be read.
   """
   if file.isatty() and sys.stdout.isatty():
     import readline  # noqa: F401, gives `input` editing and history
@@ -109,12 +115,27 @@ def typed(file):
       except KeyboardInterrupt:
         print()
         raise
-  if hasattr(file, 'reconfigure'):
-    # `check_unicode` refuses a line that is not UTF-8. A decoding error would
-    # end the whole conversation.
-    file.reconfigure(encoding='utf-8', errors='surrogateescape')
-  for line in file:
-    yield line.removesuffix('\n')
+      except UnicodeDecodeError as error:
+        note(f'error: not UTF-8 ({error})')
+  number, most = 0, reading.MAX_LINE_BYTES
+  while True:
+    number += 1
+    try:
+      line = rest = file.buffer.readline(most + 1)
+      while len(rest) > most and not rest.endswith(b'\n'):
+        rest = file.buffer.readline(most + 1)
+    except OSError as error:
+      raise UserError(
+        f'cannot read standard input ({error.strerror})'
+      ) from error
+    if not line:
+      return
+    try:
+      text = reading.decode_line(line, number == 1, f'line {number}')
+    except UserError as error:
+      note(f'error: {error}')
+      continue
+    yield text
 
 
 def check_unicode(text, message):
@@ -124,10 +145,7 @@ def check_unicode(text, message):
 
 
 def _parse(line, seed, where):
-  try:
-    row = json.loads(line)
-  except ValueError as error:
-    raise UserError(f'{where}: not JSON ({error})') from error
+  row = reading.parse_json(line, where)
   row = row if isinstance(row, dict) else {}
   gaps = 'infill' in row
   text, seed = row.get('infill' if gaps else 'prompt'), row.get('seed', seed)
@@ -136,9 +154,8 @@ def _parse(line, seed, where):
       f'{where}: must be {{"prompt": "text"}} or '
       '{"infill": "text, {{n}}"}'
     )
-  check_unicode(text, f'{where}: half a surrogate pair is not valid text')
-  if not isinstance(seed, int) or not 0 <= seed < 2**32:
-    raise UserError(f'{where}: "seed" must be an integer in [0, 2^32)')
+  if type(seed) is not int:
+    raise UserError(f'{where}: "seed" must be an integer')
   settings = row.get('settings', {})
   if not isinstance(settings, dict):
     raise UserError(
@@ -146,4 +163,6 @@ def _parse(line, seed, where):
     )
   prompt = Prompt(text, seed, settings, where)
   located(lambda prompt: check_names(prompt.settings), prompt)
+  located(lambda prompt: check_types(prompt.settings), prompt)
+  located(check_seed, prompt)
   return prompt, gaps

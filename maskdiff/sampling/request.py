@@ -162,7 +162,8 @@ def _check_settings(network, c, settings):
 
   Raises:
     UserError: a setting has an unknown value, does not fit a left-to-right
-      network, needs eos_id, which is missing, or needs another program.
+      network, needs eos_id or eot_id, which is missing, or needs another
+      program.
   """
   objective = OBJECTIVES[network.objective]
   if c.block_length < 1:
@@ -200,6 +201,11 @@ def _check_settings(network, c, settings):
         f'{name}=True needs an eos token, and the tokenizer has none; set '
         f'{name}=False'
       )
+  if np.any(settings.confidence_eos_eot_inf & (settings.eot_id < 0)):
+    raise UserError(
+      'confidence_eos_eot_inf=True needs an end-of-turn token: set eot_id to '
+      f'its id, or to the id of eos, {network.eos_id}, if there is none'
+    )
 
 
 def _another_program(name, value, program):

@@ -12,7 +12,12 @@ import numpy as np
 
 from maskdiff.config.key import check_value
 from maskdiff.config.sample import PER_REQUEST, SETTINGS
-from maskdiff.config.settings import check_names, with_settings
+from maskdiff.config.settings import (
+  check_names,
+  check_steps,
+  check_types,
+  with_settings,
+)
 from maskdiff.errors import UserError
 from maskdiff.objectives.table import OBJECTIVES
 
@@ -148,21 +153,29 @@ def of_request(config, values, changes=None, gaps=False, steps=None):
       slot.
 
   Raises:
-    UserError: see config.with_settings and config.settings.check_names; or a
-      setting does not go with gaps.
+    UserError: see config.with_settings, config.settings.check_names and
+      check_types; gen_length is larger than the context; or a setting does not
+      go with gaps.
   """
   changes = dict(changes or {})
   check_names(changes)
+  check_types(changes)
   if gaps:
     for name in ('gen_length', 'stop_at_eos'):
       if name in changes:
         raise UserError(f'{name} is for prompts: text follows a gap')
     # The number of blocks of a text with gaps need not divide its steps.
     steps = changes.pop('steps', steps)
-    if not isinstance(steps, int | None):
-      raise UserError(f'sampler setting steps={steps!r}: must be int')
     if steps is not None:
       check_value('steps', SETTINGS['steps'], steps)
+      check_steps(steps, config.data.length)
+  length = (values | changes).get('gen_length', 0)
+  if not gaps and length > config.data.length:
+    raise UserError(
+      f'gen_length={length}: the model was trained on rows of '
+      f'config.data.length={config.data.length} tokens, with the prompt; set '
+      f'gen_length to at most {config.data.length}'
+    )
   c, settings = sampler_config(with_settings(config, values | changes))
   return for_gaps(c, settings, steps) if gaps else (c, settings)
 

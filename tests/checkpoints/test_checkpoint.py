@@ -825,3 +825,12 @@ def test_roll_back_refuses_a_missing_step(steps):
   assert restore_lib.roll_back(checkpointer, 30) == []
   checkpointer.close()
   assert names(steps) == {'10', '20', '30'}
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path):
+  """Orbax cannot read it, which would look like damage."""
+  path = f'{tmp_path}/a\udcff'
+  for read_only in (False, True):
+    with pytest.raises(UserError, match='is not UTF-8: rename the folder'):
+      Checkpointer(path, keep=1, read_only=read_only)
+  assert not os.listdir(tmp_path)

@@ -6,12 +6,14 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 import threading
 import time
 
 import forked
 import jax
 import pytest
+import tpu_compiler
 
 from maskdiff.distributed import runtime
 from maskdiff.errors import NotJoined, UserError
@@ -375,3 +377,40 @@ def test_single_process_calls_work_once():
   calls = []
   result = runtime.main_process_first(lambda: calls.append(1) or len(calls))
   assert (result, calls) == (1, [1])
+
+
+@pytest.mark.parametrize(
+  'environ, platforms, quiet',
+  [
+    ({'TPU_SKIP_MDS_QUERY': '1'}, None, True),
+    ({}, 'tpu,cpu', False),  # JAX found TPU chips
+    ({'TPU_SKIP_MDS_QUERY': '1'}, 'cpu', False),
+    ({'TPU_SKIP_MDS_QUERY': '1'}, 'tpu', False),  # errors must be visible
+  ],
+)
+def test_libtpu_is_quiet_only_without_a_tpu(environ, platforms, quiet):
+  before = dict(environ)
+  runtime.quiet_without_tpu(environ, platforms)
+  added = {'TPU_WORKER_HOSTNAMES', 'TPU_ACCELERATOR_TYPE'} if quiet else set()
+  assert environ.keys() == before.keys() | added
+  assert runtime.detect(environ, platforms if quiet else 'cpu') is None
+
+
+@tpu_compiler.needs_libtpu
+def test_a_machine_without_a_tpu_prints_nothing_about_it():
+  """libtpu prints five lines if JAX starts without `quiet_without_tpu`."""
+  program = (
+    'import jax\nfrom maskdiff.distributed import runtime\n'
+    'with runtime.started(None): print(jax.default_backend())'
+  )
+  hidden = ('JAX_PLATFORMS', 'XLA_FLAGS')
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    env={k: v for k, v in os.environ.items() if k not in hidden}
+    | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  if 'cpu' not in done.stdout:
+    pytest.skip('this machine has an accelerator')
+  assert (done.returncode, done.stderr) == (0, '')

@@ -10,7 +10,7 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.evals import scored as scored_lib
-from maskdiff.likelihood.bounds import Estimate
+from maskdiff.likelihood.bounds import Estimate, lay_out
 
 BITS = 1 / np.log(2)
 
@@ -209,7 +209,9 @@ def test_empty_lines_are_skipped(write):
 
 PAIR = {'prompt': 'a', 'answer': 'b'}
 REFUSED = {
-  'not_json': ('bound', '{"text": ', 'data.jsonl:2: not JSON'),
+  'not_json': ('bound', '{"text": ', 'data.jsonl:2 is not valid JSON'),
+  'nested': ('bound', '{"text": ' + '[' * 100_000, ':2 is nested more than'),
+  'long': ('bound', '{"text": "' + 'x' * (4 << 20) + '"}', ':2: the line has'),
   'not_an_object': ('bound', '[1]', ':2: must be a JSON object'),
   'no_answer': ('bound', {'prompt': 'a'}, r':2: bound needs .*answer \(str\)'),
   'number': ('bound', {'text': 3}, r':2: bound needs text \(str\)'),
@@ -229,9 +231,9 @@ REFUSED = {
   'surrogate_after': (
     'bound',
     '{"prompt": "", "answer": "a", "suffix": "\\ud800"}',
-    ':2: not Unicode',
+    ':2 has half of a surrogate',
   ),
-  'surrogate': ('bound', '{"text": "\\ud800"}', ':2: not Unicode'),
+  'surrogate': ('bound', '{"text": "\\ud800"}', ':2 has half of a surrogate'),
   'choices': (
     'choices',
     {'prompt': 'a', 'choices': 'bc', 'answer': 0},
@@ -270,12 +272,12 @@ def test_invalid_line_is_named(write, case):
 
 
 def test_missing_or_empty_file_is_named(write, tmp_path):
-  with pytest.raises(UserError, match='--data: cannot read .*none.jsonl'):
+  with pytest.raises(UserError, match='cannot read .*none.jsonl'):
     scored_lib.read(str(tmp_path / 'none.jsonl'), 'bound')
   with pytest.raises(UserError, match='data.jsonl.* has no lines'):
     scored_lib.read(write(), 'bound')
   (tmp_path / 'binary').write_bytes(b'\xff\xfe')
-  with pytest.raises(UserError, match='--data: cannot read .*binary'):
+  with pytest.raises(UserError, match='binary:1: not UTF-8'):
     scored_lib.read(str(tmp_path / 'binary'), 'bound')
 
 
@@ -285,3 +287,12 @@ def test_line_longer_than_the_context_is_named(write, score, tokenizer, task):
     lines = scored_lib.read(write(PAIR, long), task)
     with pytest.raises(UserError, match='data.jsonl:2: .* training rows had 3'):
       scored_lib.TASKS[task](lines, tokenizer, 3, score)
+
+
+def test_masks_that_do_not_fit_into_memory_are_refused():
+  answers = lay_out([[1]] * 3, [[2, 3, 4], [5], [6, 7]])
+  scored_lib.check_masks(answers, samples=4096)
+  scored_lib.check_masks(answers, orders=4096)
+  for flag in ('samples', 'orders'):
+    with pytest.raises(UserError, match=f'{flag}=1000000000: 3 answers'):
+      scored_lib.check_masks(answers, **{flag: 10**9})

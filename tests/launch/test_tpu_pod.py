@@ -28,6 +28,9 @@ if 'describe' in arguments:
   (here / 'states').write_text(' '.join(states[1:] or states))
   print(states[0])
 if 'scp' in arguments:
+  if arguments[4].endswith('.env'):
+    with open(here / 'modes', 'a') as f:
+      f.write('%o\\n' % (os.stat(arguments[4]).st_mode & 0o777))
   shutil.copy(arguments[4], here / arguments[5].strip(':'))
 if 'ssh' in arguments:
   home = here / arguments[4]
@@ -77,7 +80,7 @@ def pod(cloud, *arguments):
 
 def dry(cloud, *arguments):
   """Returns the commands of a dry run, each a list of words."""
-  result = pod(cloud, *arguments, '--dry_run')
+  result = pod(cloud, arguments[0], '--dry_run', *arguments[1:])
   assert (result.returncode, result.stderr) == (0, '')
   assert not (cloud / 'calls').exists()
   # The printed commands are quoted for a shell, so a shell reads them.
@@ -160,6 +163,10 @@ def test_a_run_starts_and_stops_on_every_host(cloud):
     ).splitlines()
     assert (colour, script) == ("it's red", 'launch/pretrain.py')
     assert arguments == given
+  # The value is in no command line, and its file had mode 600 and is gone.
+  assert "it's" not in (cloud / 'calls').read_text()
+  assert (cloud / 'modes').read_text() == '600\n600\n'
+  assert not list(cloud.glob('pod-*/maskdiff.env'))
 
   assert pod(cloud, 'status', *slices).stdout.count('runs') == 2
   again = pod(cloud, *start)
@@ -172,6 +179,36 @@ def test_a_run_starts_and_stops_on_every_host(cloud):
   for pid in pids:
     assert not pathlib.Path(f'/proc/{pid}/cmdline').exists()
   assert pod(cloud, 'stop', *slices).returncode == 0  # nothing to stop
+
+
+def test_a_variable_can_come_from_this_shell(cloud, monkeypatch):
+  monkeypatch.setenv('COLOUR', 'blue\n$x')
+  start = ('start', *WHERE, '--slices=2', '--env', 'COLOUR')
+  (scp, _, ssh, _) = dry(cloud, *start, '--', '--workdir', 'x')
+  assert scp[3:5] == ['tpu-vm', 'scp'] and 'blue' not in str(scp + ssh)
+  assert pod(cloud, *start, '--', '--workdir', 'x').returncode == 0
+  assert wait_for(cloud / 'pod-0' / 'arguments').startswith('blue\n$x\n')
+  assert 'blue' not in (cloud / 'calls').read_text()
+  assert pod(cloud, 'stop', *WHERE, '--slices=2').returncode == 0
+
+
+def test_stop_waits_before_it_kills(cloud):
+  (command,) = dry(cloud, 'stop', *WHERE)
+  assert '--command=grace=300\n' in command[7]
+  stubborn = PYTHON.replace('\n', "\ntrap '' TERM\n", 1)
+  for node in ('pod-0', 'pod-1'):
+    write_program(cloud / node / 'maskdiff/.venv/bin/python', stubborn)
+  slices = (*WHERE, '--slices=2')
+  assert pod(cloud, 'start', *slices, '--', 'x').returncode == 0
+  for node in ('pod-0', 'pod-1'):
+    wait_for(cloud / node / 'arguments')
+  pids = [int(p.read_text()) for p in cloud.glob('pod-*/maskdiff.pid')]
+  result = pod(cloud, 'stop', *slices, '--grace=1')
+  assert result.returncode == 0
+  assert result.stderr.count('killed, since it had not ended after 1 s') == 2
+  commands = [pathlib.Path(f'/proc/{pid}/cmdline') for pid in pids]
+  # A process that was killed, but not yet reaped, has an empty command line.
+  assert not any(path.exists() and path.read_bytes() for path in commands)
 
 
 def test_install_copies_the_checkout_to_every_slice(cloud):
@@ -204,6 +241,13 @@ def test_a_bucket_is_mounted_under_gcs(cloud):
   assert '--implicit-dirs --rename-dir-limit=' in line
 
 
+def test_a_folder_of_a_bucket_is_mounted(cloud):
+  (command,) = dry(cloud, 'mount', *WHERE, '--bucket', 'gs://rows/my runs/')
+  (line,) = [x for x in command[7].splitlines() if 'gcsfuse --' in x]
+  words = line.split(' ', 5)[-1]
+  assert words == '--only-dir=my\\ runs rows /gcs/rows/my\\ runs'
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [
@@ -217,7 +261,14 @@ def test_a_bucket_is_mounted_under_gcs(cloud):
     (('create', *WHERE, '--runtime=r'), 'create needs --type'),
     (('create', *WHERE, '--type=v5e-8'), 'create needs --runtime'),
     (('start', *WHERE), 'start needs the arguments of pretrain.py after --'),
-    (('start', *WHERE, '--env=A', '--', 'x'), '--env A must be KEY=VALUE'),
+    (('start', *WHERE, '--env=1=x', '--', 'x'), '--env 1 must be KEY=VALUE'),
+    (
+      ('start', *WHERE, '--env=NO_SUCH', '--', 'x'),
+      '--env NO_SUCH: this',
+    ),
+    (('stop', *WHERE, '--grace=5m'), '--grace 5m must be a number of seconds'),
+    (('mount', *WHERE, '--bucket=a//b'), '--bucket a//b must be BUCKET or'),
+    (('mount', *WHERE, '--bucket=ab/../c'), '--bucket ab/../c must be BUCKET'),
     (('mount', *WHERE), 'mount needs --bucket'),
   ],
 )

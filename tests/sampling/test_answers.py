@@ -59,7 +59,11 @@ def encode(sampling, texts, gaps=False, **changes):
     settings = settings._replace(steps=0, gen_length=0)
   return [
     answers.encode_text(
-      Prompt(text, seed), gaps, settings, sampling.tokenizer.encode
+      Prompt(text, seed),
+      gaps,
+      settings,
+      sampling.tokenizer.encode,
+      sampling.context,
     )
     for seed, text in enumerate(texts)
   ]
@@ -212,7 +216,8 @@ BAD_LINES = {
   'one_bad': ('a{{2}} {{', 'braces that are not a gap'),
   'none': ('a{{0}}', 'no gap in'),
   'too_many': ('a{{9}}', 'gaps have 9 tokens.*--gen_length=9 instead of 8'),
-  'huge': ('a{{' + '9' * 30 + '}}', 'too long'),
+  'huge': ('a{{' + '9' * 30 + '}}', 'data.length=100: ask for fewer'),
+  'many': ('a{{99999}}' * 1000, 'gaps have 99999000 tokens together'),
   'bytes': ('a\udcff', 'not UTF-8'),
 }
 

@@ -1,5 +1,7 @@
 """Slots divided into blocks, and the shapes of forward passes."""
 
+import dataclasses
+
 import fake_networks
 import pytest
 import sampled
@@ -76,3 +78,12 @@ def test_slots_on_padding_are_refused():
   request = layouts.continue_prompts([[7], [7, 8]], 4)
   with pytest.raises(UserError, match='row 0 has slots on its padding'):
     begin(request._replace(fill=request.fill | ~request.valid))
+
+
+def test_delaying_the_end_of_turn_needs_its_id():
+  network = dataclasses.replace(NETWORK, eos_id=3)
+  request, c = layouts.continue_prompts([[7]], 4), PLAIN | {'steps': 4}
+  delayed = c | {'confidence_eos_eot_inf': True}
+  with pytest.raises(UserError, match='needs an end-of-turn token: set eot_id'):
+    sampled.begin(network, delayed, request)
+  sampled.begin(network, delayed | {'eot_id': 3}, request)

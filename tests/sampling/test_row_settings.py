@@ -25,7 +25,9 @@ ROWS = [
   OFF,
   OFF._replace(temperature=0.8, threshold=0.2, factor=2.0),
   OFF._replace(temperature=1.2, top_k=3, steps=4),
-  OFF._replace(temperature=0.9, top_p=0.7, confidence_eos_eot_inf=True),
+  OFF._replace(
+    temperature=0.9, top_p=0.7, confidence_eos_eot_inf=True, eot_id=EOT
+  ),
   OFF._replace(stop_at_eos=True, guidance=0.7, eot_id=EOT, steps=6),
   OFF._replace(logits_eos_inf=True, threshold=0.5, factor=0.3),
 ]
@@ -172,6 +174,17 @@ def test_settings_of_a_line_with_gaps():
     ({'stop_at_eos': True}, True, 'stop_at_eos is for prompts'),
     ({'steps': 'x'}, True, "steps='x': must be int"),
     ({'steps': 0}, True, 'steps=0: must be at least 1'),
+    ({'temperature': '0.5'}, False, "temperature='0.5': must be float"),
+    ({'guidance': float('inf')}, False, 'guidance=inf: must be a finite'),
+    ({'guidance': -1}, False, 'guidance=-1.0: must be at least 0'),
+    ({'gen_length': True}, False, 'gen_length=True: must be int'),
+    ({'gen_length': 10**9}, False, 'data.length=256.*at most 256'),
+    ({'steps': 10**9}, False, 'steps=1000000000: must be at most 25600, 100'),
+    ({'steps': 10**9}, True, 'steps=1000000000: must be at most 25600, 100'),
+    ({'top_k': 10**40}, False, 'top_k=1000.*: must be between'),
+    ({'threshold': 0.5}, False, 'no effect with remasking=low_confidence'),
+    ({'factor': 0.5}, True, 'set remasking=factor or remove factor'),
+    ({'confidence_eos_eot_inf': True}, False, 'needs an end-of-turn token'),
   ],
 )
 def test_bad_settings_of_a_line_are_refused(changes, gaps, message):

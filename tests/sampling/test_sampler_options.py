@@ -77,7 +77,7 @@ OPTIONS = {
   'cosine_entropy': dict(schedule='cosine', confidence='entropy', steps=4),
   'nucleus': dict(top_p=0.8, top_k=5),
   'guided': dict(guidance=0.8),
-  'eos': dict(stop_at_eos=True, confidence_eos_eot_inf=True),
+  'eos': dict(stop_at_eos=True, confidence_eos_eot_inf=True, eot_id=EOT),
 }
 FAST = ('eos',)
 

@@ -128,7 +128,7 @@ def test_fifty_requests_with_fifty_settings_compile_one_program():
       stop_at_eos=bool(random.integers(2)),
       logits_eos_inf=bool(random.integers(2)),
       confidence_eos_eot_inf=bool(random.integers(2)),
-      eot_id=int(random.integers(-1, VOCAB)),
+      eot_id=int(random.integers(VOCAB)),
     )
     asked.append(ask(FIRST[i % 10], i, slots, settings))
   assert len({request.settings for request in asked}) == 50
