@@ -6,4 +6,6 @@
 - `paths`: paths of mounted buckets, and paths that stay within a folder.
 - `atomic`: writes of whole files.
 - `lock`: a directory that one process writes.
+- `appending`: appends to files, also to those that fail for a while.
+- `json_text`: writes JSON that strict parsers accept.
 """
