@@ -15,6 +15,7 @@ from absl import flags, logging
 
 from maskdiff import config
 from maskdiff.errors import UserError, writing
+from maskdiff.files import json_text
 
 flags.DEFINE_string('workdir', None, 'Work directory or Hugging Face folder.')
 flags.DEFINE_list('tasks', None, 'Names of tasks, separated by commas.')
@@ -79,7 +80,7 @@ def evaluate(args):
   print(json.dumps(model.get_model_info()))
   if args.out:
     with writing('out', args.out), open(args.out, 'w', encoding='utf-8') as f:
-      json.dump(results, f, default=handle_non_serializable)
+      f.write(json_text.dumps(results, default=handle_non_serializable))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,6 @@ compiler's allocation; the time is an estimate. Exit status 1: the config, or
 every config of a sweep, needs more memory than a chip has.
 """
 
-import json
 import os
 import sys
 
@@ -19,6 +18,7 @@ from absl import flags
 
 from maskdiff import config
 from maskdiff.errors import UserError, writing
+from maskdiff.files import json_text
 from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 
 config.define_config_flag()
@@ -104,7 +104,7 @@ def main(args):
     fits = result['fits']
   if args.json:
     with writing('json', args.json), open(args.json, 'w') as f:
-      f.write(json.dumps(result, indent=2) + '\n')
+      f.write(json_text.dumps(result, indent=2) + '\n')
   if args.plot:
     plot.plot(result, args.plot)
   if not fits:

@@ -1,7 +1,6 @@
 """Prints answers and denoising steps, and writes answers to files."""
 
 import contextlib
-import json
 import sys
 import time
 
@@ -9,6 +8,7 @@ import jax
 
 from maskdiff.distributed import runtime
 from maskdiff.errors import writing
+from maskdiff.files import json_text
 
 STEP_SECONDS = 0.1  # that --show leaves a step on a terminal
 
@@ -26,7 +26,7 @@ def write_answers(answers, write, shown, totals):
     for key in ('tokens', 'forwards', 'positions'):
       totals[key] += answer[key]
     if write:
-      write(json.dumps(answer, ensure_ascii=False) + '\n')
+      write(json_text.dumps(answer, ensure_ascii=False) + '\n')
     elif not shown:
       line = '---\n' if number else ''
       runtime.print_once(line + answer['text'], file=sys.stdout)
