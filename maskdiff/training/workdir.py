@@ -12,7 +12,7 @@ from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.files import atomic, json_text, lock, reading
+from maskdiff.files import atomic, json_text, lock
 from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
@@ -112,22 +112,14 @@ def save_run_files(config, setup, stage, workdir):
   }.items():
     path = os.path.join(workdir, name)
     try:
-      _write_if_changed(path, content.encode(errors='backslashreplace'))
+      content = content.encode(errors='backslashreplace')
+      atomic.write_if_changed(path, content)
     except OSError as error:
       terminal.warn(
         f'warning: cannot write {path} ({error.strerror or error}); the run '
         'continues without this file'
       )
   return header
-
-
-def _write_if_changed(path, content):
-  """Writes a file unless it has this content, bytes."""
-  with contextlib.suppress(UserError):  # such as: it does not exist
-    old = reading.read_bytes(path, len(content))
-    if old == content and not os.path.islink(path):
-      return
-  atomic.write(path, content)
 
 
 def copy_published_files(config, workdir):

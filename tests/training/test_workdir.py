@@ -10,7 +10,6 @@ import tiny
 
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.files import atomic
 from maskdiff.monitoring import terminal
 from maskdiff.training import workdir as workdir_lib
 
@@ -89,7 +88,6 @@ def test_resumed_run_writes_nothing_again(save, workdir, warnings, monkeypatch):
   """So that it can resume on a full disk."""
   save()
   monkeypatch.setattr(os, 'replace', full)
-  monkeypatch.setattr(atomic, 'write', full)
   save()
   assert warnings == []
 
