@@ -7,7 +7,7 @@ python benchmarks/recipes.py table recipes.jsonl
 
 `run` trains each recipe of RECIPES with each seed, and appends a line to --out
 as each training ends. Lines that exist are skipped, so the same command
-resumes. Other flags go to launch/pretrain.py.
+resumes. `--set KEY=VALUE` changes the config of every training.
 
 `table` prints, for each config and corpus: the final bound; its difference from
 the first recipe, with a paired standard error (the same held-out rows under the
@@ -49,7 +49,7 @@ RECIPES = {
 LOSS = 'eval/loss_nats_per_token'
 
 
-def run(args, flags):
+def run(args):
   done = [
     (line['config'], line['corpus'], line['recipe'], line['seed'])
     for line in read(args.out)
@@ -62,6 +62,7 @@ def run(args, flags):
         continue
       workdir = args.runs / f'{name}-{corpus}-{recipe}-{seed}'
       values = RECIPES[recipe] | {'seed': seed}
+      values |= dict(pair.split('=', 1) for pair in args.set)
       if args.data:
         values['data.path'] = args.data
       began = time.monotonic()
@@ -70,7 +71,6 @@ def run(args, flags):
           *(sys.executable, ROOT / 'launch/pretrain.py'),
           *('--config', args.config, '--workdir', workdir),
           *(f'--config.{key}={value}' for key, value in values.items()),
-          *flags,
         ],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -81,7 +81,7 @@ def run(args, flags):
         'corpus': corpus,
         'recipe': recipe,
         'seed': seed,
-        'flags': flags,
+        'set': args.set,
         'seconds': round(time.monotonic() - began, 1),
         **result(workdir),
       }
@@ -196,10 +196,11 @@ def main():
   trains.add_argument('--data', help='prepared rows; default: embedded corpus')
   trains.add_argument('--recipes', nargs='+', default=[*RECIPES])
   trains.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+  trains.add_argument('--set', action='append', default=[], metavar='KEY=VALUE')
   parts.add_parser('table').add_argument('results')
-  args, flags = parser.parse_known_args()
+  args = parser.parse_args()
   if args.part == 'run':
-    run(args, flags)
+    run(args)
     return
   from maskdiff.monitoring import terminal
 

@@ -4,17 +4,20 @@ python benchmarks/soak.py [--steps 1000] [--batch 8] [--seed 0]
 
 Trains configs/tiny.py twice, with NaN losses at the same steps. One run has a
 random fault every 20 to 50 steps: SIGKILL, SIGTERM, SIGKILL followed by a
-flipped bit in the newest checkpoint, or a second process with the same command,
-which must be refused while the first continues. Prints the number of faults and
-the goodput of both runs. The exit status is 1 unless the parameters are equal
-bit for bit.
+flipped bit in the newest checkpoint, some seconds in which all its writes to
+files fail, as on a full disk, or a second process with the same command, which
+must be refused while the first continues. Prints the number of faults and the
+goodput of both runs. The exit status is 1 unless the parameters are equal bit
+for bit.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +49,7 @@ def start(workdir, args, nan_steps):
           'train.log_every_steps': 5,
           'checkpoint.every_steps': 10,
           'checkpoint.keep': 3,
+          'checkpoint.max_failures': 100,
           'eval.every_steps': 250,
           'eval.batches': 2,
           'sample.prompts': '()',
@@ -84,6 +88,16 @@ def flip_a_bit(workdir):
   return True
 
 
+def fill_disk(process, dice):
+  """Makes all writes of a running process to files fail for some seconds."""
+  limit = resource.RLIMIT_FSIZE
+  with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+    soft, hard = resource.prlimit(process.pid, limit)
+    resource.prlimit(process.pid, limit, (0, hard))
+    time.sleep(dice.uniform(1, 4))
+    resource.prlimit(process.pid, limit, (soft, hard))
+
+
 def disturbed(workdir, args, nan_steps, dice):
   """Runs a training with faults to its end; returns the counts of faults."""
   faults = collections.Counter()
@@ -94,7 +108,16 @@ def disturbed(workdir, args, nan_steps, dice):
     while process.poll() is None and last_step(workdir) < target:
       time.sleep(0.05)
     time.sleep(dice.uniform(0, 0.5))
-    fault = dice.choice(['kill', 'sigterm', 'flipped bit', 'second process'])
+    fault = dice.choice(
+      ['kill', 'sigterm', 'flipped bit', 'full disk', 'second process']
+    )
+    if fault == 'full disk' and target > args.steps - 100:
+      fault = 'kill'  # the last checkpoint would not be saved
+    if process.poll() is None and fault == 'full disk':
+      fill_disk(process, dice)
+      faults[fault] += 1
+      print(f'step {last_step(workdir)}: {fault}', file=sys.stderr, flush=True)
+      continue
     if process.poll() is None:
       if fault == 'second process':
         refused = start(workdir, args, nan_steps).wait() == STATUS_AGAIN

@@ -24,13 +24,13 @@ totals and the settings. See docs/evaluation.md.
 """
 
 import functools
-import json
 
 from absl import flags, logging
 
 from maskdiff import config
 from maskdiff.errors import UserError, printable
 from maskdiff.evals import puzzles
+from maskdiff.files import json_text
 
 SCORED = ('bound', 'choices', 'greedy')
 ANSWERED = (*puzzles.PUZZLES, 'cloze')
@@ -169,7 +169,7 @@ def evaluate(args):
   }
   if jax.process_index() == 0:
     for row in [*rows, total]:
-      print(json.dumps(row), flush=True)
+      print(json_text.dumps(row), flush=True)
 
 
 def generate(args, model):

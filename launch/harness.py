@@ -16,7 +16,7 @@ from absl import flags, logging
 
 from maskdiff import config
 from maskdiff.errors import UserError
-from maskdiff.files import outputs
+from maskdiff.files import json_text, outputs
 
 flags.DEFINE_string('workdir', None, 'Work directory or Hugging Face folder.')
 flags.DEFINE_list('tasks', None, 'Names of tasks, separated by commas.')
@@ -86,7 +86,7 @@ def evaluate(args):
   print(make_table(results))
   print(json.dumps(model.get_model_info()))
   if args.out:
-    content = json.dumps(results, default=handle_non_serializable)
+    content = json_text.dumps(results, default=handle_non_serializable)
     outputs.write('out', args.out, content)
     print(f'results: {args.out}', file=sys.stderr)
 

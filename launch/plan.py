@@ -11,7 +11,6 @@ compiler's allocation; the time is an estimate. Exit status 1: the config, or
 every config of a sweep, needs more memory than a chip has.
 """
 
-import json
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from absl import flags
 
 from maskdiff import config
 from maskdiff.errors import UserError, printable
-from maskdiff.files import outputs
+from maskdiff.files import json_text, outputs
 from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 
 config.define_config_flag()
@@ -114,7 +113,7 @@ def main(args):
     print(tables.format_table(result))
     fits = result['fits']
   if args.json:
-    outputs.write('json', args.json, json.dumps(result, indent=2) + '\n')
+    outputs.write('json', args.json, json_text.dumps(result, indent=2) + '\n')
     print(f'plan: {args.json}', file=sys.stderr)
   if args.plot:
     plot.plot(result, args.plot)

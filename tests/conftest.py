@@ -112,6 +112,19 @@ def mapped_regions():
     return MOST_MAPPED_REGIONS + 1
 
 
+@pytest.fixture
+def disk(monkeypatch):
+  """Returns a disks.Disk, on which appending files try again at once."""
+  import disks
+
+  from maskdiff.files import appending
+
+  disk = disks.Disk()
+  monkeypatch.setattr(os, 'write', disk.write)
+  monkeypatch.setattr(appending, 'RETRY_S', 0)
+  return disk
+
+
 @pytest.fixture(scope='session')
 def tokenizer():
   """Returns the tokenizer that is shipped with the code."""

@@ -31,6 +31,10 @@ from maskdiff.files import atomic, reading
 _DAMAGED_FILE = 'damaged.txt'
 _DISK_FULL = re.compile('No space left on device|Disk quota exceeded')
 _STEP = re.compile(r'0|[1-9]\d{0,8}', re.ASCII)  # name of a folder
+# Errors of the system inside long messages of TensorStore.
+_DISK_FAILED = re.compile(
+  'File too large|Read-only file system|Stale file handle|Input/output error'
+)
 _RETRY_S = 1
 
 
@@ -80,7 +84,7 @@ class Checkpointer:
     require_utf8(self.directory)
     self.read_only = read_only
     self.durable_step = None
-    self._saving = None
+    self._saving, self._has_failed = None, False
     self._manager = open_manager(self.directory, keep, keep_every, read_only)
 
   def save(self, step, items, meta):
@@ -143,7 +147,11 @@ class Checkpointer:
       self._manager.check_for_errors()
     except Exception as error:
       raise self._failed(error) from error
-    if self._saving not in self.steps():
+    try:
+      found = self._saving in self.steps()
+    except OSError as error:
+      raise self._failed(error) from error
+    if not found:
       raise self._failed(FileNotFoundError('it is not in the directory'))
     self.durable_step, self._saving = self._saving, None
     return self.durable_step
@@ -151,11 +159,15 @@ class Checkpointer:
   def _failed(self, error):
     """Removes the partial step to free the disk; returns a SaveError."""
     step, self._saving = self._saving, None
-    if jax.process_index() == 0:
-      for name in os.listdir(self.directory):
-        if name.startswith(f'{step}.orbax-checkpoint-tmp'):
-          shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
-    self._manager.reload()
+    self._has_failed = True
+    # The whole directory may be gone or out of reach.
+    with contextlib.suppress(OSError):
+      if jax.process_index() == 0:
+        for name in os.listdir(self.directory):
+          if name.startswith(f'{step}.orbax-checkpoint-tmp'):
+            path = os.path.join(self.directory, name)
+            shutil.rmtree(path, ignore_errors=True)
+      self._manager.reload()
     return SaveError(step, error)
 
   def steps(self):
@@ -318,7 +330,12 @@ class Checkpointer:
     try:
       self.finish()
     finally:
-      self._manager.close()
+      try:
+        self._manager.close()
+      except Exception:
+        # Threads of Orbax may report a failed save once more.
+        if not self._has_failed:
+          raise
 
 
 def _require_regular(path):
@@ -338,4 +355,6 @@ def _reason(error):
   """Returns an error as one line, with advice if the disk is full."""
   if full := _DISK_FULL.search(str(error)):
     return f'{full[0]}; make room, or keep fewer checkpoints'
+  if failed := _DISK_FAILED.search(str(error)):
+    return failed[0]
   return one_line(error, 300)

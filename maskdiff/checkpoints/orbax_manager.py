@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import os
+import sys
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -26,6 +28,7 @@ def open_manager(directory, keep, keep_every, read_only):
   Raises:
     UserError: the directory cannot be created or read.
   """
+  _drop_late_futures()
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(_drop_orbax_errors)
   policies = [checkpoint_managers.LatestN(keep)]
@@ -50,10 +53,39 @@ def open_manager(directory, keep, keep_every, read_only):
 
 def _drop_orbax_errors(record):
   """Logging filter that drops errors of Orbax, which raises them as well."""
+  if record.levelno < logging.ERROR:
+    return True
+  texts = [record.pathname, record.getMessage()]
+  if record.exc_info:
+    texts += traceback.format_exception(record.exc_info[1])
   path = os.path.join('orbax', 'checkpoint', '')
-  return record.levelno < logging.ERROR or (
-    path not in record.pathname and path not in record.getMessage()
-  )
+  return not any(path in text for text in texts)
+
+
+def _drop_late_futures():
+  """Makes sys.unraisablehook silent about writes that end after a failed save.
+
+  The first array that cannot be written ends the save and its event loop. When
+  TensorStore finishes the other arrays, it finds the loop closed and reports an
+  error for each, which no code can catch.
+  """
+  before = sys.unraisablehook
+  if getattr(before, '__module__', None) == __name__:
+    return
+
+  def hook(report):
+    trace = report.exc_traceback
+    late = (
+      report.exc_type is RuntimeError
+      and str(report.exc_value) == 'Event loop is closed'
+      and report.object is None
+      and trace is not None
+      and trace.tb_frame.f_code.co_name == 'call_soon_threadsafe'
+    )
+    if not late:
+      before(report)
+
+  sys.unraisablehook = hook
 
 
 class _LateJsonHandler(ocp.JsonCheckpointHandler):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from jax.experimental import multihost_utils
 from maskdiff.checkpoints import manifest
 from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.checkpoints.manifest import Damaged
+from maskdiff.distributed import runtime
 from maskdiff.errors import UserError, no_checkpoint
 
 
@@ -71,12 +71,9 @@ def newest(checkpointer, targets_of):
     action = 'skipped'
     if not checkpointer.read_only:
       action = f'moved to {checkpointer.move_aside(step)}'
-    if jax.process_index() == 0:
-      print(
-        f'warning: checkpoint {path} is damaged and {action}: {reasons[-1]}',
-        file=sys.stderr,
-        flush=True,
-      )
+    runtime.print_once(
+      f'warning: checkpoint {path} is damaged and {action}: {reasons[-1]}'
+    )
   aside = checkpointer.aside()
   moved = os.listdir(aside) if os.path.isdir(aside) else []
   if reasons or moved:

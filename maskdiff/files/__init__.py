@@ -8,4 +8,6 @@
 - `lock`: a directory that one process writes.
 - `outputs`: files that flags name, checked before long work.
 - `streams`: standard input, output and error of a script.
+- `appending`: appends to files, also to those that fail for a while.
+- `json_text`: writes JSON that strict parsers accept.
 """

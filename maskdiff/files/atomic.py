@@ -4,6 +4,9 @@ import contextlib
 import functools
 import os
 
+from maskdiff.errors import UserError
+from maskdiff.files import reading
+
 
 def write(path, content, mode=0o666):
   """Writes a file; a reader sees the old or the new contents, never a part.
@@ -37,3 +40,23 @@ def write(path, content, mode=0o666):
     with contextlib.suppress(OSError):
       os.unlink(temporary)
     raise
+
+
+def write_if_changed(path, content, mode=0o666):
+  """Writes a file as `write`, unless it has this content already.
+
+  So a run can resume on a full disk.
+
+  Args:
+    path, mode: see `write`. A file with more permissions is written again.
+    content: bytes.
+
+  Raises:
+    OSError: see `write`.
+  """
+  with contextlib.suppress(UserError):  # such as: it does not exist
+    same = reading.read_bytes(path, len(content)) == content
+    more = os.lstat(path).st_mode & 0o666 & ~mode
+    if same and not more and not os.path.islink(path):
+      return
+  write(path, content, mode)

@@ -251,7 +251,7 @@ def copy_published_files(source, target, leave_out=(), subfolder=''):
       )
     copy = os.path.join(target, name)
     with safetensors.writing(copy):
-      atomic.write(copy, content, state.st_mode & 0o666)
+      atomic.write_if_changed(copy, content, state.st_mode & 0o666)
 
 
 def _small_files(folder, subfolder=''):

@@ -2,6 +2,7 @@
 
 - metrics: rows of `metrics.jsonl`, TensorBoard and wandb; model FLOPs
   utilization.
+- tensorboard: event files for TensorBoard.
 - wandb_run: the wandb run that receives the same rows.
 - terminal: progress bar and tables of text.
 - ledger: records where the wall time of a run goes; computes goodput.

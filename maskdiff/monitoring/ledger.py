@@ -2,18 +2,18 @@
 
 Each line of `ledger.jsonl` in the work directory holds `time` (s since 1970),
 `seconds` by kind since the previous line, and either the step reached or an
-event. Lines are flushed one by one, so a killed process leaves its lines
-behind. `goodput` sums the lines of all processes of the run.
+event. Lines are written one by one, so a killed process leaves its lines
+behind. An error of the disk never ends the run; see files/appending.py.
+`goodput` sums the lines of all processes of the run.
 """
 
 import contextlib
 import dataclasses
-import json
-import os
 import time
 
 from maskdiff.errors import UserError
-from maskdiff.monitoring import json_lines
+from maskdiff.files import appending, json_text
+from maskdiff.monitoring import json_lines, terminal
 
 MAX_SECONDS = 4_102_444_800  # since 1970: the year 2100
 
@@ -63,10 +63,7 @@ class Ledger:
     self._counted = self._span[1]
     self._file = None
     if active:
-      cut_short = _last_line_is_cut_short(path)
-      self._file = open(path, 'a')
-      if cut_short:
-        self._file.write('\n')
+      self._file = appending.lines(path, terminal.warn)
       self.event('opened')
 
   @contextlib.contextmanager
@@ -118,8 +115,7 @@ class Ledger:
   def close(self):
     if self._file:
       self._append({'event': 'closed'})
-      with contextlib.suppress(OSError):
-        self._file.close()
+      self._file.close()
       self._file = None
 
   def _begin(self, kind):
@@ -138,6 +134,8 @@ class Ledger:
     self._count()
     if not self._file:
       return
+    if self._file.nearly_full and 'event' not in values:
+      return  # no time is lost: the next line has the seconds of this one
     seconds = {
       kind: round(total - self._written[kind], 6)
       for kind, total in self._totals.items()
@@ -145,19 +143,7 @@ class Ledger:
     }
     self._written = dict(self._totals)
     line = {'time': round(time.time(), 3), **values, 'seconds': seconds}
-    # A full disk must not end the run because of its ledger. The line stays in
-    # the buffer, and a later flush may write it.
-    with contextlib.suppress(OSError):
-      self._file.write(json.dumps(line) + '\n')
-      self._file.flush()
-
-
-def _last_line_is_cut_short(path):
-  if not os.path.exists(path) or not os.path.getsize(path):
-    return False
-  with open(path, 'rb') as f:
-    f.seek(-1, os.SEEK_END)
-    return f.read(1) != b'\n'
+    self._file.append(json_text.dumps(line).encode() + b'\n')
 
 
 def read(path):
@@ -213,6 +199,10 @@ def goodput(path):
   later process started from an earlier step and repeated the work. Time without
   a process is `down`, except time after the end of a run.
 
+  A process that ended before it had a state to train, for example because of a
+  wrong flag, is a failed start and not a restart. Its time counts, unless the
+  run had not begun, or had ended, at that time.
+
   Returns:
     Dict with
       wall_s: all seconds.
@@ -220,7 +210,7 @@ def goodput(path):
         kinds have the seconds that count, `repeated` those that do not, and
         `down` the time without a process.
       lost_s: seconds of `repeated` and `down`.
-      restarts: number of processes after the first.
+      restarts: number of processes after the first, without failed starts.
       steps: last step done.
       goodput: seconds of useful kinds / wall_s; None if wall_s is 0.
 
@@ -230,10 +220,10 @@ def goodput(path):
   lines = read(path)
   if not lines:
     raise UserError(f'{path} has no complete line: the run has not started yet')
-  processes = _split_by_process(lines)
+  processes = _without_idle_starts(_split_by_process(lines))
   seconds = dict.fromkeys((*KINDS, *LOST), 0.0)
   useful = [name for name, kind in KINDS.items() if kind.useful]
-  for line in lines:
+  for line in (line for process in processes for line in process):
     for kind, spent in line['seconds'].items():
       seconds[kind] += spent
   for before, after in zip(processes, processes[1:], strict=False):
@@ -253,7 +243,7 @@ def goodput(path):
     'wall_s': wall,
     'seconds': seconds,
     'lost_s': seconds['repeated'] + seconds['down'],
-    'restarts': len(processes) - 1,
+    'restarts': max(0, sum(map(_has_started, processes)) - 1),
     'steps': reached[-1][-1][0] if reached else 0,
     'goodput': sum(seconds[kind] for kind in useful) / wall if wall else None,
   }
@@ -267,6 +257,25 @@ def _split_by_process(lines):
       processes.append([])
     processes[-1].append(line)
   return processes
+
+
+def _has_started(lines):
+  """Returns whether a process had a state to train."""
+  return any(
+    'step' in line and line.get('event') in (None, 'started') for line in lines
+  )
+
+
+def _without_idle_starts(processes):
+  """Drops failed starts before the begin and after the end of a run."""
+  kept, running = [], False
+  for process in processes:
+    if _has_started(process):
+      running = not any(line.get('event') == 'ended' for line in process)
+    elif not running:
+      continue
+    kept.append(process)
+  return kept or processes
 
 
 def _starts(lines):

@@ -1,14 +1,18 @@
 """Writes the metrics of a run: JSON lines, TensorBoard and wandb.
 
 `metrics.jsonl` in the work directory is the source of truth. Each line is an
-object with `step` and scalars whose names carry their units.
+object with `step` and scalars whose names carry their units. A scalar that is
+not finite is null.
 """
 
-import json
+import functools
 import os
 
 from maskdiff.distributed.chips import PEAK_FLOPS
-from maskdiff.monitoring import metrics_file, wandb_run
+from maskdiff.errors import UserError
+from maskdiff.files import appending, atomic, json_text
+from maskdiff.monitoring import metrics_file, terminal, wandb_run
+from maskdiff.monitoring.tensorboard import Board
 
 
 def utilization(tokens_per_s, flops_per_token, devices):
@@ -20,7 +24,11 @@ def utilization(tokens_per_s, flops_per_token, devices):
 
 
 class Writer:
-  """Writes scalars and texts; does nothing unless `active`."""
+  """Writes scalars and texts; does nothing unless `active`.
+
+  An error of the disk or of wandb never ends the run, nor does it delay it: see
+  files/appending.py and wandb_run.py.
+  """
 
   def __init__(
     self, workdir, start_step, active, wandb_project='', config=None
@@ -41,21 +49,11 @@ class Writer:
     self._active = active
     if not active:
       return
-    import tensorboardX  # only the process that writes needs it
-
     path = os.path.join(workdir, 'metrics.jsonl')
-    rows = read(path)
-    with open(path + '.tmp', 'w') as f:
-      f.writelines(
-        json.dumps(r) + '\n'
-        for r in rows
-        if start_step and r['step'] <= start_step
-      )
-    os.replace(path + '.tmp', path)
-    self._rows = open(path, 'a')
-    self._board = tensorboardX.SummaryWriter(
-      os.path.join(workdir, 'tensorboard'),
-      purge_step=start_step + 1 if start_step else 0,
+    drop_later = functools.partial(_drop_later_rows, path, start_step)
+    self._rows = appending.lines(path, terminal.warn, drop_later)
+    self._board = Board(
+      os.path.join(workdir, 'tensorboard'), start_step, terminal.warn
     )
     self._wandb = None
     if wandb_project:
@@ -67,20 +65,17 @@ class Writer:
     """Writes a row of metrics. Lists are written to metrics.jsonl only."""
     if not self._active:
       return
-    self._rows.write(json.dumps({'step': step, **values}) + '\n')
-    self._rows.flush()
-    for name, value in values.items():
-      if not isinstance(value, list):
-        self._board.add_scalar(name, value, step)
+    self._rows.append(_line({'step': step, **values}))
+    self._board.scalars(step, values)
     if self._wandb:
       self._wandb.scalars(step, values)
 
   def text(self, step, name, text):
     """Writes a text, such as a sample."""
     if self._active:
-      self._rows.write(json.dumps({'step': step, name: text}) + '\n')
-      self._rows.flush()
-      self._board.add_text(name, f'```\n{text}\n```', step)
+      text = text.encode(errors='replace').decode()  # no half surrogate pairs
+      self._rows.append(_line({'step': step, name: text}))
+      self._board.text(step, name, text)
       if self._wandb:
         self._wandb.text(step, name, text)
 
@@ -90,6 +85,27 @@ class Writer:
       self._board.close()
       if self._wandb:
         self._wandb.close()
+
+
+def _line(row):
+  return json_text.dumps(row).encode() + b'\n'
+
+
+def _drop_later_rows(path, start_step):
+  """Rewrites a metrics.jsonl without the rows of steps after `start_step`.
+
+  Raises:
+    OSError: the file cannot be read or written; it is unchanged.
+  """
+  rows = []
+  # Something else than a file, such as a FIFO, holds no rows; it is replaced.
+  if start_step and os.path.isfile(path):
+    try:
+      rows = read(path)
+    except UserError as error:
+      raise OSError(str(error)) from error
+  kept = [_line(row) for row in rows if row['step'] <= start_step]
+  atomic.write(path, b''.join(kept))
 
 
 def read(path):

@@ -1,9 +1,9 @@
 """Describes updates that the guard skipped; see training/guard.py."""
 
-import json
 import os
 
 from maskdiff.errors import one_line
+from maskdiff.files import atomic, json_text
 from maskdiff.monitoring.json_lines import finite, is_count
 
 # Keys of an update, and of a line of the ledger, that are not facts.
@@ -98,15 +98,18 @@ def give_up(workdir, updates, read_texts, remedy):
   first, last = facts_of(updates[0]), facts_of(updates[-1])
   step = updates[-1]['step']
   path = os.path.join(workdir, f'skipped_to_step_{step}.json')
+  listed = f'{path} lists their {" and ".join(["losses", *last])}, and the '
+  listed += 'texts of the last one'
   if read_texts:
-    with open(path, 'w') as f:
-      texts = read_texts(last)
-      json.dump({'updates': updates, 'texts_of_the_last': texts}, f, indent=2)
+    content = {'updates': updates, 'texts_of_the_last': read_texts(last)}
+    try:
+      atomic.write(path, json_text.dumps(content, indent=2))
+    except OSError as error:
+      listed = f'{path} could not be written ({error.strerror or error})'
   advice = remedy(first, last)
   return (
     f'{updates[-1]["in_a_row"]} updates in a row were skipped, up to step '
-    f'{step}; {path} lists their {" and ".join(["losses", *last])}, and the '
-    f'texts of the last one. {advice + "; to" if advice else "To"} resume from '
+    f'{step}; {listed}. {advice + "; to" if advice else "To"} resume from '
     'an older step: launch/checkpoints.py --rollback STEP; otherwise the '
     'learning rate may be too high'
   )

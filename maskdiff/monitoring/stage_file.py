@@ -10,7 +10,7 @@ import os
 import re
 
 from maskdiff.errors import UserError, one_line
-from maskdiff.files import reading
+from maskdiff.files import atomic, json_text, reading
 from maskdiff.monitoring.json_lines import finite
 
 NAME = 'stage.json'
@@ -52,11 +52,10 @@ class Curve:
   from_zero: bool = True
 
 
-def write(workdir, name, panels):
-  """Writes stage.json.
+def content(name, panels):
+  """Returns the text of stage.json.
 
   Args:
-    workdir: work directory.
     name: `Stage.name`.
     panels: `Stage.panels`.
 
@@ -64,9 +63,17 @@ def write(workdir, name, panels):
     UserError: `read_panels` would refuse a panel.
   """
   plain = [p if isinstance(p, str) else dataclasses.asdict(p) for p in panels]
-  _panels({'panels': json.loads(json.dumps(plain))})
-  with open(os.path.join(workdir, NAME), 'w') as f:
-    json.dump({'name': name, 'panels': plain}, f, indent=2)
+  _panels({'panels': json.loads(json_text.dumps(plain))})
+  return json_text.dumps({'name': name, 'panels': plain}, indent=2)
+
+
+def write(workdir, name, panels):
+  """Writes stage.json; see `content`.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  atomic.write(os.path.join(workdir, NAME), content(name, panels))
 
 
 def read_panels(workdir):

@@ -1,13 +1,31 @@
-"""Prints the progress of a training, and tables of text."""
+"""Prints the progress of a training, and tables of text.
 
+A closed terminal, or a full disk under a log, never ends the training.
+"""
+
+import contextlib
 import sys
+
+from maskdiff.errors import printable
+
+# Printing to a closed stream raises ValueError.
+_tolerant = contextlib.suppress(OSError, ValueError)
 
 
 def warn(text):
   """Prints a line on standard error without breaking a progress bar."""
   import tqdm  # only for warnings and progress bars
 
-  tqdm.tqdm.write(text, file=sys.stderr)
+  if sys.stderr:
+    with _tolerant:
+      tqdm.tqdm.write(printable(text), file=sys.stderr)
+
+
+def print_result(text):
+  """Prints the result of a training on standard output."""
+  if sys.stdout:
+    with _tolerant:
+      print(printable(text), flush=True)
 
 
 class Progress:
@@ -18,7 +36,7 @@ class Progress:
 
   def __init__(self, start_step, steps, active):
     self._steps, self._active, self._bar = steps, active, None
-    if active and sys.stderr.isatty():
+    if active and sys.stderr and sys.stderr.isatty():
       import tqdm
 
       self._bar = tqdm.tqdm(
@@ -28,22 +46,27 @@ class Progress:
   def update(self, step, step_s, text):
     """Shows that `step` steps are done; a step takes about step_s seconds."""
     if self._bar:
-      self._bar.update(step - self._bar.n)
-      self._bar.set_postfix_str(text)
+      with _tolerant:
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix_str(text)
     elif self._active:
       left = _duration(step_s * (self._steps - step))
       self.say(f'step {step}/{self._steps}  {text}  {left} left')
 
   def say(self, text):
-    """Prints a message without breaking the bar."""
-    if self._bar:
-      self._bar.write(text, file=sys.stderr)
-    elif self._active:
-      print(text, file=sys.stderr, flush=True)
+    """Prints a message without breaking the bar; escapes control characters."""
+    if not self._active or not sys.stderr:
+      return
+    with _tolerant:
+      if self._bar:
+        self._bar.write(printable(text), file=sys.stderr)
+      else:
+        print(printable(text), file=sys.stderr, flush=True)
 
   def close(self):
     if self._bar:
-      self._bar.close()
+      with _tolerant:
+        self._bar.close()
 
 
 def _duration(seconds):

@@ -1,14 +1,13 @@
 """Prints answers and denoising steps, and writes answers to files."""
 
 import contextlib
-import json
 import sys
 import time
 
 import jax
 
 from maskdiff.distributed import runtime
-from maskdiff.files import outputs, streams
+from maskdiff.files import json_text, outputs, streams
 
 STEP_SECONDS = 0.1  # that --show leaves a step on a terminal
 
@@ -26,7 +25,7 @@ def write_answers(answers, write, shown, totals):
     for key in ('tokens', 'forwards', 'positions'):
       totals[key] += answer[key]
     if write:
-      write(json.dumps(answer, ensure_ascii=False))
+      write(json_text.dumps(answer, ensure_ascii=False))
     elif not shown:
       line = '---\n' if number else ''
       runtime.print_once(line + answer['text'], file=sys.stdout)

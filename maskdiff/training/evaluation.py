@@ -41,7 +41,8 @@ class Bound:
 
   Attributes:
     loss_nats_per_token: the bound.
-    stderr_nats_per_token: standard error over batches; 0 for one batch.
+    stderr_nats_per_token: standard error over batches; None for one batch, from
+      which it cannot be estimated.
     bits_per_byte: the bound in bits per byte of text.
     nll_by_mask_ratio: dict from the middle of a bucket of mask ratios, such as
       '0.1', to the mean nll of its masked tokens. {} for a mixture.
@@ -49,16 +50,17 @@ class Bound:
   """
 
   loss_nats_per_token: float
-  stderr_nats_per_token: float
+  stderr_nats_per_token: float | None
   bits_per_byte: float
   nll_by_mask_ratio: dict
   parts: dict = dataclasses.field(default_factory=dict)
 
   def row(self, prefix='eval'):
     """Returns the metrics by name, as written to metrics.jsonl."""
+    stderr = self.stderr_nats_per_token
     row = {
       f'{prefix}/loss_nats_per_token': self.loss_nats_per_token,
-      f'{prefix}/stderr_nats_per_token': self.stderr_nats_per_token,
+      **({} if stderr is None else {f'{prefix}/stderr_nats_per_token': stderr}),
       f'{prefix}/bits_per_byte': self.bits_per_byte,
       **ratio_metrics(prefix, self.nll_by_mask_ratio),
     }
@@ -112,12 +114,20 @@ def evaluate_and_sample(
   return Evaluation(
     row=bound.row(),
     texts=sample_texts(config, params, tokenizer),
-    line=(
-      f'held-out bound {bound.loss_nats_per_token:.4f} '
-      f'± {bound.stderr_nats_per_token:.4f} nats/token, '
-      f'{bound.bits_per_byte:.4f} bits/byte'
-    ),
+    line=summary(bound),
     conclusion=conclude(bound, heldout),
+  )
+
+
+def summary(bound):
+  """Returns a line with a Bound."""
+  stderr, note = bound.stderr_nats_per_token, ''
+  if stderr is None:
+    note = '; one batch gives no standard error'
+  return (
+    f'held-out bound {bound.loss_nats_per_token:.4f} '
+    + ('' if stderr is None else f'± {stderr:.4f} ')
+    + f'nats/token, {bound.bits_per_byte:.4f} bits/byte{note}'
   )
 
 
@@ -141,12 +151,15 @@ def evaluate_mixture(c, params, heldout, between=lambda: None):
     return bounds[0]
   share = np.array([h.share for h in heldout])
   losses = np.array([b.loss_nats_per_token for b in bounds])
-  stderrs = np.array([b.stderr_nats_per_token for b in bounds])
+  stderrs = [b.stderr_nats_per_token for b in bounds]
+  known = None not in stderrs
   bytes_per_token = share @ [1 / h.tokens_per_byte for h in heldout]
   loss = float(share @ losses)
   return Bound(
     loss_nats_per_token=loss,
-    stderr_nats_per_token=float(np.linalg.norm(share * stderrs)),
+    stderr_nats_per_token=(
+      float(np.linalg.norm(share * np.array(stderrs))) if known else None
+    ),
     bits_per_byte=float(loss / np.log(2) / bytes_per_token),
     nll_by_mask_ratio={},
     parts={h.name: b for h, b in zip(heldout, bounds, strict=True)},
@@ -177,11 +190,13 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
   sums = jax.device_get(sums)
   total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
   means = [s.loss for s in sums]
-  deviation = np.std(means, ddof=1) if len(means) > 1 else 0.0
+  stderr = None
+  if len(means) > 1:
+    stderr = float(np.std(means, ddof=1) / len(means) ** 0.5)
   loss = float(total.loss)
   return Bound(
     loss_nats_per_token=loss,
-    stderr_nats_per_token=float(deviation / len(means) ** 0.5),
+    stderr_nats_per_token=stderr,
     bits_per_byte=loss * tokens_per_byte / float(np.log(2)),
     nll_by_mask_ratio=nll_by_mask_ratio(total),
   )

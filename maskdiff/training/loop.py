@@ -19,7 +19,7 @@ from maskdiff.checkpoints.checkpoint import Checkpointer
 from maskdiff.distributed.consensus import Preemption
 from maskdiff.distributed.watchdog import watch
 from maskdiff.errors import Preempted, UserError, one_line
-from maskdiff.monitoring import wandb_run
+from maskdiff.monitoring import terminal, wandb_run
 from maskdiff.monitoring.ledger import Ledger
 from maskdiff.training import pretraining, resume
 from maskdiff.training import workdir as workdir_lib
@@ -139,7 +139,7 @@ def _run(config, workdir, make_stage, stack):
   # End.
   stack.close()
   if main_process:
-    print(result.conclusion)
+    terminal.print_result(result.conclusion)
   return result.row
 
 

@@ -152,10 +152,13 @@ def row(config, c, mesh, metrics, facts, step_s):
 def line(row):
   """Returns loss, learning rate and throughput of a row of metrics."""
   name = OTHER_LOSS if OTHER_LOSS in row else BOUND
-  loss = row.get(name, float('nan'))
+  label, loss = 'loss' if name == BOUND else 'objective', row.get(name)
   mfu = row.get('train/mfu')
   return (
-    f'{"loss" if name == BOUND else "objective"} {loss:.3f} nats/token  '
+    'no update applied  '
+    if loss is None
+    else f'{label} {loss:.3f} nats/token  '
+  ) + (
     f'lr {row["train/learning_rate"]:.2e}  '
     f'{row["train/tokens_per_s"]:,.0f} tokens/s'
     + (f'  mfu {mfu:.1%}' if mfu else '')

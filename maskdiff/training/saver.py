@@ -124,10 +124,11 @@ class Saver:
         raise  # another process may have died, which is not a user error
       too_many = self._failures > self._config.checkpoint.max_failures
       if several_processes or too_many or not tolerant:
-        raise UserError(
-          f'{error}; the newest complete checkpoint is step '
-          f'{self._checkpointer.durable_step}'
-        ) from error
+        newest = self._checkpointer.durable_step
+        kept = f'the newest complete checkpoint is step {newest}'
+        if newest is None:
+          kept = 'there is no complete checkpoint'
+        raise UserError(f'{error}; {kept}') from error
       self._say(f'warning: {error}; the run continues')
       return
     if durable_step is not None:

@@ -1,8 +1,8 @@
 """Writes the files of a work directory, except checkpoints and metrics."""
 
 import contextlib
-import json
 import os
+import tempfile
 
 import jax
 
@@ -12,18 +12,22 @@ from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.files import lock
+from maskdiff.files import atomic, json_text, lock
 from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf
 from maskdiff.model import transformer
 from maskdiff.monitoring import stage_file, terminal
+
+_PROBE_BYTES = 64 << 10  # about the size of the small files of a run
 
 
 def make_workdir(workdir):
   """Creates the work directory.
 
   Raises:
-    UserError: the path is not local, or the directory cannot be created.
+    UserError: the path is not local, the directory cannot be created, or a new
+      run cannot write a small file there. A run that resumes may find the disk
+      full: it waits for room while it trains.
   """
   if '://' in workdir:
     raise UserError(
@@ -36,6 +40,18 @@ def make_workdir(workdir):
     raise UserError(
       f'--workdir: cannot create {workdir!r} ({error})'
     ) from error
+  new = not os.path.isdir(os.path.join(workdir, 'checkpoints'))
+  if new and jax.process_index() == 0:
+    try:
+      with tempfile.TemporaryFile(dir=workdir) as probe:
+        probe.write(bytes(_PROBE_BYTES))
+        probe.flush()
+        os.fsync(probe.fileno())
+    except OSError as error:
+      raise UserError(
+        f'--workdir: cannot write to {workdir!r} ({error.strerror or error}); '
+        'make room, or use another directory'
+      ) from error
 
 
 @contextlib.contextmanager
@@ -67,7 +83,9 @@ def locked(workdir):
 def save_run_files(config, setup, stage, workdir):
   """Writes config.json, header.txt, stage.json and the tokenizer.
 
-  Also copies the tokenizer and config files of config.init_from.
+  Also copies the tokenizer and config files of config.init_from. Files that
+  have the right contents already are not written again, so that a run can
+  resume on a full disk.
 
   Args:
     config: ConfigDict.
@@ -77,15 +95,30 @@ def save_run_files(config, setup, stage, workdir):
 
   Returns:
     The header: the text of `describe`, and the lines of the stage.
+
+  Raises:
+    UserError: the tokenizer or a file of config.init_from cannot be written.
+      Without them nobody can use the checkpoints. A warning names any other
+      file that cannot be written.
   """
-  header = describe(config, setup.model, setup.mesh) + '\n' + stage.header
-  with open(os.path.join(workdir, 'header.txt'), 'w') as f:
-    f.write(header + '\n')
-  with open(os.path.join(workdir, 'config.json'), 'w') as f:
-    json.dump(manifest.config_json(config), f, indent=2)
-  stage_file.write(workdir, stage.name, stage.panels)
   tokenizer_lib.copy(stage.tokenizer, workdir)
   copy_published_files(config, workdir)
+  header = describe(config, setup.model, setup.mesh) + '\n' + stage.header
+  config_json = json_text.dumps(manifest.config_json(config), indent=2)
+  for name, content in {
+    'header.txt': header + '\n',
+    'config.json': config_json,
+    stage_file.NAME: stage_file.content(stage.name, stage.panels),
+  }.items():
+    path = os.path.join(workdir, name)
+    try:
+      content = content.encode(errors='backslashreplace')
+      atomic.write_if_changed(path, content)
+    except OSError as error:
+      terminal.warn(
+        f'warning: cannot write {path} ({error.strerror or error}); the run '
+        'continues without this file'
+      )
   return header
 
 

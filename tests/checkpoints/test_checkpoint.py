@@ -1,14 +1,19 @@
 """A checkpoint restores bit for bit on any mesh, or counts as damaged."""
 
+import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import logging
 import os
 import pathlib
 import re
 import resource
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -382,6 +387,68 @@ def test_full_disk_raises_and_keeps_the_old_step(tmp_path, file_limit, limit):
   assert checkpointer.finish() == 4
   checkpointer.close()
   assert complete_steps(tmp_path) == {'4'}
+
+
+def closed_loop_error():
+  """Returns the error of TensorStore when a write ends after a failed save."""
+  loop = asyncio.new_event_loop()
+  loop.close()
+  try:
+    loop.call_soon_threadsafe(print)
+  except RuntimeError as error:
+    # TensorStore is not written in Python: no frame called asyncio.
+    return error.with_traceback(error.__traceback__.tb_next)
+
+
+def test_late_writes_of_a_failed_save_are_silent(tmp_path, monkeypatch):
+  reports, late = [], closed_loop_error()
+  monkeypatch.setattr(sys, 'unraisablehook', reports.append)
+  for _ in range(2):  # the second Checkpointer must not wrap the hook again
+    Checkpointer(tmp_path, keep=1).close()
+  report = lambda error: sys.unraisablehook(
+    types.SimpleNamespace(
+      exc_type=type(error),
+      exc_value=error,
+      exc_traceback=error.__traceback__,
+      object=None,
+    )
+  )
+  report(late)
+  assert not reports
+  for other in (KeyError('a'), RuntimeError('Event loop is closed')):
+    report(other)
+    assert reports.pop().exc_value is other
+
+
+def test_errors_of_orbax_are_not_logged_as_well(tmp_path, caplog):
+  """Also those of futures that nobody waits for."""
+  Checkpointer(tmp_path, keep=1).close()
+  code = compile('1 / 0', '/lib/orbax/checkpoint/_src/path/a.py', 'exec')
+  for source, expected in ((code, 0), (compile('1 / 0', 'b.py', 'exec'), 1)):
+    try:
+      exec(source)
+    except ZeroDivisionError as error:
+      logging.getLogger('asyncio').error('never retrieved', exc_info=error)
+    assert len(caplog.records) == expected
+
+
+@pytest.mark.parametrize('error', ['ENOENT', 'ESTALE', 'EIO'])
+def test_directory_out_of_reach_is_a_failed_save(tmp_path, monkeypatch, error):
+  checkpointer = Checkpointer(tmp_path, keep=2)
+  checkpointer.save(1, small(1), Meta())
+  checkpointer._manager.wait_until_finished()
+  number = getattr(errno, error)
+
+  def fail(path):
+    raise OSError(number, os.strerror(number))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'listdir', fail)
+    with pytest.raises(SaveError, match=os.strerror(number)):
+      checkpointer.finish()
+  checkpointer.save(2, small(2), Meta())
+  assert checkpointer.finish() == 2
+  checkpointer.close()
 
 
 def test_background_error_names_its_step(tmp_path, monkeypatch):

@@ -43,3 +43,21 @@ def test_mode_of_a_new_file(tmp_path):
   path = tmp_path / 'a'
   atomic.write(path, 'x', mode=0o600)
   assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_file_with_the_same_content_is_left_alone(tmp_path, monkeypatch):
+  path, victim = tmp_path / 'a', tmp_path / 'victim'
+  atomic.write_if_changed(path, b'content')
+  before = path.stat().st_ino
+  atomic.write_if_changed(path, b'content')
+  assert path.stat().st_ino == before
+  for content in (b'conten', b'content ', b''):
+    atomic.write_if_changed(path, content)
+    assert path.read_bytes() == content
+  path.chmod(0o644)
+  atomic.write_if_changed(path, b'', 0o600)  # it was readable by all
+  assert path.stat().st_mode & 0o777 == 0o600
+  path.rename(victim)
+  path.symlink_to(victim)
+  atomic.write_if_changed(path, b'')
+  assert not path.is_symlink()

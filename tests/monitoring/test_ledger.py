@@ -1,5 +1,6 @@
 """Each second of a run is counted once, also after kills and restarts."""
 
+import errno
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import forked
 import pytest
 
 from maskdiff.errors import UserError
+from maskdiff.files import appending
 from maskdiff.monitoring import ledger as ledger_lib
 from maskdiff.monitoring.ledger import (
   KINDS,
@@ -111,8 +113,10 @@ def test_seconds_by_kind_sum_to_the_time_that_passed(seed, clock, path):
         with ledger.span(rng.choice([*KINDS])):
           live(ledger, depth + 1)
 
-  for _ in range(rng.randint(1, 5)):
+  for process in range(rng.randint(1, 5)):
     ledger = Ledger(path, active=True)
+    if process == 0:
+      ledger.event('started', step=0)
     live(ledger, 0)
     if rng.random() < 0.5:  # otherwise it is killed
       ledger.close()
@@ -169,13 +173,48 @@ def test_current_works_in_any_thread(clock, path):
   assert ledger.totals()['eval'] == 10  # a beat loses no time
 
 
-def test_full_disk_does_not_end_the_run(path):
-  if not os.path.exists('/dev/full'):
-    pytest.skip('no /dev/full here')
-  os.symlink('/dev/full', path)
+def test_no_time_is_lost_while_the_disk_is_full(
+  clock, path, disk, monkeypatch, capsys
+):
+  """Also if more lines wait than fit in memory."""
+  monkeypatch.setattr(appending, 'MAX_PENDING_BYTES', 2000)
   ledger = Ledger(path, active=True)
-  ledger.write(1)
+  ledger.event('started', step=0)
+  disk.room, disk.error = 0, errno.EDQUOT
+  for step in range(1, 101):
+    with ledger.span('step'):
+      clock.pass_(1)
+    ledger.write(step)
+  ledger.event('skipped', step=100)
+  disk.room = None
+  with ledger.span('eval'):
+    clock.pass_(5)
   ledger.close()
+  result = goodput(path)
+  assert (result['wall_s'], result['steps']) == (105, len(lines_of(path)) - 4)
+  assert result['seconds']['step'] == 100
+  assert [x['event'] for x in lines_of(path)[-2:]] == ['skipped', 'closed']
+  warning, ended = capsys.readouterr().err.splitlines()
+  assert f'cannot write {path} (Disk quota exceeded)' in warning
+  assert ended == f'{path} is written again'
+
+
+def test_planted_link_is_replaced(path, tmp_path):
+  victim = tmp_path / 'victim'
+  victim.write_text('private')
+  for plant in (os.symlink, os.link):
+    plant(victim, path)
+    Ledger(path, active=True).close()
+    assert victim.read_text() == 'private'
+    assert [x['event'] for x in lines_of(path)[-2:]] == ['opened', 'closed']
+    path.unlink()
+
+
+def test_numbers_that_are_not_finite_are_null(path):
+  ledger = Ledger(path, active=True)
+  ledger.event('skipped', loss=float('nan'), grad_norm=float('inf'))
+  assert 'NaN' not in path.read_text() and 'Infinity' not in path.read_text()
+  assert lines_of(path)[1]['loss'] is None
 
 
 # Lines of killed processes
@@ -222,7 +261,7 @@ def test_incomplete_line_is_skipped(clock, path):
     goodput(path)
     Ledger(path, active=True).event('started', step=1)
     assert len(ledger_lib.read(path)) == num_lines + 2
-    assert goodput(path)['restarts'] == 1
+    assert goodput(path)['restarts'] == (num_lines > 1)
 
 
 def with_spans(path, clock):
@@ -246,6 +285,7 @@ def write_lines(path, *lines):
 
 
 OPENED, ENDED = {'event': 'opened'}, {'event': 'ended'}
+CLOSED = {'event': 'closed'}
 
 
 def started(step):
@@ -327,7 +367,7 @@ def test_steps_done_three_times_count_once(path):
     (100, {}, OPENED),
     (100, {}, started(80)),
     (140, {'step': 40}, did(120)),
-    (140, {}, OPENED),  # killed during the restore
+    (140, {}, OPENED),  # killed during the restore: a failed start
     (145, {'restore': 5}, {'event': 'closed'}),
     (145, {}, OPENED),
     (145, {}, started(50)),
@@ -337,7 +377,37 @@ def test_steps_done_three_times_count_once(path):
   assert result['seconds']['step'] == pytest.approx(50 + 75)
   assert result['seconds']['repeated'] == pytest.approx(50 + 40)
   assert result['wall_s'] == 220
-  assert (result['restarts'], result['steps']) == (3, 125)
+  assert (result['restarts'], result['steps']) == (2, 125)
+
+
+def test_failed_starts_are_no_restarts(path):
+  failed = lambda at: [(at, {}, OPENED), (at + 1, {'init': 1}, CLOSED)]
+  write_lines(
+    path,
+    *failed(0),  # a wrong flag; the run begins on the next day
+    *failed(50_000),
+    (100_000, {}, OPENED),
+    (100_000, {}, started(0)),
+    (100_010, {'step': 10}, did(10)),
+    *failed(100_020),  # down for 10 s; again down for 29 s
+    (100_050, {}, OPENED),
+    (100_051, {'restore': 1}, started(10)),
+    (100_061, {'step': 10}, did(20)),
+    (100_061, {}, ENDED),
+    *failed(200_000),
+  )
+  result = goodput(path)
+  assert (result['restarts'], result['steps']) == (1, 20)
+  assert result['wall_s'] == 61
+  assert result['seconds']['down'] == 10 + 29
+  assert result['seconds']['init'] == 1
+  assert result['goodput'] == pytest.approx(20 / 61)
+
+
+def test_run_that_never_started_has_no_restarts(path):
+  write_lines(path, (0, {}, OPENED), (9, {'init': 9}, CLOSED), (20, {}, OPENED))
+  result = goodput(path)
+  assert (result['wall_s'], result['restarts']) == (20, 0)
 
 
 def test_preemption_loses_no_step(path):

@@ -258,8 +258,12 @@ def test_wandb_error_does_not_end_the_run(tmp_path, wandb, monkeypatch):
   writer = wandb_writer(tmp_path)
   writer.scalars(2, {'loss': 1.0})
 
-  def fail(*args):
-    raise ConnectionResetError('Connection lost')
+  log = wandb.sdk.wandb_run.Run.log
+
+  def fail(self, row):
+    if row['step'] == 4:
+      raise ConnectionResetError('Connection lost')
+    log(self, row)
 
   monkeypatch.setattr(wandb.sdk.wandb_run.Run, 'log', fail)
   writer.scalars(4, {'loss': 0.5})

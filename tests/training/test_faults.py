@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -424,6 +425,47 @@ def test_disk_that_stays_full_ends_the_run(runs, undisturbed, small_disk):
   ballast.unlink()
   assert 'resuming at step 7\n' in runs.finish()
   assert_same(runs.workdir, undisturbed, same_rows=False)
+
+
+def limit_files(process, size):
+  """Makes a running process fail at writes beyond a size of a file, bytes."""
+  hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+@pytest.mark.slow
+def test_no_row_is_lost_while_nothing_can_be_written(runs, undisturbed):
+  """Neither metrics nor ledger, events, checkpoints or the log."""
+  (process,) = runs.start('--config.checkpoint.max_failures=100', step_s=0.1)
+  runs.wait_for(10, [process])
+  limit_files(process, 0)
+  time.sleep(1.5)
+  reached = runs.reached()
+  assert process.poll() is None and reached < 30
+  limit_files(process, resource.RLIM_INFINITY)
+  runs.wait_for(reached + 6, [process])
+  runs.end_of(process)
+  assert process.returncode == 0
+  assert_same(runs.workdir, undisturbed)
+  total = ledger.goodput(runs.workdir / 'ledger.jsonl')
+  assert total['steps'] == STEPS and total['restarts'] == 0
+  for name in ('metrics.jsonl', 'ledger.jsonl'):
+    for line in (runs.workdir / name).read_text().splitlines():
+      json.loads(line)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_that_cannot_write(runs):
+  (process,) = runs.start('--config.checkpoint.max_failures=100', step_s=0.1)
+  runs.wait_for(10, [process])
+  limit_files(process, 0)
+  time.sleep(1)
+  process.send_signal(signal.SIGTERM)
+  process.wait(timeout=10)
+  # The checkpoint cannot be saved: 2; and Python makes 120 of any status if
+  # the log of the process cannot be written.
+  assert process.returncode in (2, 120)
+  assert_resumes_at(runs.finish(term=[20, 'step'], status=75), 7)
 
 
 # Stalled

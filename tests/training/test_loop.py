@@ -832,10 +832,7 @@ def test_mixture_evaluates_each_dataset(
     / np.log(2)
     / (0.75 * bytes_per_token[0] + 0.25 * bytes_per_token[1])
   )
-  spreads = value('stderr_nats_per_token')
-  assert result['eval/stderr_nats_per_token'] == pytest.approx(
-    np.hypot(0.75 * spreads[0], 0.25 * spreads[1])
-  )
+  assert not any('stderr' in key for key in result)  # of one batch
 
 
 def test_eval_path_evaluates_on_other_data(
@@ -844,8 +841,9 @@ def test_eval_path_evaluates_on_other_data(
   other = other_corpus(tokenizer, tmp_path / 'another')
   config = make_config(eval__path=other, eval__batches=1)
   result = loop.run(config, str(tmp_path / 'run'))
-  assert result.keys() == finished.result.keys()
-  assert result != finished.result
+  assert result.keys() == finished.result.keys() - {
+    'eval/stderr_nats_per_token'  # of one batch
+  }
   losses = Run(workdir=tmp_path / 'run').scalars('train/loss_nats_per_token')
   assert losses == finished.scalars('train/loss_nats_per_token')
 
