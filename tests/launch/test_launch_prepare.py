@@ -396,7 +396,7 @@ def test_verify_finds_one_changed_byte(small, tmp_path):
       ['--out=x', '--source=absent', '--tokenizer=tokenizer'],
       'no file or directory absent',
     ),
-    (['--out=x', '--source=launch', '--tokenizer=absent'], 'tokenizer absent'),
+    (['--out=x', '--source=launch', '--tokenizer=absent'], "read 'absent'"),
   ],
   ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )

@@ -635,27 +635,28 @@ def test_sample_script_writes_an_html_replay(
     assert (settings['steps'], settings['block_length']) == ('4', '2')
 
 
-class Typed(io.StringIO):
+class Typed(io.BytesIO):
   """Standard input that ends with Ctrl-C."""
 
-  def __next__(self):
-    line = self.readline()
+  def readline(self, size=-1):
+    line = super().readline(size)
     if not line:
       raise KeyboardInterrupt
     return line
 
 
-@pytest.mark.parametrize('ended_by', [io.StringIO, Typed])
+@pytest.mark.parametrize('ended_by', [io.BytesIO, Typed])
 def test_sample_script_answers_lines_of_standard_input(
   finished, sample_script, capsys, monkeypatch, tmp_path, ended_by
 ):
   """The answers equal those of --prompt. Ctrl-C ends without an error."""
   lines = ['def read(', '', 'def write(']
-  monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines) + '\n'))
+  stdin = lambda text: io.TextIOWrapper(ended_by(text.encode()))
+  monkeypatch.setattr('sys.stdin', stdin('\n'.join(lines) + '\n'))
   out = sample(sample_script, finished.workdir, capsys, interactive=True)
   prompts = [line for line in lines if line]
   assert out == sample(sample_script, finished.workdir, capsys, prompt=prompts)
-  monkeypatch.setattr('sys.stdin', ended_by('\n'.join(lines)))
+  monkeypatch.setattr('sys.stdin', stdin('\n'.join(lines)))
   path = tmp_path / 'out.jsonl'
   run_script(sample_script, finished.workdir, interactive=True, out=str(path))
   captured = capsys.readouterr()
@@ -766,7 +767,7 @@ REFUSED_FLAGS = {
   ),
   'refresh': (dict(refresh=2), 'refresh=2 recomputes a cache'),
   'heads': (dict(prompt=['a'], tensor=8), 'not divisible by mesh.tensor = 8'),
-  'context': (dict(gen_length=100), 'tokens together.*data.length=16'),
+  'context': (dict(gen_length=100), 'gen_length=100.*data.length=16'),
   'two': (dict(prompt=['a'], infill=['a{{2}}b']), 'give one of'),
   'shown': (dict(show=True, out='o.jsonl'), '--show'),
   'steps': (dict(trajectory=True), '--trajectory adds fields .* set --out'),

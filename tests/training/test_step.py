@@ -434,8 +434,8 @@ def test_nonfinite_gradient_changes_only_the_step_count(
   """The steps before and after the skipped step are applied."""
   original = step.batch_gradients
 
-  def poisoned(c, params, rows, key):
-    gradients, sums = original(c, params, rows, key)
+  def poisoned(c, params, rows, *rest):
+    gradients, sums = original(c, params, rows, *rest)
     bad = jnp.where(rows.tokens[0, 0] == 31, jnp.nan, 0)
     head = {'norm': gradients['norm'].at[3].add(bad)}
     return gradients | head, sums
