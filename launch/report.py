@@ -16,7 +16,7 @@ from absl import flags
 
 from maskdiff import config
 from maskdiff.errors import UserError, no_workdir, printable, writing
-from maskdiff.files import atomic
+from maskdiff.files import atomic, outputs
 
 flags.DEFINE_string(
   'out', None, 'Output file. Default: report.html in the first work directory.'
@@ -38,15 +38,15 @@ def main(args, workdirs):
   for run in runs:
     for warning in run.warnings:
       print(f'warning: {printable(warning)}', file=sys.stderr)
+  page = report.page(runs)
+  if args.out:
+    outputs.write('out', args.out, page)
   path = args.out or os.path.join(workdirs[0], 'report.html')
-  write(path, report.page(runs))
+  if not args.out:
+    # A link in a work directory is replaced, not followed.
+    with writing('out', path):
+      atomic.write(path, page)
   print(path)
-
-
-def write(path, text):
-  """Writes a file atomically, so that a browser never loads half of it."""
-  with writing('out', path):
-    atomic.write(path, text)
 
 
 if __name__ == '__main__':

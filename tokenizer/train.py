@@ -108,6 +108,13 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
     UserError: the file cannot be written; raised before the body runs if
       possible.
   """
+  if path.exists() and not (path.is_file() or path.is_dir()):
+    raise UserError(
+      f'cannot write --out {path} (not a regular file): name a file in a '
+      'writable directory'
+    )
+  # The target of a link is replaced, not the link.
+  path = pathlib.Path(os.path.realpath(path))
   temporary = path.parent / f'.{path.name}.{os.getpid()}'
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

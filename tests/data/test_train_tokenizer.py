@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import sentencepiece
 
 from maskdiff.data import tokenizer, tokenizer_training
+from maskdiff.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'tokenizer' / 'train.py'
@@ -157,6 +159,19 @@ def test_bad_input_is_one_error_line(
   assert out == '' and err.count('\n') == 1 and err.startswith('error: ')
   assert re.search(message, err)
   assert {p.name for p in tmp_path.iterdir()} == {'a.txt', 'null.jsonl'}
+
+
+def test_out_replaces_no_device_and_no_link(module, tmp_path):
+  fifo, link = tmp_path / 'fifo', tmp_path / 'link'
+  os.mkfifo(fifo)
+  with pytest.raises(UserError, match='not a regular file'):
+    with module.atomic_write(fifo):
+      raise AssertionError
+  assert fifo.is_fifo()
+  link.symlink_to('model')
+  with module.atomic_write(link) as file:
+    file.write_text('x')
+  assert link.is_symlink() and (tmp_path / 'model').read_text() == 'x'
 
 
 def test_sample_is_within_bounds_and_deterministic(module):

@@ -41,6 +41,14 @@ def test_the_report_is_written_to_the_first_directory_or_to_out(workdir):
   assert other.exists() and not list(workdir.parent.glob('*.part'))
 
 
+def test_out_replaces_no_link(workdir):
+  """Nor a device: /dev/full would become a regular file."""
+  link, target = workdir.parent / 'link', workdir.parent / 'page.html'
+  link.symlink_to(target)
+  assert launch(workdir, '--out', link).returncode == 0
+  assert link.is_symlink() and target.exists()
+
+
 def test_user_errors_are_one_line(workdir):
   empty = made_runs.write(workdir.parent / 'empty', [])
   for args, says in (
