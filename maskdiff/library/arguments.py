@@ -9,7 +9,7 @@ import numbers
 import jax
 import numpy as np
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 
 def ids_of(model, text, name='prompt'):
@@ -46,7 +46,7 @@ def texts_of(texts, name='prompts'):
     UserError: it is one text, a number or not iterable, or it is empty.
   """
   if isinstance(texts, (str, bytes)) or not hasattr(texts, '__iter__'):
-    raise UserError(f'{name}={texts!r}: give a list, one element per row')
+    raise UserError(f'{name}={shown(texts)}: give a list, one element per row')
   texts = list(texts)
   if not texts:
     raise UserError(f'{name} is empty: give at least one element')
@@ -57,23 +57,24 @@ def seeds_of(seed, size):
   """Returns one seed per row.
 
   Args:
-    seed: int, the seed of the first row, which grows by 1 per row; or a list of
-      `size` int.
+    seed: int, the seed of the first row, which grows by 1 per row; or a list or
+      array of `size` int.
     size: number of rows.
 
   Raises:
     UserError: a seed is not an integer in [0, 2^32), or the list has another
       length.
   """
-  one = _is_whole(seed)
-  seeds = [seed + i for i in range(size)] if one else seed
-  if np.ndim(seeds) != 1 or len(seeds) != size:
+  if getattr(getattr(seed, 'dtype', None), 'kind', None) in ('i', 'u'):
+    seed = np.asarray(seed).tolist()
+  seeds = [seed + i for i in range(size)] if _is_whole(seed) else seed
+  if not isinstance(seeds, (list, tuple, range)) or len(seeds) != size:
     raise UserError(
-      f'seed={seed!r}: give an integer, or a list of {size}, one per row'
+      f'seed={shown(seed)}: give an integer, or a list of {size}, one per row'
     )
   for value in seeds:
     if not _is_whole(value) or not 0 <= value < 2**32:
-      raise UserError(f'seed={value!r} must be an integer in [0, {2**32})')
+      raise UserError(f'seed={shown(value)} must be an integer in [0, {2**32})')
   return [int(value) for value in seeds]
 
 
@@ -90,7 +91,7 @@ def key_of(key):
   )
   if not is_key or key.ndim:
     raise UserError(
-      f'key={key!r}: give one key of jax.random.key, or an integer in '
+      f'key={shown(key)}: give one key of jax.random.key, or an integer in '
       f'[0, {2**32})'
     )
   return key
@@ -100,12 +101,15 @@ def check_whole(**values):
   """Raises a UserError if a value is not an integer of at least 1."""
   for name, value in values.items():
     if not _is_whole(value) or value < 1:
-      raise UserError(f'{name}={value!r} must be an integer of at least 1')
+      raise UserError(f'{name}={shown(value)} must be an integer of at least 1')
 
 
 def checked(name, x, shape, kind):
   """Returns an array after a check of its shape and the kind of its dtype."""
-  x = x if isinstance(x, jax.Array) else np.asarray(x)
+  try:
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+  except ValueError as error:  # lists of unequal lengths
+    raise UserError(f'{name}: give values of shape {list(shape)}') from error
   if x.shape != tuple(shape) or x.dtype.kind not in kind:
     expected = {'b': 'bool', 'i': 'int', 'f': 'float'}[kind[0]]
     raise UserError(
@@ -113,6 +117,16 @@ def checked(name, x, shape, kind):
       f'{list(shape)}'
     )
   return x
+
+
+def check_in_unit(name, x, used=True):
+  """Raises a UserError if a used value of an array is outside of [0, 1)."""
+  if traced(x) or traced(used):
+    return
+  x = np.asarray(x)
+  outside = x[~((x >= 0) & (x < 1)) & used]  # also NaN
+  if outside.size:
+    raise UserError(f'{name} has the value {outside[0]}: give values in [0, 1)')
 
 
 def check_ids(model, ids, name):
@@ -145,6 +159,17 @@ def array_of_ids(x, name, ndim):
 def traced(x):
   """Returns whether an array is traced by JAX, so that it has no values."""
   return isinstance(x, jax.core.Tracer)
+
+
+def python_value(value):
+  """Returns a NumPy or JAX scalar as a Python value; others unchanged."""
+  is_scalar = hasattr(value, 'item') and not getattr(value, 'ndim', 0)
+  return value.item() if is_scalar else value
+
+
+def shown(value):
+  """Returns a value as it stands in a message: one line, shortened."""
+  return one_line(repr(value), 100)
 
 
 def _is_whole(x):

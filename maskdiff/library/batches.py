@@ -131,7 +131,10 @@ def _filled(name, rows, shape):
 def _lengths(lengths, shape):
   if lengths is None:
     return np.full(shape[0], shape[1])
-  lengths = np.asarray(arguments.checked('lengths', lengths, shape[:1], 'iu'))
+  lengths = arguments.checked('lengths', lengths, shape[:1], 'iu')
+  if arguments.traced(lengths):
+    return lengths
+  lengths = np.asarray(lengths)
   if lengths.min() < 0 or lengths.max() > shape[1]:
     raise UserError(
       f'lengths={lengths.tolist()} must lie in [0, {shape[1]}], the positions '

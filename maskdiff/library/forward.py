@@ -169,7 +169,7 @@ def _columns(c, batch, answer):
     valid = valid & batches.padded(answer, len(tokens) - size)
   if doc is not None:
     return Rows(tokens, doc, valid)
-  padding = not is_text[:size].all()
+  padding = arguments.traced(is_text) or not is_text[:size].all()
   if padding and not OBJECTIVES[c.name].left_to_right:
     eos = (tokens == c.eos_id).astype(np.int32)
     doc = jnp.where(is_text, eos.cumsum(axis=1) - eos, PADDING)
@@ -222,6 +222,8 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
   t = t if mask_ratio is None else c.schedule.time(t)
   if masked is None:
     noise = batches.per_position('noise', noise, shape, 'fiu')
+    used = batch.valid[: batch.size, : batch.length]
+    arguments.check_in_unit('noise', noise, used)
     masked = noise < c.schedule.mask_ratio(t)[:, None]
   masked = batches.per_position('masked', masked, shape, 'b')
   added = len(batch.tokens) - batch.size

@@ -6,7 +6,7 @@ import numpy as np
 from maskdiff.config.key import check_value
 from maskdiff.config.sample import SETTINGS
 from maskdiff.errors import UserError, suggestion
-from maskdiff.evals.scored import split_space
+from maskdiff.evals.scored import check_masks, split_space
 from maskdiff.library import arguments
 from maskdiff.likelihood import bounds, bracket, estimators, queries
 from maskdiff.objectives.table import OBJECTIVES
@@ -85,6 +85,10 @@ def log_likelihood(
       return bounds.left_to_right(network, c, rows)
     seeds = arguments.seeds_of(seed, size)
     arguments.check_whole(samples=samples, strata=strata, orders=orders)
+    if form in ('multi_sample', 'two_sided'):
+      check_masks(rows, orders=orders)
+    else:
+      check_masks(rows, samples=samples)
     if form == 'multi_sample':
       return bounds.multi_sample(network, c, rows, orders, seeds)
     if form == 'two_sided':
@@ -144,7 +148,7 @@ def _answers(model, prompts, answers, suffixes, guidance, tokens_per_call):
     [arguments.ids_of(model, text, name) for text in found]
     for name, found in parts.items()
   ]
-  guidance = guidance.item() if hasattr(guidance, 'item') else guidance
+  guidance = arguments.python_value(guidance)
   check_value('guidance', SETTINGS['guidance'], guidance)
   arguments.check_whole(tokens_per_call=tokens_per_call)
   c = queries.likelihood_config(
@@ -176,9 +180,9 @@ def _queries(i, size, masks, weights, num_rows):
     found = len(given) if hasattr(given, '__len__') else 0
     if given is not None and found != num_rows:
       raise UserError(f'{name} has {found} elements for {num_rows} rows')
-  masked = arguments.checked(
-    f'masks[{i}]', masks[i], (len(masks[i]), size), 'b'
-  )
+  is_list = hasattr(masks[i], '__len__') and getattr(masks[i], 'ndim', 1)
+  shape = len(masks[i]) if is_list else 1, size
+  masked = arguments.checked(f'masks[{i}]', masks[i], shape, 'b')
   masked = np.asarray(masked)
   if not len(masked):
     raise UserError(f'masks[{i}] is empty: give at least one mask')
@@ -190,4 +194,6 @@ def _queries(i, size, masks, weights, num_rows):
       arguments.checked(f'weights[{i}]', weights[i], (len(masked),), 'fiu'),
       np.float64,
     )
+    if not np.isfinite(weight).all():
+      raise UserError(f'weights[{i}] has values that are not finite')
   return estimators.Queries(masked, masked, weight)

@@ -11,6 +11,7 @@ from maskdiff.errors import UserError, suggestion
 from maskdiff.files.paths import local_path
 from maskdiff.interop import hf_tokenizer
 from maskdiff.interop import load as load_lib
+from maskdiff.library import arguments
 
 
 def load(path, tensor=1, dtype=None, with_tokenizer=True):
@@ -29,6 +30,7 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True):
   Raises:
     UserError: the folder does not exist, or its model cannot be loaded.
   """
+  arguments.check_whole(tensor=tensor)
   path = str(local_path(path))
   if not os.path.isdir(path):
     raise UserError(

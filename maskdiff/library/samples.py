@@ -118,25 +118,21 @@ def _split(settings, size):
         f'{", ".join(SETTINGS)}'
       )
     if not isinstance(value, list | tuple) and not getattr(value, 'ndim', 0):
-      shared[name] = _python(value)
+      shared[name] = arguments.python_value(value)
       continue
     if name not in PER_REQUEST:
       raise UserError(
-        f'{name}={value!r}: all prompts share one value; settings that may '
-        f'differ by prompt: {", ".join(PER_REQUEST)}'
+        f'{name}={arguments.shown(value)}: all prompts share one value; '
+        f'settings that may differ by prompt: {", ".join(PER_REQUEST)}'
       )
     if len(value) != size:
       raise UserError(
-        f'{name}={value!r}: give one value, or {size}, one per prompt'
+        f'{name}={arguments.shown(value)}: give one value, or {size}, one per '
+        'prompt'
       )
     for own, one in zip(per_prompt, value, strict=True):
-      own[name] = _python(one)
+      own[name] = arguments.python_value(one)
   return shared, per_prompt
-
-
-def _python(value):
-  """Returns a NumPy or JAX scalar as a Python value; others unchanged."""
-  return value.item() if hasattr(value, 'item') else value
 
 
 def _values(config, settings, gaps, open_length):
@@ -245,4 +241,8 @@ def _check_noise(name, noise, rows, steps, slots, rest):
       f'{name} is {noise.dtype} of shape {list(noise.shape)}: give float of '
       f'shape [{shape}]: prompts, steps, slots{", vocabulary" * len(rest)}'
     )
+  if name == 'uniform':
+    arguments.check_in_unit(name, noise)
+  elif np.isnan(noise).any():
+    raise UserError(f'{name} has values that are not numbers')
   return noise.astype(np.float32)

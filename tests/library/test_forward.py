@@ -275,6 +275,17 @@ def test_functions_can_be_called_inside_jit(run):
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_lengths_can_be_traced(run):
+  rows, lengths = np.array([[9, 10, 11], [12, 13, 0]]), np.array([3, 2])
+  draws = {'times': [0.5, 0.5], 'masked': np.ones((2, 3), bool)}
+  for function in (
+    lambda lengths: maskdiff.logits(run, rows, lengths=lengths),
+    lambda lengths: maskdiff.loss(run, rows, lengths=lengths, **draws),
+  ):
+    found = jax.jit(function)(lengths)
+    np.testing.assert_allclose(found, function(lengths), atol=1e-5)
+
+
 def test_gradients_have_the_dtype_of_the_parameters(run):
   half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
   gradient = jax.grad(
@@ -382,6 +393,8 @@ def test_bad_rows_are_one_line(run, rows, arguments, message):
     ([[9, 4]], GIVEN, 'rows contain the mask token, id 4: give clean tokens'),
     (TWO, {}, 'give times or mask_ratio, and masked or noise; or a key'),
     (TWO, {'times': [0.5]}, 'and masked or noise'),
+    (TWO, {'times': [0.5], 'noise': [[0.1, 1.0]]}, 'noise has the value 1.0'),
+    (TWO, {'times': [0.5], 'noise': [[0.1, math.nan]]}, 'noise has the value'),
     (TWO, {**GIVEN, 'noise': [[0.1, 0.2]]}, 'masked or noise'),
     (TWO, {**GIVEN, 'times': [0.0]}, r'times=\[0.0\] must lie in \(0, 1\]'),
     (TWO, {**GIVEN, 'times': [math.nan]}, 'must lie in'),

@@ -254,6 +254,13 @@ NOISE = np.zeros((1, 4, 4, 4096), np.float32)
     (['a'], {'gumbel': NOISE[:, :3]}, r'give float of shape \[1, at least 4'),
     (['a'], {'gumbel': NOISE[..., 0]}, 'prompts, steps, slots, vocabulary'),
     (['a'], {'uniform': np.zeros((1, 4, 4), int)}, 'uniform is int64 of shape'),
+    (
+      ['a'],
+      {'uniform': np.ones((1, 4, 4))},
+      r'uniform has the value 1.0: give',
+    ),
+    (['a'], {'gumbel': NOISE * math.nan}, 'gumbel has values that are not'),
+    (['a'], {'temperature': np.ones(99)}, 'give one value, or 1, one per'),
   ],
 )
 def test_bad_arguments_are_one_line(run, prompts, arguments, message):
