@@ -20,7 +20,7 @@ import tempfile
 from absl import flags
 
 from maskdiff import config
-from maskdiff.errors import UserError, printable
+from maskdiff.errors import UserError, printable, require_utf8
 
 ROW_LENGTH = 4096
 HELDOUT_FRACTION = 0.005
@@ -108,6 +108,7 @@ def prepare(args):
     raise UserError(
       "--out needs --source: the text, such as --source 'my/text'"
     )
+  require_utf8(args.out)
   if bool(args.tokenizer) == args.train_tokenizer:
     raise UserError(
       '--out needs either --train_tokenizer, which trains a tokenizer on the '

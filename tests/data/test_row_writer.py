@@ -396,3 +396,9 @@ def test_example_of_the_page(tokenizer, tmp_path, monkeypatch):
   rows = read(tmp_path / 'data' / 'answers')
   assert tokenizer.decode(rows.tokens[rows.answer]) == 'a + b\n'
   assert tokenizer.decode(rows.tokens[rows.doc >= 0]) == '# add\na + b\n'
+
+
+def test_a_directory_that_is_not_utf8_is_refused(tokenizer, tmp_path):
+  with pytest.raises(UserError, match='is not UTF-8: rename the folder'):
+    write(f'{tmp_path}/a\udcff', [make_rows(2)], tokenizer)
+  assert not os.listdir(tmp_path)

@@ -391,6 +391,8 @@ def test_verify_finds_one_changed_byte(small, tmp_path):
     (['--out=x', '--workers=0'], 'workers'),
     (['--out=x', '--source=a.txt', 'b.txt'], "unexpected argument 'b.txt'"),
     (['--inspect=absent'], "cannot read 'absent/manifest.json'"),
+    (['--out=a\udcff', '--source=launch'], 'is not UTF-8: rename the folder'),
+    (['--inspect=a\udcff'], 'is not UTF-8: rename the folder'),
     (['--verify=absent'], "cannot read 'absent/manifest.json'"),
     (
       ['--out=x', '--source=absent', '--tokenizer=tokenizer'],
