@@ -66,12 +66,16 @@ def _parse(where, text, task):
     scored_field = 'choices'
   elif task == 'bound' and 'text' in value:
     fields, scored_field = {'text': str}, 'text'
-  if 'suffix' in value:
-    if 'text' in fields:
+  if 'text' in fields:
+    # Training lines of launch/puzzles.py have text, prompt and answer.
+    prompt_only = 'prompt' in value and 'answer' not in value
+    if prompt_only or 'suffix' in value:
+      name = 'prompt' if prompt_only else 'suffix'
       raise UserError(
-        f'{where}: a line with text cannot have a suffix: write prompt, answer '
+        f'{where}: a line with text cannot have a {name}: write prompt, answer '
         'and suffix'
       )
+  elif 'suffix' in value:
     fields['suffix'] = str
   if {k: type(v) for k, v in value.items() if k in fields} != fields:
     named = ', '.join(f'{k} ({t.__name__})' for k, t in fields.items())

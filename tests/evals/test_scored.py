@@ -223,6 +223,11 @@ REFUSED = {
     {'text': 'a', 'suffix': 'b'},
     ':2: a line with text .* suffix: write prompt, answer and suffix',
   ),
+  'prompt_of_a_text': (
+    'bound',
+    {'prompt': 'a', 'text': 'b'},
+    ':2: a line with text .* prompt: write prompt, answer and suffix',
+  ),
   'suffix_no_text': (
     'greedy',
     PAIR | {'suffix': ['b']},
