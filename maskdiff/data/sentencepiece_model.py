@@ -42,9 +42,10 @@ _LOSSLESS = {
 # in base64, and its rank.
 _TIKTOKEN = re.compile(rb'[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n')
 
-_FIX = (
-  'set --config.data.tokenizer to a model made by tokenizer/train.py, such as '
-  'tokenizer/stdlib_4k.model, or to a byte-level tokenizer.json'
+FIX = (
+  'set --config.data.tokenizer, or --tokenizer of launch/prepare.py, to a '
+  'model made by tokenizer/train.py, such as tokenizer/stdlib_4k.model, or to '
+  'a byte-level tokenizer.json'
 )
 
 
@@ -68,7 +69,7 @@ def read(path: pathlib.Path, content: bytes):
     options = _options(content)
   except (RuntimeError, ValueError) as e:  # also of pieces that are not UTF-8
     kind = 'is a tiktoken file, not' if is_tiktoken(content) else 'is not'
-    raise UserError(f'{path} {kind} a SentencePiece model: {_FIX}') from e
+    raise UserError(f'{path} {kind} a SentencePiece model: {FIX}') from e
 
   kinds = ('pad', 'bos', 'eos', 'mask')
   ids = {kind: processor.piece_to_id(f'<{kind}>') for kind in kinds}
@@ -76,20 +77,20 @@ def read(path: pathlib.Path, content: bytes):
   absent = [f'<{k}>' for k, i in ids.items() if not processor.is_control(i)]
   if absent:
     raise UserError(
-      f'tokenizer {path} has no control symbol {", ".join(absent)}: {_FIX}'
+      f'tokenizer {path} has no control symbol {", ".join(absent)}: {FIX}'
     )
   if not options['byte_fallback'] or not all(
     processor.is_byte(processor.piece_to_id(f'<0x{byte:02X}>'))
     for byte in range(256)
   ):
-    raise UserError(f'tokenizer {path} has no byte fallback: {_FIX}')
+    raise UserError(f'tokenizer {path} has no byte fallback: {FIX}')
   wrong = [
     key for key, value in _LOSSLESS.items() if bool(options[key]) != value
   ]
   if wrong:
     raise UserError(
       f'tokenizer {path} changes some texts by its normalization '
-      f'({", ".join(wrong)}): {_FIX}'
+      f'({", ".join(wrong)}): {FIX}'
     )
   return processor, pieces, ids
 

@@ -46,11 +46,6 @@ _CHARS_AT_ONCE = 1 << 22
 # text after it.
 _LAST_CUT = re.compile(r'(?s:.+)(?:\S(?= )|[^\W_](?=\n))')
 
-_FIX = (
-  'set --config.data.tokenizer to a model made by tokenizer/train.py, such as '
-  'tokenizer/stdlib_4k.model, or to a byte-level tokenizer.json'
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -176,7 +171,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
 
 
 def _load(path):
-  with tokenizer_files.with_fix(_FIX):
+  with tokenizer_files.with_fix(spm.FIX):
     if path.is_dir():
       path = tokenizer_files.find(path)
       content = folder_lib.read_bytes(path.parent, path.name)
