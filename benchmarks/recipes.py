@@ -7,7 +7,8 @@ python benchmarks/recipes.py table recipes.jsonl
 
 `run` trains each recipe of RECIPES with each seed, and appends a line to --out
 as each training ends. Lines that exist are skipped, so the same command
-resumes. `--set KEY=VALUE` changes the config of every training.
+resumes. `--set KEY=VALUE` changes the config of every training of a file, so
+another --set needs another --out and other --runs.
 
 `table` prints, for each config and corpus: the final bound; its difference from
 the first recipe, with a paired standard error (the same held-out rows under the
@@ -50,9 +51,15 @@ LOSS = 'eval/loss_nats_per_token'
 
 
 def run(args):
+  """Trains the recipes that --out lacks, and appends a line for each."""
+  lines = read(args.out)
+  if any(line['set'] != args.set for line in lines):
+    sys.exit(
+      f'{args.out} has trainings with another --set: choose another file'
+    )
   done = [
     (line['config'], line['corpus'], line['recipe'], line['seed'])
-    for line in read(args.out)
+    for line in lines
   ]
   corpus = pathlib.Path(args.data).name if args.data else 'embedded'
   for seed in args.seeds:
