@@ -7,6 +7,7 @@ from absl import logging
 
 from maskdiff.config.command_line import WEIGHT_DTYPES
 from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.distributed import runtime
 from maskdiff.errors import UserError, suggestion
 from maskdiff.files.paths import local_path
 from maskdiff.interop import hf_tokenizer
@@ -42,6 +43,7 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True):
       f'dtype={dtype!r}: choose one of {", ".join(WEIGHT_DTYPES)}'
       + suggestion(dtype, WEIGHT_DTYPES)
     )
+  runtime.quiet_without_tpu(os.environ, jax.config.jax_platforms)
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)

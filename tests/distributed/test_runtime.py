@@ -397,17 +397,24 @@ def test_libtpu_is_quiet_only_without_a_tpu(environ, platforms, quiet):
 
 
 @tpu_compiler.needs_libtpu
-def test_a_machine_without_a_tpu_prints_nothing_about_it():
-  """libtpu prints five lines if JAX starts without `quiet_without_tpu`."""
-  program = (
+@pytest.mark.parametrize(
+  'program',
+  [
     'import jax\nfrom maskdiff.distributed import runtime\n'
-    'with runtime.started(None): print(jax.default_backend())'
-  )
+    'with runtime.started(None): print(jax.default_backend())',
+    'import jax, maskdiff\nmaskdiff.load("tests/golden/model_a")\n'
+    'print(jax.default_backend())',
+  ],
+  ids=['script', 'library'],
+)
+def test_a_machine_without_a_tpu_prints_nothing_about_it(program):
+  """libtpu prints five lines if JAX starts without `quiet_without_tpu`."""
   hidden = ('JAX_PLATFORMS', 'XLA_FLAGS')
   done = subprocess.run(
     [sys.executable, '-c', program],
     env={k: v for k, v in os.environ.items() if k not in hidden}
     | {'PYTHONPATH': str(ROOT)},
+    cwd=ROOT,
     capture_output=True,
     text=True,
   )
