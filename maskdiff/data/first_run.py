@@ -40,6 +40,7 @@ _ROW_LENGTHS = (
 _BYTES_PER_TOKEN = 5  # more than most tokenizers reach
 
 _EVAL_ROWS = 512  # that a first run evaluates, if the text allows
+_CLONE = pathlib.Path(__file__).parents[2]
 _CONFIG = 'configs/tiny.py'
 _LENGTH = 128  # of the rows of _CONFIG
 _MIN_LENGTH = 16
@@ -228,8 +229,9 @@ def command(
 ) -> str | None:
   """Returns a command that trains the smallest config on prepared rows.
 
-  Its row length, evaluation, vocabulary and token ids fit the rows. Returns
-  None if the held-out rows do not fill a batch of two rows.
+  Its row length, evaluation, vocabulary and token ids fit the rows. Outside of
+  the clone, the paths of script and config are absolute. Returns None if the
+  held-out rows do not fill a batch of two rows.
   """
   length = next(
     (n for n in range(_LENGTH, _MIN_LENGTH, -1) if not manifest.row_length % n),
@@ -257,5 +259,7 @@ def command(
     values['sample.gen_length'] = length
   flags = (f'--config.{k}={v}' for k, v in values.items())
   workdir = f'runs/{pathlib.Path(directory).resolve().name}'
-  words = ['--config', _CONFIG, '--workdir', workdir, *flags]
-  return 'python launch/pretrain.py ' + shlex.join(words)
+  clone = pathlib.Path('' if os.path.exists(_CONFIG) else _CLONE)
+  words = ['python', str(clone / 'launch/pretrain.py')]
+  words += ['--config', str(clone / _CONFIG), '--workdir', workdir, *flags]
+  return shlex.join(words)

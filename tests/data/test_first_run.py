@@ -60,7 +60,6 @@ def run(folder, *words):
 def test_printed_command_trains_on_three_text_files(tmp_path):
   """The first command is all that a new user must know."""
   write_texts(tmp_path / 'text', [3000, 4000, 5000])
-  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
   words = [ROOT / 'launch' / 'prepare.py', '--source=text', '--workers=1']
   words += ['--out=text/my rows', '--train_tokenizer']
   done = run(tmp_path, *words)
