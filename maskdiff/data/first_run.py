@@ -39,7 +39,7 @@ _ROW_LENGTHS = (
 )
 _BYTES_PER_TOKEN = 5  # more than most tokenizers reach
 
-_EVAL_ROWS = 512  # that a first run evaluates, if the text allows
+_EVAL_ROWS = 512  # evaluated by a first run, if the text has as many
 _CLONE = pathlib.Path(__file__).parents[2]
 _CONFIG = 'configs/tiny.py'
 _LENGTH = 128  # of the rows of _CONFIG
@@ -151,7 +151,7 @@ def train_tokenizer(
 def stored(
   directory: str | os.PathLike,
 ) -> tuple[tokenizer_lib.Tokenizer, Choices] | None:
-  """Returns tokenizer and choices of a preparation that is there already.
+  """Returns tokenizer and choices of an earlier preparation.
 
   Returns None if the directory holds no preparation, finished or unfinished.
 
@@ -218,7 +218,7 @@ def fit_vocabulary(
 
 
 def _is_text(tokenizer: tokenizer_lib.Tokenizer, value: int) -> bool:
-  """Returns whether text could be encoded to an id, or it is no id."""
+  """Returns whether a text may contain an id, or the id is negative."""
   return value < 0 or (
     value < tokenizer.vocab_size and bool(tokenizer.pieces[value])
   )

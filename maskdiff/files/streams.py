@@ -6,8 +6,8 @@
   are escaped (errors.printable), and characters that the encoding lacks, too.
 - If the reader of standard output has ended, as in `| head`, a write raises
   OutputClosed. If the disk is full, a write raises UserError.
-- A message that cannot be written to standard error is dropped, because a run
-  must not end for want of a place to complain.
+- A message that cannot be written to standard error is dropped, because the
+  loss of standard error must not end a run.
 - A stream that was closed before the start reads and writes /dev/null. Without
   this, the next file that is opened would take the place of the stream.
 """

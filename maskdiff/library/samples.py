@@ -38,8 +38,8 @@ def sample(
   The tokens of a row depend on its own prompt, settings and seed only. At
   temperature 0 the seed has no effect, unless the remasking rule is random.
 
-  Letters in shapes: B prompts; T steps, at least as many as a row takes; N, the
-  slots of the row that has most, from left to right; V vocabulary size.
+  Letters in shapes: B prompts; T steps, at least as many as any row takes; N
+  slots, the largest number of a row, from left to right; V vocabulary size.
 
   Args:
     model: Model.
@@ -80,11 +80,11 @@ def sample(
   c, of_all = of_request(model.config, values, {}, gaps, steps)
   texts = []
   for prompt, seed_of, own in zip(prompts, seeds, per_prompt, strict=True):
-    its = of_all
+    row_settings = of_all
     if own:
-      _, its = of_request(model.config, values, own, gaps, steps)
+      _, row_settings = of_request(model.config, values, own, gaps, steps)
     limit = context if open_length else None
-    texts.append(_text(model, prompt, seed_of, gaps, its, limit))
+    texts.append(_text(model, prompt, seed_of, gaps, row_settings, limit))
   network = model.network
   if suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
