@@ -62,7 +62,7 @@ def run_script(main, argv=None, positional=False):
 
 
 def _run(main, argv, positional):
-  if not {'--help', '-h'}.isdisjoint(argv[1:]):
+  if not {'--help', '-help', '-h'}.isdisjoint(argv[1:]):
     print(_help())
     return
   args, rest = _parse(argv)
@@ -109,6 +109,9 @@ def _explain(error, argv):
     return f'unknown flag --{error.flagname}' + suggestion(
       error.flagname, flags.FLAGS
     )
+  missing = re.match(r'flag --(\w+)=None: .* other than None', str(error))
+  if missing:
+    return f'--{missing[1]} is missing; --help lists the flags'
   for argument in argv[1:]:
     match = re.match(r'--config\.([^=]+)', argument)
     if match and match[1] not in KEYS and match[1] not in SECTIONS:

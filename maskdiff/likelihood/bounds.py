@@ -120,7 +120,8 @@ def chain_rule(network, c, answers, orders=None, progress=None):
     if orders is not None:
       raise UserError(
         f'a network trained with objective {network.objective} decodes in one '
-        'order only, left to right: remove the orders'
+        'order only, left to right: leave out orders, and use the exact '
+        'log-likelihood'
       )
     return evaluate(lambda i: estimators.causal(sizes[i]))
   if orders is None:
