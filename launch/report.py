@@ -16,7 +16,7 @@ from absl import flags
 
 from maskdiff import config
 from maskdiff.errors import UserError, no_workdir, printable, writing
-from maskdiff.files import atomic
+from maskdiff.files import atomic, outputs
 
 flags.DEFINE_string(
   'out', None, 'Output file. Default: report.html in the first work directory.'
@@ -39,12 +39,16 @@ def main(args, workdirs):
     for warning in run.warnings:
       print(f'warning: {printable(warning)}', file=sys.stderr)
   path = args.out or os.path.join(workdirs[0], 'report.html')
-  write(path, report.page(runs))
+  page = report.page(runs)
+  if args.out:
+    outputs.write('out', path, page)
+  else:
+    write(path, page)
   print(path)
 
 
 def write(path, text):
-  """Writes a file atomically, so that a browser never loads half of it."""
+  """Writes a file of a work directory, where a link may be planted."""
   with writing('out', path):
     atomic.write(path, text)
 
