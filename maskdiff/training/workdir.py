@@ -14,7 +14,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.files import atomic, json_text, lock
 from maskdiff.files.paths import local_path
-from maskdiff.interop import families, hf
+from maskdiff.interop import families, hf, leaves
 from maskdiff.model import transformer
 from maskdiff.monitoring import stage_file, terminal
 
@@ -25,9 +25,9 @@ def make_workdir(workdir):
   """Creates the work directory.
 
   Raises:
-    UserError: the path is not local, the directory cannot be created, or a new
-      run cannot write a small file there. A run that resumes may find the disk
-      full: it waits for room while it trains.
+    UserError: the path is not local, the directory cannot be created or holds
+      a converted model, or a new run cannot write a small file there. A run
+      that resumes may find the disk full: it waits for room while it trains.
   """
   if '://' in workdir:
     raise UserError(
@@ -40,6 +40,12 @@ def make_workdir(workdir):
     raise UserError(
       f'--workdir: cannot create {workdir!r} ({error})'
     ) from error
+  if os.path.isdir(os.path.join(workdir, leaves.PARAMS)):
+    # Others would load these parameters, and not the checkpoints of the run.
+    raise UserError(
+      f'--workdir {workdir} holds a converted model: use another --workdir, '
+      f'and --config.init_from={workdir} to start from its parameters'
+    )
   new = not os.path.isdir(os.path.join(workdir, 'checkpoints'))
   if new and jax.process_index() == 0:
     try:
@@ -147,9 +153,9 @@ def describe(config, model, mesh):
   """
   shapes, axes = transformer.shapes(model), transformer.axes(model)
   rows = [('parameter', 'shape', 'axes', 'number')]
-  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  found = jax.tree_util.tree_leaves_with_path(shapes)
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
-  for (path, leaf), axis_names in zip(leaves, names, strict=True):
+  for (path, leaf), axis_names in zip(found, names, strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     rows.append((name, leaf.shape, ' '.join(axis_names), leaf.size))
   total, inner = transformer.num_params(model)

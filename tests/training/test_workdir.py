@@ -108,3 +108,10 @@ def test_work_directory_without_room_is_refused(workdir, monkeypatch):
     workdir_lib.make_workdir(str(workdir))
   (workdir / 'checkpoints').mkdir()
   workdir_lib.make_workdir(str(workdir))
+
+
+def test_a_converted_model_is_no_work_directory_of_a_run(workdir):
+  """Samples would come from the converted parameters, not from the run."""
+  (workdir / 'params').mkdir(parents=True)
+  with pytest.raises(UserError, match='holds a converted model.*init_from'):
+    workdir_lib.make_workdir(str(workdir))
