@@ -24,7 +24,7 @@ import tqdm
 
 from maskdiff.data import records, row_reader, shards, sources
 from maskdiff.data import tokenizer as tokenizer_lib
-from maskdiff.errors import UserError, one_line
+from maskdiff.errors import UserError, one_line, require_utf8
 from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
@@ -79,6 +79,7 @@ def prepare(
   """
   check_heldout_fraction(heldout_fraction)
   directory = local_path(directory)
+  require_utf8(directory)  # ArrayRecord takes no other path
   settings = {
     'input': plan.fingerprint,
     'tokenizer': tokenizer.fingerprint,

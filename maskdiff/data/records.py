@@ -26,7 +26,7 @@ from array_record.python import array_record_module
 
 from maskdiff.data import manifest_fields
 from maskdiff.data import rows as rows_lib
-from maskdiff.errors import UserError, one_line
+from maskdiff.errors import UserError, one_line, require_utf8
 from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
@@ -261,6 +261,7 @@ def read_manifest(directory: str | pathlib.Path) -> Manifest:
       format version, or holds a value that a manifest cannot have.
   """
   path = local_path(directory) / MANIFEST
+  require_utf8(path.parent)  # ArrayRecord takes no other path
   try:
     content = reading.read_bytes(path)
   except UserError as e:

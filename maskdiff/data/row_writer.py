@@ -19,7 +19,7 @@ from maskdiff.data import rows as rows_lib
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.data.rows import Rows
 from maskdiff.data.shards import unigram_entropy
-from maskdiff.errors import UserError, one_line
+from maskdiff.errors import UserError, one_line, require_utf8
 from maskdiff.files.paths import local_path
 
 SHARD_ROWS = 1 << 16
@@ -63,6 +63,7 @@ def write_rows(
   if shard_rows < 1:
     raise ValueError(f'shard_rows must be positive: {shard_rows}')
   directory = local_path(directory)
+  require_utf8(directory)  # ArrayRecord takes no other path
   unknown = sorted(splits.keys() - set(records.SPLITS))
   if unknown:
     raise UserError(

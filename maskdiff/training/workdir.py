@@ -8,6 +8,7 @@ import jax
 
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest
+from maskdiff.data import records
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
@@ -26,8 +27,9 @@ def make_workdir(workdir):
 
   Raises:
     UserError: the path is not local, the directory cannot be created or holds
-      a converted model, or a new run cannot write a small file there. A run
-      that resumes may find the disk full: it waits for room while it trains.
+      a model of another kind or prepared rows, or a new run cannot write a
+      small file there. A run that resumes may find the disk full: it waits for
+      room while it trains.
   """
   if '://' in workdir:
     raise UserError(
@@ -40,11 +42,20 @@ def make_workdir(workdir):
     raise UserError(
       f'--workdir: cannot create {workdir!r} ({error})'
     ) from error
-  if os.path.isdir(os.path.join(workdir, leaves.PARAMS)):
-    # Others would load these parameters, and not the checkpoints of the run.
+  # A run would overwrite config.json and the tokenizer. In a converted
+  # directory, others would load its parameters, and not those of the run.
+  if _is_published(workdir) or os.path.isdir(
+    os.path.join(workdir, leaves.PARAMS)
+  ):
     raise UserError(
-      f'--workdir {workdir} holds a converted model: use another --workdir, '
-      f'and --config.init_from={workdir} to start from its parameters'
+      f'--workdir {workdir} holds a published or converted model: use another '
+      f'--workdir, and --config.init_from={workdir} to start from its '
+      'parameters'
+    )
+  if os.path.exists(os.path.join(workdir, records.MANIFEST)):
+    raise UserError(
+      f'--workdir {workdir} holds prepared rows: use another --workdir, and '
+      f'--config.data.path={workdir} to train on them'
     )
   new = not os.path.isdir(os.path.join(workdir, 'checkpoints'))
   if new and jax.process_index() == 0:
@@ -58,6 +69,13 @@ def make_workdir(workdir):
         f'--workdir: cannot write to {workdir!r} ({error.strerror or error}); '
         'make room, or use another directory'
       ) from error
+
+
+def _is_published(workdir):
+  try:
+    return families.is_published(workdir)
+  except UserError:  # a planted link, which the run replaces
+    return False
 
 
 @contextlib.contextmanager
