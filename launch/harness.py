@@ -9,7 +9,6 @@ maskdiff/evals/harness.py lists the settings of --model. The results contain
 the settings.
 """
 
-import json
 import sys
 
 from absl import flags, logging
@@ -84,7 +83,7 @@ def evaluate(args):
   if jax.process_index():
     return
   print(make_table(results))
-  print(json.dumps(model.get_model_info()))
+  print(json_text.dumps(model.get_model_info()))
   if args.out:
     content = json_text.dumps(results, default=handle_non_serializable)
     outputs.write('out', args.out, content)

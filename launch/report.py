@@ -38,15 +38,19 @@ def main(args, workdirs):
   for run in runs:
     for warning in run.warnings:
       print(f'warning: {printable(warning)}', file=sys.stderr)
+  path = args.out or os.path.join(workdirs[0], 'report.html')
   page = report.page(runs)
   if args.out:
-    outputs.write('out', args.out, page)
-  path = args.out or os.path.join(workdirs[0], 'report.html')
-  if not args.out:
-    # A link in a work directory is replaced, not followed.
-    with writing('out', path):
-      atomic.write(path, page)
+    outputs.write('out', path, page)
+  else:
+    write(path, page)
   print(path)
+
+
+def write(path, text):
+  """Writes a file of a work directory, where a link may be planted."""
+  with writing('out', path):
+    atomic.write(path, text)
 
 
 if __name__ == '__main__':

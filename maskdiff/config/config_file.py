@@ -5,6 +5,7 @@ Every other file is read as data, such as the config.json of a run, so that
 nothing in it is executed.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -39,7 +40,7 @@ def load(path):
   Raises:
     UserError: the file cannot be read, or is not a config. One line.
   """
-  path, *name = path.split(':', 1)
+  path, *name = _split(path)
   try:
     text = reading.read_text(local_path(path), _MAX_BYTES)
   except UserError as error:
@@ -52,6 +53,15 @@ def load(path):
       'entries; leave out the name'
     )
   return keys.from_dict(reading.parse_json(text, repr(path)), repr(path))
+
+
+def _split(path):
+  """Returns [FILE] or [FILE, NAME]; FILE may be gs://... or hold colons."""
+  if os.path.exists(os.path.expanduser(path)):
+    return [path]
+  scheme = re.match('([a-z]+://)?', path)[0]
+  file, *name = path.removeprefix(scheme).split(':', 1)
+  return [scheme + file, *name]
 
 
 def _run(path, text, name):

@@ -79,7 +79,7 @@ def prepare(
   """
   check_heldout_fraction(heldout_fraction)
   directory = local_path(directory)
-  require_utf8(directory)  # ArrayRecord needs it
+  require_utf8(directory)  # ArrayRecord takes no other path
   settings = {
     'input': plan.fingerprint,
     'tokenizer': tokenizer.fingerprint,

@@ -261,7 +261,7 @@ def read_manifest(directory: str | pathlib.Path) -> Manifest:
       format version, or holds a value that a manifest cannot have.
   """
   path = local_path(directory) / MANIFEST
-  require_utf8(path.parent)  # ArrayRecord needs it
+  require_utf8(path.parent)  # ArrayRecord takes no other path
   try:
     content = reading.read_bytes(path)
   except UserError as e:

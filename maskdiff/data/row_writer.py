@@ -63,7 +63,7 @@ def write_rows(
   if shard_rows < 1:
     raise ValueError(f'shard_rows must be positive: {shard_rows}')
   directory = local_path(directory)
-  require_utf8(directory)  # ArrayRecord needs it
+  require_utf8(directory)  # ArrayRecord takes no other path
   unknown = sorted(splits.keys() - set(records.SPLITS))
   if unknown:
     raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 from maskdiff.data import shards
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 
 CONTROL = ['<mask>', '<system>', '<user>', '<assistant>', '<end_of_turn>']
 
@@ -140,6 +140,7 @@ def train(
   Raises:
     SizeError: the text has too few pieces for vocab_size, or too many
       characters.
+    UserError: the text has nothing to train on, such as only line breaks.
   """
   model = io.BytesIO()
   try:
@@ -171,9 +172,11 @@ def train(
       minloglevel=2,
     )
   except RuntimeError as e:
-    error = _size_error(vocab_size, str(e))
-    if not error:
-      raise
+    # Such as: all texts are line breaks, which are symbols of their own.
+    error = _size_error(vocab_size, str(e)) or UserError(
+      f'cannot train a tokenizer of {vocab_size} token ids on this text '
+      f'({one_line(e)}): give more text, or another --vocab_size'
+    )
     raise error from e
   return model.getvalue()
 

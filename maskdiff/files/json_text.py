@@ -5,6 +5,8 @@ import math
 import re
 
 _SURROGATE = re.compile(r'[\ud800-\udfff]|\\ud[89a-f]', re.ASCII)
+# Control characters that json.dumps leaves as they are.
+_CONTROL = re.compile('[\x7f-\x9f]')
 
 
 def dumps(value, **options):
@@ -16,7 +18,8 @@ def dumps(value, **options):
   Args:
     value: JSON value. Numbers that are not finite become null, and halves of
       surrogate pairs become U+FFFD. NumPy and JAX arrays become numbers or
-      lists.
+      lists. All control characters of texts are escaped as \\uXXXX: the
+      escapes of files.streams would not be JSON.
     **options: options of json.dumps, such as indent.
 
   Raises:
@@ -26,11 +29,11 @@ def dumps(value, **options):
   try:
     text = json.dumps(value, **options)
   except ValueError:
-    return json.dumps(_strict(value), **options)
+    text = json.dumps(_strict(value), **options)
   # The walk is slow. Few values need it.
   if _SURROGATE.search(text):
     text = json.dumps(_strict(value), **options)
-  return text
+  return _CONTROL.sub(lambda c: f'\\u{ord(c[0]):04x}', text)
 
 
 def _from_array(value):

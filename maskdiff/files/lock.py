@@ -149,10 +149,16 @@ def _open(path):
   try:
     handle = os.open(path, flags, 0o666)
   except OSError as error:
-    raise UserError(f'cannot lock {path!r} ({error.strerror})') from error
-  if not stat.S_ISREG(os.fstat(handle).st_mode):
+    fix = ': delete it' if error.errno in (errno.ELOOP, errno.EISDIR) else ''
+    raise UserError(f'cannot lock {path!r} ({error.strerror}){fix}') from error
+  info, problem = os.fstat(handle), ''
+  if not stat.S_ISREG(info.st_mode):
+    problem = 'not a regular file'
+  elif info.st_nlink > 1:  # perhaps a file of others, which would be emptied
+    problem = 'it is a hard link to another file'
+  if problem:
     os.close(handle)
-    raise UserError(f'cannot lock {path!r} (not a regular file): delete it')
+    raise UserError(f'cannot lock {path!r} ({problem}): delete it')
   return handle
 
 

@@ -31,7 +31,7 @@ def new_folder(path, flag='out'):
 
   Args:
     path: path of the new folder. It may be an empty folder, whose permissions
-      stay.
+      stay, or a link to one.
     flag: name of the flag that gave the path, for error messages.
 
   Raises:
@@ -39,7 +39,7 @@ def new_folder(path, flag='out'):
       folder cannot be made or renamed.
     InUse: another process writes to `path`.
   """
-  path = os.path.abspath(path)
+  path = _final(path)
   _require_empty(path, flag)
   parent, name = os.path.split(path)
   with contextlib.ExitStack() as stack:
@@ -81,7 +81,7 @@ def remove_unfinished(path):
     list of lines to print: the removed folders with their sizes, and folders
     that remain because it is not sure that their process has ended.
   """
-  parent, name = os.path.split(os.path.abspath(path))
+  parent, name = os.path.split(_final(path))
   pattern = re.compile(rf'\.{re.escape(name)}\.[0-9a-f]{{8}}')
   try:
     names = sorted(os.listdir(parent))
@@ -90,6 +90,14 @@ def remove_unfinished(path):
   found = (os.path.join(parent, n) for n in names if pattern.fullmatch(n))
   lines = [_remove(p) for p in found if os.path.isdir(p)]
   return [line for line in lines if line]
+
+
+def _final(path):
+  """Returns the absolute path to which the folder is renamed at the end."""
+  # A folder cannot replace a link to an empty folder, only the folder itself.
+  return (
+    os.path.realpath(path) if os.path.isdir(path) else os.path.abspath(path)
+  )
 
 
 def _require_empty(path, flag):

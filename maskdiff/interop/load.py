@@ -84,6 +84,11 @@ def load(workdir, tensor=1, dtype=None):
   if not families.is_published(workdir):
     config, params = load_params(workdir, mesh, dtype)
     tokenizer = tokenizer_lib.load(workdir)
+    if tokenizer.vocab_size > config.model.vocab_size:
+      raise UserError(
+        f'{tokenizer.path} has {tokenizer.vocab_size} ids, but the model has '
+        f'{config.model.vocab_size}: replace it by the tokenizer of the run'
+      )
     tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
     return config, tokenizer, params, mesh
   published = hf.open_folder(workdir)

@@ -101,9 +101,12 @@ def _drop_later_rows(path, start_step):
   # Something else than a file, such as a FIFO, holds no rows; it is replaced.
   if start_step and os.path.isfile(path):
     try:
-      rows = read(path)
+      found = metrics_file.read(path)
     except UserError as error:
       raise OSError(str(error)) from error
+    rows = found.values
+    if warning := found.warning(path):
+      terminal.warn(f'warning: {warning}')
   kept = [_line(row) for row in rows if row['step'] <= start_step]
   atomic.write(path, b''.join(kept))
 

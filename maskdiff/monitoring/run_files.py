@@ -1,7 +1,8 @@
 """Reads config.json, header.txt and plan.json of a work directory.
 
 The files are not trusted: each is read with a bound, and values of wrong types
-are left out or refused.
+are left out or refused. A link that leaves the work directory is not followed,
+because a report that contains a private file may be published.
 """
 
 import json
@@ -11,7 +12,7 @@ import re
 from maskdiff import config as config_lib
 from maskdiff.config.keys import KEYS
 from maskdiff.errors import UserError, one_line
-from maskdiff.files import reading
+from maskdiff.files import folder, reading
 from maskdiff.monitoring.json_lines import MAX_COUNT, finite, is_count
 
 MAX_BYTES = 4 << 20
@@ -29,7 +30,8 @@ def read_config(path):
   if not os.path.exists(path):
     return {}, ''
   try:
-    saved = reading.read_json(path, MAX_BYTES)
+    content = folder.read_bytes(*os.path.split(path), MAX_BYTES)
+    saved = reading.parse_json(content, repr(os.fspath(path)))
   except UserError as error:
     return {}, f'the config is left out: {error}'
   if not isinstance(saved, dict):
@@ -73,7 +75,7 @@ def read_header(path):
   if not os.path.exists(path):
     return '', ''
   try:
-    content = reading.read_bytes(path, MAX_HEADER_BYTES)
+    content = folder.read_bytes(*os.path.split(path), MAX_HEADER_BYTES)
   except UserError as error:
     return '', f'the header is left out: {error}'
   return content.decode(errors='replace'), ''

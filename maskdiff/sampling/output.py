@@ -1,12 +1,14 @@
 """Prints answers and denoising steps, and writes answers to files."""
 
 import contextlib
+import os
 import sys
 import time
 
 import jax
 
 from maskdiff.distributed import runtime
+from maskdiff.errors import UserError
 from maskdiff.files import json_text, outputs, streams
 
 STEP_SECONDS = 0.1  # that --show leaves a step on a terminal
@@ -67,9 +69,15 @@ def check_files(**paths):
   """Raises UserError, from process 0, if a flag names a file it cannot write.
 
   Args:
-    **paths: path by name of the flag; None for a flag that is not set.
+    **paths: path by name of the flag; None for a flag that is not set. Two
+      flags must not name the same regular file.
   """
   if jax.process_index() == 0:
+    flag_of = {}
     for flag, path in paths.items():
       if path:
         outputs.check(flag, path)
+        file = os.path.realpath(path)
+        if file in flag_of and not file.startswith('/dev/'):
+          raise UserError(f'--{flag_of[file]} and --{flag} name the same file')
+        flag_of[file] = flag

@@ -11,6 +11,7 @@ host.
 import contextlib
 import functools
 import os
+import re
 
 import jax
 
@@ -200,7 +201,8 @@ def _memory_advice(config):
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    # On the CPU it is an internal error.
+    if not re.search('RESOURCE_EXHAUSTED|Out of memory', str(error)):
       raise
     ways = f'raise --config.train.microbatches={config.train.microbatches}, '
     if config.model.remat != 'full':

@@ -8,13 +8,14 @@ import jax
 
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest
+from maskdiff.data import records
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.files import atomic, json_text, lock
 from maskdiff.files.paths import local_path
-from maskdiff.interop import families, hf
+from maskdiff.interop import families, hf, leaves
 from maskdiff.model import transformer
 from maskdiff.monitoring import stage_file, terminal
 
@@ -25,9 +26,10 @@ def make_workdir(workdir):
   """Creates the work directory.
 
   Raises:
-    UserError: the path is not local, the directory cannot be created, or a new
-      run cannot write a small file there. A run that resumes may find the disk
-      full: it waits for room while it trains.
+    UserError: the path is not local, the directory cannot be created or holds
+      a model of another kind or prepared rows, or a new run cannot write a
+      small file there. A run that resumes may find the disk full: it waits for
+      room while it trains.
   """
   if '://' in workdir:
     raise UserError(
@@ -40,6 +42,21 @@ def make_workdir(workdir):
     raise UserError(
       f'--workdir: cannot create {workdir!r} ({error})'
     ) from error
+  # A run would overwrite config.json and the tokenizer. In a converted
+  # directory, others would load its parameters, and not those of the run.
+  if _is_published(workdir) or os.path.isdir(
+    os.path.join(workdir, leaves.PARAMS)
+  ):
+    raise UserError(
+      f'--workdir {workdir} holds a published or converted model: use another '
+      f'--workdir, and --config.init_from={workdir} to start from its '
+      'parameters'
+    )
+  if os.path.exists(os.path.join(workdir, records.MANIFEST)):
+    raise UserError(
+      f'--workdir {workdir} holds prepared rows: use another --workdir, and '
+      f'--config.data.path={workdir} to train on them'
+    )
   new = not os.path.isdir(os.path.join(workdir, 'checkpoints'))
   if new and jax.process_index() == 0:
     try:
@@ -52,6 +69,13 @@ def make_workdir(workdir):
         f'--workdir: cannot write to {workdir!r} ({error.strerror or error}); '
         'make room, or use another directory'
       ) from error
+
+
+def _is_published(workdir):
+  try:
+    return families.is_published(workdir)
+  except UserError:  # a planted link, which the run replaces
+    return False
 
 
 @contextlib.contextmanager
@@ -147,9 +171,9 @@ def describe(config, model, mesh):
   """
   shapes, axes = transformer.shapes(model), transformer.axes(model)
   rows = [('parameter', 'shape', 'axes', 'number')]
-  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  found = jax.tree_util.tree_leaves_with_path(shapes)
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
-  for (path, leaf), axis_names in zip(leaves, names, strict=True):
+  for (path, leaf), axis_names in zip(found, names, strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     rows.append((name, leaf.shape, ' '.join(axis_names), leaf.size))
   total, inner = transformer.num_params(model)

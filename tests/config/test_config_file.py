@@ -195,3 +195,12 @@ def get_config(name='small'):
 """
   assert load(tmp_path, text, 'a.py').model.heads == 2
   assert config_file.load(f'{tmp_path}/a.py:big').model.heads == 8
+
+
+def test_colons_of_paths_begin_no_entry(tmp_path):
+  folder = tmp_path / 'a:b'
+  folder.mkdir()
+  assert load(folder, saved(), 'c:d.json').is_locked
+  message = refused(config_file.load, 'gs://none/x.py:small')
+  assert message.startswith('--config: gs://none/x.py is not')
+  assert config_file._split('x.py:gs://b/c') == ['x.py', 'gs://b/c']

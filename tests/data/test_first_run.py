@@ -213,6 +213,14 @@ def test_vocabulary_size_fits_the_text():
     size([], None)
 
 
+@pytest.mark.parametrize(
+  'text, vocab_size', [('\n\n\n', None), ('\0' * 50, None), ('tiny', 1)]
+)
+def test_text_without_pieces_is_one_line(text, vocab_size):
+  with pytest.raises(UserError, match='cannot train a tokenizer'):
+    tokenizer_training.train_on([text], vocab_size)
+
+
 def tokenizer_of(model):
   with tempfile.NamedTemporaryFile(suffix='.model') as file:
     file.write(model)

@@ -218,3 +218,9 @@ def test_manifest_that_could_not_be_read_is_not_written(data):
     with pytest.raises(UserError, match='cannot write .*manifest.json'):
       records.write_manifest(data, dataclasses.replace(manifest, **changes))
   assert (data / 'manifest.json').read_bytes() == before
+
+
+def test_a_path_that_is_not_utf8_is_one_line(tmp_path):
+  directory = str(tmp_path) + '/b\udcff'
+  with pytest.raises(UserError, match='is not UTF-8: rename the folder'):
+    records.read_manifest(directory)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from maskdiff.errors import printable
 from maskdiff.files import json_text
 
 
@@ -27,6 +28,7 @@ def strict(text):
     ({'a': np.float32(0.5), 'b': np.int64(3)}, {'a': 0.5, 'b': 3}),
     (np.array([1.0, np.nan]), [1.0, None]),
     ('\ud83d', '\ufffd'),
+    ({'\x7f': '\x1b[31m\x9b31m\x80'}, None),
     ({'\udcff': ['x\udc80y']}, {'\ufffd': ['x\ufffdy']}),
     ('\U0001f600 \\ud800', '\U0001f600 \\ud800'),
   ],
@@ -45,3 +47,10 @@ def test_values_are_strict_json(value, expected):
 def test_other_types_are_refused():
   with pytest.raises(TypeError, match='object is not a JSON value'):
     json_text.dumps({'a': object()})
+
+
+def test_control_characters_are_escaped_as_json():
+  for options in ({}, {'ensure_ascii': False}):
+    text = json_text.dumps({'\x7f': '\x1b\x9b\n\x7f'}, **options)
+    assert text.isprintable()
+    assert text == printable(text)  # as files.streams prints it

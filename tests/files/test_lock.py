@@ -236,18 +236,21 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
       pass
 
 
-@pytest.mark.parametrize('kind', ['link', 'fifo', 'folder'])
+@pytest.mark.parametrize('kind', ['link', 'hard link', 'fifo', 'folder'])
 def test_a_planted_file_is_refused(tmp_path, kind):
   path, victim = tmp_path / lock.NAME, tmp_path / 'victim'
   victim.write_text('kept')
   if kind == 'link':
     path.symlink_to(victim)
+  elif kind == 'hard link':
+    path.hardlink_to(victim)
   elif kind == 'fifo':
     os.mkfifo(path)
   else:
     path.mkdir()
-  with pytest.raises(UserError, match='cannot lock'), lock.locked(tmp_path):
-    pass
+  with pytest.raises(UserError, match='cannot lock.*: delete it'):
+    with lock.locked(tmp_path):
+      pass
   assert victim.read_text() == 'kept'
 
 

@@ -109,3 +109,13 @@ def test_permissions_of_an_empty_folder_stay(tmp_path):
   with new_folder.new_folder(tmp_path / 'out') as new:
     assert os.stat(new).st_mode & 0o777 == 0o700
   assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o700
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path):
+  target, link = tmp_path / 'disk' / 'out', tmp_path / 'link'
+  target.mkdir(parents=True)
+  link.symlink_to(target)
+  with new_folder.new_folder(link) as new:
+    pathlib.Path(new, 'whole').write_text('x')
+  assert link.is_symlink() and os.listdir(target) == ['whole']
+  assert os.listdir(tmp_path / 'disk') == ['out']

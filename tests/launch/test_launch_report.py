@@ -41,12 +41,24 @@ def test_the_report_is_written_to_the_first_directory_or_to_out(workdir):
   assert other.exists() and not list(workdir.parent.glob('*.part'))
 
 
-def test_out_replaces_no_link(workdir):
-  """Nor a device: /dev/full would become a regular file."""
-  link, target = workdir.parent / 'link', workdir.parent / 'page.html'
-  link.symlink_to(target)
+def test_out_follows_a_link_and_the_default_replaces_it(workdir):
+  target = workdir.parent / 'target.html'
+  for link, out in (
+    (workdir.parent / 'link.html', True),
+    (workdir / 'report.html', False),  # perhaps planted
+  ):
+    target.write_text('old')
+    link.symlink_to(target)
+    assert launch(workdir, *(['--out', link] if out else [])).returncode == 0
+    assert link.is_symlink() == out
+    assert (target.read_text() == 'old') != out
+
+
+def test_a_device_named_by_out_is_written_and_not_replaced(workdir):
+  link = workdir.parent / 'null'
+  link.symlink_to('/dev/null')
   assert launch(workdir, '--out', link).returncode == 0
-  assert link.is_symlink() and target.exists()
+  assert link.is_symlink()
 
 
 def test_user_errors_are_one_line(workdir):

@@ -158,6 +158,18 @@ def test_fifos_and_folders_do_not_block_a_report(workdir, name):
       path.mkdir()
 
 
+@pytest.mark.parametrize('name', ['config.json', 'header.txt'])
+def test_a_report_does_not_show_files_outside_the_run(workdir, name):
+  private = workdir.parent / 'private'
+  private.write_text('{"train": {"batch": 31337}}')
+  path = workdir / name
+  path.unlink(missing_ok=True)
+  path.symlink_to(private)
+  run = history.read_run(workdir)
+  assert '31337' not in str(run)
+  assert 'is not a file of this folder' in ' '.join(run.warnings)
+
+
 def test_run_without_a_good_row_is_one_line(workdir):
   (workdir / 'metrics.jsonl').write_text('3\n[]\n')
   message = r'no rows of metrics \(.*: 2 damaged lines are skipped\)'

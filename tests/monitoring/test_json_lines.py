@@ -130,13 +130,14 @@ def test_other_than_regular_files_are_refused(tmp_path):
   assert list(metrics_file.each(tmp_path / 'none')) == []
 
 
-def test_resumed_run_keeps_the_rows_around_damaged_lines(tmp_path):
+def test_resumed_run_keeps_the_rows_around_damaged_lines(tmp_path, capsys):
   path = tmp_path / 'metrics.jsonl'
   lines = [b'{"step": 2}', *DAMAGED.values(), b'{"step": 4}', b'{"step": 6}']
   path.write_bytes(b'\n'.join(lines) + b'\n')
   writer = metrics.Writer(tmp_path, 4, True)
   writer.scalars(6, {'loss': 1.0})
   writer.close()
+  assert 'damaged lines are skipped' in capsys.readouterr().err
   rows = [json.loads(line) for line in path.read_bytes().splitlines()]
   assert rows == [{'step': 2}, {'step': 4}, {'step': 6, 'loss': 1.0}]
 

@@ -36,3 +36,10 @@ def test_a_page_is_named_when_it_is_written(tmp_path, capsys):
   assert capsys.readouterr().err == f'page: {path}\n'
   with pytest.raises(UserError, match='--html: cannot write'):
     output.check_files(html=str(tmp_path / 'none' / 'a.html'))
+
+
+def test_two_flags_do_not_name_one_file(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  output.check_files(out='/dev/null', html='/dev/null')
+  with pytest.raises(UserError, match='--out and --html name the same file'):
+    output.check_files(out='a', html=str(tmp_path / 'a'))

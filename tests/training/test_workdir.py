@@ -108,3 +108,20 @@ def test_work_directory_without_room_is_refused(workdir, monkeypatch):
     workdir_lib.make_workdir(str(workdir))
   (workdir / 'checkpoints').mkdir()
   workdir_lib.make_workdir(str(workdir))
+
+
+@pytest.mark.parametrize(
+  'name, fix',
+  [
+    ('params/meta.json', 'init_from'),
+    ('config.json', 'init_from'),  # of a published folder
+    ('manifest.json', 'data.path'),
+  ],
+)
+def test_a_directory_of_another_kind_is_no_work_directory(workdir, name, fix):
+  """The run would overwrite files, or its checkpoints would not be found."""
+  path = workdir / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('{"architectures": ["LLaDAModelLM"]}')
+  with pytest.raises(UserError, match=f'use another --workdir.*{fix}='):
+    workdir_lib.make_workdir(str(workdir))
