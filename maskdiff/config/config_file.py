@@ -52,7 +52,9 @@ def load(path):
       f'--config {path}:{name[0]}: only programs, {path!r} is not *.py, have '
       'entries; leave out the name'
     )
-  return keys.from_dict(reading.parse_json(text, repr(path)), repr(path))
+  return keys.from_dict(
+    reading.parse_json(text, repr(path), unique_keys=True), repr(path)
+  )
 
 
 def _split(path):

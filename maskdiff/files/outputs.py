@@ -6,9 +6,11 @@ directly.
 """
 
 import contextlib
+import itertools
 import os
 import stat
 import sys
+import tempfile
 
 from maskdiff.errors import UserError, writing
 from maskdiff.files import atomic
@@ -23,11 +25,12 @@ def check(flag, path):
   with writing(flag, path):
     if _is_special(path):
       return
-    probe = f'{os.path.realpath(path)}.tmp'
     if os.path.isdir(path):
       raise IsADirectoryError('it is a directory')
-    atomic.write(probe, '')
-    os.unlink(probe)
+    with tempfile.NamedTemporaryFile(
+      dir=os.path.dirname(os.path.realpath(path)), prefix='.'
+    ):
+      pass
 
 
 def write(flag, path, content):
@@ -54,8 +57,9 @@ def write(flag, path, content):
 def lines(flag, path, note):
   """Yields a function that writes a line; the file is complete at the end.
 
-  The lines are in PATH.part until the end. If an error ends the block, its
-  whole lines stay there. If a line cannot be written, for example because the
+  The lines are in PATH.part until the end, or in PATH.2.part if an earlier
+  command has left lines in PATH.part, and so on. If an error ends the block,
+  its whole lines stay there. If a line cannot be written, for example because the
   disk is full, this line and the later ones are printed, so that none is lost.
 
   Args:
@@ -69,12 +73,14 @@ def lines(flag, path, note):
   """
   special = _is_special(path)
   target = path if special else os.path.realpath(path)
-  part = target if special else f'{target}.part'
   with writing(flag, path):
     if os.path.isdir(path):
       raise IsADirectoryError('it is a directory')
     # Without a buffer, a line is on disk or has failed when `write` returns.
-    file = open(part, 'wb', buffering=0)
+    if special:
+      part, file = target, open(target, 'wb', buffering=0)
+    else:
+      part, file = _open_part(target)
   ends, problem = [0], None  # sizes of the file after each line
 
   def write_line(text):
@@ -105,6 +111,14 @@ def lines(flag, path, note):
       _keep_whole_lines(part, ends, note)
   if problem:
     raise problem
+
+
+def _open_part(target):
+  """Returns the path of a new file beside the target, and the open file."""
+  for number in itertools.count(1):
+    part = f'{target}.{number}.part' if number > 1 else f'{target}.part'
+    with contextlib.suppress(FileExistsError):
+      return part, open(part, 'xb', buffering=0)
 
 
 def _keep_whole_lines(part, ends, note):

@@ -1,7 +1,8 @@
 """Reads JSON lines files to which a run appends, and checks their values.
 
 The files are not trusted: a crash cuts lines short, disks lose parts, and work
-directories come from strangers. Damaged lines are skipped and counted.
+directories come from strangers. Damaged lines are skipped and counted. Every
+value is an object; other lines are damaged.
 """
 
 import codecs
@@ -44,7 +45,7 @@ def read(path, valid):
 
   Args:
     path: path.
-    valid: function from a JSON value to whether it is a value of this file.
+    valid: function from a JSON object to whether it is a value of this file.
 
   Returns:
     Lines.
@@ -88,9 +89,11 @@ def each(path, valid, max_bytes=None):
           return
         continue
       value = None
-      with contextlib.suppress(UserError, UnicodeDecodeError):
-        text = line.removeprefix(codecs.BOM_UTF8).decode()
-        value = reading.parse_json(text, 'line')
+      text = line.removeprefix(codecs.BOM_UTF8).lstrip()
+      # Millions of lines of another kind must not take minutes.
+      if text.startswith(b'{'):
+        with contextlib.suppress(UserError, UnicodeDecodeError):
+          value = reading.parse_json(text.decode(), 'line')
       if value is not None and valid(value):
         valid_bytes += len(line) + LINE_OVERHEAD
         if max_bytes is not None and valid_bytes > max_bytes:

@@ -1,5 +1,7 @@
 """A write leaves the old file or the whole new one."""
 
+import os
+
 import pytest
 
 from maskdiff.files import atomic
@@ -33,10 +35,18 @@ def test_planted_links_are_not_followed(tmp_path):
   victim.write_text('private')
   path = tmp_path / 'a'
   path.symlink_to(victim)
-  (tmp_path / 'a.tmp').symlink_to(victim)
+  (tmp_path / f'.a.{os.getpid()}.tmp').symlink_to(victim)
   atomic.write(path, 'new')
   assert victim.read_text() == 'private'
   assert path.read_text() == 'new' and not path.is_symlink()
+
+
+def test_neighbours_of_a_file_are_kept(tmp_path):
+  for name in ('a.tmp', '.a.tmp', 'a.part'):
+    (tmp_path / name).write_text('mine')
+  atomic.write(tmp_path / 'a', 'new')
+  assert {p.read_text() for p in tmp_path.iterdir()} == {'mine', 'new'}
+  assert len([*tmp_path.iterdir()]) == 4
 
 
 def test_mode_of_a_new_file(tmp_path):

@@ -90,6 +90,20 @@ def test_an_error_leaves_the_lines_before_it(tmp_path):
   assert notes == [f"1 lines are in '{path}.part'"]
 
 
+def test_files_of_the_user_beside_the_output_are_kept(tmp_path):
+  """Lines in a.part may be those that an earlier command has rescued."""
+  for name in ('a.tmp', 'a.part', 'a.2.part'):
+    (tmp_path / name).write_text('mine')
+  outputs.check('out', str(tmp_path / 'a'))
+  with outputs.lines('out', str(tmp_path / 'a'), None) as write:
+    write('b')
+    assert (tmp_path / 'a.3.part').read_text() == 'b\n'
+  assert (tmp_path / 'a').read_text() == 'b\n'
+  assert names(tmp_path) == ['a', 'a.2.part', 'a.part', 'a.tmp']
+  for name in ('a.tmp', 'a.part', 'a.2.part'):
+    assert (tmp_path / name).read_text() == 'mine'
+
+
 @pytest.mark.parametrize('room', [0, 1, 2, 5, 8])
 def test_no_line_is_lost_on_a_full_disk(tmp_path, monkeypatch, capsys, room):
   """The disk has room for a number of bytes, also within a line."""

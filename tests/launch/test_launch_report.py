@@ -79,11 +79,10 @@ def test_user_errors_are_one_line(workdir):
 
 
 def test_damaged_lines_are_counted_in_one_line_per_file(workdir):
-  """Planted links beside them are replaced, not followed."""
+  """A planted link is replaced, not followed."""
   private = workdir.parent / 'private'
   private.write_text('text')
-  for name in ('report.html', 'report.html.tmp'):
-    (workdir / name).symlink_to(private)
+  (workdir / 'report.html').symlink_to(private)
   with open(workdir / 'metrics.jsonl', 'ab') as f:
     f.write(b'\xff\n3\n{"step": 4}\n{"step": 6, "tr')
   (workdir / 'ledger.jsonl').write_bytes(b'{"time": NaN}\n')

@@ -152,7 +152,7 @@ def test_planted_links_are_replaced(tmp_path):
   workdir = tmp_path / 'run'
   workdir.mkdir()
   for start_step in (0, 2):
-    for name in ('metrics.jsonl', 'metrics.jsonl.tmp'):
+    for name in ('metrics.jsonl', f'.metrics.jsonl.{os.getpid()}.tmp'):
       (workdir / name).unlink(missing_ok=True)
       (workdir / name).symlink_to(victim)
     writer = metrics.Writer(workdir, start_step, True)

@@ -92,10 +92,13 @@ def test_lines_of_the_limit_are_read_and_longer_ones_are_not(
   monkeypatch.setattr(json_lines, 'MAX_LINE_BYTES', 32)
   path = tmp_path / 'lines'
   for length in (*range(30, 35), 64, 65):
-    text = json.dumps('x' * (length - 3))
-    path.write_text(f'1\n{text}\n2\n')
+    text = json.dumps({'x': 'x' * (length - 10)})
+    assert len(text) + 1 == length
+    path.write_text(f'{{"a": 1}}\n{text}\n{{"b": 2}}\n')
     found = json_lines.read(path, lambda value: True)
-    expected = [1, json.loads(text), 2] if length <= 32 else [1, 2]
+    expected = [{'a': 1}, {'b': 2}]
+    if length <= 32:
+      expected[1:1] = [json.loads(text)]
     assert found == (expected, int(length > 32))
 
 

@@ -63,7 +63,8 @@ def test_files_are_whole_and_strict(save, workdir, warnings):
 def test_planted_links_are_replaced(save, workdir, tmp_path):
   victim = tmp_path / 'victim'
   victim.write_text('private')
-  for name in (*NAMES, *(f'{name}.tmp' for name in NAMES)):
+  hidden = [f'.{name}.{os.getpid()}.tmp' for name in NAMES]
+  for name in (*NAMES, *hidden):
     (workdir / name).symlink_to(victim)
   (workdir / 'tokenizer.model').symlink_to(victim)
   save()
