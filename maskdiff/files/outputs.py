@@ -59,8 +59,9 @@ def lines(flag, path, note):
 
   The lines are in PATH.part until the end, or in PATH.2.part if an earlier
   command has left lines in PATH.part, and so on. If an error ends the block,
-  its whole lines stay there. If a line cannot be written, for example because the
-  disk is full, this line and the later ones are printed, so that none is lost.
+  its whole lines stay there. If a line cannot be written, for example because
+  the disk is full, this line and the later ones are printed, so that none is
+  lost.
 
   Args:
     flag: name of the flag, for errors.
