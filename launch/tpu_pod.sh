@@ -147,7 +147,7 @@ mount_bucket() {
   [[ -n $bucket ]] || fail 'mount needs --bucket'
   bucket=${bucket#gs://}
   bucket=${bucket%/}
-  [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+(/[^/]+)*$ && /$bucket/ != */../* &&
+  [[ $bucket =~ ^[A-Za-z0-9][A-Za-z0-9._-]+(/[^/]+)*$ && /$bucket/ != */../* &&
     /$bucket/ != */./* ]] ||
     fail "--bucket $bucket must be BUCKET or BUCKET/FOLDER"
   local quoted source

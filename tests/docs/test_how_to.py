@@ -158,7 +158,7 @@ print(json.dumps([len(texts), len(plan.parts), texts[0], skipped, error]))
   assert (count, parts) == (62, 2)
   assert first == 'a,"b"\n' * 20000
   assert skipped == ['not Unicode']
-  assert "no field 'body' among ['id', 'text']" in error
+  assert "no field 'body' among 'id', 'text'" in error
 
 
 # An objective
