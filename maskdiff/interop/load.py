@@ -12,7 +12,7 @@ from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest, restore
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, inline
 from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf, hf_config, hf_tokenizer
 from maskdiff.interop import leaves as leaves_lib
@@ -82,13 +82,9 @@ def load(workdir, tensor=1, dtype=None):
   slices = mesh_lib.split_by_slice(jax.devices())
   mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
   if not families.is_published(workdir):
-    config, params = load_params(workdir, mesh, dtype)
+    config, params, identity = _load_workdir(workdir, mesh, dtype)
     tokenizer = tokenizer_lib.load(workdir)
-    if tokenizer.vocab_size > config.model.vocab_size:
-      raise UserError(
-        f'{tokenizer.path} has {tokenizer.vocab_size} ids, but the model has '
-        f'{config.model.vocab_size}: replace it by the tokenizer of the run'
-      )
+    _check_tokenizer(tokenizer, config, identity)
     tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
     return config, tokenizer, params, mesh
   published = hf.open_folder(workdir)
@@ -123,16 +119,7 @@ def load_params(path, mesh, dtype=None):
   """
   if families.is_published(path):
     return _load_published(hf.open_folder(path), mesh, dtype)
-  params_dir = os.path.join(path, leaves_lib.PARAMS)
-  if not os.path.isdir(params_dir):
-    return _load_checkpoint(path, mesh, dtype)
-  leaves, meta = leaves_lib.open_folder(params_dir)
-  config = config_lib.from_dict(meta.config)
-  hf.check_leaves(leaves, config.model, params_dir)
-  shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
-  return config, leaves_lib.place(
-    leaves, shardings, dtype, meta.leaves, params_dir
-  )
+  return _load_workdir(path, mesh, dtype)[:2]
 
 
 def network(config, params):
@@ -199,6 +186,41 @@ def _load_published(published, mesh, dtype):
   return config, leaves_lib.place(published.leaves, shardings, dtype)
 
 
+def _load_workdir(path, mesh, dtype):
+  """Returns config, parameters and identity of a work directory.
+
+  The identity is that of the stage of the checkpoint, {} for a conversion.
+  """
+  params_dir = os.path.join(path, leaves_lib.PARAMS)
+  if not os.path.isdir(params_dir):
+    return _load_checkpoint(path, mesh, dtype)
+  leaves, meta = leaves_lib.open_folder(params_dir)
+  config = config_lib.from_dict(meta.config)
+  hf.check_leaves(leaves, config.model, params_dir)
+  shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
+  params = leaves_lib.place(leaves, shardings, dtype, meta.leaves, params_dir)
+  return config, params, {}
+
+
+def _check_tokenizer(tokenizer, config, identity):
+  """Raises UserError if a tokenizer is not the one of the training."""
+  problem = None
+  known = (identity or {}).get('tokenizer')  # fingerprints of pretraining
+  if tokenizer.vocab_size > config.model.vocab_size:
+    problem = (
+      f'has {tokenizer.vocab_size} ids, but the model has '
+      f'{config.model.vocab_size}'
+    )
+  elif isinstance(known, list) and known:
+    if tokenizer.fingerprint not in known:
+      problem = 'is not the file that the model was trained with'
+  if problem:
+    raise UserError(
+      f'{inline(tokenizer.path)} {problem}: replace it by the tokenizer of the '
+      'run'
+    )
+
+
 def _load_checkpoint(workdir, mesh, dtype):
   def targets_of(step, meta):
     config = config_lib.from_dict(meta.config)
@@ -208,7 +230,7 @@ def _load_checkpoint(workdir, mesh, dtype):
     _, meta, (params,) = restore.newest(checkpointer, targets_of)
   if dtype is not None:
     params = leaves_lib.cast(params, dtype)
-  return config_lib.from_dict(meta.config), params
+  return config_lib.from_dict(meta.config), params, meta.identity
 
 
 def _shapes_and_shardings(config, mesh):

@@ -58,3 +58,11 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(old_run):
   shutil.copy(larger, old_run / 'tokenizer.model')
   with pytest.raises(UserError, match='4096 ids, but the model has'):
     load.load(str(old_run))
+
+
+def test_another_tokenizer_than_that_of_the_run_is_refused(old_run):
+  path = old_run / 'tokenizer.model'
+  # An unknown field of the format: the pieces are the same, the file is not.
+  path.write_bytes(path.read_bytes() + b'\x82\x7d\x00')
+  with pytest.raises(UserError, match='not the file that the model was'):
+    load.load(str(old_run))
