@@ -324,6 +324,7 @@ def test_large_vocabularies_take_four_bytes(tokenizer, tmp_path):
     assert leftovers['tail'].dtype == np.uint32
 
 
+@pytest.mark.slow
 def test_a_document_of_20_megabytes_in_one_line(tmp_path):
   """Peak memory is proportional to the document, and its text is unchanged."""
   program = """

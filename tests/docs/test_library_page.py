@@ -34,6 +34,7 @@ def folder(tokenizer, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_blocks_print_the_outputs_that_follow_them(folder, monkeypatch):
   monkeypatch.chdir(folder)
   scope, checked = {}, 0

@@ -197,6 +197,7 @@ def kill_9(kill, corpus, directory, parts, seconds):
   return alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(5))
 def test_rows_do_not_depend_on_kills(corpus, undisturbed, tmp_path, seed):
   """Two kills at random moments: the parent only, or all processes."""

@@ -71,6 +71,7 @@ def test_autoregressive_cache_changes_no_token(name, temperature):
   )
 
 
+@pytest.mark.slow
 def test_hidden_slots_shorten_the_first_pass():
   """With lookahead=0 the first pass of a row ends at its first slot."""
   request, lengths = REQUESTS['prompts'], np.array(list(map(len, PROMPTS)))
@@ -111,6 +112,7 @@ def test_bfloat16_rows_with_a_cache_do_not_depend_on_the_batch():
 GUIDED = dict(guidance=0.7, remasking='threshold', threshold=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, predict_next, options',
   [
@@ -188,6 +190,7 @@ def rows_of(lengths, slots):
   return [[7] * length + [None] * slots for length in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', [None, dict(fsdp=4, tensor=2)])
 def test_server_with_a_cache_compiles_one_program(sizes):
   c, settings = split(CACHED | dict(lookahead=0))
@@ -201,6 +204,7 @@ def test_server_with_a_cache_compiles_one_program(sizes):
   assert sampler.run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_broken_row_does_not_break_the_next_request_of_its_row():
   """The keys of the first request are NaN; the second is shorter."""
   embed = AUTOREGRESSIVE.params['embed'].at[15].set(jnp.nan)

@@ -115,6 +115,7 @@ REQUESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'cache, layout, options',
   [
