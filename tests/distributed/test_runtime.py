@@ -187,6 +187,7 @@ def start(process_id, address, timeout_s):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'process_id, message',
   [

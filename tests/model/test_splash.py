@@ -91,6 +91,7 @@ def test_splash_equals_xla_with_gradients(make, heads, kv_heads):
   assert_splash_equals_xla(make(padded(L)), heads, kv_heads)
 
 
+@pytest.mark.slow
 @with_documents
 @every_regime
 def test_splash_equals_xla_with_empty_tiles(small_tiles, regime, doc):
@@ -98,6 +99,7 @@ def test_splash_equals_xla_with_empty_tiles(small_tiles, regime, doc):
   assert_splash_equals_xla(masks.make_labels(regime, padded(L), doc), 2, 2)
 
 
+@pytest.mark.slow
 @every_regime
 def test_splash_equals_xla_with_a_separate_dq_kernel(
   monkeypatch, small_tiles, regime
@@ -120,6 +122,7 @@ def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():
   assert_splash_equals_xla(masks.bidirectional(padded(L)[1:]), 4, 4, m=m)
 
 
+@pytest.mark.slow
 @with_documents
 @every_regime
 def test_splash_equals_xla_with_queries_split_over_a_mesh(regime, doc):

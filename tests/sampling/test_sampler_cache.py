@@ -83,6 +83,7 @@ def fast_dllm_request(name, mode, variant):
 VARIANTS = ('nocache', 'prefix', 'dual')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('name', ['model_a', 'model_b'])
 @pytest.mark.parametrize('mode', ['quota8', 'tau0', 'tau0.5', 'tau0.9'])
@@ -151,6 +152,7 @@ def test_cache_saves_positions(network, cache, refresh):
     assert int(carry.positions[row]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options',
   [

@@ -375,6 +375,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_losses_of_a_run_do_not_depend_on_mesh_or_microbatches(
   finished, make_config, tmp_path, variant
