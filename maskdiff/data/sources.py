@@ -204,6 +204,7 @@ def _inputs(
   if os.path.isdir(path):
     paths = source_files.walk(path, ignored, output=output)
     found = source_files.select(path, paths, format_of, ignored, output)
+    found = _without_second_names(found)
   elif os.path.exists(path):
     found = []
     if format := format_of(path):
@@ -241,6 +242,7 @@ def _embedded() -> list[Input]:
       for path in source_files.walk(root, ignored, foreign=_FOREIGN)
       if (format := format_of(path))
     )
+    found = _without_second_names(found)
   if not found:
     raise UserError(
       f'no .py files in {root}: use a Python with its standard library '
@@ -289,16 +291,37 @@ def _tfds_shards(spec: str, text_key: str) -> list[Input]:
   ]
 
 
-def _check_named_once(inputs: list[Input]) -> None:
+def _without_second_names(found: list[Input]) -> list[Input]:
+  """Drops the links of a folder to other files of the same folder.
+
+  Debian's standard library has such a link.
+  """
+  links = {i.path for i in found if os.path.islink(i.path)}
+  if not links:
+    return found
+  files = {real for i, real in _real_paths(found) if i.path not in links}
+  return [
+    i
+    for i, real in _real_paths(found)
+    if i.path not in links or real not in files
+  ]
+
+
+def _real_paths(inputs: list[Input]) -> Iterator[tuple[Input, str]]:
+  """Yields each input and its path without links."""
   # Resolving every path from the root would take longer than the rest of
   # planning, so folders are resolved once, and files only if they are links.
   real_folder = functools.cache(os.path.realpath)
-  seen = set()
-  for path in (i.path for i in inputs):
-    folder, file = os.path.split(path)
+  for i in inputs:
+    folder, file = os.path.split(i.path)
     real = os.path.join(real_folder(folder), file)
-    if os.path.islink(path):
-      real = os.path.realpath(path)
+    yield i, os.path.realpath(i.path) if os.path.islink(i.path) else real
+
+
+def _check_named_once(inputs: list[Input]) -> None:
+  seen = set()
+  for i, real in _real_paths(inputs):
+    path = i.path
     if real in seen:
       raise UserError(
         f'{path} is named twice and would be used twice: name it once'

@@ -575,6 +575,18 @@ def test_an_input_counts_once(tmp_path):
   refuses('named twice', 'embedded', 'embedded')
 
 
+def test_link_to_a_file_of_the_same_folder_counts_once(tmp_path, monkeypatch):
+  """As in the standard library of Debian."""
+  write(tmp_path / 'b' / 'x.py', 'x = 1')
+  (tmp_path / 'a.py').symlink_to('b/x.py')
+  for spec in (str(tmp_path), 'embedded'):
+    monkeypatch.setattr(
+      sources.sysconfig, 'get_paths', lambda: {'stdlib': str(tmp_path)}
+    )
+    paths = [p for part in sources.plan([spec]).parts for p in part.paths]
+    assert paths == [str(tmp_path / 'b' / 'x.py')]
+
+
 def test_link_to_nothing_is_named(tmp_path):
   write(tmp_path / 'a.txt', 'x')
   os.symlink(tmp_path / 'absent', tmp_path / 'b.txt')
