@@ -1,4 +1,4 @@
-"""Lists the files of source folders, of which some are not input.
+"""Lists the input files of source folders.
 
 The output of a preparation may be inside the source folder. Links may point out
 of the folder, and FIFOs, sockets and devices may block a reader.
@@ -106,10 +106,8 @@ def select(
   prepared = functools.cache(lambda folder: is_prepared(os.listdir(folder)))
   for path in paths:
     format = format_of(path)
-    folder, file = os.path.split(path)
-    real = os.path.join(real_folder(folder), file)
-    if os.path.islink(path):
-      real = os.path.realpath(path)
+    folder = os.path.dirname(path)
+    real = real_path(path, real_folder)
     if _within(real, output):
       continue
     if format is None:
@@ -127,6 +125,22 @@ def select(
       continue
     ignored[reason] += 1
   return sorted(found)
+
+
+def real_path(path: str, real_folder: Callable[[str], str]) -> str:
+  """Returns a path without links.
+
+  Resolving every path from the root would take longer than the rest of
+  planning, so folders are resolved once, and files only if they are links.
+
+  Args:
+    path: path of a file.
+    real_folder: `os.path.realpath` with a cache, of folders.
+  """
+  if os.path.islink(path):
+    return os.path.realpath(path)
+  folder, file = os.path.split(path)
+  return os.path.join(real_folder(folder), file)
 
 
 def examine(root: str, path: str, format: str, records: int = 0) -> Input:

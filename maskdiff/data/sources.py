@@ -309,22 +309,17 @@ def _without_second_names(found: list[Input]) -> list[Input]:
 
 def _real_paths(inputs: list[Input]) -> Iterator[tuple[Input, str]]:
   """Yields each input and its path without links."""
-  # Resolving every path from the root would take longer than the rest of
-  # planning, so folders are resolved once, and files only if they are links.
   real_folder = functools.cache(os.path.realpath)
   for i in inputs:
-    folder, file = os.path.split(i.path)
-    real = os.path.join(real_folder(folder), file)
-    yield i, os.path.realpath(i.path) if os.path.islink(i.path) else real
+    yield i, source_files.real_path(i.path, real_folder)
 
 
 def _check_named_once(inputs: list[Input]) -> None:
   seen = set()
   for i, real in _real_paths(inputs):
-    path = i.path
     if real in seen:
       raise UserError(
-        f'{path} is named twice and would be used twice: name it once'
+        f'{i.path} is named twice and would be used twice: name it once'
       )
     seen.add(real)
 

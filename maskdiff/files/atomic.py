@@ -25,8 +25,8 @@ def write(path, content, mode=0o666):
   path = os.fspath(path)
   if isinstance(content, str):
     content = content.encode()
-  # Hidden and of this process, so that it is no file of the user, nor of a
-  # process that writes the same file.
+  # Hidden, with the pid: the name collides with no file of the user and with no
+  # other process that writes the same file.
   folder, name = os.path.split(path)
   temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
   with contextlib.suppress(FileNotFoundError):

@@ -131,12 +131,14 @@ def _times_and_weights(c, u, progress):
 
   Arguments as for `corrupt`.
   """
-  at = lambda density, weight: (
-    (1 - c.eps) * density.quantile(u) + c.eps,
-    weight(c.schedule, density, c.eps, u),
-  )
+
+  def at(density, weight):
+    d = density.quantile(u)
+    weights = weight.at(c.schedule, density, c.eps, d)
+    return (1 - c.eps) * d + c.eps, weights
+
   early = at(c.time_density, c.weight)
-  if c.uniform_after >= 1 or c.is_bound(0) and c.time_density.is_uniform:
+  if c.uniform_after >= 1:
     return early
   late = at(TimeDensity(), Weight())
   return tuple(

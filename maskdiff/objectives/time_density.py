@@ -64,7 +64,8 @@ class TimeDensity:
     if self.is_uniform:
       return u
     start, end = self.interval
-    cdf = np.concatenate([[0.0], np.cumsum(self.table())]) / self.table().sum()
+    table = self.table()
+    cdf = np.concatenate([[0.0], np.cumsum(table)]) / table.sum()
     edges = start + (end - start) * np.arange(BINS + 1) / BINS
     t = jnp.interp(u, cdf.astype(np.float32), edges.astype(np.float32))
     return jnp.minimum(t, 1 - 2.0**-24)  # below 1, as u is
@@ -92,7 +93,7 @@ class Weight:
   name: str = 'bound'
   power: float = 0.0
 
-  def __call__(self, schedule, density, eps, u):
+  def at(self, schedule, density, eps, d):
     """Returns the weights, with an expectation of 1 per token.
 
     A token is masked with the probability 1 - alpha(t). The expectation of
@@ -103,12 +104,8 @@ class Weight:
       schedule: schedule.Schedule.
       density: TimeDensity.
       eps: times are (1 - eps) d + eps, where d has the density.
-      u: uniform draws, an array.
+      d: draws of the density, an array.
     """
-    return self.at(schedule, density, eps, density.quantile(u))
-
-  def at(self, schedule, density, eps, d):
-    """Returns the weights at draws d of the density; arguments as above."""
     return self._scale(schedule, density, eps) * self._raw(
       schedule, density, eps, d
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compilations
 
 import maskdiff
 from maskdiff.data.rows import Rows
@@ -26,16 +27,6 @@ ROWS = [[9, 10, 11, 12, 13], [14, 15], [16, 17, 18]]
 @pytest.fixture(params=KINDS)
 def model(request):
   return request.getfixturevalue(request.param)
-
-
-compilations = []
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, seconds, **_: (
-    compilations.append(event)
-    if event == '/jax/core/compile/backend_compile_duration'
-    else None
-  )
-)
 
 
 def arrays(name):

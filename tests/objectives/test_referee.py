@@ -45,8 +45,9 @@ def expected_loss(source, density=UNIFORM, weight=BOUND, eps=0.0):
   tokens that are not masked.
   """
   u = jnp.asarray((np.arange(20_000) + 0.5) / 20_000, jnp.float32)
-  t = np.asarray((1 - eps) * density.quantile(u) + eps, np.float64)
-  w = np.asarray(weight(Schedule(), density, eps, u), np.float64)
+  d = density.quantile(u)
+  t = np.asarray((1 - eps) * d + eps, np.float64)
+  w = np.asarray(weight.at(Schedule(), density, eps, d), np.float64)
   total = 0.0
   for mask in itertools.product([False, True], repeat=LENGTH):
     visible = [i for i in range(LENGTH) if not mask[i]]

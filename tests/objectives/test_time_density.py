@@ -107,7 +107,7 @@ def test_pairs_stay_antithetic():
 def test_expected_weight_of_a_token_is_one(density, weight, schedule):
   schedule, u = Schedule(schedule), jnp.asarray(U, jnp.float32)
   ratio = schedule.mask_ratio((1 - 1e-3) * density.quantile(u) + 1e-3)
-  weights = weight(schedule, density, 1e-3, u)
+  weights = weight.at(schedule, density, 1e-3, density.quantile(u))
   assert np.mean(ratio * weights) == pytest.approx(1, rel=2e-3)
 
 

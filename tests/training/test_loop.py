@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import saved
 import tiny
+from compiled import compilations
 
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import checkpoint
@@ -36,15 +37,6 @@ from maskdiff.training import workdir as workdir_lib
 
 BATCH, LENGTH, STEPS = 32, 16, 8
 ROOT = pathlib.Path(__file__).parents[2]
-
-compilations = []
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, seconds, **kwargs: (
-    compilations.append(kwargs.get('fun_name'))
-    if event == '/jax/core/compile/backend_compile_duration'
-    else None
-  )
-)
 
 
 @pytest.fixture(scope='module')

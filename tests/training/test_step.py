@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiled import compilations
 
 from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh
@@ -72,15 +73,6 @@ OTHERS = [
   ('fsdp2_sequence2_tensor2', 4),
 ]
 KEY = 7
-
-compilations = []
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, seconds, **_: (
-    compilations.append(event)
-    if event == '/jax/core/compile/backend_compile_duration'
-    else None
-  )
-)
 
 
 def make_mesh(name):
