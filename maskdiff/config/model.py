@@ -46,6 +46,11 @@ KEYS = {
   'qk_norm': Key(
     False, 'Normalize queries and keys in each head (RMS norm), as in Qwen3.'
   ),
+  'zero_outputs': Key(
+    False,
+    'Initialize the output projections of attention and feed-forward layers '
+    'to 0, so that every layer starts as the identity.',
+  ),
   'predict_next': Key(
     False,
     'The output at a position predicts the token of the next position, as in '

@@ -69,6 +69,7 @@ class TransformerConfig:
   attention: str  # auto, xla, splash or cudnn
   qkv_bias: bool = False  # biases of queries, keys and values (Qwen2, Dream)
   qk_norm: bool = False  # RMS norm of queries and keys per head (Qwen3)
+  zero_outputs: bool = False  # at initialization, `o` and `down` are 0
   # The output at a position predicts the next token. Dream starts from an
   # autoregressive network, so its diffusion model predicts in this way too.
   predict_next: bool = False
@@ -99,7 +100,8 @@ class Blocks(nnx.Module):
   def __init__(self, c, rngs):
     N, D, H, G = c.layers, c.embed, c.heads, c.kv_heads
     K, F = c.head_dim, c.mlp
-    into, out = D**-0.5, (2 * N) ** -0.5
+    into = D**-0.5
+    out = 0.0 if c.zero_outputs else (2 * N) ** -0.5
     vector = ('layers', 'embed')
     kv = ('layers', 'embed', 'kv_heads', 'head_dim')
     self.norm1 = scale((N, D), vector)

@@ -376,6 +376,29 @@ def test_initial_scale_is_that_of_the_fan_in():
   assert (blocks['q'][0] != blocks['q'][1]).mean() > 0.99
 
 
+def test_zero_outputs_change_only_the_output_projections():
+  c = dataclasses.replace(TINY, zero_outputs=True)
+  key = jax.random.key(1)
+  params, usual = transformer.init(c, key), transformer.init(TINY, key)
+  for name in ('o', 'down'):
+    assert not params['blocks'].pop(name).any()
+    assert usual['blocks'].pop(name).all()
+  jax.tree.map(np.testing.assert_array_equal, params, usual)
+
+
+def test_layers_with_zero_outputs_are_the_identity_and_learn():
+  c = dataclasses.replace(TINY, zero_outputs=True)
+  params = transformer.init(c, jax.random.key(1))
+  tokens = random_tokens(c, length=8)
+  found = logits(c, params, tokens, bidirectional(tokens))
+  x = layers.rms_norm(params['embed'][tokens], params['norm'], c.norm_eps)
+  np.testing.assert_allclose(found, x @ params['head'], rtol=1e-5, atol=1e-5)
+  gradient = jax.grad(
+    lambda p: logits(c, p, tokens, bidirectional(tokens)).std()
+  )(params)
+  assert gradient['blocks']['o'].all() and gradient['blocks']['down'].all()
+
+
 # Embedding
 
 
