@@ -126,7 +126,8 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
 
   Raises:
     UserError: the model does not fit the family, or any family; the work
-      directory has no intact checkpoint, or no moving average; or the folder exists and is not empty.
+      directory has no intact checkpoint, or no moving average; or the folder
+      exists and is not empty.
   """
   with contextlib.ExitStack() as stack:
     config, leaves, source = _open_workdir(workdir, stack, ema)

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import manifest, restore
+from maskdiff.checkpoints import manifest, restore, weights
 from maskdiff.checkpoints import position as position_lib
-from maskdiff.checkpoints import weights
 from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
