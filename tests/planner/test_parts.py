@@ -106,6 +106,7 @@ def op_names_of_the_train_step():
       'model.remat': 'full',
       'train.batch': 4,
       'train.microbatches': 2,
+      'train.ema_decay': 0.9,
     }
   )
   s = step.step_config(c)
