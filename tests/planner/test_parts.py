@@ -115,7 +115,7 @@ def op_names_of_the_train_step():
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(
-    functools.partial(train_state.init, s.model, optimizer), key
+    functools.partial(train_state.init, s.model, optimizer, ema=True), key
   )
   rows = Rows(jax.ShapeDtypeStruct((4, 16), jnp.int32))
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
