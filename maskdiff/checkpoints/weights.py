@@ -30,8 +30,8 @@ def no_ema(source):
   """
   return UserError(
     f'{inline(source)} has no moving average of the weights (EMA), which runs '
-    'keep with --config.train.ema_decay=0.9999: load its raw weights, without '
-    'ema'
+    'keep with --config.train.ema_decay=0.9999: leave out --ema (ema=True, '
+    'config.init_from_ema) to load the weights themselves'
   )
 
 
