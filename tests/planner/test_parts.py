@@ -80,7 +80,7 @@ def test_instruction_without_a_scope_keeps_its_name():
 
 
 @pytest.mark.parametrize(
-  'argument', ['state.params', 'params', 'network.params']
+  'argument', ['state.params', 'state.ema.params', 'params', 'network.params']
 )
 def test_casts_of_arguments_are_parts_of_the_weights(argument):
   name = f"{argument}[\\'blocks\\'][\\'q\\']"
