@@ -118,7 +118,8 @@ def restore_or_init(config, setup, stage, key, checkpointer):
   found = restore.newest(checkpointer, targets_of)
   if found is None and config.init_from:
     params = load.warm_start(config, setup.mesh)
-    runtime.print_once(f'parameters are those of {config.init_from}')
+    average = 'the moving average of ' * config.init_from_ema
+    runtime.print_once(f'parameters are those of {average}{config.init_from}')
     make_state = functools.partial(train_state.from_params, optimizer, ema=ema)
     make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
     return make_state(params), Start(0, stage.start)
