@@ -300,17 +300,10 @@ def test_average_of_a_warm_start_has_its_own_memory(make_config):
     assert first != second
 
 
-@pytest.mark.parametrize(
-  'command',
-  [
-    ('launch/sample.py',),
-    ('launch/evaluate.py', '--task=addition', '--num=1'),
-  ],
-  ids=lambda command: command[0],
-)
-def test_scripts_refuse_ema_of_a_run_without_average(runs, command):
+def test_script_refuses_ema_of_a_run_without_average(runs):
+  flags = ('--task=addition', '--num=1', f'--workdir={runs / "without"}')
   result = forked.run(
-    [*command, f'--workdir={runs / "without"}', '--ema'],
+    ['launch/evaluate.py', *flags, '--ema'],
     cwd=ROOT,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
   )
