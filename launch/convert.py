@@ -51,6 +51,7 @@ flags.DEFINE_bool(
   False,
   'Convert the weights only, if maskdiff cannot read the tokenizer.',
 )
+config.define_ema_flag()
 flags.mark_flag_as_required('in')
 
 
@@ -65,6 +66,7 @@ def main(args):
     raise UserError(f'--in {source}: there is no such directory')
   for name, needs in (
     ('family', 'to'),
+    ('ema', 'to'),
     ('mask_id', 'from'),
     ('without_tokenizer', 'from'),
   ):
@@ -99,10 +101,12 @@ def main(args):
     )
   if kind['to']:
     max_bytes = int(args.shard_gb * 1e9)
-    say(convert.to_hf(source, out, args.dtype, args.family, max_bytes))
+    say(
+      convert.to_hf(source, out, args.dtype, args.family, max_bytes, args.ema)
+    )
   if args.check:
     if kind['to']:
-      say(convert.check(out, source))
+      say(convert.check(out, source, args.ema))
     else:
       say(convert.check(source, out))
 

@@ -145,7 +145,9 @@ def evaluate(args):
   if args.form in FORMS and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = config.parse_pairs(args.sample)
-  model = load.Model(*load.load(args.workdir, args.tensor, args.dtype))
+  model = load.Model(
+    *load.load(args.workdir, args.tensor, args.dtype, args.ema)
+  )
   if lines is None:
     lines = [scored.Line(*line) for line in generate(args, model)]
   if answered:
@@ -166,6 +168,7 @@ def evaluate(args):
     'data': printable(args.data or f'{args.num} made with seed {args.seed}'),
     'workdir': printable(args.workdir),
     'dtype': model.dtype,
+    'ema': args.ema,
   }
   if jax.process_index() == 0:
     for row in [*rows, total]:

@@ -64,7 +64,8 @@ def evaluate(args):
   if unknown:
     raise UserError(f'--tasks: lm-eval has no task {", ".join(unknown)}')
   settings = config.parse_pairs(args.model)
-  loaded = {key: getattr(args, key) for key in ('workdir', 'tensor', 'dtype')}
+  keys = ('workdir', 'tensor', 'dtype', 'ema')
+  loaded = {key: getattr(args, key) for key in keys}
   for key in loaded:
     if key in settings:
       raise UserError(f'--model {key}: use the flag --{key}')

@@ -108,7 +108,7 @@ def sample(args):
   output.check_files(out=args.out, html=args.html)
   prompts, gaps = ([], False) if args.interactive else read_prompts(args)
   run_config, tokenizer, params, mesh = load.load(
-    args.workdir, args.tensor, args.dtype
+    args.workdir, args.tensor, args.dtype, args.ema
   )
   context = run_config.data.length
   default_length = context if args.open_length else run_config.sample.gen_length

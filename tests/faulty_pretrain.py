@@ -69,9 +69,9 @@ def faulty(faults, config, setup):
 
     return watched, line
 
-  def evaluate(step, params):
+  def evaluate(step, params, average):
     terminate(step, 'eval')
-    return stage.evaluate(step, params)
+    return stage.evaluate(step, params, average)
 
   def saving(step):
     stage.saving(step)

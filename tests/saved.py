@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-ITEMS = ('params', 'opt_state', 'guard')
+ITEMS = ('params', 'opt_state', 'guard', 'ema')
 
 
 def newest(workdir):
@@ -17,7 +17,9 @@ def newest(workdir):
     (p for p in steps if p.name.isdecimal()), key=lambda p: int(p.name)
   )
   meta = json.loads((path / 'meta' / 'metadata').read_text())
-  trees = {item: arrays(path / item) for item in ITEMS}
+  trees = {
+    item: arrays(path / item) for item in ITEMS if (path / item).exists()
+  }
   leaves = jax.tree_util.tree_leaves_with_path(trees)
   return (
     int(path.name),

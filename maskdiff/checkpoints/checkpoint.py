@@ -2,11 +2,12 @@
 
 A thin layer over Orbax's CheckpointManager that verifies all it reads. A step
 on disk has the items `params` (plain names such as blocks/q), `opt_state`,
-`guard`, `position` (if the position of the stage has arrays) and `meta`. `meta`
-is JSON with the config, the identity and the position of the stage, and a
-manifest of all arrays with their fingerprints. Restored arrays are compared
-with the manifest. `restore.newest` moves a damaged step aside and falls back to
-the step before it.
+`guard`, `ema` (if the run keeps a moving average of the weights), `position`
+(if the position of the stage has arrays) and `meta`. `meta` is JSON with the
+config, the identity and the position of the stage, and a manifest of all arrays
+with their fingerprints. Restored arrays are compared with the manifest.
+`restore.newest` moves a damaged step aside and falls back to the step before
+it.
 """
 
 import contextlib

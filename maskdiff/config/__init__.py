@@ -8,6 +8,7 @@ from maskdiff.config.checks import validate
 from maskdiff.config.command_line import (
   WEIGHT_DTYPES,
   define_config_flag,
+  define_ema_flag,
   define_load_flags,
   define_sample_flags,
   require_workdir,
@@ -38,6 +39,7 @@ __all__ = [
   'choose',
   'default',
   'define_config_flag',
+  'define_ema_flag',
   'define_load_flags',
   'define_sample_flags',
   'flatten',

@@ -10,7 +10,7 @@ from maskdiff.config import (
   train,
 )
 from maskdiff.config import eval as evaluation
-from maskdiff.config.key import check_value
+from maskdiff.config.key import check_value, require
 from maskdiff.config.keys import KEYS, check_keys, lookup
 
 
@@ -25,6 +25,11 @@ def validate(c):
   check_keys(c)
   for name, key in KEYS.items():
     check_value(f'config.{name}', key, lookup(c, name))
+  require(
+    c.init_from or not c.init_from_ema,
+    'config.init_from_ema needs a work directory: set --config.init_from, or '
+    '--config.init_from_ema=False',
+  )
   for section in (
     model,
     tokens,

@@ -135,7 +135,7 @@ def define_config_flag():
 
 
 def define_load_flags():
-  """Defines --tensor and --dtype, the arguments of interop.load.load."""
+  """Defines --tensor, --dtype and --ema, arguments of interop.load.load."""
   flags.DEFINE_integer(
     'tensor',
     1,
@@ -144,6 +144,17 @@ def define_load_flags():
   )
   flags.DEFINE_enum(
     'dtype', None, WEIGHT_DTYPES, 'Dtype of the weights. Default: as stored.'
+  )
+  define_ema_flag()
+
+
+def define_ema_flag():
+  """Defines --ema, an argument of interop.load.load."""
+  flags.DEFINE_bool(
+    'ema',
+    False,
+    'Take the moving average of the weights (EMA), which runs with '
+    'config.train.ema_decay keep, instead of the weights themselves.',
   )
 
 

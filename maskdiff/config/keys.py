@@ -35,6 +35,11 @@ TOP = {
     'Hugging Face folder or work directory whose parameters start the run. '
     'Empty: random parameters.',
   ),
+  'init_from_ema': Key(
+    False,
+    'Start from the moving average of the weights of `init_from`, which must '
+    'be the work directory of a run with `train.ema_decay`.',
+  ),
 }
 SECTIONS = {
   'model': model.KEYS,

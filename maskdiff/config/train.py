@@ -13,6 +13,14 @@ KEYS = {
     'after another, to save memory.',
     minimum=1,
   ),
+  'ema_decay': Key(
+    0.0,
+    'Decay of an exponential moving average of the weights, such as 0.9999. '
+    'The average is evaluated and saved beside the weights and takes 4 bytes '
+    'per parameter. 0: no average.',
+    minimum=0,
+    below=1,
+  ),
   'log_every_steps': Key(10, 'Steps between rows of metrics.', minimum=1),
   'wandb_project': Key(
     '',

@@ -62,6 +62,7 @@ class MaskDiff(TemplateLM):
     tokens_per_call=4096,
     tensor=1,
     dtype=None,
+    ema=False,
     batch_size=16,
     max_batch_size=None,
     device=None,
@@ -80,6 +81,7 @@ class MaskDiff(TemplateLM):
       tokens_per_call: see queries.LikelihoodConfig.
       tensor: number of devices among which every layer is split, see load.load.
       dtype: dtype of the weights, float32 or bfloat16; default: as stored.
+      ema: take the moving average of the weights instead of the weights.
       batch_size: number of texts sampled together.
       max_batch_size, device: passed by lm-eval, not used.
       sampler: keys of config.sample. They override the settings of a task;
@@ -102,13 +104,15 @@ class MaskDiff(TemplateLM):
       raise UserError(
         f'dtype={dtype!r}: choose among {", ".join(config_lib.WEIGHT_DTYPES)}'
       )
+    if not isinstance(ema, bool):
+      raise UserError(f'ema={ema!r}: choose True or False')
     del max_batch_size, device
     self.check_greedy, self.seed, self.batch = check_greedy, seed, batch_size
     self.sampler_settings = {**sampler, 'guidance': guidance}
     self.estimator = None
     if form != 'left_to_right':
       self.estimator = Estimator(form, samples, strata, coupled)
-    self.model = load.Model(*load.load(workdir, tensor, dtype))
+    self.model = load.Model(*load.load(workdir, tensor, dtype, ema))
     config = self.model.config
     # `steps` is checked later, since it depends on a task's gen_length.
     checked = {k: v for k, v in self.sampler_settings.items() if k != 'steps'}
@@ -120,6 +124,7 @@ class MaskDiff(TemplateLM):
     self.info = {
       'workdir': str(workdir),
       'dtype': self.model.dtype,
+      'ema': ema,
       'seed': seed,
       'guidance': guidance,
       'check_greedy': check_greedy,

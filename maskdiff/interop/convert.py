@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import manifest, restore
+from maskdiff.checkpoints import manifest, restore, weights
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, inline
@@ -108,7 +108,7 @@ def from_hf(folder, workdir, dtype=None, mask_id=None, with_tokenizer=True):
   ]
 
 
-def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
+def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
   """Writes the model of a work directory as a Hugging Face folder.
 
   Args:
@@ -119,16 +119,18 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None):
       folder, or the first family that fits.
     max_bytes: most bytes of data per file of weights; default:
       hf.MAX_SHARD_BYTES.
+    ema: write the moving average of the weights (EMA) instead of the weights.
 
   Returns:
     list of lines to print.
 
   Raises:
     UserError: the model does not fit the family, or any family; the work
-      directory has no intact checkpoint; or the folder exists and is not empty.
+      directory has no intact checkpoint, or no moving average; or the folder
+      exists and is not empty.
   """
   with contextlib.ExitStack() as stack:
-    config, leaves, source = _open_workdir(workdir, stack)
+    config, leaves, source = _open_workdir(workdir, stack, ema)
     published_files = os.path.join(workdir, hf.PUBLISHED)
     original = None
     if os.path.lexists(os.path.join(published_files, families.CONFIG)):
@@ -204,13 +206,14 @@ def choose_family(config, original, name):
   )
 
 
-def check(folder, workdir=None):
+def check(folder, workdir=None, ema=False):
   """Compares this package's logits with logits of reference.py.
 
   Args:
     folder: Hugging Face folder. reference.py computes its logits.
     workdir: work directory with the parameters for this package's logits;
       default: the folder.
+    ema: take the moving average of the weights of the work directory.
 
   Returns:
     list of lines to print: one per tensor, and the largest difference of a
@@ -223,7 +226,7 @@ def check(folder, workdir=None):
   published = hf.open_folder(folder)
   tokens = check_tokens(published)
   mesh = mesh_lib.make_mesh()
-  config, params = load.load_params(workdir or folder, mesh)
+  config, params = load.load_params(workdir or folder, mesh, ema=ema)
   causal = OBJECTIVES[published.family.objective].left_to_right
   config.model.update(dtype='float32', remat='none', attention='xla')
   if workdir is not None:
@@ -271,12 +274,13 @@ def check_tokens(published):
   return tokens
 
 
-def _open_workdir(workdir, stack):
+def _open_workdir(workdir, stack, ema):
   """Opens the parameters of a work directory.
 
   Args:
     workdir: work directory.
     stack: contextlib.ExitStack that closes the checkpointer.
+    ema: whether to open the moving average of the weights.
 
   Returns:
     - `config`: ConfigDict.
@@ -285,6 +289,8 @@ def _open_workdir(workdir, stack):
   """
   params = os.path.join(workdir, leaves_lib.PARAMS)
   if os.path.isdir(params):
+    if ema:
+      raise weights.no_ema(workdir)
     leaves, meta = leaves_lib.open_folder(params)
     config = config_lib.from_dict(meta.config)
     hf.check_leaves(leaves, config.model, params)
@@ -305,17 +311,18 @@ def _open_workdir(workdir, stack):
         'to an earlier checkpoint with launch/checkpoints.py --rollback'
       ) from error
 
+  source = f'step {step} of {workdir}'
   leaves = {
-    name.partition('/')[2]: Leaf(
-      tuple(leaf['shape']),
-      np.dtype(leaf['dtype']),
+    parameter: Leaf(
+      tuple(meta.leaves[name]['shape']),
+      np.dtype(meta.leaves[name]['dtype']),
       lambda index, name=name: read(name)[index],
     )
-    for name, leaf in meta.leaves.items()
-    if name.startswith('params/')
+    for parameter, name in weights.names(meta.leaves, ema, source).items()
   }
   config = config_lib.from_dict(meta.config)
-  return config, leaves, f'step {step} of {workdir}'
+  source = f'the moving average of {source}' if ema else source
+  return config, leaves, source
 
 
 def _check_same_model(published, config, workdir):

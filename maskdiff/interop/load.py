@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import manifest, restore
+from maskdiff.checkpoints import manifest, restore, weights
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, inline
@@ -58,7 +58,7 @@ class Model:
     )
 
 
-def load(workdir, tensor=1, dtype=None):
+def load(workdir, tensor=1, dtype=None, ema=False):
   """Loads the newest intact checkpoint of a run, for sampling and scoring.
 
   Args:
@@ -69,6 +69,7 @@ def load(workdir, tensor=1, dtype=None):
     dtype: name of the parameters' dtype; default: as stored. Where
       config.model.dtype is bfloat16, bfloat16 parameters take half the memory
       and give the same products.
+    ema: load the moving average of the weights (EMA) instead of the weights.
 
   Returns:
     - `config`: ConfigDict of the run.
@@ -77,16 +78,19 @@ def load(workdir, tensor=1, dtype=None):
     - `mesh`: mesh of the parameters, with one replica per slice.
 
   Raises:
-    UserError: there is no checkpoint, or this version cannot read it.
+    UserError: there is no checkpoint, this version cannot read it, or it has no
+      moving average.
   """
   slices = mesh_lib.split_by_slice(jax.devices())
   mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
   if not families.is_published(workdir):
-    config, params, identity = _load_workdir(workdir, mesh, dtype)
+    config, params, identity = _load_workdir(workdir, mesh, dtype, ema)
     tokenizer = tokenizer_lib.load(workdir)
     _check_tokenizer(tokenizer, config, identity)
     tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
     return config, tokenizer, params, mesh
+  if ema:
+    raise weights.no_ema(workdir)
   published = hf.open_folder(workdir)
   tokenizer = hf_tokenizer.open_tokenizer(published)
   if tokenizer is None:
@@ -99,13 +103,14 @@ def load(workdir, tensor=1, dtype=None):
   return config, tokenizer, params, mesh
 
 
-def load_params(path, mesh, dtype=None):
+def load_params(path, mesh, dtype=None, ema=False):
   """Loads parameters onto a mesh. Each process reads its devices' slices.
 
   Args:
     path: work directory or Hugging Face folder.
     mesh: device mesh.
     dtype: name of the parameters' dtype; default: as stored.
+    ema: load the moving average of the weights (EMA) instead of the weights.
 
   Returns:
     - `config`: ConfigDict of the run; for a Hugging Face folder, the config of
@@ -115,11 +120,13 @@ def load_params(path, mesh, dtype=None):
 
   Raises:
     UserError: the parameters are missing or damaged, or do not fit this version
-      or the mesh.
+      or the mesh; or there is no moving average.
   """
   if families.is_published(path):
+    if ema:
+      raise weights.no_ema(path)
     return _load_published(hf.open_folder(path), mesh, dtype)
-  return _load_workdir(path, mesh, dtype)[:2]
+  return _load_workdir(path, mesh, dtype, ema)[:2]
 
 
 def network(config, params):
@@ -168,7 +175,7 @@ def warm_start(config, mesh):
     UserError: the stored model has another architecture, or cannot be loaded.
   """
   path = str(local_path(config.init_from))
-  stored, params = load_params(path, mesh, 'float32')
+  stored, params = load_params(path, mesh, 'float32', config.init_from_ema)
   for field in families.FIELDS:
     if stored.model[field] != config.model[field]:
       raise UserError(
@@ -186,14 +193,16 @@ def _load_published(published, mesh, dtype):
   return config, leaves_lib.place(published.leaves, shardings, dtype)
 
 
-def _load_workdir(path, mesh, dtype):
+def _load_workdir(path, mesh, dtype, ema):
   """Returns config, parameters and identity of a work directory.
 
   The identity is that of the stage of the checkpoint, {} for a conversion.
   """
   params_dir = os.path.join(path, leaves_lib.PARAMS)
   if not os.path.isdir(params_dir):
-    return _load_checkpoint(path, mesh, dtype)
+    return _load_checkpoint(path, mesh, dtype, ema)
+  if ema:
+    raise weights.no_ema(path)
   leaves, meta = leaves_lib.open_folder(params_dir)
   config = config_lib.from_dict(meta.config)
   hf.check_leaves(leaves, config.model, params_dir)
@@ -221,13 +230,16 @@ def _check_tokenizer(tokenizer, config, identity):
     )
 
 
-def _load_checkpoint(workdir, mesh, dtype):
+def _load_checkpoint(workdir, mesh, dtype, ema):
   def targets_of(step, meta):
     config = config_lib.from_dict(meta.config)
-    return {'params': restore.targets(*_shapes_and_shardings(config, mesh))}
+    params = restore.targets(*_shapes_and_shardings(config, mesh))
+    replicated, source = mesh_lib.replicated(mesh), f'step {step} of {workdir}'
+    return weights.targets(meta.leaves, params, ema, replicated, source)
 
   with contextlib.closing(restore.open_run(workdir)) as checkpointer:
-    _, meta, (params,) = restore.newest(checkpointer, targets_of)
+    _, meta, (tree,) = restore.newest(checkpointer, targets_of)
+  params = weights.restored(tree, ema)
   if dtype is not None:
     params = leaves_lib.cast(params, dtype)
   return config_lib.from_dict(meta.config), params, meta.identity

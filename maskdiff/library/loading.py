@@ -15,7 +15,7 @@ from maskdiff.interop import load as load_lib
 from maskdiff.library import arguments
 
 
-def load(path, tensor=1, dtype=None, with_tokenizer=True):
+def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
   """Loads a run or a Hugging Face folder onto all devices.
 
   Args:
@@ -24,6 +24,8 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True):
     dtype: name of the parameters' dtype; default: as stored.
     with_tokenizer: whether to load the tokenizer. A folder without one gives a
       Model without one, whose special ids are those of its config.
+    ema: load the moving average of the weights, which runs with
+      config.train.ema_decay keep, instead of the weights themselves.
 
   Returns:
     interop.load.Model: config, tokenizer (or None), params, mesh.
@@ -49,10 +51,10 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True):
   logging.set_verbosity(logging.ERROR)
   try:
     if with_tokenizer and hf_tokenizer.has_tokenizer(path):
-      return load_lib.Model(*load_lib.load(path, tensor, dtype))
+      return load_lib.Model(*load_lib.load(path, tensor, dtype, ema))
     slices = mesh_lib.split_by_slice(jax.devices())
     mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
-    config, params = load_lib.load_params(path, mesh, dtype)
+    config, params = load_lib.load_params(path, mesh, dtype, ema)
   finally:
     logging.set_verbosity(verbosity)
   return load_lib.Model(config, None, params, mesh)

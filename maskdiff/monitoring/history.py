@@ -19,6 +19,7 @@ from maskdiff.monitoring.run_files import read_config, read_header, read_plan
 from maskdiff.objectives.table import OBJECTIVES
 
 RATIO = '/nll_at_mask_ratio_'
+EMA = 'ema_'  # begins the names of metrics of the moving average
 # More datasets, mask ratios or prompts than these make no readable page.
 MAX_CHOICES = 100
 

@@ -13,34 +13,30 @@ from maskdiff.monitoring.traces import Series
 
 
 def heldout(runs):
-  """Returns a panel of the held-out bound of each dataset, with error bars."""
-  figure, shown, choices = make_figure(), [], []
+  """Returns a panel of the held-out bound of each dataset, with error bars.
+
+  A run with a moving average of its weights has a second, dotted curve.
+  """
+  figure, shown, choices, averaged = make_figure(), [], [], False
   for i, run in enumerate(runs):
     for dataset in history.datasets(run):
-      p = history.prefix(dataset)
-      steps, loss = history.series(run, f'{p}/loss_nats_per_token')
-      if not len(steps):
-        continue
-      stderr = dict(
-        zip(*history.series(run, f'{p}/stderr_nats_per_token'), strict=True)
-      )
-      bars = [stderr.get(step, 0.0) for step in steps]
-      name = dataset or 'all'
-      choices += [name] if name not in choices else []
-      bits = history.bits_per_nat(run, dataset)
-      trace = traces.line(run, i, steps, loss, name, bits, mode='lines+markers')
-      trace.marker.size = 6 if len(steps) < 60 else 3
-      trace.error_y = dict(array=traces.numbers(bars), thickness=1.2, width=2)
-      figure.add_trace(trace)
-      shown += [
-        Series(steps, loss + side * np.array(bars), bits) for side in (-1, 1)
-      ]
+      for weights in ('', history.EMA):
+        trace, series = _heldout_line(run, i, dataset, weights)
+        if trace is None:
+          continue
+        name = trace.meta['choice']
+        choices += [name] if name not in choices else []
+        averaged |= bool(weights)
+        figure.add_trace(trace)
+        shown += series
   return with_ranges(
     Panel(
       'heldout',
       'Held-out loss',
       'On text not trained on: an upper bound for masked diffusion, exact '
-      'for autoregression. Bars are one standard error.',
+      'for autoregression. Bars are one standard error.'
+      + ' Dotted: the moving average of the weights.'
+      * averaged,
       figure,
       choices if len(choices) > 1 else [],
       not_drawn=of_metrics(runs, _heldout_keys),
@@ -49,10 +45,40 @@ def heldout(runs):
   )
 
 
+def _heldout_line(run, i, dataset, weights):
+  """Returns the trace of a held-out bound, or None, and a list of Series.
+
+  Args:
+    run, i: the run and its number.
+    dataset: one of `history.datasets`.
+    weights: '', or history.EMA for the moving average of the weights.
+  """
+  p = f'{history.prefix(dataset)}/{weights}'
+  steps, loss = history.series(run, f'{p}loss_nats_per_token')
+  if not len(steps):
+    return None, []
+  stderr = dict(
+    zip(*history.series(run, f'{p}stderr_nats_per_token'), strict=True)
+  )
+  bars = np.array([stderr.get(step, 0.0) for step in steps])
+  bits = history.bits_per_nat(run, dataset)
+  trace = traces.line(
+    run, i, steps, loss, dataset or 'all', bits, mode='lines+markers'
+  )
+  trace.marker.size = 6 if len(steps) < 60 else 3
+  trace.error_y = dict(array=traces.numbers(bars), thickness=1.2, width=2)
+  if weights:
+    trace.line.dash, trace.marker.symbol = 'dot', 'circle-open'
+    label = f'{traces.run_name(run)}, moving average'
+    trace.hovertemplate = f'%{{y:.4~g}}<extra>{label}</extra>'
+  return trace, [Series(steps, loss + side * bars, bits) for side in (-1, 1)]
+
+
 def _heldout_keys(run):
   return [
-    f'{history.prefix(dataset)}/loss_nats_per_token'
+    f'{history.prefix(dataset)}/{weights}loss_nats_per_token'
     for dataset in history.datasets(run)
+    for weights in ('', history.EMA)
   ]
 
 

@@ -145,10 +145,12 @@ def _facts(run, i):
 def _losses(run):
   """Returns (label, value) pairs of the newest held-out and training loss."""
   pairs = []
-  row = history.newest(run, 'eval/loss_nats_per_token')
-  if row:
-    loss = finite(row['eval/loss_nats_per_token'])
-    stderr = finite(row.get('eval/stderr_nats_per_token'))
+  for weights, label in (('', 'held-out'), (history.EMA, 'held-out, average')):
+    row = history.newest(run, f'eval/{weights}loss_nats_per_token')
+    if not row:
+      continue
+    loss = finite(row[f'eval/{weights}loss_nats_per_token'])
+    stderr = finite(row.get(f'eval/{weights}stderr_nats_per_token'))
     for unit, factor in (
       ('nats/token', 1.0),
       ('bits/byte', history.bits_per_nat(run)),
@@ -156,9 +158,9 @@ def _losses(run):
       if factor and loss is not None:
         text = f'{loss * factor:.3f}'
         text += f' ± {stderr * factor:.3f}' if stderr is not None else ''
-        pairs.append((f'held-out, {unit}', text))
+        pairs.append((f'{label}, {unit}', text))
     if loss is None:
-      pairs.append(('held-out, nats/token', 'not finite'))
+      pairs.append((f'{label}, nats/token', 'not finite'))
   row = history.newest(run, 'train/loss_nats_per_token')
   if row:
     _, losses = history.series(run, 'train/loss_nats_per_token')

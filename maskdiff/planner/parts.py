@@ -14,7 +14,7 @@ _SCOPE = re.compile(r'\b(part|network)\(([^()]+)\)')
 # The Pallas kernels of splash attention, in the scope of splash.run.
 _KERNEL = 'splash_mha'
 # The compiler names casts and copies of an argument after the argument.
-_WEIGHTS = re.compile(r'(state\.|network\.)?params\[')
+_WEIGHTS = re.compile(r'(state\.(ema\.)?|network\.)?params\[')
 
 
 def part(op_name):

@@ -143,7 +143,10 @@ def compile_train(config, target):
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(
-    functools.partial(train_state.init, c.model, optimizer), key
+    functools.partial(
+      train_state.init, c.model, optimizer, ema=c.ema_decay > 0
+    ),
+    key,
   )
   rows = Rows(jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32))
   train_step = step.compile_train_step(c, optimizer, target.mesh)

@@ -55,17 +55,23 @@ class Bound:
   nll_by_mask_ratio: dict
   parts: dict = dataclasses.field(default_factory=dict)
 
-  def row(self, prefix='eval'):
-    """Returns the metrics by name, as written to metrics.jsonl."""
-    stderr = self.stderr_nats_per_token
+  def row(self, prefix='eval', weights=''):
+    """Returns the metrics by name, as written to metrics.jsonl.
+
+    Args:
+      prefix: first part of the names.
+      weights: 'ema_' for the bound of the moving average; begins the last part
+        of the names.
+    """
+    stderr, name = self.stderr_nats_per_token, f'{prefix}/{weights}'
     row = {
-      f'{prefix}/loss_nats_per_token': self.loss_nats_per_token,
-      **({} if stderr is None else {f'{prefix}/stderr_nats_per_token': stderr}),
-      f'{prefix}/bits_per_byte': self.bits_per_byte,
-      **ratio_metrics(prefix, self.nll_by_mask_ratio),
+      f'{name}loss_nats_per_token': self.loss_nats_per_token,
+      **({} if stderr is None else {f'{name}stderr_nats_per_token': stderr}),
+      f'{name}bits_per_byte': self.bits_per_byte,
+      **ratio_metrics(prefix, self.nll_by_mask_ratio, weights),
     }
-    for name, part in self.parts.items():
-      row |= part.row(f'{prefix}/{name}')
+    for dataset, part in self.parts.items():
+      row |= part.row(f'{prefix}/{dataset}', weights)
     return row
 
 
@@ -98,9 +104,12 @@ def open_heldout(config, datasets, mesh):
 
 
 def evaluate_and_sample(
-  config, c, params, tokenizer, heldout, between=lambda: None
+  config, c, params, tokenizer, heldout, between=lambda: None, average=None
 ):
   """Computes the held-out bound and draws samples; returns an Evaluation.
+
+  Samples are drawn from `params`, so that a run with a moving average has the
+  same samples as one without.
 
   Args:
     config: ConfigDict of the run.
@@ -109,26 +118,40 @@ def evaluate_and_sample(
     tokenizer: data.tokenizer.Tokenizer.
     heldout: list of Heldout.
     between: called before every batch; may raise to stop the evaluation.
+    average: moving average of the parameters, whose bound is computed too, on
+      the same masks; or None.
   """
   bound = evaluate_mixture(c, params, heldout, between)
+  row, of_average = bound.row(), None
+  if average is not None:
+    of_average = evaluate_mixture(c, average, heldout, between)
+    row |= of_average.row(weights='ema_')
   return Evaluation(
-    row=bound.row(),
+    row=row,
     texts=sample_texts(config, params, tokenizer),
-    line=summary(bound),
-    conclusion=conclude(bound, heldout),
+    line=summary(bound, of_average),
+    conclusion=conclude(bound, heldout, of_average),
   )
 
 
-def summary(bound):
-  """Returns a line with a Bound."""
-  stderr, note = bound.stderr_nats_per_token, ''
-  if stderr is None:
+def summary(bound, average=None):
+  """Returns a line with a Bound, and with the Bound of the moving average."""
+  note = ''
+  if bound.stderr_nats_per_token is None:
     note = '; one batch gives no standard error'
-  return (
-    f'held-out bound {bound.loss_nats_per_token:.4f} '
-    + ('' if stderr is None else f'± {stderr:.4f} ')
-    + f'nats/token, {bound.bits_per_byte:.4f} bits/byte{note}'
-  )
+
+  def text(bound):
+    stderr = bound.stderr_nats_per_token
+    return (
+      f'{bound.loss_nats_per_token:.4f} '
+      + ('' if stderr is None else f'± {stderr:.4f} ')
+      + f'nats/token, {bound.bits_per_byte:.4f} bits/byte'
+    )
+
+  line = f'held-out bound {text(bound)}'
+  if average is not None:
+    line += f'; of the moving average {text(average)}'
+  return line + note
 
 
 def evaluate_mixture(c, params, heldout, between=lambda: None):
@@ -242,10 +265,10 @@ def nll_by_mask_ratio(sums):
   }
 
 
-def ratio_metrics(prefix, nll_by_mask_ratio):
+def ratio_metrics(prefix, nll_by_mask_ratio, weights=''):
   """Returns the result of `nll_by_mask_ratio` under names of metrics."""
   return {
-    f'{prefix}/nll_at_mask_ratio_{ratio}': nll
+    f'{prefix}/{weights}nll_at_mask_ratio_{ratio}': nll
     for ratio, nll in nll_by_mask_ratio.items()
   }
 
@@ -269,17 +292,30 @@ def sample_texts(config, params, tokenizer):
   return [tokenizer.decode(row[ok]) for row, ok in zip(out, valid, strict=True)]
 
 
-def conclude(bound, heldout):
-  """Returns lines with the bound and unigram entropy of each dataset."""
+def conclude(bound, heldout, average=None):
+  """Returns lines with the bound and unigram entropy of each dataset.
+
+  Args:
+    bound: Bound.
+    heldout: list of Heldout.
+    average: Bound of the moving average, or None.
+  """
   lines = []
   for h in heldout:
-    part = bound.parts.get(h.name, bound)
-    unigram = h.unigram_entropy_nats
     lines += [f'{h.name}:'] if len(heldout) > 1 else []
-    lines += [
-      f'held-out bound   {part.loss_nats_per_token:.4f} '
-      f'nats/token  {part.bits_per_byte:.4f} bits/byte',
+    for label, found in (
+      ('held-out bound', bound),
+      ('moving average', average),
+    ):
+      if found is not None:
+        part = found.parts.get(h.name, found)
+        lines.append(
+          f'{label}   {part.loss_nats_per_token:.4f} '
+          f'nats/token  {part.bits_per_byte:.4f} bits/byte'
+        )
+    unigram = h.unigram_entropy_nats
+    lines.append(
       f'unigram entropy  {unigram:.4f} nats/token  '
-      f'{unigram * h.tokens_per_byte / np.log(2):.4f} bits/byte',
-    ]
+      f'{unigram * h.tokens_per_byte / np.log(2):.4f} bits/byte'
+    )
   return '\n'.join(lines)

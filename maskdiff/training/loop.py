@@ -107,7 +107,7 @@ def _run(config, workdir, make_stage, stack):
     # Loop.
     reporter.start_clock()
     if evaluation_due:
-      result = evaluate(done, state.params)
+      result = evaluate(done, state)
       evaluation_due = False
     for step in range(start.step + 1, steps + 1):
       stop_if_preempted()
@@ -124,7 +124,7 @@ def _run(config, workdir, make_stage, stack):
         reporter.write(step - 1)
       if evaluation_due:
         reporter.write(step)
-        result = evaluate(step, state.params)
+        result = evaluate(step, state)
         evaluation_due = False
       if step % config.checkpoint.every_steps == 0 or last:
         reporter.write(step)  # first: a resumed run writes only later rows
@@ -170,11 +170,12 @@ def _compile(stage, setup, reporter, state, batch, key):
   return train_step
 
 
-def _evaluate(stage, setup, reporter, step, params):
-  """Evaluates parameters and writes the result; returns an Evaluation."""
+def _evaluate(stage, setup, reporter, step, state):
+  """Evaluates a TrainState and writes the result; returns an Evaluation."""
+  average = state.ema and state.ema.params
   with reporter.clock_stopped():
     with setup.ledger.span('eval'), jax.set_mesh(setup.mesh):
-      result = stage.evaluate(step, params)
+      result = stage.evaluate(step, state.params, average)
     reporter.write_evaluation(step, result)
   return result
 

@@ -55,9 +55,9 @@ def make_stage(config, setup, gradients=None):
     jitted = step_lib.compile_train_step(c, setup.optimizer, mesh, gradients)
     return compile_step(jitted, state, batch, key)
 
-  def evaluate(step, params):
+  def evaluate(step, params, average):
     return evaluation.evaluate_and_sample(
-      config, c, params, tokenizer, heldout, setup.between
+      config, c, params, tokenizer, heldout, setup.between, average
     )
 
   def read_texts(facts):

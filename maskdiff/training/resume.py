@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import manifest, restore
+from maskdiff.checkpoints import manifest, restore, weights
 from maskdiff.checkpoints import position as position_lib
 from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
 from maskdiff.interop import load
+from maskdiff.training import ema as ema_lib
 from maskdiff.training import train_state
 from maskdiff.training.train_state import TrainState
 
@@ -96,32 +97,44 @@ def restore_or_init(config, setup, stage, key, checkpointer):
       model.
   """
   optimizer, shardings = setup.optimizer, setup.shardings
-  init = functools.partial(train_state.init, setup.model, optimizer)
+  ema = shardings.ema is not None
+  init = functools.partial(train_state.init, setup.model, optimizer, ema=ema)
   targets = restore.targets(jax.eval_shape(init, key), shardings)
 
-  def targets_of(step, meta):
-    _check(f'{checkpointer.directory}/{step}', meta, config, stage)
+  def items_of(meta):
+    saved = {'ema': targets.ema} if weights.has_ema(meta.leaves) and ema else {}
     return dict(
       params=targets.params,
       opt_state=targets.opt_state,
       guard=targets.guard,
+      **saved,
       **position_lib.targets(meta.leaves, mesh_lib.replicated(setup.mesh)),
     )
+
+  def targets_of(step, meta):
+    _check(f'{checkpointer.directory}/{step}', meta, config, stage)
+    return items_of(meta)
 
   found = restore.newest(checkpointer, targets_of)
   if found is None and config.init_from:
     params = load.warm_start(config, setup.mesh)
-    runtime.print_once(f'parameters are those of {config.init_from}')
-    make_state = functools.partial(train_state.from_params, optimizer)
+    average = 'the moving average of ' * config.init_from_ema
+    runtime.print_once(f'parameters are those of {average}{config.init_from}')
+    make_state = functools.partial(train_state.from_params, optimizer, ema=ema)
     make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
     return make_state(params), Start(0, stage.start)
   if found is None:
     return jax.jit(init, out_shardings=shardings)(key), Start(0, stage.start)
-  step, meta, (params, opt_state, guard, *arrays) = found
+  step, meta, trees = found
+  items = dict(zip(items_of(meta), trees, strict=True))
+  position = items.pop(position_lib.ITEM, {})
+  if ema and 'ema' not in items:
+    start_ema = jax.jit(ema_lib.start, out_shardings=shardings.ema)
+    items['ema'] = start_ema(items['params'])
   count = jax.device_put(np.int32(step), shardings.step)
-  position = position_lib.join(meta.position, *arrays or [{}])
+  position = position_lib.join(meta.position, position)
   start = Start(step, position, meta.evaluation_due)
-  return TrainState(count, params, opt_state, guard), start
+  return TrainState(count, **items), start
 
 
 def _like(position, start):
@@ -181,4 +194,15 @@ def _check(name, meta, config, stage):
   for key in changed:
     runtime.print_once(
       f'changed since {name}: config.{key} was {old[key]!r}, now {new[key]!r}'
+    )
+  has_ema, ema = weights.has_ema(meta.leaves), config.train.ema_decay > 0
+  if ema and not has_ema:
+    runtime.print_once(
+      f'{name} has no moving average of the weights: the average starts at its '
+      'parameters'
+    )
+  if has_ema and not ema:
+    runtime.print_once(
+      f'the moving average of the weights in {name} is dropped: '
+      'config.train.ema_decay=0'
     )

@@ -66,7 +66,9 @@ def open_setup(config, ledger, between):
     model=model,
     mesh=mesh,
     optimizer=optimizer,
-    shardings=train_state.shardings(model, optimizer, mesh),
+    shardings=train_state.shardings(
+      model, optimizer, mesh, config.train.ema_decay > 0
+    ),
     ledger=ledger,
     between=between,
   )

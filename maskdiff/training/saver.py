@@ -95,6 +95,8 @@ class Saver:
       'opt_state': state.opt_state,
       'guard': state.guard,
     }
+    if state.ema is not None:
+      items['ema'] = state.ema
     if arrays:
       items[position_lib.ITEM] = arrays
     meta = manifest.Meta(

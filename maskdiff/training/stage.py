@@ -62,8 +62,10 @@ class Stage:
       (state, batch, key) to the next TrainState and a step.StepMetrics, whose
       `sums` may be another NamedTuple with a property `loss`. It donates the
       state and nothing else. The line is printed; see `compile_step`.
-    evaluate: (step, params) -> Evaluation. Called at the first step, every
-      config.eval.every_steps and at the last step; calls `setup.between`.
+    evaluate: (step, params, average) -> Evaluation. `average` is the moving
+      average of the parameters, a tree like `params`; None if the run keeps
+      none. Called at the first step, every config.eval.every_steps and at the
+      last step; calls `setup.between`.
     row: (metrics, facts, step_s) -> row of metrics of several consecutive
       steps, a dict of floats by name. `metrics` is a list of step.StepMetrics
       on the host, `facts` a list with the facts of the same steps, and `step_s`

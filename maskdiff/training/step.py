@@ -17,6 +17,7 @@ from maskdiff.objectives.canvas import ObjectiveConfig, canvas_loss
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.objectives.table import make_canvas
 from maskdiff.objectives.time_density import TimeDensity, Weight
+from maskdiff.training import ema as ema_lib
 from maskdiff.training import guard as guard_lib
 from maskdiff.training import train_state
 from maskdiff.training.guard import GuardConfig
@@ -39,6 +40,7 @@ class StepConfig:
   microbatches: int
   guard: GuardConfig
   steps: int = 1  # of the training
+  ema_decay: float = 0.0  # of the moving average; 0: the run keeps none
 
 
 def step_config(config):
@@ -50,6 +52,7 @@ def step_config(config):
     microbatches=config.train.microbatches,
     guard=GuardConfig(config.guard.spike_sigmas),
     steps=config.train.steps,
+    ema_decay=config.train.ema_decay,
   )
 
 
@@ -153,6 +156,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
       (optax.apply_updates(state.params, updates), opt_state),
       (state.params, state.opt_state),
     )
+    ema = state.ema and ema_lib.update(c.ema_decay, state.ema, params, ok)
     param_norm = optax.tree.norm(params)
   metrics = StepMetrics(
     sums=sums,
@@ -162,7 +166,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
     skipped_before=state.guard['skipped'],
     skipped_in_a_row=guard['in_a_row'],
   )
-  return TrainState(state.step + 1, params, opt_state, guard), metrics
+  return TrainState(state.step + 1, params, opt_state, guard, ema), metrics
 
 
 def batch_gradients(c, params, rows, key, progress=0.0):
@@ -303,7 +307,8 @@ def compile_train_step(c, optimizer, mesh, gradients=None):
   Returns:
     Function of (TrainState, Rows, key).
   """
-  states = train_state.shardings(c.model, optimizer, mesh)
+  ema = c.ema_decay > 0
+  states = train_state.shardings(c.model, optimizer, mesh, ema)
   replicated = mesh_lib.replicated(mesh)
   return jax.jit(
     functools.partial(train_step, c, optimizer, gradients=gradients),

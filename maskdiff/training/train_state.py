@@ -1,4 +1,4 @@
-"""The state of a training: parameters, optimizer, guard and step number."""
+"""The state of a training: parameters, optimizer, guard, average and step."""
 
 import dataclasses
 import functools
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
+from maskdiff.training import ema as ema_lib
 from maskdiff.training import guard as guard_lib
 from maskdiff.training import optimizer as optimizer_lib
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['step', 'params', 'opt_state', 'guard'],
+  data_fields=['step', 'params', 'opt_state', 'guard', 'ema'],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +27,25 @@ class TrainState:
     params: parameter tree, float32.
     opt_state: optax state. Its step count excludes skipped updates.
     guard: state of the spike guard, see guard.py.
+    ema: moving average of the parameters, an ema.Ema; None if the run keeps
+      none.
   """
 
   step: jax.Array
   params: dict
   opt_state: tuple
   guard: dict
+  ema: ema_lib.Ema | None = None
 
 
-def shardings(c, optimizer, mesh):
+def shardings(c, optimizer, mesh, ema=False):
   """Returns a TrainState of shardings.
 
   Args:
     c: TransformerConfig.
     optimizer: from make_optimizer.
     mesh: device mesh.
+    ema: whether the state has a moving average, sharded as the parameters.
   """
   shapes = transformer.shapes(c)
   params = mesh_lib.param_shardings(mesh, transformer.axes(c), shapes)
@@ -49,10 +54,11 @@ def shardings(c, optimizer, mesh):
     optimizer, shapes, params, replicated
   )
   guard = jax.tree.map(lambda _: replicated, jax.eval_shape(guard_lib.init))
-  return TrainState(replicated, params, opt_state, guard)
+  average = ema_lib.Ema(params, replicated) if ema else None
+  return TrainState(replicated, params, opt_state, guard, average)
 
 
-def init(c, optimizer, key):
+def init(c, optimizer, key, ema=False):
   """Returns a TrainState with random parameters.
 
   Call it under jax.jit with out_shardings.
@@ -61,12 +67,25 @@ def init(c, optimizer, key):
     c: TransformerConfig.
     optimizer: from make_optimizer.
     key: PRNG key.
+    ema: whether to keep a moving average.
   """
-  return from_params(optimizer, transformer.init(c, key))
+  return from_params(optimizer, transformer.init(c, key), ema)
 
 
-def from_params(optimizer, params):
-  """Returns the TrainState at step 0 with these parameters."""
+def from_params(optimizer, params, ema=False):
+  """Returns the TrainState at step 0 with these parameters.
+
+  Call it under jax.jit with out_shardings.
+
+  Args:
+    optimizer: from make_optimizer.
+    params: parameter tree.
+    ema: whether to keep a moving average, which starts at the parameters.
+  """
   return TrainState(
-    jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.init()
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    guard=guard_lib.init(),
+    ema=ema_lib.start(params) if ema else None,
   )

@@ -241,6 +241,10 @@ WRONG_FLAGS = {
     ('--from=hf', '--out=x', '--family=llama'),
     '--family is for --to hf',
   ),
+  'average of a published folder': (
+    ('--check', '--ema'),
+    '--ema is for --to hf',
+  ),
 }
 
 

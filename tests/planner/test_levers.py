@@ -51,6 +51,7 @@ def test_levers_name_keys_and_values():
       'model.remat': 'minimal',
       'model.vocab_size': 128_000,
       'objective.loss_chunk_tokens': 1024,
+      'train.ema_decay': 0.9999,
     }
   )
   # 32 rows on 8 chips: 4 at once; two microbatches leave 2.
@@ -58,6 +59,7 @@ def test_levers_name_keys_and_values():
   assert 'full: keep fewer arrays of each layer' in text
   assert '--config.objective.loss_chunk_tokens=512: logits of 0.24' in text
   assert '--config.mesh.tensor=2' in text
+  assert '--config.train.ema_decay=0: keep no moving average' in text
   assert 'replica' not in text
 
 
@@ -66,5 +68,6 @@ def test_levers_without_effect_are_left_out():
   assert 'microbatches' not in text
   assert 'remat' not in text  # it is full
   assert 'loss_chunk_tokens' not in text  # the vocabulary is small
+  assert 'ema_decay' not in text
   assert 'tensor' not in text
   assert '--config.mesh.replica=1' in text

@@ -80,7 +80,7 @@ def test_instruction_without_a_scope_keeps_its_name():
 
 
 @pytest.mark.parametrize(
-  'argument', ['state.params', 'params', 'network.params']
+  'argument', ['state.params', 'state.ema.params', 'params', 'network.params']
 )
 def test_casts_of_arguments_are_parts_of_the_weights(argument):
   name = f"{argument}[\\'blocks\\'][\\'q\\']"
@@ -106,6 +106,7 @@ def op_names_of_the_train_step():
       'model.remat': 'full',
       'train.batch': 4,
       'train.microbatches': 2,
+      'train.ema_decay': 0.9,
     }
   )
   s = step.step_config(c)
@@ -114,7 +115,7 @@ def op_names_of_the_train_step():
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(
-    functools.partial(train_state.init, s.model, optimizer), key
+    functools.partial(train_state.init, s.model, optimizer, ema=True), key
   )
   rows = Rows(jax.ShapeDtypeStruct((4, 16), jnp.int32))
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from maskdiff import config
 from maskdiff.data.rows import Rows
@@ -298,6 +299,24 @@ def test_planned_evaluation_is_the_one_that_runs(monkeypatch):
     jax.tree.leaves(arrays[:2]), jax.tree.leaves(shapes[:2]), strict=True
   ):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_planned_state_has_the_moving_average(monkeypatch):
+  """Its arrays have the shapes and dtypes of the parameters."""
+  planned = []
+  monkeypatch.setattr(
+    target, '_compile', lambda step, mesh, *args: planned.append((step, args))
+  )
+  mesh = plan.mesh_lib.make_mesh()
+  for decay in (0.0, 0.9):
+    c = tiny.config(tiny.TRAIN_KEYS | {'train.ema_decay': decay})
+    target.compile_train(c, types.SimpleNamespace(mesh=mesh))
+  (_, (without, *_)), (step, (state, *rest)) = planned
+  described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert without.ema is None
+  assert described(state.ema.params) == described(state.params)
+  with jax.set_mesh(mesh):
+    step.lower(state, *rest)  # the step takes this state
 
 
 SUMS = LossSums(

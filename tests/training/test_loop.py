@@ -466,6 +466,7 @@ def run_script(script, workdir, **changes):
     tensor=1,
     suppress_mask=False,
     dtype=None,
+    ema=False,
     **dict.fromkeys(SETTINGS) | {'gen_length': 4},
   )
   script(types.SimpleNamespace(**(flags | changes)))

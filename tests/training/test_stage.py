@@ -80,7 +80,7 @@ def toy(config, setup, stop_at=None):
     jitted = step_lib.compile_train_step(c, optimizer, mesh, gradients)
     return compile_step(jitted, state, batch, key)
 
-  def evaluate(step, params):
+  def evaluate(step, params, average):
     norm = float(optax.tree.norm(params))
     text = f'norm {norm:.3f}'
     return Evaluation({'eval/norm': norm}, [], text, text)

@@ -18,7 +18,7 @@ from maskdiff.objectives import masked_diffusion, table
 from maskdiff.objectives.canvas import ObjectiveConfig
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.objectives.time_density import TimeDensity, Weight
-from maskdiff.training import guard, optimizer, step
+from maskdiff.training import ema, guard, optimizer, step
 from maskdiff.training import train_state as state_lib
 from maskdiff.training.guard import GuardConfig
 from maskdiff.training.optimizer import OptimizerConfig
@@ -44,6 +44,7 @@ OBJECTIVE = ObjectiveConfig(
   loss_chunk_tokens=16,
 )
 GUARD = GuardConfig(spike_sigmas=0.0)
+DECAY = 0.24  # of the average; the second of STEPS steps ends its warmup
 # A tenth of the tokens end a document.
 CONFINED = dataclasses.replace(OBJECTIVE, attend_within='document', eos_id=10)
 OPTIMIZER = OptimizerConfig(
@@ -114,12 +115,20 @@ def initial_state(tx, std=0.2):
   )
 
 
+def with_average(state):
+  average = jax.tree.map(np.copy, state.params)
+  return dataclasses.replace(
+    state, ema=ema.Ema(average, np.zeros((), np.int32))
+  )
+
+
 @dataclasses.dataclass
 class Run:
   """Results of every step of a training."""
 
   metrics: list  # of StepMetrics
   params: list  # of trees
+  averages: list  # of trees
   donated: list  # whether all buffers of the old state were deleted
   compilations: list  # number of programs compiled
 
@@ -129,11 +138,14 @@ def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
   """Trains from the same parameters on the same batch."""
   m = make_mesh(mesh_name)
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
-  c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD, steps)
-  out = Run([], [], [], [])
+  c = step.StepConfig(
+    *(MODEL, objective, LENGTH, microbatches, GUARD, steps), ema_decay=DECAY
+  )
+  out = Run([], [], [], [], [])
   with jax.set_mesh(m):
     state = jax.device_put(
-      initial_state(tx, std), state_lib.shardings(MODEL, tx, m)
+      with_average(initial_state(tx, std)),
+      state_lib.shardings(MODEL, tx, m, ema=True),
     )
     update = step.compile_train_step(c, tx, m)
     rows = jax.device_put(Rows(make_tokens()), mesh.batch_sharding(m))
@@ -146,6 +158,7 @@ def run(mesh_name, microbatches, steps=STEPS, objective=OBJECTIVE, std=0.2):
       out.metrics.append(jax.tree.map(np.asarray, metrics))
       # Copies, because an array with a NumPy view cannot be donated.
       out.params.append(jax.tree.map(np.array, state.params))
+      out.averages.append(jax.tree.map(np.array, state.ema.params))
   assert state.step == steps
   return out
 
@@ -283,6 +296,26 @@ def test_updates_do_not_depend_on_mesh_or_microbatches(other, reference):
     run(*other).params[STEPS - 1],
     reference.params[STEPS - 1],
     initial_params(),
+  )
+
+
+@pytest.mark.parametrize('run_of', [('one_device', 1, LONG), *OTHERS], ids=str)
+def test_average_is_that_of_the_parameters_on_every_mesh(run_of):
+  """The decays of three updates are 2/11, 0.24 and 0.24."""
+  a, b, c = run(*run_of).params[:STEPS]
+  expected = jax.tree.map(
+    lambda start, *p: (
+      2 / 11 * DECAY**2 * start
+      + 9 / 11 * DECAY**2 * p[0]
+      + (1 - DECAY) * DECAY * p[1]
+      + (1 - DECAY) * p[2]
+    ),
+    *(initial_params(), a, b, c),
+  )
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+    run(*run_of).averages[STEPS - 1],
+    expected,
   )
 
 
@@ -435,13 +468,18 @@ def test_nonfinite_gradient_changes_only_the_step_count(
   monkeypatch.setattr(step, 'batch_gradients', poisoned)
   m = make_mesh(mesh_name)
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
-  c = step.StepConfig(MODEL, OBJECTIVE, LENGTH, microbatches, GUARD)
+  c = step.StepConfig(
+    MODEL, OBJECTIVE, LENGTH, microbatches, GUARD, ema_decay=DECAY
+  )
   with jax.set_mesh(m):
     update = step.compile_train_step(c, tx, m)
     place = lambda x: jax.device_put(Rows(x), mesh.batch_sharding(m))
     good, bad = make_tokens(), make_tokens()
     bad[0, 0] = 31
-    state = jax.device_put(initial_state(tx), state_lib.shardings(MODEL, tx, m))
+    state = jax.device_put(
+      with_average(initial_state(tx)),
+      state_lib.shardings(MODEL, tx, m, ema=True),
+    )
     state, _ = update(state, place(good), jax.random.key(KEY))
     before = jax.tree.map(np.asarray, state)
     state, metrics = jax.block_until_ready(
@@ -451,8 +489,8 @@ def test_nonfinite_gradient_changes_only_the_step_count(
     assert not np.isfinite(metrics.grad_norm)
     assert np.isfinite(metrics.param_norm)
     for old, new in zip(
-      jax.tree.leaves((before.params, before.opt_state)),
-      jax.tree.leaves((state.params, state.opt_state)),
+      jax.tree.leaves((before.params, before.opt_state, before.ema)),
+      jax.tree.leaves((state.params, state.opt_state, state.ema)),
       strict=True,
     ):
       np.testing.assert_array_equal(old, new)
@@ -461,6 +499,7 @@ def test_nonfinite_gradient_changes_only_the_step_count(
       update(state, place(good), jax.random.key(KEY))
     )
     assert not metrics.skipped and metrics.skipped_before == 1
+    assert state.ema.updates == before.ema.updates + 1 == 2
     assert np.any(np.asarray(state.params['norm']) != before.params['norm'])
 
 
