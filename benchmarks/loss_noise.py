@@ -7,8 +7,9 @@ texts, and for one batch of texts with different masks. For masked diffusion,
 under each kind of time sampling, and under other densities of times and
 weights. Gradient noise is the mean squared distance of the gradient of a batch
 from the mean gradient, divided by the squared norm of the mean gradient. It
-does not depend on the scale of a loss. The mean gradient over texts is small
-under the loss that trained the run, so compare losses on one batch of texts.
+does not depend on the scale of a loss. The mean gradient over texts may be
+small under the loss that trained the run, so compare losses on one batch of
+texts.
 """
 
 import argparse
