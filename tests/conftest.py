@@ -51,6 +51,7 @@ LONGEST = (
   'distributed/test_processes.py',
   'docs/test_how_to.py',
   'sampling/test_exact_cache.py',
+  'objectives/test_exact_bounds.py',
   'objectives/test_markov.py',
   'training/test_loop.py',
   'launch/test_colab.py',

@@ -1,6 +1,7 @@
 """Densities of times and weights, against closed forms and enumeration."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -23,6 +24,8 @@ from objective_cases import (
 )
 
 from maskdiff.config import default
+from maskdiff.data.rows import Rows
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.objectives.schedule import SCHEDULES, Schedule
 from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.training import evaluation, step
@@ -124,7 +127,7 @@ def bound(params):
   return enumerated_bound(params)
 
 
-@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+@pytest.mark.parametrize('schedule', SCHEDULES)
 def test_importance_weights_give_the_bound(schedule, params, bound):
   c = dataclasses.replace(
     CONFIG,
@@ -173,6 +176,42 @@ def test_uniform_after_restores_the_bound(params):
   assert not plan.is_bound(0.7) and plan.is_bound(0.75)
   with pytest.raises(AssertionError):
     same(draw(early, 0.75), draw(CONFIG, 0.75))
+
+
+SWITCHES = {
+  'bell': dict(time_density=TimeDensity('bell', mean=0.4, width=0.2)),
+  'interval': dict(time_density=TimeDensity(interval=(0.2, 0.9))),
+  'power': dict(weight=Weight('power', 0.5)),
+  'importance': dict(time_density=BELL, weight=Weight('importance')),
+  'plan': dict(time_density=BELL, weight=Weight('power'), uniform_after=0.5),
+}
+
+
+@pytest.mark.parametrize('progress', [0.25, 0.5])
+@pytest.mark.parametrize('name', SWITCHES)
+def test_rows_do_not_depend_on_devices_or_microbatches(name, progress):
+  """A row of 8 devices, or of a part of the batch, has the same canvas."""
+  c = dataclasses.replace(CONFIG, **SWITCHES[name])
+  draw = lambda rows, numbers: make_canvas(
+    c, rows, numbers, jax.random.key(0), 64, progress
+  )
+  tokens, numbers = random_tokens(64, 16), jnp.arange(64)
+  whole = draw(tokens, numbers)
+  plain = make_canvas(CONFIG, tokens, numbers, jax.random.key(0), 64)
+  same = np.array_equal(whole.weights, plain.weights)
+  assert same == (name == 'plan' and progress == 0.5)
+  mesh = mesh_lib.make_mesh(fsdp=8)
+  with jax.set_mesh(mesh):
+    rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
+    sharded = draw(rows, numbers)
+  assert len(sharded.weights.sharding.device_set) == 8
+  some = np.array([32, 33, 6, 7])
+  part = draw(tokens[some], numbers[some])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  for field in ('inputs', 'weights', 'mask_ratio', 'num_tokens'):
+    expected = np.asarray(getattr(whole, field))
+    close(getattr(sharded, field), expected)
+    close(getattr(part, field), expected[some])
 
 
 def test_evaluation_does_not_depend_on_the_training_objective():

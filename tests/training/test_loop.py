@@ -83,16 +83,13 @@ def saved_state(workdir):
   return saved.newest(workdir)[2]
 
 
-@pytest.fixture(scope='module')
-def finished(make_config, tmp_path_factory):
-  """An uninterrupted run, with copies of its work directory at two moments.
+def run_with_copies(config, workdir, copies):
+  """Runs a config; returns a Run with copies of its work directory.
 
   `killed` holds the copies: after the checkpoint of step 3 was saved, and
   after the row of step 5 was written. A kill would leave the same files.
   `compiled` lists (step, number of compilations so far) at every row.
   """
-  workdir = tmp_path_factory.mktemp('finished')
-  copies = tmp_path_factory.mktemp('killed')
   compiled = []
   save, scalars = checkpoint.Checkpointer.save, metrics.Writer.scalars
 
@@ -108,7 +105,6 @@ def finished(make_config, tmp_path_factory):
     if step == 5:
       shutil.copytree(workdir, copies / 'after_the_row_of_step_5')
 
-  config = make_config()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoint.Checkpointer, 'save', save_and_copy)
     patch.setattr(metrics.Writer, 'scalars', scalars_and_copy)
@@ -122,6 +118,16 @@ def finished(make_config, tmp_path_factory):
     compiled=compiled,
     before=before,
     names=compilations[before:],
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(make_config, tmp_path_factory):
+  """An uninterrupted run, from `run_with_copies`."""
+  return run_with_copies(
+    make_config(),
+    tmp_path_factory.mktemp('finished'),
+    tmp_path_factory.mktemp('killed'),
   )
 
 
@@ -247,6 +253,26 @@ def test_resume_is_bitwise_exact(finished, killed, moment):
   assert_same_bits(saved_state(workdir), finished.state())
   rows = metrics.read(workdir / 'metrics.jsonl')
   assert without_times(rows) == without_times(finished.rows)
+
+
+@pytest.mark.slow
+def test_resume_across_a_change_of_times_is_bitwise_exact(
+  make_config, tmp_path
+):
+  """It resumes at step 3; times become uniform after step 4."""
+  config = make_config(
+    objective__time_density='bell',
+    objective__bell_uniform_share=0.1,
+    objective__weight='power',
+    objective__weight_power=0.5,
+    objective__uniform_after=0.5,
+    sample__prompts=(),
+  )
+  whole = run_with_copies(config, tmp_path / 'whole', tmp_path)
+  resumed = Run(workdir=tmp_path / 'after_saving_step_3')
+  assert loop.run(config, str(resumed.workdir)) == whole.result
+  assert_same_bits(resumed.state(), whole.state())
+  assert without_times(resumed.rows) == without_times(whole.rows)
 
 
 def test_finished_run_is_only_evaluated(finished, tmp_path):
