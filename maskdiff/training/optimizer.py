@@ -82,13 +82,13 @@ def make_optimizer(c, steps, axes):
   )
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),
-    scale_by_muon(c, axes) if c.name == 'muon' else scale_by_adam(c),
+    scale_by_muon_and_adam(c, axes) if c.name == 'muon' else scale_by_adam(c),
     optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
     optax.scale_by_learning_rate(learning_rate(c, steps)),
   )
 
 
-def scale_by_muon(c, axes):
+def scale_by_muon_and_adam(c, axes):
   """Returns Muon for the matrices of the layers, and Adam for all others.
 
   Args:

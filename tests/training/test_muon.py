@@ -275,7 +275,7 @@ def test_state_has_one_array_per_matrix_and_two_for_the_rest():
 
 @functools.cache
 def on_mesh(**sizes):
-  """Returns state shardings, updates of two steps, and the program as text."""
+  """Returns shardings, updates of two steps, the program and the last state."""
   devices = jax.devices() if sizes else jax.devices()[:1]
   mesh = mesh_lib.make_mesh(**sizes, devices=devices)
   tx = make(clip_norm=5.0)
@@ -292,7 +292,7 @@ def on_mesh(**sizes):
     for n in range(2):
       updates, state = update(place(draw(n)), state, params)
       trail.append(jax.tree.map(np.asarray, updates))
-  return shardings, trail, update.as_text(), state
+  return shardings, trail, update, state
 
 
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
@@ -313,24 +313,47 @@ def test_momentum_is_sharded_like_the_parameters(sizes):
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_devices_exchange_shards_for_whole_matrices(sizes):
   """XLA would otherwise gather all matrices in every iteration."""
-  text = on_mesh(**sizes)[2]
+  text = on_mesh(**sizes)[2].as_text()
   assert ' all-to-all(' in text and ' all-gather(' not in text
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_a_device_stores_its_part_of_one_moment_of_the_matrices(sizes):
+  """Plans report the same number, the bytes of the program's arguments."""
+  shardings, _, program, _ = on_mesh(**sizes)
+
+  def stored(path, x, sharding):
+    size = np.prod(sharding.shard_shape(x.shape)) * 4
+    # Matrices of layers: gradient, parameter, momentum. Embedding and head:
+    # two moments. Vectors: two moments, and no parameter, because they do not
+    # decay.
+    return size * (4 if of_path(path) in ('embed', 'head') else 3)
+
+  expected = jax.tree_util.tree_map_with_path(stored, SHAPES, shardings.params)
+  expected = sum(jax.tree.leaves(expected)) + 2 * 4  # two counts
+  found = program.memory_analysis().argument_size_in_bytes
+  assert found == expected
 
 
 # Checkpoints
 
 
-def test_checkpoint_restores_the_same_bits_on_another_mesh(tmp_path):
-  state = on_mesh(fsdp=8)[3]
+def test_training_continues_from_a_checkpoint_bit_for_bit(tmp_path):
+  shardings, _, update, state = on_mesh(fsdp=8)
   checkpointer = Checkpointer(tmp_path / 'checkpoints', keep=1)
-  checkpointer.save(3, {'opt_state': state}, Meta(position=0))
+  checkpointer.save(2, {'opt_state': state}, Meta(position=0))
   checkpointer.finish()
-  tx = make(clip_norm=5.0)
-  mesh = mesh_lib.make_mesh(fsdp=4, tensor=2)
-  shardings = train_state.shardings(MODEL, tx, mesh)
-  specs = targets(jax.eval_shape(tx.init, SHAPES), shardings.opt_state)
-  (found,) = checkpointer.restore(3, checkpointer.read_meta(3), opt_state=specs)
+  shapes = jax.eval_shape(make().init, SHAPES)
+  (restored,) = checkpointer.restore(
+    2,
+    checkpointer.read_meta(2),
+    opt_state=targets(shapes, shardings.opt_state),
+  )
   checkpointer.close()
-  assert jax.tree.structure(found) == jax.tree.structure(state)
-  jax.tree.map(np.testing.assert_array_equal, found, state)
-  assert any(np.any(x) for x in jax.tree.leaves(momentum_of(found)))
+  assert any(np.any(x) for x in jax.tree.leaves(momentum_of(restored)))
+  place = lambda tree: jax.device_put(tree, shardings.params)
+  results = [
+    update(place(draw(2)), x, place(draw(9))) for x in (state, restored)
+  ]
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, *results)
