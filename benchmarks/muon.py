@@ -5,7 +5,9 @@ python benchmarks/muon.py --config 8b --topology v5p:4x4x4
 
 Without --topology: the train step of configs/tiny.py on this machine, with
 either optimizer, and the matrix products of Muon as a share of their peak: the
-speed of one large product in the same process.
+speed of one large product in the same process. Then the rounding errors of the
+iteration in float32, with factors of products rounded to bfloat16 (as TPUs do),
+and with all arrays in bfloat16.
 
 With --topology: compiles the optimizer's update alone with the TPU compiler
 and prints its estimated time, collectives and memory per chip, for AdamW, for
@@ -128,6 +130,40 @@ def iteration_flops(shape):
   return muon.ITERATIONS * (4 * m * m * n + 2 * m**3)
 
 
+def compare_precisions():
+  """Prints relative errors of the update, against the iteration in float64."""
+  random = np.random.default_rng(0)
+  m, n = 256, 704
+  u, s, vt = np.linalg.svd(random.normal(size=(m, n)), full_matrices=False)
+  single = lambda x: np.asarray(x, np.float32)
+  half = lambda x: np.asarray(np.asarray(x, jnp.bfloat16), np.float32)
+  k = np.arange(1, m + 1.0)
+  for spectrum, values in (('random', s), ('1/k', 1 / k), ('1/k^2', 1 / k**2)):
+    x = (u * values) @ vt
+    same = lambda x: x
+    exact = iterate(x, same, same)
+    error = lambda y, exact=exact: (
+      np.linalg.norm(y - exact) / np.linalg.norm(exact)
+    )
+    print(
+      f'singular values {spectrum}: error in float32 '
+      f'{error(iterate(x, single, same)):.1e}, with factors in bfloat16 '
+      f'{error(iterate(x, single, half)):.1e}, all in bfloat16 '
+      f'{error(iterate(x, half, half)):.1e}'
+    )
+
+
+def iterate(x, store, factor):
+  """Newton-Schulz in NumPy, with a rounding of arrays and one of factors."""
+  a, b, c = muon.COEFFICIENTS
+  x = store(x / np.linalg.norm(x))
+  for _ in range(muon.ITERATIONS):
+    gram = store(factor(x) @ factor(x).T)
+    polynomial = store(b * gram + c * store(factor(gram) @ factor(gram)))
+    x = store(a * x + factor(polynomial) @ factor(x))
+  return x
+
+
 def left_to_xla(f, stacks):
   """Replaces muon._map_matrices: no exchange of whole matrices."""
   return [jax.vmap(f)(stack) for stack in stacks]
@@ -194,6 +230,7 @@ def main():
   else:
     config = importlib.import_module('configs.tiny').get_config()
     compare_steps(config, ARGS.rounds)
+    compare_precisions()
 
 
 if __name__ == '__main__':
