@@ -1,8 +1,14 @@
-"""Config keys of AdamW and the learning rate."""
+"""Config keys of AdamW, Muon and the learning rate."""
 
 from maskdiff.config.key import Key, are_numbers, require
 
 KEYS = {
+  'name': Key(
+    'adamw',
+    'adamw; or muon, which is Muon for the matrices of the layers and AdamW '
+    'for all other parameters. Learning rate and weight decay serve both.',
+    ('adamw', 'muon'),
+  ),
   'schedule': Key(
     'wsd',
     'Learning-rate schedule: warmup, constant, linear decay (wsd); warmup and '
@@ -26,11 +32,14 @@ KEYS = {
   'eps': Key(
     1e-8, "Added to the square root of Adam's second moment.", minimum=0
   ),
+  'muon_momentum': Key(
+    0.95, "Decay rate of Muon's momentum.", minimum=0, below=1
+  ),
   'weight_decay': Key(0.1, 'Weight decay of matrices.', minimum=0),
   'clip_norm': Key(1.0, 'Gradients are clipped to this norm.', above=0),
   'moments': Key(
     'float32',
-    "Dtype in which Adam's two moments are stored.",
+    "Dtype in which Adam's two moments and Muon's momentum are stored.",
     ('float32', 'bfloat16'),
   ),
 }

@@ -7,7 +7,8 @@
 - `resume`: restores the newest checkpoint, or creates the state of a new run.
 - `step`: train step and evaluation step, pure functions of arrays.
 - `train_state`: parameters, optimizer state, guard state and step number.
-- `optimizer`: AdamW and learning-rate schedules.
+- `optimizer`: AdamW, Muon and learning-rate schedules.
+- `muon`: Muon, for the matrices of the layers.
 - `guard`: skips updates with a spike or a value that is not finite.
 - `inputs`: tokenizer, datasets and batches of a config.
 - `evaluation`: the bound on held-out text, and samples.

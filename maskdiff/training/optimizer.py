@@ -1,4 +1,4 @@
-"""AdamW with gradient clipping, weight decay and learning-rate schedules."""
+"""AdamW or Muon, with clipping, weight decay and learning-rate schedules."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax
 import optax
 
 from maskdiff.distributed.mesh import is_matrix
+from maskdiff.training import muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,9 @@ class OptimizerConfig:
   eps: float
   weight_decay: float
   clip_norm: float
-  moments: str  # dtype in which both moments of Adam are stored
+  moments: str  # dtype in which Adam's moments and Muon's momentum are stored
+  name: str = 'adamw'  # or muon
+  muon_momentum: float = 0.95
 
 
 def learning_rate(c, steps):
@@ -66,7 +69,7 @@ def learning_rate(c, steps):
 
 
 def make_optimizer(c, steps, axes):
-  """Returns AdamW with clipping, an optax.GradientTransformation.
+  """Returns AdamW or Muon with clipping, an optax.GradientTransformation.
 
   Args:
     c: OptimizerConfig.
@@ -79,9 +82,34 @@ def make_optimizer(c, steps, axes):
   )
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),
-    scale_by_adam(c),
+    scale_by_muon_and_adam(c, axes) if c.name == 'muon' else scale_by_adam(c),
     optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
     optax.scale_by_learning_rate(learning_rate(c, steps)),
+  )
+
+
+def scale_by_muon_and_adam(c, axes):
+  """Returns Muon for the matrices of the layers, and Adam for all others.
+
+  Args:
+    c: OptimizerConfig.
+    axes: tree of the parameters' logical axes.
+  """
+  is_axes = lambda a: isinstance(a, tuple)
+  labels = jax.tree.map(
+    lambda a: 'muon' if muon.matrix_sides(a) else 'adam', axes, is_leaf=is_axes
+  )
+  of_matrices = jax.tree.map(
+    lambda a: a if muon.matrix_sides(a) else optax.MaskedNode(),
+    axes,
+    is_leaf=is_axes,
+  )
+  return optax.partition(
+    {
+      'adam': scale_by_adam(c),
+      'muon': muon.scale_by_muon(c.muon_momentum, c.moments, of_matrices),
+    },
+    labels,
   )
 
 
@@ -108,7 +136,9 @@ def scale_by_adam(c):
 
 
 def state_shardings(optimizer, params, param_shardings, replicated):
-  """Returns shardings of the optimizer state; moments follow the parameters.
+  """Returns shardings of the optimizer state.
+
+  Adam's moments and Muon's momentum are sharded as the parameters are.
 
   Args:
     optimizer: from make_optimizer.
@@ -116,10 +146,12 @@ def state_shardings(optimizer, params, param_shardings, replicated):
     param_shardings: tree of shardings with the structure of `params`.
     replicated: sharding of everything else, such as step counts.
   """
+  is_masked = lambda x: isinstance(x, optax.MaskedNode)
   return optax.tree.map_params(
     optimizer,
-    lambda _, sharding: sharding,
+    lambda x, sharding: x if is_masked(x) else sharding,
     jax.eval_shape(optimizer.init, params),
     param_shardings,
     transform_non_params=lambda _: replicated,
+    is_leaf=is_masked,
   )

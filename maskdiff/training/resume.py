@@ -1,8 +1,8 @@
 """Start of a run: newest checkpoint, warm start, or random parameters.
 
-A run resumes only with the stage, the model, the objective, the token ids and
-the data of its checkpoint. All other config keys may change; each change is
-printed.
+A run resumes only with the stage, the model, the objective, the token ids, the
+data and the kind of optimizer of its checkpoint. All other config keys may
+change; each change is printed.
 """
 
 import functools
@@ -23,7 +23,8 @@ from maskdiff.training import ema as ema_lib
 from maskdiff.training import train_state
 from maskdiff.training.train_state import TrainState
 
-FIXED = ('model', 'objective', 'tokens')
+# Sections and keys.
+FIXED = ('model', 'objective', 'tokens', 'optimizer.name')
 # Keys of these sections that change the result of a step only by rounding.
 MAY_CHANGE = (
   'model.dtype',
@@ -186,7 +187,8 @@ def _check(name, meta, config, stage):
   new = config_lib.flatten(config)
   changed = [key for key, value in new.items() if old[key] != value]
   for key in changed:
-    if key.partition('.')[0] in FIXED and key not in MAY_CHANGE:
+    fixed = key in FIXED or key.partition('.')[0] in FIXED
+    if fixed and key not in MAY_CHANGE:
       raise UserError(
         f'{name} was trained with config.{key}={old[key]!r}, not {new[key]!r}; '
         'use the same value or another --workdir'

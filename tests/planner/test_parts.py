@@ -93,7 +93,7 @@ def test_part_is_none_outside_of_scopes():
 
 
 @functools.cache
-def op_names_of_the_train_step():
+def op_names_of_the_train_step(name='adamw'):
   """Returns the op names of a tiny train step, from its StableHLO text.
 
   The text is not compiled, so no compilation cache can return old names.
@@ -104,6 +104,7 @@ def op_names_of_the_train_step():
     | {
       'model.dtype': 'bfloat16',
       'model.remat': 'full',
+      'optimizer.name': name,
       'train.batch': 4,
       'train.microbatches': 2,
       'train.ema_decay': 0.9,
@@ -130,6 +131,11 @@ def test_every_matrix_product_of_the_train_step_has_a_part():
   products = [n for n in op_names_of_the_train_step() if 'dot_general' in n]
   assert len(products) > 20
   assert all(part(name) for name in products)
+
+
+def test_muon_is_a_part_of_its_own():
+  parts = {part(n) for n in op_names_of_the_train_step('muon')}
+  assert 'optimizer: Newton-Schulz' in parts
 
 
 def test_parts_of_the_train_step():

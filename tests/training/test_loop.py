@@ -352,6 +352,7 @@ def other_corpus(tokenizer, directory):
     ('rows|shards', dict(data__path='another')),
     ('checkpoints/3', dict(model__embed=32)),
     ('checkpoints/3', dict(model__tie_embeddings=False)),
+    ('config.optimizer.name', dict(optimizer__name='muon')),
   ],
 )
 def test_resume_refuses_other_model_or_data(
