@@ -1,12 +1,12 @@
-"""Plots the held-out bound of a run and the unigram entropy.
+"""Plots the held-out bounds of runs and the unigram entropy.
 
-python benchmarks/plot_learning_curve.py runs/tiny docs/tiny_curve.png
+python benchmarks/plot_learning_curve.py docs/tiny_curve.png \
+  "configs/tiny.py=runs/tiny" "LLaDA's recipe=runs/uniform"
 
-Reads the run's metrics.jsonl and the manifest of its data. Needs matplotlib,
-which is in requirements-test.txt.
+Reads the metrics of each run and the manifest of the data of the first. Needs
+matplotlib, which is in requirements-test.txt.
 """
 
-import json
 import math
 import os
 import sys
@@ -16,43 +16,35 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from maskdiff import config as config_lib
-from maskdiff.monitoring import metrics
+from maskdiff.config import config_file
+from maskdiff.monitoring import history
 from maskdiff.training import inputs
 
+COLORS = ('#1f5fbf', '#c07a2b', '#3a8f4d')
 
-def main(workdir, out):
-  rows = metrics.read(os.path.join(workdir, 'metrics.jsonl'))
-  with open(os.path.join(workdir, 'config.json')) as f:
-    config = config_lib.from_dict(json.load(f))
-  tokenizer = inputs.open_tokenizer(config)
-  (dataset,) = inputs.open_data(config, tokenizer)
+
+def main(out, *labels_and_runs):
+  figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+  pairs = [x.split('=', 1) for x in labels_and_runs]
+  for (label, workdir), color in zip(pairs, COLORS, strict=False):
+    run = history.read_run(workdir)
+    tokens = run.config['train.batch'] * run.config['data.length'] / 1e6
+    name = 'eval/loss_nats_per_token'
+    points = [(r['step'] * tokens, r[name]) for r in run.rows if name in r]
+    axes.plot(
+      *zip(*points, strict=True),
+      color=color,
+      marker='o',
+      markersize=4,
+      label=f'held-out bound, {label}',
+    )
+  config = config_file.load(os.path.join(pairs[0][1], 'config.json'))
+  (dataset,) = inputs.open_data(config, inputs.open_tokenizer(config))
   split = dataset.manifest.splits['heldout']
   bits_per_nat = split.tokens / split.text_bytes / math.log(2)
-  tokens = config.train.batch * config.data.length / 1e6
-
-  def curve(name):
-    return zip(
-      *((r['step'] * tokens, r[name]) for r in rows if name in r), strict=True
-    )
-
-  figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-  axes.plot(
-    *curve('train/loss_nats_per_token'),
-    color='#9aa5b1',
-    linewidth=0.8,
-    label='training loss (one draw of noise)',
-  )
-  axes.plot(
-    *curve('eval/loss_nats_per_token'),
-    color='#1f5fbf',
-    marker='o',
-    markersize=4,
-    label='held-out bound (fixed noise)',
-  )
   axes.axhline(
     split.unigram_entropy_nats,
-    color='#c0392b',
+    color='#777777',
     linestyle='--',
     linewidth=1,
     label='unigram entropy of the held-out tokens',
@@ -64,11 +56,10 @@ def main(workdir, out):
   ).set_ylabel('bits per byte')
   axes.legend(frameon=False)
   axes.spines['top'].set_visible(False)
-  os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
   figure.savefig(out, dpi=150)
 
 
 if __name__ == '__main__':
-  if len(sys.argv) != 3:
+  if len(sys.argv) < 3:
     sys.exit(__doc__)
   main(*sys.argv[1:])

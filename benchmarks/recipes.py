@@ -1,100 +1,106 @@
 r"""Compares training recipes on equal tokens, by their exact held-out bound.
 
-python benchmarks/recipes.py run --out recipes.jsonl --runs runs/recipes
-python benchmarks/recipes.py run --out recipes.jsonl --runs runs/recipes \
-  --recipes uniform bell_0.12 --seeds 0 1 2 --data rows/english
-python benchmarks/recipes.py table recipes.jsonl
+python benchmarks/recipes.py --out recipes.jsonl --runs runs/recipes
+python benchmarks/recipes.py --out recipes.jsonl --runs runs/recipes \
+  --recipes uniform bell --seeds 0 1 2 --data rows/english
+python benchmarks/recipes_page.py recipes.jsonl
 
-`run` trains each recipe of RECIPES with each seed, and appends a line to --out
-as each training ends. Lines that exist are skipped, so the same command
-resumes. `--set KEY=VALUE` changes the config of every training of a file, so
-another --set needs another --out and other --runs.
-
-`table` prints, for each config and corpus: the final bound; its difference from
-the first recipe, with a paired standard error (the same held-out rows under the
-same masks); the share of the tokens after which a recipe reached the final
-bound of the first one; and FLOPs and time relative to it.
+Trains each recipe of RECIPES with each seed, and appends a line to --out as
+each training ends. Lines that exist are skipped, so the same command resumes.
+`--set KEY=VALUE` changes the config of every training. english_corpus.py makes
+the English corpus, and recipes_page.py the tables.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
 
-import numpy as np
-
 ROOT = pathlib.Path(__file__).parents[1]
-BELL = {'objective.time_density': 'bell'}
+# LLaDA's recipe, whatever the defaults of a config are.
+BASE = {
+  'objective.time_density': 'uniform',
+  'objective.uniform_after': 1.0,
+  'optimizer.name': 'adamw',
+  'model.zero_outputs': False,
+}
+BELL = BASE | {'objective.time_density': 'bell', 'objective.bell_width': 0.12}
 PLAIN = {'objective.weight': 'power', 'objective.weight_power': 0.0}
+MUON = {'optimizer.name': 'muon'}
+ZERO = {'model.zero_outputs': True}
 # The first recipe is the baseline.
 RECIPES = {
-  'uniform': {},
+  'uniform': BASE,
+  'bell': BELL,
+  'muon': BASE | MUON,
+  'bell_muon': BELL | MUON,
+  'bell_muon_zero': BELL | MUON | ZERO,
+  'bell_muon_zero_then_uniform': BELL
+  | MUON
+  | ZERO
+  | {'objective.uniform_after': 0.75},
   'bell_0.2': BELL | {'objective.bell_width': 0.2},
-  'bell_0.12': BELL | {'objective.bell_width': 0.12},
   'bell_0.08': BELL | {'objective.bell_width': 0.08},
-  'bell_0.12_mean_0.4': BELL | {'objective.bell_mean': 0.4},
-  'bell_0.12_mean_0.6': BELL | {'objective.bell_mean': 0.6},
-  'bell_0.12_then_uniform': BELL | {'objective.uniform_after': 0.75},
-  'bell_0.2_importance': BELL
+  'bell_mean_0.4': BELL | {'objective.bell_mean': 0.4},
+  'bell_mean_0.6': BELL | {'objective.bell_mean': 0.6},
+  'bell_then_uniform': BELL | {'objective.uniform_after': 0.75},
+  'bell_importance': BELL
   | {
     'objective.bell_width': 0.2,
     'objective.bell_uniform_share': 0.1,
     'objective.weight': 'importance',
   },
-  'bell_0.12_plain': BELL | PLAIN,
-  'plain': PLAIN,
-  'clipped': {'objective.time_interval': '(0.3, 0.7)'},
+  'bell_plain': BELL | PLAIN,
+  'plain': BASE | PLAIN,
+  'clipped': BASE | {'objective.time_interval': (0.3, 0.7)},
+  'zero': BASE | ZERO,
+  'qk_norm': BASE | {'model.qk_norm': True},
 }
 LOSS = 'eval/loss_nats_per_token'
 
 
 def run(args):
   """Trains the recipes that --out lacks, and appends a line for each."""
-  lines = read(args.out)
-  if any(line['set'] != args.set for line in lines):
-    sys.exit(
-      f'{args.out} has trainings with another --set: choose another file'
-    )
-  done = [
-    (line['config'], line['corpus'], line['recipe'], line['seed'])
-    for line in lines
-  ]
   corpus = pathlib.Path(args.data).name if args.data else 'embedded'
+  config = pathlib.Path(args.config).stem
   for seed in args.seeds:
     for recipe in args.recipes:
-      name = pathlib.Path(args.config).stem
-      if (name, corpus, recipe, seed) in done:
+      of = {'config': config, 'set': args.set, 'corpus': corpus}
+      of |= {'recipe': recipe, 'seed': seed}
+      # Read again each time: another process may fill the same file.
+      if any(of.items() <= line.items() for line in read(args.out)):
         continue
-      workdir = args.runs / f'{name}-{corpus}-{recipe}-{seed}'
-      values = RECIPES[recipe] | {'seed': seed}
-      values |= dict(pair.split('=', 1) for pair in args.set)
+      name = re.sub(r'[^\w.-]+', '-', '-'.join(map(str, of.values())))
+      workdir = args.runs / name
+      values = dict(pair.split('=', 1) for pair in args.set)
+      values |= {'seed': seed} | RECIPES[recipe]
       if args.data:
-        values['data.path'] = args.data
-      began = time.monotonic()
-      subprocess.run(
-        [
-          *(sys.executable, ROOT / 'launch/pretrain.py'),
-          *('--config', args.config, '--workdir', workdir),
-          *(f'--config.{key}={value}' for key, value in values.items()),
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-      )
-      line = {
-        'config': name,
-        'corpus': corpus,
-        'recipe': recipe,
-        'seed': seed,
-        'set': args.set,
-        'seconds': round(time.monotonic() - began, 1),
-        **result(workdir),
-      }
+        values |= {'data.path': args.data, 'data.tokenizer': args.data}
+      line = of | train(args.config, workdir, values)
       with open(args.out, 'a') as f:
         f.write(json.dumps(line) + '\n')
-      print(f'{corpus} {recipe} seed {seed}: {line["evaluations"][-1]}')
+      print(f'{name}: {line["evaluations"][-1]}')
+
+
+def train(config, workdir, values):
+  """Trains, and returns the evaluations of the run and their cost."""
+  began = time.monotonic()
+  done = subprocess.run(
+    [
+      *(sys.executable, ROOT / 'launch/pretrain.py'),
+      *('--config', config, '--workdir', workdir),
+      *(f'--config.{key}={value}' for key, value in values.items()),
+    ],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  if done.returncode:
+    sys.exit(f'{workdir}: {done.stderr[-2000:]}')
+  return {'seconds': round(time.monotonic() - began, 1), **result(workdir)}
 
 
 def result(workdir):
@@ -118,12 +124,28 @@ def result(workdir):
       for rows, key in zip(batches, keys, strict=True)
     ]
   rows = history.read_run(str(workdir)).rows
+  tokens = config.train.batch * c.length
+  flops = flops_per_token(c.objective.name, c.model, c.length)
   return {
-    'tokens_per_step': config.train.batch * c.length,
-    'flops_per_token': flops_per_token(c.objective.name, c.model, c.length),
+    'tokens_per_step': tokens,
+    'flops_per_token': flops + optimizer_flops(config, params) / tokens,
+    'unigram_entropy': data.manifest.splits['heldout'].unigram_entropy_nats,
     'evaluations': [[r['step'], r[LOSS]] for r in rows if LOSS in r],
     'heldout_batches': losses,
   }
+
+
+def optimizer_flops(config, params):
+  """Returns the FLOPs of Muon's matrix products in a step; 0 for AdamW."""
+  if config.optimizer.name != 'muon':
+    return 0
+  total = 0
+  for w in params['blocks'].values():
+    if w.ndim > 2:
+      layers, embed = w.shape[0], config.model.embed
+      small, large = sorted((embed, w.size // layers // embed))
+      total += layers * 5 * (4 * small**2 * large + 2 * small**3)
+  return total
 
 
 def read(path):
@@ -136,87 +158,17 @@ def read(path):
   )
 
 
-def tokens_to_reach(evaluations, target):
-  """Returns the step at which a bound was reached, or None.
-
-  The bound is interpolated linearly between two evaluations.
-  """
-  for (s0, l0), (s1, l1) in zip(evaluations, evaluations[1:], strict=False):
-    if l1 <= target <= l0:
-      return s0 + (s1 - s0) * (l0 - target) / (l0 - l1)
-  return None
-
-
-def table(lines):
-  """Returns rows of text, the first for the heads of the columns."""
-  rows = [('recipe', 'seeds', 'bound', 'difference', 'tokens', 'FLOPs', 'time')]
-  base = {x['seed']: x for x in lines if x['recipe'] == next(iter(RECIPES))}
-  for recipe in RECIPES:
-    of = {x['seed']: x for x in lines if x['recipe'] == recipe}
-    seeds = sorted(of.keys() & base.keys())
-    if not seeds:
-      continue
-    final = np.mean([of[s]['evaluations'][-1][1] for s in seeds])
-    paired = np.concatenate(
-      [
-        np.subtract(of[s]['heldout_batches'], base[s]['heldout_batches'])
-        for s in seeds
-      ]
-    )
-    error = paired.std(ddof=1) / len(paired) ** 0.5
-    shares, cost = [], []
-    for s in seeds:
-      last, target = base[s]['evaluations'][-1]
-      reached = tokens_to_reach(of[s]['evaluations'], target)
-      shares.append(np.inf if reached is None else reached / last)
-      cost.append(
-        (
-          of[s]['flops_per_token'] / base[s]['flops_per_token'],
-          of[s]['seconds'] / base[s]['seconds'],
-        )
-      )
-    flops, seconds = np.mean(cost, axis=0)
-    share = np.mean(shares)
-    rows.append(
-      (
-        recipe,
-        str(len(seeds)),
-        f'{final:.3f}',
-        f'{paired.mean():+.3f} ± {error:.3f}',
-        f'{share:.2f}' if np.isfinite(share) else 'not reached',
-        f'{flops:.2f}',
-        f'{seconds:.2f}',
-      )
-    )
-  return rows
-
-
-def main():
+if __name__ == '__main__':
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parts = parser.add_subparsers(dest='part', required=True)
-  trains = parts.add_parser('run')
-  trains.add_argument('--out', required=True, help='file of JSON lines')
-  trains.add_argument('--runs', type=pathlib.Path, required=True)
-  trains.add_argument('--config', default=str(ROOT / 'configs/tiny.py'))
-  trains.add_argument('--data', help='prepared rows; default: embedded corpus')
-  trains.add_argument('--recipes', nargs='+', default=[*RECIPES])
-  trains.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-  trains.add_argument('--set', action='append', default=[], metavar='KEY=VALUE')
-  parts.add_parser('table').add_argument('results')
-  args = parser.parse_args()
-  if args.part == 'run':
-    run(args)
-    return
-  from maskdiff.monitoring import terminal
-
-  lines = read(args.results)
-  for key in sorted({(x['config'], x['corpus']) for x in lines}):
-    print(f'{key[0]}, {key[1]} corpus')
-    of = [x for x in lines if (x['config'], x['corpus']) == key]
-    print(terminal.table(table(of)), end='\n\n')
-
-
-if __name__ == '__main__':
-  main()
+  parser.add_argument('--out', required=True, help='file of JSON lines')
+  parser.add_argument('--runs', type=pathlib.Path, required=True)
+  parser.add_argument('--config', default=str(ROOT / 'configs/tiny.py'))
+  parser.add_argument('--data', help='prepared rows; default: embedded corpus')
+  parser.add_argument(
+    '--recipes', nargs='+', default=[*RECIPES], choices=RECIPES, metavar='NAME'
+  )
+  parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+  parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE')
+  run(parser.parse_args())

@@ -15,7 +15,9 @@ tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 
 configs/8b.py:MACHINE sets batch, microbatches and remat for a machine, by
 default 64 chips of v5p with the paper's batch. On 256 chips the batch has 1536
-rows, a fifth more, and the run reads the same number of tokens.
+rows, a fifth more, and the run reads the same number of tokens. The recipe is
+LLaDA's until another one is proved at 150M parameters or more (docs/recipes.md);
+configs/8b.py:llada will stay LLaDA's.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.08 s per step, 433,990
@@ -33,6 +35,7 @@ MACHINES = {
   'v5e-256': dict(batch=1536, microbatches=3, remat='attended'),
   'v6e-256': dict(batch=1536, microbatches=1, remat='attended'),
 }
+MACHINES['llada'] = MACHINES['v5p-128']
 
 
 def get_config(machine='v5p-128'):
