@@ -18,8 +18,9 @@ the collectives. Takes minutes.
 import argparse
 import contextlib
 import functools
-import importlib
 import os
+import pathlib
+import runpy
 import statistics
 import time
 from unittest import mock
@@ -49,6 +50,12 @@ from maskdiff.training.optimizer import (  # noqa: E402
   OptimizerConfig,
   make_optimizer,
 )
+
+
+def config_of(name):
+  """Returns the config of a file in configs/."""
+  path = pathlib.Path(__file__).parents[1] / 'configs' / f'{name}.py'
+  return runpy.run_path(str(path))['get_config']()
 
 
 def setup(config, name):
@@ -225,10 +232,10 @@ def compile_update(c, optimizer, mesh):
 
 def main():
   if ARGS.topology:
-    config = importlib.import_module(f'configs.{ARGS.config}').get_config()
+    config = config_of(ARGS.config)
     compare_updates(config, ARGS.topology)
   else:
-    config = importlib.import_module('configs.tiny').get_config()
+    config = config_of('tiny')
     compare_steps(config, ARGS.rounds)
     compare_precisions()
 

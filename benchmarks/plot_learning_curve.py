@@ -20,20 +20,17 @@ from maskdiff.config import config_file
 from maskdiff.monitoring import history
 from maskdiff.training import inputs
 
-COLORS = ('#1f5fbf', '#c07a2b', '#3a8f4d')
-
 
 def main(out, *labels_and_runs):
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
   pairs = [x.split('=', 1) for x in labels_and_runs]
-  for (label, workdir), color in zip(pairs, COLORS, strict=False):
+  for label, workdir in pairs:
     run = history.read_run(workdir)
     tokens = run.config['train.batch'] * run.config['data.length'] / 1e6
     name = 'eval/loss_nats_per_token'
     points = [(r['step'] * tokens, r[name]) for r in run.rows if name in r]
     axes.plot(
       *zip(*points, strict=True),
-      color=color,
       marker='o',
       markersize=4,
       label=f'held-out bound, {label}',

@@ -5,10 +5,11 @@ python benchmarks/proof.py --masked runs/masked \
   --autoregressive runs/autoregressive
 
 The raw metrics of the two runs of configs/proof.py are in
-benchmarks/results/proof/, one folder per run. The second command first replaces
-them by the metrics of other runs. The script draws docs/proof.png. It rewrites
-the parts of README.md and docs/proof.md between comments that name the script.
-docs/proof.md lists all commands. Needs matplotlib, which is in
+benchmarks/results/proof/, one folder per run, beside those of two runs with
+LLaDA's recipe (`uniform` of recipes.py). The second command first replaces the
+metrics of the two runs by those of other runs. The script draws docs/proof.png.
+It rewrites the parts of README.md and docs/proof.md between comments that name
+the script. docs/proof.md lists all commands. Needs matplotlib, which is in
 requirements-test.txt.
 """
 
@@ -30,7 +31,10 @@ RAW = ROOT / 'benchmarks' / 'results' / 'proof'
 NAMES = {
   'masked': 'masked diffusion (a bound)',
   'autoregressive': 'autoregressive',
+  'masked_before': "masked diffusion, LLaDA's recipe (a bound)",
+  'autoregressive_before': "autoregressive, LLaDA's recipe",
 }
+BEFORE = '_before'  # ends the names of runs with LLaDA's recipe
 LOSS, STDERR = 'eval/loss_nats_per_token', 'eval/stderr_nats_per_token'
 TRAIN_LOSS = 'train/loss_nats_per_token'
 BITS = 'eval/bits_per_byte'
@@ -40,10 +44,11 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  for name in NAMES:
+  now = [name for name in NAMES if not name.endswith(BEFORE)]
+  for name in now:
     parser.add_argument(f'--{name}', type=pathlib.Path, metavar='WORKDIR')
   args = parser.parse_args()
-  for name in NAMES:
+  for name in now:
     if vars(args)[name]:
       gather(vars(args)[name], RAW / name)
   runs = {name: read(RAW / name) for name in NAMES}
@@ -143,9 +148,10 @@ def verdict(runs):
 
 
 def samples(runs):
-  """Returns the last samples of both runs as a block of text."""
+  """Returns the last samples of the two runs as a block of text."""
   texts = []
-  for name, proof in runs.items():
+  for name in ('masked', 'autoregressive'):
+    proof = runs[name]
     found = history.samples(proof.run).values()
     prompts = proof.run.config['sample.prompts']
     for prompt, pairs in zip(prompts, found, strict=True):
@@ -202,17 +208,20 @@ def plot(runs, out):
     data['heldout_tokens'] / data['heldout_text_bytes'] / math.log(2)
   )
   figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
-  for (name, run), color in zip(
-    runs.items(), ('#1f5fbf', '#c07a2b'), strict=True
-  ):
-    tokens, losses = curve(run, TRAIN_LOSS)
-    axes.plot(tokens / 1e6, losses, color=color, lw=0.7, alpha=0.4)
+  for name, run in runs.items():
+    before = name.endswith(BEFORE)
+    color = '#1f5fbf' if name.startswith('masked') else '#c07a2b'
+    if not before:
+      tokens, losses = curve(run, TRAIN_LOSS)
+      axes.plot(tokens / 1e6, losses, color=color, lw=0.7, alpha=0.4)
     tokens, losses = curve(run, LOSS)
     axes.errorbar(
       tokens[1:] / 1e6,
       losses[1:],
       curve(run, STDERR)[1][1:],
       color=color,
+      alpha=0.5 if before else 1,
+      linestyle=':' if before else '-',
       marker='o',
       markersize=4,
       capsize=2,

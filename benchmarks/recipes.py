@@ -12,9 +12,10 @@ the English corpus, and recipes_page.py the tables.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import pathlib
-import re
 import subprocess
 import sys
 import time
@@ -23,11 +24,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 # LLaDA's recipe, whatever the defaults of a config are.
 BASE = {
   'objective.time_density': 'uniform',
+  'objective.bell_width': 0.12,
+  'objective.bell_mean': 0.5,
+  'objective.bell_uniform_share': 0.0,
+  'objective.time_interval': (0.0, 1.0),
+  'objective.weight': 'bound',
   'objective.uniform_after': 1.0,
   'optimizer.name': 'adamw',
   'model.zero_outputs': False,
+  'model.qk_norm': False,
 }
-BELL = BASE | {'objective.time_density': 'bell', 'objective.bell_width': 0.12}
+BELL = BASE | {'objective.time_density': 'bell'}
 PLAIN = {'objective.weight': 'power', 'objective.weight_power': 0.0}
 MUON = {'optimizer.name': 'muon'}
 ZERO = {'model.zero_outputs': True}
@@ -64,22 +71,30 @@ LOSS = 'eval/loss_nats_per_token'
 
 def run(args):
   """Trains the recipes that --out lacks, and appends a line for each."""
-  corpus = pathlib.Path(args.data).name if args.data else 'embedded'
-  config = pathlib.Path(args.config).stem
+  changes = dict(pair.partition('=')[::2] for pair in args.set)
+  for key, value in changes.items():
+    if not value or key in BASE:
+      sys.exit(f'--set {key}: give KEY=VALUE, with a key that no recipe sets')
   for seed in args.seeds:
     for recipe in args.recipes:
-      of = {'config': config, 'set': args.set, 'corpus': corpus}
-      of |= {'recipe': recipe, 'seed': seed}
+      of = {
+        'config': pathlib.Path(args.config).stem,
+        'set': args.set,
+        'corpus': pathlib.Path(args.data).name if args.data else 'embedded',
+        'recipe': recipe,
+        'settings': RECIPES[recipe],
+        'seed': seed,
+      }
+      of = json.loads(json.dumps(of))  # as it will be read
       # Read again each time: another process may fill the same file.
       if any(of.items() <= line.items() for line in read(args.out)):
         continue
-      name = re.sub(r'[^\w.-]+', '-', '-'.join(map(str, of.values())))
-      workdir = args.runs / name
-      values = dict(pair.split('=', 1) for pair in args.set)
-      values |= {'seed': seed} | RECIPES[recipe]
+      digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:8]
+      name = f'{of["config"]}-{of["corpus"]}-{recipe}-{seed}-{digest}'
+      values = changes | {'seed': seed} | RECIPES[recipe]
       if args.data:
         values |= {'data.path': args.data, 'data.tokenizer': args.data}
-      line = of | train(args.config, workdir, values)
+      line = of | train(args.config, args.runs / name, values)
       with open(args.out, 'a') as f:
         f.write(json.dumps(line) + '\n')
       print(f'{name}: {line["evaluations"][-1]}')
@@ -128,23 +143,31 @@ def result(workdir):
   flops = flops_per_token(c.objective.name, c.model, c.length)
   return {
     'tokens_per_step': tokens,
-    'flops_per_token': flops + optimizer_flops(config, params) / tokens,
+    'flops_per_token': flops + optimizer_flops(config) / tokens,
     'unigram_entropy': data.manifest.splits['heldout'].unigram_entropy_nats,
     'evaluations': [[r['step'], r[LOSS]] for r in rows if LOSS in r],
     'heldout_batches': losses,
   }
 
 
-def optimizer_flops(config, params):
+def optimizer_flops(config):
   """Returns the FLOPs of Muon's matrix products in a step; 0 for AdamW."""
+  import jax
+
+  from maskdiff.model import transformer
+  from maskdiff.training import muon, step
+
   if config.optimizer.name != 'muon':
     return 0
-  total = 0
-  for w in params['blocks'].values():
-    if w.ndim > 2:
-      layers, embed = w.shape[0], config.model.embed
-      small, large = sorted((embed, w.size // layers // embed))
-      total += layers * 5 * (4 * small**2 * large + 2 * small**3)
+  model, total = step.step_config(config).model, 0
+  shapes, tree = jax.tree.flatten(transformer.shapes(model))
+  for x, axes in zip(
+    shapes, tree.flatten_up_to(transformer.axes(model)), strict=True
+  ):
+    if sides := muon.matrix_sides(axes):
+      m, n = sorted(math.prod(x.shape[d] for d in side) for side in sides)
+      iteration = 4 * m**2 * n + 2 * m**3
+      total += x.size // (m * n) * muon.ITERATIONS * iteration
   return total
 
 

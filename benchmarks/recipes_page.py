@@ -115,12 +115,14 @@ def filled(text, found):
   tables = '\n\n'.join(
     f'{title(group)}:\n\n{markdown(table(of))}' for group, of in found.items()
   )
-  return re.sub(
+  text, count = re.subn(
     r'(<!-- benchmarks/recipes_page.py: tables -->\n).*?(<!-- end -->)',
     lambda m: f'{m[1]}{tables}\n{m[2]}',
     text,
     flags=re.S,
   )
+  assert count == 1, f'{PAGE} has no place for the tables'
+  return text
 
 
 def plot(found, out):

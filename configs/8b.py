@@ -16,8 +16,8 @@ tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 configs/8b.py:MACHINE sets batch, microbatches and remat for a machine, by
 default 64 chips of v5p with the paper's batch. On 256 chips the batch has 1536
 rows, a fifth more, and the run reads the same number of tokens. The recipe is
-LLaDA's until another one is proved at 150M parameters or more (docs/recipes.md);
-configs/8b.py:llada will stay LLaDA's.
+LLaDA's until another one is shown to learn faster at 150M parameters or more
+(docs/recipes.md). configs/8b.py:llada is and stays this recipe.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.08 s per step, 433,990
@@ -56,6 +56,8 @@ def get_config(machine='v5p-128'):
   c.tokens.eos_id = 126_081
 
   c.objective.predict_mask = True
+  c.objective.time_density = 'uniform'
+  c.objective.weight = 'bound'
   # Just over 1/8 of the masked tokens that a chip has in 4 rows.
   c.objective.loss_chunk_tokens = 1056
 
@@ -64,6 +66,7 @@ def get_config(machine='v5p-128'):
   c.data.length = 4096
 
   step_of = lambda tokens: round(tokens / (plan['batch'] * c.data.length))
+  c.optimizer.name = 'adamw'
   c.optimizer.schedule = 'piecewise'
   c.optimizer.pieces = (
     (2_000, 0.0, 4e-4),

@@ -4,7 +4,7 @@ python launch/pretrain.py --config configs/proof.py --workdir runs/masked
 python launch/pretrain.py --config configs/proof.py \
   --workdir runs/autoregressive --config.objective.name=autoregressive
 
-The model of configs/tiny.py, trained for 6,000 steps instead of 1,300: two
+The model and the recipe of configs/tiny.py, trained for 6,000 steps: two
 thirds of an epoch of the embedded corpus, less than an hour on one CPU core.
 Both runs read the same rows in the same order, with the same model and
 optimizer.
@@ -23,10 +23,13 @@ def get_config():
   c.model.mlp = 512
   c.model.rope_theta = 1000.0
   c.model.dtype = 'float32'
+  c.model.zero_outputs = True
+  c.objective.time_density = 'bell'
   c.data.length = 128
   c.train.batch = 8
   c.train.steps = 6000
   c.train.log_every_steps = 50
+  c.optimizer.name = 'muon'
   c.optimizer.learning_rate = 2e-3
   c.optimizer.final_learning_rate = 1e-4
   c.optimizer.warmup_steps = 100

@@ -48,6 +48,15 @@ RULES = {
     '--config.model.kv_heads=2 --config.model.head_dim=8 '
     '--config.model.mlp=16',
   ),
+  'one small recipe': Rule(
+    r'benchmarks/recipes\.py',
+    '--recipes uniform --seeds 0 --set train.steps=2 --set train.batch=8 '
+    '--set optimizer.warmup_steps=1 --set optimizer.decay_steps=1 '
+    '--set eval.batch=8 --set eval.batches=2 --set sample.gen_length=8 '
+    '--set sample.steps=8 --set model.embed=16 --set model.layers=1 '
+    '--set model.heads=2 --set model.kv_heads=2 --set model.head_dim=8 '
+    '--set model.mlp=16',
+  ),
   # Rows of these configs are long, and fill one device.
   'few rows': Rule(
     r'launch/pretrain\.py .*configs/(150m|1b|published)\.py',

@@ -17,7 +17,11 @@ KEYS = {
     2.0, 'Exponent of the polynomial noise schedule.', above=0
   ),
   'eps': Key(
-    1e-3, 'Diffusion times are drawn from [eps, 1).', above=0, below=1
+    1e-3,
+    'Diffusion times are drawn from [eps, 1). Those of the held-out bound are '
+    'drawn from [0.001, 1).',
+    above=0,
+    below=1,
   ),
   'time_sampling': Key(
     'antithetic',
@@ -104,6 +108,14 @@ def check(c):
     o.time_density != 'bell' or interval[0] <= o.bell_mean <= interval[1],
     f'config.objective.bell_mean={o.bell_mean}: must be within '
     f'config.objective.time_interval={interval}',
+  )
+  require(
+    o.weight != 'importance'
+    or o.time_density == 'uniform'
+    or o.bell_uniform_share > 0,
+    'config.objective.weight=importance divides by the density, and '
+    'time_density=bell has times that are hardly ever drawn; set '
+    '--config.objective.bell_uniform_share=0.1',
   )
   require(
     o.weight != 'importance' or tuple(interval) == (0, 1),

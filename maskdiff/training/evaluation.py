@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 
+from maskdiff.config import objective as objective_keys
 from maskdiff.distributed.mesh import replicate
 from maskdiff.interop import load
 from maskdiff.objectives.time_density import TimeDensity, Weight
@@ -14,6 +15,9 @@ from maskdiff.sampling.settings import sampler_config
 from maskdiff.training import inputs
 from maskdiff.training import step as step_lib
 from maskdiff.training.stage import Evaluation
+
+# Held-out times are drawn from [EPS, 1), also if config.objective.eps differs.
+EPS = objective_keys.KEYS['eps'].default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,11 +232,12 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
 def eval_config(c):
   """Returns a StepConfig for evaluation, whose loss is the bound.
 
-  Rows are whole, times are stratified and uniform, and weights are those of
-  the bound, whatever the training draws.
+  Rows are whole, times are stratified and uniform on [EPS, 1), and weights are
+  those of the bound, whatever the training draws.
   """
   objective = dataclasses.replace(
     c.objective,
+    eps=EPS,
     random_length_fraction=0.0,
     time_sampling='stratified',
     time_density=TimeDensity(),

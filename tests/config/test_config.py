@@ -108,6 +108,17 @@ def test_llada_has_its_published_number_of_parameters(name, number):
   assert num_params(name) == number
 
 
+def test_llada_recipe_of_8b_is_that_of_the_paper():
+  c = build('8b.py:llada')
+  assert (c.objective.time_density, c.objective.weight) == ('uniform', 'bound')
+  assert (c.objective.schedule, c.objective.eps) == ('linear', 1e-3)
+  assert c.objective.random_length_fraction == 0.01
+  assert (c.optimizer.name, c.optimizer.weight_decay) == ('adamw', 0.1)
+  assert not c.model.zero_outputs
+  assert c.train.batch == 1280 and c.optimizer.pieces[0] == (2000, 0.0, 4e-4)
+  assert config_lib.flatten(c) == config_lib.flatten(build('8b.py'))
+
+
 @pytest.mark.parametrize(
   'name, least, most',
   [('tiny.py', 1e6, 1e7), ('150m.py', 135e6, 165e6)],
@@ -191,6 +202,9 @@ INVALID = {
   'objective.time_interval': dict(objective__time_interval=(0.5, 0.5)),
   'objective.weight': dict(
     objective__weight='importance', objective__time_interval=(0.0, 0.9)
+  ),
+  'objective.bell_uniform_share': dict(
+    objective__weight='importance', objective__time_density='bell'
   ),
   'objective.random_length_fraction': dict(objective__random_length_fraction=2),
   'train.steps': dict(train__steps=150),  # less than warmup and decay

@@ -12,7 +12,7 @@ from maskdiff.monitoring import history
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-
+RECIPES = runpy.run_path(str(ROOT / 'benchmarks' / 'recipes.py'))['RECIPES']
 SCRIPT = runpy.run_path(str(ROOT / 'benchmarks' / 'proof.py'))
 proof = types.SimpleNamespace(**SCRIPT)
 
@@ -80,10 +80,13 @@ def test_pages_have_the_figures_of_the_raw_metrics(page):
   assert text == proof.filled(text, runs)
 
 
-@pytest.mark.parametrize('name', ['masked', 'autoregressive'])
+@pytest.mark.parametrize('name', proof.NAMES)
 def test_raw_metrics_come_from_the_named_config(name):
   path = ROOT / 'configs' / 'proof.py'
   wanted = runpy.run_path(str(path))['get_config']()
-  wanted.objective.name = {'masked': 'masked_diffusion'}.get(name, name)
+  if name.endswith(proof.BEFORE):
+    wanted.update_from_flattened_dict(RECIPES['uniform'])
+  if name.startswith('autoregressive'):
+    wanted.objective.name = 'autoregressive'
   raw = json.loads((proof.RAW / name / 'config.json').read_text())
   assert config.flatten(config.from_dict(raw)) == config.flatten(wanted)

@@ -1,5 +1,6 @@
 """Recipes are valid, and docs/recipes.md has the figures of the raw lines."""
 
+import argparse
 import pathlib
 import sys
 
@@ -49,9 +50,66 @@ def test_table_has_the_tokens_and_flops_to_the_bound_of_the_first_recipe():
   rows = {row[0]: row[1:] for row in page.table(of)}
   assert rows['uniform'] == ('2', '5.500', '', '1.00', '1.00')
   share = np.mean([0.75, 0.5])
-  assert rows['bell'][:2] == ('2', '4.250')
+  # Differences -0.5, -0.5 and -2, -2.
+  assert rows['bell'][:3] == ('2', '4.250', '-1.250 ± 0.750')
   assert rows['bell'][3:] == (f'{share:.2f}', f'{1.2 * share:.2f}')
   assert rows['plain'][3:] == ('not reached', 'not reached')
+
+
+def test_trainings_that_have_a_line_are_skipped(tmp_path, monkeypatch):
+  trained = []
+
+  def train(config, workdir, values):
+    trained.append((values['seed'], values['optimizer.name']))
+    return {'evaluations': [[0, 8.0]]}
+
+  monkeypatch.setattr(recipes, 'train', train)
+  out = tmp_path / 'recipes.jsonl'
+  args = argparse.Namespace(
+    config='configs/tiny.py',
+    set=['train.steps=10'],
+    data=None,
+    recipes=['uniform', 'muon'],
+    seeds=[0, 1],
+    runs=tmp_path,
+    out=out,
+  )
+  recipes.run(args)
+  assert trained == [(0, 'adamw'), (0, 'muon'), (1, 'adamw'), (1, 'muon')]
+  first, *_ = lines = out.read_text().splitlines()
+  out.write_text('\n'.join(lines[1:]) + '\n')
+  recipes.run(args)
+  assert trained[4:] == [(0, 'adamw')]
+  assert out.read_text().splitlines()[-1] == first
+  args.set = ['train.steps=20']
+  recipes.run(args)
+  assert len(trained) == 9
+
+
+@pytest.mark.parametrize('pair', ['train.steps', 'optimizer.name=muon'])
+def test_set_of_a_key_of_the_recipes_is_refused(pair):
+  with pytest.raises(SystemExit, match='with a key that no recipe sets'):
+    recipes.run(argparse.Namespace(set=[pair]))
+
+
+def test_flops_of_muon_are_those_of_its_products():
+  config = config_lib.default()
+  config.optimizer.name = 'muon'
+  config.update_from_flattened_dict(
+    {
+      'model.layers': 2,
+      'model.embed': 8,
+      'model.heads': 1,
+      'model.kv_heads': 1,
+      'model.head_dim': 8,
+      'model.mlp': 16,
+    }
+  )
+  # Two products of (m, m, n) and one of (m, m, m), of 2 FLOPs per multiply-add.
+  square, wide = 2 * 3 * 8**3, 2 * (2 * 8 * 8 * 16 + 8**3)
+  assert recipes.optimizer_flops(config) == 2 * 5 * (4 * square + 3 * wide)
+  config.optimizer.name = 'adamw'
+  assert recipes.optimizer_flops(config) == 0
 
 
 def test_errors_of_seeds_and_batches_add_up():

@@ -224,6 +224,7 @@ def test_evaluation_does_not_depend_on_the_training_objective():
       'objective.time_interval': (0.1, 0.9),
       'objective.weight': 'power',
       'objective.weight_power': 0.5,
+      'objective.eps': 0.1,
     }
   )
   other = evaluation.eval_config(step.step_config(config)).objective
