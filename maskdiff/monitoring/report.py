@@ -145,9 +145,11 @@ def _facts(run, i):
 def _losses(run):
   """Returns (label, value) pairs of the newest held-out and training loss."""
   pairs = []
+  newest = history.newest(run, 'eval/loss_nats_per_token')
   for weights, label in (('', 'held-out'), (history.EMA, 'held-out, average')):
     row = history.newest(run, f'eval/{weights}loss_nats_per_token')
-    if not row:
+    # An average that was turned off has only older rows.
+    if not row or row is not newest:
       continue
     loss = finite(row[f'eval/{weights}loss_nats_per_token'])
     stderr = finite(row.get(f'eval/{weights}stderr_nats_per_token'))
@@ -161,13 +163,17 @@ def _losses(run):
         pairs.append((f'{label}, {unit}', text))
     if loss is None:
       pairs.append((f'{label}, nats/token', 'not finite'))
-  row = history.newest(run, 'train/loss_nats_per_token')
-  if row:
-    _, losses = history.series(run, 'train/loss_nats_per_token')
-    text = 'not finite'
-    if finite(row['train/loss_nats_per_token']) is not None:
-      text = f'{losses[-smoothing.half_window(losses) - 1 :].mean():.3f}'
-    pairs.append(('training, nats/token', text))
+  for key, label in (
+    ('train/loss_nats_per_token', 'training'),
+    ('train/objective_nats_per_token', 'training objective'),  # not the bound
+  ):
+    row = history.newest(run, key)
+    if row:
+      _, losses = history.series(run, key)
+      text = 'not finite'
+      if finite(row[key]) is not None:
+        text = f'{losses[-smoothing.half_window(losses) - 1 :].mean():.3f}'
+      pairs.append((f'{label}, nats/token', text))
   return pairs
 
 

@@ -172,7 +172,7 @@ def _compile(stage, setup, reporter, state, batch, key):
 
 def _evaluate(stage, setup, reporter, step, state):
   """Evaluates a TrainState and writes the result; returns an Evaluation."""
-  average = state.ema and state.ema.params
+  average = None if state.ema is None else state.ema.params
   with reporter.clock_stopped():
     with setup.ledger.span('eval'), jax.set_mesh(setup.mesh):
       result = stage.evaluate(step, state.params, average)

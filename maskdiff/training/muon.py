@@ -1,4 +1,4 @@
-"""Muon: momentum of which every matrix is orthogonalized before it is applied.
+"""Muon: orthogonalizes the momentum of each matrix.
 
 The algorithm is Keller Jordan's (https://kellerjordan.github.io/posts/muon).
 Updates have the scale of Moonlight (arXiv 2502.16982, section 2.2): their root

@@ -25,8 +25,10 @@ from maskdiff.training.train_state import TrainState
 
 # Sections and keys.
 FIXED = ('model', 'objective', 'tokens', 'optimizer.name')
-# Keys of these sections that change the result of a step only by rounding.
+# Keys of these sections that change the result of a step only by rounding, or
+# act only at initialization.
 MAY_CHANGE = (
+  'model.zero_outputs',
   'model.dtype',
   'model.remat',
   'model.attention',
@@ -93,9 +95,9 @@ def restore_or_init(config, setup, stage, key, checkpointer):
     The TrainState, and a Start.
 
   Raises:
-    UserError: the checkpoint has another stage, other data, or another model or
-      objective; all checkpoints are damaged; or config.init_from has another
-      model.
+    UserError: the checkpoint has another stage, other data, or another model,
+      objective or optimizer; all checkpoints are damaged; or config.init_from
+      has another model, or no moving average for config.init_from_ema.
   """
   optimizer, shardings = setup.optimizer, setup.shardings
   ema = shardings.ema is not None
@@ -119,8 +121,10 @@ def restore_or_init(config, setup, stage, key, checkpointer):
   found = restore.newest(checkpointer, targets_of)
   if found is None and config.init_from:
     params = load.warm_start(config, setup.mesh)
-    average = 'the moving average of ' * config.init_from_ema
-    runtime.print_once(f'parameters are those of {average}{config.init_from}')
+    source = config.init_from
+    if config.init_from_ema:
+      source = f'the moving average of {source}'
+    runtime.print_once(f'parameters are those of {source}')
     make_state = functools.partial(train_state.from_params, optimizer, ema=ema)
     make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
     return make_state(params), Start(0, stage.start)
@@ -186,13 +190,18 @@ def _check(name, meta, config, stage):
   )
   new = config_lib.flatten(config)
   changed = [key for key, value in new.items() if old[key] != value]
-  for key in changed:
-    fixed = key in FIXED or key.partition('.')[0] in FIXED
-    if fixed and key not in MAY_CHANGE:
-      raise UserError(
-        f'{name} was trained with config.{key}={old[key]!r}, not {new[key]!r}; '
-        'use the same value or another --workdir'
-      )
+  refused = [
+    f'config.{key}={old[key]!r}, not {new[key]!r}'
+    for key in changed
+    if (key in FIXED or key.partition('.')[0] in FIXED)
+    and key not in MAY_CHANGE
+  ]
+  if refused:
+    values = 'value' if len(refused) == 1 else 'values'
+    raise UserError(
+      f'{name} was trained with {"; ".join(refused)}; use the same {values} or '
+      'another --workdir'
+    )
   for key in changed:
     runtime.print_once(
       f'changed since {name}: config.{key} was {old[key]!r}, now {new[key]!r}'
@@ -205,6 +214,6 @@ def _check(name, meta, config, stage):
     )
   if has_ema and not ema:
     runtime.print_once(
-      f'the moving average of the weights in {name} is dropped: '
-      'config.train.ema_decay=0'
+      f'the moving average of the weights in {name} will not be in later '
+      'checkpoints: config.train.ema_decay=0'
     )

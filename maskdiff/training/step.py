@@ -156,7 +156,9 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
       (optax.apply_updates(state.params, updates), opt_state),
       (state.params, state.opt_state),
     )
-    ema = state.ema and ema_lib.update(c.ema_decay, state.ema, params, ok)
+    ema = None
+    if state.ema is not None:
+      ema = ema_lib.update(c.ema_decay, state.ema, params, ok)
     param_norm = optax.tree.norm(params)
   metrics = StepMetrics(
     sums=sums,

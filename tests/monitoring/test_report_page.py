@@ -391,3 +391,34 @@ def test_plan_of_another_batch_gives_a_warning(tmp_path):
   text = report.page([run])
   assert 'the plan is for batch 1,024, the run has 8' in text
   assert 'the plan has no time: it does not fit' in text
+
+
+def test_training_loss_that_is_not_the_bound_is_the_training_objective(
+  tmp_path,
+):
+  name = 'train/objective_nats_per_token'
+  rows = [{'step': step, name: 8.0} for step in (1, 2)]
+  facts = report._losses(
+    history.read_run(made_runs.write(tmp_path / 'a', rows))
+  )
+  assert facts == [('training objective, nats/token', '8.000')]
+  rows = [train_row(1, 8.0), train_row(2, 8.0)]
+  facts = report._losses(
+    history.read_run(made_runs.write(tmp_path / 'b', rows))
+  )
+  assert facts == [('training, nats/token', '8.000')]
+
+
+@pytest.mark.parametrize('steps', [(0, 2), (0,)])
+def test_average_is_shown_only_beside_the_bound_of_its_step(tmp_path, steps):
+  """An average that was turned off ends before the bound of the weights."""
+  rows = [eval_row(0, 9.0), eval_row(2, 7.0)]
+  for row in rows:
+    if row['step'] in steps:
+      row['eval/ema_loss_nats_per_token'] = row['step'] + 5.0
+  facts = dict(
+    report._losses(history.read_run(made_runs.write(tmp_path / 'a', rows)))
+  )
+  assert facts['held-out, nats/token'] == '7.000 ± 0.100'
+  shown = '7.000' if 2 in steps else None
+  assert facts.get('held-out, average, nats/token') == shown

@@ -1,10 +1,12 @@
 """The moving average of the weights: formula, runs, resume, loading."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import re
 import shutil
+import types
 
 import forked
 import jax
@@ -17,13 +19,14 @@ import tiny
 
 import maskdiff
 from maskdiff import config as config_lib
-from maskdiff.checkpoints import checkpoint
+from maskdiff.checkpoints import checkpoint, restore
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import convert, load
 from maskdiff.monitoring import history, loss_curves, metrics, report
 from maskdiff.training import ema as ema_lib
-from maskdiff.training import loop, train_state
+from maskdiff.training import loop, pretraining, resume, train_state
+from maskdiff.training.run_setup import open_setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVED = 4, 2
@@ -210,8 +213,72 @@ def test_average_turned_off_is_dropped(runs, killed, make_config, capfd):
   workdir = killed('with')
   loop.run(make_config(train__ema_decay=0.0), str(workdir))
   line = f'the moving average of the weights in {workdir}/checkpoints/{SAVED} '
-  assert f'{line}is dropped' in capfd.readouterr().err
+  assert f'{line}will not be in later' in capfd.readouterr().err
   assert_same_bits(state_of(workdir), state_of(runs / 'without'))
+
+
+def start(config, workdir):
+  """Returns TrainState and Start of a run, as before its first step."""
+  spans = types.SimpleNamespace(
+    span=lambda _: contextlib.nullcontext(), beat=lambda: None
+  )
+  setup = open_setup(config, spans, lambda: None)
+  checkpointer = checkpoint.Checkpointer(str(workdir / 'checkpoints'), 2, 0)
+  with contextlib.closing(checkpointer), jax.set_mesh(setup.mesh):
+    return resume.restore_or_init(
+      config,
+      setup,
+      pretraining.make_stage(config, setup),
+      jax.random.key(1),
+      checkpointer,
+    )
+
+
+def assert_average_starts_at(state, expected):
+  assert_same_bits(named(state.params), expected)
+  assert_same_bits(named(state.ema.params), expected)
+  assert state.ema.updates == 0
+
+
+def damage(workdir):
+  shutil.rmtree(workdir / 'checkpoints' / str(STEPS) / 'params')
+
+
+def roll_back(workdir):
+  checkpointer = checkpoint.Checkpointer(str(workdir / 'checkpoints'), 2, 0)
+  with contextlib.closing(checkpointer):
+    restore.roll_back(checkpointer, SAVED)
+
+
+@pytest.mark.parametrize('lose', [damage, roll_back])
+def test_step_without_an_average_starts_one(
+  runs, make_config, tmp_path, capfd, lose
+):
+  """The newest step has an average, the step before it has none."""
+  workdir = shutil.copytree(runs / 'with', tmp_path / 'run')
+  before = workdir / 'checkpoints' / str(SAVED)
+  shutil.rmtree(before)
+  shutil.copytree(runs / 'without_killed' / 'checkpoints' / str(SAVED), before)
+  expected = part(runs / 'without_killed', "['params']")
+  lose(workdir)
+  state, begin = start(make_config(model__zero_outputs=True), workdir)
+  assert begin.step == state.step == SAVED
+  assert_average_starts_at(state, expected)
+  printed = capfd.readouterr().err
+  assert f'checkpoints/{SAVED} has no moving average of the weights' in printed
+  assert 'config.model.zero_outputs was False, now True' in printed
+
+
+def test_new_run_starts_from_the_average_of_another(
+  runs, average, make_config, tmp_path, capfd
+):
+  source = str(runs / 'with')
+  config = make_config(init_from=source, init_from_ema=True)
+  state, begin = start(config, tmp_path / 'new')
+  assert begin.step == state.step == 0
+  assert_average_starts_at(state, average)
+  line = f'parameters are those of the moving average of {source}\n'
+  assert line in capfd.readouterr().err
 
 
 # Loading
@@ -222,12 +289,16 @@ def named(params):
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
+def part(workdir, name):
+  """Returns the arrays of the newest checkpoint below a name."""
+  state = state_of(workdir)
+  return {k[len(name) :]: x for k, x in state.items() if k.startswith(name)}
+
+
 @pytest.fixture(scope='module')
 def average(runs):
   """Returns the arrays of the average by name."""
-  start = "['ema']['params']"
-  state = state_of(runs / 'with')
-  return {k[len(start) :]: x for k, x in state.items() if k.startswith(start)}
+  return part(runs / 'with', "['ema']['params']")
 
 
 def test_load_takes_the_average_on_any_mesh(runs, average, monkeypatch):

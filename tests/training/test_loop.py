@@ -353,6 +353,11 @@ def other_corpus(tokenizer, directory):
     ('checkpoints/3', dict(model__embed=32)),
     ('checkpoints/3', dict(model__tie_embeddings=False)),
     ('config.optimizer.name', dict(optimizer__name='muon')),
+    (
+      "config.model.embed=16, not 32; .*name='adamw', not 'muon'; use the same "
+      'values',
+      dict(model__embed=32, model__zero_outputs=True, optimizer__name='muon'),
+    ),
   ],
 )
 def test_resume_refuses_other_model_or_data(
@@ -365,6 +370,7 @@ def test_resume_refuses_other_model_or_data(
   with pytest.raises(UserError, match=field) as error:
     loop.run(config, str(workdir))
   assert '\n' not in str(error.value)
+  assert 'zero_outputs' not in str(error.value)
   assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
