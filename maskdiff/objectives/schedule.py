@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskdiff.config import CHOICES
 
@@ -19,7 +20,7 @@ from maskdiff.config import CHOICES
 class Schedule:
   """A noise schedule. Only the polynomial schedule uses `power`.
 
-  The methods take and return arrays of the same shape.
+  The methods take and return arrays of the same shape, of JAX or NumPy.
   """
 
   name: str = 'linear'
@@ -31,7 +32,7 @@ class Schedule:
       'linear': lambda: t,
       'polynomial': lambda: t**self.power,
       # 1 - alpha of MD4's cosine schedule, cos(pi/2 (1 - t)).
-      'cosine': lambda: jnp.sin(jnp.pi / 2 * t),
+      'cosine': lambda: _numpy(t).sin(np.pi / 2 * t),
     }[self.name]()
 
   def time(self, mask_ratio):
@@ -47,8 +48,13 @@ class Schedule:
     return {
       'linear': lambda: 1 / t,
       'polynomial': lambda: self.power / t,
-      'cosine': lambda: jnp.pi / 2 / jnp.tan(jnp.pi / 2 * t),
+      'cosine': lambda: np.pi / 2 / _numpy(t).tan(np.pi / 2 * t),
     }[self.name]()
+
+
+def _numpy(x):
+  """Returns the module that computes with x: NumPy for its arrays."""
+  return np if isinstance(x, np.ndarray) else jnp
 
 
 SCHEDULES = CHOICES['objective.schedule']

@@ -8,7 +8,6 @@ around 1/2.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -59,7 +58,8 @@ class TimeDensity:
   def quantile(self, u):
     """Maps uniform draws in [0, 1) to times: the inverse of the CDF.
 
-    Strata of u become strata of equal probability.
+    Strata of u become strata of equal probability. u is an array of JAX or, for
+    a result in float64, of NumPy.
     """
     if self.is_uniform:
       return u
@@ -67,6 +67,8 @@ class TimeDensity:
     table = self.table()
     cdf = np.concatenate([[0.0], np.cumsum(table)]) / table.sum()
     edges = start + (end - start) * np.arange(BINS + 1) / BINS
+    if isinstance(u, np.ndarray):
+      return np.interp(u, cdf, edges)
     t = jnp.interp(u, cdf.astype(np.float32), edges.astype(np.float32))
     return jnp.minimum(t, 1 - 2.0**-24)  # below 1, as u is
 
@@ -128,8 +130,7 @@ class Weight:
       # because times start at eps, except for the linear schedule.
       return (1 - eps) / (1 - schedule.mask_ratio(eps))
     u = (np.arange(16 * BINS) + 0.5) / (16 * BINS)
-    with jax.ensure_compile_time_eval():  # a number, also under jit
-      d = density.quantile(u)
-      ratio = schedule.mask_ratio((1 - eps) * d + eps)
-      mean = jnp.mean(ratio * self._raw(schedule, density, eps, d))
-    return 1 / mean
+    # In NumPy: a number also under jit, and for devices that only compile.
+    d = density.quantile(u)
+    ratio = schedule.mask_ratio((1 - eps) * d + eps)
+    return 1 / float(np.mean(ratio * self._raw(schedule, density, eps, d)))

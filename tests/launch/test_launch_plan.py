@@ -243,6 +243,7 @@ def test_a_plan_of_training(tmp_path):
     tmp_path,
     '--topology',
     'v5e:2x2',
+    '--config.optimizer.name=adamw',
     *(['--plot', str(image)] if plots else []),
     *SMALL,
   )
