@@ -68,7 +68,9 @@ def names(leaves, ema, source):
   """Returns {name of a parameter, such as blocks/q: name in the manifest}.
 
   Args:
-    leaves, ema, source: see `targets`.
+    leaves: see `targets`.
+    ema: see `targets`.
+    source: see `targets`.
 
   Raises:
     UserError: the checkpoint has no moving average.

@@ -241,7 +241,7 @@ def test_the_curves_show_the_metrics(story):
   column = lambda name: [r[name] for r in story.rows if name in r]
   for lines, name in zip(
     story.curves,
-    ('train/loss_nats_per_token', 'train/grad_norm', 'train/tokens_per_s'),
+    ('train/objective_nats_per_token', 'train/grad_norm', 'train/tokens_per_s'),
     strict=True,
   ):
     assert len(column(name)) > story.steps / 3
