@@ -137,6 +137,7 @@ def scalars(workdir, name):
   return {row['step']: row[name] for row in rows if name in row}
 
 
+@pytest.mark.slow
 def test_average_changes_nothing_else(runs):
   """State and metrics are those of a run without, bit for bit."""
   state = state_of(runs / 'with')
@@ -146,6 +147,7 @@ def test_average_changes_nothing_else(runs):
     assert scalars(runs / 'with', name) == scalars(runs / 'without', name)
 
 
+@pytest.mark.slow
 def test_average_is_evaluated_beside_the_weights(runs):
   for name in ('loss_nats_per_token', 'bits_per_byte', 'stderr_nats_per_token'):
     raw = scalars(runs / 'with', f'eval/{name}')
@@ -157,6 +159,7 @@ def test_average_is_evaluated_beside_the_weights(runs):
   assert not any('ema' in key for key in other.keys)
 
 
+@pytest.mark.slow
 def test_report_draws_the_average_as_a_dotted_line(runs):
   both = history.read_runs([runs / 'with', runs / 'without'])
   panel = loss_curves.heldout(both)
@@ -180,6 +183,7 @@ def killed(runs, tmp_path):
   return lambda name: shutil.copytree(runs / f'{name}_killed', tmp_path / name)
 
 
+@pytest.mark.slow
 def test_resume_of_the_average_is_bitwise_exact(runs, killed, make_config):
   workdir = killed('with')
   loop.run(make_config(), str(workdir))
@@ -188,6 +192,7 @@ def test_resume_of_the_average_is_bitwise_exact(runs, killed, make_config):
   assert scalars(workdir, name) == scalars(runs / 'with', name)
 
 
+@pytest.mark.slow
 def test_average_turned_on_starts_at_the_restored_weights(
   runs, killed, make_config, capfd
 ):
@@ -209,6 +214,7 @@ def test_average_turned_on_starts_at_the_restored_weights(
       )
 
 
+@pytest.mark.slow
 def test_average_turned_off_is_dropped(runs, killed, make_config, capfd):
   workdir = killed('with')
   loop.run(make_config(train__ema_decay=0.0), str(workdir))
@@ -250,6 +256,7 @@ def roll_back(workdir):
     restore.roll_back(checkpointer, SAVED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lose', [damage, roll_back])
 def test_step_without_an_average_starts_one(
   runs, make_config, tmp_path, capfd, lose
@@ -269,6 +276,7 @@ def test_step_without_an_average_starts_one(
   assert 'config.model.zero_outputs was False, now True' in printed
 
 
+@pytest.mark.slow
 def test_new_run_starts_from_the_average_of_another(
   runs, average, make_config, tmp_path, capfd
 ):
@@ -301,6 +309,7 @@ def average(runs):
   return part(runs / 'with', "['ema']['params']")
 
 
+@pytest.mark.slow
 def test_load_takes_the_average_on_any_mesh(runs, average, monkeypatch):
   """Nothing else is read from the checkpoint."""
   read, restore = [], checkpoint.Checkpointer.restore
@@ -322,6 +331,7 @@ def test_load_takes_the_average_on_any_mesh(runs, average, monkeypatch):
   assert any((raw[name] != x).any() for name, x in average.items())
 
 
+@pytest.mark.slow
 def test_export_writes_the_average(runs, average, tmp_path):
   workdir, out = str(runs / 'with'), tmp_path / 'out'
   lines = convert.to_hf(workdir, str(out), ema=True)
@@ -336,6 +346,7 @@ def test_export_writes_the_average(runs, average, tmp_path):
       load.load(folder, ema=True)
 
 
+@pytest.mark.slow
 def test_warm_start_from_the_average(runs, average, make_config):
   config = make_config(init_from=str(runs / 'with'), init_from_ema=True)
   params = load.warm_start(config, mesh_lib.make_mesh())
@@ -348,6 +359,7 @@ def test_warm_start_from_the_average(runs, average, make_config):
     config_lib.validate(config)
 
 
+@pytest.mark.slow
 def test_average_of_a_warm_start_has_its_own_memory(make_config):
   """The train step donates parameters and average."""
   c, tx = tiny.MODEL, optax.sgd(0.1)
@@ -371,6 +383,7 @@ def test_average_of_a_warm_start_has_its_own_memory(make_config):
     assert first != second
 
 
+@pytest.mark.slow
 def test_script_refuses_ema_of_a_run_without_average(runs):
   flags = ('--task=addition', '--num=1', f'--workdir={runs / "without"}')
   result = forked.run(

@@ -340,6 +340,7 @@ def test_average_is_that_of_the_parameters_on_every_mesh(run_of):
   )
 
 
+@pytest.mark.slow
 def test_muon_does_not_depend_on_mesh_or_microbatches():
   """The iteration amplifies rounding in the small singular values."""
   one, eight = muon_run(), run('fsdp2_sequence2_tensor2', 1, **WITH_MUON)
