@@ -101,7 +101,10 @@ def compare_steps(config, rounds):
     f'a step with muon takes {wall["muon"] / wall["adamw"]:.2f} of the time of '
     f'a step with adamw, {cpu["muon"] / cpu["adamw"]:.2f} of its CPU time'
   )
-  products = sum(map(iteration_flops, matrix_shapes(config)))
+  model = step.step_config(config).model
+  products = muon.iteration_flops(
+    transformer.shapes(model), transformer.axes(model)
+  )
   x = jnp.ones((2048, 2048))
   product = jax.jit(lambda x: x @ x)
   jax.block_until_ready(product(x))
@@ -113,28 +116,6 @@ def compare_steps(config, rounds):
     f'Newton-Schulz: {products / 1e9:.1f} GFLOP; at the speed of one large '
     f'product they take {products / peak / more:.2f} of the difference'
   )
-
-
-def matrix_shapes(config):
-  """Returns (m, n) for every matrix of the layers of a config."""
-  model = step.step_config(config).model
-  found = []
-  axes, shapes = transformer.axes(model), transformer.shapes(model)
-  for x, names in zip(
-    jax.tree.leaves(shapes),
-    jax.tree.structure(shapes).flatten_up_to(axes),
-    strict=True,
-  ):
-    if sides := muon.matrix_sides(names):
-      sizes = [np.prod([x.shape[d] for d in side]) for side in sides]
-      found += [tuple(map(int, sizes))] * x.shape[0]
-  return found
-
-
-def iteration_flops(shape):
-  """Returns the FLOPs of all iterations for one matrix."""
-  m, n = sorted(shape)
-  return muon.ITERATIONS * (4 * m * m * n + 2 * m**3)
 
 
 def compare_precisions():
@@ -198,7 +179,7 @@ def compare_updates(config, topology):
       if t.nbytes > 1e6
     )
     print(
-      f'{name}: {1e3 * cost.total_s:.1f} ms, of which '
+      f'{name}: {1e3 * cost.total_s:.1f} ms, including '
       f'{1e3 * cost.exposed_s["ici"]:.1f} wait for collectives '
       f'({moved or "none"}); state, parameters and gradients '
       f'{memory.argument_size_in_bytes / pricing.GIB:.2f} GiB, peak '

@@ -14,7 +14,6 @@ the English corpus, and recipes_page.py the tables.
 import argparse
 import hashlib
 import json
-import math
 import pathlib
 import subprocess
 import sys
@@ -152,23 +151,15 @@ def result(workdir):
 
 def optimizer_flops(config):
   """Returns the FLOPs of Muon's matrix products in a step; 0 for AdamW."""
-  import jax
-
   from maskdiff.model import transformer
   from maskdiff.training import muon, step
 
   if config.optimizer.name != 'muon':
     return 0
-  model, total = step.step_config(config).model, 0
-  shapes, tree = jax.tree.flatten(transformer.shapes(model))
-  for x, axes in zip(
-    shapes, tree.flatten_up_to(transformer.axes(model)), strict=True
-  ):
-    if sides := muon.matrix_sides(axes):
-      m, n = sorted(math.prod(x.shape[d] for d in side) for side in sides)
-      iteration = 4 * m**2 * n + 2 * m**3
-      total += x.size // (m * n) * muon.ITERATIONS * iteration
-  return total
+  model = step.step_config(config).model
+  return muon.iteration_flops(
+    transformer.shapes(model), transformer.axes(model)
+  )
 
 
 def read(path):

@@ -9,6 +9,7 @@ import numpy as np
 from maskdiff import config as config_lib
 from maskdiff.model import transformer
 from maskdiff.model.transformer import TransformerConfig
+from maskdiff.training.optimizer import OptimizerConfig
 
 MODEL = TransformerConfig(
   vocab_size=24,
@@ -24,6 +25,21 @@ MODEL = TransformerConfig(
   dtype='float32',
   remat='none',
   attention='xla',
+)
+# Constant learning rate 0.1, gradients not clipped.
+OPTIMIZER = OptimizerConfig(
+  schedule='piecewise',
+  learning_rate=0.0,
+  final_learning_rate=0.0,
+  warmup_steps=0,
+  decay_steps=0,
+  pieces=((1000, 0.1, 0.1),),
+  b1=0.9,
+  b2=0.95,
+  eps=1e-8,
+  weight_decay=0.1,
+  clip_norm=1e9,
+  moments='float32',
 )
 # Keys of a config whose model is tiny.
 MODEL_KEYS = {

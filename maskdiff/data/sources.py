@@ -299,11 +299,10 @@ def _without_second_names(found: list[Input]) -> list[Input]:
   links = {i.path for i in found if os.path.islink(i.path)}
   if not links:
     return found
-  files = {real for i, real in _real_paths(found) if i.path not in links}
+  real_paths = list(_real_paths(found))
+  files = {real for i, real in real_paths if i.path not in links}
   return [
-    i
-    for i, real in _real_paths(found)
-    if i.path not in links or real not in files
+    i for i, real in real_paths if i.path not in links or real not in files
   ]
 
 

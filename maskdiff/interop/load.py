@@ -78,8 +78,8 @@ def load(workdir, tensor=1, dtype=None, ema=False):
     - `mesh`: mesh of the parameters, with one replica per slice.
 
   Raises:
-    UserError: there is no checkpoint, this version cannot read it, or it has no
-      moving average.
+    UserError: the run has no checkpoint or no moving average, or this version
+      cannot read the checkpoint.
   """
   slices = mesh_lib.split_by_slice(jax.devices())
   mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
@@ -120,7 +120,7 @@ def load_params(path, mesh, dtype=None, ema=False):
 
   Raises:
     UserError: the parameters are missing or damaged, or do not fit this version
-      or the mesh; or there is no moving average.
+      or the mesh; or the path has no moving average.
   """
   if families.is_published(path):
     if ema:

@@ -20,6 +20,8 @@ from maskdiff.objectives.table import OBJECTIVES
 
 RATIO = '/nll_at_mask_ratio_'
 EMA = 'ema_'  # begins the names of metrics of the moving average
+BOUND = 'train/loss_nats_per_token'
+OTHER_LOSS = 'train/objective_nats_per_token'  # not the bound
 # More datasets, mask ratios or prompts than these make no readable page.
 MAX_CHOICES = 100
 

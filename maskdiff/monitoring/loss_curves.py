@@ -86,7 +86,7 @@ def training(runs):
   """Returns a panel of the training loss, as logged and smoothed."""
   figure, shown = make_figure(), []
   for i, run in enumerate(runs):
-    steps, loss = history.series(run, 'train/loss_nats_per_token')
+    steps, loss = history.series(run, history.BOUND)
     bits = history.bits_per_nat(run)
     shown += traces.add_noisy_line(figure, run, i, steps, loss, np.mean, bits)
   return with_ranges(
@@ -96,7 +96,7 @@ def training(runs):
       'Faint: mean of each row of metrics, which is noisy because tokens have '
       'weight 1/t. Bold: smoothed over neighbouring rows.',
       figure,
-      not_drawn=of_metrics(runs, lambda _: ['train/loss_nats_per_token']),
+      not_drawn=of_metrics(runs, lambda _: [history.BOUND]),
     ),
     shown,
   )

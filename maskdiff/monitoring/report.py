@@ -164,8 +164,8 @@ def _losses(run):
     if loss is None:
       pairs.append((f'{label}, nats/token', 'not finite'))
   for key, label in (
-    ('train/loss_nats_per_token', 'training'),
-    ('train/objective_nats_per_token', 'training objective'),  # not the bound
+    (history.BOUND, 'training'),
+    (history.OTHER_LOSS, 'training objective'),
   ):
     row = history.newest(run, key)
     if row:

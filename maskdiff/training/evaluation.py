@@ -9,6 +9,7 @@ import numpy as np
 from maskdiff.config import objective as objective_keys
 from maskdiff.distributed.mesh import replicate
 from maskdiff.interop import load
+from maskdiff.monitoring import history
 from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.settings import sampler_config
@@ -64,8 +65,8 @@ class Bound:
 
     Args:
       prefix: first part of the names.
-      weights: 'ema_' for the bound of the moving average; begins the last part
-        of the names.
+      weights: history.EMA for the bound of the moving average; begins the last
+        part of the names.
     """
     stderr, name = self.stderr_nats_per_token, f'{prefix}/{weights}'
     row = {
@@ -129,7 +130,7 @@ def evaluate_and_sample(
   row, of_average = bound.row(), None
   if average is not None:
     of_average = evaluate_mixture(c, average, heldout, between)
-    row |= of_average.row(weights='ema_')
+    row |= of_average.row(weights=history.EMA)
   return Evaluation(
     row=row,
     texts=sample_texts(config, params, tokenizer),

@@ -150,6 +150,24 @@ def newton_schulz(x):
   return jax.lax.fori_loop(0, ITERATIONS, iterate, x)
 
 
+def iteration_flops(shapes, axes):
+  """Returns the FLOPs of all iterations of an update.
+
+  Args:
+    shapes: tree of the parameters, arrays or ShapeDtypeStructs.
+    axes: tree of their logical axes.
+  """
+  leaves, structure = jax.tree.flatten(shapes)
+  total = 0
+  for x, names in zip(leaves, structure.flatten_up_to(axes), strict=True):
+    if sides := matrix_sides(names):
+      m, n = sorted(math.prod(x.shape[d] for d in side) for side in sides)
+      # Two products of (m, m, n) and one of (m, m, m).
+      products = 4 * m**2 * n + 2 * m**3
+      total += x.size // (m * n) * ITERATIONS * products
+  return total
+
+
 def _matrices(x, axes):
   """Returns a parameter as [N, D, n], and the function that undoes it.
 

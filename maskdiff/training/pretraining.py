@@ -10,21 +10,19 @@ import jax
 import numpy as np
 
 from maskdiff.data import pipeline
+from maskdiff.monitoring import history, stage_file
 from maskdiff.monitoring import metrics as metrics_lib
-from maskdiff.monitoring import stage_file
 from maskdiff.objectives import table
 from maskdiff.training import evaluation, inputs
 from maskdiff.training import step as step_lib
 from maskdiff.training.stage import Stage, compile_step
 
-BOUND = 'train/loss_nats_per_token'
-OTHER_LOSS = 'train/objective_nats_per_token'
 OTHER_LOSS_PANEL = stage_file.Curve(
   id='objective',
   title='Training objective',
   note='Not the bound: config.objective has other times or weights. Compare '
   'runs by their held-out loss.',
-  key=OTHER_LOSS,
+  key=history.OTHER_LOSS,
   smooth=True,
   reduce='mean',
   from_zero=False,
@@ -83,7 +81,9 @@ def make_stage(config, setup, gradients=None):
     read_texts=read_texts,
     remedy=remedy,
     panels=tuple(
-      OTHER_LOSS_PANEL if p == 'training' and loss_name(c) == OTHER_LOSS else p
+      OTHER_LOSS_PANEL
+      if p == 'training' and loss_name(c) == history.OTHER_LOSS
+      else p
       for p in stage_file.PRETRAINING
     ),
   )
@@ -98,7 +98,9 @@ def loss_name(c):
     c: StepConfig.
   """
   exact = table.OBJECTIVES[c.objective.name].likelihood == 'exact'
-  return BOUND if exact or c.objective.is_bound(0) else OTHER_LOSS
+  return (
+    history.BOUND if exact or c.objective.is_bound(0) else history.OTHER_LOSS
+  )
 
 
 def in_order(open_batches, batch, skip):
@@ -151,8 +153,8 @@ def row(config, c, mesh, metrics, facts, step_s):
 
 def line(row):
   """Returns loss, learning rate and throughput of a row of metrics."""
-  name = OTHER_LOSS if OTHER_LOSS in row else BOUND
-  label, loss = 'loss' if name == BOUND else 'objective', row.get(name)
+  name = history.OTHER_LOSS if history.OTHER_LOSS in row else history.BOUND
+  label, loss = 'loss' if name == history.BOUND else 'objective', row.get(name)
   mfu = row.get('train/mfu')
   return (
     'no update applied  '

@@ -16,23 +16,8 @@ from maskdiff.checkpoints.restore import targets
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.training import muon, optimizer, train_state
-from maskdiff.training.optimizer import OptimizerConfig
 
-CONFIG = OptimizerConfig(
-  name='muon',
-  schedule='piecewise',
-  learning_rate=0.0,
-  final_learning_rate=0.0,
-  warmup_steps=0,
-  decay_steps=0,
-  pieces=((1000, 0.1, 0.1),),
-  b1=0.9,
-  b2=0.95,
-  eps=1e-8,
-  weight_decay=0.1,
-  clip_norm=1e9,
-  moments='float32',
-)
+CONFIG = dataclasses.replace(tiny.OPTIMIZER, name='muon')
 # Three shapes of matrices: 16 x 16, 16 x 8 and 16 x 24, in three layers.
 MODEL = tiny.model(
   layers=3, heads=4, kv_heads=2, head_dim=4, qkv_bias=True, qk_norm=True

@@ -11,22 +11,8 @@ import tiny
 from maskdiff.distributed import mesh
 from maskdiff.model import transformer
 from maskdiff.training import optimizer
-from maskdiff.training.optimizer import OptimizerConfig
 
-CONSTANT = OptimizerConfig(
-  schedule='piecewise',
-  learning_rate=0.0,
-  final_learning_rate=0.0,
-  warmup_steps=0,
-  decay_steps=0,
-  pieces=((1000, 0.1, 0.1),),
-  b1=0.9,
-  b2=0.95,
-  eps=1e-8,
-  weight_decay=0.1,
-  clip_norm=1e9,
-  moments='float32',
-)
+CONSTANT = tiny.OPTIMIZER
 TINY = tiny.model(vocab_size=8, embed=8, kv_heads=2, head_dim=4, mlp=8)
 AXES = {'matrix': ('embed', 'mlp'), 'gain': ('embed',)}
 
