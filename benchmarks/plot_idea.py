@@ -109,7 +109,7 @@ def losses(c, nll_at, batch, draws, seed=0):
 
   def loss(key):
     canvas = masked_diffusion.make_canvas(c, Rows(tokens), rows, key, batch)
-    nll = nll_at(canvas.mask_ratio)[:, None]
+    nll = nll_at(canvas.mask_ratio)
     return jnp.sum(canvas.weights * nll) / jnp.sum(canvas.num_tokens)
 
   keys = jax.random.split(jax.random.key(seed), draws)
@@ -130,7 +130,7 @@ def noise(out):
     jax.random.key(1),
     rows,
   )
-  t = np.asarray(canvas.mask_ratio)
+  t = np.asarray(canvas.mask_ratio)[:, 0]
   value = np.asarray(canvas.weights.sum(axis=1)) / LENGTH
   above.plot(t, value, '.', color=GREY, markersize=3, label='one row, drawn')
   grid = np.geomspace(c.eps, 1, 200)

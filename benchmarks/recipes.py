@@ -139,7 +139,7 @@ def result(workdir):
     ]
   rows = history.read_run(str(workdir)).rows
   tokens = config.train.batch * c.length
-  flops = flops_per_token(c.objective.name, c.model, c.length)
+  flops = flops_per_token(c.objective, c.model, c.length)
   return {
     'tokens_per_step': tokens,
     'flops_per_token': flops + optimizer_flops(config) / tokens,

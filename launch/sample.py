@@ -128,7 +128,7 @@ def sample(args):
   network = load.network(run_config, params)
   if args.suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
-  c = answers.fit(c, texts, settings)
+  c = answers.fit(network, c, texts, settings)
   s = answers.Sampling(network, c, tokenizer, context, args.trajectory)
   began = time.monotonic()
   totals = collections.Counter()  # kept if Ctrl-C ends --interactive

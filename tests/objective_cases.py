@@ -27,6 +27,7 @@ CONFIG = ObjectiveConfig(
   weight=Weight(),
   uniform_after=1.0,
   random_length_fraction=0.0,
+  block_length=2,
   attend_within='row',
   predict_mask=False,
   mask_id=MASK,
@@ -173,7 +174,7 @@ def expected_loss(c, nll, answer=None, points=None):
   np.testing.assert_array_equal(canvas.inputs == MASK, mask & answer)
   assert (canvas.num_tokens == answer.sum()).all()
   of_row = np.sum(np.asarray(canvas.weights) * nll(canvas), axis=1)
-  p = np.asarray(canvas.mask_ratio, np.float64)[:, None]
+  p = np.asarray(canvas.mask_ratio, np.float64)
   probability = np.where(mask, p, 1 - p).prod(axis=1)
   mean_by_point = (probability * of_row).reshape(len(at), -1).sum(axis=1)
   return mean_by_point @ point_weights

@@ -1,12 +1,14 @@
 """Config keys of the training objective."""
 
+import math
+
 from maskdiff.config.key import Key, are_numbers, require
 
 KEYS = {
   'name': Key(
     'masked_diffusion',
     'Training objective.',
-    ('masked_diffusion', 'autoregressive'),
+    ('masked_diffusion', 'autoregressive', 'block_diffusion'),
   ),
   'schedule': Key(
     'linear',
@@ -76,6 +78,12 @@ KEYS = {
   'random_length_fraction': Key(
     0.01, 'Share of rows cut to a random length.', minimum=0, maximum=1
   ),
+  'block_length': Key(
+    32,
+    'Tokens per block of block_diffusion, a divisor of data.length. Other '
+    'objectives ignore it.',
+    minimum=1,
+  ),
   'attend_within': Key(
     'row',
     'Tokens attend to their whole row, or only to their own document.',
@@ -95,7 +103,13 @@ KEYS = {
 
 def check(c):
   """Raises UserError if keys of this section contradict each other."""
-  o = c.objective
+  o, length = c.objective, c.data.length
+  require(
+    o.name != 'block_diffusion' or length % o.block_length == 0,
+    f'config.objective.block_length={o.block_length} does not divide '
+    f'config.data.length={length}; set --config.objective.block_length='
+    f'{math.gcd(o.block_length, length)}',
+  )
   interval = o.time_interval
   require(
     len(interval) == 2

@@ -135,6 +135,13 @@ SETTINGS = {name: key for name, key in KEYS.items() if name != 'prompts'}
 PER_REQUEST = tuple(n for n, key in SETTINGS.items() if key.per_request)
 
 
+def block_length(c):
+  """Returns the tokens per block of the sampler, for a run's config."""
+  if c.objective.name == 'block_diffusion':
+    return min(c.sample.block_length, c.objective.block_length)
+  return c.sample.block_length
+
+
 def check(c):
   """Raises UserError if keys of this section contradict each other."""
   s, masked_diffusion = c.sample, c.objective.name == 'masked_diffusion'
@@ -176,7 +183,14 @@ def check(c):
     f"trained with config.objective.name='{c.objective.name}' does not see; "
     'set config.sample.cache=prefix',
   )
-  blocks = -(-s.gen_length // min(s.block_length, s.gen_length))
+  size, whole = block_length(c), c.objective.block_length
+  require(
+    c.objective.name != 'block_diffusion' or whole % size == 0,
+    f'config.sample.block_length={size} does not divide the blocks of '
+    f'config.objective.block_length={whole} that the network sees; set '
+    f'--config.sample.block_length={whole}',
+  )
+  blocks = -(-s.gen_length // min(size, s.gen_length))
   require(
     s.steps % blocks == 0,
     f'config.sample.steps={s.steps} cannot be divided equally among {blocks} '

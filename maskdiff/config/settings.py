@@ -5,7 +5,7 @@ import numbers
 import reprlib
 
 from maskdiff.config.checks import validate
-from maskdiff.config.sample import PER_REQUEST, SETTINGS
+from maskdiff.config.sample import PER_REQUEST, SETTINGS, block_length
 from maskdiff.errors import UserError, suggestion
 
 # More denoising steps than this change no token, not even for
@@ -51,7 +51,7 @@ def with_settings(config, settings):
   if 'steps' in settings:
     check_steps(s.steps, config.data.length)
   if 'steps' not in settings:
-    size = max(1, min(s.block_length, s.gen_length))  # validate refuses 0
+    size = max(1, min(block_length(config), s.gen_length))  # validate refuses 0
     s.steps = -(-s.gen_length // size) * size
   validate(config)
   return config

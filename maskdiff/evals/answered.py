@@ -1,6 +1,5 @@
 """Evaluation tasks that the sampler answers: answers, accuracy and cost."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from maskdiff.errors import UserError
 from maskdiff.evals.scored import accuracy
 from maskdiff.sampling import layouts
 from maskdiff.sampling.serve import RowRequest, serve
-from maskdiff.sampling.settings import describe, sampler_config
+from maskdiff.sampling.settings import describe, fit_blocks, sampler_config
 
 
 class Completions(NamedTuple):
@@ -42,8 +41,8 @@ def complete(model, c, requests, batch, progress=None):
   layouts.check_context(model.config.data.length, length)
   slots = [request.row.count(None) for request in requests]
   longest = max(*slots, *(r.settings.gen_length for r in requests))
-  c = dataclasses.replace(c, block_length=min(c.block_length, longest))
   network = model.network
+  c = fit_blocks(network, c, longest)
   tokens, forwards = [None] * len(requests), 0
   with jax.set_mesh(model.mesh):
     rows = min(batch, len(requests))

@@ -161,6 +161,7 @@ def network(config, params):
     bos_id=config.tokens.bos_id,
     eos_id=config.tokens.eos_id,
     context=config.data.length,
+    block_length=config.objective.block_length if order == 'blocks' else 0,
   )
 
 

@@ -57,9 +57,7 @@ def _logits(network, mesh, tokens, valid, doc):
   with _on_mesh(mesh):
     tokens = jax.lax.with_sharding_constraint(tokens, batch_sharding(mesh))
     documents = 0 if doc is None else doc
-    inputs, labels = show(
-      network.objective, tokens, valid, network.bos_id, documents
-    )
+    inputs, labels = show(network, tokens, valid, documents)
     if doc is not None and OBJECTIVES[network.objective].left_to_right:
       # The first token of every document is predicted from bos.
       before = jnp.pad(

@@ -85,8 +85,10 @@ def bound(network, c, answers, estimator, seeds, progress=None):
     exact = evaluate(lambda i: estimators.causal(rows[i].answer.sum()))
     return Estimate(np.array(exact).reshape(-1), np.zeros(len(rows)))
   values = evaluate(
-    lambda i: estimators.draw(
-      estimator, rows[i].answer.sum(), np.random.default_rng(int(seeds[i]))
+    lambda i: estimators.draw_blocks(
+      estimator,
+      queries.block_sizes(network, rows[i]),
+      np.random.default_rng(int(seeds[i])),
     )
   )
   shape = (len(rows), estimator.groups, estimator.samples // estimator.groups)
@@ -98,20 +100,22 @@ def chain_rule(network, c, answers, orders=None, progress=None):
 
   Each token is predicted while it and all later tokens of the order are masked
   (SMDM, evaluate_diff.py, _eval_target_nll_ar, for the left-to-right order).
-  `bound` estimates the mean over all A! orders of an answer of A tokens.
+  `bound` estimates the mean over all orders of an answer of A tokens.
 
   Args:
     orders: for each row [K, A] int, permutations of 0..A-1, the tokens of the
-      answer from left to right; by default one order, left to right.
+      answer from left to right; by default one order, left to right. A network
+      trained on blocks fills them from left to right, in any order within.
 
   Returns:
     list of [K] float64, nats.
 
   Raises:
-    UserError: an order is not a permutation; or orders are given for a
-      left-to-right network.
+    UserError: an order is not a permutation, or not one by blocks; or orders
+      are given for a left-to-right network.
   """
   rows = queries.rows_of(network, c, answers)
+  blocks = [queries.block_sizes(network, row) for row in rows]
   sizes = [int(row.answer.sum()) for row in rows]
   evaluate = lambda queries_of: queries.evaluate(
     network, c, rows, queries_of, progress
@@ -135,10 +139,16 @@ def chain_rule(network, c, answers, orders=None, progress=None):
         f'row {i}: an order must name each of the {size} tokens of the answer '
         f'once, 0 to {size - 1}'
       )
-  values = evaluate(lambda i: estimators.chain(orders[i]))
+    block_of = np.repeat(np.arange(len(blocks[i])), blocks[i])
+    if (np.diff(block_of[row_orders], axis=1) < 0).any():
+      raise UserError(
+        f'row {i}: an order must fill the blocks of {network.block_length} '
+        'tokens from left to right, as the network does'
+      )
+  values = evaluate(lambda i: estimators.chain(orders[i], blocks[i]))
   return [
-    v.reshape(-1, size).sum(axis=1)
-    for v, size in zip(values, sizes, strict=True)
+    v.reshape(len(row_orders), -1).sum(axis=1)
+    for v, row_orders in zip(values, orders, strict=True)
   ]
 
 
@@ -182,12 +192,15 @@ def random_orders(network, c, answers, num_orders, seeds, progress=None):
   if num_orders < 1:
     raise UserError(f'num_orders={num_orders} must be at least 1')
   rows = queries.rows_of(network, c, answers)
-  orders = [
-    np.random.default_rng(int(seed)).permuted(
-      np.tile(np.arange(row.answer.sum()), (num_orders, 1)), axis=1
-    )
-    for row, seed in zip(rows, seeds, strict=True)
-  ]
+
+  def draw(row, seed):
+    rng = np.random.default_rng(int(seed))
+    sizes = queries.block_sizes(network, row)
+    tokens = np.tile(np.arange(sizes.sum()), (num_orders, 1))
+    of_blocks = np.split(tokens, sizes.cumsum()[:-1], axis=1)
+    return np.hstack([rng.permuted(x, axis=1) for x in of_blocks])
+
+  orders = [draw(row, seed) for row, seed in zip(rows, seeds, strict=True)]
   return chain_rule(network, c, answers, orders, progress)
 
 
@@ -222,7 +235,8 @@ def greedy_matches(network, c, answers, progress=None):
 
   Each step commits the most confident token (LLaDA, eval_llada.py,
   suffix_greedy_prediction), the leftmost on ties. The check of a row ends at
-  its first wrong token. A left-to-right network decodes left to right.
+  its first wrong token. A left-to-right network decodes left to right, and a
+  network trained on blocks block by block.
   """
   rows = queries.rows_of(network, c, answers)
   targets = [row.tokens[row.answer] for row in rows]
@@ -237,10 +251,11 @@ def greedy_matches(network, c, answers, progress=None):
       predicted = queries.predict(network, c, rows, size, queried)
       for i, _, token, log_prob in predicted:
         confidence = np.where(masked[i], log_prob, -np.inf)
-        # A left-to-right network predicts all tokens in one pass, given the
-        # true tokens before each. As long as its predictions are right, greedy
-        # decoding sees the same tokens.
-        commit = slice(None) if causal else np.argmax(confidence)
+        # Blocks advance together, each given the true tokens before it: as long
+        # as the predictions are right, greedy decoding sees the same tokens. To
+        # a left-to-right network each token is a block.
+        sizes = queries.block_sizes(network, rows[i])
+        commit = slice(None) if causal else _most_confident(confidence, sizes)
         match[i] = (token == targets[i])[commit].all()
         masked[i][commit] = False
         if not match[i] or not masked[i].any():
@@ -248,6 +263,21 @@ def greedy_matches(network, c, answers, progress=None):
           if progress:
             progress()
   return match
+
+
+def _most_confident(confidence, sizes):
+  """Returns the index of the most confident masked token of each block.
+
+  Args:
+    confidence: [A], -inf at tokens that are not masked.
+    sizes: tokens of each block, with the sum A.
+  """
+  ends = np.cumsum(sizes)
+  best = [
+    start + np.argmax(confidence[start:end])
+    for start, end in zip(ends - sizes, ends, strict=True)
+  ]
+  return np.array([i for i in best if confidence[i] > -np.inf])
 
 
 def corpus(estimate, num_tokens, num_bytes):

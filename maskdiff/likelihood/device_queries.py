@@ -24,7 +24,7 @@ class RowQueries(NamedTuple):
 
   masked: jax.Array  # [n, B, L] bool, tokens hidden by the mask token
   scored: jax.Array  # [n, B, L] bool, tokens whose log-probability is computed
-  weight: jax.Array  # [n, B] float32
+  weight: jax.Array  # [n, B] float32; or [n, B, L], if it differs by token
 
 
 @jax.named_scope('part(noise)')
@@ -44,6 +44,30 @@ def draw(e, answer, key, rows):
   times, noise = random_numbers(e, answer.shape[1], key, rows)
   form = bernoulli if e.form == 'bernoulli' else exact_count
   return form(times, noise, answer, e.coupled)
+
+
+def draw_blocks(e, answer, key, rows, block_length):
+  """Draws the queries of an Estimator for each block of each row.
+
+  Args:
+    e: see `draw`.
+    answer: see `draw`.
+    key: see `draw`.
+    rows: see `draw`.
+    block_length: tokens of a block, counted from position 0; the last block of
+      a row may be shorter.
+
+  Returns:
+    RowQueries with weights [n, B, L], as from `draw` for each block.
+  """
+  batch, length = answer.shape
+  blocks = -(-length // block_length)
+  padded = jnp.pad(answer, ((0, 0), (0, blocks * block_length - length)))
+  units = rows[:, None] * blocks + jnp.arange(blocks)
+  drawn = draw(e, padded.reshape(-1, block_length), key, units.reshape(-1))
+  whole = lambda x: x.reshape(len(x), batch, -1)[..., :length]
+  weight = jnp.broadcast_to(drawn.weight[..., None], drawn.masked.shape)
+  return RowQueries(whole(drawn.masked), whole(drawn.scored), whole(weight))
 
 
 def random_numbers(e, length, key, rows):

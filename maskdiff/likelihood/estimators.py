@@ -11,6 +11,10 @@ S is the sum of the log-probabilities of the masked tokens, each given the
 tokens that are not masked (LLaDA, arXiv 2502.09992, eq. 5 and 6). The third
 form is the mean of the chain rule over all A! orders.
 
+A network that fills rows block by block has such a bound for the answer tokens
+of each block, given the text to its left. The log-likelihood of the answer is
+their sum, and one query serves all blocks.
+
 An estimate is the mean over queries: copies of the row with some answer tokens
 masked and some scored, one forward pass each. Everything here is NumPy on the
 host.
@@ -75,7 +79,7 @@ class Queries(NamedTuple):
 
   masked: np.ndarray  # [n, A] bool, tokens hidden by the mask token
   scored: np.ndarray  # [n, A] bool, tokens whose log-probability is computed
-  weight: np.ndarray  # [n] float64
+  weight: np.ndarray  # [n] float64; or [n, A], if it differs by token
 
 
 def draw(e, size, rng):
@@ -101,6 +105,28 @@ def draw(e, size, rng):
   else:
     counts = np.ceil(times * size)  # uniform on 1..A
   return exact_count(counts, noise.argsort(axis=1), e.coupled)
+
+
+def draw_blocks(e, sizes, rng):
+  """Draws queries for answers in several blocks, independently for each.
+
+  Args:
+    e: Estimator.
+    sizes: answer tokens of each block, K positive integers with the sum A.
+    rng: numpy.random.Generator.
+
+  Returns:
+    Queries, n = e.samples, as from `draw` for each block; the weights are
+    [n, A], unless there is one block. A block of one token is always masked.
+  """
+  parts = [draw(e, size, rng) for size in sizes]
+  if len(parts) == 1:
+    return parts[0]
+  return Queries(
+    np.hstack([p.masked for p in parts]),
+    np.hstack([p.scored for p in parts]),
+    np.repeat(np.stack([p.weight for p in parts], axis=1), sizes, axis=1),
+  )
 
 
 def bernoulli(times, noise, coupled):
@@ -152,18 +178,22 @@ def _queries(masked, ratio, complement_ratio, coupled):
   return Queries(masked, masked, weight)
 
 
-def chain(orders):
+def chain(orders, sizes=None):
   """Returns queries of the chain rule: each token given the earlier tokens.
 
   Args:
     orders: [K, A] int, a permutation of the answer's tokens in each row.
+    sizes: answer tokens of each block, with the sum A, for a network that fills
+      blocks from left to right; the orders must do so, too. Default: one block.
 
   Returns:
-    Queries, n = K x A. The sum of the A values of an order is its
-    log-likelihood.
+    Queries, n = K x S, where S is the largest size: a query scores one token of
+    every block. The sum of the S values of an order is its log-likelihood.
   """
-  ranks = np.argsort(orders, axis=1)[:, None, :]
-  step = np.arange(ranks.shape[2])[:, None]
+  sizes = np.array([orders.shape[1]] if sizes is None else sizes)
+  starts = np.repeat(sizes.cumsum() - sizes, sizes)  # of the block of a token
+  ranks = (np.argsort(orders, axis=1) - starts)[:, None, :]
+  step = np.arange(sizes.max())[:, None]
   flat = lambda x: x.reshape(-1, x.shape[-1])
   scored = flat(ranks == step)
   return Queries(flat(ranks >= step), scored, np.ones(len(scored)))

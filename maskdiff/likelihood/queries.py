@@ -26,7 +26,7 @@ from maskdiff.errors import UserError
 from maskdiff.model import vocabulary_loop as loops
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.model.transformer import bind
-from maskdiff.objectives.table import OBJECTIVES, show
+from maskdiff.objectives.table import OBJECTIVES, show_masked
 from maskdiff.sampling import candidates
 
 SHORTEST = 16  # shortest length of padded rows
@@ -139,6 +139,20 @@ def rows_of(network, c, answers):
   return rows
 
 
+def block_sizes(network, row):
+  """Returns the number of answer tokens in each block of a row that has any.
+
+  Networks without blocks see the row as one block.
+
+  Args:
+    network: Network.
+    row: Row. Its blocks are counted from its first token.
+  """
+  positions = np.flatnonzero(row.answer)
+  length = network.block_length or len(row.answer)
+  return np.unique(positions // length, return_counts=True)[1]
+
+
 def padded_length(length):
   """Returns the length that a row is padded to: 16, 24, 32, 48, 64, 96, ...
 
@@ -205,8 +219,9 @@ def evaluate(network, c, rows, queries_of, progress=None):
       for _, k, (log_prob,) in results_of_row:
         log_probs[k] = log_prob
       check_finite(i, log_probs)
-      sums = np.where(queries.scored, log_probs[inverse], 0).sum(axis=1)
-      values[i] = queries.weight * sums
+      weight = queries.weight.reshape(len(queries.weight), -1)
+      found = np.where(queries.scored, log_probs[inverse], 0)
+      values[i] = (weight * found).sum(axis=1)
       if progress:
         progress()
   return values
@@ -306,8 +321,8 @@ def _states(network, model, c, call):
   """
 
   def states(masked):
-    shown = jnp.where(masked, network.mask_id, call.tokens)
-    return model(*show(network.objective, shown, call.valid, network.bos_id))
+    shown = show_masked(network, call.tokens, masked, call.valid)
+    return model(*shown)[:, : masked.shape[1]]
 
   conditional = states(call.masked)
   if not c.guidance:

@@ -46,7 +46,7 @@ from maskdiff.errors import UserError
 from maskdiff.likelihood import device_queries
 from maskdiff.model.token_nll import LOG_NORMALIZERS, token_nll
 from maskdiff.model.transformer import bind
-from maskdiff.objectives.table import OBJECTIVES, show
+from maskdiff.objectives.table import OBJECTIVES, show_masked
 
 
 def bound(networks, answers, e, key, rows, chunk):
@@ -77,9 +77,12 @@ def draw(networks, e, answer, key, rows):
   Arguments and errors as for `bound`; answer is [B, L] bool. The Estimator has
   no effect for left-to-right networks, which have one query.
   """
-  objective = _objective(networks)
-  if OBJECTIVES[objective].likelihood == 'exact':
+  objective = OBJECTIVES[_objective(networks)]
+  if objective.likelihood == 'exact':
     return device_queries.causal(answer)
+  if objective.by_blocks:
+    length = networks[0].block_length
+    return device_queries.draw_blocks(e, answer, key, rows, length)
   return device_queries.draw(e, answer, key, rows)
 
 
@@ -92,7 +95,12 @@ def values(networks, answers, queries, chunk):
     queries: device_queries.RowQueries.
     chunk: see above.
   """
-  reduce = lambda log_prob, weight: weight * log_prob.sum(axis=-1)
+
+  def reduce(log_prob, weight):
+    if weight.ndim == 1:
+      return weight * log_prob.sum(axis=-1)
+    return (weight * log_prob).sum(axis=-1)
+
   return _scan(networks, answers, queries, chunk, reduce)
 
 
@@ -128,10 +136,8 @@ def _scan(networks, answers, queries, chunk, reduce):
   )
   def of_network(network, query):
     model = bind(network.config, network.params)
-    tokens = jnp.where(query.masked, network.mask_id, answers.tokens)
-    hidden = model(
-      *show(network.objective, tokens, answers.valid, network.bos_id)
-    )
+    shown = show_masked(network, answers.tokens, query.masked, answers.valid)
+    hidden = model(*shown)[:, : query.masked.shape[1]]
     with jax.named_scope('part(loss)'):
       nll = token_nll(
         hidden,
@@ -152,10 +158,15 @@ def _scan(networks, answers, queries, chunk, reduce):
 
 def _objective(networks):
   """Returns the objective of the networks, or raises a UserError."""
-  names = {network.objective for network in networks}
+  names = {
+    f'{network.objective} in blocks of {network.block_length}'
+    if network.block_length
+    else network.objective
+    for network in networks
+  }
   if len(names) != 1:
     raise UserError(
       'bounds are compared for networks of one training objective, and these '
       f'have {len(names)} ({", ".join(sorted(names))}); evaluate one at a time'
     )
-  return names.pop()
+  return networks[0].objective

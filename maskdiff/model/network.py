@@ -20,6 +20,7 @@ from maskdiff.model.transformer import TransformerConfig
     'bos_id',
     'eos_id',
     'context',
+    'block_length',
   ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Network:
     bos_id: id of the token before the first token of a left-to-right row.
     eos_id: id of the end-of-text token; -1 if the tokenizer has none.
     context: tokens of a training row; 0 if unknown.
+    block_length: tokens of a block, for block diffusion; else 0.
   """
 
   config: TransformerConfig
@@ -49,3 +51,4 @@ class Network:
   bos_id: int
   eos_id: int = -1
   context: int = 0
+  block_length: int = 0

@@ -27,7 +27,7 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   del numbers, key, batch, progress
   valid = text_positions(rows)
   doc = document_labels(c, rows)
-  inputs, labels = show(rows.tokens, valid, c.bos_id, doc)
+  inputs, labels = show(c, rows.tokens, valid, doc)
   if rows.doc is not None:
     before = jnp.pad(labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     inputs = jnp.where(labels.doc == before, inputs, c.bos_id)
@@ -38,23 +38,23 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
     targets=rows.tokens,
     weights=answer.astype(jnp.float32),
     num_tokens=answer.sum(axis=1, dtype=jnp.float32),
-    mask_ratio=jnp.zeros(len(rows.tokens), jnp.float32),
+    mask_ratio=jnp.zeros((len(rows.tokens), 1), jnp.float32),
   )
 
 
-def show(tokens, valid, bos_id, doc=0):
+def show(c, tokens, valid, doc=0):
   """Returns the inputs of a causal network: the tokens shifted right by one.
 
   The prediction for a position is at that position.
 
   Args:
+    c: ObjectiveConfig or Network; `bos_id` precedes the first token of a row.
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
-    bos_id: id of the token before the first token of a row.
     doc: from `document_labels`; by default each row is one document.
 
   Returns:
     inputs [B, L] int32, and their masks.Labels.
   """
-  inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
+  inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=c.bos_id)
   return inputs, masks.causal(valid, doc)

@@ -30,6 +30,7 @@ class ObjectiveConfig:
   weight: Weight
   uniform_after: float  # share of the training with time_density and weight
   random_length_fraction: float  # share of rows cut to a random length
+  block_length: int  # tokens of a block, under block_diffusion
   attend_within: str  # row or document
   predict_mask: bool  # whether the softmax includes the mask token
   mask_id: int
@@ -64,15 +65,18 @@ class ObjectiveConfig:
 class Canvas:
   """The inputs and targets of the rows of a batch.
 
-  The loss of a batch is sum(weights * nll) / sum(num_tokens).
+  The loss of a batch is sum(weights * nll) / sum(num_tokens). Inputs may have
+  more positions than targets, M >= L: the first L predict the targets, and the
+  others are only attended to. A row has K mask ratios, one for each part of L/K
+  tokens.
   """
 
-  inputs: jax.Array  # [B, L] int32
-  labels: masks.Labels  # [B, L] each
+  inputs: jax.Array  # [B, M] int32
+  labels: masks.Labels  # [B, M] each
   targets: jax.Array  # [B, L] int32
   weights: jax.Array  # [B, L] float32, 0 at positions without a loss
   num_tokens: jax.Array  # [B] float32, tokens that may carry a loss
-  mask_ratio: jax.Array  # [B] float32, expected share of masked tokens
+  mask_ratio: jax.Array  # [B, K] float32, expected share of masked tokens
 
 
 def document_labels(c, rows):
@@ -124,7 +128,7 @@ def canvas_loss(c, model, canvas):
       of tokens of the batch.
     - [B, L] float32 nll in nats, 0 where the weight is 0; without a gradient.
   """
-  hidden = model(canvas.inputs, canvas.labels)
+  hidden = model(canvas.inputs, canvas.labels)[:, : canvas.targets.shape[1]]
   with jax.named_scope('part(loss)'):
     return cross_entropy(
       hidden,

@@ -49,19 +49,38 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   Returns:
     Canvas.
   """
+  u, noise, lengths = draw(c, rows.tokens.shape[1], numbers, key, batch)
+  return corrupt(c, rows, u, noise, lengths, progress)
+
+
+def draw(c, length, numbers, key, batch, parts=1):
+  """Draws the random numbers of `corrupt`.
+
+  Args:
+    c: ObjectiveConfig.
+    length: L.
+    numbers: see `make_canvas`.
+    key: see `make_canvas`.
+    batch: see `make_canvas`.
+    parts: K, the number of times per row, stratified over B x K.
+
+  Returns:
+    u [b, K] float32, noise [b, L] float32 and lengths [b] int32.
+  """
   keys = jax.random.split(key, 4)
   by_row = lambda draw, key: jax.vmap(
     lambda number: draw(jax.random.fold_in(key, number))
   )(numbers)
-  length = rows.tokens.shape[1]
-  u = sample_times(c.time_sampling, keys[0], numbers, batch)
+  units = numbers[:, None] * parts + jnp.arange(parts, dtype=numbers.dtype)
+  u = sample_times(
+    c.time_sampling, keys[0], units.reshape(-1), batch * parts
+  ).reshape(units.shape)
   noise = by_row(lambda k: jax.random.uniform(k, (length,)), keys[1])
   cut = by_row(jax.random.uniform, keys[2]) < c.random_length_fraction
   random_length = by_row(
     lambda k: jax.random.randint(k, (), 1, length + 1), keys[3]
   )
-  lengths = jnp.where(cut, random_length, length)
-  return corrupt(c, rows, u, noise, lengths, progress)
+  return u, noise, jnp.where(cut, random_length, length)
 
 
 def corrupt(c, rows, u, noise, lengths, progress=0.0):
@@ -70,15 +89,15 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [B, L].
-    u: [B] float32 in [0, 1); the time is (1 - eps) d + eps, where d is the
-      quantile u of the density of times.
+    u: [B] float32 in [0, 1), or [B, K] for K parts of L/K tokens; the time is
+      (1 - eps) d + eps, where d is the quantile u of the density of times.
     noise: [B, L] float32 in [0, 1); a token is masked where noise < p.
     lengths: [B] int32, tokens of each row before the cut.
     progress: see `make_canvas`.
   """
-  t, weight = _times_and_weights(c, u, progress)
-  masked = noise < c.schedule.mask_ratio(t)[:, None]
-  return _canvas(c, rows, t, weight, masked, lengths)
+  t, weight = times_and_weights(c, u.reshape(len(u), -1), progress)
+  masked = noise < by_token(c.schedule.mask_ratio(t), noise.shape[1])
+  return canvas_of(c, rows, t, weight, masked, lengths)
 
 
 def with_masks(c, rows, t, masked, lengths):
@@ -89,21 +108,29 @@ def with_masks(c, rows, t, masked, lengths):
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [B, L], clean.
-    t: [B] float32 in (0, 1], the times, which determine the weights.
+    t: [B] float32 in (0, 1], or [B, K] for K parts of L/K tokens: the times,
+      which determine the weights.
     masked: [B, L] bool; prompts and padding are never masked.
     lengths: [B] int32, tokens of each row before the cut.
   """
   early = c.uniform_after > 0
   weight = c.weight if early else Weight()
   density = c.time_density if early else TimeDensity()
+  t = t.reshape(len(t), -1)
   d = (t - c.eps) / (1 - c.eps)
   weights = weight.at(c.schedule, density, c.eps, d)
-  return _canvas(c, rows, t, weights, masked, lengths)
+  return canvas_of(c, rows, t, weights, masked, lengths)
 
 
-def _canvas(c, rows, t, weight, masked, lengths):
-  """Returns the Canvas for times, weights and masks of every row."""
-  mask_ratio = c.schedule.mask_ratio(t)
+def by_token(x, length):
+  """Returns the values of K parts, [B, K], for each token: [B, L] or [B, 1]."""
+  parts = x.shape[1]
+  return x if parts == 1 else jnp.repeat(x, length // parts, axis=1)
+
+
+def canvas_of(c, rows, t, weight, masked, lengths):
+  """Returns the Canvas for times and weights [B, K] and masks [B, L]."""
+  weight = by_token(weight, rows.tokens.shape[1])
   valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
   if rows.doc is not None:
     valid = valid & text_positions(rows)
@@ -115,18 +142,18 @@ def _canvas(c, rows, t, weight, masked, lengths):
   # Labels come from the clean tokens, so that a masked eos still ends its
   # document. Otherwise neighbouring documents would attend to each other.
   doc = document_labels(c, rows)
-  inputs, labels = show(noisy, valid, c.bos_id, doc)
+  inputs, labels = show(c, noisy, valid, doc)
   return Canvas(
     inputs=inputs,
     labels=labels,
     targets=rows.tokens,
-    weights=jnp.where(masked, weight[:, None], 0.0),
+    weights=jnp.where(masked, weight, 0.0),
     num_tokens=num_tokens.astype(jnp.float32),
-    mask_ratio=mask_ratio,
+    mask_ratio=c.schedule.mask_ratio(t),
   )
 
 
-def _times_and_weights(c, u, progress):
+def times_and_weights(c, u, progress):
   """Returns the times and the weights of masked tokens, each of the shape of u.
 
   Arguments as for `corrupt`.
@@ -147,17 +174,17 @@ def _times_and_weights(c, u, progress):
   )
 
 
-def show(tokens, valid, bos_id, doc=0):
+def show(c, tokens, valid, doc=0):
   """Returns the inputs of a bidirectional network: the tokens, unshifted.
 
   Args:
+    c: not used.
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
-    bos_id: not used.
     doc: from `document_labels`; by default each row is one document.
 
   Returns:
     inputs [B, L] int32, and their masks.Labels.
   """
-  del bos_id
+  del c
   return tokens, masks.bidirectional(valid, doc)

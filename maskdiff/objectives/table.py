@@ -9,9 +9,14 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from maskdiff.model import transformer
-from maskdiff.objectives import autoregressive, masked_diffusion
+from maskdiff.objectives import (
+  autoregressive,
+  block_diffusion,
+  masked_diffusion,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,20 +26,26 @@ class Objective:
   Attributes:
     make_canvas: (ObjectiveConfig, Rows of [b, L], row numbers [b] int32, key,
       batch, progress) -> Canvas; see masked_diffusion.make_canvas.
-    show: (tokens [B, L] int32, valid [B, L] bool, bos_id, doc) -> inputs
-      [B, L] int32 and their masks.Labels.
-    order: the order in which tokens can be predicted: 'any', or
-      'left_to_right' if the network sees only the tokens to the left.
+    show: (ObjectiveConfig or Network, tokens [B, L] int32, valid [B, L] bool,
+      doc) -> inputs [B, L] int32 and their masks.Labels.
+    order: the order in which tokens can be predicted: 'any';
+      'left_to_right' if the network sees only the tokens to the left; or
+      'blocks' if it sees its own block and the blocks to the left.
     likelihood: 'bound' if the loss is an upper bound on the negative
       log-likelihood, 'exact' if the loss equals it.
     can_guide: whether the network was trained with masked prompts, which
       classifier-free guidance needs.
-    exact_cache: whether positions see only positions to their left, so that
-      a KV cache of committed tokens stays exact.
-    attention_flops: attention FLOPs of a training step per token, in units of
-      N L H K (layers, length, heads, head dimension).
-    with_masks: (ObjectiveConfig, Rows of [B, L], times [B], masked [B, L] bool,
-      lengths [B]) -> Canvas for given masks; None if the objective draws none.
+    exact_cache: whether the tokens that a position sees are final once they
+      are filled, so that a KV cache of them stays exact.
+    visible_pairs: (block_length, L) -> pairs of a query and a key that it sees
+      in a training row, divided by L^2.
+    copies: (block_length, L) -> positions of a training row, divided by L.
+    with_masks: (ObjectiveConfig, Rows of [B, L], times [B, K], masked [B, L]
+      bool, lengths [B]) -> Canvas for given masks; None if the objective draws
+      none.
+    show_masked: as `show`, with masked [B, L] bool after the tokens, which are
+      clean; the first L of the hidden states predict the masked tokens. None:
+      the inputs of `show` with masked tokens.
   """
 
   make_canvas: Callable
@@ -43,12 +54,18 @@ class Objective:
   likelihood: str
   can_guide: bool
   exact_cache: bool
-  attention_flops: int
+  visible_pairs: Callable
+  copies: Callable = lambda block_length, length: 1
   with_masks: Callable | None = None
+  show_masked: Callable | None = None
 
   @property
   def left_to_right(self):
     return self.order == 'left_to_right'
+
+  @property
+  def by_blocks(self):
+    return self.order == 'blocks'
 
 
 OBJECTIVES = {
@@ -59,7 +76,7 @@ OBJECTIVES = {
     likelihood='bound',
     can_guide=True,
     exact_cache=False,
-    attention_flops=12,
+    visible_pairs=lambda block_length, length: 1.0,
     with_masks=masked_diffusion.with_masks,
   ),
   'autoregressive': Objective(
@@ -69,7 +86,19 @@ OBJECTIVES = {
     likelihood='exact',
     can_guide=False,
     exact_cache=True,
-    attention_flops=6,  # a query sees half of the keys
+    visible_pairs=lambda block_length, length: 0.5,
+  ),
+  'block_diffusion': Objective(
+    make_canvas=block_diffusion.make_canvas,
+    show=block_diffusion.show,
+    order='blocks',
+    likelihood='bound',
+    can_guide=False,  # the blocks before a noisy block are clean
+    exact_cache=True,
+    visible_pairs=block_diffusion.visible_pairs,
+    copies=block_diffusion.copies,
+    with_masks=block_diffusion.with_masks,
+    show_masked=block_diffusion.show_masked,
   ),
 }
 
@@ -83,37 +112,59 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   return OBJECTIVES[c.name].make_canvas(c, rows, numbers, key, batch, progress)
 
 
-def show(name, tokens, valid, bos_id, doc=0):
+def show(network, tokens, valid, doc=0):
   """Returns inputs in the form that a network was trained on.
 
   Args:
-    name: a key of OBJECTIVES, the objective of the training.
+    network: model.network.Network.
     tokens: [B, L] int32.
     valid: [B, L] bool, False on padding.
-    bos_id: id of the token before the first token of a causal row.
     doc: [B, L] int32, documents; by default each row is one document.
 
   Returns:
     inputs [B, L] int32, and their masks.Labels.
   """
-  return OBJECTIVES[name].show(tokens, valid, bos_id, doc)
+  return OBJECTIVES[network.objective].show(network, tokens, valid, doc)
 
 
-def flops_per_token(name, model_config, length):
-  """Returns matrix-product FLOPs of a training step per token.
-
-  The sum of two terms: 6 per weight that multiplies an activation, including
-  the head; and `attention_flops` x N L H K for attention. Recomputation is not
-  counted. The head is counted for every token, although the loss skips unmasked
-  tokens.
+def show_masked(network, tokens, masked, valid, doc=0):
+  """Returns inputs from which a network predicts masked tokens of rows.
 
   Args:
-    name: a key of OBJECTIVES.
+    network: model.network.Network.
+    tokens: [B, L] int32, clean.
+    masked: [B, L] bool; prompts may be masked too, for guidance.
+    valid: [B, L] bool, False on padding.
+    doc: see `show`.
+
+  Returns:
+    inputs [B, M] int32, M >= L, and their masks.Labels. The first L hidden
+    states predict the tokens of the row.
+  """
+  objective = OBJECTIVES[network.objective]
+  if objective.show_masked:
+    return objective.show_masked(network, tokens, masked, valid, doc)
+  noisy = jnp.where(masked, network.mask_id, tokens)
+  return objective.show(network, noisy, valid, doc)
+
+
+def flops_per_token(c, model_config, length):
+  """Returns matrix-product FLOPs of a training step per token.
+
+  The sum of three terms: 6 per weight of the layers and copy of the token; 6
+  per weight of the head; and 12 N L H K times `visible_pairs` for attention.
+  Recomputation is not counted. The head is counted for every token, although
+  the loss skips unmasked tokens.
+
+  Args:
+    c: ObjectiveConfig.
     model_config: transformer.TransformerConfig.
     length: L.
   """
-  c = model_config
-  _, inner = transformer.num_params(c)
-  weights = inner + c.vocab_size * c.embed
-  attention = c.layers * length * c.heads * c.head_dim
-  return 6 * weights + OBJECTIVES[name].attention_flops * attention
+  m, objective = model_config, OBJECTIVES[c.name]
+  _, inner = transformer.num_params(m)
+  weights = inner * objective.copies(c.block_length, length)
+  weights += m.vocab_size * m.embed
+  attention = m.layers * length * m.heads * m.head_dim
+  pairs = objective.visible_pairs(c.block_length, length)
+  return 6 * weights + 12 * pairs * attention

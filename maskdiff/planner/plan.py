@@ -87,7 +87,7 @@ def plan_on(config, target):
   if result['step_s'] is None:
     return result
   step_tokens, chips = t.batch * c.length, facts['chips']
-  flops = step_tokens * flops_per_token(c.objective.name, c.model, c.length)
+  flops = step_tokens * flops_per_token(c.objective, c.model, c.length)
   seconds = t.steps * result['step_s']
   return result | {
     'tokens_per_s': step_tokens / result['step_s'],

@@ -39,6 +39,7 @@ from maskdiff.sampling.settings import (
   SamplerConfig,
   Settings,
   describe,
+  fit_blocks,
   for_gaps,
 )
 
@@ -92,13 +93,14 @@ def encode_text(prompt, gaps, settings, encode, context, open_length=False):
   return Text(prompt, gaps, row, settings)
 
 
-def fit(c, texts, settings):
+def fit(network, c, texts, settings):
   """Returns a SamplerConfig that fits a list of texts.
 
-  Blocks are no longer than the longest answer, because further slots of a block
-  would be computed for nothing. The program is guided if a text has guidance.
+  Blocks are no longer than the longest answer, see `settings.fit_blocks`. The
+  program is guided if a text has guidance.
 
   Args:
+    network: Network.
     c: SamplerConfig.
     texts: list of Text; empty for a conversation.
     settings: Settings of texts without settings of their own.
@@ -106,8 +108,7 @@ def fit(c, texts, settings):
   slots = [max(t.row.count(None), t.settings.gen_length) for t in texts]
   longest = max(slots, default=settings.gen_length)
   return dataclasses.replace(
-    c,
-    block_length=max(min(c.block_length, longest), 1),
+    fit_blocks(network, c, longest),
     guided=c.guided or any(t.settings.guidance > 0 for t in texts),
   )
 

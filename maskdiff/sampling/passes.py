@@ -2,10 +2,12 @@
 
 Without a cache every step computes the whole canvas. With a cache, a pass over
 the canvas stores keys and values, and later steps compute a window only. There
-are two kinds of cache:
+are three kinds of cache:
 
 - A network whose positions see only positions to their left has an exact
   cache. The window is one slot. Its keys and values are appended to the cache.
+- A network trained on blocks has an exact cache, too. Its window is a block of
+  the training (block_window.py).
 - Any other network has an approximate cache (Fast-dLLM, arXiv 2505.22618),
   which is computed again for each block. The window is the current block
   (`dual`), or all positions from the block to the end of the row (`prefix`).
@@ -51,7 +53,7 @@ def over_canvas(network, c, shape, carry, layout):
   slots = current(layout.slots, carry.block)
   tokens, valid = (x[:, :length] for x in shown(network, c, carry, layout))
   model = bind(network.config, network.params)
-  inputs, labels = show(network.objective, tokens, valid, network.bos_id)
+  inputs, labels = show(network, tokens, valid)
   if c.cache == 'none':
     hidden, cache = model(inputs, labels), None
   else:
@@ -79,7 +81,7 @@ def over_window(network, c, shape, carry, cache, layout):
   length, _ = shape
   slots = current(layout.slots, carry.block)
   tokens, valid = (x[:, :length] for x in shown(network, c, carry, layout))
-  inputs, labels = show(network.objective, tokens, valid, network.bos_id)
+  inputs, labels = show(network, tokens, valid)
   positions, indices = window(network, c, shape, slots)
   copies, rows = len(tokens) // len(slots), jnp.arange(len(tokens))[:, None]
   positions = jnp.tile(positions, (copies, 1))  # [R, W]
@@ -155,7 +157,7 @@ def shown(network, c, carry, layout):
   Returns:
     tokens [R, L] int32; and [R, L] bool, True on visible positions.
   """
-  canvas, valid = carry.canvas, visible(c, carry, layout)
+  canvas, valid = carry.canvas, visible(network, c, carry, layout)
   if not c.guided:
     return canvas, valid
   no_prompt = jnp.where(layout.fill, canvas, network.mask_id)
@@ -216,6 +218,10 @@ def shapes(network, c, length, slots):
     increasing order.
   """
   size = slots.shape[2]
+  if network.block_length:
+    return tuple(
+      (n, network.block_length) for n in halves(length, network.block_length)
+    )
   before = 0 if c.cache == 'none' else _predicted_before(network)
   # The position before each run of adjacent slots.
   gaps = np.any((np.diff(slots) != 1) & (slots[..., 1:] < length))
@@ -256,7 +262,7 @@ def choose_shape(network, c, shapes, carry, layout):
 
 def covers(network, c, shape, carry, layout):
   """Returns a bool: a shape covers the visible positions of active rows."""
-  valid = visible(c, carry, layout)
+  valid = visible(network, c, carry, layout)
   end = jnp.where(valid, jnp.arange(valid.shape[1]) + 1, 0).max(axis=1)
   fits = end <= shape[0]
   if to_end_of_row(network, c):
@@ -269,9 +275,7 @@ def empty_cache(network, c, layout):
   """Returns a Cache for all rows and positions whose places are hidden."""
   copies = 2 if c.guided else 1
   valid = jnp.tile(layout.valid, (copies, 1))
-  _, labels = show(
-    network.objective, valid.astype(jnp.int32), valid, network.bos_id
-  )
+  _, labels = show(network, valid.astype(jnp.int32), valid)
   return cache_lib.empty(network.config, labels)
 
 

@@ -10,6 +10,7 @@ import json
 import numpy as np
 
 from maskdiff.sampling.recording import num_steps
+from maskdiff.sampling.request import divide
 
 MASK_TEXT = '\u2591'
 
@@ -37,7 +38,7 @@ def page(recordings, tokenizer, titles, settings):
     ),
     'settings': [[key, str(value)] for key, value in settings.items()],
     'texts': [
-      _text(recording, tokenizer, title, settings['block_length'], last)
+      _text(recording, tokenizer, title, settings, last)
       for recording, title in zip(recordings, titles, strict=True)
     ],
   }
@@ -54,9 +55,11 @@ def page(recordings, tokenizer, titles, settings):
   return before + encoded + after
 
 
-def _text(recording, tokenizer, title, block_length, last):
+def _text(recording, tokenizer, title, settings, last):
   """Returns the data of a text for the page; lists have one entry per token."""
   tokens, fill, steps, confidence = recording
+  by_position = settings.get('trained_on_blocks_of', 0) > 0
+  blocks, _ = divide(fill, settings['block_length'], by_position)
   steps = np.where(fill & (steps == 0), last + 1, steps)  # still masked
   return {
     'title': title,
@@ -66,7 +69,7 @@ def _text(recording, tokenizer, title, block_length, last):
     'confidence': [
       round(float(x), 4) if np.isfinite(x) else None for x in confidence
     ],
-    'blocks': np.where(fill, (fill.cumsum() - 1) // block_length, -1).tolist(),
+    'blocks': blocks.tolist(),
   }
 
 

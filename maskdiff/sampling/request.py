@@ -61,14 +61,16 @@ def begin(network, c, request, num_slots=0):
     int(fill.sum(axis=1).max(initial=0)),
     int(settings.gen_length.max(initial=0)),
   )
-  size = min(c.block_length, max_slots)
+  by_position = network.block_length > 0
+  size = c.block_length if by_position else min(c.block_length, max_slots)
+  block_of, index_of = divide(fill, size, by_position)
   blocks = -(-max_slots // size)
-  slots = np.full((batch, blocks * size), length, np.int32)
-  for row, is_slot in enumerate(fill):
-    (positions,) = np.nonzero(is_slot)
-    slots[row, : len(positions)] = positions
-  slots = slots.reshape(batch, blocks, size)
-  number = np.cumsum(fill, axis=1) - 1
+  if by_position:  # a prompt may end within a block
+    blocks = min(blocks + 1, -(-length // size))
+  blocks = max(blocks, block_of.max() + 1)
+  slots = np.full((batch, blocks, size), length, np.int32)
+  rows, positions = np.nonzero(fill)
+  slots[rows, block_of[fill], index_of[fill]] = positions
   zeros = np.zeros(batch, np.int32)
   carry = Carry(
     block=zeros,
@@ -89,13 +91,45 @@ def begin(network, c, request, num_slots=0):
     num_slots=(slots < length).sum(axis=2, dtype=np.int32),
     fill=fill,
     valid=valid,
-    block_of=np.where(fill, number // size, -1).astype(np.int32),
-    index_of=np.where(fill, number % size, 0).astype(np.int32),
+    block_of=block_of,
+    index_of=index_of,
     steps=_steps_per_block(c, settings, fill.sum(axis=1)),
     seeds=np.asarray(request.seeds, np.uint32),
     settings=settings,
   )
   return carry, layout, passes.shapes(network, c, length, slots)
+
+
+def divide(fill, block_length, by_position):
+  """Divides the slots of rows into blocks.
+
+  Args:
+    fill: [..., L] bool, True on slots.
+    block_length: slots of a block.
+    by_position: whether a block is the slots among `block_length` positions,
+      counted from the start of the row, as in training on blocks; otherwise
+      slots are counted.
+
+  Returns:
+    [..., L] int32: the block of each slot, counted from 0, and -1 elsewhere;
+    and its index in the block, 0 elsewhere.
+  """
+  fill = np.asarray(fill)
+  number = np.cumsum(fill, axis=-1) - 1
+  if by_position:
+    unit = np.where(fill, np.arange(fill.shape[-1]) // block_length, -1)
+    # The largest unit so far, before this position.
+    last = np.maximum.accumulate(unit, axis=-1)
+    before = np.concatenate([np.full_like(last[..., :1], -1), last], axis=-1)
+    is_first = fill & (unit > before[..., :-1])
+  else:
+    is_first = fill & (number % block_length == 0)
+  block = np.cumsum(is_first, axis=-1) - 1
+  start = np.maximum.accumulate(np.where(is_first, number, 0), axis=-1)
+  return (
+    np.where(fill, block, -1).astype(np.int32),
+    np.where(fill, number - start, 0).astype(np.int32),
+  )
 
 
 def _arrays(request):
@@ -161,9 +195,8 @@ def _check_settings(network, c, settings):
     settings: Settings with arrays, from `per_row`.
 
   Raises:
-    UserError: a setting has an unknown value, does not fit a left-to-right
-      network, needs eos_id or eot_id, which is missing, or needs another
-      program.
+    UserError: a setting has an unknown value, does not fit the network, needs
+      eos_id or eot_id, which is missing, or needs another program.
   """
   objective = OBJECTIVES[network.objective]
   if c.block_length < 1:
@@ -172,6 +205,18 @@ def _check_settings(network, c, settings):
     raise UserError(
       f'block_length={c.block_length}: a model trained with objective '
       f'{network.objective} fills one token at a time; set block_length=1'
+    )
+  if network.block_length and network.block_length % c.block_length:
+    raise UserError(
+      f'block_length={c.block_length} does not divide the blocks of '
+      f'{network.block_length} tokens that the model was trained on; set '
+      f'block_length={network.block_length}'
+    )
+  if network.block_length and c.lookahead >= 0:
+    raise UserError(
+      f'lookahead={c.lookahead}: a model trained with objective '
+      f'{network.objective} sees its own block and none after it; set '
+      'lookahead=-1'
     )
   guidance = settings.guidance.max(initial=0)
   if (c.guided or guidance) and not objective.can_guide:

@@ -4,7 +4,8 @@ A canvas is a row of tokens in which some positions, the slots, are to be
 filled: after a prompt, or in gaps anywhere in a text. Slots are filled in
 blocks of `block_length`, left to right. One block is pure diffusion; several
 are semi-autoregressive. A network trained left to right is sampled by the same
-loop in blocks of one slot. Committed tokens are never revised.
+loop in blocks of one slot, and a network trained on blocks in its own blocks,
+or in parts of them. Committed tokens are never revised.
 
 This is `generate` of LLaDA (arXiv 2502.09992, section 2.4), which continues
 prompts, extended to gaps. A mask token outside of the slots is context and
@@ -38,6 +39,7 @@ from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
 from maskdiff.model import cache as cache_lib
 from maskdiff.sampling import commit, passes, remasking
+from maskdiff.sampling.block_window import over_blocks
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.state import Carry, current, in_progress
 
@@ -200,9 +202,8 @@ def window_step(network, c, shape, layout, carry, cache):
 
   Arguments and results as for `canvas_step`.
   """
-  logits, num_positions, cache = passes.over_window(
-    network, c, shape, carry, cache, layout
-  )
+  over = over_blocks if network.block_length else passes.over_window
+  logits, num_positions, cache = over(network, c, shape, carry, cache, layout)
   active = uses_cache(carry)
   carry = denoise(network, c, carry, layout, logits, active, num_positions)
   return carry, cache
@@ -294,9 +295,14 @@ def _next_uses_cache(network, c, carry, layout, slots, complete):
   """
   if c.cache == 'none':
     return jnp.zeros_like(complete)
+  next_slot = current(layout.slots, carry.block)[:, 0]
+  if network.block_length:
+    # A window reaches from the block before to the end of the block.
+    step = next_slot // network.block_length
+    return step - slots[:, 0] // network.block_length <= 1
   if passes.exact_cache(network):
     # Given tokens between two slots are not in the cache yet.
-    return current(layout.slots, carry.block)[:, 0] == slots[:, -1] + 1
+    return next_slot == slots[:, -1] + 1
   if not c.refresh:
     return ~complete
   return ~complete & (carry.step % c.refresh != 0)

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from maskdiff.config.key import check_value
-from maskdiff.config.sample import PER_REQUEST, SETTINGS
+from maskdiff.config.sample import PER_REQUEST, SETTINGS, block_length
 from maskdiff.config.settings import (
   check_names,
   check_steps,
@@ -115,14 +115,27 @@ def sampler_config(config):
   """Returns the SamplerConfig and the Settings of a run's config.
 
   For a left-to-right network, each block has one slot and takes one step. With
-  a cache, later slots are hidden, so that the first pass ends at the prompt.
+  a cache, later slots are hidden, so that the first pass ends at the prompt. A
+  network trained on blocks fills no longer blocks than these.
   """
   values = {name: config.sample[name] for name in SETTINGS}
+  values['block_length'] = block_length(config)
   if OBJECTIVES[config.objective.name].left_to_right:
     values |= dict(steps=values['gen_length'], block_length=1)
     if values['cache'] != 'none':
       values['lookahead'] = 0
   return split(values)
+
+
+def fit_blocks(network, c, slots):
+  """Returns a SamplerConfig whose blocks are no longer than a number of slots.
+
+  Further slots of a block would be computed for nothing. Blocks of a network
+  that was trained on blocks have their places in the row, and do not change.
+  """
+  if network.block_length:
+    return c
+  return dataclasses.replace(c, block_length=max(min(c.block_length, slots), 1))
 
 
 def for_gaps(c, settings, steps=None):
@@ -233,6 +246,9 @@ def describe(network, c, settings):
   """
   values = settings._asdict() | dataclasses.asdict(c)
   keys = ('objective', 'predict_mask', 'mask_id', 'bos_id', 'eos_id')
-  return {name: values[name] for name in SETTINGS} | {
+  found = {name: values[name] for name in SETTINGS} | {
     key: getattr(network, key) for key in keys
   }
+  if network.block_length:
+    found['trained_on_blocks_of'] = network.block_length
+  return found

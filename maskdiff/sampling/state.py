@@ -74,8 +74,17 @@ def in_progress(carry):
   return carry.masked.any((1, 2))
 
 
-def visible(c, carry, layout):
-  """Returns [B, L] bool: not padding, and not in a block beyond `lookahead`."""
+def visible(network, c, carry, layout):
+  """Returns [B, L] bool, the positions that a forward pass may compute.
+
+  They are not padding, not in a block beyond `lookahead`, and not after the
+  block of the training that is being filled, since the network does not look
+  beyond it.
+  """
+  if network.block_length:
+    slot = current(layout.slots, carry.block)[:, :1]
+    end = (slot // network.block_length + 1) * network.block_length
+    return layout.valid & (jnp.arange(layout.valid.shape[1]) < end)
   if c.lookahead < 0:
     return layout.valid
   last_visible = carry.block + c.lookahead

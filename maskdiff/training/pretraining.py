@@ -146,7 +146,7 @@ def row(config, c, mesh, metrics, facts, step_s):
     }
   tokens_per_s = config.train.batch * c.length / step_s
   values['train/tokens_per_s'] = tokens_per_s
-  flops = table.flops_per_token(c.objective.name, c.model, c.length)
+  flops = table.flops_per_token(c.objective, c.model, c.length)
   mfu = metrics_lib.utilization(tokens_per_s, flops, mesh.devices.flatten())
   return values if mfu is None else values | {'train/mfu': mfu}
 

@@ -256,7 +256,11 @@ def summarize(canvas, total, nll):
   bucket = jnp.minimum(
     (canvas.mask_ratio * RATIO_BUCKETS).astype(jnp.int32), RATIO_BUCKETS - 1
   )
-  by_bucket = lambda x: jnp.zeros(RATIO_BUCKETS).at[bucket].add(x.sum(axis=1))
+
+  def by_bucket(x):
+    parts = x.reshape(*bucket.shape, -1).sum(axis=2)
+    return jnp.zeros(RATIO_BUCKETS).at[bucket].add(parts)
+
   return LossSums(
     weighted_nll=total,
     num_tokens=canvas.num_tokens.sum(),

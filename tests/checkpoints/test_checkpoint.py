@@ -605,6 +605,7 @@ def test_two_damaged_steps_are_moved_aside(steps, capsys):
   assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_any_damage_to_any_file_is_found_or_harmless(steps):
   """Flips bits in, truncates and deletes files of a step."""
   random = np.random.default_rng(0)

@@ -114,6 +114,7 @@ def test_accuracy_per_way_and_infilling(model):
   assert infilled['text'] == infilled['answer']
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_change_answers(model):
   lines = puzzles.make('addition', 0, 10)
   memorized = model(lines)

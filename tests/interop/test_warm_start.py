@@ -164,6 +164,7 @@ def test_folder_without_a_tokenizer_cannot_be_sampled(folder, tmp_path):
 # launch/convert.py
 
 
+@pytest.mark.slow
 def test_convert_script_converts_both_ways_and_checks(folder, tmp_path):
   workdir, out = tmp_path / 'run', tmp_path / 'out'
   result = script(

@@ -214,6 +214,7 @@ def test_a_directory_with_planted_files_is_listed(script, workdir, capsys):
   assert printed[-1].startswith(r'set aside: \x1b[2J in ')
 
 
+@pytest.mark.slow
 def test_the_command_line(workdir, tmp_path):
   """One test for two commands, since each imports JAX."""
 

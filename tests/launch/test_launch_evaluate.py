@@ -138,6 +138,7 @@ def test_a_suffix_is_part_of_the_row(workdir, tokenizer):
   assert row['bits_per_byte'] == pytest.approx(row['nats'] / 23 / np.log(2))
 
 
+@pytest.mark.slow
 def test_an_autoregressive_run_refuses_other_orders_and_suffixes(
   tokenizer, tmp_path
 ):
@@ -151,6 +152,7 @@ def test_an_autoregressive_run_refuses_other_orders_and_suffixes(
   assert 'one order only' in message and 'leave out --form' in message
 
 
+@pytest.mark.slow
 def test_tensor_parallel_scores_match(workdir):
   flags = ('--task=bound', '--samples=16')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))
@@ -166,6 +168,7 @@ def test_tensor_parallel_scores_match(workdir):
   assert 'not divisible by mesh.tensor = 4' in error_of(split)
 
 
+@pytest.mark.slow
 def test_bfloat16_scores_are_close(workdir):
   flags = ('--task=bound', '--samples=16', '--dtype=bfloat16')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))

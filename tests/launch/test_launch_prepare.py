@@ -217,6 +217,7 @@ def test_rows_do_not_depend_on_kills(corpus, undisturbed, tmp_path, seed):
   assert contents(directory) == contents(wanted)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_finished_parts(corpus, undisturbed, tmp_path):
   wanted, _, _ = undisturbed
   for attempt in range(5):  # on a busy machine an interrupt can be too late
@@ -253,6 +254,7 @@ def test_signals_end_the_script_while_it_reads(small, tmp_path, end):
   assert process.returncode
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_finished_parts(corpus, undisturbed, tmp_path):
   wanted, _, _ = undisturbed
   directory = tmp_path / 'rows'

@@ -32,6 +32,7 @@ def workdir(tokenizer, tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_puzzles_are_written_and_answered(workdir, tmp_path):
   out = tmp_path / 'heldout.jsonl'
   flags = ('--task=addition', '--num=5', '--digits=3', '--seed=2')

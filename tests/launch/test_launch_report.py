@@ -61,6 +61,7 @@ def test_a_device_named_by_out_is_written_and_not_replaced(workdir):
   assert link.is_symlink()
 
 
+@pytest.mark.slow
 def test_user_errors_are_one_line(workdir):
   empty = made_runs.write(workdir.parent / 'empty', [])
   for args, says in (

@@ -151,6 +151,7 @@ def wait_for(path):
   return path.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_starts_and_stops_on_every_host(cloud):
   slices = (*WHERE, '--slices=2')
   given = ['--workdir', '/gcs/b/my run', "--config.sample.prompts=('a $b\"',)"]
@@ -181,6 +182,7 @@ def test_a_run_starts_and_stops_on_every_host(cloud):
   assert pod(cloud, 'stop', *slices).returncode == 0  # nothing to stop
 
 
+@pytest.mark.slow
 def test_a_variable_can_come_from_this_shell(cloud, monkeypatch):
   monkeypatch.setenv('COLOUR', 'blue\n$x')
   start = ('start', *WHERE, '--slices=2', '--env', 'COLOUR')

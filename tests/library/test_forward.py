@@ -166,6 +166,7 @@ def training_loss(model, rows, key):
   return sums.loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['run', 'causal'])
 def test_loss_under_a_key_is_that_of_training(request, kind):
   model = request.getfixturevalue(kind)
@@ -277,6 +278,7 @@ def test_lengths_can_be_traced(run):
     np.testing.assert_allclose(found, function(lengths), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_have_the_dtype_of_the_parameters(run):
   half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
   gradient = jax.grad(

@@ -38,7 +38,7 @@ def by_script(model, texts, values, gaps=False, changes=({}, {}, {}), seed=0):
     encoded.append(answers.encode_text(prompt, gaps, own, encode, context))
   s = answers.Sampling(
     model.network,
-    answers.fit(c, encoded, settings),
+    answers.fit(model.network, c, encoded, settings),
     model.tokenizer,
     context,
     trajectory=True,

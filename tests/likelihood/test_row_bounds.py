@@ -120,6 +120,7 @@ def ratio_loss(found):
   return -(ratio * advantage).sum() + 0.1 * ((policy - reference) ** 2).sum()
 
 
+@pytest.mark.slow
 def test_gradient_equals_that_of_dense_logits(network):
   others = (network, dataclasses.replace(network, params=tiny.strong_params()))
   policy = perturbed(network)
@@ -230,6 +231,7 @@ def test_backward_pass_does_not_repeat_the_loss(network):
   assert count('loss: gradient of the head') == 1
 
 
+@pytest.mark.slow
 def test_estimate_and_gradient_do_not_depend_on_the_mesh(network):
   answers = Answers(
     *(np.tile(np.pad(x, ((0, 1), (0, 1))), (2, 1)) for x in ANSWERS)

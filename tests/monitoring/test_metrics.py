@@ -216,6 +216,7 @@ def test_wandb_has_the_scalars_and_the_texts(tmp_path, wandb):
   assert steps(tmp_path) == [3, 3, 6]
 
 
+@pytest.mark.slow
 def test_resumed_run_continues_its_wandb_run(tmp_path, wandb):
   """The config may change. A new run gets a new wandb run."""
   for start_step, size in ((0, 1), (4, 2), (0, 3)):

@@ -138,7 +138,7 @@ def mask_weights(objective, progress):
   canvas = masked_diffusion.corrupt(
     objective, one, u, jnp.zeros((len(u), 1)), jnp.ones(len(u)), progress
   )
-  ratio = np.asarray(canvas.mask_ratio, np.float64)
+  ratio = np.asarray(canvas.mask_ratio, np.float64)[:, 0]
   weight = np.asarray(canvas.weights, np.float64)[:, 0]
   by_count = [
     np.mean(weight * ratio**k * (1 - ratio) ** (L - k)) for k in range(L + 1)

@@ -1,19 +1,25 @@
 """Traits of objectives."""
 
+import dataclasses
 import pathlib
 import runpy
 
+import jax
+import jax.numpy as jnp
 import pytest
+from objective_cases import CONFIG, random_tokens
 
+from maskdiff.data.rows import Rows
+from maskdiff.model import masks
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives import table
 
-CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / '8b.py'
+LLADA = pathlib.Path(__file__).parents[2] / 'configs' / '8b.py'
 
 
 def test_flops_are_those_of_the_matrix_products():
   """2 per weight and token forward, twice as many backward; gains are free."""
-  config = runpy.run_path(str(CONFIG))['get_config']()
+  config = runpy.run_path(str(LLADA))['get_config']()
   c, length = TransformerConfig(**config.model), 4096
   d, h, g, k = c.embed, c.heads, c.kv_heads, c.head_dim
   matrices = 2 * d * (h + 2 * g + h) * k + 3 * 2 * d * c.mlp
@@ -21,6 +27,38 @@ def test_flops_are_those_of_the_matrix_products():
   outside = 2 * d * c.vocab_size
   full = 3 * (c.layers * (matrices + scores_and_mix) + outside)
   causal = 3 * (c.layers * (matrices + scores_and_mix / 2) + outside)
-  flops = lambda name: table.flops_per_token(name, c, length)
+  # A noisy copy sees half of the clean copy and its own block, and so does the
+  # clean copy.
+  block = 32
+  pairs = 1 + block / length
+  two_copies = 3 * (
+    c.layers * (2 * matrices + pairs * scores_and_mix) + outside
+  )
+
+  def flops(name, block_length=block):
+    objective = dataclasses.replace(
+      CONFIG, name=name, block_length=block_length
+    )
+    return table.flops_per_token(objective, c, length)
+
   assert flops('masked_diffusion') == pytest.approx(full, rel=1e-4)
   assert flops('autoregressive') == pytest.approx(causal, rel=1e-4)
+  assert flops('block_diffusion') == pytest.approx(two_copies, rel=1e-4)
+  assert flops('block_diffusion', length) == flops('masked_diffusion')
+
+
+@pytest.mark.parametrize('name', table.OBJECTIVES)
+@pytest.mark.parametrize('block_length', [1, 2, 8])
+def test_pairs_and_copies_are_those_of_the_labels(name, block_length):
+  length = 8
+  c = dataclasses.replace(CONFIG, name=name, block_length=block_length)
+  rows = Rows(random_tokens(2, length))
+  canvas = table.make_canvas(c, rows, jnp.arange(2), jax.random.key(0), 2)
+  seen = masks.visible(canvas.labels, canvas.labels)[0].sum()
+  objective = table.OBJECTIVES[name]
+  pairs = objective.visible_pairs(block_length, length)
+  if name == 'autoregressive':  # the diagonal is not counted
+    seen -= length / 2
+  assert pairs * length**2 == seen
+  copies = objective.copies(block_length, length)
+  assert canvas.inputs.shape == (2, copies * length)

@@ -261,6 +261,7 @@ def test_evaluation_is_compiled_only_if_the_step_fits(compiled):
   assert result['hbm_evaluation_gib'] is None
 
 
+@pytest.mark.slow
 def test_sweep_keeps_the_evaluation_batch(compiled):
   """The size is rounded to the nearest one that the mesh divides."""
   calls = compiled(allocated(6, 8), allocated(1, 2))

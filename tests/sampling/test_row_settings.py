@@ -53,6 +53,7 @@ def complete(network, c, rows, which=slice(None)):
   return sampler.complete(network, c, layouts.widen(request, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [

@@ -136,6 +136,7 @@ def test_cache_refreshed_every_step_changes_nothing(
     np.testing.assert_array_equal(getattr(plain, field), getattr(cached, field))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cache, refresh', [('prefix', 0), ('dual', 3)])
 def test_cache_saves_positions(network, cache, refresh):
   """Samples twelve slots in blocks of four, one slot per step."""
@@ -235,6 +236,7 @@ def test_served_rows_with_a_cache_do_not_depend_on_the_batch(params, cache):
   assert sum(a.positions for a in found.values()) < plain.positions.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cache', ['none', 'dual'])
 def test_mesh_equals_one_device(network, cache):
   """Heads and windows need not divide evenly among the devices."""
@@ -288,6 +290,7 @@ def test_hidden_slots_have_no_influence(network):
   assert int(carry.positions[0]) == positions
 
 
+@pytest.mark.slow
 def test_unused_slots_cost_nothing(monkeypatch):
   """With stop_at_eos and lookahead, gen_length does not change the work."""
   found = []

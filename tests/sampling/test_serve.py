@@ -110,6 +110,7 @@ def test_refilled_rows_save_calls(monkeypatch):
   assert continuous < sum(calls)
 
 
+@pytest.mark.slow
 def test_fifty_requests_with_fifty_settings_compile_one_program():
   """Settings, lengths and prompts differ; rows of one batch mix them."""
   random = np.random.default_rng(0)
@@ -146,6 +147,7 @@ def test_fifty_requests_with_fifty_settings_compile_one_program():
   assert sampler.run._cache_size() == 2  # batches of four, and of one
 
 
+@pytest.mark.slow
 def test_served_rows_on_a_mesh_equal_one_device():
   settings = SETTINGS._replace(temperature=0.7)
   asked = [request._replace(settings=settings) for request in requests()[:5]]

@@ -281,6 +281,7 @@ def test_finished_run_is_only_evaluated(finished, tmp_path):
   assert_same_bits(saved_state(workdir), finished.state())
 
 
+@pytest.mark.slow
 def test_new_batch_size_resumes_at_the_same_sample(
   killed, make_config, corpus, monkeypatch
 ):
@@ -596,6 +597,7 @@ def test_sample_script_answers_a_file_of_prompts(
   assert alone == answers[1]['text'] + '\n'
 
 
+@pytest.mark.slow
 def test_lines_of_a_file_have_settings_of_their_own(
   finished, sample_script, tmp_path
 ):
@@ -696,6 +698,7 @@ def test_sample_script_answers_lines_of_standard_input(
   ]
 
 
+@pytest.mark.slow
 def test_sampling_with_refill_equals_sampling_at_once(
   finished, sample_script, capsys, tmp_path
 ):
@@ -713,6 +716,7 @@ def test_sampling_with_refill_equals_sampling_at_once(
   assert '---\n'.join(r['text'] + '\n' for r in rows) == expected
 
 
+@pytest.mark.slow
 def test_sample_script_gives_answers_of_open_length(
   finished, sample_script, tmp_path
 ):
@@ -831,6 +835,7 @@ def test_one_config_key_trains_an_autoregressive_model(make_config, tmp_path):
 # Mixtures
 
 
+@pytest.mark.slow
 def test_mixture_evaluates_each_dataset(
   make_config, corpus, tokenizer, tmp_path
 ):
@@ -863,6 +868,7 @@ def test_mixture_evaluates_each_dataset(
   assert not any('stderr' in key for key in result)  # of one batch
 
 
+@pytest.mark.slow
 def test_eval_path_evaluates_on_other_data(
   finished, make_config, tokenizer, tmp_path
 ):
@@ -960,6 +966,7 @@ def test_missing_wandb_is_reported_first(make_config, tmp_path, monkeypatch):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_at_most_one_step_is_queued(make_config, tmp_path, monkeypatch):
   """A checkpoint after SIGTERM has to wait for every queued step.
 

@@ -190,6 +190,7 @@ def test_tokens_of_another_time_would_differ(config, finished, tmp_path):
     assert_same(workdir, finished)
 
 
+@pytest.mark.slow
 def test_damaged_position_falls_back_to_the_step_before(
   config, finished, tmp_path, capfd
 ):
@@ -206,6 +207,7 @@ def test_damaged_position_falls_back_to_the_step_before(
   assert_same(workdir, finished)
 
 
+@pytest.mark.slow
 def test_sigterm_during_a_rollout_saves_the_last_step(
   config, finished, tmp_path
 ):
