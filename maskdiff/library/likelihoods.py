@@ -164,6 +164,11 @@ def _given(network, c, answers, masks, weights):
       f'masks: a network trained with objective {network.objective} has the '
       'log-likelihood itself, without masks; leave them out'
     )
+  if network.block_length and weights is None:
+    raise UserError(
+      'masks: a network trained on blocks has a bound for each block, whose '
+      'weights depend on how its masks were drawn; give weights too'
+    )
   rows = queries.rows_of(network, c, answers)
   sizes = [int(row.answer.sum()) for row in rows]
   drawn = [

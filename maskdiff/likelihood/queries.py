@@ -93,7 +93,7 @@ def rows_of(network, c, answers):
     UserError: shapes differ; a row has no answer, is longer than the context,
       or contains the mask token or an id outside the vocabulary; an answer is
       on padding; guidance needs masked prompts in training; or text follows an
-      answer, which a left-to-right network does not see.
+      answer, and the network does not see it.
   """
   tokens = np.asarray(answers.tokens, np.int32)
   answer = np.asarray(answers.answer, bool)
@@ -129,14 +129,27 @@ def rows_of(network, c, answers):
       raise UserError(
         f'row {i}: token ids must lie in [0, {network.config.vocab_size})'
       )
-    ends_row = row.answer[np.argmax(row.answer) :].all()
-    if objective.left_to_right and not ends_row:
+    if _has_unseen_text(network, row.answer):
       raise UserError(
         f'row {i}: text follows the answer, and a network trained with '
         f'objective {network.objective} does not see it; remove it'
       )
     rows.append(row)
   return rows
+
+
+def _has_unseen_text(network, answer):
+  """Returns whether given text is after an answer token that does not see it.
+
+  Args:
+    network: Network.
+    answer: [L] bool.
+  """
+  order = OBJECTIVES[network.objective].order
+  if order == 'any' or answer.all():
+    return False
+  block = np.arange(len(answer)) // (network.block_length or 1)
+  return block[~answer].max() > block[answer].min()
 
 
 def block_sizes(network, row):

@@ -307,7 +307,7 @@ def test_given_times_have_the_weights_of_the_config(run, weight):
   canvas = masked_diffusion.corrupt(
     c, Rows(row), u, jnp.zeros((1, 3)), jnp.array([3])
   )
-  t = canvas.mask_ratio  # of the linear schedule
+  t = canvas.mask_ratio[:, 0]  # of the linear schedule
   draws = {'times': t, 'masked': [[True, False, True]]}
   found = maskdiff.loss(changed, row, **draws)
   expected = maskdiff.loss(run, row, **draws) * t * canvas.weights.max()

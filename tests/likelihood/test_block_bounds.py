@@ -220,3 +220,19 @@ def test_bounds_of_other_blocks_are_not_compared():
       jax.random.key(0),
       jnp.array([0]),
     )
+
+
+@pytest.mark.parametrize(
+  'prompt, answer, suffix, seen',
+  [([7, 8], [9], [], True), ([7], [9], [8], True), ([7], [8, 9], [8], False)],
+)
+def test_text_in_a_later_block_than_the_answer_is_refused(
+  prompt, answer, suffix, seen
+):
+  """A block of 3 tokens: a suffix of the same block is seen."""
+  rows = bounds.lay_out([prompt], [answer], [suffix])
+  if seen:
+    assert len(queries.rows_of(NETWORK, CONFIG, rows)) == 1
+    return
+  with pytest.raises(UserError, match='text follows the answer'):
+    queries.rows_of(NETWORK, CONFIG, rows)

@@ -35,6 +35,7 @@ CHANCE = TRANSITION[ROWS[:, :-1], ROWS[:, 1:]].prod(axis=1) / 3
 ENTROPY = -np.sum(CHANCE * np.log(CHANCE)) / L
 MASKS = np.array(list(itertools.product([False, True], repeat=L)))[1:]
 BELL = {'objective.time_density': 'bell'}
+BLOCKS = {'objective.name': 'block_diffusion'}
 # Names as in the table of the page.
 BOUNDS = {
   'weights of the bound, uniform times': {},
@@ -48,6 +49,8 @@ BOUNDS = {
   },
   'bell-shaped times, uniform after half': BELL
   | {'objective.uniform_after': 0.5},
+  'blocks of two tokens': BLOCKS | {'objective.block_length': 2},
+  'blocks of one token': BLOCKS | {'objective.block_length': 1},
 }
 OTHERS = {
   'bell-shaped times around 0.3': BELL | {'objective.bell_mean': 0.3},
@@ -105,7 +108,7 @@ def masked_nll(c, params):
   tokens = jnp.asarray(np.repeat(ROWS + FIRST_ID, len(MASKS), axis=0))
   masked = jnp.asarray(np.tile(MASKS, (len(ROWS), 1)))
   full = functools.partial(jnp.full, len(tokens))
-  canvas = masked_diffusion.with_masks(
+  canvas = table.OBJECTIVES[c.objective.name].with_masks(
     c.objective, Rows(tokens), full(0.5), masked, full(L)
   )
   _, nll = canvas_loss(c.objective, transformer.bind(c.model, params), canvas)
@@ -129,7 +132,9 @@ def causal_nll(c, params):
 def mask_weights(objective, progress):
   """Returns [masks], the probability of each mask times its expected weight.
 
-  An integral over the quantiles of the times, by the midpoint rule.
+  An integral over the quantiles of the times, by the midpoint rule. The time is
+  that of all blocks of a row: the expected loss is a sum over blocks, each with
+  a time of its own, and all times have one distribution.
   """
   if objective.name == 'autoregressive':
     return np.ones(1)
