@@ -36,19 +36,20 @@ HEAD = (
 
 def plan(config, topology, slices):
   """Returns the plan of a config, a dict; see planner/fields.py."""
-  with tempfile.NamedTemporaryFile(suffix='.json') as file:
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'plan.json'
     result = subprocess.run(
       [
         *(sys.executable, 'launch/plan.py', '--config', f'configs/{config}'),
         *('--topology', topology, '--num_slices', str(slices)),
-        *('--json', file.name),
+        *('--json', path),
       ],
       cwd=ROOT,
       stdout=subprocess.DEVNULL,
     )
     if result.returncode:
       sys.exit(f'{config} on {topology}: launch/plan.py failed')
-    return json.load(file)
+    return json.loads(path.read_text())
 
 
 def row(p, config, note):
