@@ -1,4 +1,4 @@
-"""Losses of block diffusion in published training code (block_sft.npz).
+"""Noise, masks and losses of block diffusion in published training code.
 
 Every code normalizes its loss in its own way, so each test states the
 normalization and applies it to the weights and the nll of a Canvas.
@@ -17,10 +17,10 @@ from objective_cases import CONFIG
 
 from maskdiff.data.rows import Rows
 from maskdiff.model import masks, transformer
-from maskdiff.objectives import block_diffusion
+from maskdiff.objectives import block_diffusion, masked_diffusion
 from maskdiff.objectives.canvas import canvas_loss
 from maskdiff.objectives.schedule import Schedule
-from maskdiff.objectives.time_density import Weight
+from maskdiff.objectives.time_density import TimeDensity, Weight
 
 IGNORED = -100  # label of a position without a loss
 BLOCK = dataclasses.replace(
@@ -215,3 +215,75 @@ def test_dllm_rows_have_one_time(case):
   if arrays['shift']:
     canvas = predicted_from_left(canvas)
   check(arrays, c, canvas, 1)
+
+
+# BD3-LM (block_diffusion.npz)
+
+
+@functools.cache
+def bd3lm():
+  with np.load(GOLDEN / 'block_diffusion.npz') as arrays:
+    return dict(arrays)
+
+
+def test_bd3lm_masks():
+  names = [name for name in bd3lm() if name.startswith('mask.')]
+  assert len(names) == 6
+  for name in names:
+    length, size = (int(x[1:]) for x in name.removeprefix('mask.').split('_'))
+    labels = masks.block_diffusion(np.ones((1, length), bool), size)
+    seen = masks.visible(labels, labels)[0]
+    np.testing.assert_array_equal(seen, bd3lm()[name], name)
+
+
+@pytest.mark.parametrize(
+  'name, schedule',
+  [
+    ('loglinear', Schedule('linear')),
+    ('square', Schedule('polynomial', 2.0)),
+    ('square_root', Schedule('polynomial', 0.5)),
+  ],
+)
+def test_bd3lm_schedules(name, schedule):
+  """Its `log` and `cosine` schedules are not schedules of maskdiff."""
+  t = bd3lm()['noise.t']
+  ratio = bd3lm()[f'noise.{name}.move_chance']
+  inside = schedule.mask_ratio(t) >= 1e-3  # BD3-LM clips lower ratios
+  assert inside.sum() >= len(t) - 1
+  np.testing.assert_allclose(
+    schedule.mask_ratio(t)[inside], ratio[inside], rtol=1e-6
+  )
+  scale = bd3lm()[f'noise.{name}.loss_scale']
+  np.testing.assert_allclose(-schedule.weight(t)[inside], scale[inside], 1e-5)
+
+
+@pytest.mark.parametrize('case', range(4))
+def test_bd3lm_clipped_times(case):
+  """Stratified times within an interval; maskdiff also permutes the strata.
+
+  Times of case 4 are all 1, as the loss of blocks of one token has them; see
+  test_blocks_of_one_token_are_the_chain_rule.
+  """
+  u, t = (bd3lm()[f'sample_t.{case}.{name}'] for name in 'ut')
+  setting = bd3lm()[f'sample_t.{case}.setting']
+  _, length, size, stratified, start, end = setting
+  if stratified:
+    u = (np.arange(u.size).reshape(u.shape) + u) / u.size
+  times = TimeDensity(interval=(start, end)).quantile(u.astype(np.float64))
+  if t.shape[1] == length:
+    times = np.repeat(times, int(size), axis=1)
+  np.testing.assert_allclose(times, t, atol=1e-6)
+
+
+def test_bd3lm_noise_differs_at_equality_only():
+  """BD3-LM masks a token also if its draw equals the mask ratio."""
+  tokens, p, u, noisy = (bd3lm()[f'q_xt.{name}'] for name in ('x', *'pu', 'xt'))
+  c = dataclasses.replace(CONFIG, eps=0.0, mask_id=99)
+  canvas = masked_diffusion.corrupt(
+    c, Rows(jnp.asarray(tokens)), p, u, jnp.full(len(p), p.shape[1])
+  )
+  equal = u == p
+  assert equal.sum() == 2
+  np.testing.assert_array_equal(canvas.inputs[~equal], noisy[~equal])
+  np.testing.assert_array_equal(canvas.inputs[equal], tokens[equal])
+  np.testing.assert_array_equal(noisy[equal], 99)
