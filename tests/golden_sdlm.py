@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from maskdiff.model.transformer import TransformerConfig
 
-# Name of each weight in the state dict. Names in BLOCKS follow `model.layers.N.`.
+# State-dict name of each weight. Names in BLOCKS follow `model.layers.N.`.
 TOP = {
   'embed': 'model.embed_tokens.weight',
   'norm': 'model.norm.weight',

@@ -78,6 +78,12 @@ KEYS = {
   'random_length_fraction': Key(
     0.01, 'Share of rows cut to a random length.', minimum=0, maximum=1
   ),
+  'complementary_masks': Key(
+    False,
+    'Train on every row twice, the second time with the masks exchanged: '
+    'tokens that are masked in one copy are not in the other. A step takes '
+    'twice the time and memory. The held-out bound has single masks.',
+  ),
   'block_length': Key(
     32,
     'Tokens per block of block_diffusion, a divisor of data.length. Other '
@@ -109,6 +115,20 @@ def check(c):
     f'config.objective.block_length={o.block_length} does not divide '
     f'config.data.length={length}; set --config.objective.block_length='
     f'{math.gcd(o.block_length, length)}',
+  )
+  require(
+    not o.complementary_masks or o.name != 'autoregressive',
+    'config.objective.complementary_masks=True needs masks, and the '
+    'autoregressive objective has none; set '
+    '--config.objective.complementary_masks=False',
+  )
+  require(
+    not o.complementary_masks
+    or o.name != 'block_diffusion'
+    or o.block_length > 1,
+    'config.objective.complementary_masks=True needs blocks of two or more '
+    'tokens: a block of one token is always masked; set '
+    '--config.objective.complementary_masks=False',
   )
   interval = o.time_interval
   require(

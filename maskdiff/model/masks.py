@@ -116,6 +116,11 @@ def visible(query, key):
   return (q.doc == k.doc) & (clean | noisy)
 
 
+def has_clean_copy(labels):
+  """Returns whether the rows are [noisy ; clean], from `block_diffusion`."""
+  return labels.regime is not None and labels.regime.make is _block_diffusion
+
+
 def take(labels, positions):
   """Returns the Labels of some positions of each row.
 

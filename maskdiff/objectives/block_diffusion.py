@@ -37,7 +37,8 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
 
   Returns:
     Canvas whose inputs are [noisy ; clean], [b, 2 L], unless a block is the
-    whole row.
+    whole row. It has twice as many rows with complementary masks; both copies
+    of a row have the same clean copy.
   """
   length = rows.tokens.shape[1]
   u, noise, lengths = masked_diffusion.draw(
@@ -56,7 +57,7 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
   else:
     ones = jnp.ones_like(u)
     canvas = masked_diffusion.canvas_of(c, rows, ones, ones, noise < 1, lengths)
-  return _with_clean_copy(c, rows, canvas)
+  return _with_clean_copy(c, canvas)
 
 
 def with_masks(c, rows, t, masked, lengths):
@@ -65,13 +66,13 @@ def with_masks(c, rows, t, masked, lengths):
   Arguments as for masked_diffusion.with_masks, with one time per block.
   """
   canvas = masked_diffusion.with_masks(c, rows, t, masked, lengths)
-  return _with_clean_copy(c, rows, canvas)
+  return _with_clean_copy(c, canvas)
 
 
-def _with_clean_copy(c, rows, canvas):
+def _with_clean_copy(c, canvas):
   doc = 0 if canvas.labels.single else canvas.labels.doc
   valid = canvas.labels.doc >= 0
-  inputs, labels = _two_copies(c, canvas.inputs, rows.tokens, valid, doc)
+  inputs, labels = _two_copies(c, canvas.inputs, canvas.targets, valid, doc)
   return dataclasses.replace(canvas, inputs=inputs, labels=labels)
 
 

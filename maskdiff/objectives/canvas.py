@@ -37,6 +37,7 @@ class ObjectiveConfig:
   bos_id: int
   eos_id: int  # the last token of every document, and of nothing else
   loss_chunk_tokens: int  # `chunk` of cross_entropy
+  complementary_masks: bool = False  # whether a row is also masked elsewhere
 
   def is_bound(self, progress):
     """Returns whether the expected loss is the bound.

@@ -154,7 +154,7 @@ def flops_per_token(c, model_config, length):
   The sum of three terms: 6 per weight of the layers and copy of the token; 6
   per weight of the head; and 12 N L H K times `visible_pairs` for attention.
   Recomputation is not counted. The head is counted for every token, although
-  the loss skips unmasked tokens.
+  the loss skips unmasked tokens. Complementary masks double the sum.
 
   Args:
     c: ObjectiveConfig.
@@ -167,4 +167,5 @@ def flops_per_token(c, model_config, length):
   weights += m.vocab_size * m.embed
   attention = m.layers * length * m.heads * m.head_dim
   pairs = objective.visible_pairs(c.block_length, length)
-  return 6 * weights + 12 * pairs * attention
+  rows = 2 if c.complementary_masks else 1
+  return rows * (6 * weights + 12 * pairs * attention)

@@ -162,7 +162,9 @@ def test_sdar_documents_of_a_row_have_times_of_their_own(case):
   for row in range(len(labels)):
     first = np.flatnonzero(starts[row])
     place = 0
-    for number, (a, b) in enumerate(zip(first, [*first[1:], None], strict=True)):
+    for number, (a, b) in enumerate(
+      zip(first, [*first[1:], None], strict=True)
+    ):
       part = slice(a, b)
       count = len(labels[row, part])
       there = slice(place, place + count)
@@ -182,8 +184,49 @@ def test_sdar_documents_of_a_row_have_times_of_their_own(case):
   np.testing.assert_allclose(
     weights[weights > 0], 1 / arrays['p_mask'], rtol=1e-6
   )
-  assert (canvas.num_tokens.sum() == (labels != IGNORED).sum())
+  assert canvas.num_tokens.sum() == (labels != IGNORED).sum()
   check(arrays, c, canvas, 1 / canvas.num_tokens.sum())
+
+
+# Fast-dLLM v2
+
+
+@pytest.mark.parametrize('case', range(3))
+def test_fast_dllm_v2_scores_every_token_once(case):
+  """Complementary masks, and tokens predicted from the noisy left neighbour.
+
+  The loss is the mean over the labelled tokens of both masks. The first token
+  of a row is never scored. maskdiff predicts the first token of a block from
+  the clean copy instead; see layers.shift_right.
+  """
+  arrays = golden(f'fastv2.{case}')
+  tokens, labels = arrays['input_ids'], arrays['labels']
+  batch, length = tokens.shape
+  c = dataclasses.replace(
+    UNWEIGHTED,
+    complementary_masks=True,
+    block_length=int(arrays['block_size']),
+  )
+  answer = jnp.asarray(labels != IGNORED)
+  rows = Rows(jnp.asarray(tokens), jnp.zeros_like(tokens), answer)
+  canvas = block_diffusion.corrupt(
+    c, rows, arrays['t'], arrays['u'], jnp.full(batch, length)
+  )
+  masked = np.asarray(canvas.inputs)[:, :length] == c.mask_id
+  np.testing.assert_array_equal(masked[::2] ^ masked[1::2], answer)
+  # The golden file has all masks first, then their complements.
+  order = np.arange(2 * batch).reshape(batch, 2).T.ravel()
+  config, params = network()
+  with jax.default_matmul_precision('highest'):
+    model = transformer.bind(config, params)
+    logits = model.logits(model(canvas.inputs, canvas.labels))
+  expected = arrays['logits']
+  found = np.asarray(logits)[order, :length, : expected.shape[2]]
+  np.testing.assert_allclose(found, expected, atol=2e-4)
+  canvas = predicted_from_left(canvas)
+  scored = answer.at[:, 0].set(False).sum()
+  assert (canvas.weights > 0).sum() == scored
+  check(arrays, c, canvas, 1 / canvas.weights.sum())
 
 
 # dLLM
