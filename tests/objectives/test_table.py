@@ -35,9 +35,9 @@ def test_flops_are_those_of_the_matrix_products():
     c.layers * (2 * matrices + pairs * scores_and_mix) + outside
   )
 
-  def flops(name, block_length=block):
+  def flops(name, block_length=block, **changes):
     objective = dataclasses.replace(
-      CONFIG, name=name, block_length=block_length
+      CONFIG, name=name, block_length=block_length, **changes
     )
     return table.flops_per_token(objective, c, length)
 
@@ -45,6 +45,8 @@ def test_flops_are_those_of_the_matrix_products():
   assert flops('autoregressive') == pytest.approx(causal, rel=1e-4)
   assert flops('block_diffusion') == pytest.approx(two_copies, rel=1e-4)
   assert flops('block_diffusion', length) == flops('masked_diffusion')
+  twice = flops('block_diffusion', complementary_masks=True)
+  assert twice == 2 * flops('block_diffusion')
 
 
 @pytest.mark.parametrize('name', table.OBJECTIVES)
