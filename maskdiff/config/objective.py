@@ -90,6 +90,18 @@ KEYS = {
     'objectives ignore it.',
     minimum=1,
   ),
+  'clean_attention': Key(
+    'block',
+    'Attention within the clean copy of block_diffusion: to whole blocks, or '
+    'causal. A sampler caches the blocks before the current one in this way.',
+    ('block', 'causal'),
+  ),
+  'autoregressive_weight': Key(
+    0.0,
+    'Weight of an autoregressive loss of the clean copy of block_diffusion, '
+    'which is added to the loss. It needs clean_attention=causal.',
+    minimum=0,
+  ),
   'attend_within': Key(
     'row',
     'Tokens attend to their whole row, or only to their own document.',
@@ -129,6 +141,18 @@ def check(c):
     'config.objective.complementary_masks=True needs blocks of two or more '
     'tokens: a block of one token is always masked; set '
     '--config.objective.complementary_masks=False',
+  )
+  require(
+    o.clean_attention == 'block'
+    or (o.name == 'block_diffusion' and o.block_length < length),
+    'config.objective.clean_attention=causal is for block_diffusion with more '
+    'than one block; set --config.objective.clean_attention=block',
+  )
+  require(
+    o.autoregressive_weight == 0 or o.clean_attention == 'causal',
+    f'config.objective.autoregressive_weight={o.autoregressive_weight} is for '
+    'block_diffusion with a causal clean copy, which does not see the '
+    'predicted tokens; set --config.objective.clean_attention=causal',
   )
   interval = o.time_interval
   require(

@@ -159,6 +159,11 @@ def canvas_of(c, rows, ratio, weight, masked, lengths):
   # document. Otherwise neighbouring documents would attend to each other.
   doc = document_labels(c, rows)
   inputs, labels = show(c, noisy, valid, doc)
+  next_weights = None
+  if c.autoregressive_weight:
+    before = jnp.pad(labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    follows = answer & (labels.doc == before)
+    next_weights = jnp.where(follows, c.autoregressive_weight, 0.0)
   return Canvas(
     inputs=inputs,
     labels=labels,
@@ -166,6 +171,7 @@ def canvas_of(c, rows, ratio, weight, masked, lengths):
     weights=jnp.where(masked, weight, 0.0),
     num_tokens=num_tokens.astype(jnp.float32),
     mask_ratio=ratio,
+    next_weights=next_weights,
   )
 
 

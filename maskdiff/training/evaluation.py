@@ -244,6 +244,7 @@ def eval_config(c):
     time_density=TimeDensity(),
     weight=Weight(),
     complementary_masks=False,
+    autoregressive_weight=0.0,
   )
   return dataclasses.replace(c, objective=objective)
 

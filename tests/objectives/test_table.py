@@ -50,15 +50,25 @@ def test_flops_are_those_of_the_matrix_products():
 
 
 @pytest.mark.parametrize('name', table.OBJECTIVES)
-@pytest.mark.parametrize('block_length', [1, 2, 8])
-def test_pairs_and_copies_are_those_of_the_labels(name, block_length):
+@pytest.mark.parametrize(
+  'block_length, clean_attention',
+  [(1, 'block'), (2, 'block'), (8, 'block'), (2, 'causal')],
+)
+def test_pairs_and_copies_are_those_of_the_labels(
+  name, block_length, clean_attention
+):
   length = 8
-  c = dataclasses.replace(CONFIG, name=name, block_length=block_length)
+  c = dataclasses.replace(
+    CONFIG,
+    name=name,
+    block_length=block_length,
+    clean_attention=clean_attention,
+  )
   rows = Rows(random_tokens(2, length))
   canvas = table.make_canvas(c, rows, jnp.arange(2), jax.random.key(0), 2)
   seen = masks.visible(canvas.labels, canvas.labels)[0].sum()
   objective = table.OBJECTIVES[name]
-  pairs = objective.visible_pairs(block_length, length)
+  pairs = objective.visible_pairs(c, length)
   if name == 'autoregressive':  # the diagonal is not counted
     seen -= length / 2
   assert pairs * length**2 == seen
