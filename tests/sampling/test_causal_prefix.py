@@ -12,7 +12,15 @@ from test_block_sampling import BLOCK, MASK, MODEL, NETWORK, REQUESTS, values_of
 from maskdiff.model import masks, transformer
 from maskdiff.sampling import layouts
 
-CAUSAL = dataclasses.replace(NETWORK, clean_attention='causal')
+CAUSAL = dataclasses.replace(
+  NETWORK,
+  # Larger weights than those of NETWORK, so that the tokens vary.
+  params=jax.tree.map(
+    lambda w: 3 * w if w.ndim > 1 else w,
+    transformer.init(MODEL, jax.random.key(2)),
+  ),
+  clean_attention='causal',
+)
 
 
 @jax.jit
@@ -54,8 +62,7 @@ def test_tokens_are_those_of_a_loop_over_blocks():
       row[0, best] = logits[best].argmax()
   found = np.asarray(sampled.complete(CAUSAL, values, request).canvas)
   np.testing.assert_array_equal(found[:, :length], row)
-  other = np.asarray(sampled.complete(NETWORK, values, request).canvas)
-  assert (other != found).any()
+  assert len(np.unique(found)) > 5
 
 
 @pytest.mark.slow
