@@ -78,11 +78,29 @@ KEYS = {
   'random_length_fraction': Key(
     0.01, 'Share of rows cut to a random length.', minimum=0, maximum=1
   ),
+  'complementary_masks': Key(
+    False,
+    'Train on every row twice, the second time with the masks exchanged: '
+    'tokens that are masked in one copy are not in the other. A step takes '
+    'twice the time and memory. The held-out bound has single masks.',
+  ),
   'block_length': Key(
     32,
     'Tokens per block of block_diffusion, a divisor of data.length. Other '
     'objectives ignore it.',
     minimum=1,
+  ),
+  'clean_attention': Key(
+    'block',
+    'Attention within the clean copy of block_diffusion: to whole blocks, or '
+    'causal. A sampler caches the blocks before the current one in this way.',
+    ('block', 'causal'),
+  ),
+  'autoregressive_weight': Key(
+    0.0,
+    'Weight of an autoregressive loss of the clean copy of block_diffusion, '
+    'which is added to the loss. It needs clean_attention=causal.',
+    minimum=0,
   ),
   'attend_within': Key(
     'row',
@@ -109,6 +127,32 @@ def check(c):
     f'config.objective.block_length={o.block_length} does not divide '
     f'config.data.length={length}; set --config.objective.block_length='
     f'{math.gcd(o.block_length, length)}',
+  )
+  require(
+    not o.complementary_masks or o.name != 'autoregressive',
+    'config.objective.complementary_masks=True needs masks, and the '
+    'autoregressive objective has none; set '
+    '--config.objective.complementary_masks=False',
+  )
+  require(
+    not o.complementary_masks
+    or o.name != 'block_diffusion'
+    or o.block_length > 1,
+    'config.objective.complementary_masks=True needs blocks of two or more '
+    'tokens: a block of one token is always masked; set '
+    '--config.objective.complementary_masks=False',
+  )
+  require(
+    o.clean_attention == 'block'
+    or (o.name == 'block_diffusion' and o.block_length < length),
+    'config.objective.clean_attention=causal is for block_diffusion with more '
+    'than one block; set --config.objective.clean_attention=block',
+  )
+  require(
+    o.autoregressive_weight == 0 or o.clean_attention == 'causal',
+    f'config.objective.autoregressive_weight={o.autoregressive_weight} is for '
+    'block_diffusion with a causal clean copy, which does not see the '
+    'predicted tokens; set --config.objective.clean_attention=causal',
   )
   interval = o.time_interval
   require(

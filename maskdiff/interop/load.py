@@ -162,6 +162,7 @@ def network(config, params):
     eos_id=config.tokens.eos_id,
     context=config.data.length,
     block_length=config.objective.block_length if order == 'blocks' else 0,
+    clean_attention=config.objective.clean_attention,
   )
 
 

@@ -143,12 +143,37 @@ def row(config, c, mesh, metrics, facts, step_s):
       loss_name(c): float(total.loss),
       'train/masked_share': float(total.num_predicted / total.num_tokens),
       **evaluation.ratio_metrics('train', evaluation.nll_by_mask_ratio(total)),
+      **loss_parts(c, total),
     }
   tokens_per_s = config.train.batch * c.length / step_s
   values['train/tokens_per_s'] = tokens_per_s
   flops = table.flops_per_token(c.objective, c.model, c.length)
   mfu = metrics_lib.utilization(tokens_per_s, flops, mesh.devices.flatten())
   return values if mfu is None else values | {'train/mfu': mfu}
+
+
+def loss_parts(c, sums):
+  """Returns the metrics of the parts of a loss with an autoregressive part.
+
+  Args:
+    c: StepConfig.
+    sums: step.LossSums on the host.
+
+  Returns:
+    dict: the loss of the noisy copy, which is the bound if its weights are; and
+    the negative log-likelihood per token that the clean copy predicts. {} if
+    the loss has one part.
+  """
+  if sums.next_nll is None:
+    return {}
+  next_part = c.objective.autoregressive_weight * sums.next_nll
+  diffusion = (sums.weighted_nll - next_part) / sums.num_tokens
+  return {
+    'train/diffusion_nats_per_token': float(diffusion),
+    'train/autoregressive_nats_per_token': float(
+      sums.next_nll / sums.next_count
+    ),
+  }
 
 
 def line(row):
