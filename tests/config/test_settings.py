@@ -78,7 +78,7 @@ def test_gaps_have_steps_of_their_own():
 @pytest.mark.parametrize(
   'args, gaps, message',
   [
-    (flags(threshold=0.5), False, 'is for --remasking threshold only'),
+    (flags(threshold=0.5), False, 'is for --remasking threshold or quota_and_threshold only'),
     (flags(factor=2.0, remasking='random'), False, '--remasking factor only'),
     (flags(stop_at_eos=True), True, 'text follows a gap'),
     (flags(open_length=True), True, 'text follows a gap'),
