@@ -147,7 +147,10 @@ def sample_settings(args, run_config, gen_length, gaps):
       raise UserError('--lookahead is for prompts: text follows a gap')
     settings.pop('steps', None)
   if args.open_length:
-    settings = {'stop_at_eos': True, 'lookahead': 0} | settings
+    # Networks of other objectives never see the masks of later blocks.
+    sees_all = run_config.objective.name == 'masked_diffusion'
+    ahead = {'lookahead': 0} if sees_all else {}
+    settings = {'stop_at_eos': True} | ahead | settings
   return settings | {'gen_length': gen_length}
 
 

@@ -147,9 +147,7 @@ def select(network, c, layout, carry, confidence, masked, keys):
   committed = remasking.RULES[c.remasking](
     confidence,
     masked,
-    budget(
-      c, layout.settings, num_slots, num_masked, carry.step, layout.steps
-    ),
+    budget(c, layout.settings, num_slots, num_masked, carry.step, layout.steps),
     keys,
   )
   leads = has_leading & masked[:, 0]
