@@ -32,6 +32,7 @@ from maskdiff.interop import (
   hf_config,
   hf_tokenizer,
   load,
+  mask_token,
   permissions,
   reference,
   safetensors,
@@ -132,7 +133,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
   with contextlib.ExitStack() as stack:
     config, leaves, source = _open_workdir(workdir, stack, ema)
     published_files = os.path.join(workdir, hf.PUBLISHED)
-    original = None
+    original = source_family = note = None
     if os.path.lexists(os.path.join(published_files, families.CONFIG)):
       original = families.read_config(workdir, hf.PUBLISHED)
     chosen = choose_family(config, original, family)
@@ -156,10 +157,15 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
           atomic.write(path, as_text(written))
       if tokenizer:
         permissions.copy_tokenizer(tokenizer, new)
+        # The tokenizer of a network that had a mask token stays as it is.
+        if not (source_family and source_family.has_mask_token):
+          note = mask_token.extend_tokenizer(new, tokenizer, config)
       hf.write_weights(new, chosen, leaves, dtype, max_bytes)
       permissions.narrow(new, leaves_lib.files(workdir, leaves))
   architecture = chosen.architectures[0]
   lines = [f'{inline(folder)}: {architecture} from {inline(source)}, {stored}']
+  if note:
+    lines.append(note)
   if config.objective.name != chosen.objective:
     lines.append(
       f'note: the model was trained with {config.objective.name}, but code '
