@@ -228,8 +228,9 @@ def warm_start(config, mesh):
 def _adds_mask_token(path, stored, config):
   """Returns whether a warm start adds a mask token to the network.
 
-  It does if an autoregressive network becomes another kind, unless the
-  config.json of the network names a mask token.
+  It does if an autoregressive network becomes another kind, unless the network
+  has this mask token: in its config.json, or in a byte-level tokenizer. The
+  mask token of a SentencePiece model was no input of the network.
 
   Args:
     path: work directory or Hugging Face folder of the network.
@@ -239,12 +240,15 @@ def _adds_mask_token(path, stored, config):
   before, now = (OBJECTIVES[c.objective.name] for c in (stored, config))
   if now.left_to_right or not before.left_to_right:
     return False
-  if families.is_published(path):
-    return stored.tokens.mask_id < 0
-  copy = os.path.join(path, hf.PUBLISHED, families.CONFIG)
-  if not os.path.lexists(copy):
-    return True
-  return families.read_config(path, hf.PUBLISHED).get('mask_token_id') is None
+  named = set()
+  if hf_tokenizer.has_tokenizer(path):
+    tokenizer = tokenizer_lib.load(path)
+    if hasattr(tokenizer.processor, 'token_to_id'):  # not SentencePiece
+      named.add(tokenizer.mask_id)
+  subfolder = '' if families.is_published(path) else hf.PUBLISHED
+  if os.path.lexists(os.path.join(path, subfolder, families.CONFIG)):
+    named.add(families.read_config(path, subfolder).get('mask_token_id'))
+  return config.tokens.mask_id not in named
 
 
 def _report_shift(stored, config):
