@@ -3,10 +3,10 @@
 python launch/pretrain.py --config configs/published.py:DIR \
   --workdir runs/warm --config.data.path=data/rows
 
-LLaDA and Dream are trained further. Llama and Qwen become masked diffusion
-models with config.model.predict_next, as Dream was made from Qwen, or block
-diffusion models with --config.objective.name=block_diffusion. The folder sets
-config.model, config.tokens, the tokenizer and config.init_from. A network
+LLaDA, Dream, SDAR and others are trained further. Llama and Qwen become masked
+diffusion models with config.model.predict_next, as Dream was made from Qwen, or
+block diffusion models with --config.objective.name=block_diffusion. The folder
+sets config.model, config.tokens, the tokenizer and config.init_from. A network
 without a mask token gets one. Tune the learning rates and the row length for
 your data.
 """
@@ -30,7 +30,9 @@ def get_config(folder=''):
     c.model.vocab_size, c.tokens.mask_id
   )
   c.init_from = folder
-  if published.family.objective == 'autoregressive':
+  if published.family.has_mask_token:
+    hf_config.set_objective(c, published)
+  else:
     c.model.predict_next = True
   c.data.length = 1024
   c.optimizer.learning_rate = 2e-5

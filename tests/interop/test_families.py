@@ -14,7 +14,9 @@ from maskdiff.interop.families import BY_NAME
 def config_of(case, **changes):
   family, model = published_folders.model_of(case)
   tokens = published_folders.TOKENS
-  config = families.published_config(family, model, tokens, 64, 'bfloat16')
+  config = families.published_config(
+    family, model, tokens, 64, 'bfloat16', None, model['block_length']
+  )
   return {**config, **changes}
 
 
@@ -36,12 +38,19 @@ def test_unchanged_config_is_kept(case):
     scaling = original.pop('rope_scaling') or {'rope_type': 'default'}
     theta = original.pop('rope_theta')
     original['rope_parameters'] = {**scaling, 'rope_theta': theta}
+  block_length = model['block_length']
   written = families.published_config(
-    family, model, {}, 64, 'bfloat16', original
+    family, model, {}, 64, 'bfloat16', original, block_length
   )
   assert written == original
   changed = families.published_config(
-    family, {**model, 'vocab_size': 300}, {}, 64, 'float32', original
+    family,
+    {**model, 'vocab_size': 300},
+    {},
+    64,
+    'float32',
+    original,
+    block_length,
   )
   assert changed['vocab_size'] == 300
   assert changed['torch_dtype'] == 'float32' and 'dtype' not in changed
@@ -65,6 +74,8 @@ DEFAULTS = {
     **{'kv_heads': 12, 'mlp': 3072, 'head_dim': 64},
   },
   'dream': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'mlp': 22016},
+  'sdar': {'norm_eps': 1e-6, 'head_dim': 128, 'block_length': 4},
+  'fast_dllm': {'norm_eps': 1e-6, 'length': 32768, 'block_length': 32},
   'qwen2': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'mlp': 22016},
   'qwen3': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'head_dim': 128},
   'llama': {
@@ -146,6 +157,13 @@ HARMLESS = {
     **{'sliding_window': 131072, 'max_window_layers': 28, 'use_mrope': False},
     **{'use_sliding_window': False, 'attention_dropout': 0.1},
     'layer_types': ['full_attention', 'full_attention'],
+  },
+  # SDAR-1.7B-Chat
+  'sdar': {
+    **{'attn_implementation': 'flex_attention', 'debug': False, 'ep_size': 1},
+    **{'fuse_cross_entropy': True, 'max_window_layers': 28},
+    **{'micro_forward': False, 'skip_checkpoint': False},
+    **{'sliding_window': None, 'use_deepep': False},
   },
   'dream': {'sliding_window': None, 'max_window_layers': 28, 'use_cache': True},
   'qwen3': {'sliding_window': None, 'max_window_layers': 36},
@@ -230,6 +248,17 @@ UNSUPPORTED = {
     {'rope_parameters': {'full_attention': {'rope_theta': 1e4}}},
     'rope_parameters=.*full_attention.* is not supported',
   ),
+  'block of no divisor': (
+    'sdar',
+    {'block_size': 5},
+    'block_size=5 does not divide max_position_embeddings=64',
+  ),
+  'block of no tokens': (
+    'fast_dllm',
+    {'bd_size': 0},
+    'bd_size=0 must be a whole number',
+  ),
+  'LayerNorm': ('illada', {'layer_norm_eps': 1e-5}, 'layer_norm_eps=1e-05'),
   'escape': (
     'llama',
     {'hidden_act': '\x1b[2J\n'},
@@ -282,10 +311,27 @@ def test_odd_values_are_one_line_that_names_the_key(key):
 
 
 UNKNOWN = {
-  'LLaDAMoEModelLM': {'architectures': ['LLaDAMoEModelLM']},
+  'Gemma3ForCausalLM': {'architectures': ['Gemma3ForCausalLM']},
   'mamba': {'model_type': 'mamba'},
   'None': {},
 }
+
+
+@pytest.mark.parametrize(
+  'name', ['LLaDA2MoeModelLM', 'SDARMoeForCausalLM', 'LLaDAMoEModelLM']
+)
+def test_experts_are_refused(name):
+  with pytest.raises(UserError, match=f'{name} is a mixture of experts'):
+    families.detect({'architectures': [name]}, 'X/config.json')
+
+
+def test_absent_key_without_a_known_default_is_named():
+  """The configuration class of iLLaDA is not among the sources."""
+  for key in ('hidden_size', 'rms_norm_eps', 'rope_theta', 'vocab_size'):
+    config = config_of('illada')
+    del config[key]
+    with pytest.raises(UserError, match=key):
+      families.model_of(BY_NAME['illada'], config, 'config.json')
 
 
 @pytest.mark.parametrize('name', UNKNOWN)
