@@ -190,7 +190,7 @@ class Family:
     ignored: keys that the published code does not read, or reads only if a
       required key had another value.
     end_of_turn: the token that ends a turn of a chat, in the tokenizers of
-      this family.
+      this family; '' if it is not known.
     names: map from a parameter to the published name of its tensor, see
       _LLAMA_NAMES.
     template: other entries of a new config.json.
@@ -294,7 +294,7 @@ FAMILIES = (
       'mlp_bias': False,
       'resid_pdrop': 0.0,
     },
-    end_of_turn='<|im_end|>',
+    end_of_turn='',
     objective='masked_diffusion',
     derived=(),
     scales_rope=False,

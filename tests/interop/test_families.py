@@ -9,6 +9,8 @@ import pytest
 from maskdiff.errors import UserError
 from maskdiff.interop import families
 from maskdiff.interop.families import BY_NAME
+from maskdiff.model import transformer
+from maskdiff.model.transformer import TransformerConfig
 
 
 def config_of(case, **changes):
@@ -56,6 +58,43 @@ def test_unchanged_config_is_kept(case):
   assert changed['torch_dtype'] == 'float32' and 'dtype' not in changed
   found = families.model_of(family, changed, 'config.json')
   assert found == {**model, 'vocab_size': 300, 'length': 64, 'dtype': 'float32'}
+
+
+def test_published_sizes_of_block_and_masked_diffusion_networks():
+  """As in config.json of SDAR-1.7B-Chat, and the model card of iLLaDA-8B."""
+  sdar = {
+    **{'architectures': ['SDARForCausalLM'], 'model_type': 'sdar'},
+    **{'attention_bias': False, 'block_size': 4, 'mask_token_id': 151669},
+    **{'head_dim': 128, 'hidden_act': 'silu', 'hidden_size': 2048},
+    **{'intermediate_size': 6144, 'max_position_embeddings': 32768},
+    **{'max_window_layers': 28, 'num_attention_heads': 16},
+    **{'num_hidden_layers': 28, 'num_key_value_heads': 8},
+    **{'rms_norm_eps': 1e-6, 'rope_scaling': None, 'rope_theta': 1000000},
+    **{'sliding_window': None, 'tie_word_embeddings': False},
+    **{'torch_dtype': 'bfloat16', 'use_sliding_window': False},
+    **{'vocab_size': 151936},
+  }
+  illada = {
+    **{'architectures': ['ILLaDAForCausalLM'], 'model_type': 'illada'},
+    **{'hidden_size': 4096, 'intermediate_size': 14336},
+    **{'num_hidden_layers': 32, 'num_attention_heads': 32},
+    **{'num_key_value_heads': 8, 'vocab_size': 155136, 'hidden_act': 'silu'},
+    **{'max_position_embeddings': 8192, 'tie_word_embeddings': True},
+    **{'rms_norm_eps': 1e-5, 'rope_theta': 1e6, 'layer_norm_eps': None},
+  }
+  found = []
+  for published in (sdar, illada):
+    family = families.detect(published, 'c')
+    model = families.model_of(family, published, 'c')
+    fields = {field: model[field] for field in families.FIELDS}
+    network = TransformerConfig(
+      **fields, dtype='float32', remat='none', attention='xla'
+    )
+    found.append((model['block_length'], *transformer.num_params(network)))
+  (block, total, inner), (none, total_8b, inner_8b) = found
+  assert (block, none) == (4, 0)
+  assert round(total / 1e9, 2) == 2.03 and round(inner / 1e9, 2) == 1.41
+  assert round(total_8b / 1e9, 2) == 7.62 and round(inner_8b / 1e9, 2) == 6.98
 
 
 def test_early_configs_get_defaults():
