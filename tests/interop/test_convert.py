@@ -116,6 +116,22 @@ def test_logits_and_weights_of_fast_dllm(tmp_path):
   assert_same_tensors(folder, tmp_path / 'out')
 
 
+def test_family_of_block_diffusion_follows_the_shift():
+  config = tiny.config(
+    {
+      'objective.name': 'block_diffusion',
+      'model.qkv_bias': True,
+      'model.predict_next': True,
+    }
+  )
+  assert convert.choose_family(config, None, None).name == 'fast_dllm'
+  config.model.update(qkv_bias=False, qk_norm=True)
+  with pytest.raises(UserError, match='sdar does not fit .*predict_next=True'):
+    convert.choose_family(config, None, None)
+  config.model.predict_next = False
+  assert convert.choose_family(config, None, None).name == 'sdar'
+
+
 def test_blocks_of_sdar_are_those_of_its_config(tmp_path):
   folder = published_folders.make(tmp_path / 'in', 'sdar')
   convert.from_hf(folder, tmp_path / 'run')
