@@ -102,6 +102,13 @@ KEYS = {
     'which is added to the loss. It needs clean_attention=causal.',
     minimum=0,
   ),
+  'block_plan': Key(
+    (),
+    'Block lengths that change during the training of block_diffusion, as '
+    '(share of train.steps, block length), ...; for example ((0.0, 1), (0.1, '
+    '8), (0.5, 32)). The last is block_length, which evaluation and samples '
+    'always have. (): block_length during the whole training.',
+  ),
   'attend_within': Key(
     'row',
     'Tokens attend to their whole row, or only to their own document.',
@@ -154,6 +161,7 @@ def check(c):
     'block_diffusion with a causal clean copy, which does not see the '
     'predicted tokens; set --config.objective.clean_attention=causal',
   )
+  _check_block_plan(o, length)
   interval = o.time_interval
   require(
     len(interval) == 2
@@ -179,4 +187,39 @@ def check(c):
     o.weight != 'importance' or tuple(interval) == (0, 1),
     'config.objective.weight=importance needs all times; set '
     '--config.objective.time_interval="(0.0, 1.0)"',
+  )
+
+
+def _check_block_plan(o, length):
+  """Raises UserError unless block_plan is a plan of block lengths."""
+  plan = o.block_plan
+  if not plan:
+    return
+  name = f'config.objective.block_plan={plan}'
+  require(
+    o.name == 'block_diffusion',
+    f'{name} is for config.objective.name=block_diffusion; set '
+    '--config.objective.block_plan="()"',
+  )
+  pairs = all(isinstance(p, tuple) and len(p) == 2 for p in plan)
+  shares = [p[0] for p in plan] if pairs else []
+  require(
+    pairs
+    and are_numbers(shares)
+    and all(type(block) is int and block >= 1 for _, block in plan)
+    and shares[0] == 0
+    and all(a < b for a, b in zip(shares, (*shares[1:], 1), strict=True)),
+    f'{name}: must be (share, block length) pairs whose shares begin with 0 '
+    'and ascend below 1, as in ((0.0, 1), (0.1, 8), (0.5, 32))',
+  )
+  for _, block in plan:
+    require(
+      length % block == 0,
+      f'{name}: the block length {block} does not divide '
+      f'config.data.length={length}',
+    )
+  require(
+    plan[-1][1] == o.block_length,
+    f'{name} ends with the block length {plan[-1][1]}; set '
+    f'--config.objective.block_length={plan[-1][1]}',
   )

@@ -70,6 +70,7 @@ def objective_config(config):
     tuple(map(float, values.pop('time_interval'))),
   )
   values['weight'] = Weight(values['weight'], values.pop('weight_power'))
+  del values['block_plan']  # block_plan.py replaces block_length
   return ObjectiveConfig(**values)
 
 
