@@ -29,6 +29,7 @@ import collections.abc
 import dataclasses
 import re
 
+from maskdiff.model import masks
 from maskdiff.planner import hlo, hlo_collectives, hlo_kernels, hlo_loops
 
 # Smaller arrays in the type of an asynchronous copy are indices and semaphores.
@@ -110,7 +111,7 @@ class Clock:
     return queue, waited
 
 
-def price(module, machine, expected_trips=None, causal=False):
+def price(module, machine, expected_trips=None, regime=masks.BIDIRECTIONAL):
   """Estimates the time of one run of a program on one device.
 
   Args:
@@ -118,13 +119,14 @@ def price(module, machine, expected_trips=None, causal=False):
     machine: hlo_collectives.Machine.
     expected_trips: (op_name) -> the expected trip count of a loop whose trip
       count depends on data, or None.
-    causal: whether attention kernels skip the blocks above the diagonal.
+    regime: masks.Regime of the rows, which determines the tiles that attention
+      kernels skip.
 
   Returns:
     Cost.
   """
   expected_trips = expected_trips or (lambda op_name: None)
-  p = _Pricing(module, machine, expected_trips, causal, Cost())
+  p = _Pricing(module, machine, expected_trips, regime, Cost())
   p.cost.total_s = _run(p, module.entry, 1.0)
   p.cost.cycles_s = p.cost.cycles / machine.chip.clock_hz
   return p.cost
@@ -135,7 +137,7 @@ class _Pricing:
   module: hlo.Module
   machine: hlo_collectives.Machine
   expected_trips: collections.abc.Callable
-  causal: bool
+  regime: masks.Regime
   cost: Cost
 
 
@@ -218,7 +220,9 @@ def _kernel(p, clock, i, weight):
   if i.cycles:
     _compute(p, clock, i, weight)
     return
-  flops = hlo_kernels.attention_flops(p.module, i, p.causal)
+  flops = hlo_kernels.attention_flops(
+    p.module, i, p.regime, p.machine.chip.name
+  )
   if flops is None:
     _note_unpriced(p, i, weight)
     return

@@ -17,7 +17,7 @@ from attention_cases import (
 from tpu_compiler import needs_libtpu
 
 from maskdiff.distributed import compiler
-from maskdiff.model import attention, masks, splash
+from maskdiff.model import attention, masks, splash, splash_masks
 from maskdiff.model.masks import Regime
 
 L = 256
@@ -57,7 +57,7 @@ def small_tiles(monkeypatch):
 
 @every_regime
 def test_masks_equal_the_rule_in_any_slice(regime):
-  mask = splash.make_mask(regime, L)
+  mask = splash_masks.make_mask(regime, L)
   assert mask.shape == (L, L)
   for index in np.s_[:, :], np.s_[64:192, 32:], np.s_[128:136, :128]:
     np.testing.assert_array_equal(mask[index], rule(regime, L)[index])
@@ -66,10 +66,12 @@ def test_masks_equal_the_rule_in_any_slice(regime):
 @every_regime
 def test_masks_of_equal_regimes_are_equal(regime):
   """Otherwise the kernel computes the same tiles again for every layer."""
-  mask = splash.make_mask(regime, L)
-  again = splash.make_mask(Regime(regime.make, regime.sizes), L)
+  mask = splash_masks.make_mask(regime, L)
+  again = splash_masks.make_mask(Regime(regime.make, regime.sizes), L)
   assert mask == again and hash(mask) == hash(again)
-  others = [splash.make_mask(r, L) for r in REGIMES.values() if r != regime]
+  others = [
+    splash_masks.make_mask(r, L) for r in REGIMES.values() if r != regime
+  ]
   assert all(mask != other for other in others)
 
 
@@ -79,10 +81,7 @@ def test_regimes_with_clean_keys_in_order_load_no_mask():
     is not None
     for name, regime in REGIMES.items()
   }
-  assert [name for name in loads if loads[name]] == [
-    'block diffusion',
-    'windows',
-  ]
+  assert [name for name in loads if loads[name]] == ['windows']
 
 
 @pytest.mark.parametrize('heads, kv_heads', [(2, 2), (4, 2)])
@@ -105,7 +104,7 @@ def test_splash_equals_xla_with_a_separate_dq_kernel(
   monkeypatch, small_tiles, regime
 ):
   monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 1)
-  sizes = splash.block_sizes(splash.make_mask(regime, L), L, L, None)
+  sizes = splash.block_sizes(splash_masks.make_mask(regime, L), L, L, None)
   assert not sizes.use_fused_bwd_kernel
   assert_splash_equals_xla(
     masks.make_labels(regime, padded(L), packed(L)), 4, 2
@@ -199,7 +198,7 @@ def test_tiles_divide_every_length(length, parts, chip):
   queries = length // parts
   for regime in masks.BIDIRECTIONAL, masks.CAUSAL, REGIMES['block diffusion']:
     sizes = splash.block_sizes(
-      splash.make_mask(regime, length), queries, length, chip
+      splash_masks.make_mask(regime, length), queries, length, chip
     )
     of_queries = [sizes.block_q, sizes.block_q_dkv]
     of_keys = [
@@ -219,7 +218,7 @@ def test_tiles_divide_every_length(length, parts, chip):
 
 def test_tiles_of_odd_lengths_are_as_large_as_possible():
   sizes = splash.block_sizes(
-    splash.make_mask(masks.CAUSAL, 3072), 3072, 3072, 'v5p'
+    splash_masks.make_mask(masks.CAUSAL, 3072), 3072, 3072, 'v5p'
   )
   assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (
     1024,
