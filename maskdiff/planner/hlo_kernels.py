@@ -46,9 +46,11 @@ def attention_flops(module, i, regime, chip):
     return None
   *lead, queries, width = floats[0].shape
   keys = floats[1].shape[-2]
-  share = _shares(regime, keys, keys // queries, chip)[kernel]
-  products = _products(module, kernel)
-  return 2.0 * products * math.prod(lead) * queries * keys * width * share
+  shares = _shares(regime, keys, keys // queries, chip)
+  if kernel not in shares:
+    return None
+  computed = queries * keys * shares[kernel]
+  return 2.0 * _products(module, kernel) * math.prod(lead) * computed * width
 
 
 # A program has several kernels of the same shape.

@@ -38,11 +38,17 @@ def flops(name, regime=masks.BIDIRECTIONAL, others='', **kernel):
   [
     ('splash_mha_fwd_segmented_residuals.2', 2),
     ('splash_mha_dkv_segmented_no_residuals', 5),
-    ('splash_mha_dq_segmented', 3),
   ],
 )
 def test_matrix_products_of_each_kernel(name, products):
   assert flops(name) == products * PRODUCT
+
+
+def test_separate_kernel_for_queries_has_three_products():
+  """It exists if there would be more than 8 partial dq of 4096 keys."""
+  long = {'queries': 2**16, 'keys': 2**16}
+  assert flops('splash_mha_dq_segmented', **long) == 3 * 64**2 * PRODUCT
+  assert flops('splash_mha_dq_segmented') is None
 
 
 def test_separate_kernel_for_queries_saves_one_product():

@@ -164,8 +164,12 @@ def test_regime_of_a_plan_is_that_of_the_training_rows(
   )
   objective = plan.step.step_config(c).objective
   assert plan.training_regime(objective, 64) == regime
-  rows = Rows(jnp.zeros((2, 64), jnp.int32))
-  canvas = make_canvas(objective, rows, jnp.arange(2), jax.random.key(0), 2)
+  canvas = jax.eval_shape(
+    lambda key: make_canvas(
+      objective, Rows(jnp.zeros((2, 64), jnp.int32)), jnp.arange(2), key, 2
+    ),
+    jax.random.key(0),
+  )
   assert canvas.inputs.shape == (2, positions)
 
 
