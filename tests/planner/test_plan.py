@@ -173,6 +173,50 @@ def test_regime_of_a_plan_is_that_of_the_training_rows(
   assert canvas.inputs.shape == (2, positions)
 
 
+@pytest.mark.parametrize(
+  'name, regime',
+  [
+    ('masked_diffusion', masks.BIDIRECTIONAL),
+    ('autoregressive', masks.CAUSAL),
+    (
+      'block_diffusion',
+      masks.block_causal(jnp.ones((1, 1), bool), 32).regime,
+    ),
+  ],
+)
+def test_regime_of_a_sampling_plan_is_that_of_the_canvas(name, regime):
+  c = changed(**{'objective.name': name, 'tokens.mask_id': 3})
+  assert plan_sample.sampling_regime(c, 256) == regime
+
+
+def test_sampling_plan_of_blocks_counts_the_steps_that_begin_a_block(
+  cpu_target, monkeypatch
+):
+  """64 slots after 40 tokens are in 3 blocks of 32: 2 of 63 steps begin one."""
+  options = []
+
+  def price(facts, target, compile_program, **values):
+    options.append(values)
+    return facts | {'status': 'fits', 'fits': True, 'step_s': 1.0}
+
+  monkeypatch.setattr(pricing, 'price', price)
+  c = changed(
+    **{
+      'objective.name': 'block_diffusion',
+      'tokens.mask_id': 3,
+      'sample.cache': 'prefix',
+      'sample.gen_length': 64,
+      'sample.steps': 64,
+      'sample.block_length': 32,
+    }
+  )
+  plan_sample.plan_sample(c, 'v5e:2x4', 8, 40)
+  shares = options[-1]['branch_shares']
+  of_window = 'jit(denoising_step)/part(sampling: bookkeeping)/cond'
+  assert shares(of_window) == pytest.approx((61 / 63, 2 / 63))
+  assert shares('jit(denoising_step)/part(sampling: choice of tokens)') is None
+
+
 def test_devices_share_the_tokens():
   assert chunks({'fsdp': 4}) == 9
   assert chunks({'fsdp': 4, 'tensor': 2}) == 5
