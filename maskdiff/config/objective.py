@@ -135,6 +135,7 @@ def check(c):
     f'config.data.length={length}; set --config.objective.block_length='
     f'{math.gcd(o.block_length, length)}',
   )
+  _check_block_plan(o, length)
   require(
     not o.complementary_masks or o.name != 'autoregressive',
     'config.objective.complementary_masks=True needs masks, and the '
@@ -144,7 +145,7 @@ def check(c):
   require(
     not o.complementary_masks
     or o.name != 'block_diffusion'
-    or o.block_length > 1,
+    or (o.block_length > 1 and 1 not in dict(o.block_plan).values()),
     'config.objective.complementary_masks=True needs blocks of two or more '
     'tokens: a block of one token is always masked; set '
     '--config.objective.complementary_masks=False',
@@ -161,7 +162,6 @@ def check(c):
     'block_diffusion with a causal clean copy, which does not see the '
     'predicted tokens; set --config.objective.clean_attention=causal',
   )
-  _check_block_plan(o, length)
   interval = o.time_interval
   require(
     len(interval) == 2

@@ -47,7 +47,7 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   """
   length = rows.tokens.shape[1]
   u, noise, lengths = masked_diffusion.draw(
-    c, length, numbers, key, batch, length // c.block_length
+    c, length, numbers, key, batch, -(-length // c.block_length)
   )
   return corrupt(c, rows, u, noise, lengths, progress)
 

@@ -95,7 +95,7 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [B, L].
-    u: [B] float32 in [0, 1), or [B, K] for K parts of L/K tokens; the time is
+    u: [B] float32 in [0, 1), or [B, K] for K blocks; the time is
       (1 - eps) d + eps, where d is the quantile u of the density of times.
     noise: [B, L] float32 in [0, 1); a token is masked where noise < p.
     lengths: [B] int32, tokens of each row before the cut.
@@ -104,7 +104,7 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
   u = u.reshape(len(u), -1)
   t, weight = times_and_weights(c, u, progress)
   ratio = c.schedule.mask_ratio(t)
-  masked = noise < by_token(ratio, noise.shape[1])
+  masked = noise < by_token(c, ratio, noise.shape[1])
   if c.complementary_masks:
     # The two copies of a row are neighbours, so that they stay on its device.
     pair = lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
@@ -123,7 +123,7 @@ def with_masks(c, rows, t, masked, lengths):
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [B, L], clean.
-    t: [B] float32 in (0, 1], or [B, K] for K parts of L/K tokens: the times,
+    t: [B] float32 in (0, 1], or [B, K] for K blocks: the times,
       which determine the weights.
     masked: [B, L] bool; prompts and padding are never masked.
     lengths: [B] int32, tokens of each row before the cut.
@@ -138,15 +138,16 @@ def with_masks(c, rows, t, masked, lengths):
   return canvas_of(c, rows, ratio, weights, masked, lengths)
 
 
-def by_token(x, length):
+def by_token(c, x, length):
   """Returns the values of K parts, [B, K], for each token: [B, L] or [B, 1]."""
-  parts = x.shape[1]
-  return x if parts == 1 else jnp.repeat(x, length // parts, axis=1)
+  if x.shape[1] == 1:
+    return x
+  return jnp.repeat(x, c.block_length, axis=1)[:, :length]
 
 
 def canvas_of(c, rows, ratio, weight, masked, lengths):
   """Returns the Canvas for mask ratios and weights [B, K] and masks [B, L]."""
-  weight = by_token(weight, rows.tokens.shape[1])
+  weight = by_token(c, weight, rows.tokens.shape[1])
   valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
   if rows.doc is not None:
     valid = valid & text_positions(rows)

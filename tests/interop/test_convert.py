@@ -85,9 +85,7 @@ def test_golden_logits_before_and_after_conversion(name, tmp_path):
 # Families
 
 
-@pytest.mark.parametrize(
-  'case', [case for case in published_folders.MODELS if case != 'fast_dllm']
-)
+@pytest.mark.parametrize('case', published_folders.MODELS)
 def test_family_logits_match_reference_and_round_trip_is_exact(case, tmp_path):
   folder = published_folders.make(tmp_path / 'in', case)
   convert.from_hf(folder, tmp_path / 'run')

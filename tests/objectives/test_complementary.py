@@ -227,6 +227,14 @@ def test_rows_do_not_depend_on_devices_or_microbatches(name):
       {'objective.name': 'block_diffusion', 'objective.block_length': 1},
       'needs blocks of two or more',
     ),
+    (
+      {
+        'objective.name': 'block_diffusion',
+        'objective.block_length': 4,
+        'objective.block_plan': ((0.0, 1), (0.5, 4)),
+      },
+      'needs blocks of two or more',
+    ),
   ],
 )
 def test_config_refuses_masks_without_a_complement(changes, message):
