@@ -68,7 +68,7 @@ def test_noisy_copy_predicts_as_each_block_after_a_clean_prefix(
 ):
   """`show` takes blocks with a mask token for noisy ones."""
   config = dataclasses.replace(TINY, predict_next=predict_next)
-  length, size = 12, CAUSAL.block_length
+  length, size = 8, CAUSAL.block_length
   tokens = random_tokens(3, length)
   canvas = make_canvas(CAUSAL, tokens, jnp.arange(3), jax.random.key(1), 4)
   log_p = log_probabilities(config, params, canvas.inputs, canvas.labels)
@@ -94,14 +94,15 @@ def test_noisy_copy_predicts_as_each_block_after_a_clean_prefix(
     np.testing.assert_allclose(
       log_p[:, :end][masked], expected[masked], atol=1e-5
     )
-  assert compared == (noisy == MASK).sum() > 12
+  assert compared == (noisy == MASK).sum() > 6
 
 
 # The autoregressive loss
 
 
-@pytest.mark.parametrize('predict_next', [False, True])
-@pytest.mark.parametrize('within', ['row', 'document'])
+@pytest.mark.parametrize(
+  'within, predict_next', [('row', False), ('document', True)]
+)
 def test_clean_copy_has_the_loss_of_a_causal_network(
   params, within, predict_next
 ):
@@ -177,8 +178,9 @@ def test_held_out_bound_has_no_autoregressive_part():
   assert objective.is_bound(0)
   assert objective.clean_attention == 'causal'
   rows = Rows(random_tokens(2, 12))
-  canvas = table.make_canvas(
-    objective, rows, jnp.arange(2), jax.random.key(0), 2
+  canvas = jax.eval_shape(
+    lambda key: table.make_canvas(objective, rows, jnp.arange(2), key, 2),
+    jax.random.key(0),
   )
   assert canvas.next_weights is None
 
