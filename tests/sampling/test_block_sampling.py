@@ -55,7 +55,7 @@ def network_of(block_length=BLOCK, predict_next=False):
 
 
 NETWORK = network_of()
-SHIFTED = network_of(predict_next=True)
+NETWORKS = {'own': NETWORK, 'next': network_of(predict_next=True)}
 
 
 def values_of(name, **changes):
@@ -117,18 +117,20 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-  'name, option, network',
+  'name, option, predicted',
   [
-    ('prompts', 'threshold', NETWORK),
-    ('gaps', 'sub-blocks', NETWORK),
-    *(SLOW('prompts', x, NETWORK) for x in OPTIONS if x != 'threshold'),
-    *(SLOW('gaps', x, NETWORK) for x in OPTIONS if x != 'sub-blocks'),
-    SLOW('prompts', 'sampled', SHIFTED),
-    SLOW('gaps', 'threshold', SHIFTED),
+    ('prompts', 'threshold', 'own'),
+    ('gaps', 'sub-blocks', 'own'),
+    *(SLOW('prompts', x, 'own') for x in OPTIONS if x != 'threshold'),
+    *(
+      SLOW('gaps', x, 'next' if x == 'threshold' else 'own')
+      for x in OPTIONS
+      if x != 'sub-blocks'
+    ),
   ],
 )
-def test_cache_changes_no_token(name, option, network):
-  request = REQUESTS[name]
+def test_cache_changes_no_token(name, option, predicted):
+  request, network = REQUESTS[name], NETWORKS[predicted]
   plain = sampled.complete(network, values_of(option), request)
   cached = sampled.complete(network, values_of(option, cache='prefix'), request)
   for field in ('canvas', 'filled_at', 'forwards'):
@@ -138,19 +140,18 @@ def test_cache_changes_no_token(name, option, network):
 
 
 @pytest.mark.parametrize(
-  'network, size',
-  [(NETWORK, BLOCK), SLOW(NETWORK, BLOCK // 2), SLOW(SHIFTED, BLOCK)],
+  'predicted, size', [('own', BLOCK), SLOW('next', BLOCK // 2)]
 )
 def test_finished_block_enters_the_cache_without_a_pass_of_its_own(
-  network, size
+  predicted, size
 ):
   """Two blocks per row and the prompt: the number of positions is exact."""
   values = dict(block_length=size, cache='prefix', steps=8, gen_length=8)
   request = layouts.continue_prompts([[7] * 8, [7] * 6], 8)
-  carry = sampled.complete(network, values, request)
+  carry = sampled.complete(NETWORKS[predicted], values, request)
   np.testing.assert_array_equal(carry.forwards, [8, 8])
   # The first pass of a block computes all of it, or the leading slot only.
-  begin = lambda slots: 4 + (1 if network is SHIFTED else slots)
+  begin = lambda slots: 4 + (1 if predicted == 'next' else slots)
   aligned = (8 + 4) + 3 * 4 + begin(4) + 3 * 4
   # Slots 6 to 13: blocks of 2, 4 and 2 slots; the last ends with the row.
   split_block = 8 + 4 + begin(4) + 3 * 4 + begin(2) + 2
@@ -161,7 +162,8 @@ def test_step_of_a_leading_slot_does_not_count():
   """Two steps for the other three slots of each block."""
   values = values_of('greedy', steps=4, gen_length=8)
   request = layouts.continue_prompts([[7] * 8], 8)
-  filled_at = np.asarray(sampled.complete(SHIFTED, values, request).filled_at)
+  carry = sampled.complete(NETWORKS['next'], values, request)
+  filled_at = np.asarray(carry.filled_at)
   for block, steps in ((2, [1, 2, 2, 3]), (3, [4, 5, 5, 6])):
     of_block = filled_at[0, block * BLOCK : (block + 1) * BLOCK]
     assert of_block[0] == steps[0]
@@ -200,20 +202,16 @@ def test_cached_rows_on_a_mesh_equal_one_device():
 
 
 @pytest.mark.parametrize(
-  'option, network',
-  [
-    ('threshold', NETWORK),
-    SLOW('sub-blocks', NETWORK),
-    SLOW('threshold', SHIFTED),
-  ],
+  'option, predicted', [('threshold', 'own'), SLOW('sub-blocks', 'next')]
 )
-def test_served_rows_equal_rows_without_a_cache(option, network):
+def test_served_rows_equal_rows_without_a_cache(option, predicted):
   """Rows join while others use their caches."""
   rows = [
     [*prompt, *[None] * n]
     for prompt, n in zip([*PROMPTS, [8, 7]], (3, 9, 6, 4, 7), strict=True)
   ]
   rows.append([7, None, None, 9, 10, None, None])
+  network = NETWORKS[predicted]
   c, settings = split(values_of(option, cache='prefix'))
   requests = [RowRequest(i, row, i, settings) for i, row in enumerate(rows)]
   found = {a.id: a for a in serve(network, c, requests, rows=2, length=16)}
