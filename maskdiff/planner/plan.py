@@ -176,6 +176,10 @@ def loss_chunks(config, sizes):
   share, variance = _masked_share(config, rows, sizes['sequence'])
   chunk = min(o.loss_chunk_tokens, math.ceil(tokens))
   most = min(tokens, tokens * share + 3 * math.sqrt(tokens * variance))
+  if o.complementary_masks:
+    most = tokens  # every token is masked in one of the two rows
+  if o.autoregressive_weight:
+    most += tokens * (2 if o.complementary_masks else 1)
   return math.ceil(round(most / chunk, 6))
 
 

@@ -110,6 +110,18 @@ def test_loss_chunks_of_blocks_without_pairs_have_a_margin_for_times(
   assert size(int(most) + 2) == 1
 
 
+def test_loss_chunks_of_two_masks_and_of_a_clean_copy():
+  """3072 tokens in chunks of 512, masked once in two rows; clean in each."""
+  both = {'objective.complementary_masks': True}
+  assert chunks_of_blocks(**both) == 6
+  joint = {
+    'objective.clean_attention': 'causal',
+    'objective.autoregressive_weight': 0.3,
+  }
+  assert chunks_of_blocks(**joint) == chunks_of_blocks() + 6
+  assert chunks_of_blocks(**joint, **both) == 6 + 12
+
+
 def test_loss_chunks_of_blocks_of_one_token_cover_all_tokens():
   assert chunks_of_blocks(**{'objective.block_length': 1}) == 6
 
