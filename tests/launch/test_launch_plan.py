@@ -236,30 +236,6 @@ def test_a_plan_of_serving_with_a_cache(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_plan_of_block_diffusion_prices_the_tiles_with_visible_pairs(
-  tmp_path,
-):
-  """Two rows of [noisy ; clean], 4 x 4 tiles of 1024 x 1024, 8 computed."""
-  found, _ = planned(
-    tmp_path,
-    *('--topology', 'v5e:1x1', *SMALL),
-    '--config.objective.name=block_diffusion',
-    *('--config.data.length=2048', '--config.objective.block_length=32'),
-    *('--config.train.batch=2', '--config.eval.batch=2'),
-    *('--config.model.layers=1', '--config.model.remat=minimal'),
-  )
-  assert found['status'] == 'fits'
-  # Two matrix products forward and five backward, for 2 rows and 2 heads.
-  flops = (2 + 5) * 2 * 2 * 2 * 8 * 1024**2 * 128
-  peak = chips.by_kind('TPU v5e').peak_flops
-  assert found['attention_s'] == pytest.approx(2 * flops / peak)
-  # Half of the 4096 tokens and a margin of 78 have a loss, 128 at once.
-  assert found['loss_chunks'] == 17
-  assert not any('splash' in w for w in found['warnings'])
-
-
-@needs_libtpu
-@pytest.mark.slow
 def test_a_plan_of_training(tmp_path):
   image = tmp_path / 'plan.png'
   plots = importlib.util.find_spec('matplotlib') is not None
