@@ -1,4 +1,4 @@
-"""Reads the golden LLaDA checkpoints as parameter trees of maskdiff."""
+"""Reads the golden checkpoints as parameter trees of maskdiff."""
 
 import json
 import pathlib
@@ -6,6 +6,9 @@ import pathlib
 import numpy as np
 from safetensors.numpy import load_file
 
+from maskdiff.checkpoints import manifest
+from maskdiff.interop import families, hf
+from maskdiff.model.network import Network
 from maskdiff.model.transformer import TransformerConfig
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -65,6 +68,37 @@ def load(name):
     for key in BLOCKS
   }
   return config, {**top, 'blocks': _from_torch(blocks, head_dim)}
+
+
+def block_network(block_length, predict_next=False):
+  """Returns `model_sdlm` as a Network that is trained on blocks, in float32.
+
+  Args:
+    block_length: tokens of a block.
+    predict_next: whether an output predicts the token of the next position.
+  """
+  opened = hf.open_folder(GOLDEN / 'model_sdlm')
+  config = TransformerConfig(
+    **{field: opened.model[field] for field in families.FIELDS},
+    predict_next=predict_next,
+    dtype='float32',
+    remat='none',
+    attention='xla',
+  )
+  leaves = {
+    name: np.array(leaf.read((slice(None),) * len(leaf.shape)))
+    for name, leaf in opened.leaves.items()
+  }
+  return Network(
+    config=config,
+    params=manifest.nest(leaves),
+    objective='block_diffusion',
+    predict_mask=True,
+    mask_id=opened.config['text_mask_token_id'],
+    bos_id=opened.config['bos_token_id'],
+    eos_id=opened.config['eos_token_id'],
+    block_length=block_length,
+  )
 
 
 def to_torch(params):

@@ -21,12 +21,16 @@ BASE = {
   'rope_theta': 1e4,
   'rope_scaling': (),
   'norm_eps': 1e-6,
+  'block_length': 0,
 }
 # Fields in which the model of a case differs from BASE.
 MODELS = {
   'llada': {'kv_heads': 4},
   'llada tied': {'tie_embeddings': True},
   'dream': {},
+  'illada': {'tie_embeddings': True},
+  'sdar': {'head_dim': 8, 'block_length': 4},
+  'fast_dllm': {'tie_embeddings': True, 'block_length': 8},
   'qwen2': {'tie_embeddings': True},
   'qwen3': {'head_dim': 8},
   'llama': {'head_dim': 6},
@@ -72,7 +76,9 @@ def make(folder, case='llada', dtype='float32', tokenizer=True, **kwargs):
   """
   family, model = model_of(case)
   folder.mkdir()
-  config = families.published_config(family, model, TOKENS, 64, dtype)
+  config = families.published_config(
+    family, model, TOKENS, 64, dtype, block_length=model['block_length']
+  )
   (folder / 'config.json').write_text(json.dumps(config))
   hf.write_weights(folder, family, random_leaves(model, dtype), **kwargs)
   if tokenizer and case == 'dream':  # which is published without a .json

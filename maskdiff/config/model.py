@@ -78,10 +78,11 @@ def check(c):
     'rotate pairs of dimensions',
   )
   require(
-    not m.predict_next or c.objective.name == 'masked_diffusion',
+    not m.predict_next
+    or c.objective.name in ('masked_diffusion', 'block_diffusion'),
     'config.model.predict_next=True is for '
-    "config.objective.name='masked_diffusion': the autoregressive objective "
-    'predicts the next token already',
+    "config.objective.name='masked_diffusion' or 'block_diffusion': the "
+    'autoregressive objective predicts the next token already',
   )
   require(
     len(m.rope_scaling) in (0, 4)

@@ -78,11 +78,36 @@ KEYS = {
   'random_length_fraction': Key(
     0.01, 'Share of rows cut to a random length.', minimum=0, maximum=1
   ),
+  'complementary_masks': Key(
+    False,
+    'Train on every row twice, the second time with the masks exchanged: '
+    'tokens that are masked in one copy are not in the other. A step takes '
+    'twice the time and memory. The held-out bound has single masks.',
+  ),
   'block_length': Key(
     32,
     'Tokens per block of block_diffusion, a divisor of data.length. Other '
     'objectives ignore it.',
     minimum=1,
+  ),
+  'clean_attention': Key(
+    'block',
+    'Attention within the clean copy of block_diffusion: to whole blocks, or '
+    'causal. A sampler caches the blocks before the current one in this way.',
+    ('block', 'causal'),
+  ),
+  'autoregressive_weight': Key(
+    0.0,
+    'Weight of an autoregressive loss of the clean copy of block_diffusion, '
+    'which is added to the loss. It needs clean_attention=causal.',
+    minimum=0,
+  ),
+  'block_plan': Key(
+    (),
+    'Block lengths that change during the training of block_diffusion, as '
+    '(share of train.steps, block length), ...; for example ((0.0, 1), (0.1, '
+    '8), (0.5, 32)). The last is block_length, which evaluation and samples '
+    'always have. (): block_length during the whole training.',
   ),
   'attend_within': Key(
     'row',
@@ -110,6 +135,33 @@ def check(c):
     f'config.data.length={length}; set --config.objective.block_length='
     f'{math.gcd(o.block_length, length)}',
   )
+  _check_block_plan(o, length)
+  require(
+    not o.complementary_masks or o.name != 'autoregressive',
+    'config.objective.complementary_masks=True needs masks, and the '
+    'autoregressive objective has none; set '
+    '--config.objective.complementary_masks=False',
+  )
+  require(
+    not o.complementary_masks
+    or o.name != 'block_diffusion'
+    or (o.block_length > 1 and 1 not in dict(o.block_plan).values()),
+    'config.objective.complementary_masks=True needs blocks of two or more '
+    'tokens: a block of one token is always masked; set '
+    '--config.objective.complementary_masks=False',
+  )
+  require(
+    o.clean_attention == 'block'
+    or (o.name == 'block_diffusion' and o.block_length < length),
+    'config.objective.clean_attention=causal is for block_diffusion with more '
+    'than one block; set --config.objective.clean_attention=block',
+  )
+  require(
+    o.autoregressive_weight == 0 or o.clean_attention == 'causal',
+    f'config.objective.autoregressive_weight={o.autoregressive_weight} is for '
+    'block_diffusion with a causal clean copy, which does not see the '
+    'predicted tokens; set --config.objective.clean_attention=causal',
+  )
   interval = o.time_interval
   require(
     len(interval) == 2
@@ -135,4 +187,39 @@ def check(c):
     o.weight != 'importance' or tuple(interval) == (0, 1),
     'config.objective.weight=importance needs all times; set '
     '--config.objective.time_interval="(0.0, 1.0)"',
+  )
+
+
+def _check_block_plan(o, length):
+  """Raises UserError unless block_plan is a plan of block lengths."""
+  plan = o.block_plan
+  if not plan:
+    return
+  name = f'config.objective.block_plan={plan}'
+  require(
+    o.name == 'block_diffusion',
+    f'{name} is for config.objective.name=block_diffusion; set '
+    '--config.objective.block_plan="()"',
+  )
+  pairs = all(isinstance(p, tuple) and len(p) == 2 for p in plan)
+  shares = [p[0] for p in plan] if pairs else []
+  require(
+    pairs
+    and are_numbers(shares)
+    and all(type(block) is int and block >= 1 for _, block in plan)
+    and shares[0] == 0
+    and all(a < b for a, b in zip(shares, (*shares[1:], 1), strict=True)),
+    f'{name}: must be (share, block length) pairs whose shares begin with 0 '
+    'and ascend below 1, as in ((0.0, 1), (0.1, 8), (0.5, 32))',
+  )
+  for _, block in plan:
+    require(
+      length % block == 0,
+      f'{name}: the block length {block} does not divide '
+      f'config.data.length={length}',
+    )
+  require(
+    plan[-1][1] == o.block_length,
+    f'{name} ends with the block length {plan[-1][1]}; set '
+    f'--config.objective.block_length={plan[-1][1]}',
   )

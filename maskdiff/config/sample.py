@@ -54,6 +54,7 @@ KEYS = {
       'low_confidence',
       'random',
       'threshold',
+      'quota_and_threshold',
       'factor',
       'ancestral',
       'first_hitting',
@@ -73,8 +74,8 @@ KEYS = {
   ),
   'threshold': Key(
     0.9,
-    'remasking=threshold commits every prediction with at least this '
-    'confidence.',
+    'remasking=threshold and quota_and_threshold commit every prediction with '
+    'at least this confidence.',
     minimum=0,
     per_request=True,
   ),

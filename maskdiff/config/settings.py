@@ -11,8 +11,11 @@ from maskdiff.errors import UserError, suggestion
 # More denoising steps than this change no token, not even for
 # remasking=ancestral, and take hours.
 MAX_STEPS_PER_TOKEN = 100
-# Settings that one remasking rule reads, which has the same name.
-OF_RULE = ('threshold', 'factor')
+# Settings that only some remasking rules read, and these rules.
+OF_RULES = {
+  'threshold': ('threshold', 'quota_and_threshold'),
+  'factor': ('factor',),
+}
 
 
 def with_settings(config, settings):
@@ -42,11 +45,12 @@ def with_settings(config, settings):
       raise
     except (KeyError, TypeError, ValueError) as error:
       raise _wrong_type(key, value) from error
-  for key in OF_RULE:
-    if key in settings and s.remasking != key:
+  for key, rules in OF_RULES.items():
+    if key in settings and s.remasking not in rules:
       raise UserError(
         f'sampler setting {key}={s[key]} has no effect with '
-        f'remasking={s.remasking}: set remasking={key} or remove {key}'
+        f'remasking={s.remasking}: set remasking={" or ".join(rules)}, or '
+        f'remove {key}'
       )
   if 'steps' in settings:
     check_steps(s.steps, config.data.length)
@@ -130,10 +134,10 @@ def sample_settings(args, run_config, gen_length, gaps):
     for name in SETTINGS
     if getattr(args, name) is not None
   }
-  for key in OF_RULE:
+  for key, rules in OF_RULES.items():
     remasking = settings.get('remasking', run_config.sample.remasking)
-    if key in settings and remasking != key:
-      raise UserError(f'--{key} is for --remasking {key} only')
+    if key in settings and remasking not in rules:
+      raise UserError(f'--{key} is for --remasking {" or ".join(rules)} only')
   if gaps:
     if args.stop_at_eos or args.open_length:
       raise UserError(
@@ -143,7 +147,10 @@ def sample_settings(args, run_config, gen_length, gaps):
       raise UserError('--lookahead is for prompts: text follows a gap')
     settings.pop('steps', None)
   if args.open_length:
-    settings = {'stop_at_eos': True, 'lookahead': 0} | settings
+    # Networks of other objectives never see the masks of later blocks.
+    sees_all = run_config.objective.name == 'masked_diffusion'
+    ahead = {'lookahead': 0} if sees_all else {}
+    settings = {'stop_at_eos': True} | ahead | settings
   return settings | {'gen_length': gen_length}
 
 

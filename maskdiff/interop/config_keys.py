@@ -10,6 +10,13 @@ its configuration class, so DEFAULTS has the defaults of each class. Sources:
     qwen2, qwen3,    Qwen2Config, Qwen3Config and LlamaConfig in
     llama            src/transformers/models/*/configuration_*.py
                      (github.com/huggingface/transformers, 5.0)
+    sdar, fast_dllm  the classes of Qwen3 and Qwen2, which SDARConfig and
+                     Fast_dLLM_QwenConfig repeat (JetLM/SDAR-4B-Chat,
+                     Efficient-Large-Model/Fast_dLLM_v2_7B). The mask id is an
+                     argument of their samplers, as is SDAR's block length.
+    illada           the mask id of its sampler (github.com/ML-GSAI/LLaDA).
+                     No other default is known, so its config.json must have
+                     every key.
 
 A null in config.json is a value, not an absent key.
 """
@@ -67,6 +74,15 @@ DEFAULTS = {
   'dream': {**_QWEN2, 'mask_token_id': 151666},
   'qwen2': _QWEN2,
   'qwen3': {**_QWEN2, 'head_dim': 128, 'attention_bias': False},
+  'sdar': {
+    **_QWEN2,
+    'head_dim': 128,
+    'attention_bias': False,
+    'block_size': 4,
+    'mask_token_id': 151669,
+  },
+  'fast_dllm': {**_QWEN2, 'bd_size': 32, 'mask_token_id': 151665},
+  'illada': {'mask_token_id': 5},
   'llama': {
     'vocab_size': 32000,
     'hidden_size': 4096,

@@ -32,6 +32,7 @@ from maskdiff.interop import (
   hf_config,
   hf_tokenizer,
   load,
+  mask_token,
   permissions,
   reference,
   safetensors,
@@ -40,7 +41,6 @@ from maskdiff.interop import leaves as leaves_lib
 from maskdiff.interop.leaves import Leaf
 from maskdiff.model import masks, transformer
 from maskdiff.model.transformer import TransformerConfig
-from maskdiff.objectives.table import OBJECTIVES
 
 # Largest difference of a logit, relative to the largest logit. Rounding errors
 # of float32 over many layers stay below it.
@@ -132,7 +132,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
   with contextlib.ExitStack() as stack:
     config, leaves, source = _open_workdir(workdir, stack, ema)
     published_files = os.path.join(workdir, hf.PUBLISHED)
-    original = None
+    original = source_family = note = None
     if os.path.lexists(os.path.join(published_files, families.CONFIG)):
       original = families.read_config(workdir, hf.PUBLISHED)
     chosen = choose_family(config, original, family)
@@ -141,7 +141,15 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
       original = original if source_family == chosen else None
     stored = dtype or leaves['embed'].dtype.name
     written = families.published_config(
-      chosen, config.model, config.tokens, config.data.length, stored, original
+      chosen,
+      config.model,
+      config.tokens,
+      config.data.length,
+      stored,
+      original,
+      reference.attention_block(
+        config.objective.name, config.objective.block_length, config.data.length
+      ),
     )
     with new_folder.new_folder(folder) as new:
       tokenizer = None
@@ -156,10 +164,15 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
           atomic.write(path, as_text(written))
       if tokenizer:
         permissions.copy_tokenizer(tokenizer, new)
+        # The tokenizer of a network that had a mask token stays as it is.
+        if not (source_family and source_family.has_mask_token):
+          note = mask_token.extend_tokenizer(new, tokenizer, config)
       hf.write_weights(new, chosen, leaves, dtype, max_bytes)
       permissions.narrow(new, leaves_lib.files(workdir, leaves))
   architecture = chosen.architectures[0]
   lines = [f'{inline(folder)}: {architecture} from {inline(source)}, {stored}']
+  if note:
+    lines.append(note)
   if config.objective.name != chosen.objective:
     lines.append(
       f'note: the model was trained with {config.objective.name}, but code '
@@ -227,11 +240,13 @@ def check(folder, workdir=None, ema=False):
   tokens = check_tokens(published)
   mesh = mesh_lib.make_mesh()
   config, params = load.load_params(workdir or folder, mesh, ema=ema)
-  causal = OBJECTIVES[published.family.objective].left_to_right
+  block_length = reference.attention_block(
+    published.family.objective, published.model['block_length'], len(tokens)
+  )
   config.model.update(dtype='float32', remat='none', attention='xla')
   if workdir is not None:
     _check_same_model(published, config, workdir)
-  found = np.asarray(logits(config, params, mesh, tokens, causal))
+  found = np.asarray(logits(config, params, mesh, tokens, block_length))
   expected = reference.logits(published, tokens)
   if config.model.predict_next:
     expected = np.concatenate([expected[:1], expected[:-1]])
@@ -327,12 +342,22 @@ def _open_workdir(workdir, stack, ema):
 
 def _check_same_model(published, config, workdir):
   """Raises a UserError if a folder and a config have different models."""
-  for field in families.FIELDS:
-    expected, found = published.model[field], config.model[field]
+  values = {
+    f'model.{field}': (published.model[field], config.model[field])
+    for field in families.FIELDS
+  }
+  if published.family.objective == config.objective.name and (
+    block_length := published.model['block_length']
+  ):
+    values['objective.block_length'] = (
+      block_length,
+      config.objective.block_length,
+    )
+  for key, (expected, found) in values.items():
     if found != expected:
       raise UserError(
-        f'{workdir} has config.model.{field}={found!r}, but '
-        f'{published.folder} has {expected!r}: they must have the same model'
+        f'{workdir} has config.{key}={found!r}, but {published.folder} has '
+        f'{expected!r}: they must have the same model'
       )
 
 
@@ -341,7 +366,7 @@ def as_text(config):
   return json.dumps(dict(sorted(config.items())), indent=2) + '\n'
 
 
-def logits(config, params, mesh, tokens, causal):
+def logits(config, params, mesh, tokens, block_length):
   """Returns this package's logits of a row, [L, V] float32.
 
   Args:
@@ -349,15 +374,15 @@ def logits(config, params, mesh, tokens, causal):
     params: parameter tree.
     mesh: mesh of the parameters.
     tokens: [L] int.
-    causal: True for causal attention, False for bidirectional attention.
+    block_length: tokens of a block, which see each other and all blocks before
+      their own: 1 for causal attention, L for bidirectional attention.
   """
   model_config = TransformerConfig(**config.model)
 
   @jax.jit
   def compute(params, tokens):
-    labels = masks.causal if causal else masks.bidirectional
     network = transformer.bind(model_config, params)
-    hidden = network(tokens, labels(tokens >= 0))
+    hidden = network(tokens, masks.block_causal(tokens >= 0, block_length))
     return network.logits(hidden)[0]
 
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):

@@ -190,7 +190,7 @@ class Family:
     ignored: keys that the published code does not read, or reads only if a
       required key had another value.
     end_of_turn: the token that ends a turn of a chat, in the tokenizers of
-      this family.
+      this family; '' if it is not known.
     names: map from a parameter to the published name of its tensor, see
       _LLAMA_NAMES.
     template: other entries of a new config.json.
@@ -199,6 +199,8 @@ class Family:
     qkv_bias: value of config.model.qkv_bias.
     qk_norm: value of config.model.qk_norm.
     predict_next: value of config.model.predict_next.
+    block_key: key of the block length of block diffusion; '' if config.json
+      has none.
     has_head_dim: whether config.json may have `head_dim`.
     head_dim: head size if config.json has none; 0: embed / heads.
     scales_rope: whether config.json may have `rope_scaling`.
@@ -218,6 +220,7 @@ class Family:
   qkv_bias: bool = False
   qk_norm: bool = False
   predict_next: bool = False
+  block_key: str = ''
   has_head_dim: bool = False
   head_dim: int = 0
   scales_rope: bool = True
@@ -225,7 +228,7 @@ class Family:
   @property
   def has_mask_token(self):
     """Whether the published networks were trained with a mask token."""
-    return self.objective == 'masked_diffusion'
+    return self.objective != 'autoregressive'
 
 
 FAMILIES = (
@@ -262,6 +265,86 @@ FAMILIES = (
     objective='masked_diffusion',
     qkv_bias=True,
     predict_next=True,
+  ),
+  # Its modelling code has LayerNorm instead of RMSNorm if layer_norm_eps is
+  # set (modeling_illada.py of GSAI-ML/iLLaDA-8B-Base).
+  Family(
+    name='illada',
+    model_type='illada',
+    architectures=('ILLaDAForCausalLM',),
+    keys=_LLAMA_KEYS,
+    required={
+      'hidden_act': ('silu', 'swish'),
+      'attention_bias': (False,),
+      'mlp_bias': (False,),
+      'layer_norm_eps': (None,),
+    },
+    names=_LLAMA_NAMES,
+    template={
+      'attention_bias': False,
+      'attention_dropout': 0.0,
+      'auto_map': {
+        'AutoConfig': 'configuration_illada.ILLaDAConfig',
+        'AutoModel': 'modeling_illada.ILLaDAForCausalLM',
+        'AutoModelForCausalLM': 'modeling_illada.ILLaDAForCausalLM',
+      },
+      'hidden_act': 'silu',
+      'initializer_range': 0.02,
+      'layer_norm_eps': None,
+      'mlp_bias': False,
+      'resid_pdrop': 0.0,
+    },
+    end_of_turn='',
+    objective='masked_diffusion',
+    derived=(),
+    scales_rope=False,
+  ),
+  Family(
+    name='sdar',
+    model_type='sdar',
+    architectures=('SDARForCausalLM',),
+    keys=_LLAMA_KEYS,
+    required={**_QWEN_REQUIRED, 'attention_bias': (False,)},
+    names=_LLAMA_NAMES,
+    template={
+      **_QWEN_TEMPLATE,
+      'attention_bias': False,
+      'auto_map': {
+        'AutoConfig': 'configuration_sdar.SDARConfig',
+        'AutoModel': 'modeling_sdar.SDARModel',
+        'AutoModelForCausalLM': 'modeling_sdar.SDARForCausalLM',
+      },
+      'fuse_cross_entropy': False,
+    },
+    end_of_turn='<|im_end|>',
+    ignored=_QWEN_IGNORED,
+    objective='block_diffusion',
+    qk_norm=True,
+    block_key='block_size',
+    has_head_dim=True,
+    head_dim=128,
+  ),
+  Family(
+    name='fast_dllm',
+    model_type='Fast_dLLM_Qwen',
+    architectures=('Fast_dLLM_QwenForCausalLM',),
+    keys=_LLAMA_KEYS,
+    required=_QWEN_REQUIRED,
+    names=_LLAMA_NAMES,
+    template={
+      **_QWEN_TEMPLATE,
+      'auto_map': {
+        'AutoConfig': 'configuration.Fast_dLLM_QwenConfig',
+        'AutoModel': 'modeling.Fast_dLLM_QwenModel',
+        'AutoModelForCausalLM': 'modeling.Fast_dLLM_QwenForCausalLM',
+      },
+    },
+    end_of_turn='<|im_end|>',
+    ignored=(*_QWEN_IGNORED, 'attention_bias'),
+    objective='block_diffusion',
+    qkv_bias=True,
+    predict_next=True,
+    block_key='bd_size',
   ),
   Family(
     name='qwen2',
@@ -373,6 +456,11 @@ def detect(published, path):
     ):
       return family
   architecture = ', '.join(names) or published.get('model_type')
+  if 'moe' in str(architecture).lower():
+    raise UserError(
+      f'{path}: architecture {inline(architecture, 200)} is a mixture of '
+      'experts, which is not supported: use a dense model'
+    )
   known = ', '.join(family.architectures[0] for family in FAMILIES)
   raise UserError(
     f'{path}: architecture {inline(architecture, 200)} is not supported; '
@@ -392,7 +480,8 @@ def model_of(family, published, path):
 
   Returns:
     dict with the keys FIELDS, `predict_next`, `length` (the longest context,
-    in tokens) and `dtype` (of the weights).
+    in tokens), `block_length` (0 if the family has none) and `dtype` (of the
+    weights).
 
   Raises:
     UserError: a value is not supported, or of the wrong type.
@@ -434,6 +523,7 @@ def model_of(family, published, path):
     'qkv_bias': family.qkv_bias,
     'qk_norm': family.qk_norm,
     'predict_next': family.predict_next,
+    'block_length': _block_length(family, value_of, found['length'], path),
     'dtype': dtype,
   }
 
@@ -445,6 +535,19 @@ _IF_NULL = {
   'mlp': lambda found, value_of: _product(value_of('mlp_ratio'), found),
   'vocab_size': lambda found, value_of: value_of('vocab_size'),
 }
+
+
+def _block_length(family, value_of, length, path):
+  """Returns the tokens of a block, a divisor of the context; 0 without one."""
+  key = family.block_key
+  if not key:
+    return 0
+  found = config_keys.size(value_of(key), 'length', key, path)
+  if length % found:
+    raise UserError(
+      f'{path}: {key}={found} does not divide {family.keys["length"]}={length}'
+    )
+  return found
 
 
 def _product(ratio, found):
@@ -491,7 +594,7 @@ def _rope(family, published, path):
     raise UserError(
       f'{path} has both rope_parameters and rope_scaling: remove one of them'
     )
-  default = config_keys.DEFAULTS[family.name]['rope_theta']
+  default = config_keys.DEFAULTS[family.name].get('rope_theta')
   theta = entry.get('rope_theta', published.get('rope_theta'))
   theta = config_keys.number(
     default if theta is None else theta, 'rope_theta', path
@@ -561,7 +664,9 @@ def misfit(family, model):
   return None
 
 
-def published_config(family, model, tokens, length, dtype, original=None):
+def published_config(
+  family, model, tokens, length, dtype, original=None, block_length=0
+):
   """Returns the contents of config.json for a model, a dict.
 
   Args:
@@ -572,6 +677,7 @@ def published_config(family, model, tokens, length, dtype, original=None):
     dtype: name of the weights' dtype.
     original: contents of the config.json of the folder that the model was
       converted from, or None. Entries that still describe the model are kept.
+    block_length: tokens of a block, for a family with a block_key.
   """
   known = None
   if original is not None:
@@ -583,6 +689,7 @@ def published_config(family, model, tokens, length, dtype, original=None):
   fields = {
     **{field: model[field] for field in FIELDS},
     'length': length,
+    'block_length': block_length,
     'dtype': dtype,
   }
   fields['rope_scaling'] = tuple(fields['rope_scaling'])
@@ -598,6 +705,8 @@ def published_config(family, model, tokens, length, dtype, original=None):
     if family.has_mask_token:
       base['mask_token_id'] = tokens['mask_id']
   base |= {family.keys[f]: fields[f] for f in family.keys if f in changed}
+  if family.block_key and 'block_length' in changed:
+    base[family.block_key] = block_length
   if 'vocab_size' in changed:
     base['vocab_size'] = fields['vocab_size']
   if 'head_dim' in changed and family.has_head_dim:

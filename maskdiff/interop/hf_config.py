@@ -55,7 +55,7 @@ def weights_config(published):
   c.data.length = published.model['length']
   compute = published.model['dtype']
   c.model.dtype = 'bfloat16' if compute == 'bfloat16' else 'float32'
-  c.objective.name = published.family.objective
+  set_objective(c, published)
   # Published losses and samplers do not exclude the mask token.
   c.objective.predict_mask = True
   mask = published.config.get('mask_token_id')
@@ -66,6 +66,18 @@ def weights_config(published):
     bos_id=hf_tokenizer.token_id(published.config, 'bos_token_id', eos),
   )
   return c
+
+
+def set_objective(c, published):
+  """Sets the objective of a config, and its blocks, to those of a folder.
+
+  Args:
+    c: ConfigDict, changed in place.
+    published: Published.
+  """
+  c.objective.name = published.family.objective
+  if published.model['block_length']:
+    c.objective.block_length = published.model['block_length']
 
 
 def fill(c, published, tokenizer):

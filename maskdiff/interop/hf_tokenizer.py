@@ -5,17 +5,19 @@ import os
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.data import tokenizer_files
 from maskdiff.errors import UserError
-from maskdiff.interop import families
+from maskdiff.interop import families, mask_token
 
 TOKENIZERS = (tokenizer_files.JSON, tokenizer_files.MODEL)
 
 
-def open_tokenizer(published, mask_id=None):
+def open_tokenizer(published, mask_id=None, may_grow=False):
   """Loads the tokenizer of a folder, with the token ids of its config.json.
 
   Args:
     published: hf.Published.
     mask_id: replaces the mask id of the folder.
+    may_grow: whether the mask id of an autoregressive network may lie beyond
+      its embedding; see mask_token.choose_id.
 
   Returns:
     data.tokenizer.Tokenizer with all ids; None if the folder has no tokenizer.
@@ -60,9 +62,14 @@ def open_tokenizer(published, mask_id=None):
   mask = tokenizer.mask_id if mask is None else mask
   if mask is None and published.family.has_mask_token:
     raise UserError(f'{config} has no mask_token_id: add it or give --mask_id')
-  if mask is None:
-    mask = _spare_id(tokenizer, embed.shape[0], ids, config)
-  if not 0 <= mask < embed.shape[0]:
+  rows = embed.shape[0]
+  if mask is None and may_grow:
+    used = {tokenizer.pad_id, *ids.values()}
+    mask = mask_token.choose_id(tokenizer, rows, used)
+    rows = mask_token.grown_rows(rows, mask)
+  elif mask is None:
+    mask = _spare_id(tokenizer, rows, ids, config)
+  if not 0 <= mask < rows:
     raise UserError(
       f'mask_id={mask} is not a row of {embed}, which has {embed.shape[0]}'
     )
@@ -116,6 +123,7 @@ def _spare_id(tokenizer, rows, ids, config):
   if not free:
     raise UserError(
       f'{config} has no mask_token_id, and {tokenizer.path} has no unused '
-      'special token: add a row to the embedding'
+      'special token; training with --config configs/published.py:'
+      f'{os.path.dirname(config)} adds a row to the embedding'
     )
   return free[-1]

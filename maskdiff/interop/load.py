@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -12,9 +13,16 @@ from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest, restore, weights
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.distributed import runtime
 from maskdiff.errors import UserError, inline
 from maskdiff.files.paths import local_path
-from maskdiff.interop import families, hf, hf_config, hf_tokenizer
+from maskdiff.interop import (
+  families,
+  hf,
+  hf_config,
+  hf_tokenizer,
+  mask_token,
+)
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import transformer
 from maskdiff.model.network import Network
@@ -162,11 +170,17 @@ def network(config, params):
     eos_id=config.tokens.eos_id,
     context=config.data.length,
     block_length=config.objective.block_length if order == 'blocks' else 0,
+    clean_attention=config.objective.clean_attention,
   )
 
 
 def warm_start(config, mesh):
   """Loads the initial parameters of a run from config.init_from, in float32.
+
+  An autoregressive network that becomes another kind gets a mask token: its
+  embedding is the mean of the output embeddings, and config.model.vocab_size
+  may be larger than that of the network to make room for it. A line says so,
+  and another says if the output at a position changes its meaning.
 
   Args:
     config: ConfigDict of the new run.
@@ -177,15 +191,84 @@ def warm_start(config, mesh):
   """
   path = str(local_path(config.init_from))
   stored, params = load_params(path, mesh, 'float32', config.init_from_ema)
+  size, mask = config.model.vocab_size, config.tokens.mask_id
+  adds = _adds_mask_token(path, stored, config)
+  grows = (
+    adds
+    and size > stored.model.vocab_size
+    and (size == mask_token.grown_rows(stored.model.vocab_size, mask))
+  )
   for field in families.FIELDS:
-    if stored.model[field] != config.model[field]:
+    if stored.model[field] != config.model[field] and not (
+      grows and field == 'vocab_size'
+    ):
       raise UserError(
         f'--config.init_from={path} has config.model.{field}='
         f'{stored.model[field]!r}, not {config.model[field]!r}: set '
         f'--config.model.{field}={stored.model[field]!r}, or take the whole '
         f'model with --config configs/published.py:{path}'
       )
+  if adds:
+    runtime.print_once(
+      f'the mask token gets the id {mask} and the mean of the output '
+      'embeddings'
+      + f'; the vocabulary grows from {stored.model.vocab_size} to {size} ids'
+      * grows
+    )
+    shardings = _shapes_and_shardings(config, mesh)[1]
+    ends = {name: params[name] for name in ('embed', 'head') if name in params}
+    initialize = jax.jit(
+      functools.partial(mask_token.initialize, mask_id=mask, vocab_size=size),
+      out_shardings={name: shardings[name] for name in ends},
+    )
+    params = {**params, **initialize(ends)}
+  _report_shift(stored, config)
   return params
+
+
+def _adds_mask_token(path, stored, config):
+  """Returns whether a warm start adds a mask token to the network.
+
+  It does if an autoregressive network becomes another kind, unless the network
+  has this mask token: in its config.json, or in a byte-level tokenizer. The
+  mask token of a SentencePiece model was no input of the network.
+
+  Args:
+    path: work directory or Hugging Face folder of the network.
+    stored: ConfigDict of the network.
+    config: ConfigDict of the new run.
+  """
+  before, now = (OBJECTIVES[c.objective.name] for c in (stored, config))
+  if now.left_to_right or not before.left_to_right:
+    return False
+  named = set()
+  if hf_tokenizer.has_tokenizer(path):
+    tokenizer = tokenizer_lib.load(path)
+    if hasattr(tokenizer.processor, 'token_to_id'):  # not SentencePiece
+      named.add(tokenizer.mask_id)
+  subfolder = '' if families.is_published(path) else hf.PUBLISHED
+  if os.path.lexists(os.path.join(path, subfolder, families.CONFIG)):
+    named.add(families.read_config(path, subfolder).get('mask_token_id'))
+  return config.tokens.mask_id not in named
+
+
+def _report_shift(stored, config):
+  """Prints a line if a position of the network now predicts another token."""
+  predicts_next = lambda c: (
+    c.model.predict_next or OBJECTIVES[c.objective.name].left_to_right
+  )
+  before, now = predicts_next(stored), predicts_next(config)
+  if before and not now:
+    runtime.print_once(
+      f'{config.init_from} predicts the next token, and this run trains it to '
+      'predict the token at each position; config.model.predict_next=True '
+      'keeps its outputs, where the objective supports it'
+    )
+  elif now and not before:
+    runtime.print_once(
+      f'{config.init_from} predicts the token at each position, and this run '
+      'trains it to predict the next token'
+    )
 
 
 def _load_published(published, mesh, dtype):

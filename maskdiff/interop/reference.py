@@ -26,9 +26,11 @@ def logits(published, tokens):
   """
   m, family = published.model, published.family
   names, tensors = family.names, published.tensors
-  causal = OBJECTIVES[family.objective].left_to_right
   H, G, K = m['heads'], m['kv_heads'], m['head_dim']
   length = len(tokens)
+  size = attention_block(family.objective, m['block_length'], length)
+  block = np.arange(length) // size
+  hidden_keys = block > block[:, None]
 
   def read(name, n=0):
     return tensors[names[name].format(n=n)].view().astype(np.float32)
@@ -53,8 +55,7 @@ def logits(published, tokens):
     for head in range(H):
       kv_head = head // (H // G)
       scores = q[:, head] @ k[:, kv_head].T / np.float32(np.sqrt(K))
-      if causal:
-        scores[np.triu_indices(length, 1)] = -np.inf
+      scores[hidden_keys] = -np.inf
       weights = np.exp(scores - scores.max(axis=1, keepdims=True))
       weights /= weights.sum(axis=1, keepdims=True)
       out[:, head] = weights @ v[:, kv_head]
@@ -73,6 +74,25 @@ def logits(published, tokens):
     ],
     axis=1,
   )
+
+
+def attention_block(name, block_length, length):
+  """Returns the tokens of a block, whose positions see each other.
+
+  A position also sees all blocks before its own.
+
+  Args:
+    name: name of an objective.
+    block_length: tokens of a block, if the objective has blocks.
+    length: L, tokens of a row.
+
+  Returns:
+    1 for causal attention, L for bidirectional attention.
+  """
+  objective = OBJECTIVES[name]
+  if objective.by_blocks:
+    return block_length
+  return 1 if objective.left_to_right else length
 
 
 def _norm(x, gain, eps):

@@ -15,6 +15,7 @@ from maskdiff.errors import UserError
 from maskdiff.library import arguments, batches
 from maskdiff.likelihood.queries import padded_length
 from maskdiff.model.transformer import bind
+from maskdiff.objectives import masked_diffusion
 from maskdiff.objectives.canvas import canvas_loss
 from maskdiff.objectives.table import OBJECTIVES, make_canvas, show
 from maskdiff.training.step import step_config
@@ -26,9 +27,10 @@ def logits(model, rows, *, lengths=None, doc=None):
   The logits at a position predict the token of that position. A network trained
   with masked diffusion sees the whole row: put `model.network.mask_id` where
   tokens are unknown. A left-to-right network sees the tokens before the
-  position only. The softmax of the logits is the distribution that losses and
-  samplers use: if the network was trained without config.objective.
-  predict_mask, the logit of the mask token is -inf.
+  position only, and a network trained on blocks also its block. The softmax of
+  the logits is the distribution that losses and samplers use: if the network
+  was trained without config.objective. predict_mask, the logit of the mask
+  token is -inf.
 
   Args:
     model: Model.
@@ -109,8 +111,9 @@ def loss(
     doc: [B, L] int, as the column `doc` of data.rows.Rows; -1 is padding.
     answer: [B, L] bool, the tokens that may be masked and carry a loss; the
       others are a prompt. Default: all.
-    times: [B] float in (0, 1], which determine the loss weights.
-    mask_ratio: [B] float in (0, 1], in place of the times: expected share of
+    times: [B] float in (0, 1], which determine the loss weights; or [B, K], one
+      for each of the K blocks of the longest row, under block diffusion.
+    mask_ratio: as `times`, in place of the times: expected share of
       masked tokens. Equal to the times for the linear schedule.
     masked: [B, L] bool, the masked tokens; prompts and padding never are.
     noise: [B, L] float in [0, 1), in place of the masks: tokens are masked
@@ -177,7 +180,7 @@ def _columns(c, batch, answer):
 
 
 def _draws(c, batch, times, mask_ratio, masked, noise, key):
-  """Returns a key, or the pair (times [B], masked [B, L])."""
+  """Returns a key, or the pair (times [B] or [B, K], masked [B, L])."""
   given = {
     'times': times,
     'mask_ratio': mask_ratio,
@@ -213,7 +216,9 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
   name = 'times' if mask_ratio is None else 'mask_ratio'
   t = times if mask_ratio is None else mask_ratio
   shape = batch.size, batch.length
-  t = arguments.checked(name, t, shape[:1], 'fiu')
+  blocks = -(-batch.length // c.block_length)
+  per_block = objective.by_blocks and np.ndim(t) == 2
+  t = arguments.checked(name, t, (shape[0], blocks)[: 1 + per_block], 'fiu')
   if not arguments.traced(t) and not np.all((t > 0) & (t <= 1)):
     raise UserError(f'{name}={np.asarray(t).tolist()} must lie in (0, 1]')
   t = jnp.asarray(t, jnp.float32)
@@ -222,8 +227,9 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
     noise = batches.per_position('noise', noise, shape, 'fiu')
     used = batch.valid[: batch.size, : batch.length]
     arguments.check_in_unit('noise', noise, used)
-    masked = noise < c.schedule.mask_ratio(t)[:, None]
+    ratio = c.schedule.mask_ratio(t).reshape(len(t), -1)
+    masked = noise < masked_diffusion.by_token(c, ratio, batch.length)
   masked = batches.per_position('masked', masked, shape, 'b')
   added = len(batch.tokens) - batch.size
-  t = jnp.pad(t, (0, added), constant_values=1)
+  t = jnp.pad(t, [(0, added)] + [(0, 0)] * per_block, constant_values=1)
   return t, batches.padded(masked, added)

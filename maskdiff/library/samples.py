@@ -206,7 +206,7 @@ def _with_noise(network, c, texts, length, gumbel, uniform):
   )
   num_slots = max(t.row.count(None) for t in texts)
   carry, layout, shapes = begin(network, c, request, num_slots)
-  steps = _num_steps(c, layout)
+  steps = _num_steps(network, c, layout)
   vocab_size = network.config.vocab_size
   given = {'gumbel': (gumbel, (vocab_size,)), 'uniform': (uniform, ())}
   for name, (noise, rest) in given.items():
@@ -227,11 +227,14 @@ def _with_noise(network, c, texts, length, gumbel, uniform):
     yield text, Answer(i, recorded, int(forwards[i]), int(positions[i]))
 
 
-def _num_steps(c, layout):
+def _num_steps(network, c, layout):
   """Returns the largest number of denoising steps that a row can take."""
   if c.remasking in _ONE_STEP_PER_SLOT:
     return int(layout.num_slots.sum(axis=1).max())
-  return int(((layout.num_slots > 0).sum(axis=1) * layout.steps).max())
+  # The step of a leading slot does not count among those of its block.
+  leading = bool(network.block_length) and network.config.predict_next
+  blocks = (layout.num_slots > 0).sum(axis=1)
+  return int((blocks * (layout.steps + leading)).max())
 
 
 def _check_noise(name, noise, rows, steps, slots, rest):

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskdiff.errors import UserError
-from maskdiff.likelihood import estimators, queries
+from maskdiff.likelihood import answer_blocks, estimators, queries
 from maskdiff.objectives.table import OBJECTIVES
 
 
@@ -87,7 +87,7 @@ def bound(network, c, answers, estimator, seeds, progress=None):
   values = evaluate(
     lambda i: estimators.draw_blocks(
       estimator,
-      queries.block_sizes(network, rows[i]),
+      answer_blocks.sizes(network, rows[i].answer),
       np.random.default_rng(int(seeds[i])),
     )
   )
@@ -115,7 +115,7 @@ def chain_rule(network, c, answers, orders=None, progress=None):
       are given for a left-to-right network.
   """
   rows = queries.rows_of(network, c, answers)
-  blocks = [queries.block_sizes(network, row) for row in rows]
+  blocks = [answer_blocks.sizes(network, row.answer) for row in rows]
   sizes = [int(row.answer.sum()) for row in rows]
   evaluate = lambda queries_of: queries.evaluate(
     network, c, rows, queries_of, progress
@@ -195,7 +195,7 @@ def random_orders(network, c, answers, num_orders, seeds, progress=None):
 
   def draw(row, seed):
     rng = np.random.default_rng(int(seed))
-    sizes = queries.block_sizes(network, row)
+    sizes = answer_blocks.sizes(network, row.answer)
     tokens = np.tile(np.arange(sizes.sum()), (num_orders, 1))
     of_blocks = np.split(tokens, sizes.cumsum()[:-1], axis=1)
     return np.hstack([rng.permuted(x, axis=1) for x in of_blocks])
@@ -254,7 +254,7 @@ def greedy_matches(network, c, answers, progress=None):
         # Blocks advance together, each given the true tokens before it: as long
         # as the predictions are right, greedy decoding sees the same tokens. To
         # a left-to-right network each token is a block.
-        sizes = queries.block_sizes(network, rows[i])
+        sizes = answer_blocks.sizes(network, rows[i].answer)
         commit = slice(None) if causal else _most_confident(confidence, sizes)
         match[i] = (token == targets[i])[commit].all()
         masked[i][commit] = False

@@ -23,6 +23,7 @@ import numpy as np
 
 from maskdiff.distributed.mesh import batch_shards, replicate
 from maskdiff.errors import UserError
+from maskdiff.likelihood import answer_blocks
 from maskdiff.model import vocabulary_loop as loops
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.model.transformer import bind
@@ -129,41 +130,13 @@ def rows_of(network, c, answers):
       raise UserError(
         f'row {i}: token ids must lie in [0, {network.config.vocab_size})'
       )
-    if _has_unseen_text(network, row.answer):
+    if answer_blocks.has_unseen_text(network, row.answer):
       raise UserError(
         f'row {i}: text follows the answer, and a network trained with '
         f'objective {network.objective} does not see it; remove it'
       )
     rows.append(row)
   return rows
-
-
-def _has_unseen_text(network, answer):
-  """Returns whether given text is after an answer token that does not see it.
-
-  Args:
-    network: Network.
-    answer: [L] bool.
-  """
-  order = OBJECTIVES[network.objective].order
-  if order == 'any' or answer.all():
-    return False
-  block = np.arange(len(answer)) // (network.block_length or 1)
-  return block[~answer].max() > block[answer].min()
-
-
-def block_sizes(network, row):
-  """Returns the number of answer tokens in each block of a row that has any.
-
-  Networks without blocks see the row as one block.
-
-  Args:
-    network: Network.
-    row: Row. Its blocks are counted from its first token.
-  """
-  positions = np.flatnonzero(row.answer)
-  length = network.block_length or len(row.answer)
-  return np.unique(positions // length, return_counts=True)[1]
 
 
 def padded_length(length):

@@ -205,9 +205,10 @@ def xla(q, k, v, query, key):
 def splash(q, k, v, query, key, interpret=False):
   """Pallas splash attention; see `attend` for the first five arguments.
 
-  If the mesh axis `sequence` splits the queries, causal attention is
-  unbalanced: the device with the last queries has the most work, and the other
-  devices wait for it. Bidirectional attention is balanced.
+  If the mesh axis `sequence` splits the queries, causal attention and block
+  diffusion are unbalanced: the other devices wait for the one with the most
+  work, in causal attention that of the last queries. Bidirectional attention is
+  balanced.
 
   On the chips in splash.TILES the backward kernel needs the larger VMEM limit
   that distributed/compiler.py sets.

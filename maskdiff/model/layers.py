@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed.mesh import BATCH_AXES, shard
+from maskdiff.model import masks
 
 
 @jax.named_scope('network(layer: elementwise)')
@@ -89,11 +90,16 @@ def shift_right(x, labels):
 
   A network with `predict_next` predicts a token from the position before it.
   After the shift a position holds the hidden state that predicts its own token.
-  The left neighbour in the row must be the previous position: of the same
-  document, of the same block, and with the preceding `pos`. Otherwise a
-  position keeps its own hidden state. Three kinds of position do: the first of
-  a document, as in Dream's generation_utils.py; the first of a noisy block; and
-  the first of the clean copy in [noisy ; clean] rows.
+  The previous position has the same document, the preceding `pos`, and the same
+  noisy block, or it is clean. It is the left neighbour, except for the first
+  position of a noisy block in [noisy ; clean] rows: its previous position is
+  the last of the block before it in the clean copy. A sampler reads the first
+  token of a block from the same hidden state, when the block before it is
+  complete. Fast-dLLM v2 trains with the noisy copy's, which has not seen the
+  last clean block.
+
+  A position without a previous position keeps its own hidden state, such as the
+  first of a document (as in Dream's generation_utils.py).
 
   Args:
     x: [B, L, D].
@@ -103,12 +109,25 @@ def shift_right(x, labels):
     [B, L, D].
   """
   left = lambda a: jnp.concatenate([a[:, :1], a[:, :-1]], axis=1)
-  follows = (
-    (labels.doc == left(labels.doc))
-    & (labels.block == left(labels.block))
-    & (labels.pos == left(labels.pos) + 1)
-  )
-  return jnp.where(follows[..., None], left(x), x)
+
+  def follows(previous, labels):
+    return (
+      (labels.doc == previous.doc)
+      & ((previous.block < 0) | (labels.block == previous.block))
+      & (labels.pos == previous.pos + 1)
+    )[..., None]
+
+  previous = jax.tree.map(left, labels)
+  shifted = jnp.where(follows(previous, labels), left(x), x)
+  if not masks.has_clean_copy(labels):
+    return shifted
+  half = x.shape[1] // 2
+  noisy = jax.tree.map(lambda a: a[:, :half], labels)
+  clean = jax.tree.map(lambda a: a[:, half:], labels)
+  starts = (noisy.block != left(noisy.block))[..., None]
+  starts &= follows(jax.tree.map(left, clean), noisy)
+  from_clean = jnp.where(starts, left(x[:, half:]), shifted[:, :half])
+  return jnp.concatenate([from_clean, shifted[:, half:]], axis=1)
 
 
 @jax.named_scope('network(normalisation)')

@@ -53,12 +53,14 @@ def _block_causal(index, block_length):
   return index, -1, (index // block_length + 1) * block_length
 
 
-def _block_diffusion(index, block_length):
+def _block_diffusion(index, block_length, clean_block=None):
   half = len(index) // 2
   clean = index >= half
   pos = np.where(clean, index - half, index)
   block = pos // block_length
-  return pos, np.where(clean, -1, block), (block + clean) * block_length
+  size = clean_block or block_length
+  reach = np.where(clean, (pos // size + 1) * size, block * block_length)
+  return pos, np.where(clean, -1, block), reach
 
 
 BIDIRECTIONAL = Regime(_bidirectional)
@@ -114,6 +116,11 @@ def visible(query, key):
   clean = (k.block < 0) & (k.pos < q.reach)
   noisy = (k.block >= 0) & (k.block == q.block)
   return (q.doc == k.doc) & (clean | noisy)
+
+
+def has_clean_copy(labels):
+  """Returns whether the rows are [noisy ; clean], from `block_diffusion`."""
+  return labels.regime is not None and labels.regime.make is _block_diffusion
 
 
 def take(labels, positions):
@@ -194,27 +201,58 @@ def block_causal(valid, block_length, doc=0):
   return make_labels(Regime(_block_causal, (block_length,)), valid, doc)
 
 
-def block_diffusion(valid, block_length, doc=0):
+def block_diffusion(valid, block_length, doc=0, causal=False):
   """Returns Labels for training block diffusion on [noisy ; clean] rows.
 
   A noisy and a clean copy of each row stand one after the other. A noisy
   position sees its own noisy block and the clean blocks before it. A clean
-  position sees the clean blocks up to its own (arXiv 2503.09573). Both copies
-  have positions 0..L-1. Blocks are counted as in `block_causal`.
+  position sees the clean blocks up to its own (arXiv 2503.09573), or the clean
+  positions up to itself if `causal` is set. Both copies have positions 0..L-1.
+  Blocks are counted as in `block_causal`.
 
   Args:
     valid: [B, L] bool, of one copy; as for `make_labels`.
     block_length: positions of a block.
     doc: [B, L] int32 or int, of one copy; as for `make_labels`.
+    causal: whether attention within the clean copy is causal.
 
   Returns:
     Labels of [noisy ; clean], [B, 2 L].
   """
+  sizes = (block_length, 1) if causal else (block_length,)
   twice = lambda x: jnp.concatenate([x, x], axis=1)
   labels = make_labels(
-    Regime(_block_diffusion, (block_length,)),
+    Regime(_block_diffusion, sizes),
     twice(valid),
     doc if isinstance(doc, int) else twice(doc),
   )
   # The padding of one copy is in the middle of the row.
   return dataclasses.replace(labels, single=False)
+
+
+def clean_or_noisy_blocks(noisy, valid, block_length, doc=0):
+  """Returns Labels of rows whose blocks are clean and causal, or noisy.
+
+  A clean position sees the clean positions up to itself. A noisy position sees
+  its own block and the clean positions before the block, as in
+  `block_diffusion` with `causal`. The labels follow no regime.
+
+  Args:
+    noisy: [B, L] bool; a block is noisy if one of its positions is.
+    valid: [B, L] bool, False on padding.
+    block_length: as for `block_causal`.
+    doc: as for `make_labels`.
+  """
+  length = noisy.shape[1]
+  labels = causal(valid, doc)
+  block = labels.pos // block_length
+  whole = jnp.pad(noisy, ((0, 0), (0, -length % block_length)))
+  of_block = whole.reshape(len(noisy), -1, block_length).any(axis=2)
+  noisy = jnp.repeat(of_block, block_length, axis=1)[:, :length]
+  return dataclasses.replace(
+    labels,
+    block=jnp.where(noisy, block, -1),
+    reach=jnp.where(noisy, block * block_length, labels.reach),
+    regime=GENERAL,
+    single=False,
+  )

@@ -21,6 +21,7 @@ from maskdiff.model.transformer import TransformerConfig
     'eos_id',
     'context',
     'block_length',
+    'clean_attention',
   ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Network:
     eos_id: id of the end-of-text token; -1 if the tokenizer has none.
     context: tokens of a training row; 0 if unknown.
     block_length: tokens of a block, for block diffusion; else 0.
+    clean_attention: 'block' or 'causal', attention of the blocks before.
   """
 
   config: TransformerConfig
@@ -52,3 +54,4 @@ class Network:
   eos_id: int = -1
   context: int = 0
   block_length: int = 0
+  clean_attention: str = 'block'

@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash_kernel,
 )
@@ -23,7 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec as P
 
-from maskdiff.model import masks
+from maskdiff.model import splash_masks
 
 # Name of the kernel's residuals in remat policies.
 RESIDUALS = 'attended'
@@ -51,78 +50,32 @@ TILES = {'v5p': LARGE, 'v5e': LARGE, 'v6e': LARGE}
 # For other chips and for loaded masks. It fits into 16 MiB even in float32 and
 # with the mask of a tile, which takes two buffers of 4 bytes per score.
 SMALL = Tile(512, 1024, 512)
+# Keys per tile, if possible, in regimes that leave tiles empty. Smaller key
+# tiles skip more: block diffusion of 4096 tokens computes 24 of 64 tiles of
+# 1024 x 1024, but 12 of 16 tiles of 1024 x 4096, twice as many pairs. The sum
+# of 8 partial dq costs less.
+SKIPPED_KEYS = 1024
 # Above this number of partial dq, a separate kernel computes dq. It repeats two
 # of five matrix products, but memory does not grow with the square of L.
 MAX_PARTIAL_DQ = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class RuleMask(splash_mask.Mask):
-  """The visibility rule for a row of one document, evaluated by slices.
-
-  The kernel loads this mask for the tiles that are neither full nor empty.
-  """
-
-  regime: masks.Regime
-  length: int
-
-  @property
-  def shape(self):
-    return self.length, self.length
-
-  def __getitem__(self, index):
-    query, key = (self._labels(positions) for positions in index)
-    return masks.visible(query, key)[0]
-
-  def _labels(self, positions):
-    row = masks.row(self.regime, self.length)
-    return jax.tree.map(lambda x: x[:, positions], row)
-
-
-class CleanMask(RuleMask):
-  """A RuleMask whose keys are all clean and in order, as in causal regimes.
-
-  The rule is then `key.pos < query.reach`. The kernel evaluates it inside a
-  tile instead of loading a mask; it reads `mask_function` and `q_sequence`.
-  """
-
-  @staticmethod
-  def mask_function(reach, pos):
-    return pos < reach
-
-  @property
-  def q_sequence(self):
-    return masks.row(self.regime, self.length).reach[0]
-
-  def __getitem__(self, index):
-    queries, keys = index
-    reach, pos = self.q_sequence[queries], np.arange(self.length)[keys]
-    return self.mask_function(reach[:, None], pos[None])
-
-
-def make_mask(regime, length):
-  """Returns the splash mask of a regime for rows of L positions, [L, L]."""
-  if regime == masks.BIDIRECTIONAL:
-    return splash_mask.FullMask((length, length))
-  row = masks.row(regime, length)
-  in_order = (row.block < 0).all() and (row.pos == np.arange(length)).all()
-  return (CleanMask if in_order else RuleMask)(regime, length)
 
 
 def block_sizes(mask, queries, keys, chip):
   """Returns tile sizes that divide the lengths and fit the chip.
 
   Args:
-    mask: from `make_mask`.
+    mask: from splash_masks.make_mask.
     queries: number of queries on one device, a multiple of LANES.
     keys: number of keys, L, a multiple of LANES.
     chip: name in chips.py, or None.
   """
   forward, backward = TILES.get(chip, (SMALL, SMALL))
-  if type(mask) is RuleMask:
+  if type(mask) is splash_masks.RuleMask:
     forward = backward = SMALL
-  forward = _fit(forward, queries, keys)
-  backward = _fit(backward, queries, keys)
+  least = SKIPPED_KEYS if isinstance(mask, splash_masks.FunctionMask) else keys
+  forward = _fit(forward, queries, keys, least)
+  least = max(least, keys // MAX_PARTIAL_DQ)
+  backward = _fit(backward, queries, keys, least)
   fused = keys // backward.keys <= MAX_PARTIAL_DQ
   return splash_kernel.BlockSizes(
     block_q=forward.queries,
@@ -137,20 +90,28 @@ def block_sizes(mask, queries, keys, chip):
   )
 
 
-def _fit(tile, queries, keys):
-  size = _divisor(keys, tile.keys)
+def _fit(tile, queries, keys, least):
+  """Returns the Tile that divides the lengths and is not larger than `tile`.
+
+  It has as many queries as possible, and as few keys as possible, but at least
+  `least`. If no such number of keys divides the length, it has the most keys.
+  """
+  sizes = _divisors(keys, tile.keys)
+  size = min((size for size in sizes if size >= least), default=sizes[-1])
   return Tile(
-    _divisor(queries, tile.queries), size, _divisor(size, tile.compute)
+    _divisors(queries, tile.queries)[-1],
+    size,
+    _divisors(size, tile.compute)[-1],
   )
 
 
-def _divisor(length, limit):
-  """Returns the largest multiple of LANES <= limit that divides the length."""
-  return max(
+def _divisors(length, limit):
+  """Returns the multiples of LANES <= limit that divide the length, sorted."""
+  return [
     size
     for size in range(LANES, min(length, limit) + 1, LANES)
     if length % size == 0
-  )
+  ]
 
 
 def make_kernel(regime, length, parts=1, chip=None, interpret=False):
@@ -167,34 +128,8 @@ def make_kernel(regime, length, parts=1, chip=None, interpret=False):
     A SplashAttentionKernel. It is a tree of arrays that describe the tiles, and
     shard_map splits it by `split_spec`. All heads share one mask.
   """
-  mask = make_mask(regime, length)
-  sizes = block_sizes(mask, length // parts, length, chip)
-  # Same as splash_kernel.make_splash_mha, except that the grid does not shrink
-  # to the tiles in use if the queries are split. In that case shrinking fails
-  # if all tiles are full or empty, and it does not speed up the device with the
-  # most tiles. The kernel skips empty tiles anyway.
-  whole, fused = parts == 1, sizes.use_fused_bwd_kernel
-
-  def tiles(process, queries, keys, shrink_grid):
-    info, mask_function = process(
-      splash_mask.MultiHeadMask([mask]),
-      (queries, keys),
-      q_seq_shards=parts,
-      shrink_grid=shrink_grid,
-    )
-    return jax.tree.map(jnp.asarray, info), mask_function
-
-  of_queries = splash_mask_info.process_mask
-  of_keys = splash_mask_info.process_mask_dkv
-  forward, mask_function = tiles(
-    of_queries, sizes.block_q, sizes.block_kv, whole
-  )
-  dq = None
-  if not fused:
-    dq, _ = tiles(of_queries, sizes.block_q_dq, sizes.block_kv_dq, whole)
-  dkv, _ = tiles(
-    of_keys, sizes.block_q_dkv, sizes.block_kv_dkv, whole and not fused
-  )
+  sizes, infos, mask_function = _tiles(regime, length, parts, chip)
+  forward, dq, dkv = jax.tree.map(jnp.asarray, infos)
   return splash_kernel.SplashAttentionKernel(
     forward,
     dq,
@@ -208,6 +143,77 @@ def make_kernel(regime, length, parts=1, chip=None, interpret=False):
     mask_function=mask_function,
     interpret=interpret,
   )
+
+
+def _tiles(regime, length, parts, chip):
+  """Returns BlockSizes, MaskInfos of the three kernels, and a mask function.
+
+  The arguments are as for `make_kernel`. The arrays are NumPy. The second
+  MaskInfo is None if the backward kernel is fused.
+  """
+  mask = splash_masks.make_mask(regime, length)
+  sizes = block_sizes(mask, length // parts, length, chip)
+  # Same as splash_kernel.make_splash_mha, except that the grid does not shrink
+  # to the tiles in use if the queries are split. In that case shrinking fails
+  # if all tiles are full or empty, and it does not speed up the device with the
+  # most tiles. The kernel skips empty tiles anyway.
+  whole, fused = parts == 1, sizes.use_fused_bwd_kernel
+
+  def tiles(process, queries, keys, shrink_grid):
+    by_function = isinstance(mask, splash_masks.FunctionMask)
+    small = splash_masks.tile_mask(mask, queries, keys) if by_function else mask
+    info, _ = process(
+      splash_mask.MultiHeadMask([small]),
+      (1, 2) if by_function else (queries, keys),
+      q_seq_shards=parts,
+      shrink_grid=shrink_grid,
+    )
+    if not by_function:
+      return info
+    return info._replace(
+      mask_next=None, partial_mask_blocks=None, q_sequence=mask.q_sequence
+    )
+
+  of_queries = splash_mask_info.process_mask
+  of_keys = splash_mask_info.process_mask_dkv
+  forward = tiles(of_queries, sizes.block_q, sizes.block_kv, whole)
+  dq = None
+  if not fused:
+    dq = tiles(of_queries, sizes.block_q_dq, sizes.block_kv_dq, whole)
+  dkv = tiles(
+    of_keys, sizes.block_q_dkv, sizes.block_kv_dkv, whole and not fused
+  )
+  return sizes, (forward, dq, dkv), getattr(mask, 'mask_function', None)
+
+
+def computed_share(regime, length, parts=1, chip=None):
+  """Returns the shares of all pairs of queries and keys that kernels compute.
+
+  A kernel computes all pairs of a tile that is not empty. If the queries are
+  split, the share is that of the device with the most tiles.
+
+  Args:
+    regime: masks.Regime.
+    length: L.
+    parts: see `make_kernel`.
+    chip: see `make_kernel`.
+
+  Returns:
+    Dict from a kernel to its share: `fwd`, `dkv`, and `dq` if it is separate.
+  """
+  sizes, infos, _ = _tiles(regime, length, parts, chip)
+  tiles = {
+    'fwd': (sizes.block_q, sizes.block_kv),
+    'dq': (sizes.block_q_dq, sizes.block_kv_dq),
+    'dkv': (sizes.block_q_dkv, sizes.block_kv_dkv),
+  }
+  shares = {}
+  for (name, (queries, keys)), info in zip(tiles.items(), infos, strict=True):
+    if info is not None:
+      computed = (info.block_mask > 0).reshape(parts, -1).sum(axis=1).max()
+      pairs = length // parts * length
+      shares[name] = float(computed * queries * keys / pairs)
+  return shares
 
 
 def split_spec(kernel, axis):

@@ -8,6 +8,11 @@ copies of the row, [noisy ; clean]. A noisy position sees its own noisy block
 and the clean blocks before it; a clean position sees the clean blocks up to its
 own (model/masks.py). Only the noisy copy carries a loss.
 
+With `clean_attention='causal'`, a clean position sees the clean tokens up to
+itself, and the clean copy is an autoregressive model. It may have a loss of its
+own, `autoregressive_weight` times the negative log-likelihood of each token
+given the tokens before it. The bound is that of the noisy copy.
+
 Between the extremes: one block per row is masked diffusion, and blocks of one
 token are autoregression, with the predicted token masked instead of shifted.
 """
@@ -37,11 +42,12 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
 
   Returns:
     Canvas whose inputs are [noisy ; clean], [b, 2 L], unless a block is the
-    whole row.
+    whole row. It has twice as many rows with complementary masks; both copies
+    of a row have the same clean copy.
   """
   length = rows.tokens.shape[1]
   u, noise, lengths = masked_diffusion.draw(
-    c, length, numbers, key, batch, length // c.block_length
+    c, length, numbers, key, batch, -(-length // c.block_length)
   )
   return corrupt(c, rows, u, noise, lengths, progress)
 
@@ -56,7 +62,7 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
   else:
     ones = jnp.ones_like(u)
     canvas = masked_diffusion.canvas_of(c, rows, ones, ones, noise < 1, lengths)
-  return _with_clean_copy(c, rows, canvas)
+  return _with_clean_copy(c, canvas)
 
 
 def with_masks(c, rows, t, masked, lengths):
@@ -65,14 +71,20 @@ def with_masks(c, rows, t, masked, lengths):
   Arguments as for masked_diffusion.with_masks, with one time per block.
   """
   canvas = masked_diffusion.with_masks(c, rows, t, masked, lengths)
-  return _with_clean_copy(c, rows, canvas)
+  return _with_clean_copy(c, canvas)
 
 
-def _with_clean_copy(c, rows, canvas):
+def _with_clean_copy(c, canvas):
   doc = 0 if canvas.labels.single else canvas.labels.doc
   valid = canvas.labels.doc >= 0
-  inputs, labels = _two_copies(c, canvas.inputs, rows.tokens, valid, doc)
-  return dataclasses.replace(canvas, inputs=inputs, labels=labels)
+  inputs, labels = _two_copies(c, canvas.inputs, canvas.targets, valid, doc)
+  one_copy = inputs.shape == canvas.inputs.shape
+  return dataclasses.replace(
+    canvas,
+    inputs=inputs,
+    labels=labels,
+    next_weights=None if one_copy else canvas.next_weights,
+  )
 
 
 def show_masked(c, tokens, masked, valid, doc=0):
@@ -100,7 +112,8 @@ def _two_copies(c, noisy, clean, valid, doc):
   """Returns [noisy ; clean] and its Labels; only `noisy` if it is one block."""
   if c.block_length >= clean.shape[1]:
     return noisy, masks.bidirectional(valid, doc)
-  labels = masks.block_diffusion(valid, c.block_length, doc)
+  causal = c.clean_attention == 'causal'
+  labels = masks.block_diffusion(valid, c.block_length, doc, causal)
   return jnp.concatenate([noisy, clean], axis=1), labels
 
 
@@ -109,6 +122,8 @@ def show(c, tokens, valid, doc=0):
 
   Every block sees itself and the blocks before it, so the last block that has
   masked tokens is predicted as in training if the blocks before it are clean.
+  If clean attention is causal, blocks with a mask token are noisy and the other
+  blocks are clean.
 
   Args:
     c: ObjectiveConfig or Network.
@@ -119,6 +134,11 @@ def show(c, tokens, valid, doc=0):
   Returns:
     inputs [B, L] int32, and their masks.Labels.
   """
+  if c.clean_attention == 'causal':
+    noisy = tokens == c.mask_id
+    return tokens, masks.clean_or_noisy_blocks(
+      noisy, valid, c.block_length, doc
+    )
   return tokens, masks.block_causal(valid, c.block_length, doc)
 
 
@@ -127,6 +147,11 @@ def copies(block_length, length):
   return 2 if block_length < length else 1
 
 
-def visible_pairs(block_length, length):
+def visible_pairs(c, length):
   """Returns pairs of a query and a key that it sees, divided by L^2."""
-  return 1 + block_length / length if block_length < length else 1.0
+  block = c.block_length / length
+  if block >= 1:
+    return 1.0
+  # Half of the clean copy, with the diagonal; of blocks, or of positions.
+  clean = (1 + (1 / length if c.clean_attention == 'causal' else block)) / 2
+  return block + (1 - block) / 2 + clean

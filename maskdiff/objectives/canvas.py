@@ -37,6 +37,9 @@ class ObjectiveConfig:
   bos_id: int
   eos_id: int  # the last token of every document, and of nothing else
   loss_chunk_tokens: int  # `chunk` of cross_entropy
+  complementary_masks: bool = False  # whether a row is also masked elsewhere
+  clean_attention: str = 'block'  # or 'causal', of the clean copy
+  autoregressive_weight: float = 0.0  # of the loss of the clean copy
 
   def is_bound(self, progress):
     """Returns whether the expected loss is the bound.
@@ -44,6 +47,8 @@ class ObjectiveConfig:
     Args:
       progress: share of the training that is done, in [0, 1].
     """
+    if self.autoregressive_weight:
+      return False
     importance = self.weight.name == 'importance'
     uniform = self.weight.name == 'bound' and self.time_density.is_uniform
     return importance or uniform or progress >= self.uniform_after
@@ -58,6 +63,7 @@ class ObjectiveConfig:
     'weights',
     'num_tokens',
     'mask_ratio',
+    'next_weights',
   ],
   meta_fields=[],
 )
@@ -69,6 +75,10 @@ class Canvas:
   more positions than targets, M >= L: the first L predict the targets, and the
   others are only attended to. A row has K mask ratios, one for each part of L/K
   tokens.
+
+  With `next_weights`, the last L inputs are a clean, causal copy of the row. It
+  predicts the same targets from the tokens before them, and the loss has these
+  weights for it.
   """
 
   inputs: jax.Array  # [B, M] int32
@@ -77,6 +87,7 @@ class Canvas:
   weights: jax.Array  # [B, L] float32, 0 at positions without a loss
   num_tokens: jax.Array  # [B] float32, tokens that may carry a loss
   mask_ratio: jax.Array  # [B, K] float32, expected share of masked tokens
+  next_weights: jax.Array | None = None  # [B, L] float32
 
 
 def document_labels(c, rows):
@@ -127,14 +138,26 @@ def canvas_loss(c, model, canvas):
     - float32 scalar, the sum of weight * nll in nats. Divide it by the number
       of tokens of the batch.
     - [B, L] float32 nll in nats, 0 where the weight is 0; without a gradient.
+      [B, 2 L] with `next_weights`: the second half is that of the clean copy.
   """
-  hidden = model(canvas.inputs, canvas.labels)[:, : canvas.targets.shape[1]]
+  hidden = model(canvas.inputs, canvas.labels)
+  length = canvas.targets.shape[1]
+  targets, weights = canvas.targets, canvas.weights
+  if canvas.next_weights is None:
+    hidden = hidden[:, :length]
+  else:
+    if not model.config.predict_next:
+      # The clean copy predicts the next token, the noisy copy its own.
+      right = jnp.pad(hidden[:, length:-1], ((0, 0), (1, 0), (0, 0)))
+      hidden = jnp.concatenate([hidden[:, :length], right], axis=1)
+    targets = jnp.concatenate([targets, targets], axis=1)
+    weights = jnp.concatenate([weights, canvas.next_weights], axis=1)
   with jax.named_scope('part(loss)'):
     return cross_entropy(
       hidden,
       model.vocabulary(),
-      canvas.targets,
-      canvas.weights,
+      targets,
+      weights,
       None if c.predict_mask else c.mask_id,
       c.loss_chunk_tokens,
     )

@@ -30,6 +30,12 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   the number of answer tokens of the batch, as in SMDM (arXiv 2410.18514);
   LLaDA's fine-tuning divides each row by its own number (alg. 2).
 
+  With `c.complementary_masks` every row is in the Canvas twice. The second copy
+  masks the tokens that the first does not, with the weights of its own mask
+  ratio alpha(t). Both losses estimate the same expectation, and every token is
+  masked in one of the copies (Fast-dLLM v2 and LLaDA 2.0 do this in
+  fine-tuning).
+
   A share of the rows is cut to a random length. This equals truncation: the
   rest of the row is padding, which is never attended to, masked or counted. A
   row that is cut before its answers has no loss.
@@ -47,7 +53,7 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
     progress: share of the training that is done, float32 scalar in [0, 1].
 
   Returns:
-    Canvas.
+    Canvas of b rows; of 2 b with complementary masks, in pairs.
   """
   u, noise, lengths = draw(c, rows.tokens.shape[1], numbers, key, batch)
   return corrupt(c, rows, u, noise, lengths, progress)
@@ -89,26 +95,35 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [B, L].
-    u: [B] float32 in [0, 1), or [B, K] for K parts of L/K tokens; the time is
+    u: [B] float32 in [0, 1), or [B, K] for K blocks; the time is
       (1 - eps) d + eps, where d is the quantile u of the density of times.
     noise: [B, L] float32 in [0, 1); a token is masked where noise < p.
     lengths: [B] int32, tokens of each row before the cut.
     progress: see `make_canvas`.
   """
-  t, weight = times_and_weights(c, u.reshape(len(u), -1), progress)
-  masked = noise < by_token(c.schedule.mask_ratio(t), noise.shape[1])
-  return canvas_of(c, rows, t, weight, masked, lengths)
+  u = u.reshape(len(u), -1)
+  t, weight = times_and_weights(c, u, progress)
+  ratio = c.schedule.mask_ratio(t)
+  masked = noise < by_token(c, ratio, noise.shape[1])
+  if c.complementary_masks:
+    # The two copies of a row are neighbours, so that they stay on its device.
+    pair = lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
+    ratio, weight = pair(ratio, 1 - ratio), pair(*weight)
+    masked = pair(masked, ~masked)
+    rows, lengths = jax.tree.map(lambda x: pair(x, x), (rows, lengths))
+  return canvas_of(c, rows, ratio, weight, masked, lengths)
 
 
 def with_masks(c, rows, t, masked, lengths):
   """Returns the Canvas of masked diffusion for given times and masks.
 
-  The weights are those of the start of the training; see ObjectiveConfig.
+  The weights are those of the start of the training; see ObjectiveConfig. Rows
+  have no complementary copy: the masks are the caller's.
 
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [B, L], clean.
-    t: [B] float32 in (0, 1], or [B, K] for K parts of L/K tokens: the times,
+    t: [B] float32 in (0, 1], or [B, K] for K blocks: the times,
       which determine the weights.
     masked: [B, L] bool; prompts and padding are never masked.
     lengths: [B] int32, tokens of each row before the cut.
@@ -119,18 +134,20 @@ def with_masks(c, rows, t, masked, lengths):
   t = t.reshape(len(t), -1)
   d = (t - c.eps) / (1 - c.eps)
   weights = weight.at(c.schedule, density, c.eps, d)
-  return canvas_of(c, rows, t, weights, masked, lengths)
+  ratio = c.schedule.mask_ratio(t)
+  return canvas_of(c, rows, ratio, weights, masked, lengths)
 
 
-def by_token(x, length):
+def by_token(c, x, length):
   """Returns the values of K parts, [B, K], for each token: [B, L] or [B, 1]."""
-  parts = x.shape[1]
-  return x if parts == 1 else jnp.repeat(x, length // parts, axis=1)
+  if x.shape[1] == 1:
+    return x
+  return jnp.repeat(x, c.block_length, axis=1)[:, :length]
 
 
-def canvas_of(c, rows, t, weight, masked, lengths):
-  """Returns the Canvas for times and weights [B, K] and masks [B, L]."""
-  weight = by_token(weight, rows.tokens.shape[1])
+def canvas_of(c, rows, ratio, weight, masked, lengths):
+  """Returns the Canvas for mask ratios and weights [B, K] and masks [B, L]."""
+  weight = by_token(c, weight, rows.tokens.shape[1])
   valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
   if rows.doc is not None:
     valid = valid & text_positions(rows)
@@ -143,34 +160,41 @@ def canvas_of(c, rows, t, weight, masked, lengths):
   # document. Otherwise neighbouring documents would attend to each other.
   doc = document_labels(c, rows)
   inputs, labels = show(c, noisy, valid, doc)
+  next_weights = None
+  if c.autoregressive_weight:
+    before = jnp.pad(labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    follows = answer & (labels.doc == before)
+    next_weights = jnp.where(follows, c.autoregressive_weight, 0.0)
   return Canvas(
     inputs=inputs,
     labels=labels,
     targets=rows.tokens,
     weights=jnp.where(masked, weight, 0.0),
     num_tokens=num_tokens.astype(jnp.float32),
-    mask_ratio=c.schedule.mask_ratio(t),
+    mask_ratio=ratio,
+    next_weights=next_weights,
   )
 
 
 def times_and_weights(c, u, progress):
   """Returns the times and the weights of masked tokens, each of the shape of u.
 
+  With complementary masks, it returns the weights of both masks as a tuple.
   Arguments as for `corrupt`.
   """
 
   def at(density, weight):
     d = density.quantile(u)
-    weights = weight.at(c.schedule, density, c.eps, d)
+    weights_of = weight.of_pair if c.complementary_masks else weight.at
+    weights = weights_of(c.schedule, density, c.eps, d)
     return (1 - c.eps) * d + c.eps, weights
 
   early = at(c.time_density, c.weight)
   if c.uniform_after >= 1:
     return early
   late = at(TimeDensity(), Weight())
-  return tuple(
-    jnp.where(progress < c.uniform_after, a, b)
-    for a, b in zip(early, late, strict=True)
+  return jax.tree.map(
+    lambda a, b: jnp.where(progress < c.uniform_after, a, b), early, late
   )
 
 

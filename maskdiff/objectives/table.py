@@ -37,8 +37,8 @@ class Objective:
       classifier-free guidance needs.
     exact_cache: whether the tokens that a position sees are final once they
       are filled, so that a KV cache of them stays exact.
-    visible_pairs: (block_length, L) -> pairs of a query and a key that it sees
-      in a training row, divided by L^2.
+    visible_pairs: (ObjectiveConfig, L) -> pairs of a query and a key that it
+      sees in a training row, divided by L^2.
     copies: (block_length, L) -> positions of a training row, divided by L.
     with_masks: (ObjectiveConfig, Rows of [B, L], times [B, K], masked [B, L]
       bool, lengths [B]) -> Canvas for given masks; None if the objective draws
@@ -76,7 +76,7 @@ OBJECTIVES = {
     likelihood='bound',
     can_guide=True,
     exact_cache=False,
-    visible_pairs=lambda block_length, length: 1.0,
+    visible_pairs=lambda c, length: 1.0,
     with_masks=masked_diffusion.with_masks,
   ),
   'autoregressive': Objective(
@@ -86,7 +86,7 @@ OBJECTIVES = {
     likelihood='exact',
     can_guide=False,
     exact_cache=True,
-    visible_pairs=lambda block_length, length: 0.5,
+    visible_pairs=lambda c, length: 0.5,
   ),
   'block_diffusion': Objective(
     make_canvas=block_diffusion.make_canvas,
@@ -154,7 +154,7 @@ def flops_per_token(c, model_config, length):
   The sum of three terms: 6 per weight of the layers and copy of the token; 6
   per weight of the head; and 12 N L H K times `visible_pairs` for attention.
   Recomputation is not counted. The head is counted for every token, although
-  the loss skips unmasked tokens.
+  the loss skips unmasked tokens. Complementary masks double the sum.
 
   Args:
     c: ObjectiveConfig.
@@ -164,7 +164,9 @@ def flops_per_token(c, model_config, length):
   m, objective = model_config, OBJECTIVES[c.name]
   _, inner = transformer.num_params(m)
   weights = inner * objective.copies(c.block_length, length)
-  weights += m.vocab_size * m.embed
+  heads = 2 if c.autoregressive_weight else 1  # both copies have a loss
+  weights += heads * m.vocab_size * m.embed
   attention = m.layers * length * m.heads * m.head_dim
-  pairs = objective.visible_pairs(c.block_length, length)
-  return 6 * weights + 12 * pairs * attention
+  pairs = objective.visible_pairs(c, length)
+  rows = 2 if c.complementary_masks else 1
+  return rows * (6 * weights + 12 * pairs * attention)

@@ -108,20 +108,40 @@ class Weight:
       eps: times are (1 - eps) d + eps, where d has the density.
       d: draws of the density, an array.
     """
-    return self._scale(schedule, density, eps) * self._raw(
-      schedule, density, eps, d
+    scale = self._scale(schedule, density, eps, (False,))
+    return scale * self._raw(schedule, density, eps, d, False)
+
+  def of_pair(self, schedule, density, eps, d):
+    """Returns the weights of a mask and of its complement.
+
+    A token is masked in the complement with the probability alpha(t). The
+    weights are the same function of the mask ratio for both masks, and their
+    expectation is 1 per token and mask. Ratios of the complement below
+    1 - alpha(eps), the lowest of the mask, count as the lowest.
+
+    Args:
+      schedule, density, eps, d: as for `at`.
+    """
+    scale = self._scale(schedule, density, eps, (False, True))
+    return tuple(
+      scale * self._raw(schedule, density, eps, d, complement)
+      for complement in (False, True)
     )
 
-  def _raw(self, schedule, density, eps, d):
+  def _raw(self, schedule, density, eps, d, complement):
     """Returns the weights at draws d of the density, not normalized."""
     t = (1 - eps) * d + eps
+    ratio = _ratio(schedule, eps, t, complement)
     if self.name == 'power':
-      return schedule.mask_ratio(t) ** -self.power
+      return ratio**-self.power
+    weight = schedule.weight(t)  # -alpha'(t) / ratio
+    if complement:
+      weight = weight * schedule.mask_ratio(t) / ratio
     if self.name == 'importance':
-      return schedule.weight(t) / density.density(d)
-    return schedule.weight(t)
+      return weight / density.density(d)
+    return weight
 
-  def _scale(self, schedule, density, eps):
+  def _scale(self, schedule, density, eps, complements):
     """Returns 1 / the expected weight of a token before normalization."""
     if self.name == 'importance' or (
       self.name == 'bound' and density.is_uniform
@@ -132,5 +152,20 @@ class Weight:
     u = (np.arange(16 * BINS) + 0.5) / (16 * BINS)
     # In NumPy: a number also under jit, and for devices that only compile.
     d = density.quantile(u)
-    ratio = schedule.mask_ratio((1 - eps) * d + eps)
-    return 1 / float(np.mean(ratio * self._raw(schedule, density, eps, d)))
+    expected = [
+      np.mean(
+        _ratio(schedule, eps, (1 - eps) * d + eps, complement)
+        * self._raw(schedule, density, eps, d, complement)
+      )
+      for complement in complements
+    ]
+    return 1 / float(np.mean(expected))
+
+
+def _ratio(schedule, eps, t, complement):
+  """Returns the mask ratio, or that of the complement, at times t."""
+  ratio = schedule.mask_ratio(t)
+  if not complement:
+    return ratio
+  maximum = np.maximum if isinstance(t, np.ndarray) else jnp.maximum
+  return maximum(1 - ratio, schedule.mask_ratio(eps))

@@ -29,6 +29,7 @@ import collections.abc
 import dataclasses
 import re
 
+from maskdiff.model import masks
 from maskdiff.planner import hlo, hlo_collectives, hlo_kernels, hlo_loops
 
 # Smaller arrays in the type of an asynchronous copy are indices and semaphores.
@@ -110,7 +111,13 @@ class Clock:
     return queue, waited
 
 
-def price(module, machine, expected_trips=None, causal=False):
+def price(
+  module,
+  machine,
+  expected_trips=None,
+  regime=masks.BIDIRECTIONAL,
+  branch_shares=None,
+):
   """Estimates the time of one run of a program on one device.
 
   Args:
@@ -118,13 +125,17 @@ def price(module, machine, expected_trips=None, causal=False):
     machine: hlo_collectives.Machine.
     expected_trips: (op_name) -> the expected trip count of a loop whose trip
       count depends on data, or None.
-    causal: whether attention kernels skip the blocks above the diagonal.
+    regime: masks.Regime of the rows, which determines the tiles that attention
+      kernels skip.
+    branch_shares: (op_name) -> how often each branch of a conditional runs,
+      shares that add up to 1, for False before True; or None: equally often.
 
   Returns:
     Cost.
   """
   expected_trips = expected_trips or (lambda op_name: None)
-  p = _Pricing(module, machine, expected_trips, causal, Cost())
+  branch_shares = branch_shares or (lambda op_name: None)
+  p = _Pricing(module, machine, expected_trips, regime, branch_shares, Cost())
   p.cost.total_s = _run(p, module.entry, 1.0)
   p.cost.cycles_s = p.cost.cycles / machine.chip.clock_hz
   return p.cost
@@ -135,7 +146,8 @@ class _Pricing:
   module: hlo.Module
   machine: hlo_collectives.Machine
   expected_trips: collections.abc.Callable
-  causal: bool
+  regime: masks.Regime
+  branch_shares: collections.abc.Callable
   cost: Cost
 
 
@@ -152,9 +164,10 @@ def _run(p, computation, weight):
     elif i.op == 'call':
       clock.now += _run(p, i.attribute('to_apply'), weight)
     elif i.op == 'conditional':
-      branches = _branches(p, i)  # priced as equally likely
-      for branch in branches:
-        share = 1 / len(branches)
+      branches = _branches(p, i)
+      equal = [1 / len(branches)] * len(branches)
+      shares = p.branch_shares(i.op_name) or equal
+      for branch, share in zip(branches, shares, strict=True):
         clock.now += share * _run(p, branch, weight * share)
     elif i.op == 'custom-call' and 'tpu_custom_call' in i.attributes:
       _kernel(p, clock, i, weight)
@@ -180,8 +193,8 @@ def _branches(p, i):
   listed = re.search(r'branch_computations=\{(.*?)\}', i.attributes)
   names = re.findall(r'[\w.\-]+', listed[1]) if listed else []
   names = names or [
-    i.attribute('true_computation'),
     i.attribute('false_computation'),
+    i.attribute('true_computation'),
   ]
   return [n for n in names if n in p.module.computations]
 
@@ -218,7 +231,9 @@ def _kernel(p, clock, i, weight):
   if i.cycles:
     _compute(p, clock, i, weight)
     return
-  flops = hlo_kernels.attention_flops(p.module, i, p.causal)
+  flops = hlo_kernels.attention_flops(
+    p.module, i, p.regime, p.machine.chip.name
+  )
   if flops is None:
     _note_unpriced(p, i, weight)
     return

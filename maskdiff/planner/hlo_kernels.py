@@ -1,12 +1,15 @@
 """Prices attention kernels, for which the compiler has no estimate.
 
-A kernel is priced by the matrix products of the blocks that it computes, at
-EFFICIENCY of the chip's peak. Bidirectional attention computes all blocks,
-causal attention those that intersect the lower triangle.
+A kernel is priced by the matrix products of the tiles that it computes, at
+EFFICIENCY of the chip's peak. It skips the tiles in which the regime of the
+rows (model/masks.py) leaves no visible pair, but it computes all pairs of the
+other tiles.
 """
 
+import functools
 import math
 
+from maskdiff.model import splash
 from maskdiff.planner import hlo
 
 # The share of the peak that attention kernels are assumed to reach.
@@ -18,12 +21,19 @@ def seconds(chip, flops):
   return flops / (chip.peak_flops * EFFICIENCY)
 
 
-def attention_flops(module, i, causal):
+def attention_flops(module, i, regime, chip):
   """Returns the FLOPs of a splash attention kernel, or None for other kernels.
 
   The forward kernel has 2 matrix products. The backward kernel (dkv) has 5 if
   it also computes the gradient of the queries. Otherwise it has 4, and a
-  separate kernel (dq) computes that gradient with 3.
+  separate kernel (dq) computes that gradient with 3. If the mesh splits the
+  queries of a row, the FLOPs are those of the device with the most tiles.
+
+  Args:
+    module: hlo.Module.
+    i: hlo.Instruction, a custom call.
+    regime: masks.Regime of the rows.
+    chip: name in chips.py.
   """
   start = i.attributes.find('operand_layout_constraints={')
   if 'splash' not in i.name or start < 0:
@@ -31,37 +41,28 @@ def attention_flops(module, i, causal):
   start = i.attributes.index('{', start)
   operands = hlo.arrays(i.attributes[start : hlo.closing(i.attributes, start)])
   floats = [a for a in operands if a.dtype in ('bf16', 'f32')]
-  blocks = [a for a in operands if a.dtype in ('s8', 's32')]
-  products = _products(module, i.name)
-  if len(floats) < 2 or len(floats[0].shape) < 3 or not products:
+  kernel = next((k for k in ('fwd', 'dkv', 'dq') if k in i.name), None)
+  if len(floats) < 2 or len(floats[0].shape) < 3 or not kernel:
     return None
   *lead, queries, width = floats[0].shape
   keys = floats[1].shape[-2]
-  share = _causal_share(blocks[0].shape, queries, keys) if causal else 1.0
-  return 2.0 * products * math.prod(lead) * queries * keys * width * share
+  shares = _shares(regime, keys, keys // queries, chip)
+  if kernel not in shares:
+    return None
+  computed = queries * keys * shares[kernel]
+  return 2.0 * _products(module, kernel) * math.prod(lead) * computed * width
 
 
-def _products(module, name):
-  if 'fwd' in name:
-    return 2
-  if 'dkv' in name:
+# A program has several kernels of the same shape.
+_shares = functools.lru_cache(maxsize=32)(splash.computed_share)
+
+
+def _products(module, kernel):
+  if kernel == 'dkv':
     separate = any(
       'splash' in other and '_dq_' in other
       for body in module.computations.values()
       for other in body
     )
     return 4 if separate else 5
-  return 3 if 'dq' in name else 0
-
-
-def _causal_share(grid, queries, keys):
-  """Returns the share of blocks that intersect the lower triangle."""
-  rows, columns = grid[-2:]
-  if rows * columns == 1:
-    return 1.0
-  touched = sum(
-    c * keys // columns < (r + 1) * queries // rows
-    for r in range(rows)
-    for c in range(columns)
-  )
-  return touched / (rows * columns)
+  return {'fwd': 2, 'dq': 3}[kernel]

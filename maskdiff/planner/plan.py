@@ -17,11 +17,17 @@ data. A plan uses the trip count that `loss_chunks` expects.
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from maskdiff import config as config_lib
+from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.objectives.table import OBJECTIVES, flops_per_token
+from maskdiff.objectives.table import (
+  OBJECTIVES,
+  flops_per_token,
+  make_canvas,
+)
 from maskdiff.planner import levers, pricing
 from maskdiff.planner.parts import part
 from maskdiff.planner.target import (
@@ -78,7 +84,7 @@ def plan_on(config, target):
     lambda: compile_train(config, target),
     # The loss is the only loop whose trip count depends on data.
     lambda op_name: chunks if part(op_name) == 'loss' else None,
-    causal=OBJECTIVES[c.objective.name].left_to_right,
+    regime=training_regime(c.objective, c.length),
   )
   if result['status'] == 'does not fit':
     result['levers'] = levers.levers(config, facts, dict(target.mesh.shape))
@@ -131,13 +137,30 @@ def _evaluation(config, target, plan):
   }
 
 
+def training_regime(c, length):
+  """Returns the masks.Regime of the rows that an objective trains on.
+
+  Args:
+    c: ObjectiveConfig.
+    length: L.
+  """
+  canvas = jax.eval_shape(
+    lambda key: make_canvas(
+      c, Rows(jnp.zeros((2, length), jnp.int32)), jnp.arange(2), key, batch=2
+    ),
+    jax.random.key(0),
+  )
+  return canvas.labels.regime
+
+
 def loss_chunks(config, sizes):
   """Returns the expected iterations of the loss loop on the slowest device.
 
-  The device with the most masked tokens is the slowest. If each device has
-  pairs of rows at times t and 1 - t, its number of masked tokens is taken to be
-  the mean over the schedule plus three standard deviations. Otherwise the worst
-  case is assumed: all of its tokens are masked.
+  The device with the most masked tokens is the slowest. Its number of masked
+  tokens is taken to be the mean over the schedule plus three standard
+  deviations. If each device has pairs of rows, or of blocks, at times t and
+  1 - t, its times do not vary. A device with other rows may have any times, and
+  the worst case is assumed: all of its tokens are masked.
 
   Args:
     config: ConfigDict.
@@ -148,25 +171,52 @@ def loss_chunks(config, sizes):
   """
   o, t = config.objective, config.train
   rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
-  tokens = rows * config.data.length / sizes['sequence'] / sizes['tensor']
-  share, variance = 1.0, 0.0  # mean and variance of "this token has a loss"
-  # Under the linear schedule a pair of rows has about L masked tokens in total,
-  # if the density of times is symmetric.
-  # Without pairs the share on a device depends on the times of its rows, and
-  # among many devices one is likely to have times near 1.
+  parts = sizes['sequence'] * sizes['tensor']
+  tokens = rows * config.data.length / parts
+  share, variance = _masked_share(config, rows, sizes['sequence'])
+  chunk = min(o.loss_chunk_tokens, math.ceil(tokens))
+  most = min(tokens, tokens * share + 3 * math.sqrt(tokens * variance))
+  if o.complementary_masks:
+    most = tokens  # every token is masked in one of the two rows
+  if o.autoregressive_weight:
+    most += tokens * (2 if o.complementary_masks else 1)
+  return math.ceil(round(most / chunk, 6))
+
+
+def _masked_share(config, rows, parts):
+  """Returns mean and variance of "this token of a device has a loss".
+
+  The variance of the number of masked tokens, divided by the tokens.
+
+  Args:
+    config: ConfigDict.
+    rows: rows of a device.
+    parts: number of parts into which the mesh splits a row.
+  """
   c = step.step_config(config).objective
+  objective, length = OBJECTIVES[c.name], config.data.length
+  by_blocks = objective.by_blocks and c.block_length < length
+  if objective.left_to_right or (by_blocks and c.block_length == 1):
+    return 1.0, 0.0
+  times = rows * (length // c.block_length) / parts if by_blocks else rows
+  # Under the linear schedule a pair has half of its tokens masked on average,
+  # if the density of times is symmetric.
   paired = (
     c.time_sampling == 'antithetic'
     and c.schedule.name == 'linear'
     and c.time_density.is_symmetric
-    and rows % 2 == 0
+    and times % 2 == 0
   )
-  if paired and not OBJECTIVES[o.name].left_to_right:
-    u = (np.arange(1000) + 0.5) / 1000
-    # The linear mask ratio is the time; eps is small enough to ignore.
-    ratio = np.asarray(c.time_density.quantile(u))
-    share = float(np.mean(ratio))
-    variance = float(np.mean(ratio * (1 - ratio)))  # given the times
-  chunk = min(o.loss_chunk_tokens, math.ceil(tokens))
-  most = min(tokens, tokens * share + 3 * math.sqrt(tokens * variance))
-  return math.ceil(round(most / chunk, 6))
+  # Without pairs, the share on a device depends on the times of its rows, and
+  # among many devices one is likely to have times near 1.
+  if not paired and not by_blocks:
+    return 1.0, 0.0
+  u = (np.arange(1000) + 0.5) / 1000
+  # eps is small enough to ignore.
+  ratio = np.asarray(
+    c.schedule.mask_ratio(np.asarray(c.time_density.quantile(u)))
+  )
+  variance = np.mean(ratio * (1 - ratio))  # given the times
+  if not paired:
+    variance += c.block_length * np.var(ratio)
+  return float(np.mean(ratio)), float(variance)

@@ -1,10 +1,16 @@
 """Plans sampling on TPUs without a TPU; plan.py plans training."""
 
+import jax
+import jax.numpy as jnp
+
 from maskdiff import config as config_lib
+from maskdiff.config.sample import block_length
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.objectives.table import OBJECTIVES
+from maskdiff.interop import load
+from maskdiff.objectives.table import OBJECTIVES, show
 from maskdiff.planner import pricing
+from maskdiff.planner.parts import part
 from maskdiff.planner.target import compile_denoise, open_target
 from maskdiff.sampling.settings import sampler_config
 
@@ -25,6 +31,9 @@ def plan_sample(
   Memory and `step_s` are those of a denoising step over the canvas, including
   the cache if the config has one. If the sampler compiles several lengths, as
   with a prefix cache or a lookahead, the longest is priced: an upper bound.
+
+  The window of a network trained on blocks is a block, and two blocks in the
+  first step of a block; `window_step_s` is the mean over the steps.
 
   Args:
     config: ConfigDict with the keys of config.default().
@@ -71,13 +80,18 @@ def plan_sample(
     'denoising_steps': steps,
   }
 
+  begins = _begins(config, prompt_tokens, slots, steps)
+
   def price(window):
     return pricing.price(
       facts,
       target,
       lambda: compile_denoise(config, target, prompts, length, dtype, window),
       expected_trips=None,
-      causal=OBJECTIVES[config.objective.name].left_to_right,
+      regime=sampling_regime(config, length),
+      branch_shares=lambda op_name: (
+        begins if part(op_name) == 'sampling: bookkeeping' else None
+      ),
     )
 
   result = price(window=False)
@@ -99,6 +113,30 @@ def plan_sample(
     'tokens_per_s': prompts * slots / latency,
     'tokens_per_s_per_chip': prompts * slots / latency / facts['chips'],
   }
+
+
+def sampling_regime(config, length):
+  """Returns the masks.Regime of a forward pass over rows of L positions."""
+  network = load.network(config, None)
+  _, labels = jax.eval_shape(
+    lambda tokens: show(network, tokens, tokens >= 0),
+    jax.ShapeDtypeStruct((1, length), jnp.int32),
+  )
+  return labels.regime
+
+
+def _begins(config, prompt_tokens, slots, steps):
+  """Returns how often a step with the cache computes one block, and two.
+
+  Two shares of the steps; None if the network was not trained on blocks. The
+  first step of all, over the canvas, begins the first block.
+  """
+  if not OBJECTIVES[config.objective.name].by_blocks or steps < 2:
+    return None
+  size = block_length(config)
+  blocks = -(-(prompt_tokens % size + slots) // size)
+  share = min(1.0, (blocks - 1) / (steps - 1))
+  return 1 - share, share
 
 
 def _cached_steps(s, steps, exact):

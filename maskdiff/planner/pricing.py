@@ -46,7 +46,9 @@ def facts(config, target, mode):
   }
 
 
-def price(plan, target, compile_program, expected_trips, causal):
+def price(
+  plan, target, compile_program, expected_trips, regime, branch_shares=None
+):
   """Returns the plan with memory and time of the program, or its failure.
 
   Args:
@@ -54,7 +56,8 @@ def price(plan, target, compile_program, expected_trips, causal):
     target: target.Target.
     compile_program: () -> target.Compiled.
     expected_trips: see hlo_cost.price.
-    causal: see hlo_cost.price.
+    regime: see hlo_cost.price.
+    branch_shares: see hlo_cost.price.
   """
   compiled, failure = attempt(compile_program)
   if failure:
@@ -63,7 +66,9 @@ def price(plan, target, compile_program, expected_trips, causal):
   total = peak_bytes(memory)
   fits = total / GIB <= target.chip.hbm_gib
   module = hlo.parse(compiled.executable.as_text())
-  cost = hlo_cost.price(module, target.machine, expected_trips, causal)
+  cost = hlo_cost.price(
+    module, target.machine, expected_trips, regime, branch_shares
+  )
   return (
     plan
     | {

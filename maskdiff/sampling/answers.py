@@ -32,7 +32,7 @@ import numpy as np
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.model.network import Network
-from maskdiff.sampling import layouts, recording, replay, sampler
+from maskdiff.sampling import layouts, passes, recording, replay, sampler
 from maskdiff.sampling.prompts import Prompt, check_unicode
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import (
@@ -261,7 +261,9 @@ def _encode_line(s, settings, line, seed, gap_steps):
       'tokens are to be filled, or pass a text with such braces as --prompt'
     )
   c, max_slots = s.c, settings.gen_length
-  open_length = c.lookahead >= 0
+  open_length = c.lookahead >= 0 or (
+    settings.stop_at_eos and passes.exact_cache(s.network)
+  )
   if gaps:
     c, settings = for_gaps(c, settings, gap_steps)
   text = encode_text(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.sampling import candidates, remasking
+from maskdiff.sampling.state import current, has_leading_slot
 
 
 def step_keys(seeds, block, step):
@@ -42,7 +43,7 @@ def noise_of_step(layout, carry):
   """
   keys = step_keys(layout.seeds, carry.block, carry.step)
 
-  def current(noise):
+  def of_step(noise):
     steps, blocks = noise.shape[1:3]
     return noise[
       jnp.arange(len(noise)),
@@ -51,7 +52,7 @@ def noise_of_step(layout, carry):
     ]
 
   return tuple(
-    of_keys if given is None else current(given)
+    of_keys if given is None else of_step(given)
     for of_keys, given in zip(
       keys, (layout.gumbel, layout.uniform), strict=True
     )
@@ -122,13 +123,45 @@ def defer(network, c, settings, logits, token, confidence):
   return jax.lax.cond(rows.any(), deferred, lambda: confidence)
 
 
+def select(network, c, layout, carry, confidence, masked, keys):
+  """Returns the slots whose predictions are committed.
+
+  They are selected by the remasking rule, except that a leading slot is
+  committed alone, in a step that does not count for the schedule.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    layout: Layout.
+    carry: Carry before the step.
+    confidence: [B, S] float32.
+    masked: [B, S] bool, slots of the current block that may be committed.
+    keys: of the remasking rule, from `noise_of_step`.
+
+  Returns:
+    [B, S] bool; and [B] bool, True in rows that commit a leading slot.
+  """
+  has_leading = has_leading_slot(network, layout, carry.block)
+  num_slots = current(layout.num_slots, carry.block) - has_leading
+  num_masked = masked.sum(axis=1)
+  committed = remasking.RULES[c.remasking](
+    confidence,
+    masked,
+    budget(c, layout.settings, num_slots, num_masked, carry.step, layout.steps),
+    keys,
+  )
+  leads = has_leading & masked[:, 0]
+  is_first = jnp.arange(masked.shape[1]) == 0
+  return jnp.where(leads[:, None], masked & is_first, committed), leads
+
+
 def budget(c, settings, num_slots, num_masked, step, steps):
   """Returns the budget of the remasking rule for a step of a block.
 
   Args:
     c: SamplerConfig.
     settings: Settings, each field [B].
-    num_slots: [B] int32, slots of the block.
+    num_slots: [B] int32, slots of the block, without a leading slot.
     num_masked: [B] int32, slots of the block that are masked now.
     step: [B] int32, 0-based step within the block.
     steps: [B] int32, steps per block.
@@ -136,7 +169,7 @@ def budget(c, settings, num_slots, num_masked, step, steps):
   Returns:
     [B] int32, number of tokens. For remasking=ancestral [B] float32, the
     probability of each slot; for threshold and factor [B] float32, that
-    setting.
+    setting; for quota_and_threshold the number and the threshold.
   """
   if c.remasking in ('threshold', 'factor'):
     return getattr(settings, c.remasking)
@@ -145,8 +178,12 @@ def budget(c, settings, num_slots, num_masked, step, steps):
   if c.remasking == 'ancestral':
     return 1 - ratio(after) / ratio(before)
   if c.schedule == 'linear':
-    return remasking.quota(num_slots, step, steps)
-  return remasking.quota_to(ratio(after), num_slots, num_masked)
+    number = remasking.quota(num_slots, step, steps)
+  else:
+    number = remasking.quota_to(ratio(after), num_slots, num_masked)
+  if c.remasking == 'quota_and_threshold':
+    return number, settings.threshold
+  return number
 
 
 def at_positions(x, layout, block):

@@ -6,7 +6,8 @@ slots of the current block:
     confidence  [B, S] float32; see candidates.CONFIDENCES
     masked      [B, S] bool, slots that may be committed
     budget      [B] int32, number of tokens to commit in this step; some rules
-                take [B] float32 of another quantity, named in their docstring
+                take [B] float32 of another quantity, or two arrays, named in
+                their docstring
     keys        [B] PRNG keys, one per row; or the uniform numbers [B, S]
     committed   [B, S] bool, a subset of `masked`
 
@@ -113,6 +114,20 @@ def threshold(confidence, masked, budget, keys):
   return masked & (first | (confidence >= budget[:, None]))
 
 
+def quota_and_threshold(confidence, masked, budget, keys):
+  """Commits the most confident slots, and all that reach a threshold.
+
+  SDAR's dynamic remasking (arXiv 2510.06303). `budget` is the number of most
+  confident slots, [B] int32, and the threshold, [B] float32. The rule is
+  `threshold` if the number is 1, and `low_confidence` if the threshold is above
+  1.
+  """
+  del keys
+  number, least = budget
+  top = commit_top(confidence, masked, number)
+  return top | (masked & (confidence >= least[:, None]))
+
+
 def factor(confidence, masked, budget, keys):
   """Commits the n most confident, if the n-th has at least 1 - f / (n + 1).
 
@@ -159,6 +174,7 @@ RULES = {
   'low_confidence': low_confidence,
   'random': random,
   'threshold': threshold,
+  'quota_and_threshold': quota_and_threshold,
   'factor': factor,
   'ancestral': ancestral,
   'first_hitting': first_hitting,

@@ -38,10 +38,15 @@ import numpy as np
 from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
 from maskdiff.model import cache as cache_lib
-from maskdiff.sampling import commit, passes, remasking
+from maskdiff.sampling import commit, passes
 from maskdiff.sampling.block_window import over_blocks
 from maskdiff.sampling.request import begin
-from maskdiff.sampling.state import Carry, current, in_progress
+from maskdiff.sampling.state import (
+  Carry,
+  current,
+  has_leading_slot,
+  in_progress,
+)
 
 
 def generate(network, c, request):
@@ -236,10 +241,10 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
   broken = jnp.any(masked & jnp.isnan(confidence), axis=1)
 
   # The remasking rule selects some of them.
-  num_slots, num_masked = current(layout.num_slots, block), masked.sum(axis=1)
-  budget = commit.budget(c, settings, num_slots, num_masked, step, layout.steps)
-  rule = remasking.RULES[c.remasking]
-  committed = rule(confidence, masked, budget, rule_keys) & ~broken[:, None]
+  committed, leads = commit.select(
+    network, c, layout, carry, confidence, masked, rule_keys
+  )
+  committed &= ~broken[:, None]
 
   # Their tokens are committed; the other slots stay masked.
   total = carry.total_steps + active
@@ -262,7 +267,7 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
 
   # A row without masks in its block moves on to the next block.
   complete = active & ~current(masked, block).any(axis=1)
-  step = jnp.where(complete, 0, step + active)
+  step = jnp.where(complete, 0, step + (active & ~leads))
   carry = Carry(
     block=block + complete,
     step=step,
@@ -298,8 +303,13 @@ def _next_uses_cache(network, c, carry, layout, slots, complete):
   next_slot = current(layout.slots, carry.block)[:, 0]
   if network.block_length:
     # A window reaches from the block before to the end of the block.
-    step = next_slot // network.block_length
-    return step - slots[:, 0] // network.block_length <= 1
+    # A leading slot needs the block before only.
+    size = network.block_length
+    step = next_slot // size - slots[:, 0] // size
+    if network.config.predict_next:
+      leads = has_leading_slot(network, layout, carry.block)
+      return (step == 0) | ((step == 1) & leads)
+    return step <= 1
   if passes.exact_cache(network):
     # Given tokens between two slots are not in the cache yet.
     return next_slot == slots[:, -1] + 1

@@ -17,7 +17,9 @@ class Carry(NamedTuple):
   """Loop state: everything that a denoising step changes."""
 
   block: jax.Array  # [B] int32, the current block; number of complete blocks
-  step: jax.Array  # [B] int32, denoising steps done in the current block
+  # [B] int32, denoising steps done in the current block, without the step of a
+  # leading slot
+  step: jax.Array
   total_steps: jax.Array  # [B] int32, denoising steps done in all blocks
   canvas: jax.Array  # [B, L] int32
   masked: jax.Array  # [B, blocks, S] bool, slots without a committed token
@@ -72,6 +74,26 @@ def current(x, block):
 def in_progress(carry):
   """Returns [B] bool, rows with slots that have no committed token."""
   return carry.masked.any((1, 2))
+
+
+def has_leading_slot(network, layout, block):
+  """Returns [B] bool, whether a row's block begins with a leading slot.
+
+  A network trained on blocks with `predict_next` predicts the first token of a
+  block at the last position of the block before. This slot is the leading slot.
+  It needs no other token of its block, so it is filled alone and first, and the
+  network never sees it masked (Fast-dLLM v2, arXiv 2509.26328). The first
+  position of a row has no position before it and is an ordinary slot.
+
+  Args:
+    network: Network.
+    layout: Layout.
+    block: [B] int32.
+  """
+  first = current(layout.slots, block)[:, 0]
+  if not (network.block_length and network.config.predict_next):
+    return jnp.zeros(first.shape, bool)
+  return (first > 0) & (first % network.block_length == 0)
 
 
 def visible(network, c, carry, layout):

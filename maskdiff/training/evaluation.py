@@ -233,8 +233,8 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
 def eval_config(c):
   """Returns a StepConfig for evaluation, whose loss is the bound.
 
-  Rows are whole, times are stratified and uniform on [EPS, 1), and weights are
-  those of the bound, whatever the training draws.
+  Rows are whole and have one mask each, times are stratified and uniform on
+  [EPS, 1), and weights are those of the bound, whatever the training draws.
   """
   objective = dataclasses.replace(
     c.objective,
@@ -243,6 +243,8 @@ def eval_config(c):
     time_sampling='stratified',
     time_density=TimeDensity(),
     weight=Weight(),
+    complementary_masks=False,
+    autoregressive_weight=0.0,
   )
   return dataclasses.replace(c, objective=objective)
 

@@ -4,7 +4,9 @@ Its position is the number of training samples consumed, and its identity the
 fingerprint of the data.
 """
 
+import collections
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -13,9 +15,9 @@ from maskdiff.data import pipeline
 from maskdiff.monitoring import history, stage_file
 from maskdiff.monitoring import metrics as metrics_lib
 from maskdiff.objectives import table
-from maskdiff.training import evaluation, inputs
+from maskdiff.training import block_plan, evaluation, inputs
 from maskdiff.training import step as step_lib
-from maskdiff.training.stage import Stage, compile_step
+from maskdiff.training.stage import Stage
 
 OTHER_LOSS_PANEL = stage_file.Curve(
   id='objective',
@@ -26,6 +28,15 @@ OTHER_LOSS_PANEL = stage_file.Curve(
   smooth=True,
   reduce='mean',
   from_zero=False,
+)
+
+
+BLOCK_LENGTH_PANEL = stage_file.Curve(
+  id='block_length',
+  title='Block length of the training',
+  note='Tokens per block (config.objective.block_plan). The training loss of '
+  'longer blocks is larger; the held-out bound always has the last length.',
+  key='train/block_length',
 )
 
 
@@ -41,6 +52,7 @@ def make_stage(config, setup, gradients=None):
     UserError: the tokenizer or the data do not fit the config.
   """
   c, mesh = step_lib.step_config(config), setup.mesh
+  phases = block_plan.phases(config)
   tokenizer = inputs.open_tokenizer(config)
   datasets = inputs.open_data(config, tokenizer)
   identity = pipeline.fingerprint(datasets, seed=config.seed, length=c.length)
@@ -49,9 +61,24 @@ def make_stage(config, setup, gradients=None):
     eval_datasets = inputs.open_data(config, tokenizer, config.eval.path)
   heldout = evaluation.open_heldout(config, eval_datasets, mesh)
 
+  done = collections.deque()  # block lengths of steps without a row of metrics
+
   def compile(state, batch, key):
-    jitted = step_lib.compile_train_step(c, setup.optimizer, mesh, gradients)
-    return compile_step(jitted, state, batch, key)
+    numbers = itertools.count(int(state.step))
+    step_of, line = block_plan.compile_steps(
+      config, c, setup.optimizer, mesh, gradients, state, batch, key
+    )
+
+    def train_step(state, batch, key):
+      number = next(numbers)
+      done.append(block_plan.block_length(phases, number))
+      return step_of(number)(state, batch, key)
+
+    return train_step, line
+
+  def row_of(metrics, facts, step_s):
+    blocks = [done.popleft() for _ in metrics[: len(done)]]
+    return row(config, c, mesh, metrics, facts, step_s, blocks)
 
   def evaluate(step, params, average):
     return evaluation.evaluate_and_sample(
@@ -75,16 +102,19 @@ def make_stage(config, setup, gradients=None):
     ),
     compile=compile,
     evaluate=evaluate,
-    row=functools.partial(row, config, c, mesh),
+    row=row_of,
     line=line,
     first_row=lambda batch: tokenizer.decode(inputs.first_row(batch, mesh)),
     read_texts=read_texts,
     remedy=remedy,
-    panels=tuple(
-      OTHER_LOSS_PANEL
-      if p == 'training' and loss_name(c) == history.OTHER_LOSS
-      else p
-      for p in stage_file.PRETRAINING
+    panels=(
+      *(
+        OTHER_LOSS_PANEL
+        if p == 'training' and loss_name(c) == history.OTHER_LOSS
+        else p
+        for p in stage_file.PRETRAINING
+      ),
+      *([BLOCK_LENGTH_PANEL] if len(phases) > 1 else []),
     ),
   )
 
@@ -130,10 +160,17 @@ def in_order(open_batches, batch, skip):
   return next_batch
 
 
-def row(config, c, mesh, metrics, facts, step_s):
+def row(config, c, mesh, metrics, facts, step_s, blocks=()):
   """Returns the row of metrics of some steps; see `Stage.row`.
 
   The loss is the mean over the applied updates.
+
+  Args:
+    config: ConfigDict.
+    c: its StepConfig.
+    mesh: device mesh.
+    metrics, facts, step_s: see `Stage.row`.
+    blocks: block lengths of the steps; by default that of the config.
   """
   values = {}
   applied = [m.sums for m in metrics if not m.skipped]
@@ -143,12 +180,47 @@ def row(config, c, mesh, metrics, facts, step_s):
       loss_name(c): float(total.loss),
       'train/masked_share': float(total.num_predicted / total.num_tokens),
       **evaluation.ratio_metrics('train', evaluation.nll_by_mask_ratio(total)),
+      **loss_parts(c, total),
     }
   tokens_per_s = config.train.batch * c.length / step_s
   values['train/tokens_per_s'] = tokens_per_s
-  flops = table.flops_per_token(c.objective, c.model, c.length)
+  blocks = blocks or [c.objective.block_length]
+  flops = np.mean(
+    [
+      table.flops_per_token(
+        block_plan.with_block_length(c, b).objective, c.model, c.length
+      )
+      for b in blocks
+    ]
+  )
+  if config.objective.block_plan:
+    values['train/block_length'] = float(blocks[-1])
   mfu = metrics_lib.utilization(tokens_per_s, flops, mesh.devices.flatten())
   return values if mfu is None else values | {'train/mfu': mfu}
+
+
+def loss_parts(c, sums):
+  """Returns the metrics of the parts of a loss with an autoregressive part.
+
+  Args:
+    c: StepConfig.
+    sums: step.LossSums on the host.
+
+  Returns:
+    dict: the loss of the noisy copy, which is the bound if its weights are; and
+    the negative log-likelihood per token that the clean copy predicts. {} if
+    the loss has one part.
+  """
+  if sums.next_nll is None:
+    return {}
+  next_part = c.objective.autoregressive_weight * sums.next_nll
+  diffusion = (sums.weighted_nll - next_part) / sums.num_tokens
+  return {
+    'train/diffusion_nats_per_token': float(diffusion),
+    'train/autoregressive_nats_per_token': float(
+      sums.next_nll / sums.next_count
+    ),
+  }
 
 
 def line(row):

@@ -70,6 +70,7 @@ def objective_config(config):
     tuple(map(float, values.pop('time_interval'))),
   )
   values['weight'] = Weight(values['weight'], values.pop('weight_power'))
+  del values['block_plan']  # block_plan.py replaces block_length
   return ObjectiveConfig(**values)
 
 
@@ -82,6 +83,9 @@ class LossSums(NamedTuple):
     ratio_count: [RATIO_BUCKETS] float32, `num_predicted` by mask ratio.
     ratio_nll: [RATIO_BUCKETS] float32, unweighted nll in nats by mask ratio.
     weighted_nll: float32, sum of weight x nll in nats.
+    next_nll: float32, unweighted nll of the autoregressive loss in nats; None
+      without this loss, and then so is `next_count`.
+    next_count: float32, number of positions that carry it.
   """
 
   num_predicted: jax.Array
@@ -89,6 +93,8 @@ class LossSums(NamedTuple):
   ratio_count: jax.Array
   ratio_nll: jax.Array
   weighted_nll: jax.Array
+  next_nll: jax.Array | None = None
+  next_count: jax.Array | None = None
 
   @property
   def loss(self):
@@ -250,8 +256,13 @@ def summarize(canvas, total, nll):
   Args:
     canvas: Canvas of b rows.
     total: float32 scalar, sum of weight x nll in nats.
-    nll: [b, L] float32, nats; 0 where there is no loss.
+    nll: from `canvas_loss`, nats; 0 where there is no loss.
   """
+  next_nll = next_count = None
+  if canvas.next_weights is not None:
+    nll, of_next = jnp.split(nll, 2, axis=1)
+    next_nll = of_next.sum()
+    next_count = (canvas.next_weights != 0).sum().astype(jnp.float32)
   predicted = canvas.weights != 0
   bucket = jnp.minimum(
     (canvas.mask_ratio * RATIO_BUCKETS).astype(jnp.int32), RATIO_BUCKETS - 1
@@ -267,6 +278,8 @@ def summarize(canvas, total, nll):
     num_predicted=predicted.sum().astype(jnp.float32),
     ratio_nll=by_bucket(nll),
     ratio_count=by_bucket(predicted.astype(jnp.float32)),
+    next_nll=next_nll,
+    next_count=next_count,
   )
 
 

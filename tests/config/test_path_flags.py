@@ -2,7 +2,6 @@
 
 import ast
 import pathlib
-import types
 
 import numpy as np
 import pytest
@@ -158,7 +157,7 @@ def test_init_from_is_expanded(home, monkeypatch):
 
   def load_params(path, *_):
     seen.append(path)
-    return types.SimpleNamespace(model=c.model), {}
+    return c, {}
 
   monkeypatch.setattr(load, 'load_params', load_params)
   load.warm_start(c, None)

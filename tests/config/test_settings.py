@@ -69,6 +69,14 @@ def test_open_length_stops_at_eos_and_sees_no_block_ahead():
   assert found['lookahead'] == 2
 
 
+@pytest.mark.parametrize('name', ['block_diffusion', 'autoregressive'])
+def test_open_length_needs_no_lookahead_if_later_slots_are_never_seen(name):
+  config = config_lib.default()
+  config.objective.name = name
+  found = config_lib.sample_settings(flags(open_length=True), config, 8, False)
+  assert found == {'stop_at_eos': True, 'gen_length': 8}
+
+
 def test_gaps_have_steps_of_their_own():
   config = config_lib.default()
   found = config_lib.sample_settings(flags(steps=4), config, 8, True)
@@ -78,7 +86,11 @@ def test_gaps_have_steps_of_their_own():
 @pytest.mark.parametrize(
   'args, gaps, message',
   [
-    (flags(threshold=0.5), False, 'is for --remasking threshold only'),
+    (
+      flags(threshold=0.5),
+      False,
+      'is for --remasking threshold or quota_and_threshold only',
+    ),
     (flags(factor=2.0, remasking='random'), False, '--remasking factor only'),
     (flags(stop_at_eos=True), True, 'text follows a gap'),
     (flags(open_length=True), True, 'text follows a gap'),

@@ -113,6 +113,20 @@ def test_the_readme_has_the_plan_of_8b():
   assert f'{hbm} GiB per chip' in text
 
 
+def test_the_step_of_block_diffusion_is_compared_with_two_of_8b():
+  steps = {row[0]: row[4] for row in table(SPEED, '`configs/`')[1:]}
+  blocks, masked = steps['8b_blocks.py'], steps['8b.py']
+  ratio = f'{number(blocks) / 2 / number(masked):.2f}'
+  text = ' '.join(SPEED.split())
+  assert f'takes {blocks} s, {ratio} of the time of two steps' in text
+  assert f'(2 x {masked} s)' in text
+  doc = runpy.run_path(str(ROOT / 'configs' / '8b_blocks.py'))['__doc__']
+  assert f'{ratio} of the time of two steps' in ' '.join(doc.split())
+  c, other = config_of('8b_blocks.py'), config_of('8b.py')
+  assert c.train.batch == other.train.batch
+  assert c.train.microbatches == 2 * other.train.microbatches
+
+
 @pytest.mark.parametrize(
   'row', table(SPEED, '`configs/`')[1:], ids=lambda x: x[0]
 )

@@ -99,6 +99,49 @@ def test_family_logits_match_reference_and_round_trip_is_exact(case, tmp_path):
     assert name.endswith('.safetensors') or after[name] == content, name
 
 
+def test_logits_and_weights_of_fast_dllm(tmp_path):
+  """Block-causal attention, and outputs that predict the next token."""
+  folder = published_folders.make(tmp_path / 'in', 'fast_dllm')
+  *_, last = convert.check(folder)
+  assert 'largest difference of a logit' in last
+  config, params = load.load_params(folder, mesh_lib.make_mesh())
+  network = load.network(config, params)
+  assert (network.objective, network.block_length) == ('block_diffusion', 8)
+  assert network.config.predict_next and network.mask_id == 258
+  opened = hf.open_folder(folder)
+  (tmp_path / 'out').mkdir()
+  hf.write_weights(tmp_path / 'out', opened.family, opened.leaves)
+  assert_same_tensors(folder, tmp_path / 'out')
+
+
+def test_family_of_block_diffusion_follows_the_shift():
+  config = tiny.config(
+    {
+      'objective.name': 'block_diffusion',
+      'model.qkv_bias': True,
+      'model.predict_next': True,
+    }
+  )
+  assert convert.choose_family(config, None, None).name == 'fast_dllm'
+  config.model.update(qkv_bias=False, qk_norm=True)
+  with pytest.raises(UserError, match='sdar does not fit .*predict_next=True'):
+    convert.choose_family(config, None, None)
+  config.model.predict_next = False
+  assert convert.choose_family(config, None, None).name == 'sdar'
+
+
+def test_blocks_of_sdar_are_those_of_its_config(tmp_path):
+  folder = published_folders.make(tmp_path / 'in', 'sdar')
+  convert.from_hf(folder, tmp_path / 'run')
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert config['objective']['name'] == 'block_diffusion'
+  assert config['objective']['block_length'] == 4
+  changed = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(changed | {'block_size': 1}))
+  with pytest.raises(UserError, match='block_length=4, but .* has 1'):
+    convert.check(folder, tmp_path / 'run')
+
+
 def test_bfloat16_round_trip_through_float32_is_exact(tmp_path):
   folder = published_folders.make(tmp_path / 'in', 'qwen2', 'bfloat16')
   convert.from_hf(folder, tmp_path / 'run', dtype='float32')
@@ -150,6 +193,11 @@ def save_run(tokenizer, path, **changes):
 EXPORTS = {
   'LLaDAModelLM': {'model.tie_embeddings': False},
   'DreamModel': {'model.predict_next': True, 'model.qkv_bias': True},
+  'SDARForCausalLM': {
+    'objective.name': 'block_diffusion',
+    'objective.block_length': 8,
+    'model.qk_norm': True,
+  },
   'LlamaForCausalLM': {'objective.name': 'autoregressive'},
   'Qwen3ForCausalLM': {
     'objective.name': 'autoregressive',
@@ -168,7 +216,8 @@ def test_exported_run_has_the_same_logits(tokenizer, tmp_path, name):
   config = json.loads((out / 'config.json').read_text())
   assert config['architectures'] == [name]
   assert config['eos_token_id'] == 2
-  masked = name in ('LLaDAModelLM', 'DreamModel')
+  assert config.get('block_size') == (8 if name == 'SDARForCausalLM' else None)
+  masked = name in ('LLaDAModelLM', 'DreamModel', 'SDARForCausalLM')
   assert config.get('mask_token_id') == (4 if masked else None)
   assert tokenizer_lib.load(out) == tokenizer
 

@@ -9,12 +9,16 @@ import pytest
 from maskdiff.errors import UserError
 from maskdiff.interop import families
 from maskdiff.interop.families import BY_NAME
+from maskdiff.model import transformer
+from maskdiff.model.transformer import TransformerConfig
 
 
 def config_of(case, **changes):
   family, model = published_folders.model_of(case)
   tokens = published_folders.TOKENS
-  config = families.published_config(family, model, tokens, 64, 'bfloat16')
+  config = families.published_config(
+    family, model, tokens, 64, 'bfloat16', None, model['block_length']
+  )
   return {**config, **changes}
 
 
@@ -36,17 +40,61 @@ def test_unchanged_config_is_kept(case):
     scaling = original.pop('rope_scaling') or {'rope_type': 'default'}
     theta = original.pop('rope_theta')
     original['rope_parameters'] = {**scaling, 'rope_theta': theta}
+  block_length = model['block_length']
   written = families.published_config(
-    family, model, {}, 64, 'bfloat16', original
+    family, model, {}, 64, 'bfloat16', original, block_length
   )
   assert written == original
   changed = families.published_config(
-    family, {**model, 'vocab_size': 300}, {}, 64, 'float32', original
+    family,
+    {**model, 'vocab_size': 300},
+    {},
+    64,
+    'float32',
+    original,
+    block_length,
   )
   assert changed['vocab_size'] == 300
   assert changed['torch_dtype'] == 'float32' and 'dtype' not in changed
   found = families.model_of(family, changed, 'config.json')
   assert found == {**model, 'vocab_size': 300, 'length': 64, 'dtype': 'float32'}
+
+
+def test_published_sizes_of_block_and_masked_diffusion_networks():
+  """As in config.json of SDAR-1.7B-Chat, and the model card of iLLaDA-8B."""
+  sdar = {
+    **{'architectures': ['SDARForCausalLM'], 'model_type': 'sdar'},
+    **{'attention_bias': False, 'block_size': 4, 'mask_token_id': 151669},
+    **{'head_dim': 128, 'hidden_act': 'silu', 'hidden_size': 2048},
+    **{'intermediate_size': 6144, 'max_position_embeddings': 32768},
+    **{'max_window_layers': 28, 'num_attention_heads': 16},
+    **{'num_hidden_layers': 28, 'num_key_value_heads': 8},
+    **{'rms_norm_eps': 1e-6, 'rope_scaling': None, 'rope_theta': 1000000},
+    **{'sliding_window': None, 'tie_word_embeddings': False},
+    **{'torch_dtype': 'bfloat16', 'use_sliding_window': False},
+    **{'vocab_size': 151936},
+  }
+  illada = {
+    **{'architectures': ['ILLaDAForCausalLM'], 'model_type': 'illada'},
+    **{'hidden_size': 4096, 'intermediate_size': 14336},
+    **{'num_hidden_layers': 32, 'num_attention_heads': 32},
+    **{'num_key_value_heads': 8, 'vocab_size': 155136, 'hidden_act': 'silu'},
+    **{'max_position_embeddings': 8192, 'tie_word_embeddings': True},
+    **{'rms_norm_eps': 1e-5, 'rope_theta': 1e6, 'layer_norm_eps': None},
+  }
+  found = []
+  for published in (sdar, illada):
+    family = families.detect(published, 'c')
+    model = families.model_of(family, published, 'c')
+    fields = {field: model[field] for field in families.FIELDS}
+    network = TransformerConfig(
+      **fields, dtype='float32', remat='none', attention='xla'
+    )
+    found.append((model['block_length'], *transformer.num_params(network)))
+  (block, total, inner), (none, total_8b, inner_8b) = found
+  assert (block, none) == (4, 0)
+  assert round(total / 1e9, 2) == 2.03 and round(inner / 1e9, 2) == 1.41
+  assert round(total_8b / 1e9, 2) == 7.62 and round(inner_8b / 1e9, 2) == 6.98
 
 
 def test_early_configs_get_defaults():
@@ -65,6 +113,8 @@ DEFAULTS = {
     **{'kv_heads': 12, 'mlp': 3072, 'head_dim': 64},
   },
   'dream': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'mlp': 22016},
+  'sdar': {'norm_eps': 1e-6, 'head_dim': 128, 'block_length': 4},
+  'fast_dllm': {'norm_eps': 1e-6, 'length': 32768, 'block_length': 32},
   'qwen2': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'mlp': 22016},
   'qwen3': {'norm_eps': 1e-6, 'length': 32768, 'kv_heads': 32, 'head_dim': 128},
   'llama': {
@@ -146,6 +196,13 @@ HARMLESS = {
     **{'sliding_window': 131072, 'max_window_layers': 28, 'use_mrope': False},
     **{'use_sliding_window': False, 'attention_dropout': 0.1},
     'layer_types': ['full_attention', 'full_attention'],
+  },
+  # SDAR-1.7B-Chat
+  'sdar': {
+    **{'attn_implementation': 'flex_attention', 'debug': False, 'ep_size': 1},
+    **{'fuse_cross_entropy': True, 'max_window_layers': 28},
+    **{'micro_forward': False, 'skip_checkpoint': False},
+    **{'sliding_window': None, 'use_deepep': False},
   },
   'dream': {'sliding_window': None, 'max_window_layers': 28, 'use_cache': True},
   'qwen3': {'sliding_window': None, 'max_window_layers': 36},
@@ -230,6 +287,17 @@ UNSUPPORTED = {
     {'rope_parameters': {'full_attention': {'rope_theta': 1e4}}},
     'rope_parameters=.*full_attention.* is not supported',
   ),
+  'block of no divisor': (
+    'sdar',
+    {'block_size': 5},
+    'block_size=5 does not divide max_position_embeddings=64',
+  ),
+  'block of no tokens': (
+    'fast_dllm',
+    {'bd_size': 0},
+    'bd_size=0 must be a whole number',
+  ),
+  'LayerNorm': ('illada', {'layer_norm_eps': 1e-5}, 'layer_norm_eps=1e-05'),
   'escape': (
     'llama',
     {'hidden_act': '\x1b[2J\n'},
@@ -282,10 +350,27 @@ def test_odd_values_are_one_line_that_names_the_key(key):
 
 
 UNKNOWN = {
-  'LLaDAMoEModelLM': {'architectures': ['LLaDAMoEModelLM']},
+  'Gemma3ForCausalLM': {'architectures': ['Gemma3ForCausalLM']},
   'mamba': {'model_type': 'mamba'},
   'None': {},
 }
+
+
+@pytest.mark.parametrize(
+  'name', ['LLaDA2MoeModelLM', 'SDARMoeForCausalLM', 'LLaDAMoEModelLM']
+)
+def test_experts_are_refused(name):
+  with pytest.raises(UserError, match=f'{name} is a mixture of experts'):
+    families.detect({'architectures': [name]}, 'X/config.json')
+
+
+def test_absent_key_without_a_known_default_is_named():
+  """The configuration class of iLLaDA is not among the sources."""
+  for key in ('hidden_size', 'rms_norm_eps', 'rope_theta', 'vocab_size'):
+    config = config_of('illada')
+    del config[key]
+    with pytest.raises(UserError, match=key):
+      families.model_of(BY_NAME['illada'], config, 'config.json')
 
 
 @pytest.mark.parametrize('name', UNKNOWN)

@@ -90,7 +90,7 @@ def test_logits_match_transformers(saved):
   assert config.objective.name == 'autoregressive'
   assert config.model.dtype == 'float32'
   for row, of_row in zip(IDS, expected, strict=True):
-    args = (config, params, mesh_lib.make_mesh(), row, True)
+    args = (config, params, mesh_lib.make_mesh(), row, 1)
     found = convert.logits(*args)
     np.testing.assert_allclose(found, of_row, rtol=0, atol=2e-4)
     found = reference.logits(hf.open_folder(folder), row)

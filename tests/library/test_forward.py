@@ -17,6 +17,7 @@ from compiled import compilations
 
 import maskdiff
 from maskdiff.data.rows import Rows
+from maskdiff.errors import UserError
 from maskdiff.objectives import masked_diffusion
 from maskdiff.training import step
 
@@ -312,6 +313,27 @@ def test_given_times_have_the_weights_of_the_config(run, weight):
   found = maskdiff.loss(changed, row, **draws)
   expected = maskdiff.loss(run, row, **draws) * t * canvas.weights.max()
   np.testing.assert_allclose(found, expected[0], rtol=1e-5)
+
+
+def test_times_of_blocks_belong_to_their_tokens(run):
+  """A row of 6 tokens has a block of 4 and one of 2."""
+  config = run.config.copy_and_resolve_references()
+  config.objective.update(name='block_diffusion', block_length=4)
+  blocks = dataclasses.replace(run, config=config)
+  row, masked = [[9, 10, 11, 12, 13, 14]], np.array([[1, 0, 1, 0, 1, 1]], bool)
+  loss = lambda times, masked: maskdiff.loss(
+    blocks, row, times=times, masked=masked
+  )
+  first = np.arange(6) < 4
+  expected = loss([0.3], masked & first) + loss([0.6], masked & ~first)
+  found = loss([[0.3, 0.6]], masked)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  noise = np.where(masked, 0.2, 0.9)
+  ratio = [[0.3, 0.6]]
+  by_noise = maskdiff.loss(blocks, row, mask_ratio=ratio, noise=noise)
+  np.testing.assert_allclose(by_noise, found, rtol=1e-6)
+  with pytest.raises(UserError, match='times is float.*give float of shape'):
+    loss([[0.3, 0.6, 0.5]], masked)
 
 
 # Compilations and errors

@@ -232,7 +232,11 @@ NOISE = np.zeros((1, 4, 4, 4096), np.float32)
     (['a'], {'temperature': {}}, 'temperature={}: must be float'),
     (['a'], {'remasking': 'lowest'}, "remasking='lowest': choose one of"),
     (['a'], {'remasking': ['random']}, 'all prompts share one value'),
-    (['a'], {'threshold': 0.5}, 'threshold is for .*remasking threshold only'),
+    (
+      ['a'],
+      {'threshold': 0.5},
+      'threshold is for .*threshold or quota_and_threshold only',
+    ),
     (['a'], {'gen_length': 32}, 'prompt and answer have 33 tokens'),
     (['a'], {'gen_length': 10**12}, 'gen_length|tokens together'),
     (['a'], {'gen_length': 0}, 'gen_length=0: must be at least 1'),

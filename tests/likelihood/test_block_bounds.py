@@ -13,6 +13,7 @@ import tiny
 
 from maskdiff.errors import UserError
 from maskdiff.likelihood import (
+  answer_blocks,
   bounds,
   device_queries,
   estimators,
@@ -90,11 +91,11 @@ def bound():
 
 def test_block_sizes_are_counted_from_the_start_of_the_row():
   (row,) = queries.rows_of(NETWORK, CONFIG, ANSWERS)
-  np.testing.assert_array_equal(queries.block_sizes(NETWORK, row), SIZES)
+  np.testing.assert_array_equal(answer_blocks.sizes(NETWORK, row.answer), SIZES)
   whole = dataclasses.replace(
     NETWORK, objective='masked_diffusion', block_length=0
   )
-  assert queries.block_sizes(whole, row).tolist() == [6]
+  assert answer_blocks.sizes(whole, row.answer).tolist() == [6]
 
 
 @pytest.mark.parametrize('coupled', [False, True])

@@ -3,6 +3,8 @@
 Pallas emulates the kernel here: slow, but the same program.
 """
 
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,20 +19,33 @@ from attention_cases import (
 from tpu_compiler import needs_libtpu
 
 from maskdiff.distributed import compiler
-from maskdiff.model import attention, masks, splash
+from maskdiff.model import attention, masks, splash, splash_masks
 from maskdiff.model.masks import Regime
 
 L = 256
+ROW = jnp.ones((1, 1), bool)
+
+
+def block_causal(block_length):
+  return masks.block_causal(ROW, block_length).regime
+
+
+def block_diffusion(block_length):
+  return masks.block_diffusion(ROW, block_length).regime
+
+
 REGIMES = {
   'bidirectional': masks.BIDIRECTIONAL,
   'causal': masks.CAUSAL,
-  'block-causal of 96': masks.block_causal(jnp.ones((1, L), bool), 96).regime,
-  'block-causal of 128': masks.block_causal(jnp.ones((1, L), bool), 128).regime,
-  'block diffusion': masks.block_diffusion(jnp.ones((1, L), bool), 32).regime,
+  'block-causal of 96': block_causal(96),
+  'block-causal of 128': block_causal(128),
+  'block diffusion': block_diffusion(32),
   # 128 clean positions and 4 windows of 32.
   'windows': Regime(sdlm, (128, 32, 1, 40, 77, 127)),
 }
 DOCUMENTS = {'row': 0, 'packed': packed(L)}
+# The last block of 48 is shorter; a block of 200 is more than a row of 128.
+BLOCK_LENGTHS = 1, 2, 32, 48, 128, 200
 every_regime = pytest.mark.parametrize('regime', REGIMES.values(), ids=REGIMES)
 with_documents = pytest.mark.parametrize(
   'doc', DOCUMENTS.values(), ids=DOCUMENTS
@@ -55,34 +70,51 @@ def small_tiles(monkeypatch):
   monkeypatch.setattr(splash, 'SMALL', splash.Tile(128, 128, 128))
 
 
-@every_regime
+@pytest.mark.parametrize(
+  'regime', [*REGIMES.values(), *map(block_diffusion, BLOCK_LENGTHS)]
+)
 def test_masks_equal_the_rule_in_any_slice(regime):
-  mask = splash.make_mask(regime, L)
+  mask = splash_masks.make_mask(regime, L)
   assert mask.shape == (L, L)
   for index in np.s_[:, :], np.s_[64:192, 32:], np.s_[128:136, :128]:
     np.testing.assert_array_equal(mask[index], rule(regime, L)[index])
 
 
+@pytest.mark.parametrize('block_length', BLOCK_LENGTHS)
+def test_spans_of_block_diffusion_are_the_visible_keys(block_length):
+  mask = splash_masks.make_mask(block_diffusion(block_length), L)
+  assert isinstance(mask, splash_masks.BlocksMask)
+  index = np.arange(L)
+  column = lambda x: np.broadcast_to(x, L)[:, None]
+  seen = [(index >= column(a)) & (index < column(b)) for a, b in mask.spans]
+  assert not np.logical_and(*seen).any()
+  np.testing.assert_array_equal(
+    np.logical_or(*seen), rule(block_diffusion(block_length), L)
+  )
+
+
 @every_regime
 def test_masks_of_equal_regimes_are_equal(regime):
   """Otherwise the kernel computes the same tiles again for every layer."""
-  mask = splash.make_mask(regime, L)
-  again = splash.make_mask(Regime(regime.make, regime.sizes), L)
+  mask = splash_masks.make_mask(regime, L)
+  again = splash_masks.make_mask(Regime(regime.make, regime.sizes), L)
   assert mask == again and hash(mask) == hash(again)
-  others = [splash.make_mask(r, L) for r in REGIMES.values() if r != regime]
+  if isinstance(mask, splash_masks.FunctionMask):
+    assert mask.mask_function == again.mask_function
+    assert hash(mask.mask_function) == hash(again.mask_function)
+  others = [
+    splash_masks.make_mask(r, L) for r in REGIMES.values() if r != regime
+  ]
   assert all(mask != other for other in others)
 
 
-def test_regimes_with_clean_keys_in_order_load_no_mask():
+def test_only_windows_at_random_anchors_load_a_mask():
   loads = {
     name: splash.make_kernel(regime, L).fwd_mask_info.partial_mask_blocks
     is not None
     for name, regime in REGIMES.items()
   }
-  assert [name for name in loads if loads[name]] == [
-    'block diffusion',
-    'windows',
-  ]
+  assert [name for name in loads if loads[name]] == ['windows']
 
 
 @pytest.mark.parametrize('heads, kv_heads', [(2, 2), (4, 2)])
@@ -105,7 +137,7 @@ def test_splash_equals_xla_with_a_separate_dq_kernel(
   monkeypatch, small_tiles, regime
 ):
   monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 1)
-  sizes = splash.block_sizes(splash.make_mask(regime, L), L, L, None)
+  sizes = splash.block_sizes(splash_masks.make_mask(regime, L), L, L, None)
   assert not sizes.use_fused_bwd_kernel
   assert_splash_equals_xla(
     masks.make_labels(regime, padded(L), packed(L)), 4, 2
@@ -128,6 +160,26 @@ def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():
 def test_splash_equals_xla_with_queries_split_over_a_mesh(regime, doc):
   labels = masks.make_labels(regime, padded(L), doc)
   assert_splash_equals_xla(labels, 4, 2, m=cpu_mesh(sequence=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'block_length, length, parts, documents',
+  [
+    (1, 256, 1, False),
+    (48, 256, 2, True),
+    (64, 512, 4, True),
+    (4, 512, 2, False),
+  ],
+)
+def test_block_diffusion_equals_xla(
+  small_tiles, block_length, length, parts, documents
+):
+  half = length // 2
+  doc = packed(half) if documents else 0
+  labels = masks.block_diffusion(padded(half), block_length, doc)
+  m = cpu_mesh(sequence=parts) if parts > 1 else None
+  assert_splash_equals_xla(labels, 2, 1, m=m)
 
 
 @pytest.mark.parametrize('fused', [True, False])
@@ -160,12 +212,16 @@ def tiles_of(dense, tile):
     (masks.BIDIRECTIONAL, 64),
     (masks.CAUSAL, 36),
     # 4 x 4 blocks of 2 x 2 tiles: the blocks on the diagonal and below.
-    (masks.block_causal(jnp.ones((1, 1), bool), 256).regime, 4 * 10),
+    (block_causal(256), 4 * 10),
     # Noisy queries: 4 tiles on the diagonal of the noisy copy; of the clean
     # copy 4 tiles that are partly visible and 6 full ones. Clean queries: 10.
-    (masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime, 4 + 10 + 10),
+    (block_diffusion(32), 4 + 10 + 10),
     # Blocks are whole tiles, so noisy queries see no diagonal clean tile.
-    (masks.block_diffusion(jnp.ones((1, 1), bool), 128).regime, 4 + 6 + 10),
+    (block_diffusion(128), 4 + 6 + 10),
+    # The noisy copy is one block of 8 x 4 tiles.
+    (block_diffusion(512), 16 + 0 + 16),
+    # 11 blocks, the last one shorter, which tiles do not divide.
+    (block_diffusion(48), 10 + 10 + 10),
   ],
 )
 def test_empty_tiles_are_skipped(small_tiles, regime, computed, parts):
@@ -183,8 +239,7 @@ def test_grid_shrinks_to_the_longest_line_of_tiles(
   small_tiles,
 ):
   """In block diffusion a query sees at most 5 of 8 tiles of keys."""
-  regime = masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime
-  kernel = splash.make_kernel(regime, 1024)
+  kernel = splash.make_kernel(block_diffusion(32), 1024)
   assert kernel.fwd_mask_info.block_mask.shape == (1, 8, 5)
 
 
@@ -199,7 +254,7 @@ def test_tiles_divide_every_length(length, parts, chip):
   queries = length // parts
   for regime in masks.BIDIRECTIONAL, masks.CAUSAL, REGIMES['block diffusion']:
     sizes = splash.block_sizes(
-      splash.make_mask(regime, length), queries, length, chip
+      splash_masks.make_mask(regime, length), queries, length, chip
     )
     of_queries = [sizes.block_q, sizes.block_q_dkv]
     of_keys = [
@@ -219,7 +274,7 @@ def test_tiles_divide_every_length(length, parts, chip):
 
 def test_tiles_of_odd_lengths_are_as_large_as_possible():
   sizes = splash.block_sizes(
-    splash.make_mask(masks.CAUSAL, 3072), 3072, 3072, 'v5p'
+    splash_masks.make_mask(masks.BIDIRECTIONAL, 3072), 3072, 3072, 'v5p'
   )
   assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (
     1024,
@@ -227,6 +282,48 @@ def test_tiles_of_odd_lengths_are_as_large_as_possible():
     512,
   )
   assert (sizes.block_q_dkv, sizes.block_kv_dkv) == (1024, 3072)
+
+
+@pytest.mark.parametrize(
+  'length, forward, backward',
+  [
+    (512, 512, 512),
+    (8192, 1024, 1024),
+    (16384, 1024, 2048),  # at most 8 partial dq
+    (32768, 1024, 4096),
+    (31 * 128, 128, 31 * 128),
+  ],
+)
+@pytest.mark.parametrize('regime', [masks.CAUSAL, REGIMES['block diffusion']])
+def test_key_tiles_are_smaller_if_some_are_skipped(
+  regime, length, forward, backward
+):
+  mask = splash_masks.make_mask(regime, length)
+  sizes = splash.block_sizes(mask, length, length, 'v5p')
+  assert (sizes.block_kv, sizes.block_kv_dkv) == (forward, backward)
+  assert sizes.use_fused_bwd_kernel
+
+
+@pytest.mark.parametrize(
+  'parts, tiles', [(1, 4 + 10 + 10), (2, 2 * (4 + 10)), (4, 4 * (2 + 3 + 4))]
+)
+def test_computed_share_is_that_of_the_device_with_most_tiles(parts, tiles):
+  """Rows of 4096 tokens in two copies have 8 x 8 tiles of 1024 x 1024."""
+  shares = splash.computed_share(block_diffusion(32), 8192, parts, 'v5p')
+  assert shares == {'fwd': tiles / 64, 'dkv': tiles / 64}
+
+
+def test_tiles_of_block_diffusion_are_found_without_a_square_array():
+  """The rule for all pairs of 8192 positions takes 64 MiB."""
+  splash.computed_share(block_diffusion(16), 8192)  # caches the labels
+  tracemalloc.start()
+  kernel = splash.make_kernel(block_diffusion(16), 8192, chip='v5p')
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 4 * 2**20
+  for info in kernel.fwd_mask_info, kernel.dkv_mask_info:
+    assert info.partial_mask_blocks is None
+    assert max(x.size for x in info if x is not None) == 8192
 
 
 def test_large_backward_tiles_need_a_larger_vmem_limit():

@@ -494,11 +494,11 @@ def test_predict_next_shifts_outputs_to_the_next_position():
     np.testing.assert_array_equal(shifted[row][real], plain[row][index][real])
 
 
-def test_predict_next_stays_within_a_copy_and_a_block():
-  """Rows are [noisy ; clean]; the left neighbour must be the position before.
+def test_predict_next_reads_the_first_token_of_a_block_from_the_clean_copy():
+  """Rows are [noisy ; clean]: the block before is complete, as in sampling.
 
-  The first position of each noisy block, and of the clean copy, keeps its own
-  output. So does every position whose left neighbour is of another document.
+  The first position of each copy keeps its own output. So does every position
+  whose left neighbour is of another document.
   """
   config = dataclasses.replace(TINY, predict_next=True)
   params, tokens = draw_params(TINY), random_tokens(TINY, length=12)
@@ -510,8 +510,8 @@ def test_predict_next_stays_within_a_copy_and_a_block():
   )
   source = np.array(
     [
-      [0, 0, 1, 3, 3, 4, 6, 6, 7, 8, 9, 10],
-      [0, 0, 1, 3, 3, 5, 6, 6, 7, 8, 9, 11],
+      [0, 0, 1, 8, 3, 4, 6, 6, 7, 8, 9, 10],
+      [0, 0, 1, 8, 3, 5, 6, 6, 7, 8, 9, 11],
     ]
   )
   for row, index in enumerate(source):

@@ -118,7 +118,7 @@ def test_blocks_of_one_token_are_the_chain_rule(params):
   assert total == pytest.approx(expected, rel=1e-5)
 
 
-def predict(params, c, prefix, size, noisy=None):
+def predict(params, c, prefix, size, noisy=None, config=TINY):
   """Returns the predictions of a block given clean tokens: [B, size, V].
 
   The row ends with the block, as in sampling.
@@ -126,25 +126,32 @@ def predict(params, c, prefix, size, noisy=None):
   shape = len(prefix), size
   noisy = jnp.full(shape, MASK) if noisy is None else noisy
   row = jnp.concatenate([prefix, noisy], axis=1)
-  network = Network(TINY, params, c.name, False, MASK, 2, 1, 0, c.block_length)
+  network = Network(
+    config, params, c.name, False, MASK, 2, 1, 0, c.block_length
+  )
   inputs, labels = table.show(network, row, jnp.ones(row.shape, bool))
-  return log_probabilities(TINY, params, inputs, labels)[:, -size:]
+  return log_probabilities(config, params, inputs, labels)[:, -size:]
 
 
 # One forward pass for all blocks
 
 
-@pytest.mark.parametrize('block_length', BLOCKS)
+@pytest.mark.parametrize(
+  'block_length, predict_next',
+  [*((b, False) for b in BLOCKS), (1, True), (4, True), (12, True)],
+)
 def test_noisy_copy_predicts_as_each_block_after_a_clean_prefix(
-  params, block_length
+  params, block_length, predict_next
 ):
   c, tokens = of_blocks(block_length), random_tokens(3, LENGTH)
+  config = dataclasses.replace(TINY, predict_next=predict_next)
   canvas = make_canvas(c, tokens, jnp.arange(3), jax.random.key(1), 4)
-  log_p = log_probabilities(TINY, params, canvas.inputs, canvas.labels)
+  log_p = log_probabilities(config, params, canvas.inputs, canvas.labels)
   for start in range(0, LENGTH, block_length):
     block = slice(start, start + block_length)
     noisy = canvas.inputs[:, :LENGTH][:, block]
-    expected = predict(params, c, tokens[:, :start], block_length, noisy)
+    prefix = tokens[:, :start]
+    expected = predict(params, c, prefix, block_length, noisy, config)
     np.testing.assert_allclose(log_p[:, block], expected, atol=1e-5)
 
 

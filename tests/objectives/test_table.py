@@ -35,9 +35,9 @@ def test_flops_are_those_of_the_matrix_products():
     c.layers * (2 * matrices + pairs * scores_and_mix) + outside
   )
 
-  def flops(name, block_length=block):
+  def flops(name, block_length=block, **changes):
     objective = dataclasses.replace(
-      CONFIG, name=name, block_length=block_length
+      CONFIG, name=name, block_length=block_length, **changes
     )
     return table.flops_per_token(objective, c, length)
 
@@ -45,18 +45,30 @@ def test_flops_are_those_of_the_matrix_products():
   assert flops('autoregressive') == pytest.approx(causal, rel=1e-4)
   assert flops('block_diffusion') == pytest.approx(two_copies, rel=1e-4)
   assert flops('block_diffusion', length) == flops('masked_diffusion')
+  twice = flops('block_diffusion', complementary_masks=True)
+  assert twice == 2 * flops('block_diffusion')
 
 
 @pytest.mark.parametrize('name', table.OBJECTIVES)
-@pytest.mark.parametrize('block_length', [1, 2, 8])
-def test_pairs_and_copies_are_those_of_the_labels(name, block_length):
+@pytest.mark.parametrize(
+  'block_length, clean_attention',
+  [(1, 'block'), (2, 'block'), (8, 'block'), (2, 'causal')],
+)
+def test_pairs_and_copies_are_those_of_the_labels(
+  name, block_length, clean_attention
+):
   length = 8
-  c = dataclasses.replace(CONFIG, name=name, block_length=block_length)
+  c = dataclasses.replace(
+    CONFIG,
+    name=name,
+    block_length=block_length,
+    clean_attention=clean_attention,
+  )
   rows = Rows(random_tokens(2, length))
   canvas = table.make_canvas(c, rows, jnp.arange(2), jax.random.key(0), 2)
   seen = masks.visible(canvas.labels, canvas.labels)[0].sum()
   objective = table.OBJECTIVES[name]
-  pairs = objective.visible_pairs(block_length, length)
+  pairs = objective.visible_pairs(c, length)
   if name == 'autoregressive':  # the diagonal is not counted
     seen -= length / 2
   assert pairs * length**2 == seen

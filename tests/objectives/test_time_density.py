@@ -225,6 +225,8 @@ def test_evaluation_does_not_depend_on_the_training_objective():
       'objective.weight': 'power',
       'objective.weight_power': 0.5,
       'objective.eps': 0.1,
+      'objective.complementary_masks': True,
+      'objective.autoregressive_weight': 0.3,
     }
   )
   other = evaluation.eval_config(step.step_config(config)).objective

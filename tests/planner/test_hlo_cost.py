@@ -302,6 +302,31 @@ def test_collectives_between_slices_run_from_send_to_recv_done():
   assert cost.exposed_s['ici'] == 0
 
 
+@pytest.mark.parametrize(
+  'shares, ms', [(None, 2.0), ((0.75, 0.25), 1.5), ((0.0, 1.0), 3.0)]
+)
+@pytest.mark.parametrize(
+  'attributes',
+  [
+    'branch_computations={%no, %yes}',
+    'true_computation=%yes, false_computation=%no',
+  ],
+)
+def test_branches_run_equally_often_or_by_their_shares(attributes, shares, ms):
+  """The branch of False takes 1 ms and the other one 3 ms."""
+  branches = ''.join(
+    f'%{name} (s: f32[8]) -> f32[8] {{\n  %x = f32[8] parameter(0)\n'
+    f'{work("w" + name, ms)}}}\n\n'
+    for name, ms in (('no', 1), ('yes', 3))
+  )
+  line = (
+    f'  %c = f32[8] conditional(%x, %x, %x), {attributes}, '
+    'metadata={op_name="jit(f)/cond"}\n'
+  )
+  cost = price(line, branches, branch_shares={'jit(f)/cond': shares}.get)
+  assert cost.total_s == pytest.approx(ms / 1000)
+
+
 KERNEL = (
   '  %{name} = bf16[1,1,1024,128] custom-call(%x), '
   'custom_call_target="tpu_custom_call", '

@@ -1,33 +1,36 @@
 """FLOPs of attention kernels, computed by hand."""
 
+import jax.numpy as jnp
 import pytest
 
 from maskdiff.distributed import chips
+from maskdiff.model import masks
 from maskdiff.planner import hlo, hlo_kernels
 
 # 2 rows, 3 heads, 1024 queries and keys, 128 wide.
 PRODUCT = 2 * 2 * 3 * 1024 * 1024 * 128
+BLOCKS = masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime
 
 
-def call(name, grid=(2, 2), dtype='bf16', keys=1024):
+def call(name, queries=1024, keys=1024):
   operands = (
-    f's8[1,{grid[0]},{grid[1]}]{{2,1,0}}, {dtype}[2,3,1024,128]{{3,2,1,0}}, '
-    f'{dtype}[2,3,{keys},128]{{3,2,1,0}}, {dtype}[2,3,{keys},128]{{3,2,1,0}}'
+    f's8[1,2,2]{{2,1,0}}, bf16[2,3,{queries},128]{{3,2,1,0}}, '
+    f'bf16[2,3,{keys},128]{{3,2,1,0}}, bf16[2,3,{keys},128]{{3,2,1,0}}'
   )
   return (
-    f'  %{name} = bf16[2,3,1024,128] custom-call(%x), '
+    f'  %{name} = bf16[2,3,{queries},128] custom-call(%x), '
     'custom_call_target="tpu_custom_call", '
     f'operand_layout_constraints={{{operands}}}, metadata={{op_name="a"}}\n'
   )
 
 
-def flops(name, causal=False, others='', **kernel):
+def flops(name, regime=masks.BIDIRECTIONAL, others='', **kernel):
   module = hlo.parse(
     'HloModule jit_f\nENTRY %main (x: f32[8]) -> f32[8] {\n'
     '  %x = f32[8] parameter(0)\n' + call(name, **kernel) + others + '}\n'
   )
   i = module.computations['main'][name]
-  return hlo_kernels.attention_flops(module, i, causal)
+  return hlo_kernels.attention_flops(module, i, regime, 'v5p')
 
 
 @pytest.mark.parametrize(
@@ -35,11 +38,17 @@ def flops(name, causal=False, others='', **kernel):
   [
     ('splash_mha_fwd_segmented_residuals.2', 2),
     ('splash_mha_dkv_segmented_no_residuals', 5),
-    ('splash_mha_dq_segmented', 3),
   ],
 )
 def test_matrix_products_of_each_kernel(name, products):
   assert flops(name) == products * PRODUCT
+
+
+def test_separate_kernel_for_queries_has_three_products():
+  """It exists if there would be more than 8 partial dq of 4096 keys."""
+  long = {'queries': 2**16, 'keys': 2**16}
+  assert flops('splash_mha_dq_segmented', **long) == 3 * 64**2 * PRODUCT
+  assert flops('splash_mha_dq_segmented') is None
 
 
 def test_separate_kernel_for_queries_saves_one_product():
@@ -52,12 +61,32 @@ def test_more_keys_than_queries():
 
 
 @pytest.mark.parametrize(
-  'grid, share', [((1, 1), 1), ((2, 2), 3 / 4), ((8, 8), 36 / 64)]
+  'regime, length, tiles',
+  [
+    (masks.BIDIRECTIONAL, 2048, 4),
+    (masks.CAUSAL, 1024, 1),
+    (masks.CAUSAL, 2048, 3),
+    (masks.CAUSAL, 8192, 36),
+    # Of 4 x 4 tiles per copy: noisy to noisy, noisy to clean, clean to clean.
+    (BLOCKS, 8192, 4 + 10 + 10),
+  ],
 )
-def test_causal_kernels_skip_blocks_above_the_diagonal(grid, share):
-  assert flops('splash_mha_fwd', causal=True, grid=grid) == pytest.approx(
-    2 * PRODUCT * share
-  )
+@pytest.mark.parametrize('kernel, products', [('fwd', 2), ('dkv', 5)])
+def test_kernels_compute_the_tiles_with_visible_pairs(
+  regime, length, tiles, kernel, products
+):
+  """Tiles of 1024 x 1024."""
+  found = flops(f'splash_mha_{kernel}', regime, queries=length, keys=length)
+  assert found == products * tiles * PRODUCT
+
+
+@pytest.mark.parametrize(
+  'regime, tiles', [(masks.CAUSAL, 7 + 8), (BLOCKS, 2 + 3 + 4)]
+)
+def test_split_queries_cost_as_on_the_device_with_most_tiles(regime, tiles):
+  """A quarter of 8192 queries: causally the last, in blocks the second."""
+  found = flops('splash_mha_fwd', regime, queries=2048, keys=8192)
+  assert found == 2 * tiles * PRODUCT
 
 
 def test_other_kernels_have_no_flops():

@@ -12,6 +12,8 @@ from maskdiff import config
 from maskdiff.data.rows import Rows
 from maskdiff.distributed.chips import parse_topology
 from maskdiff.errors import UserError
+from maskdiff.model import masks
+from maskdiff.objectives.table import make_canvas
 from maskdiff.planner import (
   hlo_cost,
   plan,
@@ -65,6 +67,166 @@ def test_loss_chunks_without_pairs_cover_all_tokens(values):
 
 def test_loss_chunks_of_autoregression_cover_all_tokens():
   assert chunks(**{'objective.name': 'autoregressive'}) == 8
+
+
+def chunks_of_blocks(sizes=None, **values):
+  # 8 devices with 3 rows of 64 blocks each.
+  blocks = {'objective.name': 'block_diffusion', 'objective.block_length': 16}
+  return chunks(sizes, **(blocks | {'train.batch': 24} | values))
+
+
+def test_loss_chunks_of_blocks_in_pairs_cover_half_of_the_tokens():
+  """1536 of 3072 tokens and a margin of 67, three times sqrt(3072 / 6)."""
+  size = lambda tokens: chunks_of_blocks(
+    **{'objective.loss_chunk_tokens': tokens}
+  )
+  assert (size(1603), size(1604)) == (2, 1)
+  # One block per row is masked diffusion: 3 rows are not in pairs.
+  assert chunks_of_blocks(**{'objective.block_length': 1024}) == 6
+
+
+@pytest.mark.parametrize(
+  'values, mean, variance',
+  [
+    ({'objective.time_sampling': 'iid'}, 1 / 2, 1 / 6 + 16 / 12),
+    # Mask ratio sin(pi/2 t): its mean is 2/pi, and 1/2 that of its square.
+    (
+      {'objective.schedule': 'cosine'},
+      2 / np.pi,
+      2 / np.pi - 1 / 2 + 16 * (1 / 2 - 4 / np.pi**2),
+    ),
+    # 3 rows of 1 block and 3 of 3 others, on each half of the length.
+    ({'objective.block_length': 512}, 1 / 2, 1 / 6),
+  ],
+)
+def test_loss_chunks_of_blocks_without_pairs_have_a_margin_for_times(
+  values, mean, variance
+):
+  most = 3072 * mean + 3 * np.sqrt(3072 * variance)
+  size = lambda tokens: chunks_of_blocks(
+    **{'objective.loss_chunk_tokens': tokens} | values
+  )
+  assert size(int(most) - 1) == 2
+  assert size(int(most) + 2) == 1
+
+
+def test_loss_chunks_of_two_masks_and_of_a_clean_copy():
+  """3072 tokens in chunks of 512, masked once in two rows; clean in each."""
+  both = {'objective.complementary_masks': True}
+  assert chunks_of_blocks(**both) == 6
+  joint = {
+    'objective.clean_attention': 'causal',
+    'objective.autoregressive_weight': 0.3,
+  }
+  assert chunks_of_blocks(**joint) == chunks_of_blocks() + 6
+  assert chunks_of_blocks(**joint, **both) == 6 + 12
+
+
+def test_loss_chunks_of_blocks_of_one_token_cover_all_tokens():
+  assert chunks_of_blocks(**{'objective.block_length': 1}) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('block_length, sequence', [(16, 1), (512, 1), (16, 2)])
+def test_no_device_masks_more_than_the_expected_tokens(block_length, sequence):
+  """Of 300 steps of 8 devices, three standard deviations cover nearly all."""
+  c = changed(
+    **{
+      'objective.name': 'block_diffusion',
+      'objective.block_length': block_length,
+      'objective.loss_chunk_tokens': 1,
+      'data.length': 1024,
+      'train.batch': 24,
+    }
+  )
+  objective = plan.step.step_config(c).objective
+  rows = Rows(jnp.zeros((24, 1024), jnp.int32))
+  count = jax.jit(
+    lambda key: (
+      (make_canvas(objective, rows, jnp.arange(24), key, 24).weights > 0)
+      .reshape(8, 3, sequence, -1)
+      .sum(axis=(1, 3))
+    )
+  )
+  counts = np.stack([count(jax.random.key(i)) for i in range(300)])
+  expected = plan.loss_chunks(c, SIZES | {'sequence': sequence})
+  assert 0.99 < (counts <= expected).mean()
+  assert counts.max() > 0.97 * expected
+
+
+@pytest.mark.parametrize(
+  'name, block_length, positions, regime',
+  [
+    ('masked_diffusion', 32, 64, masks.BIDIRECTIONAL),
+    ('autoregressive', 32, 64, masks.CAUSAL),
+    ('block_diffusion', 64, 64, masks.BIDIRECTIONAL),
+    (
+      'block_diffusion',
+      32,
+      128,
+      masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime,
+    ),
+  ],
+)
+def test_regime_of_a_plan_is_that_of_the_training_rows(
+  name, block_length, positions, regime
+):
+  c = changed(
+    **{'objective.name': name, 'objective.block_length': block_length}
+  )
+  objective = plan.step.step_config(c).objective
+  assert plan.training_regime(objective, 64) == regime
+  canvas = jax.eval_shape(
+    lambda key: make_canvas(
+      objective, Rows(jnp.zeros((2, 64), jnp.int32)), jnp.arange(2), key, 2
+    ),
+    jax.random.key(0),
+  )
+  assert canvas.inputs.shape == (2, positions)
+
+
+@pytest.mark.parametrize(
+  'name, regime',
+  [
+    ('masked_diffusion', masks.BIDIRECTIONAL),
+    ('autoregressive', masks.CAUSAL),
+    (
+      'block_diffusion',
+      masks.block_causal(jnp.ones((1, 1), bool), 32).regime,
+    ),
+  ],
+)
+def test_regime_of_a_sampling_plan_is_that_of_the_canvas(name, regime):
+  c = changed(**{'objective.name': name, 'tokens.mask_id': 3})
+  assert plan_sample.sampling_regime(c, 256) == regime
+
+
+def test_sampling_plan_of_blocks_counts_the_steps_that_begin_a_block(
+  cpu_target, monkeypatch
+):
+  """64 slots after 40 tokens are in 3 blocks of 32: 2 of 63 steps begin one."""
+  options = []
+
+  def price(facts, target, compile_program, **values):
+    options.append(values)
+    return facts | {'status': 'fits', 'fits': True, 'step_s': 1.0}
+
+  monkeypatch.setattr(pricing, 'price', price)
+  c = changed(
+    **{
+      'objective.name': 'block_diffusion',
+      'tokens.mask_id': 3,
+      'sample.cache': 'prefix',
+      'sample.gen_length': 64,
+      'sample.steps': 64,
+      'sample.block_length': 32,
+    }
+  )
+  plan_sample.plan_sample(c, 'v5e:2x4', 8, 40)
+  shares = options[-1]['branch_shares']
+  of_window = 'jit(denoising_step)/part(sampling: bookkeeping)/cond'
+  assert shares(of_window) == pytest.approx((61 / 63, 2 / 63))
+  assert shares('jit(denoising_step)/part(sampling: choice of tokens)') is None
 
 
 def test_devices_share_the_tokens():

@@ -40,12 +40,12 @@ OPTIONS = {
 }
 
 
-def network_of(block_length=BLOCK):
+def network_of(block_length=BLOCK, predict_next=False):
   """Returns a network with weights larger than initial ones."""
   params = transformer.init(MODEL, jax.random.key(0))
   params = jax.tree.map(lambda w: w * 2 if w.ndim > 1 else w, params)
   return fake_networks.network(
-    MODEL,
+    dataclasses.replace(MODEL, predict_next=predict_next),
     params,
     mask_id=MASK,
     eos_id=EOS,
@@ -55,6 +55,7 @@ def network_of(block_length=BLOCK):
 
 
 NETWORK = network_of()
+NETWORKS = {'own': NETWORK, 'next': network_of(predict_next=True)}
 
 
 def values_of(name, **changes):
@@ -116,34 +117,57 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-  'name, option',
+  'name, option, predicted',
   [
-    ('prompts', 'threshold'),
-    ('gaps', 'sub-blocks'),
-    *(SLOW('prompts', option) for option in OPTIONS if option != 'threshold'),
-    *(SLOW('gaps', option) for option in OPTIONS if option != 'sub-blocks'),
+    ('prompts', 'threshold', 'own'),
+    ('gaps', 'sub-blocks', 'own'),
+    *(SLOW('prompts', x, 'own') for x in OPTIONS if x != 'threshold'),
+    *(
+      SLOW('gaps', x, 'next' if x == 'threshold' else 'own')
+      for x in OPTIONS
+      if x != 'sub-blocks'
+    ),
   ],
 )
-def test_cache_changes_no_token(name, option):
-  request = REQUESTS[name]
-  plain = sampled.complete(NETWORK, values_of(option), request)
-  cached = sampled.complete(NETWORK, values_of(option, cache='prefix'), request)
+def test_cache_changes_no_token(name, option, predicted):
+  request, network = REQUESTS[name], NETWORKS[predicted]
+  plain = sampled.complete(network, values_of(option), request)
+  cached = sampled.complete(network, values_of(option, cache='prefix'), request)
   for field in ('canvas', 'filled_at', 'forwards'):
     np.testing.assert_array_equal(getattr(cached, field), getattr(plain, field))
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
   assert np.sum(cached.positions) < np.sum(plain.positions)
 
 
-def test_a_finished_block_enters_the_cache_without_a_pass_of_its_own():
+@pytest.mark.parametrize(
+  'predicted, size', [('own', BLOCK), SLOW('next', BLOCK // 2)]
+)
+def test_finished_block_enters_the_cache_without_a_pass_of_its_own(
+  predicted, size
+):
   """Two blocks per row and the prompt: the number of positions is exact."""
-  values = values_of('greedy', cache='prefix', steps=8, gen_length=8)
+  values = dict(block_length=size, cache='prefix', steps=8, gen_length=8)
   request = layouts.continue_prompts([[7] * 8, [7] * 6], 8)
-  carry = sampled.complete(NETWORK, values, request)
+  carry = sampled.complete(NETWORKS[predicted], values, request)
   np.testing.assert_array_equal(carry.forwards, [8, 8])
-  aligned = (8 + 4) + 3 * 4 + (4 + 4) + 3 * 4
+  # The first pass of a block computes all of it, or the leading slot only.
+  begin = lambda slots: 4 + (1 if predicted == 'next' else slots)
+  aligned = (8 + 4) + 3 * 4 + begin(4) + 3 * 4
   # Slots 6 to 13: blocks of 2, 4 and 2 slots; the last ends with the row.
-  split_block = 8 + 4 + (4 + 4) + 3 * 4 + (4 + 2) + 2
+  split_block = 8 + 4 + begin(4) + 3 * 4 + begin(2) + 2
   np.testing.assert_array_equal(carry.positions, [aligned, split_block])
+
+
+def test_step_of_a_leading_slot_does_not_count():
+  """Two steps for the other three slots of each block."""
+  values = values_of('greedy', steps=4, gen_length=8)
+  request = layouts.continue_prompts([[7] * 8], 8)
+  carry = sampled.complete(NETWORKS['next'], values, request)
+  filled_at = np.asarray(carry.filled_at)
+  for block, steps in ((2, [1, 2, 2, 3]), (3, [4, 5, 5, 6])):
+    of_block = filled_at[0, block * BLOCK : (block + 1) * BLOCK]
+    assert of_block[0] == steps[0]
+    assert sorted(of_block) == steps
 
 
 @pytest.mark.slow
@@ -177,18 +201,21 @@ def test_cached_rows_on_a_mesh_equal_one_device():
   np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize('option', ['threshold', SLOW('sub-blocks')])
-def test_served_rows_equal_rows_without_a_cache(option):
+@pytest.mark.parametrize(
+  'option, predicted', [('threshold', 'own'), SLOW('sub-blocks', 'next')]
+)
+def test_served_rows_equal_rows_without_a_cache(option, predicted):
   """Rows join while others use their caches."""
   rows = [
     [*prompt, *[None] * n]
     for prompt, n in zip([*PROMPTS, [8, 7]], (3, 9, 6, 4, 7), strict=True)
   ]
   rows.append([7, None, None, 9, 10, None, None])
+  network = NETWORKS[predicted]
   c, settings = split(values_of(option, cache='prefix'))
   requests = [RowRequest(i, row, i, settings) for i, row in enumerate(rows)]
-  found = {a.id: a for a in serve(NETWORK, c, requests, rows=2, length=16)}
-  plain = sampled.complete(NETWORK, values_of(option), layouts.lay_out(rows))
+  found = {a.id: a for a in serve(network, c, requests, rows=2, length=16)}
+  plain = sampled.complete(network, values_of(option), layouts.lay_out(rows))
   for i, row in enumerate(rows):
     assert found[i].error is None
     np.testing.assert_array_equal(

@@ -291,6 +291,52 @@ def test_each_row_has_its_own_threshold(rule):
   assert len(set(committed.sum(axis=1).tolist())) > 2
 
 
+def dynamic_of_sdar(confidence, masked, number, least):
+  """All slots above the threshold if they are enough, else the best ones."""
+  reached = masked & (confidence > least)
+  if reached.sum() >= number:
+    return reached
+  return brute_force_top(confidence[None], masked[None], [number])[0]
+
+
+def test_quota_and_threshold_equals_sdar():
+  random = np.random.default_rng(9)
+  confidence = random.random((300, 6)).astype(np.float32)
+  masked = random.random((300, 6)) < 0.7
+  number = random.integers(0, 7, 300)  # also more than the masks that are left
+  least = random.random(300).astype(np.float32)
+  committed = remasking.quota_and_threshold(
+    jnp.asarray(confidence),
+    jnp.asarray(masked),
+    (jnp.asarray(number, jnp.int32), jnp.asarray(least)),
+    None,
+  )
+  expected = [
+    dynamic_of_sdar(*row)
+    for row in zip(confidence, masked, number, least, strict=True)
+  ]
+  np.testing.assert_array_equal(committed, expected)
+  assert (number > masked.sum(axis=1)).any()
+
+
+def test_quota_and_threshold_has_two_other_rules_as_limits():
+  random = np.random.default_rng(10)
+  confidence = jnp.asarray(random.random((50, 6)), jnp.float32)
+  masked = jnp.asarray(random.random((50, 6)) < 0.7)
+  number, ones = rows_of(2, masked), rows_of(1, masked)
+  above, least = rows_of(1.1, masked), rows_of(0.6, masked)
+  rule = lambda *budget: remasking.quota_and_threshold(
+    confidence, masked, budget, None
+  )
+  np.testing.assert_array_equal(
+    rule(number, above),
+    remasking.low_confidence(confidence, masked, number, None),
+  )
+  np.testing.assert_array_equal(
+    rule(ones, least), remasking.threshold(confidence, masked, least, None)
+  )
+
+
 # The reverse process
 
 
@@ -344,6 +390,8 @@ def test_committed_slots_are_never_selected_again(rule):
   budget = jnp.full((3,), 2)
   if rule in ('threshold', 'factor', 'ancestral'):
     budget = jnp.full((3,), 0.5)
+  if rule == 'quota_and_threshold':
+    budget = (budget, jnp.full((3,), 0.5))
   assert not remasking.RULES[rule](
     jnp.ones((3, 4)), masked, budget, keys(3)
   ).any()

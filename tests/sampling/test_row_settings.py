@@ -184,7 +184,7 @@ def test_settings_of_a_line_with_gaps():
     ({'steps': 10**9}, True, 'steps=1000000000: must be at most 25600, 100'),
     ({'top_k': 10**40}, False, 'top_k=1000.*: must be between'),
     ({'threshold': 0.5}, False, 'no effect with remasking=low_confidence'),
-    ({'factor': 0.5}, True, 'set remasking=factor or remove factor'),
+    ({'factor': 0.5}, True, 'set remasking=factor, or remove factor'),
     ({'confidence_eos_eot_inf': True}, False, 'needs an end-of-turn token'),
   ],
 )
