@@ -132,15 +132,19 @@ def plot(found, out):
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 
+  columns = min(2, len(found))
+  rows = -(-len(found) // columns)
   figure, panels = plt.subplots(
-    1,
-    len(found),
-    figsize=(4.2 * len(found), 4),
+    rows,
+    columns,
+    figsize=(4.2 * columns, 4 * rows),
     layout='constrained',
     squeeze=False,
   )
+  for axes in panels.flat[len(found) :]:
+    axes.axis('off')
   colors = dict(zip(RECIPES, plt.get_cmap('tab20').colors, strict=False))
-  for axes, (group, of) in zip(panels[0], found.items(), strict=True):
+  for axes, (group, of) in zip(panels.flat, found.items(), strict=False):
     for recipe in of:
       lines = list(of[recipe].values())
       evaluations = np.mean([x['evaluations'][1:] for x in lines], axis=0)
@@ -158,7 +162,8 @@ def plot(found, out):
     axes.set_xlabel('training tokens (millions)')
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, fontsize=7)
-  panels[0][0].set_ylabel('held-out bound, nats per token')
+  for axes in panels[:, 0]:
+    axes.set_ylabel('held-out bound, nats per token')
   figure.savefig(out, dpi=120)
 
 

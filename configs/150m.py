@@ -11,10 +11,10 @@ memory for remat=minimal (22.1 GiB), but in the plan remat=minimal is slower:
 0.37 s per step.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5e-1, v5e:1x1: 5.9 of 15.75 GiB per chip, 0.81 s per step, 80,459 tokens/s,
-    MFU 44%; 1.13 hours and 1.13 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 6.1 of 31.25 GiB per chip, 0.30 s per step, 218,688 tokens/s,
-    MFU 26%; 0.416 hours and 0.416 chip-hours for all tokens.
+  v5e-1, v5e:1x1: 5.6 of 15.75 GiB per chip, 0.84 s per step, 77,826 tokens/s,
+    MFU 42%; 1.17 hours and 1.17 chip-hours for all tokens.
+  v6e-1, v6e:1x1: 6.0 of 31.25 GiB per chip, 0.31 s per step, 212,569 tokens/s,
+    MFU 25%; 0.428 hours and 0.428 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default
@@ -35,10 +35,14 @@ def get_config(machine='v5e-1'):
   c.model.head_dim = 128
   c.model.mlp = 2688
   c.model.remat = plan['remat']
+  c.model.zero_outputs = True
+  c.objective.time_density = 'bell'
+  c.objective.uniform_after = 0.75
   c.data.length = 1024
   c.train.batch = 64
   c.train.microbatches = plan['microbatches']
   c.train.steps = 5000
+  c.optimizer.name = 'muon'
   c.optimizer.learning_rate = 6e-4
   c.optimizer.final_learning_rate = 6e-5
   c.optimizer.warmup_steps = 500

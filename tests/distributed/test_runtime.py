@@ -397,6 +397,7 @@ def test_libtpu_is_quiet_only_without_a_tpu(environ, platforms, quiet):
   assert runtime.detect(environ, platforms if quiet else 'cpu') is None
 
 
+@pytest.mark.slow
 @tpu_compiler.needs_libtpu
 @pytest.mark.parametrize(
   'program',

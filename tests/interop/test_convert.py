@@ -206,6 +206,7 @@ EXPORTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', EXPORTS)
 def test_exported_run_has_the_same_logits(tokenizer, tmp_path, name):
   workdir, out = tmp_path / 'run', tmp_path / 'out'

@@ -63,6 +63,7 @@ def planned(tmp_path, *args):
   return json.loads(file.read_text()), result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'args, message',
   [
@@ -92,6 +93,7 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
   assert 'is not the number of devices, 8' in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flag', ['json', 'plot'])
 def test_an_unwritable_file_is_refused_before_compiling(tmp_path, flag):
   if flag == 'plot':

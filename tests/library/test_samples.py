@@ -47,6 +47,7 @@ def by_script(model, texts, values, gaps=False, changes=({}, {}, {}), seed=0):
     return list(answers.in_batches(s, encoded, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'values',
   [

@@ -483,7 +483,7 @@ def decoded():
     left_to_right = OBJECTIVES[network.objective].left_to_right
     c = dict(
       steps=6,
-      block_length=1 if left_to_right else 6,
+      block_length=1 if left_to_right else network.block_length or 6,
       temperature=0.0,
       remasking='low_confidence',
     )
@@ -498,7 +498,10 @@ def decoded():
 def test_greedy_check_accepts_only_the_sampled_text(
   network, decoded, objective
 ):
-  network = dataclasses.replace(network, objective=objective)
+  block_length = 3 if OBJECTIVES[objective].by_blocks else 0
+  network = dataclasses.replace(
+    network, objective=objective, block_length=block_length
+  )
   answers = decoded(network)
   wrong = [list(answer) for answer in answers]
   for i, answer in enumerate(wrong):

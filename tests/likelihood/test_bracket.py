@@ -66,6 +66,7 @@ def test_more_orders_tighten_the_upper_bound():
   assert values[-1] - marginal(log_p) < 0.2 * (values[0] - marginal(log_p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'answer', [[9, 5, 20, 6, 11, 7][:n] for n in (1, 2, 3, 4, 6)], ids=len
 )

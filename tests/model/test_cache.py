@@ -145,6 +145,7 @@ def test_noisy_block_beside_clean_cache_equals_noisy_and_clean_rows():
     close(found, expected[:, start : start + size], np.ones((B, size), bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes', [dict(fsdp=4, tensor=2), dict(tensor=4, sequence=2)]
 )

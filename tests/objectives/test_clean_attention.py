@@ -143,6 +143,7 @@ def test_clean_copy_has_the_loss_of_a_causal_network(
   assert float(total) == pytest.approx(expected_total, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_metrics_keep_the_parts_of_the_loss_apart(params):
   rows = Rows(random_tokens(4, 12))
   c = step.StepConfig(TINY, JOINT, 12, 1, None)

@@ -191,6 +191,7 @@ def test_weight_of_a_nearly_empty_mask_is_limited():
 # Rows, devices and microbatches
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_devices_or_microbatches():
   c = dataclasses.replace(BLOCK, random_length_fraction=0.5)
   tokens, numbers = random_tokens(64, 16), jnp.arange(64)

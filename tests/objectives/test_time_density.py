@@ -187,6 +187,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('progress', [0.25, 0.5])
 @pytest.mark.parametrize('name', SWITCHES)
 def test_rows_do_not_depend_on_devices_or_microbatches(name, progress):

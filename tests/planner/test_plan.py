@@ -524,6 +524,7 @@ def run_sweep(monkeypatch, gib, **options):
   return result, tried
 
 
+@pytest.mark.slow
 def test_sweep_ranks_plans_and_stops_at_the_first_misfit(
   cpu_target, monkeypatch
 ):

@@ -120,7 +120,7 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
   'name, option, predicted',
   [
     ('prompts', 'threshold', 'own'),
-    ('gaps', 'sub-blocks', 'own'),
+    SLOW('gaps', 'sub-blocks', 'own'),
     *(SLOW('prompts', x, 'own') for x in OPTIONS if x != 'threshold'),
     *(
       SLOW('gaps', x, 'next' if x == 'threshold' else 'own')
@@ -139,6 +139,7 @@ def test_cache_changes_no_token(name, option, predicted):
   assert np.sum(cached.positions) < np.sum(plain.positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'predicted, size', [('own', BLOCK), SLOW('next', BLOCK // 2)]
 )
@@ -158,6 +159,7 @@ def test_finished_block_enters_the_cache_without_a_pass_of_its_own(
   np.testing.assert_array_equal(carry.positions, [aligned, split_block])
 
 
+@pytest.mark.slow
 def test_step_of_a_leading_slot_does_not_count():
   """Two steps for the other three slots of each block."""
   values = values_of('greedy', steps=4, gen_length=8)
@@ -201,6 +203,7 @@ def test_cached_rows_on_a_mesh_equal_one_device():
   np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'option, predicted', [('threshold', 'own'), SLOW('sub-blocks', 'next')]
 )

@@ -45,6 +45,7 @@ def logits_of(tokens):
   return model.logits(model(tokens, labels))
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_a_loop_over_blocks():
   """Greedy, one token per step: the most confident masked token."""
   length = 16

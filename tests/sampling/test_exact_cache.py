@@ -81,6 +81,7 @@ def test_hidden_slots_shorten_the_first_pass():
   np.testing.assert_array_equal(hidden.positions, lengths + 12)
 
 
+@pytest.mark.slow
 def test_autoregressive_cache_on_a_mesh_equals_one_device():
   request = REQUESTS['prompts']
   expected = sampled.complete(AUTOREGRESSIVE, CACHED, request).canvas
@@ -222,6 +223,7 @@ def test_broken_row_does_not_break_the_next_request_of_its_row():
   np.testing.assert_array_equal(after.recording.tokens, alone.recording.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'objective, values, row',
   [

@@ -59,7 +59,10 @@ def sdar_settings(cases):
   )
 
 
-@pytest.mark.parametrize('numbers', [(0,), (1, 4), (2, 3)])
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('numbers', [(0,), SLOW((1, 4)), SLOW((2, 3))])
 def test_tokens_equal_sdar(golden, numbers):
   """SDAR makes a pass more for the prompt, and for each finished block.
 

@@ -189,6 +189,7 @@ GAPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'cache', ['dual', pytest.param('prefix', marks=pytest.mark.slow)]
 )
@@ -260,6 +261,7 @@ def count_seen(given, tokens, valid):
   return jnp.broadcast_to(logits[:, None], (*tokens.shape, VOCAB))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'lookahead, seen',
   [(-1, [12, 8, 4]), (0, [4, 4, 4]), (1, [8, 8, 4])],
@@ -275,6 +277,7 @@ def test_lookahead_limits_the_visible_masks(monkeypatch, lookahead, seen):
     assert answer.tolist() == (np.repeat(seen, 4) + 3).tolist()
 
 
+@pytest.mark.slow
 def test_hidden_slots_have_no_influence(network):
   """Equals one request per block, with a canvas that ends at the block."""
   c = config(lookahead=0)
