@@ -37,7 +37,6 @@ def get_config(machine='v5e-1'):
   c.model.remat = plan['remat']
   c.model.zero_outputs = True
   c.objective.time_density = 'bell'
-  c.objective.uniform_after = 0.75
   c.data.length = 1024
   c.train.batch = 64
   c.train.microbatches = plan['microbatches']

@@ -120,7 +120,10 @@ class Weight:
     1 - alpha(eps), the lowest of the mask, count as the lowest.
 
     Args:
-      schedule, density, eps, d: as for `at`.
+      schedule: as for `at`.
+      density: as for `at`.
+      eps: as for `at`.
+      d: as for `at`.
     """
     scale = self._scale(schedule, density, eps, (False, True))
     return tuple(

@@ -62,9 +62,12 @@ def compile_steps(config, c, optimizer, mesh, gradients, state, batch, key):
   Args:
     config: ConfigDict.
     c: its StepConfig.
-    optimizer, mesh, gradients: see `step.compile_train_step`.
-    state, batch, key: arguments of the train step. The number of steps in
-      `state` is that of the next step.
+    optimizer: see `step.compile_train_step`.
+    mesh: see `step.compile_train_step`.
+    gradients: see `step.compile_train_step`.
+    state: TrainState; its number of steps is that of the next step.
+    batch: Rows, as for the train step.
+    key: PRNG key, as for the train step.
 
   Returns:
     - function from a step number to the compiled train step.

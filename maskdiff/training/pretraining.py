@@ -169,7 +169,9 @@ def row(config, c, mesh, metrics, facts, step_s, blocks=()):
     config: ConfigDict.
     c: its StepConfig.
     mesh: device mesh.
-    metrics, facts, step_s: see `Stage.row`.
+    metrics: see `Stage.row`.
+    facts: see `Stage.row`.
+    step_s: see `Stage.row`.
     blocks: block lengths of the steps; by default that of the config.
   """
   values = {}
