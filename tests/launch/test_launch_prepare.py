@@ -239,6 +239,7 @@ def test_an_interrupt_keeps_finished_parts(corpus, undisturbed, tmp_path):
   assert contents(directory) == contents(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('end', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals_end_the_script_while_it_reads(small, tmp_path, end):
   (tmp_path / 'a.jsonl').write_bytes((small[0].parent / 'a.jsonl').read_bytes())

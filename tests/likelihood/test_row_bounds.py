@@ -141,6 +141,7 @@ def test_gradient_equals_that_of_dense_logits(network):
   assert_close(((value, found), gradient), expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_networks_with_equal_parameters_have_equal_values(network):
   """The ratio of the first inner step is exactly 1, sample by sample."""
   copy = jax.tree.map(lambda x: x + 0, network.params)

@@ -97,6 +97,7 @@ CLEAN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('predict_next', [False, True])
 @pytest.mark.parametrize('labels, block', CLEAN.values(), ids=CLEAN)
 def test_blocks_appended_one_by_one_equal_whole_rows(

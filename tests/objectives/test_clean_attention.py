@@ -100,6 +100,7 @@ def test_noisy_copy_predicts_as_each_block_after_a_clean_prefix(
 # The autoregressive loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'within, predict_next', [('row', False), ('document', True)]
 )

@@ -81,6 +81,7 @@ TEXTS = ['def f(', '', 'x = 1', 'a much longer text, of many words more', '"']
 GAPS = ['def {{2}}({{1}}):', '{{3}}', 'a{{1}}b{{1}}c{{1}}']
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(sampling):
   texts = encode(sampling, TEXTS)
   found = list(answers.in_batches(sampling, texts, 2))

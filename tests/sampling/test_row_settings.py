@@ -79,6 +79,7 @@ def test_each_row_has_its_own_settings(network, changes):
   assert len(set(together.forwards.tolist())) > 2
 
 
+@pytest.mark.slow
 def test_a_new_value_of_a_setting_compiles_nothing(network):
   c = SamplerConfig(block_length=4, guided=True)
   sampler.run.clear_cache()
