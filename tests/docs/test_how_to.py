@@ -206,7 +206,7 @@ canvas = table.make_canvas(
   c, Rows(tokens), jnp.arange(512), jax.random.key(0), 512)
 assert (jnp.where(canvas.weights > 0, c.mask_id, tokens) == canvas.inputs).all()
 print(json.dumps([x.tolist() for x in (
-  canvas.inputs == c.mask_id, canvas.weights, canvas.mask_ratio)]))
+  canvas.inputs == c.mask_id, canvas.weights, canvas.mask_ratio[:, 0])]))
 """
     ),
   )
