@@ -1,12 +1,6 @@
-"""Reads the golden Qwen2-like network `model_sdlm` as a parameter tree."""
-
-import json
+"""Names of the gradients of the golden Qwen2-like network `model_sdlm`."""
 
 import numpy as np
-from golden_models import GOLDEN
-from safetensors.numpy import load_file
-
-from maskdiff.model.transformer import TransformerConfig
 
 # State-dict name of each weight. Names in BLOCKS follow `model.layers.N.`.
 TOP = {
@@ -28,40 +22,6 @@ BLOCKS = {
   'up': 'mlp.up_proj.weight',
   'down': 'mlp.down_proj.weight',
 }
-
-
-def load_sdlm():
-  """Returns the TransformerConfig, in float32, and the parameters."""
-  folder = GOLDEN / 'model_sdlm'
-  c = json.loads((folder / 'config.json').read_text())
-  heads, layers = c['num_attention_heads'], c['num_hidden_layers']
-  head_dim = c['hidden_size'] // heads
-  config = TransformerConfig(
-    vocab_size=c['vocab_size'],
-    embed=c['hidden_size'],
-    layers=layers,
-    heads=heads,
-    kv_heads=c['num_key_value_heads'],
-    head_dim=head_dim,
-    mlp=c['intermediate_size'],
-    tie_embeddings=c['tie_word_embeddings'],
-    rope_theta=c['rope_theta'],
-    norm_eps=c['rms_norm_eps'],
-    dtype='float32',
-    remat='none',
-    attention='xla',
-    qkv_bias=True,
-  )
-  tensors = load_file(folder / 'model.safetensors')
-  top = {key: tensors[name] for key, name in TOP.items()}
-  blocks = {}
-  for key, name in BLOCKS.items():
-    w = np.stack([tensors[f'model.layers.{n}.{name}'] for n in range(layers)])
-    w = w.swapaxes(1, 2) if w.ndim == 3 else w  # Linear: [out, in]
-    if key in 'qkv':
-      w = w.reshape(*w.shape[:2], -1, head_dim)
-    blocks[key] = w.reshape(layers, heads, head_dim, -1) if key == 'o' else w
-  return config, {**top, 'head': top['head'].T, 'blocks': blocks}
 
 
 def gradient_norms(gradients):

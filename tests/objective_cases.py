@@ -10,6 +10,7 @@ import numpy as np
 import tiny
 
 from maskdiff.data.rows import Rows
+from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import masks, transformer
 from maskdiff.objectives import canvas as canvas_lib
 from maskdiff.objectives import masked_diffusion, table
@@ -85,6 +86,30 @@ def canvas_of(c, batch=64, length=512, seed=0):
   tokens = random_tokens(batch, length)
   rows = jnp.arange(batch)
   return tokens, make_canvas(c, tokens, rows, jax.random.key(seed), batch)
+
+
+def check_rows_do_not_depend_on_devices_or_parts(draw, copies=1):
+  """Checks canvases of rows on 8 devices, and of some rows of the batch.
+
+  Args:
+    draw: (rows, numbers) -> Canvas, for a batch of 64 rows.
+    copies: rows of the Canvas per row; those of a row are neighbours.
+  """
+  tokens, numbers = random_tokens(64, 16), jnp.arange(64)
+  whole = draw(tokens, numbers)
+  mesh = mesh_lib.make_mesh(fsdp=8)
+  with jax.set_mesh(mesh):
+    rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
+    sharded = draw(rows, numbers)
+  assert len(sharded.weights.sharding.device_set) == 8
+  some = np.array([32, 33, 6, 7])
+  part = draw(tokens[some], numbers[some])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  of_some = (copies * some[:, None] + np.arange(copies)).ravel()
+  for field in ('inputs', 'weights', 'mask_ratio', 'num_tokens'):
+    expected = np.asarray(getattr(whole, field))
+    close(getattr(sharded, field), expected)
+    close(getattr(part, field), expected[of_some])
 
 
 # A packed row: a document, an empty document, and the start of a third.

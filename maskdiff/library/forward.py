@@ -14,6 +14,7 @@ from maskdiff.distributed.mesh import batch_sharding
 from maskdiff.errors import UserError
 from maskdiff.library import arguments, batches
 from maskdiff.likelihood.queries import padded_length
+from maskdiff.model import masks
 from maskdiff.model.transformer import bind
 from maskdiff.objectives import masked_diffusion
 from maskdiff.objectives.canvas import canvas_loss
@@ -62,10 +63,8 @@ def _logits(network, mesh, tokens, valid, doc):
     inputs, labels = show(network, tokens, valid, documents)
     if doc is not None and OBJECTIVES[network.objective].left_to_right:
       # The first token of every document is predicted from bos.
-      before = jnp.pad(
-        labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=PADDING
-      )
-      inputs = jnp.where(labels.doc == before, inputs, network.bos_id)
+      continues = masks.continues_document(labels)
+      inputs = jnp.where(continues, inputs, network.bos_id)
     transformer = bind(network.config, network.params)
     found = transformer.logits(transformer(inputs, labels))
     if not network.predict_mask:

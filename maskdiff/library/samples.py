@@ -14,7 +14,7 @@ from maskdiff.sampling import answers, layouts, recording, sampler
 from maskdiff.sampling.prompts import Prompt
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.serve import Answer
-from maskdiff.sampling.settings import Settings, fit_blocks, of_request
+from maskdiff.sampling.settings import Settings, of_request
 
 # Rules whose number of steps is the number of slots at most, and not `steps`.
 _ONE_STEP_PER_SLOT = ('threshold', 'factor', 'first_hitting')
@@ -93,9 +93,7 @@ def sample(
   # Blocks of at least all slots give the same answers, so a power of two saves
   # compilations.
   power = 1 << (fitted.block_length - 1).bit_length()
-  wide = dataclasses.replace(
-    fitted, block_length=fit_blocks(network, c, power).block_length
-  )
+  wide = dataclasses.replace(fitted, block_length=min(c.block_length, power))
   longest = max(len(text.row) for text in texts)
   length = answers.padded_length(longest, context)
   with jax.set_mesh(model.mesh):

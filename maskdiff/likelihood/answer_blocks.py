@@ -1,4 +1,8 @@
-"""Blocks of an answer, for networks that fill rows block by block."""
+"""Blocks of an answer, which a network fills from left to right.
+
+To a left-to-right network every token is a block, and to a network that
+predicts tokens in any order the whole row is one.
+"""
 
 import numpy as np
 
@@ -8,16 +12,13 @@ from maskdiff.objectives.table import OBJECTIVES
 def sizes(network, answer):
   """Returns the number of answer tokens in each block that has any.
 
-  Networks without blocks see the row as one block.
-
   Args:
     network: Network.
     answer: [L] bool, of a row without padding. Its blocks are counted from its
       first token.
   """
-  positions = np.flatnonzero(answer)
-  length = network.block_length or len(answer)
-  return np.unique(positions // length, return_counts=True)[1]
+  block = _block_of(network, len(answer))
+  return np.unique(block[answer], return_counts=True)[1]
 
 
 def has_unseen_text(network, answer):
@@ -27,8 +28,11 @@ def has_unseen_text(network, answer):
     network: Network.
     answer: [L] bool, as for `sizes`.
   """
-  order = OBJECTIVES[network.objective].order
-  if order == 'any' or answer.all():
-    return False
-  block = np.arange(len(answer)) // (network.block_length or 1)
-  return block[~answer].max() > block[answer].min()
+  block = _block_of(network, len(answer))
+  return not answer.all() and block[~answer].max() > block[answer].min()
+
+
+def _block_of(network, length):
+  """Returns the number of the block of each position, [L] int."""
+  size = {'any': length, 'left_to_right': 1, 'blocks': network.block_length}
+  return np.arange(length) // size[OBJECTIVES[network.objective].order]

@@ -241,6 +241,7 @@ def greedy_matches(network, c, answers, progress=None):
   rows = queries.rows_of(network, c, answers)
   targets = [row.tokens[row.answer] for row in rows]
   causal = OBJECTIVES[network.objective].left_to_right
+  sizes = [answer_blocks.sizes(network, row.answer) for row in rows]
   match = np.ones(len(rows), bool)
   for size, members in queries.by_length(rows).items():
     masked = {i: np.ones(len(targets[i]), bool) for i in members}
@@ -252,10 +253,8 @@ def greedy_matches(network, c, answers, progress=None):
       for i, _, token, log_prob in predicted:
         confidence = np.where(masked[i], log_prob, -np.inf)
         # Blocks advance together, each given the true tokens before it: as long
-        # as the predictions are right, greedy decoding sees the same tokens. To
-        # a left-to-right network each token is a block.
-        sizes = answer_blocks.sizes(network, rows[i].answer)
-        commit = slice(None) if causal else _most_confident(confidence, sizes)
+        # as the predictions are right, greedy decoding sees the same tokens.
+        commit = _most_confident(confidence, sizes[i])
         match[i] = (token == targets[i])[commit].all()
         masked[i][commit] = False
         if not match[i] or not masked[i].any():

@@ -118,6 +118,12 @@ def visible(query, key):
   return (q.doc == k.doc) & (clean | noisy)
 
 
+def continues_document(labels):
+  """Returns [B, L] bool, whether the position before has the same `doc`."""
+  before = jnp.pad(labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  return labels.doc == before
+
+
 def has_clean_copy(labels):
   """Returns whether the rows are [noisy ; clean], from `block_diffusion`."""
   return labels.regime is not None and labels.regime.make is _block_diffusion

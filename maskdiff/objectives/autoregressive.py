@@ -29,8 +29,7 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   doc = document_labels(c, rows)
   inputs, labels = show(c, rows.tokens, valid, doc)
   if rows.doc is not None:
-    before = jnp.pad(labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    inputs = jnp.where(labels.doc == before, inputs, c.bos_id)
+    inputs = jnp.where(masks.continues_document(labels), inputs, c.bos_id)
   answer = answer_positions(rows, valid)
   return Canvas(
     inputs=inputs,

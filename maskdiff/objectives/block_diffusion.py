@@ -110,7 +110,7 @@ def show_masked(c, tokens, masked, valid, doc=0):
 
 def _two_copies(c, noisy, clean, valid, doc):
   """Returns [noisy ; clean] and its Labels; only `noisy` if it is one block."""
-  if c.block_length >= clean.shape[1]:
+  if copies(c, clean.shape[1]) == 1:
     return noisy, masks.bidirectional(valid, doc)
   causal = c.clean_attention == 'causal'
   labels = masks.block_diffusion(valid, c.block_length, doc, causal)
@@ -142,9 +142,9 @@ def show(c, tokens, valid, doc=0):
   return tokens, masks.block_causal(valid, c.block_length, doc)
 
 
-def copies(block_length, length):
+def copies(c, length):
   """Returns the copies of each token in a training row: 2, or 1 for a block."""
-  return 2 if block_length < length else 1
+  return 2 if c.block_length < length else 1
 
 
 def visible_pairs(c, length):

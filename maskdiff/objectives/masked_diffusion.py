@@ -162,8 +162,7 @@ def canvas_of(c, rows, ratio, weight, masked, lengths):
   inputs, labels = show(c, noisy, valid, doc)
   next_weights = None
   if c.autoregressive_weight:
-    before = jnp.pad(labels.doc[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    follows = answer & (labels.doc == before)
+    follows = answer & masks.continues_document(labels)
     next_weights = jnp.where(follows, c.autoregressive_weight, 0.0)
   return Canvas(
     inputs=inputs,

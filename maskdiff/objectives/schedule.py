@@ -32,7 +32,7 @@ class Schedule:
       'linear': lambda: t,
       'polynomial': lambda: t**self.power,
       # 1 - alpha of MD4's cosine schedule, cos(pi/2 (1 - t)).
-      'cosine': lambda: _numpy(t).sin(np.pi / 2 * t),
+      'cosine': lambda: module_of(t).sin(np.pi / 2 * t),
     }[self.name]()
 
   def time(self, mask_ratio):
@@ -48,11 +48,11 @@ class Schedule:
     return {
       'linear': lambda: 1 / t,
       'polynomial': lambda: self.power / t,
-      'cosine': lambda: np.pi / 2 / _numpy(t).tan(np.pi / 2 * t),
+      'cosine': lambda: np.pi / 2 / module_of(t).tan(np.pi / 2 * t),
     }[self.name]()
 
 
-def _numpy(x):
+def module_of(x):
   """Returns the module that computes with x: NumPy for its arrays."""
   return np if isinstance(x, np.ndarray) else jnp
 

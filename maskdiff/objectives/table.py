@@ -39,7 +39,7 @@ class Objective:
       are filled, so that a KV cache of them stays exact.
     visible_pairs: (ObjectiveConfig, L) -> pairs of a query and a key that it
       sees in a training row, divided by L^2.
-    copies: (block_length, L) -> positions of a training row, divided by L.
+    copies: (ObjectiveConfig, L) -> positions of a training row, divided by L.
     with_masks: (ObjectiveConfig, Rows of [B, L], times [B, K], masked [B, L]
       bool, lengths [B]) -> Canvas for given masks; None if the objective draws
       none.
@@ -55,7 +55,7 @@ class Objective:
   can_guide: bool
   exact_cache: bool
   visible_pairs: Callable
-  copies: Callable = lambda block_length, length: 1
+  copies: Callable = lambda c, length: 1
   with_masks: Callable | None = None
   show_masked: Callable | None = None
 
@@ -163,7 +163,7 @@ def flops_per_token(c, model_config, length):
   """
   m, objective = model_config, OBJECTIVES[c.name]
   _, inner = transformer.num_params(m)
-  weights = inner * objective.copies(c.block_length, length)
+  weights = inner * objective.copies(c, length)
   heads = 2 if c.autoregressive_weight else 1  # both copies have a loss
   weights += heads * m.vocab_size * m.embed
   attention = m.layers * length * m.heads * m.head_dim

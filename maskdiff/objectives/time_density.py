@@ -11,6 +11,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from maskdiff.objectives.schedule import module_of
+
 BINS = 1024  # of the tabulated density, on [0, 1]
 
 
@@ -170,5 +172,4 @@ def _ratio(schedule, eps, t, complement):
   ratio = schedule.mask_ratio(t)
   if not complement:
     return ratio
-  maximum = np.maximum if isinstance(t, np.ndarray) else jnp.maximum
-  return maximum(1 - ratio, schedule.mask_ratio(eps))
+  return module_of(t).maximum(1 - ratio, schedule.mask_ratio(eps))

@@ -20,6 +20,7 @@ from objective_cases import (
   strong_params,
   without_mask,
 )
+from slow import SLOW
 
 from maskdiff.config import validate
 from maskdiff.data.rows import Rows
@@ -32,7 +33,6 @@ from maskdiff.objectives.time_density import TimeDensity
 
 LENGTH = 12
 BLOCKS = [1, 2, 3, 4, 6, 12]
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 BLOCK = dataclasses.replace(CONFIG, name='block_diffusion')
 
 

@@ -1,7 +1,6 @@
 """Complementary masks: a row is in the Canvas twice, with masks exchanged."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -18,6 +17,7 @@ from objective_cases import (
   TINY,
   TOKENS,
   L,
+  check_rows_do_not_depend_on_devices_or_parts,
   enumerated_bound,
   log_probabilities,
   loss,
@@ -29,7 +29,6 @@ from objective_cases import (
 
 from maskdiff.config import validate
 from maskdiff.data.rows import Rows
-from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.objectives import block_diffusion, masked_diffusion
 from maskdiff.objectives.schedule import SCHEDULES, Schedule
@@ -194,24 +193,10 @@ def test_weight_of_a_nearly_empty_mask_is_limited():
 @pytest.mark.slow
 def test_rows_do_not_depend_on_devices_or_microbatches():
   c = dataclasses.replace(BLOCK, random_length_fraction=0.5)
-  tokens, numbers = random_tokens(64, 16), jnp.arange(64)
   draw = lambda rows, numbers: make_canvas(
     c, rows, numbers, jax.random.key(0), 64
   )
-  whole = draw(tokens, numbers)
-  mesh = mesh_lib.make_mesh(fsdp=8)
-  with jax.set_mesh(mesh):
-    rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
-    sharded = draw(rows, numbers)
-  assert len(sharded.weights.sharding.device_set) == 8
-  some = np.array([32, 33, 6, 7])
-  part = draw(tokens[some], numbers[some])
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-  of_some = np.stack([2 * some, 2 * some + 1], axis=1).ravel()
-  for field in ('inputs', 'weights', 'mask_ratio', 'num_tokens'):
-    expected = np.asarray(getattr(whole, field))
-    close(getattr(sharded, field), expected)
-    close(getattr(part, field), expected[of_some])
+  check_rows_do_not_depend_on_devices_or_parts(draw, copies=2)
 
 
 # Config

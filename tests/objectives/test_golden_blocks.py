@@ -7,6 +7,7 @@ normalization and applies it to the weights and the nll of a Canvas.
 import dataclasses
 import functools
 
+import golden_models
 import golden_sdlm
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from golden_models import GOLDEN
 from objective_cases import CONFIG
+from slow import SLOW
 
 from maskdiff.data.rows import Rows
 from maskdiff.model import masks, transformer
@@ -43,7 +45,8 @@ def golden(name):
 
 @functools.cache
 def network():
-  return golden_sdlm.load_sdlm()
+  found = golden_models.block_network(block_length=4)
+  return found.config, found.params
 
 
 def loss_of(c, canvas, scale, gradient=False):
@@ -189,8 +192,6 @@ def test_sdar_documents_of_a_row_have_times_of_their_own(case):
 
 
 # Fast-dLLM v2
-
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize('case', [0, SLOW(1), SLOW(2)])

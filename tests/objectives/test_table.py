@@ -72,5 +72,5 @@ def test_pairs_and_copies_are_those_of_the_labels(
   if name == 'autoregressive':  # the diagonal is not counted
     seen -= length / 2
   assert pairs * length**2 == seen
-  copies = objective.copies(block_length, length)
+  copies = objective.copies(c, length)
   assert canvas.inputs.shape == (2, copies * length)

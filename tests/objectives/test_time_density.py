@@ -1,7 +1,6 @@
 """Densities of times and weights, against closed forms and enumeration."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -14,6 +13,7 @@ from objective_cases import (
   CONFIG,
   TINY,
   L,
+  check_rows_do_not_depend_on_devices_or_parts,
   enumerated_bound,
   expected_loss,
   make_canvas,
@@ -24,8 +24,6 @@ from objective_cases import (
 )
 
 from maskdiff.config import default
-from maskdiff.data.rows import Rows
-from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.objectives.schedule import SCHEDULES, Schedule
 from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.training import evaluation, step
@@ -201,18 +199,7 @@ def test_rows_do_not_depend_on_devices_or_microbatches(name, progress):
   plain = make_canvas(CONFIG, tokens, numbers, jax.random.key(0), 64)
   same = np.array_equal(whole.weights, plain.weights)
   assert same == (name == 'plan' and progress == 0.5)
-  mesh = mesh_lib.make_mesh(fsdp=8)
-  with jax.set_mesh(mesh):
-    rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
-    sharded = draw(rows, numbers)
-  assert len(sharded.weights.sharding.device_set) == 8
-  some = np.array([32, 33, 6, 7])
-  part = draw(tokens[some], numbers[some])
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-  for field in ('inputs', 'weights', 'mask_ratio', 'num_tokens'):
-    expected = np.asarray(getattr(whole, field))
-    close(getattr(sharded, field), expected)
-    close(getattr(part, field), expected[some])
+  check_rows_do_not_depend_on_devices_or_parts(draw)
 
 
 def test_evaluation_does_not_depend_on_the_training_objective():

@@ -1,7 +1,6 @@
 """Networks trained on blocks: filled block by block, with an exact cache."""
 
 import dataclasses
-import functools
 
 import fake_networks
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import sampled
 import tiny
+from slow import SLOW
 
 from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
@@ -111,9 +111,6 @@ def test_each_step_predicts_as_the_training_does():
 
 
 # The cache
-
-
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
 """Networks trained on blocks, against the samplers of SDAR and Fast-dLLM v2."""
 
-import functools
-
 import golden_models
 import numpy as np
 import pytest
 import sampled
+from slow import SLOW
 
 from maskdiff.sampling import layouts
-
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope='module')
@@ -57,9 +54,6 @@ def sdar_settings(cases):
     threshold=np.array([case['threshold'] for case in cases]),
     steps=steps * np.array(blocks),
   )
-
-
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize('numbers', [(0,), SLOW((1, 4)), SLOW((2, 3))])
