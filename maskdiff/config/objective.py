@@ -102,6 +102,13 @@ KEYS = {
     'which is added to the loss. It needs clean_attention=causal.',
     minimum=0,
   ),
+  'position_power': Key(
+    1.0,
+    'Above 1, block_diffusion masks later tokens of a block more often in '
+    'training: the mask ratio of the first position is raised to this power, '
+    'that of the last to its inverse. The held-out bound has equal ratios.',
+    above=0,
+  ),
   'block_plan': Key(
     (),
     'Block lengths that change during the training of block_diffusion, as '
@@ -161,6 +168,13 @@ def check(c):
     f'config.objective.autoregressive_weight={o.autoregressive_weight} is for '
     'block_diffusion with a causal clean copy, which does not see the '
     'predicted tokens; set --config.objective.clean_attention=causal',
+  )
+  require(
+    o.position_power == 1
+    or (o.name == 'block_diffusion' and o.block_length > 1),
+    f'config.objective.position_power={o.position_power} is for '
+    'block_diffusion with two or more tokens per block; set '
+    '--config.objective.position_power=1',
   )
   interval = o.time_interval
   require(

@@ -226,7 +226,8 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
     noise = batches.per_position('noise', noise, shape, 'fiu')
     used = batch.valid[: batch.size, : batch.length]
     arguments.check_in_unit('noise', noise, used)
-    ratio = c.schedule.mask_ratio(t).reshape(len(t), -1)
+    of_row = t.reshape(len(t), -1)
+    ratio = masked_diffusion.by_position(c, lambda s: s.mask_ratio(of_row))
     masked = noise < masked_diffusion.by_token(c, ratio, batch.length)
   masked = batches.per_position('masked', masked, shape, 'b')
   added = len(batch.tokens) - batch.size

@@ -40,6 +40,27 @@ class ObjectiveConfig:
   complementary_masks: bool = False  # whether a row is also masked elsewhere
   clean_attention: str = 'block'  # or 'causal', of the clean copy
   autoregressive_weight: float = 0.0  # of the loss of the clean copy
+  position_power: float = (
+    1.0  # above 1, later tokens of a block mask more often
+  )
+
+  @property
+  def position_schedules(self):
+    """The Schedule of each position of a block; a single one for all if equal.
+
+    The mask ratio of the first position is raised to `position_power`, that of
+    the last to 1 / position_power, and those between to a geometric sequence of
+    exponents.
+    """
+    n = self.block_length
+    if self.position_power == 1 or n == 1:
+      return (self.schedule,)
+    return tuple(
+      dataclasses.replace(
+        self.schedule, exponent=self.position_power ** (1 - 2 * i / (n - 1))
+      )
+      for i in range(n)
+    )
 
   def is_bound(self, progress):
     """Returns whether the expected loss is the bound.
@@ -49,6 +70,8 @@ class ObjectiveConfig:
     """
     if self.autoregressive_weight:
       return False
+    if self.position_power != 1 and progress < self.uniform_after:
+      return False  # a bound, but averaged over other orders of the tokens
     importance = self.weight.name == 'importance'
     uniform = self.weight.name == 'bound' and self.time_density.is_uniform
     return importance or uniform or progress >= self.uniform_after

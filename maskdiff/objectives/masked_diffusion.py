@@ -102,8 +102,9 @@ def corrupt(c, rows, u, noise, lengths, progress=0.0):
     progress: see `make_canvas`.
   """
   u = u.reshape(len(u), -1)
-  t, weight = times_and_weights(c, u, progress)
-  ratio = c.schedule.mask_ratio(t)
+  ratio, weight = by_position(
+    c, lambda schedule: ratios_and_weights(c, schedule, u, progress)
+  )
   masked = noise < by_token(c, ratio, noise.shape[1])
   if c.complementary_masks:
     # The two copies of a row are neighbours, so that they stay on its device.
@@ -133,20 +134,58 @@ def with_masks(c, rows, t, masked, lengths):
   density = c.time_density if early else TimeDensity()
   t = t.reshape(len(t), -1)
   d = (t - c.eps) / (1 - c.eps)
-  weights = weight.at(c.schedule, density, c.eps, d)
-  ratio = c.schedule.mask_ratio(t)
+  ratio, weights = by_position(
+    c,
+    lambda schedule: (
+      schedule.mask_ratio(t),
+      weight.at(schedule, density, c.eps, d),
+    ),
+  )
   return canvas_of(c, rows, ratio, weights, masked, lengths)
 
 
+def by_position(c, function):
+  """Calls a function with the Schedule of each position of a block.
+
+  Args:
+    c: ObjectiveConfig.
+    function: Schedule -> tree of [B, K].
+
+  Returns:
+    The tree of the function; of [B, K, n] if the n positions of a block differ.
+  """
+  first, *others = map(function, c.position_schedules)
+  if not others:
+    return first
+  return jax.tree.map(lambda *x: jnp.stack(x, axis=-1), first, *others)
+
+
 def by_token(c, x, length):
-  """Returns the values of K parts, [B, K], for each token: [B, L] or [B, 1]."""
+  """Returns the values of K parts for each token: [B, L] or [B, 1].
+
+  Args:
+    c: ObjectiveConfig.
+    x: [B, K], or [B, K, n] as from `by_position`.
+    length: L.
+  """
+  if x.ndim == 3:
+    return x.reshape(len(x), -1)[:, :length]
   if x.shape[1] == 1:
     return x
   return jnp.repeat(x, c.block_length, axis=1)[:, :length]
 
 
 def canvas_of(c, rows, ratio, weight, masked, lengths):
-  """Returns the Canvas for mask ratios and weights [B, K] and masks [B, L]."""
+  """Returns the Canvas for mask ratios, weights and masks.
+
+  Args:
+    c: ObjectiveConfig.
+    rows: data.rows.Rows of [B, L], clean.
+    ratio: [B, K], or [B, K, n] as from `by_position`.
+    weight: of the same shape.
+    masked: [B, L] bool.
+    lengths: [B] int32, tokens of each row before the cut.
+  """
   weight = by_token(c, weight, rows.tokens.shape[1])
   valid = jnp.arange(rows.tokens.shape[1]) < lengths[:, None]
   if rows.doc is not None:
@@ -170,28 +209,29 @@ def canvas_of(c, rows, ratio, weight, masked, lengths):
     targets=rows.tokens,
     weights=jnp.where(masked, weight, 0.0),
     num_tokens=num_tokens.astype(jnp.float32),
-    mask_ratio=ratio,
+    mask_ratio=ratio if ratio.ndim == 2 else ratio.mean(axis=2),
     next_weights=next_weights,
   )
 
 
-def times_and_weights(c, u, progress):
-  """Returns the times and the weights of masked tokens, each of the shape of u.
+def ratios_and_weights(c, schedule, u, progress):
+  """Returns mask ratios and weights of masked tokens, each of the shape of u.
 
   With complementary masks, it returns the weights of both masks as a tuple.
-  Arguments as for `corrupt`.
+  Arguments as for `corrupt`; `schedule` is that of a position. After
+  `uniform_after`, all positions have the schedule of the config.
   """
 
-  def at(density, weight):
+  def at(schedule, density, weight):
     d = density.quantile(u)
     weights_of = weight.of_pair if c.complementary_masks else weight.at
-    weights = weights_of(c.schedule, density, c.eps, d)
-    return (1 - c.eps) * d + c.eps, weights
+    weights = weights_of(schedule, density, c.eps, d)
+    return schedule.mask_ratio((1 - c.eps) * d + c.eps), weights
 
-  early = at(c.time_density, c.weight)
+  early = at(schedule, c.time_density, c.weight)
   if c.uniform_after >= 1:
     return early
-  late = at(TimeDensity(), Weight())
+  late = at(c.schedule, TimeDensity(), Weight())
   return jax.tree.map(
     lambda a, b: jnp.where(progress < c.uniform_after, a, b), early, late
   )

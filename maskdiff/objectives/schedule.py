@@ -20,23 +20,28 @@ from maskdiff.config import CHOICES
 class Schedule:
   """A noise schedule. Only the polynomial schedule uses `power`.
 
-  The methods take and return arrays of the same shape, of JAX or NumPy.
+  The mask ratio of any schedule may be raised to an `exponent`. The methods
+  take and return arrays of the same shape, of JAX or NumPy.
   """
 
   name: str = 'linear'
   power: float = 2.0
+  exponent: float = 1.0
 
   def mask_ratio(self, t):
     """Returns 1 - alpha(t), the probability that a token is masked."""
-    return {
+    ratio = {
       'linear': lambda: t,
       'polynomial': lambda: t**self.power,
       # 1 - alpha of MD4's cosine schedule, cos(pi/2 (1 - t)).
       'cosine': lambda: module_of(t).sin(np.pi / 2 * t),
     }[self.name]()
+    return ratio if self.exponent == 1 else ratio**self.exponent
 
   def time(self, mask_ratio):
     """Returns the time t of a mask ratio; inverts `mask_ratio`."""
+    if self.exponent != 1:
+      mask_ratio = mask_ratio ** (1 / self.exponent)
     return {
       'linear': lambda: mask_ratio,
       'polynomial': lambda: mask_ratio ** (1 / self.power),
@@ -45,11 +50,12 @@ class Schedule:
 
   def weight(self, t):
     """Returns -alpha'(t) / (1 - alpha(t)), the loss weight, for t > 0."""
-    return {
+    weight = {
       'linear': lambda: 1 / t,
       'polynomial': lambda: self.power / t,
       'cosine': lambda: np.pi / 2 / module_of(t).tan(np.pi / 2 * t),
     }[self.name]()
+    return weight if self.exponent == 1 else self.exponent * weight
 
 
 def module_of(x):

@@ -205,6 +205,7 @@ def _masked_share(config, rows, parts):
     c.time_sampling == 'antithetic'
     and c.schedule.name == 'linear'
     and c.time_density.is_symmetric
+    and len(c.position_schedules) == 1
     and times % 2 == 0
   )
   # Without pairs, the share on a device depends on the times of its rows, and
@@ -213,9 +214,8 @@ def _masked_share(config, rows, parts):
     return 1.0, 0.0
   u = (np.arange(1000) + 0.5) / 1000
   # eps is small enough to ignore.
-  ratio = np.asarray(
-    c.schedule.mask_ratio(np.asarray(c.time_density.quantile(u)))
-  )
+  t = np.asarray(c.time_density.quantile(u))
+  ratio = np.mean([s.mask_ratio(t) for s in c.position_schedules], axis=0)
   variance = np.mean(ratio * (1 - ratio))  # given the times
   if not paired:
     variance += c.block_length * np.var(ratio)

@@ -245,6 +245,7 @@ def eval_config(c):
     weight=Weight(),
     complementary_masks=False,
     autoregressive_weight=0.0,
+    position_power=1.0,
   )
   return dataclasses.replace(c, objective=objective)
 

@@ -215,6 +215,7 @@ def test_evaluation_does_not_depend_on_the_training_objective():
       'objective.eps': 0.1,
       'objective.complementary_masks': True,
       'objective.autoregressive_weight': 0.3,
+      'objective.position_power': 2.0,
     }
   )
   other = evaluation.eval_config(step.step_config(config)).objective

@@ -29,6 +29,7 @@ JOINT = dataclasses.replace(
   complementary_masks=True,
   clean_attention='causal',
   autoregressive_weight=0.3,
+  position_power=2.0,
 )
 
 
