@@ -1,6 +1,6 @@
 """Compares the speed of autoregressive, block and masked diffusion samplers.
 
-python benchmarks/throughput.py
+python benchmarks/throughput.py --out throughput.jsonl
 python benchmarks/throughput.py --prompts 128 2048 --answers 64 --batches 1 8
 
 The same Transformer, with the same random weights, fills the same canvases as
@@ -9,15 +9,19 @@ diffusion network. All have a KV cache: an exact one, except for masked
 diffusion (`dual`). --tokens_per_step tokens are committed in each denoising
 step, which fixes the number of forward passes, so the weights do not matter.
 How many tokens a step may commit without a loss of quality is a property of a
-trained model; benchmarks/quality.py measures it.
+trained model; benchmarks/equal_quality.py measures it.
 
-Prints tokens/s, their ratio to autoregression, and forward passes and positions
-computed per token. Compilation is not timed.
+Writes a line of JSON per sampler, with tokens/s and the forward passes and
+positions computed per token. Compilation is not timed. With --out, a canvas
+whose lines exist is not measured again. benchmarks/throughput_page.py makes the
+table and the plot of docs/block_diffusion.md.
 """
 
 import argparse
 import dataclasses
 import itertools
+import json
+import pathlib
 
 import jax
 import numpy as np
@@ -48,48 +52,41 @@ def network(params, objective, block_length=0):
 
 
 def variants(params, answer, tokens_per_step):
-  """Returns dict: name -> (Network, SamplerConfig, Settings)."""
+  """Returns dict: (name, tokens per step) -> (Network, SamplerConfig, Settings).
+
+  Args:
+    params: parameters of MODEL.
+    answer: number of slots of an answer.
+    tokens_per_step: list of numbers.
+  """
+
+  def filled(objective, block, n, cache):
+    steps = -(-answer // block) * max(1, min(block, answer) // n)
+    settings = {'block_length': block, 'cache': cache}
+    settings |= {'gen_length': answer, 'steps': steps}
+    trained_block = block if objective == 'block_diffusion' else 0
+    return network(params, objective, trained_block), *split(settings)
+
+  left_to_right = {'block_length': 1, 'cache': 'prefix', 'lookahead': 0}
   found = {
-    'autoregressive': (
+    ('autoregressive', 1): (
       network(params, 'autoregressive'),
-      *split({'block_length': 1, 'cache': 'prefix', 'lookahead': 0}),
+      *split(left_to_right),
     )
   }
-
-  def steps(block):
-    blocks = -(-answer // block)
-    return blocks * max(1, min(block, answer) // n)
-
   for n in tokens_per_step:
-    for block in BLOCKS:
-      if n <= block:
-        found[f'blocks of {block}, {n} per step'] = (
-          network(params, 'block_diffusion', block),
-          *split(
-            {
-              'block_length': block,
-              'cache': 'prefix',
-              'gen_length': answer,
-              'steps': steps(block),
-            }
-          ),
-        )
-    found[f'masked diffusion, {n} per step'] = (
-      network(params, 'masked_diffusion'),
-      *split(
-        {
-          'block_length': MASKED_BLOCK,
-          'cache': 'dual',
-          'gen_length': answer,
-          'steps': steps(MASKED_BLOCK),
-        }
-      ),
+    for block in (b for b in BLOCKS if n <= b):
+      found[f'blocks of {block}', n] = filled(
+        'block_diffusion', block, n, 'prefix'
+      )
+    found['masked diffusion', n] = filled(
+      'masked_diffusion', MASKED_BLOCK, n, 'dual'
     )
   return found
 
 
-def compare(params, prompt, answer, batch, tokens_per_step, rounds):
-  """Prints the table of one length of prompts and answers and one batch."""
+def measure(params, prompt, answer, batch, tokens_per_step, rounds):
+  """Returns the lines of one length of prompts and answers and one batch."""
   random = np.random.default_rng(0)
   prompts = random.integers(9, MODEL.vocab_size, (batch, prompt)).tolist()
   request = layouts.continue_prompts(prompts, answer)
@@ -105,37 +102,48 @@ def compare(params, prompt, answer, batch, tokens_per_step, rounds):
   }
   carries = {name: function() for name, function in functions.items()}
   seconds = alternate(functions, rounds)
-  print(
-    f'\n{batch} prompts of {prompt} tokens, {answer} more each:\n\n'
-    '| | tokens/s | ratio | forwards per token | positions per token |\n'
-    '|---|---|---|---|---|'
-  )
-  number = batch * answer
-  for name, carry in carries.items():
-    ratio = seconds['autoregressive'] / seconds[name]
+  lines, number = [], batch * answer
+  for (name, n), carry in carries.items():
     forwards, positions = jax.device_get((carry.forwards, carry.positions))
-    print(
-      f'| {name} | {number / seconds[name]:,.0f} | {ratio:.2f} '
-      f'| {forwards.sum() / number:.3f} | {positions.sum() / number:.1f} |',
-      flush=True,
+    lines.append(
+      {
+        'prompt': prompt,
+        'answer': answer,
+        'batch': batch,
+        'sampler': name,
+        'tokens_per_step': n,
+        'tokens_per_s': round(number / seconds[name, n], 1),
+        'forwards_per_token': round(float(forwards.sum()) / number, 4),
+        'positions_per_token': round(float(positions.sum()) / number, 2),
+      }
     )
+  return lines
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   several = dict(type=int, nargs='+')
   parser.add_argument('--prompts', default=[128, 512, 2048], **several)
   parser.add_argument('--answers', default=[64, 256, 1024], **several)
   parser.add_argument('--batches', default=[1, 8, 32], **several)
-  parser.add_argument('--tokens_per_step', default=[1, 2, 4], **several)
+  parser.add_argument('--tokens_per_step', default=[1, 4, 8], **several)
   parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--out', type=pathlib.Path, help='file of JSON lines')
   args = parser.parse_args()
   params = transformer.init(MODEL, jax.random.key(0))
-  print(f'{jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
-  for prompt, answer, batch in itertools.product(
-    args.prompts, args.answers, args.batches
-  ):
-    compare(params, prompt, answer, batch, args.tokens_per_step, args.rounds)
+  done = set()
+  if args.out and args.out.exists():
+    lines = map(json.loads, args.out.read_text().splitlines())
+    done = {(x['prompt'], x['answer'], x['batch']) for x in lines}
+  for canvas in itertools.product(args.prompts, args.answers, args.batches):
+    if canvas in done:
+      continue
+    lines = measure(params, *canvas, args.tokens_per_step, args.rounds)
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    print(text, end='', flush=True)
+    if args.out:
+      with open(args.out, 'a') as f:
+        f.write(text)
 
 
 if __name__ == '__main__':

@@ -206,6 +206,9 @@ def choose_family(config, original, name):
     reason = families.misfit(family, model)
     if reason is None and family.objective != config.objective.name:
       reason = f'config.objective.name={config.objective.name!r}'
+    if reason is None and config.objective.clean_attention == 'causal':
+      # Published networks see whole blocks in the blocks before.
+      reason = "config.objective.clean_attention='causal'"
     if reason is None and family.predict_next != model.predict_next:
       reason = f'config.model.predict_next={model.predict_next}'
     if reason is None:

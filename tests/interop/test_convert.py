@@ -128,6 +128,9 @@ def test_family_of_block_diffusion_follows_the_shift():
     convert.choose_family(config, None, None)
   config.model.predict_next = False
   assert convert.choose_family(config, None, None).name == 'sdar'
+  config.objective.clean_attention = 'causal'
+  with pytest.raises(UserError, match="sdar does not fit .*'causal'"):
+    convert.choose_family(config, None, None)
 
 
 def test_blocks_of_sdar_are_those_of_its_config(tmp_path):
