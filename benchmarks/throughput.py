@@ -52,7 +52,9 @@ def network(params, objective, block_length=0):
 
 
 def variants(params, answer, tokens_per_step):
-  """Returns dict: (name, tokens per step) -> (Network, SamplerConfig, Settings).
+  """Returns the samplers, a dict with keys (name, tokens per step).
+
+  A value is a Network, its SamplerConfig and its Settings.
 
   Args:
     params: parameters of MODEL.
