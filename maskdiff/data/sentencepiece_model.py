@@ -11,8 +11,12 @@ import sentencepiece
 from maskdiff.errors import UserError
 
 # SentencePiece writes spaces in its pieces as this character.
-_SPACE = '\u2581'
+SPACE = '\u2581'
 REPLACEMENT = '\ufffd'.encode()
+
+# Types of a piece in sentencepiece_model.proto.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+_BPE = 2  # the model type of TrainerSpec; 1, the default, is unigram
 
 # Options by (field of the ModelProto, field of the message in it), with the
 # defaults of sentencepiece_model.proto.
@@ -120,6 +124,21 @@ def _options(content):
   return options
 
 
+def kinds(content: bytes) -> tuple[list[int], bool]:
+  """Returns the type of each piece of a model file, and whether it is BPE.
+
+  Raises:
+    ValueError: the file is malformed.
+  """
+  types, is_bpe = [], False
+  for number, message in _fields(content):
+    if number == 1:
+      types.append(dict(_fields(message)).get(3, NORMAL))
+    elif number == 2:
+      is_bpe = dict(_fields(message)).get(3) == _BPE
+  return types, is_bpe
+
+
 def _fields(message):
   """Yields the number and the value of each field of a protobuf message.
 
@@ -161,21 +180,20 @@ def _varint(message, at):
 
 def encode_batch(processor, texts, num_threads: int) -> list[list[int]]:
   """Token ids of every text, in order, on `num_threads` threads."""
-  # The library would decode a literal _SPACE as a space. It is therefore
+  # The library would decode a literal SPACE as a space. It is therefore
   # encoded as bytes, and the text around it in parts.
-  plain = [t for t in texts if _SPACE not in t]
+  plain = [t for t in texts if SPACE not in t]
   encoded = iter(processor.encode(plain, num_threads=num_threads))
   return [
-    _encode_around(processor, t) if _SPACE in t else next(encoded)
-    for t in texts
+    _encode_around(processor, t) if SPACE in t else next(encoded) for t in texts
   ]
 
 
 def _encode_around(processor, text: str) -> list[int]:
   byte_ids = [
-    processor.piece_to_id(f'<0x{byte:02X}>') for byte in _SPACE.encode()
+    processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()
   ]
-  first, *rest = text.split(_SPACE)
+  first, *rest = text.split(SPACE)
   ids = processor.encode(first)
   for part in rest:
     ids += byte_ids + processor.encode(part)
@@ -190,4 +208,4 @@ def _piece_bytes(processor, i: int) -> bytes:
     return REPLACEMENT
   if processor.is_byte(i):
     return bytes([int(piece[1:-1], 16)])
-  return piece.replace(_SPACE, ' ').encode()
+  return piece.replace(SPACE, ' ').encode()

@@ -23,6 +23,7 @@ import numpy as np
 from maskdiff import config as config_lib
 from maskdiff.checkpoints import manifest, restore, weights
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data import tokenizer_files
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, new_folder
@@ -36,6 +37,7 @@ from maskdiff.interop import (
   permissions,
   reference,
   safetensors,
+  sentencepiece_json,
 )
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.interop.leaves import Leaf
@@ -164,6 +166,9 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
           atomic.write(path, as_text(written))
       if tokenizer:
         permissions.copy_tokenizer(tokenizer, new)
+        if os.path.exists(os.path.join(new, tokenizer_files.MODEL)):
+          length = config.data.length
+          sentencepiece_json.write(new, tokenizer, length)
         # The tokenizer of a network that had a mask token stays as it is.
         if not (source_family and source_family.has_mask_token):
           note = mask_token.extend_tokenizer(new, tokenizer, config)

@@ -4,10 +4,13 @@ The tests are skipped without torch and transformers
 (requirements-interop-test.txt).
 """
 
+import pathlib
+
 import numpy as np
 import published_folders
 import pytest
 
+from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.interop import (
   config_keys,
@@ -17,6 +20,7 @@ from maskdiff.interop import (
   hf_config,
   load,
   reference,
+  sentencepiece_json,
 )
 
 torch = pytest.importorskip('torch')
@@ -123,3 +127,17 @@ def test_transformers_reads_a_new_config(saved, tmp_path):
   hf.write_weights(out, published.family, published.leaves)
   again = transformers.AutoModelForCausalLM.from_pretrained(out).float()
   np.testing.assert_array_equal(logits_of(again), logits_of(model))
+
+
+def test_tokenizer_of_this_package_loads_by_its_folder(tmp_path):
+  root = pathlib.Path(__file__).parents[2]
+  tokenizer = tokenizer_lib.load(root / 'tokenizer' / 'stdlib_4k.model')
+  sentencepiece_json.write(tmp_path, tokenizer, 128)
+  found = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  text = 'def f(x):\n    return x  # Größe 漢字\n\n\n  y'
+  assert found.encode(text) == tokenizer.encode(text)
+  assert found.decode(found.encode(text)) == text
+  assert found.model_max_length == 128
+  for kind in ('bos', 'eos', 'pad', 'mask'):
+    expected = getattr(tokenizer, f'{kind}_id')
+    assert getattr(found, f'{kind}_token_id') == expected
