@@ -160,7 +160,9 @@ def render(
       pieces.append(piece)
       size += len(piece)
       if size > MAX_CHARS:
-        raise jinja2.TemplateError(f'the text has over {MAX_CHARS:,} characters')
+        raise jinja2.TemplateError(
+          f'the text has over {MAX_CHARS:,} characters'
+        )
   return _without_marks(''.join(pieces), before, after)
 
 

@@ -19,7 +19,15 @@ import time
 import numpy as np
 import pytest
 
-from maskdiff.data import prepare, records, row_reader, shards, sources
+from maskdiff.data import (
+  documents,
+  leftovers,
+  prepare,
+  records,
+  row_reader,
+  shards,
+  sources,
+)
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 
@@ -290,7 +298,7 @@ def test_files_do_not_depend_on_the_number_of_workers(
 def test_how_much_is_done_at_once_does_not_show(
   plan, tokenizer, once, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(shards, '_TEXT_CHARS', 500)
+  monkeypatch.setattr(documents, '_TEXT_CHARS', 500)
   monkeypatch.setattr(shards, '_BLOCK_TOKENS', 100)
   prepared(plan, tokenizer, tmp_path / 'rows')
   assert contents(tmp_path / 'rows') == contents(once)
@@ -706,7 +714,7 @@ def test_leftovers_of_another_form_are_not_used(
   about = json.loads(str(arrays['about']))
   outside = about | {'shard': (about['shard'] or {}) | {'file': '/etc/passwd'}}
   job = shards.Job(tmp_path, 32, 0.2, 1)
-  assert shards.is_done(job, 0, tokenizer.vocab_size)
+  assert leftovers.is_done(job, 0, tokenizer.vocab_size)
   for changes in (
     {'about': np.array(json.dumps(outside))},
     {'about': np.array('[' * 100_000)},
@@ -717,7 +725,7 @@ def test_leftovers_of_another_form_are_not_used(
     {'counts': arrays['counts'][:-1]},
   ):
     np.savez(path, **(arrays | changes))
-    assert not shards.is_done(job, 0, tokenizer.vocab_size)
+    assert not leftovers.is_done(job, 0, tokenizer.vocab_size)
   prepared(plan, tokenizer, tmp_path)
   assert contents(tmp_path) == contents(rows)
 
