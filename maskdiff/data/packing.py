@@ -102,6 +102,25 @@ def rows(
     yield _block(some, layout, row_length, pad_id)
 
 
+def summary(manifest) -> str:
+  """Returns the shares of padding and of eos, and truncations, as one line.
+
+  Args:
+    manifest: records.Manifest with statistics.
+  """
+  splits = manifest.splits.values()
+  positions = sum(split.rows for split in splits) * manifest.row_length
+  answers = sum(split.tokens for split in splits)
+  found = manifest.statistics
+  share = lambda name, total: f'{found.get(name, 0) / max(1, total):.1%}'
+  return (
+    f'{answers:,} tokens with a loss, of which {share("answer_eos", answers)} '
+    f'are eos; {positions:,} positions, of which '
+    f'{share("padding", positions)} are padding; '
+    f'{found.get("truncated", 0):,} documents truncated'
+  )
+
+
 def _batches(items: Iterable, size: int) -> Iterator[list]:
   """Yields lists of `size` items; the last one may be shorter."""
   items = iter(items)
