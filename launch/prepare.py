@@ -175,6 +175,7 @@ def prepare(args):
     if not split.rows:
       print(f'note: no row in the split {name!r}; see --heldout_fraction')
   if args.chat:
+    settings['encode'].save_template(args.out)
     return
   if command := first_run.command(args.out, manifest, tok):
     print(f'to train on these rows:\n{command}')

@@ -162,7 +162,7 @@ def conclude(
   """Writes the shards of the leftovers and returns the manifest.
 
   Raises:
-    TooShort: the text does not fill one row.
+    TooShort: the text does not fill one row, or a split has none to learn.
     OSError: the disk is full or not writable.
   """
   parts = range(len(plan.parts))
@@ -189,15 +189,23 @@ def conclude(
   heldout = leftovers.heldout_documents(job, parts)
   shards['heldout'] += filter(None, [write('heldout', heldout, 0)])
   numbers = _sums(about['documents'] for about in abouts)
+  skipped = _sums(about['skipped'] for about in abouts)
   if not any(shards.values()):
-    raise _too_short(job, parts, sum(numbers.values()))
+    raise _too_short(job, parts, sum(numbers.values()), skipped)
+  piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
+  text_bytes = {s: int(t.counts @ piece_bytes) for s, t in tallies.items()}
+  for split in records.SPLITS:
+    if shards[split] and not text_bytes[split]:
+      raise TooShort(
+        f'the split {split!r} has no text to learn: all of its answers are '
+        'empty; give more text, or set --heldout_fraction=0'
+      )
   statistics = _sums(
     [
       *(about['statistics'] for about in abouts),
       *(tally.statistics for tally in tallies.values()),
     ]
   )
-  piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
   return records.Manifest(
     format_version=(
       records.COLUMNS_VERSION if job.layout else records.FORMAT_VERSION
@@ -209,13 +217,13 @@ def conclude(
     eos_id=tokenizer.eos_id,
     row_length=job.row_length,
     dtype=records.token_dtype(tokenizer.vocab_size),
-    skipped=_sums(about['skipped'] for about in abouts),
+    skipped=skipped,
     splits={
       split: records.Split(
         shards=tuple(shards[split]),
         rows=sum(shard.rows for shard in shards[split]),
         tokens=int(tally.counts.sum()),
-        text_bytes=int(tally.counts @ piece_bytes),
+        text_bytes=text_bytes[split],
         documents=numbers[split],
         unigram_entropy_nats=unigram_entropy(tally.counts),
       )
@@ -234,7 +242,13 @@ def _sums(tables: Iterable[dict[str, int]]) -> dict[str, int]:
   return sums
 
 
-def _too_short(job: Job, parts: range, documents: int) -> TooShort:
+def _too_short(job: Job, parts: range, documents: int, skipped) -> TooShort:
+  if job.layout:
+    reasons = ', '.join(f'{n:,} {reason}' for reason, n in skipped.items())
+    return TooShort(
+      f'there is no document to write (skipped: {reasons or "none"}): give '
+      'other input, or a longer --row_length'
+    )
   tokens = 0
   for number in parts:
     with np.load(job.leftovers(number)) as arrays:

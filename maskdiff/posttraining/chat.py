@@ -20,9 +20,9 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from maskdiff.errors import UserError, one_line, suggestion
+from maskdiff.errors import UserError, one_line, suggestion, writing
+from maskdiff.files import atomic, reading
 from maskdiff.files import folder as folder_lib
-from maskdiff.files import reading
 from maskdiff.posttraining.chat_templates import TEMPLATES
 
 FILE = 'chat_template.jinja'
@@ -117,6 +117,17 @@ def of_folder(path: str | os.PathLike) -> Template | None:
   if not (path / FILE).exists() and 'chat_template' not in _config(path):
     return None
   return load(str(path))
+
+
+def save(template: Template, directory: str | os.PathLike) -> None:
+  """Writes a template to a directory, for `load` and for transformers.
+
+  Raises:
+    UserError: the directory is not writable.
+  """
+  path = os.path.join(directory, FILE)
+  with writing('out', path):
+    atomic.write_if_changed(path, template.source.encode())
 
 
 def render(

@@ -10,6 +10,7 @@ from maskdiff.data.documents import Document
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError, inline
 from maskdiff.files import reading
+from maskdiff.files.paths import local_path
 from maskdiff.posttraining import chat, chat_tokens, conversations
 
 TURNS = ('last', 'all', 'each')
@@ -46,9 +47,14 @@ class ChatDocuments:
     """The settings that decide the rows, for a manifest."""
     return {
       'chat': self.template.fingerprint,
+      'chat_arguments': self.template.arguments,
       'turns': self.turns,
       'truncate': self.truncate,
     }
+
+  def save_template(self, directory: str) -> None:
+    """Writes the template beside the rows, for sampling and exports."""
+    chat.save(self.template, local_path(directory))
 
   def __call__(
     self, part: sources.Part, tokenizer: Tokenizer, skipped: dict[str, int]
