@@ -16,6 +16,10 @@ from maskdiff.errors import UserError
 _TEXT_CHARS = 1 << 20  # characters encoded at once
 
 
+class BadRecord(UserError):
+  """A record cannot be used. The preparation is not to be resumed."""
+
+
 class Document(NamedTuple):
   """An encoded document.
 

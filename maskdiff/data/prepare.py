@@ -134,11 +134,12 @@ def prepare(
       known = set(os.listdir(directory))
       _start_or_resume(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
-      _do_parts(job, tokenizer, plan.parts, workers, log)
       try:
+        _do_parts(job, tokenizer, plan.parts, workers, log)
         manifest = shards.conclude(job, plan, tokenizer, settings)
-      except shards.TooShort:
-        # The command with another row length must not find this preparation.
+      except (shards.TooShort, documents.BadRecord):
+        # The command with another row length, or with corrected input, must not
+        # find this preparation.
         shutil.rmtree(job.state, ignore_errors=True)
         for name in set(os.listdir(directory)) - known:
           (directory / name).unlink()
@@ -338,6 +339,7 @@ def _do_parts(
       pool.shutdown(wait=False, cancel_futures=True)
       for process in multiprocessing.active_children():
         process.terminate()
+        process.join()
 
 
 @contextlib.contextmanager

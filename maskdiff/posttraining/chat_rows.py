@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from maskdiff.data import sources
-from maskdiff.data.documents import Document
+from maskdiff.data.documents import BadRecord, Document
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError, inline
 from maskdiff.files import reading
@@ -67,8 +67,9 @@ class ChatDocuments:
       skipped: numbers of conversations that are left out, by reason; modified.
 
     Raises:
-      UserError: a record is not a conversation, or cannot be encoded. The
+      BadRecord: a record is not a conversation, or cannot be encoded. The
         message has the file and the line.
+      UserError: a file is damaged.
     """
     skip = lambda reason: skipped.update({reason: skipped.get(reason, 0) + 1})
     encode = encoder(self.template, tokenizer)
@@ -80,7 +81,7 @@ class ChatDocuments:
         documents = [self._document(encode, key, *e) for e in examples]
       except UserError as e:
         where = sources.where(*place)
-        raise UserError(f'{where}: {inline(e)}') from e
+        raise BadRecord(f'{where}: {inline(e)}') from e
       if not documents:
         skip(NO_ANSWER)
       for document in documents:
