@@ -34,6 +34,7 @@ class Encoder(NamedTuple):
     names: texts of special tokens by the names that templates use: bos_token,
       eos_token, pad_token and mask_token.
     pattern: regular expression of all special tokens.
+    fixed_date: see chat.render.
   """
 
   template: chat.Template
@@ -41,6 +42,7 @@ class Encoder(NamedTuple):
   ids: Mapping[str, int]
   names: Mapping[str, str]
   pattern: re.Pattern
+  fixed_date: bool
 
 
 class Encoded(NamedTuple):
@@ -62,8 +64,10 @@ class _Safe(NamedTuple):
   originals: dict[str, str]  # by their private characters
 
 
-def encoder(template: chat.Template, tokenizer: Tokenizer) -> Encoder:
-  """Returns an Encoder."""
+def encoder(
+  template: chat.Template, tokenizer: Tokenizer, fixed_date: bool = True
+) -> Encoder:
+  """Returns an Encoder; fixed_date is for rows, see chat.render."""
   ids = tokenizer.special_tokens()
   texts = {i: text for text, i in ids.items()}
   names = {
@@ -73,7 +77,7 @@ def encoder(template: chat.Template, tokenizer: Tokenizer) -> Encoder:
   }
   longest_first = sorted(ids, key=len, reverse=True)
   pattern = re.compile('|'.join(map(re.escape, longest_first)))
-  return Encoder(template, tokenizer, ids, names, pattern)
+  return Encoder(template, tokenizer, ids, names, pattern, fixed_date)
 
 
 def prompt_ids(encoder: Encoder, messages: Sequence[Mapping]) -> list[int]:
@@ -164,7 +168,7 @@ def _render(encoder, messages, generation_prompt=False) -> str:
     messages,
     generation_prompt=generation_prompt,
     special=encoder.names,
-    fixed_date=True,
+    fixed_date=encoder.fixed_date,
   ).text
 
 

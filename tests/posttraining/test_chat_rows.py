@@ -41,7 +41,9 @@ def write(path, values, compress=False):
   return path
 
 
-def prepared(source, out, tokenizer, layout='packed', fraction=0.0, **changes):
+def prepared(
+  source, out, tokenizer, layout='packed', fraction=0.0, workers=0, **changes
+):
   """Returns the manifest of prepared conversations."""
   changes = {'row_length': 64, 'template': chat.load('plain')} | changes
   encode = chat_rows.ChatDocuments(**changes)
@@ -51,7 +53,7 @@ def prepared(source, out, tokenizer, layout='packed', fraction=0.0, **changes):
     out,
     row_length=encode.row_length,
     heldout_fraction=fraction,
-    workers=0,
+    workers=workers,
     layout=packing.Layout(layout),
     encode=encode,
     encode_settings=encode.settings,
@@ -340,6 +342,17 @@ def test_interrupted_preparation_resumes_with_the_same_files(
   # A finished preparation returns at once.
   monkeypatch.setattr(records, 'write_shard', None)
   prepared(many, tmp_path / 'rows', tokenizer, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', ['packed', 'padded'])
+def test_files_do_not_depend_on_the_number_of_workers(
+  tokenizer, tmp_path, many, layout
+):
+  options = dict(layout=layout, fraction=0.2)
+  prepared(many, tmp_path / 'one', tokenizer, **options)
+  prepared(many, tmp_path / 'two', tokenizer, workers=2, **options)
+  assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
 
 
 @pytest.mark.parametrize(
