@@ -102,9 +102,10 @@ def encode(
 
   The prompt of a turn is the rendered conversation before it, with the header
   of the next answer. The turn is what follows this prompt, up to and including
-  the special token that ends it. Whatever the template adds after the last
-  turn, such as LLaDA's empty header, is cut off. The last token is eos: it is
-  added, as an answer, if the turn ends with another token.
+  the special token that the template writes after the content. Whatever the
+  template adds after the last turn, such as LLaDA's empty header, is cut off.
+  The last token is eos: it is added, as an answer, if the turn ends with
+  another token.
 
   Args:
     encoder: Encoder.
@@ -141,25 +142,37 @@ def _span(encoder, messages, turn: int, text: str) -> tuple[int, int]:
   if not turn:
     raise UserError('the first turn is an answer: it needs a turn before it')
   prompt = _render(encoder, messages[:turn], generation_prompt=True)
-  start = len(prompt)
-  end = encoder.pattern.search(text, start)
-  if end is None and text.startswith(prompt):
-    raise UserError(
-      f'template {encoder.template.name!r} ends messages[{turn}] with no '
-      f'special token of {encoder.tokenizer.path}: choose the template of this '
-      'tokenizer, or plain'
-    )
   until = text
   if turn < len(messages) - 1:
     until = _render(encoder, messages[: turn + 1])
-  if not text.startswith(prompt) or text[: end.end()] != until[: end.end()]:
+  end = _end_of_turn(encoder, messages, turn)
+  start = len(prompt)
+  stop = text.find(end, start) + len(end)
+  if not text.startswith(prompt) or text[:stop] != until[:stop]:
     raise UserError(
       f'template {encoder.template.name!r} renders messages[{turn}] after its '
       'prompt in another way than in the whole conversation, so that training '
       'would not match sampling: choose --turns=each, which makes a document '
       'of each answer, or another template, --chat_arguments or conversation'
     )
-  return start, end.end()
+  return start, stop
+
+
+def _end_of_turn(encoder, messages, turn: int) -> str:
+  """Returns what a template writes after an answer, to its special token."""
+  used = [encoder.template.source, *_strings(messages)]
+  (content,) = chat.unused_characters(used, 1)
+  answer = {'role': messages[turn]['role'], 'content': content}
+  text = _render(encoder, [*messages[:turn], answer])
+  after = text.rpartition(content)[2]
+  end = encoder.pattern.search(after)
+  if content not in text or end is None:
+    raise UserError(
+      f'template {encoder.template.name!r} ends messages[{turn}] with no '
+      f'special token of {encoder.tokenizer.path}: choose the template of this '
+      'tokenizer, or plain'
+    )
+  return after[: end.end()]
 
 
 def _render(encoder, messages, generation_prompt=False) -> str:
@@ -173,7 +186,7 @@ def _render(encoder, messages, generation_prompt=False) -> str:
 
 
 def _safe(encoder: Encoder, messages: Sequence[Mapping]) -> _Safe:
-  values = [v for m in messages for v in m.values() if isinstance(v, str)]
+  values = _strings(messages)
   found = sorted({t for v in values for t in encoder.pattern.findall(v)})
   if not found:
     return _Safe(list(messages), {})
@@ -189,6 +202,10 @@ def _safe(encoder: Encoder, messages: Sequence[Mapping]) -> _Safe:
     [{key: hide(v) for key, v in m.items()} for m in messages],
     {mark: text for text, mark in marks.items()},
   )
+
+
+def _strings(messages) -> list[str]:
+  return [v for m in messages for v in m.values() if isinstance(v, str)]
 
 
 def _original(safe: _Safe, text: str) -> str:

@@ -219,11 +219,38 @@ def test_qwen3_is_refused_where_thoughts_are_dropped(tokenizers):
 def test_templates_with_wrong_special_tokens_are_refused(
   tokenizers, prompt, end, problem
 ):
-  answer = '{% if not add_generation_prompt %}A' + end + '{% endif %}'
+  content = '{{ messages[-1].content }}'
+  answer = '{% if not add_generation_prompt %}' + content + end + '{% endif %}'
   template = chat.Template('own', prompt + answer)
   encoder = chat_tokens.encoder(template, tokenizers['llada'])
   with pytest.raises(UserError, match=problem):
     chat_tokens.encode(encoder, MULTI[:2], [1])
+
+
+def test_special_tokens_before_the_content_do_not_end_an_answer(tokenizers):
+  source = """
+{%- for m in messages -%}
+<|start_header_id|>{{ m.role }}
+{%- if m.role == 'assistant' -%}
+<|end_header_id|>final<|end_header_id|>{{ m.content }}
+<|eot_id|> and more
+{%- else -%}
+{{ m.content }}<|end_header_id|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|start_header_id|>assistant
+{%- endif -%}
+"""
+  template = chat.Template('own', source)
+  encoder = chat_tokens.encoder(template, tokenizers['llada'])
+  for content in ('A', 'final', ''):
+    answer = MULTI[1] | {'content': content}
+    tokens, is_answer = chat_tokens.encode(encoder, [MULTI[0], answer], [1])
+    assert shown(encoder, tokens[is_answer]) == (
+      f'<|end_header_id|>final<|end_header_id|>{content}\n'
+      '<|eot_id|><|endoftext|>'
+    )
 
 
 def test_answer_without_a_prompt_is_refused(encoder):
