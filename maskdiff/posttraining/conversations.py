@@ -17,6 +17,8 @@ ROLES = ('system', 'user', 'assistant', 'tool')
 PAIRS = (
   ('prompt', 'completion'),
   ('prompt', 'response'),
+  ('prompt', 'answer'),
+  ('question', 'answer'),
   ('instruction', 'output'),
 )
 MAX_MESSAGES = 1000  # the time to find answers grows with the square
@@ -50,9 +52,9 @@ def parse(record) -> list[dict]:
         {'role': 'user', 'content': question},
         {'role': 'assistant', 'content': _text(record[second], second)},
       ]
-  known = ', or '.join(f'{first} and {second}' for first, second in PAIRS)
+  known = ', '.join(f'{first} and {second}' for first, second in PAIRS)
   names = ', '.join(inline(repr(name), 40) for name in list(record)[:10])
-  raise UserError(f'has neither messages, nor {known}, among {names}')
+  raise UserError(f'has neither messages nor a pair ({known}) among {names}')
 
 
 def _messages(found) -> list[dict]:

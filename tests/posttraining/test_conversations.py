@@ -16,6 +16,8 @@ ANSWER = {'role': 'assistant', 'content': '4'}
     {'messages': [QUESTION | {'name': 'x', 'train': None}, ANSWER]},
     {'prompt': '2+2?', 'completion': '4'},
     {'prompt': '2+2?', 'response': '4', 'messages': None},
+    {'prompt': '2+2?', 'answer': '4', 'text': '2+2?4'},
+    {'question': '2+2?', 'answer': '4'},
     {'instruction': '2+2?', 'input': '', 'output': '4'},
   ],
 )
