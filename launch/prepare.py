@@ -210,6 +210,10 @@ def check(args):
   else:
     names = 'chat_arguments turns truncate layout group fill_eos'.split()
     refused = [f'--{n}' for n in names if not args[n].using_default_value]
+  if args.chat and args.fill_eos and args.align == 1:
+    raise UserError('--fill_eos needs --align, whose gaps it fills')
+  if not args['group'].using_default_value and args.layout != 'padded':
+    raise UserError('--group needs --layout=padded')
   if refused:
     reason = 'has no effect with' if args.chat else 'needs'
     raise UserError(f'{refused[0]} {reason} --chat')

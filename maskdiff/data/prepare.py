@@ -132,6 +132,8 @@ def prepare(
         shutil.rmtree(job.state, ignore_errors=True)
         return manifest
       known = set(os.listdir(directory))
+      if job.state.exists():  # the other files are of this preparation
+        known = {name for name in known if name.startswith('.')}
       _start_or_resume(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
       try:

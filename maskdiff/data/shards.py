@@ -2,9 +2,9 @@
 
 `make_shard` writes the training documents of one part as a shard. Held-out
 documents, and tokens at the end that do not fill a row, go to a small file of
-leftovers. A part is done when both files are written. `conclude`
-turns the leftovers of all parts into the held-out shard and a last training
-shard, and returns the manifest.
+leftovers. A part is done when both files are written. `conclude` turns the
+leftovers of all parts into the held-out shard and a last training shard, and
+returns the manifest.
 
 Without a Layout, rows hold tokens only, and documents are concatenated and cut.
 With one (packing.py), rows have more columns, and the last row of a part is

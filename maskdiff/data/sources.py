@@ -221,8 +221,12 @@ def where(path: str, kind: str, at: int) -> str:
     at: number.
   """
   if kind == 'byte':
+    number = 1
     with open(path, 'rb') as file:
-      kind, at = 'line', 1 + file.read(at).count(b'\n')
+      while before := file.read(min(at, 1 << 20)):
+        number += before.count(b'\n')
+        at -= len(before)
+    kind, at = 'line', number
   return f'{printable(path)} {kind} {at}'
 
 

@@ -22,6 +22,7 @@ import pytest
 from maskdiff.data import (
   documents,
   leftovers,
+  packing,
   prepare,
   records,
   row_reader,
@@ -293,6 +294,29 @@ def test_files_do_not_depend_on_the_number_of_workers(
 ):
   prepared(plan, tokenizer, tmp_path / 'rows', workers=workers)
   assert contents(tmp_path / 'rows') == contents(once)
+
+
+def test_aligned_documents_start_at_multiples(tokenizer, tmp_path):
+  texts = [f'text {n} ' * (n % 9 + 1) for n in range(60)]
+  plan = plan_of(write_jsonl(tmp_path / 'x.jsonl', texts), 400)
+  assert len(plan.parts) > 5
+  layout = packing.Layout('cut', align=8)
+  out = tmp_path / 'rows'
+  manifest = prepared(plan, tokenizer, out, layout=layout)
+  assert manifest.columns == {'doc': 'int16'}
+  found = []
+  for split in records.SPLITS:
+    rows = row_reader.RowSource(out, manifest, split)
+    rows = rows.read(list(range(len(rows))))
+    starts = np.diff(rows.doc, axis=1, prepend=-1) > 0
+    assert (np.nonzero(starts)[1] % 8 == 0).all()
+    stream = rows.tokens[rows.doc >= 0]
+    ends = np.flatnonzero(stream == EOS) + 1
+    found += map(tokenizer.decode, np.split(stream, ends)[:-1])
+    assert manifest.splits[split].tokens == len(stream)
+  assert sorted(found) == sorted(texts)
+  with pytest.raises(UserError, match='was prepared with align=8'):
+    prepared(plan, tokenizer, out)
 
 
 def test_how_much_is_done_at_once_does_not_show(

@@ -344,6 +344,28 @@ def test_interrupted_preparation_resumes_with_the_same_files(
   prepared(many, tmp_path / 'rows', tokenizer, **options)
 
 
+def test_bad_record_after_a_resume_leaves_an_empty_directory(
+  tokenizer, tmp_path, many, monkeypatch
+):
+  with open(many, 'a') as file:
+    file.write('{')
+  out, write_shard, calls = tmp_path / 'rows', records.write_shard, []
+
+  def failing(path, *arguments):
+    calls.append(path)
+    if len(calls) == 4:
+      raise OSError(28, 'No space left on device')
+    return write_shard(path, *arguments)
+
+  monkeypatch.setattr(records, 'write_shard', failing)
+  with pytest.raises(UserError, match='free disk space'):
+    prepared(many, out, tokenizer)
+  assert list(out.glob('train-*'))
+  with pytest.raises(UserError, match='line 201: the line is not valid JSON'):
+    prepared(many, out, tokenizer)
+  assert not list(out.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', ['packed', 'padded'])
 def test_files_do_not_depend_on_the_number_of_workers(
