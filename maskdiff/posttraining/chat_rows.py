@@ -1,9 +1,10 @@
 """Conversations of files to documents, for data.prepare."""
 
+import bisect
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from maskdiff.data import sources
 from maskdiff.data.documents import BadRecord, Document
@@ -93,47 +94,38 @@ class ChatDocuments:
   def _document(self, encode, key, messages, trained) -> Document | None:
     """Returns the document of a conversation; None if it is too long."""
     encoded = chat_tokens.encode(encode, messages, trained)
-    truncated = False
-    while len(encoded.tokens) > self.row_length:
-      if self.truncate == 'turns':
-        shorter = without_first_turns(messages, trained)
-        if shorter is None:
-          return None
-        messages, trained = shorter
-        encoded = chat_tokens.encode(encode, messages, trained)
-      elif self.truncate == 'right':
-        n = self.row_length
-        encoded = encoded._replace(
-          tokens=encoded.tokens[:n], answer=encoded.answer[:n]
-        )
-        if not encoded.answer.any():
-          return None
-      else:
-        return None
-      truncated = True
-    return Document(key, encoded.tokens, encoded.answer, truncated)
+    length = self.row_length
+    if len(encoded.tokens) <= length:
+      return Document(key, *encoded)
+    if self.truncate == 'turns':
+      encoded = _without_first_turns(encode, messages, trained, length)
+    elif self.truncate == 'right' and encoded.answer[:length].any():
+      encoded = chat_tokens.Encoded(*(x[:length] for x in encoded))
+    else:
+      encoded = None
+    return encoded and Document(key, *encoded, truncated=True)
 
 
-def without_first_turns(
-  messages: Sequence[Mapping], trained: Sequence[int]
-) -> tuple[list[Mapping], list[int]] | None:
-  """Returns a conversation without its first turn of the user.
+def _without_first_turns(
+  encode, messages, trained, length: int
+) -> chat_tokens.Encoded | None:
+  """Returns the longest end of a conversation that has at most `length` tokens.
 
-  System turns at the start are kept. The turns up to the next turn of the user
-  are left out, and no longer trained.
-
-  Returns:
-    The messages and the indices of the trained turns; None if no trained turn
-    remains.
+  It begins with a turn of the user, after the system turns at the start. None:
+  no such end has a trained turn.
   """
   roles = [message['role'] for message in messages]
   first = next((i for i, r in enumerate(roles) if r != 'system'), len(roles))
   users = [i for i in range(first + 1, len(roles)) if roles[i] == 'user']
-  if not users:
-    return None
-  cut = users[0] - first
-  rest = [i - cut for i in trained if i >= users[0]]
-  return ([*messages[:first], *messages[users[0] :]], rest) if rest else None
+
+  def end(start):
+    kept = [i - start + first for i in trained if i >= start]
+    turns = [*messages[:first], *messages[start:]]
+    return chat_tokens.encode(encode, turns, kept) if kept else None
+
+  fits = lambda start: (e := end(start)) is None or len(e.tokens) <= length
+  at = bisect.bisect_left(users, True, key=fits)
+  return end(users[at]) if at < len(users) else None
 
 
 def _examples(messages, turns: str) -> list[tuple[list, list[int]]]:

@@ -170,6 +170,24 @@ def test_truncation(tokenizer, tmp_path, truncate, expected):
   }
 
 
+def test_as_few_turns_as_possible_are_dropped(tokenizer, tmp_path):
+  contents = [f'{n}' for n in range(40)]
+  source = write(tmp_path / 'x.jsonl', [say('!s', *contents)])
+  ends = []
+  for length in (24, 64, 120):
+    out = tmp_path / f'rows{length}'
+    changes = dict(turns='all', truncate='turns', row_length=length)
+    manifest = prepared(source, out, tokenizer, **changes)
+    assert manifest.statistics['truncated'] == 1
+    # Another exchange would not fit.
+    assert length - 12 < manifest.row_length - manifest.statistics['padding']
+    (text,) = documents(out)
+    assert text.startswith('<system\ns>user\n')
+    ends.append(text.removeprefix('<system\ns>'))
+  for shorter, longer in zip(ends, ends[1:], strict=False):
+    assert longer.endswith(shorter)
+
+
 def test_report(tokenizer, tmp_path):
   values = [PAIR, say('b?', 'B ' * 5)]
   source = write(tmp_path / 'x.jsonl', values)
