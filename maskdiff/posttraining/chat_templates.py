@@ -1,8 +1,8 @@
 """Chat templates by name, in the language of Hugging Face's templates (Jinja).
 
-Each one renders a conversation of texts with the roles system, user and
-assistant byte for byte as the published template of the same name does. Tools
-are left out. The published templates read the same variables: `messages`,
+Each one renders a conversation of texts with the roles system, user, assistant
+and tool byte for byte as the published template does. Declarations and calls of
+tools are left out. The published templates read the same variables: `messages`,
 `bos_token`, `add_generation_prompt` and, for Qwen3, `enable_thinking`.
 """
 
@@ -29,22 +29,40 @@ _IF_ASKED = """
 {%- endif -%}
 """
 
+# Results of tools that follow one another are a turn of the user.
+_QWEN_TOOL = """
+{%- macro tool(message, previous, next) -%}
+{{ '<|im_start|>user' if previous.role != 'tool' else '' }}
+{{- '\\n<tool_response>\\n' ~ message.content ~ '\\n</tool_response>' }}
+{{- '<|im_end|>\\n' if next.role != 'tool' else '' }}
+{%- endmacro -%}
+"""
+
 # A default system turn if the first message is not one; nothing is trimmed.
-_QWEN25 = """
+_QWEN25 = (
+  _QWEN_TOOL
+  + """
 {%- if messages[0].role != 'system' -%}
 {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif -%}
 {%- for message in messages -%}
+  {%- if message.role == 'tool' -%}
+{{ tool(message, loop.previtem or {}, loop.nextitem or {}) }}
+  {%- else -%}
 {{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+  {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\\n' }}
 {%- endif -%}
 """
+)
 
 # Assistant turns before the last user turn lose their thoughts. Of the turns
 # after it, the last one always has a block of thoughts, if only an empty one.
-_QWEN3 = """
+_QWEN3 = (
+  _QWEN_TOOL
+  + """
 {%- set last_user = namespace(index=messages | length - 1) -%}
 {%- for message in messages if message.role == 'user' -%}
   {%- if not (message.content.startswith('<tool_response>')
@@ -73,7 +91,11 @@ _QWEN3 = """
           ~ '\\n</think>\\n\\n' ~ turn.text.lstrip('\\n') -%}
     {%- endif -%}
   {%- endif -%}
+  {%- if message.role == 'tool' -%}
+{{ tool(message, loop.previtem or {}, loop.nextitem or {}) }}
+  {%- else -%}
 {{ '<|im_start|>' ~ message.role ~ '\\n' ~ turn.text ~ '<|im_end|>\\n' }}
+  {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\\n' }}
@@ -82,6 +104,7 @@ _QWEN3 = """
   {%- endif -%}
 {%- endif -%}
 """
+)
 
 TEMPLATES = {
   # For tokenizers without tokens for turns, such as those of

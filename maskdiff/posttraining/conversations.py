@@ -82,6 +82,11 @@ def _message(turn, i: int) -> dict:
       f'{where} has the role {inline(repr(role), 40)}: it must be one of '
       f'{", ".join(ROLES)}'
     )
+  if turn.get('tool_calls'):
+    raise UserError(
+      f'{where} has tool_calls, which are not rendered: write them in the '
+      'content, or leave the conversation out'
+    )
   if turn.get('content') is None:
     raise UserError(f'{where} has no content: write "" for an empty turn')
   message = {'role': role, 'content': _text(turn['content'], where)}

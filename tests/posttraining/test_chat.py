@@ -46,6 +46,24 @@ def test_golden_renderings_are_byte_equal():
       assert spans == case['assistant_spans']
 
 
+@pytest.mark.parametrize('name', ['qwen25', 'qwen3'])
+def test_results_of_tools_are_a_turn_of_the_user(name):
+  roles = ['system', 'user', 'assistant', 'tool', 'tool', 'assistant']
+  messages = [
+    {'role': role, 'content': content}
+    for role, content in zip(roles, 'suabcd', strict=True)
+  ]
+  think = '<think>\n\n</think>\n\n' if name == 'qwen3' else ''
+  assert text(chat.load(name), messages) == (
+    '<|im_start|>system\ns<|im_end|>\n'
+    '<|im_start|>user\nu<|im_end|>\n'
+    '<|im_start|>assistant\na<|im_end|>\n'
+    '<|im_start|>user\n<tool_response>\nb\n</tool_response>'
+    '\n<tool_response>\nc\n</tool_response><|im_end|>\n'
+    f'<|im_start|>assistant\n{think}d<|im_end|>\n'
+  )
+
+
 def own(source):
   return chat.Template('own', source)
 

@@ -57,6 +57,7 @@ def turns(*changed):
     (turns({'role': ['user'], 'content': 'x'}), 'has the role'),
     (turns({'role': 'user'}), r'messages\[1\] has no content'),
     (turns({'role': 'user', 'content': [{}]}), r'messages\[1\] is a list'),
+    (turns(ANSWER | {'tool_calls': [{}]}), r'messages\[1\] has tool_calls'),
     (turns(ANSWER | {'train': 1}), '"train": 1: it must be true or false'),
     (turns(QUESTION | {'train': True}), 'only in a turn of the assistant'),
     (turns(ANSWER | {'reasoning_content': 3}), 'thoughts is 3'),
