@@ -4,25 +4,19 @@ A template is a Jinja program of a model's folder, or one of chat_templates.py.
 It may come from anybody, so it runs in Jinja's sandbox, and for a limited time.
 """
 
-import contextlib
 import dataclasses
-import datetime
-import functools
 import hashlib
 import json
 import os
 import pathlib
-import signal
-import threading
 from collections.abc import Mapping, Sequence
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
-from maskdiff.errors import UserError, one_line, suggestion, writing
+from maskdiff.errors import UserError, suggestion, writing
 from maskdiff.files import atomic, reading
 from maskdiff.files import folder as folder_lib
+from maskdiff.posttraining import chat_sandbox as sandbox
 from maskdiff.posttraining.chat_templates import TEMPLATES
 
 FILE = 'chat_template.jinja'
@@ -102,8 +96,8 @@ def load(name: str, arguments: str = '{}') -> Template:
       f'one of {", ".join(TEMPLATES)}{suggestion(name, TEMPLATES)}'
     )
   template = Template(name, source, json.dumps(values, sort_keys=True))
-  with _errors(template):
-    _compiled(source)
+  with sandbox.errors(name):
+    sandbox.compiled(source)
   return template
 
 
@@ -161,13 +155,13 @@ def render(
     documents=None,
     add_generation_prompt=generation_prompt,
     generation_marks=(before, after),
-    strftime_now=_refuse_date if fixed_date else _strftime_now,
+    strftime_now=sandbox.refuse_date if fixed_date else sandbox.strftime_now,
     **special,
   )
   variables |= json.loads(template.arguments)
   size, pieces = 0, []
-  with _errors(template), _time_limit(seconds):
-    for piece in _compiled(template.source).generate(variables):
+  with sandbox.errors(template.name), sandbox.time_limit(seconds):
+    for piece in sandbox.compiled(template.source).generate(variables):
       pieces.append(piece)
       size += len(piece)
       if size > MAX_CHARS:
@@ -221,35 +215,6 @@ def _config(path: pathlib.Path) -> dict:
   return config if isinstance(config, dict) else {}
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
-  # Options, filters and functions as in transformers 4.49.
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[_Generation, jinja2.ext.loopcontrols],
-  )
-  environment.filters['tojson'] = _to_json
-  environment.globals['raise_exception'] = _raise_exception
-  return environment.from_string(source)
-
-
-class _Generation(jinja2.ext.Extension):
-  """{% generation %} ... {% endgeneration %}: marks a part of the text."""
-
-  tags = {'generation'}
-
-  def parse(self, parser):
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-    marks = jinja2.nodes.Name('generation_marks', 'load')
-    call = self.call_method('_mark', [marks])
-    return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-  def _mark(self, marks, caller):
-    return marks[0] + caller() + marks[1]
-
-
 def _without_marks(text: str, before: str, after: str) -> Rendered:
   parts, spans, at = [], [], 0
   for piece in text.split(before):
@@ -261,67 +226,5 @@ def _without_marks(text: str, before: str, after: str) -> Rendered:
   return Rendered(''.join(parts), tuple(spans))
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, **kwargs):
-  # Jinja's own filter escapes < and >.
-  return json.dumps(
-    value,
-    ensure_ascii=ensure_ascii,
-    indent=indent,
-    separators=separators,
-    sort_keys=kwargs.get('sort_keys', False),
-  )
-
-
-def _raise_exception(message):
-  raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format):
-  return datetime.datetime.now().strftime(format)
-
-
-def _refuse_date(format):
-  raise jinja2.TemplateError(
-    'it prints the date of today; set its variable of the date, such as '
-    '--chat_arguments=\'{"date_string": "26 Jul 2024"}\''
-  )
-
-
 def _texts(messages) -> str:
   return json.dumps(list(messages), ensure_ascii=False)
-
-
-class _TooSlow(BaseException):
-  """Not an Exception, which a template's functions might catch."""
-
-
-@contextlib.contextmanager
-def _errors(template: Template):
-  """Context manager: turns all that a template may raise into a UserError."""
-  try:
-    yield
-  except _TooSlow as e:
-    reason = 'it does not end'
-    raise UserError(f'chat template {template.name!r}: {reason}') from e
-  except Exception as e:  # a template may call any method of its values
-    reason = one_line(e)
-    raise UserError(f'chat template {template.name!r}: {reason}') from e
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float):
-  """Context manager: raises _TooSlow after some seconds, on the main thread."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-
-  def stop(*_):
-    raise _TooSlow
-
-  previous = signal.signal(signal.SIGALRM, stop)
-  signal.setitimer(signal.ITIMER_REAL, seconds)
-  try:
-    yield
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, previous)
