@@ -282,7 +282,8 @@ def test_damaged_parquet_is_refused_with_its_row(tokenizer, tmp_path):
     prepared(path, tmp_path / 'other', tokenizer)
 
 
-def test_10_mb_line_is_dropped_or_cut(tokenizer, tmp_path):
+@pytest.mark.slow
+def test_10_mb_line_is_dropped(tokenizer, tmp_path):
   huge = say('a?', 'word ' * (2 << 20))
   source = write(tmp_path / 'x.jsonl', [huge, PAIR])
   manifest = prepared(source, tmp_path / 'rows', tokenizer)
