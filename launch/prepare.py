@@ -4,6 +4,8 @@ python launch/prepare.py --source data/books --out data/rows --train_tokenizer
 python launch/prepare.py --source 'data/web/*.jsonl.zst' --source data/books \
   --tokenizer tokenizer/stdlib_4k.model --out data/rows --row_length 4096 \
   --workers 16
+python launch/prepare.py --source my/chats.jsonl --chat plain \
+  --tokenizer tokenizer/stdlib_4k.model --out data/chats --row_length 1024
 python launch/prepare.py --inspect data/rows
 python launch/prepare.py --verify data/rows
 
@@ -81,6 +83,60 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
   'by_line', False, 'Read each line of a .txt file as a document.'
 )
+flags.DEFINE_integer(
+  'align',
+  1,
+  'Start every document at a multiple of so many tokens, the block length of '
+  'block diffusion; the gap before it is padding.',
+  lower_bound=1,
+)
+flags.DEFINE_string(
+  'chat',
+  None,
+  'Read conversations, JSON lines or Parquet with messages or with prompt and '
+  'completion. The value is their template: plain, llada, llada_dllm, '
+  "llada_nemo, llama3, qwen25, qwen3, a .jinja file, or a model's folder, "
+  'which is then also the default of --tokenizer.',
+)
+flags.DEFINE_string(
+  'chat_arguments',
+  '{}',
+  'Variables of the template as JSON, such as \'{"enable_thinking": false}\'.',
+)
+flags.DEFINE_enum(
+  'turns',
+  'last',
+  ['last', 'all', 'each'],
+  'Answers of a conversation that are learned: the last one; all; or each in a '
+  'document of its own that ends with it. "train": true or false in a message '
+  'overrides this.',
+)
+flags.DEFINE_enum(
+  'truncate',
+  'drop',
+  ['drop', 'right', 'turns'],
+  'Conversations longer than a row: drop them; cut them at the right; or drop '
+  'turns from their start.',
+)
+flags.DEFINE_enum(
+  'layout',
+  'packed',
+  ['packed', 'padded'],
+  'Rows of --chat: several conversations each; or one each, padded with '
+  'learned eos to the length of its --group, as in LLaDA.',
+)
+flags.DEFINE_integer(
+  'group',
+  8,
+  'Conversations of similar length that --layout=padded pads to one length: '
+  'the batch of the training.',
+  lower_bound=1,
+)
+flags.DEFINE_bool(
+  'fill_eos',
+  False,
+  'With --chat, fill the gap of --align with learned eos, as in SDAR.',
+)
 flags.DEFINE_string(
   'inspect', None, 'Print statistics and rows of this directory.'
 )
@@ -101,14 +157,46 @@ def main(args):
 
 
 def prepare(args):
-  from maskdiff.data import first_run, prepare, sources
+  from maskdiff.data import first_run, packing, prepare
 
   sys.stdout.reconfigure(line_buffering=True)  # for progress in a log file
+  check(args)
+  plan = open_plan(args)
+  with tempfile.TemporaryDirectory() as folder:
+    tok, choices = open_tokenizer(args, plan, pathlib.Path(folder))
+    settings = dataclasses.asdict(choices) | columns(args, choices)
+    manifest = prepare.prepare(
+      plan, tok, args.out, workers=args.workers, **settings
+    )
+  print(printable(f'{args.out}: {prepare.summary(manifest)}'))
+  if manifest.statistics:
+    print(packing.summary(manifest))
+  for name, split in manifest.splits.items():
+    if not split.rows:
+      print(f'note: no row in the split {name!r}; see --heldout_fraction')
+  if args.chat:
+    settings['encode'].save_template(args.out)
+    return
+  if command := first_run.command(args.out, manifest, tok):
+    print(f'to train on these rows:\n{command}')
+  else:
+    choices = dataclasses.asdict(first_run.choose(plan))
+    words = ' '.join(f'--{name}={x}' for name, x in choices.items() if x)
+    print(
+      'note: a run needs two held-out rows and a training row: prepare more '
+      f'text, or another --out with {words}'
+    )
+
+
+def check(args):
+  """Raises UserError if flags are missing or contradict each other."""
   if not args.source:
     raise UserError(
       "--out needs --source: the text, such as --source 'my/text'"
     )
   require_utf8(args.out)
+  if args.chat and os.path.isdir(args.chat) and not args.tokenizer:
+    args.tokenizer = args.chat
   if bool(args.tokenizer) == args.train_tokenizer:
     raise UserError(
       '--out needs either --train_tokenizer, which trains a tokenizer on the '
@@ -116,8 +204,31 @@ def prepare(args):
     )
   if args.vocab_size and not args.train_tokenizer:
     raise UserError('--vocab_size needs --train_tokenizer')
+  if args.chat:
+    given = ('train_tokenizer', 'piece_chars', 'by_line')
+    refused = [f'--{name}' for name in given if args[name].value]
+  else:
+    names = 'chat_arguments turns truncate layout group fill_eos'.split()
+    refused = [f'--{n}' for n in names if not args[n].using_default_value]
+  if args.chat and args.fill_eos and args.align == 1:
+    raise UserError('--fill_eos needs --align, whose gaps it fills')
+  if not args['group'].using_default_value and args.layout != 'padded':
+    raise UserError('--group needs --layout=padded')
+  if refused:
+    reason = 'has no effect with' if args.chat else 'needs'
+    raise UserError(f'{refused[0]} {reason} --chat')
+
+
+def open_plan(args):
+  """Returns the plan of the input; prints its size and what it ignores."""
+  from maskdiff.data import sources
+
   plan = sources.plan(
-    args.source, text_key=args.text_key, by_line=args.by_line, output=args.out
+    args.source,
+    text_key=args.text_key,
+    by_line=args.by_line,
+    records=args.chat is not None,
+    output=args.out,
   )
   size = sum(part.size for part in plan.parts)
   print(f'{plan.description}: {size / 1e6:,.1f} MB, {len(plan.parts)} parts')
@@ -130,24 +241,26 @@ def prepare(args):
       f'{printable(large[0].paths[0])}: a single process reads each of them; '
       'split the files to share the work'
     )
-  with tempfile.TemporaryDirectory() as folder:
-    tok, choices = open_tokenizer(args, plan, pathlib.Path(folder))
-    manifest = prepare.prepare(
-      plan, tok, args.out, workers=args.workers, **dataclasses.asdict(choices)
+  return plan
+
+
+def columns(args, choices):
+  """Returns the arguments of prepare.prepare for rows with more columns."""
+  from maskdiff.data import packing
+
+  if args.chat:
+    from maskdiff.posttraining import chat, chat_rows
+
+    template = chat.load(args.chat, args.chat_arguments)
+    encode = chat_rows.ChatDocuments(
+      template, choices.row_length, args.turns, args.truncate
     )
-  print(f'{args.out}: {prepare.summary(manifest)}')
-  for name, split in manifest.splits.items():
-    if not split.rows:
-      print(f'note: no row in the split {name!r}; see --heldout_fraction')
-  if command := first_run.command(args.out, manifest, tok):
-    print(f'to train on these rows:\n{command}')
-  else:
-    choices = dataclasses.asdict(first_run.choose(plan))
-    words = ' '.join(f'--{name}={x}' for name, x in choices.items() if x)
-    print(
-      'note: a run needs two held-out rows and a training row: prepare more '
-      f'text, or another --out with {words}'
-    )
+    group = args.group if args.layout == 'padded' else 1
+    layout = packing.Layout(args.layout, args.align, args.fill_eos, group)
+    return dict(layout=layout, encode=encode, encode_settings=encode.settings)
+  if args.align > 1:
+    return dict(layout=packing.Layout('cut', args.align))
+  return {}
 
 
 def open_tokenizer(args, plan, folder):
@@ -188,7 +301,7 @@ def open_tokenizer(args, plan, folder):
 def inspect(args):
   import numpy as np
 
-  from maskdiff.data import prepare, records, row_reader, tokenizer
+  from maskdiff.data import packing, prepare, records, row_reader, tokenizer
   from maskdiff.data import rows as rows_lib
 
   directory = args.inspect
@@ -196,6 +309,8 @@ def inspect(args):
   tok = tokenizer.load(directory)
   print(printable(f'{directory}: {manifest.source}'))
   print(printable(prepare.summary(manifest)))
+  if manifest.statistics:
+    print(packing.summary(manifest))
   dtypes = {'tokens': manifest.dtype, **manifest.columns}
   columns = ', '.join(f'{name} {dtype}' for name, dtype in dtypes.items())
   print(f'tokenizer {manifest.tokenizer_fingerprint}, on disk: {columns}')

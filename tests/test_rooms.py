@@ -24,6 +24,7 @@ ROOMS = (
   ('sampling',),
   ('likelihood',),
   ('training',),
+  ('posttraining',),
   ('evals',),
   ('planner',),
   ('library',),

@@ -47,6 +47,12 @@ def encode_batch(processor, texts, num_threads: int) -> list[list[int]]:
     return [e.ids for e in encode(texts, add_special_tokens=False)]
 
 
+def special_tokens(processor) -> dict[str, int]:
+  """Returns the ids of the special tokens by their texts."""
+  added = processor.get_added_tokens_decoder()
+  return {token.content: i for i, token in added.items() if token.special}
+
+
 def read(path: pathlib.Path, content: bytes):
   """Reads a tokenizer.json, or a vocab.json with merges.txt beside it.
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from maskdiff.config import keys
 from maskdiff.data import (
+  documents,
   manifest_fields,
   prepare,
   records,
@@ -21,6 +22,7 @@ from maskdiff.data import (
   sources,
   tokenizer_training,
 )
+from maskdiff.data import job as job_lib
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 from maskdiff.files import paths, reading
@@ -103,7 +105,7 @@ def _piece_chars(chars: int) -> int:
 
 def _texts(plan: sources.Plan, piece_chars: int) -> Iterator[str]:
   for part in plan.parts:
-    yield from shards.pieces(shards.documents_of(part, {}), piece_chars)
+    yield from documents.pieces(documents.texts_of(part, {}), piece_chars)
 
 
 def _scan(plan, shares, piece_chars: int) -> tuple[int, int, list[int]]:
@@ -159,7 +161,7 @@ def stored(
     UserError: its files are damaged.
   """
   directory = paths.local_path(directory)
-  state = directory / shards.STATE / shards.SETTINGS
+  state = directory / job_lib.STATE / job_lib.SETTINGS
   if (directory / records.MANIFEST).exists():
     settings = records.read_manifest(directory).settings
   elif state.exists():

@@ -43,8 +43,8 @@ def check(fields: dict, splits: tuple[str, ...]) -> None:
     fields,
     'the manifest',
     'format_version source settings tokenizer_fingerprint vocab_size eos_id '
-    'row_length dtype skipped splits columns',
-    optional='columns',
+    'row_length dtype skipped splits columns statistics',
+    optional='columns statistics',
   )
   for name in ('source', 'tokenizer_fingerprint'):
     _check(isinstance(fields[name], str), name, fields[name], 'a text')
@@ -62,6 +62,9 @@ def check(fields: dict, splits: tuple[str, ...]) -> None:
   )
   for reason in _dict(fields['skipped'], 'skipped'):
     _integer(fields['skipped'], reason, f'skipped[{reason!r}]')
+  statistics = _dict(fields.get('statistics', {}), 'statistics')
+  for name in statistics:
+    _integer(statistics, name, f'statistics[{name!r}]', 0, 1 << 62)
   columns = _dict(fields.get('columns', {}), 'columns')
   names = tuple(columns)
   _check(

@@ -18,11 +18,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tqdm
 
-from maskdiff.data import records, row_reader, shards, sources
+from maskdiff.data import (
+  documents,
+  leftovers,
+  packing,
+  records,
+  row_reader,
+  shards,
+  sources,
+)
+from maskdiff.data import job as job_lib
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError, one_line, require_utf8
 from maskdiff.files import reading
@@ -44,6 +53,9 @@ def prepare(
   heldout_fraction: float,
   workers: int,
   piece_chars: int = 0,
+  layout: packing.Layout | None = None,
+  encode: Callable[..., Iterator[documents.Document]] | None = None,
+  encode_settings: Mapping[str, str | int] | None = None,
   log: Callable[[str], None] = print,
 ) -> records.Manifest:
   """Writes the documents of a plan as rows of row_length tokens.
@@ -52,6 +64,9 @@ def prepare(
   concatenated and cut into rows, so a document may continue in the next row.
   The leftovers of all parts are concatenated in the same way. At the end of
   each split less than a row of tokens is dropped.
+
+  With a layout, the rows of a part hold its documents only, the last row is
+  padded, and nothing is dropped.
 
   A call after an interruption resumes; a call after the end returns at once. If
   two processes call the function at the same time, one waits for the other.
@@ -67,6 +82,11 @@ def prepare(
       per core.
     piece_chars: cut longer documents into pieces of at most so many characters,
       each of which then counts as a document; 0 keeps documents whole.
+    layout: arrangement of documents in rows with columns; None: rows of tokens
+      only.
+    encode: function that reads and encodes the documents of a part, if they are
+      not texts, see shards.Job. It can be pickled.
+    encode_settings: settings of `encode` that decide the rows.
     log: function that receives lines of progress.
 
   Returns:
@@ -78,6 +98,8 @@ def prepare(
       input is damaged, or a worker was killed.
   """
   check_heldout_fraction(heldout_fraction)
+  if layout:
+    packing.check(layout, row_length)
   directory = local_path(directory)
   require_utf8(directory)  # ArrayRecord takes no other path
   settings = {
@@ -88,13 +110,17 @@ def prepare(
     'heldout_fraction': heldout_fraction,
     # Absent if documents stay whole, as in manifests of earlier code.
     **({'piece_chars': piece_chars} if piece_chars else {}),
+    **(layout.settings if layout else {}),
+    **(encode_settings or {}),
   }
-  job = shards.Job(
+  job = job_lib.Job(
     directory,
     row_length,
     heldout_fraction,
     num_threads=1 if workers else os.cpu_count() or 1,
     piece_chars=piece_chars,
+    layout=layout,
+    encode=encode,
   )
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,13 +132,16 @@ def prepare(
         shutil.rmtree(job.state, ignore_errors=True)
         return manifest
       known = set(os.listdir(directory))
+      if job.state.exists():  # the other files are of this preparation
+        known = {name for name in known if name.startswith('.')}
       _start_or_resume(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
-      _do_parts(job, tokenizer, plan.parts, workers, log)
       try:
+        _do_parts(job, tokenizer, plan.parts, workers, log)
         manifest = shards.conclude(job, plan, tokenizer, settings)
-      except shards.TooShort:
-        # The command with another row length must not find this preparation.
+      except (shards.TooShort, documents.BadRecord):
+        # The command with another row length, or with corrected input, must not
+        # find this preparation.
         shutil.rmtree(job.state, ignore_errors=True)
         for name in set(os.listdir(directory)) - known:
           (directory / name).unlink()
@@ -219,7 +248,7 @@ def _locked(directory: pathlib.Path, log) -> Iterator[None]:
   try:
     yield
   finally:
-    if not (directory / shards.STATE).exists():
+    if not (directory / job_lib.STATE).exists():
       path.unlink(missing_ok=True)
     file.close()
 
@@ -230,8 +259,8 @@ def _open_lock(path: pathlib.Path):
   return open(os.open(path, flags | os.O_CLOEXEC, 0o666), 'rb')
 
 
-def _start_or_resume(job: shards.Job, settings: dict) -> None:
-  path = job.state / shards.SETTINGS
+def _start_or_resume(job: job_lib.Job, settings: dict) -> None:
+  path = job.state / job_lib.SETTINGS
   if path.exists():
     previous = reading.read_json(path)
     _check_settings(previous, settings, job.directory)
@@ -258,7 +287,7 @@ def _start_or_resume(job: shards.Job, settings: dict) -> None:
 def _check_settings(previous: dict, settings: dict, directory) -> None:
   if not isinstance(previous, dict):
     previous = {}
-  for name in sorted({'piece_chars', *settings}):
+  for name in sorted({*previous, *settings}):
     found, value = previous.get(name), settings.get(name)
     if found != value:
       raise UserError(
@@ -268,7 +297,7 @@ def _check_settings(previous: dict, settings: dict, directory) -> None:
 
 
 def _do_parts(
-  job: shards.Job,
+  job: job_lib.Job,
   tokenizer: tokenizer_lib.Tokenizer,
   parts: Sequence[sources.Part],
   workers: int,
@@ -278,7 +307,7 @@ def _do_parts(
   todo = [
     (i, part)
     for i, part in enumerate(parts)
-    if not shards.is_done(job, i, tokenizer.vocab_size)
+    if not leftovers.is_done(job, i, tokenizer.vocab_size)
   ]
   done = len(parts) - len(todo)
   if done:
@@ -312,6 +341,7 @@ def _do_parts(
       pool.shutdown(wait=False, cancel_futures=True)
       for process in multiprocessing.active_children():
         process.terminate()
+        process.join()
 
 
 @contextlib.contextmanager
@@ -351,7 +381,7 @@ def _progress(parts, todo, log):
 _worker_setup = None  # Job and Tokenizer of a worker process
 
 
-def _start_worker(job: shards.Job, tokenizer: tokenizer_lib.Tokenizer) -> None:
+def _start_worker(job: job_lib.Job, tokenizer: tokenizer_lib.Tokenizer) -> None:
   global _worker_setup
   # The parent handles interrupts. If the parent is killed, its workers would
   # wait forever, so each of them exits with it.

@@ -119,6 +119,20 @@ def _parquet_texts(file, dictionaries, group: int, text_key: str):
     yield from batch.column(0).cast('large_binary').to_pylist()
 
 
+def _record_rows(path, size, start, stop):
+  with open_parquet(path, size, '') as (file, _):
+    groups = range(start, stop or file.metadata.num_row_groups)
+    row = sum(file.metadata.row_group(g).num_rows for g in range(start))
+    for group in groups:
+      metadata = file.metadata.row_group(group)
+      mean = metadata.total_byte_size // max(1, metadata.num_rows)
+      rows = min(_BATCH_BYTES // max(1, mean), _RECORDS_PER_BATCH)
+      batches = file.iter_batches(max(1, rows), [group], use_threads=False)
+      for record in (r for batch in batches for r in batch.to_pylist()):
+        yield record, 'row', row
+        row += 1
+
+
 def _tfds_records(path, size, start, stop, text_key):
   feature = tfds_feature(os.path.dirname(path), text_key)
   array_record = unpack.module('array_record.python.array_record_module')
@@ -187,6 +201,10 @@ def _lines(
       at += len(line)
 
 
+# Readers of whole records, which have no text_key.
+RECORD_READERS = {'jsonl': _lines, 'parquet': _record_rows}
+
+
 def _unpacked(path: str, file: BinaryIO, size: int) -> BinaryIO:
   return unpack.unpacked(path, file, size, _BUFFER)
 
@@ -206,20 +224,24 @@ def open_parquet(path: str, size: int, text_key: str):
 
   Yields:
     (file, the same file with the column as dictionaries; None if the column is
-    not text).
+    not text, or text_key is '').
 
   Raises:
     UserError: the file is damaged, or does not have one column text_key.
   """
   parquet = unpack.module('pyarrow.parquet')
-  damage = unpack.module('pyarrow').ArrowException
+  # UnicodeDecodeError: a text of a row is not UTF-8.
+  damage = (unpack.module('pyarrow').ArrowException, UnicodeDecodeError)
   # By default pyarrow holds a whole row group in memory.
   options = dict(pre_buffer=False, buffer_size=_BUFFER)
   with (
-    _open(path, size, damage),
+    _open(path, size, *damage),
     parquet.ParquetFile(path, **options) as file,
     contextlib.ExitStack() as stack,
   ):
+    if not text_key:
+      yield file, None
+      return
     names = file.schema_arrow.names
     if text_key not in names:
       raise _no_field(path, text_key, names)

@@ -107,6 +107,8 @@ class Manifest:
     splits: 'train' and 'heldout'.
     columns: dtype on disk of each column after the tokens, by name, from
       rows.disk_dtypes; empty in format version 2.
+    statistics: numbers of tokens and documents by name, see shards.STATISTICS;
+      empty if launch/prepare.py did not write the columns.
   """
 
   format_version: int
@@ -120,6 +122,7 @@ class Manifest:
   skipped: dict[str, int]
   splits: dict[str, Split]
   columns: dict[str, str] = dataclasses.field(default_factory=dict)
+  statistics: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def row_bytes(self) -> int:
@@ -242,8 +245,10 @@ def write_manifest(directory: str | pathlib.Path, manifest: Manifest) -> None:
     OSError: the disk is full or the directory is not writable.
   """
   fields = dataclasses.asdict(manifest)
-  if not manifest.columns:
-    del fields['columns']  # earlier code does not know the field
+  # Earlier code does not know these fields.
+  for name in ('columns', 'statistics'):
+    if not fields[name]:
+      del fields[name]
   text = json.dumps(fields, indent=2) + '\n'
   path = pathlib.Path(directory) / MANIFEST
   try:

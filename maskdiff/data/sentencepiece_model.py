@@ -99,6 +99,12 @@ def read(path: pathlib.Path, content: bytes):
   return processor, pieces, ids
 
 
+def special_tokens(processor) -> dict[str, int]:
+  """Returns the ids of the control symbols by their texts."""
+  ids = range(processor.vocab_size())
+  return {processor.id_to_piece(i): i for i in ids if processor.is_control(i)}
+
+
 def is_tiktoken(content: bytes) -> bool:
   """Returns whether a file begins as tiktoken files do."""
   return _TIKTOKEN.match(content) is not None

@@ -2,118 +2,38 @@
 
 `make_shard` writes the training documents of one part as a shard. Held-out
 documents, and tokens at the end that do not fill a row, go to a small file of
-leftovers. A part is done (`is_done`) when both files are written. `conclude`
-turns the leftovers of all parts into the held-out shard and a last training
-shard, and returns the manifest.
+leftovers. A part is done when both files are written. `conclude` turns the
+leftovers of all parts into the held-out shard and a last training shard, and
+returns the manifest.
+
+Without a Layout, rows hold tokens only, and documents are concatenated and cut.
+With one (packing.py), rows have more columns, and the last row of a part is
+padded.
 """
 
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
-import os
-import pathlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from maskdiff.data import manifest_fields, readers, records, sources
+from maskdiff.data import documents, leftovers, packing, records, sources
+from maskdiff.data import rows as rows_lib
+from maskdiff.data.documents import Document
+from maskdiff.data.job import Job
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
-from maskdiff.files import paths, reading
 
-# Folder of unfinished files and leftovers, deleted at the end.
-STATE = '.prepare'
-SETTINGS = 'settings.json'  # in this folder
-_TEXT_CHARS = 1 << 20  # characters encoded at once
 _BLOCK_TOKENS = 1 << 20  # tokens written at once
 
-_LEFTOVERS = ('about', 'heldout', 'tail', 'counts')
+# Statistics of rows with a Layout, in the leftovers and in the manifest.
+STATISTICS = ('padding', 'answer_eos', 'truncated')
 
 
 class TooShort(UserError):
   """The text does not fill one row. No shard was written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """Settings that are the same for all parts.
-
-  Attributes:
-    directory: directory of the shards.
-    row_length: tokens per row.
-    heldout_fraction: share of the documents in the split 'heldout'.
-    num_threads: threads that encode text in one process.
-    piece_chars: cut longer documents into pieces of at most so many characters,
-      each of which then counts as a document; 0 keeps documents whole.
-  """
-
-  directory: pathlib.Path
-  row_length: int
-  heldout_fraction: float
-  num_threads: int
-  piece_chars: int = 0
-
-  @property
-  def state(self) -> pathlib.Path:
-    """Directory of unfinished files and leftovers."""
-    return self.directory / STATE
-
-  def leftovers(self, number: int) -> pathlib.Path:
-    """File of the leftovers of a part, written after its shard."""
-    return self.state / f'{number:05d}.npz'
-
-  def shard(self, split: str, number: int) -> pathlib.Path:
-    """File of a shard."""
-    return self.directory / f'{split}-{number:05d}.array_record'
-
-
-def is_done(job: Job, number: int, vocab_size: int) -> bool:
-  """Returns whether a part has its leftovers and a shard of the right size.
-
-  A part whose leftovers are damaged, or not of the form that `make_shard`
-  writes, is not done.
-  """
-  try:
-    with reading.open_regular(job.leftovers(number)) as file:
-      with np.load(file) as arrays:
-        # Reading all arrays checks their checksums.
-        about, *others = [arrays[name] for name in _LEFTOVERS]
-    dtype = np.dtype(records.token_dtype(vocab_size))
-    for array, kind in zip(others, (dtype, dtype, np.int64), strict=True):
-      if array.ndim != 1 or array.dtype != kind:
-        return False
-    *tokens, counts = others
-    if len(counts) != vocab_size or any(
-      (t >= vocab_size).any() for t in tokens
-    ):
-      return False
-    shard = _about(str(about))['shard']
-    path = job.shard('train', number)
-    if not shard:
-      return True
-    with reading.open_regular(paths.inside(job.directory, path.name)) as file:
-      size = os.fstat(file.fileno()).st_size
-    return shard['file'] == path.name and size == shard['bytes']
-  except Exception:  # a damaged zip file raises many types
-    return False
-
-
-def _about(text: str) -> dict:
-  """Parses and checks the entry `about` of the leftovers of a part.
-
-  Raises:
-    ValueError: it does not have the form that `make_shard` writes.
-  """
-  about = reading.parse_json(text, 'about')
-  if about['shard']:
-    manifest_fields.check_shard(about['shard'], 'about.shard')
-  numbers = [*about['documents'].values(), *about['skipped'].values()]
-  if about['documents'].keys() != set(records.SPLITS) or not all(
-    type(n) is int and n >= 0 for n in numbers
-  ):
-    raise ValueError('about: numbers of documents')
-  return about
 
 
 def make_shard(
@@ -128,113 +48,94 @@ def make_shard(
     part: the part.
 
   Returns:
-    The number of tokens of the part.
+    The number of tokens of the part that carry a loss.
 
   Raises:
     UserError: input is damaged, or more than half of it is not text.
     OSError: the disk is full or not writable.
   """
-  dtype = records.token_dtype(tokenizer.vocab_size)
-  counts = np.zeros(tokenizer.vocab_size, np.int64)
-  documents = dict.fromkeys(records.SPLITS, 0)
+  encode = job.encode or functools.partial(
+    documents.of_text, num_threads=job.num_threads, piece_chars=job.piece_chars
+  )
+  tally = _Tally(tokenizer)
+  numbers = dict.fromkeys(records.SPLITS, 0)
   skipped, heldout, tail = {}, [], []
 
-  def train_tokens() -> Iterator[np.ndarray]:
-    texts = pieces(documents_of(part, skipped), job.piece_chars)
-    for text, ids in _encoded(texts, tokenizer, job.num_threads):
-      tokens = np.fromiter(
-        itertools.chain(ids, (tokenizer.eos_id,)), dtype, len(ids) + 1
-      )
-      if hash_fraction(text) < job.heldout_fraction:
-        documents['heldout'] += 1
-        heldout.append(tokens)
+  def training() -> Iterator[Document]:
+    for document in encode(part, tokenizer, skipped):
+      tally.statistics['truncated'] += document.truncated
+      if hash_fraction(document.key) < job.heldout_fraction:
+        numbers['heldout'] += 1
+        heldout.append(document)
       else:
-        documents['train'] += 1
-        yield tokens
-
-  def blocks() -> Iterator[np.ndarray]:
-    for block in _cut(train_tokens(), job.row_length, dtype, tail):
-      counts[:] += np.bincount(block.ravel(), minlength=len(counts))
-      yield block
+        numbers['train'] += 1
+        yield document
 
   path = job.shard('train', number)
-  shard = records.write_shard(path, blocks(), job.state)
-  heldout = np.concatenate([np.zeros(0, dtype), *heldout])
-  (tail,) = tail
+  blocks = _blocks(job, training(), tokenizer, tally, tail)
+  shard = records.write_shard(path, blocks, job.state)
   about = {
     'shard': dataclasses.asdict(shard) if shard else None,
-    'documents': documents,
+    'documents': numbers,
     'skipped': skipped,
+    'statistics': tally.statistics,
   }
-  records.write_file(
-    job.leftovers(number),
-    lambda f: np.savez_compressed(
-      f,
-      about=np.array(json.dumps(about)),
-      heldout=heldout,
-      tail=tail,
-      counts=counts,
-    ),
-  )
-  return int(counts.sum()) + len(heldout) + len(tail)
+  dtype = records.token_dtype(tokenizer.vocab_size)
+  leftovers.write(job, number, about, heldout, tail[0], tally.counts, dtype)
+  sizes = [len(tokens) for tokens in (*(d.tokens for d in heldout), tail[0])]
+  return int(tally.counts.sum()) + sum(sizes)
 
 
-def documents_of(part: sources.Part, skipped: dict) -> Iterator[str]:
-  """Yields the texts of a part; counts skipped documents in `skipped`.
+class _Tally:
+  """Counts the tokens of rows.
 
-  Raises:
-    UserError: input is damaged, or more than half of it is not text.
+  Attributes:
+    counts: [vocab_size] int64, the tokens that carry a loss, by id.
+    statistics: numbers of tokens by name, see STATISTICS.
   """
-  readable, unreadable = 0, 0
-  for document in sources.read(part):
-    if not isinstance(document, readers.Skipped):
-      readable += 1
-      yield document
-      continue
-    skipped[document.reason] = skipped.get(document.reason, 0) + 1
-    unreadable += document.reason != readers.EMPTY
-    if unreadable >= 100 and unreadable > readable:
-      raise UserError(
-        f'more than half of the documents before {document.where} cannot be '
-        f'read ({document.reason}): check the format of that file'
-      )
+
+  def __init__(self, tokenizer):
+    self.counts = np.zeros(tokenizer.vocab_size, np.int64)
+    self.statistics = dict.fromkeys(STATISTICS, 0)
+    self._eos_id = tokenizer.eos_id
+
+  def add(self, rows: rows_lib.Rows) -> None:
+    learned = rows.tokens.ravel()
+    if rows.doc is not None:
+      valid = rows.doc != rows_lib.PADDING
+      self.statistics['padding'] += int(np.count_nonzero(~valid))
+      if rows.answer is not None:
+        valid = valid & rows.answer
+      learned = rows.tokens[valid]
+      eos = np.count_nonzero(learned == self._eos_id)
+      self.statistics['answer_eos'] += int(eos)
+    self.counts += np.bincount(learned, minlength=len(self.counts))
 
 
-def pieces(texts: Iterable[str], chars: int) -> Iterator[str]:
-  """Yields parts of at most `chars` characters, cut at line ends if possible.
+def _blocks(
+  job: Job, given: Iterable[Document], tokenizer, tally: _Tally, tail: list
+) -> Iterator[np.ndarray]:
+  """Yields blocks of rows of documents, for records.write_shard.
 
-  Longer lines are cut anywhere. With chars=0, texts stay whole.
+  Args:
+    job: Job.
+    given: documents.
+    tokenizer: Tokenizer.
+    tally: counts the tokens of the rows.
+    tail: list that receives the tokens after the last row.
   """
-  for text in texts:
-    if not chars:
-      yield text
-      continue
-    start = 0
-    while start < len(text):
-      stop = start + chars
-      if stop < len(text):
-        stop = text.rfind('\n', start, stop) + 1 or stop
-      yield text[start:stop]
-      start = stop
-
-
-def _encoded(
-  documents: Iterable[str], tokenizer, num_threads: int
-) -> Iterator[tuple[str, list[int]]]:
-  """Yields texts and their ids."""
-  texts, chars = [], 0
-
-  def encoded():
-    ids = tokenizer.encode_batch(texts, num_threads)
-    return list(zip(texts, ids, strict=True))
-
-  for document in documents:
-    texts.append(document)
-    chars += len(document)
-    if chars >= _TEXT_CHARS:
-      yield from encoded()
-      texts, chars = [], 0
-  yield from encoded()
+  dtype = records.token_dtype(tokenizer.vocab_size)
+  if job.layout is None:
+    chunks = (document.tokens for document in given)
+    for block in _cut(chunks, job.row_length, dtype, tail):
+      tally.add(rows_lib.Rows(block))
+      yield block
+    return
+  ids = dict(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+  for rows in packing.rows(job.layout, given, job.row_length, **ids):
+    tally.add(rows)
+    yield rows_lib.pack(rows, dtype, job.columns)
+  tail.append(np.zeros(0, dtype))
 
 
 def _cut(chunks, row_length: int, dtype, rest: list) -> Iterator[np.ndarray]:
@@ -261,50 +162,54 @@ def conclude(
   """Writes the shards of the leftovers and returns the manifest.
 
   Raises:
-    TooShort: the text does not fill one row.
+    TooShort: the text does not fill one row, or a split has none to learn.
     OSError: the disk is full or not writable.
   """
   parts = range(len(plan.parts))
-  counts = {
-    split: np.zeros(tokenizer.vocab_size, np.int64) for split in records.SPLITS
-  }
+  tallies = {split: _Tally(tokenizer) for split in records.SPLITS}
   abouts = []
   for number in parts:
     with np.load(job.leftovers(number)) as arrays:
       abouts.append(json.loads(str(arrays['about'])))
-      counts['train'] += arrays['counts']
+      tallies['train'].counts += arrays['counts']
 
-  def blocks(split: str, array: str) -> Iterator[np.ndarray]:
-    leftovers = (np.load(job.leftovers(number))[array] for number in parts)
-    dtype = records.token_dtype(tokenizer.vocab_size)
-    for block in _cut(leftovers, job.row_length, dtype, []):
-      counts[split] += np.bincount(
-        block.ravel(), minlength=tokenizer.vocab_size
-      )
-      yield block
+  def write(split, given, number):
+    blocks = _blocks(job, given, tokenizer, tallies[split], [])
+    return records.write_shard(job.shard(split, number), blocks, job.state)
 
-  write = lambda split, array, number: records.write_shard(
-    job.shard(split, number), blocks(split, array), job.state
+  tails = (
+    Document('', np.load(job.leftovers(number))['tail']) for number in parts
   )
   shards = {
     'train': [records.Shard(**a['shard']) for a in abouts if a['shard']],
     'heldout': [],
   }
-  shards['train'] += filter(None, [write('train', 'tail', len(parts))])
-  shards['heldout'] += filter(None, [write('heldout', 'heldout', 0)])
-  documents = {
-    split: sum(about['documents'][split] for about in abouts)
-    for split in records.SPLITS
-  }
+  if job.layout is None:
+    shards['train'] += filter(None, [write('train', tails, len(parts))])
+  heldout = leftovers.heldout_documents(job, parts)
+  shards['heldout'] += filter(None, [write('heldout', heldout, 0)])
+  numbers = _sums(about['documents'] for about in abouts)
+  skipped = _sums(about['skipped'] for about in abouts)
   if not any(shards.values()):
-    raise _too_short(job, parts, sum(documents.values()))
-
-  skipped = {}
-  for reason, count in (x for a in abouts for x in a['skipped'].items()):
-    skipped[reason] = skipped.get(reason, 0) + count
+    raise _too_short(job, parts, sum(numbers.values()), skipped)
   piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
+  text_bytes = {s: int(t.counts @ piece_bytes) for s, t in tallies.items()}
+  for split in records.SPLITS:
+    if shards[split] and not text_bytes[split]:
+      raise TooShort(
+        f'the split {split!r} has no text to learn: all of its answers are '
+        'empty; give more text, or set --heldout_fraction=0'
+      )
+  statistics = _sums(
+    [
+      *(about['statistics'] for about in abouts),
+      *(tally.statistics for tally in tallies.values()),
+    ]
+  )
   return records.Manifest(
-    format_version=records.FORMAT_VERSION,
+    format_version=(
+      records.COLUMNS_VERSION if job.layout else records.FORMAT_VERSION
+    ),
     source=plan.description,
     settings=settings,
     tokenizer_fingerprint=tokenizer.fingerprint,
@@ -317,17 +222,33 @@ def conclude(
       split: records.Split(
         shards=tuple(shards[split]),
         rows=sum(shard.rows for shard in shards[split]),
-        tokens=int(counts[split].sum()),
-        text_bytes=int(counts[split] @ piece_bytes),
-        documents=documents[split],
-        unigram_entropy_nats=unigram_entropy(counts[split]),
+        tokens=int(tally.counts.sum()),
+        text_bytes=text_bytes[split],
+        documents=numbers[split],
+        unigram_entropy_nats=unigram_entropy(tally.counts),
       )
-      for split in records.SPLITS
+      for split, tally in tallies.items()
     },
+    columns=job.columns,
+    statistics=statistics if job.layout else {},
   )
 
 
-def _too_short(job: Job, parts: range, documents: int) -> TooShort:
+def _sums(tables: Iterable[dict[str, int]]) -> dict[str, int]:
+  """Returns the sums of tables of numbers, in the order of their names."""
+  sums = {}
+  for name, number in (x for table in tables for x in table.items()):
+    sums[name] = sums.get(name, 0) + number
+  return sums
+
+
+def _too_short(job: Job, parts: range, documents: int, skipped) -> TooShort:
+  if job.layout:
+    reasons = ', '.join(f'{n:,} {reason}' for reason, n in skipped.items())
+    return TooShort(
+      f'there is no document to write (skipped: {reasons or "none"}): give '
+      'other input, or a longer --row_length'
+    )
   tokens = 0
   for number in parts:
     with np.load(job.leftovers(number)) as arrays:

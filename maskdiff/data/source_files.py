@@ -170,6 +170,39 @@ def is_prepared(names: Iterable[str]) -> bool:
   return any(n in _PREPARED or n.endswith('.array_record') for n in names)
 
 
+def without_second_names(found: list[Input]) -> list[Input]:
+  """Drops the links of a folder to other files of the same folder.
+
+  Debian's standard library has such a link.
+  """
+  links = {i.path for i in found if os.path.islink(i.path)}
+  if not links:
+    return found
+  real_paths = list(_real_paths(found))
+  files = {real for i, real in real_paths if i.path not in links}
+  return [
+    i for i, real in real_paths if i.path not in links or real not in files
+  ]
+
+
+def _real_paths(inputs: list[Input]) -> Iterator[tuple[Input, str]]:
+  """Yields each input and its path without links."""
+  real_folder = functools.cache(os.path.realpath)
+  for i in inputs:
+    yield i, real_path(i.path, real_folder)
+
+
+def check_named_once(inputs: list[Input]) -> None:
+  """Raises UserError if two inputs are the same file."""
+  seen = set()
+  for i, real in _real_paths(inputs):
+    if real in seen:
+      raise UserError(
+        f'{i.path} is named twice and would be used twice: name it once'
+      )
+    seen.add(real)
+
+
 def _within(path: str, folder: str | None) -> bool:
   """Returns whether a path is a folder or in it; both are resolved."""
   if folder is None:

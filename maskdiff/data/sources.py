@@ -19,6 +19,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from maskdiff.data import readers, source_files, unpack
 from maskdiff.data.readers import Skipped
@@ -43,8 +44,10 @@ _FORMATS = {
   '.jsonl': 'jsonl',
   '.parquet': 'parquet',
 }
+_RECORDS = ('jsonl', 'parquet')  # formats whose values may be records
 _PACKED = ('.gz', '.zst')
 _KNOWN = f'{", ".join(_FORMATS)}; all except .parquet also with .gz or .zst'
+_KNOWN_RECORDS = '.jsonl, .ndjson, .json, also with .gz or .zst, or .parquet'
 _FOREIGN = {'site-packages', 'dist-packages', '__pycache__'}
 
 
@@ -60,7 +63,8 @@ class Part:
       row groups for 'parquet', in records for 'tfds'.
     stop: end of the range, exclusive; 0 if the files are read whole.
     size: bytes of input as stored; an estimate for 'parquet' and 'tfds'.
-    text_key: field that holds the text; '' for 'files' and 'lines'.
+    text_key: field that holds the text; '' for 'files' and 'lines', and if
+      whole records are read.
     file_sizes: size of each file in bytes when the plan was made.
   """
 
@@ -120,6 +124,7 @@ def plan(
   *,
   text_key: str = 'text',
   by_line: bool = False,
+  records: bool = False,
   output: str | os.PathLike | None = None,
 ) -> Plan:
   """Returns the Plan of a corpus: its sources, cut into parts.
@@ -130,6 +135,8 @@ def plan(
       such as ~/tensorflow_datasets/c4/en/3.1.0.
     text_key: field that holds the text, in formats with fields.
     by_line: whether each line of a .txt file is a document.
+    records: whether `read_records` reads the parts: lines of JSON and rows of
+      Parquet, whole. Other formats are not read, and text_key is not used.
     output: directory of the rows, which may be inside a source; its files are
       not input.
 
@@ -141,12 +148,13 @@ def plan(
   ignored = collections.Counter()
   if output is not None:
     output = os.path.realpath(local_path(output))
+  text_key = '' if records else text_key
   inputs = [
     i
     for spec in specs
     for i in _inputs(spec, text_key, by_line, ignored, output)
   ]
-  _check_named_once(inputs)
+  source_files.check_named_once(inputs)
   total = sum(i.size for i in inputs)
   if not total:
     raise UserError(f'no text in {", ".join(specs)}: give files with text')
@@ -187,6 +195,41 @@ def read(part: Part) -> Iterator[str | Skipped]:
       yield readers.document(value, path, *place)
 
 
+def read_records(part: Part) -> Iterator[tuple[Any, tuple]]:
+  """Yields the records of a part in the order of the input.
+
+  Yields:
+    (record, place). A record is the bytes of a line, or a dict of the columns
+    of a row. The place is for `where`.
+
+  Raises:
+    UserError: as `read`.
+  """
+  reader = readers.RECORD_READERS[part.format]
+  for path, size in zip(part.paths, part.file_sizes, strict=True):
+    for value, *place in reader(path, size, part.start, part.stop):
+      yield value, (path, *place)
+
+
+def where(path: str, kind: str, at: int) -> str:
+  """Returns the place of a record as text: the file and the number of a line.
+
+  Args:
+    path: the file.
+    kind: 'line', counted from 1; 'byte', at which a line begins; or 'row',
+      counted from 0.
+    at: number.
+  """
+  if kind == 'byte':
+    number = 1
+    with open(path, 'rb') as file:
+      while before := file.read(min(at, 1 << 20)):
+        number += before.count(b'\n')
+        at -= len(before)
+    kind, at = 'line', number
+  return f'{printable(path)} {kind} {at}'
+
+
 def _inputs(
   spec: str,
   text_key: str,
@@ -194,17 +237,17 @@ def _inputs(
   ignored: collections.Counter,
   output: str | None,
 ) -> list[Input]:
-  if spec == 'embedded':
+  if spec == 'embedded' and text_key:
     return _embedded()
-  if spec.startswith('tfds:'):
+  if spec.startswith('tfds:') and text_key:
     return _tfds_shards(spec, text_key)
   path = os.path.abspath(local_path(spec))
   source_files.check_output(spec, path, output)
-  format_of = functools.partial(_format, by_line=by_line)
+  format_of = functools.partial(_format, by_line=by_line, records=not text_key)
   if os.path.isdir(path):
     paths = source_files.walk(path, ignored, output=output)
     found = source_files.select(path, paths, format_of, ignored, output)
-    found = _without_second_names(found)
+    found = source_files.without_second_names(found)
   elif os.path.exists(path):
     found = []
     if format := format_of(path):
@@ -223,10 +266,11 @@ def _inputs(
     raise UserError(f'no file or directory {spec}: correct the path')
   if not found:
     others = ', '.join(f'{n:,} {name}' for name, n in ignored.items())
+    known = _KNOWN if text_key else _KNOWN_RECORDS
     raise UserError(
       f'no text files in {spec}'
       + (f' (not read: {printable(others)})' if others else '')
-      + f': give files that end in {_KNOWN}'
+      + f': give files that end in {known}'
     )
   return found
 
@@ -242,7 +286,7 @@ def _embedded() -> list[Input]:
       for path in source_files.walk(root, ignored, foreign=_FOREIGN)
       if (format := format_of(path))
     )
-    found = _without_second_names(found)
+    found = source_files.without_second_names(found)
   if not found:
     raise UserError(
       f'no .py files in {root}: use a Python with its standard library '
@@ -251,11 +295,13 @@ def _embedded() -> list[Input]:
   return found
 
 
-def _format(path: str, by_line: bool) -> str | None:
+def _format(path: str, by_line: bool, records: bool) -> str | None:
   name = path.lower()
   stem = name.removesuffix('.gz').removesuffix('.zst')
   suffix = os.path.splitext(stem)[1]
   format = 'lines' if by_line and suffix == '.txt' else _FORMATS.get(suffix)
+  if records and format not in _RECORDS:
+    return None
   return format if stem == name or format != 'parquet' else None
 
 
@@ -289,38 +335,6 @@ def _tfds_shards(spec: str, text_key: str) -> list[Input]:
     )
     for shard in info.splits[split].file_instructions
   ]
-
-
-def _without_second_names(found: list[Input]) -> list[Input]:
-  """Drops the links of a folder to other files of the same folder.
-
-  Debian's standard library has such a link.
-  """
-  links = {i.path for i in found if os.path.islink(i.path)}
-  if not links:
-    return found
-  real_paths = list(_real_paths(found))
-  files = {real for i, real in real_paths if i.path not in links}
-  return [
-    i for i, real in real_paths if i.path not in links or real not in files
-  ]
-
-
-def _real_paths(inputs: list[Input]) -> Iterator[tuple[Input, str]]:
-  """Yields each input and its path without links."""
-  real_folder = functools.cache(os.path.realpath)
-  for i in inputs:
-    yield i, source_files.real_path(i.path, real_folder)
-
-
-def _check_named_once(inputs: list[Input]) -> None:
-  seen = set()
-  for i, real in _real_paths(inputs):
-    if real in seen:
-      raise UserError(
-        f'{i.path} is named twice and would be used twice: name it once'
-      )
-    seen.add(real)
 
 
 def _parts(inputs: list[Input], text_key: str, target: int) -> Iterator[Part]:

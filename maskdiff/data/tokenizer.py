@@ -126,6 +126,14 @@ class Tokenizer:
     pieces = (mask if i == self.mask_id else self.piece(i) for i in ids)
     return b''.join(pieces).decode('utf-8', errors='replace')
 
+  def special_tokens(self) -> dict[str, int]:
+    """Returns the ids of the special tokens by their texts, such as '<eos>'.
+
+    `encode` never returns these ids.
+    """
+    module = spm if _is_sentencepiece(self.processor) else byte_level
+    return module.special_tokens(self.processor)
+
   def piece(self, i: int) -> bytes:
     """Returns the bytes of an id: b'' for special ids.
 

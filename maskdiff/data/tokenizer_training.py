@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-from maskdiff.data import shards
+from maskdiff.data import documents
 from maskdiff.errors import UserError, one_line
 
 CONTROL = ['<mask>', '<system>', '<user>', '<assistant>', '<end_of_turn>']
@@ -81,7 +81,7 @@ def chunks(text: str) -> Iterator[str]:
 
   Longer lines are cut anywhere, since SentencePiece would drop them.
   """
-  return shards.pieces([text], CHUNK_CHARS)
+  return documents.pieces([text], CHUNK_CHARS)
 
 
 def draw(

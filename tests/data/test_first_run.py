@@ -17,6 +17,7 @@ import tiny
 
 from maskdiff import config
 from maskdiff.data import (
+  documents,
   first_run,
   prepare,
   records,
@@ -165,7 +166,7 @@ def test_pieces_hold_all_the_text(tmp_path):
   assert manifest.settings['piece_chars'] == 100
   assert manifest.splits['train'].documents >= 50
   text = (path / '0.txt').read_text()
-  pieces = list(shards.pieces([text, 'x' * 250], 100))
+  pieces = list(documents.pieces([text, 'x' * 250], 100))
   assert ''.join(pieces) == text + 'x' * 250
   assert max(map(len, pieces)) <= 100
   assert all(p.endswith('\n') for p in pieces[:40])

@@ -19,7 +19,16 @@ import time
 import numpy as np
 import pytest
 
-from maskdiff.data import prepare, records, row_reader, shards, sources
+from maskdiff.data import (
+  documents,
+  leftovers,
+  packing,
+  prepare,
+  records,
+  row_reader,
+  shards,
+  sources,
+)
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 
@@ -287,10 +296,33 @@ def test_files_do_not_depend_on_the_number_of_workers(
   assert contents(tmp_path / 'rows') == contents(once)
 
 
+def test_aligned_documents_start_at_multiples(tokenizer, tmp_path):
+  texts = [f'text {n} ' * (n % 9 + 1) for n in range(60)]
+  plan = plan_of(write_jsonl(tmp_path / 'x.jsonl', texts), 400)
+  assert len(plan.parts) > 5
+  layout = packing.Layout('cut', align=8)
+  out = tmp_path / 'rows'
+  manifest = prepared(plan, tokenizer, out, layout=layout)
+  assert manifest.columns == {'doc': 'int16'}
+  found = []
+  for split in records.SPLITS:
+    rows = row_reader.RowSource(out, manifest, split)
+    rows = rows.read(list(range(len(rows))))
+    starts = np.diff(rows.doc, axis=1, prepend=-1) > 0
+    assert (np.nonzero(starts)[1] % 8 == 0).all()
+    stream = rows.tokens[rows.doc >= 0]
+    ends = np.flatnonzero(stream == EOS) + 1
+    found += map(tokenizer.decode, np.split(stream, ends)[:-1])
+    assert manifest.splits[split].tokens == len(stream)
+  assert sorted(found) == sorted(texts)
+  with pytest.raises(UserError, match='was prepared with align=8'):
+    prepared(plan, tokenizer, out)
+
+
 def test_how_much_is_done_at_once_does_not_show(
   plan, tokenizer, once, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(shards, '_TEXT_CHARS', 500)
+  monkeypatch.setattr(documents, '_TEXT_CHARS', 500)
   monkeypatch.setattr(shards, '_BLOCK_TOKENS', 100)
   prepared(plan, tokenizer, tmp_path / 'rows')
   assert contents(tmp_path / 'rows') == contents(once)
@@ -706,7 +738,7 @@ def test_leftovers_of_another_form_are_not_used(
   about = json.loads(str(arrays['about']))
   outside = about | {'shard': (about['shard'] or {}) | {'file': '/etc/passwd'}}
   job = shards.Job(tmp_path, 32, 0.2, 1)
-  assert shards.is_done(job, 0, tokenizer.vocab_size)
+  assert leftovers.is_done(job, 0, tokenizer.vocab_size)
   for changes in (
     {'about': np.array(json.dumps(outside))},
     {'about': np.array('[' * 100_000)},
@@ -717,7 +749,7 @@ def test_leftovers_of_another_form_are_not_used(
     {'counts': arrays['counts'][:-1]},
   ):
     np.savez(path, **(arrays | changes))
-    assert not shards.is_done(job, 0, tokenizer.vocab_size)
+    assert not leftovers.is_done(job, 0, tokenizer.vocab_size)
   prepared(plan, tokenizer, tmp_path)
   assert contents(tmp_path) == contents(rows)
 

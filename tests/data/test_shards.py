@@ -13,7 +13,14 @@ import sys
 import numpy as np
 import pytest
 
-from maskdiff.data import records, row_reader, shards, sources
+from maskdiff.data import (
+  documents,
+  leftovers,
+  records,
+  row_reader,
+  shards,
+  sources,
+)
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError
 
@@ -129,7 +136,7 @@ def test_how_much_is_done_at_once_does_not_show(
 ):
   texts = texts_of(2, 60)
   whole = make(tmp_path / 'whole', texts, tokenizer, 0.3)
-  monkeypatch.setattr(shards, '_TEXT_CHARS', chars)
+  monkeypatch.setattr(documents, '_TEXT_CHARS', chars)
   monkeypatch.setattr(shards, '_BLOCK_TOKENS', tokens)
   pieces = make(tmp_path / 'pieces', texts, tokenizer, 0.3)
   assert pieces.about == whole.about
@@ -202,13 +209,13 @@ def test_damaged_leftovers_are_never_used(tokenizer, tmp_path):
   content = path.read_bytes()
   with np.load(path) as file:
     arrays = dict(file)
-  assert shards.is_done(job, 7, tokenizer.vocab_size)
+  assert leftovers.is_done(job, 7, tokenizer.vocab_size)
   rng = random.Random(0)
   for n in range(300):
     damaged = bytearray(content)
     damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(damaged[: rng.randrange(len(content)) if n % 3 else None])
-    if shards.is_done(
+    if leftovers.is_done(
       job, 7, tokenizer.vocab_size
     ):  # the damage is to a date, say
       with np.load(path) as file:

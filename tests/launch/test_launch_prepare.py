@@ -374,9 +374,48 @@ def test_verify_finds_one_changed_byte(small, tmp_path):
   assert 'train-00000.array_record' in error
 
 
+def test_conversations_are_prepared_and_inspected(tmp_path):
+  """The folder has a tokenizer and a template, so no other flag is needed."""
+  folder = tmp_path / 'model'
+  folder.mkdir()
+  shutil.copy(ROOT / 'tokenizer' / 'stdlib_4k.model', folder)
+  (folder / 'chat_template.jinja').write_text(
+    '{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}'
+  )
+  source = tmp_path / 'chats.jsonl'
+  source.write_text('{"prompt": "2+2?", "completion": "4"}\n' * 3)
+  flags = ['--row_length=32', '--heldout_fraction=0', '--workers=1']
+  flags += [f'--source={source}', f'--out={tmp_path / "rows"}', '--align=8']
+  output = run(f'--chat={folder}', *flags)
+  assert '3 + 0 documents' in output
+  assert '6 tokens with a loss, of which 50.0% are eos; 32 pos' in output
+  assert run(f'--inspect={tmp_path / "rows"}').count('2+2?4') == 3
+  stored = (tmp_path / 'rows' / 'chat_template.jinja').read_text()
+  assert stored == (folder / 'chat_template.jinja').read_text()
+  error = run('--chat=plain', f'--tokenizer={folder}', *flags, status=2)
+  assert 'was prepared with chat=' in error
+
+
 @pytest.mark.parametrize(
   'args, message',
   [
+    (['--out=x', '--source=docs', '--chat=lama3'], '--out needs either'),
+    (
+      ['--out=x', '--source=docs', '--tokenizer=tokenizer', '--chat=plain'],
+      'no text files in docs (not read:',
+    ),
+    (
+      ['--out=x', '--source=docs', '--tokenizer=tokenizer', '--turns=all'],
+      '--turns needs --chat',
+    ),
+    (
+      ['--out=x', '--source=docs', '--train_tokenizer', '--chat=plain'],
+      '--train_tokenizer has no effect with --chat',
+    ),
+    (
+      ['--out=x', '--source=docs', '--tokenizer=tokenizer', '--align=3'],
+      '--align=3 does not divide --row_length=4096',
+    ),
     ([], 'give one of --out DIR, the directory to write, --inspect DIR and'),
     (['--out=x', '--verify=x'], 'give one of --out DIR'),
     (['--out=x'], '--out needs --source'),

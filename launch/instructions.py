@@ -1,0 +1,51 @@
+r"""Writes a small instruction set; see maskdiff/evals/instructions.py.
+
+python launch/instructions.py --num 20000 --out instructions.jsonl
+python launch/prepare.py --source instructions.jsonl --chat plain --turns all \
+  --tokenizer tokenizer/stdlib_4k.model --out data/instructions \
+  --row_length 256
+python launch/instructions.py --heldout --num 500 --out heldout.jsonl
+
+Lines for training are conversations with "messages". With --heldout, lines are
+questions with "prompt", "answer" and "task", none of which is in a conversation
+for training, whatever the seeds.
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from maskdiff import config
+from maskdiff.evals import instructions
+from maskdiff.files import outputs
+
+flags.DEFINE_integer(
+  'num', 1000, 'Number of lines.', lower_bound=1, upper_bound=10_000_000
+)
+flags.DEFINE_integer('seed', 0, 'Random seed.', lower_bound=0)
+flags.DEFINE_list(
+  'tasks',
+  None,
+  f'Tasks, separated by commas: {", ".join(instructions.TASKS)}. Default: all.',
+)
+flags.DEFINE_bool(
+  'heldout', False, 'Write questions for evaluation, not conversations.'
+)
+flags.DEFINE_string('out', None, 'Output file of JSON lines.')
+flags.mark_flags_as_required(['out'])
+
+
+def main(args):
+  outputs.check('out', args.out)
+  if args.heldout:
+    lines = instructions.questions(args.seed, args.num, True, args.tasks)
+  else:
+    lines = instructions.conversations(args.seed, args.num, args.tasks)
+  content = ''.join(json.dumps(line) + '\n' for line in lines)
+  outputs.write('out', args.out, content)
+  print(f'{args.out}: {len(lines)} lines', file=sys.stderr)
+
+
+if __name__ == '__main__':
+  config.run_script(main)

@@ -1,0 +1,1 @@
+"""Training after pretraining: conversations, their templates and their rows."""

@@ -1,0 +1,154 @@
+"""Conversations of files to documents, for data.prepare."""
+
+import bisect
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+
+from maskdiff.data import sources
+from maskdiff.data.documents import BadRecord, Document
+from maskdiff.data.tokenizer import Tokenizer
+from maskdiff.errors import UserError, inline
+from maskdiff.files import reading
+from maskdiff.files.paths import local_path
+from maskdiff.posttraining import chat, chat_tokens, conversations
+
+TURNS = ('last', 'all', 'each')
+TRUNCATE = ('drop', 'right', 'turns')
+NO_ANSWER = 'without an answer to learn'
+TOO_LONG = 'too long'
+
+encoder = functools.lru_cache(maxsize=1)(chat_tokens.encoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatDocuments:
+  """Function from a part of the input to documents; shards.Job.encode.
+
+  Attributes:
+    template: chat.Template.
+    row_length: tokens of the longest document.
+    turns: which answers are learned: 'last', the last one of a conversation;
+      'all'; or 'each', all of them, each in a document of its own that ends
+      with it. `train` of a message overrides 'last' and 'all', and with 'each'
+      leaves an answer out.
+    truncate: what becomes of longer conversations: 'drop'; 'right', keep the
+      first tokens, unless none of them is learned; or 'turns', leave out turns
+      from the start, except for system turns, until the rest fits.
+  """
+
+  template: chat.Template
+  row_length: int
+  turns: str = 'last'
+  truncate: str = 'drop'
+
+  @property
+  def settings(self) -> dict[str, str]:
+    """The settings that decide the rows, for a manifest."""
+    return {
+      'chat': self.template.fingerprint,
+      'chat_arguments': self.template.arguments,
+      'turns': self.turns,
+      'truncate': self.truncate,
+    }
+
+  def save_template(self, directory: str) -> None:
+    """Writes the template beside the rows, for sampling and exports."""
+    chat.save(self.template, local_path(directory))
+
+  def __call__(
+    self, part: sources.Part, tokenizer: Tokenizer, skipped: dict[str, int]
+  ) -> Iterator[Document]:
+    """Yields the documents of a part.
+
+    Args:
+      part: the part, of a plan of records.
+      tokenizer: Tokenizer.
+      skipped: numbers of conversations that are left out, by reason; modified.
+
+    Raises:
+      BadRecord: a record is not a conversation, or cannot be encoded. The
+        message has the file and the line.
+      UserError: a file is damaged.
+    """
+    skip = lambda reason: skipped.update({reason: skipped.get(reason, 0) + 1})
+    encode = encoder(self.template, tokenizer)
+    for record, place in sources.read_records(part):
+      try:
+        messages = conversations.parse(_value(record))
+        examples = _examples(messages, self.turns)
+        key = _key(messages)
+        documents = [self._document(encode, key, *e) for e in examples]
+      except UserError as e:
+        where = sources.where(*place)
+        raise BadRecord(f'{where}: {inline(e)}') from e
+      if not documents:
+        skip(NO_ANSWER)
+      for document in documents:
+        if document is None:
+          skip(TOO_LONG)
+        else:
+          yield document
+
+  def _document(self, encode, key, messages, trained) -> Document | None:
+    """Returns the document of a conversation; None if it is too long."""
+    encoded = chat_tokens.encode(encode, messages, trained)
+    length = self.row_length
+    if len(encoded.tokens) <= length:
+      return Document(key, *encoded)
+    if self.truncate == 'turns':
+      encoded = _without_first_turns(encode, messages, trained, length)
+    elif self.truncate == 'right' and encoded.answer[:length].any():
+      encoded = chat_tokens.Encoded(*(x[:length] for x in encoded))
+    else:
+      encoded = None
+    return encoded and Document(key, *encoded, truncated=True)
+
+
+def _without_first_turns(
+  encode, messages, trained, length: int
+) -> chat_tokens.Encoded | None:
+  """Returns the longest end of a conversation that has at most `length` tokens.
+
+  It begins with a turn of the user, after the system turns at the start. None:
+  no such end has a trained turn.
+  """
+  roles = [message['role'] for message in messages]
+  first = next((i for i, r in enumerate(roles) if r != 'system'), len(roles))
+  users = [i for i in range(first + 1, len(roles)) if roles[i] == 'user']
+
+  def end(start):
+    kept = [i - start + first for i in trained if i >= start]
+    turns = [*messages[:first], *messages[start:]]
+    return chat_tokens.encode(encode, turns, kept) if kept else None
+
+  fits = lambda start: (e := end(start)) is None or len(e.tokens) <= length
+  at = bisect.bisect_left(users, True, key=fits)
+  return end(users[at]) if at < len(users) else None
+
+
+def _examples(messages, turns: str) -> list[tuple[list, list[int]]]:
+  """Returns (messages, trained turns) of each document of a conversation."""
+  answers = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
+  default = answers[-1:] if turns == 'last' else answers
+  trained = [i for i in answers if messages[i].get('train', i in default)]
+  if turns == 'each':
+    return [(messages[: i + 1], [i]) for i in trained]
+  return [(messages, trained)] if trained else []
+
+
+def _key(messages) -> str:
+  """Returns the turns before the first answer, which decide the split."""
+  roles = [message['role'] for message in messages]
+  first = roles.index('assistant') if 'assistant' in roles else len(roles)
+  turns = [(m['role'], m['content']) for m in messages[:first]]
+  return json.dumps(turns, ensure_ascii=False)
+
+
+def _value(record):
+  """Returns the JSON value of a record; see sources.read_records."""
+  if not isinstance(record, bytes):
+    return record
+  # The error begins with the name, and the caller adds the place.
+  return reading.parse_json(record, 'the line')

@@ -1,0 +1,116 @@
+"""Records of files to conversations.
+
+A record has `messages`, or a prompt and its answer under the names of PAIRS:
+
+    {"messages": [{"role": "user", "content": "2+2?"},
+                  {"role": "assistant", "content": "4"}]}
+    {"prompt": "2+2?", "completion": "4"}
+    {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+
+A message may also have `train`, whether an answer is learned, and
+`reasoning_content`, which some templates read.
+"""
+
+from maskdiff.errors import UserError, inline
+
+ROLES = ('system', 'user', 'assistant', 'tool')
+PAIRS = (
+  ('prompt', 'completion'),
+  ('prompt', 'response'),
+  ('prompt', 'answer'),
+  ('question', 'answer'),
+  ('instruction', 'output'),
+)
+MAX_MESSAGES = 1000  # the time to find answers grows with the square
+
+
+def parse(record) -> list[dict]:
+  """Returns the messages of a record, dicts with role and content.
+
+  Keys other than role, content, train and reasoning_content are dropped.
+
+  Args:
+    record: JSON value.
+
+  Raises:
+    UserError: the record has not the form above. The message does not name the
+      file, which the caller knows.
+  """
+  if not isinstance(record, dict):
+    raise UserError(
+      f'is {_kind(record)}, not a JSON object: write one conversation per line'
+    )
+  if record.get('messages') is not None:
+    return _messages(record['messages'])
+  for first, second in PAIRS:
+    if record.get(first) is not None and record.get(second) is not None:
+      question = _text(record[first], first)
+      more = record.get('input') if first == 'instruction' else None
+      if more is not None and _text(more, 'input'):
+        question = f'{question}\n\n{more}'
+      return [
+        {'role': 'user', 'content': question},
+        {'role': 'assistant', 'content': _text(record[second], second)},
+      ]
+  known = ', '.join(f'{first} and {second}' for first, second in PAIRS)
+  names = ', '.join(inline(repr(name), 40) for name in list(record)[:10])
+  raise UserError(f'has neither messages nor a pair ({known}) among {names}')
+
+
+def _messages(found) -> list[dict]:
+  if not isinstance(found, list) or not found:
+    raise UserError(f'messages is {_kind(found)}: it must be a list of turns')
+  if len(found) > MAX_MESSAGES:
+    raise UserError(
+      f'has {len(found):,} messages, over the limit of {MAX_MESSAGES:,}: split '
+      'the conversation'
+    )
+  return [_message(turn, i) for i, turn in enumerate(found)]
+
+
+def _message(turn, i: int) -> dict:
+  where = f'messages[{i}]'
+  if not isinstance(turn, dict):
+    raise UserError(
+      f'{where} is {_kind(turn)}: it must have a role and a content'
+    )
+  role = turn.get('role')
+  if role is None:
+    raise UserError(f'{where} has no role: it is one of {", ".join(ROLES)}')
+  if role not in ROLES:
+    raise UserError(
+      f'{where} has the role {inline(repr(role), 40)}: it must be one of '
+      f'{", ".join(ROLES)}'
+    )
+  if turn.get('tool_calls'):
+    raise UserError(
+      f'{where} has tool_calls, which are not rendered: write them in the '
+      'content, or leave the conversation out'
+    )
+  if turn.get('content') is None:
+    raise UserError(f'{where} has no content: write "" for an empty turn')
+  message = {'role': role, 'content': _text(turn['content'], where)}
+  # Parquet has a null for a key that other messages have.
+  if (thoughts := turn.get('reasoning_content')) is not None:
+    message['reasoning_content'] = _text(thoughts, f'{where} thoughts')
+  if (train := turn.get('train')) is not None:
+    if not isinstance(train, bool) or (train and role != 'assistant'):
+      raise UserError(
+        f'{where} has "train": {inline(repr(train), 40)}: it must be true or '
+        'false, and true only in a turn of the assistant'
+      )
+    message['train'] = train
+  return message
+
+
+def _text(value, where: str) -> str:
+  if not isinstance(value, str):
+    raise UserError(f'{where} is {_kind(value)}: it must be a text')
+  return value
+
+
+def _kind(value) -> str:
+  names = {dict: 'an object', list: 'a list', str: 'a text', type(None): 'null'}
+  if isinstance(value, list) and not value:
+    return 'an empty list'
+  return names.get(type(value)) or inline(repr(value), 40)
