@@ -20,7 +20,6 @@ from maskdiff.errors import UserError, one_line
 from maskdiff.serving import asked, replies
 from maskdiff.serving.committed import Committed
 from maskdiff.serving.counters import Counters
-from maskdiff.serving.engine import Unavailable
 
 try:
   from starlette.applications import Starlette
@@ -231,8 +230,6 @@ async def _body(request):
 def _error(error):
   """Returns the body and the status of the reply to a UserError."""
   status = getattr(error, 'http_status', 400)
-  if isinstance(error, Unavailable):
-    status = 503
   fields = (getattr(error, name, None) for name in ('param', 'code'))
   return replies.error(one_line(error, 1000), status, *fields), status
 

@@ -90,6 +90,30 @@ class Model:
   chat: Chat | None = None
 
 
+def settings_of(model, tokens, changes=None):
+  """Returns the Settings of an answer.
+
+  Args:
+    model: Model.
+    tokens: number of slots of the answer.
+    changes: dict, settings that differ from those of the model. If neither
+      sets `steps`, each slot has one step. If only the model sets it, each slot
+      has as many steps as one of its gen_length.
+
+  Raises:
+    UserError: see `sampling.settings.of_request`.
+  """
+  changes = {'gen_length': tokens} | (changes or {})
+  steps = model.values.get('steps')
+  if steps and 'steps' not in changes:
+    blocks = -(-tokens // min(model.c.block_length, tokens))
+    steps = -(-steps * tokens // model.values['gen_length'])
+    changes['steps'] = -(-steps // blocks) * blocks
+  if changes.get('temperature') == 0:  # these have no effect then
+    changes = {'top_k': 0, 'top_p': 1.0} | changes
+  return of_request(model.config, model.values, changes)[1]
+
+
 class Asked(NamedTuple):
   """A request, checked and encoded."""
 
@@ -262,7 +286,7 @@ def _settings(model, body, num_prompt, text):
   default = min(model.values['gen_length'], room)
   name = 'max_completion_tokens'
   name = name if name in body else 'max_tokens'
-  tokens = changes['gen_length'] = _get(body, name, int, default)
+  tokens = _get(body, name, int, default)
   if not 1 <= tokens <= room:
     raise BadRequest(
       f'{name}={tokens}: must be at least 1 and at most {room}, since prompt '
@@ -275,23 +299,12 @@ def _settings(model, body, num_prompt, text):
       check_types({key: value})
     except UserError as error:
       raise BadRequest(str(error), key) from error
-  if 'steps' in model.values and 'steps' not in changes:
-    changes['steps'] = _scaled_steps(model, tokens)
-  if changes.get('temperature') == 0:
-    changes = {'top_k': 0, 'top_p': 1.0} | changes
   try:
-    return of_request(model.config, model.values, changes)[1]
+    return settings_of(model, tokens, changes)
   except UserError as error:
     message = str(error).replace('config.sample.', '')
     param = next((key for key in changes if f'{key}=' in message), None)
     raise BadRequest(message, param) from error
-
-
-def _scaled_steps(model, tokens):
-  """Returns the steps of an answer, with as many per token as the default."""
-  blocks = -(-tokens // min(model.c.block_length, tokens))
-  steps = -(-model.values['steps'] * tokens // model.values['gen_length'])
-  return -(-steps // blocks) * blocks
 
 
 def _stop(body: dict[str, Any]):

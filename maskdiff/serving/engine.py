@@ -23,6 +23,14 @@ from maskdiff.serving.batch import Batch
 class Unavailable(UserError):
   """The engine takes no request at the moment, or has ended."""
 
+  http_status = 503
+
+
+class Broken(UserError):
+  """The network has failed at a row."""
+
+  http_status = 500
+
 
 class Pending:
   """A request in the engine, read and changed on the event loop only.
@@ -49,11 +57,13 @@ class Pending:
     Raises:
       UserError: the request failed, or the engine has ended.
     """
-    while not self.answer:
+    answer = None
+    while not answer:
       await self._changed.wait()
       self._changed.clear()
-      if self.answer and self.answer.error:
-        raise self.answer.error
+      answer = self.answer  # may be set while the caller is busy
+      if answer and answer.error:
+        raise Broken(str(answer.error)) if answer.recording else answer.error
       yield self._recording
 
 

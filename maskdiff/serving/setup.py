@@ -8,19 +8,18 @@ from maskdiff import config as config_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import load
 from maskdiff.sampling.settings import of_request
-from maskdiff.serving import plain_chat
 from maskdiff.serving.asked import Model
+from maskdiff.serving.chat_prompts import open_chat
 
 
 def define_flags():
   """Defines the flags that `open_model` reads."""
   flags.DEFINE_string('workdir', None, 'Work directory or Hugging Face folder.')
-  flags.DEFINE_enum(
+  flags.DEFINE_string(
     'chat_template',
     None,
-    ['plain'],
-    'Template of conversations. plain: text with the headers User: and '
-    'Assistant:',
+    'Name of a chat template, such as plain; or a folder or *.jinja file with '
+    'one. Default: that of the model.',
   )
   flags.DEFINE_bool('suppress_mask', False, 'Never predict the mask token.')
   flags.DEFINE_bool(
@@ -59,5 +58,5 @@ def open_model(args, name):
   if args.suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
   c, _ = of_request(config, values)
-  chat = plain_chat.chat(tokenizer) if args.chat_template else None
+  chat = open_chat(args.chat_template, args.workdir, tokenizer)
   return Model(name, config, c, values, tokenizer, context, chat), network, mesh

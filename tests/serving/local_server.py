@@ -10,8 +10,10 @@ import urllib.request
 
 import jax
 import numpy as np
+import published_folders
 import tiny
 
+from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.interop import load
 from maskdiff.model import transformer
 from maskdiff.model.transformer import TransformerConfig
@@ -21,19 +23,28 @@ from maskdiff.serving.batch import default_lengths
 from maskdiff.serving.engine import Engine
 
 CONTEXT = 256
+BROKEN = 'Z'  # a prompt with this character has logits that are NaN
+
+
+def byte_tokenizer(folder):
+  """Returns a Tokenizer with a token per byte, in a folder that it makes."""
+  folder.mkdir()
+  published_folders.save_tokenizer(folder)
+  return tokenizer_lib.load(folder)
 
 
 def make_network(tokenizer):
-  """Returns the config and the Network of a model that predicts few tokens.
+  """Returns the config and the Network of a model with few likely tokens.
 
-  Its 24 tokens, among them eos, have logits that differ between positions.
+  These are eos and the bytes of some characters. Their logits differ between
+  positions.
   """
   keys = {
     'model.vocab_size': tokenizer.vocab_size,
     'model.tie_embeddings': False,
     'data.length': CONTEXT,
     'sample.temperature': 1.0,
-    'sample.block_length': 16,
+    'sample.block_length': 8,
     'sample.remasking': 'quota_and_threshold',
     'tokens.mask_id': tokenizer.mask_id,
     'tokens.bos_id': tokenizer.bos_id,
@@ -44,10 +55,12 @@ def make_network(tokenizer):
   random = np.random.default_rng(1)
   embed = config.model.embed
   head = np.zeros((embed, tokenizer.vocab_size), np.float32)
-  known = tokenizer.encode('é→ some words of a text: def read(self) + 1\n')
+  known = tokenizer.encode('é→ def:x+\n')
   likely = [tokenizer.eos_id, *known]
   head[:, likely] = random.normal(size=(embed, len(likely))) * 1.5
-  params = params | {'head': jax.numpy.asarray(head)}
+  (bad,) = tokenizer.encode(BROKEN)
+  embed = params['embed'].at[bad].set(jax.numpy.nan)
+  params = params | {'embed': embed, 'head': jax.numpy.asarray(head)}
   return config, load.network(config, params)
 
 
