@@ -5,9 +5,10 @@ python launch/chat.py --workdir runs/chat [--system "You are brief."] \
 python launch/chat.py --workdir models/LLaDA-8B-Instruct --block_length 32
 
 Reads messages from standard input until Ctrl-D; /help lists the commands, and
-Ctrl-C stops an answer. The answer is printed as far as its tokens are committed, from left to right. With
---show_masks the whole answer is drawn after every denoising step, with its
-masks. Flags with the name of a key of config.sample override the run's config.
+Ctrl-C stops an answer. An answer is printed as far as all tokens from its
+beginning are committed. With --show_masks the whole answer is drawn after every
+denoising step, with its masks. Flags with the name of a key of config.sample
+override the run's config.
 """
 
 import contextlib

@@ -83,9 +83,7 @@ def serve(args):
   model = dataclasses.replace(model, length=lengths[-1])
   shown = ' and '.join(map(str, lengths))
   runtime.print_once(f'compiling for rows of {shown} tokens')
-  engine = Engine(
-    network, model.c, args.batch, lengths, mesh, args.max_waiting
-  )
+  engine = Engine(network, model.c, args.batch, lengths, mesh, args.max_waiting)
   engine.start()
   server = server_lib.Server(
     model, engine, args.grace, args.max_requests or None

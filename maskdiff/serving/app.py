@@ -107,9 +107,7 @@ class App:
       parts = await _unless_client_leaves(request, _list(texts))
       committed = parts[-1][1]
       text = ''.join(text for text, _ in parts)
-      return JSONResponse(
-        reply.whole(text, committed.finish, committed.tokens)
-      )
+      return JSONResponse(reply.whole(text, committed.finish, committed.tokens))
     # The status of a stream is sent after the first pass, which refuses some
     # requests.
     first = await _unless_client_leaves(request, anext(texts))
@@ -136,9 +134,7 @@ class App:
         text = committed.advance(recording, pending.answer is not None)
         if is_first and (text or committed.finish):
           is_first = False
-          self.counters.observe(
-            'first_token_seconds', time.monotonic() - began
-          )
+          self.counters.observe('first_token_seconds', time.monotonic() - began)
         yield text, committed
         if committed.finish:
           break

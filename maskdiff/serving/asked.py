@@ -1,4 +1,4 @@
-"""Reads requests in the OpenAI protocol, and checks every field of their bodies.
+"""Reads requests in the OpenAI protocol, and checks every field of a body.
 
 Besides the fields of OpenAI, a body may have the sampler settings that may
 differ by request (config.sample.PER_REQUEST). max_tokens is their gen_length.
@@ -313,7 +313,9 @@ def _stop(body: dict[str, Any]):
   stop = [stop] if isinstance(stop, str) else stop
   if not isinstance(stop, list) or not all(isinstance(x, str) for x in stop):
     raise BadRequest('stop: must be a text or a list of texts', 'stop')
-  if len(stop) > MAX_STOPS or not all(0 < len(x) <= MAX_STOP_CHARS for x in stop):
+  if len(stop) > MAX_STOPS or not all(
+    0 < len(x) <= MAX_STOP_CHARS for x in stop
+  ):
     raise BadRequest(
       f'stop: must be at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} '
       'characters',

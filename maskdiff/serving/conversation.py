@@ -1,4 +1,4 @@
-"""A conversation with a model: its history, its commands and its next answer."""
+"""A conversation with a model: history, commands and the next answer."""
 
 from maskdiff.errors import UserError, suggestion
 from maskdiff.sampling import answers, layouts
@@ -55,7 +55,9 @@ class Conversation:
       return ''
     if name == '/system':
       self._begin(argument)
-      return 'new conversation' + (', with this system message' * bool(argument))
+      return 'new conversation' + (
+        ', with this system message' * bool(argument)
+      )
     if name == '/reset':
       self._begin(self._system)
       return 'new conversation'
@@ -125,8 +127,6 @@ def _with_masks(tokenizer, recording, end_ids):
   tokens = recording.tokens[recording.fill].tolist()
   committed = (recording.steps[recording.fill] > 0).tolist()
   ends = [
-    i
-    for i, token in enumerate(tokens)
-    if committed[i] and token in end_ids
+    i for i, token in enumerate(tokens) if committed[i] and token in end_ids
   ]
   return tokenizer.decode(tokens[: min(ends, default=len(tokens))])

@@ -50,7 +50,7 @@ class Pending:
     self._changed.set()
 
   async def recordings(self):
-    """Yields the Recording of the row after some passes, at last the filled row.
+    """Yields the Recording of the row after some passes, and of the filled row.
 
     Recordings that arrive while the caller is busy are skipped.
 

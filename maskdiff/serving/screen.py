@@ -1,7 +1,6 @@
 """Shows an answer on standard output while it is sampled."""
 
 import os
-import sys
 import unicodedata
 
 from maskdiff.errors import printable

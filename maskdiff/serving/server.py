@@ -13,8 +13,7 @@ try:
   import uvicorn
 except ImportError as error:
   raise UserError(
-    f'the server needs uvicorn ({error}): pip install -r '
-    'requirements-serve.txt'
+    f'the server needs uvicorn ({error}): pip install -r requirements-serve.txt'
   ) from error
 
 

@@ -5,7 +5,6 @@ import dataclasses
 from absl import flags
 
 from maskdiff import config as config_lib
-from maskdiff.errors import UserError
 from maskdiff.interop import load
 from maskdiff.sampling.settings import of_request
 from maskdiff.serving.asked import Model

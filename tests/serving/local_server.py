@@ -25,6 +25,14 @@ from maskdiff.serving.engine import Engine
 CONTEXT = 256
 BROKEN = 'Z'  # a prompt with this character has logits that are NaN
 
+COMPILED = []  # an entry for every program that this process has compiled
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _count_compilations(event, seconds, **kwargs):
+  if 'backend_compile' in event:
+    COMPILED.append(event)
+
 
 def byte_tokenizer(folder):
   """Returns a Tokenizer with a token per byte, in a folder that it makes."""
@@ -51,7 +59,9 @@ def make_network(tokenizer):
     'tokens.eos_id': tokenizer.eos_id,
   }
   config = tiny.config(tiny.MODEL_KEYS | keys)
-  params = transformer.init(TransformerConfig(**config.model), jax.random.key(0))
+  params = transformer.init(
+    TransformerConfig(**config.model), jax.random.key(0)
+  )
   random = np.random.default_rng(1)
   embed = config.model.embed
   head = np.zeros((embed, tokenizer.vocab_size), np.float32)
@@ -94,7 +104,7 @@ def running(tokenizer, rows=4, max_waiting=1024, grace=10.0, **values):
   model = asked.Model('tiny', config, c, values, tokenizer, CONTEXT, chat)
   listener = server_lib.listen('127.0.0.1', 0)
   server = server_lib.Server(model, engine, grace)
-  server.url = 'http://127.0.0.1:%d' % listener.getsockname()[1]
+  server.url = f'http://127.0.0.1:{listener.getsockname()[1]}'
   thread = threading.Thread(target=server_lib.run, args=(server, listener))
   thread.start()
   try:

@@ -2,22 +2,20 @@
 
 import concurrent.futures
 import importlib
+import pathlib
 import sys
 import threading
-import time
 
-import jax
 import pytest
 
-pytest.importorskip('starlette')  # requirements-serve.txt
+pytest.importorskip('starlette')  # requirements-test.txt
 pytest.importorskip('uvicorn')
 
 import local_server  # noqa: E402
-from local_server import CONTEXT, leave_early, send, stream  # noqa: E402
+import pages  # noqa: E402
+from local_server import COMPILED, CONTEXT, leave_early, send, stream  # noqa: E402
 
 from maskdiff.errors import UserError  # noqa: E402
-
-COMPILED = []  # names of events of the compiler, of all tests
 
 
 @pytest.fixture(scope='module')
@@ -27,9 +25,6 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def server(tokenizer):
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda name, seconds, **_: 'backend_compile' in name and COMPILED.append(name)
-  )
   with local_server.running(tokenizer) as server:
     yield server
 
@@ -141,8 +136,10 @@ def test_models_health_and_metrics(url):
   assert grown['maskdiff_prompt_tokens_total'] == 1
   assert grown['maskdiff_completion_tokens_total'] == 7
   assert grown['maskdiff_request_seconds_count'] == 1
-  assert 0 < grown['maskdiff_first_token_seconds_sum'] <= (
-    grown['maskdiff_request_seconds_sum']
+  assert (
+    0
+    < grown['maskdiff_first_token_seconds_sum']
+    <= (grown['maskdiff_request_seconds_sum'])
   )
   assert after['maskdiff_requests_waiting'] == 0
 
@@ -178,7 +175,7 @@ BAD = {
   'stop': (PROMPT | {'stop': ['']}, 'stop', 'at most 4 texts of 1 to'),
   'stream': (PROMPT | {'stream': 'yes'}, 'stream', 'must be bool'),
   'steps': (PROMPT | {'steps': 3, 'max_tokens': 32}, 'steps', 'multiple of 4'),
-  'program': (PROMPT | {'block_length': 8}, 'block_length', 'needs another pro'),
+  'program': (PROMPT | {'block_length': 8}, 'block_length', 'another prog'),
   'length': (PROMPT | {'gen_length': 8}, 'gen_length', 'unknown field'),
   'factor': (PROMPT | {'factor': 1.0}, 'factor', 'has no effect'),
   'guidance': (PROMPT | {'guidance': 1.0}, None, 'guidance=1.0 needs another'),
@@ -334,7 +331,7 @@ def test_missing_package_is_one_line(monkeypatch, module):
 
 
 def test_openai_client(url):
-  openai = pytest.importorskip('openai')  # requirements-serve.txt
+  openai = pytest.importorskip('openai')  # requirements-test.txt
   client = openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0)
   assert [model.id for model in client.models.list()] == ['tiny']
   messages = [{'role': 'user', 'content': 'read'}]
@@ -354,3 +351,14 @@ def test_openai_client(url):
   with pytest.raises(openai.BadRequestError, match='at least 1'):
     client.completions.create(model='tiny', prompt='x', max_tokens=0)
   assert threading.active_count() < 100
+
+
+def test_client_of_the_page_runs(url, capsys):
+  """The last block of Python in docs/serving.md, on the port of the tests."""
+  pytest.importorskip('openai')
+  page = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'serving.md'
+  blocks = [b for b in pages.blocks(page.read_text()) if b.language == 'python']
+  program = '\n'.join(blocks[-1].lines)
+  assert 'http://127.0.0.1:8008/v1' in program
+  exec(program.replace('http://127.0.0.1:8008', url), {})
+  assert capsys.readouterr().out
