@@ -11,10 +11,7 @@ If a client leaves, the row of its request is freed.
 """
 
 import asyncio
-import contextlib
 import time
-
-from absl import logging
 
 from maskdiff.errors import UserError, one_line
 from maskdiff.serving import asked, replies
@@ -237,6 +234,5 @@ async def _http_error(request, error):
 
 
 async def _unexpected_error(request, error):
-  with contextlib.suppress(Exception):
-    logging.error('%s: %s', request.url.path, one_line(error))
+  """Replies to an error whose traceback uvicorn logs."""
   return JSONResponse(replies.error('internal error', 500), 500)

@@ -1,6 +1,6 @@
 """Shows an answer on standard output while it is sampled."""
 
-import os
+import shutil
 import unicodedata
 
 from maskdiff.errors import printable
@@ -29,9 +29,9 @@ def print_with_masks(parts):
   drawn, shown = 0, ''
   try:
     for _, shown in parts:
-      size = os.get_terminal_size()
+      size = shutil.get_terminal_size()
       # Lines that have left the screen cannot be drawn again.
-      lines = wrap(shown, size.columns - 1)[-(size.lines - 2) :]
+      lines = wrap(shown, size.columns - 1)[-max(size.lines - 2, 1) :]
       streams.erase_lines(drawn)
       print('\n'.join(lines), flush=True)
       drawn = len(lines)

@@ -20,6 +20,11 @@ def define_flags():
     'Name of a chat template, such as plain; or a folder or *.jinja file with '
     'one. Default: that of the model.',
   )
+  flags.DEFINE_string(
+    'chat_arguments',
+    None,
+    'Variables of the chat template, as JSON: {"enable_thinking": false}.',
+  )
   flags.DEFINE_bool('suppress_mask', False, 'Never predict the mask token.')
   flags.DEFINE_bool(
     'open_length',
@@ -57,5 +62,7 @@ def open_model(args, name):
   if args.suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
   c, _ = of_request(config, values)
-  chat = open_chat(args.chat_template, args.workdir, tokenizer)
+  chat = open_chat(
+    args.chat_template, args.chat_arguments, args.workdir, tokenizer
+  )
   return Model(name, config, c, values, tokenizer, context, chat), network, mesh

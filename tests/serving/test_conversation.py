@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import local_server
 import pytest
@@ -117,7 +118,8 @@ def test_lines_fit_the_terminal():
 
 
 def test_answer_with_masks_is_drawn_over_itself(monkeypatch, capsysbinary):
-  monkeypatch.setattr(os, 'get_terminal_size', lambda: os.terminal_size((5, 4)))
+  size = os.terminal_size((5, 4))
+  monkeypatch.setattr(shutil, 'get_terminal_size', lambda: size)
   screen.print_with_masks([('', '░░░░░'), ('', 'a░░░b'), ('', 'acdeb\nf\ng')])
   erase = b'\x1b[2A\x1b[J'
   expected = ['░░░░\n░\n', 'a░░░\nb\n', 'f\ng\n', 'acdeb\nf\ng\n']

@@ -37,7 +37,8 @@ def opened(run, **changes):
   flags = dict.fromkeys(SETTINGS) | dict(
     workdir=str(run),
     **dict(tensor=1, dtype=None, ema=False),
-    **dict(open_length=False, suppress_mask=False, chat_template=None),
+    **dict(open_length=False, suppress_mask=False),
+    **dict(chat_template=None, chat_arguments=None),
   )
   return setup.open_model(types.SimpleNamespace(**flags | changes), 'a model')
 
@@ -121,7 +122,7 @@ def test_end_of_turn_of_a_template_ends_an_answer(tmp_path):
   (tmp_path / 'tokenizer.json').write_text(json.dumps(made_tokenizers.spec()))
   tokenizer = tokenizer_lib.load(tmp_path)
   ids = tokenizer.special_tokens()
-  chat = open_chat('qwen25', tmp_path, tokenizer)
+  chat = open_chat('qwen25', None, tmp_path, tokenizer)
   ends = {ids['<|im_end|>'], ids['<|endoftext|>']}
   assert set(chat.end_ids) == ends
 
@@ -177,3 +178,17 @@ def test_warm_up_compiles_everything(objective, c, rows):
     0: True, 1: True, 2: True, 3: True, 4: False
   }  # fmt: skip
   assert len(COMPILED) == compiled
+
+
+def test_template_of_the_folder_takes_arguments(tmp_path):
+  source = (
+    '{{ messages[0].content }}{% if brief is defined %}, briefly{% endif %}'
+  )
+  (tmp_path / 'chat_template.jinja').write_text(source)
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(made_tokenizers.spec()))
+  tokenizer = tokenizer_lib.load(tmp_path)
+  for arguments, end in ((None, ''), ('{"brief": true}', ', briefly')):
+    chat = open_chat(None, arguments, str(tmp_path), tokenizer)
+    ids = chat.encode([{'role': 'user', 'content': 'x'}])
+    assert tokenizer.decode(ids) == 'x' + end
+    assert chat.end_ids == (tokenizer.eos_id,)
