@@ -64,7 +64,6 @@ class Chat(NamedTuple):
   # answer begins. Raises a UserError if the template refuses the messages.
   encode: Callable
   end_ids: tuple = ()  # tokens that end an answer, in addition to eos
-  stop: tuple = ()  # texts that end an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +122,8 @@ class Asked(NamedTuple):
   settings: Settings
   stream: bool
   include_usage: bool  # at the end of a stream
-  end_ids: tuple
-  stop: tuple
+  end_ids: tuple  # tokens that end the answer
+  stop: tuple  # texts that end the answer
 
 
 def parse(model, content, is_chat):
@@ -159,7 +158,7 @@ def parse(model, content, is_chat):
   seed = _get(body, 'seed', int, secrets.randbelow(2**32))
   if not 0 <= seed < 2**32:
     raise BadRequest(f'seed={seed}: must lie in [0, 2^32)', 'seed')
-  chat = model.chat if is_chat else Chat(None)
+  end_ids = model.chat.end_ids if is_chat else ()
   return Asked(
     layouts.prompt_row(prompt, settings.gen_length),
     len(prompt),
@@ -167,8 +166,8 @@ def parse(model, content, is_chat):
     settings,
     _get(body, 'stream', bool, False),
     _get(options, 'include_usage', bool, False),
-    (model.config.tokens.eos_id, *chat.end_ids),
-    (*_stop(body), *chat.stop),
+    (model.config.tokens.eos_id, *end_ids),
+    _stop(body),
   )
 
 
@@ -188,7 +187,7 @@ def _check_fields(body, known):
       raise BadRequest(
         f'unknown field {key!r:.100}{suggestion(key[:100], known)}; fields: '
         f'{", ".join(known)}',
-        key,
+        key[:100],
       )
 
 
@@ -321,4 +320,4 @@ def _stop(body: dict[str, Any]):
       'characters',
       'stop',
     )
-  return stop
+  return tuple(stop)

@@ -102,9 +102,7 @@ class Conversation:
     c = fit_blocks(network, model.c, model.values['gen_length'])
     length = answers.padded_length(len(row), model.length)
     end_ids = (network.eos_id, *model.chat.end_ids)
-    committed = Committed(
-      model.tokenizer, network.mask_id, end_ids, model.chat.stop
-    )
+    committed = Committed(model.tokenizer, network.mask_id, end_ids)
     found = ''
     for item in serve(network, c, [request], 1, length, report_passes=1):
       filled = isinstance(item, Answer)
