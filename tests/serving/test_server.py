@@ -283,8 +283,9 @@ def test_shutdown_waits_for_answers(tokenizer):
   with local_server.running(tokenizer, rows=2, grace=60.0) as server:
     url = f'{server.url}/v1/completions'
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-      some = [pool.submit(send, url, SLOW | {'steps': 200}) for _ in range(3)]
-      local_server.wait_until(lambda: server.engine.running == 2)
+      some = [pool.submit(send, url, SLOW | {'steps': 600}) for _ in range(3)]
+      engine = server.engine
+      local_server.wait_until(lambda: engine.running + engine.waiting == 3)
       server.should_exit = True
       assert [future.result()[0] for future in some] == [200] * 3
     server.engine.join()
