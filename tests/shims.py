@@ -74,6 +74,8 @@ RULES = {
   ),
   'few puzzles': Rule(r'launch/puzzles\.py .*--num \d{4,}', '--num=400'),
   'few lines': Rule(r'launch/evaluate\.py', '--num=2 --samples=4 --strata=2'),
+  # The page sends three requests.
+  'three requests': Rule(r'launch/serve\.py', '--max_requests=3'),
   'few questions': Rule(r'launch/harness\.py', '--limit=1', needs='lm_eval'),
   # A tiny model, compiled for the TPU. The time to compile grows with the
   # tokens of a chip, so one chip gets fewer rows than a pod needs.

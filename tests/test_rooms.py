@@ -28,6 +28,7 @@ ROOMS = (
   ('evals',),
   ('planner',),
   ('library',),
+  ('serving',),
 )
 LEVEL = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
 MAX_MODULES_AT_THE_TOP = 3

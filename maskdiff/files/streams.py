@@ -69,8 +69,22 @@ def protect():
 
 def clear_terminal():
   """Clears the terminal of standard output, which `protect` would escape."""
+  _control(b'\x1b[2J\x1b[H')
+
+
+def erase_lines(number):
+  """Erases the last lines of the terminal of standard output.
+
+  Args:
+    number: lines above that of the cursor, which is at the start of its line.
+  """
+  if number:
+    _control(b'\x1b[%dA\x1b[J' % number)
+
+
+def _control(sequence):
   sys.stdout.flush()
-  sys.stdout.buffer.write(b'\x1b[2J\x1b[H')
+  sys.stdout.buffer.write(sequence)
   sys.stdout.buffer.flush()
 
 

@@ -75,6 +75,23 @@ def admit(network, c, shapes, state, admitted, rows):
   return state
 
 
+def abandon(state, rows):
+  """Returns the State without the requests in some rows, which are then free.
+
+  Args:
+    state: State.
+    rows: list of row numbers.
+  """
+  stays = ~np.isin(np.arange(len(state.layout.seeds)), rows)
+  masked = _keep_rows(state.carry.masked, stays)
+  return state._replace(carry=state.carry._replace(masked=masked))
+
+
+@jax.jit
+def _keep_rows(masked, stays):
+  return replicate(masked & stays[:, None, None])
+
+
 _empty_cache = jax.jit(passes.empty_cache, static_argnums=1)
 
 

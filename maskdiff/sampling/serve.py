@@ -16,7 +16,7 @@ import numpy as np
 
 from maskdiff.errors import UserError
 from maskdiff.sampling import layouts, passes, recording, sampler
-from maskdiff.sampling.admission import State, admit
+from maskdiff.sampling.admission import State, abandon, admit
 from maskdiff.sampling.recording import Recording
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.settings import DEFAULT, Settings
@@ -45,7 +45,17 @@ class Answer(NamedTuple):
   error: UserError | None = None
 
 
-def serve(network, c, requests, rows, length):
+class Progress(NamedTuple):
+  """The rows in progress after a few passes."""
+
+  # From the id of a request to its Recording so far. Slots without a committed
+  # token have step 0.
+  recordings: dict
+
+
+def serve(
+  network, c, requests, rows, length, report_passes=0, cancelled=frozenset()
+):
   """Yields an Answer to each request, as the rows end.
 
   If a request is not valid, or its logits are NaN or infinite, its Answer has
@@ -63,6 +73,11 @@ def serve(network, c, requests, rows, length):
       after a few passes.
     rows: number of rows of the batch.
     length: number of tokens and slots for which a row has room.
+    report_passes: if above 0, a Progress is also yielded after this many passes
+      or fewer, even if no row has ended.
+    cancelled: container of ids, which may grow. With `report_passes`, its
+      requests leave their rows before the next passes; their Answer is an
+      error.
 
   Raises:
     UserError: there are no rows, or they are longer than the training rows.
@@ -79,6 +94,12 @@ def serve(network, c, requests, rows, length):
   active = [None] * rows  # the request in each row
   state = shapes = None
   while more or any(active):
+    left = [i for i, request in enumerate(active) if _is_in(request, cancelled)]
+    if left:
+      state = abandon(state, left)
+      for i in left:
+        request, active[i] = active[i], None
+        yield Answer(request.id, error=_cancelled_error())
     admitted, idle = {}, False
     for i in range(rows):
       while more and not idle and active[i] is None:
@@ -87,6 +108,8 @@ def serve(network, c, requests, rows, length):
         if not more or idle:
           continue
         try:
+          if _is_in(request, cancelled):
+            raise _cancelled_error()
           *admitted[i], own_shapes = _begin(network, c, request, length)
           shapes = passes.wider(shapes or own_shapes, own_shapes)
           active[i] = request
@@ -96,13 +119,27 @@ def serve(network, c, requests, rows, length):
       time.sleep(POLL_SECONDS if idle else 0)
       continue
     state = admit(network, c, shapes, state, admitted, rows)
-    state, ended = _run(network, c, shapes, state, active, idle)
+    most_passes = report_passes or (POLL_PASSES if idle else 0)
+    state, ended, recordings = _run(
+      network, c, shapes, state, active, most_passes
+    )
     for i, answer in ended:
       active[i] = None
       yield answer
+    if report_passes:
+      in_progress = [i for i in range(rows) if active[i]]
+      yield Progress({active[i].id: recordings[i] for i in in_progress})
 
 
 _END = object()
+
+
+def _is_in(request, cancelled):
+  return request is not None and request.id in cancelled
+
+
+def _cancelled_error():
+  return UserError('the request was cancelled')
 
 
 def _begin(network, c, request, length):
@@ -143,7 +180,7 @@ def _check_request(network, request):
     )
 
 
-def _run(network, c, shapes, state, active, idle):
+def _run(network, c, shapes, state, active, most_passes):
   """Runs the batch until a row ends.
 
   Args:
@@ -152,14 +189,15 @@ def _run(network, c, shapes, state, active, idle):
     shapes: from `request.begin`.
     state: admission.State.
     active: list of the RowRequest, or None, in each row.
-    idle: whether to stop after POLL_PASSES passes, to ask for a new request.
+    most_passes: number of passes after which to stop in any case; 0: no limit.
 
   Returns:
-    The next State; and a list of (row, Answer) for the rows that have ended.
+    The next State; a list of (row, Answer) for the rows that have ended; and
+    the Recordings of all rows, [] if no row has ended and there is no limit.
   """
   carry, layout, cache = state
   is_active = np.array([request is not None for request in active])
-  calls = int(carry.calls) + POLL_PASSES if idle else sampler.MOST
+  calls = int(carry.calls) + most_passes if most_passes else sampler.MOST
   limits = sampler.Limits(np.int32(is_active.sum() - 1), np.int32(calls))
   carry, cache = sampler.run(network, c, shapes, carry, layout, cache, limits)
   masked, fill, valid, forwards, positions, broken = jax.device_get(
@@ -173,8 +211,10 @@ def _run(network, c, shapes, state, active, idle):
     )
   )
   ended = np.flatnonzero(is_active & ~masked.any((1, 2)))
-  recordings = recording.of_rows(carry, fill, valid) if ended.size else []
-  return State(carry, layout, cache), [
+  recordings = []
+  if ended.size or most_passes:
+    recordings = recording.of_rows(carry, fill, valid)
+  answers = [
     (
       i,
       Answer(
@@ -187,3 +227,4 @@ def _run(network, c, shapes, state, active, idle):
     )
     for i in ended
   ]
+  return State(carry, layout, cache), answers, recordings

@@ -53,6 +53,8 @@ SAYS = {
   r'launch/sample\.py .*--prompt "?class': r'^class ',
   # 64 separators. Atomic groups, because .* would backtrack 2^64 times.
   r'launch/sample\.py .*--show': r'(?s)\A(?>.*?={8}\n){64}',
+  r'launch/chat\.py': r'^seed 3$',
+  r'launch/serve\.py': r'^serving tiny at http://127\.0\.0\.1:8008/v1$',
   r'launch/evaluate\.py': r'"workdir": ',
   r'launch/evaluate\.py .*--task (choices|cloze|greedy|sudoku)': r'"accuracy',
   r'launch/evaluate\.py .*--task bound': r'"bits_per_byte": ',

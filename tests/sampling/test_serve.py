@@ -217,6 +217,49 @@ def test_no_requests_have_no_answers():
   assert [a.id for a in served([None, None, ask(7, 0)], 2)] == [0]
 
 
+def one_by_one():
+  """Returns a SamplerConfig and Settings that commit one slot per pass."""
+  return split(dict(block_length=1, steps=ROOM, gen_length=ROOM))
+
+
+def test_progress_has_the_committed_slots_of_rows_in_progress():
+  c, settings = one_by_one()
+  asked = [ask(9, i, settings=settings) for i in range(3)]
+  found = list(serve(NETWORK, c, asked, 2, 1 + ROOM, report_passes=3))
+  reports = [item for item in found if isinstance(item, serve_lib.Progress)]
+  answers = {a.id: a for a in found if isinstance(a, serve_lib.Answer)}
+  assert answers.keys() == {0, 1, 2}
+  committed = {i: [] for i in answers}
+  for report in reports:
+    for i, partial in report.recordings.items():
+      done = partial.steps > 0
+      committed[i].append(int(done.sum()))
+      final = answers[i].recording.tokens
+      np.testing.assert_array_equal(partial.tokens[done], final[done])
+      assert (partial.tokens[partial.fill & ~done] == MASK).all()
+  assert committed == {i: [3, 6, 9, 12, 15] for i in range(3)}
+
+
+@pytest.mark.parametrize('when', ['waiting', 'in a row'])
+def test_cancelled_request_frees_its_row(when):
+  c, settings = one_by_one()
+  asked = [ask(9 + i, i, settings=settings) for i in range(3)]
+  expected = {a.id: a.recording.tokens.tolist() for a in served(asked, 1, c)}
+  cancelled = {1} if when == 'waiting' else set()
+  found, before = {}, 0
+  for item in serve(NETWORK, c, asked, 1, 1 + ROOM, 3, cancelled):
+    if isinstance(item, serve_lib.Answer):
+      found[item.id] = item
+    elif 1 in item.recordings:
+      before += 1
+      cancelled.add(1)
+  assert before == (when == 'in a row')  # it had a row for 3 passes of 16
+  assert str(found[1].error) == 'the request was cancelled'
+  assert found[1].recording is None
+  tokens = {i: a.recording.tokens.tolist() for i, a in found.items() if i != 1}
+  assert tokens == {0: expected[0], 2: expected[2]}
+
+
 # Requests without an answer
 
 

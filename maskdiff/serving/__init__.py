@@ -1,0 +1,1 @@
+"""A server for the OpenAI protocol, and chat in a terminal."""
