@@ -116,6 +116,14 @@ KEYS = {
     '8), (0.5, 32)). The last is block_length, which evaluation and samples '
     'always have. (): block_length during the whole training.',
   ),
+  'denominator': Key(
+    'token',
+    'Divisor of the training loss. token: the answer tokens of the batch. '
+    'row: each row is divided by its own answer tokens, then by the rows, as '
+    "in LLaDA's fine-tuning. batch: the rows. Rows without an answer do not "
+    'count. The held-out bound is per token.',
+    ('token', 'row', 'batch'),
+  ),
   'attend_within': Key(
     'row',
     'Tokens attend to their whole row, or only to their own document.',

@@ -17,7 +17,7 @@ from maskdiff.likelihood.queries import padded_length
 from maskdiff.model import masks
 from maskdiff.model.transformer import bind
 from maskdiff.objectives import masked_diffusion
-from maskdiff.objectives.canvas import canvas_loss
+from maskdiff.objectives.canvas import canvas_loss, divisor
 from maskdiff.objectives.table import OBJECTIVES, make_canvas, show
 from maskdiff.training.step import step_config
 
@@ -120,7 +120,8 @@ def loss(
     key: PRNG key, as that of a training step; or an integer, its seed.
 
   Returns:
-    float32, nats per token: sum(weights x nll) / tokens that may carry a loss.
+    float32, nats per token: sum(weights x nll) / tokens that may carry a loss;
+    for another `config.objective.denominator` see objectives.canvas.divisor.
 
   Raises:
     UserError: see `logits`; a draw is missing or not used; or a row contains
@@ -146,7 +147,7 @@ def _loss(network, c, mesh, size, rows, draws):
       numbers = jnp.arange(len(rows.tokens), dtype=jnp.int32)
       canvas = make_canvas(c, rows, numbers, draws, size)
     total, _ = canvas_loss(c, bind(network.config, network.params), canvas)
-    return total / canvas.num_tokens.sum()
+    return total / divisor(c, canvas).sum()
 
 
 def _columns(c, batch, answer):

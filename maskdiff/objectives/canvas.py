@@ -43,6 +43,7 @@ class ObjectiveConfig:
   position_power: float = (
     1.0  # above 1, later tokens of a block mask more often
   )
+  denominator: str = 'token'  # or row, batch; see `divisor`
 
   @property
   def position_schedules(self):
@@ -94,10 +95,10 @@ class ObjectiveConfig:
 class Canvas:
   """The inputs and targets of the rows of a batch.
 
-  The loss of a batch is sum(weights * nll) / sum(num_tokens). Inputs may have
-  more positions than targets, M >= L: the first L predict the targets, and the
-  others are only attended to. A row has K mask ratios, one for each part of L/K
-  tokens.
+  The loss of a batch is sum(weights * nll) / sum(num_tokens), or has another
+  denominator, see `divisor`. Inputs may have more positions than targets,
+  M >= L: the first L predict the targets, and the others are only attended to.
+  A row has K mask ratios, one for each part of L/K tokens.
 
   With `next_weights`, the last L inputs are a clean, causal copy of the row. It
   predicts the same targets from the tokens before them, and the loss has these
@@ -111,6 +112,13 @@ class Canvas:
   num_tokens: jax.Array  # [B] float32, tokens that may carry a loss
   mask_ratio: jax.Array  # [B, K] float32, expected share of masked tokens
   next_weights: jax.Array | None = None  # [B, L] float32
+
+  @property
+  def all_weights(self):
+    """The weights, and then `next_weights`: [B, L] or [B, 2 L] float32."""
+    if self.next_weights is None:
+      return self.weights
+    return jnp.concatenate([self.weights, self.next_weights], axis=1)
 
 
 def document_labels(c, rows):
@@ -149,6 +157,25 @@ def answer_positions(rows, valid):
   return valid if rows.answer is None else valid & rows.answer
 
 
+def divisor(c, canvas):
+  """Returns the number that divides the summed loss of each row, [B] float32.
+
+  The loss of a batch is the sum of `canvas_loss` over the sum of these numbers.
+  Both are sums over rows, so microbatches and devices change no denominator.
+  'token' and 'batch' are those of dLLM (github.com/ZHZisZZ/dllm,
+  core/trainers/mdlm.py), and 'row' is its `sequence` and the rule of LLaDA's
+  fine-tuning (arXiv 2502.09992, alg. 2). Published code counts rows without an
+  answer too; here they do not change the loss.
+
+  Args:
+    c: ObjectiveConfig.
+    canvas: Canvas.
+  """
+  if c.denominator == 'token':
+    return canvas.num_tokens
+  return (canvas.num_tokens > 0).astype(jnp.float32)
+
+
 def canvas_loss(c, model, canvas):
   """Returns the summed loss of a canvas and the nll of each position.
 
@@ -158,14 +185,15 @@ def canvas_loss(c, model, canvas):
     canvas: Canvas.
 
   Returns:
-    - float32 scalar, the sum of weight * nll in nats. Divide it by the number
-      of tokens of the batch.
+    - float32 scalar, the sum of weight * nll in nats. Divide it by the sum of
+      `divisor`. With the denominator 'row', the weights are divided by the
+      number of tokens of their row.
     - [B, L] float32 nll in nats, 0 where the weight is 0; without a gradient.
       [B, 2 L] with `next_weights`: the second half is that of the clean copy.
   """
   hidden = model(canvas.inputs, canvas.labels)
   length = canvas.targets.shape[1]
-  targets, weights = canvas.targets, canvas.weights
+  targets, weights = canvas.targets, canvas.all_weights
   if canvas.next_weights is None:
     hidden = hidden[:, :length]
   else:
@@ -174,7 +202,8 @@ def canvas_loss(c, model, canvas):
       right = jnp.pad(hidden[:, length:-1], ((0, 0), (1, 0), (0, 0)))
       hidden = jnp.concatenate([hidden[:, :length], right], axis=1)
     targets = jnp.concatenate([targets, targets], axis=1)
-    weights = jnp.concatenate([weights, canvas.next_weights], axis=1)
+  if c.denominator == 'row':
+    weights = weights / jnp.maximum(canvas.num_tokens, 1)[:, None]
   with jax.named_scope('part(loss)'):
     return cross_entropy(
       hidden,

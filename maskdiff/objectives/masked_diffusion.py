@@ -27,8 +27,8 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
 
   Rows with `answer` mask and count only answers. The loss is then a bound on
   the negative log-likelihood of the answers given the prompts. It is divided by
-  the number of answer tokens of the batch, as in SMDM (arXiv 2410.18514);
-  LLaDA's fine-tuning divides each row by its own number (alg. 2).
+  the number of answer tokens of the batch, as in SMDM (arXiv 2410.18514), or
+  has another denominator; see canvas.divisor.
 
   With `c.complementary_masks` every row is in the Canvas twice. The second copy
   masks the tokens that the first does not, with the weights of its own mask

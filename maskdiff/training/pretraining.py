@@ -104,6 +104,9 @@ def make_stage(config, setup, gradients=None):
     evaluate=evaluate,
     row=row_of,
     line=line,
+    loss_name='loss_nats_per_row'
+    if c.objective.denominator == 'batch'
+    else 'loss_nats_per_token',
     first_row=lambda batch: tokenizer.decode(inputs.first_row(batch, mesh)),
     read_texts=read_texts,
     remedy=remedy,
@@ -179,7 +182,7 @@ def row(config, c, mesh, metrics, facts, step_s, blocks=()):
   if applied:
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *applied)
     values = {
-      loss_name(c): float(total.loss),
+      loss_name(c): float(total.nats_per_token),
       'train/masked_share': float(total.num_predicted / total.num_tokens),
       **evaluation.ratio_metrics('train', evaluation.nll_by_mask_ratio(total)),
       **loss_parts(c, total),

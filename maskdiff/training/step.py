@@ -13,7 +13,7 @@ from maskdiff.distributed import compiler
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.mesh import BATCH_AXES
 from maskdiff.model.transformer import TransformerConfig, bind
-from maskdiff.objectives.canvas import ObjectiveConfig, canvas_loss
+from maskdiff.objectives.canvas import ObjectiveConfig, canvas_loss, divisor
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.objectives.table import make_canvas
 from maskdiff.objectives.time_density import TimeDensity, Weight
@@ -82,7 +82,10 @@ class LossSums(NamedTuple):
     num_tokens: float32, number of tokens that may carry a loss.
     ratio_count: [RATIO_BUCKETS] float32, `num_predicted` by mask ratio.
     ratio_nll: [RATIO_BUCKETS] float32, unweighted nll in nats by mask ratio.
-    weighted_nll: float32, sum of weight x nll in nats.
+    total: float32, the summed loss, which has the gradient.
+    divisor: float32, its divisor; see config.objective.denominator.
+    weighted_nll: float32, sum of weight x nll in nats, without the weights of
+      denominator=row.
     next_nll: float32, unweighted nll of the autoregressive loss in nats; None
       without this loss, and then so is `next_count`.
     next_count: float32, number of positions that carry it.
@@ -92,13 +95,20 @@ class LossSums(NamedTuple):
   num_tokens: jax.Array
   ratio_count: jax.Array
   ratio_nll: jax.Array
+  total: jax.Array
+  divisor: jax.Array
   weighted_nll: jax.Array
   next_nll: jax.Array | None = None
   next_count: jax.Array | None = None
 
   @property
   def loss(self):
-    """Loss in nats per token; NaN if all tokens are prompts or padding."""
+    """The loss that is trained; NaN if all tokens are prompts or padding."""
+    return self.total / self.divisor
+
+  @property
+  def nats_per_token(self):
+    """The loss with the denominator `token`; NaN as for `loss`."""
     return self.weighted_nll / self.num_tokens
 
 
@@ -137,7 +147,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
     key: PRNG key of the run, folded with the step number.
     gradients: (StepConfig, TrainState, batch, key of the step) -> (gradients of
       the summed loss, sums), for a stage with another loss. `sums` has the
-      fields `loss` and `num_tokens`; the gradients are divided by `num_tokens`.
+      fields `loss` and `divisor`; the gradients are divided by `divisor`.
       Default: `batch_gradients`.
 
   Returns:
@@ -151,7 +161,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
       c, state.params, rows, key, state.step / c.steps
     )
   with jax.named_scope('part(optimizer)'):
-    gradients = jax.tree.map(lambda g: g / sums.num_tokens, gradients)
+    gradients = jax.tree.map(lambda g: g / sums.divisor, gradients)
     grad_norm = optax.tree.norm(gradients)
     ok, guard = guard_lib.judge(c.guard, state.guard, sums.loss, grad_norm)
     updates, opt_state = optimizer.update(
@@ -194,7 +204,7 @@ def batch_gradients(c, params, rows, key, progress=0.0):
 
   def loss(params, numbers, rows):
     sums = loss_sums(c, params, rows, numbers, key, batch, progress)
-    return sums.weighted_nll, sums
+    return sums.total, sums
 
   gradient = jax.grad(loss, has_aux=True)
 
@@ -242,23 +252,27 @@ def loss_sums(c, params, rows, numbers, key, batch, progress=0.0):
     progress: see `batch_gradients`.
 
   Returns:
-    LossSums. Only `weighted_nll` has a gradient.
+    LossSums. Only `total` has a gradient.
   """
   canvas = make_canvas(c.objective, rows, numbers, key, batch, progress)
   total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
-  return summarize(canvas, total, nll)
+  return summarize(c.objective, canvas, total, nll)
 
 
 @jax.named_scope('part(metrics)')
-def summarize(canvas, total, nll):
+def summarize(c, canvas, total, nll):
   """Returns the LossSums of a canvas.
 
   Args:
+    c: ObjectiveConfig.
     canvas: Canvas of b rows.
-    total: float32 scalar, sum of weight x nll in nats.
+    total: float32 scalar, from `canvas_loss`.
     nll: from `canvas_loss`, nats; 0 where there is no loss.
   """
   next_nll = next_count = None
+  weighted_nll = total
+  if c.denominator == 'row':
+    weighted_nll = (canvas.all_weights * nll).sum()
   if canvas.next_weights is not None:
     nll, of_next = jnp.split(nll, 2, axis=1)
     next_nll = of_next.sum()
@@ -273,7 +287,9 @@ def summarize(canvas, total, nll):
     return jnp.zeros(RATIO_BUCKETS).at[bucket].add(parts)
 
   return LossSums(
-    weighted_nll=total,
+    total=total,
+    divisor=divisor(c, canvas).sum(),
+    weighted_nll=weighted_nll,
     num_tokens=canvas.num_tokens.sum(),
     num_predicted=predicted.sum().astype(jnp.float32),
     ratio_nll=by_bucket(nll),

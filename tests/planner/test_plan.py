@@ -487,6 +487,8 @@ SUMS = LossSums(
   num_tokens=np.ones(()),
   ratio_count=np.ones(5),
   ratio_nll=np.ones(5),
+  total=np.ones(()),
+  divisor=np.ones(()),
   weighted_nll=np.ones(()),
 )
 

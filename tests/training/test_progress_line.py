@@ -40,7 +40,7 @@ def test_standard_error_needs_two_batches_of_every_dataset(monkeypatch):
   def eval_step(c, params, rows, key):
     loss = next(losses)
     ratio = np.zeros(step.RATIO_BUCKETS)
-    return step.LossSums(1, 1, ratio, ratio, loss)
+    return step.LossSums(1, 1, ratio, ratio, loss, 1, loss)
 
   monkeypatch.setattr(evaluation, 'jit_eval_step', eval_step)
   dataset = lambda name, batches: evaluation.Heldout(

@@ -35,7 +35,7 @@ BATCH, LENGTH = 16, 16
 
 class Sums(NamedTuple):
   loss: jax.Array
-  num_tokens: jax.Array
+  divisor: jax.Array
 
 
 def gradients(c, state, tokens, key):

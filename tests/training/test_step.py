@@ -92,12 +92,26 @@ def make_tokens():
   )
 
 
+def per_row(denominator, canvas):
+  """Returns a Canvas whose loss per token is the loss with a denominator."""
+  if denominator == 'token':
+    return canvas
+  count = np.asarray(canvas.num_tokens)
+  scale = 1 / np.maximum(count, 1) if denominator == 'row' else 1
+  return dataclasses.replace(
+    canvas,
+    weights=canvas.weights * np.reshape(scale, (-1, 1)),
+    num_tokens=jnp.float32(count > 0),
+  )
+
+
 def make_rows():
   """Returns Rows with documents of random lengths, padding and prompts."""
   random = np.random.default_rng(3)
   doc = np.cumsum(random.random((BATCH, LENGTH)) < 0.2, axis=1)
   doc[doc % 4 == 3] = -1
   answer = random.random(doc.shape) < 0.6
+  answer[5] = False
   return Rows(make_tokens(), doc.astype(np.int32), answer)
 
 
@@ -246,7 +260,7 @@ def test_rows_are_counted_by_mask_ratio():
   canvas = canvas_of(OBJECTIVE, KEY, 0)
   rows = jnp.arange(BATCH)
   nll = jnp.where(canvas.weights != 0, 1.0 + rows[:, None], 0)
-  sums = step.summarize(canvas, jnp.sum(canvas.weights * nll), nll)
+  sums = step.summarize(OBJECTIVE, canvas, jnp.sum(canvas.weights * nll), nll)
   count, total = np.zeros(5), np.zeros(5)
   for r in range(BATCH):
     bucket = int(canvas.mask_ratio[r, 0] // 0.2)
@@ -266,7 +280,7 @@ def test_largest_mask_ratio_is_in_the_last_bucket():
     jnp.zeros((1, LENGTH)),
     jnp.array([LENGTH]),
   )
-  sums = step.summarize(canvas, 0.0, jnp.ones((1, LENGTH)))
+  sums = step.summarize(OBJECTIVE, canvas, 0.0, jnp.ones((1, LENGTH)))
   np.testing.assert_array_equal(sums.ratio_count, [0, 0, 0, 0, LENGTH])
 
 
@@ -395,15 +409,23 @@ def test_packed_documents_loss_does_not_depend_on_the_mesh():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'name, microbatches', [('masked_diffusion', 4), ('autoregressive', 1)]
+  'name, microbatches, denominator',
+  [
+    ('masked_diffusion', 4, 'token'),
+    ('autoregressive', 1, 'token'),
+    ('masked_diffusion', 4, 'row'),
+    ('autoregressive', 2, 'batch'),
+  ],
 )
-def test_rows_with_columns_have_the_gradients_of_one_device(name, microbatches):
+def test_rows_with_columns_have_the_gradients_of_one_device(
+  name, microbatches, denominator
+):
   """The mesh shards both axes of all columns."""
-  objective = dataclasses.replace(CONFINED, name=name)
+  objective = dataclasses.replace(CONFINED, name=name, denominator=denominator)
   c = step.StepConfig(MODEL, objective, LENGTH, microbatches, GUARD)
   params, rows = initial_params(std=1.0), make_rows()
   canvas = canvas_of(objective, KEY, 0, make_rows)
-  value, expected = dense_loss(params, canvas)
+  value, expected = dense_loss(params, per_row(denominator, canvas))
   assert 0 < canvas.num_tokens.sum() < 0.6 * BATCH * LENGTH
   m = make_mesh('fsdp2_sequence2_tensor2')
   tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(MODEL))
@@ -418,7 +440,7 @@ def test_rows_with_columns_have_the_gradients_of_one_device(name, microbatches):
     np.testing.assert_allclose(sums.loss, value, rtol=1e-5)
 
     def compare(path, actual, expected):
-      difference = np.linalg.norm(actual / sums.num_tokens - expected)
+      difference = np.linalg.norm(actual / sums.divisor - expected)
       limit = 1e-4 * np.linalg.norm(expected)
       assert difference < limit, jax.tree_util.keystr(path)
 
