@@ -4,6 +4,13 @@ from maskdiff.config.key import Key, require
 
 KEYS = {
   'steps': Key(1000, 'Number of training steps.', minimum=1),
+  'epochs': Key(
+    0.0,
+    'Passes over the training rows, from which launch/finetune.py computes '
+    'train.steps; the learning rate decays in the last tenth. 0: train.steps '
+    'is given.',
+    minimum=0,
+  ),
   'batch': Key(
     32, 'Global batch size B: rows per step over all devices.', minimum=1
   ),

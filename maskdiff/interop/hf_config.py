@@ -4,7 +4,7 @@ import os
 
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError, inline
-from maskdiff.interop import families, hf_tokenizer
+from maskdiff.interop import families, hf_tokenizer, mask_token
 
 _IDS = ('mask_id', 'bos_id', 'eos_id')
 
@@ -78,6 +78,37 @@ def set_objective(c, published):
   c.objective.name = published.family.objective
   if published.model['block_length']:
     c.objective.block_length = published.model['block_length']
+
+
+def start(c, published, left_to_right=False):
+  """Fills a config for a run that starts from the network of a folder.
+
+  Sets the model, the token ids, the tokenizer and the objective. Llama and Qwen
+  become masked diffusion models whose outputs predict the next position, as
+  Dream was made, and get a mask token.
+
+  Args:
+    c: ConfigDict, changed in place.
+    published: Published.
+    left_to_right: keep an autoregressive network autoregressive.
+
+  Raises:
+    UserError: the folder has no tokenizer.
+  """
+  family = published.family
+  tokenizer = hf_tokenizer.open_tokenizer(published, may_grow=not left_to_right)
+  if tokenizer is None:
+    raise UserError(f'{inline(published.folder)} has no tokenizer')
+  fill(c, published, tokenizer)
+  if family.has_mask_token:
+    set_objective(c, published)
+  elif left_to_right:
+    c.objective.name = family.objective
+  else:
+    c.model.vocab_size = mask_token.grown_rows(
+      c.model.vocab_size, c.tokens.mask_id
+    )
+    c.model.predict_next = True
 
 
 def fill(c, published, tokenizer):

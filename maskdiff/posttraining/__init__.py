@@ -1,1 +1,1 @@
-"""Training after pretraining: conversations, their templates and their rows."""
+"""Training after pretraining: conversations to rows, and fine-tuning."""

@@ -92,9 +92,10 @@ def open_data(config, tokenizer, path=None, columns=()):
       stored = ', '.join(('tokens', *manifest.columns))
       raise UserError(
         f'the rows of {directory} have the columns {stored}; this run also '
-        f'needs {", ".join(missing)}: write these columns with '
-        'maskdiff.data.row_writer, or set --config.data.path to data '
-        'that has them'
+        f'needs {", ".join(missing)}: prepare conversations with '
+        'launch/prepare.py --chat, write the columns with '
+        'maskdiff.data.row_writer, or set --config.data.path to data that has '
+        'them'
       )
     rows = config.data.verify
     if rows == 'sample' and config.data.max_damaged_rows:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from maskdiff.data import pipeline
+from maskdiff.errors import UserError
 from maskdiff.monitoring import history, stage_file
 from maskdiff.monitoring import metrics as metrics_lib
 from maskdiff.objectives import table
@@ -40,25 +41,34 @@ BLOCK_LENGTH_PANEL = stage_file.Curve(
 )
 
 
-def make_stage(config, setup, gradients=None):
+def make_stage(config, setup, gradients=None, columns=()):
   """Opens tokenizer and data of a config; returns the Stage of pretraining.
 
   Args:
     config: ConfigDict.
     setup: RunSetup.
     gradients: see `step.train_step`.
+    columns: names of columns that the rows must have; see `inputs.open_data`.
 
   Raises:
-    UserError: the tokenizer or the data do not fit the config.
+    UserError: the tokenizer or the data do not fit the config, or the config
+      counts epochs.
   """
+  if config.train.epochs:
+    raise UserError(
+      f'config.train.epochs={config.train.epochs} is for launch/finetune.py; '
+      'set --config.train.epochs=0 and --config.train.steps'
+    )
   c, mesh = step_lib.step_config(config), setup.mesh
   phases = block_plan.phases(config)
   tokenizer = inputs.open_tokenizer(config)
-  datasets = inputs.open_data(config, tokenizer)
+  datasets = inputs.open_data(config, tokenizer, columns=columns)
   identity = pipeline.fingerprint(datasets, seed=config.seed, length=c.length)
   eval_datasets = datasets
   if config.eval.path:
-    eval_datasets = inputs.open_data(config, tokenizer, config.eval.path)
+    eval_datasets = inputs.open_data(
+      config, tokenizer, config.eval.path, columns
+    )
   heldout = evaluation.open_heldout(config, eval_datasets, mesh)
 
   done = collections.deque()  # block lengths of steps without a row of metrics

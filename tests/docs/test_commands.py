@@ -22,6 +22,7 @@ import tomllib
 from typing import NamedTuple
 
 import forked
+import made_answers
 import pages
 import published_folders
 import pytest
@@ -29,6 +30,8 @@ import shims
 import xla_flags
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
+
+from maskdiff.data import tokenizer
 
 ROOT = pages.ROOT
 PUZZLES = ROOT / 'configs' / 'puzzles.py'
@@ -48,7 +51,7 @@ RUN = [path for path in BLOCKS if BLOCKS[path]]
 
 # Regular expressions of commands, and of the output of those that succeed.
 SAYS = {
-  r'launch/pretrain\.py': r'(?s)step 2/2 .*held-out',
+  r'launch/(pretrain|finetune)\.py': r'(?s)step 2/2 .*held-out',
   r'launch/sample\.py (?!.*--help)': r'\d+ tokens, \d+ forward passes',
   r'launch/sample\.py .*--prompt "?class': r'^class ',
   # 64 separators. Atomic groups, because .* would backtrack 2^64 times.
@@ -169,6 +172,9 @@ def add_assumed_files(folder):
   published_folders.make(models / 'LLaDA-8B-Base', 'llada')
   published_folders.make(models / 'Qwen2.5-0.5B', 'qwen2')
   shutil.copytree(folder / 'runs' / 'tiny', folder / 'runs' / 'web')
+  made_answers.write_rows(
+    folder / 'data' / 'chat', tokenizer.load(folder / 'runs' / 'tiny')
+  )
   tasks = folder / 'my_tasks'
   tasks.mkdir()
   (tasks / 'my_questions.yaml').write_text(

@@ -16,6 +16,7 @@ ABSENT = {
   'checkpoints': b'--workdir=ODD',
   'convert': b'--from=hf --source=ODD --out=ODD/new',
   'evaluate': b'--workdir=ODD --task=addition',
+  'finetune': b'--config=ODD --workdir=ODD',
   'goodput': b'--workdir=ODD',
   'harness': b'--workdir=ODD --tasks=a',
   'plan': b'--config=ODD --topology=v5e:2x4',

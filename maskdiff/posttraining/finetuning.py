@@ -1,0 +1,162 @@
+"""Fine-tuning: the stage of pretraining over rows with answers.
+
+A run starts from a trained model, `config.init_from`, and its rows have the
+column `answer`: the loss is computed at answers only. `complete` fills the keys
+of a config that the model and the rows determine.
+"""
+
+import dataclasses
+import math
+import os
+
+from maskdiff import config as config_lib
+from maskdiff.config import config_file
+from maskdiff.data import pipeline, records
+from maskdiff.errors import UserError, no_checkpoint
+from maskdiff.files.paths import local_path
+from maskdiff.interop import families, hf, hf_config
+from maskdiff.objectives.table import OBJECTIVES
+from maskdiff.training import pretraining
+
+# Keys of a config that the model of config.init_from determines.
+_MODEL_KEYS = (
+  *(f'model.{field}' for field in families.FIELDS),
+  *(f'tokens.{name}' for name in ('mask_id', 'bos_id', 'eos_id')),
+  'data.tokenizer',
+)
+# Keys that keep another value of the config.
+_OBJECTIVE_KEYS = (
+  'objective.name',
+  'objective.block_length',
+  'objective.clean_attention',
+  'objective.predict_mask',
+  'sample.eot_id',
+)
+_EMBEDDED = config_lib.KEYS['data.path'].default
+
+
+def make_stage(config, setup):
+  """Opens tokenizer and data of a config; returns the Stage of fine-tuning.
+
+  Args:
+    config: ConfigDict, such as one from `complete`.
+    setup: RunSetup.
+
+  Raises:
+    UserError: the run has no model to start from, or its rows have no answers.
+  """
+  require_inputs(config)
+  stage = pretraining.make_stage(config, setup, columns=('answer',))
+  return dataclasses.replace(stage, name='fine-tuning')
+
+
+def require_inputs(config):
+  """Raises UserError unless the config names a model and data."""
+  if not config.init_from:
+    raise UserError(
+      'fine-tuning starts from a trained model: set --config.init_from to a '
+      'Hugging Face folder or to the work directory of a run'
+    )
+  if config.data.path == _EMBEDDED:
+    raise UserError(
+      'fine-tuning needs rows with answers: prepare conversations with '
+      'launch/prepare.py --chat, and set --config.data.path to their directory'
+    )
+
+
+def complete(config, given=()):
+  """Returns a config with the model of config.init_from and the data's length.
+
+  The model, the token ids and the tokenizer are those of config.init_from. Its
+  objective is kept unless the config or a flag names another one. An
+  autoregressive Hugging Face folder becomes a masked diffusion model, unless
+  the objective is autoregressive. `data.length` becomes that of the rows. With
+  `train.epochs`, the rows determine `train.steps`, warmup is at most a tenth of
+  them, and the learning rate decays in the last tenth.
+
+  Args:
+    config: ConfigDict of --config with its flags.
+    given: dotted keys that flags have set; they keep their values.
+
+  Raises:
+    UserError: see `require_inputs`; or the model or the rows cannot be read.
+  """
+  require_inputs(config)
+  config = config.copy_and_resolve_references()
+  values = _model_values(config, given) | _data_values(config, given)
+  config.update_from_flattened_dict(
+    {key: value for key, value in values.items() if key not in given}
+  )
+  config.train.epochs = 0.0  # train.steps counts
+  return config
+
+
+def _model_values(config, given):
+  """Returns {dotted key: value} that the model of config.init_from sets."""
+  kept = lambda key: (
+    key in given
+    or config_lib.lookup(config, key) != config_lib.KEYS[key].default
+  )
+  objective = config.objective.name if kept('objective.name') else None
+  source = model_config(config.init_from, objective)
+  keys = [key for key in _OBJECTIVE_KEYS if not kept(key)]
+  values = {
+    key: config_lib.lookup(source, key) for key in (*_MODEL_KEYS, *keys)
+  }
+  # The outputs of the network keep their meaning.
+  of_source = OBJECTIVES[source.objective.name]
+  of_run = OBJECTIVES[objective or source.objective.name]
+  values['model.predict_next'] = not of_run.left_to_right and (
+    source.model.predict_next or of_source.left_to_right
+  )
+  return values
+
+
+def model_config(path, objective=None):
+  """Returns the config of a trained model, with the path of its tokenizer.
+
+  Args:
+    path: Hugging Face folder or work directory.
+    objective: name of the objective that the run trains; None for that of the
+      model.
+
+  Raises:
+    UserError: the folder has no model.
+  """
+  folder = str(local_path(path))
+  if families.is_published(folder):
+    config = config_lib.default()
+    published = hf.open_folder(folder)
+    left_to_right = objective and OBJECTIVES[objective].left_to_right
+    hf_config.start(config, published, bool(left_to_right))
+    # Published losses do not exclude the mask token.
+    config.objective.predict_mask = published.family.has_mask_token
+    return config
+  saved = os.path.join(folder, 'config.json')
+  if not os.path.isfile(saved):
+    raise no_checkpoint(folder)
+  config = config_file.load(saved)
+  config.data.tokenizer = folder
+  return config
+
+
+def _data_values(config, given):
+  """Returns {dotted key: value} that the rows of config.data.path set."""
+  names = [name for name, _ in pipeline.parse_mixture(config.data.path)]
+  manifests = [records.read_manifest(name) for name in names]
+  length = manifests[0].row_length
+  if 'data.length' in given:
+    length = config.data.length
+  if not config.train.epochs:
+    return {'data.length': length}
+  tokens = sum(m.splits['train'].rows * m.row_length for m in manifests)
+  batches = tokens / length / config.train.batch
+  steps = max(1, math.ceil(config.train.epochs * batches))
+  if 'train.steps' in given:
+    steps = config.train.steps
+  return {
+    'data.length': length,
+    'train.steps': steps,
+    'optimizer.warmup_steps': min(config.optimizer.warmup_steps, steps // 10),
+    'optimizer.decay_steps': steps // 10,
+  }

@@ -1,0 +1,190 @@
+"""The stage of fine-tuning, and the configs that it completes."""
+
+import json
+import pathlib
+import runpy
+
+import made_answers
+import published_folders
+import pytest
+
+from maskdiff import config as config_lib
+from maskdiff.errors import UserError
+from maskdiff.posttraining import finetuning
+from maskdiff.training import loop, pretraining
+
+ROOT = pathlib.Path(__file__).parents[2]
+LENGTH = made_answers.LENGTH
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory, tokenizer):
+  path = tmp_path_factory.mktemp('model')
+  changes = {'objective_predict_mask': True, 'data_length': 2 * LENGTH}
+  return made_answers.save_model(path, tokenizer, **changes)
+
+
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory, tokenizer):
+  path = tmp_path_factory.mktemp('rows') / 'rows'
+  return made_answers.write_rows(path, tokenizer)
+
+
+def recipe(**changes):
+  """Returns configs/sft.py with other values for some keys."""
+  c = runpy.run_path(str(ROOT / 'configs' / 'sft.py'))['get_config']()
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+def small(model, rows, **changes):
+  """Returns the config of a run of two epochs, completed."""
+  keys = {
+    'init_from': str(model),
+    'data.path': str(rows),
+    'model.dtype': 'float32',
+    'model.remat': 'none',
+    'objective.loss_chunk_tokens': 32,
+    'train.epochs': 2.0,
+    'train.batch': 16,
+    'optimizer.learning_rate': 1e-2,
+    'eval.batch': 16,
+    'eval.batches': 1,
+  }
+  return finetuning.complete(recipe(**keys | changes))
+
+
+def test_config_is_completed_from_the_model_and_the_rows(model, rows):
+  c = small(model, rows)
+  assert (c.model.embed, c.model.layers) == (16, 1)
+  assert c.data.tokenizer == str(model) and c.data.length == LENGTH
+  assert c.objective.predict_mask and c.objective.name == 'masked_diffusion'
+  assert c.train.steps == 6 == 2 * 48 // 16
+  assert (c.optimizer.warmup_steps, c.optimizer.decay_steps) == (0, 0)
+  assert c.optimizer.weight_decay == 0.1
+  config_lib.validate(c)
+  # Three epochs of 100,000 rows.
+  other = {'train.batch': 1, 'train.epochs': 100.0}
+  c = small(model, rows, **other)
+  assert c.train.steps == 4800
+  assert (c.optimizer.warmup_steps, c.optimizer.decay_steps) == (50, 480)
+
+
+def test_flags_keep_their_values(model, rows):
+  c = recipe(
+    **{
+      'init_from': str(model),
+      'data.path': str(rows),
+      'train.steps': 200,
+      'data.length': 8,
+      'objective.name': 'masked_diffusion',
+      'optimizer.warmup_steps': 7,
+    }
+  )
+  given = ('train.steps', 'data.length', 'optimizer.warmup_steps')
+  c = finetuning.complete(c, given)
+  assert (c.train.steps, c.data.length) == (200, 8)
+  assert (c.optimizer.warmup_steps, c.optimizer.decay_steps) == (7, 20)
+  assert c.train.epochs == 0
+
+
+def test_recipe_is_that_of_llada():
+  c = recipe()
+  o = c.optimizer
+  assert (c.train.epochs, c.train.batch) == (3, 256)
+  assert (o.learning_rate, o.warmup_steps) == (2.5e-5, 50)
+  assert (o.final_learning_rate, o.weight_decay) == (2.5e-6, 0.1)
+
+
+@pytest.mark.parametrize(
+  'case, objective, expected',
+  [
+    ('llada', None, ('masked_diffusion', False, 272)),
+    ('dream', None, ('masked_diffusion', True, 272)),
+    ('sdar', None, ('block_diffusion', False, 272)),
+    ('qwen2', None, ('masked_diffusion', True, 272)),
+    ('qwen2', 'block_diffusion', ('block_diffusion', True, 272)),
+    ('qwen2', 'autoregressive', ('autoregressive', False, 272)),
+    ('dream', 'autoregressive', ('autoregressive', False, 272)),
+  ],
+)
+def test_published_models_keep_their_outputs(
+  case, objective, expected, tmp_path, rows
+):
+  folder = published_folders.make(tmp_path / 'in', case)
+  keys = {'init_from': str(folder), 'data.path': str(rows)}
+  if objective:
+    keys |= {'objective.name': objective, 'objective.block_length': 8}
+  c = finetuning.complete(recipe(**keys), ['objective.name'] * bool(objective))
+  assert (
+    c.objective.name,
+    c.model.predict_next,
+    c.model.vocab_size,
+  ) == expected
+  assert c.objective.predict_mask == (case != 'qwen2')
+  assert c.tokens.eos_id == 257
+  assert pathlib.Path(c.data.tokenizer).parent == folder
+  if case == 'sdar':
+    assert c.objective.block_length == 4
+  config_lib.validate(c)
+
+
+def test_missing_inputs_are_refused_in_one_line(
+  model, rows, tokenizer, tmp_path
+):
+  for changes, message in (
+    ({'init_from': ''}, 'set --config.init_from to a Hugging Face folder'),
+    ({'data.path': 'embedded'}, 'launch/prepare.py --chat, and set --config'),
+    ({'init_from': str(rows)}, 'holds no checkpoint'),
+    ({'data.path': str(tmp_path)}, 'prepared directory'),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      small(model, rows, **changes)
+    assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match='set --config.train.epochs=0 and'):
+    pretraining.make_stage(recipe(), None)
+
+
+def test_rows_without_answers_are_refused(model, corpus, tokenizer, tmp_path):
+  c = small(model, corpus, **{'train.epochs': 1.0})
+  with pytest.raises(UserError, match='have the columns tokens; this run') as e:
+    loop.run(c, str(tmp_path / 'run'), finetuning.make_stage)
+  assert 'answer: prepare conversations with launch/prepare.py --chat' in str(
+    e.value
+  )
+
+
+@pytest.mark.parametrize(
+  'objective',
+  [
+    'masked_diffusion',
+    pytest.param('block_diffusion', marks=pytest.mark.slow),
+    pytest.param('autoregressive', marks=pytest.mark.slow),
+  ],
+)
+def test_run_lowers_the_bound_of_the_answers(model, rows, tmp_path, objective):
+  """The answers repeat the prompts, so few steps suffice."""
+  c = small(
+    model,
+    rows,
+    **{
+      'objective.name': objective,
+      'objective.block_length': 8,
+      'train.epochs': 4.0,
+      'objective.denominator': 'row',
+    },
+  )
+  workdir = tmp_path / 'run'
+  loop.run(c, str(workdir), finetuning.make_stage)
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  bounds = [
+    line['eval/loss_nats_per_token']
+    for line in lines
+    if 'eval/loss_nats_per_token' in line
+  ]
+  assert bounds[-1] < bounds[0] - 0.5, bounds
+  assert json.loads((workdir / 'stage.json').read_text())['name'] == (
+    'fine-tuning'
+  )
+  with pytest.raises(UserError, match='is a checkpoint of fine-tuning, not of'):
+    loop.run(c, str(workdir))
