@@ -2,6 +2,7 @@
 
 from maskdiff.config import (
   data,
+  lora,
   model,
   objective,
   optimizer,
@@ -35,6 +36,7 @@ def validate(c):
     tokens,
     objective,
     optimizer,
+    lora,
     data,
     train,
     evaluation,

@@ -33,6 +33,7 @@ PARAM_RULES = {
   'head_dim': None,
   'mlp': 'tensor',
   'vocab': 'tensor',
+  'rank': None,
 }
 ACTIVATION_RULES = {
   'batch': BATCH_AXES,

@@ -24,9 +24,8 @@ from maskdiff.interop import (
   mask_token,
 )
 from maskdiff.interop import leaves as leaves_lib
-from maskdiff.model import transformer
+from maskdiff.model import lora, transformer
 from maskdiff.model.network import Network
-from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives.table import OBJECTIVES
 
 
@@ -157,7 +156,7 @@ def network(config, params):
       'the id of the mask token is not known: add mask_token_id to '
       'config.json, or the tokenizer to the folder'
     )
-  model = TransformerConfig(**config.model)
+  model = transformer.from_config(config)
   if model.attention != 'xla':
     model = dataclasses.replace(model, attention='auto')
   return Network(
@@ -175,7 +174,10 @@ def network(config, params):
 
 
 def warm_start(config, mesh):
-  """Loads the initial parameters of a run from config.init_from, in float32.
+  """Loads the initial parameters of a run from config.init_from.
+
+  They are float32, or have the dtype config.lora.base_dtype if adapters are
+  trained; the adapters are not included.
 
   An autoregressive network that becomes another kind gets a mask token: its
   embedding is the mean of the output embeddings, and config.model.vocab_size
@@ -190,7 +192,8 @@ def warm_start(config, mesh):
     UserError: the stored model has another architecture, or cannot be loaded.
   """
   path = str(local_path(config.init_from))
-  stored, params = load_params(path, mesh, 'float32', config.init_from_ema)
+  dtype = config.lora.base_dtype if config.lora.rank else 'float32'
+  stored, params = load_params(path, mesh, dtype, config.init_from_ema)
   size, mask = config.model.vocab_size, config.tokens.mask_id
   adds = _adds_mask_token(path, stored, config)
   grows = (
@@ -315,6 +318,8 @@ def _check_tokenizer(tokenizer, config, identity):
 
 
 def _load_checkpoint(workdir, mesh, dtype, ema):
+  """Returns what `_load_workdir` does; adapters are merged into the base."""
+
   def targets_of(step, meta):
     config = config_lib.from_dict(meta.config)
     params = restore.targets(*_shapes_and_shardings(config, mesh))
@@ -324,13 +329,30 @@ def _load_checkpoint(workdir, mesh, dtype, ema):
   with contextlib.closing(restore.open_run(workdir)) as checkpointer:
     _, meta, (tree,) = restore.newest(checkpointer, targets_of)
   params = weights.restored(tree, ema)
+  config = config_lib.from_dict(meta.config)
+  adapters = lora.trained(params) if config.lora.rank else None
+  params = lora.base(params)
   if dtype is not None:
     params = leaves_lib.cast(params, dtype)
-  return config_lib.from_dict(meta.config), params, meta.identity
+  if adapters:
+    params = _merge(config, params, adapters, mesh)
+  return config, params, meta.identity
+
+
+def _merge(config, params, adapters, mesh):
+  """Returns parameters with merged adapters; sets config.lora.rank to 0."""
+  c = transformer.from_config(config).lora
+  config.lora.rank = 0
+  merge = jax.jit(
+    lambda params, adapters: lora.merge(c, lora.join(params, adapters)),
+    out_shardings=_shapes_and_shardings(config, mesh)[1],
+    donate_argnums=0,
+  )
+  return merge(params, adapters)
 
 
 def _shapes_and_shardings(config, mesh):
   """Returns the trees of shapes and of shardings of a config's parameters."""
-  c = TransformerConfig(**config.model)
+  c = transformer.from_config(config)
   shapes = transformer.shapes(c)
   return shapes, mesh_lib.param_shardings(mesh, transformer.axes(c), shapes)

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed.mesh import BATCH_AXES, shard
-from maskdiff.model import masks
+from maskdiff.model import lora, masks
 
 
 @jax.named_scope('network(layer: elementwise)')
@@ -28,6 +28,7 @@ def block(c, w, x, rotation, attention):
   Returns:
     [B, L, D] in the dtype of x; and (k, v), for the KV cache.
   """
+  project = functools.partial(lora.project, c.lora, w)
   h = rms_norm(x, w['norm1'], c.norm_eps)
   q, k, v = project_qkv(c, w, h, rotation)
   q = checkpoint_name(shard(q, 'batch', 'heads', 'length', 'head_dim'), 'q')
@@ -39,17 +40,17 @@ def block(c, w, x, rotation, attention):
     attended = attention(q, k, v)
   attended = shard(attended, 'batch', 'heads', 'length', 'head_dim')
   with jax.named_scope('network(attention output)'):
-    x = x + jnp.einsum('bhlk,hkd->bld', attended, w['o'])
+    x = x + project('o', 'bhlk,hkd->bld', attended)
   x = checkpoint_name(shard(x, 'batch', 'length', 'embed'), 'middle')
 
   h = rms_norm(x, w['norm2'], c.norm_eps)
   with jax.named_scope('network(mlp gate/up)'):
-    gate = checkpoint_name(jnp.einsum('bld,df->blf', h, w['gate']), 'gate')
-    up = checkpoint_name(jnp.einsum('bld,df->blf', h, w['up']), 'up')
+    gate = checkpoint_name(project('gate', 'bld,df->blf', h), 'gate')
+    up = checkpoint_name(project('up', 'bld,df->blf', h), 'up')
   with jax.named_scope('network(mlp activation)'):
     inner = shard(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
   with jax.named_scope('network(mlp down)'):
-    x = x + jnp.einsum('blf,fd->bld', inner, w['down'])
+    x = x + project('down', 'blf,fd->bld', inner)
   return shard(x, 'batch', 'length', 'embed'), (k, v)
 
 
@@ -67,7 +68,7 @@ def project_qkv(c, w, h, rotation):
   """
 
   def project(equation, name):
-    x = jnp.einsum(equation, h, w[name])
+    x = lora.project(c.lora, w, name, equation, h)
     if not c.qkv_bias:
       return x
     return x + w[f'{name}_bias'].astype(x.dtype).reshape(-1, 1, c.head_dim)

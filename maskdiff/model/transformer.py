@@ -18,16 +18,19 @@ V vocab, N layers.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from maskdiff.distributed.mesh import shard
+from maskdiff.model import lora
 from maskdiff.model.attention import RESIDUALS, attend
 from maskdiff.model.cache import Cache, write
 from maskdiff.model.cached_attention import attend_cached
 from maskdiff.model.layers import block, lookup, rms_norm, rope, shift_right
+from maskdiff.model.lora import LoraConfig
 
 _save = jax.checkpoint_policies.save_only_these_names
 # Each policy names the activations of a layer that are saved for the backward
@@ -76,6 +79,13 @@ class TransformerConfig:
   # () or the arguments of layers.scale_frequencies (Llama 3.1): factor,
   # low_freq_factor, high_freq_factor, original context length
   rope_scaling: tuple[float, ...] = ()
+  lora: LoraConfig = LoraConfig()  # adapters
+
+
+def from_config(config):
+  """Returns the TransformerConfig of a run's config, with its adapters."""
+  adapters = LoraConfig(**config.lora) if config.lora.rank else LoraConfig()
+  return TransformerConfig(**config.model, lora=adapters)
 
 
 def weight(rngs, shape, axes, std):
@@ -129,6 +139,24 @@ class Blocks(nnx.Module):
     self.down = weight(
       rngs, (N, F, D), ('layers', 'mlp', 'embed'), out * F**-0.5
     )
+    for matrix in c.lora.matrices:
+      self._add_adapters(matrix, c.lora.rank, rngs)
+
+  def _add_adapters(self, matrix, rank, rngs):
+    """Declares the adapters of a matrix; their product is 0."""
+    of = getattr(self, matrix)
+    layers, *sizes = of[...].shape
+    inputs, outputs = lora.split_axes(matrix, sizes)
+    of_inputs, of_outputs = lora.split_axes(matrix, of.axes[1:])
+    a = weight(
+      rngs,
+      (layers, *inputs, rank),
+      ('layers', *of_inputs, 'rank'),
+      (3 * math.prod(inputs)) ** -0.5,  # as PEFT, which draws uniformly
+    )
+    b = zeros((layers, rank, *outputs), ('layers', 'rank', *of_outputs))
+    setattr(self, f'{matrix}_a', a)
+    setattr(self, f'{matrix}_b', b)
 
 
 class Transformer(nnx.Module):
@@ -263,8 +291,12 @@ class Transformer(nnx.Module):
 
 
 def init(config, key):
-  """Returns freshly drawn parameters: a dict tree of float32 arrays."""
-  return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
+  """Returns freshly drawn parameters: a dict tree of float32 arrays.
+
+  Adapters are float32, and the base has the dtype `config.lora.base_dtype`.
+  """
+  network = Transformer(config, nnx.Rngs(params=key))
+  return lora.cast_base(config.lora, nnx.to_pure_dict(nnx.state(network)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -275,7 +307,8 @@ def _declaration(config):
 
 def shapes(config):
   """Returns the parameter tree with a ShapeDtypeStruct for each array."""
-  return nnx.to_pure_dict(_declaration(config)[1])
+  tree = nnx.to_pure_dict(_declaration(config)[1])
+  return jax.eval_shape(functools.partial(lora.cast_base, config.lora), tree)
 
 
 def axes(config):
@@ -304,3 +337,9 @@ def num_params(config):
   total = count(tree)
   vocabulary = count([tree['embed'], tree.get('head', [])])
   return total, total - vocabulary
+
+
+def num_adapter_params(config):
+  """Returns the number of parameters of the adapters, 0 without adapters."""
+  blocks = shapes(config)['blocks']
+  return sum(x.size for name, x in blocks.items() if name in lora.ADAPTERS)

@@ -154,7 +154,9 @@ def flops_per_token(c, model_config, length):
   The sum of three terms: 6 per weight of the layers and copy of the token; 6
   per weight of the head; and 12 N L H K times `visible_pairs` for attention.
   Recomputation is not counted. The head is counted for every token, although
-  the loss skips unmasked tokens. Complementary masks double the sum.
+  the loss skips unmasked tokens. Complementary masks double the sum. With
+  adapters, a weight of the base takes 4 instead of 6, because no gradient by it
+  is computed.
 
   Args:
     c: ObjectiveConfig.
@@ -162,11 +164,14 @@ def flops_per_token(c, model_config, length):
     length: L.
   """
   m, objective = model_config, OBJECTIVES[c.name]
+  adapters = transformer.num_adapter_params(m)
   _, inner = transformer.num_params(m)
-  weights = inner * objective.copies(c, length)
+  base, copies = inner - adapters, objective.copies(c, length)
   heads = 2 if c.autoregressive_weight else 1  # both copies have a loss
-  weights += heads * m.vocab_size * m.embed
+  weights = base * copies + heads * m.vocab_size * m.embed
   attention = m.layers * length * m.heads * m.head_dim
   pairs = objective.visible_pairs(c, length)
   rows = 2 if c.complementary_masks else 1
-  return rows * (6 * weights + 12 * pairs * attention)
+  per_weight = 4 if adapters else 6
+  products = per_weight * weights + 6 * adapters * copies
+  return rows * (products + 12 * pairs * attention)

@@ -23,7 +23,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
 from maskdiff.interop import load
 from maskdiff.model import cache as cache_lib
-from maskdiff.model import transformer
+from maskdiff.model import lora, transformer
 from maskdiff.planner.hlo_collectives import Machine
 from maskdiff.sampling import passes, sampler
 from maskdiff.sampling.request import Request, begin
@@ -139,7 +139,7 @@ def compile_train(config, target):
   optimizer = make_optimizer(
     OptimizerConfig(**config.optimizer),
     config.train.steps,
-    transformer.axes(c.model),
+    lora.trained(transformer.axes(c.model)),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(

@@ -19,12 +19,13 @@ from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
 from maskdiff.interop import load
+from maskdiff.model import lora, transformer
 from maskdiff.training import ema as ema_lib
 from maskdiff.training import train_state
 from maskdiff.training.train_state import TrainState
 
 # Sections and keys.
-FIXED = ('model', 'objective', 'tokens', 'optimizer.name')
+FIXED = ('model', 'objective', 'tokens', 'optimizer.name', 'lora')
 # Keys of these sections that change the result of a step only by rounding, or
 # act only at initialization.
 MAY_CHANGE = (
@@ -125,6 +126,8 @@ def restore_or_init(config, setup, stage, key, checkpointer):
     if config.init_from_ema:
       source = f'the moving average of {source}'
     runtime.print_once(f'parameters are those of {source}')
+    if setup.model.lora.rank:
+      params = _with_adapters(setup, params, key)
     make_state = functools.partial(train_state.from_params, optimizer, ema=ema)
     make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
     return make_state(params), Start(0, stage.start)
@@ -140,6 +143,15 @@ def restore_or_init(config, setup, stage, key, checkpointer):
   position = position_lib.join(meta.position, position)
   start = Start(step, position, meta.evaluation_due)
   return TrainState(count, **items), start
+
+
+def _with_adapters(setup, params, key):
+  """Returns parameters with freshly drawn adapters, whose product is 0."""
+  draw = jax.jit(
+    lambda key: lora.trained(transformer.init(setup.model, key)),
+    out_shardings=lora.trained(setup.shardings.params),
+  )
+  return lora.join(params, draw(key))
 
 
 def _like(position, start):

@@ -8,7 +8,7 @@ import optax
 
 from maskdiff import config as config_lib
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.model import transformer
+from maskdiff.model import lora, transformer
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.monitoring.ledger import Ledger
 from maskdiff.training import resume, train_state
@@ -56,11 +56,11 @@ def open_setup(config, ledger, between):
   resume.agree_on_config(config)
   mesh = mesh_lib.make_mesh(**config.mesh)
   config_lib.validate_mesh(config, mesh.shape)
-  model = TransformerConfig(**config.model)
+  model = transformer.from_config(config)
   optimizer = make_optimizer(
     OptimizerConfig(**config.optimizer),
     config.train.steps,
-    transformer.axes(model),
+    lora.trained(transformer.axes(model)),
   )
   return RunSetup(
     model=model,

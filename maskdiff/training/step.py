@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from maskdiff.distributed import compiler
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.mesh import BATCH_AXES
+from maskdiff.model import lora, transformer
 from maskdiff.model.transformer import TransformerConfig, bind
 from maskdiff.objectives.canvas import ObjectiveConfig, canvas_loss, divisor
 from maskdiff.objectives.schedule import Schedule
@@ -46,7 +47,7 @@ class StepConfig:
 def step_config(config):
   """Returns the StepConfig of a run's config."""
   return StepConfig(
-    model=TransformerConfig(**config.model),
+    model=transformer.from_config(config),
     objective=objective_config(config),
     length=config.data.length,
     microbatches=config.train.microbatches,
@@ -118,7 +119,7 @@ class StepMetrics(NamedTuple):
   Attributes:
     sums: LossSums of the batch.
     grad_norm: float32, norm of the gradient before clipping.
-    param_norm: float32, norm of the parameters after the update.
+    param_norm: float32, norm of the trained parameters after the update.
     skipped: bool, whether the guard refused the update.
     skipped_before: int32, number of skipped updates in all earlier steps.
     skipped_in_a_row: int32, number of consecutive skipped updates up to and
@@ -146,9 +147,9 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
     rows: data.rows.Rows of [B, L], the global batch of clean tokens.
     key: PRNG key of the run, folded with the step number.
     gradients: (StepConfig, TrainState, batch, key of the step) -> (gradients of
-      the summed loss, sums), for a stage with another loss. `sums` has the
-      fields `loss` and `divisor`; the gradients are divided by `divisor`.
-      Default: `batch_gradients`.
+      the summed loss by lora.trained(params), sums), for a stage with another
+      loss. `sums` has the fields `loss` and `divisor`; the gradients are
+      divided by `divisor`. Default: `batch_gradients`.
 
   Returns:
     The next TrainState, and StepMetrics.
@@ -163,19 +164,19 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
   with jax.named_scope('part(optimizer)'):
     gradients = jax.tree.map(lambda g: g / sums.divisor, gradients)
     grad_norm = optax.tree.norm(gradients)
+    trained = lora.trained(state.params)
     ok, guard = guard_lib.judge(c.guard, state.guard, sums.loss, grad_norm)
-    updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.params
-    )
-    params, opt_state = jax.tree.map(
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    trained, opt_state = jax.tree.map(
       lambda new, old: jnp.where(ok, new, old),
-      (optax.apply_updates(state.params, updates), opt_state),
-      (state.params, state.opt_state),
+      (optax.apply_updates(trained, updates), opt_state),
+      (trained, state.opt_state),
     )
+    params = lora.join(state.params, trained)
     ema = None
     if state.ema is not None:
       ema = ema_lib.update(c.ema_decay, state.ema, params, ok)
-    param_norm = optax.tree.norm(params)
+    param_norm = optax.tree.norm(trained)
   metrics = StepMetrics(
     sums=sums,
     grad_norm=grad_norm,
@@ -198,25 +199,27 @@ def batch_gradients(c, params, rows, key, progress=0.0):
     progress: share of the training that is done, float32 scalar in [0, 1].
 
   Returns:
-    A tree like params, and the LossSums of the batch.
+    A tree like lora.trained(params), and the LossSums of the batch.
   """
   batch = rows.tokens.shape[0]
+  trained = lora.trained(params)
 
-  def loss(params, numbers, rows):
-    sums = loss_sums(c, params, rows, numbers, key, batch, progress)
+  def loss(trained, numbers, rows):
+    joined = lora.join(params, trained)
+    sums = loss_sums(c, joined, rows, numbers, key, batch, progress)
     return sums.total, sums
 
   gradient = jax.grad(loss, has_aux=True)
 
   def accumulate(carry, microbatch):
-    return jax.tree.map(jnp.add, carry, gradient(params, *microbatch)), ()
+    return jax.tree.map(jnp.add, carry, gradient(trained, *microbatch)), ()
 
   numbers = jnp.arange(batch, dtype=jnp.int32)
   if c.microbatches == 1:
-    return gradient(params, numbers, rows)
+    return gradient(trained, numbers, rows)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(gradient, params, numbers, rows),
+    jax.eval_shape(gradient, trained, numbers, rows),
   )
   with jax.named_scope('part(gradient sum over microbatches)'):
     sums, _ = jax.lax.scan(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.model import transformer
+from maskdiff.model import lora, transformer
 from maskdiff.training import ema as ema_lib
 from maskdiff.training import guard as guard_lib
 from maskdiff.training import optimizer as optimizer_lib
@@ -24,8 +24,9 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, number of batches processed.
-    params: parameter tree, float32.
-    opt_state: optax state. Its step count excludes skipped updates.
+    params: parameter tree, float32; the base of adapters may be bfloat16.
+    opt_state: optax state of lora.trained(params). Its step count excludes
+      skipped updates.
     guard: state of the spike guard, see guard.py.
     ema: moving average of the parameters, an ema.Ema; None if the run keeps
       none.
@@ -51,7 +52,7 @@ def shardings(c, optimizer, mesh, ema=False):
   params = mesh_lib.param_shardings(mesh, transformer.axes(c), shapes)
   replicated = mesh_lib.replicated(mesh)
   opt_state = optimizer_lib.state_shardings(
-    optimizer, shapes, params, replicated
+    optimizer, lora.trained(shapes), lora.trained(params), replicated
   )
   guard = jax.tree.map(lambda _: replicated, jax.eval_shape(guard_lib.init))
   average = ema_lib.Ema(params, replicated) if ema else None
@@ -85,7 +86,7 @@ def from_params(optimizer, params, ema=False):
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
+    opt_state=optimizer.init(lora.trained(params)),
     guard=guard_lib.init(),
     ema=ema_lib.start(params) if ema else None,
   )
