@@ -2,9 +2,11 @@ r"""Converts a Hugging Face folder to a work directory, or back.
 
 python launch/convert.py --from hf --in models/LLaDA-8B-Base --out runs/llada
 python launch/convert.py --to hf --in runs/tiny --out models/tiny
+python launch/convert.py --to peft --in runs/lora --out models/adapters
 python launch/convert.py --check --in models/LLaDA-8B-Base
 
 A Hugging Face folder holds config.json, safetensors and usually a tokenizer.
+--to hf merges the adapters of a run with LoRA; --to peft writes only them.
 --check prints the tensors and compares logits of this package with logits of a
 NumPy implementation of the published code. With --from or --to, the check
 follows the conversion.
@@ -21,7 +23,13 @@ from maskdiff.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 flags.DEFINE_enum('from', None, ['hf'], 'Write a work directory.')
-flags.DEFINE_enum('to', None, ['hf'], 'Write a Hugging Face folder.')
+flags.DEFINE_enum(
+  'to',
+  None,
+  ['hf', 'peft'],
+  'Write a Hugging Face folder; or, for a run with adapters (LoRA), a folder '
+  'of the package peft.',
+)
 flags.DEFINE_bool('check', False, 'Print the tensors and compare logits.')
 flags.DEFINE_string('in', None, 'Directory to convert or to check.')
 flags.DEFINE_string('out', None, 'Output directory; must not exist.')
@@ -59,7 +67,7 @@ def main(args):
   kind = {name: args[name].value for name in ('from', 'to')}
   source, out = args['in'].value, args.out
   if all(kind.values()) or not (any(kind.values()) or args.check):
-    raise UserError('give one of --from hf, --to hf and --check')
+    raise UserError('give one of --from hf, --to hf, --to peft and --check')
   if any(kind.values()) and out is None:
     raise UserError('--out is missing: give the output directory')
   if not os.path.isdir(source):
@@ -72,6 +80,11 @@ def main(args):
   ):
     if args[name].value not in (None, False) and not kind[needs]:
       raise UserError(f'--{name} is for --{needs} hf')
+  if args.to == 'peft' and (args.ema or args.dtype or args.check):
+    raise UserError(
+      '--to peft writes the adapters in float32, without a check of logits: '
+      'leave out --ema, --dtype and --check'
+    )
   import jax
 
   if any(kind.values()) and not args.check:  # a conversion runs on the host
@@ -80,7 +93,7 @@ def main(args):
   logging.set_verbosity(logging.ERROR)
 
   from maskdiff.files import new_folder
-  from maskdiff.interop import convert
+  from maskdiff.interop import convert, peft
 
   # Exit through `finally` clauses, which remove unfinished folders.
   for number in (signal.SIGTERM, signal.SIGHUP):
@@ -99,7 +112,9 @@ def main(args):
         source, out, args.dtype, args.mask_id, not args.without_tokenizer
       )
     )
-  if kind['to']:
+  if kind['to'] == 'peft':
+    say(peft.to_peft(source, out, args.family))
+  if kind['to'] == 'hf':
     max_bytes = int(args.shard_gb * 1e9)
     say(
       convert.to_hf(source, out, args.dtype, args.family, max_bytes, args.ema)

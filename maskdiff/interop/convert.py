@@ -28,6 +28,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, new_folder
 from maskdiff.interop import (
+  adapters,
   families,
   hf,
   hf_config,
@@ -132,7 +133,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
       exists and is not empty.
   """
   with contextlib.ExitStack() as stack:
-    config, leaves, source = _open_workdir(workdir, stack, ema)
+    config, leaves, source = open_workdir(workdir, stack, ema, dtype)
     published_files = os.path.join(workdir, hf.PUBLISHED)
     original = source_family = note = None
     if os.path.lexists(os.path.join(published_files, families.CONFIG)):
@@ -247,7 +248,10 @@ def check(folder, workdir=None, ema=False):
   published = hf.open_folder(folder)
   tokens = check_tokens(published)
   mesh = mesh_lib.make_mesh()
-  config, params = load.load_params(workdir or folder, mesh, ema=ema)
+  # Adapters are merged in the dtype of the folder.
+  exact = published.leaves['embed'].dtype == np.float32
+  dtype = 'float32' if exact else None
+  config, params = load.load_params(workdir or folder, mesh, dtype, ema)
   block_length = reference.attention_block(
     published.family.objective, published.model['block_length'], len(tokens)
   )
@@ -297,16 +301,18 @@ def check_tokens(published):
   return tokens
 
 
-def _open_workdir(workdir, stack, ema):
+def open_workdir(workdir, stack, ema=False, dtype=None, merge=True):
   """Opens the parameters of a work directory.
 
   Args:
     workdir: work directory.
     stack: contextlib.ExitStack that closes the checkpointer.
     ema: whether to open the moving average of the weights.
+    dtype: dtype of matrices with merged adapters; default: as stored.
+    merge: whether to merge adapters, if the run has any.
 
   Returns:
-    - `config`: ConfigDict.
+    - `config`: ConfigDict; of a model without adapters if they are merged.
     - `leaves`: dict of Leaf by name.
     - `source`: description of the parameters, for messages.
   """
@@ -344,6 +350,9 @@ def _open_workdir(workdir, stack, ema):
     for parameter, name in weights.names(meta.leaves, ema, source).items()
   }
   config = config_lib.from_dict(meta.config)
+  if merge and config.lora.rank:
+    c = transformer.from_config(config).lora
+    leaves, config.lora.rank = adapters.merged(c, leaves, dtype), 0
   source = f'the moving average of {source}' if ema else source
   return config, leaves, source
 

@@ -235,7 +235,7 @@ def test_ended_conversion_leaves_nothing_and_killed_one_is_cleaned_up(
 
 
 WRONG_FLAGS = {
-  'no action': ((), 'give one of --from hf, --to hf and --check'),
+  'no action': ((), 'give one of --from hf, --to hf, --to peft and --check'),
   'no out': (('--from=hf',), '--out is missing'),
   'no such directory': (('--check', '--in=nowhere'), 'no such directory'),
   'flag of the other direction': (
