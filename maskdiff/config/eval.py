@@ -16,6 +16,12 @@ KEYS = {
   ),
   'batch': Key(32, 'Rows per batch, over all devices.', minimum=1),
   'batches': Key(8, 'Batches of each dataset.', minimum=1),
+  'answers': Key(
+    0,
+    'Held-out prompts that launch/finetune.py answers at each evaluation, for '
+    'exact match. 0: none.',
+    minimum=0,
+  ),
 }
 
 

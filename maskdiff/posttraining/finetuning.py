@@ -15,8 +15,10 @@ from maskdiff.data import pipeline, records
 from maskdiff.errors import UserError, no_checkpoint
 from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf, hf_config
+from maskdiff.monitoring import stage_file
 from maskdiff.objectives.table import OBJECTIVES
-from maskdiff.training import pretraining
+from maskdiff.posttraining import heldout_answers
+from maskdiff.training import inputs, pretraining
 
 # Keys of a config that the model of config.init_from determines.
 _MODEL_KEYS = (
@@ -31,6 +33,12 @@ _OBJECTIVE_KEYS = (
   'objective.clean_attention',
   'objective.predict_mask',
   'sample.eot_id',
+)
+EXACT_MATCH_PANEL = stage_file.Curve(
+  id='exact_match',
+  title='Exact match on held-out answers',
+  note='Share of held-out prompts whose sampled answer is that of the row.',
+  key='eval/exact_match',
 )
 _EMBEDDED = config_lib.KEYS['data.path'].default
 
@@ -47,7 +55,41 @@ def make_stage(config, setup):
   """
   require_inputs(config)
   stage = pretraining.make_stage(config, setup, columns=('answer',))
-  return dataclasses.replace(stage, name='fine-tuning')
+  stage = dataclasses.replace(stage, name='fine-tuning')
+  return (
+    _with_exact_match(config, setup, stage) if config.eval.answers else stage
+  )
+
+
+def _with_exact_match(config, setup, stage):
+  """Returns a Stage that also samples answers to held-out prompts."""
+  tokenizer = stage.tokenizer
+  path = config.eval.path or config.data.path
+  datasets = inputs.open_data(config, tokenizer, path, ('answer',))
+  questions = heldout_answers.read(config, datasets, config.tokens.eos_id)
+  if not questions:
+    raise UserError(
+      f'{datasets[0].directory} has no held-out prompt with room for an answer '
+      'in a row: set --config.eval.answers=0'
+    )
+
+  def evaluate(step, params, average):
+    result = stage.evaluate(step, params, average)
+    setup.between()
+    share, texts = heldout_answers.exact_match(
+      config, params, tokenizer, setup.mesh, questions
+    )
+    line = f'{result.line}; exact match {share:.1%} of {len(questions)}'
+    return dataclasses.replace(
+      result,
+      row=result.row | {'eval/exact_match': share},
+      texts=[*result.texts, *texts],
+      line=line,
+    )
+
+  return dataclasses.replace(
+    stage, evaluate=evaluate, panels=(EXACT_MATCH_PANEL, *stage.panels)
+  )
 
 
 def require_inputs(config):

@@ -172,17 +172,16 @@ def test_run_lowers_the_bound_of_the_answers(model, rows, tmp_path, objective):
       'objective.block_length': 8,
       'train.epochs': 4.0,
       'objective.denominator': 'row',
+      'eval.answers': 8,
     },
   )
   workdir = tmp_path / 'run'
   loop.run(c, str(workdir), finetuning.make_stage)
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-  bounds = [
-    line['eval/loss_nats_per_token']
-    for line in lines
-    if 'eval/loss_nats_per_token' in line
-  ]
+  evaluations = [x for x in lines if 'eval/loss_nats_per_token' in x]
+  bounds = [line['eval/loss_nats_per_token'] for line in evaluations]
   assert bounds[-1] < bounds[0] - 0.5, bounds
+  assert all(0 <= line['eval/exact_match'] <= 1 for line in evaluations)
   assert json.loads((workdir / 'stage.json').read_text())['name'] == (
     'fine-tuning'
   )
