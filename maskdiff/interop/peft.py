@@ -16,7 +16,7 @@ import numpy as np
 
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, new_folder
-from maskdiff.interop import convert, families, hf, safetensors
+from maskdiff.interop import convert, families, hf, run_leaves, safetensors
 from maskdiff.model import transformer
 
 
@@ -35,7 +35,9 @@ def to_peft(workdir, folder, family=None):
     UserError: the run has no adapters, or see convert.to_hf.
   """
   with contextlib.ExitStack() as stack:
-    config, leaves, source = convert.open_workdir(workdir, stack, merge=False)
+    config, leaves, source = run_leaves.open_workdir(
+      workdir, stack, merge=False
+    )
     if not config.lora.rank:
       raise UserError(
         f'{inline(workdir)} has no adapters (config.lora.rank=0): write the '
