@@ -173,7 +173,9 @@ def add_assumed_files(folder):
   published_folders.make(models / 'Qwen2.5-0.5B', 'qwen2')
   shutil.copytree(folder / 'runs' / 'tiny', folder / 'runs' / 'web')
   made_answers.write_rows(
-    folder / 'data' / 'chat', tokenizer.load(folder / 'runs' / 'tiny')
+    folder / 'data' / 'chat',
+    tokenizer.load(folder / 'runs' / 'tiny'),
+    length=64,
   )
   tasks = folder / 'my_tasks'
   tasks.mkdir()
