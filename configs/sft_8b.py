@@ -3,10 +3,10 @@ r"""Fine-tuning of LLaDA 8B on small slices: adapters (LoRA), or all weights.
 python launch/finetune.py --config configs/sft_8b.py --workdir DIR \
   --config.init_from=models/LLaDA-8B-Base --config.data.path=data/chat
 
-8,015,581,184 parameters, and 83,886,080 of adapters of rank 32. The recipe is
-that of configs/sft.py, on rows of 4096 tokens; adapters have the learning rate
-2e-4. configs/sft_8b.py:MACHINE sets what is trained, microbatches and remat for
-a machine, by default adapters on 8 chips of v5e.
+8,099,467,264 parameters, of which 83,886,080 are adapters of rank 32. The
+recipe is that of configs/sft.py, on rows of 4096 tokens; adapters have the
+learning rate 2e-4. configs/sft_8b.py:MACHINE sets what is trained, and
+microbatches and remat for a machine, by default adapters on 8 chips of v5e.
 """
 
 import os

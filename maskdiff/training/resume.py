@@ -97,8 +97,9 @@ def restore_or_init(config, setup, stage, key, checkpointer):
 
   Raises:
     UserError: the checkpoint has another stage, other data, or another model,
-      objective or optimizer; all checkpoints are damaged; or config.init_from
-      has another model, or no moving average for config.init_from_ema.
+      objective or optimizer; all checkpoints are damaged; a new run with
+      adapters has no config.init_from; or config.init_from has another model,
+      or no moving average for config.init_from_ema.
   """
   optimizer, shardings = setup.optimizer, setup.shardings
   ema = shardings.ema is not None
@@ -131,6 +132,11 @@ def restore_or_init(config, setup, stage, key, checkpointer):
     make_state = functools.partial(train_state.from_params, optimizer, ema=ema)
     make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
     return make_state(params), Start(0, stage.start)
+  if found is None and setup.model.lora.rank:
+    raise UserError(
+      f'config.lora.rank={setup.model.lora.rank} trains adapters of a trained '
+      'model: set --config.init_from, or --config.lora.rank=0'
+    )
   if found is None:
     return jax.jit(init, out_shardings=shardings)(key), Start(0, stage.start)
   step, meta, trees = found

@@ -10,7 +10,8 @@ import pytest
 from objective_cases import CONFIG, random_tokens
 
 from maskdiff.data.rows import Rows
-from maskdiff.model import masks
+from maskdiff.model import masks, transformer
+from maskdiff.model.lora import LoraConfig
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.objectives import table
 
@@ -74,3 +75,15 @@ def test_pairs_and_copies_are_those_of_the_labels(
   assert pairs * length**2 == seen
   copies = objective.copies(c, length)
   assert canvas.inputs.shape == (2, copies * length)
+
+
+def test_flops_of_adapters_leave_out_gradients_of_the_base():
+  config = runpy.run_path(str(LLADA))['get_config']()
+  full = TransformerConfig(**config.model)
+  lora = dataclasses.replace(full, lora=LoraConfig(rank=32))
+  found, whole = (table.flops_per_token(CONFIG, c, 4096) for c in (lora, full))
+  _, inner = transformer.num_params(full)
+  base = inner + full.vocab_size * full.embed
+  adapters = transformer.num_adapter_params(lora)
+  assert found == whole - 2 * base + 6 * adapters
+  assert 0.6 < found / whole < 0.75

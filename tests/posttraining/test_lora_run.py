@@ -103,6 +103,13 @@ def test_loaded_model_computes_what_was_trained(config, workdir):
   assert np.abs(expected - base).max() > 1e-2
 
 
+def test_new_run_with_adapters_needs_a_trained_model(config, tmp_path):
+  other = config.copy_and_resolve_references()
+  other.init_from = ''
+  with pytest.raises(UserError, match='lora.rank=2 trains adapters of a trai'):
+    loop.run(other, str(tmp_path / 'run'))
+
+
 def test_run_refuses_to_resume_with_other_adapters(config, workdir):
   other = config.copy_and_resolve_references()
   other.lora.rank = 4

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_step import BATCH, GUARD, LENGTH, OBJECTIVE, OPTIMIZER, make_rows
+from test_step import GUARD, LENGTH, OBJECTIVE, OPTIMIZER, make_rows
 
 from maskdiff.distributed import mesh
 from maskdiff.model import lora, transformer
@@ -121,20 +123,34 @@ def test_only_adapters_change_and_have_optimizer_state(one_device):
   assert moments == 2 * sum(x.size for x in adapters.values())
 
 
+PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'fine_tuning.md'
+
+
+@pytest.mark.parametrize(
+  'line, keys',
+  [
+    ('adapters of rank 32, base in bfloat16', {}),
+    ('adapters of rank 32, base in float32', {'base_dtype': 'float32'}),
+    ('all parameters', {'rank': 0}),
+  ],
+)
+def test_state_of_8b_is_that_of_the_page(line, keys):
+  config = runpy.run_path(str(PAGE.parents[1] / 'configs' / 'sft_8b.py'))
+  c = config['get_config']()
+  c.lora.update(keys)
+  model = step.step_config(c).model
+  state = jax.eval_shape(
+    functools.partial(state_lib.init, model, make_optimizer(model)),
+    jax.random.key(0),
+  )
+  gradients = lora.trained(state.params)
+  arrays = jax.tree.leaves((state.params, state.opt_state, gradients))
+  size = sum(x.size * x.dtype.itemsize for x in arrays)
+  cells = f'{size / 1e9:.1f}', *(f'{size / n / 2**30:.1f}' for n in (8, 4))
+  assert f'| {line} | {" | ".join(cells)} |' in PAGE.read_text()
+
+
 @pytest.mark.slow
-def test_eight_devices_and_microbatches_train_as_one_device(one_device):
-  _, expected, losses = one_device
-  sizes = dict(fsdp=2, sequence=2, tensor=2)
-  _, found, others = run(BASE16, sizes, microbatches=4)
-  np.testing.assert_allclose(others, losses, rtol=1e-5)
-  for actual, wanted in zip(
-    jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
-  ):
-    np.testing.assert_allclose(
-      np.float32(actual), np.float32(wanted), rtol=2e-4, atol=2e-4
-    )
-
-
 def test_a_batch_takes_fewer_flops_than_full_fine_tuning():
   """No gradient by a matrix of the base, or by the head, is computed."""
   flops = {}
@@ -148,4 +164,18 @@ def test_a_batch_takes_fewer_flops_than_full_fine_tuning():
     assert ('gradient of the head' in compiled.as_text()) == (
       model.lora.rank == 0
     )
-  assert BATCH and flops[2] < 0.85 * flops[0], flops
+  assert flops[2] < 0.85 * flops[0], flops
+
+
+@pytest.mark.slow
+def test_eight_devices_and_microbatches_train_as_one_device(one_device):
+  _, expected, losses = one_device
+  sizes = dict(fsdp=2, sequence=2, tensor=2)
+  _, found, others = run(BASE16, sizes, microbatches=4)
+  np.testing.assert_allclose(others, losses, rtol=1e-5)
+  for actual, wanted in zip(
+    jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
+  ):
+    np.testing.assert_allclose(
+      np.float32(actual), np.float32(wanted), rtol=2e-4, atol=2e-4
+    )
