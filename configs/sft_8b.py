@@ -7,6 +7,8 @@ python launch/finetune.py --config configs/sft_8b.py --workdir DIR \
 recipe is that of configs/sft.py, on rows of 4096 tokens; adapters have the
 learning rate 2e-4. configs/sft_8b.py:MACHINE sets what is trained, and
 microbatches and remat for a machine, by default adapters on 8 chips of v5e.
+docs/fine_tuning.md has the memory of the state. Check a machine with
+launch/plan.py before you rent it: the entries were not compiled.
 """
 
 import os
