@@ -96,6 +96,7 @@ def test_recipe_is_that_of_llada():
   assert (o.final_learning_rate, o.weight_decay) == (2.5e-6, 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'case, objective, expected',
   [
@@ -154,13 +155,9 @@ def test_rows_without_answers_are_refused(model, corpus, tokenizer, tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'objective',
-  [
-    'masked_diffusion',
-    pytest.param('block_diffusion', marks=pytest.mark.slow),
-    pytest.param('autoregressive', marks=pytest.mark.slow),
-  ],
+  'objective', ['masked_diffusion', 'block_diffusion', 'autoregressive']
 )
 def test_run_lowers_the_bound_of_the_answers(model, rows, tmp_path, objective):
   """The answers repeat the prompts, so few steps suffice."""

@@ -44,6 +44,7 @@ def workdir(config, tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_the_base_and_trained_adapters(config, workdir):
   step, meta, arrays = saved.newest(workdir)
   assert step == config.train.steps == 6
@@ -64,6 +65,7 @@ def test_checkpoint_holds_the_base_and_trained_adapters(config, workdir):
   assert all(x.dtype == np.float32 and x.any() for x in adapters.values())
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_same_bits(config, workdir, tmp_path):
   again = tmp_path / 'run'
   shutil.copytree(workdir, again)
@@ -78,6 +80,7 @@ def test_resumed_run_has_the_same_bits(config, workdir, tmp_path):
     np.testing.assert_array_equal(x, found[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_loaded_model_computes_what_was_trained(config, workdir):
   """Adapters are merged when a run is loaded."""
   _, _, arrays = saved.newest(workdir)
@@ -110,6 +113,7 @@ def test_new_run_with_adapters_needs_a_trained_model(config, tmp_path):
     loop.run(other, str(tmp_path / 'run'))
 
 
+@pytest.mark.slow
 def test_run_refuses_to_resume_with_other_adapters(config, workdir):
   other = config.copy_and_resolve_references()
   other.lora.rank = 4

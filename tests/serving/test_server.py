@@ -279,6 +279,7 @@ def test_rows_of_clients_that_left_are_free(server, url, is_stream):
   assert answer(url, path, body) == expected
 
 
+@pytest.mark.slow
 def test_shutdown_waits_for_answers(tokenizer):
   with local_server.running(tokenizer, rows=2, grace=60.0) as server:
     url = f'{server.url}/v1/completions'
@@ -291,6 +292,7 @@ def test_shutdown_waits_for_answers(tokenizer):
     server.engine.join()
 
 
+@pytest.mark.slow
 def test_shutdown_sends_an_error_to_requests_that_take_too_long(tokenizer):
   """Also to those that wait for a row, and within a stream."""
   with local_server.running(tokenizer, rows=2, grace=0.3) as server:

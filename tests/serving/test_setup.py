@@ -54,6 +54,7 @@ def ask(engine, request):
   return asyncio.run(last())
 
 
+@pytest.mark.slow
 def test_engine_on_a_mesh_gives_the_tokens_of_sample(run):
   """Steps of the flags shrink with the answer; a request changes others."""
   model, network, mesh = opened(run, gen_length=16, steps=32, block_length=4)

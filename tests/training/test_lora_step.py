@@ -48,6 +48,7 @@ def gradients():
   return gradients_of(MODEL)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_matrix(gradients):
   """The gradient by A is that by W times B, and that by B is A times it."""
   found, sums = gradients
@@ -105,6 +106,7 @@ def one_device():
   return run(BASE16, dict(fsdp=1), 1)
 
 
+@pytest.mark.slow
 def test_only_adapters_change_and_have_optimizer_state(one_device):
   first, last, _ = one_device
   for before, after in zip(
