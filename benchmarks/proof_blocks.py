@@ -32,14 +32,18 @@ RUNS = {
   'masked': ('masked diffusion', '#1f5fbf'),
   'blocks_4_half': ('blocks of 4, half of the tokens', '#3a8f5c'),
   'blocks_16_half': ('blocks of 16, half of the tokens', '#7a52a8'),
-  'converted_next': (
-    'autoregressive run converted to blocks of 16, outputs predict the next '
+  'converted_own': (
+    'autoregressive run converted to blocks of 16, outputs predict their own '
     'token',
     '#b03060',
   ),
-  'converted_plan': ('the same, in blocks of 1, 4, then 16', '#b03060'),
-  'converted_own': (
-    'the same in blocks of 16, outputs predict their own token',
+  'converted_next': ('the same, outputs predict the next token', '#b03060'),
+  'converted_causal': (
+    'the same, with a causal clean copy and 0.3 of the autoregressive loss',
+    '#b03060',
+  ),
+  'converted_plan': (
+    'outputs predict the next token, in blocks of 1, 4, then 16',
     '#b03060',
   ),
 }
@@ -95,7 +99,7 @@ def plot(runs, out):
     tokens, losses = proof.curve(run, LOSS)
     compute = tokens * flops(run.run) / unit
     if name.startswith(CONVERTED):
-      if name != f'{CONVERTED}_next':
+      if name != f'{CONVERTED}_own':
         continue
       compute, label = 1 + compute, 'the autoregressive run, converted'
     half = name.endswith('_half')
@@ -110,7 +114,10 @@ def plot(runs, out):
     )
   axes.set_xlabel('training FLOPs (1: all of the autoregressive run)')
   axes.set_ylabel('held-out nats per token')
-  axes.legend(frameon=False, title='dotted: half of the tokens')
+  axes.legend(
+    frameon=False, title='dotted: half of the tokens', loc='upper right'
+  )
+  axes.set_ylim(top=5.6)
   axes.spines[['top', 'right']].set_visible(False)
   figure.savefig(out, dpi=150)
 
