@@ -14,10 +14,19 @@ import re
 
 import numpy as np
 
+from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, new_folder
-from maskdiff.interop import convert, families, hf, run_leaves, safetensors
+from maskdiff.interop import (
+  convert,
+  families,
+  hf,
+  hf_tokenizer,
+  run_leaves,
+  safetensors,
+)
 from maskdiff.model import transformer
+from maskdiff.objectives.table import OBJECTIVES
 
 
 def to_peft(workdir, folder, family=None):
@@ -58,11 +67,26 @@ def to_peft(workdir, folder, family=None):
         os.path.join(new, 'adapter_model.safetensors'),
         tensors(c, chosen, leaves),
       )
-  return [
+  lines = [
     f'{inline(folder)}: adapters of {", ".join(c.matrices)} with rank {c.rank} '
     f'from {inline(source)}',
     f'base: {inline(config.init_from)}, as {chosen.architectures[0]}',
   ]
+  if _has_added_mask(workdir, config):
+    lines.append(
+      'note: the base has no mask token, and its embedding is not part of the '
+      'adapters: write the whole model with --to hf'
+    )
+  return lines
+
+
+def _has_added_mask(workdir, config):
+  """Returns whether the run gave its base a mask token."""
+  if OBJECTIVES[config.objective.name].left_to_right:
+    return False
+  if not hf_tokenizer.has_tokenizer(workdir):
+    return False
+  return tokenizer_lib.load(workdir).mask_id is None
 
 
 def adapter_config(c, family, base):

@@ -28,7 +28,7 @@ def open_chat(name, arguments, folder, tokenizer):
   if not name and chat.of_folder(folder) is None:
     return None
   template = chat.load(name or folder, arguments or '{}')
-  encoder = chat_tokens.encoder(template, tokenizer)
+  encoder = chat_tokens.encoder(template, tokenizer, fixed_date=False)
   encode = functools.partial(chat_tokens.prompt_ids, encoder)
   return Chat(encode, _end_ids(encoder))
 

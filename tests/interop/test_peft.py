@@ -25,12 +25,13 @@ from maskdiff.model import lora, transformer
 TARGETS = ('query', 'attention_output', 'down')
 
 
-def make_run(path, case, **changes):
+def make_run(path, case, objective=None, **changes):
   """Writes a folder and a run with random adapters; returns their paths.
 
   Args:
     path: empty directory.
     case: case of published_folders.MODELS.
+    objective: name of the objective of the run; default: the folder's.
     changes: keys of config.lora.
   """
   folder, workdir = path / 'base', path / 'run'
@@ -39,6 +40,7 @@ def make_run(path, case, **changes):
   tokenizer = hf_tokenizer.open_tokenizer(published)
   config = hf_config.run_config(published, tokenizer)
   config.init_from = str(folder)
+  config.objective.name = objective or config.objective.name
   config.lora.update({'rank': 3, 'alpha': 5.0} | changes)
   model = transformer.from_config(config)
   _, params = load.load_params(
@@ -170,3 +172,16 @@ def test_peft_merges_llada_as_the_export_does(package, tmp_path):
     np.testing.assert_allclose(merged[name], tensor, rtol=1e-5, atol=1e-6)
     changed += bool((tensor != before[name]).any())
   assert changed == 7 * 2
+
+
+def test_added_mask_token_is_noted(tmp_path):
+  """A base that was autoregressive has no embedding of the mask token."""
+  for objective, noted in (('autoregressive', 0), ('masked_diffusion', 1)):
+    path = tmp_path / objective
+    path.mkdir()
+    _, workdir = make_run(path, 'qwen2', objective)
+    file = workdir / 'tokenizer.json'
+    text = file.read_text().replace(published_folders.SPECIAL[2], '<|other|>')
+    file.write_text(text)
+    lines = peft.to_peft(str(workdir), str(path / 'out'), 'qwen2')
+    assert sum(line.startswith('note: ') for line in lines) == noted
