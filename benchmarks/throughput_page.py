@@ -20,7 +20,7 @@ BASE = ('autoregressive', 1)
 SHOWN = (
   ('blocks of 4', 1),
   ('blocks of 4', 4),
-  ('blocks of 16', 4),
+  ('blocks of 16', 8),
   ('blocks of 32', 8),
   ('masked diffusion', 1),
   ('masked diffusion', 8),
