@@ -50,18 +50,15 @@ def get_config(machine='v5e-8'):
   c.model.head_dim = 64
   c.model.mlp = 5634
   c.model.tie_embeddings = False
-  c.model.zero_outputs = True
   c.model.remat = plan['remat']
 
   c.tokens.mask_id = 126_336
   c.tokens.bos_id = 126_080
   c.tokens.eos_id = 126_081
 
-  c.objective.time_density = 'bell'
   c.objective.predict_mask = True
   c.objective.loss_chunk_tokens = 1024
 
-  c.optimizer.name = 'muon'
   c.optimizer.learning_rate = 4e-4
   c.optimizer.final_learning_rate = 4e-5
   c.optimizer.warmup_steps = 2000
