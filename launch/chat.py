@@ -18,9 +18,9 @@ from absl import flags, logging
 
 from maskdiff import config
 from maskdiff.errors import UserError
-from maskdiff.serving import setup
+from maskdiff.serving import command_line
 
-setup.define_flags()
+command_line.define_flags()
 flags.DEFINE_string('system', '', 'System message.')
 flags.DEFINE_integer(
   'seed', 0, 'Seed of the first answer; the next has seed + 1.', lower_bound=0
@@ -45,7 +45,7 @@ def chat(args):
 
   from maskdiff.distributed import runtime
   from maskdiff.sampling.prompts import typed
-  from maskdiff.serving import screen
+  from maskdiff.serving import screen, setup
   from maskdiff.serving.conversation import Conversation
 
   # Orbax warns that the checkpoint is opened read-only, which is intended.

@@ -17,9 +17,9 @@ from absl import flags, logging
 
 from maskdiff import config
 from maskdiff.errors import UserError
-from maskdiff.serving import setup
+from maskdiff.serving import command_line
 
-setup.define_flags()
+command_line.define_flags()
 flags.DEFINE_string(
   'host', '127.0.0.1', 'Address to listen on. 0.0.0.0: all of this machine.'
 )
@@ -67,6 +67,7 @@ def serve(args):
 
   from maskdiff.distributed import runtime
   from maskdiff.serving import server as server_lib  # reports missing packages
+  from maskdiff.serving import setup
   from maskdiff.serving.batch import default_lengths
   from maskdiff.serving.engine import Engine
 

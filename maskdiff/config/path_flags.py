@@ -11,12 +11,12 @@ from maskdiff.files.paths import local_path
 # Every text flag of launch/ is in one of these sets, which a test compares with
 # the scripts. --config is expanded where its file is loaded.
 PATHS = frozenset(
-  'data html in include_path inspect json out plan plot prompts source '
+  'chat data html in include_path inspect json out plan plot prompts source '
   'tokenizer verify workdir'.split()
 )
 TEXTS = frozenset(
-  'infill model prompt sample sweep_mesh sweep_remat sweep_rows tasks text_key '
-  'topology'.split()
+  'chat_arguments host infill lengths model model_name prompt sample '
+  'sweep_mesh sweep_remat sweep_rows system tasks text_key topology'.split()
 )
 # A run refuses a work directory in a bucket that is written as gs://.
 _HOME_ONLY = frozenset({'workdir'})

@@ -13,18 +13,21 @@ SCRIPTS = sorted(path.stem for path in (ROOT / 'launch').glob('*.py'))
 ODD = b'\xff\x1b[2J\xc5\x91\n'
 # Arguments with a file or folder of this name, which does not exist.
 ABSENT = {
+  'chat': b'--workdir=ODD',
   'checkpoints': b'--workdir=ODD',
   'convert': b'--from=hf --source=ODD --out=ODD/new',
   'evaluate': b'--workdir=ODD --task=addition',
   'finetune': b'--config=ODD --workdir=ODD',
   'goodput': b'--workdir=ODD',
   'harness': b'--workdir=ODD --tasks=a',
+  'instructions': b'--out=ODD/new',
   'plan': b'--config=ODD --topology=v5e:2x4',
   'prepare': b'--inspect=ODD',
   'pretrain': b'--config=ODD --workdir=ODD',
   'puzzles': b'--task=addition --out=ODD/new',
   'report': b'ODD',
   'sample': b'--workdir=ODD',
+  'serve': b'--workdir=ODD',
 }
 
 

@@ -36,8 +36,9 @@ def test_missing_columns_are_named(config, tokenizer, corpus, documents):
     opened(documents, 'doc', 'answer')
   assert str(e.value) == (
     f'the rows of {documents} have the columns tokens, doc; this run also '
-    'needs answer: write these columns with maskdiff.data.row_writer, '
-    'or set --config.data.path to data that has them'
+    'needs answer: prepare conversations with launch/prepare.py --chat, write '
+    'the columns with maskdiff.data.row_writer, or set --config.data.path to '
+    'data that has them'
   )
   with pytest.raises(UserError, match='columns tokens; .* needs doc, answer:'):
     opened(str(corpus), 'doc', 'answer')
