@@ -238,6 +238,7 @@ def tfds_folder(tmp_path_factory):
   return pathlib.Path(builder.data_dir)
 
 
+@pytest.mark.slow
 def test_tfds_is_cut_into_ranges_of_records(tfds_folder, part_bytes):
   expected = tfds.builder_from_directory(tfds_folder).as_data_source('train')
   expected = [record['text'] for record in expected]
@@ -326,6 +327,7 @@ def test_planning_opens_no_text(tmp_path, monkeypatch):
     assert len(planned(tmp_path, by_line=True).parts) == 2
 
 
+@pytest.mark.slow
 def test_reading_holds_little_of_a_file(tmp_path):
   rng = random.Random(6)
   texts = [rng.randbytes(500).hex() for _ in range(15_000)]

@@ -88,6 +88,7 @@ def test_adapters_have_the_names_and_shapes_of_peft(tmp_path):
   assert not matches('model.transformer.blocks.1.up_proj')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'dtype', [pytest.param('float32', marks=pytest.mark.slow), 'bfloat16']
 )

@@ -71,6 +71,7 @@ def answers_of_pairs(tokenizer):
   )
 
 
+@pytest.mark.slow
 def test_bounds_match_the_library(workdir, tokenizer):
   flags = ('--task=bound', '--samples=32', '--strata=8', '--seed=3')
   *rows, total = rows_of(evaluate(workdir, PAIRS, *flags))

@@ -193,6 +193,7 @@ def test_queries_of_a_device_have_a_time_per_block():
   assert len(np.unique(masked, axis=0)) > 12  # blocks are independent
 
 
+@pytest.mark.slow
 def test_values_on_a_device_are_those_on_the_host():
   answers = queries.Answers(*map(jnp.asarray, ANSWERS))
   e, key = Estimator(samples=8, strata=4), jax.random.key(1)

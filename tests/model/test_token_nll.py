@@ -219,6 +219,7 @@ def test_gradient_by_all_arguments_is_allowed():
   )
 
 
+@pytest.mark.slow
 def test_vmap_and_checkpoint_give_the_same_gradients():
   hidden, head, targets, where = example('random')
   heads = jnp.stack([head, -head])

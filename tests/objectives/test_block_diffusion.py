@@ -110,6 +110,7 @@ def test_one_block_per_row_is_masked_diffusion_to_the_bit(schedule, sampling):
   jax.tree.map(np.testing.assert_array_equal, block, row)
 
 
+@pytest.mark.slow
 def test_blocks_of_one_token_are_the_chain_rule(params):
   """All tokens are masked, with weight 1, and the loss has no noise."""
   c = of_blocks(1, schedule=Schedule('cosine'))

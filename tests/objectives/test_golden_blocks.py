@@ -194,6 +194,7 @@ def test_sdar_documents_of_a_row_have_times_of_their_own(case):
 # Fast-dLLM v2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', [0, SLOW(1), SLOW(2)])
 def test_fast_dllm_v2_scores_every_token_once(case):
   """Complementary masks, and tokens predicted from the noisy left neighbour.

@@ -556,6 +556,7 @@ def test_sweep_ranks_plans_and_stops_at_the_first_misfit(
   }
 
 
+@pytest.mark.slow
 def test_failed_candidate_is_part_of_the_sweep(cpu_target, monkeypatch):
   result, _ = run_sweep(
     monkeypatch, lambda *_: 1, rows=[1], meshes=[{'tensor': 3}, {}]

@@ -54,6 +54,7 @@ def small(model, rows, **changes):
   return finetuning.complete(recipe(**keys | changes))
 
 
+@pytest.mark.slow
 def test_config_is_completed_from_the_model_and_the_rows(model, rows):
   c = small(model, rows)
   assert (c.model.embed, c.model.layers) == (16, 1)

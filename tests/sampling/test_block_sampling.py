@@ -76,6 +76,7 @@ def test_blocks_of_a_row_are_those_of_its_positions():
   assert (block[~fill] == -1).all() and (index[~fill] == 0).all()
 
 
+@pytest.mark.slow
 def test_rows_are_filled_block_by_block():
   values = values_of('greedy', steps=16, gen_length=16)
   request = layouts.continue_prompts([[7, 8, 9]], 16)
@@ -113,6 +114,7 @@ def test_each_step_predicts_as_the_training_does():
 # The cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, option, predicted',
   [

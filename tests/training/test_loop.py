@@ -821,6 +821,7 @@ def test_sample_script_refuses_conflicting_flags(finished, sample_script, case):
 # Autoregressive
 
 
+@pytest.mark.slow
 def test_one_config_key_trains_an_autoregressive_model(make_config, tmp_path):
   config = make_config(objective__name='autoregressive')
   result = loop.run(config, str(tmp_path))

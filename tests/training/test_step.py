@@ -287,6 +287,7 @@ def test_largest_mask_ratio_is_in_the_last_bucket():
 # Meshes and microbatches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('other', OTHERS, ids=str)
 def test_noise_does_not_depend_on_mesh_or_microbatches(other, reference):
   for name in ('sums.num_predicted', 'sums.num_tokens', 'sums.ratio_count'):
