@@ -135,6 +135,7 @@ def test_align_divides_the_row_length(align):
     packing.check(Layout('packed', align), 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['cut', 'packed'])
 def test_no_block_of_block_diffusion_has_two_documents(name):
   """The labels of the objective are those of the published block mask."""

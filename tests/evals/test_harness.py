@@ -110,6 +110,7 @@ def exact(model, prompt, answer):
     return value, bounds.greedy_matches(*arguments)[0]
 
 
+@pytest.mark.slow
 def test_choices_are_scored_given_their_question(results, model, tokenizer):
   for sample, question in zip(
     results['samples']['md_choice'], QUESTIONS, strict=True

@@ -175,6 +175,7 @@ def test_peft_merges_llada_as_the_export_does(package, tmp_path):
   assert changed == 7 * 2
 
 
+@pytest.mark.slow
 def test_added_mask_token_is_noted(tmp_path):
   """A base that was autoregressive has no embedding of the mask token."""
   for objective, noted in (('autoregressive', 0), ('masked_diffusion', 1)):

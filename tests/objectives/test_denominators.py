@@ -71,13 +71,14 @@ def published_canvas(c, golden, labels, schedule, weight):
   return dataclasses.replace(canvas, weights=jnp.float32(masked * expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, shift',
   [
     ('model_a', ''),
-    pytest.param('model_a', '_shift', marks=pytest.mark.slow),
-    pytest.param('model_b', '', marks=pytest.mark.slow),
-    pytest.param('model_b', '_shift', marks=pytest.mark.slow),
+    ('model_a', '_shift'),
+    ('model_b', ''),
+    ('model_b', '_shift'),
   ],
 )
 def test_losses_and_gradients_are_those_of_dllm(name, shift):
@@ -185,6 +186,7 @@ def test_rows_without_an_answer_change_no_loss(name):
     assert divisor(of, empty).sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('denominator', DENOMINATORS)
 def test_loss_of_a_batch_is_its_definition(denominator):
   c = dataclasses.replace(CONFIG, denominator=denominator)

@@ -132,6 +132,7 @@ def test_expected_weight_of_every_position_is_one(weight):
   np.testing.assert_allclose(expected, 1, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_positions_are_equal_after_uniform_after():
   c = dataclasses.replace(BLOCK, uniform_after=0.5)
   plain = dataclasses.replace(c, position_power=1.0)
@@ -166,6 +167,7 @@ def test_heldout_bound_has_equal_positions():
   assert bound.position_power == 1 and bound.is_bound(0)
 
 
+@pytest.mark.slow
 def test_masks_do_not_depend_on_devices_or_parts():
   c = dataclasses.replace(BLOCK, block_length=4)
   draw = jax.jit(

@@ -64,6 +64,7 @@ def summed_loss(c, corrupt, params, rows, given):
   return float(loss(c, TINY, params, canvas)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'module, align', [(masked_diffusion, 1), (block_diffusion, BLOCK)]
 )

@@ -42,6 +42,7 @@ def say(loaded, conversation, text):
   return list(conversation.answer(*loaded[:2], text))
 
 
+@pytest.mark.slow
 def test_history_grows_and_commands_change_it(loaded):
   prompts = loaded[-1]
   c = Conversation('be brief', seed=5)

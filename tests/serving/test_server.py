@@ -81,6 +81,7 @@ def streamed(url, path, body):
   return text, choices[-1]['finish_reason'], usage['usage']
 
 
+@pytest.mark.slow
 def test_64_requests_at_once_are_answered_as_alone(url):
   """Half of them are streamed. No request compiles anything."""
   asked = requests(64)

@@ -150,6 +150,7 @@ def assert_same_bits(a, b):
 # Output of a run
 
 
+@pytest.mark.slow
 def test_every_step_has_one_row_of_metrics(finished):
   steps = [r['step'] for r in finished.rows if 'train/learning_rate' in r]
   assert steps == list(range(1, STEPS + 1))

@@ -156,6 +156,7 @@ def rows(workdir, name='step'):
   return [{k: v for k, v in r.items() if k != 'train/step_s'} for r in found]
 
 
+@pytest.mark.slow
 def test_position_with_arrays_resumes_within_a_round(
   config, finished, tmp_path
 ):
