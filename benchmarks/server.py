@@ -81,7 +81,7 @@ def make_model():
   config = config_lib.default()
   tiny = dict(embed=64, layers=2, heads=2, kv_heads=2, mlp=192)
   network = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, **tiny)
-  config.model.update(dataclasses.asdict(network))
+  config.model.update({key: getattr(network, key) for key in config.model})
   config.data.length = CONTEXT
   config.sample.block_length = BLOCK
   for name in ('mask_id', 'bos_id', 'eos_id'):
