@@ -165,8 +165,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
       if tokenizer:
         permissions.copy_tokenizer(tokenizer, new)
         if os.path.exists(os.path.join(new, tokenizer_files.MODEL)):
-          length = config.data.length
-          sentencepiece_json.write(new, tokenizer, length)
+          sentencepiece_json.write(new, tokenizer, config.data.length)
         # The tokenizer of a network that had a mask token stays as it is.
         if not (source_family and source_family.has_mask_token):
           note = mask_token.extend_tokenizer(new, tokenizer, config)

@@ -84,6 +84,17 @@ def initialize(ends, mask_id, vocab_size):
   return filled if tied else {**filled, 'head': fill(output).T}
 
 
+def is_added(config, tokenizer):
+  """Returns whether a run has a mask token that its tokenizer does not name.
+
+  Args:
+    config: ConfigDict of the run.
+    tokenizer: data.tokenizer.Tokenizer.
+  """
+  left_to_right = OBJECTIVES[config.objective.name].left_to_right
+  return not left_to_right and tokenizer.mask_id is None
+
+
 def extend_tokenizer(folder, tokenizer, config):
   """Gives the tokenizer of an export the mask token of its network.
 
@@ -103,8 +114,7 @@ def extend_tokenizer(folder, tokenizer, config):
   Raises:
     UserError: a file cannot be written.
   """
-  left_to_right = OBJECTIVES[config.objective.name].left_to_right
-  if left_to_right or tokenizer.mask_id is not None:
+  if not is_added(config, tokenizer):
     return None
   mask_id, size = config.tokens.mask_id, tokenizer.vocab_size
   processor = tokenizer.processor

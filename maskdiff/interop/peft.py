@@ -22,11 +22,11 @@ from maskdiff.interop import (
   families,
   hf,
   hf_tokenizer,
+  mask_token,
   run_leaves,
   safetensors,
 )
 from maskdiff.model import transformer
-from maskdiff.objectives.table import OBJECTIVES
 
 
 def to_peft(workdir, folder, family=None):
@@ -72,21 +72,14 @@ def to_peft(workdir, folder, family=None):
     f'from {inline(source)}',
     f'base: {inline(config.init_from)}, as {chosen.architectures[0]}',
   ]
-  if _has_added_mask(workdir, config):
+  if hf_tokenizer.has_tokenizer(workdir) and mask_token.is_added(
+    config, tokenizer_lib.load(workdir)
+  ):
     lines.append(
       'note: the base has no mask token, and its embedding is not part of the '
       'adapters: write the whole model with --to hf'
     )
   return lines
-
-
-def _has_added_mask(workdir, config):
-  """Returns whether the run gave its base a mask token."""
-  if OBJECTIVES[config.objective.name].left_to_right:
-    return False
-  if not hf_tokenizer.has_tokenizer(workdir):
-    return False
-  return tokenizer_lib.load(workdir).mask_id is None
 
 
 def adapter_config(c, family, base):

@@ -40,9 +40,7 @@ class ObjectiveConfig:
   complementary_masks: bool = False  # whether a row is also masked elsewhere
   clean_attention: str = 'block'  # or 'causal', of the clean copy
   autoregressive_weight: float = 0.0  # of the loss of the clean copy
-  position_power: float = (
-    1.0  # above 1, later tokens of a block mask more often
-  )
+  position_power: float = 1.0  # above 1, blocks mask later tokens more often
   denominator: str = 'token'  # or row, batch; see `divisor`
 
   @property
