@@ -17,9 +17,10 @@ makes the table of docs/block_diffusion.md.
 
 import argparse
 import functools
-import json
 import pathlib
 import time
+
+import json_lines  # the file beside this one
 
 from maskdiff.evals import answered, puzzles
 from maskdiff.interop import load
@@ -84,12 +85,7 @@ def main():
   parser.add_argument('--out', type=pathlib.Path, help='file of JSON lines')
   args = parser.parse_args()
   for name, workdir in (text.split('=', 1) for text in args.runs):
-    lines = measure(args.task, name, workdir, args.num)
-    text = ''.join(json.dumps(line) + '\n' for line in lines)
-    print(text, end='', flush=True)
-    if args.out:
-      with open(args.out, 'a') as f:
-        f.write(text)
+    json_lines.report(measure(args.task, name, workdir, args.num), args.out)
 
 
 if __name__ == '__main__':

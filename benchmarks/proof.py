@@ -189,9 +189,20 @@ PARTS = {
 
 def filled(text, runs):
   """Replaces the parts of a page between comments of this script."""
+  return fill(text, 'proof', lambda name: PARTS[name](runs))
+
+
+def fill(text, script, part):
+  """Replaces the parts of a page between comments of a script.
+
+  Args:
+    text: the page.
+    script: name of the script, without .py.
+    part: function from the name of a part to its text.
+  """
   return re.sub(
-    r'(<!-- benchmarks/proof.py: (\w+) -->\n).*?(<!-- end -->)',
-    lambda m: f'{m[1]}{PARTS[m[2]](runs)}\n{m[3]}',
+    rf'(<!-- benchmarks/{script}.py: (\w+) -->\n).*?(<!-- end -->)',
+    lambda m: f'{m[1]}{part(m[2])}\n{m[3]}',
     text,
     flags=re.S,
   )

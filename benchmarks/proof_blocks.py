@@ -12,7 +12,6 @@ autoregressive run. Needs matplotlib, which is in requirements-test.txt.
 
 import argparse
 import pathlib
-import re
 
 import proof
 from proof import LOSS, RAW, ROOT, STDERR
@@ -132,13 +131,9 @@ def main():
     proof.gather(pathlib.Path(workdir), RAW / name)
   runs = {name: proof.read(RAW / name) for name in RUNS}
   plot(runs, ROOT / 'docs' / 'blocks.png')
+  parts = {'table': markdown(runs)}
   PAGE.write_text(
-    re.sub(
-      r'(<!-- benchmarks/proof_blocks.py: table -->\n).*?(<!-- end -->)',
-      lambda m: f'{m[1]}{markdown(runs)}\n{m[2]}',
-      PAGE.read_text(),
-      flags=re.S,
-    )
+    proof.fill(PAGE.read_text(), 'proof_blocks', parts.__getitem__)
   )
 
 

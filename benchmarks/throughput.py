@@ -20,10 +20,10 @@ table and the plot of docs/block_diffusion.md.
 import argparse
 import dataclasses
 import itertools
-import json
 import pathlib
 
 import jax
+import json_lines  # the file beside this one
 import numpy as np
 from sampler import MASK_ID, SMALL  # the benchmark of that name
 from timing import alternate
@@ -93,16 +93,21 @@ def measure(params, prompt, answer, batch, tokens_per_step, rounds):
   prompts = random.integers(9, MODEL.vocab_size, (batch, prompt)).tolist()
   request = layouts.continue_prompts(prompts, answer)
 
-  def bound(network, c, settings):
-    return lambda: sampler.complete(
-      network, c, request._replace(settings=settings)
-    )
+  carries = {}
+
+  def bound(name, network, c, settings):
+    def function():
+      carries[name] = sampler.complete(
+        network, c, request._replace(settings=settings)
+      )
+      return carries[name]
+
+    return function
 
   functions = {
-    name: bound(*variant)
+    name: bound(name, *variant)
     for name, variant in variants(params, answer, tokens_per_step).items()
   }
-  carries = {name: function() for name, function in functions.items()}
   seconds = alternate(functions, rounds)
   lines, number = [], batch * answer
   for (name, n), carry in carries.items():
@@ -135,17 +140,13 @@ def main():
   params = transformer.init(MODEL, jax.random.key(0))
   done = set()
   if args.out and args.out.exists():
-    lines = map(json.loads, args.out.read_text().splitlines())
+    lines = json_lines.read(args.out)
     done = {(x['prompt'], x['answer'], x['batch']) for x in lines}
   for canvas in itertools.product(args.prompts, args.answers, args.batches):
     if canvas in done:
       continue
     lines = measure(params, *canvas, args.tokens_per_step, args.rounds)
-    text = ''.join(json.dumps(line) + '\n' for line in lines)
-    print(text, end='', flush=True)
-    if args.out:
-      with open(args.out, 'a') as f:
-        f.write(text)
+    json_lines.report(lines, args.out)
 
 
 if __name__ == '__main__':

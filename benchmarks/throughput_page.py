@@ -8,9 +8,10 @@ docs/throughput.png and rewrites the tables of the page. Needs matplotlib, which
 is in requirements-test.txt.
 """
 
-import json
 import pathlib
-import re
+
+import json_lines  # files beside this one
+from proof import fill
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -32,8 +33,7 @@ TOLERANCE = 0.02  # of the accuracy, as in quality.py
 
 def read(name):
   """Returns the lines of a file of results."""
-  text = (RESULTS / name).read_text()
-  return [json.loads(line) for line in text.splitlines()]
+  return json_lines.read(RESULTS / name)
 
 
 def by_canvas(lines):
@@ -136,14 +136,7 @@ def main():
     'quality': quality_table(read('equal_quality.jsonl')),
   }
   plot(canvases, ROOT / 'docs' / 'throughput.png')
-  PAGE.write_text(
-    re.sub(
-      r'(<!-- benchmarks/throughput_page.py: (\w+) -->\n).*?(<!-- end -->)',
-      lambda m: f'{m[1]}{parts[m[2]]}\n{m[3]}',
-      PAGE.read_text(),
-      flags=re.S,
-    )
-  )
+  PAGE.write_text(fill(PAGE.read_text(), 'throughput_page', parts.__getitem__))
 
 
 if __name__ == '__main__':
