@@ -67,8 +67,8 @@ def locked(folder, log=print):
   ).start()
 
   def check():
-    if takers:
-      raise _in_use(path, takers[0])
+    if takers:  # the first record may have been read while it was written
+      raise _in_use(path, _content(path) or takers[0])
 
   try:
     yield check

@@ -288,7 +288,7 @@ def test_run_whose_lock_another_host_took_stops(config, tmp_path, monkeypatch):
 
     def next_batch(position, params):
       if position['round'] == 1:
-        (tmp_path / lock.NAME).write_text(others)
+        lock._write(tmp_path / lock.NAME, others.encode())
         time.sleep(0.2)
       return stage.next_batch(position, params)
 
