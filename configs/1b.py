@@ -6,7 +6,9 @@ python launch/pretrain.py --config configs/1b.py --workdir DIR
 
 1,487,243,264 parameters. The learning rate, 4e-4, and the batch, 1280 x 4096,
 are the paper's. The paper does not give the exact length of the run; 88,000
-steps, 461B tokens, is the last point of its scaling curves.
+steps, 461B tokens, is the last point of its scaling curves. Bell-shaped times,
+Muon and zero outputs are not the paper's: docs/recipes.md has what they gain at
+2.6M and 12M parameters, and the flags of the paper's recipe.
 
 The token ids are those of LLaDA's tokenizer, a tokenizer.json; for another
 tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
@@ -14,19 +16,19 @@ tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 configs/1b.py:MACHINE sets batch, microbatches and steps between checkpoints for
 a machine, by default 8 chips of v5e. One chip of v6e, as in Colab, trains the
 whole model on batches of 64 rows. The state does not fit one chip of v5e, so
-`v5e-1` has 9 of the 22 layers. `v6e-1` and `v5e-1` store Adam's moments in
+`v5e-1` has 9 of the 22 layers. `v6e-1` and `v5e-1` store the moments in
 bfloat16 and read 23B tokens. Their learning rate has not been tried with such a
 small batch.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5e-8, v5e:2x4: 7.9 of 15.75 GiB per chip, 84.96 s per step, 61,711 tokens/s,
-    MFU 38%; 87 days and 16,614 chip-hours for all tokens.
-  v6e-8, v6e:2x4: 16.5 of 31.25 GiB per chip, 25.30 s per step, 207,201
-    tokens/s, MFU 27%; 26 days and 4,948 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 25.0 of 31.25 GiB per chip, 11.13 s per step, 23,563 tokens/s,
-    MFU 25%; 11 days and 272 chip-hours for all tokens.
-  v5e-1, v5e:1x1: 15.1 of 15.75 GiB per chip, 16.76 s per step, 15,639 tokens/s,
-    MFU 38%; 17 days and 410 chip-hours for all tokens.
+  v5e-8, v5e:2x4: 7.9 of 15.75 GiB per chip, 85.49 s per step, 61,324 tokens/s,
+    MFU 37%; 87 days and 16,719 chip-hours for all tokens.
+  v6e-8, v6e:2x4: 16.5 of 31.25 GiB per chip, 25.33 s per step, 207,010
+    tokens/s, MFU 27%; 26 days and 4,953 chip-hours for all tokens.
+  v6e-1, v6e:1x1: 23.2 of 31.25 GiB per chip, 11.21 s per step, 23,384 tokens/s,
+    MFU 24%; 11 days and 274 chip-hours for all tokens.
+  v5e-1, v5e:1x1: 14.4 of 15.75 GiB per chip, 15.49 s per step, 16,925 tokens/s,
+    MFU 42%; 16 days and 379 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default
@@ -51,6 +53,7 @@ def get_config(machine='v5e-8'):
   c.model.mlp = 5634
   c.model.tie_embeddings = False
   c.model.remat = plan['remat']
+  c.model.zero_outputs = True
 
   c.tokens.mask_id = 126_336
   c.tokens.bos_id = 126_080
@@ -58,7 +61,9 @@ def get_config(machine='v5e-8'):
 
   c.objective.predict_mask = True
   c.objective.loss_chunk_tokens = 1024
+  c.objective.time_density = 'bell'
 
+  c.optimizer.name = 'muon'
   c.optimizer.learning_rate = 4e-4
   c.optimizer.final_learning_rate = 4e-5
   c.optimizer.warmup_steps = 2000

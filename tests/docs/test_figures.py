@@ -5,14 +5,18 @@ table of docs/speed.md, a sentence of README.md, and docs/from_laptop_to_pod.md,
 which also computes costs.
 """
 
+import functools
 import pathlib
 import re
 import runpy
 
+import jax
 import pytest
 
 from maskdiff.model import transformer
 from maskdiff.training import step as step_lib
+from maskdiff.training import train_state
+from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / 'docs' / 'from_laptop_to_pod.md').read_text()
@@ -97,6 +101,20 @@ def params_of(name):
   return transformer.num_params(step_lib.step_config(config_of(name)).model)[0]
 
 
+def state_bytes(name):
+  config = config_of(name)
+  model = step_lib.step_config(config).model
+  optimizer = make_optimizer(
+    OptimizerConfig(**config.optimizer),
+    config.train.steps,
+    transformer.axes(model),
+  )
+  init = functools.partial(train_state.init, model, optimizer)
+  state = jax.eval_shape(init, jax.random.key(0))
+  arrays = jax.tree.leaves((state.params, state.opt_state))
+  return sum(x.size * x.dtype.itemsize for x in arrays)
+
+
 def test_the_table_of_plans_equals_the_docstrings():
   plans = plans_of(SPEED)
   assert len(plans) >= 9
@@ -179,10 +197,10 @@ def test_days_and_chip_hours_follow_from_the_plans():
 
 
 def test_sizes_of_checkpoints_and_rows_and_compile_times_are_right():
-  """Checkpoints: 3 float32 per parameter. Rows: 4 bytes per token."""
+  """A checkpoint holds parameters and moments. Rows: 4 bytes per token."""
   sizes = re.findall(r'([\d.]+) GB\b', PAGE)
   for size, config in zip(sizes, PLANNED, strict=True):
-    assert size == rounded(12e-9 * params_of(config), size)
+    assert size == rounded(1e-9 * state_bytes(config), size)
   tokens = (461.37e9, 37.75e9, 2.3e12)
   for size, n in zip(re.findall(r'([\d.]+) TB\b', PAGE), tokens, strict=True):
     assert size == rounded(4e-12 * n, size)
