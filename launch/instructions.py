@@ -8,7 +8,8 @@ python launch/instructions.py --heldout --num 500 --out heldout.jsonl
 
 Lines for training are conversations with "messages". With --heldout, lines are
 questions with "prompt", "answer" and "task", none of which is in a conversation
-for training, whatever the seeds.
+for training, whatever the seeds. --reasoning_gym=basic_arithmetic,gcd writes
+questions of the package reasoning-gym instead.
 """
 
 import json
@@ -17,7 +18,7 @@ import sys
 from absl import flags
 
 from maskdiff import config
-from maskdiff.evals import instructions
+from maskdiff.evals import instructions, reasoning_tasks
 from maskdiff.files import outputs
 
 flags.DEFINE_integer(
@@ -29,6 +30,9 @@ flags.DEFINE_list(
   None,
   f'Tasks, separated by commas: {", ".join(instructions.TASKS)}. Default: all.',
 )
+flags.DEFINE_list(
+  'reasoning_gym', [], 'Tasks of the package reasoning-gym, instead of our own.'
+)
 flags.DEFINE_bool(
   'heldout', False, 'Write questions for evaluation, not conversations.'
 )
@@ -38,7 +42,11 @@ flags.mark_flags_as_required(['out'])
 
 def main(args):
   outputs.check('out', args.out)
-  if args.heldout:
+  if args.reasoning_gym:
+    lines = reasoning_tasks.questions(
+      args.reasoning_gym, args.seed, args.num, args.heldout
+    )
+  elif args.heldout:
     lines = instructions.questions(args.seed, args.num, True, args.tasks)
   else:
     lines = instructions.conversations(args.seed, args.num, args.tasks)
