@@ -1,8 +1,9 @@
 """A small instruction set that needs no download, drawn from a seed.
 
-  What is 417 + 85?                      502
+  What is 417 + 385?                     802
   Sort the numbers 7 3 9.                3 7 9
   Reverse the word kotalu.               ulatok
+  Reverse the letters k o t a l u.       u l a t o k
   Which Python module reads CSV files?   csv
 
 Words are random syllables or modules of the Python standard library, which is
@@ -127,7 +128,7 @@ def _question(rng, heldout, tasks):
 
 
 def _addition(rng):
-  a, b = rng.randrange(1000), rng.randrange(1000)
+  a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
   return (
     f'What is {a} + {b}?',
     f'Add {a} and {b}.',
@@ -160,6 +161,14 @@ def _reversal(rng):
     f'Reverse the word {word}.',
     f'Write {word} backwards.',
   ), word[::-1]
+
+
+def _letters(rng):
+  letters = ' '.join(_word(rng))
+  return (
+    f'Reverse the letters {letters}.',
+    f'Write backwards: {letters}',
+  ), letters[::-1]
 
 
 def _spelling(rng):
@@ -211,6 +220,7 @@ TASKS = {
   'larger': _larger,
   'sorting': _sorting,
   'reversal': _reversal,
+  'letters': _letters,
   'spelling': _spelling,
   'capitals': _capitals,
   'length': _length,

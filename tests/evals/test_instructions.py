@@ -25,6 +25,8 @@ def solve(task, prompt):
     modules = instructions.MODULES.items()
     (name,) = [name for name, does in modules if does in prompt]
     return name
+  if task == 'letters':
+    return ' '.join(reversed(re.findall(r'\b\w\b', prompt)))
   before = '(?:word|Write|Spell|How is|Capitalize|does|of)'
   word = re.search(f'{before} (\\w+)', prompt)[1]
   return {
@@ -50,7 +52,7 @@ def test_questions_are_drawn_from_the_seed():
   assert talk(3) == talk(3) != talk(4)
   # A change of the questions would change the results of trained models.
   (line,) = instructions.questions(0, 1, True)
-  assert line['prompt'] == 'How is gino spelled?'
+  assert line['prompt'] == 'Name the last letter of pipure.'
 
 
 def test_no_question_is_in_training_and_evaluation():
