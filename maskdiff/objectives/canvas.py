@@ -42,6 +42,8 @@ class ObjectiveConfig:
   autoregressive_weight: float = 0.0  # of the loss of the clean copy
   position_power: float = 1.0  # above 1, blocks mask later tokens more often
   denominator: str = 'token'  # or row, batch; see `divisor`
+  anneal_steps: int = 0  # see `share_open`; 0 after these steps
+  train_steps: int = 1  # of the training, if anneal_steps > 0
 
   @property
   def position_schedules(self):
@@ -61,13 +63,22 @@ class ObjectiveConfig:
       for i in range(n)
     )
 
+  def share_open(self, progress):
+    """Returns the share of pairs of a query and a later key that are open.
+
+    Args:
+      progress: share of the training that is done, float32 scalar in [0, 1].
+    """
+    step = jnp.round(progress * self.train_steps)
+    return jnp.minimum((step + 1) / self.anneal_steps, 1)
+
   def is_bound(self, progress):
     """Returns whether the expected loss is the bound.
 
     Args:
       progress: share of the training that is done, in [0, 1].
     """
-    if self.autoregressive_weight:
+    if self.autoregressive_weight or self.anneal_steps:
       return False
     if self.position_power != 1 and progress < self.uniform_after:
       return False  # a bound, but averaged over other orders of the tokens

@@ -71,7 +71,8 @@ def objective_config(config):
     tuple(map(float, values.pop('time_interval'))),
   )
   values['weight'] = Weight(values['weight'], values.pop('weight_power'))
-  del values['block_plan']  # block_plan.py replaces block_length
+  # These are the settings of the last phase; phases.py has those of others.
+  del values['block_plan'], values['anneal_steps']
   return ObjectiveConfig(**values)
 
 
