@@ -14,8 +14,10 @@ KEYS = {
   ),
   'schedule': Key(
     'linear',
-    'Noise schedule: the mask ratio as a function of diffusion time.',
-    ('linear', 'cosine', 'polynomial'),
+    'Noise schedule: the mask ratio as a function of diffusion time t. cosine: '
+    'sin(pi t / 2), as in MD4. polynomial: t to the power of schedule_power. '
+    'log and cosine_bd3lm: log2(1 + t) and 1 - cos(pi t / 2), as in BD3-LM.',
+    ('linear', 'cosine', 'polynomial', 'log', 'cosine_bd3lm'),
   ),
   'schedule_power': Key(
     2.0, 'Exponent of the polynomial noise schedule.', above=0

@@ -289,10 +289,10 @@ def test_bd3lm_masks():
     ('loglinear', Schedule('linear')),
     ('square', Schedule('polynomial', 2.0)),
     ('square_root', Schedule('polynomial', 0.5)),
+    ('log', Schedule('log')),
   ],
 )
 def test_bd3lm_schedules(name, schedule):
-  """Its `log` and `cosine` schedules are not schedules of maskdiff."""
   t = bd3lm()['noise.t']
   ratio = bd3lm()[f'noise.{name}.move_chance']
   inside = schedule.mask_ratio(t) >= 1e-3  # BD3-LM clips lower ratios
@@ -302,6 +302,19 @@ def test_bd3lm_schedules(name, schedule):
   )
   scale = bd3lm()[f'noise.{name}.loss_scale']
   np.testing.assert_allclose(-schedule.weight(t)[inside], scale[inside], 1e-5)
+
+
+def test_bd3lm_cosine_schedule():
+  """BD3-LM's has mask ratios from 0.001, and divides by 0.001 more."""
+  schedule, eps = Schedule('cosine_bd3lm'), 1e-3
+  t, scale, ratio = (
+    bd3lm()[f'noise.{name}'].astype(np.float64)
+    for name in ('t', 'cosine.loss_scale', 'cosine.move_chance')
+  )
+  exact = schedule.mask_ratio(t)
+  np.testing.assert_allclose(eps + (1 - eps) * exact, ratio, rtol=1e-4)
+  weight = (1 - eps) * schedule.weight(t) * exact / (ratio + eps)
+  np.testing.assert_allclose(weight, -scale, rtol=1e-4)
 
 
 @pytest.mark.parametrize('case', range(4))
