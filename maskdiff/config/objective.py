@@ -120,6 +120,13 @@ KEYS = {
     '8), (0.5, 32)). The last is block_length, which evaluation and samples '
     'always have. (): block_length during the whole training.',
   ),
+  'confidence_weight': Key(
+    0.0,
+    'Adds the entropy of the predicted distribution, times this weight, to the '
+    'loss of a masked token whose most probable token is right, as in the '
+    'fine-tuning of LLaDA 2.0. Metrics and the held-out bound leave it out.',
+    minimum=0,
+  ),
   'anneal_steps': Key(
     0,
     'First steps of masked_diffusion in which attention is annealed from '
@@ -196,6 +203,13 @@ def check(c):
     f'config.objective.position_power={o.position_power} is for '
     'block_diffusion with two or more tokens per block; set '
     '--config.objective.position_power=1',
+  )
+  require(
+    o.confidence_weight == 0
+    or (o.name != 'autoregressive' and o.autoregressive_weight == 0),
+    f'config.objective.confidence_weight={o.confidence_weight} is for masked '
+    'tokens, without an autoregressive loss; set '
+    '--config.objective.confidence_weight=0',
   )
   _check_annealing(c)
   interval = o.time_interval
