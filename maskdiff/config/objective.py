@@ -4,6 +4,8 @@ import math
 
 from maskdiff.config.key import Key, are_numbers, require
 
+MAX_ANNEALED_LENGTH = 2**16  # tokens; see model/annealing.py
+
 KEYS = {
   'name': Key(
     'masked_diffusion',
@@ -12,8 +14,10 @@ KEYS = {
   ),
   'schedule': Key(
     'linear',
-    'Noise schedule: the mask ratio as a function of diffusion time.',
-    ('linear', 'cosine', 'polynomial'),
+    'Noise schedule: the mask ratio as a function of diffusion time t. cosine: '
+    'sin(pi t / 2), as in MD4. polynomial: t to the power of schedule_power. '
+    'log and cosine_bd3lm: log2(1 + t) and 1 - cos(pi t / 2), as in BD3-LM.',
+    ('linear', 'cosine', 'polynomial', 'log', 'cosine_bd3lm'),
   ),
   'schedule_power': Key(
     2.0, 'Exponent of the polynomial noise schedule.', above=0
@@ -116,6 +120,22 @@ KEYS = {
     '8), (0.5, 32)). The last is block_length, which evaluation and samples '
     'always have. (): block_length during the whole training.',
   ),
+  'confidence_weight': Key(
+    0.0,
+    'Adds the entropy of the predicted distribution, times this weight, to the '
+    'loss of a masked token whose most probable token is right, as in the '
+    'fine-tuning of LLaDA 2.0. Metrics and the held-out bound leave it out.',
+    minimum=0,
+  ),
+  'anneal_steps': Key(
+    0,
+    'First steps of masked_diffusion in which attention is annealed from '
+    'causal to bidirectional, for a network that was autoregressive. A token '
+    'attends to a later token with a probability of step / anneal_steps, drawn '
+    'at every step. Evaluation, samples and exports are bidirectional. 0: the '
+    'training is bidirectional.',
+    minimum=0,
+  ),
   'denominator': Key(
     'token',
     'Divisor of the training loss. token: the answer tokens of the batch. '
@@ -184,6 +204,14 @@ def check(c):
     'block_diffusion with two or more tokens per block; set '
     '--config.objective.position_power=1',
   )
+  require(
+    o.confidence_weight == 0
+    or (o.name != 'autoregressive' and o.autoregressive_weight == 0),
+    f'config.objective.confidence_weight={o.confidence_weight} is for masked '
+    'tokens, without an autoregressive loss; set '
+    '--config.objective.confidence_weight=0',
+  )
+  _check_annealing(c)
   interval = o.time_interval
   require(
     len(interval) == 2
@@ -209,6 +237,31 @@ def check(c):
     o.weight != 'importance' or tuple(interval) == (0, 1),
     'config.objective.weight=importance needs all times; set '
     '--config.objective.time_interval="(0.0, 1.0)"',
+  )
+
+
+def _check_annealing(c):
+  """Raises UserError unless anneal_steps fits the config."""
+  steps = c.objective.anneal_steps
+  if not steps:
+    return
+  name = f'config.objective.anneal_steps={steps}'
+  require(
+    c.objective.name == 'masked_diffusion',
+    f'{name} is for config.objective.name=masked_diffusion; set '
+    '--config.objective.anneal_steps=0',
+  )
+  require(
+    steps <= c.train.steps,
+    f'{name} is more than config.train.steps={c.train.steps}, so the training '
+    'would end with annealed attention; set '
+    f'--config.objective.anneal_steps={c.train.steps}',
+  )
+  require(
+    c.data.length <= MAX_ANNEALED_LENGTH,
+    f'{name} is for rows of at most {MAX_ANNEALED_LENGTH} tokens, and '
+    f'config.data.length={c.data.length}; set '
+    '--config.objective.anneal_steps=0',
   )
 
 

@@ -120,8 +120,9 @@ def loss(
     key: PRNG key, as that of a training step; or an integer, its seed.
 
   Returns:
-    float32, nats per token: sum(weights x nll) / tokens that may carry a loss;
-    for another `config.objective.denominator` see objectives.canvas.divisor.
+    float32, nats per token: sum(weights x nll) / tokens that may carry a loss,
+    with the term of `config.objective.confidence_weight`; for another
+    `config.objective.denominator` see objectives.canvas.divisor.
 
   Raises:
     UserError: see `logits`; a draw is missing or not used; or a row contains

@@ -210,19 +210,25 @@ def _with_noise(network, c, texts, length, gumbel, uniform):
   for name, (noise, rest) in given.items():
     if noise is not None:
       noise = _check_noise(name, noise, len(texts), steps, num_slots, rest)
-      blocks, size = layout.slots.shape[1:]
-      added = blocks * size - num_slots
-      widths = [(0, 0), (0, 0), (0, added), *[(0, 0)] * len(rest)]
-      noise = np.pad(noise, widths).reshape(
-        *noise.shape[:2], blocks, size, *rest
-      )
-      layout = layout._replace(**{name: noise})
+      layout = layout._replace(**{name: _by_block(layout, noise)})
   carry, _ = sampler.run(network, c, shapes, carry, layout)
   sampler.check(carry)
   recordings = recording.of_rows(carry, layout.fill, layout.valid)
   forwards, positions = jax.device_get((carry.forwards, carry.positions))
   for i, (text, recorded) in enumerate(zip(texts, recordings, strict=True)):
     yield text, Answer(i, recorded, int(forwards[i]), int(positions[i]))
+
+
+def _by_block(layout, noise):
+  """Returns noise of slots [B, T, N, ...] by block, [B, T, blocks, S, ...].
+
+  The first block of a network trained on blocks may have fewer than S slots.
+  """
+  number = np.cumsum(layout.fill, axis=1) - 1  # of each slot, from the left
+  number = np.pad(number, ((0, 0), (0, 1)))  # for places without a slot
+  rows = np.arange(len(noise))[:, None, None]
+  of_place = number[rows, layout.slots]
+  return np.stack([x[:, n] for x, n in zip(noise, of_place, strict=True)])
 
 
 def _num_steps(network, c, layout):

@@ -141,7 +141,8 @@ def _splash_misfit(length, parts, query, key):
   if query.regime == masks.GENERAL:
     return (
       'splash needs one of the fixed regimes of masks.py (bidirectional, '
-      'causal, block-causal, block diffusion); these labels were built by hand'
+      'causal, block-causal, block diffusion, annealed); these labels were '
+      'built by hand'
     )
   return None
 
@@ -228,6 +229,8 @@ def splash(q, k, v, query, key, interpret=False):
   spec = splash_lib.split_spec(kernel, 'sequence')
 
   def on_device(kernel, q, k, v, query, key):
+    if query.number is not None:
+      kernel = splash_lib.with_numbers(kernel, query.number[0])
     return splash_lib.run(kernel, q, k, v, query.doc, key.doc)
 
   return _on_each_device(on_device, (q, k, v), query, key, (kernel,), (spec,))

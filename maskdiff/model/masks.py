@@ -10,13 +10,15 @@ The four integers of a position:
   reach  the position sees the clean positions with pos < reach.
 
 The rule: a query sees a key of its own document if the key is clean and
-key.pos < query.reach, or if the key is noisy and key.block == query.block.
+key.pos < query.reach, or if the key is noisy and key.block == query.block. In
+annealed attention, each query also has a number, which opens later keys
+(annealing.py).
 
-A regime is a fixed pattern of attention: bidirectional, causal, block-causal or
-block diffusion. Its pos, block and reach are the same in every row and known
-before compilation, so an attention kernel can skip the tiles in which no query
-sees any key. The constructors below make the labels of each regime and record
-it in `Labels.regime`.
+A regime is a fixed pattern of attention: bidirectional, causal, block-causal,
+block diffusion or annealed. Its pos, block and reach are the same in every row
+and known before compilation, so an attention kernel can skip the tiles in which
+no query sees any key. The constructors below make the labels of each regime and
+record it in `Labels.regime`.
 """
 
 import dataclasses
@@ -26,6 +28,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from maskdiff.model import annealing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,10 @@ def _block_causal(index, block_length):
   return index, -1, (index // block_length + 1) * block_length
 
 
+def _annealed(index):
+  return _block_causal(index, 1)
+
+
 def _block_diffusion(index, block_length, clean_block=None):
   half = len(index) // 2
   clean = index >= half
@@ -65,12 +73,13 @@ def _block_diffusion(index, block_length, clean_block=None):
 
 BIDIRECTIONAL = Regime(_bidirectional)
 CAUSAL = Regime(_block_causal, (1,))  # blocks of one position
+ANNEALED = Regime(_annealed)  # causal, and Labels.number opens later keys
 GENERAL = None  # no regime: the rule must be evaluated
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['doc', 'pos', 'block', 'reach'],
+  data_fields=['doc', 'pos', 'block', 'reach', 'number'],
   meta_fields=['regime', 'single'],
 )
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +89,8 @@ class Labels:
   Attributes:
     regime: the Regime of pos, block and reach, or GENERAL.
     single: whether each row is one document, with padding only at its ends.
+    number: [B, L] int32, numbers of the queries in annealed attention; else
+      None. All rows have the same.
   """
 
   doc: jax.Array
@@ -88,6 +99,7 @@ class Labels:
   reach: jax.Array
   regime: Regime | None = GENERAL
   single: bool = False
+  number: jax.Array | None = None
 
 
 @functools.lru_cache(maxsize=32)
@@ -113,7 +125,10 @@ def visible(query, key):
     return query.doc[:, :, None] == key.doc[:, None, :]
   q = jax.tree.map(lambda x: x[:, :, None], query)
   k = jax.tree.map(lambda x: x[:, None, :], key)
-  clean = (k.block < 0) & (k.pos < q.reach)
+  before = k.pos < q.reach
+  if q.number is not None:
+    before |= annealing.is_open(q.number, k.pos)
+  clean = (k.block < 0) & before
   noisy = (k.block >= 0) & (k.block == q.block)
   return (q.doc == k.doc) & (clean | noisy)
 
@@ -195,6 +210,25 @@ def causal(valid, doc=0):
   Arguments as for `make_labels`.
   """
   return make_labels(CAUSAL, valid, doc)
+
+
+def annealed(labels, number):
+  """Returns Labels between causal and bidirectional ones.
+
+  A position sees itself, the positions to its left, and those to its right that
+  its number opens, all of its own document.
+
+  Args:
+    labels: bidirectional Labels, [B, L].
+    number: [L] int32, from `annealing.draw`.
+  """
+  causal = make_labels(ANNEALED, labels.doc >= 0)
+  return dataclasses.replace(
+    causal,
+    doc=labels.doc,
+    single=labels.single,
+    number=jnp.broadcast_to(number, labels.doc.shape),
+  )
 
 
 def block_causal(valid, block_length, doc=0):

@@ -72,7 +72,8 @@ def block_sizes(mask, queries, keys, chip):
   forward, backward = TILES.get(chip, (SMALL, SMALL))
   if type(mask) is splash_masks.RuleMask:
     forward = backward = SMALL
-  least = SKIPPED_KEYS if isinstance(mask, splash_masks.FunctionMask) else keys
+  skips = isinstance(mask, splash_masks.FunctionMask) and not mask.sees_more
+  least = SKIPPED_KEYS if skips else keys
   forward = _fit(forward, queries, keys, least)
   least = max(least, keys // MAX_PARTIAL_DQ)
   backward = _fit(backward, queries, keys, least)
@@ -232,6 +233,19 @@ def split_spec(kernel, axis):
     spec(kernel.dkv_mask_info),
     **kernel.kwargs,
   )
+
+
+def with_numbers(kernel, number):
+  """Returns the kernel of annealed attention for the numbers of a step.
+
+  Args:
+    kernel: from `make_kernel` for masks.ANNEALED; inside shard_map, the
+      device's part of it.
+    number: [L] int32, Labels.number of its queries.
+  """
+  infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+  infos = (info and info._replace(q_sequence=number) for info in infos)
+  return splash_kernel.SplashAttentionKernel(*infos, **kernel.kwargs)
 
 
 @jax.named_scope('network(attention besides kernel)')

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as splash_mask,
 )
 
-from maskdiff.model import masks
+from maskdiff.model import annealing, masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,10 @@ class FunctionMask(RuleMask):
       for arrays of JAX and NumPy. Equal masks have equal functions.
     spans: the keys that each query sees, as pairs of [L] int: first key, and
       the key after the last. The spans of a query do not overlap.
+    sees_more: whether a query may see other keys too, so that no tile is empty.
   """
+
+  sees_more = False
 
   def __getitem__(self, index):
     queries, keys = index
@@ -73,6 +76,29 @@ class CleanMask(FunctionMask):
   @property
   def spans(self):
     return ((0, self.q_sequence),)
+
+
+class AnnealedMask(FunctionMask):
+  """The mask of annealed attention.
+
+  `q_sequence` has threshold 0, which is causal attention. The kernel gets the
+  numbers of a training step instead (splash.with_numbers).
+  """
+
+  sees_more = True
+
+  @staticmethod
+  def mask_function(number, key):
+    causal = key <= annealing.position(number)
+    return causal | annealing.is_open(number, key)
+
+  @property
+  def q_sequence(self):
+    return np.arange(self.length, dtype=np.int32)
+
+  @property
+  def spans(self):
+    return ((0, self.q_sequence + 1),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +148,8 @@ def make_mask(regime, length):
   """Returns the splash mask of a regime for rows of L positions, [L, L]."""
   if regime == masks.BIDIRECTIONAL:
     return splash_mask.FullMask((length, length))
+  if regime == masks.ANNEALED:
+    return AnnealedMask(regime, length)
   row = masks.row(regime, length)
   pos, block, reach = row.pos[0], row.block[0], row.reach[0]
   index = np.arange(length)
@@ -161,5 +189,6 @@ def tile_mask(mask, queries, keys):
     )
     for first, stop in mask.spans
   ).reshape(-1, queries, len(start))
-  kinds = np.stack([seen.any(axis=1), (seen == keys).all(axis=1)], axis=2)
+  used = seen.any(axis=1) | mask.sees_more
+  kinds = np.stack([used, (seen == keys).all(axis=1)], axis=2)
   return splash_mask.NumpyMask(kinds.reshape(len(kinds), -1))

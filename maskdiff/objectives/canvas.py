@@ -42,6 +42,9 @@ class ObjectiveConfig:
   autoregressive_weight: float = 0.0  # of the loss of the clean copy
   position_power: float = 1.0  # above 1, blocks mask later tokens more often
   denominator: str = 'token'  # or row, batch; see `divisor`
+  confidence_weight: float = 0.0  # of the entropy of correct predictions
+  anneal_steps: int = 0  # see `share_open`; 0 after these steps
+  train_steps: int = 1  # of the training, if anneal_steps > 0
 
   @property
   def position_schedules(self):
@@ -61,13 +64,24 @@ class ObjectiveConfig:
       for i in range(n)
     )
 
+  def share_open(self, progress):
+    """Returns the share of pairs of a query and a later key that are open.
+
+    Args:
+      progress: share of the training that is done, float32 scalar in [0, 1].
+    """
+    step = jnp.round(progress * self.train_steps)
+    return jnp.minimum((step + 1) / self.anneal_steps, 1)
+
   def is_bound(self, progress):
     """Returns whether the expected loss is the bound.
+
+    The term of `confidence_weight` is left out, as it is in the metrics.
 
     Args:
       progress: share of the training that is done, in [0, 1].
     """
-    if self.autoregressive_weight:
+    if self.autoregressive_weight or self.anneal_steps:
       return False
     if self.position_power != 1 and progress < self.uniform_after:
       return False  # a bound, but averaged over other orders of the tokens
@@ -183,9 +197,11 @@ def canvas_loss(c, model, canvas):
     canvas: Canvas.
 
   Returns:
-    - float32 scalar, the sum of weight * nll in nats. Divide it by the sum of
-      `divisor`. With the denominator 'row', the weights are divided by the
-      number of tokens of their row.
+    - float32 scalar, the sum of weight * nll in nats. With `confidence_weight`,
+      the entropy of a correct prediction, times this weight, is added to its
+      nll (dFactory, LLaDA 2.0). Divide the sum by the sum of `divisor`. With
+      the denominator 'row', the weights are divided by the number of tokens of
+      their row.
     - [B, L] float32 nll in nats, 0 where the weight is 0; without a gradient.
       [B, 2 L] with `next_weights`: the second half is that of the clean copy.
   """
@@ -210,4 +226,5 @@ def canvas_loss(c, model, canvas):
       weights,
       None if c.predict_mask else c.mask_id,
       c.loss_chunk_tokens,
+      c.confidence_weight,
     )

@@ -1,9 +1,11 @@
 """Masked diffusion: mask a random share of a row, predict the masked tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from maskdiff.model import masks
+from maskdiff.model import annealing, masks
 from maskdiff.objectives.canvas import (
   Canvas,
   answer_positions,
@@ -44,6 +46,9 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   even if its eos is masked. The loss is then a bound given the lengths of the
   documents, and predicting a masked eos is easier.
 
+  With `c.anneal_steps` attention is between causal and bidirectional attention
+  (model/annealing.py), by the same draw for all rows of the step.
+
   Args:
     c: ObjectiveConfig.
     rows: data.rows.Rows of [b, L], clean.
@@ -55,8 +60,17 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   Returns:
     Canvas of b rows; of 2 b with complementary masks, in pairs.
   """
-  u, noise, lengths = draw(c, rows.tokens.shape[1], numbers, key, batch)
-  return corrupt(c, rows, u, noise, lengths, progress)
+  length = rows.tokens.shape[1]
+  u, noise, lengths = draw(c, length, numbers, key, batch)
+  canvas = corrupt(c, rows, u, noise, lengths, progress)
+  if not c.anneal_steps:
+    return canvas
+  # `draw` uses four keys of its own.
+  of_queries = annealing.draw(
+    jax.random.fold_in(key, 4), length, c.share_open(progress)
+  )
+  labels = masks.annealed(canvas.labels, of_queries)
+  return dataclasses.replace(canvas, labels=labels)
 
 
 def draw(c, length, numbers, key, batch, parts=1):

@@ -8,6 +8,7 @@ linear schedule (LLaDA, arXiv 2502.09992, eq. 3).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,10 @@ class Schedule:
       'polynomial': lambda: t**self.power,
       # 1 - alpha of MD4's cosine schedule, cos(pi/2 (1 - t)).
       'cosine': lambda: module_of(t).sin(np.pi / 2 * t),
+      # BD3-LM's schedules (arXiv 2503.09573). The second is 1 - cos(pi/2 t),
+      # without cancellation at small t.
+      'log': lambda: module_of(t).log1p(t) / math.log(2),
+      'cosine_bd3lm': lambda: 2 * module_of(t).sin(np.pi / 4 * t) ** 2,
     }[self.name]()
     return ratio if self.exponent == 1 else ratio**self.exponent
 
@@ -46,6 +51,8 @@ class Schedule:
       'linear': lambda: mask_ratio,
       'polynomial': lambda: mask_ratio ** (1 / self.power),
       'cosine': lambda: 2 / jnp.pi * jnp.arcsin(mask_ratio),
+      'log': lambda: jnp.expm1(mask_ratio * math.log(2)),
+      'cosine_bd3lm': lambda: 4 / jnp.pi * jnp.arcsin((mask_ratio / 2) ** 0.5),
     }[self.name]()
 
   def weight(self, t):
@@ -54,6 +61,8 @@ class Schedule:
       'linear': lambda: 1 / t,
       'polynomial': lambda: self.power / t,
       'cosine': lambda: np.pi / 2 / module_of(t).tan(np.pi / 2 * t),
+      'log': lambda: 1 / ((1 + t) * module_of(t).log1p(t)),
+      'cosine_bd3lm': lambda: np.pi / 2 / module_of(t).tan(np.pi / 4 * t),
     }[self.name]()
     return weight if self.exponent == 1 else self.exponent * weight
 

@@ -246,6 +246,7 @@ def eval_config(c):
     complementary_masks=False,
     autoregressive_weight=0.0,
     position_power=1.0,
+    confidence_weight=0.0,
     denominator='token',
   )
   return dataclasses.replace(c, objective=objective)

@@ -16,7 +16,8 @@ from maskdiff.errors import UserError
 from maskdiff.monitoring import history, stage_file
 from maskdiff.monitoring import metrics as metrics_lib
 from maskdiff.objectives import table
-from maskdiff.training import block_plan, evaluation, inputs
+from maskdiff.training import evaluation, inputs
+from maskdiff.training import phases as phases_lib
 from maskdiff.training import step as step_lib
 from maskdiff.training.stage import Stage
 
@@ -32,6 +33,13 @@ OTHER_LOSS_PANEL = stage_file.Curve(
 )
 
 
+OPEN_PAIRS_PANEL = stage_file.Curve(
+  id='open_pairs',
+  title='Open pairs',
+  note='Share of pairs of a query and a later key that are open in training '
+  '(config.objective.anneal_steps). The held-out bound always has all.',
+  key='train/open_pairs',
+)
 BLOCK_LENGTH_PANEL = stage_file.Curve(
   id='block_length',
   title='Block length of the training',
@@ -60,7 +68,8 @@ def make_stage(config, setup, gradients=None, columns=()):
       'set --config.train.epochs=0 and --config.train.steps'
     )
   c, mesh = step_lib.step_config(config), setup.mesh
-  phases = block_plan.phases(config)
+  phases = phases_lib.phases(config)
+  first = phases_lib.with_phase(c, phases[0])
   tokenizer = inputs.open_tokenizer(config)
   datasets = inputs.open_data(config, tokenizer, columns=columns)
   identity = pipeline.fingerprint(datasets, seed=config.seed, length=c.length)
@@ -71,24 +80,24 @@ def make_stage(config, setup, gradients=None, columns=()):
     )
   heldout = evaluation.open_heldout(config, eval_datasets, mesh)
 
-  done = collections.deque()  # block lengths of steps without a row of metrics
+  done = collections.deque()  # numbers of steps without a row of metrics
 
   def compile(state, batch, key):
     numbers = itertools.count(int(state.step))
-    step_of, line = block_plan.compile_steps(
+    step_of, line = phases_lib.compile_steps(
       config, c, setup.optimizer, mesh, gradients, state, batch, key
     )
 
     def train_step(state, batch, key):
       number = next(numbers)
-      done.append(block_plan.block_length(phases, number))
+      done.append(number)
       return step_of(number)(state, batch, key)
 
     return train_step, line
 
   def row_of(metrics, facts, step_s):
-    blocks = [done.popleft() for _ in metrics[: len(done)]]
-    return row(config, c, mesh, metrics, facts, step_s, blocks)
+    steps = [done.popleft() for _ in metrics[: len(done)]]
+    return row(config, c, mesh, metrics, facts, step_s, steps)
 
   def evaluate(step, params, average):
     return evaluation.evaluate_and_sample(
@@ -123,11 +132,12 @@ def make_stage(config, setup, gradients=None, columns=()):
     panels=(
       *(
         OTHER_LOSS_PANEL
-        if p == 'training' and loss_name(c) == history.OTHER_LOSS
+        if p == 'training' and loss_name(first) == history.OTHER_LOSS
         else p
         for p in stage_file.PRETRAINING
       ),
-      *([BLOCK_LENGTH_PANEL] if len(phases) > 1 else []),
+      *([BLOCK_LENGTH_PANEL] if config.objective.block_plan else []),
+      *([OPEN_PAIRS_PANEL] if config.objective.anneal_steps else []),
     ),
   )
 
@@ -138,7 +148,7 @@ def loss_name(c):
   A loss that is not the bound during the whole training has another name.
 
   Args:
-    c: StepConfig.
+    c: StepConfig of the first phase.
   """
   exact = table.OBJECTIVES[c.objective.name].likelihood == 'exact'
   return (
@@ -173,7 +183,7 @@ def in_order(open_batches, batch, skip):
   return next_batch
 
 
-def row(config, c, mesh, metrics, facts, step_s, blocks=()):
+def row(config, c, mesh, metrics, facts, step_s, steps=()):
   """Returns the row of metrics of some steps; see `Stage.row`.
 
   The loss is the mean over the applied updates.
@@ -185,31 +195,33 @@ def row(config, c, mesh, metrics, facts, step_s, blocks=()):
     metrics: see `Stage.row`.
     facts: see `Stage.row`.
     step_s: see `Stage.row`.
-    blocks: block lengths of the steps; by default that of the config.
+    steps: numbers of the steps, from 0; by default they are of the last phase.
   """
-  values = {}
+  plan, values = phases_lib.phases(config), {}
+  first = phases_lib.with_phase(c, plan[0])
   applied = [m.sums for m in metrics if not m.skipped]
   if applied:
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *applied)
     values = {
-      loss_name(c): float(total.nats_per_token),
+      loss_name(first): float(total.nats_per_token),
       'train/masked_share': float(total.num_predicted / total.num_tokens),
       **evaluation.ratio_metrics('train', evaluation.nll_by_mask_ratio(total)),
       **loss_parts(c, total),
     }
   tokens_per_s = config.train.batch * c.length / step_s
   values['train/tokens_per_s'] = tokens_per_s
-  blocks = blocks or [c.objective.block_length]
+  of_steps = [
+    phases_lib.with_phase(c, phases_lib.at(plan, step)).objective
+    for step in steps
+  ] or [c.objective]
   flops = np.mean(
-    [
-      table.flops_per_token(
-        block_plan.with_block_length(c, b).objective, c.model, c.length
-      )
-      for b in blocks
-    ]
+    [table.flops_per_token(o, c.model, c.length) for o in of_steps]
   )
   if config.objective.block_plan:
-    values['train/block_length'] = float(blocks[-1])
+    values['train/block_length'] = float(of_steps[-1].block_length)
+  if config.objective.anneal_steps and steps:
+    share = (steps[-1] + 1) / config.objective.anneal_steps
+    values['train/open_pairs'] = min(share, 1.0)
   mfu = metrics_lib.utilization(tokens_per_s, flops, mesh.devices.flatten())
   return values if mfu is None else values | {'train/mfu': mfu}
 

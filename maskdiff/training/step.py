@@ -71,7 +71,8 @@ def objective_config(config):
     tuple(map(float, values.pop('time_interval'))),
   )
   values['weight'] = Weight(values['weight'], values.pop('weight_power'))
-  del values['block_plan']  # block_plan.py replaces block_length
+  # These are the settings of the last phase; phases.py has those of others.
+  del values['block_plan'], values['anneal_steps']
   return ObjectiveConfig(**values)
 
 
@@ -86,7 +87,7 @@ class LossSums(NamedTuple):
     total: float32, the summed loss, which has the gradient.
     divisor: float32, its divisor; see config.objective.denominator.
     weighted_nll: float32, sum of weight x nll in nats, without the weights of
-      denominator=row.
+      denominator=row and without the term of confidence_weight.
     next_nll: float32, unweighted nll of the autoregressive loss in nats; None
       without this loss, and then so is `next_count`.
     next_count: float32, number of positions that carry it.
@@ -109,7 +110,7 @@ class LossSums(NamedTuple):
 
   @property
   def nats_per_token(self):
-    """The loss with the denominator `token`; NaN as for `loss`."""
+    """`weighted_nll` with the denominator `token`; NaN as for `loss`."""
     return self.weighted_nll / self.num_tokens
 
 
@@ -274,7 +275,7 @@ def summarize(c, canvas, total, nll):
   """
   next_nll = next_count = None
   weighted_nll = total
-  if c.denominator == 'row':
+  if c.denominator == 'row' or c.confidence_weight:
     weighted_nll = (canvas.all_weights * nll).sum()
   if canvas.next_weights is not None:
     nll, of_next = jnp.split(nll, 2, axis=1)

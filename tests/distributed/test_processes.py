@@ -33,6 +33,8 @@ SETTINGS = {
   'train.steps': STEPS,
   'train.batch': 32,
   'train.log_every_steps': 1,
+  # The last step has a program of its own.
+  'objective.anneal_steps': STEPS,
   'eval.every_steps': 4,
   'sample.prompts': ('def read(',),
   'sample.gen_length': 4,
@@ -281,6 +283,25 @@ def test_sequence_and_tensor_axes_may_span_processes(
     '--config.mesh.tensor=2',
   )
   assert_same_metrics(run_of_one, tmp_path / 'run')
+
+
+def test_two_processes_have_the_block_lengths_of_one(settings, tmp_path):
+  """Each process chooses a compiled step by the number of the step."""
+  settings = settings | {
+    'objective.name': 'block_diffusion',
+    'objective.anneal_steps': 0,
+    'objective.block_length': 4,
+    'objective.block_plan': ((0.0, 1), (0.4, 4)),
+    'eval.batches': 1,
+    'sample.prompts': (),
+  }
+  run(tiny.config(settings), tmp_path / 'one')
+  file = tiny.config_file(tmp_path / 'config.py', settings)
+  pretrain(file, tmp_path / 'two')
+  assert_same_metrics(tmp_path / 'one', tmp_path / 'two')
+  rows = rows_of(tmp_path / 'two')
+  lengths = [rows[i, 'train/block_length'] for i in range(1, STEPS + 1)]
+  assert lengths == [1, 1, 4, 4, 4, 4]
 
 
 def test_two_processes_sample_and_process_0_prints(run_of_two):

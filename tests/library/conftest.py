@@ -31,6 +31,19 @@ def causal(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def of_blocks(tokenizer, tmp_path_factory):
+  """Returns the model of a run of block diffusion, before its first step."""
+  path = tmp_path_factory.mktemp('of_blocks')
+  untrained_run.save(
+    path,
+    tokenizer,
+    objective_name='block_diffusion',
+    objective_block_length=4,
+  )
+  return maskdiff.load(path)
+
+
+@pytest.fixture(scope='session')
 def dream(tmp_path_factory):
   """Returns a model whose output at a position predicts the next token."""
   folder = tmp_path_factory.mktemp('published') / 'dream'

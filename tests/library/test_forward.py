@@ -19,6 +19,7 @@ import maskdiff
 from maskdiff.data.rows import Rows
 from maskdiff.errors import UserError
 from maskdiff.objectives import masked_diffusion
+from maskdiff.objectives.schedule import SCHEDULES
 from maskdiff.training import step
 
 KINDS = ('run', 'causal', 'dream', 'golden')
@@ -236,7 +237,7 @@ def test_enumerated_losses_equal_the_enumerated_bound(run):
   np.testing.assert_allclose(-size * mean, bound.log_likelihood, rtol=1e-5)
 
 
-@pytest.mark.parametrize('schedule', ['linear', 'polynomial', 'cosine'])
+@pytest.mark.parametrize('schedule', SCHEDULES)
 def test_a_mask_ratio_determines_the_time(run, schedule):
   config = run.config.copy_and_resolve_references()
   config.objective.schedule = schedule

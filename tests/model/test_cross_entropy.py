@@ -38,6 +38,23 @@ def evaluate(function, arrays, exclude=None, chunk=8):
   )
 
 
+CONFIDENCE = 2.5
+
+
+def dense_with_confidence(hidden, head, targets, weights, exclude, chunk):
+  """As `dense`, plus the entropy of the correct predictions."""
+  loss, nll = dense(hidden, head, targets, weights, exclude, chunk)
+  kept = jnp.delete(head, exclude, axis=1, assume_unique_indices=True)
+  logits = jnp.einsum('bld,dv->blv', hidden, kept)
+  entropy = jax.scipy.special.entr(jax.nn.softmax(logits)).sum(axis=-1)
+  right = logits.argmax(axis=-1) == targets
+  return loss + CONFIDENCE * jnp.sum(weights * right * entropy), nll
+
+
+def with_confidence(*args):
+  return cross_entropy(*args, CONFIDENCE)
+
+
 def on_mesh(sizes, arrays, *args):
   """Evaluates the chunked loss on a mesh of these sizes."""
   with set_mesh(sizes):
@@ -98,6 +115,23 @@ def test_positions_without_weight_have_no_influence(chunk):
     evaluate(cross_entropy, (poisoned, head, targets, weights), None, chunk),
     evaluate(dense, (hidden, head, targets, weights)),
   )
+
+
+@pytest.mark.parametrize('sizes', [None, MESHES['fsdp2_sequence2_tensor2']])
+def test_entropy_of_correct_predictions_equals_the_dense_one(sizes):
+  """The excluded token, the last, has no part in the entropy."""
+  hidden, head, targets, weights = example('random')
+  logits = jnp.einsum('bld,dv->blv', hidden, head).at[..., V - 1].set(-jnp.inf)
+  # A third of the predictions is right.
+  right = np.random.default_rng(1).random(targets.shape) < 1 / 3
+  targets = jnp.where(right, logits.argmax(axis=-1), targets)
+  arrays = (hidden, head, targets, weights)
+  with set_mesh(sizes) if sizes else contextlib.nullcontext():
+    actual = evaluate(with_confidence, arrays, V - 1, 5)
+  expected = evaluate(dense_with_confidence, arrays, V - 1)
+  assert_close(actual, expected)
+  without = evaluate(dense, arrays, V - 1)
+  assert expected[0][0] > without[0][0] + 1
 
 
 def test_gradients_scale_with_the_cotangent():

@@ -338,7 +338,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 from maskdiff.distributed import compiler
 from maskdiff.distributed.mesh import BATCH_AXES, make_mesh
-from maskdiff.model import masks
+from maskdiff.model import annealing, masks
 from maskdiff.model.attention import attend
 
 devices = topologies.get_topology_desc(
@@ -358,11 +358,15 @@ regimes = {
   'bidirectional': masks.BIDIRECTIONAL,
   'causal': masks.CAUSAL,
   'block diffusion': masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime,
+  'annealed': masks.ANNEALED,
 }
 
 def compile(regime):
   def loss(q, k, v, valid, doc):
     labels = masks.make_labels(regime, valid, doc)
+    if regime == masks.ANNEALED:
+      number = annealing.draw(jax.random.key(0), 2048, 0.5)
+      labels = masks.annealed(labels, number)
     out = attend(q, k, v, labels, labels, 'auto')
     return out.astype(jnp.float32).sum()
   step = jax.jit(

@@ -6,8 +6,10 @@ of times and every weight of `config.objective`. docs/likelihood.md lists the
 values.
 """
 
+import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 
 import jax
@@ -20,6 +22,7 @@ from maskdiff.data.rows import Rows
 from maskdiff.model import transformer
 from maskdiff.objectives import masked_diffusion, table
 from maskdiff.objectives.canvas import canvas_loss
+from maskdiff.objectives.schedule import SCHEDULES
 from maskdiff.training import evaluation, step, train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -149,6 +152,18 @@ def mask_weights(objective, progress):
     np.mean(weight * ratio**k * (1 - ratio) ** (L - k)) for k in range(L + 1)
   ]
   return np.array(by_count)[MASKS.sum(axis=1)]
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_weight_of_a_mask_does_not_depend_on_the_schedule(schedule):
+  """The integral of m^(k - 1) (1 - m)^(L - k) over mask ratios m."""
+  c = step.step_config(make_config({'objective.schedule': schedule}))
+  heldout = dataclasses.replace(evaluation.eval_config(c).objective, eps=1e-6)
+  expected = [
+    math.factorial(k - 1) * math.factorial(L - k) / math.factorial(L)
+    for k in MASKS.sum(axis=1)
+  ]
+  np.testing.assert_allclose(mask_weights(heldout, 0.0), expected, rtol=1e-4)
 
 
 @functools.cache

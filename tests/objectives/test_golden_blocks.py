@@ -13,16 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from golden_models import GOLDEN
 from objective_cases import CONFIG
 from slow import SLOW
 
+from maskdiff.config import validate
 from maskdiff.data.rows import Rows
+from maskdiff.errors import UserError
 from maskdiff.model import masks, transformer
 from maskdiff.objectives import block_diffusion, masked_diffusion
 from maskdiff.objectives.canvas import canvas_loss
 from maskdiff.objectives.schedule import Schedule
 from maskdiff.objectives.time_density import TimeDensity, Weight
+from maskdiff.training import evaluation, step
 
 IGNORED = -100  # label of a position without a loss
 BLOCK = dataclasses.replace(
@@ -117,7 +121,7 @@ def test_dfactory_is_cross_entropy_without_weights(case):
   """One mask ratio per row; the mean is over the masked tokens of the batch.
 
   The second and the fourth case predict the next token. The last two add a term
-  for confidence, which maskdiff does not have; the cross entropy is compared.
+  for confidence; here, the cross entropy is compared.
   """
   arrays = golden(f'dfactory.{case}')
   labels = arrays['labels']
@@ -139,6 +143,65 @@ def test_dfactory_is_cross_entropy_without_weights(case):
   if name == 'ce_loss':
     arrays = {k: x for k, x in arrays.items() if 'gradnorm' not in k}
   check(arrays, c, canvas, 1 / canvas.weights.sum(), name)
+
+
+def test_dfactory_adds_the_entropy_of_correct_predictions():
+  """Its mean is over the correct predictions, that of maskdiff over the loss.
+
+  In the fourth case, dFactory takes the labels of the cross entropy from the
+  right and those of correctness from the same position. maskdiff has one label.
+  """
+  arrays = golden('dfactory.2')
+  labels = arrays['labels']
+  masked = labels != IGNORED
+  t = np.repeat(arrays['sigma'][:, None], 4, axis=1)
+  c, canvas = with_masks(UNWEIGHTED, arrays, t, masked)
+  targets = jnp.where(masked, labels, arrays['input_ids'])
+  canvas = dataclasses.replace(canvas, targets=targets)
+  config, params = network()
+  model = transformer.bind(config, params)
+  logits = model.logits(model(canvas.inputs, canvas.labels))
+  right = masked & (logits[:, : labels.shape[1]].argmax(axis=-1) == labels)
+  assert 0 < right.sum() < masked.sum()
+  weight = float(arrays['confidence_beta'] * masked.sum() / right.sum())
+  c = dataclasses.replace(c, confidence_weight=weight)
+  scale = 1 / canvas.weights.sum()
+  loss, gradients = loss_of(c, canvas, scale, gradient=True)
+  assert loss == pytest.approx(arrays['loss'], rel=1e-5)
+  norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(gradients)))
+  assert norm == pytest.approx(arrays['gradnorm_total'], rel=1e-4)
+  # The metrics have the cross entropy.
+  total, nll = canvas_loss(c, model, canvas)
+  sums = step.summarize(c, canvas, total, nll)
+  found = sums.weighted_nll / canvas.weights.sum()
+  assert found == pytest.approx(arrays['ce_loss'], rel=1e-4)
+  assert sums.total > 1.1 * sums.weighted_nll
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'objective.name': 'autoregressive'},
+    {
+      'objective.name': 'block_diffusion',
+      'objective.block_length': 4,
+      'objective.clean_attention': 'causal',
+      'objective.autoregressive_weight': 0.3,
+    },
+  ],
+  ids=['autoregressive', 'joint'],
+)
+def test_entropy_of_an_autoregressive_loss_is_refused(changes):
+  config = tiny.config({'objective.confidence_weight': 2.0, **changes})
+  with pytest.raises(UserError, match='without an autoregressive loss; set'):
+    validate(config)
+  validate(tiny.config(changes))
+
+
+def test_held_out_bound_has_no_term_for_confidence():
+  c = step.step_config(tiny.config({'objective.confidence_weight': 2.0}))
+  assert c.objective.confidence_weight == 2
+  assert evaluation.eval_config(c).objective.confidence_weight == 0
 
 
 # SDAR
@@ -289,10 +352,10 @@ def test_bd3lm_masks():
     ('loglinear', Schedule('linear')),
     ('square', Schedule('polynomial', 2.0)),
     ('square_root', Schedule('polynomial', 0.5)),
+    ('log', Schedule('log')),
   ],
 )
 def test_bd3lm_schedules(name, schedule):
-  """Its `log` and `cosine` schedules are not schedules of maskdiff."""
   t = bd3lm()['noise.t']
   ratio = bd3lm()[f'noise.{name}.move_chance']
   inside = schedule.mask_ratio(t) >= 1e-3  # BD3-LM clips lower ratios
@@ -302,6 +365,19 @@ def test_bd3lm_schedules(name, schedule):
   )
   scale = bd3lm()[f'noise.{name}.loss_scale']
   np.testing.assert_allclose(-schedule.weight(t)[inside], scale[inside], 1e-5)
+
+
+def test_bd3lm_cosine_schedule():
+  """BD3-LM's has mask ratios from 0.001, and divides by 0.001 more."""
+  schedule, eps = Schedule('cosine_bd3lm'), 1e-3
+  t, scale, ratio = (
+    bd3lm()[f'noise.{name}'].astype(np.float64)
+    for name in ('t', 'cosine.loss_scale', 'cosine.move_chance')
+  )
+  exact = schedule.mask_ratio(t)
+  np.testing.assert_allclose(eps + (1 - eps) * exact, ratio, rtol=1e-4)
+  weight = (1 - eps) * schedule.weight(t) * exact / (ratio + eps)
+  np.testing.assert_allclose(weight, -scale, rtol=1e-4)
 
 
 @pytest.mark.parametrize('case', range(4))

@@ -84,6 +84,28 @@ def test_schedules_are_those_of_md4(schedule, t, alpha, weight):
   )
 
 
+@pytest.mark.parametrize('schedule', ALL, ids=str)
+def test_time_inverts_the_mask_ratio(schedule):
+  t = jnp.asarray([0.0, 1e-3, 0.1, 0.5, 0.9, 1.0])
+  found = schedule.time(schedule.mask_ratio(t))
+  # Near 1 the cosine is flat.
+  np.testing.assert_allclose(found, t, rtol=2e-4)
+
+
+def test_weights_are_exact_at_small_times():
+  """In float32 against closed forms in float64, at the smallest time."""
+  t = np.array([1e-3])
+  for name, expected in {
+    'log': 1 / ((1 + t) * np.log1p(t)),
+    'cosine_bd3lm': np.pi
+    / 2
+    * np.sin(np.pi / 2 * t)
+    / (1 - np.cos(np.pi / 2 * t)),
+  }.items():
+    found = Schedule(name).weight(jnp.asarray(t, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize('sampling', TIME_SAMPLINGS)
 def test_pooled_times_are_uniform(sampling):
   t = times(sampling, 64)

@@ -11,7 +11,7 @@ from maskdiff import config as config_lib
 from maskdiff.checkpoints import checkpoint
 from maskdiff.errors import UserError
 from maskdiff.monitoring import metrics
-from maskdiff.training import block_plan, loop
+from maskdiff.training import loop, phases
 
 STEPS, LENGTH = 4, 16
 # Block lengths of the four steps: 1, 1, 4, 4.
@@ -49,9 +49,9 @@ def plan_config(plan, steps=STEPS, **changes):
 def test_block_length_of_every_step(plan, steps, expected):
   config = plan_config(plan, steps)
   config_lib.validate(config)
-  phases = block_plan.phases(config)
-  found = [block_plan.block_length(phases, step) for step in range(steps)]
-  assert found == expected
+  found = phases.phases(config)
+  lengths = [phases.at(found, step).block_length for step in range(steps)]
+  assert lengths == expected
 
 
 BAD = {
