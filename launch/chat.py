@@ -12,6 +12,7 @@ override the run's config.
 """
 
 import contextlib
+import dataclasses
 import sys
 
 from absl import flags, logging
@@ -27,6 +28,14 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool(
   'show_masks', False, 'Draw every denoising step; needs a terminal.'
+)
+flags.DEFINE_enum(
+  'length',
+  None,
+  ['given', 'predicted'],
+  'Length of an answer: --gen_length, or predicted by the model. Default: '
+  'predicted, if the model was trained to (launch/prepare.py '
+  '--length_buckets) and --gen_length is not set.',
 )
 
 
@@ -44,6 +53,7 @@ def chat(args):
   import jax
 
   from maskdiff.distributed import runtime
+  from maskdiff.sampling import lengths
   from maskdiff.sampling.prompts import typed
   from maskdiff.serving import screen, setup
   from maskdiff.serving.conversation import Conversation
@@ -57,6 +67,13 @@ def chat(args):
     raise UserError(
       f'{args.workdir} has no chat template: choose one with --chat_template'
     )
+  known = model.config.data.length_tokens
+  predicted = args.length == 'predicted'
+  if predicted:
+    lengths.check(known, args.gen_length)
+  if args.length is None and known and args.gen_length is None:
+    predicted = True
+  model = dataclasses.replace(model, predict_length=predicted)
   conversation = Conversation(args.system, args.seed)
   show = screen.print_with_masks if args.show_masks else screen.print_committed
   lines = typed(sys.stdin, runtime.print_once)

@@ -137,6 +137,12 @@ flags.DEFINE_bool(
   False,
   'With --chat, fill the gap of --align with learned eos, as in SDAR.',
 )
+flags.DEFINE_list(
+  'length_buckets',
+  [],
+  'With --chat, teach the model to predict the length of an answer, one of '
+  'these numbers of tokens, such as 16,32,64; see docs/chat_data.md.',
+)
 flags.DEFINE_string(
   'inspect', None, 'Print statistics and rows of this directory.'
 )
@@ -164,7 +170,7 @@ def prepare(args):
   plan = open_plan(args)
   with tempfile.TemporaryDirectory() as folder:
     tok, choices = open_tokenizer(args, plan, pathlib.Path(folder))
-    settings = dataclasses.asdict(choices) | columns(args, choices)
+    settings = dataclasses.asdict(choices) | columns(args, choices, tok)
     manifest = prepare.prepare(
       plan, tok, args.out, workers=args.workers, **settings
     )
@@ -209,14 +215,37 @@ def check(args):
     refused = [f'--{name}' for name in given if args[name].value]
   else:
     names = 'chat_arguments turns truncate layout group fill_eos'.split()
+    names.append('length_buckets')
     refused = [f'--{n}' for n in names if not args[n].using_default_value]
   if args.chat and args.fill_eos and args.align == 1:
     raise UserError('--fill_eos needs --align, whose gaps it fills')
+  if args.length_buckets:
+    check_length_buckets(args)
   if not args['group'].using_default_value and args.layout != 'padded':
     raise UserError('--group needs --layout=padded')
   if refused:
     reason = 'has no effect with' if args.chat else 'needs'
     raise UserError(f'{refused[0]} {reason} --chat')
+
+
+def check_length_buckets(args):
+  """Raises UserError if flags do not go with --length_buckets."""
+  if not all(x.isdecimal() for x in args.length_buckets):
+    raise UserError(
+      f'--length_buckets={",".join(args.length_buckets)}: must be numbers of '
+      'tokens, such as 16,32,64'
+    )
+  for flag, refused in (
+    ('--turns=all', args.turns == 'all'),
+    ('--truncate=right', args.truncate == 'right'),
+    ('--layout=padded', args.layout == 'padded'),
+    ('--fill_eos', args.fill_eos),
+  ):
+    if refused:
+      raise UserError(
+        f'{flag} does not go with --length_buckets, whose answers end their '
+        'documents and fill their lengths with eos: remove one of the two'
+      )
 
 
 def open_plan(args):
@@ -244,16 +273,21 @@ def open_plan(args):
   return plan
 
 
-def columns(args, choices):
+def columns(args, choices, tok):
   """Returns the arguments of prepare.prepare for rows with more columns."""
   from maskdiff.data import packing
 
   if args.chat:
-    from maskdiff.posttraining import chat, chat_rows
+    from maskdiff.posttraining import chat, chat_rows, length_tokens
 
     template = chat.load(args.chat, args.chat_arguments)
+    lengths = map(int, args.length_buckets)
     encode = chat_rows.ChatDocuments(
-      template, choices.row_length, args.turns, args.truncate
+      template,
+      choices.row_length,
+      args.turns,
+      args.truncate,
+      length_tokens.choose(tok, lengths) if args.length_buckets else (),
     )
     group = args.group if args.layout == 'padded' else 1
     layout = packing.Layout(args.layout, args.align, args.fill_eos, group)
@@ -303,10 +337,13 @@ def inspect(args):
 
   from maskdiff.data import packing, prepare, records, row_reader, tokenizer
   from maskdiff.data import rows as rows_lib
+  from maskdiff.posttraining import length_tokens
 
   directory = args.inspect
   manifest = records.read_manifest(directory)
-  tok = tokenizer.load(directory)
+  named = length_tokens.of_settings(manifest.settings)
+  shown = {i: f'<{length} tokens>'.encode() for length, i in named}
+  tok = tokenizer.with_pieces(tokenizer.load(directory), shown)
   print(printable(f'{directory}: {manifest.source}'))
   print(printable(prepare.summary(manifest)))
   if manifest.statistics:

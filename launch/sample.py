@@ -71,6 +71,14 @@ flags.DEFINE_bool(
   False,
   'Append blocks until the model predicts eos; at most --gen_length tokens.',
 )
+flags.DEFINE_enum(
+  'length',
+  'given',
+  ['given', 'predicted'],
+  'Length of an answer: --gen_length, or predicted by a model that was trained '
+  'to (launch/prepare.py --length_buckets). --steps are then for the largest '
+  'length; shorter ones take a part of them.',
+)
 flags.mark_flag_as_required('workdir')
 config.define_sample_flags()
 config.define_load_flags()
@@ -99,7 +107,6 @@ def sample(args):
   from maskdiff.distributed import runtime
   from maskdiff.interop import load
   from maskdiff.sampling import answers, output
-  from maskdiff.sampling.settings import of_request
 
   # Orbax warns that the checkpoint is opened read-only, which is intended.
   logging.set_verbosity(logging.ERROR)
@@ -110,25 +117,14 @@ def sample(args):
   run_config, tokenizer, params, mesh = load.load(
     args.workdir, args.tensor, args.dtype, args.ema
   )
-  context = run_config.data.length
-  default_length = context if args.open_length else run_config.sample.gen_length
-  gen_length = args.gen_length or default_length
-  values = config.sample_settings(args, run_config, gen_length, gaps)
-  c, settings = of_request(run_config, values, {}, gaps, args.steps)
-
-  def encoded(prompt):
-    own = settings
-    if changes := prompt.settings:
-      _, own = of_request(run_config, values, changes, gaps, args.steps)
-    return answers.encode_text(
-      prompt, gaps, own, tokenizer.encode, context, args.open_length
-    )
-
-  texts = [prompts_lib.located(encoded, prompt) for prompt in prompts]
   network = load.network(run_config, params)
   if args.suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
-  c = answers.fit(network, c, texts, settings)
+  with jax.set_mesh(mesh):
+    c, settings, texts = encode(
+      args, run_config, network, tokenizer, prompts, gaps
+    )
+  context = run_config.data.length
   s = answers.Sampling(network, c, tokenizer, context, args.trajectory)
   began = time.monotonic()
   totals = collections.Counter()  # kept if Ctrl-C ends --interactive
@@ -161,6 +157,55 @@ def sample(args):
     f'({positions / max(tokens, 1):.1f} per token), '
     f'{time.monotonic() - began:.1f} s including compilation'
   )
+
+
+def encode(args, run_config, network, tokenizer, prompts, gaps):
+  """Returns the SamplerConfig, the Settings and the Texts of prompts.
+
+  Args:
+    args: FLAGS.
+    run_config: ConfigDict of the run.
+    network: Network, which may predict the lengths of answers.
+    tokenizer: Tokenizer.
+    prompts: list of prompts.Prompt.
+    gaps: whether they have gaps.
+  """
+  from maskdiff.sampling import answers, lengths
+  from maskdiff.sampling.settings import of_request
+
+  predicted, known = args.length == 'predicted', run_config.data.length_tokens
+  if predicted:
+    lengths.check(known, args.gen_length)
+    if gaps or args.interactive or args.open_length:
+      raise UserError(
+        '--length=predicted is for --prompt and --prompts, without gaps and '
+        'without --open_length'
+      )
+  context = run_config.data.length
+  default_length = context if args.open_length else run_config.sample.gen_length
+  if predicted:  # --steps are for the longest answer
+    default_length = min(known[-1][0], context)
+  gen_length = args.gen_length or default_length
+  values = config.sample_settings(args, run_config, gen_length, gaps)
+  c, settings = of_request(run_config, values, {}, gaps, args.steps)
+
+  def with_slots(prompt, slots):
+    lengths.check(known, prompt.settings.get('gen_length'))
+    return lengths.settings_of(run_config, c, values, slots, prompt.settings)
+
+  def encoded(prompt):
+    own = with_slots(prompt, 1) if predicted else settings
+    if (changes := prompt.settings) and not predicted:
+      _, own = of_request(run_config, values, changes, gaps, args.steps)
+    return answers.encode_text(
+      prompt, gaps, own, tokenizer.encode, context, args.open_length
+    )
+
+  texts = [prompts_lib.located(encoded, prompt) for prompt in prompts]
+  if predicted:
+    own = lambda i, slots: with_slots(prompts[i], slots)
+    texts = lengths.with_lengths(network, c, known, texts, own, args.batch)
+  return answers.fit(network, c, texts, settings), settings, texts
 
 
 def read_prompts(args):

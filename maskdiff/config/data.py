@@ -1,5 +1,8 @@
 """Config keys of the training data."""
 
+import itertools
+import math
+
 from maskdiff.config.key import Key, require
 
 _MAX_SAMPLE = 1 << 62  # sample numbers are int64
@@ -44,6 +47,12 @@ KEYS = {
     '...; end is excluded. For example, the batches whose updates were '
     'skipped.',
   ),
+  'length_tokens': Key(
+    (),
+    'Lengths of answers with the ids of the tokens that name them, as '
+    '(length, id), ...; launch/finetune.py takes them from rows of '
+    'launch/prepare.py --length_buckets.',
+  ),
 }
 
 
@@ -58,4 +67,17 @@ def check(c):
     and bounds == sorted(set(bounds)),
     f'config.data.skip_samples={skip}: must be (first, end) pairs of sample '
     'numbers, ascending and not adjacent, as in ((128, 256), (512, 544))',
+  )
+  named = c.data.length_tokens
+  pairs = all(isinstance(r, tuple) and len(r) == 2 for r in named)
+  lengths, ids = zip(*named, strict=True) if pairs and named else ((), ())
+  require(
+    pairs
+    and all(type(n) is int for n in (*lengths, *ids))
+    and all(0 < a < b for a, b in itertools.pairwise((*lengths, math.inf)))
+    and all(0 <= i < c.model.vocab_size for i in ids)
+    and len(set(ids)) == len(ids),
+    f'config.data.length_tokens={named}: must be (length, id) pairs with '
+    f'ascending lengths and ids below {c.model.vocab_size}, as in ((16, 200), '
+    '(32, 201))',
   )

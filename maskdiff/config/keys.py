@@ -159,7 +159,7 @@ def from_dict(tree, name='the saved config'):
     check_value(f'config.{key}', KEYS[key], value)
   c = default()
   c.update_from_flattened_dict(values)
-  for section in (model, tokens):  # code that opens a model relies on them
+  for section in (model, tokens, data):  # opening a model relies on them
     section.check(c)
   return c
 

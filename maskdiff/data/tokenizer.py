@@ -261,6 +261,12 @@ def with_missing_ids(
   return with_ids(tokenizer, **missing)
 
 
+def with_pieces(tokenizer: Tokenizer, pieces: Mapping[int, bytes]) -> Tokenizer:
+  """Returns the tokenizer with other bytes for some ids, for `decode`."""
+  changed = (pieces.get(i, piece) for i, piece in enumerate(tokenizer.pieces))
+  return dataclasses.replace(tokenizer, pieces=tuple(changed))
+
+
 def copy(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
   """Copies the files of a tokenizer to a directory, for `load(directory)`.
 

@@ -1,5 +1,6 @@
 """Evaluation tasks that the sampler answers: answers, accuracy and cost."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError
 from maskdiff.evals.scored import accuracy
-from maskdiff.sampling import layouts
+from maskdiff.sampling import layouts, lengths
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import describe, fit_blocks, sampler_config
 
@@ -56,6 +57,44 @@ def complete(model, c, requests, batch, progress=None):
       if progress:
         progress()
   return Completions(tokens, forwards, sum(slots))
+
+
+def with_lengths(model, c, values, prompts, batch, seed=0):
+  """Returns requests whose numbers of slots the model predicts.
+
+  Args:
+    model: Model that was trained to predict lengths.
+    c: SamplerConfig of the values.
+    values: dict of sampler settings, see lengths.settings_of.
+    prompts: list of token lists.
+    batch: number of prompts computed together.
+    seed: seed of the first prompt; it grows by 1 per prompt.
+
+  Returns:
+    list of serve.RowRequest, for `complete`; list of lengths.Length.
+
+  Raises:
+    UserError: see `lengths.predict` and `lengths.settings_of`.
+  """
+  settings = functools.cache(
+    functools.partial(lengths.settings_of, model.config, c, values)
+  )
+  seeds = range(seed, seed + len(prompts))
+  with jax.set_mesh(model.mesh):
+    found = lengths.predict(
+      model.network,
+      c,
+      model.config.data.length_tokens,
+      prompts,
+      seeds,
+      [settings(1)] * len(prompts),
+      batch,
+    )
+  requests = [
+    RowRequest(i, lengths.row(prompt, x), seeds[i], settings(x.slots))
+    for i, (prompt, x) in enumerate(zip(prompts, found, strict=True))
+  ]
+  return requests, found
 
 
 def answer_lines(model, settings, lines, correct, seed, batch, progress=None):

@@ -151,6 +151,8 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
         config.objective.name, config.objective.block_length, config.data.length
       ),
     )
+    if config.data.length_tokens:
+      written[hf_config.LENGTH_TOKENS] = config.data.length_tokens
     with new_folder.new_folder(folder) as new:
       tokenizer = None
       if hf_tokenizer.has_tokenizer(workdir):

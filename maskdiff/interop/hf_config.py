@@ -3,9 +3,11 @@
 import os
 
 from maskdiff import config as config_lib
+from maskdiff.config import data
 from maskdiff.errors import UserError, inline
 from maskdiff.interop import families, hf_tokenizer, mask_token
 
+LENGTH_TOKENS = 'length_tokens'  # our key in config.json, [[length, id], ...]
 _IDS = ('mask_id', 'bos_id', 'eos_id')
 
 
@@ -128,6 +130,10 @@ def fill(c, published, tokenizer):
 def _fill_model(c, published):
   for field in (*families.FIELDS, 'predict_next'):
     c.model[field] = published.model[field]
+  named = published.config.get(LENGTH_TOKENS, [])
+  is_list = isinstance(named, list) and all(isinstance(x, list) for x in named)
+  c.data.length_tokens = tuple(map(tuple, named)) if is_list else (named,)
+  data.check(c)
 
 
 def _end_of_turn(published, tokenizer):

@@ -95,7 +95,7 @@ def load(workdir, tensor=1, dtype=None, ema=False):
     tokenizer = tokenizer_lib.load(workdir)
     _check_tokenizer(tokenizer, config, identity)
     tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
-    return config, tokenizer, params, mesh
+    return config, _without_lengths(tokenizer, config), params, mesh
   if ema:
     raise weights.no_ema(workdir)
   published = hf.open_folder(workdir)
@@ -107,7 +107,13 @@ def load(workdir, tensor=1, dtype=None, ema=False):
     )
   config, params = _load_published(published, mesh, dtype)
   hf_config.fill(config, published, tokenizer)
-  return config, tokenizer, params, mesh
+  return config, _without_lengths(tokenizer, config), params, mesh
+
+
+def _without_lengths(tokenizer, config):
+  """Returns a tokenizer that shows no token of config.data.length_tokens."""
+  hidden = {i: b'' for _, i in config.data.length_tokens}
+  return tokenizer_lib.with_pieces(tokenizer, hidden)
 
 
 def load_params(path, mesh, dtype=None, ema=False):
@@ -170,6 +176,7 @@ def network(config, params):
     context=config.data.length,
     block_length=config.objective.block_length if order == 'blocks' else 0,
     clean_attention=config.objective.clean_attention,
+    length_ids=tuple(i for _, i in config.data.length_tokens),
   )
 
 

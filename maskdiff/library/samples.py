@@ -10,7 +10,7 @@ from maskdiff import config as config_lib
 from maskdiff.config.sample import PER_REQUEST, SETTINGS
 from maskdiff.errors import UserError, suggestion
 from maskdiff.library import arguments
-from maskdiff.sampling import answers, layouts, recording, sampler
+from maskdiff.sampling import answers, layouts, lengths, recording, sampler
 from maskdiff.sampling.prompts import Prompt
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.serve import Answer
@@ -28,6 +28,7 @@ def sample(
   seed=0,
   batch=16,
   open_length=False,
+  length='given',
   suppress_mask=False,
   gumbel=None,
   uniform=None,
@@ -51,6 +52,8 @@ def sample(
     batch: number of rows sampled at once.
     open_length: append blocks until the model predicts eos, or until the row is
       as long as the training rows.
+    length: 'given' by gen_length; or 'predicted' by a model that was trained on
+      rows of launch/prepare.py --length_buckets.
     suppress_mask: never predict the mask token.
     gumbel: [B, T, N, V] float, Gumbel noise in place of the seed's, for
       drawing tokens at temperatures above 0.
@@ -75,19 +78,41 @@ def sample(
   arguments.check_whole(batch=batch)
   shared, per_prompt = _split(settings, len(prompts))
   context = model.config.data.length
+  predicted = length == 'predicted'
+  if length not in ('given', 'predicted'):
+    raise UserError(f'length={length!r}: must be given or predicted')
+  if predicted:
+    lengths.check(model.config.data.length_tokens, settings.get('gen_length'))
+    if gaps or open_length or gumbel is not None or uniform is not None:
+      raise UserError(
+        'length=predicted does not go with gaps, open_length and given noise'
+      )
+    longest = model.config.data.length_tokens[-1][0]
+    shared['gen_length'] = min(longest, context)  # `steps` are for it
   values = _values(model.config, shared | per_prompt[0], gaps, open_length)
   steps = (shared | per_prompt[0]).get('steps')
   c, of_all = of_request(model.config, values, {}, gaps, steps)
+
+  def with_slots(own, slots):
+    return lengths.settings_of(model.config, c, values, slots, own)
+
   texts = []
   for prompt, seed_of, own in zip(prompts, seeds, per_prompt, strict=True):
     row_settings = of_all
-    if own:
+    if predicted:
+      row_settings = with_slots(own, 1)
+    elif own:
       _, row_settings = of_request(model.config, values, own, gaps, steps)
     limit = context if open_length else None
     texts.append(_text(model, prompt, seed_of, gaps, row_settings, limit))
   network = model.network
   if suppress_mask:
     network = dataclasses.replace(network, predict_mask=False)
+  if predicted:
+    known = model.config.data.length_tokens
+    own = lambda i, slots: with_slots(per_prompt[i], slots)
+    with jax.set_mesh(model.mesh):
+      texts = lengths.with_lengths(network, c, known, texts, own, batch)
   fitted = answers.fit(network, c, texts, of_all)
   s = answers.Sampling(network, fitted, model.tokenizer, context, True)
   # Blocks of at least all slots give the same answers, so a power of two saves
@@ -95,12 +120,12 @@ def sample(
   power = 1 << (fitted.block_length - 1).bit_length()
   wide = dataclasses.replace(fitted, block_length=min(c.block_length, power))
   longest = max(len(text.row) for text in texts)
-  length = answers.padded_length(longest, context)
+  width = answers.padded_length(longest, context)
   with jax.set_mesh(model.mesh):
     if gumbel is None and uniform is None:
-      found = answers.filled(s._replace(c=wide), texts, batch, length)
+      found = answers.filled(s._replace(c=wide), texts, batch, width)
     else:
-      found = _with_noise(network, wide, texts, length, gumbel, uniform)
+      found = _with_noise(network, wide, texts, width, gumbel, uniform)
     return [answers.as_dict(s, text, answer) for text, answer in found]
 
 

@@ -22,6 +22,7 @@ from maskdiff.model.transformer import TransformerConfig
     'context',
     'block_length',
     'clean_attention',
+    'length_ids',
   ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Network:
     context: tokens of a training row; 0 if unknown.
     block_length: tokens of a block, for block diffusion; else 0.
     clean_attention: 'block' or 'causal', attention of the blocks before.
+    length_ids: ids of the tokens that name lengths of answers. They are never
+      predicted in an answer.
   """
 
   config: TransformerConfig
@@ -55,3 +58,4 @@ class Network:
   context: int = 0
   block_length: int = 0
   clean_attention: str = 'block'
+  length_ids: tuple[int, ...] = ()

@@ -12,12 +12,18 @@ from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError, inline
 from maskdiff.files import reading
 from maskdiff.files.paths import local_path
-from maskdiff.posttraining import chat, chat_tokens, conversations
+from maskdiff.posttraining import (
+  chat,
+  chat_tokens,
+  conversations,
+  length_tokens,
+)
 
 TURNS = ('last', 'all', 'each')
 TRUNCATE = ('drop', 'right', 'turns')
 NO_ANSWER = 'without an answer to learn'
 TOO_LONG = 'too long'
+NO_BUCKET = 'with an answer longer than the largest of --length_buckets'
 
 encoder = functools.lru_cache(maxsize=1)(chat_tokens.encoder)
 
@@ -36,22 +42,29 @@ class ChatDocuments:
     truncate: what becomes of longer conversations: 'drop'; 'right', keep the
       first tokens, unless none of them is learned; or 'turns', leave out turns
       from the start, except for system turns, until the rest fits.
+    length_tokens: pairs (length, token id) of length_tokens.choose; () trains
+      answers without lengths.
   """
 
   template: chat.Template
   row_length: int
   turns: str = 'last'
   truncate: str = 'drop'
+  length_tokens: tuple[tuple[int, int], ...] = ()
 
   @property
   def settings(self) -> dict[str, str]:
     """The settings that decide the rows, for a manifest."""
-    return {
+    found = {
       'chat': self.template.fingerprint,
       'chat_arguments': self.template.arguments,
       'turns': self.turns,
       'truncate': self.truncate,
     }
+    if self.length_tokens:
+      named = length_tokens.to_setting(self.length_tokens)
+      found[length_tokens.SETTING] = named
+    return found
 
   def save_template(self, directory: str) -> None:
     """Writes the template beside the rows, for sampling and exports."""
@@ -79,31 +92,51 @@ class ChatDocuments:
         messages = conversations.parse(_value(record))
         examples = _examples(messages, self.turns)
         key = _key(messages)
-        documents = [self._document(encode, key, *e) for e in examples]
+        documents = [
+          d for e in examples for d in self._documents(encode, key, *e)
+        ]
       except UserError as e:
         where = sources.where(*place)
         raise BadRecord(f'{where}: {inline(e)}') from e
       if not documents:
         skip(NO_ANSWER)
       for document in documents:
-        if document is None:
-          skip(TOO_LONG)
+        if isinstance(document, str):
+          skip(document)
         else:
           yield document
 
-  def _document(self, encode, key, messages, trained) -> Document | None:
-    """Returns the document of a conversation; None if it is too long."""
+  def _documents(
+    self, encode, key, messages, trained
+  ) -> list[Document] | list[str]:
+    """Returns the documents of a conversation, or why it is left out."""
     encoded = chat_tokens.encode(encode, messages, trained)
-    length = self.row_length
-    if len(encoded.tokens) <= length:
-      return Document(key, *encoded)
-    if self.truncate == 'turns':
-      encoded = _without_first_turns(encode, messages, trained, length)
-    elif self.truncate == 'right' and encoded.answer[:length].any():
-      encoded = chat_tokens.Encoded(*(x[:length] for x in encoded))
-    else:
+    bucket, room = None, self.row_length
+    if self.length_tokens:
+      if len(trained) > 1:
+        raise UserError(
+          'several answers of the conversation are learned, but '
+          '--length_buckets needs documents with one: choose --turns=each'
+        )
+      size = int(encoded.answer.sum())
+      bucket = length_tokens.bucket(self.length_tokens, size)
+      if bucket is None:
+        return [NO_BUCKET]
+      room -= 1 + bucket[0] - size
+    whole = len(encoded.tokens) <= room
+    if not whole and self.truncate == 'turns':
+      encoded = _without_first_turns(encode, messages, trained, room)
+    elif not whole and self.truncate == 'right' and encoded.answer[:room].any():
+      encoded = chat_tokens.Encoded(*(x[:room] for x in encoded))
+    elif not whole:
       encoded = None
-    return encoded and Document(key, *encoded, truncated=True)
+    if encoded is None:
+      return [TOO_LONG]
+    found = [encoded]
+    if bucket:
+      eos_id = encode.tokenizer.eos_id
+      found = length_tokens.documents(encoded, *bucket, eos_id)
+    return [Document(key, *e, truncated=not whole) for e in found]
 
 
 def _without_first_turns(

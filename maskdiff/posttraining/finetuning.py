@@ -17,7 +17,7 @@ from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf, hf_config
 from maskdiff.monitoring import stage_file
 from maskdiff.objectives.table import OBJECTIVES
-from maskdiff.posttraining import heldout_answers
+from maskdiff.posttraining import heldout_answers, length_tokens
 from maskdiff.training import inputs, pretraining
 
 # Keys of a config that the model of config.init_from determines.
@@ -25,6 +25,7 @@ _MODEL_KEYS = (
   *(f'model.{field}' for field in families.FIELDS),
   *(f'tokens.{name}' for name in ('mask_id', 'bos_id', 'eos_id')),
   'data.tokenizer',
+  'data.length_tokens',
 )
 # Keys that keep another value of the config.
 _OBJECTIVE_KEYS = (
@@ -109,7 +110,8 @@ def require_inputs(config):
 def complete(config, given=()):
   """Returns a config with the model of config.init_from and the data's length.
 
-  The model, the token ids and the tokenizer are those of config.init_from. Its
+  The model, the token ids and the tokenizer are those of config.init_from. So
+  are the tokens of lengths, unless the rows have their own. Its
   objective is kept unless the config or a flag names another one. An
   autoregressive Hugging Face folder becomes a masked diffusion model, unless
   the objective is autoregressive. `data.length` becomes that of the rows. With
@@ -189,15 +191,23 @@ def _data_values(config, given):
   length = manifests[0].row_length
   if 'data.length' in given:
     length = config.data.length
+  values = {'data.length': length}
+  # The lengths that the model knows are kept unless the rows have others.
+  if named := {length_tokens.of_settings(m.settings) for m in manifests} - {()}:
+    if len(named) > 1:
+      raise UserError(
+        f'the datasets of config.data.path={config.data.path} have different '
+        '--length_buckets: prepare them with the same ones'
+      )
+    (values['data.length_tokens'],) = named
   if not config.train.epochs:
-    return {'data.length': length}
+    return values
   tokens = sum(m.splits['train'].rows * m.row_length for m in manifests)
   batches = tokens / length / config.train.batch
   steps = max(1, math.ceil(config.train.epochs * batches))
   if 'train.steps' in given:
     steps = config.train.steps
-  return {
-    'data.length': length,
+  return values | {
     'train.steps': steps,
     'optimizer.warmup_steps': min(config.optimizer.warmup_steps, steps // 10),
     'optimizer.decay_steps': steps // 10,

@@ -39,8 +39,9 @@ def read(config, datasets, eos_id):
     rows=range(config.eval.batch),
     num_threads=0,
   )
+  length_ids = [i for _, i in config.data.length_tokens]
   for rows in batches:
-    found += of_rows(rows, eos_id)
+    found += of_rows(rows, eos_id, length_ids)
     if len(found) >= number:
       break
   # All questions get slots for the longest answer and an eos.
@@ -49,12 +50,14 @@ def read(config, datasets, eos_id):
   return fit[:number]
 
 
-def of_rows(rows, eos_id):
+def of_rows(rows, eos_id, length_ids=()):
   """Returns a Question for the last answer of each document of some rows.
 
   Args:
     rows: data.rows.Rows of NumPy arrays [R, L], with the column `answer`.
     eos_id: token that ends an answer.
+    length_ids: tokens that name lengths; see length_tokens.py. Documents whose
+      answer is a length are left out, and prompts do not have the length.
   """
   found = []
   doc = np.zeros_like(rows.tokens) if rows.doc is None else rows.doc
@@ -69,10 +72,14 @@ def of_rows(rows, eos_id):
       end = np.flatnonzero(is_answer)[-1] + 1
       before = np.flatnonzero(~is_answer[:end])
       start = before[-1] + 1 if len(before) else 0
-      expected = text[start:end].tolist()
+      prompt, expected = text[:start].tolist(), text[start:end].tolist()
+      if expected[0] in length_ids:
+        continue
+      if prompt and prompt[-1] in length_ids:
+        prompt.pop()
       if eos_id in expected:
         expected = expected[: expected.index(eos_id)]
-      found.append(Question(text[:start].tolist(), expected))
+      found.append(Question(prompt, expected))
   return found
 
 
@@ -86,7 +93,9 @@ def exact_match(config, params, tokenizer, mesh, questions):
 
   An answer is correct if its tokens before the first eos are those of the
   held-out row. The settings of the sampler are those of config.sample, with one
-  denoising step per token. All processes must call this function.
+  denoising step per token. Every answer gets slots for the longest one and an
+  eos, or the length that the model predicts if its rows have lengths. All
+  processes must call this function.
 
   Args:
     config: ConfigDict of the run.
@@ -101,11 +110,17 @@ def exact_match(config, params, tokenizer, mesh, questions):
   slots = num_slots(questions)
   config = config_lib.with_settings(config, {'gen_length': slots})
   c, settings = sampler_config(config)
-  requests = [
-    RowRequest(i, [*question.prompt, *[None] * slots], i, settings)
-    for i, question in enumerate(questions)
-  ]
   model = Model(config, tokenizer, params, mesh)
+  if config.data.length_tokens:
+    prompts = [question.prompt for question in questions]
+    requests, _ = answered.with_lengths(
+      model, c, {'gen_length': slots}, prompts, config.eval.batch
+    )
+  else:
+    requests = [
+      RowRequest(i, [*question.prompt, *[None] * slots], i, settings)
+      for i, question in enumerate(questions)
+    ]
   found = answered.complete(model, c, requests, config.eval.batch).tokens
   correct = [
     answer == question.answer

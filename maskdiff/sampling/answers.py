@@ -10,6 +10,8 @@ An answer is a dict, which launch/sample.py writes as a line of JSON:
     tokens            number of tokens in the answer, or in the gaps
     forwards          forward passes of the row
     positions         number of positions that these passes computed
+    length            number of slots, if the network has predicted it;
+                      `forwards` and `positions` include the prediction
 
 `trajectory` adds how the row was filled, in lists with one entry per slot of
 the row, from left to right. They include the slots after an eos, which `answer`
@@ -32,7 +34,14 @@ import numpy as np
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.model.network import Network
-from maskdiff.sampling import layouts, passes, recording, replay, sampler
+from maskdiff.sampling import (
+  layouts,
+  lengths,
+  passes,
+  recording,
+  replay,
+  sampler,
+)
 from maskdiff.sampling.prompts import Prompt, check_unicode
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import (
@@ -63,6 +72,7 @@ class Text(NamedTuple):
   gaps: bool  # True: a text with gaps; False: a prompt to continue
   row: list  # int for a token, None for a slot
   settings: Settings
+  length: lengths.Length | None = None  # the predicted one
 
 
 def encode_text(prompt, gaps, settings, encode, context, open_length=False):
@@ -301,6 +311,10 @@ def as_dict(s, text, answer):
     'forwards': answer.forwards,
     'positions': answer.positions,
   }
+  if text.length:
+    result['length'] = text.length.slots
+    result['forwards'] += text.length.forwards
+    result['positions'] += text.length.positions
   if s.tokenizer and not text.gaps:
     result['answer'] = s.tokenizer.decode(recorded.tokens[in_answer])
   if s.trajectory:

@@ -81,6 +81,8 @@ def predict(network, c, settings, logits, keys):
     never[network.mask_id] = jnp.ones_like(s.logits_eos_inf)
   if network.eos_id >= 0:
     never[network.eos_id] = s.logits_eos_inf
+  for i in network.length_ids:
+    never[i] = jnp.ones_like(s.logits_eos_inf)
   if never:
     rows = jnp.stack(list(never.values()), axis=1)
     logits = candidates.suppress(logits, tuple(never), rows)

@@ -17,8 +17,8 @@ from maskdiff.config.settings import check_names, check_types
 from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError, suggestion
 from maskdiff.files import reading
-from maskdiff.sampling import layouts
-from maskdiff.sampling.settings import SamplerConfig, Settings, of_request
+from maskdiff.sampling import layouts, lengths
+from maskdiff.sampling.settings import SamplerConfig, Settings
 
 ROLES = ('system', 'user', 'assistant')
 MAX_STOPS, MAX_STOP_CHARS = 4, 1000
@@ -78,6 +78,7 @@ class Model:
     tokenizer: data.tokenizer.Tokenizer.
     length: largest number of tokens of a prompt and its answer.
     chat: Chat; None: the model has no chat template.
+    predict_length: whether the model predicts the length of each answer.
   """
 
   name: str
@@ -87,30 +88,20 @@ class Model:
   tokenizer: Tokenizer
   length: int
   chat: Chat | None = None
+  predict_length: bool = False
 
 
 def settings_of(model, tokens, changes=None):
-  """Returns the Settings of an answer.
+  """Returns the Settings of an answer; see lengths.settings_of.
 
   Args:
     model: Model.
     tokens: number of slots of the answer.
-    changes: dict, settings that differ from those of the model. If neither
-      sets `steps`, each slot has one step. If only the model sets it, each slot
-      has as many steps as one of its gen_length.
-
-  Raises:
-    UserError: see `sampling.settings.of_request`.
+    changes: dict, settings that differ from those of the model.
   """
-  changes = {'gen_length': tokens} | (changes or {})
-  steps = model.values.get('steps')
-  if steps and 'steps' not in changes:
-    blocks = -(-tokens // min(model.c.block_length, tokens))
-    steps = -(-steps * tokens // model.values['gen_length'])
-    changes['steps'] = -(-steps // blocks) * blocks
-  if changes.get('temperature') == 0:  # these have no effect then
-    changes = {'top_k': 0, 'top_p': 1.0} | changes
-  return of_request(model.config, model.values, changes)[1]
+  return lengths.settings_of(
+    model.config, model.c, model.values, tokens, changes
+  )
 
 
 class Asked(NamedTuple):

@@ -1,7 +1,7 @@
 """A conversation with a model: history, commands and the next answer."""
 
 from maskdiff.errors import UserError, suggestion
-from maskdiff.sampling import answers, layouts
+from maskdiff.sampling import answers, layouts, lengths
 from maskdiff.sampling.serve import Answer, RowRequest, serve
 from maskdiff.sampling.settings import fit_blocks
 from maskdiff.serving.asked import settings_of
@@ -90,16 +90,23 @@ class Conversation:
     """
     asked = [*self.messages, {'role': 'user', 'content': text}]
     prompt = model.chat.encode(asked)
-    room = model.length - len(prompt)
-    if room < 1:
+    room, least = model.length - len(prompt), 1
+    if model.predict_length:
+      least += model.config.data.length_tokens[0][0]
+    if room < least:
       raise UserError(
         f'the conversation has {len(prompt)} tokens, and the rows of the model '
         f'have {model.length}: begin again with /reset'
       )
-    slots = min(model.values['gen_length'], room)
-    row = layouts.prompt_row(prompt, slots)
+    if model.predict_length:
+      found = _predicted(model, network, prompt, self.seed)
+      slots, row = found.slots, lengths.row(prompt, found)
+    else:
+      slots = min(model.values['gen_length'], room)
+      row = layouts.prompt_row(prompt, slots)
     request = RowRequest(0, row, self.seed, settings_of(model, slots))
-    c = fit_blocks(network, model.c, model.values['gen_length'])
+    longest = max(slots, model.values['gen_length'])
+    c = fit_blocks(network, model.c, longest)
     length = answers.padded_length(len(row), model.length)
     end_ids = (network.eos_id, *model.chat.end_ids)
     committed = Committed(model.tokenizer, network.mask_id, end_ids)
@@ -118,6 +125,20 @@ class Conversation:
         break
     self.messages = [*asked, {'role': 'assistant', 'content': found}]
     self.seed = (self.seed + 1) % 2**32
+
+
+def _predicted(model, network, prompt, seed):
+  """Returns the lengths.Length of the answer to a prompt."""
+  (found,) = lengths.predict(
+    network,
+    model.c,
+    model.config.data.length_tokens,
+    [prompt],
+    [seed],
+    [settings_of(model, 1)],
+    batch=1,
+  )
+  return found
 
 
 def _with_masks(tokenizer, recording, end_ids):

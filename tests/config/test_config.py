@@ -189,6 +189,7 @@ INVALID = {
   'train.batch': dict(train__batch=33),
   'eval.batch': dict(eval__batch=31),
   'data.skip_samples': dict(data__skip_samples=((0, 1 << 63),)),
+  'data.length_tokens': dict(data__length_tokens=((4, 7), (8, 7))),
   'tokens.mask_id': dict(tokens__mask_id=4096),
   'tokens.bos_id': dict(tokens__bos_id=-1),
   'tokens.eos_id': dict(tokens__eos_id=4096),

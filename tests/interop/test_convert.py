@@ -226,6 +226,23 @@ def test_exported_run_has_the_same_logits(tokenizer, tmp_path, name):
   assert tokenizer_lib.load(out) == tokenizer
 
 
+def test_lengths_of_answers_are_exported(tokenizer, tmp_path):
+  """Their tokens have no text in a loaded model."""
+  named, out = ((4, 212), (8, 213)), tmp_path / 'out'
+  save_run(tokenizer, tmp_path / 'run', **{'data.length_tokens': named})
+  convert.to_hf(tmp_path / 'run', out)
+  config, loaded, params, _ = load.load(str(out))
+  assert config.data.length_tokens == named
+  assert load.network(config, params).length_ids == (212, 213)
+  assert loaded.decode([212, 214, 213]) == tokenizer.decode([214])
+  path = out / 'config.json'
+  text = json.loads(path.read_text())
+  for bad in (7, [[4]], [[8, 212], [4, 213]], [[4, 1 << 20]], [[4, 'x']]):
+    path.write_text(json.dumps(text | {'length_tokens': bad}))
+    with pytest.raises(UserError, match='length_tokens'):
+      load.load(str(out))
+
+
 def test_damaged_array_is_not_exported(tokenizer, tmp_path):
   workdir = tmp_path / 'run'
   save_run(tokenizer, workdir)

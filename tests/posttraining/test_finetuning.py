@@ -3,6 +3,7 @@
 import json
 import pathlib
 import runpy
+import shutil
 
 import made_answers
 import published_folders
@@ -69,6 +70,30 @@ def test_config_is_completed_from_the_model_and_the_rows(model, rows):
   c = small(model, rows, **other)
   assert c.train.steps == 4800
   assert (c.optimizer.warmup_steps, c.optimizer.decay_steps) == (50, 480)
+
+
+def test_lengths_are_those_of_the_rows_or_of_the_model(
+  model, rows, tokenizer, tmp_path
+):
+  assert small(model, rows).data.length_tokens == ()
+  named = tmp_path / 'named'
+  shutil.copytree(rows, named)
+  manifest = json.loads((named / 'manifest.json').read_text())
+  manifest['settings'] |= {'length_tokens': '4=212,8=213'}
+  (named / 'manifest.json').write_text(json.dumps(manifest))
+  c = small(model, named)
+  assert c.data.length_tokens == ((4, 212), (8, 213))
+  config_lib.validate(c)
+  changes = {'data_length_tokens': ((5, 212),), 'data_length': LENGTH}
+  taught = made_answers.save_model(tmp_path / 'model', tokenizer, **changes)
+  assert small(taught, rows).data.length_tokens == ((5, 212),)
+  assert small(taught, named).data.length_tokens == ((4, 212), (8, 213))
+  manifest['settings'] |= {'length_tokens': '4=212'}
+  other = tmp_path / 'other'
+  shutil.copytree(named, other)
+  (other / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(UserError, match='the same ones'):
+    small(model, f'{named}=0.5,{other}=0.5')
 
 
 def test_flags_keep_their_values(model, rows):

@@ -1,5 +1,6 @@
 """Chat in a terminal: commands, history, and how an answer is shown."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.files import streams
+from maskdiff.sampling import lengths
 from maskdiff.sampling.settings import sampler_config
 from maskdiff.serving import asked, screen
 from maskdiff.serving.conversation import Conversation
@@ -108,6 +110,34 @@ def test_last_answer_gets_the_room_that_is_left(loaded):
   c = Conversation()
   say(loaded, c, 'x' * (CONTEXT - 5))
   assert len(c.messages) == 2
+
+
+def test_answer_has_the_predicted_length(loaded, monkeypatch):
+  model, network, _ = loaded
+  config = model.config.copy_and_resolve_references()
+  config.data.length_tokens = ((3, 17), (6, 18))
+  model = dataclasses.replace(model, config=config, predict_length=True)
+  asked_for = []
+
+  def predict(network, c, length_tokens, prompts, seeds, settings, batch):
+    asked_for.extend([prompts, seeds])
+    return [lengths.Length(*length_tokens[1], forwards=1, positions=4)]
+
+  def serve(network, c, requests, *_, **__):
+    asked_for.extend(requests)
+    raise UserError('enough')
+
+  monkeypatch.setattr(lengths, 'predict', predict)
+  monkeypatch.setattr('maskdiff.serving.conversation.serve', serve)
+  with pytest.raises(UserError, match='enough'):
+    say((model, network), Conversation(seed=4), 'hi')
+  (prompt,), seeds, request = asked_for
+  assert seeds == [4]
+  assert request.row == [*prompt, 18, *[None] * 6]
+  # As many steps per slot as the settings of the model: 32 for 16.
+  assert (request.settings.gen_length, request.settings.steps) == (6, 12)
+  with pytest.raises(UserError, match='begin again with /reset'):
+    say((model, network), Conversation(), 'x' * (CONTEXT - 5))
 
 
 def test_lines_fit_the_terminal():
