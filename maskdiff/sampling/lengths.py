@@ -8,6 +8,7 @@ the token. posttraining/length_tokens.py makes the rows.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -71,7 +72,8 @@ def predict(network, c, length_tokens, prompts, seeds, settings, batch):
   guided = any(s.guidance > 0 for s in settings)
   c = dataclasses.replace(c, cache='none', refresh=0, guided=guided)
   length = max(map(len, prompts)) + 1
-  layouts.check_context(network.context, length + length_tokens[0][0])
+  context = network.context or math.inf  # 0: unknown
+  layouts.check_context(context, length + length_tokens[0][0])
   batch = min(batch, len(prompts))
   found = []
   for start in range(0, len(prompts), batch):
@@ -88,7 +90,7 @@ def predict(network, c, length_tokens, prompts, seeds, settings, batch):
       _first_slot(network, c, shapes[-1], carry, layout)
     )
     for i, row in enumerate(rows[: len(prompts) - start]):
-      room = network.context - len(prompts[row]) - 1
+      room = context - len(prompts[row]) - 1
       slots, token = _choose(
         logits[i], length_tokens, room, settings[row].temperature, seeds[row]
       )

@@ -1,6 +1,9 @@
 """Lines answered by the sampler. A fake network has memorized the answers."""
 
+import dataclasses
 import functools
+import pathlib
+import sys
 
 import fake_networks
 import jax
@@ -13,6 +16,11 @@ from maskdiff.distributed import mesh
 from maskdiff.errors import UserError
 from maskdiff.evals import answered, puzzles
 from maskdiff.interop import load
+from maskdiff.serving.asked import Chat
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
+
+import lengths  # noqa: E402
 
 
 def recall(rows, tokens, valid):
@@ -147,3 +155,57 @@ def test_too_long_row_is_refused(model):
   line = {'prompt': 'x = ' * 64, 'answer': 'y'}
   with pytest.raises(UserError, match='the model was trained on rows of'):
     answer(model([]), {}, 'addition', [line])
+
+
+NAMED = ((4, 212), (8, 213))
+QUESTIONS = [
+  {'prompt': 'one', 'answer': 'a'},
+  {'prompt': 'two', 'answer': ' b b b b b'},
+  {'prompt': 'three', 'answer': 'c'},
+]
+
+
+def measured(model, tokenizer, length, known=(), values=None):
+  """Returns the line of benchmarks/lengths.py of a model that is wrong once.
+
+  It has memorized ` c c` as the third answer, and the first length for it.
+  """
+  encode = lambda messages: tokenizer.encode(messages[0]['content'])
+  made = model(QUESTIONS)
+  table = np.full((3, 64), tokenizer.eos_id, np.int32)
+  for i, question in enumerate(QUESTIONS):
+    answer = ' c c' if i == 2 else question['answer']
+    name = [known[i % 2][1]] if known else []
+    text = [*tokenizer.encode(question['prompt']), *name]
+    text += tokenizer.encode(answer)
+    table[i, : len(text)] = text
+  config = made.config.copy_and_resolve_references()
+  config.data.length_tokens = known
+  made = dataclasses.replace(made, params=jnp.asarray(table), config=config)
+  chat = Chat(encode, (tokenizer.eos_id,))
+  return lengths.measure(made, chat, QUESTIONS, length, values or {}, batch=4)
+
+
+def test_benchmark_of_lengths_counts_errors_and_passes(model, tokenizer):
+  sizes = [len(tokenizer.encode(x['answer'])) for x in QUESTIONS]
+  wrong = len(tokenizer.encode(' c c'))
+  line = measured(model, tokenizer, 8)
+  assert line['exact_match'] == pytest.approx(2 / 3)
+  assert line['length_error'] == pytest.approx((wrong - sizes[2]) / 3)
+  # Slots after the eos are not computed.
+  assert 1 <= line['forwards_per_answer'] <= 8
+  assert '| 8 | 66.7% ± 27.2% |' in lengths.table([line | {'network': 'x'}])
+  one = measured(model, tokenizer, 8, values={'steps': '1'})
+  assert one['exact_match'] == line['exact_match']
+  assert one['forwards_per_answer'] == 1
+
+
+def test_benchmark_predicts_lengths(model, tokenizer):
+  """Lengths 4, 8, 4 in one step each, after a pass for the length."""
+  values = {'steps': '1'}
+  line = measured(model, tokenizer, lengths.PREDICTED, NAMED, values)
+  assert line['exact_match'] == pytest.approx(2 / 3)
+  assert line['forwards_per_answer'] == 2
+  # The rows of a given length have its token if it has one.
+  given = measured(model, tokenizer, 8, NAMED, values)
+  assert given['forwards_per_answer'] == 1
