@@ -25,6 +25,7 @@ BESIDE = ('special_tokens_map.json', 'tokenizer_config.json')
 SPECIAL = {f'{kind}_token' for kind in ('bos', 'eos', 'mask', 'pad', 'unk')}
 # Ids of tokens that vocab.json lacks, in older folders.
 ADDED = 'added_tokens.json'
+CHAT_TEMPLATE = 'chat_template.jinja'
 
 # If one of these files is in a directory, it belongs to its tokenizer.
 OTHERS = {MODEL, JSON, *BESIDE}

@@ -160,6 +160,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
       if os.path.isdir(published_files):
         leave_out = hf_tokenizer.TOKENIZERS if tokenizer else ()
         hf.copy_published_files(workdir, new, leave_out, hf.PUBLISHED)
+      hf.copy_chat_files(workdir, new)
       if written != original:
         path = os.path.join(new, families.CONFIG)
         with safetensors.writing(path):

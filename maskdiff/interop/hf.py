@@ -6,12 +6,14 @@ hf_tokenizer.py opens the tokenizer.
 """
 
 import functools
+import json
 import os
 from typing import NamedTuple
 
 import numpy as np
 
 from maskdiff.checkpoints import manifest
+from maskdiff.data import tokenizer_files
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, reading
 from maskdiff.files import folder as folder_lib
@@ -21,6 +23,7 @@ from maskdiff.model import transformer
 
 # Subfolder of a converted work directory with small files of the source folder.
 PUBLISHED = 'published'
+GENERATION = 'generation_config.json'  # with the tokens that end an answer
 MAX_SHARD_BYTES = 5 << 30
 MAX_COPIED_BYTES = 64 << 20  # larger files are not copied between folders
 MAX_COPIED_TOTAL = 1 << 30  # bytes of all copied files
@@ -252,6 +255,37 @@ def copy_published_files(source, target, leave_out=(), subfolder=''):
     copy = os.path.join(target, name)
     with safetensors.writing(copy):
       atomic.write_if_changed(copy, content, state.st_mode & 0o666)
+
+
+def copy_chat_files(workdir, folder):
+  """Copies the chat template and the end tokens of a run to an export.
+
+  Other entries of a generation_config.json that the folder has are kept.
+
+  Args:
+    workdir: work directory; without a template, nothing is copied.
+    folder: an existing folder.
+
+  Raises:
+    UserError: a file cannot be read or written.
+  """
+  exists = lambda parent, name: os.path.exists(os.path.join(parent, name))
+  template = tokenizer_files.CHAT_TEMPLATE
+  if not exists(workdir, template):
+    return
+  files = {template: folder_lib.read_bytes(workdir, template)}
+  if exists(workdir, GENERATION):
+    values = {}
+    for parent in (folder, workdir):
+      found = exists(parent, GENERATION) and folder_lib.read_json(
+        parent, GENERATION
+      )
+      values |= found if isinstance(found, dict) else {}
+    files[GENERATION] = (json.dumps(values, indent=2) + '\n').encode()
+  for name, content in files.items():
+    path = os.path.join(folder, name)
+    with safetensors.writing(path):
+      atomic.write(path, content)
 
 
 def _small_files(folder, subfolder=''):

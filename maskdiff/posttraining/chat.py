@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 
+from maskdiff.data import tokenizer_files
 from maskdiff.errors import UserError, suggestion, writing
 from maskdiff.files import atomic, reading
 from maskdiff.files import folder as folder_lib
 from maskdiff.posttraining import chat_sandbox as sandbox
 from maskdiff.posttraining.chat_templates import TEMPLATES
 
-FILE = 'chat_template.jinja'
+FILE = tokenizer_files.CHAT_TEMPLATE
 CONFIG = 'tokenizer_config.json'  # its key chat_template, in older folders
 MAX_CHARS = 1 << 27  # of a rendered text
 MAX_SECONDS = 10.0  # of rendering it

@@ -21,6 +21,10 @@ from maskdiff.data.tokenizer import Tokenizer
 from maskdiff.errors import UserError
 from maskdiff.posttraining import chat
 
+_EXCHANGE = (
+  {'role': 'user', 'content': 'a'},
+  {'role': 'assistant', 'content': 'b'},
+)
 SPECIAL = ('bos', 'eos', 'pad', 'mask')
 
 
@@ -135,6 +139,24 @@ def encode(
     answer.append(True)
   _check_ids(encoder, tokens)
   return Encoded(np.array(tokens, np.int32), np.array(answer))
+
+
+def end_ids(encoder: Encoder) -> tuple[int, ...]:
+  """Returns the special tokens that end an answer, eos among them.
+
+  Templates that cannot be used for training have no known end, except eos.
+  """
+  ends = {encoder.tokenizer.eos_id}
+  try:
+    encoded = encode(encoder, _EXCHANGE, [1])
+  except UserError:
+    return tuple(ends)
+  special = set(encoder.ids.values())
+  for token in encoded.tokens[encoded.answer][::-1].tolist():
+    if token not in special:
+      break
+    ends.add(token)
+  return tuple(sorted(ends))
 
 
 def _span(encoder, messages, turn: int, text: str) -> tuple[int, int]:

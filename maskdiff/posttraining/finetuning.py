@@ -6,6 +6,7 @@ of a config that the model and the rows determine.
 """
 
 import dataclasses
+import json
 import math
 import os
 
@@ -17,7 +18,12 @@ from maskdiff.files.paths import local_path
 from maskdiff.interop import families, hf, hf_config
 from maskdiff.monitoring import stage_file
 from maskdiff.objectives.table import OBJECTIVES
-from maskdiff.posttraining import heldout_answers, length_tokens
+from maskdiff.posttraining import (
+  chat,
+  chat_tokens,
+  heldout_answers,
+  length_tokens,
+)
 from maskdiff.training import inputs, pretraining
 
 # Keys of a config that the model of config.init_from determines.
@@ -56,10 +62,43 @@ def make_stage(config, setup):
   """
   require_inputs(config)
   stage = pretraining.make_stage(config, setup, columns=('answer',))
-  stage = dataclasses.replace(stage, name='fine-tuning')
+  files = _chat_files(config, stage.tokenizer)
+  stage = dataclasses.replace(stage, name='fine-tuning', files=files)
   return (
     _with_exact_match(config, setup, stage) if config.eval.answers else stage
   )
+
+
+def _chat_files(config, tokenizer):
+  """Returns the chat template of the rows, and the tokens that end an answer.
+
+  They are files of the work directory, for launch/chat.py and for exports.
+
+  Args:
+    config: ConfigDict; the first dataset of a mixture is read.
+    tokenizer: data.tokenizer.Tokenizer.
+
+  Returns:
+    dict of bytes by name; empty if the rows have no template.
+  """
+  folder = local_path(pipeline.parse_mixture(config.data.path)[0][0])
+  template = chat.of_folder(folder)
+  if template is None:
+    return {}
+  settings = records.read_manifest(folder).settings
+  arguments = settings.get('chat_arguments', template.arguments)
+  template = dataclasses.replace(template, arguments=arguments)
+  ids = {
+    'bos_token_id': tokenizer.bos_id,
+    'eos_token_id': chat_tokens.end_ids(
+      chat_tokens.encoder(template, tokenizer)
+    ),
+    'pad_token_id': tokenizer.pad_id,
+  }
+  return {
+    chat.FILE: template.source.encode(),
+    hf.GENERATION: (json.dumps(ids, indent=2) + '\n').encode(),
+  }
 
 
 def _with_exact_match(config, setup, stage):

@@ -85,6 +85,7 @@ class Stage:
     panels: panels of the report, drawn before the panels that every run has;
       each is a Curve of monitoring/stage_file.py, or a name of FIGURES in
       monitoring/curves.py.
+    files: bytes of small files of the work directory, by name.
   """
 
   name: str
@@ -103,6 +104,7 @@ class Stage:
   remedy: Callable = lambda first, last: ''
   saving: Callable = lambda step: None
   panels: tuple = ()
+  files: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ def locked(workdir):
 
 
 def save_run_files(config, setup, stage, workdir):
-  """Writes config.json, header.txt, stage.json and the tokenizer.
+  """Writes config.json, header.txt, the files of the stage and the tokenizer.
 
   Also copies the tokenizer and config files of config.init_from. Files that
   have the right contents already are not written again, so that a run can
@@ -129,14 +129,16 @@ def save_run_files(config, setup, stage, workdir):
   copy_published_files(config, workdir)
   header = describe(config, setup.model, setup.mesh) + '\n' + stage.header
   config_json = json_text.dumps(manifest.config_json(config), indent=2)
-  for name, content in {
+  texts = {
     'header.txt': header + '\n',
     'config.json': config_json,
     stage_file.NAME: stage_file.content(stage.name, stage.panels),
-  }.items():
+  }
+  encode = lambda text: text.encode(errors='backslashreplace')
+  files = {name: encode(text) for name, text in texts.items()} | stage.files
+  for name, content in files.items():
     path = os.path.join(workdir, name)
     try:
-      content = content.encode(errors='backslashreplace')
       atomic.write_if_changed(path, content)
     except OSError as error:
       terminal.warn(

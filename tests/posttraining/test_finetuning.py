@@ -4,6 +4,7 @@ import json
 import pathlib
 import runpy
 import shutil
+import types
 
 import made_answers
 import published_folders
@@ -11,7 +12,8 @@ import pytest
 
 from maskdiff import config as config_lib
 from maskdiff.errors import UserError
-from maskdiff.posttraining import finetuning
+from maskdiff.interop import hf
+from maskdiff.posttraining import chat, finetuning
 from maskdiff.training import loop, pretraining
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -70,6 +72,37 @@ def test_config_is_completed_from_the_model_and_the_rows(model, rows):
   c = small(model, rows, **other)
   assert c.train.steps == 4800
   assert (c.optimizer.warmup_steps, c.optimizer.decay_steps) == (50, 480)
+
+
+def test_run_has_the_template_and_the_end_tokens_of_its_rows(
+  rows, tokenizer, tmp_path
+):
+  """An export has them too, with the other values of its source."""
+  config = types.SimpleNamespace(
+    data=types.SimpleNamespace(path=f'{rows}=1,other=1')
+  )
+  assert finetuning._chat_files(config, tokenizer) == {}
+  named = tmp_path / 'named'
+  shutil.copytree(rows, named)
+  chat.save(chat.load('plain'), named)
+  config.data.path = str(named)
+  files = finetuning._chat_files(config, tokenizer)
+  assert files['chat_template.jinja'].decode() == chat.load('plain').source
+  ids = {'bos_token_id': 1, 'eos_token_id': [2], 'pad_token_id': 0}
+  assert json.loads(files['generation_config.json']) == ids
+  run, export = tmp_path / 'run', tmp_path / 'export'
+  for folder in (run, export):
+    folder.mkdir()
+  for name, content in files.items():
+    (run / name).write_bytes(content)
+  source = {'eos_token_id': 5, 'top_k': 7}
+  (export / 'generation_config.json').write_text(json.dumps(source))
+  hf.copy_chat_files(str(run), str(export))
+  found = json.loads((export / 'generation_config.json').read_text())
+  assert found == ids | {'top_k': 7}
+  assert chat.of_folder(export).source == chat.load('plain').source
+  hf.copy_chat_files(str(tmp_path), str(export))  # no template: no change
+  assert json.loads((export / 'generation_config.json').read_text()) == found
 
 
 def test_lengths_are_those_of_the_rows_or_of_the_model(

@@ -22,7 +22,11 @@ def save(tokenizer, tmp_path):
     model=tiny.MODEL, mesh=mesh_lib.make_mesh(devices=jax.devices()[:1])
   )
   stage = types.SimpleNamespace(
-    name='toy', header='data: caf\udce9', tokenizer=tokenizer, panels=()
+    name='toy',
+    header='data: caf\udce9',
+    tokenizer=tokenizer,
+    panels=(),
+    files={'note.txt': b'of the stage'},
   )
   config = tiny.config({'optimizer.learning_rate': float('nan')})
   workdir = tmp_path / 'run'
@@ -57,6 +61,7 @@ def test_files_are_whole_and_strict(save, workdir, warnings):
   assert found['optimizer']['learning_rate'] is None
   assert json.loads((workdir / 'stage.json').read_text())['name'] == 'toy'
   assert 'caf\\udce9' in (workdir / 'header.txt').read_text()
+  assert (workdir / 'note.txt').read_text() == 'of the stage'
   assert warnings == []
 
 
