@@ -105,6 +105,8 @@ def rows(
 def summary(manifest) -> str:
   """Returns the shares of padding and of eos, and truncations, as one line.
 
+  Eos that fill an answer come after its own eos.
+
   Args:
     manifest: records.Manifest with statistics.
   """
@@ -115,8 +117,8 @@ def summary(manifest) -> str:
   share = lambda name, total: f'{found.get(name, 0) / max(1, total):.1%}'
   return (
     f'{answers:,} tokens with a loss, of which {share("answer_eos", answers)} '
-    f'are eos; {positions:,} positions, of which '
-    f'{share("padding", positions)} are padding; '
+    f'are eos ({share("filled_eos", answers)} fill answers); '
+    f'{positions:,} positions, of which {share("padding", positions)} are padding; '
     f'{found.get("truncated", 0):,} documents truncated'
   )
 

@@ -29,7 +29,8 @@ from maskdiff.errors import UserError
 _BLOCK_TOKENS = 1 << 20  # tokens written at once
 
 # Statistics of rows with a Layout, in the leftovers and in the manifest.
-STATISTICS = ('padding', 'answer_eos', 'truncated')
+# 'filled_eos' are the eos of answers after the first eos of an answer.
+STATISTICS = ('padding', 'answer_eos', 'filled_eos', 'truncated')
 
 
 class TooShort(UserError):
@@ -107,8 +108,10 @@ class _Tally:
       if rows.answer is not None:
         valid = valid & rows.answer
       learned = rows.tokens[valid]
-      eos = np.count_nonzero(learned == self._eos_id)
-      self.statistics['answer_eos'] += int(eos)
+      eos = valid & (rows.tokens == self._eos_id)
+      again = eos[:, 1:] & eos[:, :-1] & (rows.doc[:, 1:] == rows.doc[:, :-1])
+      self.statistics['answer_eos'] += int(np.count_nonzero(eos))
+      self.statistics['filled_eos'] += int(np.count_nonzero(again))
     self.counts += np.bincount(learned, minlength=len(self.counts))
 
 

@@ -200,6 +200,7 @@ def test_report(tokenizer, tmp_path):
   assert manifest.statistics == {
     'padding': 128 - sum(sizes),
     'answer_eos': 2,
+    'filled_eos': 0,
     'truncated': 0,
   }
   assert manifest.splits['train'].tokens == answers

@@ -131,6 +131,8 @@ def test_rows_have_both_documents_and_the_manifest_the_tokens(
   assert row.answer[row.doc == 0].sum() == 1
   assert row.answer[row.doc == 1].sum() == 4
   assert set(prompt) < set(documents[0])
+  assert manifest.statistics['answer_eos'] == 4 - len(answer)
+  assert manifest.statistics['filled_eos'] == 3 - len(answer)
   ids = [i for _, i in named]
   assert heldout_answers.of_rows(rows, EOS, ids) == [
     Question(documents[0][:-1], answer)
