@@ -10,7 +10,8 @@ python launch/prepare.py --inspect data/rows
 python launch/prepare.py --verify data/rows
 
 After an interruption, the same command resumes the work. The last line is a
-command that trains a small model on the rows.
+command that trains a small model on the rows, or fine-tunes a model on
+conversations.
 """
 
 import dataclasses
@@ -182,6 +183,8 @@ def prepare(args):
       print(f'note: no row in the split {name!r}; see --heldout_fraction')
   if args.chat:
     settings['encode'].save_template(args.out)
+    models = [path for path in (args.chat, args.tokenizer) if path]
+    print(first_run.fine_tuning(args.out, manifest, models))
     return
   if command := first_run.command(args.out, manifest, tok):
     print(f'to train on these rows:\n{command}')

@@ -2,14 +2,15 @@
 
 `choose` picks the row length and the held-out share for the amount of text.
 `train_tokenizer` trains a tokenizer on the other documents. `command` returns
-the command line of a first run on prepared rows, whose values fit the rows.
+the command line of a first run on prepared rows, whose values fit the rows;
+`fine_tuning` does so for conversations.
 """
 
 import dataclasses
 import os
 import pathlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from maskdiff.config import keys
 from maskdiff.data import (
@@ -45,6 +46,8 @@ _EVAL_ROWS = 512  # evaluated by a first run, if the text has as many
 _CLONE = pathlib.Path(__file__).parents[2]
 _CONFIG = 'configs/tiny.py'
 _LENGTH = 128  # of the rows of _CONFIG
+_SFT_CONFIG = 'configs/sft.py'
+_BATCHES = 50  # of an epoch of a fine-tuning, at least
 _MIN_LENGTH = 16
 
 # The text beyond this amount hardly changes the choices.
@@ -245,23 +248,69 @@ def command(
   )
   if heldout < 2 or not train:
     return None
-  # An even number, since evaluation draws times for pairs of rows.
-  batch = 1 << (min(heldout, 32).bit_length() - 1)
   tokens = {n: k.default for n, k in keys.SECTIONS['tokens'].items()}
   values = {
     'data.path': directory,
     'data.tokenizer': directory,
     'data.length': length,
     **fit_vocabulary(tokenizer, tokens, 0),
-    'eval.batch': batch,
-    'eval.batches': min(heldout // batch, _EVAL_ROWS // batch),
+    **_evaluation(heldout),
   }
   values['sample.prompts'] = '("",)'  # that of the config is Python
   if length < keys.KEYS['sample.gen_length'].default:
     values['sample.gen_length'] = length
+  return _launch('launch/pretrain.py', _CONFIG, directory, values)
+
+
+def fine_tuning(
+  directory: str, manifest: records.Manifest, models: Iterable[str]
+) -> str:
+  """Returns how to fine-tune a model on prepared conversations: a command.
+
+  Batch and evaluation fit the rows. Without enough rows, the text says so.
+
+  Args:
+    directory: directory of the rows.
+    manifest: their Manifest.
+    models: paths; the first that is the folder of a model is fine-tuned.
+  """
+  heldout, train = (manifest.splits[name].rows for name in ('heldout', 'train'))
+  if heldout < 2 or not train:
+    return (
+      'note: a fine-tuning needs two held-out rows and a training row: prepare '
+      'more conversations, or another --out with a larger --heldout_fraction'
+    )
+  is_model = lambda path: os.path.isfile(os.path.join(path, 'config.json'))
+  model = next(filter(is_model, models), 'MODEL')
+  batch = 1 << (max(2, min(256, train // _BATCHES)).bit_length() - 1)
+  values = {
+    'init_from': model,
+    'data.path': directory,
+    'train.batch': batch,
+    **_evaluation(heldout),
+  }
+  command = _launch('launch/finetune.py', _SFT_CONFIG, directory, values)
+  where = ', MODEL being one with their tokenizer' * (model == 'MODEL')
+  return f'to fine-tune a model on these rows{where}:\n{command}'
+
+
+def _evaluation(heldout: int) -> dict[str, int]:
+  """Returns the keys of an evaluation on a number of held-out rows, over 1."""
+  # An even number, since evaluation draws times for pairs of rows.
+  batch = 1 << (min(heldout, 32).bit_length() - 1)
+  return {
+    'eval.batch': batch,
+    'eval.batches': min(heldout // batch, _EVAL_ROWS // batch),
+  }
+
+
+def _launch(
+  script: str, config: str, directory: str, values: Mapping[str, object]
+) -> str:
+  """Returns a command line; paths outside of the clone are absolute."""
   flags = (f'--config.{k}={v}' for k, v in values.items())
   workdir = f'runs/{pathlib.Path(directory).resolve().name}'
-  clone = pathlib.Path('' if os.path.exists(_CONFIG) else _CLONE)
-  words = ['python', str(clone / 'launch/pretrain.py')]
-  words += ['--config', str(clone / _CONFIG), '--workdir', workdir, *flags]
+  clone = pathlib.Path('' if os.path.exists(config) else _CLONE)
+  words = ['python', str(clone / script)]
+  words += ['--config', str(clone / config), '--workdir', workdir, *flags]
   return shlex.join(words)

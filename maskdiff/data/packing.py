@@ -118,8 +118,8 @@ def summary(manifest) -> str:
   return (
     f'{answers:,} tokens with a loss, of which {share("answer_eos", answers)} '
     f'are eos ({share("filled_eos", answers)} fill answers); '
-    f'{positions:,} positions, of which {share("padding", positions)} are padding; '
-    f'{found.get("truncated", 0):,} documents truncated'
+    f'{positions:,} positions, of which {share("padding", positions)} are '
+    f'padding; {found.get("truncated", 0):,} documents truncated'
   )
 
 

@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import tempfile
+import types
 
 import forked
 import jax
@@ -275,6 +276,36 @@ def test_command_gives_ids_that_a_tokenizer_lacks(tmp_path):
   values = flags_of(first_run.command('rows', manifest, bare))
   assert values['tokens.mask_id'] == 10 and values['tokens.bos_id'] == 11
   assert values['model.vocab_size'] == 12
+
+
+def test_command_of_a_fine_tuning_fits_the_rows(tmp_path):
+  """The model is a folder with a config.json, or one that the user names."""
+  split = lambda rows: types.SimpleNamespace(rows=rows)
+  manifest = lambda train, heldout: types.SimpleNamespace(
+    splits={'train': split(train), 'heldout': split(heldout)}
+  )
+  model = tmp_path / 'a model'
+  model.mkdir()
+  (model / 'config.json').write_text('{}')
+  for train, heldout, expected in (
+    (10**6, 10**4, (256, 32, 16)),
+    (3531, 188, (64, 32, 5)),
+    (40, 3, (2, 2, 1)),
+  ):
+    text = first_run.fine_tuning(
+      'rows', manifest(train, heldout), ['plain', str(model)]
+    )
+    line, command = text.splitlines()
+    assert line == 'to fine-tune a model on these rows:'
+    values = flags_of(command)
+    names = ('train.batch', 'eval.batch', 'eval.batches')
+    assert tuple(values[name] for name in names) == expected
+    assert values['init_from'] == str(model) and values['data.path'] == 'rows'
+    assert 'launch/finetune.py --config configs/sft.py' in command
+  text = first_run.fine_tuning('rows', manifest(9, 2), ['plain', 'x.model'])
+  assert 'MODEL being' in text and '--config.init_from=MODEL' in text
+  for rows in ((9, 1), (0, 9)):
+    assert first_run.fine_tuning('rows', manifest(*rows), []).startswith('note')
 
 
 def test_rows_without_held_out_text_have_no_command(tmp_path):

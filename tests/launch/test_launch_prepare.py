@@ -388,6 +388,7 @@ def test_conversations_are_prepared_and_inspected(tmp_path):
   flags += [f'--source={source}', f'--out={tmp_path / "rows"}', '--align=8']
   output = run(f'--chat={folder}', *flags)
   assert '3 + 0 documents' in output
+  assert 'a larger --heldout_fraction' in output.splitlines()[-1]
   assert '6 tokens with a loss, of which 50.0% are eos (0.0% fill' in output
   assert run(f'--inspect={tmp_path / "rows"}').count('2+2?4') == 3
   stored = (tmp_path / 'rows' / 'chat_template.jinja').read_text()
