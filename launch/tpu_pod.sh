@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs launch/pretrain.py on a Google Cloud TPU pod; see usage below and
-# docs/pods.md.
+# Runs launch/pretrain.py or finetune.py on a Google Cloud TPU pod; see usage
+# below and docs/pods.md.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Runs launch/pretrain.py on all hosts of one TPU slice or of several.
+Runs launch/pretrain.py or launch/finetune.py on all hosts of one TPU slice or of
+several.
 
 launch/tpu_pod.sh COMMAND --name NAME --zone ZONE [--project P] [--slices N]
                   [--dry_run] [...]
@@ -19,6 +20,7 @@ launch/tpu_pod.sh COMMAND --name NAME --zone ZONE [--project P] [--slices N]
              --bucket BUCKET[/FOLDER]
   start    starts launch/pretrain.py on every host, in the background
              [--env KEY[=VALUE] ...] -- --config configs/8b.py --workdir DIR ...
+             --script finetune -- ... starts launch/finetune.py instead
            --env KEY takes the value from the environment of this shell, so that
            it is in no command line. The hosts get the values in a file that
            only you can read, and that the start deletes.
@@ -187,7 +189,7 @@ send_variables() {
 
 # setsid gives the run a process group, so that stop ends its children too.
 start() {
-  [[ $# -gt 0 ]] || fail 'start needs the arguments of pretrain.py after --'
+  [[ $# -gt 0 ]] || fail "start needs the arguments of $script.py after --"
   local environment='' arguments
   if [[ ${#variables[@]} != 0 ]]; then
     send_variables
@@ -203,7 +205,7 @@ then
   echo 'a run is already active: stop it first' >&2
   exit 1
 fi
-nohup setsid .venv/bin/python launch/pretrain.py$arguments \\
+nohup setsid .venv/bin/python launch/$script.py$arguments \\
   >../maskdiff.log 2>&1 </dev/null &
 echo \$! >../maskdiff.pid"
 }
@@ -255,7 +257,7 @@ delete() {
 command=$1
 shift
 name='' zone='' project='' slices=1 type='' runtime='' kind='' bucket=''
-grace=300 dry_run=0 yes=0 variables=()
+grace=300 dry_run=0 yes=0 variables=() script=pretrain
 while [[ $# -gt 0 ]]; do
   case $1 in
     --) break ;;
@@ -263,7 +265,7 @@ while [[ $# -gt 0 ]]; do
   esac
   case $1 in
     --name | --zone | --project | --slices | --type | --runtime | --bucket | \
-      --grace | --env)
+      --grace | --env | --script)
       [[ $# -gt 1 ]] || fail "$1 needs a value"
       case $1 in
         --name) name=$2 ;;
@@ -275,6 +277,7 @@ while [[ $# -gt 0 ]]; do
         --bucket) bucket=$2 ;;
         --grace) grace=$2 ;;
         --env) variables+=("$2") ;;
+        --script) script=$2 ;;
       esac
       shift 2
       ;;
@@ -297,6 +300,8 @@ esac
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices must be 1 or more"
 [[ $grace =~ ^[0-9]{1,6}$ ]] ||
   fail "--grace $grace must be a number of seconds"
+[[ $script == pretrain || $script == finetune ]] ||
+  fail "--script $script must be pretrain or finetune"
 [[ $command == start || $# == 0 ]] ||
   fail "$command takes no arguments after --"
 for i in ${variables[@]+"${!variables[@]}"}; do

@@ -193,5 +193,7 @@ def scripts(command):
       for inner in simple_commands(word):
         found += scripts(Command(command.where, inner))
     if word == '--' and words[:2] == ['launch/tpu_pod.sh', 'start']:
-      found.append(('launch/pretrain.py', words[i + 1 :]))
+      finetune = '--script finetune' in ' '.join(words[:i])
+      script = 'finetune' if finetune else 'pretrain'
+      found.append((f'launch/{script}.py', words[i + 1 :]))
   return found

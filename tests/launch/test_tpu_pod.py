@@ -121,6 +121,14 @@ def test_watch_follows_the_first_process(cloud):
   assert command[3:7] == ['tpu-vm', 'ssh', 'pod-0', '--worker=0']
 
 
+@pytest.mark.parametrize('script', ['pretrain', 'finetune'])
+def test_start_runs_the_script_that_is_named(cloud, script):
+  named = ['--script', script] * (script == 'finetune')
+  (command,) = dry(cloud, 'start', *WHERE, *named, '--', '--workdir', 'x')
+  line = f'.venv/bin/python launch/{script}.py --workdir x'
+  assert f'nohup setsid {line} ' in command[7]
+
+
 def test_delete_asks_first_unless_yes(cloud):
   (command,) = dry(cloud, 'delete', *WHERE)
   assert command[3:7] == ['queued-resources', 'delete', 'pod', '--force']
@@ -263,6 +271,14 @@ def test_a_folder_of_a_bucket_is_mounted(cloud):
     (('create', *WHERE, '--runtime=r'), 'create needs --type'),
     (('create', *WHERE, '--type=v5e-8'), 'create needs --runtime'),
     (('start', *WHERE), 'start needs the arguments of pretrain.py after --'),
+    (
+      ('start', *WHERE, '--script=finetune'),
+      'start needs the arguments of finetune.py after --',
+    ),
+    (
+      ('start', *WHERE, '--script', 'chat', '--', 'x'),
+      '--script chat must be pretrain or finetune',
+    ),
     (('start', *WHERE, '--env=1=x', '--', 'x'), '--env 1 must be KEY=VALUE'),
     (
       ('start', *WHERE, '--env=NO_SUCH', '--', 'x'),
