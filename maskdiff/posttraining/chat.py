@@ -143,8 +143,7 @@ def render(
     special: texts of special tokens by name: 'bos_token', 'eos_token'.
     fixed_date: refuse templates that ask for the date: a preparation of rows
       must have the same result every day.
-    seconds: limit on the time. It needs the main thread of the process; on
-      other threads there is no limit.
+    seconds: limit on the time.
 
   Raises:
     UserError: the template refuses the conversation, fails, or exceeds a limit.

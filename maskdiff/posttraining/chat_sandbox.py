@@ -5,6 +5,7 @@ Options, filters and functions are those of apply_chat_template in transformers
 """
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import json
@@ -105,11 +106,17 @@ def errors(name: str):
 
 @contextlib.contextmanager
 def time_limit(seconds: float):
-  """Context manager: raises _TooSlow after some seconds, on the main thread."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
+  """Context manager: raises _TooSlow in this thread after some seconds."""
+  if threading.current_thread() is threading.main_thread():
+    with _alarm(seconds):
+      yield
+  else:
+    with _raised_by_timer(seconds):
+      yield
 
+
+@contextlib.contextmanager
+def _alarm(seconds):
   def stop(*_):
     raise _TooSlow
 
@@ -120,3 +127,27 @@ def time_limit(seconds: float):
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, previous)
+
+
+@contextlib.contextmanager
+def _raised_by_timer(seconds):
+  # Signals reach the main thread only.
+  thread = ctypes.c_ulong(threading.get_ident())
+  raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+  running, lock = True, threading.Lock()
+
+  def stop():
+    with lock:
+      if running:
+        raise_in_thread(thread, ctypes.py_object(_TooSlow))
+
+  timer = threading.Timer(seconds, stop)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    with lock:
+      running = False
+    raise_in_thread(thread, None)  # drops one that is not raised yet

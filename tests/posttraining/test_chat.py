@@ -1,5 +1,6 @@
 """Chat templates render as those of transformers, and cannot do harm."""
 
+import concurrent.futures
 import json
 import pathlib
 
@@ -150,10 +151,28 @@ def test_failing_template_is_one_line(source, problem):
   assert len(str(error.value).splitlines()) == 1
 
 
+ENDLESS = '{% for i in range(99999) %}' * 3 + '{% endfor %}' * 3
+
+
 def test_template_that_does_not_end_is_stopped():
-  loops = '{% for i in range(99999) %}' * 3 + '{% endfor %}' * 3
   with pytest.raises(UserError, match='does not end'):
-    text(own(loops), seconds=0.1)
+    text(own(ENDLESS), seconds=0.1)
+
+
+def test_template_in_another_thread_is_stopped_too():
+  """The thread can be used again, as those of a server are."""
+
+  def errors():
+    for source in (ENDLESS, 'ends', ENDLESS):
+      try:
+        yield text(own(source), seconds=0.1)
+      except UserError as error:
+        yield str(error)
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    first, second, third = pool.submit(lambda: list(errors())).result(30)
+  assert 'does not end' in first and first == third
+  assert second == 'ends'
 
 
 def test_template_that_writes_without_end_is_stopped(monkeypatch):
