@@ -39,13 +39,16 @@ def read(config, datasets, eos_id):
     rows=range(config.eval.batch),
     num_threads=0,
   )
-  length_ids = [i for _, i in config.data.length_tokens]
+  named = config.data.length_tokens
+  length_ids = [i for _, i in named]
   for rows in batches:
     found += of_rows(rows, eos_id, length_ids)
     if len(found) >= number:
       break
   # All questions get slots for the longest answer and an eos.
   slots = num_slots(found[:number]) if found else 0
+  if named:  # a prompt needs room for the shortest length and its token
+    slots = max(slots, named[0][0] + 1)
   fit = [q for q in found if len(q.prompt) + slots <= config.data.length]
   return fit[:number]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
 from maskdiff.sampling import layouts, passes
 from maskdiff.sampling.request import begin
@@ -175,7 +176,7 @@ def settings_of(config, c, values, slots, changes=None):
 def _first_slot(network, c, shape, carry, layout):
   """Returns logits of the first slot of each row, [B, V], and positions [B]."""
   logits, positions, _ = passes.over_canvas(network, c, shape, carry, layout)
-  return logits[:, 0], positions
+  return replicate((logits[:, 0], positions))
 
 
 def _joined(settings):
