@@ -13,6 +13,7 @@ Each answer stops at eos, with one token per denoising step unless --sample sets
 another rule. Writes a line of JSON per network and length, and prints a table:
 
   exact_match          share of answers that are right, and its standard error
+  answer_tokens        mean number of tokens of an answer
   length_error         mean difference between the numbers of tokens of the
                        answer and of the right answer, without eos
   forwards_per_answer  forward passes, with that of the prediction
@@ -77,12 +78,13 @@ def measure(model, chat, questions, length, values, batch):
   prompts = [ask(x) for x in questions]
   c, rows, forwards = requests(model, prompts, length, values, batch)
   found = answered.complete(model, c, rows, batch)
-  right, errors = [], []
+  right, sizes, errors = [], [], []
   for tokens, question in zip(found.tokens, questions, strict=True):
     end = next((i for i, t in enumerate(tokens) if t in chat.end_ids), None)
     tokens = tokens[:end]
     expected = model.tokenizer.encode(question['answer'])
     right.append(model.tokenizer.decode(tokens) == question['answer'])
+    sizes.append(len(tokens))
     errors.append(abs(len(tokens) - len(expected)))
   share, num = float(np.mean(right)), len(right)
   return {
@@ -90,6 +92,7 @@ def measure(model, chat, questions, length, values, batch):
     'answers': num,
     'exact_match': share,
     'stderr_exact_match': (share * (1 - share) / num) ** 0.5,
+    'answer_tokens': float(np.mean(sizes)),
     'length_error': float(np.mean(errors)),
     'forwards_per_answer': (found.forwards + forwards) / num,
   }
@@ -98,15 +101,16 @@ def measure(model, chat, questions, length, values, batch):
 def table(lines):
   """Returns lines as a Markdown table."""
   out = [
-    '| network | slots | exact match | error of the length, tokens '
-    '| forward passes per answer |',
-    '|---|---|---|---|---|',
+    '| network | slots | exact match | tokens of an answer '
+    '| error of the length | forward passes per answer |',
+    '|---|---|---|---|---|---|',
   ]
   for x in lines:
     out.append(
       f'| {x["network"]} | {x["length"]} '
       f'| {x["exact_match"]:.1%} ± {x["stderr_exact_match"]:.1%} '
-      f'| {x["length_error"]:.2f} | {x["forwards_per_answer"]:.1f} |'
+      f'| {x["answer_tokens"]:.1f} | {x["length_error"]:.2f} '
+      f'| {x["forwards_per_answer"]:.1f} |'
     )
   return '\n'.join(out)
 

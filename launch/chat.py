@@ -67,13 +67,10 @@ def chat(args):
     raise UserError(
       f'{args.workdir} has no chat template: choose one with --chat_template'
     )
-  known = model.config.data.length_tokens
-  predicted = args.length == 'predicted'
-  if predicted:
-    lengths.check(known, args.gen_length)
-  if args.length is None and known and args.gen_length is None:
-    predicted = True
-  model = dataclasses.replace(model, predict_length=predicted)
+  predicts = lengths.chosen(
+    args.length, model.config.data.length_tokens, args.gen_length
+  )
+  model = dataclasses.replace(model, predict_length=predicts)
   conversation = Conversation(args.system, args.seed)
   show = screen.print_with_masks if args.show_masks else screen.print_committed
   lines = typed(sys.stdin, runtime.print_once)

@@ -49,6 +49,24 @@ def check(length_tokens, gen_length=None):
     )
 
 
+def chosen(choice, length_tokens, gen_length):
+  """Returns whether a chat predicts lengths.
+
+  Args:
+    choice: 'given' or 'predicted'; None: predicted if the network was trained
+      to and the user gives no length.
+    length_tokens: see `check`.
+    gen_length: see `check`.
+
+  Raises:
+    UserError: lengths cannot be predicted, but are to be.
+  """
+  if choice == 'predicted':
+    check(length_tokens, gen_length)
+  default = bool(length_tokens) and gen_length is None
+  return default if choice is None else choice == 'predicted'
+
+
 def predict(network, c, length_tokens, prompts, seeds, settings, batch):
   """Predicts the lengths of the answers to prompts, in one pass per batch.
 

@@ -192,6 +192,7 @@ def test_benchmark_of_lengths_counts_errors_and_passes(model, tokenizer):
   line = measured(model, tokenizer, 8)
   assert line['exact_match'] == pytest.approx(2 / 3)
   assert line['length_error'] == pytest.approx((wrong - sizes[2]) / 3)
+  assert line['answer_tokens'] == pytest.approx((sum(sizes[:2]) + wrong) / 3)
   # Slots after the eos are not computed.
   assert 1 <= line['forwards_per_answer'] <= 8
   assert '| 8 | 66.7% ± 27.2% |' in lengths.table([line | {'network': 'x'}])

@@ -148,7 +148,19 @@ def test_settings_that_do_not_go_with_it_are_refused(model, changes, problem):
     maskdiff.sample(model, PROMPTS, **{'length': 'predicted'} | changes)
 
 
-def test_model_without_lengths_is_refused(model):
-  config = tiny.config({})
+def test_model_without_lengths_is_refused():
+  known = tiny.config({}).data.length_tokens
   with pytest.raises(UserError, match='--length_buckets'):
-    lengths.check(config.data.length_tokens)
+    lengths.check(known)
+  with pytest.raises(UserError, match='--length_buckets'):
+    lengths.chosen('predicted', known, None)
+  assert not lengths.chosen(None, known, None)
+
+
+def test_chat_predicts_unless_a_length_is_given():
+  assert lengths.chosen(None, NAMED, None)
+  assert lengths.chosen('predicted', NAMED, None)
+  assert not lengths.chosen(None, NAMED, 8)
+  assert not lengths.chosen('given', NAMED, None)
+  with pytest.raises(UserError, match='give only one of the two'):
+    lengths.chosen('predicted', NAMED, 8)
