@@ -15,9 +15,9 @@ PATHS = frozenset(
   'tokenizer verify workdir'.split()
 )
 TEXTS = frozenset(
-  'chat_arguments host infill lengths model model_name prompt reasoning_gym '
-  'sample sweep_mesh sweep_remat sweep_rows system tasks text_key '
-  'topology'.split()
+  'chat_arguments host infill length_buckets lengths model model_name prompt '
+  'reasoning_gym sample sweep_mesh sweep_remat sweep_rows system tasks '
+  'text_key topology'.split()
 )
 # A run refuses a work directory in a bucket that is written as gs://.
 _HOME_ONLY = frozenset({'workdir'})
