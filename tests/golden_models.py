@@ -77,6 +77,21 @@ def block_network(block_length, predict_next=False):
     block_length: tokens of a block.
     predict_next: whether an output predicts the token of the next position.
   """
+  return _qwen(
+    predict_next, objective='block_diffusion', block_length=block_length
+  )
+
+
+def window_network(window_length):
+  """Returns `model_sdlm` as a Network of objective sdlm, in float32.
+
+  Args:
+    window_length: tokens of a window.
+  """
+  return _qwen(objective='sdlm', window_length=window_length, bos_id=-1)
+
+
+def _qwen(predict_next=False, **fields):
   opened = hf.open_folder(GOLDEN / 'model_sdlm')
   config = TransformerConfig(
     **{field: opened.model[field] for field in families.FIELDS},
@@ -92,12 +107,10 @@ def block_network(block_length, predict_next=False):
   return Network(
     config=config,
     params=manifest.nest(leaves),
-    objective='block_diffusion',
     predict_mask=True,
     mask_id=opened.config['text_mask_token_id'],
-    bos_id=opened.config['bos_token_id'],
     eos_id=opened.config['eos_token_id'],
-    block_length=block_length,
+    **{'bos_id': opened.config['bos_token_id'], **fields},
   )
 
 

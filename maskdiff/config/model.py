@@ -82,7 +82,8 @@ def check(c):
     or c.objective.name in ('masked_diffusion', 'block_diffusion'),
     'config.model.predict_next=True is for '
     "config.objective.name='masked_diffusion' or 'block_diffusion': the "
-    'autoregressive objective predicts the next token already',
+    f'objective {c.objective.name} predicts the next token already; set '
+    '--config.model.predict_next=False',
   )
   require(
     len(m.rope_scaling) in (0, 4)

@@ -10,7 +10,7 @@ KEYS = {
   'name': Key(
     'masked_diffusion',
     'Training objective.',
-    ('masked_diffusion', 'autoregressive', 'block_diffusion'),
+    ('masked_diffusion', 'autoregressive', 'block_diffusion', 'sdlm'),
   ),
   'schedule': Key(
     'linear',
@@ -136,6 +136,30 @@ KEYS = {
     'training is bidirectional.',
     minimum=0,
   ),
+  'window_length': Key(
+    4,
+    'Tokens that sdlm predicts at once, D. 1 is the autoregressive objective. '
+    'Other objectives ignore it.',
+    minimum=1,
+  ),
+  'window_attention': Key(
+    'bidirectional',
+    'Attention within a window of sdlm.',
+    ('bidirectional', 'causal'),
+  ),
+  'anchors': Key(
+    'stride',
+    'Where the windows of sdlm begin in training. stride: every D tokens, '
+    'after a random shift of the row; a training row has 2 x data.length '
+    'positions. random: at random answer tokens, as in the published code.',
+    ('stride', 'random'),
+  ),
+  'window_repeats': Key(
+    3.0,
+    'Times that anchors=random predicts a token of an answer, on average, '
+    'while there are enough anchors.',
+    above=0,
+  ),
   'denominator': Key(
     'token',
     'Divisor of the training loss. token: the answer tokens of the batch. '
@@ -171,10 +195,11 @@ def check(c):
     f'{math.gcd(o.block_length, length)}',
   )
   _check_block_plan(o, length)
+  _check_windows(o, length)
   require(
-    not o.complementary_masks or o.name != 'autoregressive',
-    'config.objective.complementary_masks=True needs masks, and the '
-    'autoregressive objective has none; set '
+    not o.complementary_masks or o.name not in ('autoregressive', 'sdlm'),
+    'config.objective.complementary_masks=True needs random masks, and the '
+    f'objective {o.name} has none; set '
     '--config.objective.complementary_masks=False',
   )
   require(
@@ -206,7 +231,9 @@ def check(c):
   )
   require(
     o.confidence_weight == 0
-    or (o.name != 'autoregressive' and o.autoregressive_weight == 0),
+    or (
+      o.name not in ('autoregressive', 'sdlm') and o.autoregressive_weight == 0
+    ),
     f'config.objective.confidence_weight={o.confidence_weight} is for masked '
     'tokens, without an autoregressive loss; set '
     '--config.objective.confidence_weight=0',
@@ -262,6 +289,25 @@ def _check_annealing(c):
     f'{name} is for rows of at most {MAX_ANNEALED_LENGTH} tokens, and '
     f'config.data.length={c.data.length}; set '
     '--config.objective.anneal_steps=0',
+  )
+
+
+def _check_windows(o, length):
+  """Raises UserError unless the windows of sdlm fit the rows."""
+  if o.name != 'sdlm':
+    return
+  name = f'config.objective.window_length={o.window_length}'
+  require(
+    o.window_length <= length,
+    f'{name} is longer than the rows of config.data.length={length}; set '
+    f'--config.objective.window_length to at most {length}',
+  )
+  require(
+    o.anchors == 'random' or length % o.window_length == 0,
+    f'{name} does not divide config.data.length={length}; set '
+    '--config.objective.window_length='
+    f'{math.gcd(o.window_length, length)}, or '
+    '--config.objective.anchors=random',
   )
 
 

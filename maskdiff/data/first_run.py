@@ -210,6 +210,8 @@ def fit_vocabulary(
   others = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
   for name, given in tokens.items():
     value = getattr(tokenizer, name)
+    if name == 'bos_id' and given == -1:  # a network without bos
+      continue
     if value is None:
       is_text = _is_text(tokenizer, given)
       clashes = name == 'mask_id' and given in others

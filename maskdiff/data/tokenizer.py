@@ -250,13 +250,16 @@ def with_missing_ids(
   Ids that the tokenizer has do not change, even if `ids` differs.
 
   Args:
-    ids: keyword arguments of `with_ids`, such as config.tokens.
+    ids: keyword arguments of `with_ids`, such as config.tokens; bos_id=-1
+      stands for no bos.
 
   Raises:
     UserError: as `with_ids`.
   """
   missing = {
-    name: i for name, i in ids.items() if getattr(tokenizer, name) is None
+    name: i
+    for name, i in ids.items()
+    if getattr(tokenizer, name) is None and not (name == 'bos_id' and i == -1)
   }
   return with_ids(tokenizer, **missing)
 

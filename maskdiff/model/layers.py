@@ -114,7 +114,7 @@ def shift_right(x, labels):
   def follows(previous, labels):
     return (
       (labels.doc == previous.doc)
-      & ((previous.block < 0) | (labels.block == previous.block))
+      & ((previous.block == -1) | (labels.block == previous.block))
       & (labels.pos == previous.pos + 1)
     )[..., None]
 

@@ -6,19 +6,20 @@ The four integers of a position:
   pos    its position in the document or the row, used for rotary embedding.
          Only differences and order within a document matter, so a document
          may start at any number.
-  block  the noisy block it belongs to; -1 if its token is clean.
+  block  the noisy block it belongs to; -1 if its token is clean. Attention
+         within block n is bidirectional, and causal within block -2 - n.
   reach  the position sees the clean positions with pos < reach.
 
 The rule: a query sees a key of its own document if the key is clean and
-key.pos < query.reach, or if the key is noisy and key.block == query.block. In
-annealed attention, each query also has a number, which opens later keys
-(annealing.py).
+key.pos < query.reach, or if the key is noisy and key.block == query.block. In a
+causal block, key.pos must also be at most query.pos. In annealed attention,
+each query also has a number, which opens later keys (annealing.py).
 
 A regime is a fixed pattern of attention: bidirectional, causal, block-causal,
-block diffusion or annealed. Its pos, block and reach are the same in every row
-and known before compilation, so an attention kernel can skip the tiles in which
-no query sees any key. The constructors below make the labels of each regime and
-record it in `Labels.regime`.
+block diffusion, windows at a stride or annealed. Its pos, block and reach are
+the same in every row and known before compilation, so an attention kernel can
+skip the tiles in which no query sees any key. The constructors below make the
+labels of each regime and record it in `Labels.regime`.
 """
 
 import dataclasses
@@ -69,6 +70,11 @@ def _block_diffusion(index, block_length, clean_block=None):
   size = clean_block or block_length
   reach = np.where(clean, (pos // size + 1) * size, block * block_length)
   return pos, np.where(clean, -1, block), reach
+
+
+def _causal_windows(index, window_length):
+  pos, block, reach = _block_diffusion(index, window_length, 1)
+  return pos, np.where(block < 0, block, -2 - block), reach
 
 
 BIDIRECTIONAL = Regime(_bidirectional)
@@ -128,8 +134,9 @@ def visible(query, key):
   before = k.pos < q.reach
   if q.number is not None:
     before |= annealing.is_open(q.number, k.pos)
-  clean = (k.block < 0) & before
-  noisy = (k.block >= 0) & (k.block == q.block)
+  clean = (k.block == -1) & before
+  noisy = (k.block != -1) & (k.block == q.block)
+  noisy &= (k.block >= 0) | (k.pos <= q.pos)
   return (q.doc == k.doc) & (clean | noisy)
 
 
@@ -296,3 +303,66 @@ def clean_or_noisy_blocks(noisy, valid, block_length, doc=0):
     regime=GENERAL,
     single=False,
   )
+
+
+def strided_windows(doc, window_length, causal=False):
+  """Returns Labels for training windows at a stride on [windows ; clean] rows.
+
+  The windows divide the row. A position of a window sees its window and the
+  clean positions before the window. A clean position sees the clean positions
+  up to itself. Both copies have positions 0..L-1. All positions of a window
+  have the document of its first position.
+
+  Args:
+    doc: [B, L] int32, the document of each position, -1 on padding.
+    window_length: positions of a window, a divisor of L.
+    causal: whether attention within a window is causal.
+
+  Returns:
+    Labels of [windows ; clean], [B, 2 L].
+  """
+  first = jnp.repeat(doc[:, ::window_length], window_length, axis=1)
+  doc = jnp.concatenate([first, doc], axis=1)
+  regime = (
+    Regime(_causal_windows, (window_length,))
+    if causal
+    else Regime(_block_diffusion, (window_length, 1))
+  )
+  return make_labels(regime, doc >= 0, doc)
+
+
+def windows(doc, starts, window_length, causal=False):
+  """Returns Labels of windows that begin at given positions.
+
+  A position of a window sees its window and the clean positions before the
+  window, as in `strided_windows`.
+
+  Args:
+    doc: [B, K] int32, the document of each window; -1 hides the window.
+    starts: [B, K] int32, the first position of each window.
+    window_length: D, positions of a window.
+    causal: as for `strided_windows`.
+
+  Returns:
+    Labels of [B, K D], which follow no regime.
+  """
+  batch, number = starts.shape
+  wide = lambda x: jnp.broadcast_to(x, (batch, number, window_length)).reshape(
+    batch, -1
+  )
+  block = jnp.arange(number, dtype=jnp.int32)
+  return Labels(
+    doc=wide(doc[..., None]),
+    pos=wide(starts[..., None] + jnp.arange(window_length, dtype=jnp.int32)),
+    block=wide((-2 - block if causal else block)[None, :, None]),
+    reach=wide(starts[..., None]),
+  )
+
+
+def concatenate(*parts):
+  """Returns the Labels of several parts of a row, which follow no regime."""
+  join = lambda *x: jnp.concatenate(x, axis=1)
+  plain = (
+    dataclasses.replace(part, regime=GENERAL, single=False) for part in parts
+  )
+  return jax.tree.map(join, *plain)

@@ -23,6 +23,8 @@ from maskdiff.model.transformer import TransformerConfig
     'block_length',
     'clean_attention',
     'length_ids',
+    'window_length',
+    'window_attention',
   ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Network:
     clean_attention: 'block' or 'causal', attention of the blocks before.
     length_ids: ids of the tokens that name lengths of answers. They are never
       predicted in an answer.
+    window_length: tokens that a pass predicts at once, for sdlm; else 0.
+    window_attention: 'bidirectional' or 'causal', attention within a window.
   """
 
   config: TransformerConfig
@@ -59,3 +63,5 @@ class Network:
   block_length: int = 0
   clean_attention: str = 'block'
   length_ids: tuple[int, ...] = ()
+  window_length: int = 0
+  window_attention: str = 'bidirectional'

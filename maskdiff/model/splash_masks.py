@@ -153,7 +153,7 @@ def make_mask(regime, length):
   row = masks.row(regime, length)
   pos, block, reach = row.pos[0], row.block[0], row.reach[0]
   index = np.arange(length)
-  if (block < 0).all() and (pos == index).all():
+  if (block == -1).all() and (pos == index).all():
     return CleanMask(regime, length)
   half = int((block >= 0).sum())
   size = int((block == block[0]).sum())

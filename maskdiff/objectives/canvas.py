@@ -45,6 +45,10 @@ class ObjectiveConfig:
   confidence_weight: float = 0.0  # of the entropy of correct predictions
   anneal_steps: int = 0  # see `share_open`; 0 after these steps
   train_steps: int = 1  # of the training, if anneal_steps > 0
+  window_length: int = 1  # tokens of a window, under sdlm
+  window_attention: str = 'bidirectional'  # or 'causal', within a window
+  anchors: str = 'stride'  # or 'random', positions of the windows
+  window_repeats: float = 3.0  # random windows per target of an answer
 
   @property
   def position_schedules(self):

@@ -16,6 +16,7 @@ from maskdiff.objectives import (
   autoregressive,
   block_diffusion,
   masked_diffusion,
+  sdlm,
 )
 
 
@@ -32,7 +33,8 @@ class Objective:
       'left_to_right' if the network sees only the tokens to the left; or
       'blocks' if it sees its own block and the blocks to the left.
     likelihood: 'bound' if the loss is an upper bound on the negative
-      log-likelihood, 'exact' if the loss equals it.
+      log-likelihood, 'exact' if the loss equals it, or for windows that of a
+      model that emits whole windows.
     can_guide: whether the network was trained with masked prompts, which
       classifier-free guidance needs.
     exact_cache: whether the tokens that a position sees are final once they
@@ -40,6 +42,9 @@ class Objective:
     visible_pairs: (ObjectiveConfig, L) -> pairs of a query and a key that it
       sees in a training row, divided by L^2.
     copies: (ObjectiveConfig, L) -> positions of a training row, divided by L.
+    targets: (ObjectiveConfig, L) -> targets of a training row, divided by L.
+    windows: whether the network predicts the next `window_length` tokens at
+      once, from mask tokens.
     with_masks: (ObjectiveConfig, Rows of [B, L], times [B, K], masked [B, L]
       bool, lengths [B]) -> Canvas for given masks; None if the objective draws
       none.
@@ -56,6 +61,8 @@ class Objective:
   exact_cache: bool
   visible_pairs: Callable
   copies: Callable = lambda c, length: 1
+  targets: Callable = lambda c, length: 1
+  windows: bool = False
   with_masks: Callable | None = None
   show_masked: Callable | None = None
 
@@ -66,6 +73,11 @@ class Objective:
   @property
   def by_blocks(self):
     return self.order == 'blocks'
+
+  @property
+  def has_mask_token(self):
+    """Whether mask tokens are inputs of the network."""
+    return self.windows or not self.left_to_right
 
 
 OBJECTIVES = {
@@ -99,6 +111,19 @@ OBJECTIVES = {
     copies=block_diffusion.copies,
     with_masks=block_diffusion.with_masks,
     show_masked=block_diffusion.show_masked,
+  ),
+  'sdlm': Objective(
+    make_canvas=sdlm.make_canvas,
+    show=sdlm.show,
+    order='left_to_right',
+    likelihood='exact',
+    can_guide=False,
+    exact_cache=True,
+    visible_pairs=sdlm.visible_pairs,
+    copies=sdlm.copies,
+    targets=sdlm.targets,
+    windows=True,
+    show_masked=sdlm.show_masked,
   ),
 }
 
@@ -167,7 +192,9 @@ def flops_per_token(c, model_config, length):
   adapters = transformer.num_adapter_params(m)
   _, inner = transformer.num_params(m)
   base, copies = inner - adapters, objective.copies(c, length)
-  heads = 2 if c.autoregressive_weight else 1  # both copies have a loss
+  heads = objective.targets(c, length)
+  if c.autoregressive_weight:  # both copies have a loss
+    heads += 1
   weights = base * copies + heads * m.vocab_size * m.embed
   attention = m.layers * length * m.heads * m.head_dim
   pairs = objective.visible_pairs(c, length)

@@ -172,7 +172,9 @@ def loss_chunks(config, sizes):
   o, t = config.objective, config.train
   rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
   parts = sizes['sequence'] * sizes['tensor']
-  tokens = rows * config.data.length / parts
+  c = step.step_config(config).objective
+  targets = OBJECTIVES[c.name].targets(c, config.data.length)
+  tokens = rows * config.data.length * targets / parts
   share, variance = _masked_share(config, rows, sizes['sequence'])
   chunk = min(o.loss_chunk_tokens, math.ceil(tokens))
   most = min(tokens, tokens * share + 3 * math.sqrt(tokens * variance))

@@ -248,6 +248,7 @@ def eval_config(c):
     position_power=1.0,
     confidence_weight=0.0,
     denominator='token',
+    anchors='stride',
   )
   return dataclasses.replace(c, objective=objective)
 
