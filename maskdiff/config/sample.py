@@ -47,7 +47,10 @@ KEYS = {
   ),
   'remasking': Key(
     'low_confidence',
-    'Remasking rule: which predictions a denoising step commits. ancestral '
+    'Remasking rule: which predictions a denoising step commits. '
+    'longest_prefix, cumulative_prefix and speculative commit from left to '
+    'right, for networks trained with sdlm: while the tokens are confident, or '
+    'while the network itself confirms them. ancestral '
     "and first_hitting sample the model's own distribution at temperature 1, "
     'ancestral in the limit of many steps.',
     (
@@ -58,6 +61,9 @@ KEYS = {
       'factor',
       'ancestral',
       'first_hitting',
+      'longest_prefix',
+      'cumulative_prefix',
+      'speculative',
     ),
   ),
   'schedule': Key(
@@ -75,7 +81,9 @@ KEYS = {
   'threshold': Key(
     0.9,
     'remasking=threshold and quota_and_threshold commit every prediction with '
-    'at least this confidence.',
+    'at least this confidence. longest_prefix commits predictions while each '
+    'exceeds it, cumulative_prefix while their product is at least this. At 1 '
+    'these two commit one token per step.',
     minimum=0,
     per_request=True,
   ),
@@ -143,6 +151,38 @@ def block_length(c):
   return c.sample.block_length
 
 
+# Remasking rules of networks that predict windows, from left to right.
+PREFIX_RULES = ('longest_prefix', 'cumulative_prefix', 'speculative')
+
+
+def check_prefix_rule(remasking, threshold, windows, prefix=''):
+  """Raises UserError unless a remasking rule fits the order of a network.
+
+  Args:
+    remasking: name of the rule.
+    threshold: largest value of the setting.
+    windows: whether the network predicts windows of tokens.
+    prefix: of the names of the settings, such as 'config.sample.'.
+  """
+  require(
+    remasking in PREFIX_RULES or not windows,
+    f'{prefix}remasking={remasking} commits tokens in any order, and a network '
+    'trained with objective sdlm fills a row from left to right; set '
+    f'{prefix}remasking={PREFIX_RULES[0]}',
+  )
+  require(
+    remasking != 'speculative' or windows,
+    f'{prefix}remasking=speculative verifies windows of tokens, which only a '
+    f'network trained with objective sdlm predicts; set {prefix}remasking='
+    f'{PREFIX_RULES[0]}',
+  )
+  require(
+    threshold <= 1 or remasking not in PREFIX_RULES[:2],
+    f'{prefix}threshold={threshold:g} of {prefix}remasking={remasking} is a '
+    f'probability; set {prefix}threshold=1 for one token per step',
+  )
+
+
 def check(c):
   """Raises UserError if keys of this section contradict each other."""
   s, masked_diffusion = c.sample, c.objective.name == 'masked_diffusion'
@@ -183,6 +223,9 @@ def check(c):
     'config.sample.cache=dual caches the tokens after a block, which a network '
     f"trained with config.objective.name='{c.objective.name}' does not see; "
     'set config.sample.cache=prefix',
+  )
+  check_prefix_rule(
+    s.remasking, s.threshold, c.objective.name == 'sdlm', 'config.sample.'
   )
   size, whole = block_length(c), c.objective.block_length
   require(

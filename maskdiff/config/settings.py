@@ -13,7 +13,12 @@ from maskdiff.errors import UserError, suggestion
 MAX_STEPS_PER_TOKEN = 100
 # Settings that only some remasking rules read, and these rules.
 OF_RULES = {
-  'threshold': ('threshold', 'quota_and_threshold'),
+  'threshold': (
+    'threshold',
+    'quota_and_threshold',
+    'longest_prefix',
+    'cumulative_prefix',
+  ),
   'factor': ('factor',),
 }
 
@@ -49,8 +54,8 @@ def with_settings(config, settings):
     if key in settings and s.remasking not in rules:
       raise UserError(
         f'sampler setting {key}={s[key]} has no effect with '
-        f'remasking={s.remasking}: set remasking={" or ".join(rules)}, or '
-        f'remove {key}'
+        f'remasking={s.remasking}: set remasking={_one_of(rules)}, or remove '
+        f'{key}'
       )
   if 'steps' in settings:
     check_steps(s.steps, config.data.length)
@@ -59,6 +64,12 @@ def with_settings(config, settings):
     s.steps = -(-s.gen_length // size) * size
   validate(config)
   return config
+
+
+def _one_of(names):
+  """Returns names as a list in English, such as 'a, b or c'."""
+  *others, last = names
+  return f'{", ".join(others)} or {last}' if others else last
 
 
 def check_steps(steps, context):
@@ -137,7 +148,7 @@ def sample_settings(args, run_config, gen_length, gaps):
   for key, rules in OF_RULES.items():
     remasking = settings.get('remasking', run_config.sample.remasking)
     if key in settings and remasking not in rules:
-      raise UserError(f'--{key} is for --remasking {" or ".join(rules)} only')
+      raise UserError(f'--{key} is for --remasking {_one_of(rules)} only')
   if gaps:
     if args.stop_at_eos or args.open_length:
       raise UserError(

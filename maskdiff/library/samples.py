@@ -227,6 +227,11 @@ def _with_noise(network, c, texts, length, gumbel, uniform):
     ),
     length,
   )
+  if network.window_length:
+    raise UserError(
+      f'{"uniform" if gumbel is None else "gumbel"}: steps of a network that '
+      'predicts windows have no given noise; leave it out'
+    )
   num_slots = max(t.row.count(None) for t in texts)
   carry, layout, shapes = begin(network, c, request, num_slots)
   steps = _num_steps(network, c, layout)

@@ -86,6 +86,21 @@ def truncate(logits, top_k, top_p):
   return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
+def tempered(logits, temperature, top_k, top_p):
+  """Returns the logits of the distribution that tokens are drawn from.
+
+  Args:
+    logits: [B, S, V] float32.
+    temperature: [B] float32; rows at temperature 0 are unchanged.
+    top_k: [B] int32, see `truncate`.
+    top_p: [B] float32, see `truncate`.
+  """
+  is_drawn = temperature > 0
+  scaled = logits / jnp.where(is_drawn, temperature, 1)[:, None, None]
+  k, p = jnp.where(is_drawn, top_k, 0), jnp.where(is_drawn, top_p, 1)
+  return truncate(scaled, k, p)
+
+
 def gumbel(keys, shape):
   """Returns [B, *shape] float32 Gumbel noise, each row from its own key.
 
@@ -118,9 +133,7 @@ def draw(logits, temperature, top_k, top_p, keys):
   most_probable = best(logits)
 
   def drawn():
-    scaled = logits / jnp.where(is_drawn, temperature, 1)[:, None, None]
-    k, p = jnp.where(is_drawn, top_k, 0), jnp.where(is_drawn, top_p, 1)
-    left = truncate(scaled, k, p)
+    left = tempered(logits, temperature, top_k, top_p)
     token = best(left + gumbel(keys, logits.shape[1:]))
     return jnp.where(is_drawn[:, None], token, most_probable)
 

@@ -73,22 +73,33 @@ def predict(network, c, settings, logits, keys):
     token [B, S] int32; and [B, S] float32, its confidence, NaN where logits
     are NaN or infinite.
   """
-  s = settings
+  s, logits = settings, allowed(network, settings, logits)
+  token = candidates.draw(logits, s.temperature, s.top_k, s.top_p, keys)
+  confidence = candidates.CONFIDENCES[c.confidence](logits, token)
+  return token, defer(network, c, settings, logits, token, confidence)
+
+
+def allowed(network, settings, logits):
+  """Returns logits [B, S, V] with -inf at tokens that are never predicted.
+
+  Args:
+    network: Network.
+    settings: Settings, each field [B].
+    logits: [B, S, V] float32.
+  """
   # For each token, the rows that never predict it. One call of `suppress`
   # copies the logits only once.
   never = {}
   if not network.predict_mask:
-    never[network.mask_id] = jnp.ones_like(s.logits_eos_inf)
+    never[network.mask_id] = jnp.ones_like(settings.logits_eos_inf)
   if network.eos_id >= 0:
-    never[network.eos_id] = s.logits_eos_inf
+    never[network.eos_id] = settings.logits_eos_inf
   for i in network.length_ids:
-    never[i] = jnp.ones_like(s.logits_eos_inf)
-  if never:
-    rows = jnp.stack(list(never.values()), axis=1)
-    logits = candidates.suppress(logits, tuple(never), rows)
-  token = candidates.draw(logits, s.temperature, s.top_k, s.top_p, keys)
-  confidence = candidates.CONFIDENCES[c.confidence](logits, token)
-  return token, defer(network, c, settings, logits, token, confidence)
+    never[i] = jnp.ones_like(settings.logits_eos_inf)
+  if not never:
+    return logits
+  rows = jnp.stack(list(never.values()), axis=1)
+  return candidates.suppress(logits, tuple(never), rows)
 
 
 def defer(network, c, settings, logits, token, confidence):
@@ -170,11 +181,14 @@ def budget(c, settings, num_slots, num_masked, step, steps):
 
   Returns:
     [B] int32, number of tokens. For remasking=ancestral [B] float32, the
-    probability of each slot; for threshold and factor [B] float32, that
-    setting; for quota_and_threshold the number and the threshold.
+    probability of each slot; for factor [B] float32, that setting; for
+    threshold and the prefixes [B] float32, the threshold; for
+    quota_and_threshold the number and the threshold.
   """
-  if c.remasking in ('threshold', 'factor'):
-    return getattr(settings, c.remasking)
+  if c.remasking == 'factor':
+    return settings.factor
+  if c.remasking in ('threshold', 'longest_prefix', 'cumulative_prefix'):
+    return settings.threshold
   ratio = Schedule(c.schedule).mask_ratio
   before, after = 1 - step / steps, 1 - (step + 1) / steps  # times t
   if c.remasking == 'ancestral':
@@ -188,22 +202,20 @@ def budget(c, settings, num_slots, num_masked, step, steps):
   return number
 
 
-def at_positions(x, layout, block):
-  """Returns the values of the slots of a block, at their positions.
+def at_positions(x, index):
+  """Returns the values of the slots of a step, at their positions.
 
   A gather: XLA runs a scatter to the positions slot by slot on a CPU.
 
   Args:
     x: [B, S].
-    layout: Layout.
-    block: [B] int32, the block of each row.
+    index: [B, L] int32, from state.index_in_step.
 
   Returns:
     [B, L]; zero, or False, on all other positions.
   """
-  in_block = layout.block_of == block[:, None]
-  x = jnp.take_along_axis(x, layout.index_of, axis=1, mode='clip')
-  return jnp.where(in_block, x, jnp.zeros_like(x))
+  found = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1, mode='clip')
+  return jnp.where(index >= 0, found, jnp.zeros_like(found))
 
 
 def end_at_eos(eos_id, layout, step, canvas, masked, filled_at):

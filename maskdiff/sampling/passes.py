@@ -218,6 +218,8 @@ def shapes(network, c, length, slots):
     increasing order.
   """
   size = slots.shape[2]
+  if network.window_length:
+    return tuple((n, 0) for n in halves(length, network.window_length))
   if network.block_length:
     return tuple(
       (n, network.block_length) for n in halves(length, network.block_length)
@@ -262,6 +264,10 @@ def choose_shape(network, c, shapes, carry, layout):
 
 def covers(network, c, shape, carry, layout):
   """Returns a bool: a shape covers the visible positions of active rows."""
+  if network.window_length:
+    end = current(layout.slots, carry.block)[:, 0] + network.window_length
+    fits = jnp.minimum(end, layout.valid.shape[1]) <= shape[0]
+    return (fits | ~in_progress(carry)).all()
   valid = visible(network, c, carry, layout)
   end = jnp.where(valid, jnp.arange(valid.shape[1]) + 1, 0).max(axis=1)
   fits = end <= shape[0]

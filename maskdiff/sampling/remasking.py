@@ -170,6 +170,39 @@ def first_hitting(confidence, masked, budget, keys):
   return random(confidence, masked, one, keys)
 
 
+def longest_prefix(confidence, masked, budget, keys):
+  """Commits tokens from left to right while each is confident enough.
+
+  Longest prefix decoding in the code of SDLM (arXiv 2509.24007,
+  sdlm_generator.py): each confidence must exceed the threshold, `budget`, [B]
+  float32. The first token is always committed. A threshold of 1 commits one
+  token per step, and one below 0 all of them.
+  """
+  del keys
+  exceeds = jnp.where(masked, confidence > budget[:, None], True)
+  return _prefix(masked, jnp.cumprod(exceeds, axis=1) > 0)
+
+
+def cumulative_prefix(confidence, masked, budget, keys):
+  """Commits tokens from left to right while their joint confidence is enough.
+
+  Longest prefix decoding in the paper of SDLM (arXiv 2509.24007, eq. 7): the
+  product of the confidences must be at least the threshold, `budget`, [B]
+  float32. The first token is always committed. The product is at most the least
+  confidence, so that the rule commits no more than `longest_prefix`, except
+  where a confidence equals the threshold.
+  """
+  del keys
+  product = jnp.cumprod(jnp.where(masked, confidence, 1.0), axis=1)
+  return _prefix(masked, product >= budget[:, None])
+
+
+def _prefix(masked, accepted):
+  """Returns the accepted masked slots, and the first masked slot."""
+  first = jnp.cumsum(masked, axis=1) == 1
+  return masked & (accepted | first)
+
+
 RULES = {
   'low_confidence': low_confidence,
   'random': random,
@@ -178,4 +211,6 @@ RULES = {
   'factor': factor,
   'ancestral': ancestral,
   'first_hitting': first_hitting,
+  'longest_prefix': longest_prefix,
+  'cumulative_prefix': cumulative_prefix,
 }

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from maskdiff.config.key import check_choice
-from maskdiff.config.sample import PER_REQUEST, SETTINGS
+from maskdiff.config.sample import PER_REQUEST, SETTINGS, check_prefix_rule
 from maskdiff.errors import UserError
 from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.sampling import passes
 from maskdiff.sampling.settings import DEFAULT, Settings, per_row
-from maskdiff.sampling.state import Carry, Layout
+from maskdiff.sampling.state import Carry, Draft, Layout
 
 
 class Request(NamedTuple):
@@ -61,13 +61,19 @@ def begin(network, c, request, num_slots=0):
     int(fill.sum(axis=1).max(initial=0)),
     int(settings.gen_length.max(initial=0)),
   )
+  if network.window_length and network.bos_id < 0 and fill[:, 0].any():
+    raise UserError(
+      'a row begins with a slot, and the model has no bos token to predict it '
+      'from: give a prompt'
+    )
   by_position = network.block_length > 0
   size = c.block_length if by_position else min(c.block_length, max_slots)
   block_of, index_of = divide(fill, size, by_position)
   blocks = -(-max_slots // size)
   if by_position:  # a prompt may end within a block
     blocks = min(blocks + 1, -(-length // size))
-  blocks = max(blocks, block_of.max() + 1)
+  # The slots of a step, beginning with any slot.
+  blocks = max(blocks, block_of.max() + 1) + network.window_length
   slots = np.full((batch, blocks, size), length, np.int32)
   rows, positions = np.nonzero(fill)
   slots[rows, block_of[fill], index_of[fill]] = positions
@@ -85,6 +91,7 @@ def begin(network, c, request, num_slots=0):
     positions=zeros,
     cached=np.zeros(batch, bool),
     broken=np.zeros(batch, bool),
+    draft=_no_draft(network, batch) if c.remasking == 'speculative' else None,
   )
   layout = Layout(
     slots=slots,
@@ -98,6 +105,15 @@ def begin(network, c, request, num_slots=0):
     settings=settings,
   )
   return carry, layout, passes.shapes(network, c, length, slots)
+
+
+def _no_draft(network, batch):
+  """Returns the Draft of rows before their first step."""
+  shape = batch, network.window_length - 1
+  return Draft(
+    np.full(shape, -1, np.int32),
+    np.zeros((*shape, network.config.vocab_size), np.float32),
+  )
 
 
 def divide(fill, block_length, by_position):
@@ -218,6 +234,8 @@ def _check_settings(network, c, settings):
       f'{network.objective} sees its own block and none after it; set '
       'lookahead=-1'
     )
+  threshold = settings.threshold.max(initial=0)
+  check_prefix_rule(c.remasking, threshold, network.window_length > 0)
   guidance = settings.guidance.max(initial=0)
   if (c.guided or guidance) and not objective.can_guide:
     raise UserError(

@@ -5,7 +5,8 @@ filled: after a prompt, or in gaps anywhere in a text. Slots are filled in
 blocks of `block_length`, left to right. One block is pure diffusion; several
 are semi-autoregressive. A network trained left to right is sampled by the same
 loop in blocks of one slot, and a network trained on blocks in its own blocks,
-or in parts of them. Committed tokens are never revised.
+or in parts of them. If it predicts windows, a step commits several slots from
+left to right. Committed tokens are never revised.
 
 This is `generate` of LLaDA (arXiv 2502.09992, section 2.4), which continues
 prompts, extended to gaps. A mask token outside of the slots is context and
@@ -38,14 +39,18 @@ import numpy as np
 from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
 from maskdiff.model import cache as cache_lib
-from maskdiff.sampling import commit, passes
+from maskdiff.sampling import commit, passes, speculation, windows
 from maskdiff.sampling.block_window import over_blocks
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.state import (
   Carry,
+  Draft,
   current,
   has_leading_slot,
   in_progress,
+  index_in_step,
+  put_slots_of_step,
+  slots_of_step,
 )
 
 
@@ -194,11 +199,10 @@ def canvas_step(network, c, shape, layout, carry, cache):
     The next Carry and Cache.
   """
   del cache
-  logits, num_positions, cache = passes.over_canvas(
-    network, c, shape, carry, layout
-  )
+  over = windows.over_canvas if network.window_length else passes.over_canvas
+  outputs, num_positions, cache = over(network, c, shape, carry, layout)
   active = in_progress(carry)
-  carry = denoise(network, c, carry, layout, logits, active, num_positions)
+  carry = denoise(network, c, carry, layout, outputs, active, num_positions)
   return carry, cache
 
 
@@ -208,14 +212,15 @@ def window_step(network, c, shape, layout, carry, cache):
   Arguments and results as for `canvas_step`.
   """
   over = over_blocks if network.block_length else passes.over_window
-  logits, num_positions, cache = over(network, c, shape, carry, cache, layout)
+  over = windows.over_cache if network.window_length else over
+  outputs, num_positions, cache = over(network, c, shape, carry, cache, layout)
   active = uses_cache(carry)
-  carry = denoise(network, c, carry, layout, logits, active, num_positions)
+  carry = denoise(network, c, carry, layout, outputs, active, num_positions)
   return carry, cache
 
 
 @jax.named_scope('part(sampling: choice of tokens)')
-def denoise(network, c, carry, layout, logits, active, num_positions):
+def denoise(network, c, carry, layout, outputs, active, num_positions):
   """Runs one denoising step: commits some of the predictions for a block.
 
   A block that is complete early skips its remaining steps.
@@ -225,7 +230,8 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     c: SamplerConfig.
     carry: Carry.
     layout: Layout.
-    logits: [B, S, V] float32, of each row's current block.
+    outputs: logits [B, S, V] float32 of each row's current block; or hidden
+      states [B, W, D, E] of windows.
     active: [B] bool, the rows that take a step; other rows do not change.
     num_positions: [B] int32, number of positions computed for each row.
 
@@ -233,30 +239,18 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
     The next Carry.
   """
   block, step, settings = carry.block, carry.step, layout.settings
-  masked = current(carry.masked, block) & active[:, None]
-  draw_keys, rule_keys = commit.noise_of_step(layout, carry)
+  masked = slots_of_step(network, carry.masked, block)
+  choice = _choose(network, c, carry, layout, outputs, masked & active[:, None])
 
-  # The network's predictions.
-  token, confidence = commit.predict(network, c, settings, logits, draw_keys)
-  broken = jnp.any(masked & jnp.isnan(confidence), axis=1)
-
-  # The remasking rule selects some of them.
-  committed, leads = commit.select(
-    network, c, layout, carry, confidence, masked, rule_keys
-  )
-  committed &= ~broken[:, None]
-
-  # Their tokens are committed; the other slots stay masked.
-  total = carry.total_steps + active
-  at_positions = lambda x: commit.at_positions(x, layout, block)
+  # Some tokens are committed; the other slots stay masked.
+  total, committed = carry.total_steps + active, choice.committed
+  index = index_in_step(network, layout, block)
+  at_positions = lambda x: commit.at_positions(x, index)
   is_new = at_positions(committed)
-  canvas = jnp.where(is_new, at_positions(token), carry.canvas)
+  canvas = jnp.where(is_new, at_positions(choice.token), carry.canvas)
   filled_at = jnp.where(is_new, total[:, None], carry.filled_at)
-  still_masked = current(carry.masked, block) & ~committed
-  masked = carry.masked.at[jnp.arange(len(block)), block].set(
-    still_masked, mode='drop'
-  )
-  masked &= ~broken[:, None, None]
+  masked = put_slots_of_step(network, carry.masked, block, masked & ~committed)
+  masked &= ~choice.broken[:, None, None]
   if network.eos_id >= 0:  # else request.begin refuses stop_at_eos
     canvas, masked, filled_at = jax.lax.cond(
       settings.stop_at_eos.any(),
@@ -267,47 +261,105 @@ def denoise(network, c, carry, layout, logits, active, num_positions):
 
   # A row without masks in its block moves on to the next block.
   complete = active & ~current(masked, block).any(axis=1)
-  step = jnp.where(complete, 0, step + (active & ~leads))
-  carry = Carry(
-    block=block + complete,
+  advance = committed.sum(axis=1) if network.window_length else complete
+  step = jnp.where(complete, 0, step + (active & ~choice.leads))
+  confidence = jnp.where(
+    is_new, at_positions(choice.confidence), carry.confidence
+  )
+  after = Carry(
+    block=block + advance,
     step=step,
     total_steps=total,
     canvas=canvas,
     masked=masked,
     filled_at=filled_at,
-    confidence=jnp.where(is_new, at_positions(confidence), carry.confidence),
+    confidence=confidence,
     calls=carry.calls + 1,
     forwards=carry.forwards + active * jnp.where(settings.guidance > 0, 2, 1),
     positions=carry.positions + active * num_positions,
     cached=carry.cached,
-    broken=carry.broken | broken,
+    broken=carry.broken | choice.broken,
+    draft=carry.draft,
   )
-  slots = current(layout.slots, block)  # [B, S]
-  next_uses_cache = _next_uses_cache(network, c, carry, layout, slots, complete)
-  return carry._replace(cached=jnp.where(active, next_uses_cache, carry.cached))
+  if choice.draft is not None:
+    draft = windows.keep_draft(carry, after, layout, choice.draft, active)
+    after = after._replace(draft=draft)
+  next_uses_cache = _next_uses_cache(network, c, carry, after, layout, complete)
+  return after._replace(cached=jnp.where(active, next_uses_cache, carry.cached))
 
 
-def _next_uses_cache(network, c, carry, layout, slots, complete):
+class _Choice(NamedTuple):
+  """The predictions of a step for its S slots, and which are committed."""
+
+  token: jax.Array  # [B, S] int32
+  confidence: jax.Array  # [B, S] float32
+  committed: jax.Array  # [B, S] bool
+  leads: jax.Array  # [B] bool, rows that commit a leading slot
+  broken: jax.Array  # [B] bool, rows whose logits are NaN or infinite
+  draft: Draft | None = None  # of the slots after the committed ones
+
+
+def _choose(network, c, carry, layout, outputs, masked):
+  """Returns the _Choice of a step.
+
+  Args:
+    network: Network.
+    c: SamplerConfig.
+    carry: Carry before the step.
+    layout: Layout.
+    outputs: as for `denoise`.
+    masked: [B, S] bool, slots that may be committed.
+  """
+  settings, keys = layout.settings, commit.noise_of_step(layout, carry)
+  if network.window_length:  # up to given tokens
+    masked &= windows.in_first_run(network, layout, carry.block)
+  if carry.draft is not None:
+    token, confidence, number, draft = speculation.verify(
+      network, c, settings, carry.draft, outputs, keys
+    )
+    committed = masked & (jnp.arange(masked.shape[1]) < number[:, None])
+    broken = jnp.any(committed & jnp.isnan(confidence), axis=1)
+    leads = jnp.zeros_like(broken)
+    committed &= ~broken[:, None]
+    return _Choice(token, confidence, committed, leads, broken, draft)
+  # The network's predictions.
+  logits = outputs
+  if network.window_length:
+    logits = windows.logits(network, outputs)
+  token, confidence = commit.predict(network, c, settings, logits, keys[0])
+  broken = jnp.any(masked & jnp.isnan(confidence), axis=1)
+  # The remasking rule selects some of them.
+  committed, leads = commit.select(
+    network, c, layout, carry, confidence, masked, keys[1]
+  )
+  committed &= ~broken[:, None]
+  return _Choice(token, confidence, committed, leads, broken)
+
+
+def _next_uses_cache(network, c, carry, after, layout, complete):
   """Returns [B] bool, whether the next step of a row can use the cache.
 
   Args:
     network: Network.
     c: SamplerConfig.
-    carry: Carry after the step, except `cached`.
+    carry: Carry before the step.
+    after: Carry after the step, except `cached`.
     layout: Layout.
-    slots: [B, S] int32, slots of the step.
     complete: [B] bool, rows whose block is complete.
   """
   if c.cache == 'none':
     return jnp.zeros_like(complete)
-  next_slot = current(layout.slots, carry.block)[:, 0]
+  if network.window_length:
+    return windows.continues(carry, after, layout)
+  slots = current(layout.slots, carry.block)  # [B, S]
+  next_slot = current(layout.slots, after.block)[:, 0]
   if network.block_length:
     # A window reaches from the block before to the end of the block.
     # A leading slot needs the block before only.
     size = network.block_length
     step = next_slot // size - slots[:, 0] // size
     if network.config.predict_next:
-      leads = has_leading_slot(network, layout, carry.block)
+      leads = has_leading_slot(network, layout, after.block)
       return (step == 0) | ((step == 1) & leads)
     return step <= 1
   if passes.exact_cache(network):
@@ -315,7 +367,7 @@ def _next_uses_cache(network, c, carry, layout, slots, complete):
     return next_slot == slots[:, -1] + 1
   if not c.refresh:
     return ~complete
-  return ~complete & (carry.step % c.refresh != 0)
+  return ~complete & (after.step % c.refresh != 0)
 
 
 def check(carry):

@@ -13,6 +13,13 @@ import jax.numpy as jnp
 from maskdiff.sampling.settings import Settings
 
 
+class Draft(NamedTuple):
+  """Tokens that speculative decoding guesses for the next D - 1 slots."""
+
+  tokens: jax.Array  # [B, D - 1] int32; -1: none
+  logits: jax.Array  # [B, D - 1, V] float32, of the distributions drawn from
+
+
 class Carry(NamedTuple):
   """Loop state: everything that a denoising step changes."""
 
@@ -36,6 +43,7 @@ class Carry(NamedTuple):
   positions: jax.Array
   cached: jax.Array  # [B] bool, whether the next step of the row uses the cache
   broken: jax.Array  # [B] bool, abandoned: logits were NaN or infinite
+  draft: Draft | None = None  # None unless the program is speculative
 
 
 class Layout(NamedTuple):
@@ -69,6 +77,61 @@ def current(x, block):
   """
   rows = jnp.arange(len(x))
   return x[rows, jnp.minimum(block, x.shape[1] - 1)]
+
+
+def slots_of_step(network, x, block):
+  """Returns the slots that a step may fill, of every row.
+
+  They are those of the current block. For a network that predicts windows, a
+  block is one slot, and they are the next D slots.
+
+  Args:
+    network: Network.
+    x: [B, blocks, S].
+    block: [B] int32.
+
+  Returns:
+    [B, S], or [B, D].
+  """
+  size = network.window_length
+  if not size:
+    return current(x, block)
+  ahead = jnp.minimum(block[:, None] + jnp.arange(size), x.shape[1] - 1)
+  return x[jnp.arange(len(x))[:, None], ahead, 0]
+
+
+def put_slots_of_step(network, x, block, values):
+  """Returns `x` with other values in the slots of a step.
+
+  Args:
+    network: Network.
+    x: [B, blocks, S].
+    block: [B] int32.
+    values: as returned by `slots_of_step`.
+  """
+  rows = jnp.arange(len(x))
+  if not network.window_length:
+    return x.at[rows, block].set(values, mode='drop')
+  ahead = block[:, None] + jnp.arange(network.window_length)
+  return x.at[rows[:, None], ahead, 0].set(values, mode='drop')
+
+
+def index_in_step(network, layout, block):
+  """Returns the index of each position among the slots of a step.
+
+  Args:
+    network: Network.
+    layout: Layout.
+    block: [B] int32.
+
+  Returns:
+    [B, L] int32; -1 at positions that are not slots of the step.
+  """
+  ahead = layout.block_of - block[:, None]
+  if not network.window_length:
+    return jnp.where(ahead == 0, layout.index_of, -1)
+  inside = (layout.block_of >= 0) & (ahead >= 0)
+  return jnp.where(inside & (ahead < network.window_length), ahead, -1)
 
 
 def in_progress(carry):

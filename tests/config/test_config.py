@@ -184,6 +184,7 @@ def test_8b_changes_its_rate_at_the_tokens_of_llada():
 
 
 PIECEWISE = dict(optimizer__schedule='piecewise', train__steps=100)
+WINDOWS = dict(objective__name='sdlm', sample__remasking='longest_prefix')
 INVALID = {
   'train.microbatches': dict(train__batch=32, train__microbatches=5),
   'train.batch': dict(train__batch=33),
@@ -209,6 +210,17 @@ INVALID = {
     objective__weight='importance', objective__time_density='bell'
   ),
   'objective.random_length_fraction': dict(objective__random_length_fraction=2),
+  'objective.window_length': dict(objective__window_length=1 << 20, **WINDOWS),
+  'objective.window_length_shift': dict(  # no divisor of the rows
+    objective__window_length=3, **WINDOWS
+  ),
+  'objective.complementary_masks': dict(
+    objective__complementary_masks=True, **WINDOWS
+  ),
+  'sample.remasking': dict(objective__name='sdlm'),
+  'sample.remasking_shift': dict(sample__remasking='speculative'),
+  'sample.threshold_shift': dict(sample__threshold=1.5, **WINDOWS),
+  'model.predict_next': dict(model__predict_next=True, **WINDOWS),
   'train.steps': dict(train__steps=150),  # less than warmup and decay
   'sample.steps': dict(sample__steps=63, sample__block_length=32),
   'sample.top_p': dict(sample__top_p=0.0, sample__temperature=1.0),
@@ -593,6 +605,6 @@ def test_the_choices_match_the_code():
   choices = config_lib.CHOICES
   assert choices['model.remat'] == tuple(transformer.REMAT_POLICIES)
   assert choices['objective.name'] == tuple(table_lib.OBJECTIVES)
-  assert choices['sample.remasking'] == tuple(remasking.RULES)
+  assert choices['sample.remasking'] == (*remasking.RULES, 'speculative')
   assert choices['sample.confidence'] == tuple(candidates.CONFIDENCES)
   assert set(choices['sample.schedule']) <= set(schedule.SCHEDULES)

@@ -89,7 +89,8 @@ def test_gaps_have_steps_of_their_own():
     (
       flags(threshold=0.5),
       False,
-      'is for --remasking threshold or quota_and_threshold only',
+      'is for --remasking threshold, quota_and_threshold, longest_prefix or '
+      'cumulative_prefix only',
     ),
     (flags(factor=2.0, remasking='random'), False, '--remasking factor only'),
     (flags(stop_at_eos=True), True, 'text follows a gap'),

@@ -250,7 +250,7 @@ NOISE = np.zeros((1, 4, 4, 4096), np.float32)
     (
       ['a'],
       {'threshold': 0.5},
-      'threshold is for .*threshold or quota_and_threshold only',
+      'threshold is for .*threshold, quota_and_threshold, .* only',
     ),
     (['a'], {'gen_length': 32}, 'prompt and answer have 33 tokens'),
     (['a'], {'gen_length': 10**12}, 'gen_length|tokens together'),

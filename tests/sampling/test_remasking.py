@@ -388,7 +388,7 @@ def test_first_hitting_commits_one_slot_uniformly():
 def test_committed_slots_are_never_selected_again(rule):
   masked = jnp.zeros((3, 4), bool)
   budget = jnp.full((3,), 2)
-  if rule in ('threshold', 'factor', 'ancestral'):
+  if rule in ('threshold', 'factor', 'ancestral') or 'prefix' in rule:
     budget = jnp.full((3,), 0.5)
   if rule == 'quota_and_threshold':
     budget = (budget, jnp.full((3,), 0.5))

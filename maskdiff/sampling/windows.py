@@ -1,0 +1,202 @@
+"""Forward passes of networks that predict windows of D tokens (SDLM).
+
+A window begins at a slot of the row. Its inputs are the token before the slot,
+the anchor, and D - 1 mask tokens, and it attends to the clean tokens before the
+anchor (objectives/sdlm.py). The cache has the keys and values of clean tokens
+only, which never change, so it is exact. Each pass also computes the clean
+tokens that the step before has committed.
+
+Speculative decoding has D windows, one after every token of the draft: window k
+begins k slots after the first one and has the first k tokens of the draft
+before it. The published tree (sdlm_generator.py of OpenGVLab/SDLM) repeats
+these tokens for each window. Here all windows see one clean copy of the draft,
+which costs D positions instead of D (D - 1) / 2, and enters the cache with the
+same pass.
+
+Letters: W windows, D tokens of a window, E embedding dimension; others as in
+state.py. f is the first slot of a row without a committed token.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from maskdiff.model import cache as cache_lib
+from maskdiff.model import masks
+from maskdiff.model.transformer import bind
+from maskdiff.objectives import sdlm
+from maskdiff.sampling.state import Draft, current, slots_of_step
+
+
+@jax.named_scope('part(sampling: bookkeeping)')
+def over_canvas(network, c, shape, carry, layout):
+  """Computes the windows of all rows after their whole prefix.
+
+  Arguments as for passes.over_canvas.
+
+  Returns:
+    - hidden states of the windows, [B, W, D, E];
+    - [B] int32, number of positions computed for each row;
+    - model.cache.Cache of shape[0] places; None if c.cache is 'none'.
+  """
+  length, first, size = shape[0], _first(carry, layout), network.window_length
+  inputs, has_input, starts = _inputs(network, c, carry, layout, first)
+  # Positions that a window sees, and the draft, whose keys are stored.
+  end = first + size * _is_speculative(c)
+  shown = has_input[:, :length] & (jnp.arange(length) < end)
+  clean = masks.causal(shown)
+  tokens, labels = _join(network, inputs, starts, inputs[:, :length], clean)
+  model = bind(network.config, network.params)
+  if c.cache == 'none':
+    hidden, cache = model(tokens, labels), None
+  else:
+    hidden, cache = model.prefill(tokens, labels)
+    # The keys of the windows are not stored.
+    cache = cache_lib.first_places(cache, length)
+    cache = cache_lib.Cache(cache.k, cache.v, clean)
+  return _results(network, hidden, starts, shown, cache)
+
+
+@jax.named_scope('part(sampling: bookkeeping)')
+def over_cache(network, c, shape, carry, cache, layout):
+  """Computes the windows, which attend to a cache, and new clean tokens.
+
+  Arguments as for passes.over_window.
+
+  Returns:
+    As `over_canvas`; the Cache has the clean tokens of rows with `cached`.
+  """
+  length, first, size = shape[0], _first(carry, layout), network.window_length
+  inputs, has_input, starts = _inputs(network, c, carry, layout, first)
+  rows, places = jnp.arange(len(first))[:, None], jnp.arange(length)
+  # D clean positions: the draft, or those that the last step has committed.
+  pos = first - size * (not _is_speculative(c)) + jnp.arange(size)
+  inside = jnp.clip(pos, 0, length - 1)
+  stored = (cache.labels.doc >= 0) & (places < first)
+  computed = (pos == inside) & has_input[rows, inside]
+  computed &= ~stored[rows, inside]
+  clean = cache_lib.hide(
+    masks.Labels(
+      doc=jnp.zeros_like(pos),
+      pos=pos,
+      block=jnp.full_like(pos, -1),
+      reach=pos + 1,
+    ),
+    ~computed,
+  )
+  tokens, labels = _join(network, inputs, starts, inputs[rows, inside], clean)
+  stores = carry.cached[:, None] & computed
+  at = jnp.where(stores, inside, length)
+  no_window = jnp.full((len(at), tokens.shape[1] - size), length, at.dtype)
+  model = bind(network.config, network.params)
+  hidden, added = model.append(
+    tokens,
+    labels,
+    cache_lib.hide_places(cache, ~stored),
+    jnp.concatenate([at, no_window], axis=1),
+  )
+  # Places from f on may have keys of a rejected draft: only those of this pass
+  # are valid.
+  labels = jax.tree.map(
+    lambda new, old: jnp.where(carry.cached[:, None], new, old),
+    added.labels,
+    cache.labels,
+  )
+  cache = cache_lib.Cache(added.k, added.v, labels)
+  return _results(network, hidden, starts, computed, cache)
+
+
+def logits(network, states):
+  """Returns the logits of the first window, [B, D, V], from `over_canvas`."""
+  return bind(network.config, network.params).logits(states[:, 0])
+
+
+def in_first_run(network, layout, block):
+  """Returns [B, D] bool, the slots of a step before the next given token."""
+  slots = slots_of_step(network, layout.slots, block)
+  return slots == slots[:, :1] + jnp.arange(network.window_length)
+
+
+def continues(carry, after, layout):
+  """Returns [B] bool, whether the next slot follows those just committed.
+
+  Given tokens between them are not in the cache yet.
+
+  Args:
+    carry: Carry before a step.
+    after: Carry after it.
+    layout: Layout.
+  """
+  advance = (after.block - carry.block)[:, None]
+  return (_first(after, layout) == _first(carry, layout) + advance)[:, 0]
+
+
+def keep_draft(carry, after, layout, draft, active):
+  """Returns the Draft for the next step.
+
+  Args:
+    carry: Carry before a step.
+    after: Carry after it.
+    layout: Layout.
+    draft: Draft of the slots after those that the step could commit. It is of
+      no use if given tokens follow.
+    active: [B] bool, rows that took a step; others keep their draft.
+  """
+  follows = continues(carry, after, layout)[:, None]
+  tokens = jnp.where(follows, draft.tokens, -1)
+  rows = active[:, None]
+  return Draft(
+    jnp.where(rows, tokens, carry.draft.tokens),
+    jnp.where(rows[..., None], draft.logits, carry.draft.logits),
+  )
+
+
+def _first(carry, layout):
+  """Returns [B, 1] int32, the first slot without a committed token."""
+  return current(layout.slots, carry.block)[:, :1]
+
+
+def _is_speculative(c):
+  return c.remasking == 'speculative'
+
+
+def _inputs(network, c, carry, layout, first):
+  """Returns the row with its draft, shifted right, and the windows' starts.
+
+  Returns:
+    [B, L + D] int32; [B, L + D] bool, False on padding; and [B, W] int32.
+  """
+  size, canvas = network.window_length, carry.canvas
+  canvas = jnp.pad(canvas, ((0, 0), (0, size)), constant_values=network.mask_id)
+  number = 1
+  if _is_speculative(c):
+    number = size
+    draft = carry.draft.tokens
+    draft = jnp.where(draft < 0, network.mask_id, draft)
+    at = first + jnp.arange(size - 1)
+    rows = jnp.arange(len(canvas))[:, None]
+    canvas = canvas.at[rows, at].set(draft, mode='drop')
+  valid = jnp.pad(layout.valid, ((0, 0), (0, size)))
+  inputs, labels = sdlm.show(network, canvas, valid)
+  starts = first + jnp.arange(number, dtype=first.dtype)
+  return inputs, labels.doc >= 0, starts
+
+
+def _join(network, inputs, starts, tokens, clean):
+  """Returns tokens and Labels of [clean positions ; windows]."""
+  window_tokens, labels = sdlm.windows(
+    network, inputs, jnp.zeros_like(inputs), starts
+  )
+  return (
+    jnp.concatenate([tokens, window_tokens], axis=1),
+    masks.concatenate(clean, labels),
+  )
+
+
+def _results(network, hidden, starts, computed, cache):
+  """Returns what `over_canvas` does."""
+  batch, number = starts.shape
+  size = number * network.window_length
+  states = hidden[:, -size:].reshape(
+    batch, number, network.window_length, hidden.shape[2]
+  )
+  return states, computed.sum(axis=1, dtype=jnp.int32) + size, cache
