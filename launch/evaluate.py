@@ -62,12 +62,21 @@ flags.DEFINE_integer('batch', 32, 'Lines per sampling batch.', lower_bound=1)
 flags.DEFINE_enum(
   'form',
   'count',
-  ['count', 'bernoulli', 'left_to_right', 'multi_sample', 'two_sided'],
+  [
+    'count',
+    'bernoulli',
+    'left_to_right',
+    'multi_sample',
+    'two_sided',
+    'windows',
+  ],
   'Estimator. count: mask a fixed number of tokens, weight L/l. bernoulli: '
   'mask each token with probability t, weight 1/t. left_to_right: the exact '
   'chain rule, one query per token. multi_sample: the importance-weighted '
   'bound, the chain rule in --orders random orders. two_sided: for --task '
-  'bound, this bound and a bound from the other side, from the same orders.',
+  'bound, this bound and a bound from the other side, from the same orders. '
+  'windows: for models trained with sdlm, the exact log-likelihood of emitting '
+  'whole windows; the others give that of decoding one token per step.',
 )
 flags.DEFINE_integer(
   'orders',
@@ -224,6 +233,8 @@ def score(args, model, estimator, lines):
     count = counter(len(answers.tokens), 'rows')
     if args.form == 'left_to_right':
       return bounds.left_to_right(network, c, answers, count)
+    if args.form == 'windows':
+      return bounds.whole_windows(network, c, answers, count)
     seeds = [args.seed + s for s in seeds]
     if args.form in RANDOM_ORDERS:
       scored.check_masks(answers, orders=args.orders)

@@ -11,7 +11,10 @@ from maskdiff.library import arguments
 from maskdiff.likelihood import bounds, bracket, estimators, queries
 from maskdiff.objectives.table import OBJECTIVES
 
-FORMS = (*estimators.FORMS, 'left_to_right', 'multi_sample', 'two_sided')
+FORMS = (
+  *estimators.FORMS,
+  *('left_to_right', 'multi_sample', 'two_sided', 'windows'),
+)
 
 
 def log_likelihood(
@@ -48,7 +51,8 @@ def log_likelihood(
       never masked; default: empty.
     form: count or bernoulli, for the bound; left_to_right, for the chain rule;
       multi_sample, for the importance-weighted bound; two_sided, for this bound
-      and one from the other side.
+      and one from the other side; windows, for whole windows of a model
+      trained with sdlm.
     samples: masks per answer, for the bound.
     strata: masks that share a stratified draw; see estimators.Estimator.
     coupled: use each mask together with its complement.
@@ -83,6 +87,8 @@ def log_likelihood(
       raise UserError('weights: are for given masks; set masks too')
     if form == 'left_to_right':
       return bounds.left_to_right(network, c, rows)
+    if form == 'windows':
+      return bounds.whole_windows(network, c, rows)
     seeds = arguments.seeds_of(seed, size)
     arguments.check_whole(samples=samples, strata=strata, orders=orders)
     if form in ('multi_sample', 'two_sided'):

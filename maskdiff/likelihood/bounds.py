@@ -82,8 +82,11 @@ def bound(network, c, answers, estimator, seeds, progress=None):
     network, c, rows, queries_of, progress
   )
   if OBJECTIVES[network.objective].likelihood == 'exact':
-    exact = evaluate(lambda i: estimators.causal(rows[i].answer.sum()))
-    return Estimate(np.array(exact).reshape(-1), np.zeros(len(rows)))
+    return _exact(
+      evaluate(
+        lambda i: estimators.causal(rows[i].answer.sum(), network.window_length)
+      )
+    )
   values = evaluate(
     lambda i: estimators.draw_blocks(
       estimator,
@@ -127,7 +130,10 @@ def chain_rule(network, c, answers, orders=None, progress=None):
         'order only, left to right: leave out orders, and use the exact '
         'log-likelihood'
       )
-    return evaluate(lambda i: estimators.causal(sizes[i]))
+    values = evaluate(
+      lambda i: estimators.causal(sizes[i], network.window_length)
+    )
+    return [v.sum(keepdims=True) for v in values]
   if orders is None:
     orders = [np.arange(size)[None] for size in sizes]
   for i, (row_orders, size) in enumerate(zip(orders, sizes, strict=True)):
@@ -156,6 +162,35 @@ def left_to_right(network, c, answers, progress=None):
   """Returns the log-likelihood of decoding left to right, an exact Estimate."""
   values = chain_rule(network, c, answers, progress=progress)
   return Estimate(np.array(values).reshape(-1), np.zeros(len(values)))
+
+
+def whole_windows(network, c, answers, progress=None):
+  """Returns the log-likelihood of emitting whole windows, an exact Estimate.
+
+  The model emits the D tokens of a window independently of each other, whether
+  it is confident or not. The result is averaged over the offset of the first
+  window. It is the objective of SDLM (arXiv 2509.24007, eq. 3), and no bound on
+  the likelihood of decoding that commits fewer tokens.
+
+  Raises:
+    UserError: the network does not predict windows.
+  """
+  if not network.window_length:
+    raise UserError(
+      f'a network trained with objective {network.objective} predicts no '
+      'windows of tokens; only networks trained with sdlm have their likelihood'
+    )
+  rows = queries.rows_of(network, c, answers)
+  queries_of = lambda i: estimators.windows(
+    rows[i].answer.sum(), network.window_length
+  )
+  return _exact(queries.evaluate(network, c, rows, queries_of, progress))
+
+
+def _exact(values):
+  """Returns the Estimate of rows whose queries' values have these sums."""
+  sums = [v.sum() for v in values]
+  return Estimate(np.array(sums, np.float64), np.zeros(len(sums)))
 
 
 def multi_sample(network, c, answers, num_orders, seeds, progress=None):
@@ -239,16 +274,15 @@ def greedy_matches(network, c, answers, progress=None):
   network trained on blocks block by block.
   """
   rows = queries.rows_of(network, c, answers)
+  if OBJECTIVES[network.objective].left_to_right:
+    return _left_to_right_matches(network, c, rows, progress)
   targets = [row.tokens[row.answer] for row in rows]
-  causal = OBJECTIVES[network.objective].left_to_right
   sizes = [answer_blocks.sizes(network, row.answer) for row in rows]
   match = np.ones(len(rows), bool)
   for size, members in queries.by_length(rows).items():
     masked = {i: np.ones(len(targets[i]), bool) for i in members}
     while masked:
-      queried = [
-        (i, None, m & (not causal), m.copy()) for i, m in masked.items()
-      ]
+      queried = [(i, None, m.copy(), m.copy()) for i, m in masked.items()]
       predicted = queries.predict(network, c, rows, size, queried)
       for i, _, token, log_prob in predicted:
         confidence = np.where(masked[i], log_prob, -np.inf)
@@ -261,6 +295,30 @@ def greedy_matches(network, c, answers, progress=None):
           del masked[i]
           if progress:
             progress()
+  return match
+
+
+def _left_to_right_matches(network, c, rows, progress):
+  """Returns what `greedy_matches` does, for a left-to-right network."""
+  match = np.ones(len(rows), bool)
+  for size, members in queries.by_length(rows).items():
+    made = {
+      i: estimators.causal(rows[i].answer.sum(), network.window_length)
+      for i in members
+    }
+    queried = (
+      (i, k, masked, scored)
+      for i, (all_masked, all_scored, _) in made.items()
+      for k, (masked, scored) in enumerate(
+        zip(all_masked, all_scored, strict=True)
+      )
+    )
+    for i, k, token, _ in queries.predict(network, c, rows, size, queried):
+      scored = made[i].scored[k]
+      target = rows[i].tokens[rows[i].answer]
+      match[i] &= (token == target)[scored].all()
+      if progress and k == len(made[i].scored) - 1:
+        progress()
   return match
 
 

@@ -199,13 +199,42 @@ def chain(orders, sizes=None):
   return Queries(flat(ranks >= step), scored, np.ones(len(scored)))
 
 
-def causal(size):
-  """Returns the single query of a left-to-right network.
+def causal(size, window_length=0):
+  """Returns the queries of a left-to-right network.
 
-  It masks nothing, since the network does not see later tokens.
+  A network without windows needs a single query, which masks nothing, since the
+  network does not see later tokens. A network that predicts windows has D
+  queries, with windows at every D-th token, and the first token of each window
+  is scored. The sum of the values is the log-likelihood of decoding one token
+  per step.
 
   Args:
     size: A, tokens of the answer.
+    window_length: D, for a network that predicts windows; else 0.
   """
-  scored = np.ones((1, size), bool)
-  return Queries(~scored, scored, np.ones(1))
+  masked = _after_anchors(size, window_length or 1)
+  return Queries(masked, ~masked, np.ones(len(masked)))
+
+
+def windows(size, window_length):
+  """Returns queries of a model that always emits whole windows.
+
+  The model emits o tokens of its first window, and D of every other one. The
+  sum of the values is its log-likelihood, averaged over o = 1, ..., D.
+
+  Args:
+    size: A, tokens of the answer.
+    window_length: D.
+  """
+  masked = _after_anchors(size, window_length)
+  first, token = np.arange(len(masked))[:, None], np.arange(size)
+  # Of the D offsets, those whose first window has the token.
+  from_first = np.maximum(window_length - token, 1)
+  weight = np.where(first == 0, from_first, 1) / window_length
+  return Queries(masked, token >= first, weight)
+
+
+def _after_anchors(size, window_length):
+  """Returns [n, A] bool, False at the first tokens of windows of query n."""
+  first = np.arange(min(window_length, size))[:, None]
+  return (np.arange(size) - first) % window_length != 0

@@ -130,6 +130,11 @@ def rows_of(network, c, answers):
       raise UserError(
         f'row {i}: token ids must lie in [0, {network.config.vocab_size})'
       )
+    if network.window_length and network.bos_id < 0 and row.answer[0]:
+      raise UserError(
+        f'row {i} has no prompt, and the model has no bos token to predict the '
+        'first token from; give a prompt'
+      )
     if answer_blocks.has_unseen_text(network, row.answer):
       raise UserError(
         f'row {i}: text follows the answer, and a network trained with '

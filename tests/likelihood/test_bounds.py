@@ -487,6 +487,8 @@ def decoded():
       temperature=0.0,
       remasking='low_confidence',
     )
+    if network.window_length:  # one token per step
+      c |= dict(remasking='longest_prefix', threshold=1.0)
     request = layouts.continue_prompts(PROMPTS[:3], 6)
     out = sampled.generate(network, c, request)
     return out[request.fill].reshape(3, 6).tolist()
@@ -500,7 +502,10 @@ def test_greedy_check_accepts_only_the_sampled_text(
 ):
   block_length = 3 if OBJECTIVES[objective].by_blocks else 0
   network = dataclasses.replace(
-    network, objective=objective, block_length=block_length
+    network,
+    objective=objective,
+    block_length=block_length,
+    window_length=3 if OBJECTIVES[objective].windows else 0,
   )
   answers = decoded(network)
   wrong = [list(answer) for answer in answers]
