@@ -31,6 +31,7 @@ MODELS = {
   'illada': {'tie_embeddings': True},
   'sdar': {'head_dim': 8, 'block_length': 4},
   'fast_dllm': {'tie_embeddings': True, 'block_length': 8},
+  'sdlm': {'block_length': 4},
   'qwen2': {'tie_embeddings': True},
   'qwen3': {'head_dim': 8},
   'llama': {'head_dim': 6},

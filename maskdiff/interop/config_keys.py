@@ -14,6 +14,9 @@ its configuration class, so DEFAULTS has the defaults of each class. Sources:
                      Fast_dLLM_QwenConfig repeat (JetLM/SDAR-4B-Chat,
                      Efficient-Large-Model/Fast_dLLM_v2_7B). The mask id is an
                      argument of their samplers, as is SDAR's block length.
+    sdlm             the class of Qwen2, and sdlm_generator.py of
+                     OpenGVLab/SDLM, whose config.json must have the window
+                     length.
     illada           the mask id of its sampler (github.com/ML-GSAI/LLaDA).
                      No other default is known, so its config.json must have
                      every key.
@@ -73,6 +76,7 @@ DEFAULTS = {
   },
   'dream': {**_QWEN2, 'mask_token_id': 151666},
   'qwen2': _QWEN2,
+  'sdlm': {**_QWEN2, 'causal_attn': False},
   'qwen3': {**_QWEN2, 'head_dim': 128, 'attention_bias': False},
   'sdar': {
     **_QWEN2,
@@ -259,9 +263,10 @@ def check_token_ids(published, vocab_size, path):
     vocab_size: number of rows of the embedding.
     path: path of config.json, for error messages.
   """
-  for key in ('mask_token_id', 'bos_token_id', 'eos_token_id'):
+  masks = ('mask_token_id', 'text_mask_token_id')
+  for key in (*masks, 'bos_token_id', 'eos_token_id'):
     value = published.get(key)
-    is_list = isinstance(value, list) and key != 'mask_token_id'
+    is_list = isinstance(value, list) and key not in masks
     for i in value if is_list else [value]:
       if (i is not None or is_list) and (
         type(i) is not int or not 0 <= i < vocab_size

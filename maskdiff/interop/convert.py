@@ -41,6 +41,7 @@ from maskdiff.interop import (
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import masks, transformer
 from maskdiff.model.transformer import TransformerConfig
+from maskdiff.objectives.table import OBJECTIVES
 
 # Largest difference of a logit, relative to the largest logit. Rounding errors
 # of float32 over many layers stay below it.
@@ -147,9 +148,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
       config.data.length,
       stored,
       original,
-      reference.attention_block(
-        config.objective.name, config.objective.block_length, config.data.length
-      ),
+      _block_length(config),
     )
     if config.data.length_tokens:
       written[hf_config.LENGTH_TOKENS] = config.data.length_tokens
@@ -211,6 +210,8 @@ def choose_family(config, original, name):
     reason = families.misfit(family, model)
     if reason is None and family.objective != config.objective.name:
       reason = f'config.objective.name={config.objective.name!r}'
+    if reason is None and config.objective.window_attention == 'causal':
+      reason = "config.objective.window_attention='causal'"
     if reason is None and config.objective.clean_attention == 'causal':
       # Published networks see whole blocks in the blocks before.
       reason = "config.objective.clean_attention='causal'"
@@ -225,6 +226,14 @@ def choose_family(config, original, name):
     + '; set --family to write the weights as an architecture with another '
     'objective'
   )
+
+
+def _block_length(config):
+  """Returns the block length, or window length, for a config.json."""
+  o = config.objective
+  if OBJECTIVES[o.name].windows:
+    return o.window_length
+  return reference.attention_block(o.name, o.block_length, config.data.length)
 
 
 def check(folder, workdir=None, ema=False):
@@ -309,9 +318,10 @@ def _check_same_model(published, config, workdir):
   if published.family.objective == config.objective.name and (
     block_length := published.model['block_length']
   ):
-    values['objective.block_length'] = (
+    key = 'window' if OBJECTIVES[config.objective.name].windows else 'block'
+    values[f'objective.{key}_length'] = (
       block_length,
-      config.objective.block_length,
+      config.objective[f'{key}_length'],
     )
   for key, (expected, found) in values.items():
     if found != expected:

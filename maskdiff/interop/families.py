@@ -199,8 +199,12 @@ class Family:
     qkv_bias: value of config.model.qkv_bias.
     qk_norm: value of config.model.qk_norm.
     predict_next: value of config.model.predict_next.
-    block_key: key of the block length of block diffusion; '' if config.json
-      has none.
+    block_key: key of the block length of block diffusion, or of the window
+      length of SDLM; '' if config.json has none.
+    marker: key of config.json that tells the family from another one with the
+      same architecture; '' without one.
+    mask_key: key of the id of the mask token.
+    has_bos: whether a document of the training begins with bos.
     has_head_dim: whether config.json may have `head_dim`.
     head_dim: head size if config.json has none; 0: embed / heads.
     scales_rope: whether config.json may have `rope_scaling`.
@@ -221,6 +225,9 @@ class Family:
   qk_norm: bool = False
   predict_next: bool = False
   block_key: str = ''
+  marker: str = ''
+  mask_key: str = 'mask_token_id'
+  has_bos: bool = True
   has_head_dim: bool = False
   head_dim: int = 0
   scales_rope: bool = True
@@ -346,6 +353,32 @@ FAMILIES = (
     predict_next=True,
     block_key='bd_size',
   ),
+  # Qwen2 whose config.json has the window length (OpenGVLab/SDLM-3B-D4).
+  Family(
+    name='sdlm',
+    model_type='qwen2',
+    architectures=('Qwen2ForCausalLM',),
+    keys=_LLAMA_KEYS,
+    required={**_QWEN_REQUIRED, 'causal_attn': (False,)},
+    names=_LLAMA_NAMES,
+    template={
+      **_QWEN_TEMPLATE,
+      'auto_map': {
+        'AutoConfig': 'configuration_qwen2.Qwen2Config',
+        'AutoModel': 'modeling_qwen2.Qwen2Model',
+        'AutoModelForCausalLM': 'modeling_qwen2.Qwen2ForCausalLM',
+      },
+      'causal_attn': False,
+    },
+    end_of_turn='<|im_end|>',
+    ignored=(*_QWEN_IGNORED, 'attention_bias'),
+    objective='sdlm',
+    qkv_bias=True,
+    block_key='block_size',
+    marker='block_size',
+    mask_key='text_mask_token_id',
+    has_bos=False,
+  ),
   Family(
     name='qwen2',
     model_type='qwen2',
@@ -451,6 +484,8 @@ def detect(published, path):
       'names'
     )
   for family in FAMILIES:
+    if family.marker and family.marker not in published:
+      continue
     if set(names) & set(family.architectures) or (
       not names and published.get('model_type') == family.model_type
     ):
@@ -677,7 +712,7 @@ def published_config(
     dtype: name of the weights' dtype.
     original: contents of the config.json of the folder that the model was
       converted from, or None. Entries that still describe the model are kept.
-    block_length: tokens of a block, for a family with a block_key.
+    block_length: tokens of a block or window, for a family with a block_key.
   """
   known = None
   if original is not None:
@@ -698,12 +733,14 @@ def published_config(
     base |= {
       'architectures': [family.architectures[0]],
       'model_type': family.model_type,
-      'bos_token_id': tokens['bos_id'],
+      'bos_token_id': (
+        tokens['bos_id'] if tokens['bos_id'] >= 0 else tokens['eos_id']
+      ),
       'eos_token_id': tokens['eos_id'],
       'pad_token_id': tokens['eos_id'],
     }
     if family.has_mask_token:
-      base['mask_token_id'] = tokens['mask_id']
+      base[family.mask_key] = tokens['mask_id']
   base |= {family.keys[f]: fields[f] for f in family.keys if f in changed}
   if family.block_key and 'block_length' in changed:
     base[family.block_key] = block_length

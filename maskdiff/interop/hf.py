@@ -72,6 +72,8 @@ def open_folder(folder):
   mask = config_keys.DEFAULTS[family.name].get('mask_token_id')
   if mask is not None and mask < model['vocab_size']:
     config = {'mask_token_id': mask, **config}
+  if family.mask_key in config:
+    config = {**config, 'mask_token_id': config[family.mask_key]}
   folder_lib.check_links(folder, _small_files(folder))
   tensors = safetensors.read_folder(folder)
   opened = Published(folder, family, config, model, tensors, {}, [])

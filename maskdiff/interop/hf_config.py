@@ -6,6 +6,7 @@ from maskdiff import config as config_lib
 from maskdiff.config import data
 from maskdiff.errors import UserError, inline
 from maskdiff.interop import families, hf_tokenizer, mask_token
+from maskdiff.objectives.table import OBJECTIVES
 
 LENGTH_TOKENS = 'length_tokens'  # our key in config.json, [[length, id], ...]
 _IDS = ('mask_id', 'bos_id', 'eos_id')
@@ -67,6 +68,8 @@ def weights_config(published):
     eos_id=eos,
     bos_id=hf_tokenizer.token_id(published.config, 'bos_token_id', eos),
   )
+  if not published.family.has_bos:
+    c.tokens.bos_id = -1
   return c
 
 
@@ -78,11 +81,15 @@ def set_objective(c, published):
     published: Published.
   """
   c.objective.name = published.family.objective
-  if published.model['block_length']:
-    c.objective.block_length = published.model['block_length']
+  length = published.model['block_length']
+  if OBJECTIVES[c.objective.name].windows:
+    c.objective.window_length = length
+    c.sample.remasking = 'longest_prefix'
+  elif length:
+    c.objective.block_length = length
 
 
-def start(c, published, left_to_right=False):
+def start(c, published, unmasked=False):
   """Fills a config for a run that starts from the network of a folder.
 
   Sets the model, the token ids, the tokenizer and the objective. Llama and Qwen
@@ -92,19 +99,20 @@ def start(c, published, left_to_right=False):
   Args:
     c: ConfigDict, changed in place.
     published: Published.
-    left_to_right: keep an autoregressive network autoregressive.
+    unmasked: keep an autoregressive network autoregressive, without a mask
+      token.
 
   Raises:
     UserError: the folder has no tokenizer.
   """
   family = published.family
-  tokenizer = hf_tokenizer.open_tokenizer(published, may_grow=not left_to_right)
+  tokenizer = hf_tokenizer.open_tokenizer(published, may_grow=not unmasked)
   if tokenizer is None:
     raise UserError(f'{inline(published.folder)} has no tokenizer')
   fill(c, published, tokenizer)
   if family.has_mask_token:
     set_objective(c, published)
-  elif left_to_right:
+  elif unmasked:
     c.objective.name = family.objective
   else:
     c.model.vocab_size = mask_token.grown_rows(
@@ -123,6 +131,8 @@ def fill(c, published, tokenizer):
   """
   _fill_model(c, published)
   c.tokens.update({name: getattr(tokenizer, name) for name in _IDS})
+  if not published.family.has_bos:
+    c.tokens.bos_id = -1
   c.data.tokenizer = tokenizer.path
   c.sample.eot_id = _end_of_turn(published, tokenizer)
 

@@ -156,8 +156,8 @@ def network(config, params):
   Raises:
     UserError: the network needs a mask token, and the config has no id for it.
   """
-  order = OBJECTIVES[config.objective.name].order
-  if config.tokens.mask_id < 0 and order != 'left_to_right':
+  objective = OBJECTIVES[config.objective.name]
+  if config.tokens.mask_id < 0 and objective.has_mask_token:
     raise UserError(
       'the id of the mask token is not known: add mask_token_id to '
       'config.json, or the tokenizer to the folder'
@@ -174,9 +174,11 @@ def network(config, params):
     bos_id=config.tokens.bos_id,
     eos_id=config.tokens.eos_id,
     context=config.data.length,
-    block_length=config.objective.block_length if order == 'blocks' else 0,
+    block_length=config.objective.block_length * objective.by_blocks,
     clean_attention=config.objective.clean_attention,
     length_ids=tuple(i for _, i in config.data.length_tokens),
+    window_length=config.objective.window_length * objective.windows,
+    window_attention=config.objective.window_attention,
   )
 
 
@@ -201,6 +203,7 @@ def warm_start(config, mesh):
   path = str(local_path(config.init_from))
   dtype = config.lora.base_dtype if config.lora.rank else 'float32'
   stored, params = load_params(path, mesh, dtype, config.init_from_ema)
+  _check_window(path, stored, config)
   size, mask = config.model.vocab_size, config.tokens.mask_id
   adds = _adds_mask_token(path, stored, config)
   grows = (
@@ -236,6 +239,21 @@ def warm_start(config, mesh):
   return params
 
 
+def _check_window(path, stored, config):
+  """Raises UserError if a model was trained on windows of another length."""
+  found, given = stored.objective, config.objective
+  windows = lambda o: OBJECTIVES[o.name].windows
+  if not (windows(found) and windows(given)):
+    return
+  if found.window_length != given.window_length:
+    raise UserError(
+      f'--config.init_from={path} was trained with config.objective.'
+      f'window_length={found.window_length}, not {given.window_length}; set '
+      f'--config.objective.window_length={found.window_length}, or start from '
+      'an autoregressive model'
+    )
+
+
 def _adds_mask_token(path, stored, config):
   """Returns whether a warm start adds a mask token to the network.
 
@@ -249,7 +267,7 @@ def _adds_mask_token(path, stored, config):
     config: ConfigDict of the new run.
   """
   before, now = (OBJECTIVES[c.objective.name] for c in (stored, config))
-  if now.left_to_right or not before.left_to_right:
+  if not now.has_mask_token or before.has_mask_token:
     return False
   named = set()
   if hf_tokenizer.has_tokenizer(path):

@@ -91,8 +91,8 @@ def is_added(config, tokenizer):
     config: ConfigDict of the run.
     tokenizer: data.tokenizer.Tokenizer.
   """
-  left_to_right = OBJECTIVES[config.objective.name].left_to_right
-  return not left_to_right and tokenizer.mask_id is None
+  has_mask_token = OBJECTIVES[config.objective.name].has_mask_token
+  return has_mask_token and tokenizer.mask_id is None
 
 
 def extend_tokenizer(folder, tokenizer, config):

@@ -12,6 +12,7 @@ import os
 
 from maskdiff import config as config_lib
 from maskdiff.config import config_file
+from maskdiff.config.sample import PREFIX_RULES
 from maskdiff.data import pipeline, records
 from maskdiff.errors import UserError, no_checkpoint
 from maskdiff.files.paths import local_path
@@ -39,6 +40,8 @@ _OBJECTIVE_KEYS = (
   'objective.block_length',
   'objective.clean_attention',
   'objective.predict_mask',
+  'objective.window_length',
+  'objective.window_attention',
   'sample.eot_id',
 )
 EXACT_MATCH_PANEL = stage_file.Curve(
@@ -153,9 +156,9 @@ def complete(config, given=()):
   are the tokens of lengths, unless the rows have their own. Its
   objective is kept unless the config or a flag names another one. An
   autoregressive Hugging Face folder becomes a masked diffusion model, unless
-  the objective is autoregressive. `data.length` becomes that of the rows. With
-  `train.epochs`, the rows determine `train.steps`, warmup is at most a tenth of
-  them, and the learning rate decays in the last tenth.
+  the objective is autoregressive or sdlm. `data.length` becomes that of the
+  rows. With `train.epochs`, the rows determine `train.steps`, warmup is at most
+  a tenth of them, and the learning rate decays in the last tenth.
 
   Args:
     config: ConfigDict of --config with its flags.
@@ -189,6 +192,8 @@ def _model_values(config, given):
   # The outputs of the network keep their meaning.
   of_source = OBJECTIVES[source.objective.name]
   of_run = OBJECTIVES[objective or source.objective.name]
+  if of_run.windows and not kept('sample.remasking'):
+    values['sample.remasking'] = PREFIX_RULES[0]
   values['model.predict_next'] = not of_run.left_to_right and (
     source.model.predict_next or of_source.left_to_right
   )
@@ -210,8 +215,8 @@ def model_config(path, objective=None):
   if families.is_published(folder):
     config = config_lib.default()
     published = hf.open_folder(folder)
-    left_to_right = objective and OBJECTIVES[objective].left_to_right
-    hf_config.start(config, published, bool(left_to_right))
+    unmasked = objective and not OBJECTIVES[objective].has_mask_token
+    hf_config.start(config, published, bool(unmasked))
     # Published losses do not exclude the mask token.
     config.objective.predict_mask = published.family.has_mask_token
     return config

@@ -145,6 +145,34 @@ def test_blocks_of_sdar_are_those_of_its_config(tmp_path):
     convert.check(folder, tmp_path / 'run')
 
 
+def test_windows_of_sdlm_are_those_of_its_config(tmp_path):
+  folder = published_folders.make(tmp_path / 'in', 'sdlm')
+  convert.from_hf(folder, tmp_path / 'run')
+  config, params = load.load_params(tmp_path / 'run', mesh_lib.make_mesh())
+  network = load.network(config, params)
+  assert (network.objective, network.window_length) == ('sdlm', 4)
+  assert (network.mask_id, network.bos_id) == (258, -1)
+  # Training on windows of another length does not start from the network.
+  other = config.copy_and_resolve_references()
+  other.init_from = str(tmp_path / 'run')
+  other.objective.window_length = 8
+  with pytest.raises(UserError, match='window_length=4, not 8; set --config'):
+    load.warm_start(other, mesh_lib.make_mesh())
+  changed = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(changed | {'block_size': 8}))
+  with pytest.raises(UserError, match='window_length=4, but .* has 8'):
+    convert.check(folder, tmp_path / 'run')
+  (folder / 'config.json').write_text(
+    json.dumps(changed | {'causal_attn': True})
+  )
+  with pytest.raises(UserError, match='causal_attn=True is not supported'):
+    convert.check(folder)
+  # Without the window length, the folder is Qwen2.
+  del changed['block_size']
+  (folder / 'config.json').write_text(json.dumps(changed))
+  assert hf.open_folder(folder).family.name == 'qwen2'
+
+
 def test_bfloat16_round_trip_through_float32_is_exact(tmp_path):
   folder = published_folders.make(tmp_path / 'in', 'qwen2', 'bfloat16')
   convert.from_hf(folder, tmp_path / 'run', dtype='float32')

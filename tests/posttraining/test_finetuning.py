@@ -165,6 +165,8 @@ def test_recipe_is_that_of_llada():
     ('qwen2', None, ('masked_diffusion', True, 272)),
     ('qwen2', 'block_diffusion', ('block_diffusion', True, 272)),
     ('qwen2', 'autoregressive', ('autoregressive', False, 272)),
+    ('qwen2', 'sdlm', ('sdlm', False, 272)),
+    ('sdlm', None, ('sdlm', False, 272)),
     ('dream', 'autoregressive', ('autoregressive', False, 272)),
   ],
 )
@@ -186,6 +188,11 @@ def test_published_models_keep_their_outputs(
   assert pathlib.Path(c.data.tokenizer).parent == folder
   if case == 'sdar':
     assert c.objective.block_length == 4
+  if 'sdlm' in (case, objective):
+    assert c.sample.remasking == 'longest_prefix'
+    assert c.tokens.bos_id == (-1 if case == 'sdlm' else 256)
+  if case == 'sdlm':
+    assert c.objective.window_length == 4 and c.tokens.mask_id == 258
   config_lib.validate(c)
 
 
@@ -216,7 +223,8 @@ def test_rows_without_answers_are_refused(model, corpus, tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'objective', ['masked_diffusion', 'block_diffusion', 'autoregressive']
+  'objective',
+  ['masked_diffusion', 'block_diffusion', 'autoregressive', 'sdlm'],
 )
 def test_run_lowers_the_bound_of_the_answers(model, rows, tmp_path, objective):
   """The answers repeat the prompts, so few steps suffice."""
