@@ -150,7 +150,7 @@ def test_confidences():
     np.testing.assert_allclose(found, GOLDEN[f'conf.{published}'], atol=1e-6)
 
 
-@pytest.mark.parametrize('size', map(int, named(r'tree\.D(.*)\.allowed')))
+@pytest.mark.parametrize('size', [*map(int, named(r'tree\.D(.*)\.allowed'))])
 def test_tree_of_published_code_sees_the_same_tokens(size):
   """Published branches have copies of the draft; here they share one.
 
