@@ -7,8 +7,7 @@ python launch/finetune.py --config configs/sft_8b.py --workdir DIR \
 recipe is that of configs/sft.py, on rows of 4096 tokens; adapters have the
 learning rate 2e-4. configs/sft_8b.py:MACHINE sets what is trained, and
 microbatches and remat for a machine, by default adapters on 8 chips of v5e.
-docs/fine_tuning.md has the memory of the state. Check a machine with
-launch/plan.py before you rent it: the entries were not compiled.
+docs/fine_tuning.md has the plans. All weights do not fit 8 chips of v5e.
 """
 
 import os
@@ -17,11 +16,12 @@ import runpy
 from maskdiff.config import choose
 
 MACHINES = {
-  'v5e-8-lora': dict(rank=32, microbatches=32, remat='full'),
-  'v6e-8-lora': dict(rank=32, microbatches=16, remat='full'),
-  'v5p-8-lora': dict(rank=32, microbatches=16, remat='full'),
+  'v5e-8-lora': dict(rank=32, microbatches=32, remat='attended'),
+  'v6e-8-lora': dict(rank=32, microbatches=16, remat='attended'),
+  'v6e-4-lora': dict(rank=32, microbatches=32, remat='attended'),
+  'v5p-8-lora': dict(rank=32, microbatches=16, remat='minimal'),
   'v6e-8': dict(rank=0, microbatches=32, remat='full'),
-  'v5p-8': dict(rank=0, microbatches=32, remat='full'),
+  'v5p-8': dict(rank=0, microbatches=16, remat='minimal'),
 }
 
 
@@ -41,6 +41,7 @@ def get_config(machine='v5e-8-lora'):
   c.train.microbatches = plan['microbatches']
   c.eval.batch = 16
   c.eval.batches = 16
+  c.checkpoint.every_steps = 50  # less than an hour
   c.lora.rank = plan['rank']
   c.lora.base_dtype = 'bfloat16'
   if c.lora.rank:

@@ -72,7 +72,9 @@ RULES = {
   'few pieces': Rule(
     r'tokenizer/train\.py .*--vocab_size \d{4,}', '--vocab_size=320'
   ),
-  'few puzzles': Rule(r'launch/puzzles\.py .*--num \d{4,}', '--num=400'),
+  'few puzzles': Rule(
+    r'launch/(puzzles|instructions)\.py .*--num \d{4,}', '--num=400'
+  ),
   'few lines': Rule(r'launch/evaluate\.py', '--num=2 --samples=4 --strata=2'),
   # The page sends three requests.
   'three requests': Rule(r'launch/serve\.py', '--max_requests=3'),

@@ -13,7 +13,7 @@ import pytest
 from maskdiff.errors import UserError
 from maskdiff.interop import hf, hf_config, safetensors
 
-ROUNDS = (150, pytest.param(2000, marks=pytest.mark.slow))
+ROUNDS = (150, pytest.param(1000, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope='module')

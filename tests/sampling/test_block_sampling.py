@@ -119,13 +119,11 @@ def test_each_step_predicts_as_the_training_does():
   'name, option, predicted',
   [
     ('prompts', 'threshold', 'own'),
+    SLOW('prompts', 'token by token', 'own'),
+    SLOW('prompts', 'first_hitting', 'own'),
     SLOW('gaps', 'sub-blocks', 'own'),
-    *(SLOW('prompts', x, 'own') for x in OPTIONS if x != 'threshold'),
-    *(
-      SLOW('gaps', x, 'next' if x == 'threshold' else 'own')
-      for x in OPTIONS
-      if x != 'sub-blocks'
-    ),
+    SLOW('gaps', 'greedy', 'own'),
+    SLOW('gaps', 'threshold', 'next'),
   ],
 )
 def test_cache_changes_no_token(name, option, predicted):
