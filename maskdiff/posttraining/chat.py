@@ -78,12 +78,7 @@ def load(name: str, arguments: str = '{}') -> Template:
     UserError: there is no such template, it is not in the language of Jinja, or
       the arguments are not a JSON object.
   """
-  values = reading.parse_json(arguments, 'the template arguments')
-  if not isinstance(values, dict):
-    raise UserError(
-      f'the template arguments {arguments!r:.60} are not a JSON object: write '
-      '{"enable_thinking": false}, for example'
-    )
+  values = _parse_arguments(arguments)
   path = pathlib.Path(name).expanduser()
   if name in TEMPLATES:
     source = TEMPLATES[name]
@@ -97,9 +92,40 @@ def load(name: str, arguments: str = '{}') -> Template:
       f'one of {", ".join(TEMPLATES)}{suggestion(name, TEMPLATES)}'
     )
   template = Template(name, source, json.dumps(values, sort_keys=True))
-  with sandbox.errors(name):
+  # Jinja computes constant expressions when it compiles.
+  with sandbox.errors(name), sandbox.time_limit(MAX_SECONDS):
     sandbox.compiled(source)
   return template
+
+
+def with_defaults(template: Template, arguments: str) -> Template:
+  """Returns a template whose variables have values unless a caller sets them.
+
+  Its source begins with a line that sets them. For the template of a run, whose
+  rows were rendered with these values.
+
+  Args:
+    template: Template.
+    arguments: see `Template`.
+
+  Raises:
+    UserError: the arguments are not a JSON object, or a name or a value cannot
+      be written in the language of Jinja.
+  """
+  values = _parse_arguments(arguments)
+  lines = [
+    f'{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}'
+    '{% endif %}'
+    for name, value in values.items()
+    if name.isidentifier()  # no template has another variable
+  ]
+  if not lines:
+    return template
+  # A template does not write the newline after a block.
+  source = ''.join(lines) + '\n' + template.source
+  with sandbox.errors(template.name), sandbox.time_limit(MAX_SECONDS):
+    sandbox.compiled(source)
+  return dataclasses.replace(template, source=source)
 
 
 def of_folder(path: str | os.PathLike) -> Template | None:
@@ -185,6 +211,28 @@ def unused_characters(texts: Sequence[str], count: int) -> list[str]:
       'a conversation uses almost every private character of Unicode: remove it'
     )
   return found
+
+
+def _parse_arguments(arguments: str) -> dict:
+  values = arguments
+  if isinstance(arguments, str):
+    values = reading.parse_json(arguments, 'the template arguments')
+  if not isinstance(values, dict) or values is arguments:
+    raise UserError(
+      f'the template arguments {arguments!r:.60} are not a JSON object: write '
+      '{"enable_thinking": false}, for example'
+    )
+  return values
+
+
+def _literal(value) -> str:
+  """Returns a JSON value in the language of Jinja."""
+  if isinstance(value, dict):
+    items = (f'{_literal(k)}: {_literal(v)}' for k, v in value.items())
+    return '{' + ', '.join(items) + '}'
+  if isinstance(value, list):
+    return '[' + ', '.join(map(_literal, value)) + ']'
+  return 'none' if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _of_folder(path: pathlib.Path) -> str:

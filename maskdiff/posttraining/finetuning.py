@@ -90,7 +90,7 @@ def _chat_files(config, tokenizer):
     return {}
   settings = records.read_manifest(folder).settings
   arguments = settings.get('chat_arguments', template.arguments)
-  template = dataclasses.replace(template, arguments=arguments)
+  template = chat.with_defaults(template, arguments)
   ids = {
     'bos_token_id': tokenizer.bos_id,
     'eos_token_id': chat_tokens.end_ids(

@@ -1,6 +1,7 @@
 """Chat templates render as those of transformers, and cannot do harm."""
 
 import concurrent.futures
+import dataclasses
 import json
 import pathlib
 
@@ -157,6 +158,31 @@ ENDLESS = '{% for i in range(99999) %}' * 3 + '{% endfor %}' * 3
 def test_template_that_does_not_end_is_stopped():
   with pytest.raises(UserError, match='does not end'):
     text(own(ENDLESS), seconds=0.1)
+
+
+def test_template_whose_compilation_does_not_end_is_stopped(
+  tmp_path, monkeypatch
+):
+  """Jinja computes constants when it compiles, for example of a folder."""
+  monkeypatch.setattr(chat, 'MAX_SECONDS', 0.1)
+  (tmp_path / chat.FILE).write_text('{{ 9 ** (9 ** 9) }}')
+  with pytest.raises(UserError, match='does not end'):
+    chat.of_folder(tmp_path)
+
+
+def test_template_keeps_the_arguments_of_its_rows_as_defaults():
+  source = '\n  {% macro m() %}{{ x }}{% endmacro %}{{ m() }}{{ y }}{{ z.a }}'
+  values = {'x': 'é"%}\n', 'y': None, 'z': {'a': [True, 1.5]}, 'not-a-name': 1}
+  arguments = json.dumps(values)
+  found = chat.with_defaults(own(source), arguments)
+  expected = text(chat.Template('own', source, arguments))
+  assert text(found) == expected == '\né"%}\nNone[True, 1.5]'
+  other = dataclasses.replace(found, arguments='{"x": 1}')
+  assert text(other) == '\n1None[True, 1.5]'
+  assert chat.with_defaults(own(source), '{}') == own(source)
+  for damaged in (3, '[]', '{'):
+    with pytest.raises(UserError, match='template arguments'):
+      chat.with_defaults(own(source), damaged)
 
 
 def test_template_in_another_thread_is_stopped_too():

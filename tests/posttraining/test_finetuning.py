@@ -105,6 +105,22 @@ def test_run_has_the_template_and_the_end_tokens_of_its_rows(
   assert json.loads((export / 'generation_config.json').read_text()) == found
 
 
+def test_template_of_a_run_has_the_arguments_of_its_rows(
+  rows, tokenizer, tmp_path
+):
+  named = tmp_path / 'named'
+  shutil.copytree(rows, named)
+  (named / 'chat_template.jinja').write_text('{{ thinks }}')
+  manifest = json.loads((named / 'manifest.json').read_text())
+  manifest['settings']['chat_arguments'] = '{"thinks": false}'
+  (named / 'manifest.json').write_text(json.dumps(manifest))
+  config = types.SimpleNamespace(data=types.SimpleNamespace(path=str(named)))
+  files = finetuning._chat_files(config, tokenizer)
+  template = chat.Template('run', files['chat_template.jinja'].decode())
+  rendered = chat.render(template, [], generation_prompt=True, special={})
+  assert rendered.text == 'False'
+
+
 def test_lengths_are_those_of_the_rows_or_of_the_model(
   model, rows, tokenizer, tmp_path
 ):
