@@ -35,7 +35,7 @@ flags.DEFINE_enum(
   ['given', 'predicted'],
   'Length of an answer: --gen_length, or predicted by the model. Default: '
   'predicted, if the model was trained to (launch/prepare.py '
-  '--length_buckets) and --gen_length is not set.',
+  '--length_buckets) and neither --gen_length nor --open_length is set.',
 )
 
 
@@ -68,7 +68,10 @@ def chat(args):
       f'{args.workdir} has no chat template: choose one with --chat_template'
     )
   predicts = lengths.chosen(
-    args.length, model.config.data.length_tokens, args.gen_length
+    args.length,
+    model.config.data.length_tokens,
+    args.gen_length,
+    args.open_length,
   )
   model = dataclasses.replace(model, predict_length=predicts)
   conversation = Conversation(args.system, args.seed)

@@ -82,6 +82,11 @@ def serve(args):
   if args.lengths:
     lengths = _parse_lengths(args.lengths, model.length)
   model = dataclasses.replace(model, length=lengths[-1])
+  if model.config.data.length_tokens:
+    runtime.print_once(
+      'note: the model was trained to predict the lengths of answers, which '
+      'launch/serve.py does not do; launch/chat.py does'
+    )
   shown = ' and '.join(map(str, lengths))
   runtime.print_once(f'compiling for rows of {shown} tokens')
   engine = Engine(network, model.c, args.batch, lengths, mesh, args.max_waiting)

@@ -150,8 +150,10 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
       original,
       _block_length(config),
     )
-    if config.data.length_tokens:
-      written[hf_config.LENGTH_TOKENS] = config.data.length_tokens
+    for key, value in hf_config.own_keys(config, chosen).items():
+      written.pop(key, None)  # of the source folder
+      if value is not None:
+        written[key] = value
     with new_folder.new_folder(folder) as new:
       tokenizer = None
       if hf_tokenizer.has_tokenizer(workdir):
@@ -196,7 +198,7 @@ def choose_family(config, original, name):
   Raises:
     UserError: the model does not fit the named family, or any family.
   """
-  model = config.model
+  model, o = config.model, config.objective
   if name is not None:
     family = families.BY_NAME[name]
     if reason := families.misfit(family, model):
@@ -208,11 +210,12 @@ def choose_family(config, original, name):
   reasons = {}
   for family in ordered:
     reason = families.misfit(family, model)
-    if reason is None and family.objective != config.objective.name:
-      reason = f'config.objective.name={config.objective.name!r}'
-    if reason is None and config.objective.window_attention == 'causal':
+    if reason is None and family.objective != o.name:
+      reason = f'config.objective.name={o.name!r}'
+    windows = OBJECTIVES[family.objective].windows
+    if reason is None and windows and o.window_attention == 'causal':
       reason = "config.objective.window_attention='causal'"
-    if reason is None and config.objective.clean_attention == 'causal':
+    if reason is None and o.clean_attention == 'causal':
       # Published networks see whole blocks in the blocks before.
       reason = "config.objective.clean_attention='causal'"
     if reason is None and family.predict_next != model.predict_next:

@@ -9,6 +9,8 @@ from maskdiff.interop import families, hf_tokenizer, mask_token
 from maskdiff.objectives.table import OBJECTIVES
 
 LENGTH_TOKENS = 'length_tokens'  # our key in config.json, [[length, id], ...]
+# Our key in config.json: documents begin with bos, unlike those of the family.
+BEGINS_WITH_BOS = 'begins_with_bos'
 _IDS = ('mask_id', 'bos_id', 'eos_id')
 
 
@@ -68,7 +70,7 @@ def weights_config(published):
     eos_id=eos,
     bos_id=hf_tokenizer.token_id(published.config, 'bos_token_id', eos),
   )
-  if not published.family.has_bos:
+  if not _begins_with_bos(published):
     c.tokens.bos_id = -1
   return c
 
@@ -131,10 +133,34 @@ def fill(c, published, tokenizer):
   """
   _fill_model(c, published)
   c.tokens.update({name: getattr(tokenizer, name) for name in _IDS})
-  if not published.family.has_bos:
+  if not _begins_with_bos(published):
     c.tokens.bos_id = -1
   c.data.tokenizer = tokenizer.path
   c.sample.eot_id = _end_of_turn(published, tokenizer)
+
+
+def own_keys(config, family):
+  """Returns our keys of a config.json, with None for those it does not need.
+
+  Args:
+    config: ConfigDict of the run.
+    family: families.Family that its model is written as.
+  """
+  has_bos = config.tokens.bos_id >= 0
+  return {
+    LENGTH_TOKENS: config.data.length_tokens or None,
+    BEGINS_WITH_BOS: True if has_bos and not family.has_bos else None,
+  }
+
+
+def _begins_with_bos(published):
+  found = published.config.get(BEGINS_WITH_BOS, published.family.has_bos)
+  if not isinstance(found, bool):
+    raise UserError(
+      f'{inline(os.path.join(published.folder, families.CONFIG))} has '
+      f'{BEGINS_WITH_BOS}={found!r:.60}: must be true or false'
+    )
+  return found
 
 
 def _fill_model(c, published):

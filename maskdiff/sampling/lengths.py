@@ -49,7 +49,7 @@ def check(length_tokens, gen_length=None):
     )
 
 
-def chosen(choice, length_tokens, gen_length):
+def chosen(choice, length_tokens, gen_length, open_length=False):
   """Returns whether a chat predicts lengths.
 
   Args:
@@ -57,13 +57,16 @@ def chosen(choice, length_tokens, gen_length):
       to and the user gives no length.
     length_tokens: see `check`.
     gen_length: see `check`.
+    open_length: whether answers end where the network predicts eos.
 
   Raises:
     UserError: lengths cannot be predicted, but are to be.
   """
   if choice == 'predicted':
     check(length_tokens, gen_length)
-  default = bool(length_tokens) and gen_length is None
+    if open_length:
+      raise UserError('--length=predicted does not go with --open_length')
+  default = bool(length_tokens) and gen_length is None and not open_length
   return default if choice is None else choice == 'predicted'
 
 

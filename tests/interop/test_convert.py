@@ -167,6 +167,17 @@ def test_windows_of_sdlm_are_those_of_its_config(tmp_path):
   )
   with pytest.raises(UserError, match='causal_attn=True is not supported'):
     convert.check(folder)
+  # Our runs begin documents with bos, and their exports say so.
+  changed['begins_with_bos'] = 1
+  (folder / 'config.json').write_text(json.dumps(changed))
+  with pytest.raises(UserError, match='begins_with_bos=1: must be true'):
+    load.load_params(folder, mesh_lib.make_mesh())
+  changed['begins_with_bos'] = True
+  (folder / 'config.json').write_text(json.dumps(changed))
+  convert.from_hf(folder, tmp_path / 'with_bos')
+  convert.to_hf(tmp_path / 'with_bos', tmp_path / 'out')
+  config, _ = load.load_params(tmp_path / 'out', mesh_lib.make_mesh())
+  assert config.tokens.bos_id >= 0
   # Without the window length, the folder is Qwen2.
   del changed['block_size']
   (folder / 'config.json').write_text(json.dumps(changed))

@@ -164,3 +164,6 @@ def test_chat_predicts_unless_a_length_is_given():
   assert not lengths.chosen('given', NAMED, None)
   with pytest.raises(UserError, match='give only one of the two'):
     lengths.chosen('predicted', NAMED, 8)
+  assert not lengths.chosen(None, NAMED, None, open_length=True)
+  with pytest.raises(UserError, match='open_length'):
+    lengths.chosen('predicted', NAMED, None, open_length=True)
