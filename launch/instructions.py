@@ -18,6 +18,7 @@ import sys
 from absl import flags
 
 from maskdiff import config
+from maskdiff.errors import UserError
 from maskdiff.evals import instructions, reasoning_tasks
 from maskdiff.files import outputs
 
@@ -41,6 +42,8 @@ flags.mark_flags_as_required(['out'])
 
 
 def main(args):
+  if args.tasks and args.reasoning_gym:
+    raise UserError('give one of --tasks and --reasoning_gym')
   outputs.check('out', args.out)
   if args.reasoning_gym:
     lines = reasoning_tasks.questions(

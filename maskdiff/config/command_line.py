@@ -88,6 +88,8 @@ def _parse(argv):
     if 'config' in flags.FLAGS:
       # Reading the flag raises its errors; ml_collections defers them.
       check_keys(flags.FLAGS.config)
+      given = flags.FLAGS['config'].override_values
+      sample.fit_rule(flags.FLAGS.config, given)
   except UserError:
     raise
   except Exception as e:

@@ -155,6 +155,23 @@ def block_length(c):
 PREFIX_RULES = ('longest_prefix', 'cumulative_prefix', 'speculative')
 
 
+def fit_rule(c, given=()):
+  """Sets the remasking rule of a network that predicts windows.
+
+  Args:
+    c: ConfigDict, changed in place if its rule is the default and its objective
+      is sdlm, which the default does not fit.
+    given: dotted keys that flags have set; they keep their values.
+  """
+  is_default = c.sample.remasking == KEYS['remasking'].default
+  if (
+    c.objective.name == 'sdlm'
+    and is_default
+    and 'sample.remasking' not in given
+  ):
+    c.sample.remasking = PREFIX_RULES[0]
+
+
 def check_prefix_rule(remasking, threshold, windows, prefix=''):
   """Raises UserError unless a remasking rule fits the order of a network.
 

@@ -6,9 +6,10 @@ training or to evaluation.
 """
 
 import difflib
+import functools
 import itertools
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, one_line
 from maskdiff.evals.puzzles import HELD_OUT_ONE_IN, is_held_out
 
 
@@ -25,8 +26,8 @@ def questions(names, seed, n, heldout):
     list of n dicts with the texts `task`, `prompt` and `answer`.
 
   Raises:
-    UserError: the package is missing, it has no task of a name, or a task has
-      too few different questions.
+    UserError: the package is missing, it has no task of a name, a name is
+      repeated, or a task fails or has too few different questions.
   """
   try:
     import reasoning_gym
@@ -39,14 +40,14 @@ def questions(names, seed, n, heldout):
     if name not in DATASETS:
       near = ', '.join(difflib.get_close_matches(name, DATASETS)) or 'another'
       raise UserError(f'reasoning-gym has no task {name!r}: try {near}')
+    if names.count(name) > 1:  # its questions would be repeated too
+      raise UserError(f'the task {name!r} is named twice: name it once')
   # Enough for either part of the split, also if some questions occur twice.
   size = 2 * HELD_OUT_ONE_IN * n + 100
-  of_names = [
-    _of_task(
-      reasoning_gym.create_dataset(name, seed=seed, size=size), name, heldout
-    )
-    for name in names
-  ]
+  create = functools.partial(
+    reasoning_gym.create_dataset, seed=seed, size=size
+  )
+  of_names = [_of_task(create, name, heldout) for name in names]
   found = [
     next(lines, None)
     for lines in itertools.islice(itertools.cycle(of_names), n)
@@ -57,12 +58,29 @@ def questions(names, seed, n, heldout):
   return found
 
 
-def _of_task(dataset, name, heldout):
-  """Yields the different questions of a task that have a text as answer."""
+def _of_task(create, name, heldout):
+  """Yields the different questions of a task that have a text as answer.
+
+  Args:
+    create: function from the name of a task to its questions.
+    name: name of the task.
+    heldout: see `questions`.
+  """
   seen = set()
-  for entry in dataset:
+  for entry in _entries(create, name):
     prompt, answer = entry['question'], entry['answer']
     known = prompt in seen or not isinstance(answer, str)
     if not known and is_held_out(prompt) == heldout:
       seen.add(prompt)
       yield {'task': name, 'prompt': prompt, 'answer': answer}
+
+
+def _entries(create, name):
+  """Yields the entries of a task; what the package raises is a UserError."""
+  try:
+    yield from create(name)
+  except Exception as error:  # of the code of the package
+    raise UserError(
+      f'the task {name!r} of reasoning-gym fails ({one_line(error)}): leave it '
+      'out'
+    ) from error

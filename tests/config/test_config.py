@@ -583,6 +583,20 @@ def test_numbers_that_are_not_finite_or_negative_are_refused_by_name():
     assert name in line and value in line
 
 
+def test_sdlm_takes_the_rule_of_its_windows_unless_a_flag_sets_one():
+  flat = ast.literal_eval(parse('--config.objective.name=sdlm').stdout)
+  assert flat['sample.remasking'] == 'longest_prefix'
+  c = build('tiny.py')
+  sample.fit_rule(c)
+  assert c.sample.remasking == 'low_confidence'
+  c.objective.name = 'sdlm'
+  sample.fit_rule(c, {'sample.remasking': 'low_confidence'})
+  assert c.sample.remasking == 'low_confidence'
+  c.sample.remasking = 'speculative'
+  sample.fit_rule(c)
+  assert c.sample.remasking == 'speculative'
+
+
 def test_each_sampler_setting_is_a_flag_of_its_type():
   """A flag that is not given is None, and overrides nothing."""
   values = {bool: True, int: 3, float: 0.5}

@@ -14,6 +14,8 @@ def package(monkeypatch):
   """A stand-in with two tasks; `few` has three different questions."""
 
   def create_dataset(name, seed, size):
+    if name == 'broken':
+      raise ValueError('no\nfont')
     number = (lambda i: i % 3) if name == 'few' else (lambda i: i + 1000 * seed)
     return [
       {'question': f'{name} {number(i)}', 'answer': str(i), 'metadata': {}}
@@ -23,7 +25,7 @@ def package(monkeypatch):
   made = types.ModuleType('reasoning_gym')
   made.create_dataset = create_dataset
   made.factory = types.ModuleType('reasoning_gym.factory')
-  made.factory.DATASETS = dict.fromkeys(('add', 'spell', 'few'))
+  made.factory.DATASETS = dict.fromkeys(('add', 'spell', 'few', 'broken'))
   monkeypatch.setitem(sys.modules, 'reasoning_gym', made)
   monkeypatch.setitem(sys.modules, 'reasoning_gym.factory', made.factory)
 
@@ -45,6 +47,8 @@ def test_tasks_take_turns_and_no_question_is_in_both_parts(package):
   'names, message',
   [
     (['ad'], "reasoning-gym has no task 'ad': try add"),
+    (['add', 'add'], "'add' is named twice"),
+    (['add', 'broken'], "'broken' of reasoning-gym fails .no font.: leave it"),
     (['add', 'few'], "'few' has too few questions: lower --num=50"),
   ],
 )
