@@ -44,9 +44,7 @@ def questions(names, seed, n, heldout):
       raise UserError(f'the task {name!r} is named twice: name it once')
   # Enough for either part of the split, also if some questions occur twice.
   size = 2 * HELD_OUT_ONE_IN * n + 100
-  create = functools.partial(
-    reasoning_gym.create_dataset, seed=seed, size=size
-  )
+  create = functools.partial(reasoning_gym.create_dataset, seed=seed, size=size)
   of_names = [_of_task(create, name, heldout) for name in names]
   found = [
     next(lines, None)
