@@ -52,7 +52,9 @@ def questions(names, seed, n, heldout):
   ]
   if None in found:
     name = names[found.index(None) % len(names)]
-    raise UserError(f'{name!r} has too few questions: lower --num={n}')
+    raise UserError(
+      f'{name!r} has too few questions: lower --num={n}, or leave it out'
+    )
   return found
 
 

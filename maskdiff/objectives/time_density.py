@@ -172,4 +172,5 @@ def _ratio(schedule, eps, t, complement):
   ratio = schedule.mask_ratio(t)
   if not complement:
     return ratio
-  return module_of(t).maximum(1 - ratio, schedule.mask_ratio(eps))
+  lowest = float(schedule.mask_ratio(np.array(eps)))  # a number also under jit
+  return module_of(t).maximum(1 - ratio, lowest)

@@ -49,7 +49,7 @@ def test_tasks_take_turns_and_no_question_is_in_both_parts(package):
     (['ad'], "reasoning-gym has no task 'ad': try add"),
     (['add', 'add'], "'add' is named twice"),
     (['add', 'broken'], "'broken' of reasoning-gym fails .no font.: leave it"),
-    (['add', 'few'], "'few' has too few questions: lower --num=50"),
+    (['add', 'few'], "'few' has too few questions: lower --num=50, or leave"),
   ],
 )
 def test_bad_names_are_one_line(package, names, message):

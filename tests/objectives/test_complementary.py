@@ -163,11 +163,11 @@ def test_expected_loss_of_blocks_is_the_bound(params):
 @pytest.mark.parametrize('density', [TimeDensity(), BELL], ids=str)
 @pytest.mark.parametrize('weight', [Weight(), Weight('power', 0.5)], ids=str)
 def test_expected_weight_of_a_token_is_one(weight, density, schedule):
-  """The mean over both masks."""
+  """The mean over both masks, with weights computed under jit."""
   schedule = Schedule(schedule)
   d = density.quantile(jnp.asarray((np.arange(20_000) + 0.5) / 20_000))
   ratio = schedule.mask_ratio((1 - 1e-3) * d + 1e-3)
-  pair = weight.of_pair(schedule, density, 1e-3, d)
+  pair = jax.jit(lambda d: weight.of_pair(schedule, density, 1e-3, d))(d)
   mean = np.mean(ratio * pair[0] + (1 - ratio) * pair[1]) / 2
   assert mean == pytest.approx(1, rel=3e-3)
 
