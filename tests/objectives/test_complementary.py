@@ -205,7 +205,7 @@ def test_rows_do_not_depend_on_devices_or_microbatches():
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'objective.name': 'autoregressive'}, 'needs masks'),
+    ({'objective.name': 'autoregressive'}, 'needs random masks'),
     (
       {'objective.name': 'block_diffusion', 'objective.block_length': 1},
       'needs blocks of two or more',
