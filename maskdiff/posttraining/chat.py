@@ -135,7 +135,9 @@ def of_folder(path: str | os.PathLike) -> Template | None:
     UserError: as `load`.
   """
   path = pathlib.Path(path)
-  if not (path / FILE).exists() and 'chat_template' not in _config(path):
+  if (path / FILE).exists():
+    return load(str(path))
+  if _config(path).get('chat_template') is None:  # missing, or null
     return None
   return load(str(path))
 
@@ -244,8 +246,9 @@ def _of_folder(path: pathlib.Path) -> str:
       raise UserError(f'{path / FILE} is not UTF-8: replace it') from e
   found = _config(path).get('chat_template')
   if isinstance(found, list):
-    named = {t.get('name'): t for t in found if isinstance(t, dict)}
-    found = named.get('default', {}).get('template')
+    named = (t for t in found if isinstance(t, dict))
+    default = (t for t in named if t.get('name') == 'default')
+    found = next(default, {}).get('template')
   if not isinstance(found, str):
     raise UserError(
       f'{path} has no chat template: it needs a file {FILE} or the key '

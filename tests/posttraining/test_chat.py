@@ -81,6 +81,8 @@ USER = {'role': 'user', 'content': 'x'}
 def test_template_of_a_folder(tmp_path):
   assert chat.of_folder(tmp_path) is None
   config = tmp_path / 'tokenizer_config.json'
+  config.write_text(json.dumps({'chat_template': None}))
+  assert chat.of_folder(tmp_path) is None
   config.write_text(json.dumps({'chat_template': 'one'}))
   assert text(chat.load(str(tmp_path))) == 'one'
   named = [
@@ -100,6 +102,7 @@ def test_template_of_a_folder(tmp_path):
     ('{}', 'has no chat template'),
     ('{"chat_template": 7}', 'has no chat template'),
     ('{"chat_template": [1, {"name": "default"}]}', 'has no chat template'),
+    ('{"chat_template": [{"name": {}}, {"name": []}]}', 'no chat template'),
     ('{"chat_template": "{% if %}"}', 'Expected an expression'),
     ('[', 'is not valid JSON'),
   ],
