@@ -98,7 +98,8 @@ def loss(
 
   For masked diffusion, give `times` or `mask_ratio`, and `masked` or `noise`;
   or give `key`, and all are drawn as in a training step. The loss of an
-  autoregressive model has no draws. To differentiate the loss:
+  autoregressive model has no draws. That of a model with windows (sdlm) needs
+  `key`, which draws where they begin. To differentiate the loss:
 
     jax.grad(lambda params: maskdiff.loss(
       dataclasses.replace(model, params=params), rows, key=key))(model.params)
@@ -180,6 +181,19 @@ def _columns(c, batch, answer):
   return Rows(tokens, doc, valid)
 
 
+def _check_windows(c, length, key):
+  if key is None:
+    raise UserError(
+      f'the loss of objective {c.name} draws the places of its windows: give a '
+      'key'
+    )
+  if c.anchors == 'stride' and length < c.window_length:
+    raise UserError(
+      f'rows of {length} tokens are shorter than config.objective.'
+      f'window_length={c.window_length}: give a longer row'
+    )
+
+
 def _draws(c, batch, times, mask_ratio, masked, noise, key):
   """Returns a key, or the pair (times [B] or [B, K], masked [B, L])."""
   given = {
@@ -191,11 +205,14 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
   names = [name for name, value in given.items() if value is not None]
   objective = OBJECTIVES[c.name]
   if objective.likelihood == 'exact':
+    windows = objective.windows and c.window_length > 1
     if names:
       raise UserError(
-        f'{names[0]}: the loss of objective {c.name} has no random draws; '
-        'leave it out'
+        f'{names[0]}: the loss of objective {c.name} has no random '
+        f'{"masks" if windows else "draws"}; leave it out'
       )
+    if windows:
+      _check_windows(c, batch.length, key)
     return jax.random.key(0) if key is None else key
   if key is not None:
     if names:

@@ -432,3 +432,15 @@ def test_bad_draws_are_one_line(run, rows, arguments, message):
 def test_masks_are_refused_by_an_autoregressive_model(causal):
   with pytest.raises(maskdiff.UserError, match='has no random draws'):
     maskdiff.loss(causal, TWO, **GIVEN)
+
+
+def test_loss_of_windows_needs_a_key_and_rows_with_a_window(causal):
+  config = causal.config.copy_and_resolve_references()
+  config.objective.update(name='sdlm', window_length=4)
+  model = dataclasses.replace(causal, config=config)
+  with pytest.raises(maskdiff.UserError, match='windows: give a key'):
+    maskdiff.loss(model, ROWS)
+  with pytest.raises(maskdiff.UserError, match='shorter than .*=4: give'):
+    maskdiff.loss(model, ROWS[1:], key=0)
+  with pytest.raises(maskdiff.UserError, match='has no random masks'):
+    maskdiff.loss(model, ROWS, masked=[[True] * 5] * 3)
