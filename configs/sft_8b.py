@@ -18,7 +18,6 @@ from maskdiff.config import choose
 MACHINES = {
   'v5e-8-lora': dict(rank=32, microbatches=32, remat='attended'),
   'v6e-8-lora': dict(rank=32, microbatches=16, remat='attended'),
-  'v6e-4-lora': dict(rank=32, microbatches=32, remat='attended'),
   'v5p-8-lora': dict(rank=32, microbatches=16, remat='minimal'),
   'v6e-8': dict(rank=0, microbatches=32, remat='full'),
   'v5p-8': dict(rank=0, microbatches=16, remat='minimal'),
