@@ -5,6 +5,8 @@ import re
 import runpy
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / 'docs' / 'fine_tuning.md').read_text()
 sys.path.insert(0, str(ROOT / 'benchmarks'))
@@ -23,8 +25,9 @@ def test_table_of_exact_match():
   assert part == fine_tuning.table(LINES)
 
 
-def test_table_of_lengths():
-  lines = json_lines.read(ROOT / 'benchmarks' / 'results' / 'lengths.jsonl')
+@pytest.mark.parametrize('name', ['lengths', 'lengths_long'])
+def test_tables_of_lengths(name):
+  lines = json_lines.read(ROOT / 'benchmarks' / 'results' / f'{name}.jsonl')
   page = (ROOT / 'docs' / 'chat_data.md').read_text()
   assert lengths.table(lines) in page
 
