@@ -10,7 +10,12 @@ KEYS = {
   'name': Key(
     'masked_diffusion',
     'Training objective.',
-    ('masked_diffusion', 'autoregressive', 'block_diffusion', 'sdlm'),
+    (
+      'masked_diffusion',
+      'autoregressive',
+      'block_diffusion',
+      'sdlm',
+    ),
   ),
   'schedule': Key(
     'linear',
