@@ -27,7 +27,7 @@ RESULTS = ROOT / 'benchmarks' / 'results' / 'fine_tuning.jsonl'
 PAGE = ROOT / 'docs' / 'fine_tuning.md'
 NUM = 100_000  # puzzles
 # Name in the table, flags of launch/puzzles.py, tokens per row and per block.
-# A conversation with a sudoku has 44 tokens, of which 16 are the grid.
+# A conversation with a sudoku has 44 tokens; 16 of them are the answer.
 TASKS = {
   'addition': ('3-digit addition', ('--digits', '3'), 128, 4),
   'sudoku': ('4x4 sudoku', (), 132, 11),
@@ -111,8 +111,7 @@ def run(args):
       for objective in args.objectives:
         of = {'task': task, 'objective': objective, 'seed': seed}
         # Read again each time: another process may fill the same file.
-        known = json_lines.read(args.out) if args.out.exists() else []
-        if not any(of.items() <= line.items() for line in known):
+        if not json_lines.has(args.out, of):
           line = of | train(args, task, objective, seed)
           json_lines.report([line], args.out)
 

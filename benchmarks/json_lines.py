@@ -1,11 +1,25 @@
 """Results of a benchmark as lines of JSON."""
 
 import json
+import pathlib
 
 
 def read(path):
   """Returns the lines of a file, a list of values."""
   return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def has(path, values):
+  """Returns whether a file has a line with these values.
+
+  Args:
+    path: path of the file; one that does not exist has no line.
+    values: dict, a part of the line.
+  """
+  path = pathlib.Path(path)
+  return path.exists() and any(
+    values.items() <= line.items() for line in read(path)
+  )
 
 
 def report(lines, out=None):

@@ -31,6 +31,7 @@ from maskdiff.config.settings import parse_pairs, with_settings
 from maskdiff.errors import UserError
 from maskdiff.evals import answered, instructions
 from maskdiff.interop import load
+from maskdiff.sampling import layouts
 from maskdiff.sampling.serve import RowRequest
 from maskdiff.sampling.settings import sampler_config
 from maskdiff.serving.chat_prompts import open_chat
@@ -59,7 +60,7 @@ def requests(model, prompts, length, values, batch):
     found, predicted = answered.with_lengths(model, c, values, prompts, batch)
     return c, found, sum(x.forwards for x in predicted)
   name = [known[length]] if length in known else []
-  rows = [[*prompt, *name, *[None] * length] for prompt in prompts]
+  rows = [layouts.prompt_row([*prompt, *name], length) for prompt in prompts]
   return c, [RowRequest(i, row, i, settings) for i, row in enumerate(rows)], 0
 
 

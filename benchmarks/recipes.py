@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 
+import json_lines  # the file beside this one
+
 ROOT = pathlib.Path(__file__).parents[1]
 # LLaDA's recipe, whatever the defaults of a config are.
 BASE = {
@@ -86,7 +88,7 @@ def run(args):
       }
       of = json.loads(json.dumps(of))  # as it will be read
       # Read again each time: another process may fill the same file.
-      if any(of.items() <= line.items() for line in read(args.out)):
+      if json_lines.has(args.out, of):
         continue
       digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:8]
       name = f'{of["config"]}-{of["corpus"]}-{recipe}-{seed}-{digest}'
@@ -165,11 +167,7 @@ def optimizer_flops(config):
 def read(path):
   """Returns the lines of a results file; [] if it does not exist."""
   path = pathlib.Path(path)
-  return (
-    [json.loads(line) for line in path.read_text().splitlines()]
-    if path.exists()
-    else []
-  )
+  return json_lines.read(path) if path.exists() else []
 
 
 if __name__ == '__main__':

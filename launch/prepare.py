@@ -217,9 +217,10 @@ def check(args):
     given = ('train_tokenizer', 'piece_chars', 'by_line')
     refused = [f'--{name}' for name in given if args[name].value]
   else:
-    names = 'chat_arguments turns truncate layout group fill_eos'.split()
-    names.append('length_buckets')
-    refused = [f'--{n}' for n in names if not args[n].using_default_value]
+    names = 'chat_arguments turns truncate layout group fill_eos length_buckets'
+    refused = [
+      f'--{n}' for n in names.split() if not args[n].using_default_value
+    ]
   if args.chat and args.fill_eos and args.align == 1:
     raise UserError('--fill_eos needs --align, whose gaps it fills')
   if args.length_buckets:

@@ -284,7 +284,7 @@ def fine_tuning(
     )
   is_model = lambda path: os.path.isfile(os.path.join(path, 'config.json'))
   model = next(filter(is_model, models), 'MODEL')
-  batch = 1 << (max(2, min(256, train // _BATCHES)).bit_length() - 1)
+  batch = _power_of_two(max(2, min(256, train // _BATCHES)))
   values = {
     'init_from': model,
     'data.path': directory,
@@ -299,11 +299,16 @@ def fine_tuning(
 def _evaluation(heldout: int) -> dict[str, int]:
   """Returns the keys of an evaluation on a number of held-out rows, over 1."""
   # An even number, since evaluation draws times for pairs of rows.
-  batch = 1 << (min(heldout, 32).bit_length() - 1)
+  batch = _power_of_two(min(heldout, 32))
   return {
     'eval.batch': batch,
     'eval.batches': min(heldout // batch, _EVAL_ROWS // batch),
   }
+
+
+def _power_of_two(most: int) -> int:
+  """Returns the largest power of two that is at most `most`."""
+  return 1 << (most.bit_length() - 1)
 
 
 def _launch(

@@ -3,7 +3,7 @@
 import os
 
 from maskdiff import config as config_lib
-from maskdiff.config import data
+from maskdiff.config import data, sample
 from maskdiff.errors import UserError, inline
 from maskdiff.interop import families, hf_tokenizer, mask_token
 from maskdiff.objectives.table import OBJECTIVES
@@ -86,7 +86,7 @@ def set_objective(c, published):
   length = published.model['block_length']
   if OBJECTIVES[c.objective.name].windows:
     c.objective.window_length = length
-    c.sample.remasking = 'longest_prefix'
+    sample.fit_rule(c)
   elif length:
     c.objective.block_length = length
 

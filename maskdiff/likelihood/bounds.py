@@ -160,8 +160,7 @@ def chain_rule(network, c, answers, orders=None, progress=None):
 
 def left_to_right(network, c, answers, progress=None):
   """Returns the log-likelihood of decoding left to right, an exact Estimate."""
-  values = chain_rule(network, c, answers, progress=progress)
-  return Estimate(np.array(values).reshape(-1), np.zeros(len(values)))
+  return _exact(chain_rule(network, c, answers, progress=progress))
 
 
 def whole_windows(network, c, answers, progress=None):

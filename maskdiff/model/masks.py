@@ -74,7 +74,12 @@ def _block_diffusion(index, block_length, clean_block=None):
 
 def _causal_windows(index, window_length):
   pos, block, reach = _block_diffusion(index, window_length, 1)
-  return pos, np.where(block < 0, block, -2 - block), reach
+  return pos, np.where(block < 0, block, window_block(block, True)), reach
+
+
+def window_block(number, causal):
+  """Returns `block` of windows with different numbers, which are 0 or above."""
+  return -2 - number if causal else number
 
 
 BIDIRECTIONAL = Regime(_bidirectional)
@@ -354,7 +359,7 @@ def windows(doc, starts, window_length, causal=False):
   return Labels(
     doc=wide(doc[..., None]),
     pos=wide(starts[..., None] + jnp.arange(window_length, dtype=jnp.int32)),
-    block=wide((-2 - block if causal else block)[None, :, None]),
+    block=wide(window_block(block, causal)[None, :, None]),
     reach=wide(starts[..., None]),
   )
 

@@ -240,11 +240,10 @@ def show_masked(c, tokens, masked, valid, doc=0):
   starts = jax.lax.cummax(jnp.where(begins, pos, -1), axis=1)
   in_window = (starts >= 0) & (pos - starts < c.window_length)
   own_doc = jnp.take_along_axis(causal.doc, jnp.maximum(starts, 0), axis=1)
-  block = -2 - starts if c.window_attention == 'causal' else starts
   labels = masks.Labels(
     doc=jnp.where(in_window, own_doc, -1),
     pos=jnp.broadcast_to(pos, starts.shape),
-    block=block,
+    block=masks.window_block(starts, c.window_attention == 'causal'),
     reach=starts,
   )
   window_inputs = jnp.where(begins, more(inputs, 0), c.mask_id)

@@ -216,10 +216,9 @@ def unused_characters(texts: Sequence[str], count: int) -> list[str]:
 
 
 def _parse_arguments(arguments: str) -> dict:
-  values = arguments
-  if isinstance(arguments, str):
-    values = reading.parse_json(arguments, 'the template arguments')
-  if not isinstance(values, dict) or values is arguments:
+  is_text = isinstance(arguments, str)  # a damaged manifest may have others
+  values = is_text and reading.parse_json(arguments, 'the template arguments')
+  if not isinstance(values, dict):
     raise UserError(
       f'the template arguments {arguments!r:.60} are not a JSON object: write '
       '{"enable_thinking": false}, for example'

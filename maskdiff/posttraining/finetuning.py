@@ -11,8 +11,7 @@ import math
 import os
 
 from maskdiff import config as config_lib
-from maskdiff.config import config_file
-from maskdiff.config.sample import PREFIX_RULES
+from maskdiff.config import config_file, sample
 from maskdiff.data import pipeline, records
 from maskdiff.errors import UserError, no_checkpoint
 from maskdiff.files.paths import local_path
@@ -173,6 +172,7 @@ def complete(config, given=()):
   config.update_from_flattened_dict(
     {key: value for key, value in values.items() if key not in given}
   )
+  sample.fit_rule(config, given)
   config.train.epochs = 0.0  # train.steps counts
   return config
 
@@ -192,8 +192,6 @@ def _model_values(config, given):
   # The outputs of the network keep their meaning.
   of_source = OBJECTIVES[source.objective.name]
   of_run = OBJECTIVES[objective or source.objective.name]
-  if of_run.windows and not kept('sample.remasking'):
-    values['sample.remasking'] = PREFIX_RULES[0]
   values['model.predict_next'] = not of_run.left_to_right and (
     source.model.predict_next or of_source.left_to_right
   )

@@ -9,6 +9,7 @@ from maskdiff.data import pipeline
 from maskdiff.data.rows import PADDING
 from maskdiff.evals import answered
 from maskdiff.interop.load import Model
+from maskdiff.sampling import layouts
 from maskdiff.sampling.serve import RowRequest
 from maskdiff.sampling.settings import sampler_config
 
@@ -121,7 +122,7 @@ def exact_match(config, params, tokenizer, mesh, questions):
     )
   else:
     requests = [
-      RowRequest(i, [*question.prompt, *[None] * slots], i, settings)
+      RowRequest(i, layouts.prompt_row(question.prompt, slots), i, settings)
       for i, question in enumerate(questions)
     ]
   found = answered.complete(model, c, requests, config.eval.batch).tokens

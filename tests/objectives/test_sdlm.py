@@ -204,7 +204,7 @@ def test_training_rows_equal_single_windows(c):
 
 
 def test_masked_rows_show_a_window_at_every_clean_token():
-  """The windows of `show_masked`, of which the last extends beyond the row."""
+  """The windows of `show_masked`; the last extends beyond the row."""
   row, masked = random_tokens(1, 7), np.array([[0, 0, 1, 1, 1, 0, 1]], bool)
   inputs, labels = sdlm.show_masked(SDLM, row, masked, jnp.ones((1, 7), bool))
   found = np.asarray(log_probabilities(TINY, PARAMS, inputs, labels))[0]

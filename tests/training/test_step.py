@@ -121,6 +121,28 @@ def initial_params(std=0.2):
   return jax.tree.map(draw, transformer.shapes(MODEL))
 
 
+def gradients_on(mesh_name, model, objective, microbatches, progress=0.0):
+  """Returns the gradients of `make_rows` on a mesh, and their LossSums."""
+  c = step.StepConfig(model, objective, LENGTH, microbatches, GuardConfig(0.0))
+  m = make_mesh(mesh_name)
+  tx = optimizer.make_optimizer(OPTIMIZER, 100, transformer.axes(model))
+  with jax.set_mesh(m):
+    shardings = state_lib.shardings(model, tx, m).params
+    params = jax.device_put(initial_params(std=1.0), shardings)
+    rows = jax.device_put(make_rows(), mesh.batch_sharding(m))
+    compute = jax.jit(functools.partial(step.batch_gradients, c))
+    found = compute(params, rows, jax.random.key(KEY), progress)
+    return jax.tree.map(np.asarray, found)
+
+
+def assert_close(gradients, expected):
+  """Asserts that the gradients of one device and of a mesh are equal."""
+  for a, b in zip(
+    jax.tree.leaves(expected), jax.tree.leaves(gradients), strict=True
+  ):
+    assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(a)
+
+
 def initial_state(tx, std=0.2):
   params = initial_params(std)
   zeros = jax.tree.map(
