@@ -2,6 +2,7 @@
 
 from maskdiff.config import (
   data,
+  drafter,
   lora,
   model,
   objective,
@@ -37,6 +38,7 @@ def validate(c):
     objective,
     optimizer,
     lora,
+    drafter,
     data,
     train,
     evaluation,

@@ -10,6 +10,7 @@ from ml_collections import config_dict
 from maskdiff.config import (
   checkpoint,
   data,
+  drafter,
   guard,
   lora,
   mesh,
@@ -48,6 +49,7 @@ SECTIONS = {
   'objective': objective.KEYS,
   'optimizer': optimizer.KEYS,
   'lora': lora.KEYS,
+  'drafter': drafter.KEYS,
   'data': data.KEYS,
   'train': train.KEYS,
   'guard': guard.KEYS,

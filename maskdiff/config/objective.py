@@ -5,6 +5,7 @@ import math
 from maskdiff.config.key import Key, are_numbers, require
 
 MAX_ANNEALED_LENGTH = 2**16  # tokens; see model/annealing.py
+LEFT_TO_RIGHT = ('autoregressive', 'sdlm', 'drafting')  # without random masks
 
 KEYS = {
   'name': Key(
@@ -15,6 +16,7 @@ KEYS = {
       'autoregressive',
       'block_diffusion',
       'sdlm',
+      'drafting',
     ),
   ),
   'schedule': Key(
@@ -107,8 +109,9 @@ KEYS = {
   ),
   'autoregressive_weight': Key(
     0.0,
-    'Weight of an autoregressive loss of the clean copy of block_diffusion, '
-    'which is added to the loss. It needs clean_attention=causal.',
+    'Weight of an autoregressive loss, which is added to the loss: of the '
+    'clean copy of block_diffusion, which needs clean_attention=causal, or of '
+    'the network of a drafter. With drafting, 0 trains the drafter only.',
     minimum=0,
   ),
   'position_power': Key(
@@ -144,7 +147,8 @@ KEYS = {
   'window_length': Key(
     4,
     'Tokens that sdlm predicts at once, D. 1 is the autoregressive objective. '
-    'Other objectives ignore it.',
+    'With drafting, the tokens that a pass verifies: the next token and D - 1 '
+    'drafts. Other objectives ignore it.',
     minimum=1,
   ),
   'window_attention': Key(
@@ -154,9 +158,10 @@ KEYS = {
   ),
   'anchors': Key(
     'stride',
-    'Where the windows of sdlm begin in training. stride: every D tokens, '
-    'after a random shift of the row; a training row has 2 x data.length '
-    'positions. random: at random answer tokens, as in the published code.',
+    'Where the windows of sdlm and drafting begin in training. stride: every D '
+    'tokens, after a random shift of the row; a training row of sdlm has 2 x '
+    'data.length positions. random: at random answer tokens, as in the '
+    'published code.',
     ('stride', 'random'),
   ),
   'window_repeats': Key(
@@ -164,6 +169,13 @@ KEYS = {
     'Times that anchors=random predicts a token of an answer, on average, '
     'while there are enough anchors.',
     above=0,
+  ),
+  'draft_decay': Key(
+    0.8,
+    'Each draft of a window has the weight of the one before times this number '
+    'in the loss of drafting, as in Medusa. 1: equal weights.',
+    above=0,
+    maximum=1,
   ),
   'denominator': Key(
     'token',
@@ -202,7 +214,7 @@ def check(c):
   _check_block_plan(o, length)
   _check_windows(o, length)
   require(
-    not o.complementary_masks or o.name not in ('autoregressive', 'sdlm'),
+    not o.complementary_masks or o.name not in LEFT_TO_RIGHT,
     'config.objective.complementary_masks=True needs random masks, and the '
     f'objective {o.name} has none; set '
     '--config.objective.complementary_masks=False',
@@ -222,10 +234,13 @@ def check(c):
     'than one block; set --config.objective.clean_attention=block',
   )
   require(
-    o.autoregressive_weight == 0 or o.clean_attention == 'causal',
+    o.autoregressive_weight == 0
+    or o.clean_attention == 'causal'
+    or o.name == 'drafting',
     f'config.objective.autoregressive_weight={o.autoregressive_weight} is for '
-    'block_diffusion with a causal clean copy, which does not see the '
-    'predicted tokens; set --config.objective.clean_attention=causal',
+    'drafting, and for block_diffusion with a causal clean copy, which does '
+    'not see the predicted tokens; set '
+    '--config.objective.clean_attention=causal',
   )
   require(
     o.position_power == 1
@@ -236,9 +251,7 @@ def check(c):
   )
   require(
     o.confidence_weight == 0
-    or (
-      o.name not in ('autoregressive', 'sdlm') and o.autoregressive_weight == 0
-    ),
+    or (o.name not in LEFT_TO_RIGHT and o.autoregressive_weight == 0),
     f'config.objective.confidence_weight={o.confidence_weight} is for masked '
     'tokens, without an autoregressive loss; set '
     '--config.objective.confidence_weight=0',
@@ -298,8 +311,8 @@ def _check_annealing(c):
 
 
 def _check_windows(o, length):
-  """Raises UserError unless the windows of sdlm fit the rows."""
-  if o.name != 'sdlm':
+  """Raises UserError unless the windows fit the rows."""
+  if o.name not in ('sdlm', 'drafting'):
     return
   name = f'config.objective.window_length={o.window_length}'
   require(
@@ -308,7 +321,9 @@ def _check_windows(o, length):
     f'--config.objective.window_length to at most {length}',
   )
   require(
-    o.anchors == 'random' or length % o.window_length == 0,
+    o.name == 'drafting'
+    or o.anchors == 'random'
+    or length % o.window_length == 0,
     f'{name} does not divide config.data.length={length}; set '
     '--config.objective.window_length='
     f'{math.gcd(o.window_length, length)}, or '

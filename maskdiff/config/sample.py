@@ -156,29 +156,29 @@ PREFIX_RULES = ('longest_prefix', 'cumulative_prefix', 'speculative')
 
 
 def fit_rule(c, given=()):
-  """Sets the remasking rule of a network that predicts windows.
+  """Sets the remasking rule of a network with windows or a drafter.
 
   Args:
     c: ConfigDict, changed in place if its rule is the default and its objective
-      is sdlm, which the default does not fit.
+      is sdlm or drafting, which the default does not fit.
     given: dotted keys that flags have set; they keep their values.
   """
   is_default = c.sample.remasking == KEYS['remasking'].default
-  if (
-    c.objective.name == 'sdlm'
-    and is_default
-    and 'sample.remasking' not in given
-  ):
-    c.sample.remasking = PREFIX_RULES[0]
+  if is_default and 'sample.remasking' not in given:
+    c.sample.remasking = {
+      'sdlm': 'longest_prefix',
+      'drafting': 'speculative',
+    }.get(c.objective.name, c.sample.remasking)
 
 
-def check_prefix_rule(remasking, threshold, windows, prefix=''):
+def check_prefix_rule(remasking, threshold, windows, drafts, prefix=''):
   """Raises UserError unless a remasking rule fits the order of a network.
 
   Args:
     remasking: name of the rule.
     threshold: largest value of the setting.
     windows: whether the network predicts windows of tokens.
+    drafts: whether the network has a drafter.
     prefix: of the names of the settings, such as 'config.sample.'.
   """
   require(
@@ -188,9 +188,15 @@ def check_prefix_rule(remasking, threshold, windows, prefix=''):
     f'{prefix}remasking={PREFIX_RULES[0]}',
   )
   require(
-    remasking != 'speculative' or windows,
-    f'{prefix}remasking=speculative verifies windows of tokens, which only a '
-    f'network trained with objective sdlm predicts; set {prefix}remasking='
+    remasking == 'speculative' or not drafts,
+    f'{prefix}remasking={remasking} does not use the drafter; set {prefix}'
+    'remasking=speculative, or sample the network without it: the model that '
+    'the drafter was trained for, or an export of this one',
+  )
+  require(
+    remasking != 'speculative' or windows or drafts,
+    f'{prefix}remasking=speculative verifies tokens that a network trained '
+    f'with objective sdlm or drafting guesses; set {prefix}remasking='
     f'{PREFIX_RULES[0]}',
   )
   require(
@@ -241,9 +247,8 @@ def check(c):
     f"trained with config.objective.name='{c.objective.name}' does not see; "
     'set config.sample.cache=prefix',
   )
-  check_prefix_rule(
-    s.remasking, s.threshold, c.objective.name == 'sdlm', 'config.sample.'
-  )
+  windows, drafts = (c.objective.name == name for name in ('sdlm', 'drafting'))
+  check_prefix_rule(s.remasking, s.threshold, windows, drafts, 'config.sample.')
   size, whole = block_length(c), c.objective.block_length
   require(
     c.objective.name != 'block_diffusion' or whole % size == 0,

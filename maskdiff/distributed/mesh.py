@@ -34,6 +34,8 @@ PARAM_RULES = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'rank': None,
+  'drafts': None,
+  'taps': None,
 }
 ACTIVATION_RULES = {
   'batch': BATCH_AXES,

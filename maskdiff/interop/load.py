@@ -26,6 +26,7 @@ from maskdiff.interop import (
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import lora, transformer
 from maskdiff.model.network import Network
+from maskdiff.model.trainable import join
 from maskdiff.objectives.table import OBJECTIVES
 
 
@@ -178,6 +179,7 @@ def network(config, params):
     clean_attention=config.objective.clean_attention,
     length_ids=tuple(i for _, i in config.data.length_tokens),
     window_length=config.objective.window_length * objective.windows,
+    draft_length=model.drafter.length if objective.drafts else 0,
     window_attention=config.objective.window_attention,
   )
 
@@ -186,7 +188,8 @@ def warm_start(config, mesh):
   """Loads the initial parameters of a run from config.init_from.
 
   They are float32, or have the dtype config.lora.base_dtype if adapters are
-  trained; the adapters are not included.
+  trained; the adapters are not included. A drafter is included if the stored
+  one is of the kind and the size of the run's.
 
   An autoregressive network that becomes another kind gets a mask token: its
   embedding is the mean of the output embeddings, and config.model.vocab_size
@@ -235,6 +238,11 @@ def warm_start(config, mesh):
       out_shardings={name: shardings[name] for name in ends},
     )
     params = {**params, **initialize(ends)}
+  of = lambda c: dataclasses.replace(
+    transformer.from_config(c).drafter, frozen=False
+  )
+  if of(stored) != of(config):
+    params.pop('drafter', None)
   _report_shift(stored, config)
   return params
 
@@ -369,7 +377,7 @@ def _merge(config, params, adapters, mesh):
   c = transformer.from_config(config).lora
   config.lora.rank = 0
   merge = jax.jit(
-    lambda params, adapters: lora.merge(c, lora.join(params, adapters)),
+    lambda params, adapters: lora.merge(c, join(params, adapters)),
     out_shardings=_shapes_and_shardings(config, mesh)[1],
     donate_argnums=0,
   )

@@ -17,8 +17,9 @@ from maskdiff.likelihood.queries import padded_length
 from maskdiff.model import masks
 from maskdiff.model.transformer import bind
 from maskdiff.objectives import masked_diffusion
-from maskdiff.objectives.canvas import canvas_loss, divisor
+from maskdiff.objectives.canvas import divisor
 from maskdiff.objectives.table import OBJECTIVES, make_canvas, show
+from maskdiff.objectives.table import loss as loss_of
 from maskdiff.training.step import step_config
 
 
@@ -148,7 +149,7 @@ def _loss(network, c, mesh, size, rows, draws):
     else:
       numbers = jnp.arange(len(rows.tokens), dtype=jnp.int32)
       canvas = make_canvas(c, rows, numbers, draws, size)
-    total, _ = canvas_loss(c, bind(network.config, network.params), canvas)
+    total, _ = loss_of(c, bind(network.config, network.params), canvas)
     return total / divisor(c, canvas).sum()
 
 
@@ -187,7 +188,8 @@ def _check_windows(c, length, key):
       f'the loss of objective {c.name} draws the places of its windows: give a '
       'key'
     )
-  if c.anchors == 'stride' and length < c.window_length:
+  windows = OBJECTIVES[c.name].windows
+  if windows and c.anchors == 'stride' and length < c.window_length:
     raise UserError(
       f'rows of {length} tokens are shorter than config.objective.'
       f'window_length={c.window_length}: give a longer row'
@@ -205,7 +207,7 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
   names = [name for name, value in given.items() if value is not None]
   objective = OBJECTIVES[c.name]
   if objective.likelihood == 'exact':
-    windows = objective.windows and c.window_length > 1
+    windows = objective.drafts or (objective.windows and c.window_length > 1)
     if names:
       raise UserError(
         f'{names[0]}: the loss of objective {c.name} has no random '

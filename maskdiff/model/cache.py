@@ -28,14 +28,20 @@ class Cache:
   """Keys and values of all layers.
 
   Attributes:
-    k: [N, B, G, S, K], rotated keys in the compute dtype.
-    v: [N, B, G, S, K], values.
+    k: [N, B, G, S, K], rotated keys in the compute dtype. If a drafter has keys
+      of its own (drafter.py), a pair: of the network and of the drafter.
+    v: values, as k.
     labels: masks.Labels of the places, [B, S] each.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: jax.Array | tuple[jax.Array, jax.Array]
+  v: jax.Array | tuple[jax.Array, jax.Array]
   labels: masks.Labels
+
+  @property
+  def places(self):
+    """S, the number of places of a row."""
+    return self.labels.doc.shape[1]
 
 
 def empty(c, labels):
@@ -46,10 +52,13 @@ def empty(c, labels):
     labels: masks.Labels [B, S] of the positions that the places are for.
   """
   batch, places = labels.doc.shape
-  zeros = jnp.zeros(
-    (c.layers, batch, c.kv_heads, places, c.head_dim), jnp.dtype(c.dtype)
+  zeros = lambda layers: jnp.zeros(
+    (layers, batch, c.kv_heads, places, c.head_dim), jnp.dtype(c.dtype)
   )
-  return split(Cache(zeros, zeros, hide(labels)))
+  keys, of_drafter = zeros(c.layers), c.drafter.cached_layers
+  if of_drafter:
+    keys = keys, zeros(of_drafter)
+  return split(Cache(keys, keys, hide(labels)))
 
 
 def split(cache):
@@ -58,9 +67,8 @@ def split(cache):
   The labels are on all devices.
   """
   axes = (None, 'batch', 'kv_heads', None, 'head_dim')
-  return Cache(
-    shard(cache.k, *axes), shard(cache.v, *axes), replicate(cache.labels)
-  )
+  k, v = jax.tree.map(lambda x: shard(x, *axes), (cache.k, cache.v))
+  return Cache(k, v, replicate(cache.labels))
 
 
 def hide(labels, hidden=True):
@@ -80,21 +88,22 @@ def write(cache, places, k, v, labels):
     cache: Cache.
     places: [B, W] int32, distinct in each row. A position whose number is
       outside of [0, S) is not stored.
-    k: [N, B, G, W, K].
-    v: [N, B, G, W, K].
+    k: [N, B, G, W, K], or a pair, as in the Cache.
+    v: [N, B, G, W, K], or a pair.
     labels: masks.Labels of the W positions, [B, W] each.
   """
-  places = jnp.where(places < 0, cache.k.shape[3], places)
+  places = jnp.where(places < 0, cache.places, places)
   # By vmap over the rows, so that a mesh that splits the rows needs no
   # communication; over the layers first, so that no axis is moved, which would
   # copy the whole cache.
   of_layer = jax.vmap(lambda old, at, new: old.at[:, at].set(new, mode='drop'))
-  put = jax.vmap(of_layer, in_axes=(0, None, 0))
+  of_layers = jax.vmap(of_layer, in_axes=(0, None, 0))
+  put = lambda old, new: of_layers(old, places, new)
   mark = jax.vmap(lambda old, at, new: old.at[at].set(new, mode='drop'))
   old = cache.labels
   return Cache(
-    put(cache.k, places, k),
-    put(cache.v, places, v),
+    jax.tree.map(put, cache.k, k),
+    jax.tree.map(put, cache.v, v),
     dataclasses.replace(
       old,
       doc=mark(old.doc, places, labels.doc),
@@ -107,13 +116,10 @@ def write(cache, places, k, v, labels):
 
 def first_places(cache, places):
   """Returns a Cache of the first `places` places of each row."""
-  if places == cache.k.shape[3]:
+  if places == cache.places:
     return cache
-  return Cache(
-    cache.k[:, :, :, :places],
-    cache.v[:, :, :, :places],
-    jax.tree.map(lambda x: x[:, :places], cache.labels),
-  )
+  k, v = jax.tree.map(lambda x: x[:, :, :, :places], (cache.k, cache.v))
+  return Cache(k, v, jax.tree.map(lambda x: x[:, :places], cache.labels))
 
 
 def replace_first_places(cache, part):
@@ -124,29 +130,28 @@ def replace_first_places(cache, part):
     part: Cache of at most S places. The remaining places of `cache` are hidden,
       because their keys and values are older than those of `part`.
   """
-  if part.k.shape == cache.k.shape:
+  if part.places == cache.places:
     return part
   start = lambda old, new: jax.lax.dynamic_update_slice(
     old, new, (0,) * old.ndim
   )
-  places = part.k.shape[3]
-  labels = jax.tree.map(start, cache.labels, part.labels)
-  after = jnp.arange(cache.k.shape[3]) >= places
-  return Cache(
-    start(cache.k, part.k), start(cache.v, part.v), hide(labels, after)
+  k, v, labels = jax.tree.map(
+    start, (cache.k, cache.v, cache.labels), (part.k, part.v, part.labels)
   )
+  return Cache(k, v, hide(labels, jnp.arange(cache.places) >= part.places))
 
 
 def widen(cache, places):
   """Returns the Cache with hidden places added at the end of each row."""
-  added = places - cache.k.shape[3]
+  added = places - cache.places
   last = lambda x, axis, value: jnp.pad(
     x,
     [(0, added if a == axis else 0) for a in range(x.ndim)],
     constant_values=value,
   )
   labels = jax.tree.map(lambda x: last(x, 1, -1), cache.labels)
-  return Cache(last(cache.k, 3, 0), last(cache.v, 3, 0), labels)
+  k, v = jax.tree.map(lambda x: last(x, 3, 0), (cache.k, cache.v))
+  return Cache(k, v, labels)
 
 
 def put_rows(cache, rows, part):
@@ -157,8 +162,7 @@ def put_rows(cache, rows, part):
     rows: [n] int32.
     part: Cache of n rows, with the same number of places.
   """
-  return Cache(
-    cache.k.at[:, rows].set(part.k),
-    cache.v.at[:, rows].set(part.v),
-    jax.tree.map(lambda x, y: x.at[rows].set(y), cache.labels, part.labels),
-  )
+  put = lambda x, y: x.at[:, rows].set(y)
+  mark = lambda x, y: x.at[rows].set(y)
+  k, v = jax.tree.map(put, (cache.k, cache.v), (part.k, part.v))
+  return Cache(k, v, jax.tree.map(mark, cache.labels, part.labels))

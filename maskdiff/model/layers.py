@@ -66,24 +66,31 @@ def project_qkv(c, w, h, rotation):
   Returns:
     q [B, H, L, K], k [B, G, L, K] and v [B, G, L, K]; q and k are rotated.
   """
-
-  def project(equation, name):
-    x = lora.project(c.lora, w, name, equation, h)
-    if not c.qkv_bias:
-      return x
-    return x + w[f'{name}_bias'].astype(x.dtype).reshape(-1, 1, c.head_dim)
-
-  def normalise_and_rotate(x, name):
-    x = rms_norm(x, w[f'{name}_norm'], c.norm_eps) if c.qk_norm else x
-    with jax.named_scope('network(rotary positions)'):
-      return rotate(x, rotation)
-
   with jax.named_scope('network(attention query)'):
-    q = normalise_and_rotate(project('bld,dhk->bhlk', 'q'), 'q')
-  with jax.named_scope('network(attention key/value)'):
-    k = normalise_and_rotate(project('bld,dgk->bglk', 'k'), 'k')
-    v = project('bld,dgk->bglk', 'v')
-  return q, k, v
+    q = _project_heads(c, w, 'q', 'bld,dhk->bhlk', h)
+    q = _normalise_and_rotate(c, w, 'q', q, rotation)
+  return q, *project_kv(c, w, h, rotation)
+
+
+@jax.named_scope('network(attention key/value)')
+def project_kv(c, w, h, rotation):
+  """Returns keys and values; arguments and results as for `project_qkv`."""
+  k = _project_heads(c, w, 'k', 'bld,dgk->bglk', h)
+  k = _normalise_and_rotate(c, w, 'k', k, rotation)
+  return k, _project_heads(c, w, 'v', 'bld,dgk->bglk', h)
+
+
+def _project_heads(c, w, name, equation, h):
+  x = lora.project(c.lora, w, name, equation, h)
+  if not c.qkv_bias:
+    return x
+  return x + w[f'{name}_bias'].astype(x.dtype).reshape(-1, 1, c.head_dim)
+
+
+def _normalise_and_rotate(c, w, name, x, rotation):
+  x = rms_norm(x, w[f'{name}_norm'], c.norm_eps) if c.qk_norm else x
+  with jax.named_scope('network(rotary positions)'):
+    return rotate(x, rotation)
 
 
 def shift_right(x, labels):

@@ -92,11 +92,6 @@ def trained(tree):
   return {'blocks': adapters} if adapters else tree
 
 
-def join(tree, part):
-  """Returns a parameter tree with other values for `trained(tree)`."""
-  return {**tree, **part, 'blocks': {**tree['blocks'], **part['blocks']}}
-
-
 def base(tree):
   """Returns a parameter tree without adapters."""
   blocks = {k: x for k, x in tree['blocks'].items() if k not in ADAPTERS}
@@ -108,7 +103,9 @@ def cast_base(c, tree):
   if not c.rank:
     return tree
   cast = lambda x: x.astype(c.base_dtype)
-  return join(jax.tree.map(cast, base(tree)), trained(tree))
+  adapters = trained(tree)['blocks']
+  tree = jax.tree.map(cast, base(tree))
+  return {**tree, 'blocks': tree['blocks'] | adapters}
 
 
 def merge(c, params):

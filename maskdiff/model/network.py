@@ -25,6 +25,7 @@ from maskdiff.model.transformer import TransformerConfig
     'length_ids',
     'window_length',
     'window_attention',
+    'draft_length',
   ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Network:
       predicted in an answer.
     window_length: tokens that a pass predicts at once, for sdlm; else 0.
     window_attention: 'bidirectional' or 'causal', attention within a window.
+    draft_length: tokens that a pass verifies, with a drafter; else 0.
   """
 
   config: TransformerConfig
@@ -65,3 +67,9 @@ class Network:
   length_ids: tuple[int, ...] = ()
   window_length: int = 0
   window_attention: str = 'bidirectional'
+  draft_length: int = 0
+
+  @property
+  def ahead(self):
+    """Slots that a step of the sampler may fill from left to right; or 0."""
+    return self.window_length or self.draft_length

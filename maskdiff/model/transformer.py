@@ -6,11 +6,11 @@ because the optimal denoiser does not depend on it (LLaDA, arXiv 2502.09992,
 eq. 11). The forward pass ends at the hidden states, because the loss projects
 only the masked positions onto the vocabulary.
 
-A weight is declared once, in `Transformer` or `Blocks`: shape, logical axes
-and initial scale. Shardings, decay masks and parameter counts derive from the
-declaration. Outside of this file parameters are a plain tree of arrays: `init`
-draws one, `shapes` and `axes` describe it, and `bind` turns it back into a
-module inside jit.
+A weight is declared once, in `Transformer`, in `Blocks` or in a drafter: shape,
+logical axes and initial scale. Shardings, decay masks and parameter counts
+derive from the declaration. Outside of this file parameters are a plain tree of
+arrays: `init` draws one, `shapes` and `axes` describe it, and `bind` turns it
+back into a module inside jit.
 
 Letters: B batch, L length, D embed, H heads, G kv heads, K head dim, F mlp,
 V vocab, N layers.
@@ -18,7 +18,6 @@ V vocab, N layers.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,10 @@ from flax import nnx
 from maskdiff.distributed.mesh import shard
 from maskdiff.model import lora
 from maskdiff.model.attention import RESIDUALS, attend
+from maskdiff.model.blocks import Blocks, scale, stacked, weight
 from maskdiff.model.cache import Cache, write
 from maskdiff.model.cached_attention import attend_cached
+from maskdiff.model.drafter import Drafter, DrafterConfig
 from maskdiff.model.layers import block, lookup, rms_norm, rope, shift_right
 from maskdiff.model.lora import LoraConfig
 
@@ -80,83 +81,22 @@ class TransformerConfig:
   # low_freq_factor, high_freq_factor, original context length
   rope_scaling: tuple[float, ...] = ()
   lora: LoraConfig = LoraConfig()  # adapters
+  drafter: DrafterConfig = DrafterConfig()
 
 
 def from_config(config):
-  """Returns the TransformerConfig of a run's config, with its adapters."""
+  """Returns the TransformerConfig of a run's config.
+
+  It includes the adapters, and the drafter of the objective `drafting`.
+  """
   adapters = LoraConfig(**config.lora) if config.lora.rank else LoraConfig()
-  return TransformerConfig(**config.model, lora=adapters)
-
-
-def weight(rngs, shape, axes, std):
-  """Declares a weight, initialized to std times a normal cut to [-3, 3]."""
-  value = std * jax.random.truncated_normal(rngs.params(), -3, 3, shape)
-  return nnx.Param(value, axes=axes)
-
-
-def scale(shape, axes):
-  """Declares the gain of an RMS norm, initialized to 1."""
-  return nnx.Param(jnp.ones(shape), axes=axes)
-
-
-def zeros(shape, axes):
-  """Declares a bias, initialized to 0."""
-  return nnx.Param(jnp.zeros(shape), axes=axes)
-
-
-class Blocks(nnx.Module):
-  """The weights of all N layers, stacked on a leading axis."""
-
-  def __init__(self, c, rngs):
-    N, D, H, G = c.layers, c.embed, c.heads, c.kv_heads
-    K, F = c.head_dim, c.mlp
-    into = D**-0.5
-    out = 0.0 if c.zero_outputs else (2 * N) ** -0.5
-    vector = ('layers', 'embed')
-    kv = ('layers', 'embed', 'kv_heads', 'head_dim')
-    self.norm1 = scale((N, D), vector)
-    self.q = weight(
-      rngs, (N, D, H, K), ('layers', 'embed', 'heads', 'head_dim'), into
+  o, drafter = config.objective, DrafterConfig()
+  if config.drafter.kind != 'none':
+    frozen = o.autoregressive_weight == 0
+    drafter = DrafterConfig(
+      **config.drafter, length=o.window_length, frozen=frozen
     )
-    self.k = weight(rngs, (N, D, G, K), kv, into)
-    self.v = weight(rngs, (N, D, G, K), kv, into)
-    if c.qkv_bias:  # flat, like vectors: neither sharded nor decayed
-      self.q_bias = zeros((N, H * K), ('layers', 'heads'))
-      self.k_bias = zeros((N, G * K), ('layers', 'kv_heads'))
-      self.v_bias = zeros((N, G * K), ('layers', 'kv_heads'))
-    if c.qk_norm:
-      self.q_norm = scale((N, K), ('layers', 'head_dim'))
-      self.k_norm = scale((N, K), ('layers', 'head_dim'))
-    self.o = weight(
-      rngs,
-      (N, H, K, D),
-      ('layers', 'heads', 'head_dim', 'embed'),
-      out * (H * K) ** -0.5,
-    )
-    self.norm2 = scale((N, D), vector)
-    self.gate = weight(rngs, (N, D, F), ('layers', 'embed', 'mlp'), into)
-    self.up = weight(rngs, (N, D, F), ('layers', 'embed', 'mlp'), into)
-    self.down = weight(
-      rngs, (N, F, D), ('layers', 'mlp', 'embed'), out * F**-0.5
-    )
-    for matrix in c.lora.matrices:
-      self._add_adapters(matrix, c.lora.rank, rngs)
-
-  def _add_adapters(self, matrix, rank, rngs):
-    """Declares the adapters of a matrix; their product is 0."""
-    of = getattr(self, matrix)
-    layers, *sizes = of[...].shape
-    inputs, outputs = lora.split_axes(matrix, sizes)
-    of_inputs, of_outputs = lora.split_axes(matrix, of.axes[1:])
-    a = weight(
-      rngs,
-      (layers, *inputs, rank),
-      ('layers', *of_inputs, 'rank'),
-      (3 * math.prod(inputs)) ** -0.5,  # as PEFT, which draws uniformly
-    )
-    b = zeros((layers, rank, *outputs), ('layers', 'rank', *of_outputs))
-    setattr(self, f'{matrix}_a', a)
-    setattr(self, f'{matrix}_b', b)
+  return TransformerConfig(**config.model, lora=adapters, drafter=drafter)
 
 
 class Transformer(nnx.Module):
@@ -173,6 +113,8 @@ class Transformer(nnx.Module):
       self.head = weight(
         rngs, (c.embed, c.vocab_size), ('embed', 'vocab'), c.embed**-0.5
       )
+    if c.drafter.kind != 'none':
+      self.drafter = Drafter(c, rngs)
 
   def __call__(self, tokens, labels):
     """Returns the final hidden states.
@@ -186,16 +128,15 @@ class Transformer(nnx.Module):
       state at a position predicts the token of that position. A network with
       `predict_next` predicts the next token, so its states are shifted by one.
     """
-    hidden, _ = self._layers(tokens, labels, self._attend(labels))
-    return hidden
+    return self.run(tokens, labels, self.attention(labels))[0]
 
   def prefill(self, tokens, labels):
     """Returns the final hidden states, [B, L, D], and a Cache of L places.
 
     Arguments and hidden states as for `__call__`.
     """
-    hidden, (k, v) = self._layers(
-      tokens, labels, self._attend(labels), keep=True
+    hidden, (k, v), _ = self.run(
+      tokens, labels, self.attention(labels), keep=True
     )
     return hidden, Cache(k, v, labels)
 
@@ -214,8 +155,8 @@ class Transformer(nnx.Module):
     Returns:
       [B, W, D], as for `__call__`.
     """
-    hidden, _ = self._window(tokens, labels, cache, keep=False)
-    return hidden
+    attention = self.cached_attention(labels, cache.labels)
+    return self.run(tokens, labels, attention, (cache.k, cache.v))[0]
 
   def append(self, tokens, labels, cache, places):
     """Computes windows as `extend` does, and stores their keys and values.
@@ -230,51 +171,76 @@ class Transformer(nnx.Module):
     Returns:
       [B, W, D], as for `extend`; and the Cache that includes the window.
     """
-    hidden, (k, v) = self._window(tokens, labels, cache, keep=True)
+    attention = self.cached_attention(labels, cache.labels)
+    hidden, (k, v), _ = self.run(
+      tokens, labels, attention, (cache.k, cache.v), keep=True
+    )
     return hidden, write(cache, places, k, v, labels)
 
-  def _attend(self, labels):
+  def attention(self, labels):
+    """Returns the `attention` of `run` for whole rows with these labels."""
     implementation = self.config.attention
     return lambda q, k, v, cached: attend(
       q, k, v, labels, labels, implementation
     )
 
-  def _window(self, tokens, labels, cache, keep):
-    def attention(q, k, v, cached):
-      return attend_cached(q, k, v, labels, *cached, cache.labels)
+  def cached_attention(self, labels, places):
+    """Returns the `attention` of `run` for windows that attend to a cache.
 
-    return self._layers(tokens, labels, attention, (cache.k, cache.v), keep)
+    Args:
+      labels: masks.Labels of the window.
+      places: masks.Labels of the cache.
+    """
+    return lambda q, k, v, cached: attend_cached(
+      q, k, v, labels, *cached, places
+    )
 
-  def _layers(self, tokens, labels, attention, cached=None, keep=False):
-    """Returns hidden states and, with `keep`, the keys and values per layer."""
+  def run(
+    self, tokens, labels, attention, cached=None, keep=False, tapped=False
+  ):
+    """Runs the layers.
+
+    Args:
+      tokens: [B, L] int32.
+      labels: masks.Labels of the same positions.
+      attention: (q, k, v, keys and values of the cache) -> [B, H, L, K].
+      cached: keys and values of a cache, [N, B, G, S, K] each; or None.
+      keep: whether keys and values are returned.
+      tapped: whether the outputs of the layers that the drafter reads are
+        returned. All layers save their outputs for this.
+
+    Returns:
+      - the final hidden states, [B, L, D].
+      - with `keep`, keys and values, [N, B, G, L, K] each; else None.
+      - with `tapped`, a list of outputs [B, L, D]; else [].
+    """
     c = self.config
     with jax.named_scope('network(embedding)'):
       x = lookup(self.embed[...], tokens, c.dtype)
       x = shard(x, 'batch', 'length', 'embed')  # [B, L, D]
     rotation = rope(labels.pos, c.head_dim, c.rope_theta, c.rope_scaling)
+    taps = c.drafter.taps(c.layers) if tapped else ()
     # Matrices are cast before the scan, so that a mesh gathers the weights of
     # each layer in the compute dtype.
     with jax.named_scope('part(weights: cast and copy)'):
-      layers = jax.tree.map(
-        lambda w: w.astype(c.dtype) if w.ndim > 2 else w,
-        nnx.to_pure_dict(nnx.state(self.blocks)),
-      )
+      layers = stacked(self.blocks, c.dtype)
 
     def layer(x, xs):
       weights, cached = xs
       x, kv = block(
         c, weights, x, rotation, functools.partial(attention, cached=cached)
       )
-      return x, kv if keep else None
+      return x, (kv if keep else None, x if taps else None)
 
     if c.remat != 'none':
       layer = jax.checkpoint(
         layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False
       )
     with jax.named_scope('network(layer: stacked arrays)'):
-      x, kv = jax.lax.scan(layer, x, (layers, cached))
+      x, (kv, outputs) = jax.lax.scan(layer, x, (layers, cached))
     x = rms_norm(x, self.norm[...], c.norm_eps)
-    return shift_right(x, labels) if c.predict_next else x, kv
+    hidden = shift_right(x, labels) if c.predict_next else x
+    return hidden, kv, [outputs[i] for i in taps]
 
   def vocabulary(self):
     """Returns the output projection, [D, V] float32."""

@@ -49,6 +49,7 @@ class ObjectiveConfig:
   window_attention: str = 'bidirectional'  # or 'causal', within a window
   anchors: str = 'stride'  # or 'random', positions of the windows
   window_repeats: float = 3.0  # random windows per target of an answer
+  draft_decay: float = 0.8  # weight of a draft by that of the one before
 
   @property
   def position_schedules(self):
@@ -104,6 +105,7 @@ class ObjectiveConfig:
     'num_tokens',
     'mask_ratio',
     'next_weights',
+    'starts',
   ],
   meta_fields=[],
 )
@@ -119,6 +121,9 @@ class Canvas:
   With `next_weights`, the last L inputs are a clean, causal copy of the row. It
   predicts the same targets from the tokens before them, and the loss has these
   weights for it.
+
+  With `starts`, a drafter predicts windows of the targets (drafting.py):
+  `weights` belong to its drafts, [B, W n], and `next_weights` to the targets.
   """
 
   inputs: jax.Array  # [B, M] int32
@@ -128,6 +133,7 @@ class Canvas:
   num_tokens: jax.Array  # [B] float32, tokens that may carry a loss
   mask_ratio: jax.Array  # [B, K] float32, expected share of masked tokens
   next_weights: jax.Array | None = None  # [B, L] float32
+  starts: jax.Array | None = None  # [B, W] int32, the first draft of a window
 
   @property
   def all_weights(self):

@@ -15,9 +15,11 @@ from maskdiff.model import transformer
 from maskdiff.objectives import (
   autoregressive,
   block_diffusion,
+  drafting,
   masked_diffusion,
   sdlm,
 )
+from maskdiff.objectives.canvas import canvas_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Objective:
     targets: (ObjectiveConfig, L) -> targets of a training row, divided by L.
     windows: whether the network predicts the next `window_length` tokens at
       once, from mask tokens.
+    drafts: whether a drafter guesses the tokens after the next one.
+    loss: (ObjectiveConfig, Transformer, Canvas) -> summed loss, and nll of each
+      position; see canvas.canvas_loss.
+    next_weight: (ObjectiveConfig, L) -> weight of a token in an autoregressive
+      part of the loss.
+    flops_per_token: as the function below, for an objective to whose cost the
+      other numbers do not apply; else None.
     with_masks: (ObjectiveConfig, Rows of [B, L], times [B, K], masked [B, L]
       bool, lengths [B]) -> Canvas for given masks; None if the objective draws
       none.
@@ -63,6 +72,10 @@ class Objective:
   copies: Callable = lambda c, length: 1
   targets: Callable = lambda c, length: 1
   windows: bool = False
+  drafts: bool = False
+  loss: Callable = canvas_loss
+  next_weight: Callable = lambda c, length: c.autoregressive_weight
+  flops_per_token: Callable | None = None
   with_masks: Callable | None = None
   show_masked: Callable | None = None
 
@@ -125,6 +138,19 @@ OBJECTIVES = {
     windows=True,
     show_masked=sdlm.show_masked,
   ),
+  'drafting': Objective(
+    make_canvas=drafting.make_canvas,
+    show=autoregressive.show,
+    order='left_to_right',
+    likelihood='exact',
+    can_guide=False,
+    exact_cache=True,
+    visible_pairs=lambda c, length: 0.5,
+    drafts=True,
+    loss=drafting.loss,
+    next_weight=drafting.next_weight,
+    flops_per_token=drafting.flops_per_token,
+  ),
 }
 
 
@@ -135,6 +161,11 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   Arguments as for masked_diffusion.make_canvas.
   """
   return OBJECTIVES[c.name].make_canvas(c, rows, numbers, key, batch, progress)
+
+
+def loss(c, model, canvas):
+  """Returns summed loss and nll of a Canvas; see canvas.canvas_loss."""
+  return OBJECTIVES[c.name].loss(c, model, canvas)
 
 
 def show(network, tokens, valid, doc=0):
@@ -189,6 +220,8 @@ def flops_per_token(c, model_config, length):
     length: L.
   """
   m, objective = model_config, OBJECTIVES[c.name]
+  if objective.flops_per_token:
+    return objective.flops_per_token(c, m, length)
   adapters = transformer.num_adapter_params(m)
   _, inner = transformer.num_params(m)
   base, copies = inner - adapters, objective.copies(c, length)

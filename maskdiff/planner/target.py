@@ -23,7 +23,8 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
 from maskdiff.interop import load
 from maskdiff.model import cache as cache_lib
-from maskdiff.model import lora, transformer
+from maskdiff.model import transformer
+from maskdiff.model.trainable import trainable
 from maskdiff.planner.hlo_collectives import Machine
 from maskdiff.sampling import passes, sampler
 from maskdiff.sampling.request import Request, begin
@@ -139,7 +140,7 @@ def compile_train(config, target):
   optimizer = make_optimizer(
     OptimizerConfig(**config.optimizer),
     config.train.steps,
-    lora.trained(transformer.axes(c.model)),
+    trainable(c.model, transformer.axes(c.model)),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(
@@ -253,7 +254,7 @@ def _cache_on(network, c, length, layout, mesh):
     layout,
   )
   rows, tensor = mesh_lib.batch_shards(mesh), mesh.shape['tensor']
-  _, batch, groups, _, _ = cache.k.shape
+  batch, groups = len(cache.labels.doc), network.config.kv_heads
   split = P(
     None,
     mesh_lib.BATCH_AXES if batch % rows == 0 else None,

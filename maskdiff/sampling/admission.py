@@ -103,13 +103,9 @@ def _clear_row(cache, rows, row):
   hidden, because its weight of 0 times NaN is NaN.
   """
   copies = _copies(cache, rows, row)
-  return cache_lib.Cache(
-    cache.k.at[:, copies].set(0),
-    cache.v.at[:, copies].set(0),
-    cache_lib.hide(
-      cache.labels, jnp.isin(jnp.arange(cache.k.shape[1]), copies)[:, None]
-    ),
-  )
+  k, v = jax.tree.map(lambda x: x.at[:, copies].set(0), (cache.k, cache.v))
+  cleared = jnp.isin(jnp.arange(len(cache.labels.doc)), copies)[:, None]
+  return cache_lib.Cache(k, v, cache_lib.hide(cache.labels, cleared))
 
 
 def _copies(cache, rows, row):
@@ -117,7 +113,7 @@ def _copies(cache, rows, row):
 
   With guidance the second copies of all rows come after the first.
   """
-  return row + rows * jnp.arange(cache.k.shape[1] // rows)
+  return row + rows * jnp.arange(len(cache.labels.doc) // rows)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

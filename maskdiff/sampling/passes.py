@@ -218,8 +218,8 @@ def shapes(network, c, length, slots):
     increasing order.
   """
   size = slots.shape[2]
-  if network.window_length:
-    return tuple((n, 0) for n in halves(length, network.window_length))
+  if network.ahead:
+    return tuple((n, 0) for n in halves(length, network.ahead))
   if network.block_length:
     return tuple(
       (n, network.block_length) for n in halves(length, network.block_length)
@@ -264,8 +264,8 @@ def choose_shape(network, c, shapes, carry, layout):
 
 def covers(network, c, shape, carry, layout):
   """Returns a bool: a shape covers the visible positions of active rows."""
-  if network.window_length:
-    end = current(layout.slots, carry.block)[:, 0] + network.window_length
+  if network.ahead:
+    end = current(layout.slots, carry.block)[:, 0] + network.ahead
     fits = jnp.minimum(end, layout.valid.shape[1]) <= shape[0]
     return (fits | ~in_progress(carry)).all()
   valid = visible(network, c, carry, layout)

@@ -73,7 +73,7 @@ def begin(network, c, request, num_slots=0):
   if by_position:  # a prompt may end within a block
     blocks = min(blocks + 1, -(-length // size))
   # The slots of a step, beginning with any slot.
-  blocks = max(blocks, block_of.max() + 1) + network.window_length
+  blocks = max(blocks, block_of.max() + 1) + network.ahead
   slots = np.full((batch, blocks, size), length, np.int32)
   rows, positions = np.nonzero(fill)
   slots[rows, block_of[fill], index_of[fill]] = positions
@@ -109,7 +109,7 @@ def begin(network, c, request, num_slots=0):
 
 def _no_draft(network, batch):
   """Returns the Draft of rows before their first step."""
-  shape = batch, network.window_length - 1
+  shape = batch, network.ahead - 1
   return Draft(
     np.full(shape, -1, np.int32),
     np.zeros((*shape, network.config.vocab_size), np.float32),
@@ -235,7 +235,9 @@ def _check_settings(network, c, settings):
       'lookahead=-1'
     )
   threshold = settings.threshold.max(initial=0)
-  check_prefix_rule(c.remasking, threshold, network.window_length > 0)
+  check_prefix_rule(
+    c.remasking, threshold, network.window_length > 0, network.draft_length > 0
+  )
   guidance = settings.guidance.max(initial=0)
   if (c.guided or guidance) and not objective.can_guide:
     raise UserError(

@@ -39,7 +39,7 @@ import numpy as np
 from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
 from maskdiff.model import cache as cache_lib
-from maskdiff.sampling import commit, passes, speculation, windows
+from maskdiff.sampling import commit, drafts, passes, speculation, windows
 from maskdiff.sampling.block_window import over_blocks
 from maskdiff.sampling.request import begin
 from maskdiff.sampling.state import (
@@ -200,6 +200,7 @@ def canvas_step(network, c, shape, layout, carry, cache):
   """
   del cache
   over = windows.over_canvas if network.window_length else passes.over_canvas
+  over = drafts.over_canvas if network.draft_length else over
   outputs, num_positions, cache = over(network, c, shape, carry, layout)
   active = in_progress(carry)
   carry = denoise(network, c, carry, layout, outputs, active, num_positions)
@@ -213,6 +214,7 @@ def window_step(network, c, shape, layout, carry, cache):
   """
   over = over_blocks if network.block_length else passes.over_window
   over = windows.over_cache if network.window_length else over
+  over = drafts.over_cache if network.draft_length else over
   outputs, num_positions, cache = over(network, c, shape, carry, cache, layout)
   active = uses_cache(carry)
   carry = denoise(network, c, carry, layout, outputs, active, num_positions)
@@ -231,7 +233,8 @@ def denoise(network, c, carry, layout, outputs, active, num_positions):
     carry: Carry.
     layout: Layout.
     outputs: logits [B, S, V] float32 of each row's current block; or hidden
-      states [B, W, D, E] of windows.
+      states [B, W, D, E] of windows; or the drafter.Pass of a network that has
+      a drafter.
     active: [B] bool, the rows that take a step; other rows do not change.
     num_positions: [B] int32, number of positions computed for each row.
 
@@ -261,7 +264,7 @@ def denoise(network, c, carry, layout, outputs, active, num_positions):
 
   # A row without masks in its block moves on to the next block.
   complete = active & ~current(masked, block).any(axis=1)
-  advance = committed.sum(axis=1) if network.window_length else complete
+  advance = committed.sum(axis=1) if network.ahead else complete
   step = jnp.where(complete, 0, step + (active & ~choice.leads))
   confidence = jnp.where(
     is_new, at_positions(choice.confidence), carry.confidence
@@ -311,11 +314,16 @@ def _choose(network, c, carry, layout, outputs, masked):
     masked: [B, S] bool, slots that may be committed.
   """
   settings, keys = layout.settings, commit.noise_of_step(layout, carry)
-  if network.window_length:  # up to given tokens
+  if network.ahead:  # up to given tokens
     masked &= windows.in_first_run(network, layout, carry.block)
   if carry.draft is not None:
+    logits, propose = (
+      drafts.proposals(network, carry, layout, outputs)
+      if network.draft_length
+      else windows.proposals(network, outputs)
+    )
     token, confidence, number, draft = speculation.verify(
-      network, c, settings, carry.draft, outputs, keys
+      network, c, settings, carry.draft, logits, propose, keys
     )
     committed = masked & (jnp.arange(masked.shape[1]) < number[:, None])
     broken = jnp.any(committed & jnp.isnan(confidence), axis=1)
@@ -349,7 +357,7 @@ def _next_uses_cache(network, c, carry, after, layout, complete):
   """
   if c.cache == 'none':
     return jnp.zeros_like(complete)
-  if network.window_length:
+  if network.ahead:
     return windows.continues(carry, after, layout)
   slots = current(layout.slots, carry.block)  # [B, S]
   next_slot = current(layout.slots, after.block)[:, 0]

@@ -1,10 +1,8 @@
-"""Self-speculative decoding: the network verifies its own draft.
+"""Speculative decoding: a network verifies the draft of D - 1 tokens.
 
-A window predicts D tokens, each without seeing the others. Its first token is
-the next token; the others are a draft. The next pass computes a window after
-every token of the draft. The first prediction of window k is the distribution
-of the token after k tokens of the draft, so that the pass verifies all of them,
-and its own windows make the next draft (SDLM, arXiv 2509.24007, section 3.4).
+The draft comes from a network with windows (windows.py) or from a drafter
+(drafts.py). A pass gives the distribution p of the token after each part of the
+draft, so that it verifies all of them, and the next draft is made from it.
 
 The tokens are those of decoding one token per step. At temperature 0 they are
 equal, token for token: a token of the draft is accepted if it is the most
@@ -20,12 +18,11 @@ sum(p q), which is at most the sum(min(p, q)) of this rule.
 import jax
 import jax.numpy as jnp
 
-from maskdiff.model.transformer import bind
 from maskdiff.sampling import candidates, commit, remasking
 from maskdiff.sampling.state import Draft
 
 
-def verify(network, c, settings, draft, states, keys):
+def verify(network, c, settings, draft, logits, propose, keys):
   """Accepts a part of the draft, adds a token, and makes the next draft.
 
   Args:
@@ -33,8 +30,9 @@ def verify(network, c, settings, draft, states, keys):
     c: SamplerConfig.
     settings: Settings, each field [B].
     draft: Draft.
-    states: [B, D, D, E], hidden states of the windows; window k is after k
-      tokens of the draft.
+    logits: [B, D, V] float32, of the token after 0, 1, ... tokens of the draft.
+    propose: (accepted tokens of the draft [B] int32, the token after them [B]
+      int32) -> logits of the next draft, [B, D - 1, V] float32.
     keys: two arrays of [B] PRNG keys.
 
   Returns:
@@ -43,18 +41,14 @@ def verify(network, c, settings, draft, states, keys):
     - number [B] int32 from 1 to D: the accepted tokens, and one more;
     - the next Draft, of the slots after these.
   """
-  s, rows = settings, jnp.arange(len(states))
-  model = bind(network.config, network.params)
-  logits = commit.allowed(network, s, model.logits(states[:, :, 0]))
+  s, logits = settings, commit.allowed(network, settings, logits)
   token_keys, draft_keys = jax.vmap(jax.random.split, out_axes=1)(keys[0])
   target = candidates.tempered(logits, s.temperature, s.top_k, s.top_p)
   accepted, added = _accept(s, draft, logits, target, token_keys, keys[1])
-  index = jnp.arange(states.shape[1])
+  index = jnp.arange(logits.shape[1])
   drafted = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
   token = jnp.where(index < accepted[:, None], drafted, added[:, None])
-  # The window after the accepted tokens predicts the slots after `added`.
-  following = model.logits(states[rows, accepted, 1:])
-  following = commit.allowed(network, s, following)
+  following = commit.allowed(network, s, propose(accepted, added))
   next_draft = Draft(
     candidates.draw(following, s.temperature, s.top_k, s.top_p, draft_keys),
     candidates.tempered(following, s.temperature, s.top_k, s.top_p),

@@ -82,8 +82,8 @@ def current(x, block):
 def slots_of_step(network, x, block):
   """Returns the slots that a step may fill, of every row.
 
-  They are those of the current block. For a network that predicts windows, a
-  block is one slot, and they are the next D slots.
+  They are those of the current block. For a network that predicts windows, or
+  has a drafter, a block is one slot, and they are the next D slots.
 
   Args:
     network: Network.
@@ -93,7 +93,7 @@ def slots_of_step(network, x, block):
   Returns:
     [B, S], or [B, D].
   """
-  size = network.window_length
+  size = network.ahead
   if not size:
     return current(x, block)
   ahead = jnp.minimum(block[:, None] + jnp.arange(size), x.shape[1] - 1)
@@ -110,9 +110,9 @@ def put_slots_of_step(network, x, block, values):
     values: as returned by `slots_of_step`.
   """
   rows = jnp.arange(len(x))
-  if not network.window_length:
+  if not network.ahead:
     return x.at[rows, block].set(values, mode='drop')
-  ahead = block[:, None] + jnp.arange(network.window_length)
+  ahead = block[:, None] + jnp.arange(network.ahead)
   return x.at[rows[:, None], ahead, 0].set(values, mode='drop')
 
 
@@ -128,10 +128,10 @@ def index_in_step(network, layout, block):
     [B, L] int32; -1 at positions that are not slots of the step.
   """
   ahead = layout.block_of - block[:, None]
-  if not network.window_length:
+  if not network.ahead:
     return jnp.where(ahead == 0, layout.index_of, -1)
   inside = (layout.block_of >= 0) & (ahead >= 0)
-  return jnp.where(inside & (ahead < network.window_length), ahead, -1)
+  return jnp.where(inside & (ahead < network.ahead), ahead, -1)
 
 
 def in_progress(carry):

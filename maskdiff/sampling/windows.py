@@ -17,6 +17,8 @@ Letters: W windows, D tokens of a window, E embedding dimension; others as in
 state.py. f is the first slot of a row without a committed token.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +26,7 @@ from maskdiff.model import cache as cache_lib
 from maskdiff.model import masks
 from maskdiff.model.transformer import bind
 from maskdiff.objectives import sdlm
+from maskdiff.objectives.table import show
 from maskdiff.sampling.state import Draft, current, slots_of_step
 
 
@@ -38,10 +41,10 @@ def over_canvas(network, c, shape, carry, layout):
     - [B] int32, number of positions computed for each row;
     - model.cache.Cache of shape[0] places; None if c.cache is 'none'.
   """
-  length, first, size = shape[0], _first(carry, layout), network.window_length
+  length, first = shape[0], first_slot(carry, layout)
   inputs, has_input, starts = _inputs(network, c, carry, layout, first)
   # Positions that a window sees, and the draft, whose keys are stored.
-  end = first + size * _is_speculative(c)
+  end = first + network.window_length * _is_speculative(c)
   shown = has_input[:, :length] & (jnp.arange(length) < end)
   clean = masks.causal(shown)
   tokens, labels = _join(network, inputs, starts, inputs[:, :length], clean)
@@ -65,44 +68,80 @@ def over_cache(network, c, shape, carry, cache, layout):
   Returns:
     As `over_canvas`; the Cache has the clean tokens of rows with `cached`.
   """
-  length, first, size = shape[0], _first(carry, layout), network.window_length
+  length, first, size = shape[0], first_slot(carry, layout), network.ahead
   inputs, has_input, starts = _inputs(network, c, carry, layout, first)
-  rows, places = jnp.arange(len(first))[:, None], jnp.arange(length)
   # D clean positions: the draft, or those that the last step has committed.
   pos = first - size * (not _is_speculative(c)) + jnp.arange(size)
-  inside = jnp.clip(pos, 0, length - 1)
-  stored = (cache.labels.doc >= 0) & (places < first)
-  computed = (pos == inside) & has_input[rows, inside]
-  computed &= ~stored[rows, inside]
-  clean = cache_lib.hide(
-    masks.Labels(
-      doc=jnp.zeros_like(pos),
-      pos=pos,
-      block=jnp.full_like(pos, -1),
-      reach=pos + 1,
-    ),
-    ~computed,
-  )
-  tokens, labels = _join(network, inputs, starts, inputs[rows, inside], clean)
-  stores = carry.cached[:, None] & computed
-  at = jnp.where(stores, inside, length)
-  no_window = jnp.full((len(at), tokens.shape[1] - size), length, at.dtype)
+  clean = new_clean(carry, cache, has_input, pos, first)
+  tokens = jnp.take_along_axis(inputs, clean.inside, axis=1)
+  tokens, labels = _join(network, inputs, starts, tokens, clean.labels)
+  no_window = jnp.full((len(pos), tokens.shape[1] - size), length, pos.dtype)
   model = bind(network.config, network.params)
   hidden, added = model.append(
     tokens,
     labels,
-    cache_lib.hide_places(cache, ~stored),
-    jnp.concatenate([at, no_window], axis=1),
+    clean.usable,
+    jnp.concatenate([clean.places, no_window], axis=1),
   )
-  # Places from f on may have keys of a rejected draft: only those of this pass
-  # are valid.
+  computed = clean.labels.doc >= 0
+  cache = of_cached_rows(carry, added, cache)
+  return _results(network, hidden, starts, computed, cache)
+
+
+class Clean(NamedTuple):
+  """Clean positions of a pass over a cache, P per row."""
+
+  inside: jax.Array  # [B, P] int32, the positions, moved into the row
+  labels: masks.Labels  # doc is -1 at positions that are not computed
+  usable: cache_lib.Cache  # the cache without out-of-date places
+  places: jax.Array  # [B, P] int32, where their keys are stored; L: nowhere
+
+
+def new_clean(carry, cache, has_input, pos, first):
+  """Returns the Clean of positions that are not in the cache yet.
+
+  Args:
+    carry: Carry.
+    cache: Cache of L places.
+    has_input: [B, M] bool, False on padding.
+    pos: [B, P] int32, which may be outside of the row.
+    first: [B, 1] int32, the first slot without a committed token. Places from
+      there on may have keys of a rejected draft.
+  """
+  length = cache.places
+  rows = jnp.arange(len(pos))[:, None]
+  inside = jnp.clip(pos, 0, length - 1)
+  stored = (cache.labels.doc >= 0) & (jnp.arange(length) < first)
+  computed = (pos == inside) & has_input[rows, inside] & ~stored[rows, inside]
+  labels = masks.Labels(
+    doc=jnp.where(computed, 0, -1),
+    pos=pos,
+    block=jnp.full_like(pos, -1),
+    reach=pos + 1,
+  )
+  stores = carry.cached[:, None] & computed
+  return Clean(
+    inside,
+    labels,
+    cache_lib.hide_places(cache, ~stored),
+    jnp.where(stores, inside, length),
+  )
+
+
+def of_cached_rows(carry, added, cache):
+  """Returns a Cache whose labels are new only in rows with `cached`.
+
+  Args:
+    carry: Carry.
+    added: Cache that includes a pass; its keys are stored in these rows only.
+    cache: Cache before the pass.
+  """
   labels = jax.tree.map(
     lambda new, old: jnp.where(carry.cached[:, None], new, old),
     added.labels,
     cache.labels,
   )
-  cache = cache_lib.Cache(added.k, added.v, labels)
-  return _results(network, hidden, starts, computed, cache)
+  return cache_lib.Cache(added.k, added.v, labels)
 
 
 def logits(network, states):
@@ -110,10 +149,27 @@ def logits(network, states):
   return bind(network.config, network.params).logits(states[:, 0])
 
 
+def proposals(network, states):
+  """Returns `logits` and `propose` of speculation.verify.
+
+  The first token of a window is the next token, and the others are a draft:
+  window k is after k tokens of the last draft.
+
+  Args:
+    network: Network.
+    states: [B, D, D, E], from `over_canvas`.
+  """
+  model, rows = bind(network.config, network.params), jnp.arange(len(states))
+  return (
+    model.logits(states[:, :, 0]),
+    lambda accepted, token: model.logits(states[rows, accepted, 1:]),
+  )
+
+
 def in_first_run(network, layout, block):
   """Returns [B, D] bool, the slots of a step before the next given token."""
   slots = slots_of_step(network, layout.slots, block)
-  return slots == slots[:, :1] + jnp.arange(network.window_length)
+  return slots == slots[:, :1] + jnp.arange(network.ahead)
 
 
 def continues(carry, after, layout):
@@ -126,8 +182,9 @@ def continues(carry, after, layout):
     after: Carry after it.
     layout: Layout.
   """
-  advance = (after.block - carry.block)[:, None]
-  return (_first(after, layout) == _first(carry, layout) + advance)[:, 0]
+  advance = after.block - carry.block
+  first = lambda carry: first_slot(carry, layout)[:, 0]
+  return first(after) == first(carry) + advance
 
 
 def keep_draft(carry, after, layout, draft, active):
@@ -150,7 +207,7 @@ def keep_draft(carry, after, layout, draft, active):
   )
 
 
-def _first(carry, layout):
+def first_slot(carry, layout):
   """Returns [B, 1] int32, the first slot without a committed token."""
   return current(layout.slots, carry.block)[:, :1]
 
@@ -160,25 +217,29 @@ def _is_speculative(c):
 
 
 def _inputs(network, c, carry, layout, first):
-  """Returns the row with its draft, shifted right, and the windows' starts.
+  """Returns what `shown` does, and [B, W] int32, the starts of the windows."""
+  number = network.window_length if _is_speculative(c) else 1
+  starts = first + jnp.arange(number, dtype=first.dtype)
+  return *shown(network, carry, layout, first), starts
+
+
+def shown(network, carry, layout, first):
+  """Returns the rows with their drafts, if there are any, shifted right.
 
   Returns:
-    [B, L + D] int32; [B, L + D] bool, False on padding; and [B, W] int32.
+    [B, L + D] int32; and [B, L + D] bool, False on padding.
   """
-  size, canvas = network.window_length, carry.canvas
+  size, canvas = network.ahead, carry.canvas
   canvas = jnp.pad(canvas, ((0, 0), (0, size)), constant_values=network.mask_id)
-  number = 1
-  if _is_speculative(c):
-    number = size
+  if carry.draft is not None:
     draft = carry.draft.tokens
     draft = jnp.where(draft < 0, network.mask_id, draft)
     at = first + jnp.arange(size - 1)
     rows = jnp.arange(len(canvas))[:, None]
     canvas = canvas.at[rows, at].set(draft, mode='drop')
   valid = jnp.pad(layout.valid, ((0, 0), (0, size)))
-  inputs, labels = sdlm.show(network, canvas, valid)
-  starts = first + jnp.arange(number, dtype=first.dtype)
-  return inputs, labels.doc >= 0, starts
+  inputs, labels = show(network, canvas, valid)
+  return inputs, labels.doc >= 0
 
 
 def _join(network, inputs, starts, tokens, clean):

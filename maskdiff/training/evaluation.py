@@ -10,6 +10,7 @@ from maskdiff.config import objective as objective_keys
 from maskdiff.distributed.mesh import replicate
 from maskdiff.interop import load
 from maskdiff.monitoring import history
+from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.settings import sampler_config
@@ -236,8 +237,11 @@ def eval_config(c):
   Rows are whole and have one mask each, times are stratified and uniform on
   [EPS, 1), and weights are those of the bound, whatever the training draws.
   """
+  name = c.objective.name
   objective = dataclasses.replace(
     c.objective,
+    # A drafter changes no prediction of its network.
+    name='autoregressive' if OBJECTIVES[name].drafts else name,
     eps=EPS,
     random_length_fraction=0.0,
     time_sampling='stratified',

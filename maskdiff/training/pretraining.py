@@ -150,7 +150,10 @@ def loss_name(c):
   Args:
     c: StepConfig of the first phase.
   """
-  exact = table.OBJECTIVES[c.objective.name].likelihood == 'exact'
+  objective = table.OBJECTIVES[c.objective.name]
+  if objective.drafts:
+    return history.OTHER_LOSS
+  exact = objective.likelihood == 'exact'
   return (
     history.BOUND if exact or c.objective.is_bound(0) else history.OTHER_LOSS
   )
@@ -234,16 +237,19 @@ def loss_parts(c, sums):
     sums: step.LossSums on the host.
 
   Returns:
-    dict: the loss of the noisy copy, which is the bound if its weights are; and
-    the negative log-likelihood per token that the clean copy predicts. {} if
+    dict: the loss of the noisy copy, which is the bound if its weights are, or
+    of the drafts; and the negative log-likelihood per token that the clean copy
+    predicts. {} if
     the loss has one part.
   """
   if sums.next_nll is None:
     return {}
-  next_part = c.objective.autoregressive_weight * sums.next_nll
+  objective = table.OBJECTIVES[c.objective.name]
+  next_part = objective.next_weight(c.objective, c.length) * sums.next_nll
   diffusion = (sums.weighted_nll - next_part) / sums.num_tokens
+  name = 'draft' if objective.drafts else 'diffusion'
   return {
-    'train/diffusion_nats_per_token': float(diffusion),
+    f'train/{name}_nats_per_token': float(diffusion),
     'train/autoregressive_nats_per_token': float(
       sums.next_nll / sums.next_count
     ),

@@ -19,13 +19,21 @@ from maskdiff.distributed import consensus, runtime
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, one_line
 from maskdiff.interop import load
-from maskdiff.model import lora, transformer
+from maskdiff.model import transformer
+from maskdiff.model.trainable import join, trainable
 from maskdiff.training import ema as ema_lib
 from maskdiff.training import train_state
 from maskdiff.training.train_state import TrainState
 
 # Sections and keys.
-FIXED = ('model', 'objective', 'tokens', 'optimizer.name', 'lora')
+FIXED = (
+  'model',
+  'objective',
+  'tokens',
+  'optimizer.name',
+  'lora',
+  'drafter',
+)
 # Keys of these sections that change the result of a step only by rounding, or
 # act only at initialization.
 MAY_CHANGE = (
@@ -98,7 +106,8 @@ def restore_or_init(config, setup, stage, key, checkpointer):
   Raises:
     UserError: the checkpoint has another stage, other data, or another model,
       objective or optimizer; all checkpoints are damaged; a new run with
-      adapters has no config.init_from; or config.init_from has another model,
+      adapters, or with a drafter of a network that does not change, has no
+      config.init_from; or config.init_from has another model,
       or no moving average for config.init_from_ema.
   """
   optimizer, shardings = setup.optimizer, setup.shardings
@@ -127,15 +136,22 @@ def restore_or_init(config, setup, stage, key, checkpointer):
     if config.init_from_ema:
       source = f'the moving average of {source}'
     runtime.print_once(f'parameters are those of {source}')
-    if setup.model.lora.rank:
-      params = _with_adapters(setup, params, key)
-    make_state = functools.partial(train_state.from_params, optimizer, ema=ema)
+    params = _with_new(setup, params, key)
+    make_state = functools.partial(
+      train_state.from_params, setup.model, optimizer, ema=ema
+    )
     make_state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)
     return make_state(params), Start(0, stage.start)
   if found is None and setup.model.lora.rank:
     raise UserError(
       f'config.lora.rank={setup.model.lora.rank} trains adapters of a trained '
       'model: set --config.init_from, or --config.lora.rank=0'
+    )
+  if found is None and setup.model.drafter.frozen:
+    raise UserError(
+      'config.objective.autoregressive_weight=0 trains the drafter of a '
+      'trained model, which does not change: set --config.init_from, or '
+      '--config.objective.autoregressive_weight=1 to train both'
     )
   if found is None:
     return jax.jit(init, out_shardings=shardings)(key), Start(0, stage.start)
@@ -151,13 +167,22 @@ def restore_or_init(config, setup, stage, key, checkpointer):
   return TrainState(count, **items), start
 
 
-def _with_adapters(setup, params, key):
-  """Returns parameters with freshly drawn adapters, whose product is 0."""
+def _with_new(setup, params, key):
+  """Returns parameters of another model with what they lack, freshly drawn.
+
+  That is a drafter, or adapters, whose product is 0.
+  """
+  c, of_run = setup.model, setup.shardings.params
+  if c.lora.rank:
+    lacks = functools.partial(trainable, c)
+  elif 'drafter' in of_run and 'drafter' not in params:
+    lacks = lambda tree: {'drafter': tree['drafter']}
+  else:
+    return params
   draw = jax.jit(
-    lambda key: lora.trained(transformer.init(setup.model, key)),
-    out_shardings=lora.trained(setup.shardings.params),
+    lambda key: lacks(transformer.init(c, key)), out_shardings=lacks(of_run)
   )
-  return lora.join(params, draw(key))
+  return join(params, draw(key))
 
 
 def _like(position, start):

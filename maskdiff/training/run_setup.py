@@ -8,7 +8,8 @@ import optax
 
 from maskdiff import config as config_lib
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.model import lora, transformer
+from maskdiff.model import transformer
+from maskdiff.model.trainable import trainable
 from maskdiff.model.transformer import TransformerConfig
 from maskdiff.monitoring.ledger import Ledger
 from maskdiff.training import resume, train_state
@@ -60,7 +61,7 @@ def open_setup(config, ledger, between):
   optimizer = make_optimizer(
     OptimizerConfig(**config.optimizer),
     config.train.steps,
-    lora.trained(transformer.axes(model)),
+    trainable(model, transformer.axes(model)),
   )
   return RunSetup(
     model=model,

@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 from maskdiff.distributed import compiler
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.mesh import BATCH_AXES
-from maskdiff.model import lora, transformer
+from maskdiff.model import transformer
+from maskdiff.model.trainable import join, trainable
 from maskdiff.model.transformer import TransformerConfig, bind
-from maskdiff.objectives.canvas import ObjectiveConfig, canvas_loss, divisor
+from maskdiff.objectives import table
+from maskdiff.objectives.canvas import ObjectiveConfig, divisor
 from maskdiff.objectives.schedule import Schedule
-from maskdiff.objectives.table import make_canvas
 from maskdiff.objectives.time_density import TimeDensity, Weight
 from maskdiff.training import ema as ema_lib
 from maskdiff.training import guard as guard_lib
@@ -148,7 +149,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
     rows: data.rows.Rows of [B, L], the global batch of clean tokens.
     key: PRNG key of the run, folded with the step number.
     gradients: (StepConfig, TrainState, batch, key of the step) -> (gradients of
-      the summed loss by lora.trained(params), sums), for a stage with another
+      the summed loss by trainable(params), sums), for a stage with another
       loss. `sums` has the fields `loss` and `divisor`; the gradients are
       divided by `divisor`. Default: `batch_gradients`.
 
@@ -165,7 +166,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
   with jax.named_scope('part(optimizer)'):
     gradients = jax.tree.map(lambda g: g / sums.divisor, gradients)
     grad_norm = optax.tree.norm(gradients)
-    trained = lora.trained(state.params)
+    trained = trainable(c.model, state.params)
     ok, guard = guard_lib.judge(c.guard, state.guard, sums.loss, grad_norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     trained, opt_state = jax.tree.map(
@@ -173,7 +174,7 @@ def train_step(c, optimizer, state, rows, key, gradients=None):
       (optax.apply_updates(trained, updates), opt_state),
       (trained, state.opt_state),
     )
-    params = lora.join(state.params, trained)
+    params = join(state.params, trained)
     ema = None
     if state.ema is not None:
       ema = ema_lib.update(c.ema_decay, state.ema, params, ok)
@@ -200,13 +201,13 @@ def batch_gradients(c, params, rows, key, progress=0.0):
     progress: share of the training that is done, float32 scalar in [0, 1].
 
   Returns:
-    A tree like lora.trained(params), and the LossSums of the batch.
+    A tree like trainable(params), and the LossSums of the batch.
   """
   batch = rows.tokens.shape[0]
-  trained = lora.trained(params)
+  trained = trainable(c.model, params)
 
   def loss(trained, numbers, rows):
-    joined = lora.join(params, trained)
+    joined = join(params, trained)
     sums = loss_sums(c, joined, rows, numbers, key, batch, progress)
     return sums.total, sums
 
@@ -258,8 +259,8 @@ def loss_sums(c, params, rows, numbers, key, batch, progress=0.0):
   Returns:
     LossSums. Only `total` has a gradient.
   """
-  canvas = make_canvas(c.objective, rows, numbers, key, batch, progress)
-  total, nll = canvas_loss(c.objective, bind(c.model, params), canvas)
+  canvas = table.make_canvas(c.objective, rows, numbers, key, batch, progress)
+  total, nll = table.loss(c.objective, bind(c.model, params), canvas)
   return summarize(c.objective, canvas, total, nll)
 
 
@@ -270,15 +271,15 @@ def summarize(c, canvas, total, nll):
   Args:
     c: ObjectiveConfig.
     canvas: Canvas of b rows.
-    total: float32 scalar, from `canvas_loss`.
-    nll: from `canvas_loss`, nats; 0 where there is no loss.
+    total: float32 scalar, from `table.loss`.
+    nll: from `table.loss`, nats; 0 where there is no loss.
   """
   next_nll = next_count = None
   weighted_nll = total
   if c.denominator == 'row' or c.confidence_weight:
     weighted_nll = (canvas.all_weights * nll).sum()
   if canvas.next_weights is not None:
-    nll, of_next = jnp.split(nll, 2, axis=1)
+    nll, of_next = jnp.split(nll, [canvas.weights.shape[1]], axis=1)
     next_nll = of_next.sum()
     next_count = (canvas.next_weights != 0).sum().astype(jnp.float32)
   predicted = canvas.weights != 0

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from maskdiff.distributed import mesh as mesh_lib
-from maskdiff.model import lora, transformer
+from maskdiff.model import transformer
+from maskdiff.model.trainable import trainable
 from maskdiff.training import ema as ema_lib
 from maskdiff.training import guard as guard_lib
 from maskdiff.training import optimizer as optimizer_lib
@@ -25,7 +26,7 @@ class TrainState:
   Attributes:
     step: int32 scalar, number of batches processed.
     params: parameter tree, float32; the base of adapters may be bfloat16.
-    opt_state: optax state of lora.trained(params). Its step count excludes
+    opt_state: optax state of trainable(params). Its step count excludes
       skipped updates.
     guard: state of the spike guard, see guard.py.
     ema: moving average of the parameters, an ema.Ema; None if the run keeps
@@ -52,7 +53,7 @@ def shardings(c, optimizer, mesh, ema=False):
   params = mesh_lib.param_shardings(mesh, transformer.axes(c), shapes)
   replicated = mesh_lib.replicated(mesh)
   opt_state = optimizer_lib.state_shardings(
-    optimizer, lora.trained(shapes), lora.trained(params), replicated
+    optimizer, trainable(c, shapes), trainable(c, params), replicated
   )
   guard = jax.tree.map(lambda _: replicated, jax.eval_shape(guard_lib.init))
   average = ema_lib.Ema(params, replicated) if ema else None
@@ -70,15 +71,16 @@ def init(c, optimizer, key, ema=False):
     key: PRNG key.
     ema: whether to keep a moving average.
   """
-  return from_params(optimizer, transformer.init(c, key), ema)
+  return from_params(c, optimizer, transformer.init(c, key), ema)
 
 
-def from_params(optimizer, params, ema=False):
+def from_params(c, optimizer, params, ema=False):
   """Returns the TrainState at step 0 with these parameters.
 
   Call it under jax.jit with out_shardings.
 
   Args:
+    c: TransformerConfig.
     optimizer: from make_optimizer.
     params: parameter tree.
     ema: whether to keep a moving average, which starts at the parameters.
@@ -86,7 +88,7 @@ def from_params(optimizer, params, ema=False):
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(lora.trained(params)),
+    opt_state=optimizer.init(trainable(c, params)),
     guard=guard_lib.init(),
     ema=ema_lib.start(params) if ema else None,
   )

@@ -21,6 +21,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import convert, hf, hf_config, hf_tokenizer, load, peft
 from maskdiff.model import lora, transformer
+from maskdiff.model.trainable import join
 
 TARGETS = ('query', 'attention_output', 'down')
 
@@ -49,7 +50,7 @@ def make_run(path, case, objective=None, **changes):
   random = np.random.default_rng(0)
   draw = lambda x: random.normal(size=x.shape).astype(np.float32) / 4
   adapters = jax.tree.map(draw, lora.trained(transformer.shapes(model)))
-  params = lora.join(params, adapters)
+  params = join(params, adapters)
   meta = manifest.Meta(config=manifest.config_json(config))
   with contextlib.closing(
     Checkpointer(workdir / 'checkpoints', keep=1)

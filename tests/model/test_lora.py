@@ -12,6 +12,7 @@ import tiny
 from maskdiff.distributed import mesh
 from maskdiff.model import lora, masks, transformer
 from maskdiff.model.lora import LoraConfig
+from maskdiff.model.trainable import join
 
 TOKENS = np.random.default_rng(0).integers(0, 24, (2, 8)).astype(np.int32)
 ALL = LoraConfig(rank=3, alpha=6.0)
@@ -31,7 +32,7 @@ def with_adapters(c, std=0.3, seed=3):
   random = np.random.default_rng(seed)
   draw = lambda x: jnp.asarray(std * random.normal(size=x.shape), x.dtype)
   adapters = lora.trained(transformer.shapes(model(c)))
-  return lora.join(base_params(), jax.tree.map(draw, adapters))
+  return join(base_params(), jax.tree.map(draw, adapters))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,7 +60,7 @@ def test_targets_name_matrices_and_axes_match():
   assert set(adapters['blocks']) == {'v_a', 'v_b', 'o_a', 'o_b'}
   plain = transformer.shapes(tiny.MODEL)
   assert lora.base(shapes) == plain and lora.trained(plain) == plain
-  assert lora.join(lora.base(shapes), adapters) == shapes
+  assert join(lora.base(shapes), adapters) == shapes
 
 
 def test_adapters_are_sharded_as_their_matrices():
@@ -78,7 +79,7 @@ def test_adapters_are_sharded_as_their_matrices():
 def test_network_starts_as_its_base_to_the_bit():
   config = model(ALL)
   drawn = transformer.init(config, jax.random.key(0))
-  params = lora.join(base_params(), lora.trained(drawn))
+  params = join(base_params(), lora.trained(drawn))
   assert any(np.any(x) for x in jax.tree.leaves(lora.trained(drawn)))
   expected = logits(tiny.MODEL, base_params())
   np.testing.assert_array_equal(logits(config, params), expected)
@@ -113,7 +114,7 @@ def test_every_change_of_a_matrix_is_a_product_of_full_rank():
     blocks[f'{matrix}_a'] = jnp.float32(a.reshape(2, *inputs, 16))
     blocks[f'{matrix}_b'] = jnp.float32(b.reshape(2, 16, *outputs))
     changed[matrix] = w + jnp.float32(change.reshape(w.shape))
-  found = logits(model(c), lora.join(base, {'blocks': blocks}))
+  found = logits(model(c), join(base, {'blocks': blocks}))
   expected = logits(tiny.MODEL, {**base, 'blocks': changed})
   largest = np.abs(expected).max()
   np.testing.assert_allclose(found, expected, atol=1e-4 * largest)
