@@ -105,7 +105,7 @@ class ObjectiveConfig:
     'mask_ratio',
     'next_weights',
   ],
-  meta_fields=[],
+  meta_fields=['window_length'],
 )
 @dataclasses.dataclass(frozen=True)
 class Canvas:
@@ -119,6 +119,9 @@ class Canvas:
   With `next_weights`, the last L inputs are a clean, causal copy of the row. It
   predicts the same targets from the tokens before them, and the loss has these
   weights for it.
+
+  With `window_length` above 1, the targets are windows of this many tokens, one
+  after another, and the metrics show the loss by position in a window.
   """
 
   inputs: jax.Array  # [B, M] int32
@@ -128,6 +131,7 @@ class Canvas:
   num_tokens: jax.Array  # [B] float32, tokens that may carry a loss
   mask_ratio: jax.Array  # [B, K] float32, expected share of masked tokens
   next_weights: jax.Array | None = None  # [B, L] float32
+  window_length: int = 1  # a divisor of L
 
   @property
   def all_weights(self):
