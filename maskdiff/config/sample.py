@@ -50,7 +50,8 @@ KEYS = {
     'Remasking rule: which predictions a denoising step commits. '
     'longest_prefix, cumulative_prefix and speculative commit from left to '
     'right, for networks trained with sdlm: while the tokens are confident, or '
-    'while the network itself confirms them. ancestral '
+    'while the network itself confirms them. With these networks threshold and '
+    'factor commit any tokens of a window. ancestral '
     "and first_hitting sample the model's own distribution at temperature 1, "
     'ancestral in the limit of many steps.',
     (
@@ -151,8 +152,10 @@ def block_length(c):
   return c.sample.block_length
 
 
-# Remasking rules of networks that predict windows, from left to right.
+# Remasking rules of networks that predict windows: from left to right, and all
+# of them.
 PREFIX_RULES = ('longest_prefix', 'cumulative_prefix', 'speculative')
+WINDOW_RULES = (*PREFIX_RULES, 'threshold', 'factor')
 
 
 def fit_rule(c, given=()):
@@ -172,7 +175,7 @@ def fit_rule(c, given=()):
 
 
 def check_prefix_rule(remasking, threshold, windows, drafts, prefix=''):
-  """Raises UserError unless a remasking rule fits the order of a network.
+  """Raises UserError unless a remasking rule fits the windows of a network.
 
   Args:
     remasking: name of the rule.
@@ -182,10 +185,10 @@ def check_prefix_rule(remasking, threshold, windows, drafts, prefix=''):
     prefix: of the names of the settings, such as 'config.sample.'.
   """
   require(
-    remasking in PREFIX_RULES or not windows,
-    f'{prefix}remasking={remasking} commits tokens in any order, and a network '
-    'trained with objective sdlm fills a row from left to right; set '
-    f'{prefix}remasking={PREFIX_RULES[0]}',
+    remasking in WINDOW_RULES or not windows,
+    f'{prefix}remasking={remasking} is for blocks of slots, and a network '
+    'trained with objective sdlm fills windows; set '
+    f'{prefix}remasking={", ".join(WINDOW_RULES[:-1])} or {WINDOW_RULES[-1]}',
   )
   require(
     remasking == 'speculative' or not drafts,

@@ -127,15 +127,23 @@ def loss(
     `config.objective.denominator` see objectives.canvas.divisor.
 
   Raises:
-    UserError: see `logits`; a draw is missing or not used; or a row contains
-      the mask token.
+    UserError: see `logits`; a draw is missing or not used; a row contains the
+      mask token; or no token carries a loss. Inside jit the loss is then NaN.
   """
   batch = batches.batch_of(model, rows, lengths, doc)
   c = step_config(model.config).objective
   columns = _columns(c, batch, answer)
   key = None if key is None else arguments.key_of(key)
   draws = _draws(c, batch, times, mask_ratio, masked, noise, key)
-  return _loss(model.network, c, model.mesh, batch.size, columns, draws)
+  found, count = _loss(model.network, c, model.mesh, batch.size, columns, draws)
+  if not arguments.traced(count) and not count:
+    raise UserError(
+      'no window of this draw has a token that carries a loss: give longer '
+      'rows, more answers or another key'
+      if OBJECTIVES[c.name].windows
+      else 'no token carries a loss: set `answer` to True at some tokens'
+    )
+  return found
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -150,7 +158,7 @@ def _loss(network, c, mesh, size, rows, draws):
       numbers = jnp.arange(len(rows.tokens), dtype=jnp.int32)
       canvas = make_canvas(c, rows, numbers, draws, size)
     total, _ = loss_of(c, bind(network.config, network.params), canvas)
-    return total / divisor(c, canvas).sum()
+    return total / divisor(c, canvas).sum(), canvas.num_tokens.sum()
 
 
 def _columns(c, batch, answer):

@@ -17,6 +17,6 @@
 - panel: a figure with its title, note and menu.
 - curves: all panels of the report; figures of metrics over time, goodput.
 - loss_curves: figures of the losses.
-- mask_ratio_curves: figures of the loss by mask ratio.
+- loss_parts: figures of the loss by mask ratio and by position in a window.
 - report: the HTML report of launch/report.py.
 """

@@ -1,5 +1,7 @@
 """Figures of the report: metrics of runs over time, and goodput."""
 
+import functools
+
 import numpy as np
 import plotly.graph_objects as go
 
@@ -8,7 +10,7 @@ from maskdiff.monitoring import (
   history,
   ledger,
   loss_curves,
-  mask_ratio_curves,
+  loss_parts,
   smoothing,
   traces,
 )
@@ -25,8 +27,10 @@ from maskdiff.monitoring.traces import Series
 FIGURES = {
   'heldout': loss_curves.heldout,
   'training': loss_curves.training,
-  'by_ratio': mask_ratio_curves.heldout,
-  'training_by_ratio': mask_ratio_curves.training,
+  'by_ratio': functools.partial(loss_parts.heldout, loss_parts.MASK_RATIOS),
+  'training_by_ratio': functools.partial(
+    loss_parts.training, loss_parts.MASK_RATIOS
+  ),
 }
 # Curves of every run.
 CURVES = (
@@ -80,6 +84,8 @@ def panels(runs):
   of_stages = dict.fromkeys(panel for run in runs for panel in run.panels)
   candidates = [
     *(_of_stage(runs, panel) for panel in of_stages),
+    loss_parts.heldout(loss_parts.WINDOW_POSITIONS, runs),
+    loss_parts.training(loss_parts.WINDOW_POSITIONS, runs),
     *(_curve(runs, curve) for curve in CURVES),
     _step_time(runs),
     _skipped(runs),

@@ -19,9 +19,12 @@ from maskdiff.monitoring.run_files import read_config, read_header, read_plan
 from maskdiff.objectives.table import OBJECTIVES
 
 RATIO = '/nll_at_mask_ratio_'
+WINDOW_POSITION = '/nll_at_window_position_'
 EMA = 'ema_'  # begins the names of metrics of the moving average
 BOUND = 'train/loss_nats_per_token'
 OTHER_LOSS = 'train/objective_nats_per_token'  # not the bound
+# Numbers at the end of these names.
+NUMBERS = {RATIO: r'[01](?:\.[0-9]{1,9})?', WINDOW_POSITION: '[1-9][0-9]{0,5}'}
 # More datasets, mask ratios or prompts than these make no readable page.
 MAX_CHOICES = 100
 
@@ -242,18 +245,20 @@ def bits_per_nat(run, dataset=''):
   return None
 
 
-def by_ratio(run, where):
-  """Returns the loss by mask ratio from the newest row that has it.
+def by_part(run, where, metric):
+  """Returns the loss of each part of the tokens from the newest row with it.
 
   Args:
     run: Run.
     where: 'train', or `prefix` of a dataset.
+    metric: RATIO for mask ratios, WINDOW_POSITION for positions in a window.
 
   Returns:
-    The step, or None; and a list of (mask ratio, nats per masked token). A loss
-    that is not finite is None.
+    The step, or None; and a list of (number of the part, such as its mask
+    ratio; nats per token), in the order of the numbers. A loss that is not
+    finite is None.
   """
-  pattern = re.escape(where + RATIO) + r'([01](\.[0-9]{1,9})?)'
+  pattern = re.escape(where + metric) + f'({NUMBERS[metric]})'
   matches = [m for key in run.keys if (m := re.fullmatch(pattern, key))]
   for row in reversed(run.rows if matches else ()):
     found = {float(m[1]): finite(row[m[0]]) for m in matches if m[0] in row}

@@ -19,8 +19,9 @@ MAX_PANELS = 100
 REDUCTIONS = ('last', 'max', 'mean')
 # Names of FIGURES in curves.py. Runs without the file have these panels.
 PRETRAINING = ('heldout', 'training', 'by_ratio', 'training_by_ratio')
-# Ids of panels that curves.py draws for every run.
+# Ids of panels that curves.py draws for every run with their metrics.
 OF_EVERY_RUN = (
+  *('by_window_position', 'training_by_window_position'),
   *('learning_rate', 'grad_norm', 'tokens_per_s', 'mfu'),
   *('step_s', 'skipped', 'goodput'),
 )

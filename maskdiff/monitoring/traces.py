@@ -19,7 +19,7 @@ COLOURS = (
   *('#d64f5a', '#8a8f2a', '#2a9fb0', '#9a7257'),
 )
 DASHES = ('solid', 'dash', 'dot', 'dashdot')  # one per round of COLOURS
-# Mask ratios, from low to high.
+# Mask ratios or positions in a window, from low to high.
 SHADES = ('#f2b134', '#e8743b', '#c9466b', '#8b4a9c', '#4a5aa8')
 # Kinds of time in the ledger.
 TIMES = {

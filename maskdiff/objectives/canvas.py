@@ -107,7 +107,7 @@ class ObjectiveConfig:
     'next_weights',
     'starts',
   ],
-  meta_fields=[],
+  meta_fields=['window_length'],
 )
 @dataclasses.dataclass(frozen=True)
 class Canvas:
@@ -122,6 +122,10 @@ class Canvas:
   predicts the same targets from the tokens before them, and the loss has these
   weights for it.
 
+  With `window_length` above 1, `weights` are those of windows of this many
+  tokens, one after another, and the metrics show the loss by position in a
+  window.
+
   With `starts`, a drafter predicts windows of the targets (drafting.py):
   `weights` belong to its drafts, [B, W n], and `next_weights` to the targets.
   """
@@ -134,6 +138,7 @@ class Canvas:
   mask_ratio: jax.Array  # [B, K] float32, expected share of masked tokens
   next_weights: jax.Array | None = None  # [B, L] float32
   starts: jax.Array | None = None  # [B, W] int32, the first draft of a window
+  window_length: int = 1  # tokens predicted at once
 
   @property
   def all_weights(self):

@@ -69,6 +69,7 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
     num_tokens=weights.sum(axis=1),
     next_weights=next_weights,
     starts=starts,
+    window_length=size - 1,
   )
 
 

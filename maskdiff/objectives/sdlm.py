@@ -177,6 +177,7 @@ def _canvas(c, clean, starts, inputs, labels):
     weights=weights,
     num_tokens=weights.sum(axis=1),
     mask_ratio=jnp.full((batch, 1), masked, jnp.float32),
+    window_length=c.window_length,
   )
 
 

@@ -218,6 +218,23 @@ def at_positions(x, index):
   return jnp.where(index >= 0, found, jnp.zeros_like(found))
 
 
+def up_to_eos(network, settings, token, committed):
+  """Returns the committed slots of a window, up to the first eos among them.
+
+  Tokens after an eos are no part of an answer. Only rows with `stop_at_eos`
+  change. `end_at_eos` fills their slots with eos.
+
+  Args:
+    network: Network.
+    settings: Settings, each field [B].
+    token: [B, D] int32.
+    committed: [B, D] bool.
+  """
+  is_eos = committed & (token == network.eos_id)
+  after_eos = jnp.cumsum(is_eos, axis=1) > is_eos
+  return committed & ~(settings.stop_at_eos[:, None] & after_eos)
+
+
 def end_at_eos(eos_id, layout, step, canvas, masked, filled_at):
   """Ends rows with `stop_at_eos` whose text is complete up to its first eos.
 

@@ -190,11 +190,14 @@ def cumulative_prefix(confidence, masked, budget, keys):
   product of the confidences must be at least the threshold, `budget`, [B]
   float32. The first token is always committed. The product is at most the least
   confidence, so that the rule commits no more than `longest_prefix`, except
-  where a confidence equals the threshold.
+  where a confidence equals the threshold. A threshold of 1 commits one token
+  per step.
   """
   del keys
   product = jnp.cumprod(jnp.where(masked, confidence, 1.0), axis=1)
-  return _prefix(masked, product >= budget[:, None])
+  least = budget[:, None]
+  # Only rounding makes a confidence 1.
+  return _prefix(masked, (product >= least) & (least < 1))
 
 
 def _prefix(masked, accepted):

@@ -5,8 +5,8 @@ filled: after a prompt, or in gaps anywhere in a text. Slots are filled in
 blocks of `block_length`, left to right. One block is pure diffusion; several
 are semi-autoregressive. A network trained left to right is sampled by the same
 loop in blocks of one slot, and a network trained on blocks in its own blocks,
-or in parts of them. If it predicts windows, a step commits several slots from
-left to right. Committed tokens are never revised.
+or in parts of them. If it predicts windows, a step commits several slots of a
+window, mostly from left to right. Committed tokens are never revised.
 
 This is `generate` of LLaDA (arXiv 2502.09992, section 2.4), which continues
 prompts, extended to gaps. A mask token outside of the slots is context and
@@ -247,12 +247,15 @@ def denoise(network, c, carry, layout, outputs, active, num_positions):
 
   # Some tokens are committed; the other slots stay masked.
   total, committed = carry.total_steps + active, choice.committed
+  if network.ahead and network.eos_id >= 0:
+    committed = commit.up_to_eos(network, settings, choice.token, committed)
+  is_open = masked & ~committed
   index = index_in_step(network, layout, block)
   at_positions = lambda x: commit.at_positions(x, index)
   is_new = at_positions(committed)
   canvas = jnp.where(is_new, at_positions(choice.token), carry.canvas)
   filled_at = jnp.where(is_new, total[:, None], carry.filled_at)
-  masked = put_slots_of_step(network, carry.masked, block, masked & ~committed)
+  masked = put_slots_of_step(network, carry.masked, block, is_open)
   masked &= ~choice.broken[:, None, None]
   if network.eos_id >= 0:  # else request.begin refuses stop_at_eos
     canvas, masked, filled_at = jax.lax.cond(
@@ -264,7 +267,9 @@ def denoise(network, c, carry, layout, outputs, active, num_positions):
 
   # A row without masks in its block moves on to the next block.
   complete = active & ~current(masked, block).any(axis=1)
-  advance = committed.sum(axis=1) if network.ahead else complete
+  advance = complete
+  if network.ahead:
+    advance = active * windows.num_complete(network, layout, block, is_open)
   step = jnp.where(complete, 0, step + (active & ~choice.leads))
   confidence = jnp.where(
     is_new, at_positions(choice.confidence), carry.confidence

@@ -13,6 +13,11 @@ these tokens for each window. Here all windows see one clean copy of the draft,
 which costs D positions instead of D (D - 1) / 2, and enters the cache with the
 same pass.
 
+A rule that commits any subset of a window leaves open slots before committed
+ones. The next window begins at the first open slot, and has the committed
+tokens in place of masks. They enter the cache when a window begins after them.
+The network was not trained on such windows.
+
 Letters: W windows, D tokens of a window, E embedding dimension; others as in
 state.py. f is the first slot of a row without a committed token.
 """
@@ -47,7 +52,8 @@ def over_canvas(network, c, shape, carry, layout):
   end = first + network.window_length * _is_speculative(c)
   shown = has_input[:, :length] & (jnp.arange(length) < end)
   clean = masks.causal(shown)
-  tokens, labels = _join(network, inputs, starts, inputs[:, :length], clean)
+  window = _window(network, c, carry, layout, inputs, starts)
+  tokens, labels = _join(inputs[:, :length], clean, *window)
   model = bind(network.config, network.params)
   if c.cache == 'none':
     hidden, cache = model(tokens, labels), None
@@ -74,7 +80,8 @@ def over_cache(network, c, shape, carry, cache, layout):
   pos = first - size * (not _is_speculative(c)) + jnp.arange(size)
   clean = new_clean(carry, cache, has_input, pos, first)
   tokens = jnp.take_along_axis(inputs, clean.inside, axis=1)
-  tokens, labels = _join(network, inputs, starts, tokens, clean.labels)
+  window = _window(network, c, carry, layout, inputs, starts)
+  tokens, labels = _join(tokens, clean.labels, *window)
   no_window = jnp.full((len(pos), tokens.shape[1] - size), length, pos.dtype)
   model = bind(network.config, network.params)
   hidden, added = model.append(
@@ -172,6 +179,20 @@ def in_first_run(network, layout, block):
   return slots == slots[:, :1] + jnp.arange(network.ahead)
 
 
+def num_complete(network, layout, block, is_open):
+  """Returns [B] int32, the slots of a step before its first open slot.
+
+  Args:
+    network: Network.
+    layout: Layout.
+    block: [B] int32.
+    is_open: [B, D] bool, slots of the step without a committed token.
+  """
+  slots = slots_of_step(network, layout.slots, block)
+  is_slot = slots < layout.valid.shape[1]
+  return jnp.cumprod(is_slot & ~is_open, axis=1).sum(axis=1)
+
+
 def continues(carry, after, layout):
   """Returns [B] bool, whether the next slot follows those just committed.
 
@@ -242,11 +263,25 @@ def shown(network, carry, layout, first):
   return inputs, labels.doc >= 0
 
 
-def _join(network, inputs, starts, tokens, clean):
+def _window(network, c, carry, layout, inputs, starts):
+  """Returns tokens and Labels of the windows, [B, W D]."""
+  tokens, labels = sdlm.windows(network, inputs, jnp.zeros_like(inputs), starts)
+  if not _is_speculative(c):
+    # Inputs are shifted right by one: the anchor comes before the first slot.
+    slots = slots_of_step(network, layout.slots, carry.block)[:, :-1]
+    is_open = slots_of_step(network, carry.masked, carry.block)[:, :-1]
+    length = carry.canvas.shape[1]
+    rows = jnp.arange(len(slots))[:, None]
+    committed = carry.canvas[rows, jnp.minimum(slots, length - 1)]
+    committed = jnp.where(
+      is_open | (slots == length), network.mask_id, committed
+    )
+    tokens = tokens.at[:, 1:].set(committed)
+  return tokens, labels
+
+
+def _join(tokens, clean, window_tokens, labels):
   """Returns tokens and Labels of [clean positions ; windows]."""
-  window_tokens, labels = sdlm.windows(
-    network, inputs, jnp.zeros_like(inputs), starts
-  )
   return (
     jnp.concatenate([tokens, window_tokens], axis=1),
     masks.concatenate(clean, labels),

@@ -20,6 +20,7 @@ from maskdiff.training.stage import Evaluation
 
 # Held-out times are drawn from [EPS, 1), also if config.objective.eps differs.
 EPS = objective_keys.KEYS['eps'].default
+DRAFT = 'draft_'  # begins the last part of the names of metrics of drafts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +51,14 @@ class Bound:
     stderr_nats_per_token: standard error over batches; None for one batch, from
       which it cannot be estimated.
     bits_per_byte: the bound in bits per byte of text.
-    nll_by_mask_ratio: dict from the middle of a bucket of mask ratios, such as
-      '0.1', to the mean nll of its masked tokens. {} for a mixture.
+    nll_of_parts: see the function `nll_of_parts`. {} for a mixture.
     parts: for a mixture, dict from the name of a dataset to its Bound; else {}.
   """
 
   loss_nats_per_token: float
   stderr_nats_per_token: float | None
   bits_per_byte: float
-  nll_by_mask_ratio: dict
+  nll_of_parts: dict
   parts: dict = dataclasses.field(default_factory=dict)
 
   def row(self, prefix='eval', weights=''):
@@ -74,7 +74,7 @@ class Bound:
       f'{name}loss_nats_per_token': self.loss_nats_per_token,
       **({} if stderr is None else {f'{name}stderr_nats_per_token': stderr}),
       f'{name}bits_per_byte': self.bits_per_byte,
-      **ratio_metrics(prefix, self.nll_by_mask_ratio, weights),
+      **{f'{name}{part}': nll for part, nll in self.nll_of_parts.items()},
     }
     for dataset, part in self.parts.items():
       row |= part.row(f'{prefix}/{dataset}', weights)
@@ -132,6 +132,9 @@ def evaluate_and_sample(
   if average is not None:
     of_average = evaluate_mixture(c, average, heldout, between)
     row |= of_average.row(weights=history.EMA)
+  if OBJECTIVES[c.objective.name].drafts:
+    drafts = evaluate_mixture(c, params, heldout, between, drafts=True)
+    row |= drafts.row(weights=DRAFT)
   return Evaluation(
     row=row,
     texts=sample_texts(config, params, tokenizer),
@@ -160,7 +163,7 @@ def summary(bound, average=None):
   return line + note
 
 
-def evaluate_mixture(c, params, heldout, between=lambda: None):
+def evaluate_mixture(c, params, heldout, between=lambda: None, drafts=False):
   """Computes the bound of each dataset and of the mixture.
 
   Args:
@@ -168,13 +171,15 @@ def evaluate_mixture(c, params, heldout, between=lambda: None):
     params: parameter tree.
     heldout: list of Heldout.
     between: see `evaluate`.
+    drafts: see `evaluate`.
 
   Returns:
     Bound for a token drawn from the mixture, with a Bound for each dataset in
     `parts`. For a single dataset, the result of `evaluate`.
   """
   bounds = [
-    evaluate(c, params, h.batches, h.tokens_per_byte, between) for h in heldout
+    evaluate(c, params, h.batches, h.tokens_per_byte, between, drafts)
+    for h in heldout
   ]
   if len(heldout) == 1:
     return bounds[0]
@@ -190,12 +195,14 @@ def evaluate_mixture(c, params, heldout, between=lambda: None):
       float(np.linalg.norm(share * np.array(stderrs))) if known else None
     ),
     bits_per_byte=float(loss / np.log(2) / bytes_per_token),
-    nll_by_mask_ratio={},
+    nll_of_parts={},
     parts={h.name: b for h, b in zip(heldout, bounds, strict=True)},
   )
 
 
-def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
+def evaluate(
+  c, params, batches, tokens_per_byte, between=lambda: None, drafts=False
+):
   """Computes the bound on held-out text, with the same noise every time.
 
   Args:
@@ -204,11 +211,13 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
     batches: list of data.rows.Rows of [B, L].
     tokens_per_byte: tokens per byte of the text, for bits per byte.
     between: called before every batch; may raise to stop the evaluation.
+    drafts: whether to compute the loss of the drafts of a drafter, which is no
+      bound, instead of that of its network.
 
   Returns:
     Bound.
   """
-  c = eval_config(c)
+  c = eval_config(c, drafts)
   keys = jax.random.split(jax.random.key(0), len(batches))
   sums = []
   for rows, key in zip(batches, keys, strict=True):
@@ -227,11 +236,11 @@ def evaluate(c, params, batches, tokens_per_byte, between=lambda: None):
     loss_nats_per_token=loss,
     stderr_nats_per_token=stderr,
     bits_per_byte=loss * tokens_per_byte / float(np.log(2)),
-    nll_by_mask_ratio=nll_by_mask_ratio(total),
+    nll_of_parts=nll_of_parts(total),
   )
 
 
-def eval_config(c):
+def eval_config(c, drafts=False):
   """Returns a StepConfig for evaluation, whose loss is the bound.
 
   Rows are whole and have one mask each, times are stratified and uniform on
@@ -241,7 +250,7 @@ def eval_config(c):
   objective = dataclasses.replace(
     c.objective,
     # A drafter changes no prediction of its network.
-    name='autoregressive' if OBJECTIVES[name].drafts else name,
+    name='autoregressive' if OBJECTIVES[name].drafts and not drafts else name,
     eps=EPS,
     random_length_fraction=0.0,
     time_sampling='stratified',
@@ -263,30 +272,37 @@ def jit_eval_step(c, params, rows, key):
   return replicate(step_lib.eval_step(c, params, rows, key))
 
 
-def nll_by_mask_ratio(sums):
-  """Returns the mean nll of the masked tokens per bucket of mask ratios.
+def nll_of_parts(sums):
+  """Returns mean losses of parts of the predicted tokens, nats per token.
+
+  The parts are buckets of mask ratios and, with windows, positions in a window:
+  1 to 8, powers of two, and the last.
 
   Args:
     sums: step.LossSums on the host.
 
   Returns:
-    dict from the middle of a bucket, such as '0.1', to a float; only buckets
-    with masked tokens.
+    dict from the last part of the name of a metric, such as
+    'nll_at_mask_ratio_0.1' for the bucket around 0.1, or
+    'nll_at_window_position_1', to a float; only parts with tokens.
   """
-  buckets = zip(sums.ratio_nll, sums.ratio_count, strict=True)
-  return {
-    f'{(i + 0.5) / step_lib.RATIO_BUCKETS:.1f}': float(nll / count)
-    for i, (nll, count) in enumerate(buckets)
-    if count > 0
-  }
-
-
-def ratio_metrics(prefix, nll_by_mask_ratio, weights=''):
-  """Returns the result of `nll_by_mask_ratio` under names of metrics."""
-  return {
-    f'{prefix}/{weights}nll_at_mask_ratio_{ratio}': nll
-    for ratio, nll in nll_by_mask_ratio.items()
-  }
+  ratio = lambda i: (i + 0.5) / step_lib.RATIO_BUCKETS
+  parts = [
+    (f'nll_at_mask_ratio_{ratio(i):.1f}', nll, count)
+    for i, (nll, count) in enumerate(
+      zip(sums.ratio_nll, sums.ratio_count, strict=True)
+    )
+  ]
+  if sums.window_nll is not None:
+    last = len(sums.window_nll)
+    parts += [
+      (f'nll_at_window_position_{n}', nll, count)
+      for n, (nll, count) in enumerate(
+        zip(sums.window_nll, sums.window_count, strict=True), start=1
+      )
+      if n <= 8 or n.bit_count() == 1 or n == last
+    ]
+  return {name: float(nll / count) for name, nll, count in parts if count > 0}
 
 
 def sample_texts(config, params, tokenizer):

@@ -208,9 +208,10 @@ def row(config, c, mesh, metrics, facts, step_s, steps=()):
     values = {
       loss_name(first): float(total.nats_per_token),
       'train/masked_share': float(total.num_predicted / total.num_tokens),
-      **evaluation.ratio_metrics('train', evaluation.nll_by_mask_ratio(total)),
       **loss_parts(c, total),
     }
+    for part, nll in evaluation.nll_of_parts(total).items():
+      values[f'train/{part}'] = nll
   tokens_per_s = config.train.batch * c.length / step_s
   values['train/tokens_per_s'] = tokens_per_s
   of_steps = [

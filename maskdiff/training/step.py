@@ -92,6 +92,9 @@ class LossSums(NamedTuple):
     next_nll: float32, unweighted nll of the autoregressive loss in nats; None
       without this loss, and then so is `next_count`.
     next_count: float32, number of positions that carry it.
+    window_count: [D] float32, `num_predicted` by position in a window of D
+      tokens; None without windows, and then so is `window_nll`.
+    window_nll: [D] float32, unweighted nll in nats by position in a window.
   """
 
   num_predicted: jax.Array
@@ -103,6 +106,8 @@ class LossSums(NamedTuple):
   weighted_nll: jax.Array
   next_nll: jax.Array | None = None
   next_count: jax.Array | None = None
+  window_count: jax.Array | None = None
+  window_nll: jax.Array | None = None
 
   @property
   def loss(self):
@@ -282,7 +287,13 @@ def summarize(c, canvas, total, nll):
     nll, of_next = jnp.split(nll, [canvas.weights.shape[1]], axis=1)
     next_nll = of_next.sum()
     next_count = (canvas.next_weights != 0).sum().astype(jnp.float32)
-  predicted = canvas.weights != 0
+  predicted = (canvas.weights != 0).astype(jnp.float32)
+  window_count = window_nll = None
+  if canvas.window_length > 1:
+    window_count, window_nll = (
+      x.reshape(len(x), -1, canvas.window_length).sum(axis=(0, 1))
+      for x in (predicted, nll)
+    )
   bucket = jnp.minimum(
     (canvas.mask_ratio * RATIO_BUCKETS).astype(jnp.int32), RATIO_BUCKETS - 1
   )
@@ -296,11 +307,13 @@ def summarize(c, canvas, total, nll):
     divisor=divisor(c, canvas).sum(),
     weighted_nll=weighted_nll,
     num_tokens=canvas.num_tokens.sum(),
-    num_predicted=predicted.sum().astype(jnp.float32),
+    num_predicted=predicted.sum(),
     ratio_nll=by_bucket(nll),
-    ratio_count=by_bucket(predicted.astype(jnp.float32)),
+    ratio_count=by_bucket(predicted),
     next_nll=next_nll,
     next_count=next_count,
+    window_count=window_count,
+    window_nll=window_nll,
   )
 
 

@@ -434,10 +434,38 @@ def test_masks_are_refused_by_an_autoregressive_model(causal):
     maskdiff.loss(causal, TWO, **GIVEN)
 
 
-def test_loss_of_windows_needs_a_key_and_rows_with_a_window(causal):
+def test_rows_without_answers_have_no_loss(run, causal):
+  none = {'answer': [[False] * 2]}
+  message = 'set `answer` to True'
+  with pytest.raises(maskdiff.UserError, match=message):
+    maskdiff.loss(run, TWO, **GIVEN, **none)
+  loss = lambda params: maskdiff.loss(
+    dataclasses.replace(causal, params=params), TWO, **none
+  )
+  with pytest.raises(maskdiff.UserError, match=message):
+    jax.grad(loss)(causal.params)
+  assert np.isnan(jax.jit(loss)(causal.params))
+
+
+def with_windows(causal):
   config = causal.config.copy_and_resolve_references()
   config.objective.update(name='sdlm', window_length=4)
-  model = dataclasses.replace(causal, config=config)
+  return dataclasses.replace(causal, config=config)
+
+
+def test_draw_without_a_window_has_no_loss(causal):
+  """A row of four tokens has one window of four, unless it is shifted."""
+  model, row, finite = with_windows(causal), [[9, 10, 11, 12]], []
+  for key in range(8):
+    try:
+      finite.append(np.isfinite(maskdiff.loss(model, row, key=key)))
+    except maskdiff.UserError as error:
+      assert 'give longer rows, more answers or another key' in str(error)
+  assert 0 < len(finite) < 8 and all(finite)
+
+
+def test_loss_of_windows_needs_a_key_and_rows_with_a_window(causal):
+  model = with_windows(causal)
   with pytest.raises(maskdiff.UserError, match='windows: give a key'):
     maskdiff.loss(model, ROWS)
   with pytest.raises(maskdiff.UserError, match='shorter than .*=4: give'):

@@ -128,6 +128,26 @@ def test_autoregressive_runs_have_no_mask_ratio():
   assert len(panel('heldout', masked, causal).figure.data) == 2
 
 
+def test_losses_by_position_in_a_window():
+  losses = {n: 5.0 + n / 10 for n in (*range(1, 9), 16, 32)}
+  at = lambda where: {
+    f'{where}{history.WINDOW_POSITION}{n}': x for n, x in losses.items()
+  }
+  rows = [eval_row(0, 9.0), train_row(2, 6.0) | at('train')]
+  rows.append(eval_row(2, 8.0) | at('eval'))
+  windows = make(rows, 'windows', {'objective.name': 'sdlm'})
+  (trace,) = panel('by_window_position', windows).figure.data
+  assert xy(trace) == list(losses.items())
+  traces = panel('training_by_window_position', windows).figure.data
+  assert [trace.name for trace in traces[::9]] == ['position 1', 'position 32']
+  assert [trace.y[0] for trace in traces] == list(losses.values())
+  assert len({(t.line.color, t.line.dash) for t in traces}) == len(losses)
+  both = panel('training_by_window_position', windows, make(rows, 'b'))
+  assert both.choices == [str(n) for n in losses]
+  without = make([eval_row(0, 9.0), train_row(2, 6.0)])
+  assert not any('window' in id for id in ids(without))
+
+
 def test_plain_metrics_are_drawn_unchanged():
   rows = [train_row(n, 6.0, mfu=0.25) for n in (2, 4)]
   for id, value in (

@@ -182,10 +182,17 @@ def test_odd_names_of_metrics_are_left_out():
     **{'sample/x': 'a', 'sample/-1': 'a', 'sample/' + '9' * 50: 'a'},
     **{'sample/0': ['a'], 'sample/\u0663': 'a', 'sample/1': 'text'},
     **{f'train{history.RATIO}{x}': 1.0 for x in ('', 'x', 'nan', '2', '0.5')},
+    **{
+      f'train{history.WINDOW_POSITION}{x}': 1.0
+      for x in ('', '0', '-1', '1.5', '\u0663', '9' * 50, '4')
+    },
   }
   run = history.Run('run', 'run', [row], {})
   assert history.samples(run) == {1: [(2, 'text')]}
-  assert history.by_ratio(run, 'train') == (2, [(0.5, 1.0)])
+  found = history.by_part(run, 'train', history.RATIO)
+  assert found == (2, [(0.5, 1.0)])
+  found = history.by_part(run, 'train', history.WINDOW_POSITION)
+  assert found == (2, [(4, 1.0)])
 
 
 # stage.json, plan.json and header.txt

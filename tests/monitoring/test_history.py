@@ -127,8 +127,9 @@ def test_loss_by_mask_ratio_is_from_the_newest_row():
     eval_row(4, 8.0, ratios=[('0.9', 8.5), ('0.1', 7.5)]),
     train_row(6, 8.0),
   ]
-  assert history.by_ratio(run(rows), 'eval') == (4, [(0.1, 7.5), (0.9, 8.5)])
-  assert history.by_ratio(run(rows), 'train') == (None, [])
+  by_ratio = lambda where: history.by_part(run(rows), where, history.RATIO)
+  assert by_ratio('eval') == (4, [(0.1, 7.5), (0.9, 8.5)])
+  assert by_ratio('train') == (None, [])
 
 
 def test_samples_are_grouped_by_prompt():

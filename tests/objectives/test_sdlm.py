@@ -73,7 +73,7 @@ def test_published_masks_and_positions(golden):
 
 
 def test_published_training_forward(golden):
-  """The loss, its parts by place in the window, and gradients.
+  """The loss, also by position in the window, and gradients.
 
   Published labels of a window reach into the first place of the next window,
   which predicts nothing. The last window has no next one and loses its last
@@ -82,7 +82,7 @@ def test_published_training_forward(golden):
   """
   mask_id, eos_id, _, size = (int(x) for x in golden['ids'])
   clean = golden['packed.clean']
-  batch, length = clean.shape
+  length = clean.shape[1]
   c = dataclasses.replace(
     SDLM, window_length=size, mask_id=mask_id, predict_mask=True
   )
@@ -130,9 +130,13 @@ def test_published_training_forward(golden):
   expected = np.moveaxis(golden['packed.logits'], 1, 2)
   np.testing.assert_allclose(logits, expected, atol=2e-4)
   assert total == pytest.approx(golden['packed.loss'], rel=1e-5)
-  by_place = lambda x: np.asarray(x).reshape(batch, -1, size).sum(axis=(0, 1))
-  places = by_place(nll) / by_place(published)
-  np.testing.assert_allclose(places[:4], golden['packed.pos_loss'], rtol=1e-5)
+  sums = step.summarize(c, canvas, total, nll)
+  np.testing.assert_allclose(
+    (sums.window_nll / sums.window_count)[:4],
+    golden['packed.pos_loss'],
+    rtol=1e-5,
+  )
+  assert sums.window_count.sum() == sums.num_predicted == published.sum()
   norms = golden_sdlm.gradient_norms(gradients)
   total = np.linalg.norm(list(norms.values()))
   for name, norm in norms.items():

@@ -136,9 +136,9 @@ def test_thresholds_out_of_range_keep_one_token_or_all(tau, number):
   confidence = jnp.array([[0.9, 1.0, 0.2, 0.0], [1.0, 1.0, 1.0, 1.0]])
   masked = jnp.ones(confidence.shape, bool)
   budget = jnp.full(2, tau)
-  rule = remasking.longest_prefix
-  committed = rule(confidence, masked, budget, None).sum(axis=1)
-  np.testing.assert_array_equal(committed, number)
+  for rule in (remasking.longest_prefix, remasking.cumulative_prefix):
+    committed = rule(confidence, masked, budget, None).sum(axis=1)
+    np.testing.assert_array_equal(committed, number)
 
 
 def test_confidences():

@@ -1,17 +1,20 @@
 """Networks that predict windows: caches, gaps, self-speculation, serving."""
 
 import dataclasses
+import functools
 
 import golden_models
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sampled
 from slow import SLOW
-from window_cases import LIKELIHOOD, NETWORK, PROMPT, laid_out
+from window_cases import LIKELIHOOD, NETWORK, PROMPT, SIZE, laid_out
 
 from maskdiff.errors import UserError
 from maskdiff.likelihood import bounds
+from maskdiff.model import masks, transformer
 from maskdiff.sampling import candidates, layouts, passes, speculation
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import split
@@ -26,6 +29,9 @@ GAPS = layouts.fill_gaps(
 PREFIX = dict(block_length=1, remasking='longest_prefix', threshold=0.3)
 ONE_BY_ONE = PREFIX | dict(threshold=1.0)
 SPECULATIVE = dict(block_length=1, remasking='speculative')
+SUBSET = dict(
+  block_length=1, remasking='threshold', threshold=np.array([0.5, 0.7])
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +40,7 @@ def one_shape(monkeypatch):
   monkeypatch.setattr(passes, 'MAX_SHAPES', 1)
 
 
-@pytest.mark.parametrize('values', [SPECULATIVE, SLOW(PREFIX)])
+@pytest.mark.parametrize('values', [SPECULATIVE, SUBSET, SLOW(PREFIX)])
 def test_cache_changes_no_token(values):
   network, request = golden_models.window_network(4), GAPS
   plain = sampled.complete(network, values, request)
@@ -64,6 +70,78 @@ def test_threshold_of_zero_commits_whole_windows():
   carry = sampled.complete(network, values, request)
   assert carry.forwards[0] == 4  # 4 + 4 + 4 + 2 tokens
   assert 4 < carry.forwards[1] < carry.forwards[2] == 14
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def window_logits(network, tokens, size, start, window):
+  """Returns the logits of a window after the first tokens of a row.
+
+  Args:
+    network: Network without bos.
+    tokens: [L] int32.
+    size: D.
+    start: number of tokens before the window.
+    window: [D] int32, its inputs.
+  """
+  pos = np.arange(len(tokens))  # the network sees tokens at 1 + pos
+  inside = np.repeat([False, True], [len(pos), size])
+  labels = masks.Labels(
+    doc=jnp.append(jnp.where(pos < start - 1, 0, -1), jnp.zeros(size, int)),
+    pos=jnp.append(pos + 1, start + jnp.arange(size)),
+    block=jnp.where(inside, 0, -1),
+    reach=jnp.append(pos + 2, jnp.full(size, start)),
+  )
+  model = transformer.bind(network.config, network.params)
+  hidden = model(
+    jnp.append(tokens, window)[None], jax.tree.map(lambda x: x[None], labels)
+  )
+  return model.logits(hidden)[0, -size:]
+
+
+def fill_subsets(network, row, threshold):
+  """Returns a filled row, and the step of each slot, one window at a time."""
+  row, steps, size = list(row), [0] * len(row), network.window_length
+  gaps = [token is None for token in row]
+  for step in range(1, len(row)):
+    if None not in row:
+      break
+    start = row.index(None)
+    end = start + size
+    run = [*gaps[start:end], False].index(False)
+    shown = [row[start + i] if i < run else None for i in range(size - 1)]
+    mask = lambda x: [
+      network.mask_id if token is None else token for token in x
+    ]
+    logits = window_logits(
+      network,
+      np.array(mask(row)),
+      size,
+      start,
+      np.array([row[start - 1], *mask(shown)]),
+    )
+    p = np.asarray(jax.nn.softmax(logits))
+    slots = [i for i in range(run) if row[start + i] is None]
+    best = max(slots, key=lambda i: p[i].max())
+    for i in slots:
+      if i == best or p[i].max() >= threshold:
+        row[start + i], steps[start + i] = int(p[i].argmax()), step
+  return row, steps
+
+
+def test_any_subset_of_a_window_is_shown_to_the_next():
+  """The sampler equals one window at a time, also before given tokens."""
+  network, request = golden_models.window_network(4), GAPS
+  carry = sampled.complete(network, SUBSET, request)
+  filled_at = np.asarray(carry.filled_at)
+  for i, threshold in enumerate(SUBSET['threshold']):
+    n = request.valid[i].sum()
+    row = np.where(request.fill[i], None, request.canvas[i])[:n]
+    row, steps = fill_subsets(network, row.tolist(), threshold)
+    assert row == carry.canvas[i, :n].tolist()
+    assert steps == filled_at[i, :n].tolist()
+  # A later slot of a run is filled before an earlier one.
+  neighbours = request.fill[:, 1:] & request.fill[:, :-1]
+  assert (neighbours & (np.diff(filled_at) < 0)).any()
 
 
 # Distributions
@@ -132,11 +210,35 @@ def test_rule_of_published_code_has_this_distribution_too(
 # Serving, and refused requests
 
 
+def test_nothing_is_committed_after_an_eos():
+  """Steps commit three tokens, and the first eos is in any place of them."""
+  network = dataclasses.replace(NETWORK, eos_id=0)
+  request = layouts.continue_prompts([PROMPT] * 16, 7)
+  values = PREFIX | dict(threshold=0.0, temperature=1.0)
+  plain = sampled.complete(network, values, request)
+  stopped = sampled.complete(network, values | dict(stop_at_eos=True), request)
+  places = set()
+  for tokens, expected, confidence, filled_at in zip(
+    *map(np.asarray, (stopped.canvas, plain.canvas)),
+    *map(np.asarray, (stopped.confidence, stopped.filled_at)),
+    strict=True,
+  ):
+    answer = expected[len(PROMPT) :].tolist()
+    number = len(PROMPT) + (answer.index(0) + 1 if 0 in answer else 7)
+    np.testing.assert_array_equal(tokens[:number], expected[:number])
+    assert not tokens[number:].any()
+    assert np.isnan(confidence[number:]).all()
+    assert (filled_at[number:] == filled_at[number - 1]).all()
+    places.add((number - 1 - len(PROMPT)) % SIZE)
+  assert places == {0, 1, 2}
+
+
 @pytest.mark.slow
-def test_served_rows_equal_rows_of_a_batch():
+@pytest.mark.parametrize('values', [SPECULATIVE, SUBSET | dict(threshold=0.5)])
+def test_served_rows_equal_rows_of_a_batch(values):
   """Rows join while others use their caches; text ends at eos."""
   network = golden_models.window_network(4)
-  values = SPECULATIVE | dict(temperature=0.7, stop_at_eos=True)
+  values = values | dict(temperature=0.7, stop_at_eos=True)
   rows = [
     [*prompt, *[None] * n]
     for prompt, n in zip(
@@ -161,7 +263,8 @@ def test_served_rows_equal_rows_of_a_batch():
 @pytest.mark.parametrize(
   'values, message',
   [
-    (dict(remasking='low_confidence'), 'set remasking=longest_prefix'),
+    (dict(remasking='low_confidence'), 'set remasking=longest_prefix, cum'),
+    (dict(remasking='first_hitting'), 'speculative, threshold or factor'),
     (PREFIX | dict(threshold=1.5), 'set threshold=1 for one token per step'),
     (PREFIX | dict(threshold=-0.5), 'threshold'),
     (dict(remasking='speculative', block_length=2), 'set block_length=1'),
