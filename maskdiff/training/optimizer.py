@@ -99,6 +99,8 @@ def scale_by_muon_and_adam(c, axes):
   labels = jax.tree.map(
     lambda a: 'muon' if muon.matrix_sides(a) else 'adam', axes, is_leaf=is_axes
   )
+  if 'muon' not in jax.tree.leaves(labels):
+    return scale_by_adam(c)
   of_matrices = jax.tree.map(
     lambda a: a if muon.matrix_sides(a) else optax.MaskedNode(),
     axes,
