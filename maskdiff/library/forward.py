@@ -140,7 +140,7 @@ def loss(
     raise UserError(
       'no window of this draw has a token that carries a loss: give longer '
       'rows, more answers or another key'
-      if OBJECTIVES[c.name].windows
+      if _draws_windows(c)
       else 'no token carries a loss: set `answer` to True at some tokens'
     )
   return found
@@ -190,6 +190,11 @@ def _columns(c, batch, answer):
   return Rows(tokens, doc, valid)
 
 
+def _draws_windows(c):
+  objective = OBJECTIVES[c.name]
+  return objective.drafts or (objective.windows and c.window_length > 1)
+
+
 def _check_windows(c, length, key):
   if key is None:
     raise UserError(
@@ -215,7 +220,7 @@ def _draws(c, batch, times, mask_ratio, masked, noise, key):
   names = [name for name, value in given.items() if value is not None]
   objective = OBJECTIVES[c.name]
   if objective.likelihood == 'exact':
-    windows = objective.drafts or (objective.windows and c.window_length > 1)
+    windows = _draws_windows(c)
     if names:
       raise UserError(
         f'{names[0]}: the loss of objective {c.name} has no random '

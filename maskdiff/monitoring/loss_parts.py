@@ -60,9 +60,9 @@ MASK_RATIOS = Parts(
 WINDOW_POSITIONS = Parts(
   metric=history.WINDOW_POSITION,
   id='by_window_position',
-  name='position in the window',
+  name='position in a window',
   label='position',
-  tokens='tokens by their position in the window; 1 is the next token',
+  tokens='tokens by position in a window; 1 is the first that it predicts',
   unit='nats/token',
   axis=dict(rangemode='tozero'),
 )
