@@ -1,0 +1,1 @@
+"""Reinforcement learning: tasks, and the rewards of their answers."""
