@@ -33,6 +33,11 @@ class Source(NamedTuple):
   program: str = ''  # contents of the file, read once
 
 
+def exact(question, text):
+  """Returns 1 for the text of the right answer; outer white space is free."""
+  return {'correct': float(text.strip() == question['answer'].strip())}
+
+
 def addition(question, text):
   """Returns 1 for the digits of the sum."""
   return {'correct': float(puzzles.correct('addition', question, text))}
@@ -137,6 +142,7 @@ def sudoku_published(question, text):
 
 
 REWARDS = {
+  'exact': exact,
   'addition': addition,
   'countdown': countdown,
   'countdown_tags': countdown_tags,

@@ -7,7 +7,7 @@ like one for evaluation:
   addition              other summands, in any order
   countdown, sudoku     other numbers; another grid
   word_problems         other templates, or other numbers
-  a file, reasoning-gym another hash of the prompt
+  all others            another hash of the prompt
 
 Prompts of names with _tags are written in words, for models that follow
 instructions. Their answers are in <answer> tags.
@@ -19,7 +19,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from maskdiff.errors import UserError, inline, suggestion
-from maskdiff.evals import puzzles, reasoning_tasks, word_problems
+from maskdiff.evals import (
+  instructions,
+  puzzles,
+  reasoning_tasks,
+  word_problems,
+)
 from maskdiff.files import reading
 from maskdiff.files.paths import local_path
 
@@ -60,8 +65,7 @@ def get(name):
     return Task(name, *TASKS[name])
   if name.startswith(GYM):
     names = name.removeprefix(GYM).split(',')
-    draw = functools.partial(reasoning_tasks.questions, names)
-    return Task(name, draw, 'math')
+    return Task(name, functools.partial(_of_gym, names), 'math')
   if name.endswith('.jsonl'):
     return Task(name, functools.partial(_of_file, _read(name)), 'math')
   raise UserError(
@@ -130,6 +134,12 @@ def _tagged(answer):
   return f'<answer>\n{answer}\n</answer>\n'
 
 
+def _of_gym(names, seed, n, heldout):
+  # The package takes an int.
+  seed = random.Random(f'gym {seed}').randrange(2**31)
+  return reasoning_tasks.questions(names, seed, n, heldout)
+
+
 def _read(path):
   """Returns the questions of a file."""
   found = []
@@ -186,4 +196,5 @@ TASKS = {
     'math',
   ),
   'word_problems_tags': (_word_problems_tags, 'math'),
+  'instructions': (instructions.questions, 'exact'),
 }
