@@ -128,7 +128,7 @@ class RewardPool:
       raise UserError(
         f'reward {self._name!r} of {answer} to '
         f'{inline(question["prompt"], 60)!r}: {kind} ({message}): change the '
-        'function'
+        'function, or choose the reward of the task'
       )
 
   def score(self, questions, texts):
@@ -151,10 +151,11 @@ class RewardPool:
   def _outcomes(self, requests):
     """Returns the message of a worker on each request."""
     for worker in self._workers:
-      if worker.job is not _IDLE:  # of a call that was interrupted
+      interrupted = isinstance(worker.job, int)  # the last call was
+      if interrupted or not worker.runs():
         worker.end()
         worker.start()
-    found, failed_starts = [None] * len(requests), 0
+    found, failed_starts = [None] * len(requests), []
     todo = collections.deque(range(len(requests)))
     while todo or any(isinstance(w.job, int) for w in self._workers):
       for worker in self._workers:
@@ -165,14 +166,14 @@ class RewardPool:
         if worker.job != _STARTING:
           found[worker.job] = message
         elif 'ready' not in message:
-          failed_starts += 1
+          failed_starts.append(_no_start(message))
         worker.job = _IDLE
         if message.get('error') in _FATAL or 'refused' in message:
           worker.end()
           worker.start()
-      if failed_starts > MAX_FAILED_STARTS:
+      if len(failed_starts) > MAX_FAILED_STARTS:
         for index in todo:
-          found[index] = {'error': 'ended', 'message': _no_start(message)}
+          found[index] = {'error': 'ended', 'message': failed_starts[-1]}
         todo.clear()
     return found
 
@@ -206,10 +207,14 @@ class _Worker:
       )
       self.connection.send_bytes(json.dumps(self._setup).encode())
 
+  def runs(self):
+    """Returns whether the process has not ended."""
+    return self.process is not None and self.process.poll() is None
+
   def give(self, index, request, timeout_s):
     """Sends an answer."""
     self.job, self.deadline = index, time.monotonic() + timeout_s
-    with contextlib.suppress(OSError):  # _receive then finds the end
+    with contextlib.suppress(OSError):  # `receive` then finds the end
       self.connection.send_bytes(request)
 
   def receive(self):

@@ -26,6 +26,7 @@ from maskdiff.rl import rewards
 MAX_PARTS = 64
 MAX_NAME = 100  # characters
 POLL_S = 1.0
+CORES = 4  # a reward may use this many on average
 
 
 def main(descriptor, parent):
@@ -142,7 +143,7 @@ def _limit_cpu(timeout_s):
   """
   usage = resource.getrusage(resource.RUSAGE_SELF)
   used = usage.ru_utime + usage.ru_stime
-  allowed = math.ceil(used + (timeout_s + POLL_S) * (os.cpu_count() or 1))
+  allowed = math.ceil(used + CORES * timeout_s + POLL_S)
   _, hard = resource.getrlimit(resource.RLIMIT_CPU)
   if hard != resource.RLIM_INFINITY:
     allowed = min(allowed, hard)

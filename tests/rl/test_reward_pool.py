@@ -239,6 +239,16 @@ def test_interrupted_call_leaves_no_results(pool, monkeypatch):
   )
 
 
+def test_worker_that_was_killed_between_calls_costs_no_reward(pool):
+  score(pool, ['chance'] * 30)  # both have started
+  for worker in pool._workers:
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.process.wait()
+  found = score(pool, ['a', 'ab', 'abc'])
+  assert not found.errors
+  np.testing.assert_array_equal(found.total, [1, 2, 3])
+
+
 def test_workers_that_do_not_start_again_are_errors(pool, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr('maskdiff.rl.reward_pool.sys.executable', '/bin/false')
