@@ -66,7 +66,7 @@ def _value(node, operators, exact):
   if max(_bits(left), _bits(right)) > MAX_BITS:
     raise ValueError('too large')
   if compute is operator.pow and isinstance(left, int):
-    if isinstance(right, int) and right * _bits(left) > MAX_BITS:
+    if isinstance(right, int) and right * (_bits(left) - 1) > MAX_BITS:
       raise ValueError('too large')
   return compute(left, right)
 

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import pathlib
 import re
 import sys
 import types
@@ -10,7 +11,7 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.evals import puzzles
-from maskdiff.rl import rewards, tasks
+from maskdiff.rl import reward_pool, rewards, tasks
 
 N = 150
 NEXT = str.maketrans('0123456789', '1234567890')
@@ -128,6 +129,13 @@ def test_file_without_questions_for_evaluation_is_one_line(tmp_path):
   with pytest.raises(UserError, match="none of the 1 questions, such as 'What"):
     task.draw(0, 1, True)
     task.draw(0, 1, False)
+
+
+def test_page_lists_tasks_rewards_and_errors():
+  page = (pathlib.Path(__file__).parents[2] / 'docs/rewards.md').read_text()
+  listed = set(re.findall(r'`(\w+)`', page))
+  known = {*tasks.TASKS, *rewards.REWARDS, *reward_pool.KINDS}
+  assert not known - listed
 
 
 def test_unknown_task_is_one_line():
