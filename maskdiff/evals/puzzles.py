@@ -12,8 +12,10 @@ countdown all answers have the same length, so that the length of the canvas
 does not reveal an answer.
 
 A hash of the prompt assigns a puzzle to training or to evaluation, so that no
-puzzle is in both, whatever the seeds. Reversal tests memory instead: all facts
-are in the training text, and evaluation asks for them in another direction.
+puzzle is in both, whatever the seeds. Or a hash of the content does so: the
+grid of a sudoku, the numbers of a countdown, the summands of an addition in any
+order. Reversal tests memory instead: all facts are in the training text, and
+evaluation asks for them in another direction.
 """
 
 import fractions
@@ -29,7 +31,9 @@ import numpy as np
 from maskdiff.errors import UserError
 
 HELD_OUT_ONE_IN = 8  # one puzzle in 8 is for evaluation
+SPLITS = ('prompt', 'content')  # the text whose hash decides
 DIGITS = 2  # default number of digits of the summands in addition
+NUMBERS = 3  # default number of numbers in countdown
 BLANKS = range(6, 11)  # empty cells of a sudoku
 LARGEST = 20  # largest number of a countdown
 
@@ -54,16 +58,20 @@ TRADES = (
 PLACES = ('Ghent Lyon Turin Bergen Porto Vienna Prague Cork Basel Riga').split()
 
 
-def make(name, seed, n, heldout=True, digits=DIGITS):
+def make(
+  name, seed, n, heldout=True, digits=DIGITS, numbers=NUMBERS, split='prompt'
+):
   """Draws puzzles from a seed.
 
   Args:
     name: key of PUZZLES.
-    seed: int.
+    seed: int, or a text without spaces.
     n: number of puzzles; repetitions are possible.
     heldout: True draws puzzles for evaluation, False puzzles for training. For
       reversal, both use the same facts.
     digits: number of digits of the summands in addition.
+    numbers: number of numbers in countdown.
+    split: one of SPLITS.
 
   Returns:
     list of n dicts with the texts `prompt` and one right `answer`. For reversal
@@ -82,10 +90,13 @@ def make(name, seed, n, heldout=True, digits=DIGITS):
   draw = PUZZLES[name][0]
   if name == 'addition':
     draw = functools.partial(addition, digits=digits)
+  elif name == 'countdown':
+    draw = functools.partial(countdown, num=numbers)
   puzzles = []
   while len(puzzles) < n:
     puzzle = draw(rng)
-    if is_held_out(puzzle['prompt']) == heldout:
+    key = puzzle['prompt'] if split == 'prompt' else content(name, puzzle)
+    if is_held_out(key) == heldout:
       puzzles.append(puzzle)
   return puzzles
 
@@ -122,10 +133,23 @@ def correct(name, puzzle, text):
   return PUZZLES.get(name, (None, equal))[1](puzzle, text)
 
 
-def is_held_out(prompt):
-  """Returns whether the puzzle with this prompt is for evaluation."""
-  digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+def is_held_out(text):
+  """Returns whether the hash of a prompt or content selects evaluation."""
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'big') % HELD_OUT_ONE_IN == 0
+
+
+def content(name, puzzle):
+  """Returns the part of a puzzle that other puzzles share.
+
+  It is the grid of a sudoku, the numbers of a countdown, and the sorted
+  summands of an addition.
+  """
+  if name == 'sudoku':
+    return puzzle['answer']
+  if name == 'countdown':
+    return puzzle['prompt'].partition('->')[0]
+  return '+'.join(sorted(puzzle['prompt'].rstrip('=').split('+')))
 
 
 def equal(puzzle, text):
@@ -223,15 +247,19 @@ OPERATORS = {
 }
 
 
-def countdown(rng):
-  """Draws a countdown: three numbers, and the value to make of them.
+def countdown(rng, num=NUMBERS):
+  """Draws a countdown: some numbers, and the value to make of them.
 
   The answer uses each number once and has no brackets. Operators have their
   usual precedence, and quotients need not be integers.
   """
   while True:
-    numbers = sorted(rng.randint(1, LARGEST) for _ in range(3))
-    expression = rng.choice(expressions(numbers))
+    numbers = sorted(rng.randint(1, LARGEST) for _ in range(num))
+    orders = _orders(numbers)
+    signs = list(itertools.product(OPERATORS, repeat=num - 1))
+    # One number for both, so that seeds keep their puzzles.
+    i, j = divmod(rng.randrange(len(orders) * len(signs)), len(signs))
+    expression = _expression(orders[i], signs[j])
     target = value(expression)
     if target is not None and target in range(100):
       number_list = ','.join(f'{n:02}' for n in numbers)
@@ -239,13 +267,13 @@ def countdown(rng):
       return {'prompt': prompt, 'answer': expression}
 
 
-def expressions(numbers):
-  """Returns all expressions that use each of the numbers once."""
-  return [
-    ''.join(itertools.chain(*itertools.zip_longest(order, signs, fillvalue='')))
-    for order in sorted(set(itertools.permutations(f'{n:02}' for n in numbers)))
-    for signs in itertools.product(OPERATORS, repeat=len(numbers) - 1)
-  ]
+def _orders(numbers):
+  return sorted(set(itertools.permutations(f'{n:02}' for n in numbers)))
+
+
+def _expression(order, signs):
+  both = itertools.zip_longest(order, signs, fillvalue='')
+  return ''.join(itertools.chain(*both))
 
 
 def value(expression):

@@ -61,6 +61,7 @@ SAYS = {
   r'launch/evaluate\.py': r'"workdir": ',
   r'launch/evaluate\.py .*--task (choices|cloze|greedy|sudoku)': r'"accuracy',
   r'launch/evaluate\.py .*--task bound': r'"bits_per_byte": ',
+  r'launch/tasks\.py .*--reward': r'right answers: reward .*errors: none',
   r'launch/harness\.py': r'\|my_questions\|',
   r'launch/prepare\.py .*--inspect': r'unigram entropy',
   r'launch/convert\.py .*--check': r'largest difference',
