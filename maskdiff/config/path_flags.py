@@ -9,10 +9,11 @@ from maskdiff.errors import UserError
 from maskdiff.files.paths import local_path
 
 # Every text flag of launch/ is in one of these sets, which a test compares with
-# the scripts. --config is expanded where its file is loaded.
+# the scripts. --config is expanded where its file is loaded. A task or a reward
+# may also be a name, which stays as it is.
 PATHS = frozenset(
-  'chat data html in include_path inspect json out plan plot prompts source '
-  'tokenizer verify workdir'.split()
+  'chat data html in include_path inspect json out plan plot prompts reward '
+  'source task tokenizer verify workdir'.split()
 )
 TEXTS = frozenset(
   'chat_arguments host infill length_buckets lengths model model_name prompt '

@@ -263,6 +263,7 @@ def check(folder, workdir=None, ema=False):
   exact = published.leaves['embed'].dtype == np.float32
   dtype = 'float32' if exact else None
   config, params = load.load_params(workdir or folder, mesh, dtype, ema)
+  params.pop('drafter', None)
   block_length = reference.attention_block(
     published.family.objective, published.model['block_length'], len(tokens)
   )

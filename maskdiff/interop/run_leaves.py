@@ -14,6 +14,8 @@ from maskdiff.interop import leaves as leaves_lib
 from maskdiff.interop.leaves import Leaf
 from maskdiff.model import transformer
 
+DRAFTER = 'drafter/'  # begins the names of its weights
+
 
 def open_workdir(workdir, stack, ema=False, dtype=None, merge=True):
   """Opens the parameters of a work directory.
@@ -23,10 +25,12 @@ def open_workdir(workdir, stack, ema=False, dtype=None, merge=True):
     stack: contextlib.ExitStack that closes the checkpointer.
     ema: whether to open the moving average of the weights.
     dtype: dtype of matrices with merged adapters; default: as stored.
-    merge: whether to merge adapters, if the run has any.
+    merge: whether to merge adapters and leave out a drafter, if the run has
+      any.
 
   Returns:
-    - `config`: ConfigDict; of a model without adapters if they are merged.
+    - `config`: ConfigDict; of a model without adapters or drafter if they are
+      merged or left out.
     - `leaves`: dict of Leaf by name.
     - `source`: description of the parameters, for messages.
   """
@@ -67,5 +71,8 @@ def open_workdir(workdir, stack, ema=False, dtype=None, merge=True):
   if merge and config.lora.rank:
     c = transformer.from_config(config).lora
     leaves, config.lora.rank = adapters.merged(c, leaves, dtype), 0
+  if merge and config.drafter.kind != 'none':
+    leaves = {n: x for n, x in leaves.items() if not n.startswith(DRAFTER)}
+    config.drafter.kind, config.objective.name = 'none', 'autoregressive'
   source = f'the moving average of {source}' if ema else source
   return config, leaves, source
