@@ -26,6 +26,7 @@ ROOMS = (
   ('training',),
   ('evals',),
   ('posttraining',),
+  ('rl',),
   ('planner',),
   ('library',),
   ('serving',),
