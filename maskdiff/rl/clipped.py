@@ -10,9 +10,10 @@ def objective(s, units, mean):
   the ratio lies on a bound. A minimum of a clip would split the gradient of
   ties in JAX: at r = 1 and a clip of 0 it would be 0.625 A.
 
-  A ratio computed by two programs may differ from 1 by rounding. With a clip of
-  0, half of the first inner step would be lost. Call `policy_loss.loss` without old
-  log-probabilities at the first inner step: its ratios are then exactly 1.
+  Ratios computed by two programs may differ from 1 by rounding. With a clip of
+  0, half of the gradients of the first inner step would then be lost. Call
+  `policy_loss.loss` without old log-probabilities at the first inner step: its
+  ratios are exactly 1.
 
   Args:
     s: Settings.

@@ -24,15 +24,18 @@ def block_masks(network, s, batch, key, numbers):
 
   All masked slots of the answer are scored, also those after the block and
   before it, as in the published code, whose mask of the block has no effect.
-  If a row has fewer blocks than the others, its blocks repeat.
+  Blocks repeat if there are fewer than `times`. The published code permutes
+  the blocks of the longest possible answer and takes the remainder by the
+  number of blocks, so blocks of short answers repeat more often.
   """
   length = batch.tokens.shape[1]
   blocks = -(-length // s.block_length)
   keys = jax.random.split(key, 4)
-  order = uniform(keys[0], numbers, (blocks,)).argsort(axis=1)
-  # A block beyond the answer stands for one of the answer.
-  used = -(-scored_slots(s, batch).sum(axis=1) // s.block_length)
-  block = order[:, : s.times] % jnp.maximum(used, 1)[:, None]
+  used = -(-scored_slots(s, batch).sum(axis=1, keepdims=True) // s.block_length)
+  order = uniform(keys[0], numbers, (blocks,))
+  order = jnp.where(jnp.arange(blocks) < used, order, jnp.inf).argsort(axis=1)
+  turn = jnp.arange(s.times) % jnp.maximum(used, 1)
+  block = jnp.take_along_axis(order, turn, axis=1)
   share = uniform(keys[1], numbers, (s.times,))
   noise = uniform(keys[2], numbers, (s.times, length))
   prompt_noise = uniform(keys[3], numbers, (s.times, length))

@@ -7,24 +7,34 @@ import re
 import golden_models
 import golden_sdlm
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import GOLDEN
 
-from maskdiff.likelihood import row_bounds
+from maskdiff.likelihood import device_queries, row_bounds
 from maskdiff.likelihood.device_queries import RowQueries
 from maskdiff.likelihood.queries import Answers
 from maskdiff.model.network import Network
-from maskdiff.rl import policy_loss
+from maskdiff.rl import copies, policy_loss, spg, trace
 from maskdiff.rl.batch import Batch
+from maskdiff.rl.policy_loss import LogProbs
 from maskdiff.rl.units import Units
+
+# Compiled once per Settings; the operations one by one would take longer.
+whole_answer_masks = jax.jit(copies.whole_answer_masks, static_argnums=0)
+coupled_token_masks = jax.jit(copies.coupled_token_masks, static_argnums=0)
+random_mask_copies = jax.jit(copies.random_mask_copies, static_argnums=0)
+along_trace = jax.jit(trace.along_trace, static_argnums=1)
+exact_count = jax.jit(device_queries.exact_count, static_argnames='coupled')
+spg_copies = jax.jit(spg.copies, static_argnums=0)
+spg_units = jax.jit(spg.units, static_argnums=0)
+block_masks = jax.jit(spg.block_masks, static_argnums=1)
 
 NAMES = 'model_a', 'model_b'
 IDS = {'model_a': (510, 508), 'model_b': (297, 295)}  # mask, eos
 CHUNK = 64
-# Rows are padded to these shapes, so that few programs are compiled.
-ROWS, LENGTH = 24, 20
+# Arrays are padded to these sizes, so that few programs are compiled.
+ROWS, LENGTH, COPIES = 24, 20, 12
 
 
 @functools.cache
@@ -64,17 +74,33 @@ def network(name, predict_next=False):
   )
 
 
+def pad(x, copies=False):
+  """Pads the positions of rows with 0, and the copies if `copies` is set."""
+  x = np.asarray(x)
+  widths = [(0, 0)] * (x.ndim - 1) + [(0, max(0, LENGTH - x.shape[-1]))]
+  if copies:
+    widths[0] = (0, max(0, COPIES - len(x)))
+  return np.pad(x, widths)
+
+
 def batch_of(ids, prompt_len, counted=None, valid=None, steps=None):
-  """Returns a Batch; counted and steps are [B, answer slots]."""
-  answer = np.broadcast_to(np.arange(ids.shape[1]) >= prompt_len, ids.shape)
-  widen = lambda x: np.pad(x, ((0, 0), (int(prompt_len), 0)))
-  return Batch(
-    tokens=ids,
-    valid=np.ones(ids.shape, bool) if valid is None else valid,
-    answer=answer,
-    counted=answer if counted is None else widen(counted.astype(bool)),
-    steps=None if steps is None else widen(steps),
-  )
+  """Returns a Batch of padded rows; counted and steps are [B, answer slots]."""
+  length, start = ids.shape[1], int(prompt_len)
+  valid = np.ones(ids.shape, bool) if valid is None else valid
+  answer = np.zeros(ids.shape, bool)
+  answer[:, start:] = True
+  batch = Batch(pad(ids), pad(valid), pad(answer), pad(answer))
+  widen = lambda x: pad(np.pad(x, ((0, 0), (length - x.shape[1], 0))))
+  if counted is not None:
+    batch = batch._replace(counted=widen(np.asarray(counted, bool)))
+  return batch._replace(steps=None if steps is None else widen(steps))
+
+
+def at_slots(batch, x):
+  """Returns values [..., B, slots] at the answer slots, [..., B, L]."""
+  found = np.zeros((*x.shape[:-1], batch.tokens.shape[1]), x.dtype)
+  found[..., batch.answer] = x.reshape(*x.shape[:-2], -1)
+  return found
 
 
 @functools.partial(jax.jit, static_argnames='guidance')
@@ -88,18 +114,18 @@ def _rows(network, answers, queries, cotangent, guidance):
 
 
 def log_probs(network, batch, queries, cotangent=None, guidance=0.0):
-  """Returns log-probabilities [n, B, L], and the gradient for a cotangent."""
+  """Returns log-probabilities [n, B, L], and the gradient for a cotangent.
+
+  Copies become rows of a batch, so that one program computes all cases.
+  """
   shape = queries.masked.shape
   number = shape[0] * shape[1]
-  copies = lambda x: np.tile(x, (shape[0], 1))
+  rows = lambda x: np.pad(
+    np.reshape(x, (number, shape[2])), ((0, -number % ROWS), (0, 0))
+  )
+  of_copies = lambda x: rows(np.tile(x, (shape[0], 1)))
   if cotangent is None:
     cotangent = np.zeros(shape, np.float32)
-
-  def rows(x):
-    x = np.asarray(x).reshape(number, shape[2])
-    return np.pad(x, ((0, -number % ROWS), (0, max(0, LENGTH - shape[2]))))
-
-  answers = Answers(*(rows(copies(x)) for x in policy_loss.answers(batch)))
   flat = RowQueries(
     rows(queries.masked)[None],
     rows(queries.scored)[None],
@@ -107,9 +133,13 @@ def log_probs(network, batch, queries, cotangent=None, guidance=0.0):
   )
   with jax.default_matmul_precision('highest'):
     found, gradient = _rows(
-      network, answers, flat, rows(cotangent)[None], guidance
+      network,
+      Answers(*map(of_copies, policy_loss.answers(batch))),
+      flat,
+      rows(cotangent)[None],
+      guidance,
     )
-  return found[0, :number, : shape[2]].reshape(shape), gradient
+  return np.array(found)[0, :number].reshape(shape), gradient
 
 
 def check_gradient(network, batch, queries, cotangent, recorded):
@@ -133,29 +163,36 @@ def check_gradient(network, batch, queries, cotangent, recorded):
     assert norm == pytest.approx(float(recorded[key]), abs=tolerance), key
 
 
-def loss(name, s, probs, queries, batch, advantages):
-  """Returns value, metrics and the derivative by `probs.new`, [n, B, L]."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.value_and_grad, argnums=2, has_aux=True)
+def _loss(name, s, new, probs, queries, batch, advantages):
+  probs = probs._replace(new=new)
+  return policy_loss.loss(name, s, probs, queries, batch, advantages)
 
-  def of(new):
-    return policy_loss.loss(
-      name, s, probs._replace(new=new), queries, batch, advantages
+
+def loss(name, s, probs, queries, batch, advantages, pads=True):
+  """Returns value, metrics and the derivative by `probs.new`, [n, B, L].
+
+  With `pads`, copies that score nothing are added, so that cases of one method
+  share a compiled function.
+  """
+  number = len(queries.masked)
+  if pads:
+    more = ((0, max(0, COPIES - number)), (0, 0))
+    queries = RowQueries(
+      *(pad(x, copies=True) for x in queries[:2]), np.pad(queries.weight, more)
     )
-
-  (value, metrics), derivative = jax.value_and_grad(of, has_aux=True)(
-    jnp.asarray(probs.new)
+    probs = LogProbs(*(x if x is None else pad(x, copies=True) for x in probs))
+  (value, metrics), derivative = _loss(
+    name, s, probs.new, probs, queries, batch, advantages
   )
-  return float(value), metrics, np.array(derivative)
+  return float(value), metrics, np.array(derivative)[:number]
 
 
 def token_queries(batch, scored):
   """Returns one copy whose tokens have the weight 1, for recorded values."""
-  wide = batch.answer[None]
-  return RowQueries(wide, scored[None], np.ones(wide.shape[:2], np.float32))
-
-
-def wide(batch, x):
-  """Returns [B, slots] values at the answer slots of rows, [1, B, L]."""
-  return np.pad(x, ((0, 0), (batch.tokens.shape[1] - x.shape[1], 0)))[None]
+  ones = np.ones((1, len(scored)), np.float32)
+  return RowQueries(batch.answer[None], scored[None], ones)
 
 
 def check_loss(value, recorded):

@@ -8,8 +8,7 @@ import pytest
 from every_mask import reference_counts
 from golden_rl import NAMES, case, cases
 
-from maskdiff.likelihood import device_queries
-from maskdiff.rl import advantages, copies, table
+from maskdiff.rl import advantages, table
 from maskdiff.rl.policy_loss import LogProbs
 
 
@@ -38,8 +37,8 @@ def espo_case(name, elbo):
   counts = np.array(
     [reference_counts(int(k), size + 1, rows) for k in of['k']]
   ) % (size + 1)
-  noise = np.pad(of['perms'] / size, ((0, 0), (0, 0), (start, 0)))
-  queries = device_queries.exact_count(
+  noise = golden_rl.at_slots(batch, of['perms'] / size)
+  queries = golden_rl.exact_count(
     ((counts + 0.5) / (size + 1)).astype(np.float32),
     noise.astype(np.float32),
     batch.answer,
@@ -50,7 +49,9 @@ def espo_case(name, elbo):
       **{k: getattr(queries, k)[::2] for k in queries._fields}
     )
   mask = golden_rl.IDS[name][0]
-  np.testing.assert_array_equal(queries.masked, of['noisy'] == mask)
+  np.testing.assert_array_equal(
+    queries.masked, golden_rl.pad(of['noisy'] == mask)
+  )
   queries = queries._replace(weight=queries.weight / len(queries.weight))
   found, _ = golden_rl.log_probs(golden_rl.network(name), batch, queries)
   return batch, queries, of, found
@@ -108,9 +109,11 @@ def d1_case(name, i, iteration):
   batch = golden_rl.batch_of(of['ids'], of['prompt_len'], of['completion_mask'])
   of = case('d1', f'{name}.{i}')
   s = table.settings('d1', prompt_mask=float(of['p_mask_prompt']))
-  queries = copies.whole_answer_masks(s, batch, of['u'][iteration])
+  queries = golden_rl.whole_answer_masks(
+    s, batch, golden_rl.pad(of['u'][iteration])
+  )
   noisy = of['noisy'][iteration] == golden_rl.IDS[name][0]
-  np.testing.assert_array_equal(queries.masked[0], noisy)
+  np.testing.assert_array_equal(queries.masked[0], golden_rl.pad(noisy))
   # The published code also computes the slots after eos.
   everywhere = queries._replace(scored=batch.answer[None])
   found, _ = golden_rl.log_probs(
@@ -119,7 +122,7 @@ def d1_case(name, i, iteration):
     everywhere,
     guidance=float(of['cfg_scale']),
   )
-  recorded = golden_rl.wide(batch, of['logps'][iteration])
+  recorded = golden_rl.at_slots(batch, of['logps'][iteration][None])
   np.testing.assert_allclose(found, recorded, atol=2e-4)
   return batch, queries, found
 
@@ -151,7 +154,7 @@ def check_token_loss(method, name, of, batch, queries, found, scale=1.0):
     found: [n, B, L], the log-probabilities.
     scale: of the network's derivatives, [n, 1, 1] or a number.
   """
-  wide = functools.partial(golden_rl.wide, batch)
+  wide = lambda x: golden_rl.at_slots(batch, x[None])
   one = golden_rl.token_queries(batch, batch.counted)
   new = found if len(found) == 1 else wide(of['logps'])
   old = None if of['old_is_detached_self'] else wide(of['old'])
@@ -197,7 +200,7 @@ def test_derivative_at_ratio_1_is_the_advantage(tie):
   batch = golden_rl.batch_of(np.zeros((number, 1), np.int32), 0)
   eps = float(of['eps'])
   s = table.settings('d1', clip_low=eps, clip_high=eps, kl_weight=0.0)
-  zeros = np.zeros((1, number, 1), np.float32)
+  zeros = np.zeros((1, *batch.tokens.shape), np.float32)
   _, _, derivative = golden_rl.loss(
     'd1', s, LogProbs(zeros, zeros), golden_rl.token_queries(batch, batch.answer),
     batch, of['advantages'],
@@ -218,12 +221,14 @@ def coupled_batch(name):
 def coupled_log_probs(name, batch, time, noise, recorded):
   """Returns queries, and log-probabilities, which equal recorded ones."""
   s = table.settings('coupled_grpo', after_eos=True)
-  queries = copies.coupled_token_masks(s, batch, np.float32(time), noise)
+  queries = golden_rl.coupled_token_masks(
+    s, batch, np.float32(time), golden_rl.pad(noise)
+  )
   network = golden_rl.network(name, predict_next=True)
   found, _ = golden_rl.log_probs(network, batch, queries)
   tokens = (queries.weight[..., None] * found).sum(axis=0)
   np.testing.assert_allclose(
-    tokens[None], golden_rl.wide(batch, recorded), atol=2e-4
+    tokens, golden_rl.at_slots(batch, recorded), atol=2e-4
   )
   return queries, found
 
@@ -234,7 +239,7 @@ def test_log_probabilities_equal_coupled_grpo(name):
   of = case('coupled_grpo', f'{name}.single')
   queries, _ = coupled_log_probs(name, batch, of['t'][0], of['u'], of['logps'])
   noisy = of['noisy'] == golden_rl.IDS[name][0]
-  np.testing.assert_array_equal(queries.masked, noisy)
+  np.testing.assert_array_equal(queries.masked, golden_rl.pad(noisy))
   of = case('coupled_grpo', f'{name}.accumulated')
   for time, u, recorded in zip(of['t'], of['u'], of['logps'], strict=True):
     u = np.tile(u, (int(of['grad_accum']), 1))

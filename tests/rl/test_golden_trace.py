@@ -10,10 +10,15 @@ import pytest
 from golden_rl import NAMES, arrays, case, cases
 
 from maskdiff.likelihood.device_queries import RowQueries
-from maskdiff.rl import advantages, batch, copies, table, trace, values
+from maskdiff.rl import advantages, batch, table, trace, values
 from maskdiff.rl.policy_loss import LogProbs
 
 TRACE, RANDOM, COUPLED = range(3)  # `method` of the golden file
+
+
+def numbers(prefix):
+  keys = [key.split('.') for key in arrays('tracerl')]
+  return sorted({key[1] for key in keys if key[0] == prefix})
 
 
 def test_steps_are_those_at_which_tokens_appear():
@@ -33,8 +38,10 @@ def test_steps_are_those_at_which_tokens_appear():
 def test_merged_steps_are_labelled_as_recorded(i):
   of = case('tracerl', f'collapse.{i}')
   steps = of['steps'][None]
-  number = trace.merged(steps, np.ones(steps.shape, bool), int(of['shrink']))
-  label = [steps[number == k].max() for k in number[0]]
+  answer = golden_rl.pad(np.ones(steps.shape, bool))
+  number = trace.merged(golden_rl.pad(steps), answer, int(of['shrink']))
+  number = np.array(number)[answer]
+  label = [of['steps'][number == k].max() for k in number]
   np.testing.assert_array_equal(label, of['merged'])
 
 
@@ -69,7 +76,7 @@ def test_targets_of_the_value_network_equal_tracerl(i):
   np.testing.assert_allclose(found[1], of['advantage'], atol=1e-5)
 
 
-def check(network, rows, queries, of, name, reward, inputs, **changes):
+def check(network, rows, queries, of, name, reward, masked, **changes):
   """Compares masks, log-probabilities, loss and gradient with a case.
 
   Args:
@@ -77,45 +84,39 @@ def check(network, rows, queries, of, name, reward, inputs, **changes):
     rows: Batch.
     queries: RowQueries.
     of: recorded arrays; those of rows belong to copies that score a token,
-      sequence by sequence.
+      sequence by sequence or draw by draw.
     name: of the method.
     reward: [B], the advantages.
-    inputs: [N, L], recorded inputs of the answers; the mask token elsewhere
-      means nothing.
+    masked: [N, slots] bool, recorded masks of the answers.
     **changes: of the Settings.
   """
   order = np.argwhere(np.array(queries.scored).any(axis=2).T)  # [N, (b, n)]
-  if int(of['method']) and 'row' in of and rows_by_draw(of):
-    order = order[np.lexsort((order[:, 0], order[:, 1]))]
-  copy, row = order[:, 1], order[:, 0]
+  if (np.diff(of['row']) < 0).any():  # draw by draw
+    order = order[np.lexsort(order.T)]
+  row, copy = order.T
   np.testing.assert_array_equal(row, of['row'])
-  of_copies = lambda x: np.array(x)[copy, row]
-  np.testing.assert_array_equal(
-    of_copies(queries.masked)[:, -inputs.shape[1] :], inputs == network.mask_id
+  slots = masked.shape[1]
+  at_slots = lambda x: np.array(x)[copy, row][rows.answer[row]].reshape(
+    -1, slots
   )
-  shift = rows.tokens.shape[1] - of['loss_mask'].shape[1]
-  np.testing.assert_array_equal(
-    of_copies(queries.scored)[:, shift:], of['loss_mask']
-  )
+  np.testing.assert_array_equal(at_slots(queries.masked), masked)
+  scored = at_slots(queries.scored)
+  np.testing.assert_array_equal(scored, of['loss_mask'][:, -slots:])
   found, _ = golden_rl.log_probs(network, rows, queries)
-  scored = of_copies(queries.scored)
-  wide = lambda x: np.pad(x, ((0, 0), (shift, 0)))
   np.testing.assert_allclose(
-    of_copies(found)[scored], wide(of['logps'])[scored], atol=2e-4
+    at_slots(found)[scored], of['logps'][:, -slots:][scored], atol=2e-4
   )
   old = np.zeros(found.shape, np.float32)
-  old[copy, row] = wide(of['old'])
+  old[copy, row] = golden_rl.at_slots(
+    rows._replace(answer=rows.answer[row], tokens=rows.tokens[row]),
+    of['old'][:, -slots:],
+  )
   s = table.settings(name, **changes)
   value, _, derivative = golden_rl.loss(
     name, s, LogProbs(found, old), queries, rows, reward
   )
   golden_rl.check_loss(value, of['loss'])
   golden_rl.check_gradient(network, rows, queries, derivative, of)
-
-
-def rows_by_draw(of):
-  """Returns whether the rows of a case are ordered by draw, not by sequence."""
-  return (np.diff(of['row']) < 0).any()
 
 
 @pytest.mark.parametrize('i', cases('tracerl', 'full'))
@@ -126,27 +127,26 @@ def test_full_attention_equals_tracerl(name, i):
   rows = golden_rl.batch_of(
     shared['ids'], shared['prompt_len'], steps=shared['step_map']
   )
-  rows = rows._replace(
-    counted=batch.until_eos(
-      rows.tokens, rows.answer, int(shared['pad_id']), int(of['post_num'])
-    )
+  counted = batch.until_eos(
+    rows.tokens, rows.answer, int(shared['pad_id']), int(of['post_num'])
   )
+  rows = rows._replace(counted=np.array(counted))
   network = golden_rl.network(name)
   method = int(of['method'])
   if method == TRACE:
     method_name = 'tracerl'
-    s = table.settings('tracerl', shrink=int(of['shrink']))
-    queries = trace.along_trace(network, s, rows, None, None)
+    s = table.settings('tracerl', shrink=int(of['shrink']), copies=12)
+    queries = golden_rl.along_trace(network, s, rows, None, None)
   else:
     method_name = 'random_masks'
     s = table.settings('random_masks', coupled=method == COUPLED)
     number = len(rows.tokens)
     times = of['t'].reshape(number, -1).T
-    noise = of['u'].reshape(number, -1, rows.tokens.shape[1]).swapaxes(0, 1)
-    queries = copies.random_mask_copies(s, rows, times, noise)
+    noise = of['u'].reshape(number, len(times), -1).swapaxes(0, 1)
+    queries = golden_rl.random_mask_copies(s, rows, times, golden_rl.pad(noise))
   check(
     network, rows, queries, of, method_name, shared['reward'],
-    of['noisy'][:, int(shared['prompt_len']) :],
+    of['noisy'][:, int(shared['prompt_len']) :] == network.mask_id,
     clip_low=float(of['eps']),
     clip_high=float(of['eps']),
     kl_weight=float(of['beta']),
@@ -156,18 +156,18 @@ def test_full_attention_equals_tracerl(name, i):
 
 def block_batch(of, pad_id):
   """Returns a Batch whose prompts end at the end of a block."""
-  start, size = int(of['prompt_len']), int(of['block_size'])
-  shift = -start % size
+  shift = -int(of['prompt_len']) % int(of['block_size'])
   ids = np.pad(of['ids'], ((0, 0), (shift, 0)), constant_values=pad_id)
-  start += shift
-  rows = golden_rl.batch_of(ids, start, steps=of['step_map'])
-  valid = np.cumsum(ids != pad_id, axis=1) > 0
-  return rows._replace(
-    valid=valid,
-    counted=np.array(
-      batch.until_eos(ids, rows.answer, pad_id, min(int(of['post_num']), 0))
-    ),
+  rows = golden_rl.batch_of(
+    ids,
+    of['prompt_len'] + shift,
+    valid=np.cumsum(ids != pad_id, axis=1) > 0,
+    steps=of['step_map'],
   )
+  counted = batch.until_eos(
+    rows.tokens, rows.answer, pad_id, min(int(of['post_num']), 0)
+  )
+  return rows._replace(counted=np.array(counted))
 
 
 @functools.cache
@@ -184,29 +184,24 @@ def test_block_attention_equals_tracerl(i):
   rows = block_batch(of, int(arrays('tracerl')['block.ids'][1]))
   network = block_network(int(of['block_size']))
   slots = of['step_map'].shape[1]
-  inputs = of['input_ids'][:, -slots:]
+  hidden = of['input_ids'][:, -slots:] == network.mask_id
   if int(of['method']) == TRACE:
     s = table.settings(
       'tracerl_blocks',
       shrink=int(of['shrink']),
+      copies=int(of['block_size']),
       padding_per_copy=max(int(of['post_num']), 0),
     )
-    queries = trace.along_trace(network, s, rows, None, None)
+    queries = golden_rl.along_trace(network, s, rows, None, None)
   else:  # the random numbers are not recorded
-    number = np.bincount(of['row'])
-    assert len(set(number)) == 1
     order = np.argsort(of['row'], kind='stable')
-    masked = np.zeros((number[0], *rows.tokens.shape), bool)
-    masked[..., -slots:] = (
-      (inputs == network.mask_id)[order]
-      .reshape(-1, number[0], slots)
-      .swapaxes(0, 1)
-    )
+    by_row = hidden[order].reshape(len(rows.tokens), -1, slots)
+    masked = golden_rl.at_slots(rows, by_row.swapaxes(0, 1))
     queries = RowQueries(
       masked, masked & rows.counted, np.ones(masked.shape[:2], np.float32)
     )
   check(
-    network, rows, queries, of, 'tracerl_blocks', of['reward'], inputs,
+    network, rows, queries, of, 'tracerl_blocks', of['reward'], hidden,
     clip_low=0.2, clip_high=0.2, kl_weight=0.01,
   )  # fmt: skip
 
@@ -222,10 +217,12 @@ def test_every_token_is_scored_in_one_copy():
     network = dataclasses.replace(
       golden_rl.network('model_a'), block_length=size
     )
-    queries = trace.along_trace(network, s, rows, None, None)
+    queries = golden_rl.along_trace(network, s, rows, None, None)
     np.testing.assert_array_equal(queries.scored.sum(axis=0), rows.answer)
     assert np.array(queries.scored).any(axis=(1, 2)).sum() == copies_
   # One copy masks the whole answer.
   s = table.settings('tracerl', shrink=12, copies=1)
-  queries = trace.along_trace(golden_rl.network('model_a'), s, rows, None, None)
+  queries = golden_rl.along_trace(
+    golden_rl.network('model_a'), s, rows, None, None
+  )
   np.testing.assert_array_equal(queries.masked[0], rows.answer)

@@ -29,10 +29,10 @@ def test_loss_and_gradient_equal_wd1(name, which):
   batch = golden_rl.batch_of(of['ids'], of['prompt_len'], of['completion_mask'])
   of = case('wd1', f'{name}.{which}')
   s = table.settings('wd1', prompt_mask=float(of['p_mask_prompt']))
-  queries = copies.whole_answer_masks(s, batch, of['u'])
+  queries = golden_rl.whole_answer_masks(s, batch, golden_rl.pad(of['u']))
   network = golden_rl.network(name)
   found, _ = golden_rl.log_probs(network, batch, queries)
-  recorded = golden_rl.wide(batch, of['logps'])
+  recorded = golden_rl.at_slots(batch, of['logps'][None])
   np.testing.assert_allclose(
     found, np.where(batch.counted, recorded, 0), atol=2e-4
   )
@@ -40,7 +40,7 @@ def test_loss_and_gradient_equal_wd1(name, which):
     'wd1', s, LogProbs(found), queries, batch, of['advantages']
   )
   golden_rl.check_loss(value, of['loss'])
-  expected = golden_rl.wide(batch, of['dloss_dlogps'])
+  expected = golden_rl.at_slots(batch, of['dloss_dlogps'][None])
   if expected.any():
     golden_rl.check_derivative(derivative, expected)
     golden_rl.check_gradient(network, batch, queries, derivative, of)
@@ -95,12 +95,11 @@ def test_scores_loss_and_gradient_equal_spg(name, which):
   advantages = of['advantages']
   of = case('spg', f'{name}.{which}')
   masked = (of['noisy'] == golden_rl.IDS[name][0]).swapaxes(0, 1)
+  masked = golden_rl.pad(masked)
   network = golden_rl.network(name)
-  queries = spg.copies(table.settings('spg'), batch, masked)
+  queries = golden_rl.spg_copies(table.settings('spg'), batch, masked)
   found, _ = golden_rl.log_probs(network, batch, queries)
-  recorded = np.pad(
-    of['token_logps'], ((0, 0), (0, 0), (int(masked.shape[2] - padding), 0))
-  ).swapaxes(0, 1)
+  recorded = golden_rl.at_slots(batch, of['token_logps'].swapaxes(0, 1))
   np.testing.assert_allclose(
     found, np.where(queries.scored, recorded, 0), atol=2e-4
   )
@@ -108,13 +107,13 @@ def test_scores_loss_and_gradient_equal_spg(name, which):
     k.removesuffix('.loss') for k in of if k.endswith('.loss')
   ):
     s = spg_settings(estimate)
-    u = spg.units(s, found, found, None, queries, batch, advantages)
+    u = golden_rl.spg_units(s, found, found, None, queries, batch, advantages)
     used = advantages > (0 if estimate == 'zero' else -np.inf)
     np.testing.assert_allclose(
       u.score[used], of[f'{estimate}.seq_logps'][used], atol=2e-4
     )
     value, _, derivative = golden_rl.loss(
-      'spg', s, LogProbs(found), queries, batch, advantages
+      'spg', s, LogProbs(found), queries, batch, advantages, pads=False
     )
     golden_rl.check_loss(value, of[f'{estimate}.loss'])
     norm = {'gradnorm_total': of[f'{estimate}.gradnorm_total']}
@@ -127,18 +126,20 @@ def test_block_masks_hide_a_part_of_one_block_and_all_later_ones():
     np.zeros((2, 15), np.int32), 3, np.arange(12) < np.array([[12], [6]])
   )
   s = table.settings('spg', times=3, block_length=4, prompt_mask=0.0)
-  queries = spg.block_masks(None, s, batch, jax.random.key(0), np.arange(2))
+  queries = golden_rl.block_masks(
+    None, s, batch, jax.random.key(0), np.arange(2)
+  )
   masked = np.array(queries.masked)
   assert not masked[..., :3].any()
-  blocks = masked[..., 3:].reshape(3, 2, 3, 4)
+  blocks = masked[..., 3:15].reshape(3, 2, 3, 4)
   first = blocks.any(axis=3).argmax(axis=2)  # the drawn block
   assert sorted(first[:, 0]) == [0, 1, 2]  # without replacement
   assert set(first[:, 1]) == {0, 1}  # the second row has two blocks
   for copy, row in itertools.product(range(3), range(2)):
     assert blocks[copy, row, first[copy, row] + 1 :].all()
-  assert masked[:, 1, 9:].all() and not queries.scored[:, 1, 9:].any()
+  assert masked[:, 1, 9:15].all() and not queries.scored[:, 1, 9:].any()
   shares = jnp.array([0.0, 0.5, 0.999])[:, None].repeat(2, axis=1)
-  noise = np.random.default_rng(0).random((2, 3, 2, 15), np.float32)
+  noise = np.random.default_rng(0).random((2, 3, 2, 20), np.float32)
   of_block = spg.block_mask_copies(
     s, batch, jnp.ones((3, 2), int), shares, *noise
   )
