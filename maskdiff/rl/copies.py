@@ -1,14 +1,14 @@
 """Masked copies of rows, by which each method estimates a log-likelihood.
 
-A function here draws masks: (Network, Settings, Batch, key, row numbers) ->
+Each function that draws has the arguments of `policy_loss.draw` and returns
 device_queries.RowQueries of n copies. The sum over the copies, not their mean,
 of weight x log-probability is the log-probability of a token, or summed over
 tokens that of an answer. Noise is keyed by the number of a row in the global
 batch, as in device_queries.random_numbers: the same key and numbers give the
 same masks to the policy, the policy that sampled, and the reference.
 
-Each function that draws has a pure part, which makes the masks of given random
-numbers.
+Separate functions draw random numbers and make the masks, so that other random
+numbers can be used.
 """
 
 import jax
@@ -35,7 +35,7 @@ def scored_slots(s, batch):
 
 
 def bound(network, s, batch, key, numbers):
-  """Masks of the bound on the log-likelihood of an answer (ESPO, VRPO).
+  """Draws copies for the bound on the log-likelihood (ESPO, VRPO).
 
   `times` mask counts are drawn per row, with `masks_per_time` masks each; with
   `coupled`, each mask is followed by its complement. Slots after the first eos
@@ -71,10 +71,10 @@ def bound(network, s, batch, key, numbers):
 
 
 def whole_answer(network, s, batch, key, numbers):
-  """One copy, in which the whole answer is masked (d1, wd1).
+  """Draws one copy, in which the whole answer is masked (d1, wd1).
 
-  Tokens of the prompt are masked with probability `prompt_mask`, anew for each
-  inner step, if its key differs.
+  Each token of the prompt is masked with probability `prompt_mask`. In d1, each
+  inner step has other masks: give it a key of its own.
   """
   noise = uniform(key, numbers, batch.tokens.shape[1:])
   return whole_answer_masks(s, batch, noise)
@@ -90,7 +90,7 @@ def whole_answer_masks(s, batch, noise):
 
 
 def coupled_tokens(network, s, batch, key, numbers):
-  """Three copies: the whole answer masked, a random mask and its complement.
+  """Draws three copies: the whole answer masked, a mask and its complement.
 
   The log-probability of a token is the mean of that in the first copy and of
   that in the copy that masks it, divided by the probability of its mask
@@ -122,7 +122,7 @@ def coupled_token_masks(s, batch, time, noise):
 
 
 def random_masks(network, s, batch, key, numbers):
-  """`times` copies with random masks, as dLLM-RL compares with TraceRL.
+  """Draws `times` copies with random masks, the baseline of TraceRL.
 
   With `coupled`, each copy is followed by one that masks the complement. Slots
   without a loss are masked in all copies, as in rl_llada.py; rl_sdar.py, for

@@ -75,7 +75,8 @@ def draw(name, network, s, batch, key, numbers):
     raise UserError(
       f'method {name} needs the step at which each slot was filled'
     )
-  return method.draw(network, s, batch, key, numbers)
+  with jax.named_scope('part(noise)'):
+    return method.draw(network, s, batch, key, numbers)
 
 
 def loss(name, s, log_probs, queries, batch, advantages):
@@ -112,10 +113,7 @@ def loss(name, s, log_probs, queries, batch, advantages):
   value = method.objective(s, u)
   metrics = _ratio_metrics(s, u)
   if other is not None:
-    kl = divergence.ESTIMATES[s.kl](u.gap)
-    if s.per_token:
-      kl = kl / jnp.maximum(u.slots, 1)
-    kl = method.mean(kl, u)
+    kl = method.mean(divergence.ESTIMATES[s.kl](u.gap) / u.size, u)
     metrics['kl'] = fixed(kl)
     if s.kl_weight:
       value = value + s.kl_weight * kl

@@ -14,7 +14,7 @@ from maskdiff.rl.units import Units, weigh
 
 
 def block_masks(network, s, batch, key, numbers):
-  """`times` copies, each of which masks a part of one block of the answer.
+  """Draws `times` copies, each of which masks a part of one block.
 
   The blocks of a row are drawn without replacement. The blocks before the drawn
   block are clean and those after it are masked, as in a sampler that fills
@@ -34,8 +34,8 @@ def block_masks(network, s, batch, key, numbers):
   used = -(-scored_slots(s, batch).sum(axis=1, keepdims=True) // s.block_length)
   order = uniform(keys[0], numbers, (blocks,))
   order = jnp.where(jnp.arange(blocks) < used, order, jnp.inf).argsort(axis=1)
-  turn = jnp.arange(s.times) % jnp.maximum(used, 1)
-  block = jnp.take_along_axis(order, turn, axis=1)
+  index = jnp.arange(s.times) % jnp.maximum(used, 1)
+  block = jnp.take_along_axis(order, index, axis=1)
   share = uniform(keys[1], numbers, (s.times,))
   noise = uniform(keys[2], numbers, (s.times, length))
   prompt_noise = uniform(keys[3], numbers, (s.times, length))
@@ -100,6 +100,7 @@ def units(s, new, old, other, queries, batch, advantages):
     score=jnp.where(advantages > 0, lower_new, mixed),
     log_ratio=lower_new - lower(old),
     gap=None if other is None else lower_new - lower(other),
+    size=1.0,
     where=slots > 0,
     advantages=advantages,
     slots=slots,

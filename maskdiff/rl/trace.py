@@ -7,6 +7,9 @@ that with which a sampler at temperature 1 draws these tokens in this order
 (dLLM-RL, rl_llada.py and rl_sdar.py).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from maskdiff.errors import UserError
@@ -47,30 +50,33 @@ def merged(steps, answer, shrink, block_length=0):
     [B, L] int32, -1 outside the answer.
   """
   length = steps.shape[1]
-  index = jnp.arange(length)
-  block = index // (block_length or length)
-  together = (block[:, None] == block) & answer[:, :, None] & answer[:, None]
-  equal = together & (steps[:, :, None] == steps[:, None])
-  first = answer & ~(equal & (index < index[:, None])).any(axis=2)
-  earlier = together & first[:, None] & (steps[:, None] < steps[:, :, None])
-  return jnp.where(answer, earlier.sum(axis=2) // shrink, -1)
+  block = jnp.arange(length) // (block_length or length)
+  block = jnp.where(answer, block, length)
+  order = jnp.lexsort((steps, block), axis=1)
+  take = functools.partial(jnp.take_along_axis, axis=1)
+  changes = lambda x: jnp.diff(take(x, order), axis=1, prepend=-1) != 0
+  begins = changes(block)
+  rank = jnp.cumsum(begins | changes(steps), axis=1)
+  first = jax.lax.cummax(jnp.where(begins, rank, 0), axis=1)
+  number = take(rank - first, jnp.argsort(order, axis=1))
+  return jnp.where(answer, number // shrink, -1)
 
 
 def along_trace(network, s, batch, key, numbers):
-  """Returns one copy per merged step of the sampler; nothing is drawn.
+  """Returns one copy per merged step of the sampler. Nothing is drawn.
 
-  Networks with blocks see noisy copies of their blocks, so that a copy advances
-  all blocks at once.
+  A copy advances all blocks at once if the network is trained on blocks: each
+  noisy block sees the clean blocks before it.
   """
   number = merged(batch.steps, batch.answer, s.shrink, network.block_length)
-  turn = jnp.arange(s.copies or number.shape[1])[:, None, None]
-  committed = batch.answer & (number == turn)
+  index = jnp.arange(s.copies or number.shape[1])[:, None, None]
+  committed = batch.answer & (number == index)
   padding = committed & ~scored_slots(s, batch)
   few = padding & (jnp.cumsum(padding, axis=2) <= s.padding_per_copy)
   return RowQueries(
-    batch.answer & (number >= turn),
+    batch.answer & (number >= index),
     (committed & ~padding) | few,
-    jnp.ones((len(turn), len(number)), jnp.float32),
+    jnp.ones((len(index), len(number)), jnp.float32),
   )
 
 

@@ -1,7 +1,7 @@
 """Log-probabilities of answers or tokens, of which ratios are computed.
 
-A unit is what has one ratio: an answer ('sequence', shape [B]), a token of an
-answer ('token', [B, L]), or a token of a masked copy ('copy', [n, B, L]).
+Each unit has one ratio. A unit is an answer (arrays of shape [B]), a token of
+an answer ([B, L]), or a token of a masked copy ([n, B, L]).
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ class Units(NamedTuple):
   score: jax.Array  # log-probabilities under the policy, with a gradient
   log_ratio: jax.Array  # log policy - log policy that sampled
   gap: jax.Array | None  # log policy - log other, for the divergence
+  size: jax.Array | float  # the divergence of a unit is divided by it
   where: jax.Array  # bool, units that exist
   advantages: jax.Array  # one per row
   slots: jax.Array  # tokens of an answer, by which some means divide
@@ -42,6 +43,7 @@ def of_copies(s, new, old, other, queries, batch, advantages):
     score=new,
     log_ratio=_cut(s, new - old),
     gap=None if other is None else _cut(s, new - other),
+    size=1.0,
     where=queries.scored,
     advantages=advantages[None, :, None],
     slots=slots[None, :, None],
@@ -57,6 +59,7 @@ def of_tokens(s, new, old, other, queries, batch, advantages):
     score=new,
     log_ratio=_cut(s, new - old),
     gap=None if other is None else _cut(s, new - other),
+    size=1.0,
     where=where,
     advantages=advantages[:, None],
     slots=where.sum(axis=1, keepdims=True).astype(jnp.float32),
@@ -67,16 +70,17 @@ def of_sequences(s, new, old, other, queries, batch, advantages):
   """Returns the answers as units; arguments as `of_copies`.
 
   With `s.per_token`, `log_ratio` and `score` are divided by the number of
-  tokens. `gap` is not: its estimate is divided, see `policy_loss.loss`.
+  tokens. `gap` is not: the estimate of the divergence is (ESPO).
   """
   total = lambda x: None if x is None else weigh(x, queries).sum(axis=(0, 2))
   new, old, other = map(total, (new, old, other))
   slots = scored_slots(s, batch).sum(axis=1).astype(jnp.float32)
-  size = jnp.maximum(slots, 1) if s.per_token else 1
+  size = jnp.maximum(slots, 1) if s.per_token else 1.0
   return Units(
     score=new / size,
     log_ratio=_cut(s, (new - old) / size),
     gap=None if other is None else new - other,
+    size=size,
     where=slots > 0,
     advantages=advantages,
     slots=slots,

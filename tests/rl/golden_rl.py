@@ -109,6 +109,8 @@ def _rows(network, answers, queries, cotangent, guidance):
     policy = dataclasses.replace(network, params=params)
     return row_bounds.log_probs((policy,), answers, queries, CHUNK, guidance)[0]
 
+  if guidance:  # no recorded gradient
+    return of(network.params), None
   found, pull = jax.vjp(of, network.params)
   return found, pull(cotangent)[0]
 
@@ -209,4 +211,4 @@ def check_derivative(found, recorded):
 def sequence_units(advantages, score):
   """Returns Units of answers with ratio 1 and one token each."""
   ones = np.ones(len(score), np.float32)
-  return Units(score, 0 * ones, None, ones > 0, advantages, ones)
+  return Units(score, 0 * ones, None, 1.0, ones > 0, advantages, ones)
