@@ -47,6 +47,7 @@ from maskdiff.likelihood import device_queries
 from maskdiff.model.token_nll import LOG_NORMALIZERS, token_nll
 from maskdiff.model.transformer import bind
 from maskdiff.objectives.table import OBJECTIVES, show_masked
+from maskdiff.sampling import candidates
 
 
 def bound(networks, answers, e, key, rows, chunk):
@@ -104,7 +105,7 @@ def values(networks, answers, queries, chunk):
   return _scan(networks, answers, queries, chunk, reduce)
 
 
-def log_probs(networks, answers, queries, chunk):
+def log_probs(networks, answers, queries, chunk, guidance=0.0):
   """Returns log-probabilities of scored tokens, 0 elsewhere, without weights.
 
   For objectives per token instead of per row: diffu-GRPO (d1), where all answer
@@ -113,17 +114,21 @@ def log_probs(networks, answers, queries, chunk):
 
   Args:
     networks: see above.
-    answers: see above; the field `answer` is not used.
+    answers: see above; the field `answer` is used by guidance only.
     queries: device_queries.RowQueries.
     chunk: see above.
+    guidance: scale of classifier-free guidance, as LikelihoodConfig.guidance;
+      it takes a second forward pass, in which the prompt is masked.
 
   Returns:
     [K, n, B, L] float32 nats.
   """
-  return _scan(networks, answers, queries, chunk, lambda log_prob, _: log_prob)
+  return _scan(
+    networks, answers, queries, chunk, lambda log_prob, _: log_prob, guidance
+  )
 
 
-def _scan(networks, answers, queries, chunk, reduce):
+def _scan(networks, answers, queries, chunk, reduce, guidance=0.0):
   """Returns reduce(log-probabilities [B, L], weight [B]) as [K, n, ...]."""
   _objective(networks)
 
@@ -136,8 +141,16 @@ def _scan(networks, answers, queries, chunk, reduce):
   )
   def of_network(network, query):
     model = bind(network.config, network.params)
-    shown = show_masked(network, answers.tokens, query.masked, answers.valid)
-    hidden = model(*shown)[:, : query.masked.shape[1]]
+
+    def states(masked):
+      shown = show_masked(network, answers.tokens, masked, answers.valid)
+      return model(*shown)[:, : masked.shape[1]]
+
+    hidden = states(query.masked)
+    if guidance:  # of states, because the projection is linear
+      without = states(query.masked | (answers.valid & ~answers.answer))
+      guided = candidates.guide(*_as_float32(hidden, without), guidance)
+      hidden = guided.astype(hidden.dtype)
     with jax.named_scope('part(loss)'):
       nll = token_nll(
         hidden,
@@ -154,6 +167,10 @@ def _scan(networks, answers, queries, chunk, reduce):
 
   _, results = jax.lax.scan(of_query, (), queries)
   return results.swapaxes(0, 1)
+
+
+def _as_float32(*arrays):
+  return [x.astype(jnp.float32) for x in arrays]
 
 
 def _objective(networks):

@@ -1,5 +1,20 @@
-"""Policy optimization and preference learning: tasks and rewards.
+"""Policy optimization and preference learning.
 
+Every method fits one shape. Its `draw` makes masked copies of rows.
+`row_bounds.log_probs` computes the tokens of the copies under the policy, the
+policy that sampled the answers, and a reference, all with the same masks.
+`policy_loss.loss` makes a scalar of them.
+
+- table: all methods and their published settings
+- policy_loss: the functions to call
+- settings: numbers of a method
+- batch: rows with sampled answers
+- advantages: rewards to advantages, by group
+- copies, trace, spg: masked copies of rows
+- units: log-probabilities of answers or tokens, and their ratios
+- clipped, weighted: losses
+- divergence: estimates of the KL divergence
+- values: returns and advantages of a value network
 - tasks: questions, and their rewards
 - rewards: functions of a question and a text; published_rewards, extraction,
   maths and arithmetic: their parts
