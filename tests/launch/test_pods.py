@@ -1,8 +1,9 @@
-"""Two configs for pods, compiled by the TPU compiler.
+"""A config for pods, compiled by the TPU compiler.
 
-No TPU is needed: libtpu compiles for a topology by name. Each test compiles the
+No TPU is needed: libtpu compiles for a topology by name. The test compiles the
 train step of launch/pretrain.py in its own process, because libtpu reads its
-settings when JAX is imported. The figures in the docstrings of configs/ come
+settings when JAX is imported. Compiling 1B takes longer, because of Muon;
+benchmarks/plans.py plans it. The figures in the docstrings of configs/ come
 from launch/plan.py; these tests assert properties of the same programs.
 """
 
@@ -82,10 +83,3 @@ def test_8b_fits_64_chips_of_v5p():
   assert moved['reduce-scatter']['gb'] == pytest.approx(expected, rel=0.02)
   assert plan['exposed_ici_s'] < 0.02 * plan['step_s']
 
-
-def test_1b_fits_eight_v5e_chips():
-  plan, hlo = compile_for('v5e:2x4', '1b.py')
-  assert plan['fits'] and plan['chips'] == 8
-  assert plan['hbm_total_gib'] < 15.75
-  assert 'splash' in hlo
-  assert not re.search(r'\[(2,4096|8192),126464\]', hlo)
