@@ -366,7 +366,7 @@ def test_average_of_a_warm_start_has_its_own_memory(make_config):
   mesh = mesh_lib.make_mesh()
   shardings = train_state.shardings(c, tx, mesh, ema=True)
   make_state = jax.jit(
-    functools.partial(train_state.from_params, tx, ema=True),
+    functools.partial(train_state.from_params, c, tx, ema=True),
     out_shardings=shardings,
     donate_argnums=0,
   )

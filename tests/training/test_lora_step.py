@@ -87,7 +87,7 @@ def run(model, sizes, microbatches, steps=2):
   host = lambda tree: jax.tree.map(np.asarray, tree)
   with jax.set_mesh(m):
     start = jax.jit(
-      functools.partial(state_lib.from_params, tx),
+      functools.partial(state_lib.from_params, model, tx),
       out_shardings=state_lib.shardings(model, tx, m),
     )(params_of(model))
     first, losses = host(start), []
