@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import golden_models
@@ -31,7 +32,6 @@ spg_units = jax.jit(spg.units, static_argnums=0)
 block_masks = jax.jit(spg.block_masks, static_argnums=1)
 
 NAMES = 'model_a', 'model_b'
-IDS = {'model_a': (510, 508), 'model_b': (297, 295)}  # mask, eos
 CHUNK = 64
 # Arrays are padded to these sizes, so that few programs are compiled.
 ROWS, LENGTH, COPIES = 24, 20, 12
@@ -55,9 +55,15 @@ def case(file, prefix):
 
 
 def cases(file, prefix):
-  """Returns the numbers of cases such as 'loss0' that a file has."""
+  """Returns the names of cases that a file has, such as 'loss0'."""
   parts = {part for key in arrays(file) for part in key.split('.')}
   return sorted(x for x in parts if re.fullmatch(rf'{prefix}\d+', x))
+
+
+@functools.cache
+def mask_id(name):
+  config = json.loads((GOLDEN / name / 'config.json').read_text())
+  return config['mask_token_id']
 
 
 @functools.cache
@@ -69,7 +75,7 @@ def network(name, predict_next=False):
     params=params,
     objective='masked_diffusion',
     predict_mask=True,
-    mask_id=IDS[name][0],
+    mask_id=mask_id(name),
     bos_id=-1,
   )
 

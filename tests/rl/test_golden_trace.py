@@ -135,7 +135,9 @@ def test_full_attention_equals_tracerl(name, i):
   method = int(of['method'])
   if method == TRACE:
     method_name = 'tracerl'
-    s = table.settings('tracerl', shrink=int(of['shrink']), copies=12)
+    s = table.settings(
+      'tracerl', shrink=int(of['shrink']), copies=rows.answer[0].sum()
+    )
     queries = golden_rl.along_trace(network, s, rows, None, None)
   else:
     method_name = 'random_masks'

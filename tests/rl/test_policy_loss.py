@@ -4,12 +4,16 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
+import re
 
+import fake_networks
 import golden_rl
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from every_mask import elbo, subsets
 
 from maskdiff.errors import UserError
@@ -359,3 +363,42 @@ def test_causal_networks_have_one_copy_of_their_exact_log_likelihood():
     assert not np.array(queries.masked).any()
     np.testing.assert_array_equal(queries.scored, batch.answer[None])
     np.testing.assert_array_equal(queries.weight, np.ones((1, 4)))
+
+
+@pytest.mark.slow
+def test_code_of_the_page_runs_in_jit():
+  """The page's example, differentiated by the parameters of a tiny network."""
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'rl.md').read_text()
+  code = compile(
+    re.search(r'```python\n(.*?)```', page, re.S)[1], 'rl.md', 'exec'
+  )
+  params = tiny.strong_params()
+  network = fake_networks.network(tiny.MODEL, params, mask_id=4)
+  tokens = np.random.default_rng(0).integers(5, 24, (6, 8))
+  batch = golden_rl.batch_of(tokens, 3)
+  rewards = np.float32([0, 1, 0, 0, 1, 0])
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def of(params, reference):
+    names = dict(
+      policy=dataclasses.replace(network, params=params),
+      reference=dataclasses.replace(network, params=reference),
+      batch=batch,
+      key=KEY,
+      numbers=np.arange(6),
+      chunk=16,
+      rewards=rewards,
+    )
+    exec(code, names)
+    return names['value'], names['metrics']
+
+  (value, metrics), gradient = of(params, params)
+  assert metrics['ratio_min'] == metrics['ratio_max'] == 1
+  assert metrics['kl'] == 0
+  assert abs(value) < 1e-6  # the advantages of a group have the mean 0
+  norms = [float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)]
+  assert all(0 < norm < np.inf for norm in norms)
+  other = jax.tree.map(lambda x: 1.1 * x, params)
+  (_, metrics), _ = of(params, other)
+  assert metrics['kl'] > 0 and metrics['ratio_max'] == 1
