@@ -97,6 +97,8 @@ class Settings:
         raise UserError(f'{name}={getattr(self, name)} must not be negative')
     if not 0 <= self.prompt_mask <= 1:
       raise UserError(f'prompt_mask={self.prompt_mask} must lie in [0, 1]')
+    if self.softmax_over == 'group' and self.group == 1:
+      raise UserError("softmax_over='group' needs group=2 or more")
     low, high = self.time_range
     if not 0 <= low <= high <= 1:
       raise UserError(f'time_range={self.time_range} must ascend in [0, 1]')

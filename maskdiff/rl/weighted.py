@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from maskdiff.errors import UserError
+
 
 def reinforce(s, units):
   """Returns -mean(A log p), the policy gradient for fresh samples."""
@@ -53,6 +55,10 @@ def preference(s, units):
   sums over tokens. Policy and reference share the masks of an answer; the two
   answers do not share theirs. The loss of an estimate is biased upwards.
   """
+  if len(units.score) % 2:
+    raise UserError(
+      f'{len(units.score)} rows are not pairs of a chosen and a rejected answer'
+    )
   margin = s.preference_scale * (units.gap[::2] - units.gap[1::2])
   nll = -units.score[::2] / jnp.maximum(units.slots[::2], 1)
   return (jax.nn.softplus(-margin) + s.chosen_weight * nll).mean()

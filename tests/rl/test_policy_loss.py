@@ -16,7 +16,7 @@ from policy_cases import KEY, drawn, made_batch, small
 
 from maskdiff.errors import UserError
 from maskdiff.rl import batch as batch_lib
-from maskdiff.rl import policy_loss, table, trace
+from maskdiff.rl import policy_loss, table, trace, weighted
 from maskdiff.rl.advantages import advantages
 from maskdiff.rl.policy_loss import LogProbs
 
@@ -70,6 +70,10 @@ def test_equal_rewards_have_advantages_of_exactly_0():
 # Batches and errors
 
 
+def odd():
+  return golden_rl.sequence_units(np.zeros(3), np.zeros(3))
+
+
 def test_answers_end_at_the_first_eos():
   tokens = np.array([[9, 7, 9, 7, 7, 3], [7, 1, 2, 3, 4, 5]])
   answer = np.arange(6) >= np.array([[2], [1]])
@@ -90,6 +94,8 @@ def test_answers_end_at_the_first_eos():
     (lambda: table.settings('d1', clip_low=-1), 'must not be negative'),
     (lambda: table.settings('d1', prompt_mask=2), 'must lie in'),
     (lambda: table.settings('d1', time_range=(1, 0)), 'must ascend'),
+    (lambda: table.settings('wd1', softmax_over='group'), 'needs group=2'),
+    (lambda: weighted.preference(None, odd()), '3 rows are not pairs'),
     (lambda: advantages(np.ones(4), 3, 'group_mean'), 'multiple of group=3'),
     (lambda: advantages(np.ones(4), 1, 'group_mean'), 'set group=2'),
     (lambda: advantages(np.ones(4), 2, 'mean'), "baseline='mean'"),
