@@ -82,4 +82,3 @@ def test_8b_fits_64_chips_of_v5p():
   expected = parts * (2 * inner + 4 * vocabulary) * 63 / 64 / 1e9
   assert moved['reduce-scatter']['gb'] == pytest.approx(expected, rel=0.02)
   assert plan['exposed_ici_s'] < 0.02 * plan['step_s']
-
