@@ -16,6 +16,7 @@ import math
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -225,3 +226,17 @@ def shard(x, *axes):
     raise ValueError(f'{len(axes)} axes for an array of {x.ndim} dimensions')
   spec = PartitionSpec(*map(mesh_axes, x.shape, axes))
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def pad_length(*arrays):
+  """Returns arrays with zeros at the ends of rows, for jax.shard_map.
+
+  It refuses a length that the devices along `sequence` do not divide.
+
+  Args:
+    *arrays: [B, L, ...] each.
+  """
+  parts = jax.sharding.get_abstract_mesh().shape['sequence']
+  added = -arrays[0].shape[1] % parts
+  widths = lambda x: [(0, 0), (0, added)] + [(0, 0)] * (x.ndim - 2)
+  return [jnp.pad(x, widths(x)) if added else x for x in arrays]

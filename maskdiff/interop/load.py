@@ -22,6 +22,7 @@ from maskdiff.interop import (
   hf_config,
   hf_tokenizer,
   mask_token,
+  start_checks,
 )
 from maskdiff.interop import leaves as leaves_lib
 from maskdiff.model import lora, transformer
@@ -201,12 +202,13 @@ def warm_start(config, mesh):
     mesh: device mesh.
 
   Raises:
-    UserError: the stored model has another architecture, or cannot be loaded.
+    UserError: the stored model has another architecture, or cannot be loaded;
+      or only a drafter is trained, and the model is not autoregressive.
   """
   path = str(local_path(config.init_from))
   dtype = config.lora.base_dtype if config.lora.rank else 'float32'
   stored, params = load_params(path, mesh, dtype, config.init_from_ema)
-  _check_window(path, stored, config)
+  start_checks.check(path, stored, config)
   size, mask = config.model.vocab_size, config.tokens.mask_id
   adds = _adds_mask_token(path, stored, config)
   grows = (
@@ -243,23 +245,8 @@ def warm_start(config, mesh):
   )
   if of(stored) != of(config):
     params.pop('drafter', None)
-  _report_shift(stored, config)
+  start_checks.report_shift(stored, config)
   return params
-
-
-def _check_window(path, stored, config):
-  """Raises UserError if a model was trained on windows of another length."""
-  found, given = stored.objective, config.objective
-  windows = lambda o: OBJECTIVES[o.name].windows
-  if not (windows(found) and windows(given)):
-    return
-  if found.window_length != given.window_length:
-    raise UserError(
-      f'--config.init_from={path} was trained with config.objective.'
-      f'window_length={found.window_length}, not {given.window_length}; set '
-      f'--config.objective.window_length={found.window_length}, or start from '
-      'an autoregressive model'
-    )
 
 
 def _adds_mask_token(path, stored, config):
@@ -286,25 +273,6 @@ def _adds_mask_token(path, stored, config):
   if os.path.lexists(os.path.join(path, subfolder, families.CONFIG)):
     named.add(families.read_config(path, subfolder).get('mask_token_id'))
   return config.tokens.mask_id not in named
-
-
-def _report_shift(stored, config):
-  """Prints a line if a position of the network now predicts another token."""
-  predicts_next = lambda c: (
-    c.model.predict_next or OBJECTIVES[c.objective.name].left_to_right
-  )
-  before, now = predicts_next(stored), predicts_next(config)
-  if before and not now:
-    runtime.print_once(
-      f'{config.init_from} predicts the next token, and this run trains it to '
-      'predict the token at each position; config.model.predict_next=True '
-      'keeps its outputs, where the objective supports it'
-    )
-  elif now and not before:
-    runtime.print_once(
-      f'{config.init_from} predicts the token at each position, and this run '
-      'trains it to predict the next token'
-    )
 
 
 def _load_published(published, mesh, dtype):

@@ -202,17 +202,13 @@ def logits(model, states):
   """Returns the logits of drafts, [..., n, V] float32, from [..., n, D]."""
   if model.config.drafter.kind != 'medusa':
     return model.logits(states)
+  heads = model.vocabulary() + model.drafter.vocabulary[...]  # [n, D, V]
   return jnp.einsum(
     '...nd,ndv->...nv',
     states,
-    vocabularies(model).astype(states.dtype),
+    heads.astype(states.dtype),
     preferred_element_type=jnp.float32,
   )
-
-
-def vocabularies(model):
-  """Returns the output projections of the heads of `medusa`, [n, D, V]."""
-  return model.vocabulary() + model.drafter.vocabulary[...]
 
 
 def residuals(model, hidden):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from maskdiff.distributed.mesh import BATCH_AXES, shard
+from maskdiff.distributed.mesh import BATCH_AXES, pad_length, shard
 from maskdiff.model import lora, masks
 
 
@@ -283,7 +283,7 @@ def _lookup_backward(dtype, residuals, d_rows):
     out_specs=P('tensor', 'fsdp'),
     # Each device along `tensor` sums its own vocabulary rows, without a psum.
     check_vma=False,
-  )(tokens, d_rows)
+  )(*pad_length(tokens, d_rows))
   return d_table.astype(table.dtype), None
 
 

@@ -21,6 +21,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maskdiff.distributed.mesh import shard
@@ -207,7 +208,7 @@ class Transformer(nnx.Module):
       cached: keys and values of a cache, [N, B, G, S, K] each; or None.
       keep: whether keys and values are returned.
       tapped: whether the outputs of the layers that the drafter reads are
-        returned. All layers save their outputs for this.
+        returned.
 
     Returns:
       - the final hidden states, [B, L, D].
@@ -230,17 +231,33 @@ class Transformer(nnx.Module):
       x, kv = block(
         c, weights, x, rotation, functools.partial(attention, cached=cached)
       )
-      return x, (kv if keep else None, x if taps else None)
+      return x, kv if keep else None
 
     if c.remat != 'none':
       layer = jax.checkpoint(
         layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False
       )
+
+    # Outputs that are not read go to the last slot, one over the other.
+    slots = [(*taps, i).index(i) for i in range(c.layers)]
+
+    def layer_and_tap(state, xs):
+      slot, *xs = xs
+      x, kv = layer(state[0], xs)
+      put = jax.lax.dynamic_update_index_in_dim
+      return (x, put(state[1], x, slot, 0)), kv
+
     with jax.named_scope('network(layer: stacked arrays)'):
-      x, (kv, outputs) = jax.lax.scan(layer, x, (layers, cached))
+      if taps:
+        outputs = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
+        (x, outputs), kv = jax.lax.scan(
+          layer_and_tap, (x, outputs), (np.array(slots), layers, cached)
+        )
+      else:
+        x, kv = jax.lax.scan(layer, x, (layers, cached))
     x = rms_norm(x, self.norm[...], c.norm_eps)
     hidden = shift_right(x, labels) if c.predict_next else x
-    return hidden, kv, [outputs[i] for i in taps]
+    return hidden, kv, [outputs[taps.index(i)] for i in taps]
 
   def vocabulary(self):
     """Returns the output projection, [D, V] float32."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maskdiff.distributed.mesh import AXES, BATCH_AXES
+from maskdiff.distributed.mesh import AXES, BATCH_AXES, pad_length
 
 
 def on_devices(loop, hidden, head, tokens, outputs):
@@ -40,6 +40,8 @@ def on_devices(loop, hidden, head, tokens, outputs):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return loop(hidden, head, *tokens, part=0, parts=1)
+  length = hidden.shape[1]
+  hidden, *tokens = pad_length(hidden, *tokens)  # padding is not selected
 
   def on_device(hidden, head, *tokens):
     part, parts = jax.lax.axis_index('tensor'), mesh.shape['tensor']
@@ -49,13 +51,18 @@ def on_devices(loop, hidden, head, tokens, outputs):
       for output, x in zip(outputs, results, strict=True)
     )
 
-  return jax.shard_map(
+  found = jax.shard_map(
     on_device,
     in_specs=(SPECS['states'], P(), *[SPECS['tokens']] * len(tokens)),
     out_specs=tuple(SPECS[output] for output in outputs),
     # The checker does not support trip counts that differ between devices.
     check_vma=False,
   )(hidden, head, *tokens)
+  of_tokens = lambda output: output in ('tokens', 'states')
+  return tuple(
+    x[:, :length] if of_tokens(output) else x
+    for output, x in zip(outputs, found, strict=True)
+  )
 
 
 SPECS = {

@@ -131,9 +131,11 @@ def _of_heads(nll_of, model, states, targets, weights):
     weights: [B, W n] float32.
   """
   by_head = lambda x: jnp.moveaxis(x.reshape(states.shape[:3]), 2, 0)
+  of_network = model.vocabulary()
 
   def one(total, xs):
-    added, nll = nll_of(*xs)
+    states, difference, targets, weights = xs
+    added, nll = nll_of(states, of_network + difference, targets, weights)
     return total + added, nll
 
   total, nll = jax.lax.scan(
@@ -141,7 +143,7 @@ def _of_heads(nll_of, model, states, targets, weights):
     jnp.zeros((), jnp.float32),
     (
       jnp.moveaxis(states, 2, 0),
-      drafter.vocabularies(model),
+      model.drafter.vocabulary[...],
       by_head(targets),
       by_head(weights),
     ),
@@ -166,7 +168,8 @@ def flops_per_token(c, m, length):
 
   A weight takes 2 FLOPs in a forward pass and 4 more in a backward pass, which
   the network has only if it is trained. A vocabulary matrix is counted for all
-  drafts, and for the next tokens if they have a loss.
+  drafts, with 2 FLOPs less if it is not trained, and for the next tokens if
+  they have a loss.
 
   Args:
     c: ObjectiveConfig.
@@ -183,8 +186,8 @@ def flops_per_token(c, m, length):
   flops = passes * network
   if c.autoregressive_weight:
     flops += 6 * head
-  drafts = windows * d.drafts
-  flops += 6 * drafts * head
+  fixed = d.frozen and d.kind != 'medusa'
+  flops += (4 if fixed else 6) * targets(c, length) * head
   weights = shapes['drafter']
   if d.kind == 'medusa':
     flops += 6 * windows * count(weights['residual'])
@@ -198,6 +201,11 @@ def flops_per_token(c, m, length):
     own = count(blocks) + 2 * d.layers * width * keys
     flops += 6 * (context + windows * d.length * own)
   return flops
+
+
+def targets(c, length):
+  """Returns the drafts of a training row, divided by L."""
+  return num_windows(c, length) * (c.window_length - 1) / length
 
 
 def num_windows(c, length):

@@ -146,6 +146,7 @@ OBJECTIVES = {
     can_guide=False,
     exact_cache=True,
     visible_pairs=lambda c, length: 0.5,
+    targets=drafting.targets,
     drafts=True,
     loss=drafting.loss,
     next_weight=drafting.next_weight,

@@ -207,9 +207,12 @@ def row(config, c, mesh, metrics, facts, step_s, steps=()):
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *applied)
     values = {
       loss_name(first): float(total.nats_per_token),
-      'train/masked_share': float(total.num_predicted / total.num_tokens),
       **loss_parts(c, total),
     }
+    # Drafts are counted by their weights.
+    if not table.OBJECTIVES[c.objective.name].drafts:
+      share = total.num_predicted / total.num_tokens
+      values['train/masked_share'] = float(share)
     for part, nll in evaluation.nll_of_parts(total).items():
       values[f'train/{part}'] = nll
   tokens_per_s = config.train.batch * c.length / step_s
@@ -240,8 +243,7 @@ def loss_parts(c, sums):
   Returns:
     dict: the loss of the noisy copy, which is the bound if its weights are, or
     of the drafts; and the negative log-likelihood per token that the clean copy
-    predicts. {} if
-    the loss has one part.
+    predicts, or the network. {} if the loss has one part.
   """
   if sums.next_nll is None:
     return {}

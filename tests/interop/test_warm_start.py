@@ -14,11 +14,12 @@ import numpy as np
 import published_folders
 import pytest
 import safetensors.numpy
+import tiny
 
 from maskdiff.data import prepare, sources, tokenizer
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import convert, load
+from maskdiff.interop import convert, load, start_checks
 from maskdiff.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,6 +114,18 @@ def test_warm_start_from_another_model_names_the_key(folder, rows):
   config = make_config(folder, rows, init_from=str(rows))
   with pytest.raises(UserError, match='rows holds no checkpoint'):
     load.warm_start(config, mesh_lib.make_mesh())
+
+
+def test_only_a_drafter_needs_a_network_that_predicts_next_tokens():
+  run = tiny.config({'objective.name': 'drafting', 'drafter.kind': 'medusa'})
+  stored = lambda name: tiny.config({'objective.name': name})
+  for name in ('autoregressive', 'drafting'):
+    start_checks.check('network', stored(name), run)
+  for name in ('masked_diffusion', 'block_diffusion', 'sdlm'):
+    with pytest.raises(UserError, match='autoregressive_weight=1'):
+      start_checks.check('network', stored(name), run)
+  run.objective.autoregressive_weight = 1.0
+  start_checks.check('network', stored('masked_diffusion'), run)
 
 
 def test_published_config_needs_a_folder():

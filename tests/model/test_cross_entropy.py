@@ -101,6 +101,14 @@ def test_devices_may_have_different_shares_of_the_loss(weights):
   assert_close(actual, evaluate(dense, arrays))
 
 
+def test_devices_need_not_divide_the_length():
+  """Windows of drafts have any number of tokens."""
+  hidden, head, *tokens = example('random')
+  arrays = hidden[:, :-1], head, *(x[:, :-1] for x in tokens)
+  actual = on_mesh(dict(fsdp=4, sequence=2), arrays)
+  assert_close(actual, evaluate(dense, arrays))
+
+
 def test_loss_without_weights_is_exactly_zero():
   for leaf in jax.tree.leaves(evaluate(cross_entropy, example('none'))):
     np.testing.assert_array_equal(leaf, 0)

@@ -196,3 +196,11 @@ def test_flops_count_the_passes_that_are_trained():
   joint = dataclasses.replace(c, autoregressive_weight=1.0)
   found = table.flops_per_token(joint, cases.model('medusa', frozen=False), 64)
   assert found == pytest.approx(causal + drafts + residuals, abs=6 * norms)
+  # No gradient by a vocabulary matrix that is not trained.
+  mtp = lambda frozen: table.flops_per_token(
+    dataclasses.replace(c, autoregressive_weight=0.0 if frozen else 1.0),
+    cases.model('mtp', frozen=frozen),
+    64,
+  )
+  saved = forward * 2 + head + drafts / 3
+  assert mtp(False) - mtp(True) == pytest.approx(saved, abs=4 * norms)
