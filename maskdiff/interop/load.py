@@ -189,8 +189,8 @@ def warm_start(config, mesh):
   """Loads the initial parameters of a run from config.init_from.
 
   They are float32, or have the dtype config.lora.base_dtype if adapters are
-  trained; the adapters are not included. A drafter is included if the stored
-  one is of the kind and the size of the run's.
+  trained; the adapters are not included. A drafter is included if its weights
+  have the shapes of the run's; a line says if another one is left out.
 
   An autoregressive network that becomes another kind gets a mask token: its
   embedding is the mean of the output embeddings, and config.model.vocab_size
@@ -240,11 +240,14 @@ def warm_start(config, mesh):
       out_shardings={name: shardings[name] for name in ends},
     )
     params = {**params, **initialize(ends)}
-  of = lambda c: dataclasses.replace(
-    transformer.from_config(c).drafter, frozen=False
-  )
+  of = lambda c: transformer.shapes(transformer.from_config(c)).get('drafter')
   if of(stored) != of(config):
     params.pop('drafter', None)
+    if of(stored) and of(config):
+      runtime.print_once(
+        f'the drafter of {path} has another kind or size; the run starts with '
+        'a new one'
+      )
   start_checks.report_shift(stored, config)
   return params
 

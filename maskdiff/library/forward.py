@@ -99,8 +99,9 @@ def loss(
 
   For masked diffusion, give `times` or `mask_ratio`, and `masked` or `noise`;
   or give `key`, and all are drawn as in a training step. The loss of an
-  autoregressive model has no draws. That of a model with windows (sdlm) needs
-  `key`, which draws where they begin. To differentiate the loss:
+  autoregressive model has no draws. That of a model with windows (sdlm) or with
+  a drafter needs `key`, which draws where windows begin. To differentiate the
+  loss:
 
     jax.grad(lambda params: maskdiff.loss(
       dataclasses.replace(model, params=params), rows, key=key))(model.params)

@@ -15,6 +15,7 @@ import published_folders
 import pytest
 import safetensors.numpy
 import tiny
+import untrained_run
 
 from maskdiff.data import prepare, sources, tokenizer
 from maskdiff.distributed import mesh as mesh_lib
@@ -126,6 +127,29 @@ def test_only_a_drafter_needs_a_network_that_predicts_next_tokens():
       start_checks.check('network', stored(name), run)
   run.objective.autoregressive_weight = 1.0
   start_checks.check('network', stored('masked_diffusion'), run)
+
+
+def test_drafter_of_the_same_kind_and_size_is_taken_over(
+  tokenizer, tmp_path, capfd
+):
+  drafting = dict(objective_name='drafting', drafter_kind='block')
+  config = untrained_run.save(
+    tmp_path, tokenizer, **drafting, drafter_layers=1, model_layers=2
+  )
+  config.init_from, mesh = str(tmp_path), mesh_lib.make_mesh()
+  _, stored = load.load_params(str(tmp_path), mesh)
+  config.objective.window_length += 1  # changes no weight
+  found = load.warm_start(config, mesh)
+  np.testing.assert_array_equal(
+    found['drafter']['fuse'], stored['drafter']['fuse']
+  )
+  assert 'new one' not in capfd.readouterr().err
+  config.drafter.layers = 2
+  assert 'drafter' not in load.warm_start(config, mesh)
+  assert 'new one' in capfd.readouterr().err
+  config.objective.name, config.drafter.kind = 'autoregressive', 'none'
+  assert 'drafter' not in load.warm_start(config, mesh)
+  assert 'new one' not in capfd.readouterr().err
 
 
 def test_published_config_needs_a_folder():
