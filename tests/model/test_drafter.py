@@ -1,6 +1,6 @@
 """Drafters: their logits from other formulas, training = decoding, pieces."""
 
-import dataclasses
+import functools
 
 import drafter_cases as cases
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from maskdiff.model import drafter, masks, transformer
+from maskdiff.model.cache import hide_places
 from maskdiff.model.transformer import bind
 
 TOKENS = np.array([[1, 5, 6, 7, 5, 8, 9, 5, 6]], np.int32)  # shifted right
@@ -21,47 +22,44 @@ def model(kind):
   return bind(cases.model(kind), cases.params(kind))
 
 
+@functools.cache
 def training_logits(kind):
   """Returns the logits of the drafts of all windows, [W, n, V]."""
   of = model(kind)
-  _, states = drafter.windows(of, TOKENS, LABELS, STARTS)
-  return np.asarray(drafter.logits(of, states))[0]
+
+  @jax.jit
+  def run():
+    _, states = drafter.windows(of, jnp.asarray(TOKENS), LABELS, STARTS)
+    return drafter.logits(of, states)
+
+  return np.asarray(run())[0]
 
 
 @pytest.mark.parametrize('kind', cases.KINDS)
-@pytest.mark.parametrize('start', [1, 3, 7])
-def test_windows_of_training_are_the_drafts_of_decoding(kind, start):
+def test_windows_of_training_are_the_drafts_of_decoding(kind):
   """From a pass over the prefix, and from one more position with a cache."""
-  of = model(kind)
-  prefix = lambda n: (
-    TOKENS[:, :n],
-    masks.causal(jnp.ones((1, n), bool)),
-  )
-  expected = training_logits(kind)[STARTS[0].tolist().index(start)]
-  token, begin = TOKENS[:, start], np.array([start])
-  whole = drafter.prefill(of, *prefix(start))
-  found = drafter.propose(of, whole, np.array([start - 1]), token, begin)
-  np.testing.assert_allclose(found[0], expected, atol=1e-5)
-  if start == 1:
-    return
-  tokens, labels = prefix(start)
-  cache = drafter.prefill(of, tokens, labels).cache
-  last = jnp.arange(start) == start - 1
-  usable = dataclasses.replace(
-    cache,
-    labels=dataclasses.replace(
-      cache.labels, doc=jnp.where(last, -1, cache.labels.doc)
-    ),
-  )
-  step = drafter.append(
-    of,
-    tokens[:, -1:],
-    jax.tree.map(lambda x: x[:, -1:], labels),
-    usable,
-    np.array([[start - 1]]),
-  )
-  found = drafter.propose(of, step, np.array([0]), token, begin)
-  np.testing.assert_allclose(found[0], expected, atol=1e-5)
+  of, tokens = model(kind), jnp.asarray(TOKENS)
+
+  @jax.jit
+  def decode(start):
+    index = jnp.arange(LENGTH)[None]
+    labels = masks.causal(index < start)
+    token, begin = tokens[:, start], start[None]
+    whole = drafter.prefill(of, tokens, labels)
+    first = drafter.propose(of, whole, begin - 1, token, begin)
+    last = lambda x: jax.lax.dynamic_slice_in_dim(x, start - 1, 1, axis=1)
+    step = drafter.append(
+      of,
+      last(tokens),
+      jax.tree.map(last, labels),
+      hide_places(whole.cache, index == start - 1),
+      begin[:, None] - 1,
+    )
+    return first, drafter.propose(of, step, np.array([0]), token, begin)
+
+  for start, expected in zip((1, 3, 7), training_logits(kind), strict=False):
+    for found in decode(jnp.int32(start)):
+      np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
 def test_heads_of_medusa_begin_as_the_network():
@@ -121,6 +119,13 @@ def rotate(x, pos):
   return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+@functools.cache
+def tapped():
+  of = model('block')
+  run = lambda: of.run(TOKENS, LABELS, of.attention(LABELS), tapped=True)[2]
+  return jax.device_get(jax.jit(run)())
+
+
 @pytest.mark.parametrize('start', [1, 3, 7])
 def test_block_is_its_formula(start):
   """In NumPy: one position after the other, from hidden states of layers."""
@@ -128,11 +133,11 @@ def test_block_is_its_formula(start):
     jax.tree.map(np.float64, tree)
     for tree in (cases.params('block'), cases.params('block')['drafter'])
   )
-  of = model('block')
-  _, _, tapped = of.run(TOKENS, LABELS, of.attention(LABELS), tapped=True)
   assert cases.model('block').drafter.taps(3) == (1, 1)
   context = norm(
-    sum(np.asarray(x)[0] @ w for x, w in zip(tapped, own['fuse'], strict=True)),
+    sum(
+      np.asarray(x)[0] @ w for x, w in zip(tapped(), own['fuse'], strict=True)
+    ),
     own['fuse_norm'],
   )
   x = np.stack([p['embed'][TOKENS[0, start]], *[own['mask']] * 3])
@@ -180,9 +185,8 @@ def test_a_window_depends_on_the_tokens_before_it_only(kind):
   changed = TOKENS.copy()
   changed[0, 4:] = 10  # from the fourth input on: tokens 3, 4, ...
   of = model(kind)
-  states = lambda tokens: np.asarray(
-    drafter.windows(of, tokens, LABELS, STARTS)[1]
-  )[0]
+  run = jax.jit(lambda tokens: drafter.windows(of, tokens, LABELS, STARTS)[1])
+  states = lambda tokens: np.asarray(run(tokens))[0]
   before, after = states(TOKENS), states(changed)
   np.testing.assert_array_equal(before[:2], after[:2])
   assert np.all(np.abs(before[2] - after[2]).max(axis=1) > 1e-3)

@@ -81,7 +81,7 @@ def loss_of(kind, c, canvas):
   return jax.jit(lambda: table.loss(c, model, canvas))()
 
 
-@pytest.mark.parametrize('kind', cases.KINDS)
+@pytest.mark.parametrize('kind', ['medusa', SLOW('mtp'), SLOW('block')])
 @pytest.mark.parametrize('weight', [0.5, SLOW(0.0)])
 def test_loss_is_the_mean_over_drafts_and_next_tokens(kind, weight):
   c = dataclasses.replace(DRAFTING, autoregressive_weight=weight, mask_id=12)
@@ -132,7 +132,7 @@ def step_config(kind, frozen, microbatches=1):
 
 
 @pytest.mark.parametrize('kind', [SLOW('medusa'), 'mtp', SLOW('block')])
-@pytest.mark.parametrize('frozen', [True, False])
+@pytest.mark.parametrize('frozen', [True, SLOW(False)])
 def test_step_trains_the_drafter_or_both(kind, frozen):
   """Without a weight of next tokens the network does not change by a bit."""
   c = step_config(kind, frozen)
@@ -162,7 +162,8 @@ def test_step_trains_the_drafter_or_both(kind, frozen):
   assert 2 * trained <= moments < 2 * trained + 10
 
 
-@pytest.mark.parametrize('kind', [SLOW('medusa'), SLOW('mtp'), 'block'])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', cases.KINDS)
 def test_microbatches_change_no_gradient(kind):
   def gradients(parts):
     c = step_config(kind, False, parts)
