@@ -39,6 +39,11 @@ def check(c):
     f'config.model.layers={c.model.layers}; set --config.drafter.kind=medusa',
   )
   require(
+    c.objective.denominator == 'token',
+    f'config.objective.denominator={c.objective.denominator} divides by rows, '
+    'and a row may have no draft; set --config.objective.denominator=token',
+  )
+  require(
     not c.lora.rank,
     f'config.lora.rank={c.lora.rank} trains adapters, and objective drafting a '
     'drafter: train one after the other, with --config.lora.rank=0 now',

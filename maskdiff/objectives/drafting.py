@@ -96,13 +96,10 @@ def loss(c, model, canvas):
     axis=1,
   )
   exclude = None if c.predict_mask else c.mask_id
-  scale = 1.0
-  if c.denominator == 'row':
-    scale = 1 / jnp.maximum(canvas.num_tokens, 1)[:, None]
   nll_of = lambda hidden, head, targets, weights: cross_entropy(
     hidden, head, targets, weights, exclude, c.loss_chunk_tokens
   )
-  weights = scale * canvas.weights
+  weights = canvas.weights
   with jax.named_scope('part(loss)'):
     if model.config.drafter.kind == 'medusa':
       total, nll = _of_heads(nll_of, model, states, targets, weights)
@@ -115,7 +112,7 @@ def loss(c, model, canvas):
       hidden,
       model.vocabulary(),
       canvas.targets,
-      scale * canvas.next_weights,
+      canvas.next_weights,
     )
   return total + next_total, jnp.concatenate([nll, next_nll], axis=1)
 

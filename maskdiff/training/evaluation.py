@@ -134,7 +134,11 @@ def evaluate_and_sample(
     row |= of_average.row(weights=history.EMA)
   if OBJECTIVES[c.objective.name].drafts:
     drafts = evaluate_mixture(c, params, heldout, between, drafts=True)
-    row |= drafts.row(weights=DRAFT)
+    row |= {
+      name: value
+      for name, value in drafts.row(weights=DRAFT).items()
+      if 'bits_per_byte' not in name and 'mask_ratio' not in name
+    }
   return Evaluation(
     row=row,
     texts=sample_texts(config, params, tokenizer),

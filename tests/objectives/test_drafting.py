@@ -11,7 +11,9 @@ import tiny
 from objective_cases import CONFIG, PACKED, make_canvas
 from slow import SLOW
 
+from maskdiff import config as config_lib
 from maskdiff.data.rows import Rows
+from maskdiff.errors import UserError
 from maskdiff.model import drafter
 from maskdiff.model.trainable import trainable
 from maskdiff.model.transformer import bind
@@ -205,3 +207,31 @@ def test_flops_count_the_passes_that_are_trained():
   )
   saved = forward * 2 + head + drafts / 3
   assert mtp(False) - mtp(True) == pytest.approx(saved, abs=4 * norms)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'drafter.kind': 'none'}, 'a drafter is trained with objective drafting'),
+    ({'objective.name': 'autoregressive'}, 'set both --config.objective.name'),
+    ({'objective.window_length': 1}, 'window_length to at least 2'),
+    ({'objective.window_length': 99}, 'longer than the rows'),
+    ({'drafter.kind': 'mtp'}, 'set --config.drafter.kind=medusa'),
+    ({'lora.rank': 4}, 'train one after the other'),
+    ({'train.ema_decay': 0.9}, 'set --config.train.ema_decay=0'),
+    ({'objective.denominator': 'row'}, 'set --config.objective.denominator='),
+    (
+      {'sample.remasking': 'low_confidence'},
+      'set config.sample.remasking=spec',
+    ),
+  ],
+)
+def test_configs_that_do_not_fit_name_the_fix(changes, message):
+  drafting = {
+    'objective.name': 'drafting',
+    'drafter.kind': 'medusa',
+    'sample.remasking': 'speculative',
+  }
+  config_lib.validate(tiny.config(tiny.TRAIN_KEYS | drafting))
+  with pytest.raises(UserError, match=message):
+    config_lib.validate(tiny.config(tiny.TRAIN_KEYS | drafting | changes))
