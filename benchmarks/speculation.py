@@ -5,8 +5,8 @@ python benchmarks/speculation.py --runs runs --out speculation.jsonl
 --runs holds work directories with the names of METHODS in
 configs/speculation.py: an autoregressive model, and networks that were trained
 from it on equally many tokens. Each answers held-out prompts of the corpus and
-of the copying task at temperature 0, with every decoder of DECODERS. All have a
-KV cache: an exact one, except for masked diffusion.
+of the copying task at temperature 0, with its decoders in decoders.py. All have
+a KV cache: an exact one, except for masked diffusion.
 
 Writes a line of JSON per decoder and task: tokens per forward pass, positions
 per token, and a comparison of the answers with those of greedy decoding of the
@@ -21,88 +21,22 @@ import functools
 import pathlib
 from typing import NamedTuple
 
-import copying  # files beside this one
 import jax
-import json_lines
+import json_lines  # files beside this one
 import numpy as np
+from decoders import BASE, GREEDY, METHODS, ONE
+from questions import SLOTS, TASKS
 from timing import alternate
 
 from maskdiff import config as config_lib
-from maskdiff.data import row_reader
 from maskdiff.interop import load
 from maskdiff.library import forward
 from maskdiff.sampling import layouts, sampler
 from maskdiff.sampling.settings import sampler_config
-from maskdiff.training import inputs
 
-BASE, ONE = 'autoregressive', 'one per step'
-CONTEXT, SLOTS = 128, 64
-THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.98)
+CONTEXT = 128
 BATCHES = {8: 1, 1: 4}  # rows -> batches whose decoding is timed
 ROWS = max(BATCHES)  # rows of the batches whose answers are compared
-
-
-def by_threshold(rule, label=None, **values):
-  """Returns decoders with each of THRESHOLDS: dict of a name to settings."""
-  return {
-    f'{label or rule} {x}': {'remasking': rule, 'threshold': x, **values}
-    for x in THRESHOLDS
-  }
-
-
-GREEDY = {ONE: {'cache': 'prefix'}}
-WINDOWS = {
-  ONE: {'cache': 'prefix', 'remasking': 'longest_prefix', 'threshold': 1.0},
-  **by_threshold('longest_prefix', cache='prefix'),
-  'speculative': {'cache': 'prefix', 'remasking': 'speculative'},
-}
-DRAFTS = {
-  ONE: {'cache': 'prefix', 'remasking': 'longest_prefix', 'threshold': 1.0},
-  'speculative': {'cache': 'prefix', 'remasking': 'speculative'},
-}
-BLOCKS = GREEDY | by_threshold('threshold', cache='prefix')
-MASKED = {
-  ONE: {'cache': 'dual', 'block_length': 32},
-  **by_threshold('threshold', cache='dual', block_length=32),
-}
-# Work directory -> name of a decoder -> settings of the sampler. The first
-# decoder commits one token per step.
-DECODERS = {BASE: GREEDY, 'continued': GREEDY}
-DECODERS |= {f'sdlm_{d}': WINDOWS for d in (4, 8, 16, 32)}
-DECODERS['sdlm_8'] = WINDOWS | by_threshold(
-  'longest_prefix', 'entropy', confidence='entropy', cache='prefix'
-)
-DECODERS |= {f'{kind}_8': DRAFTS for kind in ('medusa', 'mtp', 'block')}
-DECODERS |= {f'blocks_{length}': BLOCKS for length in (4, 16, 32)}
-DECODERS['masked'] = MASKED
-
-
-class Question(NamedTuple):
-  """A prompt with the text that follows it; token lists."""
-
-  prompt: list
-  answer: list
-
-
-def corpus(model, number):
-  """Returns Questions of held-out rows of the embedded corpus."""
-  (data,) = inputs.open_data(model.config, model.tokenizer, 'embedded')
-  source = row_reader.RowSource(data.directory, data.manifest, 'heldout')
-  rows = np.linspace(0, len(source) - 1, number).astype(int)
-  tokens = source.read(rows.tolist()).tokens.tolist()
-  return [Question(row[:-SLOTS], row[-SLOTS:]) for row in tokens]
-
-
-def copies(model, number):
-  """Returns Questions of the copying task."""
-  encode = model.tokenizer.encode
-  return [
-    Question(encode(line['prompt']), encode(line['answer']))
-    for line in copying.questions(0, number)
-  ]
-
-
-TASKS = {'corpus': corpus, 'copying': copies}
 
 
 def requests(questions, settings, rows):
@@ -285,7 +219,7 @@ def main():
   parser.add_argument('--runs', type=pathlib.Path, required=True)
   parser.add_argument('--out', type=pathlib.Path, help='file of JSON lines')
   parser.add_argument(
-    '--methods', nargs='+', default=[*DECODERS], choices=DECODERS
+    '--methods', nargs='+', default=[*METHODS], choices=METHODS
   )
   parser.add_argument('--prompts', type=int, default=32)
   parser.add_argument('--rounds', type=int, default=3)
@@ -301,12 +235,12 @@ def main():
       of = {'method': method, 'task': task}
       missing = {
         name: values
-        for name, values in DECODERS[method].items()
+        for name, values in METHODS[method].decoders.items()
         if not (args.out and json_lines.has(args.out, of | {'decoder': name}))
       }
       if not missing:
         continue
-      decoders = {ONE: DECODERS[method][ONE]} | missing
+      decoders = {ONE: METHODS[method].decoders[ONE]} | missing
       found = measure(base, model, decoders, questions, args.rounds)
       lines = [of | {'decoder': name} | found[name] for name in missing]
       json_lines.report(lines, args.out)
