@@ -37,8 +37,10 @@ WINDOWS = DRAFTS | by_threshold('longest_prefix', **EXACT)
 ENTROPY = by_threshold(
   'longest_prefix', 'entropy', confidence='entropy', **EXACT
 )
-BLOCKS = GREEDY | by_threshold('threshold', **EXACT)
-MASKED = {ONE: APPROXIMATE} | by_threshold('threshold', **APPROXIMATE)
+# Above 1, `threshold` commits one token per step, with the same program.
+ALONE = {'remasking': 'threshold', 'threshold': 2.0}
+BLOCKS = {ONE: ALONE | EXACT} | by_threshold('threshold', **EXACT)
+MASKED = {ONE: ALONE | APPROXIMATE} | by_threshold('threshold', **APPROXIMATE)
 
 
 class Method(NamedTuple):

@@ -23,13 +23,22 @@ THRESHOLD = 0.9  # of the table with a row per network
 CONFIDENT = ('longest_prefix', 'threshold')  # rules shown with THRESHOLD
 
 
-def read(path=RAW):
-  """Returns dict: (method, decoder) -> task -> line, ordered as METHODS."""
+def read():
+  """Returns the raw lines as `by_decoder`."""
+  return by_decoder(json_lines.read(RAW))
+
+
+def by_decoder(lines):
+  """Returns dict: (method, decoder) -> task -> line, ordered as METHODS.
+
+  Decoders without a line of each task are left out.
+  """
   found = {}
-  for x in json_lines.read(path):
+  for x in lines:
     found.setdefault((x['method'], x['decoder']), {})[x['task']] = x
-  order = list(METHODS)
-  return dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
+  order, whole = list(METHODS), QUALITY.keys()
+  pairs = [(key, of) for key, of in found.items() if of.keys() == whole]
+  return dict(sorted(pairs, key=lambda pair: order.index(pair[0][0])))
 
 
 def shares(x, *columns):
@@ -52,7 +61,7 @@ def networks_table(found):
   rows = [heads]
   for (method, decoder), of in found.items():
     first = decoder == ONE and method not in (BASE, 'continued')
-    if decoder not in shown or first or of.keys() != QUALITY.keys():
+    if decoder not in shown or first:
       continue
     row = [METHODS[method].name, decoder.replace('_', ' ')]
     for task, quality in QUALITY.items():

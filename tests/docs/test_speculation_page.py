@@ -1,0 +1,116 @@
+"""The benchmark of docs/speculation.md: its data, decoders and tables."""
+
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+from maskdiff import config as config_lib
+from maskdiff.config import sample
+from maskdiff.data import tokenizer as tokenizer_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+
+import copying  # noqa: E402
+import decoders  # noqa: E402
+import page_parts  # noqa: E402
+import speculation  # noqa: E402
+import speculation_page as page  # noqa: E402
+from questions import Question  # noqa: E402
+
+CONFIG = runpy.run_path(str(ROOT / 'configs' / 'speculation.py'))
+
+
+def test_a_document_fills_a_row_with_lines_and_their_copies():
+  encode = tokenizer_lib.load(copying.TOKENIZER).encode
+  for text in copying.documents(0, 50):
+    assert len(encode(text)) == copying.ROW - 1
+    first, *lines, last = text.split('\n')
+    assert first == last == '' and lines[::2] == lines[1::2]
+    for line in lines:
+      assert copying.SHORTEST <= len(encode(line)) <= copying.LONGEST
+      assert len(encode(line)) == len(set(line.split()))
+
+
+def test_questions_are_no_lines_of_documents():
+  texts = ''.join(copying.documents(0, 2000))
+  questions = copying.questions(0, 33)
+  assert not any(q['answer'] in texts for q in questions)
+  words = [len(q['answer'].split()) for q in questions]
+  assert words == list(range(copying.SHORTEST, copying.LONGEST + 1))
+  assert all(q['prompt'] == '\n' + q['answer'] for q in questions)
+
+
+@pytest.mark.parametrize('method', decoders.METHODS)
+def test_decoders_fit_their_networks(method):
+  config = CONFIG['get_config'](method)
+  sample.fit_rule(config)
+  config_lib.validate(config)
+  others = CONFIG['METHODS'].keys() - decoders.METHODS.keys()
+  assert not others
+  first, *_ = names = [*decoders.METHODS[method].decoders]
+  assert first == decoders.ONE and len(names) == len(set(names))
+  for values in decoders.METHODS[method].decoders.values():
+    c = config_lib.with_settings(config, values)
+    assert c.sample.cache != 'none'
+
+
+def test_shares_of_equal_tokens_and_answers():
+  tokens, whole = speculation.equal(
+    [[1, 2], [3, 4, 5, 6]], [[1, 2], [3, 4, 5, 0]]
+  )
+  assert (tokens, whole) == (5 / 6, 1 / 2)
+
+
+def test_requests_of_both_tasks_share_a_program():
+  questions = [Question([5] * n, [6] * n) for n in (9, 20, 41)]
+  first, last = speculation.requests(questions, speculation.layouts.DEFAULT, 2)
+  assert first.canvas.shape == (2, speculation.CONTEXT)
+  assert first.fill.sum(axis=1).tolist() == [9, 20]
+  assert last.fill.sum(axis=1).tolist() == [41]
+
+
+def line(method, decoder, task, **values):
+  return {
+    'method': method,
+    'decoder': decoder,
+    'task': task,
+    'tokens_per_pass': 2.0,
+    'exact_match': 0.5,
+    'most_probable': 0.75,
+    'equal_one_per_step': 1.0,
+    'ratio_1': 1.5,
+    'ratio_8': 0.5,
+  } | values
+
+
+def test_tables_show_the_lines_of_both_tasks():
+  lines = [
+    line('sdlm_4', decoder, task, tokens_per_pass=number)
+    for task in page.QUALITY
+    for decoder, number in (
+      ('longest_prefix 0.9', 3.0),
+      ('longest_prefix 0.5', 3.5),
+      ('speculative', 2.5),
+      ('one per step', 1.0),
+    )
+  ]
+  found = page.by_decoder([*lines, line('sdlm_8', 'speculative', 'corpus')])
+  first, _, *rows = page.networks_table(found).splitlines()
+  assert first.count('tokens/s, 8 rows') == 2
+  cells = '2.50 | 75% | 1.50 | 0.50 | 2.50 | 50% | 1.50 | 0.50 | 100% |'
+  assert f'| windows of 4 | speculative | {cells}' in rows
+  # sdlm_8 lacks a task, and one token per step is shown of the baselines only.
+  assert len(rows) == 2
+  _, _, *rows = page.thresholds_table(found, ['longest_prefix']).splitlines()
+  assert rows == [
+    '| windows of 4 | 0.5 | 3.50 | 75% | 3.50 | 50% |',
+    '| windows of 4 | 0.9 | 3.00 | 75% | 3.00 | 50% |',
+  ]
+
+
+def test_page_has_the_tables_of_the_raw_lines():
+  parts, text = page.parts(page.read()), page.PAGE.read_text()
+  assert page_parts.fill(text, 'speculation_page', parts.__getitem__) == text
