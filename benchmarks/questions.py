@@ -8,7 +8,7 @@ import numpy as np
 from maskdiff.data import row_reader
 from maskdiff.training import inputs
 
-SLOTS = 64  # most tokens of an answer
+SLOTS = 64  # tokens of an answer
 
 
 class Question(NamedTuple):
@@ -28,7 +28,7 @@ def corpus(model, number):
 
 
 def copies(model, number):
-  """Returns Questions of the copying task, with 8 to 40 words each."""
+  """Returns Questions of the copying task, whose answers are two copies."""
   encode = model.tokenizer.encode
   return [
     Question(encode(line['prompt']), encode(line['answer']))

@@ -57,7 +57,7 @@ def get_config(method='autoregressive'):
   c.model.zero_outputs = True
   c.objective.name = 'autoregressive'
   c.objective.time_density = 'bell'
-  c.data.path = 'embedded=2,data/copying=1'
+  c.data.path = 'embedded=1,data/copying=1'
   c.data.length = 128
   c.train.batch = 16
   c.train.steps = 500
