@@ -29,11 +29,11 @@ def by_threshold(rule, name=None, **settings):
 EXACT = {'cache': 'prefix'}
 APPROXIMATE = {'cache': 'dual', 'block_length': 32}
 GREEDY = {ONE: EXACT}
-DRAFTS = {
-  ONE: {'remasking': 'longest_prefix', 'threshold': 1.0, **EXACT},
-  SPECULATIVE: {'remasking': 'speculative', **EXACT},
-}
-WINDOWS = DRAFTS | by_threshold('longest_prefix', **EXACT)
+DRAFTS = {SPECULATIVE: {'remasking': 'speculative', **EXACT}}
+PREFIX = {'remasking': 'longest_prefix', 'threshold': 1.0}
+WINDOWS = {ONE: PREFIX | EXACT} | DRAFTS
+for rule in ('longest_prefix', 'threshold'):  # a prefix, or any subset
+  WINDOWS |= by_threshold(rule, **EXACT)
 ENTROPY = by_threshold(
   'longest_prefix', 'entropy', confidence='entropy', **EXACT
 )
@@ -49,7 +49,7 @@ class Method(NamedTuple):
   Attributes:
     name: of the network, in tables.
     decoders: dict from a name to settings of the sampler. The decoder ONE
-      commits one token per step.
+      commits one token per step; a drafter verifies tokens of this decoder.
   """
 
   name: str

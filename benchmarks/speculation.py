@@ -206,7 +206,8 @@ def measure(base, model, decoders, questions, rounds):
     greedy = answers(first, questions).tokens
     of = {name: decoder(model, values) for name, values in decoders.items()}
     found = {name: answers(x, questions) for name, x in of.items()}
-    one_per_step = found[ONE].tokens
+    # Without one, the network is that of the base, with a drafter.
+    one_per_step = found[ONE].tokens if ONE in found else greedy
     speed = speeds({BASE: first} | of, questions, rounds)
   return {
     name: quality(x, questions, base, greedy, one_per_step) | speed[name]
@@ -240,7 +241,8 @@ def main():
       }
       if not missing:
         continue
-      decoders = {ONE: METHODS[method].decoders[ONE]} | missing
+      decoders = METHODS[method].decoders
+      decoders = {k: v for k, v in decoders.items() if k in (ONE, *missing)}
       found = measure(base, model, decoders, questions, args.rounds)
       lines = [of | {'decoder': name} | found[name] for name in missing]
       json_lines.report(lines, args.out)

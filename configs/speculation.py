@@ -38,6 +38,7 @@ METHODS |= {
     'objective.name': 'drafting',
     'objective.window_length': 8,
     'drafter.kind': kind,
+    'drafter.layers': 1,  # of a block drafter
   }
   for kind in ('medusa', 'mtp', 'block')
 }

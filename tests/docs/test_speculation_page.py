@@ -46,9 +46,10 @@ def test_decoders_fit_their_networks(method):
   config_lib.validate(config)
   others = CONFIG['METHODS'].keys() - decoders.METHODS.keys()
   assert not others
-  first, *_ = names = [*decoders.METHODS[method].decoders]
-  assert first == decoders.ONE and len(names) == len(set(names))
-  for values in decoders.METHODS[method].decoders.values():
+  by_name = decoders.METHODS[method].decoders
+  drafts = config.objective.name == 'drafting'
+  assert decoders.ONE in by_name or drafts
+  for values in by_name.values():
     c = config_lib.with_settings(config, values)
     assert c.sample.cache != 'none'
 
