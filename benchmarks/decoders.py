@@ -9,6 +9,15 @@ BASE, ONE, SPECULATIVE = 'autoregressive', 'one per step', 'speculative'
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.98)
 
 
+TIMED = 0.9  # the threshold of decoders whose speed is measured
+
+
+def is_timed(decoder):
+  """Returns whether the speed of a decoder of this name is measured."""
+  *_, last = decoder.split()
+  return last not in map(str, THRESHOLDS) or last == str(TIMED)
+
+
 def by_threshold(rule, name=None, **settings):
   """Returns decoders with each of THRESHOLDS.
 

@@ -11,7 +11,7 @@ import pathlib
 
 import json_lines  # files beside this one
 import page_parts
-from decoders import BASE, METHODS, ONE, SPECULATIVE
+from decoders import BASE, METHODS, ONE, SPECULATIVE, TIMED, is_timed
 
 ROOT = pathlib.Path(__file__).parents[1]
 RAW = ROOT / 'benchmarks' / 'results' / 'speculation.jsonl'
@@ -19,8 +19,7 @@ PAGE = ROOT / 'docs' / 'speculation.md'
 WINDOWS = [name for name in METHODS if name.startswith('sdlm')]
 # The columns of the two tasks that show the quality of answers.
 QUALITY = {'corpus': 'most_probable', 'copying': 'exact_match'}
-THRESHOLD = 0.9  # of the table with a row per network
-CONFIDENT = ('longest_prefix', 'threshold')  # rules shown with THRESHOLD
+CONFIDENT = ('longest_prefix', 'threshold')  # rules of the table of networks
 
 
 def read():
@@ -57,7 +56,7 @@ def networks_table(found):
     heads += [f'{task}: tokens per pass', quality.replace('_', ' ')]
     heads += ['tokens/s, 1 row', 'tokens/s, 8 rows']
   heads += ['same answers as one token per step']
-  shown = [ONE, SPECULATIVE, *(f'{rule} {THRESHOLD}' for rule in CONFIDENT)]
+  shown = [ONE, SPECULATIVE, *(f'{rule} {TIMED}' for rule in CONFIDENT)]
   rows = [heads]
   for (method, decoder), of in found.items():
     first = decoder == ONE and method not in (BASE, 'continued')
@@ -150,7 +149,9 @@ def plot(found, out):
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:g}')
     axes.set_xlabel('tokens per forward pass')
-  for (method, _), of in found.items():
+  for (method, decoder), of in found.items():
+    if not is_timed(decoder):
+      continue
     for task, marker in zip(QUALITY, 'o^', strict=True):
       at = of[task]['tokens_per_pass'], of[task]['ratio_1']
       speed.plot(*at, marker, color=colors[method], markersize=4)
