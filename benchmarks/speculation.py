@@ -8,16 +8,17 @@ from it on equally many tokens. Each answers held-out prompts of the corpus and
 of the copying task at temperature 0, with its decoders in decoders.py. All have
 a KV cache: an exact one, except for masked diffusion.
 
-Writes a line of JSON per decoder and task: tokens per forward pass, positions
-per token, and a comparison of the answers with those of greedy decoding of the
-autoregressive model. Tokens/s are a ratio to that decoder, which takes turns
-with the others. Compilation is not timed. With --out, existing lines are not
-measured again. benchmarks/speculation_page.py makes the tables and the plot of
-docs/speculation.md.
+Writes lines of JSON. The lines of `answers` have tokens per forward pass,
+positions per token, and a comparison with greedy decoding of the autoregressive
+model. The lines of `speed` have tokens/s, and their ratio to that decoder, for
+batches of 1 and 8 rows: all decoders take turns in one run. Compilation is not
+timed. Existing lines are not measured again. benchmarks/speculation_page.py
+makes the tables and the plot of docs/speculation.md.
 """
 
 import argparse
 import functools
+import itertools
 import pathlib
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ from maskdiff.sampling.settings import sampler_config
 CONTEXT = 128
 BATCHES = {8: 1, 1: 2}  # rows -> batches whose decoding is timed
 ROWS = max(BATCHES)  # rows of the batches whose answers are compared
+PARTS = 'answers', 'speed'
 
 
 def requests(questions, settings, rows):
@@ -166,92 +168,123 @@ def quality(found, questions, base, greedy, one_per_step):
   return {name: round(float(x), 4) for name, x in values.items()}
 
 
-def speeds(decoders, questions, rounds):
-  """Returns tokens/s by decoder, relative to the first one, and its own.
-
-  Args:
-    decoders: dict from a name to a Decoder, which take turns.
-    questions: list of Questions.
-    rounds: number of turns.
-
-  Returns:
-    dict from a name to a dict with two values for each number of rows.
-  """
-  found = {name: {} for name in decoders}
-  for rows, batches in BATCHES.items():
-    timed = questions[:: len(questions) // (rows * batches)][: rows * batches]
-    seconds = alternate(
-      {
-        name: functools.partial(of.decode, timed, rows)
-        for name, of in decoders.items()
-      },
-      rounds,
-    )
-    base, *_ = seconds.values()
-    number = sum(len(q.answer) for q in timed)
-    for name, of in found.items():
-      of[f'tokens_per_s_{rows}'] = round(number / seconds[name], 1)
-      of[f'ratio_{rows}'] = round(base / seconds[name], 3)
-  return found
-
-
-def measure(base, model, decoders, questions, rounds):
-  """Returns {name: part of a line} of the decoders of one network.
+def measure_answers(base, model, decoders, questions):
+  """Returns {name: values of a line} of the decoders of one network.
 
   Args:
     base: Model, autoregressive.
     model: Model.
     decoders: dict from a name to sampler settings.
     questions: list of Questions.
-    rounds: number of timed turns.
   """
   with jax.set_mesh(model.mesh):
-    first = decoder(base, GREEDY[ONE])
-    greedy = answers(first, questions).tokens
-    of = {name: decoder(model, values) for name, values in decoders.items()}
-    found = {name: answers(x, questions) for name, x in of.items()}
-    # Without one, the network is that of the base, with a drafter.
-    one_per_step = found[ONE].tokens if ONE in found else greedy
-    timed = {name: x for name, x in of.items() if is_timed(name)}
-    speed = speeds({BASE: first} | timed, questions, rounds)
+    greedy = answers(decoder(base, GREEDY[ONE]), questions).tokens
+    found = {
+      name: answers(decoder(model, values), questions)
+      for name, values in decoders.items()
+    }
+  # Without one, the network is that of the base, with a drafter.
+  one_per_step = found[ONE].tokens if ONE in found else greedy
   return {
     name: quality(x, questions, base, greedy, one_per_step)
-    | speed.get(name, {})
     for name, x in found.items()
   }
+
+
+def measure_speed(base, decoders, questions, rows, rounds):
+  """Returns {key: values of a line} of decoders that take turns.
+
+  Args:
+    base: Decoder, to which the speeds are relative.
+    decoders: dict from a key to a Decoder.
+    questions: list of Questions.
+    rows: questions per batch.
+    rounds: number of turns.
+  """
+  number = rows * BATCHES[rows]
+  timed = questions[:: max(1, len(questions) // number)][:number]
+  functions = {
+    key: functools.partial(of.decode, timed, rows)
+    for key, of in {None: base, **decoders}.items()
+  }
+  seconds = alternate(functions, rounds)
+  tokens = sum(len(q.answer) for q in timed)
+  return {
+    key: {
+      'tokens_per_s': round(tokens / seconds[key], 1),
+      'ratio': round(seconds[None] / seconds[key], 3),
+    }
+    for key in decoders
+  }
+
+
+def write_answers(models, tasks, out):
+  """Measures and writes the lines of answers that a file lacks."""
+  for method, model in models.items():
+    for task, questions in tasks.items():
+      of = {'method': method, 'task': task}
+      decoders = METHODS[method].decoders
+      missing = [
+        name
+        for name in decoders
+        if not json_lines.has(out, of | {'decoder': name, 'part': 'answers'})
+      ]
+      if not missing:
+        continue
+      decoders = {k: v for k, v in decoders.items() if k in (ONE, *missing)}
+      found = measure_answers(models[BASE], model, decoders, questions)
+      lines = [
+        of | {'decoder': name, 'part': 'answers'} | found[name]
+        for name in missing
+      ]
+      json_lines.report(lines, out)
+
+
+def write_speed(models, tasks, rounds, out):
+  """Measures and writes the lines of speed that a file lacks.
+
+  All decoders that lack a line take turns with the base.
+  """
+  for (task, questions), rows in itertools.product(tasks.items(), BATCHES):
+    decoders = {}
+    for method, model in models.items():
+      for name, values in METHODS[method].decoders.items():
+        of = {'method': method, 'task': task, 'decoder': name}
+        of |= {'part': 'speed', 'rows': rows}
+        if is_timed(name) and not json_lines.has(out, of):
+          decoders[tuple(of.items())] = decoder(model, values)
+    with jax.set_mesh(models[BASE].mesh):
+      base = decoder(models[BASE], GREEDY[ONE])
+      found = measure_speed(base, decoders, questions, rows, rounds)
+    json_lines.report([dict(of) | x for of, x in found.items()], out)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--runs', type=pathlib.Path, required=True)
-  parser.add_argument('--out', type=pathlib.Path, help='file of JSON lines')
+  parser.add_argument(
+    '--out', type=pathlib.Path, required=True, help='file of JSON lines'
+  )
   parser.add_argument(
     '--methods', nargs='+', default=[*METHODS], choices=METHODS
   )
+  parser.add_argument('--parts', nargs='+', default=PARTS, choices=PARTS)
   parser.add_argument('--prompts', type=int, default=16)
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args()
-  base = load.Model(*load.load(str(args.runs / BASE)))
-  tasks = {name: make(base, args.prompts) for name, make in TASKS.items()}
-  for method in args.methods:
-    if not (args.runs / method).exists():
+  models = {}
+  for method in dict.fromkeys([BASE, *args.methods]):
+    if (args.runs / method).exists():
+      models[method] = load.Model(*load.load(str(args.runs / method)))
+    else:
       print(f'{args.runs} has no work directory {method}')
-      continue
-    model = load.Model(*load.load(str(args.runs / method)))
-    for task, questions in tasks.items():
-      of = {'method': method, 'task': task}
-      missing = {
-        name: values
-        for name, values in METHODS[method].decoders.items()
-        if not (args.out and json_lines.has(args.out, of | {'decoder': name}))
-      }
-      if not missing:
-        continue
-      decoders = METHODS[method].decoders
-      decoders = {k: v for k, v in decoders.items() if k in (ONE, *missing)}
-      found = measure(base, model, decoders, questions, args.rounds)
-      lines = [of | {'decoder': name} | found[name] for name in missing]
-      json_lines.report(lines, args.out)
+  tasks = {
+    name: make(models[BASE], args.prompts) for name, make in TASKS.items()
+  }
+  if 'answers' in args.parts:
+    write_answers(models, tasks, args.out)
+  if 'speed' in args.parts:
+    write_speed(models, tasks, args.rounds, args.out)
 
 
 if __name__ == '__main__':

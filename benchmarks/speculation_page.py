@@ -11,7 +11,7 @@ import pathlib
 
 import json_lines  # files beside this one
 import page_parts
-from decoders import BASE, METHODS, ONE, SPECULATIVE, TIMED, is_timed
+from decoders import BASE, METHODS, ONE, SPECULATIVE, TIMED
 
 ROOT = pathlib.Path(__file__).parents[1]
 RAW = ROOT / 'benchmarks' / 'results' / 'speculation.jsonl'
@@ -28,13 +28,18 @@ def read():
 
 
 def by_decoder(lines):
-  """Returns dict: (method, decoder) -> task -> line, ordered as METHODS.
+  """Returns dict: (method, decoder) -> task -> values, ordered as METHODS.
 
-  Decoders without a line of each task are left out.
+  The values are those of the line of answers, and ratio_ROWS of those of speed.
+  Decoders without answers to each task are left out.
   """
   found = {}
-  for x in lines:
-    found.setdefault((x['method'], x['decoder']), {})[x['task']] = x
+  for x in sorted(lines, key=lambda x: x['part']):
+    of = found.setdefault((x['method'], x['decoder']), {})
+    if x['part'] == 'answers':
+      of[x['task']] = dict(x)
+    else:
+      of[x['task']][f'ratio_{x["rows"]}'] = x['ratio']
   order, whole = list(METHODS), QUALITY.keys()
   pairs = [(key, of) for key, of in found.items() if of.keys() == whole]
   return dict(sorted(pairs, key=lambda pair: order.index(pair[0][0])))
@@ -44,7 +49,11 @@ def shares(x, *columns):
   """Returns columns of a line as texts: percent, or numbers."""
   percent = ('equal', 'exact', 'most')
   return [
-    f'{x[name]:.0%}' if name.startswith(percent) else f'{x[name]:.2f}'
+    ''
+    if name not in x
+    else f'{x[name]:.0%}'
+    if name.startswith(percent)
+    else f'{x[name]:.2f}'
     for name in columns
   ]
 
@@ -149,10 +158,10 @@ def plot(found, out):
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:g}')
     axes.set_xlabel('tokens per forward pass')
-  for (method, decoder), of in found.items():
-    if not is_timed(decoder):
-      continue
+  for (method, _), of in found.items():
     for task, marker in zip(QUALITY, 'o^', strict=True):
+      if 'ratio_1' not in of[task]:
+        continue
       at = of[task]['tokens_per_pass'], of[task]['ratio_1']
       speed.plot(*at, marker, color=colors[method], markersize=4)
   end = max(of[t]['tokens_per_pass'] for of in found.values() for t in QUALITY)
