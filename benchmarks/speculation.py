@@ -12,96 +12,31 @@ Writes lines of JSON. The lines of `answers` have tokens per forward pass,
 positions per token, and a comparison with greedy decoding of the autoregressive
 model. The lines of `speed` have tokens/s, and their ratio to that decoder, for
 batches of 1 and 8 rows: all decoders take turns in one run. Compilation is not
-timed. Existing lines are not measured again. benchmarks/speculation_page.py
-makes the tables and the plot of docs/speculation.md.
+timed. The lines of `losses` have the held-out loss of windows, by position.
+Existing lines are not measured again. benchmarks/speculation_page.py makes the
+tables and the plot of docs/speculation.md.
 """
 
 import argparse
 import functools
 import itertools
 import pathlib
-from typing import NamedTuple
 
 import jax
 import json_lines  # files beside this one
 import numpy as np
 from decoders import BASE, GREEDY, METHODS, ONE, is_timed
-from questions import SLOTS, TASKS
+from decoding import answers, decoder
+from questions import TASKS
 from timing import alternate
 
-from maskdiff import config as config_lib
 from maskdiff.interop import load
 from maskdiff.library import forward
-from maskdiff.sampling import layouts, sampler
-from maskdiff.sampling.request import begin
-from maskdiff.sampling.settings import sampler_config
+from maskdiff.monitoring import history
 
-CONTEXT = 128
 BATCHES = {8: 1, 1: 2}  # rows -> batches whose decoding is timed
 ROWS = max(BATCHES)  # rows of the batches whose answers are compared
-PARTS = 'answers', 'speed'
-
-
-def requests(questions, settings, rows):
-  """Returns Requests of `rows` questions each, all of one shape."""
-  found = []
-  for i in range(0, len(questions), rows):
-    some = questions[i : i + rows]
-    canvas = [[*q.prompt, *[None] * len(q.answer)] for q in some]
-    request = layouts.lay_out(canvas, settings=settings)
-    found.append(layouts.widen(request, CONTEXT))
-  return found
-
-
-class Decoder(NamedTuple):
-  """A network with the settings of its sampler."""
-
-  network: object
-  config: object  # SamplerConfig
-  settings: object  # sampling.settings.Settings
-
-  def decode(self, questions, rows):
-    """Returns the last Carry of each batch of `rows` questions."""
-    carries = []
-    for request in requests(questions, self.settings, rows):
-      carry, layout, shapes = begin(self.network, self.config, request)
-      # The longest shape alone serves all rows, and compiles fastest.
-      run = sampler.run(self.network, self.config, shapes[-1:], carry, layout)
-      carries.append(run[0])
-    return carries
-
-
-def decoder(model, values):
-  """Returns the Decoder of a Model for sampler settings."""
-  values = {'temperature': 0.0, 'gen_length': SLOTS, **values}
-  c, settings = sampler_config(config_lib.with_settings(model.config, values))
-  return Decoder(model.network, c, settings)
-
-
-class Answers(NamedTuple):
-  """Answers to questions, and their cost."""
-
-  tokens: list  # [number][n] int
-  forwards: int  # sum over rows of forward passes
-  positions: int  # sum over rows of positions that the passes computed
-
-
-def answers(decoder, questions):
-  """Returns the Answers of a decoder."""
-  carries = decoder.decode(questions, ROWS)
-  for carry in carries:
-    sampler.check(carry)
-  canvas, forwards, positions = (
-    np.concatenate([jax.device_get(x) for x in xs])
-    for xs in zip(
-      *((c.canvas, c.forwards, c.positions) for c in carries), strict=True
-    )
-  )
-  tokens = [
-    row[len(q.prompt) :][: len(q.answer)].tolist()
-    for row, q in zip(canvas, questions, strict=True)
-  ]
-  return Answers(tokens, int(forwards.sum()), int(positions.sum()))
+PARTS = 'answers', 'losses', 'speed'
 
 
 def equal(answers, others):
@@ -178,9 +113,9 @@ def measure_answers(base, model, decoders, questions):
     questions: list of Questions.
   """
   with jax.set_mesh(model.mesh):
-    greedy = answers(decoder(base, GREEDY[ONE]), questions).tokens
+    greedy = answers(decoder(base, GREEDY[ONE]), questions, ROWS).tokens
     found = {
-      name: answers(decoder(model, values), questions)
+      name: answers(decoder(model, values), questions, ROWS)
       for name, values in decoders.items()
     }
   # Without one, the network is that of the base, with a drafter.
@@ -240,6 +175,27 @@ def write_answers(models, tasks, out):
       json_lines.report(lines, out)
 
 
+def write_losses(runs, models, out):
+  """Writes the last held-out losses by position in the window, from metrics."""
+  for method in models:
+    of = {'method': method, 'part': 'losses'}
+    if json_lines.has(out, of):
+      continue
+    last = {}
+    for row in history.read_run(str(runs / method)).rows:
+      last |= {k: x for k, x in row.items() if history.WINDOW_POSITION in k}
+    by_task = {'corpus': {}, 'copying': {}}
+    for key, nll in last.items():
+      data, _, position = key.partition(history.WINDOW_POSITION)
+      if data.startswith('eval/'):
+        task = 'corpus' if data == 'eval/embedded' else 'copying'
+        by_task[task][position] = round(nll, 4)
+    lines = [
+      of | {'task': task, 'nll': nll} for task, nll in by_task.items() if nll
+    ]
+    json_lines.report(lines, out)
+
+
 def write_speed(models, tasks, rounds, out):
   """Measures and writes the lines of speed that a file lacks.
 
@@ -283,6 +239,8 @@ def main():
   }
   if 'answers' in args.parts:
     write_answers(models, tasks, args.out)
+  if 'losses' in args.parts:
+    write_losses(args.runs, models, args.out)
   if 'speed' in args.parts:
     write_speed(models, tasks, args.rounds, args.out)
 

@@ -7,6 +7,7 @@ docs/speculation.png and rewrites the tables of the page. Needs matplotlib,
 which is in requirements-test.txt.
 """
 
+import itertools
 import pathlib
 
 import json_lines  # files beside this one
@@ -22,11 +23,6 @@ QUALITY = {'corpus': 'most_probable', 'copying': 'exact_match'}
 CONFIDENT = ('longest_prefix', 'threshold')  # rules of the table of networks
 
 
-def read():
-  """Returns the raw lines as `by_decoder`."""
-  return by_decoder(json_lines.read(RAW))
-
-
 def by_decoder(lines):
   """Returns dict: (method, decoder) -> task -> values, ordered as METHODS.
 
@@ -35,6 +31,8 @@ def by_decoder(lines):
   """
   found = {}
   for x in sorted(lines, key=lambda x: x['part']):
+    if x['part'] == 'losses':
+      continue
     of = found.setdefault((x['method'], x['decoder']), {})
     if x['part'] == 'answers':
       of[x['task']] = dict(x)
@@ -116,6 +114,20 @@ def thresholds_table(found, rules, methods=WINDOWS):
   return page_parts.table(rows)
 
 
+def losses_table(lines):
+  """Returns the table of the held-out loss by position in the window."""
+  of = {
+    (x['method'], x['task']): x['nll'] for x in lines if x['part'] == 'losses'
+  }
+  positions = [str(2**i) for i in range(6)]
+  rows = [['network', 'text', *(f'position {n}' for n in positions)]]
+  for method, task in itertools.product(WINDOWS, QUALITY):
+    if nll := of.get((method, task)):
+      cells = [f'{nll[n]:.2f}' if n in nll else '' for n in positions]
+      rows.append([METHODS[method].name, task, *cells])
+  return page_parts.table(rows)
+
+
 def curves(found):
   """Returns {name of a curve: [{task: line}]} for the plot, over thresholds."""
   of = {}
@@ -183,8 +195,9 @@ def plot(found, out):
   figure.savefig(out, dpi=130)
 
 
-def parts(found):
+def parts(lines):
   """Returns {name of a part of the page: text}."""
+  found = by_decoder(lines)
   return {
     'networks': networks_table(found),
     'thresholds': thresholds_table(found, CONFIDENT[:1]),
@@ -192,16 +205,15 @@ def parts(found):
     'entropy': thresholds_table(
       found, ('longest_prefix', 'entropy'), ['sdlm_8']
     ),
+    'losses': losses_table(lines),
   }
 
 
 def main():
-  found = read()
-  text = PAGE.read_text()
-  plot(found, PAGE.with_suffix('.png'))
-  PAGE.write_text(
-    page_parts.fill(text, 'speculation_page', parts(found).__getitem__)
-  )
+  lines = json_lines.read(RAW)
+  plot(by_decoder(lines), PAGE.with_suffix('.png'))
+  text, of = PAGE.read_text(), parts(lines)
+  PAGE.write_text(page_parts.fill(text, 'speculation_page', of.__getitem__))
 
 
 if __name__ == '__main__':

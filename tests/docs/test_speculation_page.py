@@ -9,12 +9,15 @@ import pytest
 from maskdiff import config as config_lib
 from maskdiff.config import sample
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.sampling.settings import DEFAULT
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import copying  # noqa: E402
 import decoders  # noqa: E402
+import decoding  # noqa: E402
+import json_lines  # noqa: E402
 import page_parts  # noqa: E402
 import speculation  # noqa: E402
 import speculation_page as page  # noqa: E402
@@ -63,8 +66,8 @@ def test_shares_of_equal_tokens_and_answers():
 
 def test_requests_of_both_tasks_share_a_program():
   questions = [Question([5] * n, [6] * n) for n in (9, 20, 41)]
-  first, last = speculation.requests(questions, speculation.layouts.DEFAULT, 2)
-  assert first.canvas.shape == (2, speculation.CONTEXT)
+  first, last = decoding.requests(questions, DEFAULT, 2)
+  assert first.canvas.shape == (2, decoding.CONTEXT)
   assert first.fill.sum(axis=1).tolist() == [9, 20]
   assert last.fill.sum(axis=1).tolist() == [41]
 
@@ -112,5 +115,6 @@ def test_tables_show_the_lines_of_both_tasks():
 
 
 def test_page_has_the_tables_of_the_raw_lines():
-  parts, text = page.parts(page.read()), page.PAGE.read_text()
+  parts = page.parts(json_lines.read(page.RAW))
+  text = page.PAGE.read_text()
   assert page_parts.fill(text, 'speculation_page', parts.__getitem__) == text
