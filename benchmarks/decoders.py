@@ -6,7 +6,7 @@ To compare another network, add a line to METHODS.
 from typing import NamedTuple
 
 BASE, ONE, SPECULATIVE = 'autoregressive', 'one per step', 'speculative'
-THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.98)
+THRESHOLDS = (0.1, 0.3, 0.5, 0.8, 0.9, 0.95, 0.98)
 
 
 TIMED = 0.9  # the threshold of decoders whose speed is measured

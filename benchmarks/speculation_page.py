@@ -167,8 +167,7 @@ def plot(found, out):
         axes.plot(*at, marker, color=colors[method], markersize=9)
     axes.set_title(task, fontsize=10)
     axes.set_ylabel(titles[task])
-    axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter('{x:g}')
+    axes.set_ylim(0, 1.05)
     axes.set_xlabel('tokens per forward pass')
   for (method, _), of in found.items():
     for task, marker in zip(QUALITY, 'o^', strict=True):
@@ -182,9 +181,7 @@ def plot(found, out):
   speed.set_yscale('log', base=2)
   for axis in (speed.xaxis, speed.yaxis):
     axis.set_major_formatter('{x:g}')
-  speed.set_title(
-    'speed, 1 row: corpus (dots), copying (triangles)', fontsize=10
-  )
+  speed.set_title('1 row; triangles: copying', fontsize=10)
   speed.set_xlabel('tokens per forward pass')
   speed.set_ylabel('tokens/s, greedy decoding = 1')
   for axes in (*panels, speed):
@@ -200,8 +197,7 @@ def parts(lines):
   found = by_decoder(lines)
   return {
     'networks': networks_table(found),
-    'thresholds': thresholds_table(found, CONFIDENT[:1]),
-    'subset': thresholds_table(found, CONFIDENT),
+    'thresholds': thresholds_table(found, CONFIDENT),
     'entropy': thresholds_table(
       found, ('longest_prefix', 'entropy'), ['sdlm_8']
     ),

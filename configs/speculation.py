@@ -61,22 +61,22 @@ def get_config(method='autoregressive'):
   c.data.path = 'embedded=1,data/copying=1'
   c.data.length = 128
   c.train.batch = 16
-  c.train.steps = 500
+  c.train.steps = 1060
   c.train.log_every_steps = 10
   c.optimizer.name = 'muon'
   c.optimizer.learning_rate = 2e-3
   c.optimizer.final_learning_rate = 1e-4
   c.optimizer.warmup_steps = 40
-  c.optimizer.decay_steps = 200
+  c.optimizer.decay_steps = 300
   c.eval.every_steps = 250
   c.eval.batch = 16
   c.eval.batches = 4
   c.sample.prompts = ()
-  if method != 'autoregressive':  # begins at the last learning rate of wsd
-    c.train.steps = 80
+  if method != 'autoregressive':
+    c.train.steps = 60
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 8
-    c.optimizer.decay_steps = 40
-    c.eval.every_steps = 40
+    c.optimizer.decay_steps = 30
+    c.eval.every_steps = 60
   c.update_from_flattened_dict(choose(METHODS, method))
   return c
