@@ -4,9 +4,9 @@ python benchmarks/speculation.py --runs runs --out speculation.jsonl
 
 --runs holds work directories with the names of METHODS in
 configs/speculation.py: an autoregressive model, and networks that were trained
-from it on equally many tokens. Each answers held-out prompts of the corpus and
-of the copying task at temperature 0, with its decoders in decoders.py. All have
-a KV cache: an exact one, except for masked diffusion.
+from it. Each answers held-out prompts of the corpus and of the copying task at
+temperature 0, with its decoders in decoders.py. All have a KV cache: an exact
+one, except for masked diffusion.
 
 Writes lines of JSON. The lines of `answers` have tokens per forward pass,
 positions per token, and a comparison with greedy decoding of the autoregressive
