@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 import json_lines  # files beside this one
-from proof import fill
+import page_parts
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'fine_tuning.jsonl'
@@ -118,10 +118,7 @@ def run(args):
 
 def table(lines):
   """Returns the Markdown table of the results."""
-  out = [
-    '| puzzle | objective | exact match, by seed | mean |',
-    '|---|---|---|---|',
-  ]
+  rows = [['puzzle', 'objective', 'exact match, by seed', 'mean']]
   for task, (name, _, _, block_length) in TASKS.items():
     for objective, described in OBJECTIVES.items():
       shares = [
@@ -132,8 +129,8 @@ def table(lines):
       cells = ', '.join(f'{share:.1%}' for share in shares)
       mean = statistics.mean(shares)
       described = described.format(block_length)
-      out.append(f'| {name} | {described} | {cells} | {mean:.1%} |')
-  return '\n'.join(out)
+      rows.append([name, described, cells, f'{mean:.1%}'])
+  return page_parts.table(rows)
 
 
 def main():
@@ -150,8 +147,8 @@ def main():
   args = parser.parse_args()
   if args.page:
     lines = json_lines.read(RESULTS)
-    text = fill(PAGE.read_text(), 'fine_tuning', lambda name: table(lines))
-    PAGE.write_text(text)
+    text, part = PAGE.read_text(), lambda name: table(lines)
+    PAGE.write_text(page_parts.fill(text, 'fine_tuning', part))
   elif args.runs and args.out:
     run(args)
   else:

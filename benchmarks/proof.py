@@ -22,6 +22,8 @@ import shutil
 import statistics
 from typing import NamedTuple
 
+import page_parts  # the file beside this one
+
 from maskdiff import config as config_lib
 from maskdiff.monitoring import history
 from maskdiff.training import inputs
@@ -107,26 +109,29 @@ def tokens_until(run, loss, window=5):
 
 def table(runs):
   """Returns a Markdown table of final held-out losses with standard errors."""
-  lines = [
-    '| held-out text, after {:.1f}M tokens | nats per token | bits per byte |',
-    '|---|---|---|',
-  ]
+  rows = []
   for name, run in runs.items():
     tokens, losses = curve(run, LOSS)
     bits = curve(run, BITS)[1][-1]
     error = curve(run, STDERR)[1][-1]
-    lines.append(
-      f'| {NAMES[name]} | {losses[-1]:.3f} ± {error:.3f} | '
-      f'{bits:.3f} ± {error * bits / losses[-1]:.3f} |'
+    rows.append(
+      [
+        NAMES[name],
+        f'{losses[-1]:.3f} ± {error:.3f}',
+        f'{bits:.3f} ± {error * bits / losses[-1]:.3f}',
+      ]
     )
   data = runs['masked'].data
   entropy = data['heldout_unigram_entropy_nats']
   bits = entropy * data['heldout_tokens'] / data['heldout_text_bytes']
-  lines.append(
-    f'| entropy of single tokens | {entropy:.3f} | {bits / math.log(2):.3f} |'
-  )
-  lines[0] = lines[0].format(tokens[-1] / 1e6)
-  return '\n'.join(lines)
+  bits /= math.log(2)
+  rows.append(['entropy of single tokens', f'{entropy:.3f}', f'{bits:.3f}'])
+  heads = [
+    f'held-out text, after {tokens[-1] / 1e6:.1f}M tokens',
+    'nats per token',
+    'bits per byte',
+  ]
+  return page_parts.table([heads, *rows])
 
 
 def verdict(runs):
@@ -189,23 +194,7 @@ PARTS = {
 
 def filled(text, runs):
   """Replaces the parts of a page between comments of this script."""
-  return fill(text, 'proof', lambda name: PARTS[name](runs))
-
-
-def fill(text, script, part):
-  """Replaces the parts of a page between comments of a script.
-
-  Args:
-    text: the page.
-    script: name of the script, without .py.
-    part: function from the name of a part to its text.
-  """
-  return re.sub(
-    rf'(<!-- benchmarks/{script}.py: (\w+) -->\n).*?(<!-- end -->)',
-    lambda m: f'{m[1]}{part(m[2])}\n{m[3]}',
-    text,
-    flags=re.S,
-  )
+  return page_parts.fill(text, 'proof', lambda name: PARTS[name](runs))
 
 
 def plot(runs, out):

@@ -13,6 +13,7 @@ autoregressive run. Needs matplotlib, which is in requirements-test.txt.
 import argparse
 import pathlib
 
+import page_parts  # files beside this one
 import proof
 from proof import LOSS, RAW, ROOT, STDERR
 
@@ -71,17 +72,20 @@ def rows(runs):
 
 def markdown(runs):
   """Returns the table of the page."""
-  lines = [
-    '| run | tokens | FLOPs | held-out nats per token | bits per byte |',
-    '|---|---|---|---|---|',
-  ]
+  heads = 'run', 'tokens', 'FLOPs', 'held-out nats per token', 'bits per byte'
+  found = [heads]
   for name, tokens, share, loss, error, bits in rows(runs):
     added = '+' if name.startswith(CONVERTED) else ''
-    lines.append(
-      f'| {RUNS[name][0]} | {added}{tokens / 1e6:.2f}M | {added}{share:.2f} '
-      f'| {loss:.3f} ± {error:.3f} | {bits:.3f} |'
+    found.append(
+      [
+        RUNS[name][0],
+        f'{added}{tokens / 1e6:.2f}M',
+        f'{added}{share:.2f}',
+        f'{loss:.3f} ± {error:.3f}',
+        f'{bits:.3f}',
+      ]
     )
-  return '\n'.join(lines)
+  return page_parts.table(found)
 
 
 def plot(runs, out):
@@ -133,7 +137,7 @@ def main():
   plot(runs, ROOT / 'docs' / 'blocks.png')
   parts = {'table': markdown(runs)}
   PAGE.write_text(
-    proof.fill(PAGE.read_text(), 'proof_blocks', parts.__getitem__)
+    page_parts.fill(PAGE.read_text(), 'proof_blocks', parts.__getitem__)
   )
 
 

@@ -14,10 +14,10 @@ FLOPs of the first recipe after which its final bound was reached. Needs
 matplotlib, which is in requirements-test.txt.
 """
 
-import re
 import sys
 
 import numpy as np
+import page_parts  # files beside this one
 from recipes import RECIPES, ROOT, read
 
 RAW = ROOT / 'benchmarks/results/recipes.jsonl'
@@ -104,25 +104,13 @@ def title(group):
   return ', '.join([f'configs/{config}.py', *changes, f'{corpus} corpus'])
 
 
-def markdown(rows):
-  """Returns rows of text as a table of Markdown."""
-  lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
-  return '\n'.join([lines[0], '|---' * len(rows[0]) + '|', *lines[1:]])
-
-
 def filled(text, found):
   """Replaces the tables of a page between comments of this script."""
   tables = '\n\n'.join(
-    f'{title(group)}:\n\n{markdown(table(of))}' for group, of in found.items()
+    f'{title(group)}:\n\n{page_parts.table(table(of))}'
+    for group, of in found.items()
   )
-  text, count = re.subn(
-    r'(<!-- benchmarks/recipes_page.py: tables -->\n).*?(<!-- end -->)',
-    lambda m: f'{m[1]}{tables}\n{m[2]}',
-    text,
-    flags=re.S,
-  )
-  assert count == 1, f'{PAGE} has no place for the tables'
-  return text
+  return page_parts.fill(text, 'recipes_page', {'tables': tables}.__getitem__)
 
 
 def plot(found, out):

@@ -11,7 +11,7 @@ is in requirements-test.txt.
 import pathlib
 
 import json_lines  # files beside this one
-from proof import fill
+import page_parts
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -54,12 +54,12 @@ def speed_table(canvases):
   """Returns the table of ratios."""
   heads = ['batch', 'prompt', 'answer', 'autoregressive, tokens/s']
   heads += [f'{name}, {n} per step' for name, n in SHOWN]
-  lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+  rows = [heads]
   for canvas, of in canvases.items():
     cells = [*map(str, canvas), f'{of[BASE]["tokens_per_s"]:,.0f}']
     cells += [f'{ratio(of, shown):.2f}' for shown in SHOWN]
-    lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines)
+    rows.append(cells)
+  return page_parts.table(rows)
 
 
 def quality_table(lines):
@@ -68,10 +68,8 @@ def quality_table(lines):
   One row per network: one token per step, and the fastest setting whose
   accuracy is at most TOLERANCE below.
   """
-  out = [
-    '| network | setting | solved | forward passes per token | tokens/s |',
-    '|---|---|---|---|---|',
-  ]
+  heads = 'network', 'setting', 'solved', 'forward passes per token', 'tokens/s'
+  rows = [heads]
   networks = dict.fromkeys(x['network'] for x in lines)
   for name in networks:
     of = [x for x in lines if x['network'] == name]
@@ -80,12 +78,16 @@ def quality_table(lines):
     equal = [x for x in others if x['accuracy'] >= least]
     fastest = min(equal, key=lambda x: x['forwards_per_token'], default=None)
     for x in [first, *([fastest] if fastest else [])]:
-      out.append(
-        f'| {name.replace("_", " ")} | {x["setting"]} '
-        f'| {x["accuracy"]:.1%} ± {x["stderr_accuracy"]:.1%} '
-        f'| {x["forwards_per_token"]:.2f} | {x["tokens_per_s"]:,.0f} |'
+      rows.append(
+        [
+          name.replace('_', ' '),
+          x['setting'],
+          f'{x["accuracy"]:.1%} ± {x["stderr_accuracy"]:.1%}',
+          f'{x["forwards_per_token"]:.2f}',
+          f'{x["tokens_per_s"]:,.0f}',
+        ]
       )
-  return '\n'.join(out)
+  return page_parts.table(rows)
 
 
 def plot(canvases, out):
@@ -136,7 +138,8 @@ def main():
     'quality': quality_table(read('equal_quality.jsonl')),
   }
   plot(canvases, ROOT / 'docs' / 'throughput.png')
-  PAGE.write_text(fill(PAGE.read_text(), 'throughput_page', parts.__getitem__))
+  text = PAGE.read_text()
+  PAGE.write_text(page_parts.fill(text, 'throughput_page', parts.__getitem__))
 
 
 if __name__ == '__main__':

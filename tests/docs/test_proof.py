@@ -3,7 +3,7 @@
 import json
 import pathlib
 import runpy
-import types
+import sys
 
 import pytest
 
@@ -11,10 +11,9 @@ from maskdiff import config
 from maskdiff.monitoring import history
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-RECIPES = runpy.run_path(str(ROOT / 'benchmarks' / 'recipes.py'))['RECIPES']
-SCRIPT = runpy.run_path(str(ROOT / 'benchmarks' / 'proof.py'))
-proof = types.SimpleNamespace(**SCRIPT)
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import proof  # noqa: E402
+from recipes import RECIPES  # noqa: E402
 
 
 def run_of(train, evaluations):
