@@ -7,6 +7,7 @@ from maskdiff.config import (
   model,
   objective,
   optimizer,
+  policy,
   sample,
   tokens,
   train,
@@ -43,5 +44,6 @@ def validate(c):
     train,
     evaluation,
     sample,
+    policy,
   ):
     section.check(c)

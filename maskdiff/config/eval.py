@@ -19,7 +19,7 @@ KEYS = {
   'answers': Key(
     0,
     'Held-out prompts that launch/finetune.py answers at each evaluation, for '
-    'exact match. 0: none.',
+    'exact match; held-out questions of launch/rl.py. 0: none.',
     minimum=0,
   ),
 }

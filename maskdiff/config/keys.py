@@ -17,6 +17,7 @@ from maskdiff.config import (
   model,
   objective,
   optimizer,
+  policy,
   sample,
   tokens,
   train,
@@ -55,6 +56,7 @@ SECTIONS = {
   'guard': guard.KEYS,
   'eval': evaluation.KEYS,
   'sample': sample.KEYS,
+  'policy': policy.KEYS,
   'checkpoint': checkpoint.KEYS,
   'mesh': mesh.KEYS,
 }

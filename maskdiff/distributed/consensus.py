@@ -120,6 +120,25 @@ def raise_in_all(error):
     raise error
 
 
+def from_first(work):
+  """Returns a JSON value that process 0 computes, in all processes.
+
+  Args:
+    work: function without arguments, called in process 0 only. It may take an
+      hour, and must not raise.
+  """
+  if jax.process_count() == 1:
+    return work()
+  client, key = distributed.global_state.client, f'maskdiff_{next(_calls)}'
+  if jax.process_index() == 0:
+    client.key_value_set(key, json.dumps(work()))
+  value = json.loads(client.blocking_key_value_get(key, 3600 * 1000))
+  client.wait_at_barrier(f'{key}_read', BARRIER_TIMEOUT_S * 1000)
+  if jax.process_index() == 0:
+    client.key_value_delete(key)
+  return value
+
+
 def _disagreement(first, others):
   """Returns the error message about processes that differ from process 0.
 

@@ -89,7 +89,11 @@ def _chat_files(config, tokenizer):
     return {}
   settings = records.read_manifest(folder).settings
   arguments = settings.get('chat_arguments', template.arguments)
-  template = chat.with_defaults(template, arguments)
+  return template_files(chat.with_defaults(template, arguments), tokenizer)
+
+
+def template_files(template, tokenizer):
+  """Returns the files of a chat.Template, dict of bytes by name."""
   ids = {
     'bos_token_id': tokenizer.bos_id,
     'eos_token_id': chat_tokens.end_ids(
@@ -168,7 +172,7 @@ def complete(config, given=()):
   """
   require_inputs(config)
   config = config.copy_and_resolve_references()
-  values = _model_values(config, given) | _data_values(config, given)
+  values = model_values(config, given) | _data_values(config, given)
   config.update_from_flattened_dict(
     {key: value for key, value in values.items() if key not in given}
   )
@@ -177,7 +181,7 @@ def complete(config, given=()):
   return config
 
 
-def _model_values(config, given):
+def model_values(config, given):
   """Returns {dotted key: value} that the model of config.init_from sets."""
   kept = lambda key: (
     key in given

@@ -28,6 +28,8 @@ class Method:
     masks: whether the copies need a network with mask tokens as inputs.
     needs_reference: whether the loss itself needs the reference.
     needs_steps: whether the copies need Batch.steps.
+    baseline, deviation: published advantages, see advantages.py.
+    num_eos: slots after an answer that carry a loss, see batch.until_eos.
   """
 
   draw: Callable
@@ -39,6 +41,9 @@ class Method:
   masks: bool = True
   needs_reference: bool = False
   needs_steps: bool = False
+  baseline: str = 'group_mean'
+  deviation: str = 'none'
+  num_eos: int = 1
 
 
 def _clipped(mean):
@@ -62,6 +67,7 @@ METHODS = {
     ),
     source='ESPO: ML-GSAI/ESPO, espo_trainer.py',
     masks=False,
+    baseline='leave_one_out',
   ),
   'd1': Method(
     draw=copies.whole_answer,
@@ -94,6 +100,7 @@ METHODS = {
       time_range=(0.2, 0.8),
     ),
     source='DiffuCoder: apple/ml-diffucoder, coupled_grpo.py',
+    baseline='leave_one_out',
   ),
   'spg': Method(
     draw=spg.block_masks,
@@ -126,6 +133,8 @@ METHODS = {
     ),
     source='TraceRL, full attention: Gen-Verse/dLLM-RL, rl_llada.py',
     needs_steps=True,
+    deviation='population',
+    num_eos=0,
   ),
   'tracerl_blocks': Method(
     draw=trace.along_trace,
@@ -142,6 +151,8 @@ METHODS = {
     ),
     source='TraceRL, block attention: Gen-Verse/dLLM-RL, rl_sdar.py',
     needs_steps=True,
+    deviation='population',
+    num_eos=0,
   ),
   'random_masks': Method(
     draw=copies.random_masks,
@@ -158,6 +169,8 @@ METHODS = {
       time_range=(0.1, 0.9),
     ),
     source='random masks instead of the trace: dLLM-RL, rl_llada.py',
+    deviation='population',
+    num_eos=0,
   ),
   'justgrpo': Method(
     draw=trace.left_to_right,
@@ -167,6 +180,7 @@ METHODS = {
     settings=Settings(clip_low=0.2, clip_high=0.2, after_eos=True),
     source='JustGRPO: arXiv 2601.15165; LeapLabTHU/JustGRPO, grpo.py',
     masks=False,
+    deviation='sample',
   ),
   'reinforce': Method(
     draw=copies.bound,
@@ -176,6 +190,7 @@ METHODS = {
     settings=Settings(times=2, coupled=True),
     source='REINFORCE with the bound as log-likelihood',
     masks=False,
+    baseline='leave_one_out',
   ),
   'vrpo': Method(
     draw=copies.bound,

@@ -348,7 +348,7 @@ def split_rows(tree, parts):
   return jax.tree.map(split, tree)
 
 
-def compile_train_step(c, optimizer, mesh, gradients=None):
+def compile_train_step(c, optimizer, mesh, gradients=None, batch=None):
   """Returns `train_step` jitted with shardings; the state is donated.
 
   Args:
@@ -356,16 +356,19 @@ def compile_train_step(c, optimizer, mesh, gradients=None):
     optimizer: from make_optimizer.
     mesh: device mesh.
     gradients: see `train_step`.
+    batch: sharding of the batch, or a tree of shardings; by default that of
+      tokens [B, L].
 
   Returns:
-    Function of (TrainState, Rows, key).
+    Function of (TrainState, batch, key).
   """
   ema = c.ema_decay > 0
   states = train_state.shardings(c.model, optimizer, mesh, ema)
   replicated = mesh_lib.replicated(mesh)
+  batch = mesh_lib.batch_sharding(mesh) if batch is None else batch
   return jax.jit(
     functools.partial(train_step, c, optimizer, gradients=gradients),
-    in_shardings=(states, mesh_lib.batch_sharding(mesh), replicated),
+    in_shardings=(states, batch, replicated),
     out_shardings=(states, replicated),
     donate_argnums=0,
     compiler_options=compiler.options(mesh),

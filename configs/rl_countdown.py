@@ -1,0 +1,39 @@
+r"""Policy optimization of a tiny model on countdown, in minutes on a CPU.
+
+python launch/rl.py --config configs/rl_countdown.py --workdir runs/rl \
+  --config.init_from=runs/countdown
+
+The start is a model that answers some questions, such as that of
+configs/puzzles.py:countdown after fewer steps. docs/rl.md has the commands.
+"""
+
+from maskdiff.config import default
+
+
+def get_config():
+  c = default()
+  c.policy.method = 'espo'
+  c.policy.task = 'countdown'
+  c.policy.prompts = 8
+  c.policy.group = 8
+  c.policy.inner_steps = 4
+  c.policy.sampling_dtype = 'float32'
+  c.data.length = 32
+  c.model.dtype = 'float32'
+  c.model.remat = 'none'
+  c.train.batch = 64
+  c.train.steps = 400
+  c.train.log_every_steps = 4
+  c.optimizer.learning_rate = 3e-4
+  c.optimizer.final_learning_rate = 3e-4
+  c.optimizer.warmup_steps = 8
+  c.optimizer.decay_steps = 0
+  c.optimizer.weight_decay = 0.0
+  c.eval.every_steps = 80
+  c.eval.answers = 100
+  c.sample.prompts = ()
+  c.sample.gen_length = 12
+  c.sample.block_length = 12
+  c.sample.steps = 12
+  c.sample.temperature = 1.0
+  return c
