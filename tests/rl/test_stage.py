@@ -1,17 +1,26 @@
 """The stage of policy optimization, in short runs of a tiny model."""
 
+import dataclasses
+import functools
+import shutil
+
+import compiled
+import jax
+import jax.numpy as jnp
 import made_answers
+import numpy as np
 import pytest
-import tiny
+import rl_runs
+import saved
+from rl_runs import INNER, STEPS, completed
 
-from maskdiff.monitoring import metrics
-from maskdiff.rl import stage, stage_config
-from maskdiff.training import loop
-
-REWARD = """
-def share(question, text):
-  return {'total': text.count('e') / max(1, len(text)), 'correct': 0.0}
-"""
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.errors import UserError
+from maskdiff.interop import load
+from maskdiff.monitoring import history, ledger, metrics
+from maskdiff.rl import policy_step, reference, stage, stage_config
+from maskdiff.training import loop, run_setup, train_state
+from maskdiff.training import step as step_lib
 
 
 @pytest.fixture(scope='module')
@@ -20,43 +29,225 @@ def model(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope='module')
-def reward(tmp_path_factory):
-  path = tmp_path_factory.mktemp('rewards') / 'rewards.py'
-  path.write_text(REWARD)
-  return f'{path}:share'
+def keys(model, tmp_path_factory):
+  program = tmp_path_factory.mktemp('rewards') / 'rewards.py'
+  return rl_runs.keys(model, program)
 
 
-def config_of(model, reward, **changes):
-  """Returns the config of a run of two rounds."""
-  keys = {
-    **tiny.TRAIN_KEYS,
-    'init_from': str(model),
-    'policy.task': 'addition',
-    'policy.reward': reward,
-    'policy.prompts': 4,
-    'policy.group': 4,
-    'policy.inner_steps': 3,
-    'policy.sampling_dtype': 'float32',
-    'policy.reward_workers': 1,
-    'optimizer.weight_decay': 0.0,
-    'train.steps': 6,
-    'train.log_every_steps': 1,
-    'eval.answers': 4,
-    'data.length': 16,
-    'sample.gen_length': 6,
-    'sample.block_length': 6,
-    'sample.steps': 6,
-    'sample.temperature': 1.0,
-  }
-  return stage_config.complete(tiny.config(keys | changes))
+@pytest.fixture(scope='module')
+def config(keys):
+  return completed(keys)
 
 
-def rows(workdir):
-  return [r for r in metrics.read(workdir / 'metrics.jsonl')]
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory):
+  """Returns a work directory, and the compilations of each batch."""
+  workdir, counts = tmp_path_factory.mktemp('rl') / 'run', []
+
+  def counting(config, setup):
+    made = stage.make_stage(config, setup)
+
+    def next_batch(position, params):
+      before = len(compiled.compilations)
+      found = made.next_batch(position, params)
+      counts.append(compiled.compilations[before:])
+      return found
+
+    return dataclasses.replace(made, next_batch=next_batch)
+
+  loop.run(config, str(workdir), counting)
+  return workdir, counts
 
 
-def test_run(model, reward, tmp_path):
-  config = config_of(model, reward)
+def train_rows(workdir):
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  return [
+    {k: v for k, v in row.items() if k != 'train/step_s'}
+    for row in rows
+    if 'train/policy_loss' in row
+  ]
+
+
+@pytest.mark.slow
+def test_first_inner_step_has_ratio_1(finished):
+  rows = train_rows(finished[0])
+  assert len(rows) == STEPS
+  ratios = ('train/ratio_min', 'train/ratio_mean', 'train/ratio_max')
+  for i, row in enumerate(rows):
+    first = i % INNER == 0
+    assert ('train/reward' in row) == first
+    if first:
+      assert [row[name] for name in ratios] == [1, 1, 1]
+      assert row['train/clip_fraction'] == row['train/ratio_std'] == 0
+    else:
+      assert row['train/ratio_std'] > 1e-6
+  assert rows[0]['train/kl'] == 0 < rows[1]['train/kl']
+
+
+@pytest.mark.slow
+def test_metrics_of_a_run(finished):
+  first, second, *_ = train_rows(finished[0])
+  assert first['train/sampling_forwards'] == 16 * 6  # a step per token
+  # 4 copies of 16 answers: two fixed networks in 3 inner steps, and the step.
+  assert first['train/training_forwards'] == 4 * 16 * (2 * INNER + 1)
+  assert second['train/training_forwards'] == 4 * 16
+  assert first['train/answer_tokens'] <= 6
+  assert first['train/constant_groups'] < 1
+  assert first['train/sampled_nats_per_token'] > 0
+  spent = ledger.goodput(finished[0] / 'ledger.jsonl')
+  assert spent['seconds']['rollout'] > 0
+  run = history.read_run(str(finished[0]))
+  assert run.panels[0].id == 'reward' and not run.warnings
+  (last,) = [row for row in run.rows if row['step'] and 'eval/reward' in row]
+  assert last['eval/correct'] == 0 <= last['eval/reward']
+
+
+@pytest.mark.slow
+def test_each_program_is_compiled_once(finished):
+  """The train step is compiled ahead of time, so it cannot compile again."""
+  _, (first, *later) = finished
+  assert {'jit(run)', 'jit(fixed)', 'jit(choose)'} <= set(first)
+  assert later == [[]] * (STEPS - 1)
+
+
+@pytest.mark.slow
+def test_resume_within_a_round_is_bitwise_exact(config, finished, tmp_path):
+  workdir = shutil.copytree(finished[0], tmp_path / 'run')
+  for step in (workdir / 'checkpoints').iterdir():
+    if int(step.name) > 4:
+      shutil.rmtree(step)
+  _, meta, _ = saved.newest(workdir)
+  assert meta['position']['round'] == meta['position']['inner'] == 1
+  assert 'position/rollout/log_probs' in meta['leaves']
+  loop.run(config, str(workdir), stage.make_stage)
+  (step, _, arrays), (last, _, expected) = map(
+    saved.newest, (workdir, finished[0])
+  )
+  assert step == last == STEPS
+  for name, x in arrays.items():
+    assert x.tobytes() == expected[name].tobytes(), name
+  assert train_rows(workdir) == train_rows(finished[0])
+  other = config.copy_and_resolve_references()
+  other.sample.temperature = 0.5
+  with pytest.raises(UserError, match='sample.temperature=1.0, not 0.5'):
+    loop.run(other, str(workdir), stage.make_stage)
+
+
+class Opened:
+  """A stage on some devices, with the state of a new run."""
+
+  def __init__(self, config, devices):
+    self.mesh = mesh_lib.make_mesh(devices=jax.devices()[:devices])
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(mesh_lib, 'make_mesh', lambda **sizes: self.mesh)
+      book = ledger.Ledger('', False)
+      self.setup = run_setup.open_setup(config, book, lambda: None)
+    self.config = config
+    self.stage = stage.make_stage(config, self.setup)
+    self.start()
+    self.batch, self.position = self.next_batch(self.stage.start)
+    with jax.set_mesh(self.mesh):
+      self._step, _ = self.stage.compile(
+        self.state, self.batch, jax.random.key(0)
+      )
+
+  def start(self):
+    """Sets the state to that of a new run."""
+    make_state = functools.partial(
+      train_state.from_params, self.setup.model, self.setup.optimizer
+    )
+    with jax.set_mesh(self.mesh):
+      self.state = jax.jit(make_state, out_shardings=self.setup.shardings)(
+        load.warm_start(self.config, self.mesh)
+      )
+
+  def next_batch(self, position):
+    with jax.set_mesh(self.mesh):
+      return self.stage.next_batch(position, self.state.params)[:2]
+
+  def step(self, batch):
+    """Makes a train step; returns its StepMetrics."""
+    with jax.set_mesh(self.mesh):
+      self.state, found = self._step(self.state, batch, jax.random.key(0))
+    return jax.device_get(found)
+
+
+@pytest.fixture(scope='module')
+def one(keys):
+  return Opened(completed(keys, train_steps=60), 1)
+
+
+@pytest.mark.slow
+def test_constant_rewards_change_nothing(one):
+  one.start()
+  before = jax.device_get(one.state.params)
+  zeros = jnp.zeros_like(one.batch.advantages)
+  found = one.step(one.batch._replace(advantages=zeros))
+  assert found.grad_norm == 0 and not found.skipped
+  jax.tree.map(np.testing.assert_array_equal, before, one.state.params)
+  assert one.step(one.batch).grad_norm > 0
+
+
+@pytest.mark.slow
+def test_rollouts_do_not_depend_on_devices_or_rows(keys, one):
+  """Nor do the parameters after two inner steps, except for rounding."""
+  config = completed(keys, train_steps=60, policy_sampling_rows=3)
+  many = Opened(config, 8)
+  one.start()
+  for name in ('tokens', 'steps', 'answer', 'counted'):
+    found, expected = (getattr(o.batch.rows, name) for o in (many, one))
+    np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(many.batch.advantages, one.batch.advantages)
+  np.testing.assert_allclose(many.batch.fixed, one.batch.fixed, atol=1e-5)
+  for opened in (one, many):
+    opened.step(opened.batch)
+    opened.step(opened.next_batch(opened.position)[0])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+  jax.tree.map(close, *jax.device_get((many.state.params, one.state.params)))
+
+
+@pytest.mark.slow
+def test_reward_rises(one):
+  """The reward is the share of the letter e in an answer."""
+  one.start()
+  position, rewards = one.stage.start, []
+  for i in range(60):
+    batch, position = one.next_batch(position)
+    found = one.step(batch)
+    row = one.stage.row([found], [{'round': i // INNER}], 1.0)
+    rewards += [row['train/reward']] if 'train/reward' in row else []
+  assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
+
+
+@pytest.mark.slow
+def test_microbatches_have_the_gradients_of_a_batch(keys, one):
+  # As at a later inner step: the stored policy differs from this one.
+  batch = one.batch._replace(
+    step=jnp.array([0, 1]), fixed=one.batch.fixed * 0.9
+  )
+  found = []
+  for parts in (1, 4):
+    config = completed(keys, train_microbatches=parts)
+    c = stage_config.policy_config(config)
+    step_config = step_lib.step_config(config)
+    gradients = jax.jit(
+      functools.partial(policy_step.gradients, c, step_config)
+    )
+    with jax.set_mesh(one.mesh):
+      found.append(gradients(one.state, batch, None))
+  (tree, sums), (of_parts, sums_of_parts) = found
+  assert float(sums.metrics['ratio_std']) > 1e-3
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
+  jax.tree.map(close, tree, of_parts)
+  jax.tree.map(close, sums, sums_of_parts)
+
+
+@pytest.mark.slow
+def test_reference_of_adapters_is_the_base(keys, tmp_path):
+  """It needs no copy of the base, and the divergence starts at 0."""
+  changes = {'lora_rank': 2, 'policy_inner_steps': 2}
+  config = completed(keys, train_steps=2, **changes)
+  assert reference.load_reference(config, mesh_lib.make_mesh()) is None
   loop.run(config, str(tmp_path / 'run'), stage.make_stage)
-  for r in rows(tmp_path / 'run'):
-    print(r)
+  first, second = train_rows(tmp_path / 'run')
+  assert first['train/kl'] == 0 < second['train/kl']
