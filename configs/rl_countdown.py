@@ -1,10 +1,19 @@
 r"""Policy optimization of a tiny model on countdown, in minutes on a CPU.
 
+python launch/tasks.py --task countdown --num 20000 --out countdown.jsonl
+python tokenizer/train.py --input countdown.jsonl --vocab_size 293 \
+  --out digits.model
+python launch/prepare.py --source countdown.jsonl --tokenizer digits.model \
+  --out data/countdown --row_length 144
+python launch/pretrain.py --config configs/puzzles.py:countdown \
+  --workdir runs/countdown --config.data.path=data/countdown \
+  --config.data.tokenizer=digits.model --config.train.steps=700 \
+  --config.optimizer.decay_steps=200 --config.eval.batch=8 \
+  --config.eval.batches=1
 python launch/rl.py --config configs/rl_countdown.py --workdir runs/rl \
   --config.init_from=runs/countdown
 
-The start is a model that answers some questions, such as that of
-configs/puzzles.py:countdown after fewer steps. docs/rl.md has the commands.
+docs/rl.md has a transcript.
 """
 
 from maskdiff.config import default

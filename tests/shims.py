@@ -42,6 +42,12 @@ RULES = {
     '--config.eval.batch=8 --config.eval.batches=1 '
     '--config.sample.gen_length=8 --config.sample.steps=8',
   ),
+  'one round': Rule(
+    r'launch/rl\.py',
+    '--config.train.steps=2 --config.train.batch=8 --config.policy.prompts=2 '
+    '--config.policy.group=4 --config.policy.inner_steps=2 '
+    '--config.eval.answers=2 --config.policy.reward_workers=1',
+  ),
   'narrow': Rule(
     r'launch/pretrain\.py (?!.*published\.py)',
     '--config.model.embed=16 --config.model.layers=1 --config.model.heads=2 '

@@ -55,8 +55,8 @@ SECTIONS = {
   'train': train.KEYS,
   'guard': guard.KEYS,
   'eval': evaluation.KEYS,
-  'sample': sample.KEYS,
   'policy': policy.KEYS,
+  'sample': sample.KEYS,
   'checkpoint': checkpoint.KEYS,
   'mesh': mesh.KEYS,
 }

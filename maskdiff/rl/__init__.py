@@ -19,4 +19,12 @@ policy that sampled the answers, and a reference, all with the same masks.
 - rewards: functions of a question and a text; published_rewards, extraction,
   maths and arithmetic: their parts
 - reward_pool, reward_worker: rewards in processes with limits
+
+Training:
+
+- stage, stage_config: the stage of the training loop, and its config
+- rounds, rollouts, scoring: sampled answers, and their rewards
+- programs, policy_step: compiled programs of a round, and of an inner step
+- reference: the network from which the divergence is computed
+- round_metrics: metrics
 """

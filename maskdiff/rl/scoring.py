@@ -109,7 +109,7 @@ def _template(config):
   if name == 'none':
     return None
   if name:
-    return chat.load(name)
+    return chat.load(str(local_path(name)))
   return chat.of_folder(local_path(config.init_from))
 
 

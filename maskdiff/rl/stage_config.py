@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 
 from maskdiff import config as config_lib
 from maskdiff.config import policy, sample
@@ -23,8 +24,8 @@ _NOT_IDENTITY = (
   'sampling_rows',
   'chat_template',  # its text has a digest
   'eval_temperature',
+  'reference',  # its parameters have a digest
   'reference_dtype',
-  'measure_kl',
 )
 # Remasking rules that draw at random at temperature 0 too.
 _RANDOM_RULES = ('random', 'ancestral', 'first_hitting')
@@ -99,6 +100,11 @@ def check(config, tokenizer):
       'policy optimization does not train a drafter: set '
       '--config.objective.name=autoregressive --config.drafter.kind=none'
     )
+  if config.train.epochs:
+    raise UserError(
+      f'config.train.epochs={config.train.epochs} is for launch/finetune.py; '
+      'set --config.train.epochs=0 and --config.train.steps'
+    )
   if config.data.length_tokens:
     raise UserError(
       'the model predicts lengths of answers, and rollouts have answers of '
@@ -165,13 +171,15 @@ def _settings(p):
   return table.settings(p.method, **changes)
 
 
-def identity(config, questions, tokenizer):
+def identity(config, questions, tokenizer, drawn, reference):
   """Returns the identity of the stage, see `stage.Stage`.
 
   Args:
     config: ConfigDict.
     questions: scoring.Questions.
     tokenizer: data.tokenizer.Tokenizer.
+    drawn: the questions of the first round.
+    reference: digest of the reference, or '' if there is none.
   """
   digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
   reward, template = questions.reward, questions.template
@@ -183,6 +191,8 @@ def identity(config, questions, tokenizer):
     'tokenizer': [tokenizer.fingerprint],
     'seed': config.seed,
     'length': config.data.length,
+    'questions': digest(json.dumps(drawn)),
+    'reference': reference,
     'reward': f'{reward.name} {digest(reward.program)}'
     if reward.path
     else reward.name,

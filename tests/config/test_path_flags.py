@@ -25,8 +25,10 @@ PATH_KEYS = {
   'data.tokenizer',
   'data.cache_dir',
   'eval.path',
+  'policy.chat_template',
+  'policy.reference',
 }
-TEXT_KEYS = {'train.wandb_project'}
+TEXT_KEYS = {'train.wandb_project', 'policy.task', 'policy.reward'}
 
 
 def text_flags(script):

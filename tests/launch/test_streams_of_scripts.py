@@ -26,6 +26,7 @@ ABSENT = {
   'pretrain': b'--config=ODD --workdir=ODD',
   'puzzles': b'--task=addition --out=ODD/new',
   'report': b'ODD',
+  'rl': b'--config=ODD --workdir=ODD',
   'sample': b'--workdir=ODD',
   'serve': b'--workdir=ODD',
 }
