@@ -70,7 +70,7 @@ def sample_round(o, number, params):
   fixed = _fixed_log_probs(o, params, rollout, number)
   if fixed is not None:
     rollout['log_probs'] = jax.block_until_ready(fixed)
-  measured = round_metrics.ofsample_round(config, answers, rewards, group)
+  measured = round_metrics.of_round(config, answers, rewards, group)
   if measured['train/empty_groups'] == 1 and jax.process_index() == 0:
     terminal.warn(
       f'warning: all {len(texts)} answers of round {number} are empty; if this '

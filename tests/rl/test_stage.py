@@ -251,3 +251,14 @@ def test_reference_of_adapters_is_the_base(keys, tmp_path):
   loop.run(config, str(tmp_path / 'run'), stage.make_stage)
   first, second = train_rows(tmp_path / 'run')
   assert first['train/kl'] == 0 < second['train/kl']
+
+
+@pytest.mark.slow
+def test_rollout_of_another_config_is_left_out(one):
+  """As after a change of config.policy.group, with data.allow_change."""
+  one.start()
+  rollout = {'tokens': jnp.zeros((8, 16), jnp.int32)}
+  other = {'round': 4, 'inner': 1, 'rollout': rollout}
+  batch, position = one.next_batch(other)
+  assert (position['round'], position['inner']) == (5, 1)
+  np.testing.assert_array_equal(batch.step, [5, 0])
