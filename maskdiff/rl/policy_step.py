@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.mesh import BATCH_AXES
 from maskdiff.likelihood import row_bounds
+from maskdiff.model.lora import LoraConfig
 from maskdiff.model.network import Network
 from maskdiff.model.trainable import join, trainable
 from maskdiff.rl import policy_loss
@@ -117,14 +118,20 @@ def fixed_log_probs(c, params, rows, round_number):
 
   Args:
     c: PolicyConfig.
-    params: list of parameter trees, for `c.fixed_networks`.
+    params: list of parameter trees, for `c.fixed_networks`; the reference has
+      no adapters.
     rows: Batch.
     round_number: int32 scalar.
 
   Returns:
     [len(c.fixed_steps), K, n, N, L] float32.
   """
-  networks = [dataclasses.replace(c.network, params=p) for p in params]
+  without_adapters = dataclasses.replace(c.network.config, lora=LoraConfig())
+  configs = {'old': c.network.config, 'reference': without_adapters}
+  networks = [
+    dataclasses.replace(c.network, config=configs[name], params=tree)
+    for name, tree in zip(c.fixed_networks, params, strict=True)
+  ]
 
   def of_step(inner):
     queries = draw(c, rows, jnp.stack([round_number, inner]))

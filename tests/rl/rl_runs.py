@@ -32,8 +32,12 @@ def keys(model, program):
     'policy.inner_steps': INNER,
     'policy.sampling_dtype': 'float32',
     'policy.reward_workers': 1,
+    # The rate does not depend on the steps of a run, so runs share programs.
+    'optimizer.schedule': 'piecewise',
+    'optimizer.pieces': ((STEPS, 1e-2, 1e-2),),
     'optimizer.weight_decay': 0.0,
     'optimizer.warmup_steps': 0,
+    'optimizer.decay_steps': 0,
     'train.steps': STEPS,
     'train.log_every_steps': 1,
     'eval.answers': 4,
