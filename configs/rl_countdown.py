@@ -13,7 +13,7 @@ python launch/pretrain.py --config configs/puzzles.py:countdown \
 python launch/rl.py --config configs/rl_countdown.py --workdir runs/rl \
   --config.init_from=runs/countdown
 
-docs/rl.md has a transcript.
+The learning rate is not tuned: see docs/rl.md.
 """
 
 from maskdiff.config import default
@@ -33,8 +33,8 @@ def get_config():
   c.train.batch = 64
   c.train.steps = 400
   c.train.log_every_steps = 4
-  c.optimizer.learning_rate = 3e-4
-  c.optimizer.final_learning_rate = 3e-4
+  c.optimizer.learning_rate = 1e-4
+  c.optimizer.final_learning_rate = 1e-4
   c.optimizer.warmup_steps = 8
   c.optimizer.decay_steps = 0
   c.optimizer.weight_decay = 0.0
