@@ -1,0 +1,197 @@
+"""Trains the policy of enumerable.py with each method of policy optimization.
+
+python benchmarks/policy_training.py --out FILE
+
+A round samples 24 answers, 6 per group, and makes two inner steps. All methods
+have the same number of forward passes: those of the sampler and those of the
+policy in the loss. Passes of fixed policies are not counted. A training has two
+learning rates of Adam and three seeds; the line has the mean over the seeds for
+the rate with the better final reward. Methods named exact_... have no noise:
+their updates are the exact expectation of REINFORCE with the log-likelihood,
+with the bound, or with all tokens masked, as score.
+
+The columns of a line, at 20 points of the training, the first before it:
+
+- reward: exact expected reward. reward_error: standard error of the last one.
+  left_to_right: that of a sampler that fills the slots from left to right.
+- gap: mean of log-likelihood minus bound over samples of the policy, nats.
+- entropy: of the policy, nats. kl: divergence from the start, nats.
+- bound_cosine: of the exact policy gradient and the expected gradient of
+  REINFORCE with the bound.
+"""
+
+import argparse
+import functools
+
+import enumerable
+import jax
+import jax.numpy as jnp
+import json_lines
+import numpy as np
+import optax
+import policy_gradients
+from enumerable import LENGTH, REWARDS
+from policy_gradients import GROUP, ROWS, SETTINGS, batch_loss
+
+from maskdiff.rl.advantages import advantages
+
+SEEDS, RATES, INNER, POINTS = 3, (3e-3, 1e-2), 2, 20
+FORWARDS = 40_000
+SCORES = {
+  'exact_log_likelihood': enumerable.log_likelihood,
+  'exact_bound': enumerable.bound,
+  'exact_all_masked': enumerable.all_masked,
+}
+
+
+def case(method, changes=None, policy='trained', reward='ring', shared=True):
+  """Returns the JSON values that identify a training."""
+  return {
+    'part': 'training',
+    'method': method,
+    'changes': changes or {},
+    'policy': policy,
+    'reward': reward,
+    'shared': shared,
+  }
+
+
+def cases():
+  found = [case(name) for name in (*SCORES, *SETTINGS)]
+  found.append(case('tracerl', {'shrink': 1, 'copies': LENGTH}))
+  found += [case(name, policy='random') for name in SCORES]
+  found.append(case('espo', policy='random'))
+  found += [
+    case('espo', shared=False),
+    case('espo', {'clip_low': 0.0, 'clip_high': 0.0}),
+    case('espo', {'per_token': False}),
+    case('espo', {'times': 1}),
+    case('espo', {'times': 8}),
+  ]
+  for kl in ('k1', 'k2', 'k3'):
+    found.append(case('espo', {'kl': kl, 'kl_weight': 0.1}))
+  return found
+
+
+def observe(params, first, rewards):
+  """Returns the exact quantities of a policy; see the docstring above."""
+  t, pull = jax.vjp(enumerable.table, params)
+  flat = lambda g: jnp.concatenate([x.ravel() for x in jax.tree.leaves(g[0])])
+  exact, bound = (
+    flat(pull(enumerable.surrogate_gradient(t, rewards, score)))
+    for score in (enumerable.log_likelihood, enumerable.bound)
+  )
+  norms = jnp.linalg.norm(exact) * jnp.linalg.norm(bound)
+  return {
+    'reward': enumerable.expected_reward(t, rewards),
+    'left_to_right': enumerable.expected_reward(
+      t, rewards, enumerable.left_to_right
+    ),
+    'gap': enumerable.gap(t),
+    'entropy': enumerable.entropy(t),
+    'kl': enumerable.divergence(t, first),
+    'bound_cosine': exact @ bound / norms,
+  }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def train(name, s, shared, rounds, params, rewards, key, rate):
+  """Returns what `observe` returns at each point, [POINTS].
+
+  Args:
+    name: a key of SCORES or of rl.table.METHODS.
+    s: Settings; None for exact gradients.
+    shared: whether all policies see the same masks.
+    rounds: rounds between two points.
+    params: parameters at the start.
+    rewards: [A].
+    key: PRNG key of the training.
+    rate: learning rate.
+  """
+  optimizer = optax.adam(rate)
+  first = enumerable.table(params)
+
+  def round_(carry, key):
+    old = enumerable.table(carry[0])
+    if not s:
+      t_gradient = enumerable.surrogate_gradient
+    else:
+      sample_key, *mask_keys = jax.random.split(key, 1 + INNER)
+      x, batch = enumerable.sample(old, sample_key, ROWS, name == 'justgrpo')
+      a = advantages(rewards[x], GROUP, 'leave_one_out')
+
+    def inner(carry, key):
+      params, state = carry
+      t, pull = jax.vjp(enumerable.table, params)
+      if not s:
+        by_table = -t_gradient(t, rewards, SCORES[name])
+      else:
+        loss = batch_loss(name, s, shared, (old, first), x, batch, a, key)
+        by_table, _ = jax.grad(loss, has_aux=True)(t)
+      updates, state = optimizer.update(pull(by_table)[0], state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    keys = jnp.stack(mask_keys) if s else jax.random.split(key, INNER)
+    return jax.lax.scan(inner, carry, keys)[0], None
+
+  def until_point(carry, key):
+    seen = observe(carry[0], first, rewards)
+    keys = jax.random.split(key, rounds)
+    return jax.lax.scan(round_, carry, keys)[0], seen
+
+  carry = params, optimizer.init(params)
+  carry, seen = jax.lax.scan(
+    until_point, carry, jax.random.split(key, POINTS - 1)
+  )
+  last = observe(carry[0], first, rewards)
+  join = lambda x, y: jnp.concatenate([x, y[None]])
+  return jax.tree.map(join, seen, last)
+
+
+def measure(values):
+  """Returns the line of a training."""
+  name = values['method']
+  if name in SCORES:
+    s, copies = None, LENGTH
+  else:
+    s = policy_gradients.settings(values)
+    copies = policy_gradients.copies(name, s)
+  per_round = ROWS * (LENGTH + INNER * copies)
+  rounds = round(FORWARDS / per_round / (POINTS - 1))
+  run = functools.partial(train, name, s, values['shared'], rounds)
+  keys = jax.random.split(jax.random.key(2), SEEDS if s else 1)
+  over_seeds = jax.vmap(run, in_axes=(None, None, 0, None))
+  over_all = jax.vmap(over_seeds, in_axes=(None, None, None, 0))
+  seen = over_all(
+    policy_gradients.start(values['policy']),
+    REWARDS[values['reward']],
+    keys,
+    np.float32(RATES),
+  )
+  final = np.array(seen['reward'])[..., -1]  # [rates, seeds]
+  best = final.mean(axis=1).argmax()
+  error = final[best].std(ddof=1) / SEEDS**0.5 if s else 0.0
+  curves = {
+    key: np.array(x)[best].mean(axis=0).round(5).tolist()
+    for key, x in seen.items()
+  }
+  return values | {
+    'rate': RATES[best],
+    'forwards': per_round // ROWS,
+    'rounds': rounds * (POINTS - 1),
+    'reward_error': round(float(error), 5),
+    **curves,
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--out', help='file of results, to which lines are added')
+  args = parser.parse_args()
+  for values in cases():
+    if not (args.out and json_lines.has(args.out, values)):
+      json_lines.report([measure(values)], args.out)
+
+
+if __name__ == '__main__':
+  main()
