@@ -10,14 +10,16 @@ the rate with the better final reward. Methods named exact_... have no noise:
 their updates are the exact expectation of REINFORCE with the log-likelihood,
 with the bound, or with all tokens masked, as score.
 
-The columns of a line, at 20 points of the training, the first before it:
+The columns of a line, at 12 points of the training:
 
 - reward: exact expected reward. reward_error: standard error of the last one.
   left_to_right: that of a sampler that fills the slots from left to right.
 - gap: mean of log-likelihood minus bound over samples of the policy, nats.
 - entropy: of the policy, nats. kl: divergence from the start, nats.
-- bound_cosine: of the exact policy gradient and the expected gradient of
-  REINFORCE with the bound.
+- bound_cosine, all_masked_cosine: of the exact policy gradient and the expected
+  gradient of REINFORCE with the bound, or with all tokens masked, as score.
+
+Lines of the part `start` have these figures for untrained and trained policies.
 """
 
 import argparse
@@ -31,12 +33,13 @@ import numpy as np
 import optax
 import policy_gradients
 from enumerable import LENGTH, REWARDS
+from jax.flatten_util import ravel_pytree
 from policy_gradients import GROUP, ROWS, SETTINGS, batch_loss
 
 from maskdiff.rl.advantages import advantages
 
-SEEDS, RATES, INNER, POINTS = 3, (3e-3, 1e-2), 2, 20
-FORWARDS = 40_000
+SEEDS, RATES, INNER, POINTS = 3, (3e-3, 1e-2), 2, 12
+FORWARDS = 24_000
 SCORES = {
   'exact_log_likelihood': enumerable.log_likelihood,
   'exact_bound': enumerable.bound,
@@ -56,11 +59,22 @@ def case(method, changes=None, policy='trained', reward='ring', shared=True):
   }
 
 
+def start_case(policy, reward='ring'):
+  """Returns the JSON values that identify the exact figures of a start."""
+  return {'part': 'start', 'policy': policy, 'reward': reward}
+
+
+def start_cases():
+  found = [start_case('trained', reward) for reward in REWARDS]
+  return found + [start_case(f'random_{scale}') for scale in (0.3, 0.5, 0.7)]
+
+
 def cases():
+  """Returns all trainings."""
   found = [case(name) for name in (*SCORES, *SETTINGS)]
   found.append(case('tracerl', {'shrink': 1, 'copies': LENGTH}))
-  found += [case(name, policy='random') for name in SCORES]
-  found.append(case('espo', policy='random'))
+  found += [case(name, policy='random_0.7') for name in SCORES]
+  found.append(case('espo', policy='random_0.7'))
   found += [
     case('espo', shared=False),
     case('espo', {'clip_low': 0.0, 'clip_high': 0.0}),
@@ -76,12 +90,12 @@ def cases():
 def observe(params, first, rewards):
   """Returns the exact quantities of a policy; see the docstring above."""
   t, pull = jax.vjp(enumerable.table, params)
-  flat = lambda g: jnp.concatenate([x.ravel() for x in jax.tree.leaves(g[0])])
-  exact, bound = (
-    flat(pull(enumerable.surrogate_gradient(t, rewards, score)))
-    for score in (enumerable.log_likelihood, enumerable.bound)
+  exact, bound, all_masked = (
+    ravel_pytree(pull(enumerable.surrogate_gradient(t, rewards, score)))[0]
+    for score in SCORES.values()
   )
-  norms = jnp.linalg.norm(exact) * jnp.linalg.norm(bound)
+  size = jnp.linalg.norm
+  cosine = lambda g: exact @ g / (size(exact) * size(g))
   return {
     'reward': enumerable.expected_reward(t, rewards),
     'left_to_right': enumerable.expected_reward(
@@ -90,7 +104,8 @@ def observe(params, first, rewards):
     'gap': enumerable.gap(t),
     'entropy': enumerable.entropy(t),
     'kl': enumerable.divergence(t, first),
-    'bound_cosine': exact @ bound / norms,
+    'bound_cosine': cosine(bound),
+    'all_masked_cosine': cosine(all_masked),
   }
 
 
@@ -135,17 +150,12 @@ def train(name, s, shared, rounds, params, rewards, key, rate):
     return jax.lax.scan(inner, carry, keys)[0], None
 
   def until_point(carry, key):
-    seen = observe(carry[0], first, rewards)
     keys = jax.random.split(key, rounds)
-    return jax.lax.scan(round_, carry, keys)[0], seen
+    carry, _ = jax.lax.scan(round_, carry, keys)
+    return carry, observe(carry[0], first, rewards)
 
   carry = params, optimizer.init(params)
-  carry, seen = jax.lax.scan(
-    until_point, carry, jax.random.split(key, POINTS - 1)
-  )
-  last = observe(carry[0], first, rewards)
-  join = lambda x, y: jnp.concatenate([x, y[None]])
-  return jax.tree.map(join, seen, last)
+  return jax.lax.scan(until_point, carry, jax.random.split(key, POINTS))[1]
 
 
 def measure(values):
@@ -157,7 +167,7 @@ def measure(values):
     s = policy_gradients.settings(values)
     copies = policy_gradients.copies(name, s)
   per_round = ROWS * (LENGTH + INNER * copies)
-  rounds = round(FORWARDS / per_round / (POINTS - 1))
+  rounds = round(FORWARDS / per_round / POINTS)
   run = functools.partial(train, name, s, values['shared'], rounds)
   keys = jax.random.split(jax.random.key(2), SEEDS if s else 1)
   over_seeds = jax.vmap(run, in_axes=(None, None, 0, None))
@@ -178,19 +188,28 @@ def measure(values):
   return values | {
     'rate': RATES[best],
     'forwards': per_round // ROWS,
-    'rounds': rounds * (POINTS - 1),
+    'rounds': rounds * POINTS,
     'reward_error': round(float(error), 5),
     **curves,
   }
+
+
+def measure_start(values):
+  """Returns the line of a policy before training."""
+  params = policy_gradients.start(values['policy'])
+  first = jax.jit(enumerable.table)(params)
+  seen = jax.jit(observe)(params, first, REWARDS[values['reward']])
+  return values | {key: round(float(x), 5) for key, x in seen.items()}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--out', help='file of results, to which lines are added')
   args = parser.parse_args()
-  for values in cases():
-    if not (args.out and json_lines.has(args.out, values)):
-      json_lines.report([measure(values)], args.out)
+  for function, found in (measure_start, start_cases()), (measure, cases()):
+    for values in found:
+      if not (args.out and json_lines.has(args.out, values)):
+        json_lines.report([function(values)], args.out)
 
 
 if __name__ == '__main__':
