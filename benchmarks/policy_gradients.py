@@ -165,15 +165,17 @@ def batch_loss(name, s, shared, fixed, x, batch, a, key):
   Returns:
     function: table [A, M, L] -> (loss, metrics).
   """
-  queries, *others = (
-    policy_loss.draw(name, NETWORK, s, batch, k, jnp.arange(len(x)))
-    for k in jax.random.split(key, 3)
-  )
+  keys = jax.random.split(key, 3)
+  numbers = jnp.arange(len(x))
+  draw = lambda k: policy_loss.draw(name, NETWORK, s, batch, k, numbers)
+  queries = draw(keys[0])
   if shared:
     values = [at_queries(t, x, queries) for t in fixed]
   else:
-    pairs = zip(fixed, others, strict=True)
-    values = [with_other_masks(t, x, queries, q) for t, q in pairs]
+    values = [
+      with_other_masks(t, x, queries, draw(k))
+      for t, k in zip(fixed, keys[1:], strict=True)
+    ]
 
   def loss(t):
     probs = LogProbs(at_queries(t, x, queries), *values)
@@ -308,35 +310,34 @@ def policy_at(policy, reward, distance):
   return jax.jit(enumerable.table)(params), jacobian
 
 
-def exact_gradient(values, new, reference, jacobian):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def exact_gradient(target, in_order, new, reference, rewards, jacobian):
   """Returns the exact gradient by the parameters that a case estimates."""
-  if values['target'] == 'divergence':
+  if target == 'divergence':
     # Gradients of batches are of minus the loss.
     g = -jax.grad(enumerable.divergence)(new, reference)
-  elif values['in_order']:
-    in_order = enumerable.left_to_right
-    g = jax.grad(enumerable.expected_reward)(
-      new, REWARDS[values['reward']], in_order
-    )
   else:
-    g = jax.grad(enumerable.expected_reward)(new, REWARDS[values['reward']])
+    likelihood = enumerable.log_likelihood
+    if in_order:
+      likelihood = enumerable.left_to_right
+    g = jax.grad(enumerable.expected_reward)(new, rewards, likelihood)
   return g[IS_MASKED] @ jacobian
 
 
 def measure(values):
   """Returns the line of a case."""
   s, key = settings(values), (values['policy'], values['reward'])
+  target, in_order = values['target'], values['in_order']
   first, _ = policy_at(*key, 0.0)
-  if values['target'] == 'divergence':
+  if target == 'divergence':
     new, jacobian = policy_at(*key, 0.1)
     tables = new, new, first
   else:
     new, jacobian = policy_at(*key, values['moved'])
     tables = new, first, first
-  exact = exact_gradient(values, new, first, jacobian)
-  v = (values['shared'], values['in_order'], *values['advantages'])
-  v += (values['target'],)
-  rewards = REWARDS[values['reward']]
+  rewards = jnp.asarray(REWARDS[values['reward']])
+  exact = exact_gradient(target, in_order, new, first, rewards, jacobian)
+  v = (values['shared'], in_order, *values['advantages'], target)
   found = moments(values['method'], s, v, tables, rewards, jacobian, exact)
   return values | summary(found, exact, LENGTH + copies(values['method'], s))
 

@@ -7,12 +7,12 @@ have the same number of forward passes: those of the sampler and those of the
 policy in the loss. Passes of fixed policies are not counted. A training has two
 learning rates of Adam and three seeds; the line has the mean over the seeds for
 the rate with the better final reward. Methods named exact_... have no noise:
-their updates are the exact expectation of REINFORCE with the log-likelihood,
-with the bound, or with all tokens masked, as score.
+each of their 144 updates is the exact expectation of REINFORCE, whose score is
+the log-likelihood, the bound, or the log-probability with all tokens masked.
 
 The columns of a line, at 12 points of the training:
 
-- reward: exact expected reward. reward_error: standard error of the last one.
+- expected_reward: exact. reward_error: standard error of the last one.
   left_to_right: that of a sampler that fills the slots from left to right.
 - gap: mean of log-likelihood minus bound over samples of the policy, nats.
 - entropy: of the policy, nats. kl: divergence from the start, nats.
@@ -39,7 +39,7 @@ from policy_gradients import GROUP, ROWS, SETTINGS, batch_loss
 from maskdiff.rl.advantages import advantages
 
 SEEDS, RATES, INNER, POINTS = 3, (3e-3, 1e-2), 2, 12
-FORWARDS = 24_000
+FORWARDS, EXACT_ROUNDS = 24_000, 144
 SCORES = {
   'exact_log_likelihood': enumerable.log_likelihood,
   'exact_bound': enumerable.bound,
@@ -71,11 +71,12 @@ def start_cases():
 
 def cases():
   """Returns all trainings."""
-  found = [case(name) for name in (*SCORES, *SETTINGS)]
-  found.append(case('tracerl', {'shrink': 1, 'copies': LENGTH}))
+  found = [case(name) for name in SCORES]
   found += [case(name, policy='random_0.7') for name in SCORES]
-  found.append(case('espo', policy='random_0.7'))
+  found += [case(name) for name in SETTINGS]
+  found.append(case('tracerl', {'shrink': 1, 'copies': LENGTH}))
   found += [
+    case('espo', policy='random_0.7'),
     case('espo', shared=False),
     case('espo', {'clip_low': 0.0, 'clip_high': 0.0}),
     case('espo', {'per_token': False}),
@@ -97,7 +98,7 @@ def observe(params, first, rewards):
   size = jnp.linalg.norm
   cosine = lambda g: exact @ g / (size(exact) * size(g))
   return {
-    'reward': enumerable.expected_reward(t, rewards),
+    'expected_reward': enumerable.expected_reward(t, rewards),
     'left_to_right': enumerable.expected_reward(
       t, rewards, enumerable.left_to_right
     ),
@@ -109,9 +110,16 @@ def observe(params, first, rewards):
   }
 
 
+@jax.jit
+def observe_all(params, first, rewards):
+  """Calls `observe` for parameters with three leading axes."""
+  function = lambda params: observe(params, first, rewards)
+  return jax.vmap(jax.vmap(jax.vmap(function)))(params)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def train(name, s, shared, rounds, params, rewards, key, rate):
-  """Returns what `observe` returns at each point, [POINTS].
+  """Returns the parameters at each point, with a leading axis of POINTS.
 
   Args:
     name: a key of SCORES or of rl.table.METHODS.
@@ -125,60 +133,64 @@ def train(name, s, shared, rounds, params, rewards, key, rate):
   """
   optimizer = optax.adam(rate)
   first = enumerable.table(params)
+  vector, unravel = ravel_pytree(params)
+  table = lambda vector: enumerable.table(unravel(vector))
 
-  def round_(carry, key):
-    old = enumerable.table(carry[0])
-    if not s:
-      t_gradient = enumerable.surrogate_gradient
-    else:
-      sample_key, *mask_keys = jax.random.split(key, 1 + INNER)
-      x, batch = enumerable.sample(old, sample_key, ROWS, name == 'justgrpo')
-      a = advantages(rewards[x], GROUP, 'leave_one_out')
+  def update(carry, by_table):
+    """Takes a function: table of the policy -> gradient of the loss by it."""
+    vector, state = carry
+    t, pull = jax.vjp(table, vector)
+    updates, state = optimizer.update(pull(by_table(t))[0], state)
+    return vector + updates, state
+
+  def exact_round(carry, _):
+    descent = lambda t: -enumerable.surrogate_gradient(t, rewards, SCORES[name])
+    return update(carry, descent), None
+
+  def sampled_round(carry, key):
+    old = table(carry[0])
+    sample_key, *mask_keys = jax.random.split(key, 1 + INNER)
+    x, batch = enumerable.sample(old, sample_key, ROWS, name == 'justgrpo')
+    a = advantages(rewards[x], GROUP, 'leave_one_out')
 
     def inner(carry, key):
-      params, state = carry
-      t, pull = jax.vjp(enumerable.table, params)
-      if not s:
-        by_table = -t_gradient(t, rewards, SCORES[name])
-      else:
-        loss = batch_loss(name, s, shared, (old, first), x, batch, a, key)
-        by_table, _ = jax.grad(loss, has_aux=True)(t)
-      updates, state = optimizer.update(pull(by_table)[0], state, params)
-      return (optax.apply_updates(params, updates), state), None
+      loss = batch_loss(name, s, shared, (old, first), x, batch, a, key)
+      by_table = lambda t: jax.grad(loss, has_aux=True)(t)[0]
+      return update(carry, by_table), None
 
-    keys = jnp.stack(mask_keys) if s else jax.random.split(key, INNER)
-    return jax.lax.scan(inner, carry, keys)[0], None
+    return jax.lax.scan(inner, carry, jnp.stack(mask_keys))[0], None
 
   def until_point(carry, key):
     keys = jax.random.split(key, rounds)
+    round_ = sampled_round if s else exact_round
     carry, _ = jax.lax.scan(round_, carry, keys)
-    return carry, observe(carry[0], first, rewards)
+    return carry, unravel(carry[0])
 
-  carry = params, optimizer.init(params)
+  carry = vector, optimizer.init(vector)
   return jax.lax.scan(until_point, carry, jax.random.split(key, POINTS))[1]
 
 
 def measure(values):
   """Returns the line of a training."""
   name = values['method']
-  if name in SCORES:
-    s, copies = None, LENGTH
+  if name in SCORES:  # one update per round, without forward passes
+    s, per_round, rounds = None, 0, EXACT_ROUNDS
   else:
     s = policy_gradients.settings(values)
     copies = policy_gradients.copies(name, s)
-  per_round = ROWS * (LENGTH + INNER * copies)
-  rounds = round(FORWARDS / per_round / POINTS)
-  run = functools.partial(train, name, s, values['shared'], rounds)
-  keys = jax.random.split(jax.random.key(2), SEEDS if s else 1)
+    per_round = ROWS * (LENGTH + INNER * copies)
+    rounds = round(FORWARDS / per_round)
+  params = policy_gradients.start(values['policy'])
+  rewards = jnp.asarray(REWARDS[values['reward']])
+  part = -(-rounds // POINTS)
+  run = functools.partial(train, name, s, values['shared'], part)
   over_seeds = jax.vmap(run, in_axes=(None, None, 0, None))
   over_all = jax.vmap(over_seeds, in_axes=(None, None, None, 0))
-  seen = over_all(
-    policy_gradients.start(values['policy']),
-    REWARDS[values['reward']],
-    keys,
-    np.float32(RATES),
-  )
-  final = np.array(seen['reward'])[..., -1]  # [rates, seeds]
+  keys = jax.random.split(jax.random.key(2), SEEDS if s else 1)
+  trained = over_all(params, rewards, keys, np.float32(RATES))
+  first = jax.jit(enumerable.table)(params)
+  seen = observe_all(trained, first, rewards)  # [rates, seeds, POINTS]
+  final = np.array(seen['expected_reward'])[..., -1]
   best = final.mean(axis=1).argmax()
   error = final[best].std(ddof=1) / SEEDS**0.5 if s else 0.0
   curves = {
@@ -187,8 +199,8 @@ def measure(values):
   }
   return values | {
     'rate': RATES[best],
-    'forwards': per_round // ROWS,
-    'rounds': rounds * POINTS,
+    'rounds': part * POINTS,
+    'forwards': part * POINTS * per_round,
     'reward_error': round(float(error), 5),
     **curves,
   }
