@@ -112,12 +112,12 @@ def cases():
     found.append(case('masks', 'espo', 0.1, changes=changes, shared=False))
     independent = {'times': 2 * times, 'coupled': False}
     found.append(case('masks', 'espo', changes=independent))
-  for eps in (0.0, 4e-4, 0.02, 0.2):
+  for eps in (0.0, 4e-4, 0.02, 0.2, math.inf):
     clip = {'clip_low': eps, 'clip_high': eps}
     for per_token in (True, False):
       changes = {**clip, 'per_token': per_token}
       found.append(case('clip', 'espo', 0.1, changes=changes))
-  for eps in (0.0, 0.2):
+  for eps in (0.0, 0.2, math.inf):
     clip = {'clip_low': eps, 'clip_high': eps}
     found.append(case('clip', 'tracerl_blocks', 0.1, changes=clip))
   for kind in (['none', 'none'], ['group_mean', 'sample']):
@@ -249,16 +249,16 @@ def summary(found, exact, forwards):
   # A norm within its error is none: the mean gradient is 0.
   zero = norm**2 < less
   difference = np.float64(mean) - exact
+  noise = math.sqrt(variance * ROWS * forwards / FORWARDS)
+  ratio = lambda x, y: round(float(x / y), 5)
   return {
-    'cosine': None if zero else along / size / norm,
-    'cosine_error': None if zero else deviation / norm,
-    'scale': along / size**2,
-    'error': math.sqrt(max(difference @ difference - less, 0.0)) / size,
+    'cosine': None if zero else ratio(along, size * norm),
+    'cosine_error': None if zero else ratio(deviation, norm),
+    'scale': ratio(along, size**2),
+    'error': ratio(math.sqrt(max(difference @ difference - less, 0.0)), size),
     'forwards': forwards,
-    'noise': None
-    if zero
-    else math.sqrt(variance * ROWS * forwards / FORWARDS) / norm,
-    'clip_fraction': float(clipped),
+    'noise': None if zero else ratio(noise, norm),
+    'clip_fraction': ratio(clipped, 1),
   }
 
 

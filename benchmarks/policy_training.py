@@ -194,7 +194,7 @@ def measure(values):
   best = final.mean(axis=1).argmax()
   error = final[best].std(ddof=1) / SEEDS**0.5 if s else 0.0
   curves = {
-    key: np.array(x)[best].mean(axis=0).round(5).tolist()
+    key: np.float64(x)[best].mean(axis=0).round(5).tolist()
     for key, x in seen.items()
   }
   return values | {
