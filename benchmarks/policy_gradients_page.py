@@ -8,20 +8,15 @@ requirements-test.txt.
 """
 
 import pathlib
-import re
 
 import json_lines
+import page_parts
+from page_parts import table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RAW = ROOT / 'benchmarks/results/policy_gradients.jsonl'
 PAGE = ROOT / 'docs/policy_gradients.md'
 GRADIENT_HEADS = ['cosine', 'length', 'noise', 'forwards']
-
-
-def markdown(rows):
-  """Returns rows of text as a table of Markdown; the first has the heads."""
-  lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
-  return '\n'.join([lines[0], '|---' * len(rows[0]) + '|', *lines[1:]])
 
 
 def of_part(lines, part):
@@ -54,7 +49,7 @@ def gradient_cells(line):
 def gradients(lines, head='method'):
   """Returns a table with a line per measured gradient."""
   rows = [[head, *GRADIENT_HEADS]]
-  return markdown(rows + [[name(x), *gradient_cells(x)] for x in lines])
+  return table(rows + [[name(x), *gradient_cells(x)] for x in lines])
 
 
 def methods(lines):
@@ -73,7 +68,7 @@ def methods(lines):
       of = [x for x in own if (x['reward'], x['moved']) == kind]
       cells += [gradient_cells(of[0])[i] for i in (0, 2)] if of else ['', '']
     rows.append(cells)
-  return markdown(rows)
+  return table(rows)
 
 
 def masks(lines):
@@ -81,14 +76,14 @@ def masks(lines):
   for x in of_part(lines, 'masks'):
     moved = f'moved by {x["moved"]} nats' if x['moved'] else 'that sampled'
     rows.append([name(x), moved, *gradient_cells(x)])
-  return markdown(rows)
+  return table(rows)
 
 
 def clip(lines):
   rows = [['clip', *GRADIENT_HEADS, 'clipped']]
   for x in of_part(lines, 'clip'):
     rows.append([name(x), *gradient_cells(x), f'{x["clip_fraction"]:.2f}'])
-  return markdown(rows)
+  return table(rows)
 
 
 def start(lines):
@@ -106,7 +101,7 @@ def start(lines):
         f'{x["all_masked_cosine"]:.3f}',
       ]
     )
-  return markdown(rows)
+  return table(rows)
 
 
 def training(lines):
@@ -138,7 +133,7 @@ def training(lines):
         f'{x["kl"][-1]:.2f}',
       ]
     )
-  return markdown(rows)
+  return table(rows)
 
 
 PARTS = {
@@ -148,7 +143,6 @@ PARTS = {
   'divergence': lambda lines: gradients(
     of_part(lines, 'divergence'), 'divergence'
   ),
-  'advantages': lambda lines: gradients(of_part(lines, 'advantages')),
   'start': start,
   'training': training,
 }
@@ -156,14 +150,8 @@ PARTS = {
 
 def filled(text, lines):
   """Replaces the tables of a page between comments of this script."""
-  text, count = re.subn(
-    r'(<!-- benchmarks/policy_gradients_page.py: (\w+) -->\n).*?(<!-- end -->)',
-    lambda m: f'{m[1]}{PARTS[m[2]](lines)}\n{m[3]}',
-    text,
-    flags=re.S,
-  )
-  assert count, f'{PAGE} has no place for the tables'
-  return text
+  part = lambda name: PARTS[name](lines)
+  return page_parts.fill(text, 'policy_gradients_page', part)
 
 
 def plot(lines, out):
@@ -190,6 +178,7 @@ def plot(lines, out):
       )
     axes.set_xlabel('share of the training')
     axes.spines[['top', 'right']].set_visible(False)
+  panels[1].set_yscale('log')
   panels[0].set_ylabel('expected reward')
   panels[1].set_ylabel('log-likelihood minus bound, nats')
   panels[0].legend(frameon=False, fontsize=7, ncols=2)
