@@ -29,6 +29,7 @@ ABSENT = {
   'rl': b'--config=ODD --workdir=ODD',
   'sample': b'--workdir=ODD',
   'serve': b'--workdir=ODD',
+  'tasks': b'--task=addition --out=ODD/new',
 }
 
 
