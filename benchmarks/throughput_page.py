@@ -8,6 +8,7 @@ docs/throughput.png and rewrites the tables of the page. Needs matplotlib, which
 is in requirements-test.txt.
 """
 
+import math
 import pathlib
 
 import json_lines  # files beside this one
@@ -46,18 +47,21 @@ def by_canvas(lines):
 
 
 def ratio(of, shown):
-  """Returns tokens/s of a sampler, divided by those of autoregression."""
+  """Returns tokens/s of a sampler by those of autoregression; NaN: unknown."""
+  if shown not in of:
+    return math.nan
   return of[shown]['tokens_per_s'] / of[BASE]['tokens_per_s']
 
 
 def speed_table(canvases):
-  """Returns the table of ratios."""
+  """Returns the table of ratios, with empty cells where none was measured."""
   heads = ['batch', 'prompt', 'answer', 'autoregressive, tokens/s']
   heads += [f'{name}, {n} per step' for name, n in SHOWN]
   rows = [heads]
   for canvas, of in canvases.items():
     cells = [*map(str, canvas), f'{of[BASE]["tokens_per_s"]:,.0f}']
-    cells += [f'{ratio(of, shown):.2f}' for shown in SHOWN]
+    ratios = [ratio(of, shown) for shown in SHOWN]
+    cells += ['' if math.isnan(x) else f'{x:.2f}' for x in ratios]
     rows.append(cells)
   return page_parts.table(rows)
 
