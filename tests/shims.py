@@ -44,7 +44,9 @@ RULES = {
   ),
   'one round': Rule(
     r'launch/rl\.py',
-    '--config.train.steps=2 --config.train.batch=8 --config.policy.prompts=2 '
+    '--config.train.steps=2 --config.train.batch=8 '
+    '--config.optimizer.warmup_steps=1 --config.optimizer.decay_steps=1 '
+    '--config.policy.prompts=2 '
     '--config.policy.group=4 --config.policy.inner_steps=2 '
     '--config.eval.answers=2 --config.policy.reward_workers=1',
   ),

@@ -34,8 +34,8 @@ def check(c):
     '--config.objective.window_length to at least 2',
   )
   require(
-    c.model.layers >= 2 or kind == 'medusa',
-    f'config.drafter.kind={kind} reads the outputs of inner layers, and '
+    c.model.layers >= 2 or kind != 'mtp',
+    'config.drafter.kind=mtp reads the input of the last of several layers, and '
     f'config.model.layers={c.model.layers}; set --config.drafter.kind=medusa',
   )
   require(

@@ -78,7 +78,8 @@ class DrafterConfig:
     if self.layers == 1:
       return (layers // 2,)
     step = max(layers - 4, 0) / (self.layers - 1)
-    return tuple(round(1 + i * step) for i in range(self.layers))
+    evenly = (round(1 + i * step) for i in range(self.layers))
+    return tuple(min(i, layers - 1) for i in evenly)
 
 
 class Drafter(nnx.Module):

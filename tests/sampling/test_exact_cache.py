@@ -141,7 +141,7 @@ def test_window_has_the_position_before_each_run_of_slots():
     objective='masked_diffusion',
     config=types.SimpleNamespace(predict_next=True),
     block_length=0,
-    window_length=0,
+    ahead=0,
   )
   slots = np.array([[4, 5, 6, 7], [0, 1, 5, 6], [3, 8, 9, 12], [9, 11, 12, 12]])
   c, length = SamplerConfig(cache='dual'), 12
