@@ -36,7 +36,8 @@ def check(c):
   require(
     c.model.layers >= 2 or kind != 'mtp',
     'config.drafter.kind=mtp reads the input of the last of several layers, '
-    f'and config.model.layers={c.model.layers}; set --config.drafter.kind=medusa',
+    f'and config.model.layers={c.model.layers}; set '
+    '--config.drafter.kind=medusa',
   )
   require(
     c.objective.denominator == 'token',
