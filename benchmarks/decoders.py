@@ -43,8 +43,6 @@ PREFIX = {'remasking': 'longest_prefix', 'threshold': 1.0}
 WINDOWS = {ONE: PREFIX | EXACT} | DRAFTS
 for rule in ('longest_prefix', 'threshold'):  # a prefix, or any subset
   WINDOWS |= by_threshold(rule, **EXACT)
-# Self-speculation of 32 tokens computes 1,056 positions per pass.
-LONG = {name: x for name, x in WINDOWS.items() if name != SPECULATIVE}
 ENTROPY = by_threshold(
   'longest_prefix', 'entropy', confidence='entropy', **EXACT
 )
@@ -74,7 +72,7 @@ METHODS = {
   'sdlm_4': Method('windows of 4', WINDOWS),
   'sdlm_8': Method('windows of 8', WINDOWS | ENTROPY),
   'sdlm_16': Method('windows of 16', WINDOWS),
-  'sdlm_32': Method('windows of 32', LONG),
+  'sdlm_32': Method('windows of 32', WINDOWS),
   'medusa_8': Method('Medusa heads, 8 tokens', DRAFTS),
   'mtp_8': Method('multi-token heads, 8 tokens', DRAFTS),
   'block_8': Method('block drafter, 8 tokens', DRAFTS),
