@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from maskdiff.model import drafter, masks, transformer
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.objectives import autoregressive, sdlm
+from maskdiff.objectives.schedule import draw_by_number
 
 
 def make_canvas(c, rows, numbers, key, batch, progress=0.0):
@@ -40,9 +41,7 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   length, size = canvas.targets.shape[1], c.window_length
   answer = canvas.weights > 0
   begins = answer & masks.continues_document(canvas.labels)
-  by_row = lambda draw: jax.vmap(
-    lambda number: draw(jax.random.fold_in(key, number))
-  )(numbers)
+  by_row = lambda draw: draw_by_number(draw, key, numbers)
   if c.anchors == 'random':
     noise = by_row(lambda k: jax.random.uniform(k, (length,)))
     starts = sdlm.random_starts(c, begins, noise)
@@ -99,13 +98,12 @@ def loss(c, model, canvas):
   nll_of = lambda hidden, head, targets, weights: cross_entropy(
     hidden, head, targets, weights, exclude, c.loss_chunk_tokens
   )
-  weights = canvas.weights
   with jax.named_scope('part(loss)'):
     if model.config.drafter.kind == 'medusa':
-      total, nll = _of_heads(nll_of, model, states, targets, weights)
+      total, nll = _of_heads(nll_of, model, states, targets, canvas.weights)
     else:
       flat = states.reshape(batch, -1, states.shape[3])
-      total, nll = nll_of(flat, model.vocabulary(), targets, weights)
+      total, nll = nll_of(flat, model.vocabulary(), targets, canvas.weights)
     if canvas.next_weights is None:
       return total, nll
     next_total, next_nll = nll_of(

@@ -12,7 +12,7 @@ from maskdiff.objectives.canvas import (
   document_labels,
   text_positions,
 )
-from maskdiff.objectives.schedule import sample_times
+from maskdiff.objectives.schedule import draw_by_number, sample_times
 from maskdiff.objectives.time_density import TimeDensity, Weight
 
 
@@ -88,9 +88,7 @@ def draw(c, length, numbers, key, batch, parts=1):
     u [b, K] float32, noise [b, L] float32 and lengths [b] int32.
   """
   keys = jax.random.split(key, 4)
-  by_row = lambda draw, key: jax.vmap(
-    lambda number: draw(jax.random.fold_in(key, number))
-  )(numbers)
+  by_row = lambda draw, key: draw_by_number(draw, key, numbers)
   units = numbers[:, None] * parts + jnp.arange(parts, dtype=numbers.dtype)
   u = sample_times(
     c.time_sampling, keys[0], units.reshape(-1), batch * parts

@@ -76,6 +76,17 @@ SCHEDULES = CHOICES['objective.schedule']
 TIME_SAMPLINGS = CHOICES['objective.time_sampling']
 
 
+def draw_by_number(draw, key, numbers):
+  """Returns a draw for each number, which no other number changes.
+
+  Args:
+    draw: function of a PRNG key.
+    key: PRNG key.
+    numbers: [b] int32, such as the numbers of rows in the global batch.
+  """
+  return jax.vmap(lambda number: draw(jax.random.fold_in(key, number)))(numbers)
+
+
 def sample_times(sampling, key, rows, batch):
   """Draws a time for each row, uniform on [0, 1).
 
@@ -103,10 +114,7 @@ def sample_times(sampling, key, rows, batch):
   """
   point_key, order_key, coin_key = jax.random.split(key, 3)
   unit = rows // 2 if sampling == 'antithetic' else rows
-  by_unit = lambda draw, key: jax.vmap(
-    lambda i: draw(jax.random.fold_in(key, i))
-  )(unit)
-  u = by_unit(jax.random.uniform, point_key)
+  u = draw_by_number(jax.random.uniform, point_key, unit)
   if sampling == 'iid':
     return u
   if sampling == 'stratified':
@@ -114,7 +122,8 @@ def sample_times(sampling, key, rows, batch):
   else:
     # The `lower` row of a pair takes one of the B/2 strata below 1/2.
     t = (jax.random.permutation(order_key, batch // 2)[unit] + u) / batch
-    lower = by_unit(jax.random.bernoulli, coin_key).astype(rows.dtype)
+    lower = draw_by_number(jax.random.bernoulli, coin_key, unit)
+    lower = lower.astype(rows.dtype)
     t = jnp.where(rows % 2 == lower, t, 1 - t)
   # Rounding may give 1; the result is at most the largest float32 below it.
   return jnp.minimum(t, 1 - 2.0**-24)

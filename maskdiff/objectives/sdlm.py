@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from maskdiff.model import masks
 from maskdiff.objectives import autoregressive
 from maskdiff.objectives.canvas import Canvas
+from maskdiff.objectives.schedule import draw_by_number
 
 
 class Clean(NamedTuple):
@@ -61,9 +62,7 @@ def make_canvas(c, rows, numbers, key, batch, progress=0.0):
   if c.window_length == 1:
     return autoregressive.make_canvas(c, rows, numbers, key, batch, progress)
   clean = clean_copy(c, rows)
-  by_row = lambda draw: jax.vmap(
-    lambda number: draw(jax.random.fold_in(key, number))
-  )(numbers)
+  by_row = lambda draw: draw_by_number(draw, key, numbers)
   if c.anchors == 'random':
     noise = by_row(lambda k: jax.random.uniform(k, clean.doc.shape[1:]))
     return at_starts(c, clean, random_starts(c, clean.answer, noise))

@@ -18,15 +18,13 @@ from maskdiff.errors import UserError
 from maskdiff.likelihood import device_queries, row_bounds
 from maskdiff.likelihood.device_queries import RowQueries
 from maskdiff.likelihood.estimators import Estimator
+from maskdiff.objectives.schedule import draw_by_number
 from maskdiff.objectives.table import OBJECTIVES
 
 
 def uniform(key, numbers, shape):
   """Returns uniform noise per row: [B, *shape] float32 in [0, 1)."""
-  draw = lambda number: jax.random.uniform(
-    jax.random.fold_in(key, number), shape
-  )
-  return jax.vmap(draw)(numbers)
+  return draw_by_number(lambda k: jax.random.uniform(k, shape), key, numbers)
 
 
 def scored_slots(s, batch):
