@@ -1,5 +1,6 @@
 """The reference network, from which divergences are computed."""
 
+import functools
 import hashlib
 
 import jax
@@ -7,7 +8,7 @@ import jax
 from maskdiff.checkpoints.fingerprint import fingerprint
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import load
+from maskdiff.interop import leaves, load
 from maskdiff.model import transformer
 
 
@@ -39,7 +40,7 @@ def load_reference(config, mesh):
   shardings = mesh_lib.param_shardings(
     mesh, transformer.axes(c), transformer.shapes(c)
   )
-  cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+  cast = functools.partial(leaves.cast, dtype=dtype)
   return jax.jit(cast, out_shardings=shardings, donate_argnums=0)(params)
 
 

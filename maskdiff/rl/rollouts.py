@@ -10,6 +10,7 @@ by rounding.
 Letters in shapes: N answers of a round, G to each prompt; L positions.
 """
 
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
+from maskdiff.interop import leaves
 from maskdiff.model import transformer
 from maskdiff.rl.batch import Batch, until_eos
 from maskdiff.sampling import layouts
@@ -94,7 +96,7 @@ def sampling_copy(c, mesh, dtype):
     mesh, transformer.axes(c), transformer.shapes(c)
   )
   return jax.jit(
-    lambda params: jax.tree.map(lambda x: x.astype(dtype), params),
+    functools.partial(leaves.cast, dtype=dtype),
     out_shardings=jax.tree.map(without_fsdp, shardings),
   )
 
