@@ -350,7 +350,8 @@ def _context(model, tapped, labels):
   fuse = drafter.fuse[...].astype(c.dtype)
   x = sum(x @ w for x, w in zip(tapped, fuse, strict=True))
   x = rms_norm(x, drafter.fuse_norm[...], c.norm_eps)
-  of_layer = lambda w: project_kv(c, w, x, _rotation(c, labels))
+  rotation = _rotation(c, labels)
+  of_layer = lambda w: project_kv(c, w, x, rotation)
   return jax.lax.map(of_layer, stacked(drafter.blocks, c.dtype))
 
 
