@@ -72,7 +72,7 @@ BEHAVIOURS = {
   'exit': lambda q, t: sys.exit(3),
   'die': lambda q, t: os._exit(4),
   'kill': lambda q, t: os.kill(os.getpid(), 9),
-  'close': lambda q, t: os.closerange(3, 99),
+  'close': lambda q, t: os.closerange(3, 1 << 16),
   'memory': lambda q, t: len('x' * (3 << 30)),
   'nan': lambda q, t: float('nan'),
   'infinite': lambda q, t: {'a': 1, 'b': np.float32('inf')},
