@@ -32,7 +32,7 @@ ANSWERS = PROMPTS * GROUP
 QUESTIONS = 200  # held out
 EVALUATIONS = 6  # after the start
 TIMED = 12  # rounds
-RATES = 2e-4, 6e-5  # of Adam
+RATES = 3e-4, 1e-4  # of Adam
 
 
 class Task(NamedTuple):

@@ -14,6 +14,7 @@ gone. At the start of a round the position has no rollout.
 
 import functools
 
+import jax
 import numpy as np
 
 from maskdiff.posttraining import finetuning
@@ -66,6 +67,8 @@ def make_stage(config, setup):
     if rollout is not None and not rounds.fits(o, inner, rollout):
       number, inner, rollout = number + 1, 0, None
     if rollout is None:
+      with setup.ledger.span('step'):  # the last one may still be running
+        jax.block_until_ready(params)
       with setup.ledger.span('rollout'):
         rollout, measured[number] = rounds.sample_round(o, number, params)
     batch = o.programs.choose(rollout, np.array([number, inner], np.int32))
