@@ -60,9 +60,9 @@ class Task(NamedTuple):
 
 TASKS = {
   'countdown': Task(
-    293, 144, 4000, 1333, 15, 9, 'low_confidence', 150_000, 110.0
+    293, 144, 4000, 1333, 15, 9, 'low_confidence', 110_000, 75.0
   ),
-  'sudoku': Task(282, 136, 1000, 0, 18, 17, 'random', 150_000, 110.0),
+  'sudoku': Task(282, 136, 1000, 0, 18, 17, 'random', 110_000, 75.0),
 }
 
 
@@ -71,14 +71,12 @@ class Method(NamedTuple):
 
   settings: function of a Task; settings that differ from the published ones.
   copies: function of a Task; masked copies of an answer.
-  fixed: networks whose log-probabilities are computed once per round: of the
-    policy that sampled, for all inner steps but the first, and of the
-    reference, for all.
+  reference: whether the loss has a divergence from the reference.
   """
 
   settings: Callable
   copies: Callable
-  fixed: tuple
+  reference: bool = False
 
 
 def constant(value):
@@ -90,24 +88,26 @@ def merged(task):
 
 
 METHODS = {
-  'espo': Method(constant({}), constant(4), ('old', 'reference')),
-  'd1': Method(constant({}), constant(1), ('old', 'reference')),
-  'wd1': Method(constant({}), constant(1), ('old',)),
-  'spg': Method(
-    lambda task: {'block_length': task.slots}, constant(2), ('old',)
-  ),
-  'coupled_grpo': Method(constant({}), constant(3), ('old', 'reference')),
-  'tracerl': Method(lambda task: {'copies': merged(task)}, merged, ('old',)),
+  'espo': Method(constant({}), constant(4), True),
+  'd1': Method(constant({}), constant(1), True),
+  'wd1': Method(constant({}), constant(1)),
+  'spg': Method(lambda task: {'block_length': task.slots}, constant(2)),
+  'coupled_grpo': Method(constant({}), constant(3), True),
+  'tracerl': Method(lambda task: {'copies': merged(task)}, merged),
   'justgrpo': Method(
-    lambda task: {'copies': task.slots}, lambda task: task.slots, ('old',)
+    lambda task: {'copies': task.slots}, lambda task: task.slots
   ),
 }
 
 
 def forwards_per_round(task, method):
-  """Returns the forward passes of a round; a backward pass counts as two."""
-  fixed = {'old': INNER - 1, 'reference': INNER}
-  passes = sum(fixed[name] for name in method.fixed) + 3 * INNER
+  """Returns the forward passes of a round; a backward pass counts as two.
+
+  The policy that sampled and the reference score the masks of all inner steps,
+  without a reference those of all but the first.
+  """
+  fixed = 2 * INNER if method.reference else INNER - 1
+  passes = fixed + 3 * INNER
   return ANSWERS * (task.slots + passes * method.copies(task))
 
 
@@ -209,6 +209,10 @@ def result(args, of, rounds):
   rows = train(args, of, rounds).rows
   trained = [r for r in rows if 'train/reward' in r][-10:]
   mean = lambda key: statistics.mean(r[key] for r in trained if key in r)
+  counted = mean('train/sampling_forwards') + mean('train/training_forwards')
+  task, method = TASKS[of['task']], METHODS[of['method']]
+  backward = 2 * INNER * method.copies(task) * ANSWERS
+  assert counted + backward == forwards_per_round(task, method)
   return of | {
     'rounds': rounds,
     'correct': [
