@@ -112,7 +112,9 @@ def config_file(settings, tmp_path_factory):
   return tiny.config_file(path, settings)
 
 
-def start(script, *arguments, processes=2, of_process=None):
+def start(
+  script, *arguments, processes=2, of_process=None, program=RECORD_ROWS
+):
   """Runs a script in several processes.
 
   Args:
@@ -120,6 +122,7 @@ def start(script, *arguments, processes=2, of_process=None):
     *arguments: for all processes.
     processes: number of processes.
     of_process: dict from a process index to more arguments.
+    program: Python program that runs the script of its first argument.
 
   Returns:
     List of (standard output, standard error, exit status).
@@ -144,7 +147,7 @@ def start(script, *arguments, processes=2, of_process=None):
     forked.start(
       [
         '-c',
-        RECORD_ROWS,
+        program,
         str(ROOT / 'launch' / script),
         *map(str, arguments),
         *(of_process or {}).get(i, []),
@@ -174,13 +177,13 @@ def pretrain(config_file, workdir, *arguments):
   return ended
 
 
-def run(config, workdir):
+def run(config, workdir, *make_stage):
   """Trains in this process, on DEVICES of its devices."""
   with pytest.MonkeyPatch.context() as patch:
     devices = jax.devices()[:DEVICES]
     make_mesh = functools.partial(mesh.make_mesh, devices=devices)
     patch.setattr(mesh, 'make_mesh', make_mesh)
-    loop.run(config, str(workdir))
+    loop.run(config, str(workdir), *make_stage)
 
 
 @pytest.fixture(scope='module')
