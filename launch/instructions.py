@@ -9,7 +9,8 @@ python launch/instructions.py --heldout --num 500 --out heldout.jsonl
 Lines for training are conversations with "messages". With --heldout, lines are
 questions with "prompt", "answer" and "task", none of which is in a conversation
 for training, whatever the seeds. --reasoning_gym=basic_arithmetic,gcd writes
-questions of the package reasoning-gym instead.
+questions of the package reasoning-gym instead. With --pairs, lines have a
+"prompt", and as "chosen" and "rejected" a right and a wrong answer.
 """
 
 import json
@@ -37,6 +38,9 @@ flags.DEFINE_list(
 flags.DEFINE_bool(
   'heldout', False, 'Write questions for evaluation, not conversations.'
 )
+flags.DEFINE_bool(
+  'pairs', False, 'Write a right and a wrong answer to each question.'
+)
 flags.DEFINE_string('out', None, 'Output file of JSON lines.')
 flags.mark_flags_as_required(['out'])
 
@@ -44,11 +48,18 @@ flags.mark_flags_as_required(['out'])
 def main(args):
   if args.tasks and args.reasoning_gym:
     raise UserError('give one of --tasks and --reasoning_gym')
+  if args.pairs and (args.heldout or args.reasoning_gym):
+    raise UserError(
+      '--pairs has questions for training, of --tasks: remove --heldout and '
+      '--reasoning_gym'
+    )
   outputs.check('out', args.out)
   if args.reasoning_gym:
     lines = reasoning_tasks.questions(
       args.reasoning_gym, args.seed, args.num, args.heldout
     )
+  elif args.pairs:
+    lines = instructions.preferences(args.seed, args.num, args.tasks)
   elif args.heldout:
     lines = instructions.questions(args.seed, args.num, True, args.tasks)
   else:

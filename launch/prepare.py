@@ -122,9 +122,10 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
   'layout',
   'packed',
-  ['packed', 'padded'],
-  'Rows of --chat: several conversations each; or one each, padded with '
-  'learned eos to the length of its --group, as in LLaDA.',
+  ['packed', 'padded', 'pairs'],
+  'Rows of --chat: several conversations each; one each, padded with learned '
+  'eos to the length of its --group, as in LLaDA; or, for lines with prompt, '
+  'chosen and rejected, both answers, each in half a row.',
 )
 flags.DEFINE_integer(
   'group',
@@ -221,6 +222,10 @@ def check(args):
     refused = [
       f'--{n}' for n in names.split() if not args[n].using_default_value
     ]
+  if args.layout == 'pairs':
+    names = 'turns truncate align fill_eos length_buckets'.split()
+    for name in (n for n in names if not args[n].using_default_value):
+      raise UserError(f'--{name} has no effect with --layout=pairs: remove it')
   if args.chat and args.fill_eos and args.align == 1:
     raise UserError('--fill_eos needs --align, whose gaps it fills')
   if args.length_buckets:
@@ -285,16 +290,18 @@ def columns(args, choices, tok):
     from maskdiff.posttraining import chat, chat_rows, length_tokens
 
     template = chat.load(args.chat, args.chat_arguments)
-    lengths = map(int, args.length_buckets)
+    lengths, pairs = map(int, args.length_buckets), args.layout == 'pairs'
     encode = chat_rows.ChatDocuments(
       template,
       choices.row_length,
       args.turns,
       args.truncate,
       length_tokens.choose(tok, lengths) if args.length_buckets else (),
+      pairs,
     )
     group = args.group if args.layout == 'padded' else 1
-    layout = packing.Layout(args.layout, args.align, args.fill_eos, group)
+    align = choices.row_length // 2 if pairs else args.align
+    layout = packing.Layout(args.layout, align, args.fill_eos, group)
     return dict(layout=layout, encode=encode, encode_settings=encode.settings)
   if args.align > 1:
     return dict(layout=packing.Layout('cut', args.align))

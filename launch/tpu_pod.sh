@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs launch/pretrain.py, finetune.py or rl.py on a Google Cloud TPU pod; see usage
+# Runs launch/pretrain.py and other trainings on a Google Cloud TPU pod; see usage
 # below and docs/pods.md.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Runs launch/pretrain.py, finetune.py or rl.py on all hosts of one TPU slice or of
-several.
+Runs launch/pretrain.py, finetune.py, preferences.py or rl.py on all hosts of one
+TPU slice or of several.
 
 launch/tpu_pod.sh COMMAND --name NAME --zone ZONE [--project P] [--slices N]
                   [--dry_run] [...]
@@ -21,7 +21,7 @@ launch/tpu_pod.sh COMMAND --name NAME --zone ZONE [--project P] [--slices N]
   start    starts launch/pretrain.py on every host, in the background
              [--env KEY[=VALUE] ...] -- --config configs/8b.py --workdir DIR ...
              --script finetune -- ... starts launch/finetune.py instead, and
-             --script rl -- ... launch/rl.py
+             --script preferences or rl -- ... launch/preferences.py or rl.py
            --env KEY takes the value from the environment of this shell, so that
            it is in no command line. The hosts get the values in a file that
            only you can read, and that the start deletes.
@@ -301,8 +301,8 @@ esac
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices must be 1 or more"
 [[ $grace =~ ^[0-9]{1,6}$ ]] ||
   fail "--grace $grace must be a number of seconds"
-[[ $script == pretrain || $script == finetune || $script == rl ]] ||
-  fail "--script $script must be pretrain, finetune or rl"
+[[ $script =~ ^(pretrain|finetune|preferences|rl)$ ]] ||
+  fail "--script $script must be pretrain, finetune, preferences or rl"
 [[ $command == start || $# == 0 ]] ||
   fail "$command takes no arguments after --"
 for i in ${variables[@]+"${!variables[@]}"}; do

@@ -1,8 +1,16 @@
-"""Configs of short runs of policy optimization, and a reward."""
+"""Short runs of policy optimization: their configs, a reward, their stage."""
 
+import functools
+
+import jax
+import pytest
 import tiny
 
-from maskdiff.rl import stage_config
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.interop import load
+from maskdiff.monitoring import ledger
+from maskdiff.rl import stage, stage_config
+from maskdiff.training import run_setup, train_state
 
 REWARD = """
 def share(question, text):
@@ -56,3 +64,44 @@ def completed(keys, **changes):
   """Returns a config; `changes` have _ for the dot of the section."""
   changes = {key.replace('_', '.', 1): value for key, value in changes.items()}
   return stage_config.complete(tiny.config(keys | changes))
+
+
+class Opened:
+  """A stage on some devices, with the state of a new run."""
+
+  def __init__(self, config, devices, make_stage=stage.make_stage):
+    self.mesh = mesh_lib.make_mesh(devices=jax.devices()[:devices])
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(mesh_lib, 'make_mesh', lambda **sizes: self.mesh)
+      book = ledger.Ledger('', False)
+      self.setup = run_setup.open_setup(config, book, lambda: None)
+    self.config = config
+    self.stage = make_stage(config, self.setup)
+    self.start()
+    self.batch, self.position = self.next_batch(self.stage.start)
+
+  @functools.cached_property
+  def _step(self):
+    with jax.set_mesh(self.mesh):
+      return self.stage.compile(self.state, self.batch, jax.random.key(0))[0]
+
+  def start(self):
+    """Sets the state to that of a new run."""
+    make_state = functools.partial(
+      train_state.from_params, self.setup.model, self.setup.optimizer
+    )
+    with jax.set_mesh(self.mesh):
+      self.state = jax.jit(make_state, out_shardings=self.setup.shardings)(
+        load.warm_start(self.config, self.mesh)
+      )
+
+  def next_batch(self, position):
+    with jax.set_mesh(self.mesh):
+      return self.stage.next_batch(position, self.state.params)[:2]
+
+  def step(self, batch):
+    """Makes a train step; returns its StepMetrics."""
+    train_step = self._step
+    with jax.set_mesh(self.mesh):
+      self.state, found = train_step(self.state, batch, jax.random.key(0))
+    return jax.device_get(found)

@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 # All rules that match apply, in this order.
 RULES = {
   'two steps': Rule(
-    r'launch/(pretrain|finetune)\.py',
+    r'launch/(pretrain|finetune|preferences)\.py',
     '--config.train.steps=2 --config.train.batch=8 '
     '--config.optimizer.warmup_steps=1 --config.optimizer.decay_steps=1 '
     '--config.eval.batch=8 --config.eval.batches=1 '

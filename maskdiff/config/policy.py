@@ -1,4 +1,7 @@
-"""Config keys of policy optimization (launch/rl.py)."""
+"""Config keys of policy optimization and of preference learning.
+
+launch/preferences.py reads `method`, `settings` and `reference`.
+"""
 
 from maskdiff.config.key import Key, require
 
@@ -14,10 +17,14 @@ METHODS = (
   'random_masks',
   'justgrpo',
   'reinforce',
+  'vrpo',
 )
 KEYS = {
   'method': Key(
-    'espo', 'Method of policy optimization; docs/rl.md has a table.', METHODS
+    'espo',
+    'Method of policy optimization; docs/rl.md has a table. vrpo is for '
+    'launch/preferences.py.',
+    METHODS,
   ),
   'settings': Key(
     (),

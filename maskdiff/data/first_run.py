@@ -46,7 +46,8 @@ _EVAL_ROWS = 512  # evaluated by a first run, if the text has as many
 _CLONE = pathlib.Path(__file__).parents[2]
 _CONFIG = 'configs/tiny.py'
 _LENGTH = 128  # of the rows of _CONFIG
-_SFT_CONFIG = 'configs/sft.py'
+_SFT = 'launch/finetune.py', 'configs/sft.py'
+_PREFERENCES = 'launch/preferences.py', 'configs/preferences.py'
 _BATCHES = 50  # of an epoch of a fine-tuning, at least
 _MIN_LENGTH = 16
 
@@ -291,7 +292,8 @@ def fine_tuning(
     'train.batch': batch,
     **_evaluation(heldout),
   }
-  command = _launch('launch/finetune.py', _SFT_CONFIG, directory, values)
+  pairs = manifest.settings.get('layout') == 'pairs'
+  command = _launch(*(_PREFERENCES if pairs else _SFT), directory, values)
   where = ', MODEL being one with their tokenizer' * (model == 'MODEL')
   return f'to fine-tune a model on these rows{where}:\n{command}'
 

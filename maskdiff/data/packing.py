@@ -8,6 +8,8 @@
   and all of a group end with eos at the length of the longest one, as in
   LLaDA's fine-tuning, where the group is the batch (arXiv 2502.09992, B.1).
   These eos are answers.
+- pairs: a row holds the two documents of a preference, the chosen and the
+  rejected answer, each in its half: `align` is half of the row length.
 
 With `align`, every document starts at a multiple of so many tokens. If it is
 the block length of block diffusion, no block has tokens of two documents. The
@@ -27,7 +29,7 @@ from maskdiff.data.documents import Document
 from maskdiff.data.rows import Rows
 from maskdiff.errors import UserError
 
-NAMES = ('cut', 'packed', 'padded')
+NAMES = ('cut', 'packed', 'padded', 'pairs')
 # Rows that first fit keeps open. More rows leave less padding and take longer.
 OPEN_ROWS = 256
 GROUPS_AT_ONCE = 256  # groups of padded documents that are sorted together
@@ -68,6 +70,10 @@ class Layout:
 
 def check(layout: Layout, row_length: int) -> None:
   """Raises UserError if the row length is not a multiple of `align`."""
+  if layout.name == 'pairs' and 2 * layout.align != row_length:
+    raise UserError(
+      f'--row_length={row_length} must be even: a row has both answers'
+    )
   if layout.align < 1 or row_length % layout.align:
     raise UserError(
       f'--align={layout.align} does not divide --row_length={row_length}: '
@@ -96,7 +102,12 @@ def rows(
   """
   if layout.fill_eos:
     documents = (_extended(d, _up(d, layout), eos_id) for d in documents)
-  arrange = {'cut': _cut, 'packed': _first_fit, 'padded': _padded}[layout.name]
+  arrange = {
+    'cut': _cut,
+    'packed': _first_fit,
+    'padded': _padded,
+    'pairs': _pairs,
+  }[layout.name]
   placed = arrange(layout, documents, row_length, eos_id)
   for some in _batches(placed, _ROWS_AT_ONCE):
     yield _block(some, layout, row_length, pad_id)
@@ -191,6 +202,12 @@ def _padded(layout, documents, row_length, eos_id):
     for group in _batches(by_length, layout.group):
       longest = min(row_length, _up(group[-1], layout))
       yield from ([_extended(d, longest, eos_id)] for d in group)
+
+
+def _pairs(layout, documents, row_length, eos_id):
+  """Yields rows of two documents."""
+  del layout, row_length, eos_id
+  yield from _batches(documents, 2)
 
 
 def _block(placed, layout, row_length, pad_id) -> Rows:

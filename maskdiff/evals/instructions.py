@@ -96,6 +96,28 @@ def conversations(seed, n, tasks=None):
   return [{'messages': _messages(rng, tasks)} for _ in range(n)]
 
 
+def preferences(seed, n, tasks=None):
+  """Draws questions with a right and a wrong answer from a seed.
+
+  The wrong answer is right for another question of the same task.
+
+  Args:
+    seed: int.
+    n: number of pairs.
+    tasks: see `questions`.
+
+  Returns:
+    list of n dicts with the texts `prompt`, `chosen` and `rejected`, for
+    `launch/prepare.py --layout=pairs`.
+
+  Raises:
+    UserError: as `questions`.
+  """
+  tasks = _known(tasks)
+  rng = random.Random(f'preferences {seed}')
+  return [_pair(rng, tasks) for _ in range(n)]
+
+
 def _known(tasks):
   tasks = list(TASKS) if tasks is None else list(tasks)
   unknown = [name for name in tasks if name not in TASKS]
@@ -113,6 +135,15 @@ def _messages(rng, tasks):
     turns.append({'role': 'user', 'content': question['prompt']})
     turns.append({'role': 'assistant', 'content': question['answer']})
   return turns
+
+
+def _pair(rng, tasks):
+  question = _question(rng, False, tasks)
+  rejected = chosen = question['answer']
+  while rejected == chosen:
+    rejected = TASKS[question['task']](rng)[1]
+  prompt = question['prompt']
+  return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}
 
 
 def _question(rng, heldout, tasks):

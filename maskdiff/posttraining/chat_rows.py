@@ -23,6 +23,7 @@ TURNS = ('last', 'all', 'each')
 TRUNCATE = ('drop', 'right', 'turns')
 NO_ANSWER = 'without an answer to learn'
 TOO_LONG = 'too long'
+EQUAL = 'with two equal answers'
 NO_BUCKET = 'with an answer longer than the largest of --length_buckets'
 
 encoder = functools.lru_cache(maxsize=1)(chat_tokens.encoder)
@@ -44,6 +45,8 @@ class ChatDocuments:
       from the start, except for system turns, until the rest fits.
     length_tokens: pairs (length, token id) of length_tokens.choose; () trains
       answers without lengths.
+    pairs: whether records have a chosen and a rejected answer, which become two
+      documents of at most half a row each, in this order.
   """
 
   template: chat.Template
@@ -51,6 +54,7 @@ class ChatDocuments:
   turns: str = 'last'
   truncate: str = 'drop'
   length_tokens: tuple[tuple[int, int], ...] = ()
+  pairs: bool = False
 
   @property
   def settings(self) -> dict[str, str]:
@@ -81,30 +85,41 @@ class ChatDocuments:
       skipped: numbers of conversations that are left out, by reason; modified.
 
     Raises:
-      BadRecord: a record is not a conversation, or cannot be encoded. The
-        message has the file and the line.
+      BadRecord: a record is not a conversation or a pair, or cannot be encoded.
+        The message has the file and the line.
       UserError: a file is damaged.
     """
-    skip = lambda reason: skipped.update({reason: skipped.get(reason, 0) + 1})
     encode = encoder(self.template, tokenizer)
+    of_record = self._of_pair if self.pairs else self._of_conversation
     for record, place in sources.read_records(part):
       try:
-        messages = conversations.parse(_value(record))
-        examples = _examples(messages, self.turns)
-        key = _key(messages)
-        documents = [
-          d for e in examples for d in self._documents(encode, key, *e)
-        ]
+        documents = of_record(encode, _value(record))
       except UserError as e:
         where = sources.where(*place)
         raise BadRecord(f'{where}: {inline(e)}') from e
-      if not documents:
-        skip(NO_ANSWER)
       for document in documents:
         if isinstance(document, str):
-          skip(document)
+          skipped[document] = skipped.get(document, 0) + 1
         else:
           yield document
+
+  def _of_conversation(self, encode, record) -> list[Document | str]:
+    """Returns the documents of a record, or why some are left out."""
+    messages = conversations.parse(record)
+    examples, key = _examples(messages, self.turns), _key(messages)
+    found = [d for e in examples for d in self._documents(encode, key, *e)]
+    return found or [NO_ANSWER]
+
+  def _of_pair(self, encode, record) -> list[Document | str]:
+    """Returns the documents of both answers, or why they are left out."""
+    pair = conversations.parse_pair(record)
+    encoded = [chat_tokens.encode(encode, m, [len(m) - 1]) for m in pair]
+    chosen, rejected = (e.tokens.tolist() for e in encoded)
+    if chosen == rejected:
+      return [EQUAL]
+    if 2 * max(len(chosen), len(rejected)) > self.row_length:
+      return [TOO_LONG]
+    return [Document(_key(pair[0]), *e) for e in encoded]
 
   def _documents(
     self, encode, key, messages, trained

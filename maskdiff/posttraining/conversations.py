@@ -8,11 +8,13 @@ A record has `messages`, or a prompt and its answer under the names of PAIRS:
     {"instruction": "Add.", "input": "2 and 2", "output": "4"}
 
 A message may also have `train`, whether an answer is learned, and
-`reasoning_content`, which some templates read.
+`reasoning_content`, which some templates read. Records of preferences have a
+chosen and a rejected answer (`parse_pair`).
 """
 
 from maskdiff.errors import UserError, inline
 
+ANSWERS = 'chosen', 'rejected'  # of a pair
 ROLES = ('system', 'user', 'assistant', 'tool')
 PAIRS = (
   ('prompt', 'completion'),
@@ -41,7 +43,7 @@ def parse(record) -> list[dict]:
       f'is {_kind(record)}, not a JSON object: write one conversation per line'
     )
   if record.get('messages') is not None:
-    return _messages(record['messages'])
+    return messages(record['messages'], 'messages')
   for first, second in PAIRS:
     if record.get(first) is not None and record.get(second) is not None:
       question = _text(record[first], first)
@@ -57,19 +59,73 @@ def parse(record) -> list[dict]:
   raise UserError(f'has neither messages nor a pair ({known}) among {names}')
 
 
-def _messages(found) -> list[dict]:
+def parse_pair(record) -> tuple[list[dict], list[dict]]:
+  """Returns the conversations with the chosen and with the rejected answer.
+
+  They differ in their last turn only, which is an answer.
+
+  Args:
+    record: JSON value with `prompt`, `chosen` and `rejected`, which are texts
+      or lists of messages, as in datasets for TRL. Without `prompt`, the lists
+      are whole conversations.
+
+  Raises:
+    UserError: as `parse`.
+  """
+  if not isinstance(record, dict):
+    raise UserError(
+      f'is {_kind(record)}, not a JSON object: write one pair per line'
+    )
+  chosen, rejected = (_with_answer(record, key) for key in ANSWERS)
+  for key, turns in zip(ANSWERS, (chosen, rejected), strict=True):
+    if len(turns) < 2 or turns[-1]['role'] != 'assistant':
+      raise UserError(
+        f'{key} does not end a conversation: it must be an answer of the '
+        'assistant to a prompt'
+      )
+  if chosen[:-1] != rejected[:-1]:
+    raise UserError(
+      'chosen and rejected differ before their last turn: they must answer the '
+      'same prompt'
+    )
+  return chosen, rejected
+
+
+def _with_answer(record, key: str) -> list[dict]:
+  """Returns the conversation that ends with an answer of a pair."""
+  prompt, answer = record.get('prompt'), record.get(key)
+  if answer is None or (prompt is None and isinstance(answer, str)):
+    names = ', '.join(inline(repr(name), 40) for name in list(record)[:10])
+    missing = key if answer is None else 'prompt'
+    raise UserError(
+      f'has no {missing} among {names}: a pair has prompt, chosen and rejected'
+    )
+  turns = _turns(answer, key, 'assistant')
+  # Some datasets repeat the prompt in both answers.
+  if prompt is None or turns[0]['role'] != 'assistant':
+    return turns
+  return _turns(prompt, 'prompt', 'user') + turns
+
+
+def _turns(found, name: str, role: str) -> list[dict]:
+  if isinstance(found, str):
+    return [{'role': role, 'content': found}]
+  return messages(found, name)
+
+
+def messages(found, name: str) -> list[dict]:
+  """Returns the messages of a list, as `parse`; errors call it `name`."""
   if not isinstance(found, list) or not found:
-    raise UserError(f'messages is {_kind(found)}: it must be a list of turns')
+    raise UserError(f'{name} is {_kind(found)}: it must be a list of turns')
   if len(found) > MAX_MESSAGES:
     raise UserError(
       f'has {len(found):,} messages, over the limit of {MAX_MESSAGES:,}: split '
       'the conversation'
     )
-  return [_message(turn, i) for i, turn in enumerate(found)]
+  return [_message(turn, f'{name}[{i}]') for i, turn in enumerate(found)]
 
 
-def _message(turn, i: int) -> dict:
-  where = f'messages[{i}]'
+def _message(turn, where: str) -> dict:
   if not isinstance(turn, dict):
     raise UserError(
       f'{where} is {_kind(turn)}: it must have a role and a content'

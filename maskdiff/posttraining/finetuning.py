@@ -64,14 +64,14 @@ def make_stage(config, setup):
   """
   require_inputs(config)
   stage = pretraining.make_stage(config, setup, columns=('answer',))
-  files = _chat_files(config, stage.tokenizer)
+  files = chat_files(config, stage.tokenizer)
   stage = dataclasses.replace(stage, name='fine-tuning', files=files)
   return (
     _with_exact_match(config, setup, stage) if config.eval.answers else stage
   )
 
 
-def _chat_files(config, tokenizer):
+def chat_files(config, tokenizer):
   """Returns the chat template of the rows, and the tokens that end an answer.
 
   They are files of the work directory, for launch/chat.py and for exports.
@@ -138,17 +138,24 @@ def _with_exact_match(config, setup, stage):
   )
 
 
-def require_inputs(config):
-  """Raises UserError unless the config names a model and data."""
+def require_inputs(config, name='fine-tuning', layout=''):
+  """Raises UserError unless the config names a model and data.
+
+  Args:
+    config: ConfigDict.
+    name: of the training.
+    layout: flag of launch/prepare.py for its rows, such as ' --layout=pairs'.
+  """
   if not config.init_from:
     raise UserError(
-      'fine-tuning starts from a trained model: set --config.init_from to a '
+      f'{name} starts from a trained model: set --config.init_from to a '
       'Hugging Face folder or to the work directory of a run'
     )
   if config.data.path == _EMBEDDED:
     raise UserError(
-      'fine-tuning needs rows with answers: prepare conversations with '
-      'launch/prepare.py --chat, and set --config.data.path to their directory'
+      f'{name} needs rows with answers: prepare conversations with '
+      f'launch/prepare.py --chat{layout}, and set --config.data.path to their '
+      'directory'
     )
 
 

@@ -38,6 +38,26 @@ def is_clipped(s, units):
   return units.where & (above | below)
 
 
+def ratio_metrics(s, units):
+  """Returns metrics of the ratios to the policy that sampled.
+
+  Returns:
+    dict of float32 scalars: `clip_fraction`, and mean, standard deviation,
+    least and largest `ratio_*`; 1 if there are no units.
+  """
+  where, ratio = units.where, jnp.exp(units.log_ratio)
+  exist, number = where.any(), jnp.maximum(where.sum(), 1)
+  mean = lambda x: jnp.where(where, x, 0).sum() / number
+  average = jnp.where(exist, mean(ratio), 1)
+  return {
+    'clip_fraction': mean(is_clipped(s, units)),
+    'ratio_mean': average,
+    'ratio_std': jnp.sqrt(mean((ratio - average) ** 2)),
+    'ratio_min': jnp.where(exist, jnp.where(where, ratio, jnp.inf).min(), 1),
+    'ratio_max': jnp.where(exist, jnp.where(where, ratio, 0).max(), 1),
+  }
+
+
 # Means: (values of units, Units) -> scalar.
 
 

@@ -19,12 +19,11 @@ can be computed once per inner step and stored.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from maskdiff.errors import UserError
 from maskdiff.likelihood.queries import Answers
 from maskdiff.objectives.table import OBJECTIVES
-from maskdiff.rl import clipped, divergence, table
+from maskdiff.rl import divergence, table
 
 
 class LogProbs(NamedTuple):
@@ -92,16 +91,16 @@ def loss(name, s, log_probs, queries, batch, advantages):
       them.
 
   Returns:
-    float32 scalar to minimize; and metrics, a dict of float32 scalars: `kl` (if
-    there is a policy to compare with), `clip_fraction`, and mean, standard
-    deviation, least and largest `ratio_*` to the policy that sampled.
+    float32 scalar to minimize; and metrics, a dict of float32 scalars: those of
+    the method, clipped.ratio_metrics or weighted.preference_metrics, and `kl`,
+    if there is a policy to compare with.
 
   Raises:
     UserError: the reference is missing.
   """
   method = table.find(name)
   new = log_probs.new
-  fixed = lambda x: None if x is None else jax.lax.stop_gradient(x)
+  fixed = jax.lax.stop_gradient  # of None: None
   old = fixed(new if log_probs.old is None else log_probs.old)
   to_old = s.kl_to == 'old' and not method.needs_reference
   other = old if to_old else fixed(log_probs.reference)
@@ -111,26 +110,14 @@ def loss(name, s, log_probs, queries, batch, advantages):
     )
   u = method.units(s, new, old, other, queries, batch, advantages)
   value = method.objective(s, u)
-  metrics = _ratio_metrics(s, u)
-  if other is not None:
+  metrics = fixed(method.metrics(s, u))
+  # The answers of pairs are not samples of the policy.
+  if other is not None and (s.kl_weight or not method.pairs):
     kl = method.mean(divergence.ESTIMATES[s.kl](u.gap) / u.size, u)
     metrics['kl'] = fixed(kl)
     if s.kl_weight:
       value = value + s.kl_weight * kl
   return value, metrics
-
-
-def _ratio_metrics(s, u):
-  u = jax.lax.stop_gradient(u)
-  ratio, number = jnp.exp(u.log_ratio), jnp.maximum(u.where.sum(), 1)
-  mean = lambda x: jnp.where(u.where, x, 0).sum() / number
-  return {
-    'clip_fraction': mean(clipped.is_clipped(s, u)),
-    'ratio_mean': mean(ratio),
-    'ratio_std': jnp.sqrt(mean((ratio - mean(ratio)) ** 2)),
-    'ratio_min': jnp.where(u.where, ratio, jnp.inf).min(),
-    'ratio_max': jnp.where(u.where, ratio, -jnp.inf).max(),
-  }
 
 
 def _without_masks():

@@ -28,7 +28,7 @@ from maskdiff.likelihood import row_bounds
 from maskdiff.model.lora import LoraConfig
 from maskdiff.model.network import Network
 from maskdiff.model.trainable import join, trainable
-from maskdiff.rl import policy_loss
+from maskdiff.rl import policy_loss, table
 from maskdiff.rl.batch import Batch
 from maskdiff.rl.settings import Settings
 from maskdiff.training.step import split_rows
@@ -175,21 +175,7 @@ def gradients(c, step_config, state, batch, key):
   def network(trained):
     return dataclasses.replace(c.network, params=join(state.params, trained))
 
-  def loss(new):
-    fixed = {}
-    if batch.fixed is not None:
-      fixed = dict(zip(c.fixed_networks, batch.fixed, strict=True))
-    if 'old' in fixed:
-      # Another program computed the stored ones: only its own ratios are 1.
-      is_first = batch.step[1] == 0
-      own = jax.lax.stop_gradient(new)
-      fixed['old'] = jnp.where(is_first, own, fixed['old'])
-    log_probs = policy_loss.LogProbs(new, **fixed)
-    value, metrics = policy_loss.loss(
-      c.method, c.settings, log_probs, queries, rows, batch.advantages
-    )
-    return value, PolicySums(value, metrics)
-
+  loss = lambda new: _loss(c, new, queries, batch)
   if c.microbatches == 1:
     of_params = lambda trained: loss(
       _log_probs(c, [network(trained)], rows, queries)[0]
@@ -208,6 +194,37 @@ def gradients(c, step_config, state, batch, key):
 
   zeros = jax.tree.map(jnp.zeros_like, trained)
   return jax.lax.scan(accumulate, zeros, _parts(c, rows))[0], sums
+
+
+def measure(c, params, batch):
+  """Returns the PolicySums of a batch, without gradients.
+
+  Args:
+    c: PolicyConfig.
+    params: parameter tree of the policy.
+    batch: PolicyRows.
+  """
+  queries = draw(c, batch.rows, batch.step)
+  network = dataclasses.replace(c.network, params=params)
+  new = _log_probs(c, [network], batch.rows, queries)[0]
+  return _loss(c, new, queries, batch)[1]
+
+
+def _loss(c, new, queries, batch):
+  """Returns the loss of log-probabilities [n, N, L], and PolicySums."""
+  fixed = {}
+  if batch.fixed is not None:
+    fixed = dict(zip(c.fixed_networks, batch.fixed, strict=True))
+  if 'old' in fixed:
+    # Another program computed the stored ones: only its own ratios are 1.
+    is_first = batch.step[1] == 0
+    own = jax.lax.stop_gradient(new)
+    fixed['old'] = jnp.where(is_first, own, fixed['old'])
+  log_probs = policy_loss.LogProbs(new, **fixed)
+  value, metrics = policy_loss.loss(
+    c.method, c.settings, log_probs, queries, batch.rows, batch.advantages
+  )
+  return value, PolicySums(value, metrics)
 
 
 def _parts(c, rows):
@@ -250,7 +267,8 @@ def shardings(c, mesh):
     mesh, PartitionSpec(*[None] * leading, BATCH_AXES, 'sequence')
   )
   batch = PolicyRows(
-    rows=Batch(*[rows] * len(Batch._fields)),
+    # Pairs were not sampled, so they have no steps.
+    rows=Batch(*[rows] * 4, None if table.find(c.method).pairs else rows),
     advantages=replicated,
     step=replicated,
     fixed=spec(2) if c.fixed_steps and c.fixed_networks else None,

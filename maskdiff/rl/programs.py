@@ -1,4 +1,4 @@
-"""Compiled programs of a round of policy optimization, except the train step.
+"""Compiled programs of policy optimization: of a round, and the train step.
 
 Their arguments have the same shapes in every round, so each is compiled once.
 """
@@ -13,6 +13,8 @@ import numpy as np
 
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.rl import policy_step, rollouts, table
+from maskdiff.training import step as step_lib
+from maskdiff.training.stage import compile_step
 
 
 class Programs(NamedTuple):
@@ -71,6 +73,18 @@ def make(config, setup, c):
     choose=jax.jit(choose, out_shardings=of_batch),
     copies=len(jax.eval_shape(draw, shapes).masked),
   )
+
+
+def compile_train_step(config, setup, c, state, batch, key):
+  """Compiles the train step of a PolicyConfig; see `Stage.compile`."""
+  jitted = step_lib.compile_train_step(
+    step_lib.step_config(config),
+    setup.optimizer,
+    setup.mesh,
+    functools.partial(policy_step.gradients, c),
+    policy_step.shardings(c, setup.mesh)[0],
+  )
+  return compile_step(jitted, state, batch, key)
 
 
 def place(mesh, arrays):

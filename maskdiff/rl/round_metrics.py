@@ -119,16 +119,27 @@ def row(metrics, of_rounds, forwards_per_step):
     'train/training_forwards': total('fixed_forwards')
     + float(forwards_per_step * len(metrics)),
   }
+  return values | of_steps(metrics)
+
+
+def of_steps(metrics):
+  """Returns the means of loss and metrics of some steps, a dict of floats.
+
+  Args:
+    metrics: list of step.StepMetrics; skipped updates are left out.
+  """
   applied = [m.sums for m in metrics if not m.skipped]
-  if applied:
-    of = lambda name: [float(sums.metrics[name]) for sums in applied]
-    reduce = {'ratio_min': np.min, 'ratio_max': np.max}
-    values |= {
-      f'train/{name}': float(reduce.get(name, np.mean)(of(name)))
-      for name in applied[0].metrics
-    }
-    values['train/policy_loss'] = float(np.mean([s.loss for s in applied]))
-  return values
+  if not applied:
+    return {}
+  of = lambda name: [float(sums.metrics[name]) for sums in applied]
+  reduce = {'ratio_min': np.min, 'ratio_max': np.max}
+  values = {
+    f'train/{name}': float(reduce.get(name, np.mean)(of(name)))
+    for name in applied[0].metrics
+  }
+  return values | {
+    'train/policy_loss': float(np.mean([s.loss for s in applied]))
+  }
 
 
 def line(row):
@@ -138,8 +149,11 @@ def line(row):
     ('correct', 'train/correct', '.1%'),
     ('kl', 'train/kl', '.4f'),
     ('clipped', 'train/clip_fraction', '.1%'),
+    ('empty groups', 'train/empty_groups', '.1%'),
     ('lr', 'train/learning_rate', '.2e'),
   )
   return '  '.join(
-    f'{name} {row[key]:{form}}' for name, key, form in shown if key in row
+    f'{name} {row[key]:{form}}'
+    for name, key, form in shown
+    if key in row and (row[key] or key != 'train/empty_groups')
   )

@@ -19,7 +19,6 @@ import numpy as np
 
 from maskdiff.posttraining import finetuning
 from maskdiff.rl import (
-  policy_step,
   programs,
   reference,
   round_metrics,
@@ -28,8 +27,7 @@ from maskdiff.rl import (
   stage_config,
 )
 from maskdiff.training import inputs
-from maskdiff.training import step as step_lib
-from maskdiff.training.stage import Evaluation, Stage, compile_step
+from maskdiff.training.stage import Evaluation, Stage
 
 
 def make_stage(config, setup):
@@ -77,16 +75,6 @@ def make_stage(config, setup):
       following = {'round': number + 1, 'inner': 0}
     return batch, following, {'round': number, 'inner': inner}
 
-  def compile(state, batch, key):
-    jitted = step_lib.compile_train_step(
-      step_lib.step_config(config),
-      setup.optimizer,
-      setup.mesh,
-      functools.partial(policy_step.gradients, c),
-      policy_step.shardings(c, setup.mesh)[0],
-    )
-    return compile_step(jitted, state, batch, key)
-
   # Several microbatches take a pass without gradients first.
   passes = o.programs.copies * (1 + (c.microbatches > 1))
 
@@ -106,7 +94,7 @@ def make_stage(config, setup):
     tokenizer=tokenizer,
     start={'round': 0, 'inner': 0},
     next_batch=next_batch,
-    compile=compile,
+    compile=functools.partial(programs.compile_train_step, config, setup, c),
     evaluate=functools.partial(_evaluate, o),
     row=row,
     line=round_metrics.line,

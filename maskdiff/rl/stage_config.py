@@ -31,11 +31,11 @@ _NOT_IDENTITY = (
 _RANDOM_RULES = ('random', 'ancestral', 'first_hitting')
 
 
-def require_model(config):
+def require_model(config, name='policy optimization'):
   """Raises UserError unless the config names a model to start from."""
   if not config.init_from:
     raise UserError(
-      'policy optimization starts from a trained model: set '
+      f'{name} starts from a trained model: set '
       '--config.init_from to the work directory of a run or to a Hugging Face '
       'folder'
     )
@@ -66,6 +66,42 @@ def complete(config, given=()):
   return config
 
 
+def check_model(config, tokenizer):
+  """Raises UserError unless the method can train the model.
+
+  Args:
+    config: ConfigDict with config.init_from.
+    tokenizer: data.tokenizer.Tokenizer of the run.
+  """
+  p, objective = config.policy, OBJECTIVES[config.objective.name]
+  source = finetuning.model_config(config.init_from).data.tokenizer
+  of_policy = tokenizer_lib.load(source).fingerprint
+  if of_policy != tokenizer.fingerprint:
+    raise UserError(
+      f'--config.data.tokenizer={config.data.tokenizer} differs from the '
+      f'tokenizer of --config.init_from={config.init_from}, which the policy '
+      f'was trained with; set --config.data.tokenizer={source}'
+    )
+  if table.find(p.method).masks and objective.left_to_right:
+    methods = table.METHODS.items()
+    rest = [n for n, m in methods if not m.masks and not m.pairs]
+    raise UserError(
+      f'--config.policy.method={p.method} masks tokens, and a network trained '
+      f'with objective {config.objective.name} has no mask token; set '
+      f'--config.policy.method to {", ".join(rest[:-1])} or {rest[-1]}'
+    )
+  if objective.drafts:
+    raise UserError(
+      'launch/rl.py and launch/preferences.py train no drafter: set '
+      '--config.objective.name=autoregressive --config.drafter.kind=none'
+    )
+  if config.train.epochs:
+    raise UserError(
+      f'config.train.epochs={config.train.epochs} is for launch/finetune.py; '
+      'set --config.train.epochs=0 and --config.train.steps'
+    )
+
+
 def check(config, tokenizer):
   """Checks what a config cannot check without the rooms above it.
 
@@ -79,32 +115,13 @@ def check(config, tokenizer):
       and masks do not fit each other.
   """
   require_model(config)
-  p, objective = config.policy, OBJECTIVES[config.objective.name]
-  source = finetuning.model_config(config.init_from).data.tokenizer
-  of_policy = tokenizer_lib.load(source).fingerprint
-  if of_policy != tokenizer.fingerprint:
+  p = config.policy
+  if table.find(p.method).pairs:
     raise UserError(
-      f'--config.data.tokenizer={config.data.tokenizer} differs from the '
-      f'tokenizer of --config.init_from={config.init_from}, which the policy '
-      f'was trained with; set --config.data.tokenizer={source}'
+      f'--config.policy.method={p.method} learns from pairs of answers, not '
+      'from rewards: use launch/preferences.py'
     )
-  if table.find(p.method).masks and objective.left_to_right:
-    rest = [n for n in policy.METHODS if not table.METHODS[n].masks]
-    raise UserError(
-      f'--config.policy.method={p.method} masks tokens, and a network trained '
-      f'with objective {config.objective.name} has no mask token; set '
-      f'--config.policy.method to {", ".join(rest[:-1])} or {rest[-1]}'
-    )
-  if objective.drafts:
-    raise UserError(
-      'policy optimization does not train a drafter: set '
-      '--config.objective.name=autoregressive --config.drafter.kind=none'
-    )
-  if config.train.epochs:
-    raise UserError(
-      f'config.train.epochs={config.train.epochs} is for launch/finetune.py; '
-      'set --config.train.epochs=0 and --config.train.steps'
-    )
+  check_model(config, tokenizer)
   if config.data.length_tokens:
     raise UserError(
       'the model predicts lengths of answers, and rollouts have answers of '
@@ -167,7 +184,8 @@ def _settings(p):
       raise UserError(
         f'config.policy.settings: {name}={value!r} must be {kind.__name__}'
       )
-  changes.setdefault('group', p.group)
+  if not table.find(p.method).pairs:
+    changes.setdefault('group', p.group)
   return table.settings(p.method, **changes)
 
 
@@ -209,14 +227,26 @@ def header(config, questions, copies):
     questions: scoring.Questions.
     copies: masked copies per answer.
   """
-  p, s = config.policy, _settings(config.policy)
+  p = config.policy
+  return (
+    f'policy optimization: {described(config, copies)}\ntask {p.task}, reward '
+    f'{questions.reward.name}: {p.prompts} prompts of {p.group} answers per '
+    f'round, {p.inner_steps} steps per round'
+  )
+
+
+def described(config, copies):
+  """Returns the method of a config, its settings and its cost, for header.txt.
+
+  Args:
+    config: ConfigDict.
+    copies: masked copies per answer.
+  """
+  s = _settings(config.policy)
   changed = ', '.join(
     f'{f.name}={getattr(s, f.name)}'
     for f in dataclasses.fields(s)
     if getattr(s, f.name) != f.default
   )
-  return (
-    f'policy optimization: {p.method} ({changed}), {copies} masked copies per '
-    f'answer\ntask {p.task}, reward {questions.reward.name}: {p.prompts} '
-    f'prompts of {p.group} answers per round, {p.inner_steps} steps per round'
-  )
+  method = config.policy.method
+  return f'{method} ({changed}), {copies} masked copies per answer'

@@ -30,6 +30,9 @@ class Method:
     needs_steps: whether the copies need Batch.steps.
     baseline, deviation: published advantages, see advantages.py.
     num_eos: slots after an answer that carry a loss, see batch.until_eos.
+    metrics: (Settings, Units) -> dict of scalars.
+    pairs: whether rows are a chosen and a rejected answer, without rewards
+      (launch/preferences.py).
   """
 
   draw: Callable
@@ -44,6 +47,8 @@ class Method:
   baseline: str = 'group_mean'
   deviation: str = 'none'
   num_eos: int = 1
+  metrics: Callable = clipped.ratio_metrics
+  pairs: bool = False
 
 
 def _clipped(mean):
@@ -201,6 +206,8 @@ METHODS = {
     source='VRPO, LLaDA 1.5: arXiv 2505.19223',
     masks=False,
     needs_reference=True,
+    metrics=weighted.preference_metrics,
+    pairs=True,
   ),
 }
 

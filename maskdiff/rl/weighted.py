@@ -59,6 +59,36 @@ def preference(s, units):
     raise UserError(
       f'{len(units.score)} rows are not pairs of a chosen and a rejected answer'
     )
-  margin = s.preference_scale * (units.gap[::2] - units.gap[1::2])
+  margin = _margin(s, units)
   nll = -units.score[::2] / jnp.maximum(units.slots[::2], 1)
   return (jax.nn.softplus(-margin) + s.chosen_weight * nll).mean()
+
+
+def _margin(s, units):
+  """Returns beta x the difference of the gaps of each pair, [B / 2]."""
+  return s.preference_scale * (units.gap[::2] - units.gap[1::2])
+
+
+def preference_metrics(s, units):
+  """Returns metrics of pairs, a dict of float32 scalars.
+
+  preference_loss: -log sigmoid(margin), without the term of `chosen_weight`.
+  preference_accuracy: share of pairs with a positive margin, the accuracy of
+    the implicit reward of DPO; a margin of 0 counts half.
+  margin: mean.
+  chosen_nats_per_token, rejected_nats_per_token: bounds on the negative
+    log-likelihood, over all tokens of these answers.
+  """
+  margin = _margin(s, units)
+  total = -units.score * units.size
+
+  def nats_per_token(first):
+    return total[first::2].sum() / jnp.maximum(units.slots[first::2].sum(), 1)
+
+  return {
+    'preference_loss': jax.nn.softplus(-margin).mean(),
+    'preference_accuracy': ((jnp.sign(margin) + 1) / 2).mean(),
+    'margin': margin.mean(),
+    'chosen_nats_per_token': nats_per_token(0),
+    'rejected_nats_per_token': nats_per_token(1),
+  }

@@ -40,7 +40,7 @@ def open_tokenizer(config):
   return tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
 
 
-def open_data(config, tokenizer, path=None, columns=()):
+def open_data(config, tokenizer, path=None, columns=(), pairs=False):
   """Opens the datasets of a data path and verifies their shards.
 
   The embedded corpus is prepared on first use. Process 0 prepares it for all
@@ -52,13 +52,14 @@ def open_data(config, tokenizer, path=None, columns=()):
     path: in the form of config.data.path. Default: config.data.path.
     columns: names of the columns that every dataset must store, from
       data.rows.COLUMNS.
+    pairs: whether the rows are pairs of answers, of --layout=pairs.
 
   Returns:
     List of data.pipeline.Dataset.
 
   Raises:
     UserError: a directory or shard is missing or damaged, was prepared with
-      another tokenizer, or lacks a column.
+      another tokenizer or as another kind of rows, or lacks a column.
   """
   datasets = []
   for name, weight in pipeline.parse_mixture(path or config.data.path):
@@ -86,6 +87,14 @@ def open_data(config, tokenizer, path=None, columns=()):
         f'the documents of {directory} end with the eos id {manifest.eos_id}, '
         f'but config.tokens.eos_id={tokenizer.eos_id}; set '
         f'--config.data.tokenizer={directory}, which holds the right tokenizer'
+      )
+    if pairs != (manifest.settings.get('layout') == 'pairs'):
+      raise UserError(
+        f'{directory} has no pairs of a chosen and a rejected answer: prepare '
+        'them with launch/prepare.py --chat TEMPLATE --layout=pairs'
+        if pairs
+        else f'{directory} has pairs of a chosen and a rejected answer: train '
+        'on them with launch/preferences.py'
       )
     missing = [name for name in columns if name not in manifest.columns]
     if missing:

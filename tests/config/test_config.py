@@ -137,7 +137,7 @@ def test_a_docstring_counts_parameters_exactly(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_the_command_in_a_docstring_names_its_file(name):
   docstring = runpy.run_path(str(ROOT / 'configs' / name))['__doc__']
-  scripts = {'sft': 'finetune', 'rl_': 'rl'}
+  scripts = {'sft': 'finetune', 'rl_': 'rl', 'pre': 'preferences'}
   script = scripts.get(name[:3], 'pretrain')
   assert f'launch/{script}.py --config configs/{name} ' in docstring
 

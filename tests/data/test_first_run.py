@@ -281,8 +281,9 @@ def test_command_gives_ids_that_a_tokenizer_lacks(tmp_path):
 def test_command_of_a_fine_tuning_fits_the_rows(tmp_path):
   """The model is a folder with a config.json, or one that the user names."""
   split = lambda rows: types.SimpleNamespace(rows=rows)
-  manifest = lambda train, heldout: types.SimpleNamespace(
-    splits={'train': split(train), 'heldout': split(heldout)}
+  manifest = lambda train, heldout, layout='packed': types.SimpleNamespace(
+    splits={'train': split(train), 'heldout': split(heldout)},
+    settings={'layout': layout},
   )
   model = tmp_path / 'a model'
   model.mkdir()
@@ -304,6 +305,8 @@ def test_command_of_a_fine_tuning_fits_the_rows(tmp_path):
     assert 'launch/finetune.py --config configs/sft.py' in command
   text = first_run.fine_tuning('rows', manifest(9, 2), ['plain', 'x.model'])
   assert 'MODEL being' in text and '--config.init_from=MODEL' in text
+  text = first_run.fine_tuning('rows', manifest(9, 2, 'pairs'), [])
+  assert 'launch/preferences.py --config configs/preferences.py' in text
   for rows in ((9, 1), (0, 9)):
     assert first_run.fine_tuning('rows', manifest(*rows), []).startswith('note')
 

@@ -51,7 +51,7 @@ RUN = [path for path in BLOCKS if BLOCKS[path]]
 
 # Regular expressions of commands, and of the output of those that succeed.
 SAYS = {
-  r'launch/(pretrain|finetune)\.py': r'(?s)step 2/2 .*held-out',
+  r'launch/(pretrain|finetune|preferences)\.py': r'(?s)step 2/2 .*held-out',
   r'launch/rl\.py': r'(?s)step 2/2 .*held-out reward',
   r'launch/sample\.py (?!.*--help)': r'\d+ tokens, \d+ forward passes',
   r'launch/sample\.py .*--prompt "?class': r'^class ',

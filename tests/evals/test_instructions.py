@@ -55,6 +55,12 @@ def test_questions_are_drawn_from_the_seed():
   assert line['prompt'] == 'Name the last letter of pipure.'
 
 
+def test_pairs_have_a_right_and_a_wrong_answer():
+  for pair in instructions.preferences(0, 200, ['larger', 'capitals']):
+    task = 'larger' if any(map(str.isdigit, pair['prompt'])) else 'capitals'
+    assert pair['chosen'] == solve(task, pair['prompt']) != pair['rejected']
+
+
 def test_no_question_is_in_training_and_evaluation():
   trained = {
     turn['content']

@@ -417,6 +417,11 @@ def test_conversations_are_prepared_and_inspected(tmp_path):
       ['--out=x', '--source=docs', '--tokenizer=tokenizer', '--align=3'],
       '--align=3 does not divide --row_length=4096',
     ),
+    (
+      ['--out=x', '--source=docs', '--tokenizer=tokenizer', '--chat=plain']
+      + ['--layout=pairs', '--turns=all'],
+      '--turns has no effect with --layout=pairs',
+    ),
     ([], 'give one of --out DIR, the directory to write, --inspect DIR and'),
     (['--out=x', '--verify=x'], 'give one of --out DIR'),
     (['--out=x'], '--out needs --source'),

@@ -22,6 +22,7 @@ ABSENT = {
   'harness': b'--workdir=ODD --tasks=a',
   'instructions': b'--out=ODD/new',
   'plan': b'--config=ODD --topology=v5e:2x4',
+  'preferences': b'--config=ODD --workdir=ODD',
   'prepare': b'--inspect=ODD',
   'pretrain': b'--config=ODD --workdir=ODD',
   'puzzles': b'--task=addition --out=ODD/new',

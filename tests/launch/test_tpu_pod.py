@@ -121,7 +121,7 @@ def test_watch_follows_the_first_process(cloud):
   assert command[3:7] == ['tpu-vm', 'ssh', 'pod-0', '--worker=0']
 
 
-@pytest.mark.parametrize('script', ['pretrain', 'finetune', 'rl'])
+@pytest.mark.parametrize('script', ['pretrain', 'finetune', 'preferences', 'rl'])
 def test_start_runs_the_script_that_is_named(cloud, script):
   named = ['--script', script] * (script != 'pretrain')
   (command,) = dry(cloud, 'start', *WHERE, *named, '--', '--workdir', 'x')
@@ -277,7 +277,7 @@ def test_a_folder_of_a_bucket_is_mounted(cloud):
     ),
     (
       ('start', *WHERE, '--script', 'chat', '--', 'x'),
-      '--script chat must be pretrain, finetune or rl',
+      '--script chat must be pretrain, finetune, preferences or rl',
     ),
     (('start', *WHERE, '--env=1=x', '--', 'x'), '--env 1 must be KEY=VALUE'),
     (

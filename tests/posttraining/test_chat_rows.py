@@ -54,7 +54,7 @@ def prepared(
     row_length=encode.row_length,
     heldout_fraction=fraction,
     workers=workers,
-    layout=packing.Layout(layout),
+    layout=packing.Layout(layout) if isinstance(layout, str) else layout,
     encode=encode,
     encode_settings=encode.settings,
     log=lambda line: None,
@@ -128,6 +128,41 @@ def test_choice_of_turns(tokenizer, tmp_path, turns, expected):
   manifest = prepared(source, tmp_path / 'rows', tokenizer, turns=turns)
   assert documents(tmp_path / 'rows') == expected
   assert manifest.skipped == {chat_rows.NO_ANSWER: 1}
+
+
+def test_a_row_has_both_answers_of_a_preference(tokenizer, tmp_path):
+  pair = lambda chosen, rejected: {
+    'prompt': 'a?',
+    'chosen': chosen,
+    'rejected': rejected,
+  }
+  source = write(
+    tmp_path / 'x.jsonl', [pair('A', 'B'), pair('A', 'A'), pair('C', 'x' * 99)]
+  )
+  manifest = prepared(
+    source,
+    tmp_path / 'rows',
+    tokenizer,
+    packing.Layout('pairs', 16),
+    pairs=True,
+    row_length=32,
+  )
+  expected = [PAIR_TEXT, PAIR_TEXT.replace('A', 'B')]
+  assert documents(tmp_path / 'rows') == expected
+  assert manifest.skipped == {chat_rows.EQUAL: 1, chat_rows.TOO_LONG: 1}
+  rows = row_reader.RowSource(tmp_path / 'rows', manifest, 'train').read([0])
+  assert (rows.doc[0, [0, 15, 16, 31]] == [0, -1, 1, -1]).all()
+  with pytest.raises(UserError, match='row_length=31 must be even'):
+    packing.check(packing.Layout('pairs', 15), 31)
+  with pytest.raises(UserError, match='x.jsonl line 1: has no rejected'):
+    prepared(
+      write(tmp_path / 'x.jsonl', [{'prompt': 'a', 'chosen': 'b'}]),
+      tmp_path / 'others',
+      tokenizer,
+      packing.Layout('pairs', 16),
+      pairs=True,
+      row_length=32,
+    )
 
 
 def test_train_of_a_message_overrides_the_choice(tokenizer, tmp_path):

@@ -67,3 +67,50 @@ def test_damaged_records_are_refused_in_one_line(record, problem):
   with pytest.raises(UserError, match=problem) as error:
     conversations.parse(record)
   assert str(error.value).isprintable()
+
+
+WRONG = ANSWER | {'content': '5'}
+
+
+@pytest.mark.parametrize(
+  'record',
+  [
+    {'prompt': '2+2?', 'chosen': '4', 'rejected': '5', 'score': 1},
+    {'prompt': [QUESTION], 'chosen': [ANSWER], 'rejected': [WRONG]},
+    {'prompt': '2+2?', 'chosen': [ANSWER], 'rejected': '5'},
+    {'chosen': [QUESTION, ANSWER], 'rejected': [QUESTION, WRONG]},
+    {
+      'prompt': '2+2?',
+      'chosen': [QUESTION, ANSWER],
+      'rejected': [QUESTION, WRONG],
+    },
+  ],
+)
+def test_forms_of_preferences(record):
+  pair = [QUESTION, ANSWER], [QUESTION, WRONG]
+  assert conversations.parse_pair(record) == pair
+
+
+@pytest.mark.parametrize(
+  'record, problem',
+  [
+    ('x', 'is a text, not a JSON object: write one pair'),
+    ({'prompt': 'x', 'chosen': 'a'}, "no rejected among 'prompt', 'chosen'"),
+    ({'chosen': '', 'rejected': 'b'}, "no prompt among 'chosen', 'rejected'"),
+    ({'prompt': 'x', 'chosen': 1, 'rejected': 'b'}, 'chosen is 1: it must be'),
+    (
+      {'prompt': [], 'chosen': 'a', 'rejected': 'b'},
+      'prompt is an empty list: it must be a list of turns',
+    ),
+    ({'chosen': [ANSWER], 'rejected': [WRONG]}, 'chosen does not end a conv'),
+    ({'prompt': 'x', 'chosen': [ANSWER], 'rejected': [QUESTION]}, 'rejected d'),
+    (
+      {'chosen': [QUESTION, ANSWER], 'rejected': [ANSWER, QUESTION, WRONG]},
+      'differ before their last turn',
+    ),
+  ],
+)
+def test_damaged_preferences_are_refused_in_one_line(record, problem):
+  with pytest.raises(UserError, match=problem) as error:
+    conversations.parse_pair(record)
+  assert str(error.value).isprintable()

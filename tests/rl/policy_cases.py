@@ -14,10 +14,13 @@ TABLE = np.random.default_rng(1).uniform(-3, 0, (2**SLOTS, SLOTS))
 
 
 def made_batch(rows=4, ends=SLOTS):
-  """Returns a Batch of prompts of 2 tokens and answers of 4 slots."""
+  """Returns a Batch of prompts of 2 tokens and answers of 4 slots.
+
+  The first `ends` slots of an answer, a number or [rows, 1], carry a loss.
+  """
   rng = np.random.default_rng(2)
   steps = rng.permuted(np.tile(np.arange(SLOTS), (rows, 1)), axis=1)
-  counted = np.tile(np.arange(SLOTS) < ends, (rows, 1))
+  counted = np.arange(SLOTS) < np.broadcast_to(ends, (rows, 1))
   tokens = rng.integers(5, 90, (rows, PROMPT + SLOTS))
   return golden_rl.batch_of(tokens, PROMPT, counted, steps=steps)
 

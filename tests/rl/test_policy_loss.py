@@ -43,9 +43,13 @@ def test_first_inner_step_has_ratio_1_and_constant_rewards_no_update(name):
   value, metrics, derivative = golden_rl.loss(
     name, s, probs, queries, batch, constant, pads=False
   )
-  ratios = [metrics[f'ratio_{x}'] for x in ('mean', 'std', 'min', 'max')]
-  np.testing.assert_array_equal(ratios, [1, 0, 1, 1])
-  assert metrics['clip_fraction'] == metrics['kl'] == 0
+  if name == 'vrpo':
+    assert (metrics['margin'], metrics['preference_accuracy']) == (0, 0.5)
+    assert metrics['preference_loss'] == pytest.approx(np.log(2))
+  else:
+    ratios = [metrics[f'ratio_{x}'] for x in ('mean', 'std', 'min', 'max')]
+    np.testing.assert_array_equal(ratios, [1, 0, 1, 1])
+    assert metrics['clip_fraction'] == metrics['kl'] == 0
   assert np.isfinite(value)
   assert derivative.any() == (name == 'vrpo')
   _, _, derivative = golden_rl.loss(

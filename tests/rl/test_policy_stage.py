@@ -15,14 +15,12 @@ import rl_runs
 import saved
 from rl_runs import INNER, STEPS, completed
 
-from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
-from maskdiff.interop import load
 from maskdiff.model import lora, transformer
 from maskdiff.model.trainable import join
 from maskdiff.monitoring import history, ledger, metrics
 from maskdiff.rl import policy_step, reference, stage, stage_config
-from maskdiff.training import loop, run_setup, train_state
+from maskdiff.training import loop
 from maskdiff.training import step as step_lib
 
 
@@ -136,48 +134,9 @@ def test_resume_within_a_round_is_bitwise_exact(config, finished, tmp_path):
     loop.run(other, str(workdir), stage.make_stage)
 
 
-class Opened:
-  """A stage on some devices, with the state of a new run."""
-
-  def __init__(self, config, devices):
-    self.mesh = mesh_lib.make_mesh(devices=jax.devices()[:devices])
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(mesh_lib, 'make_mesh', lambda **sizes: self.mesh)
-      book = ledger.Ledger('', False)
-      self.setup = run_setup.open_setup(config, book, lambda: None)
-    self.config = config
-    self.stage = stage.make_stage(config, self.setup)
-    self.start()
-    self.batch, self.position = self.next_batch(self.stage.start)
-    with jax.set_mesh(self.mesh):
-      self._step, _ = self.stage.compile(
-        self.state, self.batch, jax.random.key(0)
-      )
-
-  def start(self):
-    """Sets the state to that of a new run."""
-    make_state = functools.partial(
-      train_state.from_params, self.setup.model, self.setup.optimizer
-    )
-    with jax.set_mesh(self.mesh):
-      self.state = jax.jit(make_state, out_shardings=self.setup.shardings)(
-        load.warm_start(self.config, self.mesh)
-      )
-
-  def next_batch(self, position):
-    with jax.set_mesh(self.mesh):
-      return self.stage.next_batch(position, self.state.params)[:2]
-
-  def step(self, batch):
-    """Makes a train step; returns its StepMetrics."""
-    with jax.set_mesh(self.mesh):
-      self.state, found = self._step(self.state, batch, jax.random.key(0))
-    return jax.device_get(found)
-
-
 @pytest.fixture(scope='module')
 def one(keys):
-  return Opened(completed(keys), 1)
+  return rl_runs.Opened(completed(keys), 1)
 
 
 @pytest.mark.slow
@@ -195,7 +154,7 @@ def test_constant_rewards_change_nothing(one):
 def test_rollouts_do_not_depend_on_devices_or_rows(keys, one):
   """Nor do the parameters after two inner steps, except for rounding."""
   config = completed(keys, policy_sampling_rows=3)
-  many = Opened(config, 8)
+  many = rl_runs.Opened(config, 8)
   one.start()
   for name in ('tokens', 'steps', 'answer', 'counted'):
     found, expected = (getattr(o.batch.rows, name) for o in (many, one))

@@ -84,22 +84,35 @@ def test_empty_and_constant_groups_are_counted():
   assert row['train/failed_rewards'] == 0.25
   assert row['train/answer_tokens'] == (1 + 1 + 2 + 2) / 4
   assert row['train/sampling_forwards'] == 12
+  assert 'empty groups 50.0%' in round_metrics.line(row)
+  row['train/empty_groups'] = 0.0
+  assert 'empty' not in round_metrics.line(row)
 
 
 @pytest.mark.parametrize('name', policy.METHODS)
 def test_empty_answers_have_finite_gradients(name):
-  batch, s = test_policy_loss.made_batch(ends=0), test_policy_loss.small(name)
-  queries = test_policy_loss.drawn(name, s, batch, np.arange(4))
-  new = np.where(queries.scored, np.float32(-1), 0)
-  value, metrics, derivative = golden_rl.loss(
-    name, s, LogProbs(new, new, new), queries, batch, np.float32([1, -1, 0, 0])
-  )
-  assert np.isfinite(value) and np.isfinite(derivative).all()
-  assert all(np.isfinite(metrics[x]) for x in ('clip_fraction', 'ratio_std'))
+  """All answers are empty, or those of one group, whose advantages are 0."""
+  for ends, advantages in (
+    (0, [1, -1, 0, 0]),
+    ([[0], [0], [3], [4]], [0, 0, 1, -1]),
+    ([[0], [0], [0], [4]], [0, 0, 1, -1]),
+  ):
+    batch = test_policy_loss.made_batch(ends=ends)
+    s = test_policy_loss.small(name)
+    queries = test_policy_loss.drawn(name, s, batch, np.arange(4))
+    new = np.where(queries.scored, np.float32(-1), 0)
+    value, metrics, derivative = golden_rl.loss(
+      name, s, LogProbs(new, new, new), queries, batch, np.float32(advantages)
+    )
+    assert np.isfinite(value) and np.isfinite(derivative).all()
+    for metric, x in metrics.items():
+      assert np.isfinite(x), metric
+    if not advantages[0] and name != 'vrpo':
+      assert not derivative[:, :2].any()
 
 
-def test_config_has_every_method_with_rewards():
-  assert [*policy.METHODS, 'vrpo'] == list(table.METHODS)
+def test_config_has_every_method():
+  assert list(policy.METHODS) == list(table.METHODS)
 
 
 # Refused
@@ -118,6 +131,7 @@ def keys(tmp_path_factory, tokenizer):
   [
     ({'train_batch': 8}, 'answers of a round, .* 4 x 4: set .*batch=16'),
     ({'sample_temperature': 0.0}, 'set --config.sample.temperature=1'),
+    ({'policy_method': 'vrpo'}, 'use launch/preferences.py'),
     ({'data_length_tokens': ((5, 212),)}, 'length_tokens="'),
     (
       {'objective_name': 'autoregressive', 'policy_method': 'd1'},
