@@ -26,13 +26,12 @@ from maskdiff.data import pipeline, rows
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.model import lora
-from maskdiff.monitoring.stage_file import Curve
 from maskdiff.posttraining import finetuning
 from maskdiff.rl import (
+  pair_metrics,
   policy_step,
   programs,
   reference,
-  round_metrics,
   stage_config,
   table,
 )
@@ -42,38 +41,6 @@ from maskdiff.training.run_setup import RunSetup
 from maskdiff.training.stage import Evaluation, Stage
 
 NAME = 'preference learning'
-PANELS = (
-  Curve(
-    'preference_accuracy',
-    'Accuracy of preferences',
-    'Share of the pairs of a batch with a positive margin.',
-    'train/preference_accuracy',
-    smooth=True,
-    reduce='mean',
-    from_zero=False,
-  ),
-  Curve(
-    'heldout_preference_accuracy',
-    'Held-out accuracy of preferences',
-    'Share of held-out pairs with a positive margin.',
-    'eval/preference_accuracy',
-    from_zero=False,
-  ),
-  Curve(
-    'heldout_margin',
-    'Held-out margin',
-    'Mean over held-out pairs, nats times preference_scale.',
-    'eval/margin',
-    from_zero=False,
-  ),
-  Curve(
-    'heldout_chosen',
-    'Bound of held-out chosen answers',
-    'Nats per token. If it rises, chosen answers become less likely.',
-    'eval/chosen_nats_per_token',
-    from_zero=False,
-  ),
-)
 
 
 class _Opened(NamedTuple):
@@ -153,11 +120,6 @@ def make_stage(config, setup):
     step = np.array([position % 2**31, 0], np.int32)
     return o.to_batch(_reference(o, params), pairs, step), end, facts
 
-  def row(metrics, facts, step_s):
-    return round_metrics.of_steps(metrics) | {
-      'train/pairs_per_s': config.train.batch / step_s
-    }
-
   def read_texts(facts):
     tokens = inputs.read_samples(of_pairs, datasets, *facts['samples'])
     return [tokenizer.decode(row) for row in tokens]
@@ -184,15 +146,15 @@ def make_stage(config, setup):
     next_batch=next_batch,
     compile=functools.partial(programs.compile_train_step, config, setup, c),
     evaluate=functools.partial(_evaluate, o),
-    row=row,
-    line=line,
+    row=functools.partial(pair_metrics.row, config.train.batch),
+    line=pair_metrics.line,
     loss_name='loss_policy',
     first_row=lambda batch: tokenizer.decode(
       inputs.first_row(batch, setup.mesh)
     ),
     read_texts=read_texts,
     remedy=pretraining.remedy,
-    panels=PANELS,
+    panels=pair_metrics.PANELS,
     files=finetuning.chat_files(config, tokenizer),
   )
 
@@ -276,12 +238,7 @@ def _evaluate(o, step, params, average):
     if tree is not None:
       found = _measure(o, tree)
       row |= {f'eval/{name}{key}': value for key, value in found.items()}
-  text = (
-    f'held-out preference accuracy {row["eval/preference_accuracy"]:.1%}, '
-    f'margin {row["eval/margin"]:.3f}, chosen '
-    f'{row["eval/chosen_nats_per_token"]:.3f} and rejected '
-    f'{row["eval/rejected_nats_per_token"]:.3f} nats/token'
-  )
+  text = pair_metrics.conclusion(row)
   return Evaluation(row, [], text, text)
 
 
@@ -297,17 +254,3 @@ def _measure(o, params):
       for name, value in o.measure(params, batch).metrics.items():
         total[name] = total.get(name, 0.0) + share * float(value)
   return total
-
-
-def line(row):
-  """Returns loss, accuracy and margin of a row of metrics."""
-  shown = (
-    ('loss', 'train/preference_loss', '.4f'),
-    ('accuracy', 'train/preference_accuracy', '.1%'),
-    ('margin', 'train/margin', '.3f'),
-    ('lr', 'train/learning_rate', '.2e'),
-    ('pairs/s', 'train/pairs_per_s', ',.1f'),
-  )
-  return '  '.join(
-    f'{name} {row[key]:{form}}' for name, key, form in shown if key in row
-  )

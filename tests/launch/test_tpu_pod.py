@@ -121,7 +121,9 @@ def test_watch_follows_the_first_process(cloud):
   assert command[3:7] == ['tpu-vm', 'ssh', 'pod-0', '--worker=0']
 
 
-@pytest.mark.parametrize('script', ['pretrain', 'finetune', 'preferences', 'rl'])
+@pytest.mark.parametrize(
+  'script', ['pretrain', 'finetune', 'preferences', 'rl']
+)
 def test_start_runs_the_script_that_is_named(cloud, script):
   named = ['--script', script] * (script != 'pretrain')
   (command,) = dry(cloud, 'start', *WHERE, *named, '--', '--workdir', 'x')

@@ -17,6 +17,8 @@ import tiny
 from maskdiff import config as config_lib
 from maskdiff.data import packing, prepare, sources
 from maskdiff.errors import UserError
+from maskdiff.model import lora, transformer
+from maskdiff.model.trainable import join
 from maskdiff.monitoring import metrics
 from maskdiff.posttraining import chat, chat_rows
 from maskdiff.rl import preferences
@@ -213,5 +215,12 @@ def test_rows_of_a_batch_are_chosen_and_rejected_answers(one, tokenizer):
 
 @pytest.mark.slow
 def test_reference_of_adapters_is_the_base(keys, one):
-  lora = rl_runs.Opened(completed(keys, lora_rank=2), 1, preferences.make_stage)
-  np.testing.assert_allclose(lora.batch.fixed, one.batch.fixed, atol=1e-6)
+  config = completed(keys, lora_rank=2)
+  made = preferences.make_stage(config, one.setup)
+  c = transformer.from_config(config)
+  adapters = lora.trained(transformer.init(c, jax.random.key(0)))
+  one.start()
+  params = join(one.state.params, jax.tree.map(lambda x: x + 0.1, adapters))
+  with jax.set_mesh(one.mesh):
+    batch, _, _ = made.next_batch(made.start, params)
+  np.testing.assert_allclose(batch.fixed, one.batch.fixed, atol=1e-6)
