@@ -48,7 +48,7 @@ def fine_tuned(folder, case):
   template = chat.load(case)
   chat.save(template, rows)
   config = types.SimpleNamespace(data=types.SimpleNamespace(path=str(rows)))
-  for name, content in finetuning._chat_files(config, tokenizer).items():
+  for name, content in finetuning.chat_files(config, tokenizer).items():
     (folder / 'run' / name).write_bytes(content)
   return chat_tokens.encoder(template, tokenizer)
 

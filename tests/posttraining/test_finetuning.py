@@ -81,12 +81,12 @@ def test_run_has_the_template_and_the_end_tokens_of_its_rows(
   config = types.SimpleNamespace(
     data=types.SimpleNamespace(path=f'{rows}=1,other=1')
   )
-  assert finetuning._chat_files(config, tokenizer) == {}
+  assert finetuning.chat_files(config, tokenizer) == {}
   named = tmp_path / 'named'
   shutil.copytree(rows, named)
   chat.save(chat.load('plain'), named)
   config.data.path = str(named)
-  files = finetuning._chat_files(config, tokenizer)
+  files = finetuning.chat_files(config, tokenizer)
   assert files['chat_template.jinja'].decode() == chat.load('plain').source
   ids = {'bos_token_id': 1, 'eos_token_id': [2], 'pad_token_id': 0}
   assert json.loads(files['generation_config.json']) == ids
@@ -115,7 +115,7 @@ def test_template_of_a_run_has_the_arguments_of_its_rows(
   manifest['settings']['chat_arguments'] = '{"thinks": false}'
   (named / 'manifest.json').write_text(json.dumps(manifest))
   config = types.SimpleNamespace(data=types.SimpleNamespace(path=str(named)))
-  files = finetuning._chat_files(config, tokenizer)
+  files = finetuning.chat_files(config, tokenizer)
   template = chat.Template('run', files['chat_template.jinja'].decode())
   rendered = chat.render(template, [], generation_prompt=True, special={})
   assert rendered.text == 'False'
