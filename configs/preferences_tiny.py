@@ -9,7 +9,7 @@ python launch/preferences.py --config configs/preferences_tiny.py \
   --workdir runs/preferences --config.init_from=runs/tiny \
   --config.data.path=data/pairs
 
-docs/preferences.md has the result.
+The learning rate is not tuned.
 """
 
 from maskdiff.config import default
@@ -20,12 +20,12 @@ def get_config():
   c.policy.method = 'vrpo'
   c.policy.settings = (('times', 4),)
   c.train.batch = 16
-  c.train.steps = 300
+  c.train.steps = 200
   c.train.log_every_steps = 10
   c.optimizer.learning_rate = 5e-4
   c.optimizer.final_learning_rate = 5e-5
   c.optimizer.warmup_steps = 20
-  c.optimizer.decay_steps = 150
+  c.optimizer.decay_steps = 100
   c.optimizer.weight_decay = 0.01
   c.model.dtype = 'float32'
   c.eval.every_steps = 50
