@@ -49,6 +49,7 @@ LONGEST = (
   'sampling/test_sampler_cache.py',
   'launch/test_launch_plan.py',
   'distributed/test_processes.py',
+  'distributed/test_processes_of_rl.py',
   'docs/test_how_to.py',
   'sampling/test_exact_cache.py',
   'objectives/test_exact_bounds.py',
