@@ -60,13 +60,18 @@ def preference(s, units):
       f'{len(units.score)} rows are not pairs of a chosen and a rejected answer'
     )
   margin = _margin(s, units)
-  nll = -units.score[::2] / jnp.maximum(units.slots[::2], 1)
+  nll = _total_nll(units)[::2] / jnp.maximum(units.slots[::2], 1)
   return (jax.nn.softplus(-margin) + s.chosen_weight * nll).mean()
 
 
 def _margin(s, units):
   """Returns beta x the difference of the gaps of each pair, [B / 2]."""
   return s.preference_scale * (units.gap[::2] - units.gap[1::2])
+
+
+def _total_nll(units):
+  """Returns the bound on the negative log-likelihood of each answer, [B]."""
+  return -units.score * units.size  # the score may be per token
 
 
 def preference_metrics(s, units):
@@ -80,7 +85,7 @@ def preference_metrics(s, units):
     log-likelihood, over all tokens of these answers.
   """
   margin = _margin(s, units)
-  total = -units.score * units.size
+  total = _total_nll(units)
 
   def nats_per_token(first):
     return total[first::2].sum() / jnp.maximum(units.slots[first::2].sum(), 1)

@@ -152,3 +152,29 @@ def test_stable_drl_weighs_by_clipped_ratios():
   w = np.minimum(np.exp(bound(new) - bound(old)), s.max_ratio)
   expected = -(w / w.sum() * a * bound(new)).sum()
   assert value == pytest.approx(expected, rel=1e-5)
+
+
+# VRPO
+
+
+def test_loss_of_preferences_is_the_same_with_bounds_per_token():
+  """Its term of the chosen answer is divided by the tokens once."""
+  batch = made_batch()
+  s = small('vrpo')
+  queries = drawn('vrpo', s, batch, np.arange(4))
+  rng = np.random.default_rng(5)
+  new, reference = rng.normal(size=(2, *queries.masked.shape))
+  log_probs = LogProbs(np.float32(new), reference=np.float32(reference))
+  found = [
+    golden_rl.loss(
+      'vrpo',
+      dataclasses.replace(s, per_token=per_token),
+      log_probs,
+      queries,
+      batch,
+      np.zeros(4, np.float32),
+      pads=False,
+    )[0]
+    for per_token in (False, True)
+  ]
+  assert s.chosen_weight and found[0] == pytest.approx(found[1], rel=1e-6)
