@@ -33,6 +33,7 @@ QUESTIONS = 200  # held out
 EVALUATIONS = 6  # after the start
 TIMED = 12  # rounds
 RATES = 3e-4, 1e-4  # of Adam
+LONG = 'wd1'  # also trained three times as long, at the lower rate
 
 
 class Task(NamedTuple):
@@ -256,6 +257,12 @@ def run(args):
           of |= {'rate': best_rate(lines, task, method)}
           rounds = num_rounds(lines, task, method)
           json_lines.report([result(args, of, rounds)], args.out)
+    for seed in args.seeds:
+      of = {'kind': 'long', 'task': task, 'method': LONG, 'seed': seed}
+      if LONG in args.methods and missing(**of):
+        rounds = num_rounds(json_lines.read(args.out), task, LONG)
+        of |= {'rate': RATES[-1]}
+        json_lines.report([result(args, of, 3 * rounds)], args.out)
 
 
 def select(lines, **of):
