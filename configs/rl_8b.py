@@ -1,13 +1,13 @@
 r"""Policy optimization of LLaDA 8B: ESPO's tasks, with its published settings.
 
-python launch/rl.py --config configs/rl_8b.py:countdown --workdir DIR \
+python launch/rl.py --config configs/rl_8b.py --workdir DIR \
   --config.init_from=models/LLaDA-8B-Instruct
-python launch/plan.py --config configs/rl_8b.py:countdown --topology v5p:2x2x1
+python launch/plan.py --config configs/rl_8b.py --topology v5p:2x2x1
 
-The tasks are gsm8k, math, countdown, sudoku and code, each with all parameters
-or, as configs/rl_8b.py:countdown_lora, with adapters. ESPO trains adapters,
-except for code. docs/rl_8b.md has the plans, the files that gsm8k, math and
-code need, and what is not as published.
+configs/rl_8b.py:TASK sets the task, gsm8k, math, countdown (the default),
+sudoku or code, and trains all parameters; TASK_lora, such as countdown_lora,
+trains adapters. ESPO trains adapters, except for code. docs/rl_8b.md has the
+plans, the files that gsm8k, math and code need, and what is not as published.
 
 The values are those of ML-GSAI/ESPO at commit b5f2dac: recipes/train.yaml, and
 above it recipes/run_TASK_llada.sh. A comment names another source, or says that
