@@ -3,21 +3,22 @@ r"""Plans the rounds of configs/rl_8b.py, and makes the tables of docs/rl_8b.md.
 python benchmarks/plans_rl.py --out benchmarks/results/plans_rl.jsonl
 python benchmarks/plans_rl.py --page
 
-The first command compiles the programs of each config with launch/plan.py, some
-minutes for each, and appends a line for each plan. Lines that exist are
-skipped, so the same command resumes. --only chooses among the configs. The
-second command rewrites the tables of the page from benchmarks/results/.
+The first command compiles the programs of each config as launch/plan.py does,
+and appends a line for each program. One takes a minute of a CPU core, a train
+step several. Lines that exist are skipped, so the same command resumes.
+--configs, --topologies and --programs choose among them. The second command
+rewrites the tables of the page from benchmarks/results/.
 """
 
 import argparse
-import json
+import os
 import pathlib
-import subprocess
-import sys
-import tempfile
+import runpy
 
 import json_lines  # files beside this one
 import page_parts
+
+from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'plans_rl.jsonl'
@@ -31,130 +32,154 @@ TASKS = {
   'math': {'math': 256},
 }
 CONFIGS = [task + suffix for task in TASKS for suffix in ('_lora', '')]
-# Keys of a plan that a line keeps.
-KEPT = (
-  *('status', 'chips', 'mesh', 'length', 'batch', 'microbatches', 'remat'),
-  *('copies', 'inner_steps', 'denoising_steps', 'parameters', 'warnings'),
-  *('hbm_parameters_gib', 'hbm_optimizer_gib', 'hbm_reference_gib'),
-  *('hbm_copy_gib', 'hbm_total_gib', 'hbm_capacity_gib', 'programs', 'levers'),
-)
 PROGRAMS = ('copy', 'sampling', 'fixed', 'training')
+HELD = ('parameters', 'optimizer', 'reference', 'copy')
 
 
-def plan(config, topology):
-  """Returns the plan of a config, a dict; see planner/fields.py."""
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'plan.json'
-    done = subprocess.run(
-      [
-        *(sys.executable, 'launch/plan.py', '--topology', topology),
-        *('--config', f'configs/rl_8b.py:{config}', '--json', path),
-      ],
-      cwd=ROOT,
-      stdout=subprocess.DEVNULL,
-    )
-    if not path.exists():
-      sys.exit(f'{config} on {topology}: status {done.returncode}')
-    return json.loads(path.read_text())
-
-
-def line(config, topology, p):
-  """Returns the line of a plan."""
-  return {
-    'config': config,
-    'topology': topology,
-    **{key: p[key] for key in KEPT},
-  }
-
-
-def times(p, denoising_steps):
-  """Returns seconds per round: sampling, fixed log-probabilities, training.
+def lines(configs, topologies, programs, done):
+  """Yields a line for each program, compiled one after the other.
 
   Args:
-    p: line of a plan.
-    denoising_steps: of a task with the same shapes.
+    configs: entries of configs/rl_8b.py.
+    topologies: keys of TOPOLOGIES.
+    programs: some of PROGRAMS.
+    done: (dict of config, topology and program) -> whether to skip it.
   """
-  of = {x['name']: x['step_s'] * x['runs'] for x in p['programs']}
-  sampling = of['copy'] + denoising_steps * of['sampling']
-  return sampling, of['fixed'], of['training']
+  os.environ.update(COMPILER_ENVIRONMENT)
+  # These modules import JAX, which reads the environment.
+  import jax
+
+  from maskdiff.planner import plan_rl
+
+  get_config = runpy.run_path(str(ROOT / 'configs' / 'rl_8b.py'))['get_config']
+  for topology in topologies:
+    for config in configs:
+      of = {'config': config, 'topology': topology}
+      left = [n for n in programs if not done(of | {'program': n})]
+      if not left:
+        continue
+      r = plan_rl.open_plan(get_config(config), topology)
+      facts, held = plan_rl.facts_of(r), plan_rl.held_gib(r)
+      for name in left:
+        p = plan_rl.program(r, facts, name)
+        jax.clear_caches()
+        keys = ('chips', 'mesh', 'length', 'batch', 'microbatches', 'remat')
+        yield {
+          **of,
+          'program': name,
+          **plan_rl.row(p),
+          **{key: facts[key] for key in (*keys, 'copies', 'inner_steps')},
+          **held,
+          'hbm_capacity_gib': facts['hbm_capacity_gib'],
+          'warnings': p['warnings'],
+        }
 
 
-def memory(lines):
+def grouped(found):
+  """Returns {(config, topology): {program: line}}, in the order of the page."""
+  groups = {}
+  for config in CONFIGS:
+    for topology in TOPOLOGIES:
+      of = {
+        line['program']: line
+        for line in found
+        if (line['config'], line['topology']) == (config, topology)
+      }
+      if of:
+        groups[config, topology] = of
+  return groups
+
+
+def memory(found):
   """Returns the table of memory."""
-  head = ['`configs/rl_8b.py:`', 'machine', 'parameters', 'optimizer']
-  head += ['reference', 'copy', *(f'peak of {name}' for name in PROGRAMS)]
-  rows = [[*head, 'of']]
-  for p in _ordered(lines):
-    peaks = {x['name']: x for x in p['programs']}
-    held = ('parameters', 'optimizer', 'reference', 'copy')
+  heads = ['`configs/rl_8b.py:`', 'machine', 'parameters', 'optimizer']
+  heads += ['reference', 'copy', *(f'peak, {name}' for name in PROGRAMS), 'of']
+  rows = [heads]
+  for (config, topology), of in grouped(found).items():
+    some = next(iter(of.values()))
+    peaks = [
+      f'{of[n]["hbm_total_gib"]:.1f}' if n in of else '' for n in PROGRAMS
+    ]
     rows.append(
       [
-        _name(p),
-        TOPOLOGIES[p['topology']],
-        *(f'{p[f"hbm_{name}_gib"]:.1f}' for name in held),
-        *(f'{peaks[name]["hbm_total_gib"]:.1f}' for name in PROGRAMS),
-        f'{p["hbm_capacity_gib"]}',
+        ', '.join(name for names, _ in tasks(config) for name in names),
+        TOPOLOGIES[topology],
+        *(f'{some[f"hbm_{name}_gib"]:.1f}' for name in HELD),
+        *peaks,
+        f'{some["hbm_capacity_gib"]}',
       ]
     )
   return page_parts.table(rows)
 
 
-def rounds(lines):
+def rounds(found):
   """Returns the table of the time of a round."""
-  head = ['`configs/rl_8b.py:`', 'machine', 'answers', 'denoising steps']
-  head += ['forward pass, s', 'sampling, s', 'fixed log-probabilities, s']
-  rows = [[*head, 'train steps, s', 'round, s', 'share of sampling']]
-  for p in _ordered(lines):
-    forward = next(x for x in p['programs'] if x['name'] == 'sampling')
-    suffix = '_lora' if p['config'].endswith('_lora') else ''
-    tasks = TASKS[p['config'].removesuffix('_lora')]
-    for names, steps in tasks.items():
-      parts = times(p, steps)
+  heads = ['`configs/rl_8b.py:`', 'machine', 'answers', 'forward pass']
+  heads += ['sampling', 'fixed log-probabilities', 'train steps', 'round']
+  rows = [[*heads, 'share of sampling']]
+  for (config, topology), of in grouped(found).items():
+    for names, steps in tasks(config):
+      parts = times(of, steps)
+      whole = None not in parts
+      cell = lambda seconds: '' if seconds is None else f'{seconds:.0f}'
+      forward = f'{of["sampling"]["step_s"]:.2f}' if 'sampling' in of else ''
       rows.append(
         [
-          ', '.join(name + suffix for name in names.split(', ')),
-          TOPOLOGIES[p['topology']],
-          f'{p["batch"]}',
-          f'{steps}',
-          f'{forward["step_s"]:.2f}',
-          *(f'{seconds:.0f}' for seconds in parts),
-          f'{sum(parts):.0f}',
-          f'{parts[0] / sum(parts):.0%}',
+          ', '.join(names),
+          TOPOLOGIES[topology],
+          f'{next(iter(of.values()))["batch"]}',
+          forward,
+          *map(cell, parts),
+          cell(sum(parts) if whole else None),
+          f'{parts[0] / sum(parts):.0%}' if whole else '',
         ]
       )
   return page_parts.table(rows)
 
 
-def _name(p):
-  suffix = '_lora' if p['config'].endswith('_lora') else ''
-  tasks = TASKS[p['config'].removesuffix('_lora')]
-  names = ', '.join(tasks).split(', ')
-  return ', '.join(name + suffix for name in names)
+def tasks(config):
+  """Returns (entries of configs/rl_8b.py, denoising steps) of these shapes."""
+  suffix = '_lora' if config.endswith('_lora') else ''
+  return [
+    ([name + suffix for name in names.split(', ')], steps)
+    for names, steps in TASKS[config.removesuffix('_lora')].items()
+  ]
 
 
-def _ordered(lines):
-  order = [(c, t) for c in CONFIGS for t in TOPOLOGIES]
-  return sorted(lines, key=lambda p: order.index((p['config'], p['topology'])))
+def times(of, denoising_steps):
+  """Returns seconds per round: sampling, fixed log-probabilities, training.
+
+  Args:
+    of: {program: line}; None for programs that are missing.
+    denoising_steps: of a task with these shapes.
+  """
+  seconds = {n: line['step_s'] * line['runs'] for n, line in of.items()}
+  sampling = None
+  if {'copy', 'sampling'} <= seconds.keys():
+    sampling = seconds['copy'] + denoising_steps * seconds['sampling']
+  return sampling, seconds.get('fixed'), seconds.get('training')
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--out', help='file of lines')
-  parser.add_argument('--only', default='', help='one config')
   parser.add_argument('--page', action='store_true', help='rewrite the tables')
+  for name, known in (
+    ('configs', CONFIGS),
+    ('topologies', list(TOPOLOGIES)),
+    ('programs', list(PROGRAMS)),
+  ):
+    parser.add_argument(f'--{name}', nargs='+', choices=known, default=known)
   args = parser.parse_args()
   if args.page:
-    lines = json_lines.read(RESULTS)
+    found = json_lines.read(RESULTS)
     parts = {'memory': memory, 'rounds': rounds}
-    part = lambda name: parts[name](lines)
+    part = lambda name: parts[name](found)
     PAGE.write_text(page_parts.fill(PAGE.read_text(), 'plans_rl', part))
     return
-  for config in CONFIGS:
-    for topology in TOPOLOGIES:
-      of = {'config': config, 'topology': topology}
-      if args.only in ('', config) and not json_lines.has(args.out or '', of):
-        found = line(config, topology, plan(config, topology))
-        json_lines.report([found], args.out)
+  done = lambda of: bool(args.out) and json_lines.has(args.out, of)
+  for line in lines(args.configs, args.topologies, args.programs, done):
+    json_lines.report([line], args.out)
 
 
 if __name__ == '__main__':

@@ -50,9 +50,25 @@ def plan_rl(config, topology, num_slices=1):
   Raises:
     UserError: config, topology and mesh do not fit each other.
   """
+  r = open_plan(config, topology, num_slices)
+  facts, held = facts_of(r), held_gib(r)
+  found = [program(r, facts, name) for name in names(r)]
+  step = {key: value for key, value in found[-1].items() if key in facts}
+  result = facts | step | held | {'programs': [row(p) for p in found]}
+  result |= _status(found)
+  if result['status'] == 'does not fit':
+    result['levers'] = levers.policy_levers(
+      r.config, result, dict(r.target.mesh.shape), result['programs']
+    )
+  if any(p['run_s'] is None for p in result['programs']):
+    return result
+  return result | _times(r, result['programs'])
+
+
+def open_plan(config, topology, num_slices=1):
+  """Returns the target_rl.Round to plan; arguments and errors as `plan_rl`."""
   config = config.copy_and_resolve_references()
-  p = config.policy
-  config.train.batch = p.prompts * p.group
+  config.train.batch = config.policy.prompts * config.policy.group
   config_lib.validate(config)
   if config.sample.gen_length >= config.data.length:
     raise UserError(
@@ -62,22 +78,16 @@ def plan_rl(config, topology, num_slices=1):
     )
   target = open_target(config, topology, num_slices)
   config_lib.validate_mesh(config, target.mesh.shape)
-  r = open_round(config, target)
-  facts, held = _facts(r), _held(r)
-  found = [_in_memory(p, r, held) for p in _priced(r, facts)]
-  step = {key: value for key, value in found[-1].items() if key in facts}
-  result = facts | step | held | {'programs': [_row(p) for p in found]}
-  result |= _status(found)
-  if result['status'] == 'does not fit':
-    result['levers'] = levers.policy_levers(
-      config, result, dict(target.mesh.shape), result['programs']
-    )
-  if any(program['run_s'] is None for program in result['programs']):
-    return result
-  return result | _times(r, result['programs'])
+  return open_round(config, target)
 
 
-def _facts(r):
+def names(r):
+  """Returns the names of the programs of a Round, in their order."""
+  fixed = ['fixed'] * bool(r.c.fixed_steps and r.c.fixed_networks)
+  return ['copy', 'sampling', *fixed, 'training']
+
+
+def facts_of(r):
   """Returns the values of a plan that are known before compiling."""
   t, shards = r.config.train, mesh_lib.batch_shards(r.target.mesh)
   return pricing.facts(r.config, r.target, 'rl') | {
@@ -92,7 +102,7 @@ def _facts(r):
   }
 
 
-def _held(r):
+def held_gib(r):
   """Returns the GiB per chip that stay in memory, by their keys of a plan."""
   params = pricing.gib_per_chip(r.state.params)
   return {
@@ -105,30 +115,44 @@ def _held(r):
   }
 
 
-def _priced(r, facts):
-  """Yields the plan of each program alone, in the order of a round."""
+def program(r, facts, name):
+  """Plans one program, with all arrays that stay in memory while it runs.
+
+  Args:
+    r: target_rl.Round.
+    facts: from `facts_of`.
+    name: of the program.
+  """
+  of = {'copy': _copy, 'sampling': _sampling}
+  found = of.get(name, functools.partial(_priced, name))(r, facts)
+  return _in_memory({'runs': 1} | found | {'name': name}, r)
+
+
+def _priced(name, r, facts):
+  """Returns the plan of the program `fixed` or `training` alone."""
+  compile_program, runs = {
+    'fixed': (compile_fixed, 1),
+    'training': (compile_step, r.c.inner_steps),
+  }[name]
+  chunks = facts['loss_chunks']
+  return pricing.price(
+    facts,
+    r.target,
+    lambda: compile_program(r),
+    lambda op_name: chunks if part(op_name) == 'loss' else None,
+    copies_rl.regime(r),
+  ) | {'runs': runs}
+
+
+def _sampling(r, facts):
+  """Returns the plan of the sampler alone; its rows have long prompts."""
   config, answers = r.config, r.config.train.batch
   rows = min(config.policy.sampling_rows or answers, answers)
-
-  def price(compile_program):
-    return pricing.price(
-      facts,
-      r.target,
-      lambda: compile_program(r),
-      lambda op_name: facts['loss_chunks'] if part(op_name) == 'loss' else None,
-      copies_rl.regime(r),
-    )
-
-  # The sampler has room for the longest prompt in each row.
   prompt_tokens = config.data.length - config.sample.gen_length
-  yield _copy(r, facts)
-  sampling = plan_sample.plan_sample_on(
+  found = plan_sample.plan_sample_on(
     config, r.target, rows, prompt_tokens, r.copy
   )
-  yield sampling | {'name': 'sampling', 'runs': math.ceil(answers / rows)}
-  if r.c.fixed_steps and r.c.fixed_networks:
-    yield price(compile_fixed) | {'name': 'fixed', 'runs': 1}
-  yield price(compile_step) | {'name': 'training', 'runs': r.c.inner_steps}
+  return found | {'runs': math.ceil(answers / rows)}
 
 
 def _copy(r, facts):
@@ -147,18 +171,11 @@ def _copy(r, facts):
     key: None if failed else sum(p[key] for p in found)
     for key in ('step_s', 'compile_s')
   }
-  return largest[-1] | total | {'name': 'copy', 'runs': 1}
+  return largest[-1] | total
 
 
-def _in_memory(p, r, held):
-  """Returns the plan of a program, with all arrays that stay in memory.
-
-  Args:
-    p: plan of the program alone.
-    r: target_rl.Round.
-    held: from `_held`.
-  """
-  total, name = p['hbm_total_gib'], p['name']
+def _in_memory(p, r):
+  total, name, held = p['hbm_total_gib'], p['name'], held_gib(r)
   if total is None or p['status'] == 'does not compile':
     return p
   resident, arguments = sum(held.values()), ()
@@ -177,7 +194,7 @@ def _in_memory(p, r, held):
   }
 
 
-def _row(p):
+def row(p):
   """Returns the entry of a program in the key `programs` of a plan."""
   sampling = p['name'] == 'sampling'
   return {

@@ -68,22 +68,30 @@ def test_tables_of_plans(part):
   assert found[1] == getattr(plans_rl, part)(LINES)
 
 
-def test_plans_are_of_the_configs():
+def test_programs_are_of_the_configs():
   """A line has the shapes of its config, and of the tasks that share it."""
-  assert LINES
+  keys = [(x['config'], x['topology'], x['program']) for x in LINES]
+  assert len(set(keys)) == len(keys) > 0
   for line in LINES:
-    suffix = '_lora' if line['config'].endswith('_lora') else ''
-    planned = plans_rl.TASKS[line['config'].removesuffix('_lora')]
-    for names, steps in planned.items():
-      for name in names.split(', '):
-        c = CONFIG['get_config'](name + suffix)
+    for names, steps in plans_rl.tasks(line['config']):
+      for name in names:
+        c = CONFIG['get_config'](name)
         assert (c.train.batch, c.data.length) == (line['batch'], line['length'])
-        assert (c.train.microbatches, c.model.remat) == (
-          line['microbatches'],
-          line['remat'],
+        assert c.train.microbatches == line['microbatches']
+        assert c.model.remat == line['remat']
+        assert (c.policy.inner_steps, 0) == (
+          line['inner_steps'],
+          c.policy.sampling_rows,
         )
-        assert c.policy.inner_steps == line['inner_steps']
         assert c.sample.steps == steps
-    total = max(p['hbm_total_gib'] for p in line['programs'])
-    assert line['hbm_total_gib'] == total <= line['hbm_capacity_gib']
     assert line['status'] == 'fits'
+    assert line['hbm_total_gib'] <= line['hbm_capacity_gib']
+
+
+def test_peaks_are_sums():
+  """All arrays are in memory; the copy only while it is made, and samples."""
+  for line in LINES:
+    held = [line[f'hbm_{name}_gib'] for name in plans_rl.HELD]
+    of_sampling = line['program'] in ('copy', 'sampling')
+    total = sum(held if of_sampling else held[:3]) + line['hbm_buffers_gib']
+    assert line['hbm_total_gib'] == pytest.approx(total)
