@@ -32,6 +32,7 @@ from maskdiff.planner.target_rl import (
   open_round,
   parameters_to_copy,
 )
+from maskdiff.rl import table
 
 
 def plan_rl(config, topology, num_slices=1):
@@ -70,6 +71,12 @@ def open_plan(config, topology, num_slices=1):
   config = config.copy_and_resolve_references()
   config.train.batch = config.policy.prompts * config.policy.group
   config_lib.validate(config)
+  if table.find(config.policy.method).pairs:
+    raise UserError(
+      f'config.policy.method={config.policy.method} learns from pairs of '
+      'answers, and a plan of launch/preferences.py is not supported; set '
+      '--config.policy.method=espo for one of launch/rl.py'
+    )
   if config.sample.gen_length >= config.data.length:
     raise UserError(
       f'config.sample.gen_length={config.sample.gen_length} leaves no room for '

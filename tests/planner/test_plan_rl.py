@@ -214,6 +214,11 @@ def test_a_round_needs_room_for_a_prompt(planned):
     planned({}, sample__gen_length=18, sample__steps=18)
 
 
+def test_preference_learning_is_not_planned(planned):
+  with pytest.raises(UserError, match='learns from pairs'):
+    planned({}, policy__method='vrpo')
+
+
 def test_loss_chunks_cover_each_slot_once_per_copy_and_complement():
   """Of 6 slots, a copy and its complement score 3 on average."""
   chunks = lambda **changes: copies_rl.loss_chunks(opened(**changes))
