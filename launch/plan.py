@@ -4,9 +4,12 @@ python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 \
   [--num_slices 2] [--json FILE] [--plot FILE.png] [--config.train.batch=320]
 python launch/plan.py --config configs/8b.py --topology v5p:4x4x4 --sweep
 python launch/plan.py --config configs/8b.py --topology v5e:2x4 --mode sample
+python launch/plan.py --config configs/rl_8b.py:countdown --topology v6e:4x4
 
 The TPU compiler (pip install -r requirements-tpu.txt) compiles the train step
-of launch/pretrain.py; a large model takes one or two minutes. The memory is the
+of launch/pretrain.py; a large model takes one or two minutes. If the config
+sets keys of config.policy, the programs of launch/rl.py are compiled. Give
+--config.init_from to plan for the model of a folder. The memory is the
 compiler's allocation; the time is an estimate. Exit status 1: the config, or
 every config of a sweep, needs more memory than a chip has.
 """
@@ -31,9 +34,10 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_enum(
   'mode',
-  'train',
-  ['train', 'sample'],
-  'Plan a train step, or a denoising step.',
+  None,
+  ['train', 'sample', 'rl'],
+  'Plan a train step, a denoising step, or a round of policy optimization. '
+  'Default: rl if the config sets keys of config.policy, else train.',
 )
 flags.DEFINE_integer('prompts', 8, 'sample: prompts per batch.', lower_bound=1)
 flags.DEFINE_integer(
@@ -71,10 +75,14 @@ def main(args):
   os.environ.update(COMPILER_ENVIRONMENT)
   # These modules import JAX, which reads the environment.
   from maskdiff.monitoring import progress
-  from maskdiff.planner import plan, plan_sample, plot, sweep, tables
+  from maskdiff.planner import plot, sweep, tables
 
-  if args.sweep and (args.plot or args.mode == 'sample'):
-    raise UserError('--sweep cannot be combined with --plot or --mode sample')
+  mode = args.mode or _mode(args.config)
+  if args.sweep and (args.plot or mode != 'train'):
+    raise UserError(
+      f'--sweep cannot be combined with --plot or --mode {mode}: it plans '
+      'train steps of launch/pretrain.py'
+    )
   # Check the files before compiling for minutes.
   if args.plot:
     plot.check_plot(args.plot)
@@ -98,18 +106,7 @@ def main(args):
     fits = any(p['fits'] for p in result)
   else:
     with progress.waiting(f'compiling for {args.topology}'):
-      if args.mode == 'sample':
-        result = plan_sample.plan_sample(
-          args.config,
-          args.topology,
-          args.prompts,
-          args.prompt_tokens,
-          args.num_slices,
-          args.tensor,
-          args.dtype,
-        )
-      else:
-        result = plan.plan(args.config, args.topology, args.num_slices)
+      result = _plan(args, mode)
     print(tables.format_table(result))
     fits = result['fits']
   if args.json:
@@ -120,6 +117,40 @@ def main(args):
     print(f'plot: {args.plot}', file=sys.stderr)
   if not fits:
     sys.exit(1)
+
+
+def _mode(settings):
+  """Returns the mode of a config."""
+  changed = any(
+    value != config.KEYS[f'policy.{name}'].default
+    for name, value in settings.policy.items()
+  )
+  return 'rl' if changed else 'train'
+
+
+def _plan(args, mode):
+  """Returns the plan of a config, a dict."""
+  from maskdiff.planner import plan, plan_rl, plan_sample
+  from maskdiff.rl import stage_config
+
+  where = args.topology, args.num_slices
+  if mode == 'train':
+    return plan.plan(args.config, *where)
+  if mode == 'sample':
+    return plan_sample.plan_sample(
+      args.config,
+      args.topology,
+      args.prompts,
+      args.prompt_tokens,
+      args.num_slices,
+      args.tensor,
+      args.dtype,
+    )
+  settings = args.config
+  if settings.init_from:
+    given = args['config'].override_values
+    settings = stage_config.complete(settings, given)
+  return plan_rl.plan_rl(settings, *where)
 
 
 def _positive(text):

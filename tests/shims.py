@@ -101,6 +101,11 @@ RULES = {
     '--config.objective.loss_chunk_tokens=128',
     needs='libtpu',
   ),
+  'small round': Rule(
+    r'launch/plan\.py .*configs/rl',
+    '--config.policy.prompts=4 --config.policy.group=4 '
+    '--config.sample.gen_length=32 --config.sample.steps=32',
+  ),
   'plan of one chip': Rule(
     r'launch/plan\.py .*:1x1', '--config.train.batch=2 --config.eval.batch=2'
   ),

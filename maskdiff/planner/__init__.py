@@ -2,6 +2,8 @@
 
 - plan: plans a training run.
 - plan_sample: plans sampling.
+- plan_rl: plans policy optimization. target_rl compiles its programs, copies_rl
+  counts its masked tokens, tables_rl formats it.
 - sweep: plans many configs and ranks them.
 - fields: the keys of a plan.
 - tables: plans as tables for a terminal.

@@ -2,7 +2,7 @@
 
 # Every plan has all keys; the value is None if the key does not apply.
 FIELDS = {
-  'mode': 'train or sample',
+  'mode': 'train, sample or rl',
   'status': 'fits, does not fit, or does not compile',
   'error': 'why the program does not compile',
   'topology': 'topology of one slice',
@@ -11,8 +11,9 @@ FIELDS = {
   'chips': 'chips of all slices',
   'mesh': 'sizes of the mesh axes',
   'parameters': 'number of parameters',
-  'length': 'tokens per row (train), or prompt and slots of a row (sample)',
-  'batch': 'rows per step over all chips (train), or prompts (sample)',
+  'length': 'tokens per row (train), or prompt and slots of a row',
+  'batch': 'rows per step over all chips (train), prompts (sample), or answers '
+  'of a round (rl)',
   'microbatches': 'parts of the batch that are computed one after the other',
   'rows_per_chip': 'rows that a chip computes at once; may be a fraction',
   'remat': 'config.model.remat',
@@ -20,9 +21,13 @@ FIELDS = {
   'hbm_arguments_gib': 'state and batch, per chip',
   'hbm_temporaries_gib': 'activations, gradients and buffers, per chip: the '
   'sum of all allocations, some of which are never live at the same time',
-  'hbm_total_gib': 'peak HBM of the step, per chip',
+  'hbm_total_gib': 'peak HBM of the step, or of a round (rl), per chip',
   'hbm_evaluation_gib': 'peak HBM of an evaluation (train), per chip: '
   'includes the arguments of the train step, which stay in memory',
+  'hbm_parameters_gib': 'parameters of the policy (rl), per chip',
+  'hbm_optimizer_gib': 'optimizer state and average (rl), per chip',
+  'hbm_reference_gib': 'parameters of the reference (rl), per chip',
+  'hbm_copy_gib': 'copy of the parameters that samples (rl), per chip',
   'hbm_capacity_gib': 'HBM of a chip that a program may use',
   'host_gib': 'host memory for offloaded arrays, per chip',
   'fits': 'whether total and evaluation are within the capacity',
@@ -40,11 +45,19 @@ FIELDS = {
   'tokens_per_s_per_chip': 'the same per chip',
   'model_tflop_per_chip': 'matrix-product TFLOP of a step, as counted for MFU',
   'mfu': 'model FLOPs utilization in [0, 1]',
-  'total_tokens': 'train.steps x train.batch x data.length',
-  'days': 'days for total_tokens',
-  'chip_hours': 'chip-hours for total_tokens',
+  'total_tokens': 'train.steps x train.batch x data.length (train)',
+  'days': 'days for train.steps',
+  'chip_hours': 'chip-hours for train.steps',
   'denoising_steps': 'config.sample.steps',
   'latency_s': 'seconds to fill a canvas in denoising_steps',
+  'copies': 'masked copies per answer (rl)',
+  'inner_steps': 'train steps per round (rl)',
+  'round_s': 'seconds per round (rl): the sum of the next three',
+  'sampling_s': 'copy of the parameters, and all denoising steps',
+  'fixed_s': 'log-probabilities that stay the same in a round',
+  'training_s': 'train steps',
+  'programs': 'the programs of a round (rl): name, status, error, '
+  'hbm_buffers_gib, hbm_total_gib, step_s, runs, run_s, compile_s',
   'loss_chunks': 'expected iterations of the loss loop',
   'collectives': 'kind, axes, network, dtype, count, sync_count, gb, seconds',
   'operations': 'part, seconds, share, count, op_name; longest first',

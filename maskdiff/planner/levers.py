@@ -18,7 +18,7 @@ def levers(config, plan, sizes):
   """
   t, lines = config.train, []
   if plan['rows_per_chip'] > 1:
-    shards = sizes['replica'] * sizes['fsdp']
+    shards = _shards(sizes)
     more = next(
       m
       for m in range(t.microbatches + 1, t.batch + 1)
@@ -42,7 +42,7 @@ def evaluation_levers(config, plan, sizes):
 
   Arguments and result as for `levers`.
   """
-  e, shards, lines = config.eval, sizes['replica'] * sizes['fsdp'], []
+  e, shards, lines = config.eval, _shards(sizes), []
   unit = shards
   if config.objective.time_sampling == 'antithetic':  # see config.validate
     unit = math.lcm(shards, 2)
@@ -54,6 +54,60 @@ def evaluation_levers(config, plan, sizes):
       f'{less / shards:g} rows per chip at once, as many rows in total'
     )
   return lines + _common_levers(config, plan, sizes)
+
+
+def policy_levers(config, plan, sizes, programs):
+  """Returns config keys that lower the memory of a round, best first.
+
+  Args:
+    config: ConfigDict.
+    plan: dict; `rows_per_chip` and `num_slices` are read.
+    sizes: dict from mesh axis to its size.
+    programs: the key `programs` of a plan.
+
+  Returns:
+    List of str: a flag and its effect in each.
+  """
+  lines, p = [], config.policy
+  over = {x['name'] for x in programs if x['status'] == 'does not fit'}
+  if 'sampling' in over:
+    rows, shards = p.sampling_rows or config.train.batch, _shards(sizes)
+    if rows > shards:
+      less = max(1, rows // (2 * shards)) * shards
+      lines.append(
+        f'--config.policy.sampling_rows={less}: {less / shards:g} rows per '
+        'chip at once'
+      )
+  if over & {'copy', 'sampling'}:
+    if p.sampling_dtype == 'float32':
+      lines.append(
+        '--config.policy.sampling_dtype=bfloat16: half of the copy that samples'
+      )
+    lines += _tensor_lever(config, sizes)
+  if plan['hbm_reference_gib'] and p.reference_dtype == 'float32':
+    lines.append(
+      '--config.policy.reference_dtype=bfloat16: half of the reference'
+    )
+  if config.optimizer.moments == 'float32' and not config.lora.rank:
+    lines.append(
+      '--config.optimizer.moments=bfloat16: 4 bytes less per parameter'
+    )
+  if over & {'fixed', 'training'}:
+    return list(dict.fromkeys(lines + levers(config, plan, sizes)))
+  return [*lines, 'a larger --topology: split the state over more chips']
+
+
+def _shards(sizes):
+  return sizes['replica'] * sizes['fsdp']
+
+
+def _tensor_lever(config, sizes):
+  if sizes['fsdp'] == 1 or config.model.kv_heads % (2 * sizes['tensor']):
+    return []
+  return [
+    f'--config.mesh.tensor={2 * sizes["tensor"]} --config.mesh.fsdp=-1: '
+    'split heads, mlp and vocabulary'
+  ]
 
 
 def _common_levers(config, plan, sizes):
@@ -75,9 +129,5 @@ def _common_levers(config, plan, sizes):
       f'--config.mesh.replica={plan["num_slices"]} --config.mesh.fsdp=-1: '
       'split the state over all chips of a slice'
     )
-  if sizes['fsdp'] > 1 and config.model.kv_heads % (2 * sizes['tensor']) == 0:
-    lines.append(
-      f'--config.mesh.tensor={2 * sizes["tensor"]} --config.mesh.fsdp=-1: '
-      'split heads, mlp and vocabulary'
-    )
+  lines += _tensor_lever(config, sizes)
   return [*lines, 'a larger --topology: split the state over more chips']

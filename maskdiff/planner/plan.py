@@ -119,14 +119,8 @@ def _evaluation(config, target, plan):
     total = pricing.peak_bytes(memory) / pricing.GIB
   if total is not None:
     # The parameters are arguments of both programs; count them once.
-    params = jax.tree.leaves(
-      params_on(step.step_config(config).model, target.mesh)
-    )
-    shared = sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in params
-    )
-    total += plan['hbm_arguments_gib'] - shared / pricing.GIB
+    params = params_on(step.step_config(config).model, target.mesh)
+    total += plan['hbm_arguments_gib'] - pricing.gib_per_chip(params)
   if compiled and total <= target.chip.hbm_gib:
     return {'hbm_evaluation_gib': total}
   return {

@@ -11,7 +11,7 @@ from maskdiff.interop import load
 from maskdiff.objectives.table import OBJECTIVES, show
 from maskdiff.planner import pricing
 from maskdiff.planner.parts import part
-from maskdiff.planner.target import compile_denoise, open_target
+from maskdiff.planner.target import compile_denoise, open_target, params_on
 from maskdiff.sampling.settings import sampler_config
 
 MAX_TOKENS = 2**28  # of a batch; a plan holds arrays of this size on the host
@@ -67,6 +67,21 @@ def plan_sample(
   config = config.copy_and_resolve_references()
   config.mesh.update(replica=num_slices, fsdp=-1, sequence=1, tensor=tensor)
   target = open_target(config, topology, num_slices)
+  model = load.network(config, None).config
+  params = params_on(model, target.mesh, jnp.dtype(dtype))
+  return plan_sample_on(config, target, prompts, prompt_tokens, params)
+
+
+def plan_sample_on(config, target, prompts, prompt_tokens, params):
+  """Plans sampling on a target from `open_target`; see `plan_sample`.
+
+  Args:
+    config: ConfigDict that passed config.validate.
+    target: target.Target.
+    prompts: number of prompts in the batch.
+    prompt_tokens: tokens of each prompt.
+    params: parameter tree of ShapeDtypeStructs with shardings.
+  """
   _, settings = sampler_config(config)
   steps, slots = settings.steps, settings.gen_length
   length = prompt_tokens + slots
@@ -86,7 +101,7 @@ def plan_sample(
     return pricing.price(
       facts,
       target,
-      lambda: compile_denoise(config, target, prompts, length, dtype, window),
+      lambda: compile_denoise(config, target, prompts, length, params, window),
       expected_trips=None,
       regime=sampling_regime(config, length),
       branch_shares=lambda op_name: (

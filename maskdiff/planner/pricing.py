@@ -1,5 +1,6 @@
 """Compiles one program; returns its memory and time as keys of a plan."""
 
+import math
 import re
 
 import jax
@@ -21,7 +22,7 @@ def facts(config, target, mode):
   Args:
     config: ConfigDict.
     target: target.Target.
-    mode: 'train' or 'sample'.
+    mode: 'train', 'sample' or 'rl'.
 
   Returns:
     Dict with all keys of FIELDS.
@@ -43,6 +44,7 @@ def facts(config, target, mode):
     'collectives': [],
     'operations': [],
     'warnings': [],
+    'programs': [],
   }
 
 
@@ -119,6 +121,19 @@ def peak_bytes(memory):
   # The compiler checks the reported peak against the chip. With offloading the
   # peak includes host memory, so it may exceed the sum of HBM allocations.
   return min(memory.peak_memory_in_bytes or allocated, allocated)
+
+
+def gib_per_chip(tree):
+  """Returns the GiB of the arrays of a tree on one chip.
+
+  Args:
+    tree: ShapeDtypeStructs with shardings.
+  """
+  shards = (
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+  return sum(shards) / GIB
 
 
 def costs(cost):

@@ -1,6 +1,7 @@
 """Plans as tables for a terminal."""
 
 from maskdiff.monitoring import terminal
+from maskdiff.planner import tables_rl
 
 TOP_OPERATIONS = 10
 
@@ -8,6 +9,8 @@ TOP_OPERATIONS = 10
 def format_table(plan):
   """Returns a plan as text for a terminal."""
   text = [terminal.table(_summary(plan))]
+  if plan['programs']:
+    text.append(tables_rl.programs(plan))
   if plan['collectives']:
     rows = [
       ('collective', 'axes', 'network', 'dtype', 'GB', 'seconds', 'synchronous')
@@ -26,7 +29,10 @@ def format_table(plan):
     ]
     text.append(terminal.table(rows))
   if plan['operations']:
-    rows = [('part of the step', 'ms', 'share', 'count')]
+    name = (
+      'part of the train step' if plan['mode'] == 'rl' else 'part of the step'
+    )
+    rows = [(name, 'ms', 'share', 'count')]
     rows += [
       (
         o['part'][-60:],
@@ -42,6 +48,8 @@ def format_table(plan):
 
 
 def _summary(p):
+  if p['mode'] == 'rl':
+    return tables_rl.summary(p)
   slices = f'{p["num_slices"]} x ' if p['num_slices'] != 1 else ''
   step = f'{p["batch"]} prompts, canvases of {p["length"]} tokens'
   if p['mode'] == 'train':

@@ -151,7 +151,7 @@ def compile_train(config, target):
   )
   rows = Rows(jax.ShapeDtypeStruct((config.train.batch, c.length), jnp.int32))
   train_step = step.compile_train_step(c, optimizer, target.mesh)
-  return _compile(train_step, target.mesh, state, rows, key)
+  return compile_on(train_step, target.mesh, state, rows, key)
 
 
 def compile_evaluation(config, target):
@@ -175,36 +175,51 @@ def compile_evaluation(config, target):
     sharding=mesh_lib.batch_sharding(target.mesh),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return _compile(
+  return compile_on(
     evaluation.jit_eval_step, target.mesh, c, params, Rows(tokens), key
   )
 
 
-def params_on(model, mesh):
-  """Returns the parameter tree as ShapeDtypeStructs with shardings."""
+def params_on(model, mesh, dtype=None):
+  """Returns the parameter tree as ShapeDtypeStructs with shardings.
+
+  Args:
+    model: TransformerConfig.
+    mesh: device mesh.
+    dtype: of all parameters; None: as declared.
+  """
   shapes = transformer.shapes(model)
+  shardings = mesh_lib.param_shardings(mesh, transformer.axes(model), shapes)
+  return sharded(shapes, shardings, dtype)
+
+
+def sharded(shapes, shardings, dtype=None):
+  """Returns ShapeDtypeStructs with shardings.
+
+  Args:
+    shapes: tree of arrays or ShapeDtypeStructs.
+    shardings: tree of shardings, of the same structure.
+    dtype: of all arrays; None: that of each.
+  """
   return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding
-    ),
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
     shapes,
-    mesh_lib.param_shardings(mesh, transformer.axes(model), shapes),
+    shardings,
   )
 
 
-def compile_denoise(config, target, prompts, length, dtype, window=False):
+def compile_denoise(config, target, prompts, length, params, window=False):
   """Compiles one denoising step of the sampler.
 
-  The weights have the shardings of interop.load. The settings of the config are
-  constants of the program, so that the compiler removes the computations that
-  no row uses.
+  The settings of the config are constants of the program, so that the compiler
+  removes the computations that no row uses.
 
   Args:
     config: ConfigDict that passed config.validate_mesh.
     target: Target.
     prompts: number of rows.
     length: tokens of a row; config.sample.gen_length of them are slots.
-    dtype: dtype of the weights.
+    params: parameter tree of ShapeDtypeStructs with shardings.
     window: compile the step that computes windows with the cache, instead of
       the step over the canvas.
 
@@ -219,11 +234,6 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   fill = np.arange(length) >= length - config.sample.gen_length
   fill = np.broadcast_to(fill, canvas.shape)
   valid = np.ones(canvas.shape, bool)
-  model = load.network(config, None).config
-  params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
-    params_on(model, target.mesh),
-  )
   network = load.network(config, params)
   carry, layout, shapes = begin(
     network, c, Request(canvas, fill, valid, np.arange(prompts), settings)
@@ -238,7 +248,7 @@ def compile_denoise(config, target, prompts, length, dtype, window=False):
   cache = None
   if c.cache != 'none':
     cache = _cache_on(network, c, shapes[-1][0], layout, target.mesh)
-  return _compile(
+  return compile_on(
     _with_constants(step, settings),
     target.mesh,
     *(network, c, shapes[-1], layout, carry, cache),
@@ -286,7 +296,20 @@ def _with_constants(step, settings):
   return jax.jit(denoising_step, static_argnums=(1, 2), donate_argnames='cache')
 
 
-def _compile(function, mesh, *args):
+def compile_on(function, mesh, *args):
+  """Compiles a jitted function for the devices of a mesh.
+
+  Args:
+    function: from jax.jit.
+    mesh: device mesh.
+    *args: its arguments; ShapeDtypeStructs stand for arrays.
+
+  Returns:
+    Compiled.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
+  """
   began = time.monotonic()
   with jax.set_mesh(mesh):
     executable = function.lower(*args).compile()

@@ -1,6 +1,7 @@
 """Compiled programs of policy optimization: of a round, and the train step.
 
 Their arguments have the same shapes in every round, so each is compiled once.
+The programs of the sampler are those of sampling/sampler.py.
 """
 
 import functools
@@ -77,14 +78,18 @@ def make(config, setup, c):
 
 def compile_train_step(config, setup, c, state, batch, key):
   """Compiles the train step of a PolicyConfig; see `Stage.compile`."""
-  jitted = step_lib.compile_train_step(
+  return compile_step(train_step(config, setup, c), state, batch, key)
+
+
+def train_step(config, setup, c):
+  """Returns the jitted train step of a run; arguments as for `make`."""
+  return step_lib.compile_train_step(
     step_lib.step_config(config),
     setup.optimizer,
     setup.mesh,
     functools.partial(policy_step.gradients, c),
     policy_step.shardings(c, setup.mesh)[0],
   )
-  return compile_step(jitted, state, batch, key)
 
 
 def place(mesh, arrays):

@@ -12,6 +12,11 @@ from maskdiff.interop import leaves, load
 from maskdiff.model import transformer
 
 
+def is_base(config):
+  """Returns whether the reference is the base of the policy's adapters."""
+  return config.lora.rank > 0 and not config.policy.reference
+
+
 def load_reference(config, mesh):
   """Loads the parameters of the reference; None if they are the base.
 
@@ -24,9 +29,9 @@ def load_reference(config, mesh):
   Raises:
     UserError: the reference has another architecture, or cannot be loaded.
   """
-  path = config.policy.reference
-  if config.lora.rank and not path:
+  if is_base(config):
     return None
+  path = config.policy.reference
   changed = config.copy_and_resolve_references()
   changed.lora.rank = 0
   if path:

@@ -79,7 +79,7 @@ def requests(run_seed, round_number, prompts, group, slots, settings):
 
 
 def sampling_copy(c, mesh, dtype):
-  """Returns a jitted function that copies parameters for sampling.
+  """Returns a function that copies parameters for sampling.
 
   Matrices are split over the axis `tensor` only, so that a forward pass gathers
   no parameters; the rows of the sampler are split over the other axes.
@@ -89,16 +89,37 @@ def sampling_copy(c, mesh, dtype):
     mesh: device mesh.
     dtype: dtype of the copy.
   """
+  casts = jax.tree.map(
+    lambda sharding: cast(sharding, dtype), copy_shardings(c, mesh)
+  )
+  return lambda params: jax.tree.map(lambda copy, x: copy(x), casts, params)
+
+
+def cast(sharding, dtype):
+  """Returns a jitted function that copies a parameter.
+
+  A gather needs a buffer of the size of its result. In one program for all
+  parameters, the TPU compiler has all these buffers at once, which are a second
+  copy.
+
+  Args:
+    sharding: of the copy.
+    dtype: of the copy.
+  """
+  return jax.jit(
+    functools.partial(leaves.cast, dtype=dtype), out_shardings=sharding
+  )
+
+
+def copy_shardings(c, mesh):
+  """Returns the shardings of the copy; arguments as for `sampling_copy`."""
   without_fsdp = lambda s: NamedSharding(
     mesh, PartitionSpec(*(None if axis == 'fsdp' else axis for axis in s.spec))
   )
   shardings = mesh_lib.param_shardings(
     mesh, transformer.axes(c), transformer.shapes(c)
   )
-  return jax.jit(
-    functools.partial(leaves.cast, dtype=dtype),
-    out_shardings=jax.tree.map(without_fsdp, shardings),
-  )
+  return jax.tree.map(without_fsdp, shardings)
 
 
 def sample(network, c, requests, rows, length, between=lambda: None):

@@ -57,6 +57,18 @@ def open_setup(config, ledger, between):
   resume.agree_on_config(config)
   mesh = mesh_lib.make_mesh(**config.mesh)
   config_lib.validate_mesh(config, mesh.shape)
+  return setup_on(config, mesh, ledger, between)
+
+
+def setup_on(config, mesh, ledger=None, between=lambda: None):
+  """Returns the RunSetup of a config on a mesh, such as one of a topology.
+
+  Args:
+    config: ConfigDict that `config.validate_mesh` has accepted.
+    mesh: device mesh.
+    ledger: see RunSetup; a plan has none.
+    between: see RunSetup.
+  """
   model = transformer.from_config(config)
   optimizer = make_optimizer(
     OptimizerConfig(**config.optimizer),

@@ -42,7 +42,7 @@ def module(name):
 FILES = NAMES + [
   f'{name}:{entry}'
   for name in NAMES
-  for table in ('MACHINES', 'PUZZLES')
+  for table in ('MACHINES', 'PUZZLES', 'TASKS')
   for entry in module(name).get(table, {})
 ]
 

@@ -295,6 +295,43 @@ def test_a_plan_of_training(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_a_plan_of_policy_optimization(tmp_path):
+  """A config that sets keys of config.policy needs no --mode."""
+  found, text = planned(
+    tmp_path,
+    *('--topology', 'v5e:1x1'),
+    *('--config.policy.prompts=4', '--config.policy.group=4'),
+    *('--config.policy.inner_steps=2', '--config.sample.steps=32'),
+    *('--config.sample.gen_length=32', '--config.sample.block_length=32'),
+    *SMALL,
+    '--config.model.layers=1',
+    '--config.data.length=128',
+  )
+  assert found.keys() == FIELDS.keys()
+  assert (found['mode'], found['status']) == ('rl', 'fits')
+  copy, sampling, fixed, training = found['programs']
+  assert all(p['hbm_buffers_gib'] >= 0 < p['run_s'] for p in found['programs'])
+  parameters = 4 * found['parameters'] / 2**30  # float32
+  assert found['hbm_parameters_gib'] == pytest.approx(parameters, rel=0.01)
+  assert found['hbm_optimizer_gib'] == pytest.approx(2 * parameters, rel=0.01)
+  assert found['hbm_reference_gib'] == found['hbm_parameters_gib']
+  assert found['hbm_copy_gib'] == pytest.approx(parameters / 2, rel=0.01)
+  held = sum(found[f'hbm_{x}_gib'] for x in ('optimizer', 'reference'))
+  assert training['hbm_total_gib'] >= held + found['hbm_parameters_gib']
+  # A parameter is gathered into a buffer of its own.
+  assert copy['hbm_buffers_gib'] <= found['hbm_copy_gib']
+  assert sampling['run_s'] == pytest.approx(32 * sampling['step_s'])
+  # 4 copies of two networks for 2 steps; a step of 4 copies, with gradients.
+  assert 1 < fixed['run_s'] / training['run_s'] < 4
+  times = found['sampling_s'], found['fixed_s'], found['training_s']
+  assert found['round_s'] == pytest.approx(sum(times))
+  assert times[2] == pytest.approx(2 * found['step_s'])
+  assert not any('loop' in w for w in found['warnings'])
+  assert 'fixed log-probabilities' in text
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_plan_of_two_slices(tmp_path):
   found, _ = planned(
     tmp_path,

@@ -450,7 +450,7 @@ def test_planned_evaluation_is_the_one_that_runs(monkeypatch):
   )
   evaluation.evaluate(step, params, [rows], 1.0)
   monkeypatch.setattr(
-    target, '_compile', lambda function, mesh, *args: ran.append(args)
+    target, 'compile_on', lambda function, mesh, *args: ran.append(args)
   )
   target.compile_evaluation(c, types.SimpleNamespace(mesh=mesh))
   (config_ran, *arrays), (config_compiled, *shapes) = ran
@@ -468,7 +468,7 @@ def test_planned_state_has_the_moving_average(monkeypatch):
   """Its arrays have the shapes and dtypes of the parameters."""
   planned = []
   monkeypatch.setattr(
-    target, '_compile', lambda step, mesh, *args: planned.append((step, args))
+    target, 'compile_on', lambda step, mesh, *args: planned.append((step, args))
   )
   mesh = plan.mesh_lib.make_mesh()
   for decay in (0.0, 0.9):

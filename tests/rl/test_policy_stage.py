@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import types
 
 import compiled
 import jax
@@ -19,6 +20,7 @@ from maskdiff.errors import UserError
 from maskdiff.model import lora, transformer
 from maskdiff.model.trainable import join
 from maskdiff.monitoring import history, ledger, metrics
+from maskdiff.planner import target_rl
 from maskdiff.rl import policy_step, reference, stage, stage_config
 from maskdiff.training import loop
 from maskdiff.training import step as step_lib
@@ -148,6 +150,36 @@ def test_constant_rewards_change_nothing(one):
   assert found.grad_norm == 0 and not found.skipped
   jax.tree.map(np.testing.assert_array_equal, before, one.state.params)
   assert one.step(one.batch).grad_norm > 0
+
+
+@pytest.mark.slow
+def test_planned_programs_are_those_of_a_run(one, monkeypatch):
+  """They have the arguments of the run, with the same shardings."""
+  compiled_with = []
+  monkeypatch.setattr(
+    target_rl,
+    'compile_on',
+    lambda function, mesh, *args: compiled_with.append(args),
+  )
+  r = target_rl.open_round(one.config, types.SimpleNamespace(mesh=one.mesh))
+  target_rl.compile_step(r)
+  target_rl.compile_fixed(r)
+  rollout = dict(one.position['rollout'])
+  rollout.pop('log_probs')
+  one.start()
+  params, key = one.state.params, jax.random.key(0)
+  of_run = [
+    (one.state, one.batch, key),
+    ([params, params], rollout, np.int32(0)),
+  ]
+  described = lambda tree: jax.tree.map(
+    lambda x: (x.shape, x.dtype, getattr(x, 'sharding', None)), tree
+  )
+  assert described(compiled_with[1][1]) == described(rollout)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(compiled_with) == shapes(of_run)
+  with jax.set_mesh(one.mesh):
+    assert described(r.copy) == described(r.programs.copy(params))
 
 
 @pytest.mark.slow
