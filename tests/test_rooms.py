@@ -1,6 +1,7 @@
 """The layout of the package: rooms, imports, and the size of files."""
 
 import ast
+import collections
 import functools
 import graphlib
 import pathlib
@@ -185,3 +186,11 @@ def test_rooms_are_listed_in_pyproject():
   rooms = [f'maskdiff.{p.parent.name}' for p in PACKAGE.glob('*/__init__.py')]
   packages = project['tool']['setuptools']['packages']
   assert packages == ['maskdiff', *sorted(rooms)]
+
+
+def test_names_of_test_files_are_unique():
+  """Pytest imports files by name: two of one name stop the collection."""
+  names = collections.Counter(
+    path.name for path in (ROOT / 'tests').rglob('*.py')
+  )
+  assert [n for n in names if names[n] > 1 and n != 'conftest.py'] == []
