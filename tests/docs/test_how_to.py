@@ -1,7 +1,8 @@
 """The changes of docs/how_to/ work when a reader follows the pages.
 
 Each page is followed from top to bottom in a copy of the code: git applies the
-diffs, files are written, and commands run. Tests then check the claims.
+diffs, files are written, and commands run, trainings on a narrower model. Tests
+then check the claims.
 """
 
 import json
@@ -26,12 +27,19 @@ PAGES = ROOT / 'docs' / 'how_to'
 COPIED = ('maskdiff', 'launch', 'configs', 'tokenizer', 'tests')
 MOST_LINES = {'add_a_stage': 45}  # of a change; 20 on the other pages
 MASK = '░'
+# Added to trainings: a step takes a small part of the time, and learns.
+NARROW = (
+  '--config.model.embed=64 --config.model.layers=1 --config.model.heads=1 '
+  '--config.model.kv_heads=1 --config.model.mlp=64 --config.eval.batch=16'
+)
 # Replaces python: scripts are forked from the server of the test (forked.py).
 PYTHON = f"""#!{sys.executable}
 import os, sys
 words = sys.argv[1:]
 if words[0] == '-m':
   os.execv({sys.executable!r}, [{sys.executable!r}, *words])
+if words[0] == 'launch/pretrain.py':
+  words += {NARROW.split()}
 sys.path.append({str(ROOT / 'tests')!r})
 import forked
 sys.exit(forked.start(words).wait())
