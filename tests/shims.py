@@ -43,6 +43,13 @@ RULES = {
     '--config.eval.batch=8 --config.eval.batches=1 '
     '--config.sample.gen_length=8 --config.sample.steps=8',
   ),
+  # Runs with other objectives sample, as does that of the README.
+  'no samples': Rule(
+    r'launch/pretrain\.py (?!.*objective\.name)(?!.*--workdir runs/tiny)',
+    '--config.sample.prompts=()',
+  ),
+  # A program is compiled for every length of the cache.
+  'short answers': Rule(r'launch/sample\.py .*--cache', '--gen_length=16'),
   'one round': Rule(
     r'launch/rl\.py',
     '--config.train.steps=2 --config.train.batch=8 '
