@@ -17,7 +17,6 @@ with other values of these variables get a server of their own.
 import array
 import atexit
 import contextlib
-import gc
 import json
 import multiprocessing.process
 import os
@@ -216,10 +215,6 @@ def serve(path):
   listener.listen(64)
   for name in MODULES:
     __import__(name)
-  # Collections of a child then skip the modules, whose pages stay shared, and
-  # are rarer, as in conftest.py.
-  gc.freeze()
-  gc.set_threshold(50_000, 20, 50)
   # JAX warns of forks because its backends have threads; none has started yet.
   warnings.filterwarnings('ignore', category=RuntimeWarning)
   warnings.filterwarnings('ignore', category=DeprecationWarning)

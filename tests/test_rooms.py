@@ -169,8 +169,7 @@ def test_no_file_compares_the_name_of_an_objective():
   found = [
     f'{relative(path)}:{node.lineno}: {ast.unparse(node)}'
     for path in FILES
-    if relative(path) not in NAMES_OBJECTIVES
-    and room_of_file(path) != 'config'
+    if relative(path) not in NAMES_OBJECTIVES and room_of_file(path) != 'config'
     for node in ast.walk(parsed(path))
     if isinstance(node, ast.Compare | ast.Match)
     and OBJECTIVES
