@@ -43,9 +43,9 @@ RULES = {
     '--config.eval.batch=8 --config.eval.batches=1 '
     '--config.sample.gen_length=8 --config.sample.steps=8',
   ),
-  # Runs with other objectives sample, as does that of the README.
+  # Runs with other objectives sample, and those whose samples a page shows.
   'no samples': Rule(
-    r'launch/pretrain\.py (?!.*objective\.name)(?!.*--workdir runs/tiny)',
+    r'launch/pretrain\.py (?!.*(objective\.name|proof\.py|runs/tiny))',
     '--config.sample.prompts=()',
   ),
   # A program is compiled for every length of the cache.
