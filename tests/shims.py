@@ -2,7 +2,8 @@
 
 Each shim runs the real program with less work if one of RULES matches the
 command, and unchanged otherwise. Each command is logged as a line of JSON in
-the file $COMMAND_LOG.
+the file $COMMAND_LOG. A command that is in the log $SHARED is not run: its
+files are in the clone, and the shim prints what it printed.
 """
 
 import importlib.util
@@ -42,6 +43,13 @@ RULES = {
     '--config.eval.batch=8 --config.eval.batches=1 '
     '--config.sample.gen_length=8 --config.sample.steps=8',
   ),
+  # Runs with other objectives sample, and those whose samples a page shows.
+  'no samples': Rule(
+    r'launch/pretrain\.py (?!.*(objective\.name|proof\.py|runs/tiny))',
+    '--config.sample.prompts=()',
+  ),
+  # A program is compiled for every length of the cache.
+  'short answers': Rule(r'launch/sample\.py .*--cache', '--gen_length=16'),
   'one round': Rule(
     r'launch/rl\.py',
     '--config.train.steps=2 --config.train.batch=8 '
@@ -143,6 +151,15 @@ def start(program):
   return subprocess.Popen(program, text=True, **pipes)
 
 
+def shared(words):
+  """Returns the line of a command in $SHARED, or None."""
+  path = os.environ.get('SHARED')
+  if not path or 'XLA_FLAGS' in os.environ:
+    return None
+  lines = map(json.loads, pathlib.Path(path).read_text().splitlines())
+  return next((line for line in lines if line['words'] == words), None)
+
+
 def main():
   name = os.path.basename(sys.argv[0])
   here = pathlib.Path(sys.argv[0]).resolve().parent
@@ -168,7 +185,9 @@ def main():
   begin = time.time()
   log = {'words': words, 'rules': rules, 'run': run, 'status': 0}
   log['process'] = os.environ.get('JAX_PROCESS_ID', '0')
-  if run:
+  if earlier := shared(words):
+    log = earlier | {'shared': True}
+  elif run:
     process = start(program)
     try:
       outputs = process.communicate(TIMEOUT_S)
@@ -177,8 +196,8 @@ def main():
       outputs = process.communicate()
     log['status'] = process.returncode
     log['stdout'], log['stderr'] = outputs
-    sys.stdout.write(log['stdout'])
-    sys.stderr.write(log['stderr'])
+  sys.stdout.write(log.get('stdout', ''))
+  sys.stderr.write(log.get('stderr', ''))
   log['seconds'] = time.time() - begin
   with open(os.environ['COMMAND_LOG'], 'a') as f:
     f.write(json.dumps(log) + '\n')

@@ -1,6 +1,7 @@
 """The layout of the package: rooms, imports, and the size of files."""
 
 import ast
+import collections
 import functools
 import graphlib
 import pathlib
@@ -67,7 +68,6 @@ def modules():
 
 MODULES = modules()
 FILES = sorted([*PACKAGE.rglob('*.py'), *(ROOT / 'launch').rglob('*.py')])
-every_file = pytest.mark.parametrize('path', FILES, ids=map(relative, FILES))
 
 
 def imports(path):
@@ -125,10 +125,10 @@ def test_init_of_a_room_is_one_docstring(folder):
   assert isinstance(body[0].value.value, str)
 
 
-@every_file
-def test_no_file_is_long(path):
-  lines = len(path.read_text().splitlines())
-  assert lines <= MAX_FILE_LINES or relative(path) in LONG_FILES, lines
+def test_no_file_is_long():
+  lines = {relative(path): len(path.read_text().splitlines()) for path in FILES}
+  long = {name for name in lines if lines[name] > MAX_FILE_LINES}
+  assert long <= LONG_FILES
 
 
 def body_lines(function):
@@ -141,10 +141,10 @@ def body_lines(function):
   return function.end_lineno - body[0].lineno + 1
 
 
-@every_file
-def test_no_function_is_long(path):
+def test_no_function_is_long():
   long = {
-    node.name: body_lines(node)
+    f'{relative(path)}:{node.name}': body_lines(node)
+    for path in FILES
     for node in ast.walk(parsed(path))
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     and body_lines(node) > MAX_BODY_LINES
@@ -165,18 +165,17 @@ def room_of_file(path):
   return path.relative_to(ROOT).parts[1]
 
 
-@every_file
-def test_no_file_compares_the_name_of_an_objective(path):
-  if relative(path) in NAMES_OBJECTIVES or room_of_file(path) == 'config':
-    return
+def test_no_file_compares_the_name_of_an_objective():
   found = [
-    f'line {node.lineno}: {ast.unparse(node)}'
+    f'{relative(path)}:{node.lineno}: {ast.unparse(node)}'
+    for path in FILES
+    if relative(path) not in NAMES_OBJECTIVES and room_of_file(path) != 'config'
     for node in ast.walk(parsed(path))
     if isinstance(node, ast.Compare | ast.Match)
     and OBJECTIVES
     & {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
   ]
-  assert not found
+  assert not found, '\n'.join(found)
 
 
 def test_rooms_are_listed_in_pyproject():
@@ -185,3 +184,11 @@ def test_rooms_are_listed_in_pyproject():
   rooms = [f'maskdiff.{p.parent.name}' for p in PACKAGE.glob('*/__init__.py')]
   packages = project['tool']['setuptools']['packages']
   assert packages == ['maskdiff', *sorted(rooms)]
+
+
+def test_names_of_test_files_are_unique():
+  """Pytest imports files by name: two of one name stop the collection."""
+  names = collections.Counter(
+    path.name for path in (ROOT / 'tests').rglob('*.py')
+  )
+  assert [n for n in names if names[n] > 1 and n != 'conftest.py'] == []

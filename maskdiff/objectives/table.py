@@ -6,6 +6,7 @@ OBJECTIVES.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -205,6 +206,7 @@ def show_masked(network, tokens, masked, valid, doc=0):
   return objective.show(network, noisy, valid, doc)
 
 
+@functools.lru_cache(maxsize=64)  # asked for every step of a run
 def flops_per_token(c, model_config, length):
   """Returns matrix-product FLOPs of a training step per token.
 

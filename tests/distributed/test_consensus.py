@@ -7,10 +7,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 
+import forked
 import pytest
 
 from maskdiff.distributed import consensus
@@ -87,8 +87,9 @@ def test_code_version_covers_every_room(tmp_path, monkeypatch):
 # Several processes
 
 BEGIN = """
-import os, sys, time
+import functools, os, sys, time
 from maskdiff.distributed import consensus, runtime
+print = functools.partial(print, flush=True)
 from maskdiff.errors import Preempted
 me = int(os.environ['JAX_PROCESS_ID'])
 """
@@ -105,16 +106,26 @@ def start(program, *arguments, processes=2):
     'JAX_COORDINATOR_ADDRESS': address,
     'JAX_NUM_PROCESSES': str(processes),
   }
-  return [
-    subprocess.Popen(
-      [sys.executable, '-u', '-c', BEGIN + program, *map(str, arguments)],
+  started = []
+  for i in range(processes):
+    read, write = os.pipe()
+    process = forked.start(
+      ['-c', BEGIN + program, *arguments],
       env=environ | {'JAX_PROCESS_ID': str(i)},
-      stdout=subprocess.PIPE,
+      stdin=subprocess.DEVNULL,
+      stdout=write,
       stderr=subprocess.PIPE,
-      text=True,
     )
-    for i in range(processes)
-  ]
+    os.close(write)
+    process.stdout = open(read)
+    started.append(process)
+  return started
+
+
+def end_of(process):
+  """Waits for the end; returns the output that is not read, and the errors."""
+  _, errors = process.communicate(timeout=100)
+  return process.stdout.read(), errors
 
 
 @pytest.fixture
@@ -130,6 +141,7 @@ def run():
   for process in started:
     process.kill()
     process.communicate()
+    process.stdout.close()
 
 
 def wait_for(line, process):
@@ -137,7 +149,7 @@ def wait_for(line, process):
   for text in process.stdout:
     if text.rstrip() == line:
       return
-  raise AssertionError(process.stderr.read())
+  raise AssertionError(end_of(process)[1])
 
 
 POLLS = """
@@ -179,7 +191,7 @@ def test_sigterm_to_any_process_stops_all_at_the_same_poll(
     processes[i].send_signal(signal.SIGTERM)
   ends = set()
   for process in processes:
-    out, err = process.communicate(timeout=100)
+    out, err = end_of(process)
     assert process.returncode == 75, err
     assert 'Traceback' not in err and '*** Check failure' not in err
     ends.add(re.search(r'^ends at (\d+), True$', out, re.MULTILINE)[1])
@@ -200,7 +212,7 @@ with runtime.started():
 def test_differences_are_reported_by_all_processes(run):
   processes = run(AGREES, processes=3)
   for i, process in enumerate(processes):
-    out, err = process.communicate(timeout=100)
+    out, err = end_of(process)
     assert 'agreed' in out.splitlines()
     assert process.returncode == 2, err
     (line,) = [x for x in err.splitlines() if x.startswith('error: ')]
@@ -234,7 +246,7 @@ def test_killed_process_ends_the_others_within_the_heartbeat(run, killed):
     wait_for('here', process)
   processes[killed].kill()
   began = time.monotonic()
-  _, err = processes[1 - killed].communicate(timeout=100)
+  _, err = end_of(processes[1 - killed])
   seconds = time.monotonic() - began
   assert seconds < 20, 'longer than the heartbeat plus a margin for load'
   assert processes[1 - killed].returncode not in (0, 2), err

@@ -5,6 +5,7 @@ clone. The copy has the run of the README's first command, and the files that
 pages assume. tests/shims.py makes the commands small. Commands that need a
 cluster or a download are marked in the page (tests/pages.py) and not run, but
 the scripts still parse their flags, and those of commands in docstrings.
+Commands of several pages run once, before the copies are made.
 """
 
 import ast
@@ -124,7 +125,7 @@ class Shell:
     write_program(pod, self.shim)
     return folder
 
-  def run(self, script, folder):
+  def run(self, script, folder, **variables):
     """Runs a shell script in a folder until a command fails."""
     log = self.home / f'{folder.name}.jsonl'
     # Background jobs must succeed too.
@@ -133,7 +134,8 @@ class Shell:
       ['bash', '-euo', 'pipefail', '-c', script, folder.name],
       cwd=folder,
       env=self.environment
-      | {'PYTHONPATH': str(folder), 'COMMAND_LOG': str(log)},
+      | {'PYTHONPATH': str(folder), 'COMMAND_LOG': str(log)}
+      | variables,
       stdin=subprocess.DEVNULL,
       capture_output=True,
       text=True,
@@ -196,6 +198,19 @@ python launch/prepare.py --source "data/web/*.jsonl.gz" \
   --tokenizer models/Qwen2.5-0.5B/tokenizer.json --out data/rows \
   --row_length 1024
 """
+# Commands of several pages, as these have them.
+SHARED = """
+python launch/prepare.py --source maskdiff --out data/own --train_tokenizer
+python tokenizer/train.py --input "data/web/*.jsonl.gz" --vocab_size 32000 \
+  --out data/web.model
+python launch/pretrain.py --config configs/proof.py \
+  --workdir runs/autoregressive --config.objective.name=autoregressive
+python launch/sample.py --workdir runs/tiny --infill "for{{1}} in range({{3}}):"
+python launch/sample.py --workdir runs/tiny --prompt "class " --gen_length 64 \
+  --steps 64 --show
+python launch/goodput.py --workdir runs/tiny
+python launch/report.py runs/tiny
+"""
 
 
 @pytest.fixture(scope='module')
@@ -210,21 +225,26 @@ def ran(tmp_path_factory):
   add_assumed_files(base)
   # docs/evaluation.md refers to the commands of this docstring.
   puzzles = ast.get_docstring(ast.parse(PUZZLES.read_text())).split('\n\n')[1]
-  given = shell.run(f'{puzzles}\n{ROWS}', base)
+  given = shell.run(f'{puzzles}\n{ROWS}\n{SHARED}', base)
   assert given.status == 0, given.output
+  commands = begun.commands + given.commands
+  shared = shell.home / 'shared.jsonl'
+  shared.write_text(''.join(json.dumps(c) + '\n' for c in commands))
+  lines = {' '.join(command['words'][1:]) for command in commands}
 
   def run_page(number, path):
     folder = shell.home / f'page{number}'
     shutil.copytree(base, folder, symlinks=True)
     chosen = [b for b in BLOCKS[path] if path != readme or b not in first]
     script = pages.shell(TEXTS[path], chosen)
-    for made in re.findall(r'launch/pretrain\.py .*--workdir (\S+)', script):
-      shutil.rmtree(folder / made, ignore_errors=True)  # the page makes it
-    return shell.run(script, folder)
+    training = r'(launch/pretrain\.py .*--workdir (\S+).*)'
+    for line, made in re.findall(training, script):
+      if line not in lines:
+        shutil.rmtree(folder / made, ignore_errors=True)  # the page makes it
+    return shell.run(script, folder, SHARED=str(shared))
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     done = dict(zip(RUN, pool.map(run_page, range(len(RUN)), RUN), strict=True))
-  commands = begun.commands + given.commands
   return {None: Ran(0, '', commands)} | done
 
 
@@ -258,6 +278,9 @@ def test_every_rule_and_expectation_is_used(ran):
   words = [' '.join(c['words']) for c in commands]
   for pattern in SAYS:
     assert any(re.search(pattern, w) for w in words), pattern
+  shared = [c['words'] for c in commands if c.get('shared')]
+  for command in pages.simple_commands(SHARED):
+    assert shared.count(command) > 1, command
 
 
 def test_excluded_pages_have_their_own_test():

@@ -1,7 +1,8 @@
 """The changes of docs/how_to/ work when a reader follows the pages.
 
 Each page is followed from top to bottom in a copy of the code: git applies the
-diffs, files are written, and commands run. Tests then check the claims.
+diffs, files are written, and commands run, trainings on a narrower model. Tests
+then check the claims.
 """
 
 import json
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pages
 import pytest
@@ -25,6 +27,23 @@ PAGES = ROOT / 'docs' / 'how_to'
 COPIED = ('maskdiff', 'launch', 'configs', 'tokenizer', 'tests')
 MOST_LINES = {'add_a_stage': 45}  # of a change; 20 on the other pages
 MASK = '░'
+# Added to trainings: a step takes a small part of the time, and learns.
+NARROW = (
+  '--config.model.embed=64 --config.model.layers=1 --config.model.heads=1 '
+  '--config.model.kv_heads=1 --config.model.mlp=64 --config.eval.batch=16'
+)
+# Replaces python: scripts are forked from the server of the test (forked.py).
+PYTHON = f"""#!{sys.executable}
+import os, sys
+words = sys.argv[1:]
+if words[0] == '-m':
+  os.execv({sys.executable!r}, [{sys.executable!r}, *words])
+if words[0] == 'launch/pretrain.py':
+  words += {NARROW.split()}
+sys.path.append({str(ROOT / 'tests')!r})
+import forked
+sys.exit(forked.start(words).wait())
+"""
 
 
 class Copy:
@@ -37,6 +56,21 @@ class Copy:
 
   def __init__(self, path, page):
     self.path, self.printed = path, []
+    programs = path.parent / f'{path.name}_bin'
+    programs.mkdir()
+    (programs / 'python').write_text(PYTHON)
+    (programs / 'python').chmod(0o755)
+    self.environment = {
+      **os.environ,
+      'PATH': f'{programs}:{os.environ["PATH"]}',
+      'PYTHONPATH': str(path),
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': xla_flags.FAST,  # a single device, as a laptop has
+      'PYTEST_ADDOPTS': '-n0',  # workers would only import JAX again
+      # Otherwise git finds a repository above the copy.
+      'GIT_CEILING_DIRECTORIES': str(path.parent),
+    }
+    self.environment[forked.SERVER] = forked.address(self.environment)
     for name in COPIED:
       shutil.copytree(
         ROOT / name, path / name, ignore=shutil.ignore_patterns('__pycache__')
@@ -52,21 +86,11 @@ class Copy:
 
   def run(self, command, text=None):
     """Runs a command as a user would, and returns what it printed."""
-    environment = {
-      **os.environ,
-      'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
-      'PYTHONPATH': str(self.path),
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': xla_flags.FAST,  # a single device, as a laptop has
-      'PYTEST_ADDOPTS': '-n0',  # workers would only import JAX again
-      # Otherwise git finds a repository above the copy.
-      'GIT_CEILING_DIRECTORIES': str(self.path.parent),
-    }
     result = subprocess.run(
       command,
       input=text,
       cwd=self.path,
-      env=environment,
+      env=self.environment,
       capture_output=True,
       text=True,
     )
@@ -75,7 +99,7 @@ class Copy:
 
   def python(self, code):
     """Runs code with the package of the copy; returns the JSON it printed."""
-    return json.loads(self.run([sys.executable, '-c', code]).splitlines()[-1])
+    return json.loads(self.run(['python', '-c', code]).splitlines()[-1])
 
 
 def blocks(page):
@@ -307,7 +331,7 @@ def test_new_setting_touches_at_most_three_files():
 
 def test_new_setting_is_a_flag_and_a_key(setting):
   """The highest value leaves one token, so the text is the greedy one."""
-  sample = [sys.executable, 'launch/sample.py', '--workdir=runs/itself']
+  sample = ['python', 'launch/sample.py', '--workdir=runs/itself']
   sample += ['--prompt=def read(', '--gen_length=16', '--temperature=0']
   assert setting.printed[0].endswith(setting.run(sample))
   page = (setting.path / 'min_p.html').read_text()

@@ -3,6 +3,7 @@
 No TPU is needed. libtpu reads its settings when JAX is imported.
 """
 
+import functools
 import importlib.util
 import json
 import re
@@ -32,11 +33,30 @@ SMALL = (
 PARAMETERS = 4096 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 512 + 512) + 256
 
 
-def launch(*args, path=str(ROOT)):
+# Compiling an evaluation takes as long as compiling the train step.
+WITHOUT_EVALUATION = """
+import runpy
+from maskdiff.planner import plan
+plan._evaluation = lambda *args: {}
+runpy.run_path('launch/plan.py', run_name='__main__')
+"""
+
+
+def launch(*args, evaluation=True):
+  """Runs launch/plan.py, by default with the plan of an evaluation."""
+  script = ['launch/plan.py'] if evaluation else ['-c', WITHOUT_EVALUATION]
+  return forked.run(
+    [*script, '--config', 'configs/tiny.py', *args],
+    env=ENVIRONMENT | COMPILER_ENVIRONMENT,
+    cwd=ROOT,
+  )
+
+
+def launch_as_a_user(*args):
   """Runs launch/plan.py in a process that imports JAX itself."""
   return subprocess.run(
     [sys.executable, 'launch/plan.py', '--config', 'configs/tiny.py', *args],
-    env=ENVIRONMENT | {'PYTHONPATH': path},
+    env=ENVIRONMENT,
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -55,10 +75,10 @@ def refused(*args, path=str(ROOT)):
   return result.stderr
 
 
-def planned(tmp_path, *args):
+def planned(tmp_path, *args, run=launch):
   """Returns the numbers of a plan that fits, and the printed table."""
   file = tmp_path / 'plan.json'
-  result = launch('--json', str(file), *args)
+  result = run('--json', str(file), *args)
   assert result.returncode == 0, result.stderr[-4000:]
   return json.loads(file.read_text()), result.stdout
 
@@ -196,9 +216,8 @@ def test_cycles_of_a_loop_match_a_simple_count(texts):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_of_sampling(tmp_path):
-  found, text = planned(
-    tmp_path, '--topology', 'v5e:2x4', '--mode', 'sample', *SMALL
-  )
+  arguments = ('--topology', 'v5e:2x4', '--mode', 'sample', *SMALL)
+  found, text = planned(tmp_path, *arguments, run=launch_as_a_user)
   assert found.keys() == FIELDS.keys()
   assert (found['mode'], found['status']) == ('sample', 'fits')
   assert found['length'] == 128 + 64
@@ -341,6 +360,7 @@ def test_a_plan_of_two_slices(tmp_path):
     '2',
     '--config.mesh.replica=2',
     *SMALL,
+    run=functools.partial(launch, evaluation=False),
   )
   assert (found['chips'], found['num_slices']) == (8, 2)
   between = [c for c in found['collectives'] if c['network'] == 'dcn']
@@ -371,6 +391,7 @@ def test_a_sweep_ranks_what_fits(tmp_path):
     '--json',
     str(file),
     *SMALL,
+    evaluation=False,
   )
   assert result.returncode == 0, result.stderr[-4000:]
   fits, *rest = json.loads(file.read_text())

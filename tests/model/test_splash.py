@@ -155,10 +155,12 @@ def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():
 
 
 @pytest.mark.slow
-@with_documents
-@every_regime
-def test_splash_equals_xla_with_queries_split_over_a_mesh(regime, doc):
-  labels = masks.make_labels(regime, padded(L), doc)
+@pytest.mark.parametrize(
+  'name, documents',
+  [*((name, 'packed') for name in REGIMES), ('bidirectional', 'row')],
+)
+def test_splash_equals_xla_with_queries_split_over_a_mesh(name, documents):
+  labels = masks.make_labels(REGIMES[name], padded(L), DOCUMENTS[documents])
   assert_splash_equals_xla(labels, 4, 2, m=cpu_mesh(sequence=2))
 
 

@@ -197,16 +197,16 @@ def evaluations(workdir):
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments(runs, undisturbed):
+def test_six_kills_at_random_moments(runs, undisturbed):
   """Kills happen during start-up, steps, saves and evaluations."""
   moments = random.Random(0)
-  for kill in range(10):
+  for kill in range(6):
     restarts = runs.restarts() + bool(kill)
     (process,) = runs.start(step_s=0.05)
     if kill % 4 == 1:
       time.sleep(moments.uniform(0, 3))
     else:
-      runs.wait_for(4 * kill + 1, [process], restarts)
+      runs.wait_for(7 * kill + 1, [process], restarts)
       time.sleep(moments.uniform(0, 0.25))
     assert process.poll() is None
     process.kill()
@@ -214,7 +214,7 @@ def test_ten_kills_at_random_moments(runs, undisturbed):
   runs.finish()
   assert_same(runs.workdir, undisturbed)
   total = ledger.goodput(runs.workdir / 'ledger.jsonl')
-  assert total['restarts'] >= 7 and total['lost_s'] > 0
+  assert total['restarts'] >= 4 and total['lost_s'] > 0
   assert total['steps'] == STEPS
 
 
