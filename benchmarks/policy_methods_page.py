@@ -39,37 +39,45 @@ def trainings(lines, task, method):
   return select(lines, kind='training', task=task, method=method)
 
 
-def spread(values):
-  """Returns mean and standard error as text."""
-  mean = f'{statistics.mean(values):.1%}'
-  if len(values) < 2:
-    return mean
-  return f'{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.1%}'
+def points(values):
+  """Returns mean and standard error of shares, as percentage points."""
+  error = statistics.stdev(values) / len(values) ** 0.5
+  return f'{100 * statistics.mean(values):+.1f} ± {100 * error:.1f}'
 
 
 def results(lines, task):
-  """Returns the table of right answers at equal budgets."""
-  rows = [
-    ['method', 'start', 'equal forwards', 'equal seconds', 'by seed', 'rounds']
-  ]
+  """Returns the table of right answers at equal budgets, best first."""
+  heads = ['method', 'equal forwards', 'gain', 'equal seconds', 'gain']
   found = []
   for method in METHODS:
-    of = trainings(lines, task, method)
-    if not of:
-      continue
-    ends = budgets(lines, task, method)
-    shares = [[at(x['correct'], end) for x in of] for end in ends]
-    start = [x['correct'][0][1] for x in of]
-    both = zip(*shares, strict=True)
-    cells = [
-      f'`{method}`',
-      f'{statistics.mean(start):.1%}',
-      *map(spread, shares),
-      ', '.join(f'{a:.1%} / {b:.1%}' for a, b in both),
-      ' / '.join(f'{end:.0f}' for end in ends),
-    ]
-    found.append((-statistics.mean(shares[0]), cells))
-  return page_parts.table(rows + [cells for _, cells in sorted(found)])
+    curves = [x['correct'] for x in trainings(lines, task, method)]
+    cells, means = [f'`{method}`'], []
+    by_seed = []
+    for end in budgets(lines, task, method):
+      shares = [at(curve, end) for curve in curves]
+      gains = [y - curve[0][1] for y, curve in zip(shares, curves, strict=True)]
+      means.append(statistics.mean(shares))
+      cells += [f'{means[-1]:.1%}', points(gains)]
+      by_seed.append(', '.join(f'{y:.1%}' for y in shares))
+    ends = ', '.join(f'{end:.0f}' for end in budgets(lines, task, method))
+    found.append((-sum(means), [*cells, *by_seed, ends]))
+  heads += ['by seed: forwards', 'by seed: seconds', 'rounds']
+  return page_parts.table([heads, *(cells for _, cells in sorted(found))])
+
+
+def long(lines, task):
+  """Returns the table of the longer trainings."""
+  found = select(lines, kind='long', task=task)
+  rows = [
+    ['seed', 'start', *(f'{n / 6:.0%} of the rounds' for n in range(1, 7))]
+  ]
+  for line in found:
+    shares = [f'{share:.1%}' for _, share in line['correct']]
+    rows.append([str(line['seed']), *shares])
+  by_evaluation = zip(*(line['correct'] for line in found), strict=True)
+  means = [statistics.mean(y for _, y in points) for points in by_evaluation]
+  rows.append(['mean', *(f'{mean:.1%}' for mean in means)])
+  return page_parts.table(rows)
 
 
 def costs(lines, task):
@@ -88,11 +96,8 @@ def costs(lines, task):
   ]
   t = TASKS[task]
   for method, traits in METHODS.items():
-    timed = select(lines, kind='seconds', task=task, method=method)
+    (timed,) = select(lines, kind='seconds', task=task, method=method)
     of = trainings(lines, task, method)
-    if not timed or not of:
-      continue
-    (timed,) = timed
     total = timed['rollout_s'] + timed['step_s']
     rows.append(
       [
@@ -114,7 +119,7 @@ def filled(text, lines):
 
   def part(name):
     kind, _, task = name.partition('_')
-    return {'results': results, 'costs': costs}[kind](lines, task)
+    return {'results': results, 'costs': costs, 'long': long}[kind](lines, task)
 
   return page_parts.fill(text, 'policy_methods_page', part)
 
@@ -131,8 +136,6 @@ def plot(lines, out):
   for row, (task, t) in zip(panels, TASKS.items(), strict=True):
     for method, color in zip(METHODS, colors, strict=False):
       of = trainings(lines, task, method)
-      if not of:
-        continue
       rounds = [r for r, _ in of[0]['correct']]
       shares = [
         statistics.mean(x['correct'][i][1] for x in of)
