@@ -2,8 +2,8 @@
 
 The compiler has no estimate for collectives. They are priced as rings over the
 links of the torus that their groups span. The time is the number of bytes that
-a device receives, divided by the bandwidth of those links, plus a latency per
-hop. A group is described by the mesh axes along which its devices differ, so
+a device receives, divided by the bandwidth of those links, plus a latency: one
+of the collective, and one per hop. A group is described by the mesh axes along which its devices differ, so
 that a plan states the cost of each axis.
 
 Some forms in the text of the TPU compiler are misleading:
@@ -39,7 +39,11 @@ KINDS = (
   'collective-permute',
   'collective-broadcast',
 )
-# Assumed latency of a message between neighbouring chips.
+# Latency of a collective within a slice, besides that of its hops. Small
+# messages between neighbouring chips take 4.5 to 5.5 us in lax.ppermute on v5p,
+# and 5.6 to 5.9 us on v6e (measured in marin-community/marin, issue 6736).
+ICI_START_S = 4e-6
+# Latency of a hop between neighbouring chips ("How to Scale Your Model", TPUs).
 ICI_HOP_S = 1e-6
 # Assumed latency of a transfer between slices.
 DCN_LATENCY_S = 50e-6
@@ -241,7 +245,7 @@ def _ici_s(machine, kind, positions, nbytes):
     return 0.0
   chip = machine.chip
   if kind == 'collective-permute':
-    return nbytes / chip.link_bandwidth + ICI_HOP_S
+    return nbytes / chip.link_bandwidth + ICI_START_S + ICI_HOP_S
   bandwidth, hops = 0.0, 0
   for axis, size in enumerate(machine.shape):
     extent = len({machine.coords[p][axis] for p in positions})
@@ -254,4 +258,4 @@ def _ici_s(machine, kind, positions, nbytes):
   phases = 2 if kind == 'all-reduce' else 1
   # The two cores of a chip have no link; they exchange data through HBM.
   bandwidth = bandwidth or chip.hbm_bandwidth
-  return nbytes / bandwidth + phases * hops * ICI_HOP_S
+  return nbytes / bandwidth + ICI_START_S + phases * hops * ICI_HOP_S

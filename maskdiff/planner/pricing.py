@@ -8,6 +8,7 @@ import jax
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import one_line
 from maskdiff.model import transformer
+from maskdiff.monitoring import progress
 from maskdiff.planner import hlo, hlo_cost
 from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.parts import model_part
@@ -67,10 +68,11 @@ def price(
   memory = compiled.executable.memory_analysis()
   total = peak_bytes(memory)
   fits = total / GIB <= target.chip.hbm_gib
-  module = hlo.parse(compiled.executable.as_text())
-  cost = hlo_cost.price(
-    module, target.machine, expected_trips, regime, branch_shares
-  )
+  with progress.waiting('estimating the time of its instructions'):
+    module = hlo.parse(compiled.executable.as_text())
+    cost = hlo_cost.price(
+      module, target.machine, expected_trips, regime, branch_shares
+    )
   return (
     plan
     | {

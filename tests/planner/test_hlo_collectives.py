@@ -7,7 +7,11 @@ import pytest
 
 from maskdiff.distributed import chips
 from maskdiff.planner import hlo, hlo_collectives
-from maskdiff.planner.hlo_collectives import ICI_HOP_S, Machine
+from maskdiff.planner.hlo_collectives import (
+  ICI_HOP_S,
+  ICI_START_S,
+  Machine,
+)
 
 V5P, V5E = chips.by_kind('TPU v5p'), chips.by_kind('TPU v5e')
 MB = 1024 * 1024
@@ -94,7 +98,7 @@ def test_bytes_received_and_time_on_a_torus(line, kind, nbytes, phases):
   assert result.axes == 'fsdp'
   assert result.nbytes == pytest.approx(nbytes)
   assert result.seconds == pytest.approx(
-    nbytes / CUBE_BANDWIDTH + phases * CUBE_HOPS_S
+    nbytes / CUBE_BANDWIDTH + ICI_START_S + phases * CUBE_HOPS_S
   )
 
 
@@ -106,7 +110,21 @@ def test_permutation_uses_one_link():
   )
   assert result.kind == 'collective-permute'
   assert result.nbytes == MB
-  assert result.seconds == pytest.approx(MB / V5P.link_bandwidth + ICI_HOP_S)
+  latency = ICI_START_S + ICI_HOP_S
+  assert result.seconds == pytest.approx(MB / V5P.link_bandwidth + latency)
+
+
+@pytest.mark.parametrize(
+  'kib, microseconds', [(1, (4.5, 5.5)), (16, (4.5, 5.5)), (65536, (742, 821))]
+)
+def test_permutation_takes_as_long_as_measured(kib, microseconds):
+  """On v5p, marin issue 6736: 4.5 to 5.5 us up to 16 KiB; 64 MiB in 782 us."""
+  line = (
+    f'  %p = bf16[{kib * 512}] collective-permute(%x), '
+    'source_target_pairs={{0,1},{1,0}}'
+  )
+  low, high = microseconds
+  assert low < transfer(line, CUBE).seconds * 1e6 < high
 
 
 def test_group_of_one_device_moves_nothing():
@@ -122,14 +140,14 @@ def test_open_axis_has_half_of_the_bandwidth():
     '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', grid
   )
   assert result.seconds == pytest.approx(
-    MB * 7 / 8 / (2 * V5E.link_bandwidth) + (1 + 3) * ICI_HOP_S
+    MB * 7 / 8 / (2 * V5E.link_bandwidth) + ICI_START_S + 4 * ICI_HOP_S
   )
   ring = machine(V5E, (16, 16), axes(fsdp=256))
   result = transfer(
     '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', ring
   )
   assert result.seconds == pytest.approx(
-    MB * 255 / 256 / (4 * V5E.link_bandwidth) + 16 * ICI_HOP_S
+    MB * 255 / 256 / (4 * V5E.link_bandwidth) + ICI_START_S + 16 * ICI_HOP_S
   )
 
 
@@ -140,12 +158,12 @@ def test_mesh_axis_uses_the_links_along_it():
   tensor = transfer(line + '[16,4]<=[64]', target)
   assert tensor.axes == 'tensor'
   assert tensor.seconds == pytest.approx(
-    MB * 3 / 4 / (2 * V5P.link_bandwidth) + 2 * ICI_HOP_S
+    MB * 3 / 4 / (2 * V5P.link_bandwidth) + ICI_START_S + 2 * ICI_HOP_S
   )
   fsdp = transfer(line + '[4,16]<=[16,4]T(1,0)', target)
   assert fsdp.axes == 'fsdp'
   assert fsdp.seconds == pytest.approx(
-    MB * 15 / 16 / (4 * V5P.link_bandwidth) + 4 * ICI_HOP_S
+    MB * 15 / 16 / (4 * V5P.link_bandwidth) + ICI_START_S + 4 * ICI_HOP_S
   )
 
 
