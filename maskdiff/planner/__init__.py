@@ -15,5 +15,6 @@
 - parts: the part of the model that an instruction belongs to.
 - hlo: parses the text of a compiled program.
 - hlo_cost: estimates the time of a program. hlo_loops finds trip counts;
-  hlo_kernels and hlo_collectives price attention kernels and collectives.
+  hlo_kernels, hlo_rows and hlo_collectives price attention kernels, gathers
+  and scatters, and collectives.
 """

@@ -36,6 +36,7 @@ FIELDS = {
   'window_step_s': 'seconds per denoising step that uses the cache',
   'cycles_s': "part of step_s: operations with the compiler's estimate",
   'attention_s': 'part of step_s: attention kernels',
+  'rows_s': 'part of step_s: gathers and scatters of rows',
   'exposed_ici_s': 'part of step_s: waiting for collectives within a slice',
   'exposed_dcn_s': 'part of step_s: waiting for collectives between slices',
   'exposed_host_s': 'part of step_s: waiting for copies to and from the host',

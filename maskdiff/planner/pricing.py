@@ -158,6 +158,7 @@ def costs(cost):
     'step_s': cost.total_s,
     'cycles_s': cost.cycles_s,
     'attention_s': cost.kernel_s,
+    'rows_s': cost.rows_s,
     'exposed_ici_s': exposed['ici'],
     'exposed_dcn_s': exposed['dcn'],
     'exposed_host_s': exposed['host_in'] + exposed['host_out'],

@@ -112,13 +112,14 @@ def _time_rows(p):
     f'{p["attention_s"]:.4f} attention kernels'
   )
   for key, name in (
-    ('ici', 'collectives'),
-    ('dcn', 'collectives between slices'),
-    ('host', 'host copies'),
-    ('prefetch', 'prefetches'),
+    ('rows', 'gathers and scatters'),
+    ('exposed_ici', 'collectives'),
+    ('exposed_dcn', 'collectives between slices'),
+    ('exposed_host', 'host copies'),
+    ('exposed_prefetch', 'prefetches'),
   ):
-    if p[f'exposed_{key}_s'] >= 5e-5:
-      step += f' + {p[f"exposed_{key}_s"]:.4f} {name}'
+    if p[f'{key}_s'] >= 5e-5:
+      step += f' + {p[f"{key}_s"]:.4f} {name}'
   speed = (
     f'{p["tokens_per_s"]:,.0f} tokens/s, '
     f'{p["tokens_per_s_per_chip"]:,.0f} per chip'

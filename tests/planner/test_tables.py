@@ -16,7 +16,8 @@ def test_table_has_every_headline_number():
     '66.40 GiB of 95.74 GiB at the peak: FITS',
     '3.25 GiB of 95.74 GiB in an evaluation: FITS',
     '2.0000 s estimated = 1.5000 compiled + 0.3000 attention kernels '
-    '+ 0.1500 collectives + 0.0500 collectives between slices',
+    '+ 0.0100 gathers and scatters + 0.1400 collectives '
+    '+ 0.0500 collectives between slices',
     '1,000,000 tokens/s, 7,812 per chip, MFU 55.0%',
     '1,000,000,000,000 tokens',
     '11.6 days, 35,556 chip-hours',
