@@ -3,8 +3,8 @@
 The compiler has no estimate for collectives. They are priced as rings over the
 links of the torus that their groups span. The time is the number of bytes that
 a device receives, divided by the bandwidth of those links, plus a latency: one
-of the collective, and one per hop. A group is described by the mesh axes along which its devices differ, so
-that a plan states the cost of each axis.
+of the collective, and one per hop. A group is described by the mesh axes along
+which its devices differ, so that a plan states the cost of each axis.
 
 Some forms in the text of the TPU compiler are misleading:
 
