@@ -8,6 +8,7 @@
 - fields: the keys of a plan.
 - tables: plans as tables for a terminal.
 - plot: a plan as a bar chart.
+- calibration: estimates against published measurements; a band of MFU.
 - levers: config keys that lower the memory of a plan.
 - pricing: compiles one program; its memory and time.
 - target: compiles programs for a TPU topology.

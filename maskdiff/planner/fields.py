@@ -9,6 +9,8 @@ FIELDS = {
   'num_slices': 'slices connected by the data-centre network',
   'chip': 'kind of chip',
   'chips': 'chips of all slices',
+  'devices': 'JAX devices of all slices. If a chip has two (Ironwood), memory '
+  'and rows per chip are those of a device',
   'mesh': 'sizes of the mesh axes',
   'parameters': 'number of parameters',
   'length': 'tokens per row (train), or prompt and slots of a row',
@@ -46,6 +48,8 @@ FIELDS = {
   'tokens_per_s_per_chip': 'the same per chip',
   'model_tflop_per_chip': 'matrix-product TFLOP of a step, as counted for MFU',
   'mfu': 'model FLOPs utilization in [0, 1]',
+  'mfu_low': 'lowest utilization that measurements suggest; see calibration.py',
+  'mfu_high': 'highest utilization that measurements suggest',
   'total_tokens': 'train.steps x train.batch x data.length (train)',
   'days': 'days for train.steps',
   'chip_hours': 'chip-hours for train.steps',

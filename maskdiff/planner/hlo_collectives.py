@@ -51,7 +51,10 @@ DCN_LATENCY_S = 50e-6
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """The TPU of a plan: a chip, a torus and the devices in mesh order."""
+  """The TPU of a plan: a chip, a torus and the devices in mesh order.
+
+  The devices of a chip have the same coordinates.
+  """
 
   chip: Chip
   shape: tuple  # chips along each axis of the torus of a slice
@@ -147,9 +150,14 @@ def between_slices(machine, send):
   nbytes = array.nbytes * {'all-reduce': 2 * share, 'all-to-all': share}.get(
     kind, 1
   )
-  # The group has the same coordinates in every slice.
-  first = machine.coords[0]
-  positions = [p for p, c in enumerate(machine.coords) if c == first]
+  # The group is the first device with these coordinates in every slice.
+  first, group = machine.coords[0], {}
+  for p, (coords, part) in enumerate(
+    zip(machine.coords, machine.slices, strict=True)
+  ):
+    if coords == first:
+      group.setdefault(part, p)
+  positions = list(group.values())
   seconds = nbytes / machine.chip.dcn_bandwidth + DCN_LATENCY_S
   axes = axes_of(machine, positions)
   return Transfer(kind, axes, 'dcn', array.dtype, nbytes, seconds)
@@ -245,7 +253,10 @@ def _ici_s(machine, kind, positions, nbytes):
     return 0.0
   chip = machine.chip
   if kind == 'collective-permute':
-    return nbytes / chip.link_bandwidth + ICI_START_S + ICI_HOP_S
+    coords = [machine.coords[p] for p in positions[:2]]
+    link = chip.link_bandwidth / chip.devices
+    bandwidth = chip.hbm_bandwidth if coords[0] == coords[1] else link
+    return nbytes / bandwidth + ICI_START_S + ICI_HOP_S
   bandwidth, hops = 0.0, 0
   for axis, size in enumerate(machine.shape):
     extent = len({machine.coords[p][axis] for p in positions})
@@ -256,6 +267,9 @@ def _ici_s(machine, kind, positions, nbytes):
     bandwidth += chip.link_bandwidth * (2 if ring else 1)
     hops += extent // 2 if ring else extent - 1
   phases = 2 if kind == 'all-reduce' else 1
-  # The two cores of a chip have no link; they exchange data through HBM.
+  # The two devices of a chip share its links. Each is assumed to receive all of
+  # its data over them, also what the other device receives.
+  bandwidth /= chip.devices
+  # They have no link with each other; they exchange data through HBM.
   bandwidth = bandwidth or chip.hbm_bandwidth
   return nbytes / bandwidth + ICI_START_S + phases * hops * ICI_HOP_S

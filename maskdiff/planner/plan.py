@@ -6,8 +6,9 @@ priced, before a pod is rented.
 
 Memory is what the compiler allocates for the train step, and for an evaluation
 step with the train state in memory. Sampling during a run is not counted. Time
-is an estimate; hlo_cost.py and chips.py state its parts and assumptions. It has
-not been compared with a run on a TPU, so use it to compare configs.
+is an estimate; hlo_cost.py and chips.py state its parts and assumptions, and
+calibration.py compares it with published measurements. No plan has been
+compared with its run on a TPU, so use it to compare configs.
 `fields.FIELDS` describes every number.
 
 The loss loop runs once per chunk of masked tokens, so its trip count depends on
@@ -28,7 +29,7 @@ from maskdiff.objectives.table import (
   flops_per_token,
   make_canvas,
 )
-from maskdiff.planner import levers, pricing
+from maskdiff.planner import calibration, levers, pricing
 from maskdiff.planner.parts import part
 from maskdiff.planner.target import (
   compile_evaluation,
@@ -95,11 +96,17 @@ def plan_on(config, target):
   step_tokens, chips = t.batch * c.length, facts['chips']
   flops = step_tokens * flops_per_token(c.objective, c.model, c.length)
   seconds = t.steps * result['step_s']
+  mfu = flops / result['step_s'] / target.peak_flops
+  low, high = calibration.band(mfu, chips)
+  if chips > calibration.CHIPS:
+    result['warnings'].append(calibration.WARNING)
   return result | {
     'tokens_per_s': step_tokens / result['step_s'],
     'tokens_per_s_per_chip': step_tokens / result['step_s'] / chips,
     'model_tflop_per_chip': flops / chips / 1e12,
-    'mfu': flops / chips / result['step_s'] / target.chip.peak_flops,
+    'mfu': mfu,
+    'mfu_low': low,
+    'mfu_high': high,
     'days': seconds / DAY_S,
     'chip_hours': seconds / 3600 * chips,
   }

@@ -1,7 +1,7 @@
 """Plans as tables for a terminal."""
 
 from maskdiff.monitoring import terminal
-from maskdiff.planner import tables_rl
+from maskdiff.planner import calibration, tables_rl
 
 TOP_OPERATIONS = 10
 
@@ -54,17 +54,24 @@ def _summary(p):
   step = f'{p["batch"]} prompts, canvases of {p["length"]} tokens'
   if p['mode'] == 'train':
     step = (
-      f'{p["batch"]} rows of {p["length"]} tokens; a chip computes '
+      f'{p["batch"]} rows of {p["length"]} tokens; a {_unit(p)} computes '
       f'{p["rows_per_chip"]:g} at once, {p["microbatches"]} times; '
       f'remat {p["remat"]}'
     )
+  chips = f'{p["chips"]} chips'
+  if _unit(p) != 'chip':
+    chips += f' with {p["devices"]} devices'
   return [
-    ('machines', f'{slices}{p["topology"]}, {p["chips"]} chips ({p["mesh"]})'),
+    ('machines', f'{slices}{p["topology"]}, {chips} ({p["mesh"]})'),
     ('parameters', f'{p["parameters"]:,}'),
     ('step', step),
     *_memory_rows(p),
     *([] if p['step_s'] is None else _time_rows(p)),
   ]
+
+
+def _unit(p):
+  return 'chip' if p['devices'] == p['chips'] else 'device'
 
 
 def _memory_rows(p):
@@ -78,7 +85,7 @@ def _memory_rows(p):
     )
     if p['host_gib']:
       parts += f'; {p["host_gib"]:.2f} GiB of host memory'
-    rows.append(('HBM per chip', parts))
+    rows.append((f'HBM per {_unit(p)}', parts))
   only_evaluation = _only_evaluation_exceeds(p)
   status = 'FITS' if only_evaluation else p['status'].upper()
   rows.append(('', f'{_of_capacity(p, "total")} at the peak: {status}'))
@@ -125,7 +132,7 @@ def _time_rows(p):
     f'{p["tokens_per_s_per_chip"]:,.0f} per chip'
   )
   if train:
-    speed += f', MFU {p["mfu"]:.1%}'
+    speed += f', MFU {calibration.cell(p)}'
     total = (
       f'{p["total_tokens"]:,} tokens',
       f'{_number(p["days"])} days, {_number(p["chip_hours"])} chip-hours',
@@ -159,7 +166,7 @@ def sweep_line(p):
     return f'{name}: {_problem(p)}{memory}'
   return (
     f'{name}: {p["tokens_per_s_per_chip"]:,.0f} tokens/s/chip, '
-    f'MFU {p["mfu"]:.1%}{memory}'
+    f'MFU {calibration.cell(p)}{memory}'
   )
 
 
@@ -178,7 +185,7 @@ def format_sweep(plans):
   rows += [
     (
       cell(p['tokens_per_s_per_chip'], ',.0f'),
-      cell(p['mfu'], '.1%'),
+      '' if p['mfu'] is None else calibration.cell(p),
       cell(p['hbm_total_gib'], '.2f'),
       f'{p["rows_per_chip"]:g}',
       cell(p['microbatches'], 'd'),

@@ -46,6 +46,11 @@ class Target:
   def chip(self):
     return self.machine.chip
 
+  @property
+  def peak_flops(self):
+    """Peak of all devices, FLOP/s."""
+    return self.mesh.size * self.chip.peak_flops
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:

@@ -14,6 +14,7 @@ from maskdiff.planner.hlo_collectives import (
 )
 
 V5P, V5E = chips.by_kind('TPU v5p'), chips.by_kind('TPU v5e')
+IRONWOOD = chips.by_kind('TPU7x')
 MB = 1024 * 1024
 
 
@@ -149,6 +150,41 @@ def test_open_axis_has_half_of_the_bandwidth():
   assert result.seconds == pytest.approx(
     MB * 255 / 256 / (4 * V5E.link_bandwidth) + ICI_START_S + 16 * ICI_HOP_S
   )
+
+
+def ironwood(shape, axes):
+  """Returns a machine with two devices per chip, one after the other."""
+  one = machine(IRONWOOD, shape, axes)
+  coords = tuple(c for c in one.coords for _ in range(2))
+  return Machine(IRONWOOD, shape, axes, coords, slices=(0,) * len(coords))
+
+
+def test_two_devices_share_the_links_of_their_chip():
+  target = ironwood((4, 4, 4), axes(fsdp=128))
+  result = transfer('  %g = bf16[64,8192] all-gather(%x)', target)
+  assert result.nbytes == pytest.approx(MB * 127 / 128)
+  assert result.seconds == pytest.approx(
+    MB * 127 / 128 / (3 * IRONWOOD.link_bandwidth) + ICI_START_S + CUBE_HOPS_S
+  )
+
+
+@pytest.mark.parametrize(
+  'line, nbytes',
+  [
+    ('%g = bf16[64,8192] all-gather(%x), replica_groups={{0,1}}', MB / 2),
+    (
+      '%p = bf16[64,8192] collective-permute(%x), '
+      'source_target_pairs={{0,1},{1,0}}',
+      MB,
+    ),
+  ],
+)
+def test_two_devices_of_a_chip_exchange_through_its_memory(line, nbytes):
+  result = transfer('  ' + line, ironwood((2, 2, 1), axes(fsdp=4, tensor=2)))
+  assert result.axes == 'tensor'
+  assert result.nbytes == nbytes
+  memory_s = nbytes / IRONWOOD.hbm_bandwidth
+  assert memory_s < result.seconds < memory_s + 6e-6
 
 
 def test_mesh_axis_uses_the_links_along_it():

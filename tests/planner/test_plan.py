@@ -248,9 +248,7 @@ def cpu_target(monkeypatch):
     chip, _ = parse_topology(topology)
     mesh = plan.mesh_lib.make_mesh(**c.mesh)
     machine = types.SimpleNamespace(chip=chip, num_slices=num_slices)
-    return types.SimpleNamespace(
-      topology=topology, mesh=mesh, machine=machine, chip=chip
-    )
+    return target.Target(topology, mesh, machine)
 
   monkeypatch.setattr(plan, 'open_target', open_target)
   monkeypatch.setattr(plan_sample, 'open_target', open_target)
@@ -510,7 +508,9 @@ def run_sweep(monkeypatch, gib, **options):
       'remat': c.model.remat,
       'mesh': f'tensor={c.mesh.tensor}',
       'tokens_per_s_per_chip': 1000.0 * rows if fits else None,
-      'mfu': 0.1 * rows if fits else None,
+      **dict.fromkeys(
+        ('mfu', 'mfu_low', 'mfu_high'), 0.1 * rows if fits else None
+      ),
     }
 
   monkeypatch.setattr(sweep, 'plan_on', one)
