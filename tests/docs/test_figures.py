@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from maskdiff.model import transformer
+from maskdiff.planner import calibration
 from maskdiff.training import step as step_lib
 from maskdiff.training import train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
@@ -38,6 +39,11 @@ PLANNED = {
 
 def number(text):
   return float(text.replace(',', ''))
+
+
+def percent(cell):
+  """Returns the number of a cell such as '76.0% (63% to 80%)'."""
+  return number(cell.partition('%')[0])
 
 
 def rounded(value, like):
@@ -68,7 +74,7 @@ def plans_of(text):
     topology = re.search(r'v\w+:[\dx]+', where)[0]
     found[config.partition(':')[0].split()[0], topology] = {
       **dict(zip(('hbm', 'room'), hbm.split(' of '), strict=True)),
-      **dict(step=step, speed=speed, mfu=f'{number(mfu[:-1]):.0f}'),
+      **dict(step=step, speed=speed, mfu=f'{percent(mfu):.0f}'),
       'hours': total.split(', ', 1)[1],
     }
   return found
@@ -131,6 +137,46 @@ def test_the_readme_has_the_plan_of_8b():
   assert f'{hbm} GiB per chip' in text
 
 
+@pytest.mark.parametrize(
+  'page, first',
+  [
+    ('speed.md', '`configs/`'),
+    ('speed.md', 'chips'),
+    ('fine_tuning.md', '`configs/sft_8b.py:`'),
+  ],
+)
+def test_every_utilization_of_a_plan_has_its_range(page, first):
+  head, *rows = table((ROOT / 'docs' / page).read_text(), first)
+  where = next(i for i, name in enumerate(head) if name.endswith('chips'))
+  assert rows
+  for row in rows:
+    cell = row[head.index('MFU')]
+    chips = int(re.search(r'(?:^|, )(\d+)(?! x)\b', row[where])[1])
+    low, high = calibration.band(percent(cell) / 100, chips)
+    plan = {'mfu': percent(cell) / 100, 'mfu_low': low, 'mfu_high': high}
+    assert cell == calibration.cell(plan)
+
+
+def test_the_page_has_the_calibration():
+  head, *rows = table(SPEED, 'program')
+  for row, m in zip(rows, calibration.MEASURED, strict=True):
+    assert row == [
+      m.program,
+      f'{m.chip}, {m.chips}',
+      f'{m.tokens:,}',
+      f'{m.predicted_s:.3f}',
+      f'{m.measured_s:g}',
+      f'{m.predicted_s / m.measured_s:.2f}',
+      f'{m.mfu:.1%}',
+    ]
+  text = ' '.join(SPEED.split())
+  worst = max(m.predicted_s / m.measured_s for m in calibration.MEASURED)
+  assert f'as the worst of the table, by a factor of {worst:.2f}' in text
+  low = calibration.PLANNED_S / calibration.BEST_MEASURED_S
+  assert f'2.06 / 2.5 = {low:.2f} of the estimate' in text
+  assert f'a factor of {calibration.share_left(512):.3f} per doubling' in text
+
+
 def test_the_step_of_block_diffusion_is_compared_with_two_of_8b():
   steps = {row[0]: row[4] for row in table(SPEED, '`configs/`')[1:]}
   blocks, masked = steps['8b_blocks.py'], steps['8b.py']
@@ -162,7 +208,7 @@ def test_page_has_the_figures_of_the_plans(config):
   assert column['memory per chip, GiB'] == f'{plan["hbm"]} of {plan["room"]}'
   assert column['step, s'] == plan['step']
   assert column['tokens/s'] == plan['speed']
-  assert f'{number(column["MFU"][:-1]):.0f}' == plan['mfu']
+  assert f'{percent(column["MFU"]):.0f}' == plan['mfu']
   assert column['chip-hours for all tokens'] == plan['hours']
   chips = 1
   for side in PLANNED[config].partition(':')[2].split('x'):
