@@ -32,6 +32,7 @@ def made_plan(**values):
     'step_s': 2.0,
     'cycles_s': 1.5,
     'attention_s': 0.3,
+    'attention_mxu_s': 0.2,
     'rows_s': 0.01,
     'exposed_ici_s': 0.14,
     'exposed_dcn_s': 0.05,

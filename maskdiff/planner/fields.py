@@ -38,6 +38,8 @@ FIELDS = {
   'window_step_s': 'seconds per denoising step that uses the cache',
   'cycles_s': "part of step_s: operations with the compiler's estimate",
   'attention_s': 'part of step_s: attention kernels',
+  'attention_mxu_s': 'attention kernels, priced by the width of the MXU; not '
+  'a part of step_s',
   'rows_s': 'part of step_s: gathers and scatters of rows',
   'exposed_ici_s': 'part of step_s: waiting for collectives within a slice',
   'exposed_dcn_s': 'part of step_s: waiting for collectives between slices',

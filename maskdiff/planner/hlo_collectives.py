@@ -255,7 +255,7 @@ def _ici_s(machine, kind, positions, nbytes):
   if kind == 'collective-permute':
     coords = [machine.coords[p] for p in positions[:2]]
     link = chip.link_bandwidth / chip.devices
-    bandwidth = chip.hbm_bandwidth if coords[0] == coords[1] else link
+    bandwidth = chip.pair_bandwidth if coords[0] == coords[1] else link
     return nbytes / bandwidth + ICI_START_S + ICI_HOP_S
   bandwidth, hops = 0.0, 0
   for axis, size in enumerate(machine.shape):
@@ -270,6 +270,5 @@ def _ici_s(machine, kind, positions, nbytes):
   # The two devices of a chip share its links. Each is assumed to receive all of
   # its data over them, also what the other device receives.
   bandwidth /= chip.devices
-  # They have no link with each other; they exchange data through HBM.
-  bandwidth = bandwidth or chip.hbm_bandwidth
+  bandwidth = bandwidth or chip.pair_bandwidth  # a group within a chip
   return nbytes / bandwidth + ICI_START_S + phases * hops * ICI_HOP_S

@@ -80,6 +80,7 @@ class Cost:
   rows_s: float = 0.0  # gathers and scatters
   kernel_s: float = 0.0
   kernel_flops: float = 0.0
+  kernel_mxu_s: float = 0.0  # second price; not part of total_s
   total_s: float = 0.0
   # Queue (ici, dcn, host_in, host_out, prefetch) -> seconds: of waiting for
   # transfers, and of all transfers.
@@ -262,6 +263,8 @@ def _kernel(p, clock, i, weight):
   clock.now += seconds
   p.cost.kernel_s += seconds * weight
   p.cost.kernel_flops += flops * weight
+  mxu_s = hlo_kernels.mxu_seconds(p.machine.chip, i, flops)
+  p.cost.kernel_mxu_s += mxu_s * weight
   _note_operation(p, i, seconds, weight)
 
 

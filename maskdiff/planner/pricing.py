@@ -159,6 +159,7 @@ def costs(cost):
     'step_s': cost.total_s,
     'cycles_s': cost.cycles_s,
     'attention_s': cost.kernel_s,
+    'attention_mxu_s': cost.kernel_mxu_s,
     'rows_s': cost.rows_s,
     'exposed_ici_s': exposed['ici'],
     'exposed_dcn_s': exposed['dcn'],

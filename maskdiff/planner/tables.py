@@ -143,11 +143,25 @@ def _time_rows(p):
       f'{p["latency_s"]:.2f} s for all prompts',
     )
   name = 'train step' if train else 'denoising step'
-  rows = [(name, step), ('speed', speed), total]
+  rows = [(name, step), *_attention_row(p), ('speed', speed), total]
   if p['window_step_s'] is not None:
     cached = f'{p["window_step_s"]:.4f} s estimated'
-    rows.insert(1, ('step with a cache', cached))
+    rows.insert(-2, ('step with a cache', cached))
   return rows
+
+
+def _attention_row(p):
+  """Returns the step with attention priced by the MXU, if it has kernels."""
+  if not p['attention_s']:
+    return []
+  seconds = p['attention_mxu_s']
+  step = p['step_s'] - p['attention_s'] + seconds
+  text = (
+    f'{step:.4f} s if kernels take {seconds:.4f} s, by the width of the MXU'
+  )
+  if p['mfu']:
+    text += f' (MFU {p["mfu"] * p["step_s"] / step:.1%})'
+  return [('', text)]
 
 
 def _number(x):
