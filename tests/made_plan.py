@@ -43,6 +43,7 @@ def made_plan(**values):
     'tokens_per_s_per_chip': 1e6 / 128,
     'model_tflop_per_chip': 100.0,
     'mfu': 0.55,
+    'mfu_done': 0.53,
     'mfu_low': 0.45,
     'mfu_high': 0.58,
     'total_tokens': 10**12,

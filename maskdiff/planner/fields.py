@@ -49,7 +49,9 @@ FIELDS = {
   'tokens_per_s': 'training tokens, or generated tokens, over all chips',
   'tokens_per_s_per_chip': 'the same per chip',
   'model_tflop_per_chip': 'matrix-product TFLOP of a step, as counted for MFU',
-  'mfu': 'model FLOPs utilization in [0, 1]',
+  'mfu': 'model FLOPs utilization in [0, 1]; counts the head for every token',
+  'mfu_done': 'utilization by the FLOPs that are computed: without the head at '
+  'tokens that the loss skips, and without recomputation',
   'mfu_low': 'lowest utilization that measurements suggest; see calibration.py',
   'mfu_high': 'highest utilization that measurements suggest',
   'total_tokens': 'train.steps x train.batch x data.length (train)',

@@ -24,6 +24,7 @@ import numpy as np
 from maskdiff import config as config_lib
 from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.model import transformer
 from maskdiff.objectives.table import (
   OBJECTIVES,
   flops_per_token,
@@ -97,6 +98,7 @@ def plan_on(config, target):
   flops = step_tokens * flops_per_token(c.objective, c.model, c.length)
   seconds = t.steps * result['step_s']
   mfu = flops / result['step_s'] / target.peak_flops
+  done = share_done(config, target.mesh.shape, chunks)
   low, high = calibration.band(mfu, chips)
   if chips > calibration.CHIPS:
     result['warnings'].append(calibration.WARNING)
@@ -105,6 +107,7 @@ def plan_on(config, target):
     'tokens_per_s_per_chip': step_tokens / result['step_s'] / chips,
     'model_tflop_per_chip': flops / chips / 1e12,
     'mfu': mfu,
+    'mfu_done': done and mfu * done,
     'mfu_low': low,
     'mfu_high': high,
     'days': seconds / DAY_S,
@@ -170,20 +173,59 @@ def loss_chunks(config, sizes):
   Returns:
     int, per microbatch.
   """
-  o, t = config.objective, config.train
-  rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
-  parts = sizes['sequence'] * sizes['tensor']
-  c = step.step_config(config).objective
-  targets = OBJECTIVES[c.name].targets(c, config.data.length)
-  tokens = rows * config.data.length * targets / parts
+  o = config.objective
+  rows, tokens, chunk = _loss_tokens(config, sizes)
   share, variance = _masked_share(config, rows, sizes['sequence'])
-  chunk = min(o.loss_chunk_tokens, math.ceil(tokens))
   most = min(tokens, tokens * share + 3 * math.sqrt(tokens * variance))
   if o.complementary_masks:
     most = tokens  # every token is masked in one of the two rows
   if o.autoregressive_weight:
     most += tokens * (2 if o.complementary_masks else 1)
   return math.ceil(round(most / chunk, 6))
+
+
+def _loss_tokens(config, sizes):
+  """Returns rows, tokens and tokens per chunk of the loss of a device."""
+  t = config.train
+  rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
+  parts = sizes['sequence'] * sizes['tensor']
+  c = step.step_config(config).objective
+  targets = OBJECTIVES[c.name].targets(c, config.data.length)
+  tokens = rows * config.data.length * targets / parts
+  return (
+    rows,
+    tokens,
+    min(config.objective.loss_chunk_tokens, math.ceil(tokens)),
+  )
+
+
+def share_done(config, sizes, chunks):
+  """Returns the share of the model FLOPs that a step computes.
+
+  Model FLOPs count the head for every token, as published figures do. The loss
+  skips the chunks without masked tokens.
+
+  Args:
+    config: ConfigDict.
+    sizes: dict from mesh axis to its size.
+    chunks: from `loss_chunks`.
+
+  Returns:
+    float; None for objectives with a count of FLOPs of their own.
+  """
+  o, c = config.objective, step.step_config(config)
+  if OBJECTIVES[o.name].flops_per_token:
+    return None
+  rows, tokens, chunk = _loss_tokens(config, sizes)
+  parts = sizes['sequence'] * sizes['tensor']
+  if o.autoregressive_weight:
+    tokens += rows * c.length / parts
+  tokens *= 2 if o.complementary_masks else 1
+  skipped = max(0.0, tokens - chunks * chunk)
+  per_weight = 4 if transformer.num_adapter_params(c.model) else 6
+  skipped *= per_weight * c.model.vocab_size * c.model.embed
+  flops = flops_per_token(c.objective, c.model, c.length)
+  return 1 - skipped / (flops * rows * c.length / parts)
 
 
 def _masked_share(config, rows, parts):

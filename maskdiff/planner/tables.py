@@ -133,6 +133,8 @@ def _time_rows(p):
   )
   if train:
     speed += f', MFU {calibration.cell(p)}'
+    if p['mfu_done'] is not None:
+      speed += f', {p["mfu_done"]:.1%} without the logits that the loss skips'
     total = (
       f'{p["total_tokens"]:,} tokens',
       f'{_number(p["days"])} days, {_number(p["chip_hours"])} chip-hours',

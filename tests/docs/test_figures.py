@@ -6,6 +6,7 @@ which also computes costs.
 """
 
 import functools
+import math
 import pathlib
 import re
 import runpy
@@ -13,8 +14,10 @@ import runpy
 import jax
 import pytest
 
+from maskdiff.distributed import chips as chips_lib
 from maskdiff.model import transformer
 from maskdiff.planner import calibration
+from maskdiff.planner import plan as plan_lib
 from maskdiff.training import step as step_lib
 from maskdiff.training import train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
@@ -175,6 +178,48 @@ def test_the_page_has_the_calibration():
   low = calibration.PLANNED_S / calibration.BEST_MEASURED_S
   assert f'2.06 / 2.5 = {low:.2f} of the estimate' in text
   assert f'a factor of {calibration.share_left(512):.3f} per doubling' in text
+
+
+def config_on_its_chips(cell):
+  """Returns config, row of the table of plans, Chip and number of chips."""
+  name, _, machine = cell.partition(':')
+  get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
+  config = get_config(machine) if machine else get_config()
+  plans = table(SPEED, '`configs/`')[1:]
+  plan = next(row for row in plans if row[0].split()[0] == cell)
+  chip, shape = chips_lib.parse_topology(re.search(r'v\w+:[\dx]+', plan[1])[0])
+  return config, plan, chip, math.prod(shape)
+
+
+@pytest.mark.parametrize(
+  'row',
+  table(SPEED, '`configs/` | kernels at half of the peak, s')[1:],
+  ids=lambda row: row[0],
+)
+def test_attention_by_the_matrix_unit_follows_from_the_configs(row):
+  """Two products forward and five backward, of rows without masked pairs."""
+  c, plan, chip, count = config_on_its_chips(row[0])
+  m = c.model
+  width = -(-m.head_dim // 128) * 128
+  pairs = c.train.batch / count * c.data.length**2
+  product = 2 * pairs * m.layers * m.heads * width / chip.peak_flops
+  forward, backward = (2 if m.remat != 'full' else 4) * product, 5 * product
+  half = 2 * (forward + backward)
+  by_unit = (forward / 0.66 + backward / 0.73) / min(1, width / chip.mxu_width)
+  assert row[1:3] == [f'{half:.3f}', f'{by_unit:.3f}']
+  change = (by_unit - half) / number(plan[4])
+  assert row[3] == f'{change:+.1%}'
+
+
+def test_the_page_has_both_conventions_of_utilization():
+  c, plan, _, count = config_on_its_chips('8b.py')
+  sizes = {'replica': 1, 'fsdp': count, 'sequence': 1, 'tensor': 1}
+  share = plan_lib.share_done(c, sizes, plan_lib.loss_chunks(c, sizes))
+  mfu = percent(plan[6])
+  assert (
+    f'for `configs/8b.py` {mfu:.1f}%, and {share:.1%} of it, '
+    f'{mfu * share:.1f}%, without the logits'
+  ) in ' '.join(SPEED.split())
 
 
 def test_the_step_of_block_diffusion_is_compared_with_two_of_8b():
