@@ -42,7 +42,8 @@ def _vmem(mib):
   return {'xla_tpu_scoped_vmem_limit_kib': mib * 1024}
 
 
-# By Chip.name; v5e has no SparseCores.
+# By Chip.name; v5e has no SparseCores. Ironwood has the options of v5p: the
+# compiler accepts them, and no others were compared.
 OPTIONS = {
   'v5p': _vmem(32) | WHOLE_PRODUCTS | SPARSE_CORE,
   'v5e': _vmem(32) | WHOLE_PRODUCTS,
