@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 
+from maskdiff.planner import calibration
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLANS = [
   # config, note, topology, slices
@@ -63,7 +65,7 @@ def row(p, config, note):
   return (
     f'| {config}{note} | {slices}{p["topology"]}, {chips} | {p["batch"]:,} '
     f'| {p["hbm_total_gib"]:.1f} of {p["hbm_capacity_gib"]} '
-    f'| {p["step_s"]:.2f} | {p["tokens_per_s"]:,.0f} | {p["mfu"]:.1%} '
+    f'| {p["step_s"]:.2f} | {p["tokens_per_s"]:,.0f} | {calibration.cell(p)} '
     f'| {days}, {hours} | {p["compile_s"]:.0f} s |'
   )
 

@@ -74,7 +74,6 @@ flags.mark_flags_as_required(['config', 'topology'])
 def main(args):
   os.environ.update(COMPILER_ENVIRONMENT)
   # These modules import JAX, which reads the environment.
-  from maskdiff.monitoring import progress
   from maskdiff.planner import plot, sweep, tables
 
   mode = args.mode or _mode(args.config)
@@ -92,21 +91,19 @@ def main(args):
   if args.sweep:
     rows = [_positive(rows) for rows in args.sweep_rows]
     meshes = [_mesh(sizes) for sizes in args.sweep_mesh]
-    with progress.waiting(f'compiling for {args.topology}'):
-      result = sweep.sweep(
-        args.config,
-        args.topology,
-        rows=rows,
-        remats=args.sweep_remat,
-        meshes=meshes,
-        num_slices=args.num_slices,
-        say=lambda line: print(printable(line), file=sys.stderr, flush=True),
-      )
+    result = sweep.sweep(
+      args.config,
+      args.topology,
+      rows=rows,
+      remats=args.sweep_remat,
+      meshes=meshes,
+      num_slices=args.num_slices,
+      say=lambda line: print(printable(line), file=sys.stderr, flush=True),
+    )
     print(tables.format_sweep(result))
     fits = any(p['fits'] for p in result)
   else:
-    with progress.waiting(f'compiling for {args.topology}'):
-      result = _plan(args, mode)
+    result = _plan(args, mode)
     print(tables.format_table(result))
     fits = result['fits']
   if args.json:

@@ -5,11 +5,19 @@ time estimate needs are derived or assumed:
 
 - `clock_hz` is the clock of the TPU compiler's cost model. It is not
   published. With these values the compiler's estimate for its best large
-  matrix product is 87% to 97% of the peak.
+  matrix product is 87% to 97% of the peak. That of Ironwood follows from its
+  peak, two matrix units per core and 4 FLOPs per cycle and cell, as on v6e; a
+  product of 8192 x 8192 matrices is estimated at 80% of the peak.
 - `hbm_gib` is the memory that the compiler lets a program use, taken from its
   out-of-memory messages. It is less than the advertised memory of the chip.
-- `link_bandwidth` is one direction of one ICI link: the published
+- `link_bandwidth` is one direction of one ICI link: 90% of the published
   bidirectional bandwidth of a chip divided by twice its number of links.
+  Permutations of large arrays reach 86% (86.3 GB/s on v5p and 86.8 on v6e:
+  marin-community/marin, issue 6736).
+- `pair_bandwidth` is one direction between the two devices of a chip. Their
+  connection is six times as fast as an ICI link (MaxText, docs/guides/
+  custom_model.md).
+- `mxu_width` is from jax/_src/pallas/mosaic/tpu_info.py.
 - `dcn_bandwidth` is the published network bandwidth of a host divided by its
   number of chips. Only large transfers of all chips at once reach it.
 - `host_bandwidth` is one direction of PCIe, with generation 4 or 5 assumed by
@@ -24,7 +32,11 @@ from maskdiff.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Figures of one TPU chip; see the module docstring for their sources."""
+  """Figures of one TPU chip; see the module docstring for their sources.
+
+  If a chip has several JAX devices, the figures are those of a device. They
+  share the links of the chip.
+  """
 
   name: str  # as in the name of a topology: v5p in v5p:4x4x4
   device_kinds: tuple  # values of jax.Device.device_kind
@@ -37,10 +49,13 @@ class Chip:
   wrap_multiple: int  # an axis of a multiple of this size is a ring
   host_bandwidth: float  # bytes/s to or from host memory, one direction
   dcn_bandwidth: float  # bytes/s between slices, one direction
+  mxu_width: int  # rows and columns of a matrix unit
+  devices: int = 1  # JAX devices per chip
+  pair_bandwidth: float = 0.0  # bytes/s between two devices of a chip
 
 
 # 4 chips per host and 200 Gbit/s for v4 and v5p; 8 chips and 2 x 100 Gbit/s for
-# v5e; 8 chips and 4 x 200 Gbit/s for v6e.
+# v5e; 8 chips and 4 x 200 Gbit/s for v6e; 100 Gbit/s per chip of Ironwood.
 CHIPS = (
   Chip(
     name='v4',
@@ -54,6 +69,7 @@ CHIPS = (
     wrap_multiple=4,
     host_bandwidth=16e9,
     dcn_bandwidth=6.25e9,
+    mxu_width=128,
   ),
   Chip(
     name='v5e',
@@ -67,6 +83,7 @@ CHIPS = (
     wrap_multiple=16,
     host_bandwidth=16e9,
     dcn_bandwidth=3.125e9,
+    mxu_width=128,
   ),
   Chip(
     name='v5p',
@@ -80,6 +97,7 @@ CHIPS = (
     wrap_multiple=4,
     host_bandwidth=32e9,
     dcn_bandwidth=6.25e9,
+    mxu_width=128,
   ),
   Chip(
     name='v6e',
@@ -93,6 +111,25 @@ CHIPS = (
     wrap_multiple=16,
     host_bandwidth=32e9,
     dcn_bandwidth=12.5e9,
+    mxu_width=256,
+  ),
+  # Ironwood: half of 2307 TFLOP/s, 192 GiB and 7380 GB/s; 1200 GB/s of links
+  # per chip (docs.cloud.google.com/tpu/docs/tpu7x).
+  Chip(
+    name='tpu7x',
+    device_kinds=('TPU7x',),
+    peak_flops=1153.5e12,
+    clock_hz=2.2e9,
+    hbm_gib=94.75,
+    hbm_bandwidth=3690e9,
+    link_bandwidth=90e9,
+    torus_axes=3,
+    wrap_multiple=4,
+    host_bandwidth=16e9,
+    dcn_bandwidth=6.25e9,
+    mxu_width=256,
+    devices=2,
+    pair_bandwidth=540e9,
   ),
 )
 

@@ -29,7 +29,9 @@ WHOLE_PRODUCTS = {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 1_000_000}
 
 
 def _vmem(mib):
-  """Limit on the on-chip memory of a fusion, out of 64 (v5p) or 128 MiB.
+  """Limit on the on-chip memory of a fusion.
+
+  A core has 64 (v5p, Ironwood) or 128 MiB.
 
   The default is 16 MiB. With a higher limit matrix products use larger tiles
   and wait less for HBM: on v5p the products of the 8B MLP go from 76% to 97%
@@ -40,11 +42,13 @@ def _vmem(mib):
   return {'xla_tpu_scoped_vmem_limit_kib': mib * 1024}
 
 
-# By Chip.name; v5e has no SparseCores.
+# By Chip.name; v5e has no SparseCores. Ironwood has the options of v5p: the
+# compiler accepts them, and no others were compared.
 OPTIONS = {
   'v5p': _vmem(32) | WHOLE_PRODUCTS | SPARSE_CORE,
   'v5e': _vmem(32) | WHOLE_PRODUCTS,
   'v6e': _vmem(64) | WHOLE_PRODUCTS | SPARSE_CORE,
+  'tpu7x': _vmem(32) | WHOLE_PRODUCTS | SPARSE_CORE,
 }
 
 

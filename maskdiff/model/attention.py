@@ -12,6 +12,7 @@ whole along the length, so the softmax is exact.
 
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from maskdiff.model import masks
 from maskdiff.model import splash as splash_lib
 from maskdiff.model.splash import RESIDUALS
 
-# The key is the first word of the device kind. Older NVIDIA GPUs are 'Tesla'.
+# By the beginning of the device kind. Older NVIDIA GPUs are 'Tesla'.
 KERNELS = {'TPU': 'splash', 'NVIDIA': 'cudnn', 'Tesla': 'cudnn'}
 CUDNN_CAPABILITY = (8, 0)  # cuDNN has flash attention from Ampere on
 CUDNN_DTYPES = ('bfloat16', 'float16')
@@ -96,7 +97,17 @@ def _capability():
 
 
 def _kernel(kind):
-  return KERNELS.get(kind.split()[0])
+  names = (name for start, name in KERNELS.items() if kind.startswith(start))
+  return next(names, None)
+
+
+@functools.cache  # one line per process
+def _warn_of_unknown_tpu(kind):
+  print(
+    f'warning: {kind} is not a chip of maskdiff/distributed/chips.py: splash '
+    'uses small tiles, the compiler its default options',
+    file=sys.stderr,
+  )
 
 
 def _parts():
@@ -223,6 +234,8 @@ def splash(q, k, v, query, key, interpret=False):
   kind = device_kind()
   _require('splash', 'TPU' if interpret else kind, q, k, query, key)
   chip = chips.by_kind(kind)
+  if chip is None and not interpret:
+    _warn_of_unknown_tpu(kind)
   kernel = splash_lib.make_kernel(
     query.regime, q.shape[2], _parts(), chip and chip.name, interpret
   )

@@ -46,7 +46,7 @@ class Tile:
 # tiles pay because the kernel writes one partial dq per key tile, and XLA adds
 # them up. With 4096 keys per tile, a row of up to 4096 has a single dq.
 LARGE = Tile(1024, 2048, 512), Tile(1024, 4096, 512)
-TILES = {'v5p': LARGE, 'v5e': LARGE, 'v6e': LARGE}
+TILES = {'v5p': LARGE, 'v5e': LARGE, 'v6e': LARGE, 'tpu7x': LARGE}
 # For other chips and for loaded masks. It fits into 16 MiB even in float32 and
 # with the mask of a tile, which takes two buffers of 4 bytes per score.
 SMALL = Tile(512, 1024, 512)

@@ -57,7 +57,9 @@ CURVES = (
   Curve(
     'mfu',
     'Model FLOPs utilization, %',
-    'Model FLOPs per second, relative to the peak of all devices.',
+    'Model FLOPs per second, relative to the peak of all devices. They count '
+    'the logits of every token, as published figures do, although the loss '
+    'skips unmasked tokens; they do not count recomputation.',
     'train/mfu',
     scale=100,
   ),

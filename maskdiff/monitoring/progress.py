@@ -40,11 +40,12 @@ def counter(total, unit):
 
 @contextlib.contextmanager
 def waiting(text):
-  """Context manager that prints the text and the seconds so far, now and then.
+  """Context manager that prints the text, and the seconds so far now and then.
 
   For work that cannot be counted, such as a compilation.
   """
   ended, began = threading.Event(), time.monotonic()
+  _say(text)
 
   def tell():
     while not ended.wait(_interval()):

@@ -8,6 +8,7 @@
 - fields: the keys of a plan.
 - tables: plans as tables for a terminal.
 - plot: a plan as a bar chart.
+- calibration: estimates against published measurements; a band of MFU.
 - levers: config keys that lower the memory of a plan.
 - pricing: compiles one program; its memory and time.
 - target: compiles programs for a TPU topology.
@@ -15,5 +16,6 @@
 - parts: the part of the model that an instruction belongs to.
 - hlo: parses the text of a compiled program.
 - hlo_cost: estimates the time of a program. hlo_loops finds trip counts;
-  hlo_kernels and hlo_collectives price attention kernels and collectives.
+  hlo_kernels, hlo_rows and hlo_collectives price attention kernels, gathers
+  and scatters, and collectives.
 """

@@ -9,6 +9,8 @@ FIELDS = {
   'num_slices': 'slices connected by the data-centre network',
   'chip': 'kind of chip',
   'chips': 'chips of all slices',
+  'devices': 'JAX devices of all slices. If a chip has two (Ironwood), memory '
+  'and rows per chip are those of a device',
   'mesh': 'sizes of the mesh axes',
   'parameters': 'number of parameters',
   'length': 'tokens per row (train), or prompt and slots of a row',
@@ -36,6 +38,9 @@ FIELDS = {
   'window_step_s': 'seconds per denoising step that uses the cache',
   'cycles_s': "part of step_s: operations with the compiler's estimate",
   'attention_s': 'part of step_s: attention kernels',
+  'attention_mxu_s': 'attention kernels, priced by the width of the MXU; not '
+  'a part of step_s',
+  'rows_s': 'part of step_s: gathers and scatters of rows',
   'exposed_ici_s': 'part of step_s: waiting for collectives within a slice',
   'exposed_dcn_s': 'part of step_s: waiting for collectives between slices',
   'exposed_host_s': 'part of step_s: waiting for copies to and from the host',
@@ -44,7 +49,11 @@ FIELDS = {
   'tokens_per_s': 'training tokens, or generated tokens, over all chips',
   'tokens_per_s_per_chip': 'the same per chip',
   'model_tflop_per_chip': 'matrix-product TFLOP of a step, as counted for MFU',
-  'mfu': 'model FLOPs utilization in [0, 1]',
+  'mfu': 'model FLOPs utilization in [0, 1]; counts the head for every token',
+  'mfu_done': 'utilization by the FLOPs that are computed: without the head at '
+  'tokens that the loss skips, and without recomputation',
+  'mfu_low': 'lowest utilization that measurements suggest; see calibration.py',
+  'mfu_high': 'highest utilization that measurements suggest',
   'total_tokens': 'train.steps x train.batch x data.length (train)',
   'days': 'days for train.steps',
   'chip_hours': 'chip-hours for train.steps',

@@ -2,9 +2,9 @@
 
 The compiler has no estimate for collectives. They are priced as rings over the
 links of the torus that their groups span. The time is the number of bytes that
-a device receives, divided by the bandwidth of those links, plus a latency per
-hop. A group is described by the mesh axes along which its devices differ, so
-that a plan states the cost of each axis.
+a device receives, divided by the bandwidth of those links, plus a latency: one
+of the collective, and one per hop. A group is described by the mesh axes along
+which its devices differ, so that a plan states the cost of each axis.
 
 Some forms in the text of the TPU compiler are misleading:
 
@@ -39,7 +39,11 @@ KINDS = (
   'collective-permute',
   'collective-broadcast',
 )
-# Assumed latency of a message between neighbouring chips.
+# Latency of a collective within a slice, besides that of its hops. Small
+# messages between neighbouring chips take 4.5 to 5.5 us in lax.ppermute on v5p,
+# and 5.6 to 5.9 us on v6e (measured in marin-community/marin, issue 6736).
+ICI_START_S = 4e-6
+# Latency of a hop between neighbouring chips ("How to Scale Your Model", TPUs).
 ICI_HOP_S = 1e-6
 # Assumed latency of a transfer between slices.
 DCN_LATENCY_S = 50e-6
@@ -47,7 +51,10 @@ DCN_LATENCY_S = 50e-6
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """The TPU of a plan: a chip, a torus and the devices in mesh order."""
+  """The TPU of a plan: a chip, a torus and the devices in mesh order.
+
+  The devices of a chip have the same coordinates.
+  """
 
   chip: Chip
   shape: tuple  # chips along each axis of the torus of a slice
@@ -143,9 +150,14 @@ def between_slices(machine, send):
   nbytes = array.nbytes * {'all-reduce': 2 * share, 'all-to-all': share}.get(
     kind, 1
   )
-  # The group has the same coordinates in every slice.
-  first = machine.coords[0]
-  positions = [p for p, c in enumerate(machine.coords) if c == first]
+  # The group is the first device with these coordinates in every slice.
+  first, group = machine.coords[0], {}
+  for p, (coords, part) in enumerate(
+    zip(machine.coords, machine.slices, strict=True)
+  ):
+    if coords == first:
+      group.setdefault(part, p)
+  positions = list(group.values())
   seconds = nbytes / machine.chip.dcn_bandwidth + DCN_LATENCY_S
   axes = axes_of(machine, positions)
   return Transfer(kind, axes, 'dcn', array.dtype, nbytes, seconds)
@@ -241,7 +253,10 @@ def _ici_s(machine, kind, positions, nbytes):
     return 0.0
   chip = machine.chip
   if kind == 'collective-permute':
-    return nbytes / chip.link_bandwidth + ICI_HOP_S
+    coords = [machine.coords[p] for p in positions[:2]]
+    link = chip.link_bandwidth / chip.devices
+    bandwidth = chip.pair_bandwidth if coords[0] == coords[1] else link
+    return nbytes / bandwidth + ICI_START_S + ICI_HOP_S
   bandwidth, hops = 0.0, 0
   for axis, size in enumerate(machine.shape):
     extent = len({machine.coords[p][axis] for p in positions})
@@ -252,6 +267,8 @@ def _ici_s(machine, kind, positions, nbytes):
     bandwidth += chip.link_bandwidth * (2 if ring else 1)
     hops += extent // 2 if ring else extent - 1
   phases = 2 if kind == 'all-reduce' else 1
-  # The two cores of a chip have no link; they exchange data through HBM.
-  bandwidth = bandwidth or chip.hbm_bandwidth
-  return nbytes / bandwidth + phases * hops * ICI_HOP_S
+  # The two devices of a chip share its links. Each is assumed to receive all of
+  # its data over them, also what the other device receives.
+  bandwidth /= chip.devices
+  bandwidth = bandwidth or chip.pair_bandwidth  # a group within a chip
+  return nbytes / bandwidth + ICI_START_S + phases * hops * ICI_HOP_S

@@ -1,11 +1,12 @@
 """Estimates the time of a compiled TPU program from its HLO text.
 
-The estimate has three parts; the compiler prices only the first:
+The estimate has four parts; the compiler prices only the first:
 
 - *Cycles*: the compiler's `estimated_cycles` of each scheduled instruction,
   times the trip counts of the enclosing loops, over the clock rate. They are
-  optimistic: large matrix products reach 96% to 98% of the peak. Gathers and
-  scatters have no estimate; large ones are listed as not priced.
+  optimistic: large matrix products reach 96% to 98% of the peak.
+- *Rows*: gathers and scatters are priced by their rows (hlo_rows.py). Other
+  large operations without an estimate are listed as not priced.
 - *Kernels*: attention kernels are priced by their matrix products
   (hlo_kernels.py). All other kernels are listed as not priced.
 - *Transfers*: collectives (hlo_collectives.py), copies to and from the host,
@@ -30,14 +31,19 @@ import dataclasses
 import re
 
 from maskdiff.model import masks
-from maskdiff.planner import hlo, hlo_collectives, hlo_kernels, hlo_loops
+from maskdiff.planner import (
+  hlo,
+  hlo_collectives,
+  hlo_kernels,
+  hlo_loops,
+  hlo_rows,
+)
 
 # Smaller arrays in the type of an asynchronous copy are indices and semaphores.
 SMALL_BYTES = 1024
-# Instructions without an estimate and with a larger result than this, such as
-# gathers and scatters, are listed as not priced.
+# Instructions without a price and with a larger result than this are listed.
 LARGE_BYTES = 2**20
-COMPUTES = ('fusion', 'gather', 'scatter', 'sort', 'dot', 'convolution')
+COMPUTES = ('fusion', 'sort', 'dot', 'convolution')
 # These instructions run no TensorCore code, so their estimates are ignored.
 NOT_RUN = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast')
 
@@ -71,8 +77,10 @@ class Cost:
 
   cycles: float = 0.0
   cycles_s: float = 0.0
+  rows_s: float = 0.0  # gathers and scatters
   kernel_s: float = 0.0
   kernel_flops: float = 0.0
+  kernel_mxu_s: float = 0.0  # second price; not part of total_s
   total_s: float = 0.0
   # Queue (ici, dcn, host_in, host_out, prefetch) -> seconds: of waiting for
   # transfers, and of all transfers.
@@ -172,9 +180,11 @@ def _run(p, computation, weight):
     elif i.op == 'custom-call' and 'tpu_custom_call' in i.attributes:
       _kernel(p, clock, i, weight)
     elif not _communicates(p, clock, i, weight):
-      _compute(p, clock, i, weight)
-      if i.op in COMPUTES and not i.cycles and hlo.nbytes(i.type) > LARGE_BYTES:
-        _note_unpriced(p, i, weight)
+      if i.cycles:
+        _compute(p, clock, i, weight)
+      elif not _moves_rows(p, clock, computation, i, weight):
+        if i.op in COMPUTES and hlo.nbytes(i.type) > LARGE_BYTES:
+          _note_unpriced(p, i, weight)
   return clock.now
 
 
@@ -209,6 +219,18 @@ def _compute(p, clock, i, weight):
   _note_operation(p, i, seconds, weight)
 
 
+def _moves_rows(p, clock, computation, i, weight):
+  """Prices gathers and scatters; returns False for other instructions."""
+  rows = hlo_rows.of(p.module, computation, i)
+  if not rows.count:
+    return False
+  seconds = hlo_rows.seconds(p.machine.chip, rows)
+  clock.now += seconds
+  p.cost.rows_s += seconds * weight
+  _note_operation(p, i, seconds, weight)
+  return True
+
+
 def _note_operation(p, i, seconds, weight):
   source = hlo.describing(p.module, i)
   name = source.op_name or _stem(i.name)
@@ -241,6 +263,8 @@ def _kernel(p, clock, i, weight):
   clock.now += seconds
   p.cost.kernel_s += seconds * weight
   p.cost.kernel_flops += flops * weight
+  mxu_s = hlo_kernels.mxu_seconds(p.machine.chip, i, flops)
+  p.cost.kernel_mxu_s += mxu_s * weight
   _note_operation(p, i, seconds, weight)
 
 

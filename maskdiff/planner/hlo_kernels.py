@@ -4,6 +4,9 @@ A kernel is priced by the matrix products of the tiles that it computes, at
 EFFICIENCY of the chip's peak. It skips the tiles in which the regime of the
 rows (model/masks.py) leaves no visible pair, but it computes all pairs of the
 other tiles.
+
+A second price, `mxu_seconds`, depends on the chip. The scores of a head with
+K < 256 channels use only K rows of a 256 x 256 matrix unit (MXU).
 """
 
 import functools
@@ -14,11 +17,30 @@ from maskdiff.planner import hlo
 
 # The share of the peak that attention kernels are assumed to reach.
 EFFICIENCY = 0.5
+# The share of the used part of the MXU that kernels reach on long rows, where
+# nearly all computed pairs are visible. Of one core of Ironwood, at 131,072
+# causal tokens, tokamax's splash kernels reach 34.3% (forward) and 37.2%
+# (backward) with K = 128, and 63.4% and 71.7% with K = 256 (openxla/tokamax,
+# microbenchmarks, 2025-11-13). The shares are means over the two widths.
+MXU_SHARES = {'fwd': 0.66, 'dkv': 0.73, 'dq': 0.73}
 
 
 def seconds(chip, flops):
   """Returns the seconds that a kernel with these FLOPs takes on a chip."""
   return flops / (chip.peak_flops * EFFICIENCY)
+
+
+def mxu_seconds(chip, i, flops):
+  """Returns the seconds of a kernel by the width of the chip's matrix unit.
+
+  Args:
+    chip: chips.Chip.
+    i: hlo.Instruction, an attention kernel.
+    flops: from `attention_flops`.
+  """
+  kernel, (q, _) = _operands(i)
+  used = min(1.0, q.shape[-1] / chip.mxu_width)
+  return flops / (chip.peak_flops * MXU_SHARES[kernel] * used)
 
 
 def attention_flops(module, i, regime, chip):
@@ -35,14 +57,8 @@ def attention_flops(module, i, regime, chip):
     regime: masks.Regime of the rows.
     chip: name in chips.py.
   """
-  start = i.attributes.find('operand_layout_constraints={')
-  if 'splash' not in i.name or start < 0:
-    return None
-  start = i.attributes.index('{', start)
-  operands = hlo.arrays(i.attributes[start : hlo.closing(i.attributes, start)])
-  floats = [a for a in operands if a.dtype in ('bf16', 'f32')]
-  kernel = next((k for k in ('fwd', 'dkv', 'dq') if k in i.name), None)
-  if len(floats) < 2 or len(floats[0].shape) < 3 or not kernel:
+  kernel, floats = _operands(i)
+  if kernel is None:
     return None
   *lead, queries, width = floats[0].shape
   keys = floats[1].shape[-2]
@@ -51,6 +67,20 @@ def attention_flops(module, i, regime, chip):
     return None
   computed = queries * keys * shares[kernel]
   return 2.0 * _products(module, kernel) * math.prod(lead) * computed * width
+
+
+def _operands(i):
+  """Returns the name of a splash kernel and its queries and keys, or None."""
+  start = i.attributes.find('operand_layout_constraints={')
+  if 'splash' not in i.name or start < 0:
+    return None, None
+  start = i.attributes.index('{', start)
+  operands = hlo.arrays(i.attributes[start : hlo.closing(i.attributes, start)])
+  floats = [a for a in operands if a.dtype in ('bf16', 'f32')][:2]
+  kernel = next((k for k in ('fwd', 'dkv', 'dq') if k in i.name), None)
+  if len(floats) < 2 or len(floats[0].shape) < 3 or not kernel:
+    return None, None
+  return kernel, floats
 
 
 # A program has several kernels of the same shape.

@@ -6,8 +6,9 @@ priced, before a pod is rented.
 
 Memory is what the compiler allocates for the train step, and for an evaluation
 step with the train state in memory. Sampling during a run is not counted. Time
-is an estimate; hlo_cost.py and chips.py state its parts and assumptions. It has
-not been compared with a run on a TPU, so use it to compare configs.
+is an estimate; hlo_cost.py and chips.py state its parts and assumptions, and
+calibration.py compares it with published measurements. No plan has been
+compared with its run on a TPU, so use it to compare configs.
 `fields.FIELDS` describes every number.
 
 The loss loop runs once per chunk of masked tokens, so its trip count depends on
@@ -23,12 +24,13 @@ import numpy as np
 from maskdiff import config as config_lib
 from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.model import transformer
 from maskdiff.objectives.table import (
   OBJECTIVES,
   flops_per_token,
   make_canvas,
 )
-from maskdiff.planner import levers, pricing
+from maskdiff.planner import calibration, levers, pricing
 from maskdiff.planner.parts import part
 from maskdiff.planner.target import (
   compile_evaluation,
@@ -95,11 +97,19 @@ def plan_on(config, target):
   step_tokens, chips = t.batch * c.length, facts['chips']
   flops = step_tokens * flops_per_token(c.objective, c.model, c.length)
   seconds = t.steps * result['step_s']
+  mfu = flops / result['step_s'] / target.peak_flops
+  done = share_done(config, target.mesh.shape, chunks)
+  low, high = calibration.band(mfu, chips)
+  if chips > calibration.CHIPS:
+    result['warnings'].append(calibration.WARNING)
   return result | {
     'tokens_per_s': step_tokens / result['step_s'],
     'tokens_per_s_per_chip': step_tokens / result['step_s'] / chips,
     'model_tflop_per_chip': flops / chips / 1e12,
-    'mfu': flops / chips / result['step_s'] / target.chip.peak_flops,
+    'mfu': mfu,
+    'mfu_done': done and mfu * done,
+    'mfu_low': low,
+    'mfu_high': high,
     'days': seconds / DAY_S,
     'chip_hours': seconds / 3600 * chips,
   }
@@ -163,20 +173,59 @@ def loss_chunks(config, sizes):
   Returns:
     int, per microbatch.
   """
-  o, t = config.objective, config.train
-  rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
-  parts = sizes['sequence'] * sizes['tensor']
-  c = step.step_config(config).objective
-  targets = OBJECTIVES[c.name].targets(c, config.data.length)
-  tokens = rows * config.data.length * targets / parts
+  o = config.objective
+  rows, tokens, chunk = _loss_tokens(config, sizes)
   share, variance = _masked_share(config, rows, sizes['sequence'])
-  chunk = min(o.loss_chunk_tokens, math.ceil(tokens))
   most = min(tokens, tokens * share + 3 * math.sqrt(tokens * variance))
   if o.complementary_masks:
     most = tokens  # every token is masked in one of the two rows
   if o.autoregressive_weight:
     most += tokens * (2 if o.complementary_masks else 1)
   return math.ceil(round(most / chunk, 6))
+
+
+def _loss_tokens(config, sizes):
+  """Returns rows, tokens and tokens per chunk of the loss of a device."""
+  t = config.train
+  rows = t.batch / t.microbatches / sizes['replica'] / sizes['fsdp']
+  parts = sizes['sequence'] * sizes['tensor']
+  c = step.step_config(config).objective
+  targets = OBJECTIVES[c.name].targets(c, config.data.length)
+  tokens = rows * config.data.length * targets / parts
+  return (
+    rows,
+    tokens,
+    min(config.objective.loss_chunk_tokens, math.ceil(tokens)),
+  )
+
+
+def share_done(config, sizes, chunks):
+  """Returns the share of the model FLOPs that a step computes.
+
+  Model FLOPs count the head for every token, as published figures do. The loss
+  skips the chunks without masked tokens.
+
+  Args:
+    config: ConfigDict.
+    sizes: dict from mesh axis to its size.
+    chunks: from `loss_chunks`.
+
+  Returns:
+    float; None for objectives with a count of FLOPs of their own.
+  """
+  o, c = config.objective, step.step_config(config)
+  if OBJECTIVES[o.name].flops_per_token:
+    return None
+  rows, tokens, chunk = _loss_tokens(config, sizes)
+  parts = sizes['sequence'] * sizes['tensor']
+  if o.autoregressive_weight:
+    tokens += rows * c.length / parts
+  tokens *= 2 if o.complementary_masks else 1
+  skipped = max(0.0, tokens - chunks * chunk)
+  per_weight = 4 if transformer.num_adapter_params(c.model) else 6
+  skipped *= per_weight * c.model.vocab_size * c.model.embed
+  flops = flops_per_token(c.objective, c.model, c.length)
+  return 1 - skipped / (flops * rows * c.length / parts)
 
 
 def _masked_share(config, rows, parts):

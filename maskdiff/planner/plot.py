@@ -5,6 +5,7 @@ import os
 
 from maskdiff.errors import UserError
 from maskdiff.files import outputs
+from maskdiff.planner import calibration
 from maskdiff.planner.tables import TOP_OPERATIONS
 
 
@@ -59,7 +60,7 @@ def plot(plan, path):
   axes.set_xlabel('ms per step, estimated')
   axes.set_title(
     f'{plan["topology"]}, {plan["step_s"]:.3f} s'
-    + (f', MFU {plan["mfu"]:.1%}' if plan['mfu'] else ''),
+    + (f', MFU {calibration.cell(plan)}' if plan['mfu'] else ''),
     fontsize=10,
   )
   axes.spines[['top', 'right']].set_visible(False)

@@ -8,6 +8,7 @@ import jax
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import one_line
 from maskdiff.model import transformer
+from maskdiff.monitoring import progress
 from maskdiff.planner import hlo, hlo_cost
 from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.parts import model_part
@@ -34,7 +35,8 @@ def facts(config, target, mode):
     'topology': target.topology,
     'num_slices': target.machine.num_slices,
     'chip': target.chip.name,
-    'chips': target.mesh.size,
+    'chips': target.mesh.size // target.chip.devices,
+    'devices': target.mesh.size,
     'mesh': ','.join(f'{a}={sizes[a]}' for a in mesh_lib.AXES),
     'parameters': parameters,
     'remat': config.model.remat,
@@ -67,10 +69,11 @@ def price(
   memory = compiled.executable.memory_analysis()
   total = peak_bytes(memory)
   fits = total / GIB <= target.chip.hbm_gib
-  module = hlo.parse(compiled.executable.as_text())
-  cost = hlo_cost.price(
-    module, target.machine, expected_trips, regime, branch_shares
-  )
+  with progress.waiting('estimating the time of its instructions'):
+    module = hlo.parse(compiled.executable.as_text())
+    cost = hlo_cost.price(
+      module, target.machine, expected_trips, regime, branch_shares
+    )
   return (
     plan
     | {
@@ -156,6 +159,8 @@ def costs(cost):
     'step_s': cost.total_s,
     'cycles_s': cost.cycles_s,
     'attention_s': cost.kernel_s,
+    'attention_mxu_s': cost.kernel_mxu_s,
+    'rows_s': cost.rows_s,
     'exposed_ici_s': exposed['ici'],
     'exposed_dcn_s': exposed['dcn'],
     'exposed_host_s': exposed['host_in'] + exposed['host_out'],

@@ -1,7 +1,7 @@
 """Plans as tables for a terminal."""
 
 from maskdiff.monitoring import terminal
-from maskdiff.planner import tables_rl
+from maskdiff.planner import calibration, tables_rl
 
 TOP_OPERATIONS = 10
 
@@ -54,17 +54,24 @@ def _summary(p):
   step = f'{p["batch"]} prompts, canvases of {p["length"]} tokens'
   if p['mode'] == 'train':
     step = (
-      f'{p["batch"]} rows of {p["length"]} tokens; a chip computes '
+      f'{p["batch"]} rows of {p["length"]} tokens; a {_unit(p)} computes '
       f'{p["rows_per_chip"]:g} at once, {p["microbatches"]} times; '
       f'remat {p["remat"]}'
     )
+  chips = f'{p["chips"]} chips'
+  if _unit(p) != 'chip':
+    chips += f' with {p["devices"]} devices'
   return [
-    ('machines', f'{slices}{p["topology"]}, {p["chips"]} chips ({p["mesh"]})'),
+    ('machines', f'{slices}{p["topology"]}, {chips} ({p["mesh"]})'),
     ('parameters', f'{p["parameters"]:,}'),
     ('step', step),
     *_memory_rows(p),
     *([] if p['step_s'] is None else _time_rows(p)),
   ]
+
+
+def _unit(p):
+  return 'chip' if p['devices'] == p['chips'] else 'device'
 
 
 def _memory_rows(p):
@@ -78,7 +85,7 @@ def _memory_rows(p):
     )
     if p['host_gib']:
       parts += f'; {p["host_gib"]:.2f} GiB of host memory'
-    rows.append(('HBM per chip', parts))
+    rows.append((f'HBM per {_unit(p)}', parts))
   only_evaluation = _only_evaluation_exceeds(p)
   status = 'FITS' if only_evaluation else p['status'].upper()
   rows.append(('', f'{_of_capacity(p, "total")} at the peak: {status}'))
@@ -112,19 +119,22 @@ def _time_rows(p):
     f'{p["attention_s"]:.4f} attention kernels'
   )
   for key, name in (
-    ('ici', 'collectives'),
-    ('dcn', 'collectives between slices'),
-    ('host', 'host copies'),
-    ('prefetch', 'prefetches'),
+    ('rows', 'gathers and scatters'),
+    ('exposed_ici', 'collectives'),
+    ('exposed_dcn', 'collectives between slices'),
+    ('exposed_host', 'host copies'),
+    ('exposed_prefetch', 'prefetches'),
   ):
-    if p[f'exposed_{key}_s'] >= 5e-5:
-      step += f' + {p[f"exposed_{key}_s"]:.4f} {name}'
+    if p[f'{key}_s'] >= 5e-5:
+      step += f' + {p[f"{key}_s"]:.4f} {name}'
   speed = (
     f'{p["tokens_per_s"]:,.0f} tokens/s, '
     f'{p["tokens_per_s_per_chip"]:,.0f} per chip'
   )
   if train:
-    speed += f', MFU {p["mfu"]:.1%}'
+    speed += f', MFU {calibration.cell(p)}'
+    if p['mfu_done'] is not None:
+      speed += f', {p["mfu_done"]:.1%} without the logits that the loss skips'
     total = (
       f'{p["total_tokens"]:,} tokens',
       f'{_number(p["days"])} days, {_number(p["chip_hours"])} chip-hours',
@@ -135,11 +145,25 @@ def _time_rows(p):
       f'{p["latency_s"]:.2f} s for all prompts',
     )
   name = 'train step' if train else 'denoising step'
-  rows = [(name, step), ('speed', speed), total]
+  rows = [(name, step), *_attention_row(p), ('speed', speed), total]
   if p['window_step_s'] is not None:
     cached = f'{p["window_step_s"]:.4f} s estimated'
-    rows.insert(1, ('step with a cache', cached))
+    rows.insert(-2, ('step with a cache', cached))
   return rows
+
+
+def _attention_row(p):
+  """Returns the step with attention priced by the MXU, if it has kernels."""
+  if not p['attention_s']:
+    return []
+  seconds = p['attention_mxu_s']
+  step = p['step_s'] - p['attention_s'] + seconds
+  text = (
+    f'{step:.4f} s if kernels take {seconds:.4f} s, by the width of the MXU'
+  )
+  if p['mfu']:
+    text += f' (MFU {p["mfu"] * p["step_s"] / step:.1%})'
+  return [('', text)]
 
 
 def _number(x):
@@ -158,7 +182,7 @@ def sweep_line(p):
     return f'{name}: {_problem(p)}{memory}'
   return (
     f'{name}: {p["tokens_per_s_per_chip"]:,.0f} tokens/s/chip, '
-    f'MFU {p["mfu"]:.1%}{memory}'
+    f'MFU {calibration.cell(p)}{memory}'
   )
 
 
@@ -177,7 +201,7 @@ def format_sweep(plans):
   rows += [
     (
       cell(p['tokens_per_s_per_chip'], ',.0f'),
-      cell(p['mfu'], '.1%'),
+      '' if p['mfu'] is None else calibration.cell(p),
       cell(p['hbm_total_gib'], '.2f'),
       f'{p["rows_per_chip"]:g}',
       cell(p['microbatches'], 'd'),

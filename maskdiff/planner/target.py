@@ -25,6 +25,7 @@ from maskdiff.interop import load
 from maskdiff.model import cache as cache_lib
 from maskdiff.model import transformer
 from maskdiff.model.trainable import trainable
+from maskdiff.monitoring import progress
 from maskdiff.planner.hlo_collectives import Machine
 from maskdiff.sampling import passes, sampler
 from maskdiff.sampling.request import Request, begin
@@ -44,6 +45,11 @@ class Target:
   @property
   def chip(self):
     return self.machine.chip
+
+  @property
+  def peak_flops(self):
+    """Peak of all devices, FLOP/s."""
+    return self.mesh.size * self.chip.peak_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +317,16 @@ def compile_on(function, mesh, *args):
     jax.errors.JaxRuntimeError: the compiler fails, e.g. for lack of memory.
   """
   began = time.monotonic()
+  name = _name(function)
   with jax.set_mesh(mesh):
-    executable = function.lower(*args).compile()
+    with progress.waiting(f'tracing {name}'):
+      lowered = function.lower(*args)
+    with progress.waiting(f'compiling {name} for {mesh.size} devices'):
+      executable = lowered.compile()
   return Compiled(executable, time.monotonic() - began)
+
+
+def _name(function):
+  """Returns the name of a jitted function, or of the function of a partial."""
+  inner = getattr(function, '__wrapped__', function)
+  return getattr(getattr(inner, 'func', inner), '__name__', 'the program')

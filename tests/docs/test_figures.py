@@ -6,6 +6,7 @@ which also computes costs.
 """
 
 import functools
+import math
 import pathlib
 import re
 import runpy
@@ -13,7 +14,10 @@ import runpy
 import jax
 import pytest
 
+from maskdiff.distributed import chips as chips_lib
 from maskdiff.model import transformer
+from maskdiff.planner import calibration
+from maskdiff.planner import plan as plan_lib
 from maskdiff.training import step as step_lib
 from maskdiff.training import train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
@@ -38,6 +42,11 @@ PLANNED = {
 
 def number(text):
   return float(text.replace(',', ''))
+
+
+def percent(cell):
+  """Returns the number of a cell such as '76.0% (63% to 80%)'."""
+  return number(cell.partition('%')[0])
 
 
 def rounded(value, like):
@@ -68,7 +77,7 @@ def plans_of(text):
     topology = re.search(r'v\w+:[\dx]+', where)[0]
     found[config.partition(':')[0].split()[0], topology] = {
       **dict(zip(('hbm', 'room'), hbm.split(' of '), strict=True)),
-      **dict(step=step, speed=speed, mfu=f'{number(mfu[:-1]):.0f}'),
+      **dict(step=step, speed=speed, mfu=f'{percent(mfu):.0f}'),
       'hours': total.split(', ', 1)[1],
     }
   return found
@@ -131,6 +140,88 @@ def test_the_readme_has_the_plan_of_8b():
   assert f'{hbm} GiB per chip' in text
 
 
+@pytest.mark.parametrize(
+  'page, first',
+  [
+    ('speed.md', '`configs/`'),
+    ('speed.md', 'chips'),
+    ('fine_tuning.md', '`configs/sft_8b.py:`'),
+  ],
+)
+def test_every_utilization_of_a_plan_has_its_range(page, first):
+  head, *rows = table((ROOT / 'docs' / page).read_text(), first)
+  where = next(i for i, name in enumerate(head) if name.endswith('chips'))
+  assert rows
+  for row in rows:
+    cell = row[head.index('MFU')]
+    chips = int(re.search(r'(?:^|, )(\d+)(?! x)\b', row[where])[1])
+    low, high = calibration.band(percent(cell) / 100, chips)
+    plan = {'mfu': percent(cell) / 100, 'mfu_low': low, 'mfu_high': high}
+    assert cell == calibration.cell(plan)
+
+
+def test_the_page_has_the_calibration():
+  head, *rows = table(SPEED, 'program')
+  for row, m in zip(rows, calibration.MEASURED, strict=True):
+    assert row == [
+      m.program,
+      f'{m.chip}, {m.chips}',
+      f'{m.tokens:,}',
+      f'{m.predicted_s:.3f}',
+      f'{m.measured_s:g}',
+      f'{m.predicted_s / m.measured_s:.2f}',
+      f'{m.mfu:.1%}',
+    ]
+  text = ' '.join(SPEED.split())
+  worst = max(m.predicted_s / m.measured_s for m in calibration.MEASURED)
+  assert f'as the worst of the table, by a factor of {worst:.2f}' in text
+  low = calibration.PLANNED_S / calibration.BEST_MEASURED_S
+  assert f'2.06 / 2.5 = {low:.2f} of the estimate' in text
+  assert f'a factor of {calibration.share_left(512):.3f} per doubling' in text
+
+
+def config_on_its_chips(cell):
+  """Returns config, row of the table of plans, Chip and number of chips."""
+  name, _, machine = cell.partition(':')
+  get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
+  config = get_config(machine) if machine else get_config()
+  plans = table(SPEED, '`configs/`')[1:]
+  plan = next(row for row in plans if row[0].split()[0] == cell)
+  chip, shape = chips_lib.parse_topology(re.search(r'v\w+:[\dx]+', plan[1])[0])
+  return config, plan, chip, math.prod(shape)
+
+
+@pytest.mark.parametrize(
+  'row',
+  table(SPEED, '`configs/` | kernels at half of the peak, s')[1:],
+  ids=lambda row: row[0],
+)
+def test_attention_by_the_matrix_unit_follows_from_the_configs(row):
+  """Two products forward and five backward, of rows without masked pairs."""
+  c, plan, chip, count = config_on_its_chips(row[0])
+  m = c.model
+  width = -(-m.head_dim // 128) * 128
+  pairs = c.train.batch / count * c.data.length**2
+  product = 2 * pairs * m.layers * m.heads * width / chip.peak_flops
+  forward, backward = (2 if m.remat != 'full' else 4) * product, 5 * product
+  half = 2 * (forward + backward)
+  by_unit = (forward / 0.66 + backward / 0.73) / min(1, width / chip.mxu_width)
+  assert row[1:3] == [f'{half:.3f}', f'{by_unit:.3f}']
+  change = (by_unit - half) / number(plan[4])
+  assert row[3] == f'{change:+.1%}'
+
+
+def test_the_page_has_both_conventions_of_utilization():
+  c, plan, _, count = config_on_its_chips('8b.py')
+  sizes = {'replica': 1, 'fsdp': count, 'sequence': 1, 'tensor': 1}
+  share = plan_lib.share_done(c, sizes, plan_lib.loss_chunks(c, sizes))
+  mfu = percent(plan[6])
+  assert (
+    f'for `configs/8b.py` {mfu:.1f}%, and {share:.1%} of it, '
+    f'{mfu * share:.1f}%, without the logits'
+  ) in ' '.join(SPEED.split())
+
+
 def test_the_step_of_block_diffusion_is_compared_with_two_of_8b():
   steps = {row[0]: row[4] for row in table(SPEED, '`configs/`')[1:]}
   blocks, masked = steps['8b_blocks.py'], steps['8b.py']
@@ -162,7 +253,7 @@ def test_page_has_the_figures_of_the_plans(config):
   assert column['memory per chip, GiB'] == f'{plan["hbm"]} of {plan["room"]}'
   assert column['step, s'] == plan['step']
   assert column['tokens/s'] == plan['speed']
-  assert f'{number(column["MFU"][:-1]):.0f}' == plan['mfu']
+  assert f'{percent(column["MFU"]):.0f}' == plan['mfu']
   assert column['chip-hours for all tokens'] == plan['hours']
   chips = 1
   for side in PLANNED[config].partition(':')[2].split('x'):

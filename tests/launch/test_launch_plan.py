@@ -284,6 +284,7 @@ def test_a_plan_of_training(tmp_path):
   parts = [
     'cycles_s',
     'attention_s',
+    'rows_s',
     'exposed_ici_s',
     'exposed_dcn_s',
     'exposed_host_s',

@@ -152,6 +152,26 @@ def test_auto_chooses_by_machine_and_regime(on, name):
     assert attention.fastest(*shapes(labels)) == expected
 
 
+@pytest.mark.parametrize('kind', ['TPU v4', 'TPU7x', 'TPU v9', 'TPU9x'])
+def test_auto_is_splash_on_every_tpu(monkeypatch, kind):
+  monkeypatch.setattr(attention, 'device_kind', lambda: kind)
+  assert attention.fastest(*shapes(FULL)) == 'splash'
+
+
+@pytest.mark.parametrize('kind, lines', [('TPU7x', 0), ('TPU v99', 1)])
+def test_unknown_tpu_is_one_line(monkeypatch, capsys, kind, lines):
+  monkeypatch.setattr(attention, 'device_kind', lambda: kind)
+  q, k, query, key = shapes(FULL)
+  for _ in range(2):
+    out = jax.eval_shape(
+      lambda q, k: attention.attend(q, k, k, query, key, 'auto'), q, k
+    )
+    assert out.shape == q.shape
+  warnings = capsys.readouterr().err.splitlines()
+  assert len(warnings) == lines
+  assert all(kind in line and 'splash' in line for line in warnings)
+
+
 @pytest.mark.parametrize(
   'machine, length, options, expected',
   [

@@ -34,7 +34,8 @@ def test_waiting_prints_the_time_until_the_work_ends(monkeypatch, capsys):
     with progress.waiting('compiling'):
       time.sleep(0.2)
       raise ValueError
-  printed = capsys.readouterr().err.splitlines()
+  first, *printed = capsys.readouterr().err.splitlines()
+  assert first == 'compiling'
   assert printed and set(printed) == {'compiling: 0 s'}
   time.sleep(0.1)
   assert capsys.readouterr().err == ''

@@ -7,9 +7,14 @@ import pytest
 
 from maskdiff.distributed import chips
 from maskdiff.planner import hlo, hlo_collectives
-from maskdiff.planner.hlo_collectives import ICI_HOP_S, Machine
+from maskdiff.planner.hlo_collectives import (
+  ICI_HOP_S,
+  ICI_START_S,
+  Machine,
+)
 
 V5P, V5E = chips.by_kind('TPU v5p'), chips.by_kind('TPU v5e')
+IRONWOOD = chips.by_kind('TPU7x')
 MB = 1024 * 1024
 
 
@@ -94,7 +99,7 @@ def test_bytes_received_and_time_on_a_torus(line, kind, nbytes, phases):
   assert result.axes == 'fsdp'
   assert result.nbytes == pytest.approx(nbytes)
   assert result.seconds == pytest.approx(
-    nbytes / CUBE_BANDWIDTH + phases * CUBE_HOPS_S
+    nbytes / CUBE_BANDWIDTH + ICI_START_S + phases * CUBE_HOPS_S
   )
 
 
@@ -106,7 +111,21 @@ def test_permutation_uses_one_link():
   )
   assert result.kind == 'collective-permute'
   assert result.nbytes == MB
-  assert result.seconds == pytest.approx(MB / V5P.link_bandwidth + ICI_HOP_S)
+  latency = ICI_START_S + ICI_HOP_S
+  assert result.seconds == pytest.approx(MB / V5P.link_bandwidth + latency)
+
+
+@pytest.mark.parametrize(
+  'kib, microseconds', [(1, (4.5, 5.5)), (16, (4.5, 5.5)), (65536, (742, 821))]
+)
+def test_permutation_takes_as_long_as_measured(kib, microseconds):
+  """On v5p, marin issue 6736: 4.5 to 5.5 us up to 16 KiB; 64 MiB in 782 us."""
+  line = (
+    f'  %p = bf16[{kib * 512}] collective-permute(%x), '
+    'source_target_pairs={{0,1},{1,0}}'
+  )
+  low, high = microseconds
+  assert low < transfer(line, CUBE).seconds * 1e6 < high
 
 
 def test_group_of_one_device_moves_nothing():
@@ -122,15 +141,50 @@ def test_open_axis_has_half_of_the_bandwidth():
     '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', grid
   )
   assert result.seconds == pytest.approx(
-    MB * 7 / 8 / (2 * V5E.link_bandwidth) + (1 + 3) * ICI_HOP_S
+    MB * 7 / 8 / (2 * V5E.link_bandwidth) + ICI_START_S + 4 * ICI_HOP_S
   )
   ring = machine(V5E, (16, 16), axes(fsdp=256))
   result = transfer(
     '  %g = bf16[64,8192] all-gather(%x), replica_groups={}', ring
   )
   assert result.seconds == pytest.approx(
-    MB * 255 / 256 / (4 * V5E.link_bandwidth) + 16 * ICI_HOP_S
+    MB * 255 / 256 / (4 * V5E.link_bandwidth) + ICI_START_S + 16 * ICI_HOP_S
   )
+
+
+def ironwood(shape, axes):
+  """Returns a machine with two devices per chip, one after the other."""
+  one = machine(IRONWOOD, shape, axes)
+  coords = tuple(c for c in one.coords for _ in range(2))
+  return Machine(IRONWOOD, shape, axes, coords, slices=(0,) * len(coords))
+
+
+def test_two_devices_share_the_links_of_their_chip():
+  target = ironwood((4, 4, 4), axes(fsdp=128))
+  result = transfer('  %g = bf16[64,8192] all-gather(%x)', target)
+  assert result.nbytes == pytest.approx(MB * 127 / 128)
+  assert result.seconds == pytest.approx(
+    MB * 127 / 128 / (3 * IRONWOOD.link_bandwidth) + ICI_START_S + CUBE_HOPS_S
+  )
+
+
+@pytest.mark.parametrize(
+  'line, nbytes',
+  [
+    ('%g = bf16[64,8192] all-gather(%x), replica_groups={{0,1}}', MB / 2),
+    (
+      '%p = bf16[64,8192] collective-permute(%x), '
+      'source_target_pairs={{0,1},{1,0}}',
+      MB,
+    ),
+  ],
+)
+def test_two_devices_of_a_chip_have_a_connection(line, nbytes):
+  result = transfer('  ' + line, ironwood((2, 2, 1), axes(fsdp=4, tensor=2)))
+  assert result.axes == 'tensor'
+  assert result.nbytes == nbytes
+  moved_s = nbytes / (6 * IRONWOOD.link_bandwidth)
+  assert moved_s < result.seconds < moved_s + 6e-6
 
 
 def test_mesh_axis_uses_the_links_along_it():
@@ -140,12 +194,12 @@ def test_mesh_axis_uses_the_links_along_it():
   tensor = transfer(line + '[16,4]<=[64]', target)
   assert tensor.axes == 'tensor'
   assert tensor.seconds == pytest.approx(
-    MB * 3 / 4 / (2 * V5P.link_bandwidth) + 2 * ICI_HOP_S
+    MB * 3 / 4 / (2 * V5P.link_bandwidth) + ICI_START_S + 2 * ICI_HOP_S
   )
   fsdp = transfer(line + '[4,16]<=[16,4]T(1,0)', target)
   assert fsdp.axes == 'fsdp'
   assert fsdp.seconds == pytest.approx(
-    MB * 15 / 16 / (4 * V5P.link_bandwidth) + 4 * ICI_HOP_S
+    MB * 15 / 16 / (4 * V5P.link_bandwidth) + ICI_START_S + 4 * ICI_HOP_S
   )
 
 

@@ -4,7 +4,11 @@ import pytest
 
 from maskdiff.distributed import chips
 from maskdiff.planner import hlo, hlo_cost
-from maskdiff.planner.hlo_collectives import ICI_HOP_S, Machine
+from maskdiff.planner.hlo_collectives import (
+  ICI_HOP_S,
+  ICI_START_S,
+  Machine,
+)
 
 CHIP = chips.by_kind('TPU v5p')
 # Two chips with one link between them.
@@ -13,7 +17,8 @@ PAIR = Machine(
 )
 MS = CHIP.clock_hz / 1000  # cycles of a millisecond
 # An all-gather that takes 10 ms: half of it is received over one link.
-GATHERED = round(2 * CHIP.link_bandwidth * (0.010 - ICI_HOP_S) / 2)
+LATENCY_S = ICI_START_S + ICI_HOP_S
+GATHERED = round(2 * CHIP.link_bandwidth * (0.010 - LATENCY_S) / 2)
 LAYOUT = '{0:T(1024)}'
 
 

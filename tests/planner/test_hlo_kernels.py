@@ -12,23 +12,31 @@ PRODUCT = 2 * 2 * 3 * 1024 * 1024 * 128
 BLOCKS = masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime
 
 
-def call(name, queries=1024, keys=1024):
-  operands = (
-    f's8[1,2,2]{{2,1,0}}, bf16[2,3,{queries},128]{{3,2,1,0}}, '
-    f'bf16[2,3,{keys},128]{{3,2,1,0}}, bf16[2,3,{keys},128]{{3,2,1,0}}'
+def call(name, queries=1024, keys=1024, width=128):
+  array = lambda length: f'bf16[2,3,{length},{width}]{{3,2,1,0}}'
+  operands = f's8[1,2,2]{{2,1,0}}, {array(queries)}, ' + ', '.join(
+    [array(keys)] * 2
   )
   return (
-    f'  %{name} = bf16[2,3,{queries},128] custom-call(%x), '
+    f'  %{name} = {array(queries)} custom-call(%x), '
     'custom_call_target="tpu_custom_call", '
     f'operand_layout_constraints={{{operands}}}, metadata={{op_name="a"}}\n'
   )
 
 
-def flops(name, regime=masks.BIDIRECTIONAL, others='', **kernel):
-  module = hlo.parse(
+def module_of(name, others='', **kernel):
+  return hlo.parse(
     'HloModule jit_f\nENTRY %main (x: f32[8]) -> f32[8] {\n'
     '  %x = f32[8] parameter(0)\n' + call(name, **kernel) + others + '}\n'
   )
+
+
+def instruction(name, **kernel):
+  return module_of(name, **kernel).computations['main'][name]
+
+
+def flops(name, regime=masks.BIDIRECTIONAL, others='', **kernel):
+  module = module_of(name, others, **kernel)
   i = module.computations['main'][name]
   return hlo_kernels.attention_flops(module, i, regime, 'v5p')
 
@@ -97,3 +105,37 @@ def test_other_kernels_have_no_flops():
 def test_kernels_run_at_half_of_the_peak():
   chip = chips.by_kind('TPU v5p')
   assert hlo_kernels.seconds(chip, chip.peak_flops) == 2.0
+
+
+# Share of the peak of one core of Ironwood, causal pairs counted half, at
+# 131,072 tokens: openxla/tokamax, microbenchmarks, 2025-11-13.
+@pytest.mark.parametrize(
+  'kernel, width, share',
+  [
+    ('fwd', 128, 0.343),
+    ('dkv', 128, 0.372),
+    ('fwd', 256, 0.634),
+    ('dkv', 256, 0.717),
+  ],
+)
+def test_price_by_the_matrix_unit_is_as_measured(kernel, width, share):
+  chip = chips.by_kind('TPU7x')
+  i = instruction(f'splash_mha_{kernel}', width=width)
+  found = 1 / (hlo_kernels.mxu_seconds(chip, i, chip.peak_flops))
+  assert found == pytest.approx(share, rel=0.05)
+
+
+@pytest.mark.parametrize(
+  'kind, width, faster',
+  [
+    ('TPU v5p', 128, 2),
+    ('TPU v5p', 256, 2),
+    ('TPU v6e', 128, 1),
+    ('TPU v6e', 256, 2),
+  ],
+)
+def test_narrow_heads_use_half_of_a_wide_matrix_unit(kind, width, faster):
+  chip = chips.by_kind(kind)
+  i = instruction('splash_mha_fwd', width=width)
+  seconds = hlo_kernels.mxu_seconds(chip, i, chip.peak_flops)
+  assert seconds == pytest.approx(2 / hlo_kernels.MXU_SHARES['fwd'] / faster)

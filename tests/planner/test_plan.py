@@ -126,6 +126,36 @@ def test_loss_chunks_of_blocks_of_one_token_cover_all_tokens():
   assert chunks_of_blocks(**{'objective.block_length': 1}) == 6
 
 
+@pytest.mark.parametrize(
+  'values, computed, counted',
+  [
+    ({}, 5 * 512, 4096),
+    ({'objective.loss_chunk_tokens': 4096}, 4096, 4096),
+    ({'objective.name': 'autoregressive'}, 4096, 4096),
+    ({'objective.complementary_masks': True}, 4096, 2 * 4096),
+  ],
+)
+def test_share_of_the_flops_that_a_step_computes(values, computed, counted):
+  """Of 4096 tokens per device; the logits of some chunks are skipped."""
+  c = changed(**{'data.length': 1024, 'train.batch': 32, **values})
+  m = c.model
+  head = 6 * m.vocab_size * m.embed
+  layer = 2 * m.heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.mlp
+  others = 6 * m.layers * m.embed * layer
+  pairs = (1024 + 1) / 2 if c.objective.name == 'autoregressive' else 1024
+  others += 12 * m.layers * pairs * m.heads * m.head_dim
+  others *= 4096 * (2 if c.objective.complementary_masks else 1)
+  expected = (others + head * computed) / (others + head * counted)
+  found = plan.share_done(c, SIZES, plan.loss_chunks(c, SIZES))
+  assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_share_of_the_flops_is_unknown_for_drafting():
+  assert (
+    plan.share_done(changed(**{'objective.name': 'drafting'}), SIZES, 1) is None
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('block_length, sequence', [(16, 1), (512, 1), (16, 2)])
 def test_no_device_masks_more_than_the_expected_tokens(block_length, sequence):
@@ -248,9 +278,7 @@ def cpu_target(monkeypatch):
     chip, _ = parse_topology(topology)
     mesh = plan.mesh_lib.make_mesh(**c.mesh)
     machine = types.SimpleNamespace(chip=chip, num_slices=num_slices)
-    return types.SimpleNamespace(
-      topology=topology, mesh=mesh, machine=machine, chip=chip
-    )
+    return target.Target(topology, mesh, machine)
 
   monkeypatch.setattr(plan, 'open_target', open_target)
   monkeypatch.setattr(plan_sample, 'open_target', open_target)
@@ -510,7 +538,9 @@ def run_sweep(monkeypatch, gib, **options):
       'remat': c.model.remat,
       'mesh': f'tensor={c.mesh.tensor}',
       'tokens_per_s_per_chip': 1000.0 * rows if fits else None,
-      'mfu': 0.1 * rows if fits else None,
+      **dict.fromkeys(
+        ('mfu', 'mfu_low', 'mfu_high'), 0.1 * rows if fits else None
+      ),
     }
 
   monkeypatch.setattr(sweep, 'plan_on', one)

@@ -16,8 +16,11 @@ def test_table_has_every_headline_number():
     '66.40 GiB of 95.74 GiB at the peak: FITS',
     '3.25 GiB of 95.74 GiB in an evaluation: FITS',
     '2.0000 s estimated = 1.5000 compiled + 0.3000 attention kernels '
-    '+ 0.1500 collectives + 0.0500 collectives between slices',
-    '1,000,000 tokens/s, 7,812 per chip, MFU 55.0%',
+    '+ 0.0100 gathers and scatters + 0.1400 collectives '
+    '+ 0.0500 collectives between slices',
+    '1.9000 s if kernels take 0.2000 s, by the width of the MXU (MFU 57.9%)',
+    '1,000,000 tokens/s, 7,812 per chip, MFU 55.0% (45% to 58%), 53.0% without '
+    'the logits that the loss skips',
     '1,000,000,000,000 tokens',
     '11.6 days, 35,556 chip-hours',
     '66 of 450',
@@ -26,6 +29,13 @@ def test_table_has_every_headline_number():
   ):
     assert expected in text
   assert 'host copies' not in text
+
+
+def test_table_of_chips_with_two_devices():
+  text = tables.format_table(made_plan(devices=256))
+  assert '2 x v5p:4x4x4, 128 chips with 256 devices' in text
+  assert 'HBM per device' in text
+  assert 'a device computes 2 at once' in text
 
 
 def test_table_of_a_plan_that_does_not_fit():
@@ -103,6 +113,6 @@ def test_sweep_prints_one_line_per_plan():
     ]
   ).splitlines()
   assert len(lines) == 4
-  assert lines[1].split()[:3] == ['7,812', '55.0%', '66.40']
+  assert lines[1].split()[:5] == ['7,812', '55.0%', '(45%', 'to', '58%)']
   assert lines[2].endswith('does not fit')
   assert lines[3].endswith('why')

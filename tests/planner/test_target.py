@@ -46,6 +46,7 @@ OPEN = (False, False, False)
     ('v5e:8x16', 1, {'wrap': (False, True, False)}),
     ('v5e:1x1', 1, {'wrap': OPEN, 'chips_per_host_bounds': (1, 1, 1)}),
     ('v6e:1x2', 1, {'wrap': OPEN, 'chips_per_host_bounds': (1, 2, 1)}),
+    ('tpu7x:2x2x1', 1, {'wrap': OPEN}),
     ('v4:2x2x1', 1, {'wrap': OPEN, 'chip_config_name': 'megacore'}),
   ],
 )
