@@ -69,7 +69,11 @@ def long(lines, task):
   """Returns the table of the longer trainings."""
   found = select(lines, kind='long', task=task)
   rows = [
-    ['seed', 'start', *(f'{n / 6:.0%} of the rounds' for n in range(1, 7))]
+    [
+      'seed',
+      'start',
+      *(f'after {rounds} rounds' for rounds, _ in found[0]['correct'][1:]),
+    ]
   ]
   for line in found:
     shares = [f'{share:.1%}' for _, share in line['correct']]
