@@ -1,10 +1,11 @@
 r"""Plans the rounds of configs/rl_8b.py, and makes the tables of docs/rl_8b.md.
 
-python benchmarks/plans_rl.py --out benchmarks/results/plans_rl.jsonl
+python benchmarks/plans_rl.py
 python benchmarks/plans_rl.py --page
 
 The first command compiles the programs of each config as launch/plan.py does,
-and appends a line for each program. One takes a minute of a CPU core, a train
+and appends a line for each program to --out, by default
+benchmarks/results/plans_rl.jsonl. One takes a minute of a CPU core, a train
 step several. Lines that exist are skipped, so the same command resumes.
 --configs, --topologies and --programs choose among them. The second command
 rewrites the tables of the page from benchmarks/results/.
@@ -162,7 +163,7 @@ def times(of, denoising_steps):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--out', help='file of lines')
+  parser.add_argument('--out', default=RESULTS, help='file of lines')
   parser.add_argument('--page', action='store_true', help='rewrite the tables')
   for name, known in (
     ('configs', CONFIGS),
@@ -177,7 +178,7 @@ def main():
     part = lambda name: parts[name](found)
     PAGE.write_text(page_parts.fill(PAGE.read_text(), 'plans_rl', part))
     return
-  done = lambda of: bool(args.out) and json_lines.has(args.out, of)
+  done = lambda of: json_lines.has(args.out, of)
   for line in lines(args.configs, args.topologies, args.programs, done):
     json_lines.report([line], args.out)
 

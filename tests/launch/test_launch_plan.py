@@ -325,6 +325,7 @@ def test_a_plan_of_policy_optimization(tmp_path):
     *('--config.sample.gen_length=32', '--config.sample.block_length=32'),
     *SMALL,
     '--config.model.layers=1',
+    '--config.optimizer.name=adamw',
     '--config.data.length=128',
   )
   assert found.keys() == FIELDS.keys()
