@@ -16,11 +16,10 @@ rewrites the table of docs/fine_tuning.md from benchmarks/results/.
 import argparse
 import pathlib
 import statistics
-import subprocess
-import sys
 
 import json_lines  # files beside this one
 import page_parts
+from launching import launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'fine_tuning.jsonl'
@@ -39,18 +38,6 @@ OBJECTIVES = {
 STEPS = 600
 QUESTIONS = 300
 EXACT_MATCH, BOUND = 'eval/exact_match', 'eval/loss_nats_per_token'
-
-
-def launch(script, *flags):
-  """Runs a script of launch/; ends this program if it fails."""
-  done = subprocess.run(
-    [sys.executable, ROOT / 'launch' / script, *map(str, flags)],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  if done.returncode:
-    sys.exit(f'{script}: {done.stderr[-2000:]}')
 
 
 def prepare(task, runs):

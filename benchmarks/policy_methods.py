@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import json_lines  # files beside this one
+from launching import launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS, GROUP, INNER = 4, 8, 2
@@ -110,18 +111,6 @@ def forwards_per_round(task, method):
   fixed = 2 * INNER if method.reference else INNER - 1
   passes = fixed + 3 * INNER
   return ANSWERS * (task.slots + passes * method.copies(task))
-
-
-def launch(script, *flags):
-  """Runs a script of launch/; ends this program if it fails."""
-  done = subprocess.run(
-    [sys.executable, ROOT / 'launch' / script, *map(str, flags)],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  if done.returncode:
-    sys.exit(f'{script}: {done.stderr[-2000:]}')
 
 
 def start(name, runs):

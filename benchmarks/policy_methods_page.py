@@ -51,16 +51,16 @@ def results(lines, task):
   found = []
   for method in METHODS:
     curves = [x['correct'] for x in trainings(lines, task, method)]
-    cells, means = [f'`{method}`'], []
-    by_seed = []
-    for end in budgets(lines, task, method):
+    cells, means, by_seed = [f'`{method}`'], [], []
+    ends = budgets(lines, task, method)
+    for end in ends:
       shares = [at(curve, end) for curve in curves]
       gains = [y - curve[0][1] for y, curve in zip(shares, curves, strict=True)]
       means.append(statistics.mean(shares))
       cells += [f'{means[-1]:.1%}', points(gains)]
       by_seed.append(', '.join(f'{y:.1%}' for y in shares))
-    ends = ', '.join(f'{end:.0f}' for end in budgets(lines, task, method))
-    found.append((-sum(means), [*cells, *by_seed, ends]))
+    rounds = ', '.join(f'{end:.0f}' for end in ends)
+    found.append((-sum(means), [*cells, *by_seed, rounds]))
   heads += ['by seed: forwards', 'by seed: seconds', 'rounds']
   return page_parts.table([heads, *(cells for _, cells in sorted(found))])
 

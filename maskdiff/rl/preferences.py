@@ -204,7 +204,7 @@ def answers(pairs):
   """Returns the Batch of the answers of pairs, chosen, rejected, chosen, ...
 
   Args:
-    pairs: Rows of [P, 2 L], of which each half has a prompt and an answer.
+    pairs: Rows of [P, 2 L]; each half has a prompt and an answer.
 
   Returns:
     Batch of [2 P, L].
