@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -105,3 +106,13 @@ class Opened:
     with jax.set_mesh(self.mesh):
       self.state, found = train_step(self.state, batch, jax.random.key(0))
     return jax.device_get(found)
+
+
+def require_equal_steps(many, one, atol):
+  """Makes two steps of two opened stages, whose parameters must be close."""
+  np.testing.assert_allclose(many.batch.fixed, one.batch.fixed, atol=1e-5)
+  for opened in (one, many):
+    opened.step(opened.batch)
+    opened.step(opened.next_batch(opened.position)[0])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=atol)
+  jax.tree.map(close, *jax.device_get((many.state.params, one.state.params)))

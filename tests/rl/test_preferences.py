@@ -1,6 +1,5 @@
 """The stage of preference learning, in short runs of a tiny model."""
 
-import functools
 import json
 import pathlib
 import runpy
@@ -192,12 +191,7 @@ def test_eight_devices_and_microbatches_train_as_one_device(keys, one):
   for name in ('tokens', 'valid', 'answer', 'counted'):
     found, expected = (getattr(o.batch.rows, name) for o in (many, one))
     np.testing.assert_array_equal(found, expected)
-  np.testing.assert_allclose(many.batch.fixed, one.batch.fixed, atol=1e-5)
-  for opened in (one, many):
-    opened.step(opened.batch)
-    opened.step(opened.next_batch(opened.position)[0])
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=5e-5)
-  jax.tree.map(close, *jax.device_get((many.state.params, one.state.params)))
+  rl_runs.require_equal_steps(many, one, atol=5e-5)
 
 
 @pytest.mark.slow
