@@ -49,6 +49,11 @@ def load(c, params):
 
 def forward(c, weights, tokens):
   """Returns logits of all positions, [B, L, V], for tokens [B, L]."""
+  return F.linear(hidden_states(c, weights, tokens), weights['head'])
+
+
+def hidden_states(c, weights, tokens):
+  """Returns the final hidden states, [B, L, D], for tokens [B, L]."""
   batch, length = tokens.shape
   rotation = _rope(length, c.head_dim, c.rope_theta)
   sizes = [c.heads, c.kv_heads, c.kv_heads]
@@ -67,8 +72,7 @@ def forward(c, weights, tokens):
     h = F.rms_norm(x, (c.embed,), w['norm2'], c.norm_eps)
     gate, up = F.linear(h, w['gate_up']).chunk(2, dim=-1)
     x = x + F.linear(F.silu(gate) * up, w['down'])
-  x = F.rms_norm(x, (c.embed,), weights['norm'], c.norm_eps)
-  return F.linear(x, weights['head'])
+  return F.rms_norm(x, (c.embed,), weights['norm'], c.norm_eps)
 
 
 def _rope(length, head_dim, theta):

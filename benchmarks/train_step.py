@@ -1,6 +1,7 @@
 """Compares the train step with a dense cross entropy and with a plain step.
 
 python benchmarks/train_step.py [--rounds 5]
+python benchmarks/train_step.py --torch
 
 `dense` is the same code, except that it projects all positions onto the
 vocabulary and lets JAX differentiate the result. `plain` is the direct
@@ -12,10 +13,15 @@ The losses and gradient norms must agree.
 The last line of each size compares the losses alone, with both gradients:
 `token_nll` computes one more product with the head than `cross_entropy`, so
 four thirds of the products.
+
+--torch compares the step of configs/tiny.py, and of a larger network, with one
+in PyTorch instead (torch_train_step.py; pip install torch). The process keeps
+freed memory, as launch/pretrain.py does, so that PyTorch does too.
 """
 
 import argparse
 import functools
+import os
 import statistics
 import time
 from unittest import mock
@@ -29,6 +35,7 @@ from timing import alternate
 from maskdiff import config as config_lib
 from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.distributed.host_memory import keep_freed_memory
 from maskdiff.model import transformer
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.model.token_nll import token_nll
@@ -116,7 +123,14 @@ def plain_step(c, optimizer, state, rows, key):
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rounds', type=int, default=5)
-  rounds = parser.parse_args().rounds
+  parser.add_argument('--torch', action='store_true')
+  args = parser.parse_args()
+  rounds = args.rounds
+  if args.torch:
+    import torch_train_step
+
+    keep_freed_memory(os.environ, jax.config.jax_platforms)
+    return torch_train_step.compare(mesh_lib.make_mesh(), rounds)
   mesh = mesh_lib.make_mesh()
   print(
     f'{mesh.size} x {mesh.devices.flat[0].device_kind}, B={BATCH} L={LENGTH}'

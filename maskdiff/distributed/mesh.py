@@ -137,6 +137,22 @@ def _arrange(sizes, devices):
   return np.asarray(devices).reshape(sizes)
 
 
+def device_kind():
+  """Returns JAX's name for the kind of device that the program runs on."""
+  # In ahead-of-time compilation the program runs on the devices of the mesh,
+  # not on those of this machine.
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else getattr(mesh, 'abstract_device', None)
+  kind = getattr(device, 'device_kind', None)
+  return kind or jax.devices()[0].device_kind
+
+
+def on_one_cpu():
+  """Returns whether the program runs on a CPU, and is not split by a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return device_kind() == 'cpu' and (mesh.empty or mesh.size == 1)
+
+
 def batch_shards(mesh):
   """Returns the number of shards into which the rows of a batch are split."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES)

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed import chips
-from maskdiff.distributed.mesh import BATCH_AXES, batch_shards
+from maskdiff.distributed.mesh import BATCH_AXES, batch_shards, device_kind
 from maskdiff.errors import UserError
 from maskdiff.model import masks
 from maskdiff.model import splash as splash_lib
@@ -74,16 +74,6 @@ def fastest(q, k, query, key):
   # size. `auto` therefore uses cuDNN only without a mask.
   needs_mask = kernel == 'cudnn' and not _needs_no_mask(query, key)
   return 'xla' if needs_mask else kernel
-
-
-def device_kind():
-  """Returns JAX's name for the kind of device that the program runs on."""
-  # In ahead-of-time compilation the program runs on the devices of the mesh,
-  # not on those of this machine.
-  mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else getattr(mesh, 'abstract_device', None)
-  kind = getattr(device, 'device_kind', None)
-  return kind or jax.devices()[0].device_kind
 
 
 def _capability():

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from maskdiff.config import lora
+from maskdiff.model.products import product
 
 # Names of targets, and of their matrices in transformer.Blocks.
 TARGETS = dict(
@@ -67,7 +68,7 @@ def project(c, w, matrix, equation, x):
     equation: einsum of `x` and the matrix, such as 'bld,dhk->bhlk'.
     x: [B, L, D], or as the equation says.
   """
-  y = jnp.einsum(equation, x, w[matrix])
+  y = product(equation, x, w[matrix])
   if f'{matrix}_a' not in w:
     return y
   operands, result = equation.split('->')
@@ -122,8 +123,8 @@ def merge(c, params):
 
   def one(layer):
     w, a, b = layer
-    product = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
-    return (w.astype(jnp.float32) + c.scale * product).astype(w.dtype)
+    low_rank = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+    return (w.astype(jnp.float32) + c.scale * low_rank).astype(w.dtype)
 
   for matrix in c.matrices:
     a, b = (params['blocks'][f'{matrix}_{s}'] for s in 'ab')

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskdiff.distributed.mesh import shard
+from maskdiff.distributed.mesh import on_one_cpu, shard
 from maskdiff.model import lora
 from maskdiff.model.attention import RESIDUALS, attend
 from maskdiff.model.blocks import Blocks, scale, stacked, weight
@@ -247,6 +247,9 @@ class Transformer(nnx.Module):
       put = jax.lax.dynamic_update_index_in_dim
       return (x, put(state[1], x, slot, 0)), kv
 
+    # On one CPU, a loop would take as long to stack the saved activations of
+    # all layers, and to read them again, as `full` takes to recompute them.
+    unroll = c.layers if c.remat == 'none' and on_one_cpu() else 1
     with jax.named_scope('network(layer: stacked arrays)'):
       if taps:
         outputs = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
@@ -254,7 +257,7 @@ class Transformer(nnx.Module):
           layer_and_tap, (x, outputs), (np.array(slots), layers, cached)
         )
       else:
-        x, kv = jax.lax.scan(layer, x, (layers, cached))
+        x, kv = jax.lax.scan(layer, x, (layers, cached), unroll=unroll)
     x = rms_norm(x, self.norm[...], c.norm_eps)
     hidden = shift_right(x, labels) if c.predict_next else x
     return hidden, kv, [outputs[taps.index(i)] for i in taps]

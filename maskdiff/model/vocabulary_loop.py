@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed.mesh import AXES, BATCH_AXES, pad_length
+from maskdiff.model.products import rows_first
 
 
 def on_devices(loop, hidden, head, tokens, outputs):
@@ -173,6 +174,9 @@ def add_gradients(gradients, index, hidden, head, d_logits):
   d_hidden = write(d_hidden, index, d_h)
   with jax.named_scope('part(loss: gradient of the head)'):
     d_head += jnp.einsum(
-      'td,tv->dv', hidden, d_logits, preferred_element_type=jnp.float32
+      'dt,tv->dv',
+      rows_first(hidden),
+      d_logits,
+      preferred_element_type=jnp.float32,
     )
   return d_hidden, d_head
