@@ -18,9 +18,9 @@ from maskdiff.planner import hlo, hlo_collectives, hlo_cost, roofline, trace
 from maskdiff.planner.parts import model_part
 
 ENCLOSING = ('while', 'conditional', 'call')
-COLLECTIVES = 'collectives: waiting'
+COLLECTIVES = 'collectives'
 HOST_COPIES = 'copies to and from the host'
-PREFETCHES = 'prefetches: waiting'
+PREFETCHES = 'prefetches'
 IDLE = 'no instruction runs'
 OVERLAP = 'instructions that overlap'
 # Parts below this share of the step are one line of the text.
@@ -59,8 +59,12 @@ class Facts:
 
   def to_json(self):
     """Returns a dict of JSON values."""
-    regime = {'make': self.regime.make.__name__, 'sizes': self.regime.sizes}
-    return dataclasses.asdict(self) | {'regime': regime}
+    regime = {
+      'make': self.regime.make.__name__,
+      'sizes': list(self.regime.sizes),
+    }
+    changes = {'regime': regime, 'warnings': list(self.warnings)}
+    return dataclasses.asdict(self) | changes
 
 
 def from_json(values):

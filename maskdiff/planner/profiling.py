@@ -96,6 +96,7 @@ def facts_of(config, mesh, stage, steps, done):
     first_step=first + 1,
   )
   if stage.name not in ('pretraining', 'fine-tuning'):
+    # A policy. A plan has no utilization of its train step either.
     network = stage_config.policy_config(config).network
     regime = copies_rl.regime(network, config.data.length)
     return dataclasses.replace(facts, regime=regime)
