@@ -25,12 +25,14 @@ from maskdiff.files import atomic, json_text
 from maskdiff.monitoring import terminal
 from maskdiff.objectives.table import flops_per_token
 from maskdiff.planner import comparison, copies_rl, plan
-from maskdiff.rl import stage_config
+from maskdiff.rl import preferences, stage_config
 from maskdiff.training import phases
 from maskdiff.training import step as step_lib
 
 WARM_UP = 3  # steps before the trace
 FOLDER = 'profile'
+# Stages of the rl room. All others train on the objective of the config.
+POLICIES = ('policy optimization', preferences.NAME)
 
 
 def profiled(make_stage, workdir, steps):
@@ -95,8 +97,8 @@ def facts_of(config, mesh, stage, steps, done):
     steps=steps,
     first_step=first + 1,
   )
-  if stage.name not in ('pretraining', 'fine-tuning'):
-    # A policy. A plan has no utilization of its train step either.
+  if stage.name in POLICIES:
+    # A plan has no utilization of such a train step either.
     network = stage_config.policy_config(config).network
     regime = copies_rl.regime(network, config.data.length)
     return dataclasses.replace(facts, regime=regime)

@@ -13,7 +13,7 @@ from maskdiff.distributed import chips
 from maskdiff.model import masks
 from maskdiff.planner import comparison, hlo
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+TRACES = pathlib.Path(__file__).parents[1] / 'traces'
 CHIP = chips.by_kind('TPU v5p')
 MLP = 'jit(train_step)/jvp(network(mlp down))/while/body/dot_general'
 LOSS = 'jit(train_step)/jvp(part(loss))/while'
@@ -186,9 +186,12 @@ def test_an_unknown_device_is_measured_only():
 
 
 def test_recorded_trace_of_two_cpu_devices():
-  """A scan over two layers; traced with jaxlib 0.10.2, see golden/README.md."""
+  """Two steps of a scan over two layers, with a sum of gradients.
+
+  Of the trace of jaxlib 0.10.2, the events with the stat hlo_op were kept.
+  """
   text, events = (
-    gzip.decompress((GOLDEN / f'cpu_trace.{name}.gz').read_bytes()).decode()
+    gzip.decompress((TRACES / f'cpu.{name}.gz').read_bytes()).decode()
     for name in ('hlo', 'textproto')
   )
   profile = ProfileData.from_serialized_xspace(
