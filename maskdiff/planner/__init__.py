@@ -22,6 +22,7 @@ Profiles compare the estimates with the measured times of a run.
   and scatters, and collectives. hlo_clock simulates transfers.
 - training_run: the main function of the scripts that train.
 - profiling: traces steps of a training, for --profile.
-- comparison: the table of estimated and measured times. trace reads a trace,
-  roofline estimates the time of a GPU program.
+- comparison: estimated and measured times of parts; tables_profile formats
+  them. trace reads a trace, measured finds the steps in it, roofline estimates
+  the time of a GPU program.
 """

@@ -1,6 +1,6 @@
 """Compares the estimated and the measured time of each part of a train step.
 
-The measured times come from a trace (trace.py). The estimate prices the very
+The measured times come from a trace (measured.py). The estimate prices the very
 program that ran: on a TPU as a plan does (hlo_cost.py), on a GPU as a roofline
 (roofline.py), and on other devices not at all. Both have a time for each
 instruction, and `row` assigns instructions to the rows of the table. If a trip
@@ -13,8 +13,13 @@ import statistics
 
 from maskdiff.distributed import chips
 from maskdiff.model import masks
-from maskdiff.monitoring import terminal
-from maskdiff.planner import hlo, hlo_collectives, hlo_cost, roofline, trace
+from maskdiff.planner import (
+  hlo,
+  hlo_collectives,
+  hlo_cost,
+  roofline,
+)
+from maskdiff.planner import measured as measured_lib
 from maskdiff.planner.parts import model_part
 
 ENCLOSING = ('while', 'conditional', 'call')
@@ -23,8 +28,6 @@ HOST_COPIES = 'copies to and from the host'
 PREFETCHES = 'prefetches'
 IDLE = 'no instruction runs'
 OVERLAP = 'instructions that overlap'
-# Parts below this share of the step are one line of the text.
-SMALL = 0.002
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ def compare(text, profile, facts):
     for i in body.values()
   }
   enclosing = [n for n, (_, i) in instructions.items() if i.op in ENCLOSING]
-  measured = trace.measure(profile, module.name, facts.steps, enclosing)
+  measured = measured_lib.measure(profile, module.name, facts.steps, enclosing)
   estimated, notes = estimate(module, facts, measured)
   rows = {}
   for column, seconds in enumerate((estimated or {}, measured.instructions)):
@@ -112,7 +115,7 @@ def compare(text, profile, facts):
       part = row(module, instructions, name)
       rows.setdefault(part, [0.0, 0.0])[column] += value
   overlap = measured.busy_s - sum(measured.instructions.values())
-  if overlap < -SMALL * measured.step_s:
+  if overlap < -1e-3 * measured.step_s:
     rows[OVERLAP] = [0.0, overlap]
   rows[IDLE] = [0.0, measured.step_s - measured.busy_s]
   total = None if estimated is None else sum(estimated.values())
@@ -149,7 +152,7 @@ def estimate(module, facts, measured):
   Args:
     module: hlo.Module.
     facts: Facts.
-    measured: trace.Measured, for trip counts that depend on data.
+    measured: measured.Measured, for trip counts that depend on data.
   """
   kind = facts.device_kind
   found = trips(module, measured.counts)
@@ -254,85 +257,3 @@ def _start(body, i):
   while i.op.endswith(('-done', '-update')) and i.operands[0] in body:
     i = body[i.operands[0]]
   return i
-
-
-def format_table(result):
-  """Returns the result of `compare` as text for a terminal."""
-  step, estimated = result['step_s'], result['estimated_s']
-  small = [r for r in result['rows'] if _is_small(r, step)]
-  rows = [r for r in result['rows'] if r not in small]
-  if small:
-    rows.append(
-      {
-        'part': f'{len(small)} parts below {SMALL:.1%} of the step',
-        'measured_s': sum(r['measured_s'] for r in small),
-        'estimated_s': estimated and sum(r['estimated_s'] for r in small),
-      }
-    )
-  rows.append({'part': 'step', 'measured_s': step, 'estimated_s': estimated})
-  head = ['part of the step', 'measured, ms', 'share']
-  if estimated is not None:
-    head[1:1] = ['estimated, ms']
-    head.append('measured / estimated')
-  cells = [head] + [_cells(r, step, estimated) for r in rows]
-  facts = result['facts']
-  last = facts['first_step'] + facts['steps'] - 1
-  text = [
-    f'steps {facts["first_step"]} to {last}, '
-    f'mean of {result["devices"]} x {facts["device_kind"]}',
-    terminal.table(cells),
-    '\n'.join(_lines(result)),
-  ]
-  return '\n\n'.join(t for t in text if t)
-
-
-def _is_small(row, step):
-  return max(row['measured_s'], row['estimated_s'] or 0.0) < SMALL * step and (
-    row['part'] not in (IDLE, OVERLAP)
-  )
-
-
-def _cells(row, step, estimated):
-  m, e = row['measured_s'], row['estimated_s']
-  cells = [row['part'][-60:], f'{m * 1e3:.3f}', f'{m / step:.1%}']
-  if estimated is not None:
-    cells[1:1] = [f'{e * 1e3:.3f}' if e else '']
-    cells.append(f'{m / e:.2f}' if e else '')
-  return cells
-
-
-def _lines(result):
-  """Returns the lines below the table."""
-  lines = []
-  if result['period_s']:
-    lines.append(
-      f'from the start of a step to the next: {result["period_s"] * 1e3:.3f} ms'
-    )
-  lines += [
-    f'other programs, per step: {name} {seconds * 1e3:.3f} ms'
-    for name, seconds in result['programs'].items()
-  ]
-  if result['mfu']:
-    line = f'MFU {result["mfu"]:.1%}'
-    if result['mfu_estimated']:
-      line += f', estimated {result["mfu_estimated"]:.1%}'
-    if done := result['facts']['share_done']:
-      line += (
-        f'; {result["mfu"] * done:.1%} without the logits that the loss skips'
-      )
-    lines.append(line)
-  if result['estimated_s']:
-    lines.append(worst(result))
-  return lines + [f'warning: {w}' for w in result['warnings']]
-
-
-def worst(result):
-  """Returns a sentence on the row with the largest error of the estimate."""
-  error = lambda r: r['measured_s'] - r['estimated_s']
-  rows = [r for r in result['rows'] if r['part'] != OVERLAP]
-  r = max(rows, key=lambda r: abs(error(r)))
-  more = 'more' if error(r) > 0 else 'less'
-  return (
-    f'largest error: {r["part"]} takes {abs(error(r)) * 1e3:.3f} ms {more} '
-    f'than estimated, {abs(error(r)) / result["step_s"]:.1%} of the step'
-  )

@@ -8,7 +8,7 @@ The training then continues. The folder `profile` of the work directory holds
   own devices, for XProf and TensorBoard;
 - hlo.txt.gz: the HLO text of the train step, and parts.json: all numbers and
   the facts of the run, from which `remake` makes the table again;
-- table.txt: the table that process 0 prints (comparison.py).
+- table.txt: the table that process 0 prints (tables_profile.py).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from maskdiff.errors import UserError
 from maskdiff.files import atomic, json_text
 from maskdiff.monitoring import terminal
 from maskdiff.objectives.table import flops_per_token
-from maskdiff.planner import comparison, copies_rl, plan
+from maskdiff.planner import comparison, copies_rl, plan, tables_profile
 from maskdiff.rl import preferences, stage_config
 from maskdiff.training import phases
 from maskdiff.training import step as step_lib
@@ -189,7 +189,7 @@ def tabulate(folder, text, facts):
   (path,) = _session(folder, 'process_0').glob('*.xplane.pb')
   profile = jax.profiler.ProfileData.from_file(str(path))
   result = comparison.compare(text, profile, facts)
-  table = comparison.format_table(result)
+  table = tables_profile.format_table(result)
   parts = json_text.dumps(result, indent=1)
   atomic.write(folder / 'parts.json', parts.encode() + b'\n')
   atomic.write(folder / 'table.txt', table.encode() + b'\n')
@@ -209,7 +209,7 @@ def remake(folder):
 
 
 def without_command_buffers(environ):
-  """Lets XLA launch each kernel of an NVIDIA GPU by itself.
+  """Lets XLA launch each kernel of a GPU by itself.
 
   A trace does not name the instructions of a command buffer. Must be called
   before JAX starts its devices.
@@ -217,6 +217,6 @@ def without_command_buffers(environ):
   Args:
     environ: environment variables, changed in place.
   """
-  if any(map(os.path.exists, ('/dev/nvidiactl', '/dev/dxg'))):
+  if any(map(os.path.exists, ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd'))):
     flags = environ.get('XLA_FLAGS', '')
     environ['XLA_FLAGS'] = f'{flags} --xla_gpu_enable_command_buffer='.strip()

@@ -11,7 +11,7 @@ from jax.profiler import ProfileData
 
 from maskdiff.distributed import chips
 from maskdiff.model import masks
-from maskdiff.planner import comparison, hlo
+from maskdiff.planner import comparison, hlo, measured, tables_profile
 
 TRACES = pathlib.Path(__file__).parents[1] / 'traces'
 CHIP = chips.by_kind('TPU v5p')
@@ -96,8 +96,8 @@ def test_table_of_a_tpu_has_the_price_of_the_plan():
   }
   found = rows(result)
   assert found.keys() == expected.keys()
-  for part, (estimated, measured) in expected.items():
-    assert found[part] == pytest.approx((estimated, measured), rel=1e-3), part
+  for part, times in expected.items():
+    assert found[part] == pytest.approx(times, rel=1e-3), part
   assert result['step_s'] == pytest.approx(300e-6)
   assert result['estimated_s'] == pytest.approx((140 + collective) * 1e-6)
   assert sum(m for _, m in found.values()) == pytest.approx(300)
@@ -109,7 +109,7 @@ def test_text_names_the_row_with_the_largest_error():
   result = comparison.compare(
     TPU_TEXT, tpu_trace(), facts(flops=2 * 459e12 * 150e-6, share_done=0.9)
   )
-  text = comparison.format_table(result)
+  text = tables_profile.format_table(result)
   assert text.startswith('steps 4 to 5, mean of 1 x TPU v5p\n\n')
   lines = [line.split() for line in text.splitlines()]
   assert ['mlp', 'down', 'forward', '0.100', '0.150', '50.0%', '1.50'] in lines
@@ -180,7 +180,7 @@ def test_table_of_a_gpu_has_a_roofline_and_the_overlap_of_streams():
 def test_an_unknown_device_is_measured_only():
   result = gpu_result(device_kind='NVIDIA GeForce')
   assert result['estimated_s'] is None
-  text = comparison.format_table(result)
+  text = tables_profile.format_table(result)
   assert "warning: no estimate: the peak of 'NVIDIA GeForce' is not in" in text
   assert 'estimated, ms' not in text and 'largest error' not in text
 
@@ -210,7 +210,7 @@ def test_recorded_trace_of_two_cpu_devices():
   assert (result['devices'], result['warnings']) == (2, [])
   assert list(result['programs']) == ['jit__lambda']
   module = hlo.parse(text)
-  counts = comparison.trace.measure(profile, module.name, 2).counts
+  counts = measured.measure(profile, module.name, 2).counts
   loops = comparison.trips(module, counts)
   assert set(loops.values()) == {2.0} and len(loops) == 2
 
@@ -258,5 +258,5 @@ def test_trace_of_a_program_of_the_tpu_compiler():
     part: (e, m) for part, (e, m) in rows(result).items() if e or m > 0.01
   }
   assert {p.split(' forward')[0] for p in found} & {'mlp down', 'loss'}
-  for estimated, measured in found.values():
-    assert measured == pytest.approx(2 * estimated, rel=0.01)
+  for estimate, time in found.values():
+    assert time == pytest.approx(2 * estimate, rel=0.01)

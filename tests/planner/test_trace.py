@@ -4,7 +4,7 @@ import made_traces
 import pytest
 
 from maskdiff.errors import UserError
-from maskdiff.planner import trace
+from maskdiff.planner import measured, trace
 
 NS = 1e-9
 
@@ -24,7 +24,7 @@ def steps_of_a_tpu(*starts, device=0, work=30):
 
 
 def measure(planes, steps, **options):
-  return trace.measure(
+  return measured.measure(
     made_traces.profile(planes), 'jit_train_step', steps, **options
   )
 
