@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 _DEVICE = re.compile(r'/device:(TPU|GPU):\d+')
 HOST = '/host:CPU'
-# Names of an event that is the text of an instruction, or a run of a program.
+# The name in an event that is an instruction, or its whole text.
 _INSTRUCTION = re.compile(r'%?([\w.\-]+)')
 
 
@@ -90,7 +90,8 @@ def _cpu_lines(lines):
 
 
 def _event(event, name=None):
-  name = name or _INSTRUCTION.match(event.name)[1]
+  found = _INSTRUCTION.match(event.name)
+  name = name or (found[1] if found else event.name)
   return Event(
     name, '', None, event.start_ns, event.start_ns + event.duration_ns
   )

@@ -1,5 +1,6 @@
 """Profiles of a train step on a CPU, and their flag in the scripts."""
 
+import dataclasses
 import json
 import types
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import tiny
 
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
+from maskdiff.model import masks
 from maskdiff.monitoring.ledger import Ledger
 from maskdiff.planner import comparison, profiling
 from maskdiff.training.stage import Stage, compile_step
@@ -152,6 +154,18 @@ def test_phase_in_the_trace_is_reported(tmp_path):
   (warning,) = profiling.facts_of(config, mesh, stage, 4, 0).warnings
   assert 'a phase of config.objective begins' in warning
   assert not profiling.facts_of(config, mesh, stage, 4, 5).warnings
+
+
+def test_train_step_of_a_policy_has_no_utilization():
+  config = tiny.config(tiny.TRAIN_KEYS)
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  stage = dataclasses.replace(
+    make_stage(config, None), name='preference learning'
+  )
+  facts = profiling.facts_of(config, mesh, stage, STEPS, 0)
+  assert (facts.flops, facts.share_done) == (None, None)
+  assert facts.regime == masks.BIDIRECTIONAL
+  assert (facts.first_step, facts.steps) == (4, STEPS)
 
 
 @pytest.mark.parametrize(
