@@ -63,7 +63,7 @@ def measure(profile, module, steps, enclosing=()):
       'that JAX can read'
     )
   warnings = [
-    f'{d.name} has {len(d.runs)} steps in the trace instead of {steps}'
+    f'the trace of {d.name} has {len(d.runs)} of {steps} steps'
     for d in found
     if len(d.runs) != steps
   ]

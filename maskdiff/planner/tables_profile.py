@@ -59,10 +59,8 @@ def _lines(result):
     lines.append(
       f'from the start of a step to the next: {result["period_s"] * 1e3:.3f} ms'
     )
-  lines += [
-    f'other programs, per step: {name} {seconds * 1e3:.3f} ms'
-    for name, seconds in result['programs'].items()
-  ]
+  if result['programs']:
+    lines.append(f'other programs, per step: {_programs(result)}')
   if result['mfu']:
     line = f'MFU {result["mfu"]:.1%}'
     if result['mfu_estimated']:
@@ -75,6 +73,15 @@ def _lines(result):
   if result['estimated_s']:
     lines.append(worst(result))
   return lines + [f'warning: {w}' for w in result['warnings']]
+
+
+def _programs(result):
+  programs = sorted(result['programs'].items(), key=lambda p: -p[1])
+  small = [s for _, s in programs if s < SMALL * result['step_s']]
+  named = programs[: len(programs) - len(small)]
+  if small:
+    named.append((f'{len(small)} small ones', sum(small)))
+  return ', '.join(f'{name} {seconds * 1e3:.3f} ms' for name, seconds in named)
 
 
 def worst(result):

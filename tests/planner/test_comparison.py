@@ -158,6 +158,21 @@ GPU_TEXT = (
 )
 
 
+def test_small_parts_and_programs_are_one_cell():
+  result = comparison.compare(TPU_TEXT, tpu_trace(), facts())
+  result['rows'] += [
+    {'part': name, 'estimated_s': 1e-7, 'measured_s': 2e-7} for name in 'ab'
+  ]
+  result['programs'] = {'jit_a': 1e-7, 'jit_run': 1e-3, 'jit_b': 2e-7}
+  text = tables_profile.format_table(result)
+  small = '2 parts below 0.2% of the step'
+  (line,) = (x for x in text.splitlines() if x.startswith(small))
+  assert line[len(small) :].split() == ['0.000', '0.000', '0.1%', '2.00']
+  assert (
+    'other programs, per step: jit_run 1.000 ms, 2 small ones 0.000 ms' in text
+  )
+
+
 def gpu_result(**changes):
   steps = [
     [('gemm.1', start, 200_000) for start in (0, 400_000)],

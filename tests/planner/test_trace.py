@@ -91,7 +91,7 @@ def test_sparse_cores_are_not_devices():
 
 def test_a_missing_step_is_reported():
   (warning,) = measure(steps_of_a_tpu(0), 2).warnings
-  assert warning == '/device:TPU:0 has 1 steps in the trace instead of 2'
+  assert warning == 'the trace of /device:TPU:0 has 1 of 2 steps'
 
 
 def gpu_step(start, chunks):
