@@ -8,27 +8,17 @@ config.data.path. See docs/fine_tuning.md, and launch/pretrain.py for resuming,
 pods and exit statuses.
 """
 
-from absl import flags
-
 from maskdiff import config
 
-config.define_config_flag()
-flags.DEFINE_string(
-  'workdir', None, 'Work directory, for checkpoints and metrics.'
-)
-flags.mark_flags_as_required(['config', 'workdir'])
+config.define_training_flags()
 
 
 def main(args):
   # Imported after flags are parsed, so that a bad flag is reported at once.
-  from maskdiff.distributed import runtime
+  from maskdiff.planner import training_run
   from maskdiff.posttraining import finetuning
-  from maskdiff.training import loop
 
-  given = args['config'].override_values
-  settings = finetuning.complete(args.config, given)
-  with runtime.started(heartbeat_s=settings.train.heartbeat_s):
-    loop.run(settings, args.workdir, finetuning.make_stage)
+  training_run.run(args, finetuning.make_stage, finetuning.complete)
 
 
 if __name__ == '__main__':

@@ -43,6 +43,9 @@ RULES = {
     '--config.eval.batch=8 --config.eval.batches=1 '
     '--config.sample.gen_length=8 --config.sample.steps=8',
   ),
+  'five steps': Rule(
+    r'launch/pretrain\.py .*--profile', '--config.train.steps=5'
+  ),
   # Runs with other objectives sample, and those whose samples a page shows.
   'no samples': Rule(
     r'launch/pretrain\.py (?!.*(objective\.name|proof\.py|runs/tiny))',

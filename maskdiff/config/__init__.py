@@ -11,6 +11,7 @@ from maskdiff.config.command_line import (
   define_ema_flag,
   define_load_flags,
   define_sample_flags,
+  define_training_flags,
   require_workdir,
   run_script,
 )
@@ -42,6 +43,7 @@ __all__ = [
   'define_ema_flag',
   'define_load_flags',
   'define_sample_flags',
+  'define_training_flags',
   'flatten',
   'from_dict',
   'lookup',

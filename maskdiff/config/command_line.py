@@ -136,6 +136,22 @@ def define_config_flag():
   flags.FLAGS['config'].parser = config_file.Parser()
 
 
+def define_training_flags():
+  """Defines the flags of the scripts that train: --config and two others."""
+  define_config_flag()
+  flags.DEFINE_string(
+    'workdir', None, 'Work directory, for checkpoints and metrics.'
+  )
+  flags.DEFINE_integer(
+    'profile',
+    0,
+    'Trace this many train steps after the first three, and compare the time '
+    'of each part of the model with its estimate; see docs/speed.md.',
+    lower_bound=0,
+  )
+  flags.mark_flags_as_required(['config', 'workdir'])
+
+
 def define_load_flags():
   """Defines --tensor, --dtype and --ema, arguments of interop.load.load."""
   flags.DEFINE_integer(

@@ -142,6 +142,15 @@ PEAK_FLOPS = {
   'NVIDIA H200': 989e12,
 }
 
+# Bandwidth of the memory of the GPUs, bytes/s: NVIDIA's data sheets of A100,
+# H100 (both as SXM) and H200, which also have the peaks above.
+GPU_BANDWIDTH = {
+  'NVIDIA A100-SXM4-40GB': 1555e9,
+  'NVIDIA A100-SXM4-80GB': 2039e9,
+  'NVIDIA H100 80GB HBM3': 3350e9,
+  'NVIDIA H200': 4800e9,
+}
+
 
 def by_kind(device_kind):
   """Returns the Chip of a JAX device kind; None if it is unknown."""

@@ -1,5 +1,7 @@
 """Memory, time and communication of a config on TPUs, without a TPU.
 
+Profiles compare the estimates with the measured times of a run.
+
 - plan: plans a training run.
 - plan_sample: plans sampling.
 - plan_rl: plans policy optimization. target_rl compiles its programs, copies_rl
@@ -17,5 +19,10 @@
 - hlo: parses the text of a compiled program.
 - hlo_cost: estimates the time of a program. hlo_loops finds trip counts;
   hlo_kernels, hlo_rows and hlo_collectives price attention kernels, gathers
-  and scatters, and collectives.
+  and scatters, and collectives. hlo_clock simulates transfers.
+- training_run: the main function of the scripts that train.
+- profiling: traces steps of a training, for --profile.
+- comparison: estimated and measured times of parts; tables_profile formats
+  them. trace reads a trace, measured finds the steps in it, roofline estimates
+  the time of a GPU program.
 """

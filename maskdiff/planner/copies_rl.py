@@ -13,15 +13,16 @@ from maskdiff.rl import policy_step, rollouts, table
 ROUNDS = 8
 
 
-def regime(r):
+def regime(network, length):
   """Returns the masks.Regime of masked copies.
 
   Args:
-    r: target_rl.Round.
+    network: Network.
+    length: tokens of a row.
   """
-  rows = jax.ShapeDtypeStruct((1, r.config.data.length), jnp.int32)
+  rows = jax.ShapeDtypeStruct((1, length), jnp.int32)
   _, labels = jax.eval_shape(
-    lambda x: show_masked(r.c.network, x, x >= 0, x >= 0), rows
+    lambda x: show_masked(network, x, x >= 0, x >= 0), rows
   )
   return labels.regime
 

@@ -82,6 +82,7 @@ class Module:
   computations: dict  # name -> {name: Instruction}, in order of execution
   entry: str
   num_partitions: int  # devices that the program addresses
+  name: str = ''  # such as jit_train_step
 
   @functools.cached_property
   def roots(self):
@@ -129,7 +130,9 @@ def parse(text):
   if entry is None:
     raise ValueError('this HLO text has no ENTRY computation')
   partitions = re.search(r'num_partitions=(\d+)', text[:100_000])
-  return Module(computations, entry, int(partitions[1]) if partitions else 1)
+  partitions = int(partitions[1]) if partitions else 1
+  name = re.match(r'HloModule ([\w.\-]+)', text)
+  return Module(computations, entry, partitions, name[1] if name else '')
 
 
 def _instruction(line):
@@ -184,6 +187,17 @@ def elements(kind):
       parts.append(kind[start:i].strip())
       start = i + 1
   return [part for part in parts if part]
+
+
+def branches(module, conditional):
+  """Returns the names of the branches of a conditional, False before True."""
+  listed = re.search(r'branch_computations=\{(.*?)\}', conditional.attributes)
+  names = re.findall(r'[\w.\-]+', listed[1]) if listed else []
+  names = names or [
+    conditional.attribute('false_computation'),
+    conditional.attribute('true_computation'),
+  ]
+  return [n for n in names if n in module.computations]
 
 
 def describing(module, instruction):

@@ -38,6 +38,7 @@ from maskdiff.planner import (
   hlo_loops,
   hlo_rows,
 )
+from maskdiff.planner.hlo_clock import Clock
 
 # Smaller arrays in the type of an asynchronous copy are indices and semaphores.
 SMALL_BYTES = 1024
@@ -88,35 +89,14 @@ class Cost:
   busy_s: dict = dataclasses.field(default_factory=collections.Counter)
   host_bytes: float = 0.0
   operations: dict = dataclasses.field(default_factory=dict)
+  # Instruction -> seconds that it computes or waits; they add up to total_s.
+  instructions: dict = dataclasses.field(default_factory=collections.Counter)
   traffic: dict = dataclasses.field(default_factory=dict)
   loops: list = dataclasses.field(default_factory=list)  # (op_name, trips, how)
   # Op names of loops that are counted once because their trip count is unknown.
   unresolved: list = dataclasses.field(default_factory=list)
   # Instructions without a price -> how often they run.
   unpriced: dict = dataclasses.field(default_factory=collections.Counter)
-
-
-@dataclasses.dataclass
-class Clock:
-  """Simulated time and pending transfers during one run of a computation."""
-
-  now: float = 0.0  # seconds since the start
-  # Queue -> time at which its last transfer ends.
-  free: dict = dataclasses.field(default_factory=collections.Counter)
-  # Name of a transfer -> (queue, time at which it ends).
-  ends: dict = dataclasses.field(default_factory=dict)
-
-  def begin(self, name, queue, seconds):
-    """Appends a transfer to a queue."""
-    self.free[queue] = max(self.now, self.free[queue]) + seconds
-    self.ends[name] = queue, self.free[queue]
-
-  def wait(self, name):
-    """Waits for a transfer; returns its queue and the seconds waited."""
-    queue, end = self.ends.get(name, ('', self.now))
-    waited = max(0.0, end - self.now)
-    self.now += waited
-    return queue, waited
 
 
 def price(
@@ -172,7 +152,7 @@ def _run(p, computation, weight):
     elif i.op == 'call':
       clock.now += _run(p, i.attribute('to_apply'), weight)
     elif i.op == 'conditional':
-      branches = _branches(p, i)
+      branches = hlo.branches(p.module, i)
       equal = [1 / len(branches)] * len(branches)
       shares = p.branch_shares(i.op_name) or equal
       for branch, share in zip(branches, shares, strict=True):
@@ -197,16 +177,6 @@ def _trips(p, computation, loop):
     p.cost.unresolved.append(loop.op_name or loop.name)
   p.cost.loops.append((loop.op_name or loop.name, count, how))
   return count
-
-
-def _branches(p, i):
-  listed = re.search(r'branch_computations=\{(.*?)\}', i.attributes)
-  names = re.findall(r'[\w.\-]+', listed[1]) if listed else []
-  names = names or [
-    i.attribute('false_computation'),
-    i.attribute('true_computation'),
-  ]
-  return [n for n in names if n in p.module.computations]
 
 
 def _compute(p, clock, i, weight):
@@ -237,6 +207,7 @@ def _note_operation(p, i, seconds, weight):
   operation = p.cost.operations.setdefault(name, Operation(name))
   operation.seconds += seconds * weight
   operation.count += weight
+  p.cost.instructions[i.name] += seconds * weight
 
 
 def _note_unpriced(p, i, weight):
@@ -280,7 +251,7 @@ def _communicates(p, clock, i, weight):
   elif i.op in ('send', 'recv', 'send-done'):
     pass  # host callbacks, and sends that no instruction waits for
   elif i.op.endswith('-done'):
-    _wait(p, clock, i.operands[0], weight)
+    _wait(p, clock, i.name, i.operands[0], weight)
   elif i.op.endswith('-update'):
     clock.ends[i.name] = clock.ends.get(i.operands[0], ('', clock.now))
   elif hlo_collectives.base_kind(i.op):
@@ -307,13 +278,15 @@ def _move(p, clock, name, transfers, weight, sync):
     p.cost.busy_s[t.network] += t.seconds * weight
     clock.begin(name, t.network, t.seconds)
     if sync:
-      _wait(p, clock, name, weight)
+      _wait(p, clock, name, name, weight)
 
 
-def _wait(p, clock, name, weight):
+def _wait(p, clock, waiting, name, weight):
+  """Lets the instruction `waiting` wait for a transfer."""
   queue, waited = clock.wait(name)
   if waited:
     p.cost.exposed_s[queue] += waited * weight
+    p.cost.instructions[waiting] += waited * weight
 
 
 def _fused_collective(p, clock, i, weight, end, number):
@@ -325,7 +298,7 @@ def _fused_collective(p, clock, i, weight, end, number):
     ]
     _move(p, clock, f'fused{number}', transfers, weight, sync=False)
   else:
-    _wait(p, clock, f'fused{number}', weight)
+    _wait(p, clock, i.name, f'fused{number}', weight)
   _compute(p, clock, i, weight)
 
 

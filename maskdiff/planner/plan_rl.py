@@ -147,7 +147,7 @@ def _priced(name, r, facts):
     r.target,
     lambda: compile_program(r),
     lambda op_name: chunks if part(op_name) == 'loss' else None,
-    copies_rl.regime(r),
+    copies_rl.regime(r.c.network, r.config.data.length),
   ) | {'runs': runs}
 
 
@@ -167,7 +167,13 @@ def _copy(r, facts):
   found = []
   for pair, count in parameters_to_copy(r).items():
     program = functools.partial(compile_copy, r, pair)
-    p = pricing.price(facts, r.target, program, None, copies_rl.regime(r))
+    p = pricing.price(
+      facts,
+      r.target,
+      program,
+      None,
+      copies_rl.regime(r.c.network, r.config.data.length),
+    )
     if p['step_s'] is not None:
       p['hbm_total_gib'] -= pricing.gib_per_chip(pair)
       p = p | {key: p[key] * count for key in ('step_s', 'compile_s')}

@@ -6,7 +6,6 @@ fingerprint of the data.
 
 import collections
 import functools
-import itertools
 
 import jax
 import numpy as np
@@ -83,16 +82,18 @@ def make_stage(config, setup, gradients=None, columns=()):
   done = collections.deque()  # numbers of steps without a row of metrics
 
   def compile(state, batch, key):
-    numbers = itertools.count(int(state.step))
+    number = int(state.step)  # of the next step
     step_of, line = phases_lib.compile_steps(
       config, c, setup.optimizer, mesh, gradients, state, batch, key
     )
 
     def train_step(state, batch, key):
-      number = next(numbers)
+      nonlocal number
       done.append(number)
-      return step_of(number)(state, batch, key)
+      number += 1
+      return step_of(done[-1])(state, batch, key)
 
+    train_step.as_text = lambda: step_of(number).as_text()
     return train_step, line
 
   def row_of(metrics, facts, step_s):

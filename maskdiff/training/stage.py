@@ -61,7 +61,8 @@ class Stage:
     compile: (state, batch, key) -> (train step, line). The train step maps
       (state, batch, key) to the next TrainState and a step.StepMetrics, whose
       `sums` may be another NamedTuple with a property `loss`. It donates the
-      state and nothing else. The line is printed; see `compile_step`.
+      state and nothing else. Its method `as_text()` returns the HLO text of the
+      program that the next call runs. The line is printed; see `compile_step`.
     evaluate: (step, params, average) -> Evaluation. `average` is the moving
       average of the parameters, a tree like `params`; None if the run keeps
       none. Called at the first step, every config.eval.every_steps and at the

@@ -52,7 +52,10 @@ RUN = [path for path in BLOCKS if BLOCKS[path]]
 
 # Regular expressions of commands, and of the output of those that succeed.
 SAYS = {
-  r'launch/(pretrain|finetune|preferences)\.py': r'(?s)step 2/2 .*held-out',
+  r'launch/(pretrain|finetune|preferences)\.py (?!.*--profile)': (
+    r'(?s)step 2/2 .*held-out'
+  ),
+  r'launch/pretrain\.py .*--profile': r'(?s)part of the step .*step 5/5 ',
   r'launch/rl\.py': r'(?s)step 2/2 .*held-out reward',
   r'launch/sample\.py (?!.*--help)': r'\d+ tokens, \d+ forward passes',
   r'launch/sample\.py .*--prompt "?class': r'^class ',

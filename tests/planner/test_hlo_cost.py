@@ -41,7 +41,11 @@ def program(lines, others=''):
 
 
 def price(lines, others='', machine=PAIR, **options):
-  return hlo_cost.price(hlo.parse(program(lines, others)), machine, **options)
+  """Returns the Cost; the times of its instructions add up to the total."""
+  module = hlo.parse(program(lines, others))
+  cost = hlo_cost.price(module, machine, **options)
+  assert sum(cost.instructions.values()) == pytest.approx(cost.total_s)
+  return cost
 
 
 def gather(name='g', op='all-gather', size=GATHERED):
