@@ -181,7 +181,13 @@ def plot(lines, out):
   panels[1].set_yscale('log')
   panels[0].set_ylabel('expected reward')
   panels[1].set_ylabel('log-likelihood minus bound, nats')
-  panels[0].legend(frameon=False, fontsize=7, ncols=2)
+  figure.legend(
+    *panels[0].get_legend_handles_labels(),
+    loc='outside lower center',
+    frameon=False,
+    fontsize=7,
+    ncols=5,
+  )
   figure.savefig(out, dpi=120)
 
 

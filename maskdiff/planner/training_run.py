@@ -2,7 +2,10 @@
 
 import os
 
+import jax
+
 from maskdiff.distributed import runtime
+from maskdiff.distributed.host_memory import keep_freed_memory
 from maskdiff.training import loop
 
 
@@ -28,5 +31,6 @@ def run(args, make_stage, complete=None):
 
     profiling.without_command_buffers(os.environ)
     make_stage = profiling.profiled(make_stage, args.workdir, args.profile)
+  keep_freed_memory(os.environ, jax.config.jax_platforms)
   with runtime.started(heartbeat_s=config.train.heartbeat_s):
     loop.run(config, args.workdir, make_stage)
