@@ -256,12 +256,22 @@ def test_invalid_requests_and_settings_are_user_errors(model, workdir):
     harness.MaskDiff(str(workdir), tensor=4)
 
 
+# Reading the tasks of lm-eval itself takes seconds.
+WITHOUT_OTHER_TASKS = """
+import functools, runpy, sys
+from lm_eval import tasks
+tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
 @pytest.mark.slow
 def test_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
-  def launch(*flags):
+  def launch(*flags, program=()):
     return forked.run(
       [
-        *('launch/harness.py', f'--workdir={workdir}'),
+        *(*program, 'launch/harness.py', f'--workdir={workdir}'),
         *(f'--include_path={tasks}', *flags),
       ],
       cwd=ROOT,
@@ -281,19 +291,10 @@ def test_script_prints_a_table_and_the_settings(workdir, tasks, tmp_path):
   assert json.loads(done.stdout.splitlines()[-1])['maskdiff'] == stored
   assert stored['estimator']['samples'] == 16
   assert stored['dtype'] == 'bfloat16'
-  unknown = launch('--tasks=no_such_task')
+  program = ('-c', WITHOUT_OTHER_TASKS)
+  unknown = launch('--tasks=no_such_task', program=program)
   assert unknown.returncode == 2
   assert 'no_such_task' in unknown.stderr.splitlines()[-1]
-
-
-# Reading the tasks of lm-eval itself takes seconds.
-WITHOUT_OTHER_TASKS = """
-import functools, runpy, sys
-from lm_eval import tasks
-tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
 
 
 @pytest.mark.slow
