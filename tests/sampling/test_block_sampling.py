@@ -19,6 +19,7 @@ from maskdiff.sampling.request import divide
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import split
 
+pytestmark = pytest.mark.usefixtures('two_lengths')
 MASK, EOS, VOCAB, BLOCK = 4, 5, 16, 4
 MODEL = tiny.model(vocab_size=VOCAB, embed=32, heads=4, kv_heads=2, mlp=48)
 # Prompts that end within a block, at its end, and after one token.
@@ -225,7 +226,7 @@ def test_served_rows_equal_rows_without_a_cache(option, predicted):
 
 
 @pytest.mark.slow
-def test_open_length_ends_at_eos():
+def test_open_length_ends_at_eos(all_lengths):
   """Nothing after the block of the first eos is computed."""
   head = NETWORK.params['head'].at[:, EOS].multiply(4.0)
   network = dataclasses.replace(NETWORK, params=NETWORK.params | {'head': head})

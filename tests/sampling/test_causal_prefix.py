@@ -12,6 +12,8 @@ from test_block_sampling import BLOCK, MASK, MODEL, NETWORK, REQUESTS, values_of
 from maskdiff.model import masks, transformer
 from maskdiff.sampling import layouts
 
+pytestmark = pytest.mark.usefixtures('two_lengths')
+
 CAUSAL = dataclasses.replace(
   NETWORK,
   # Larger weights than those of NETWORK, so that the tokens vary.

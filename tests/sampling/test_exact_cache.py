@@ -25,6 +25,7 @@ from maskdiff.sampling import layouts, passes, sampler
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import SamplerConfig, split
 
+pytestmark = pytest.mark.usefixtures('two_lengths')
 MASK, EOS, VOCAB = 4, 5, 16
 MODEL = tiny.model(vocab_size=VOCAB, embed=32, heads=4, kv_heads=2, mlp=48)
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 7, 7, 9]]
@@ -72,7 +73,7 @@ def test_autoregressive_cache_changes_no_token(name, temperature):
 
 
 @pytest.mark.slow
-def test_hidden_slots_shorten_the_first_pass():
+def test_hidden_slots_shorten_the_first_pass(all_lengths):
   """With lookahead=0 the first pass of a row ends at its first slot."""
   request, lengths = REQUESTS['prompts'], np.array(list(map(len, PROMPTS)))
   cached = sampled.complete(AUTOREGRESSIVE, CACHED, request)

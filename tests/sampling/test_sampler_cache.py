@@ -19,6 +19,7 @@ from maskdiff.sampling import layouts
 from maskdiff.sampling.serve import RowRequest, serve
 from maskdiff.sampling.settings import split
 
+pytestmark = pytest.mark.usefixtures('two_lengths')
 MASK, EOS, VOCAB = 4, 5, 16
 TINY = tiny.model(
   vocab_size=VOCAB, embed=32, heads=4, kv_heads=2, mlp=48, tie_embeddings=True
@@ -138,7 +139,7 @@ def test_cache_refreshed_every_step_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('cache, refresh', [('prefix', 0), ('dual', 3)])
-def test_cache_saves_positions(network, cache, refresh):
+def test_cache_saves_positions(all_lengths, network, cache, refresh):
   """Samples twelve slots in blocks of four, one slot per step."""
   c = config(cache=cache, refresh=refresh)
   request = layouts.continue_prompts(PROMPTS, 12)
@@ -294,7 +295,7 @@ def test_hidden_slots_have_no_influence(network):
 
 
 @pytest.mark.slow
-def test_unused_slots_cost_nothing(monkeypatch):
+def test_unused_slots_cost_nothing(all_lengths, monkeypatch):
   """With stop_at_eos and lookahead, gen_length does not change the work."""
   found = []
   for room in (12, 48):
