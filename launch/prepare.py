@@ -15,6 +15,7 @@ conversations.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -77,6 +78,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
   'workers', os.cpu_count() or 1, 'Number of processes.', lower_bound=1
+)
+flags.DEFINE_string(
+  'beam',
+  None,
+  'Flags of Apache Beam and its runner, such as "--runner=FlinkRunner": many '
+  'machines do the work, in place of --workers.',
 )
 flags.DEFINE_string(
   'text_key', 'text', 'Field or column with the text in JSON, Parquet and tfds.'
@@ -165,7 +172,7 @@ def main(args):
 
 
 def prepare(args):
-  from maskdiff.data import first_run, packing, prepare
+  from maskdiff.data import beam, first_run, packing, prepare
 
   sys.stdout.reconfigure(line_buffering=True)  # for progress in a log file
   check(args)
@@ -173,6 +180,8 @@ def prepare(args):
   with tempfile.TemporaryDirectory() as folder:
     tok, choices = open_tokenizer(args, plan, pathlib.Path(folder))
     settings = dataclasses.asdict(choices) | columns(args, choices, tok)
+    if args.beam is not None:
+      settings['elsewhere'] = functools.partial(beam.make_shards, args.beam)
     manifest = prepare.prepare(
       plan, tok, args.out, workers=args.workers, **settings
     )
