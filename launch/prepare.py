@@ -82,8 +82,8 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
   'beam',
   None,
-  'Flags of Apache Beam and its runner, such as "--runner=FlinkRunner": many '
-  'machines do the work, in place of --workers.',
+  'Flags of Apache Beam, such as "--runner=FlinkRunner", whose workers do the '
+  'work on many machines.',
 )
 flags.DEFINE_string(
   'text_key', 'text', 'Field or column with the text in JSON, Parquet and tfds.'
@@ -152,13 +152,9 @@ flags.DEFINE_list(
   'With --chat, teach the model to predict the length of an answer, one of '
   'these numbers of tokens, such as 16,32,64; see docs/chat_data.md.',
 )
-flags.DEFINE_string(
-  'inspect', None, 'Print statistics and rows of this directory.'
-)
+flags.DEFINE_string('inspect', None, 'Directory of rows to describe.')
 flags.DEFINE_integer('rows', 3, 'Rows that --inspect prints.', lower_bound=0)
-flags.DEFINE_string(
-  'verify', None, 'Compare all rows of this directory with their checksums.'
-)
+flags.DEFINE_string('verify', None, 'Directory of rows to check completely.')
 
 
 def main(args):
@@ -180,7 +176,7 @@ def prepare(args):
   with tempfile.TemporaryDirectory() as folder:
     tok, choices = open_tokenizer(args, plan, pathlib.Path(folder))
     settings = dataclasses.asdict(choices) | columns(args, choices, tok)
-    if args.beam is not None:
+    if args.beam:
       settings['elsewhere'] = functools.partial(beam.make_shards, args.beam)
     manifest = prepare.prepare(
       plan, tok, args.out, workers=args.workers, **settings
