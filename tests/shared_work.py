@@ -29,7 +29,7 @@ from maskdiff.sampling.serve import RowRequest
 from maskdiff.sampling.settings import sampler_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TEXTS = ['def read(', 'x = ', 'for i in range(3): print', 'return', '# a']
+TEXTS = ['def read(', 'x = ', 'for i in range', 'return', '# a']
 # Functions of a share of the work, and the argument with the share.
 SHARED = (
   (queries, '_evaluate', 4),
@@ -61,23 +61,20 @@ def counted():
 def library(model):
   """Returns likelihoods, answers and lengths by the library."""
   encoded = [model.tokenizer.encode(text) for text in TEXTS]
-  c = queries.likelihood_config(model.config, 0.0, tokens_per_call=512)
+  c = queries.likelihood_config(model.config, 0.0, tokens_per_call=4096)
   answers = bounds.lay_out([[7]] * len(TEXTS), encoded)
   estimator = Estimator(samples=8, strata=4)
   with jax.set_mesh(model.mesh):
     arguments = model.network, c, answers
     bound = bounds.bound(*arguments, estimator, range(len(TEXTS)))
-    exact = bounds.left_to_right(*arguments)
     greedy = bounds.greedy_matches(*arguments)
   c, settings = sampler_config(model.config)
   requests = [
     RowRequest(
       i,
-      [*ids, *[None] * (3 + i)],
+      [*ids, *[None] * 4],
       seed=i,
-      settings=settings._replace(
-        temperature=1.0, gen_length=3 + i, steps=3 + i
-      ),
+      settings=settings._replace(temperature=1.0, gen_length=4, steps=4),
     )
     for i, ids in enumerate(encoded)
   ]
@@ -85,10 +82,7 @@ def library(model):
   values = {'gen_length': 16}
   _, lengths = answered.with_lengths(model, c, values, encoded, batch=2)
   return {
-    'log_likelihoods': [
-      x.tolist()
-      for x in (bound.log_likelihood, bound.stderr, exact.log_likelihood)
-    ],
+    'log_likelihoods': [bound.log_likelihood.tolist(), bound.stderr.tolist()],
     'greedy': greedy.tolist(),
     'answers': list(sampled),
     'lengths': list(map(list, lengths)),
@@ -96,20 +90,14 @@ def library(model):
 
 
 def harness(workdir):
-  """Returns answers to requests of lm-eval; None if it is not installed."""
+  """Returns log-likelihoods for lm-eval; None if it is not installed."""
   try:
     from maskdiff.evals import harness
   except UserError:
     return None
-  model = harness.MaskDiff(workdir, samples=8, strata=4, batch_size=2)
-  requests = lambda *args: [SimpleNamespace(args=a) for a in args]
-  scored = requests(*((text, ' y = 1') for text in TEXTS))
-  until = {'until': ['e'], 'max_gen_toks': 4}
-  answered = requests(*((text, until) for text in TEXTS))
-  return [
-    [x for x, _ in model.loglikelihood(scored, disable_tqdm=True)],
-    model.generate_until(answered),
-  ]
+  model = harness.MaskDiff(workdir, samples=8, strata=4, check_greedy=False)
+  requests = [SimpleNamespace(args=(text, ' y = 1')) for text in TEXTS]
+  return [x for x, _ in model.loglikelihood(requests, disable_tqdm=True)]
 
 
 def script(name, *arguments):
@@ -136,7 +124,7 @@ def results(workdir, lines, out):
   model = load.Model(*load.load(workdir))
   found = {'library': library(model), 'harness': harness(workdir)}
   sampling = f'--prompts={lines}.txt', f'--out={out}', '--trajectory'
-  sampling += '--gen_length=4', '--steps=2', '--batch=2'
+  sampling += '--gen_length=4', '--steps=4', '--batch=2'
   script('sample', f'--workdir={workdir}', *sampling)
   scoring = f'--data={lines}', '--task=bound', '--samples=8', '--strata=4'
   found['evaluate'] = script('evaluate', f'--workdir={workdir}', *scoring)
@@ -153,8 +141,8 @@ def main(workdir, lines, out):
   with counted() as counts:
     found = results(workdir, lines, out)
     found['counts'] = dict(counts)
-    # Four devices along `tensor` are those of two processes.
-    model = load.Model(*load.load(workdir, tensor=4))
+    # Two devices along `tensor` are those of two processes.
+    model = load.Model(*load.load(workdir, tensor=2))
     found['spread'] = library(model)
     found['counts of spread'] = dict(counts)
   try:
@@ -162,9 +150,8 @@ def main(workdir, lines, out):
   except UserError as error:
     found['error'] = str(error)
   print(json.dumps(found), flush=True)
-  params = load.load(workdir)[2]
   items = [shares.Item(os.environ['JAX_PROCESS_ID'].encode(), 1)]
-  shares.computed(params, items, None)
+  shares.computed({}, items, None)  # no parameters: a copy in each process
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ divides the work. Otherwise the parameters are split over all devices of a
 slice, and so is every batch of rows.
 """
 
-import math
 import os
 
 import jax
@@ -33,10 +32,7 @@ def mesh_of(config, tensor):
     UserError: see `mesh.make_mesh`.
   """
   if jax.process_count() > 1 and jax.local_device_count() % tensor == 0:
-    shapes = jax.tree.leaves(
-      transformer.shapes(transformer.from_config(config))
-    )
-    size = 4 * sum(math.prod(x.shape) for x in shapes)
+    size = 4 * transformer.num_params(transformer.from_config(config))[0]
     # Hosts may differ a little in their memory.
     if consensus.from_first(lambda: size <= MAX_SHARE * _memory_bytes()):
       return mesh_lib.one_replica_per_process(tensor)

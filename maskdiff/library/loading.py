@@ -18,6 +18,8 @@ from maskdiff.library import arguments
 def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
   """Loads a run or a Hugging Face folder onto all devices.
 
+  Each of several processes gets a copy, if its devices have room for one.
+
   Args:
     path: work directory of a run or of a conversion, or a Hugging Face folder.
     tensor: number of devices among which every layer is split.
