@@ -141,7 +141,8 @@ def load_params(path, mesh, dtype=None, ema=False):
     UserError: the parameters are missing or damaged, or do not fit this version
       or the mesh; or the path has no moving average.
   """
-  mesh_of = mesh if callable(mesh) else lambda config: mesh
+  is_mesh = isinstance(mesh, jax.sharding.Mesh)  # which is callable too
+  mesh_of = (lambda config: mesh) if is_mesh else mesh
   if families.is_published(path):
     if ema:
       raise weights.no_ema(path)
