@@ -15,6 +15,7 @@ conversations.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -77,6 +78,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
   'workers', os.cpu_count() or 1, 'Number of processes.', lower_bound=1
+)
+flags.DEFINE_string(
+  'beam',
+  None,
+  'Flags of Apache Beam, such as "--runner=FlinkRunner", whose workers do the '
+  'work on many machines.',
 )
 flags.DEFINE_string(
   'text_key', 'text', 'Field or column with the text in JSON, Parquet and tfds.'
@@ -145,13 +152,9 @@ flags.DEFINE_list(
   'With --chat, teach the model to predict the length of an answer, one of '
   'these numbers of tokens, such as 16,32,64; see docs/chat_data.md.',
 )
-flags.DEFINE_string(
-  'inspect', None, 'Print statistics and rows of this directory.'
-)
+flags.DEFINE_string('inspect', None, 'Directory of rows to describe.')
 flags.DEFINE_integer('rows', 3, 'Rows that --inspect prints.', lower_bound=0)
-flags.DEFINE_string(
-  'verify', None, 'Compare all rows of this directory with their checksums.'
-)
+flags.DEFINE_string('verify', None, 'Directory of rows to check completely.')
 
 
 def main(args):
@@ -165,7 +168,7 @@ def main(args):
 
 
 def prepare(args):
-  from maskdiff.data import first_run, packing, prepare
+  from maskdiff.data import beam, first_run, packing, prepare
 
   sys.stdout.reconfigure(line_buffering=True)  # for progress in a log file
   check(args)
@@ -173,6 +176,8 @@ def prepare(args):
   with tempfile.TemporaryDirectory() as folder:
     tok, choices = open_tokenizer(args, plan, pathlib.Path(folder))
     settings = dataclasses.asdict(choices) | columns(args, choices, tok)
+    if args.beam:
+      settings['elsewhere'] = functools.partial(beam.make_shards, args.beam)
     manifest = prepare.prepare(
       plan, tok, args.out, workers=args.workers, **settings
     )

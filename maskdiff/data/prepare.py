@@ -6,17 +6,13 @@ resumes with the unfinished parts. Every file of the result is the same for any
 number of workers and interruptions.
 """
 
-import concurrent.futures
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -33,6 +29,7 @@ from maskdiff.data import (
 )
 from maskdiff.data import job as job_lib
 from maskdiff.data import tokenizer as tokenizer_lib
+from maskdiff.data import workers as workers_lib
 from maskdiff.errors import UserError, one_line, require_utf8
 from maskdiff.files import reading
 from maskdiff.files.paths import local_path
@@ -52,6 +49,7 @@ def prepare(
   row_length: int,
   heldout_fraction: float,
   workers: int,
+  elsewhere: Callable | None = None,
   piece_chars: int = 0,
   layout: packing.Layout | None = None,
   encode: Callable[..., Iterator[documents.Document]] | None = None,
@@ -80,6 +78,9 @@ def prepare(
       hash of the text decides, so all copies of a document are in one split.
     workers: number of worker processes; 0 uses this process, with one thread
       per core.
+    elsewhere: function from (Job, Tokenizer, list of (number, part)) that makes
+      the shards of these parts, such as on other machines (beam.py); None:
+      worker processes.
     piece_chars: cut longer documents into pieces of at most so many characters,
       each of which then counts as a document; 0 keeps documents whole.
     layout: arrangement of documents in rows with columns; None: rows of tokens
@@ -137,7 +138,7 @@ def prepare(
       _start_or_resume(job, settings)
       tokenizer_lib.copy(tokenizer, directory)
       try:
-        _do_parts(job, tokenizer, plan.parts, workers, log)
+        _do_parts(job, tokenizer, plan.parts, workers, elsewhere, log)
         manifest = shards.conclude(job, plan, tokenizer, settings)
       except (shards.TooShort, documents.BadRecord):
         # The command with another row length, or with corrected input, must not
@@ -301,6 +302,7 @@ def _do_parts(
   tokenizer: tokenizer_lib.Tokenizer,
   parts: Sequence[sources.Part],
   workers: int,
+  elsewhere: Callable | None,
   log,
 ) -> None:
   """Makes the shards of all unfinished parts."""
@@ -312,36 +314,16 @@ def _do_parts(
   done = len(parts) - len(todo)
   if done:
     log(f'resuming: {done} of {len(parts)} parts are done')
+  if elsewhere:
+    elsewhere(job, tokenizer, todo)
+    return
   with _progress(parts, todo, log) as advance:
     if not workers:
       for i, part in todo:
         advance(part, shards.make_shard(job, tokenizer, i, part))
       return
-    # Spawn the workers: a fork of a process with threads may hang.
-    pool = concurrent.futures.ProcessPoolExecutor(
-      min(workers, max(1, len(todo))),
-      multiprocessing.get_context('spawn'),
-      initializer=_start_worker,
-      initargs=(job, tokenizer),
-    )
-    try:
-      try:
-        futures = {pool.submit(_worker, i, part): part for i, part in todo}
-      except (OSError, ValueError) as e:
-        # A worker started while the pool shuts down because another was killed.
-        raise concurrent.futures.process.BrokenProcessPool from e
-      for future in concurrent.futures.as_completed(futures):
-        advance(futures[future], future.result())
-    except concurrent.futures.process.BrokenProcessPool as e:
-      raise UserError(
-        'a worker was killed, perhaps for lack of memory: run again to '
-        'resume, if necessary with fewer --workers'
-      ) from e
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
-      for process in multiprocessing.active_children():
-        process.terminate()
-        process.join()
+    for part, tokens in workers_lib.make_shards(job, tokenizer, todo, workers):
+      advance(part, tokens)
 
 
 @contextlib.contextmanager
@@ -376,22 +358,3 @@ def _progress(parts, todo, log):
   finally:
     if bar:
       bar.close()
-
-
-_worker_setup = None  # Job and Tokenizer of a worker process
-
-
-def _start_worker(job: job_lib.Job, tokenizer: tokenizer_lib.Tokenizer) -> None:
-  global _worker_setup
-  # The parent handles interrupts. If the parent is killed, its workers would
-  # wait forever, so each of them exits with it.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-  threading.Thread(
-    target=lambda: (parent.join(), os._exit(1)), daemon=True
-  ).start()
-  _worker_setup = job, tokenizer
-
-
-def _worker(number: int, part: sources.Part) -> int:
-  return shards.make_shard(*_worker_setup, number, part)

@@ -17,6 +17,14 @@ from maskdiff.errors import InUse, UserError
 _calls = itertools.count()
 
 
+def next_call():
+  """Returns a number for keys of the key-value service, new in each call.
+
+  All processes must call this function equally often.
+  """
+  return next(_calls)
+
+
 class Preemption:
   """Detects SIGTERM, at the same step in all processes of a run.
 

@@ -92,10 +92,34 @@ def make_mesh(replica=1, fsdp=-1, sequence=1, tensor=1, devices=None):
       '--config.mesh.fsdp=-1'
     )
   inside = [sizes[0] // len(slices), *sizes[1:]]
+  return _mesh(np.concatenate([_arrange(inside, one) for one in slices]))
+
+
+def one_replica_per_process(tensor=1):
+  """Builds a mesh with a replica on the devices of each process.
+
+  Args:
+    tensor: size of this axis, which divides the number of devices of a process.
+  """
+  devices = collections.defaultdict(list)
+  for device in jax.devices():
+    devices[device.process_index].append(device)
+  # The few devices of a host are neighbours in their order.
+  sizes = len(devices), jax.local_device_count() // tensor, 1, tensor
+  return _mesh(np.asarray([devices[p] for p in sorted(devices)]).reshape(sizes))
+
+
+def own_replica(mesh):
+  """Returns the mesh of the replica on the devices of this process."""
+  mine = [
+    d.process_index == jax.process_index() for d in mesh.devices[:, 0, 0, 0]
+  ]
+  return _mesh(mesh.devices[np.flatnonzero(mine)])
+
+
+def _mesh(devices):
   return jax.sharding.Mesh(
-    np.concatenate([_arrange(inside, one) for one in slices]),
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
   )
 
 
@@ -156,6 +180,15 @@ def on_one_cpu():
 def batch_shards(mesh):
   """Returns the number of shards into which the rows of a batch are split."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def whole_batch(mesh, rows):
+  """Returns a number of rows, rounded up to an equal number on every shard.
+
+  A batch whose rows cannot be split evenly is computed by all devices.
+  """
+  shards = 1 if mesh.empty else batch_shards(mesh)
+  return -(-rows // shards) * shards
 
 
 def batch_sharding(mesh):

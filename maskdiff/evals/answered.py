@@ -9,7 +9,8 @@ from maskdiff import config as config_lib
 from maskdiff.errors import UserError
 from maskdiff.evals.scored import accuracy
 from maskdiff.sampling import layouts, lengths
-from maskdiff.sampling.serve import RowRequest, serve
+from maskdiff.sampling.serve import RowRequest
+from maskdiff.sampling.serve_shares import serve_all
 from maskdiff.sampling.settings import describe, fit_blocks, sampler_config
 
 
@@ -28,7 +29,7 @@ def complete(model, c, requests, batch, progress=None):
     model: Model.
     c: SamplerConfig.
     requests: list of serve.RowRequest; the ids are 0, 1, 2, ...
-    batch: number of rows sampled together.
+    batch: number of rows sampled together, by each process that has a copy.
     progress: function without arguments, called after each answer; or None.
 
   Returns:
@@ -46,8 +47,7 @@ def complete(model, c, requests, batch, progress=None):
   c = fit_blocks(network, c, longest)
   tokens, forwards = [None] * len(requests), 0
   with jax.set_mesh(model.mesh):
-    rows = min(batch, len(requests))
-    for answer in serve(network, c, requests, rows, length):
+    for answer in serve_all(network, c, requests, batch, length):
       if answer.error:
         raise UserError(f'request {answer.id}: {answer.error}')
       filled, fill, *_ = answer.recording

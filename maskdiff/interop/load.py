@@ -22,6 +22,7 @@ from maskdiff.interop import (
   hf_config,
   hf_tokenizer,
   mask_token,
+  placement,
   start_checks,
 )
 from maskdiff.interop import leaves as leaves_lib
@@ -83,21 +84,23 @@ def load(workdir, tensor=1, dtype=None, ema=False):
   Returns:
     - `config`: ConfigDict of the run.
     - `tokenizer`: the data.tokenizer.Tokenizer that the model was trained with.
-    - `params`: parameter tree, sharded over all devices of a slice.
-    - `mesh`: mesh of the parameters, with one replica per slice.
+    - `params`: parameter tree.
+    - `mesh`: mesh of the parameters: the devices of this process if each
+      process has room for a copy (placement.py), otherwise all devices, with
+      one replica per slice.
 
   Raises:
     UserError: the run has no checkpoint or no moving average, or this version
       cannot read the checkpoint.
   """
-  slices = mesh_lib.split_by_slice(jax.devices())
-  mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
+  mesh_of = functools.partial(placement.mesh_of, tensor=tensor)
   if not families.is_published(workdir):
-    config, params, identity = _load_workdir(workdir, mesh, dtype, ema)
+    config, params, identity = _load_workdir(workdir, mesh_of, dtype, ema)
     tokenizer = tokenizer_lib.load(workdir)
     _check_tokenizer(tokenizer, config, identity)
     tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
-    return config, _without_lengths(tokenizer, config), params, mesh
+    tokenizer = _without_lengths(tokenizer, config)
+    return config, tokenizer, *placement.own_copy(params)
   if ema:
     raise weights.no_ema(workdir)
   published = hf.open_folder(workdir)
@@ -107,9 +110,10 @@ def load(workdir, tensor=1, dtype=None, ema=False):
       f'{workdir} has no tokenizer: put tokenizer.json and '
       'tokenizer_config.json into it'
     )
-  config, params = _load_published(published, mesh, dtype)
+  config, params = _load_published(published, mesh_of, dtype)
   hf_config.fill(config, published, tokenizer)
-  return config, _without_lengths(tokenizer, config), params, mesh
+  tokenizer = _without_lengths(tokenizer, config)
+  return config, tokenizer, *placement.own_copy(params)
 
 
 def _without_lengths(tokenizer, config):
@@ -123,7 +127,7 @@ def load_params(path, mesh, dtype=None, ema=False):
 
   Args:
     path: work directory or Hugging Face folder.
-    mesh: device mesh.
+    mesh: device mesh, or a function from the ConfigDict to it.
     dtype: name of the parameters' dtype; default: as stored.
     ema: load the moving average of the weights (EMA) instead of the weights.
 
@@ -137,11 +141,13 @@ def load_params(path, mesh, dtype=None, ema=False):
     UserError: the parameters are missing or damaged, or do not fit this version
       or the mesh; or the path has no moving average.
   """
+  is_mesh = isinstance(mesh, jax.sharding.Mesh)  # which is callable too
+  mesh_of = (lambda config: mesh) if is_mesh else mesh
   if families.is_published(path):
     if ema:
       raise weights.no_ema(path)
-    return _load_published(hf.open_folder(path), mesh, dtype)
-  return _load_workdir(path, mesh, dtype, ema)[:2]
+    return _load_published(hf.open_folder(path), mesh_of, dtype)
+  return _load_workdir(path, mesh_of, dtype, ema)[:2]
 
 
 def network(config, params):
@@ -278,26 +284,26 @@ def _adds_mask_token(path, stored, config):
   return config.tokens.mask_id not in named
 
 
-def _load_published(published, mesh, dtype):
+def _load_published(published, mesh_of, dtype):
   config = hf_config.weights_config(published)
-  shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
+  shardings = manifest.flat(_shapes_and_shardings(config, mesh_of(config))[1])
   return config, leaves_lib.place(published.leaves, shardings, dtype)
 
 
-def _load_workdir(path, mesh, dtype, ema):
+def _load_workdir(path, mesh_of, dtype, ema):
   """Returns config, parameters and identity of a work directory.
 
   The identity is that of the stage of the checkpoint, {} for a conversion.
   """
   params_dir = os.path.join(path, leaves_lib.PARAMS)
   if not os.path.isdir(params_dir):
-    return _load_checkpoint(path, mesh, dtype, ema)
+    return _load_checkpoint(path, mesh_of, dtype, ema)
   if ema:
     raise weights.no_ema(path)
   leaves, meta = leaves_lib.open_folder(params_dir)
   config = config_lib.from_dict(meta.config)
   hf.check_leaves(leaves, config.model, params_dir)
-  shardings = manifest.flat(_shapes_and_shardings(config, mesh)[1])
+  shardings = manifest.flat(_shapes_and_shardings(config, mesh_of(config))[1])
   params = leaves_lib.place(leaves, shardings, dtype, meta.leaves, params_dir)
   return config, params, {}
 
@@ -321,11 +327,14 @@ def _check_tokenizer(tokenizer, config, identity):
     )
 
 
-def _load_checkpoint(workdir, mesh, dtype, ema):
+def _load_checkpoint(workdir, mesh_of, dtype, ema):
   """Returns what `_load_workdir` does; adapters are merged into the base."""
+  mesh = None
 
   def targets_of(step, meta):
+    nonlocal mesh
     config = config_lib.from_dict(meta.config)
+    mesh = mesh_of(config)
     params = restore.targets(*_shapes_and_shardings(config, mesh))
     replicated, source = mesh_lib.replicated(mesh), f'step {step} of {workdir}'
     return weights.targets(meta.leaves, params, ema, replicated, source)

@@ -1,22 +1,24 @@
 """Opens a trained model: `maskdiff.load`."""
 
+import functools
 import os
 
 import jax
 from absl import logging
 
 from maskdiff.config.command_line import WEIGHT_DTYPES
-from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed import runtime
 from maskdiff.errors import UserError, suggestion
 from maskdiff.files.paths import local_path
-from maskdiff.interop import hf_tokenizer
+from maskdiff.interop import hf_tokenizer, placement
 from maskdiff.interop import load as load_lib
 from maskdiff.library import arguments
 
 
 def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
   """Loads a run or a Hugging Face folder onto all devices.
+
+  Each of several processes gets a copy, if its devices have room for one.
 
   Args:
     path: work directory of a run or of a conversion, or a Hugging Face folder.
@@ -52,9 +54,8 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
   try:
     if with_tokenizer and hf_tokenizer.has_tokenizer(path):
       return load_lib.Model(*load_lib.load(path, tensor, dtype, ema))
-    slices = mesh_lib.split_by_slice(jax.devices())
-    mesh = mesh_lib.make_mesh(replica=len(slices), tensor=tensor)
-    config, params = load_lib.load_params(path, mesh, dtype, ema)
+    mesh_of = functools.partial(placement.mesh_of, tensor=tensor)
+    config, params = load_lib.load_params(path, mesh_of, dtype, ema)
   finally:
     logging.set_verbosity(verbosity)
-  return load_lib.Model(config, None, params, mesh)
+  return load_lib.Model(config, None, *placement.own_copy(params))

@@ -23,6 +23,7 @@ Functions with these arguments raise a UserError if queries.rows_of refuses the
 rows, or if a log-probability is not finite.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -273,12 +274,19 @@ def greedy_matches(network, c, answers, progress=None):
   network trained on blocks block by block.
   """
   rows = queries.rows_of(network, c, answers)
+  matches = _any_order_matches
   if OBJECTIVES[network.objective].left_to_right:
-    return _left_to_right_matches(network, c, rows, progress)
+    matches = _left_to_right_matches
+  work = functools.partial(matches, network, c, rows)
+  return np.array(queries.shared(network, rows, work, progress), bool)
+
+
+def _any_order_matches(network, c, rows, indices, progress):
+  """Returns what `greedy_matches` does, for some rows of a masked network."""
   targets = [row.tokens[row.answer] for row in rows]
   sizes = [answer_blocks.sizes(network, row.answer) for row in rows]
   match = np.ones(len(rows), bool)
-  for size, members in queries.by_length(rows).items():
+  for size, members in queries.by_length(rows, indices).items():
     masked = {i: np.ones(len(targets[i]), bool) for i in members}
     while masked:
       queried = [(i, None, m.copy(), m.copy()) for i, m in masked.items()]
@@ -294,13 +302,13 @@ def greedy_matches(network, c, answers, progress=None):
           del masked[i]
           if progress:
             progress()
-  return match
+  return match[indices]
 
 
-def _left_to_right_matches(network, c, rows, progress):
-  """Returns what `greedy_matches` does, for a left-to-right network."""
+def _left_to_right_matches(network, c, rows, indices, progress):
+  """Returns what `greedy_matches` does, for some rows, left to right."""
   match = np.ones(len(rows), bool)
-  for size, members in queries.by_length(rows).items():
+  for size, members in queries.by_length(rows, indices).items():
     made = {
       i: estimators.causal(rows[i].answer.sum(), network.window_length)
       for i in members
@@ -318,7 +326,7 @@ def _left_to_right_matches(network, c, rows, progress):
       match[i] &= (token == target)[scored].all()
       if progress and k == len(made[i].scored) - 1:
         progress()
-  return match
+  return match[indices]
 
 
 def _most_confident(confidence, sizes):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskdiff.distributed import shares
 from maskdiff.distributed.mesh import batch_shards, replicate
 from maskdiff.errors import UserError
 from maskdiff.likelihood import answer_blocks
@@ -157,16 +158,25 @@ def padded_length(length):
   return smaller if smaller >= length else size
 
 
-def by_length(rows):
-  """Returns a dict from padded length to the indices of its rows."""
+def by_length(rows, indices):
+  """Returns a dict from padded length to those of the indices of its rows."""
   groups = collections.defaultdict(list)
-  for i, row in enumerate(rows):
-    groups[padded_length(len(row.tokens))].append(i)
+  for i in indices:
+    groups[padded_length(len(rows[i].tokens))].append(i)
   return groups
 
 
+def shared(network, rows, work, progress):
+  """Returns `shares.computed` of rows; arguments as for this function."""
+  # Forward passes grow with the length, and often with the answer.
+  cost = lambda row: padded_length(len(row.tokens)) * int(row.answer.sum())
+  content = lambda row: row.tokens.tobytes() + row.answer.tobytes()
+  items = [shares.Item(content(row), cost(row)) for row in rows]
+  return shares.computed(network.params, items, work, progress)
+
+
 def evaluate(network, c, rows, queries_of, progress=None):
-  """Computes the values of queries.
+  """Computes the values of queries, each in one process if all have a copy.
 
   Args:
     network: Network.
@@ -182,7 +192,13 @@ def evaluate(network, c, rows, queries_of, progress=None):
   Raises:
     UserError: a log-probability is not finite.
   """
-  values = [None] * len(rows)
+  work = functools.partial(_evaluate, network, c, rows, queries_of)
+  return [np.asarray(v, float) for v in shared(network, rows, work, progress)]
+
+
+def _evaluate(network, c, rows, queries_of, indices, progress):
+  """Returns what `evaluate` does, for some rows."""
+  values = {}
   pending = {}  # from the index of a row to its queries and their results
 
   def distinct_queries(members):
@@ -203,7 +219,7 @@ def evaluate(network, c, rows, queries_of, progress=None):
         yield i, k, queries.masked[first[k]], scored[k]
 
   function = functools.partial(_log_probs, network, c)
-  for size, members in by_length(rows).items():
+  for size, members in by_length(rows, indices).items():
     results = run(function, c, rows, size, distinct_queries(members))
     for i, results_of_row in itertools.groupby(results, lambda r: r[0]):
       queries, inverse, log_probs = pending.pop(i)
@@ -215,7 +231,7 @@ def evaluate(network, c, rows, queries_of, progress=None):
       values[i] = (weight * found).sum(axis=1)
       if progress:
         progress()
-  return values
+  return [values[i] for i in indices]
 
 
 def predict(network, c, rows, size, queries):

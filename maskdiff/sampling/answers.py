@@ -44,6 +44,7 @@ from maskdiff.sampling import (
 )
 from maskdiff.sampling.prompts import Prompt, check_unicode
 from maskdiff.sampling.serve import RowRequest, serve
+from maskdiff.sampling.serve_shares import serve_all
 from maskdiff.sampling.settings import (
   SamplerConfig,
   Settings,
@@ -137,14 +138,13 @@ def filled(s, texts, batch, length=0):
     UserError: a request is not valid; the texts before it have been yielded. Or
       logits were NaN or infinite; all other texts have been yielded.
   """
-  requests = (
+  requests = [
     RowRequest(i, text.row, text.prompt.seed, text.settings)
     for i, text in enumerate(texts)
-  )
+  ]
   length = length or max(len(text.row) for text in texts)
   waiting, first, broken = {}, 0, []
-  rows = min(batch, len(texts))
-  for answer in serve(s.network, s.c, requests, rows, length):
+  for answer in serve_all(s.network, s.c, requests, batch, length):
     waiting[answer.id] = answer
     while first in waiting:
       answer = waiting.pop(first)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from maskdiff.distributed import shares
 from maskdiff.distributed.mesh import replicate
 from maskdiff.errors import UserError
 from maskdiff.sampling import layouts, passes
@@ -96,6 +97,21 @@ def predict(network, c, length_tokens, prompts, seeds, settings, batch):
   length = max(map(len, prompts)) + 1
   context = network.context or math.inf  # 0: unknown
   layouts.check_context(context, length + length_tokens[0][0])
+  requests = list(zip(prompts, seeds, settings, strict=True))
+  items = [shares.Item(repr(request).encode(), 1) for request in requests]
+
+  def work(indices, _):
+    some = zip(*(requests[i] for i in indices), strict=True)
+    return _predict(network, c, length_tokens, *some, length, batch)
+
+  return [Length(*x) for x in shares.computed(network.params, items, work)]
+
+
+def _predict(
+  network, c, length_tokens, prompts, seeds, settings, length, batch
+):
+  """Returns what `predict` does, with rows of a given length."""
+  context = network.context or math.inf
   batch = min(batch, len(prompts))
   found = []
   for start in range(0, len(prompts), batch):
