@@ -26,8 +26,10 @@ from maskdiff.model import splash_masks
 
 # Name of the kernel's residuals in remat policies.
 RESIDUALS = 'attended'
-# Tile sizes are multiples of this, and the head dimension is padded to one.
+# Tile sizes are multiples of this.
 LANES = 128
+# The kernel takes heads of 64, 128, 192, ... channels. Others are padded.
+HEAD_LANES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +269,7 @@ def run(kernel, q, k, v, doc_q, doc_k):
   # The kernel does not scale the scores. Zero padding of the head dimension
   # does not change them.
   q = (q.astype(jnp.float32) / math.sqrt(head_dim)).astype(q.dtype)
-  padding = [(0, 0), (0, 0), (0, 0), (0, -head_dim % LANES)]
+  padding = [(0, 0), (0, 0), (0, 0), (0, -head_dim % HEAD_LANES)]
   q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
   segments = splash_kernel.SegmentIds(doc_q, doc_k)
   return jax.vmap(kernel)(q, k, v, segments)[..., :head_dim]

@@ -3,10 +3,12 @@
 A kernel is priced by the matrix products of the tiles that it computes, at
 EFFICIENCY of the chip's peak. It skips the tiles in which the regime of the
 rows (model/masks.py) leaves no visible pair, but it computes all pairs of the
-other tiles.
+other tiles. A head costs a multiple of 128 channels, the lanes of a vector and
+the width of the smallest matrix unit (MXU): one with 64 costs as much as one
+with 128.
 
 A second price, `mxu_seconds`, depends on the chip. The scores of a head with
-K < 256 channels use only K rows of a 256 x 256 matrix unit (MXU).
+K < 256 channels use only K rows of a 256 x 256 MXU.
 """
 
 import functools
@@ -39,7 +41,7 @@ def mxu_seconds(chip, i, flops):
     flops: from `attention_flops`.
   """
   kernel, (q, _) = _operands(i)
-  used = min(1.0, q.shape[-1] / chip.mxu_width)
+  used = min(1.0, _lanes(q.shape[-1]) / chip.mxu_width)
   return flops / (chip.peak_flops * MXU_SHARES[kernel] * used)
 
 
@@ -48,8 +50,9 @@ def attention_flops(module, i, regime, chip):
 
   The forward kernel has 2 matrix products. The backward kernel (dkv) has 5 if
   it also computes the gradient of the queries. Otherwise it has 4, and a
-  separate kernel (dq) computes that gradient with 3. If the mesh splits the
-  queries of a row, the FLOPs are those of the device with the most tiles.
+  separate kernel (dq) computes that gradient with 3. Lanes that a head leaves
+  unused count as FLOPs. If the mesh splits the queries of a row, the FLOPs are
+  those of the device with the most tiles.
 
   Args:
     module: hlo.Module.
@@ -66,7 +69,13 @@ def attention_flops(module, i, regime, chip):
   if kernel not in shares:
     return None
   computed = queries * keys * shares[kernel]
-  return 2.0 * _products(module, kernel) * math.prod(lead) * computed * width
+  products = _products(module, kernel) * math.prod(lead)
+  return 2.0 * products * computed * _lanes(width)
+
+
+def _lanes(width):
+  """Returns the lanes that a head with `width` channels takes."""
+  return -(-width // splash.LANES) * splash.LANES
 
 
 def _operands(i):

@@ -3,8 +3,10 @@
 Pallas emulates the kernel here: slow, but the same program.
 """
 
+import functools
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ import tpu_compiler
 from attention_cases import (
   assert_equals_xla,
   cpu_mesh,
+  draw,
   packed,
   padded,
   sdlm,
+  value_and_gradients,
 )
 from tpu_compiler import needs_libtpu
 
@@ -147,6 +151,24 @@ def test_splash_equals_xla_with_a_separate_dq_kernel(
 def test_splash_equals_xla_with_narrow_heads():
   """LLaDA 1B has heads of 64."""
   assert_splash_equals_xla(masks.bidirectional(padded(L)), 4, 2, head_dim=64)
+
+
+@pytest.mark.parametrize('head_dim, padded_to', [(64, 64), (8, 64), (96, 128)])
+def test_only_heads_that_the_kernel_does_not_take_are_padded(
+  head_dim, padded_to, monkeypatch
+):
+  """Padding to 128 channels changes neither output nor gradients."""
+  found = []
+  for lanes in (splash.HEAD_LANES, 128):
+    monkeypatch.setattr(splash, 'HEAD_LANES', lanes)
+    q, k, v, g = draw(1, 128, 2, 1, head_dim)
+    labels = masks.bidirectional(jnp.ones((1, 128), bool))
+    attend = functools.partial(attention.splash, interpret=True)
+    found.append(value_and_gradients(attend, q, k, v, g, labels))
+    jaxpr = str(jax.make_jaxpr(attend)(q, k, v, labels, labels))
+    assert f'2,128,{padded_to if lanes == 64 else 128}]' in jaxpr
+  for ours, padded_to_128 in zip(*found, strict=True):
+    np.testing.assert_allclose(ours, padded_to_128, rtol=0, atol=2e-6)
 
 
 def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():

@@ -52,6 +52,16 @@ def test_matrix_products_of_each_kernel(name, products):
   assert flops(name) == products * PRODUCT
 
 
+@pytest.mark.parametrize('width, lanes', [(64, 128), (128, 128), (192, 256)])
+def test_a_head_costs_a_multiple_of_128_lanes(width, lanes):
+  kernel = {'name': 'splash_mha_fwd', 'width': width}
+  assert flops(**kernel) == 2 * PRODUCT * lanes / 128
+  chip = chips.by_kind('TPU v6e')
+  seconds = hlo_kernels.mxu_seconds(chip, instruction(**kernel), 1e12)
+  of_lanes = instruction('splash_mha_fwd', width=lanes)
+  assert seconds == hlo_kernels.mxu_seconds(chip, of_lanes, 1e12)
+
+
 def test_separate_kernel_for_queries_has_three_products():
   """It exists if there would be more than 8 partial dq of 4096 keys."""
   long = {'queries': 2**16, 'keys': 2**16}
