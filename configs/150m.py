@@ -37,6 +37,8 @@ def get_config(machine='v5e-1'):
   c.model.remat = plan['remat']
   c.model.zero_outputs = True
   c.objective.time_density = 'bell'
+  # Just over 1/4 of the masked tokens of the batch.
+  c.objective.loss_chunk_tokens = 8320
   c.data.length = 1024
   c.train.batch = 64
   c.train.microbatches = plan['microbatches']

@@ -20,6 +20,11 @@ whole model on batches of 64 rows. The state does not fit one chip of v5e, so
 bfloat16 and read 23B tokens. Their learning rate has not been tried with such a
 small batch.
 
+configs/1b.py:tpu has 16 heads of 128 channels instead of 32 of 64, and 5632
+hidden channels of the feed-forward layers instead of 5634. On a TPU a head of
+64 channels costs as much as one of 128. It has 1.51B parameters, and the
+batches of v6e-8. It has not been planned yet.
+
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5e-8, v5e:2x4: 7.9 of 15.75 GiB per chip, 85.49 s per step, 61,324 tokens/s,
     MFU 37%; 87 days and 16,719 chip-hours for all tokens.
@@ -33,12 +38,23 @@ Plans of launch/plan.py; the time is an optimistic estimate:
 
 from maskdiff.config import choose, default
 
+# `chunk` is a little more than a whole part of the masked tokens that a chip has
+# in a microbatch.
 MACHINES = {
-  'v5e-8': dict(batch=1280, microbatches=80, remat='attended', save=25),
-  'v6e-8': dict(batch=1280, microbatches=20, remat='attended', save=80),
-  'v6e-1': dict(batch=64, microbatches=32, remat='attended', save=200),
-  'v5e-1': dict(batch=64, microbatches=32, remat='attended', save=125),
+  'v5e-8': dict(
+    batch=1280, microbatches=80, remat='attended', chunk=1088, save=25
+  ),
+  'v6e-8': dict(
+    batch=1280, microbatches=20, remat='attended', chunk=2112, save=80
+  ),
+  'v6e-1': dict(
+    batch=64, microbatches=32, remat='attended', chunk=2176, save=200
+  ),
+  'v5e-1': dict(
+    batch=64, microbatches=32, remat='attended', chunk=1088, save=125
+  ),
 }
+MACHINES['tpu'] = MACHINES['v6e-8']
 
 
 def get_config(machine='v5e-8'):
@@ -60,7 +76,7 @@ def get_config(machine='v5e-8'):
   c.tokens.eos_id = 126_081
 
   c.objective.predict_mask = True
-  c.objective.loss_chunk_tokens = 1024
+  c.objective.loss_chunk_tokens = plan['chunk']
   c.objective.time_density = 'bell'
 
   c.optimizer.name = 'muon'
@@ -89,4 +105,8 @@ def get_config(machine='v5e-8'):
     c.eval.batches = 128
   if machine == 'v5e-1':
     c.model.layers = 9
+  if machine == 'tpu':
+    c.model.heads = 16
+    c.model.head_dim = 128
+    c.model.mlp = 5632
   return c

@@ -19,6 +19,13 @@ rows, a fifth more, and the run reads the same number of tokens. The recipe is
 LLaDA's until another one is shown to learn faster at 150M parameters or more
 (docs/recipes.md). configs/8b.py:llada is and stays this recipe.
 
+configs/8b.py:illada and illada-v6e-256 have the shape of iLLaDA 8B (arXiv
+2606.25331): tied embeddings, 8 heads of keys and values, rows of 8192 tokens,
+12T tokens. Its learning rates and its batch are not published; these are
+LLaDA's, with changes after the same shares of the tokens. The id of the mask
+token is that of its sampler; set config.tokens to the ids of bos and eos of the
+tokenizer. These two have not been planned yet.
+
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.08 s per step, 433,990
     tokens/s, MFU 76%; 61 days and 94,216 chip-hours for all tokens.
@@ -36,6 +43,10 @@ MACHINES = {
   'v6e-256': dict(batch=1536, microbatches=1, remat='attended'),
 }
 MACHINES['llada'] = MACHINES['v5p-128']
+# Rows of 8192 tokens.
+MACHINES['illada'] = dict(batch=640, microbatches=5, remat='minimal')
+MACHINES['illada-v6e-256'] = dict(batch=512, microbatches=1, remat='attended')
+LLADA_TOKENS, ILLADA_TOKENS = 2.3e12, 12e12
 
 
 def get_config(machine='v5p-128'):
@@ -65,17 +76,29 @@ def get_config(machine='v5p-128'):
   c.data.tokenizer = 'data/rows'
   c.data.length = 4096
 
-  step_of = lambda tokens: round(tokens / (plan['batch'] * c.data.length))
+  tokens = LLADA_TOKENS
+  if machine.startswith('illada'):
+    c.model.vocab_size = 155_136
+    c.model.kv_heads = 8
+    c.model.mlp = 14_336
+    c.model.tie_embeddings = True
+    c.tokens.update(mask_id=5, bos_id=1, eos_id=2)
+    c.data.length = 8192
+    tokens = ILLADA_TOKENS
+
+  step_of = lambda share: round(
+    share * tokens / (plan['batch'] * c.data.length)
+  )
   c.optimizer.name = 'adamw'
   c.optimizer.schedule = 'piecewise'
   c.optimizer.pieces = (
     (2_000, 0.0, 4e-4),
-    (step_of(1.2e12), 4e-4, 4e-4),
-    (step_of(2.0e12), 1e-4, 1e-4),
-    (step_of(2.3e12), 1e-4, 1e-5),
+    (step_of(1.2 / 2.3), 4e-4, 4e-4),
+    (step_of(2.0 / 2.3), 1e-4, 1e-4),
+    (step_of(1), 1e-4, 1e-5),
   )
 
-  c.train.steps = step_of(2.3e12)
+  c.train.steps = step_of(1)
   c.train.batch = plan['batch']
   c.train.microbatches = plan['microbatches']
   c.eval.every_steps = 1000

@@ -108,6 +108,32 @@ def test_llada_has_its_published_number_of_parameters(name, number):
   assert num_params(name) == number
 
 
+def test_illada_has_its_published_number_of_parameters():
+  """7.62B, of which 6.98B are not in the tied embedding (its model card)."""
+  model = step_lib.step_config(build('8b.py:illada')).model
+  total, inner = transformer.num_params(model)
+  assert (round(total / 1e9, 2), round(inner / 1e9, 2)) == (7.62, 6.98)
+
+
+@pytest.mark.parametrize('machine', ['illada', 'illada-v6e-256'])
+def test_illada_has_llada_rates_for_its_tokens(machine):
+  c, llada = build(f'8b.py:{machine}'), build('8b.py')
+  tokens = lambda c: c.train.steps * c.train.batch * c.data.length
+  assert tokens(c) == pytest.approx(12e12, rel=1e-5)
+  share = lambda c: [end / c.train.steps for end, *_ in c.optimizer.pieces[1:]]
+  assert share(c) == pytest.approx(share(llada), rel=1e-5)
+  rates = lambda c: [piece[1:] for piece in c.optimizer.pieces]
+  assert rates(c) == rates(llada)
+
+
+def test_tpu_shape_of_1b_fills_matrix_units():
+  c, llada = build('1b.py:tpu'), build('1b.py')
+  assert c.model.head_dim == 128 and c.model.mlp % 256 == 0
+  width = lambda c: c.model.heads * c.model.head_dim
+  assert width(c) == width(llada) == c.model.embed
+  assert num_params('1b.py:tpu') == pytest.approx(num_params('1b.py'), rel=0.02)
+
+
 def test_llada_recipe_of_8b_is_that_of_the_paper():
   c = build('8b.py:llada')
   assert (c.objective.time_density, c.objective.weight) == ('uniform', 'bound')

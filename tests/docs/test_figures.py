@@ -211,9 +211,45 @@ def test_attention_by_the_matrix_unit_follows_from_the_configs(row):
   assert row[3] == f'{change:+.1%}'
 
 
+def sizes_of_mesh(chips, slices=1):
+  return {'replica': slices, 'fsdp': chips, 'sequence': 1, 'tensor': 1}
+
+
+@pytest.mark.parametrize(
+  'row', table(SPEED, '`configs/` | ceiling')[1:], ids=lambda row: row[0]
+)
+def test_ceilings_follow_from_the_configs(row):
+  """Time in units of one FLOP at the peak, per token."""
+  c, plan, _, _ = config_on_its_chips(row[0])
+  m, length = c.model, c.data.length
+  total, inner = transformer.num_params(step_lib.step_config(c).model)
+  pairs = m.layers * length * m.heads * m.head_dim
+  head = m.vocab_size * m.embed
+  flops = 6 * (inner + head) + 12 * pairs
+  lanes = -(-m.head_dim // 128) * 128 / m.head_dim
+  # Kernels have 7 products instead of 6, at half of the peak.
+  time = 6 * (inner + head / 2) + 14 * pairs * lanes / 0.5
+  assert row[1] == f'{flops / time:.1%}'
+  mfu = percent(plan[6])
+  assert row[2:] == [f'{mfu:.1f}%', f'{mfu / 100 / (flops / time):.2f}']
+
+
+@pytest.mark.parametrize(
+  'row', table(SPEED, '`configs/`')[1:], ids=lambda row: row[0]
+)
+def test_chunks_of_the_loss_are_nearly_full(row):
+  """With 6% fewer tokens per chunk the loop would take another trip."""
+  c, _, _, chips = config_on_its_chips(row[0].split()[0])
+  slices = 2 if ' x v' in row[1] else 1
+  trips = lambda: plan_lib.loss_chunks(c, sizes_of_mesh(chips, slices))
+  now = trips()
+  c.objective.loss_chunk_tokens = int(c.objective.loss_chunk_tokens * 0.94)
+  assert trips() > now
+
+
 def test_the_page_has_both_conventions_of_utilization():
   c, plan, _, count = config_on_its_chips('8b.py')
-  sizes = {'replica': 1, 'fsdp': count, 'sequence': 1, 'tensor': 1}
+  sizes = sizes_of_mesh(count)
   share = plan_lib.share_done(c, sizes, plan_lib.loss_chunks(c, sizes))
   mfu = percent(plan[6])
   assert (
