@@ -38,8 +38,8 @@ Plans of launch/plan.py; the time is an optimistic estimate:
 
 from maskdiff.config import choose, default
 
-# `chunk` is a little more than a whole part of the masked tokens that a chip has
-# in a microbatch.
+# `chunk` is a little more than a whole part of the masked tokens of a chip in a
+# microbatch.
 MACHINES = {
   'v5e-8': dict(
     batch=1280, microbatches=80, remat='attended', chunk=1088, save=25

@@ -488,7 +488,7 @@ REFUSED = {
   'no file': (['--config=configs/tinny.py', WORKDIR], 'configs/tinny.py'),
   'machine': (
     ['--config=configs/8b.py:v5e-265', WORKDIR],
-    "v5p-128, v5e-256, v6e-256, llada; did you mean 'v5e-256'?",
+    "llada, illada, illada-v6e-256; did you mean 'v5e-256'?",
   ),
   'choice': (
     [TINY, WORKDIR, '--config.objective.name=autoregresive'],

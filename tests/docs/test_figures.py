@@ -102,8 +102,8 @@ def columns():
   }
 
 
-def config_of(name):
-  return runpy.run_path(str(ROOT / 'configs' / name))['get_config']()
+def config_of(name, *machine):
+  return runpy.run_path(str(ROOT / 'configs' / name))['get_config'](*machine)
 
 
 def params_of(name):
@@ -215,23 +215,25 @@ def sizes_of_mesh(chips, slices=1):
   return {'replica': slices, 'fsdp': chips, 'sequence': 1, 'tensor': 1}
 
 
+def ceiling(c):
+  """Returns the utilization if products of weights run at the peak."""
+  m, length = c.model, c.data.length
+  _, inner = transformer.num_params(step_lib.step_config(c).model)
+  head = m.vocab_size * m.embed
+  pairs = m.layers * length * m.heads * m.head_dim
+  lanes = -(-m.head_dim // 128) * 128 / m.head_dim
+  # Kernels have 7 products instead of 6, at half of the peak.
+  time = 6 * (inner + head / 2) + 14 * pairs * lanes / 0.5
+  return (6 * (inner + head) + 12 * pairs) / time
+
+
 @pytest.mark.parametrize(
   'row', table(SPEED, '`configs/` | ceiling')[1:], ids=lambda row: row[0]
 )
 def test_ceilings_follow_from_the_configs(row):
-  """Time in units of one FLOP at the peak, per token."""
   c, plan, _, _ = config_on_its_chips(row[0])
-  m, length = c.model, c.data.length
-  total, inner = transformer.num_params(step_lib.step_config(c).model)
-  pairs = m.layers * length * m.heads * m.head_dim
-  head = m.vocab_size * m.embed
-  flops = 6 * (inner + head) + 12 * pairs
-  lanes = -(-m.head_dim // 128) * 128 / m.head_dim
-  # Kernels have 7 products instead of 6, at half of the peak.
-  time = 6 * (inner + head / 2) + 14 * pairs * lanes / 0.5
-  assert row[1] == f'{flops / time:.1%}'
-  mfu = percent(plan[6])
-  assert row[2:] == [f'{mfu:.1f}%', f'{mfu / 100 / (flops / time):.2f}']
+  mfu, most = percent(plan[6]) / 100, ceiling(c)
+  assert row[1:] == [f'{most:.1%}', f'{mfu:.1%}', f'{mfu / most:.2f}']
 
 
 @pytest.mark.parametrize(
@@ -245,6 +247,25 @@ def test_chunks_of_the_loss_are_nearly_full(row):
   now = trips()
   c.objective.loss_chunk_tokens = int(c.objective.loss_chunk_tokens * 0.94)
   assert trips() > now
+
+
+def test_the_ceiling_of_the_tpu_shape_is_on_the_page():
+  c = config_of('1b.py', 'tpu')
+  assert f'Its ceiling is {ceiling(c):.1%}' in ' '.join(SPEED.split())
+
+
+@pytest.mark.parametrize(
+  'row',
+  table(SPEED, '`configs/` | tokens per chunk, before')[1:],
+  ids=lambda row: row[0],
+)
+def test_trips_of_the_loss_follow_from_the_configs(row):
+  c, _, _, chips = config_on_its_chips(row[0])
+  chunks, trips = row[1:3], row[3:]
+  assert int(chunks[1]) == c.objective.loss_chunk_tokens
+  for tokens, count in zip(chunks, trips, strict=True):
+    c.objective.loss_chunk_tokens = int(tokens)
+    assert plan_lib.loss_chunks(c, sizes_of_mesh(chips)) == int(count)
 
 
 def test_the_page_has_both_conventions_of_utilization():

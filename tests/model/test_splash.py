@@ -413,3 +413,42 @@ def test_split_rows_compile_for_a_pod_without_a_square_array():
     # No scores of all queries, and none of the 512 queries of one device.
     for square in ('2048,2048]', '512,2048]', '2048,512]'):
       assert square not in hlo, name
+
+
+NARROW = """
+import json
+import jax, jax.numpy as jnp
+from maskdiff.distributed import compiler
+from maskdiff.distributed.mesh import make_mesh
+from maskdiff.model import masks
+from maskdiff.model.attention import attend
+from maskdiff.planner.target import topology_devices
+from jax.sharding import NamedSharding, PartitionSpec
+
+m = make_mesh(devices=topology_devices('v5e:1x1'))
+labels = masks.bidirectional(jnp.ones((1, 256), bool))
+
+def loss(x):
+  out = attend(x, x, x, labels, labels, 'splash')
+  return out.astype(jnp.float32).sum()
+
+def compile(width):
+  x = jax.ShapeDtypeStruct(
+    (1, 1, 256, width), jnp.bfloat16,
+    sharding=NamedSharding(m, PartitionSpec()),
+  )
+  step = jax.jit(jax.grad(loss), compiler_options=compiler.options(m))
+  with jax.set_mesh(m):
+    return step.lower(x).compile().as_text()
+
+print(json.dumps([compile(width) for width in (64, 192)]))
+"""
+
+
+@needs_libtpu
+def test_heads_of_64_and_192_channels_compile_unpadded():
+  """Uses the real TPU compiler."""
+  for width, hlo in zip((64, 192), tpu_compiler.run(NARROW), strict=True):
+    for kernel in 'splash_mha_fwd', 'splash_mha_dkv':
+      call = next(x for x in hlo.splitlines() if f'%{kernel}' in x)
+      assert f'bf16[1,256,{width}]' in call
