@@ -32,8 +32,8 @@ Plans of launch/plan.py; the time is an optimistic estimate:
     tokens/s, MFU 27%; 26 days and 4,953 chip-hours for all tokens.
   v6e-1, v6e:1x1: 23.2 of 31.25 GiB per chip, 11.21 s per step, 23,384 tokens/s,
     MFU 24%; 11 days and 274 chip-hours for all tokens.
-  v5e-1, v5e:1x1: 14.4 of 15.75 GiB per chip, 15.49 s per step, 16,925 tokens/s,
-    MFU 42%; 16 days and 379 chip-hours for all tokens.
+  v5e-1, v5e:1x1: 14.3 of 15.75 GiB per chip, 14.36 s per step, 18,254 tokens/s,
+    MFU 45%; 15 days and 351 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default
