@@ -16,7 +16,7 @@ PATHS = frozenset(
   'source task tokenizer verify workdir'.split()
 )
 TEXTS = frozenset(
-  'chat_arguments host infill length_buckets lengths model model_name prompt '
+  'beam chat_arguments host infill length_buckets lengths model model_name prompt '
   'reasoning_gym sample sweep_mesh sweep_remat sweep_rows system tasks '
   'text_key topology'.split()
 )
