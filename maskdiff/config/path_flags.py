@@ -16,8 +16,8 @@ PATHS = frozenset(
   'source task tokenizer verify workdir'.split()
 )
 TEXTS = frozenset(
-  'beam chat_arguments host infill length_buckets lengths model model_name prompt '
-  'reasoning_gym sample sweep_mesh sweep_remat sweep_rows system tasks '
+  'beam chat_arguments host infill length_buckets lengths model model_name '
+  'prompt reasoning_gym sample sweep_mesh sweep_remat sweep_rows system tasks '
   'text_key topology'.split()
 )
 # A run refuses a work directory in a bucket that is written as gs://.
