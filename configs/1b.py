@@ -26,12 +26,12 @@ hidden channels of the feed-forward layers instead of 5634. On a TPU a head of
 batches of v6e-8. It has not been planned yet.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5e-8, v5e:2x4: 7.9 of 15.75 GiB per chip, 85.49 s per step, 61,324 tokens/s,
-    MFU 37%; 87 days and 16,719 chip-hours for all tokens.
+  v5e-8, v5e:2x4: 7.8 of 15.75 GiB per chip, 79.59 s per step, 65,870 tokens/s,
+    MFU 40%; 81 days and 15,565 chip-hours for all tokens.
   v6e-8, v6e:2x4: 16.5 of 31.25 GiB per chip, 25.33 s per step, 207,010
     tokens/s, MFU 27%; 26 days and 4,953 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 23.2 of 31.25 GiB per chip, 11.21 s per step, 23,384 tokens/s,
-    MFU 24%; 11 days and 274 chip-hours for all tokens.
+  v6e-1, v6e:1x1: 26.0 of 31.25 GiB per chip, 9.35 s per step, 28,023 tokens/s,
+    MFU 29%; 9.5 days and 229 chip-hours for all tokens.
   v5e-1, v5e:1x1: 14.3 of 15.75 GiB per chip, 14.36 s per step, 18,254 tokens/s,
     MFU 45%; 15 days and 351 chip-hours for all tokens.
 """
@@ -48,7 +48,7 @@ MACHINES = {
     batch=1280, microbatches=20, remat='attended', chunk=2112, save=80
   ),
   'v6e-1': dict(
-    batch=64, microbatches=32, remat='attended', chunk=2176, save=200
+    batch=64, microbatches=16, remat='attended', chunk=2176, save=200
   ),
   'v5e-1': dict(
     batch=64, microbatches=32, remat='attended', chunk=1088, save=125
