@@ -23,7 +23,7 @@ small batch.
 configs/1b.py:tpu has 16 heads of 128 channels instead of 32 of 64, and 5632
 hidden channels of the feed-forward layers instead of 5634. On a TPU a head of
 64 channels costs as much as one of 128. It has 1.51B parameters, and the
-batches of v6e-8. It has not been planned yet.
+batches of v6e-8.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5e-8, v5e:2x4: 7.8 of 15.75 GiB per chip, 79.59 s per step, 65,870 tokens/s,
@@ -34,6 +34,8 @@ Plans of launch/plan.py; the time is an optimistic estimate:
     MFU 29%; 9.5 days and 229 chip-hours for all tokens.
   v5e-1, v5e:1x1: 14.3 of 15.75 GiB per chip, 14.36 s per step, 18,254 tokens/s,
     MFU 45%; 15 days and 351 chip-hours for all tokens.
+  tpu, v6e:2x4: 12.9 of 31.25 GiB per chip, 15.83 s per step, 331,131 tokens/s,
+    MFU 44%; 16 days and 3,096 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default
