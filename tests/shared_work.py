@@ -102,6 +102,15 @@ def harness(workdir):
 
 def script(name, *arguments):
   """Returns the output of a launch script without its start."""
+  # Flags of scripts that other tests of this process have run.
+  others = {
+    flag.name: flag
+    for module, found in flags.FLAGS.flags_by_module_dict().items()
+    for flag in found
+    if not module.startswith('absl')
+  }
+  for other in others:
+    delattr(flags.FLAGS, other)
   before = set(flags.FLAGS)
   module = runpy.run_path(str(ROOT / 'launch' / f'{name}.py'), run_name=name)
   flags.FLAGS([name, *map(str, arguments)])
@@ -110,6 +119,8 @@ def script(name, *arguments):
     module[name](flags.FLAGS)
   for added in set(flags.FLAGS) - before:
     delattr(flags.FLAGS, added)
+  for other, flag in others.items():
+    flags.FLAGS[other] = flag
   return printed.getvalue()
 
 

@@ -3,10 +3,10 @@
 XLA's compiler for CPUs fuses the transposition of an operand with the
 elementwise code before it, which then is not vectorized, and reads a transposed
 matrix with a slower kernel. Gradients by weights, which contract tokens, need
-both. Here, products on one CPU device are of matrices, and operands are
-transposed on their own. Other devices get the einsum as it is.
+both. Here, products in float32 on one CPU device are of matrices, and operands
+are transposed on their own. Others get the einsum as it is.
 
-docs/speed.md has the gains. On one CPU, derivatives are for reverse mode only.
+docs/speed.md has the gains. There, derivatives are for reverse mode only.
 """
 
 import jax
@@ -25,7 +25,8 @@ def product(equation, x, w):
     x: activations.
     w: the matrix.
   """
-  if not on_one_cpu():
+  # In bfloat16, the bits of a row may depend on the number of rows.
+  if x.dtype != jnp.float32 or not on_one_cpu():
     return jnp.einsum(equation, x, w)
   operands, result = equation.split('->')
   of_x, of_w = operands.split(',')

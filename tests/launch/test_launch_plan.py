@@ -265,6 +265,7 @@ def test_a_plan_of_training(tmp_path):
     '--topology',
     'v5e:2x2',
     '--config.optimizer.name=adamw',
+    '--config.model.remat=full',
     *(['--plot', str(image)] if plots else []),
     *SMALL,
   )
