@@ -102,13 +102,10 @@ def harness(workdir):
 
 def script(name, *arguments):
   """Returns the output of a launch script without its start."""
-  # Flags of scripts that other tests of this process have run.
-  others = {
-    flag.name: flag
-    for module, found in flags.FLAGS.flags_by_module_dict().items()
-    for flag in found
-    if not module.startswith('absl')
-  }
+  modules = flags.FLAGS.flags_by_module_dict().items()
+  absl = {f.name for m, fs in modules if m.startswith('absl') for f in fs}
+  # Those of scripts that other tests of this process have run.
+  others = {x: flags.FLAGS[x] for x in set(flags.FLAGS) - absl}
   for other in others:
     delattr(flags.FLAGS, other)
   before = set(flags.FLAGS)

@@ -25,7 +25,6 @@ def product(equation, x, w):
     x: activations.
     w: the matrix.
   """
-  # In bfloat16, the bits of a row may depend on the number of rows.
   if x.dtype != jnp.float32 or not on_one_cpu():
     return jnp.einsum(equation, x, w)
   operands, result = equation.split('->')

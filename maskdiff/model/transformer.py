@@ -248,8 +248,10 @@ class Transformer(nnx.Module):
       return (x, put(state[1], x, slot, 0)), kv
 
     # On one CPU, a loop would take as long to stack the saved activations of
-    # all layers, and to read them again, as `full` takes to recompute them.
-    unroll = c.layers if c.remat == 'none' and on_one_cpu() else 1
+    # all layers, and to read them again, as `full` takes to recompute them. In
+    # bfloat16, XLA would round differently if keys and values are returned.
+    saved = c.remat == 'none' and c.dtype == 'float32'
+    unroll = c.layers if saved and on_one_cpu() else 1
     with jax.named_scope('network(layer: stacked arrays)'):
       if taps:
         outputs = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
