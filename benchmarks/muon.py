@@ -17,7 +17,6 @@ the collectives. Takes minutes.
 
 import argparse
 import contextlib
-import functools
 import os
 import pathlib
 import runpy
@@ -39,17 +38,13 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import steps as steps_lib  # noqa: E402  # a file beside this one
 
-from maskdiff.data.rows import Rows  # noqa: E402
 from maskdiff.distributed import compiler  # noqa: E402
 from maskdiff.distributed import mesh as mesh_lib  # noqa: E402
 from maskdiff.model import transformer  # noqa: E402
 from maskdiff.planner import hlo, hlo_cost, pricing, target  # noqa: E402
 from maskdiff.training import muon, step, train_state  # noqa: E402
-from maskdiff.training.optimizer import (  # noqa: E402
-  OptimizerConfig,
-  make_optimizer,
-)
 
 
 def config_of(name):
@@ -61,28 +56,18 @@ def config_of(name):
 def setup(config, name):
   """Returns StepConfig and optimizer of a config with another optimizer."""
   config.optimizer.name = name
-  c = step.step_config(config)
-  return c, make_optimizer(
-    OptimizerConfig(**config.optimizer),
-    config.train.steps,
-    transformer.axes(c.model),
-  )
+  return steps_lib.setup(config)
 
 
 def compare_steps(config, rounds):
   """Prints the time of a train step with Muon relative to AdamW."""
   mesh = mesh_lib.make_mesh()
-  random = np.random.default_rng(0)
-  shape = config.train.batch, config.data.length
-  tokens = random.integers(9, config.model.vocab_size, shape, np.int32)
-  rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
+  rows = steps_lib.random_rows(config, mesh)
   key, states, steps = jax.random.key(0), {}, {}
   with jax.set_mesh(mesh):
     for name in ('adamw', 'muon'):
       c, tx = setup(config, name)
-      shardings = train_state.shardings(c.model, tx, mesh)
-      init = functools.partial(train_state.init, c.model, tx)
-      states[name] = jax.jit(init, out_shardings=shardings)(key)
+      states[name] = steps_lib.start(c, tx, mesh, key)
       steps[name] = step.compile_train_step(c, tx, mesh)
   wall, cpu = ({name: [] for name in steps} for _ in range(2))
   for _ in range(rounds + 1):

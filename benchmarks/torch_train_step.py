@@ -9,22 +9,21 @@ steps, and the fused AdamW.
 
 import functools
 import os
+import pathlib
 import runpy
 
 import jax
 import numpy as np
 import torch
 import torch_sampler
+from steps import next_step, random_rows, setup, start
 from timing import alternate
 from torch.nn import functional as F
 
-from maskdiff.data.rows import Rows
-from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.model import transformer
 from maskdiff.objectives.table import make_canvas
 from maskdiff.training import step as step_lib
-from maskdiff.training import train_state
-from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
+from maskdiff.training.optimizer import OptimizerConfig
 
 # configs/tiny.py, and the same with other sizes. All train with AdamW here.
 SIZES = {
@@ -37,6 +36,7 @@ SIZES = {
     'model.mlp': 1536,
   },
 }
+CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'tiny.py'
 STEPS = 4  # that are timed together
 
 
@@ -45,7 +45,7 @@ def compare(mesh, rounds):
   cores = len(os.sched_getaffinity(0))
   torch.set_num_threads(cores)
   for size, overrides in SIZES.items():
-    config = runpy.run_path('configs/tiny.py')['get_config']()
+    config = runpy.run_path(str(CONFIG))['get_config']()
     config.update_from_flattened_dict(
       {
         'model.vocab_size': 4096,
@@ -58,9 +58,7 @@ def compare(mesh, rounds):
       }
       | overrides
     )
-    c = step_lib.step_config(config)
-    o = OptimizerConfig(**config.optimizer)
-    steps, parameters = _both(config, c, o, mesh)
+    steps, parameters = _both(config, mesh)
     seconds = alternate(
       {name: functools.partial(_repeat, f) for name, f in steps.items()}, rounds
     )
@@ -80,39 +78,26 @@ def _repeat(step):
   return result
 
 
-def _both(config, c, o, mesh):
+def _both(config, mesh):
   """Returns {'jax', 'torch': step}, which agree, and the parameter count."""
-  optimizer = make_optimizer(o, config.train.steps, transformer.axes(c.model))
-  random = np.random.default_rng(0)
-  shape = config.train.batch, config.data.length
-  tokens = random.integers(9, c.model.vocab_size, shape, np.int32)
-  rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
-  key = jax.random.key(0)
+  c, optimizer = setup(config)
+  rows, key = random_rows(config, mesh), jax.random.key(0)
   with jax.set_mesh(mesh):
-    state = jax.jit(
-      functools.partial(train_state.init, c.model, optimizer),
-      out_shardings=train_state.shardings(c.model, optimizer, mesh),
-    )(key)
+    state = start(c, optimizer, mesh, key)
     compiled = step_lib.compile_train_step(c, optimizer, mesh)
     compiled = compiled.lower(state, rows, key).compile()
-  numbers = np.arange(len(tokens), dtype=np.int32)
-  canvas = make_canvas(
-    c.objective, Rows(tokens), numbers, jax.random.fold_in(key, 0), len(tokens)
-  )
+  batch, step_key = config.train.batch, jax.random.fold_in(key, 0)
+  numbers = np.arange(batch, dtype=np.int32)
+  canvas = make_canvas(c.objective, rows, numbers, step_key, batch)
   canvas, params = jax.device_get((canvas, state.params))
+  o = OptimizerConfig(**config.optimizer)
   torch_step = make_step(c.model, o, params, canvas, c.objective.mask_id)
   loss, norm = torch_step()
   state, metrics = compiled(state, rows, key)
   np.testing.assert_allclose(metrics.sums.loss, loss, rtol=1e-4)
   np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-3)
-
-  def step():
-    nonlocal state
-    state, metrics = compiled(state, rows, key)
-    return metrics
-
-  count = transformer.num_params(c.model)[0]
-  return {'jax': step, 'torch': torch_step}, count
+  steps = {'jax': next_step(compiled, state, rows, key), 'torch': torch_step}
+  return steps, transformer.num_params(c.model)[0]
 
 
 def make_step(c, optimizer, params, canvas, mask_id):

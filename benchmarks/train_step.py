@@ -30,19 +30,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from steps import next_step, random_rows, setup, start
 from timing import alternate
 
 from maskdiff import config as config_lib
-from maskdiff.data.rows import Rows
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.host_memory import keep_freed_memory
-from maskdiff.model import transformer
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.model.token_nll import token_nll
 from maskdiff.objectives.table import make_canvas
 from maskdiff.training import step as step_lib
 from maskdiff.training import train_state
-from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 BATCH, LENGTH, EMBED, CHUNK = 16, 128, 128, 256
 
@@ -160,23 +158,13 @@ def compare(mesh, vocab_size, rounds):
       'train.batch': BATCH,
     }
   )
-  c = step_lib.step_config(config)
-  optimizer = make_optimizer(
-    OptimizerConfig(**config.optimizer),
-    config.train.steps,
-    transformer.axes(c.model),
-  )
-  random = np.random.default_rng(0)
-  tokens = random.integers(9, vocab_size, (BATCH, LENGTH), np.int32)
-  rows = jax.device_put(Rows(tokens), mesh_lib.batch_sharding(mesh))
-  key = jax.random.key(0)
-  shardings = train_state.shardings(c.model, optimizer, mesh)
-  init = functools.partial(train_state.init, c.model, optimizer)
+  c, optimizer = setup(config)
+  rows, key = random_rows(config, mesh), jax.random.key(0)
   steps, metrics, memory = {}, {}, {}
   for name in ('masked-only', 'dense', 'plain'):
     loss = step_lib.canvas_loss if name == 'masked-only' else dense_canvas_loss
     with mock.patch.object(step_lib, 'canvas_loss', loss), jax.set_mesh(mesh):
-      state = jax.jit(init, out_shardings=shardings)(key)
+      state = start(c, optimizer, mesh, key)
       step = (
         jax.jit(functools.partial(plain_step, c, optimizer), donate_argnums=0)
         if name == 'plain'
@@ -248,17 +236,6 @@ def compare_losses(vocab_size, rounds):
     'time',
     flush=True,
   )
-
-
-def next_step(compiled, state, rows, key):
-  """Returns a function that takes one more step and returns its metrics."""
-
-  def step():
-    nonlocal state
-    state, metrics = compiled(state, rows, key)
-    return metrics
-
-  return step
 
 
 if __name__ == '__main__':

@@ -7,11 +7,11 @@ of configs/tiny.py, a fifth of the time of the step (docs/speed.md).
 """
 
 import ctypes
-import os
+
+from maskdiff.distributed.runtime import finds_no_tpu, has_gpu
 
 # Parameters of mallopt, from malloc.h of glibc.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_GPU_FILES = ('/dev/nvidia0', '/dev/kfd')
 
 
 def keep_freed_memory(environ, platforms):
@@ -24,9 +24,7 @@ def keep_freed_memory(environ, platforms):
     environ: environment variables, after JAX was imported.
     platforms: value of jax_platforms.
   """
-  # JAX sets the variable if it finds no TPU chip.
-  no_tpu = not platforms and 'TPU_SKIP_MDS_QUERY' in environ
-  no_accelerator = no_tpu and not any(map(os.path.exists, _GPU_FILES))
+  no_accelerator = finds_no_tpu(environ, platforms) and not has_gpu()
   if platforms != 'cpu' and not no_accelerator:
     return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)

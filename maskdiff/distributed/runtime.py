@@ -42,6 +42,8 @@ _METADATA_TIMEOUT_S = 3
 _EXIT_DELAY_S = 3
 _EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _CACHE = 'JAX_COMPILATION_CACHE_DIR'
+# Files of the drivers of NVIDIA, of Windows (WSL) and of AMD.
+_GPU_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')
 
 _barriers = itertools.count()
 
@@ -93,10 +95,25 @@ def quiet_without_tpu(environ, platforms):
     environ: environment variables, after JAX was imported; changed in place.
     platforms: value of jax_platforms.
   """
-  # JAX sets the first variable if it finds no TPU chip.
-  if 'TPU_SKIP_MDS_QUERY' in environ and not platforms:
+  if finds_no_tpu(environ, platforms):
     environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
     environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-1')
+
+
+def finds_no_tpu(environ, platforms):
+  """Returns whether JAX looked for a TPU and found none.
+
+  Args:
+    environ: environment variables, after JAX was imported.
+    platforms: value of jax_platforms.
+  """
+  # JAX sets the variable if it finds no TPU chip.
+  return 'TPU_SKIP_MDS_QUERY' in environ and not platforms
+
+
+def has_gpu():
+  """Returns whether this machine has a GPU, without starting JAX's devices."""
+  return any(map(os.path.exists, _GPU_FILES))
 
 
 def detect(environ, platforms):

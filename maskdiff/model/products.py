@@ -42,8 +42,6 @@ def product(equation, x, w):
 
 def transposed(x, letters, order):
   """Returns x with its dimensions in another order, computed on its own."""
-  if letters == order:
-    return jax.lax.optimization_barrier(x)
   x = jax.lax.optimization_barrier(x)
   return x.transpose([letters.index(a) for a in order])
 

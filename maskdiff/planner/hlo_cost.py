@@ -169,11 +169,8 @@ def _run(p, computation, weight):
 
 
 def _trips(p, computation, loop):
-  count, how = hlo_loops.trip_count(p.module, computation, loop), 'known'
-  if count is None:
-    count, how = p.expected_trips(loop.op_name), 'expected'
-  if count is None:
-    count, how = 1, 'unresolved'
+  count, how = hlo_loops.trips(p.module, computation, loop, p.expected_trips)
+  if how == 'unresolved':
     p.cost.unresolved.append(loop.op_name or loop.name)
   p.cost.loops.append((loop.op_name or loop.name, count, how))
   return count

@@ -18,6 +18,27 @@ PASS_THROUGH = (
 MAX_DEPTH = 60
 
 
+def trips(module, computation, loop, expected_trips):
+  """Returns the trip count that an estimate uses, and where it is from.
+
+  Args:
+    module: hlo.Module.
+    computation: name of the computation of the loop.
+    loop: hlo.Instruction.
+    expected_trips: (op_name) -> the trip count of a loop whose trip count the
+      text does not have, or None.
+
+  Returns:
+    The count; and 'known', 'expected', or 'unresolved' for a loop that is
+    counted once.
+  """
+  count = trip_count(module, computation, loop)
+  if count is not None:
+    return count, 'known'
+  count = expected_trips(loop.op_name)
+  return (1, 'unresolved') if count is None else (count, 'expected')
+
+
 def trip_count(module, computation, loop):
   """Returns the trip count of a loop of `computation`, or None if unknown."""
   known = re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.attributes)

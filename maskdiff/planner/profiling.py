@@ -14,12 +14,12 @@ The training then continues. The folder `profile` of the work directory holds
 import dataclasses
 import gzip
 import json
-import os
 import pathlib
 import shutil
 
 import jax
 
+from maskdiff.distributed.runtime import has_gpu
 from maskdiff.errors import UserError
 from maskdiff.files import atomic, json_text
 from maskdiff.monitoring import terminal
@@ -217,6 +217,6 @@ def without_command_buffers(environ):
   Args:
     environ: environment variables, changed in place.
   """
-  if any(map(os.path.exists, ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd'))):
+  if has_gpu():
     flags = environ.get('XLA_FLAGS', '')
     environ['XLA_FLAGS'] = f'{flags} --xla_gpu_enable_command_buffer='.strip()

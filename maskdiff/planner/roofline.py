@@ -67,12 +67,10 @@ def _add(module, gpu, expected_trips, e, computation, weight):
   )
   for i in module.computations[computation].values():
     if i.op == 'while':
-      trips = hlo_loops.trip_count(module, computation, i)
-      if trips is None:
-        trips = expected_trips(i.op_name)
-      if trips is None:
+      trips, how = hlo_loops.trips(module, computation, i, expected_trips)
+      if how == 'unresolved':
         e.unresolved.append(i.op_name or i.name)
-      inner(i.attribute('body'), weight * (1 if trips is None else trips))
+      inner(i.attribute('body'), weight * trips)
     elif i.op == 'conditional':
       branches = hlo.branches(module, i)
       for name in branches:
@@ -150,8 +148,8 @@ def _attention_flops(body, i):
 def nbytes(module, computation, i):
   """Returns the bytes that an instruction reads and writes in memory.
 
-  An operand of which only slices are read counts as the slices; an array that
-  is updated in place, as the update.
+  If only slices of an operand are read, the slices count, and if an array is
+  updated in place, the update.
 
   Args:
     module: hlo.Module.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import types
 from typing import NamedTuple
 
@@ -178,7 +179,7 @@ def test_train_step_of_a_policy_has_no_utilization():
 def test_kernels_of_an_nvidia_gpu_are_launched_one_by_one(
   monkeypatch, device, expected
 ):
-  monkeypatch.setattr(profiling.os.path, 'exists', lambda path: path == device)
+  monkeypatch.setattr(os.path, 'exists', lambda path: path == device)
   environ = {'XLA_FLAGS': '--a=1'}
   profiling.without_command_buffers(environ)
   assert environ == {'XLA_FLAGS': expected}
