@@ -38,7 +38,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.host_memory import keep_freed_memory
 from maskdiff.model.cross_entropy import cross_entropy
 from maskdiff.model.token_nll import token_nll
-from maskdiff.objectives.table import make_canvas
+from maskdiff.objectives import table
 from maskdiff.training import step as step_lib
 from maskdiff.training import train_state
 
@@ -46,7 +46,7 @@ BATCH, LENGTH, EMBED, CHUNK = 16, 128, 128, 256
 
 
 def dense_canvas_loss(c, model, canvas):
-  """Returns `canvas_loss`, computed from logits at all positions, [B, L, V]."""
+  """Returns `table.loss`, computed from logits at all positions, [B, L, V]."""
   logits = model.logits(model(canvas.inputs, canvas.labels))
   if not c.predict_mask:
     logits = logits.at[..., c.mask_id].set(-jnp.inf)
@@ -96,7 +96,7 @@ def plain_step(c, optimizer, state, rows, key):
   batch = rows.tokens.shape[0]
   key = jax.random.fold_in(key, state.step)
   numbers = jnp.arange(batch, dtype=jnp.int32)
-  canvas = make_canvas(c.objective, rows, numbers, key, batch)
+  canvas = table.make_canvas(c.objective, rows, numbers, key, batch)
 
   def loss(params):
     logits = plain_logits(c.model, params, canvas.inputs, canvas.labels.doc)
@@ -162,8 +162,8 @@ def compare(mesh, vocab_size, rounds):
   rows, key = random_rows(config, mesh), jax.random.key(0)
   steps, metrics, memory = {}, {}, {}
   for name in ('masked-only', 'dense', 'plain'):
-    loss = step_lib.canvas_loss if name == 'masked-only' else dense_canvas_loss
-    with mock.patch.object(step_lib, 'canvas_loss', loss), jax.set_mesh(mesh):
+    loss = table.loss if name == 'masked-only' else dense_canvas_loss
+    with mock.patch.object(table, 'loss', loss), jax.set_mesh(mesh):
       state = start(c, optimizer, mesh, key)
       step = (
         jax.jit(functools.partial(plain_step, c, optimizer), donate_argnums=0)
