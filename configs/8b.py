@@ -26,6 +26,10 @@ LLaDA's, with changes after the same shares of the tokens. The id of the mask
 token is that of its sampler; set config.tokens to the ids of bos and eos of the
 tokenizer. These two have not been planned yet.
 
+configs/8b.py:32k and 128k have rows of 32,768 and 131,072 tokens, on 64 chips
+of v5p. A batch has as many tokens as the paper's. Four and 16 chips share a
+row, and in attention they share its heads.
+
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.08 s per step, 433,990
     tokens/s, MFU 76%; 61 days and 94,216 chip-hours for all tokens.
@@ -46,6 +50,13 @@ MACHINES['llada'] = MACHINES['v5p-128']
 # Rows of 8192 tokens.
 MACHINES['illada'] = dict(batch=640, microbatches=5, remat='minimal')
 MACHINES['illada-v6e-256'] = dict(batch=512, microbatches=1, remat='attended')
+# Long rows on 64 chips of v5p.
+MACHINES['32k'] = dict(
+  batch=160, microbatches=5, remat='minimal', length=32_768, sequence=4, eval=32
+)
+MACHINES['128k'] = dict(
+  batch=40, microbatches=5, remat='minimal', length=131_072, sequence=16, eval=8
+)
 LLADA_TOKENS, ILLADA_TOKENS = 2.3e12, 12e12
 
 
@@ -74,7 +85,8 @@ def get_config(machine='v5p-128'):
 
   c.data.path = 'data/rows'
   c.data.tokenizer = 'data/rows'
-  c.data.length = 4096
+  c.data.length = plan.get('length', 4096)
+  c.mesh.sequence = plan.get('sequence', 1)
 
   tokens = LLADA_TOKENS
   if machine.startswith('illada'):
@@ -102,7 +114,7 @@ def get_config(machine='v5p-128'):
   c.train.batch = plan['batch']
   c.train.microbatches = plan['microbatches']
   c.eval.every_steps = 1000
-  c.eval.batch = 256
+  c.eval.batch = plan.get('eval', 256)
   c.eval.batches = 4
   c.sample.gen_length = 128
   c.sample.block_length = 32

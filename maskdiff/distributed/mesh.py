@@ -2,9 +2,11 @@
 
 The mesh has four axes:
 - `replica` holds complete copies of the state, at least one per slice.
-- `fsdp` splits the state and the batch.
-- `sequence` splits the length.
+- `fsdp` splits the batch.
+- `sequence` splits the length, and in attention the heads, if their numbers
+  allow.
 - `tensor` splits heads, mlp and vocabulary.
+`fsdp` and `sequence` together split the state.
 
 Arrays are described by logical axes, which two tables map to mesh axes. All
 mesh axes are Auto: XLA inserts the collectives, guided by sharding constraints
@@ -25,10 +27,11 @@ from maskdiff.errors import UserError
 
 AXES = ('replica', 'fsdp', 'sequence', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
+STATE_AXES = ('fsdp', 'sequence')
 
 PARAM_RULES = {
   'layers': None,
-  'embed': 'fsdp',
+  'embed': STATE_AXES,
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'head_dim': None,
@@ -44,6 +47,7 @@ ACTIVATION_RULES = {
   'embed': None,
   'heads': 'tensor',
   'kv_heads': 'tensor',
+  'heads_of_rows': ('tensor', 'sequence'),
   'head_dim': None,
   'mlp': 'tensor',
 }
@@ -231,16 +235,52 @@ def param_shardings(mesh, axes, shapes):
 
   def one(path, shape, axes):
     spec = param_spec(axes)
-    for name, size, mesh_axis in zip(axes, shape.shape, spec, strict=False):
-      if mesh_axis and size % mesh.shape[mesh_axis]:
+    for name, size, split in zip(axes, shape.shape, spec, strict=False):
+      parts = _size(mesh, split)
+      if size % parts:
+        split = (split,) if isinstance(split, str) else split
+        split = [a for a in split if mesh.shape[a] > 1]
+        over = ' x '.join(f'mesh.{a}' for a in split)
         raise UserError(
           f'parameter {jax.tree_util.keystr(path, simple=True, separator="/")}'
-          f': {name} = {size} is not divisible by mesh.{mesh_axis} = '
-          f'{mesh.shape[mesh_axis]}; choose another config.mesh.{mesh_axis}'
+          f': {name} = {size} is not divisible by {over} = {parts}; choose '
+          f'another config.mesh.{split[0]}'
         )
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def _size(mesh, axes):
+  """Returns the number of parts of a dimension that a spec splits."""
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[a] for a in axes)
+
+
+def attention_axes(heads, kv_heads):
+  """Returns the logical axes of queries, and those of keys and values.
+
+  If `tensor` x `sequence` divides the numbers of heads, each device attends
+  with some heads of whole rows (DeepSpeed-Ulysses, arXiv 2309.14509). It gets
+  them by an all-to-all, so no device holds all keys. Otherwise it attends with
+  all heads of its own positions, and keys and values must be gathered.
+
+  Args:
+    heads: H.
+    kv_heads: G.
+
+  Returns:
+    Logical axes of [B, H, L, K] and of [B, G, L, K], for `shard`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = 1 if mesh.empty else _size(mesh, ACTIVATION_RULES['heads_of_rows'])
+  if heads % parts == kv_heads % parts == 0:
+    axes = 'batch', 'heads_of_rows', None, 'head_dim'
+    return axes, axes
+  return (
+    ('batch', 'heads', 'length', 'head_dim'),
+    ('batch', 'kv_heads', 'length', 'head_dim'),
+  )
 
 
 def replicate(tree):
@@ -267,9 +307,7 @@ def shard(x, *axes):
 
   def mesh_axes(size, axis):
     names = ACTIVATION_RULES[axis] if axis else None
-    split = (names,) if isinstance(names, str) else names or ()
-    divisible = size % math.prod(mesh.shape[n] for n in split) == 0
-    return names if divisible else None
+    return names if size % _size(mesh, names) == 0 else None
 
   if len(axes) != x.ndim:
     raise ValueError(f'{len(axes)} axes for an array of {x.ndim} dimensions')

@@ -5,9 +5,10 @@
 (splash.py) is the Pallas kernel for TPUs. `cudnn` is flash attention on NVIDIA
 GPUs. The two kernels never hold the [B, H, L, L] scores.
 
-On a mesh a kernel computes the rows and heads of its own device, and the
-queries of its own device if `sequence` splits the length. Keys and values are
-whole along the length, so the softmax is exact.
+On a mesh a kernel computes the rows and heads of its own device. If `sequence`
+splits the length, a device has some heads of whole rows, or all heads of its
+own queries (mesh.attention_axes). Keys and values are whole along the length in
+both cases, so the softmax is exact.
 """
 
 import functools
@@ -20,7 +21,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed import chips
-from maskdiff.distributed.mesh import BATCH_AXES, batch_shards, device_kind
+from maskdiff.distributed import mesh as mesh_lib
+from maskdiff.distributed.mesh import (
+  ACTIVATION_RULES,
+  BATCH_AXES,
+  batch_shards,
+  device_kind,
+)
 from maskdiff.errors import UserError
 from maskdiff.model import masks
 from maskdiff.model import splash as splash_lib
@@ -72,7 +79,8 @@ def fastest(q, k, query, key):
     return 'xla'
   # With a mask, cuDNN reads L^2 mask entries and writes a gradient of the same
   # size. `auto` therefore uses cuDNN only without a mask.
-  needs_mask = kernel == 'cudnn' and not _needs_no_mask(query, key)
+  no_mask = _needs_no_mask(query, key, _parts(q, k))
+  needs_mask = kernel == 'cudnn' and not no_mask
   return 'xla' if needs_mask else kernel
 
 
@@ -100,16 +108,23 @@ def _warn_of_unknown_tpu(kind):
   )
 
 
-def _parts():
-  """Returns the number of parts into which the mesh splits the length."""
+def _query_axes(q, k):
+  """Returns the mesh axes that split heads and queries in attention."""
+  _, heads, length, _ = mesh_lib.attention_axes(q.shape[1], k.shape[1])[0]
+  return ACTIVATION_RULES[heads], length and ACTIVATION_RULES[length]
+
+
+def _parts(q, k):
+  """Returns the number of parts into which attention splits the queries."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape['sequence']
+  _, length = _query_axes(q, k)
+  return 1 if mesh.empty or not length else mesh.shape[length]
 
 
 def misfit(kernel, q, k, query, key):
   """Returns why `splash` or `cudnn` cannot compute these arguments, or None."""
   batch, heads, length, head_dim = q.shape
-  groups, parts = k.shape[1], _parts()
+  groups, parts = k.shape[1], _parts(q, k)
   mesh = jax.sharding.get_abstract_mesh()
   shards, tensor = 1, 1
   if not mesh.empty:
@@ -126,7 +141,7 @@ def misfit(kernel, q, k, query, key):
     )
   if kernel == 'splash':
     return _splash_misfit(length, parts, query, key)
-  no_mask = _needs_no_mask(query, key)
+  no_mask = _needs_no_mask(query, key, parts)
   return _cudnn_misfit(length, parts, no_mask, q.dtype, head_dim)
 
 
@@ -207,10 +222,9 @@ def xla(q, k, v, query, key):
 def splash(q, k, v, query, key, interpret=False):
   """Pallas splash attention; see `attend` for the first five arguments.
 
-  If the mesh axis `sequence` splits the queries, causal attention and block
-  diffusion are unbalanced: the other devices wait for the one with the most
-  work, in causal attention that of the last queries. Bidirectional attention is
-  balanced.
+  If the mesh axis `sequence` splits the queries instead of the heads, causal
+  attention and block diffusion are unbalanced: the other devices wait for the
+  one with the most work, in causal attention that of the last queries.
 
   On the chips in splash.TILES the backward kernel needs the larger VMEM limit
   that distributed/compiler.py sets.
@@ -227,9 +241,9 @@ def splash(q, k, v, query, key, interpret=False):
   if chip is None and not interpret:
     _warn_of_unknown_tpu(kind)
   kernel = splash_lib.make_kernel(
-    query.regime, q.shape[2], _parts(), chip and chip.name, interpret
+    query.regime, q.shape[2], _parts(q, k), chip and chip.name, interpret
   )
-  spec = splash_lib.split_spec(kernel, 'sequence')
+  spec = splash_lib.split_spec(kernel, _query_axes(q, k)[1])
 
   def on_device(kernel, q, k, v, query, key):
     if query.number is not None:
@@ -243,8 +257,9 @@ def _on_each_device(function, arrays, query, key, more=(), specs=()):
   """Calls function(*more, q, k, v, query labels, key labels) on each device."""
   if jax.sharding.get_abstract_mesh().empty:
     return function(*more, *arrays, query, key)
-  queries = P(BATCH_AXES, 'tensor', 'sequence', None)
-  keys = P(BATCH_AXES, 'tensor', None, None)
+  heads, length = _query_axes(*arrays[:2])
+  queries = P(BATCH_AXES, heads, length, None)
+  keys = P(BATCH_AXES, heads, None, None)
   return jax.shard_map(
     function,
     in_specs=(
@@ -252,7 +267,7 @@ def _on_each_device(function, arrays, query, key, more=(), specs=()):
       queries,
       keys,
       keys,
-      P(BATCH_AXES, 'sequence'),
+      P(BATCH_AXES, length),
       P(BATCH_AXES, None),
     ),
     out_specs=queries,
@@ -280,8 +295,9 @@ def cudnn(q, k, v, query, key, implementation='cudnn'):
   """
   if implementation == 'cudnn':
     _require('cudnn', device_kind(), q, k, query, key)
+  no_mask = _needs_no_mask(query, key, _parts(q, k))
   on_device = functools.partial(
-    _cudnn_prefix if _needs_no_mask(query, key) else _cudnn_mask,
+    _cudnn_prefix if no_mask else _cudnn_mask,
     functools.partial(
       jax.nn.dot_product_attention, implementation=implementation
     ),
@@ -290,12 +306,12 @@ def cudnn(q, k, v, query, key, implementation='cudnn'):
   return checkpoint_name(out, RESIDUALS)
 
 
-def _needs_no_mask(query, key):
+def _needs_no_mask(query, key, parts):
   if not (query.single and key.single and query.regime == key.regime):
     return False
   # The causal mask of cuDNN aligns query 0 with key 0. If the mesh splits the
   # length, that is wrong for every device but the first.
-  causal = query.regime == masks.CAUSAL and _parts() == 1
+  causal = query.regime == masks.CAUSAL and parts == 1
   return causal or query.regime == masks.BIDIRECTIONAL
 
 

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from maskdiff.distributed.mesh import BATCH_AXES, pad_length, shard
+from maskdiff.distributed.mesh import (
+  BATCH_AXES,
+  STATE_AXES,
+  attention_axes,
+  pad_length,
+  shard,
+)
 from maskdiff.model import lora, masks
 
 
@@ -31,13 +37,18 @@ def block(c, w, x, rotation, attention):
   project = functools.partial(lora.project, c.lora, w)
   h = rms_norm(x, w['norm1'], c.norm_eps)
   q, k, v = project_qkv(c, w, h, rotation)
-  q = checkpoint_name(shard(q, 'batch', 'heads', 'length', 'head_dim'), 'q')
-  # Keys and values are whole along the length, because any query may attend to
-  # any of them.
-  k = checkpoint_name(shard(k, 'batch', 'kv_heads', None, 'head_dim'), 'k')
-  v = checkpoint_name(shard(v, 'batch', 'kv_heads', None, 'head_dim'), 'v')
+  # Once more for the attention, so that gradients are moved back before they
+  # reach the products.
+  of_queries, of_keys = attention_axes(c.heads, c.kv_heads)
+  q = shard(q, 'batch', 'heads', 'length', 'head_dim')
+  k, v = (shard(x, 'batch', 'kv_heads', 'length', 'head_dim') for x in (k, v))
+  q = checkpoint_name(shard(q, *of_queries), 'q')
+  k = checkpoint_name(shard(k, *of_keys), 'k')
+  v = checkpoint_name(shard(v, *of_keys), 'v')
+  # Any query may attend to any key. What the backward pass saves is split.
+  whole = lambda x: shard(x, *of_keys[:2], None, 'head_dim')
   with jax.named_scope('network(attention)'):
-    attended = attention(q, k, v)
+    attended = attention(q, whole(k), whole(v))
   attended = shard(attended, 'batch', 'heads', 'length', 'head_dim')
   with jax.named_scope('network(attention output)'):
     x = x + project('o', 'bhlk,hkd->bld', attended)
@@ -268,11 +279,11 @@ def _lookup_backward(dtype, residuals, d_rows):
   def on_device(tokens, d_rows):
     d_table = add_up(tokens, d_rows, jax.lax.axis_index('tensor'))
     d_table = jax.lax.psum_scatter(
-      d_table, 'fsdp', scatter_dimension=1, tiled=True
+      d_table, STATE_AXES, scatter_dimension=1, tiled=True
     )
     # Keeps the reduction in the loop over microbatches, as in cross_entropy.py.
     d_table = jax.lax.optimization_barrier(d_table)
-    return jax.lax.psum(d_table, ('replica', 'sequence'))
+    return jax.lax.psum(d_table, 'replica')
 
   if mesh.empty:
     return add_up(tokens, d_rows, 0).astype(table.dtype), None
@@ -280,7 +291,7 @@ def _lookup_backward(dtype, residuals, d_rows):
   d_table = jax.shard_map(
     on_device,
     in_specs=(rows, P(BATCH_AXES, 'sequence', None)),
-    out_specs=P('tensor', 'fsdp'),
+    out_specs=P('tensor', STATE_AXES),
     # Each device along `tensor` sums its own vocabulary rows, without a psum.
     check_vma=False,
   )(*pad_length(tokens, d_rows))

@@ -55,11 +55,13 @@ SMALL = Tile(512, 1024, 512)
 # Keys per tile, if possible, in regimes that leave tiles empty. Smaller key
 # tiles skip more: block diffusion of 4096 tokens computes 24 of 64 tiles of
 # 1024 x 1024, but 12 of 16 tiles of 1024 x 4096, twice as many pairs. The sum
-# of 8 partial dq costs less.
+# of SKIPPED_PARTIAL_DQ partial dq costs less.
 SKIPPED_KEYS = 1024
+SKIPPED_PARTIAL_DQ = 8
 # Above this number of partial dq, a separate kernel computes dq. It repeats two
-# of five matrix products, but memory does not grow with the square of L.
-MAX_PARTIAL_DQ = 8
+# of five matrix products, but memory does not grow with the square of L. One
+# head of a row of 131,072 tokens has 1 GiB of partial dq in bfloat16.
+MAX_PARTIAL_DQ = 32
 
 
 def block_sizes(mask, queries, keys, chip):
@@ -77,7 +79,7 @@ def block_sizes(mask, queries, keys, chip):
   skips = isinstance(mask, splash_masks.FunctionMask) and not mask.sees_more
   least = SKIPPED_KEYS if skips else keys
   forward = _fit(forward, queries, keys, least)
-  least = max(least, keys // MAX_PARTIAL_DQ)
+  least = max(least, keys // min(SKIPPED_PARTIAL_DQ, MAX_PARTIAL_DQ))
   backward = _fit(backward, queries, keys, least)
   fused = keys // backward.keys <= MAX_PARTIAL_DQ
   return splash_kernel.BlockSizes(
@@ -220,7 +222,12 @@ def computed_share(regime, length, parts=1, chip=None):
 
 
 def split_spec(kernel, axis):
-  """Returns shard_map specs of a kernel whose queries are split over `axis`."""
+  """Returns shard_map specs of a kernel whose queries are split over `axis`.
+
+  Args:
+    kernel: from `make_kernel`.
+    axis: mesh axis, or None for a kernel with whole rows on every device.
+  """
   tiles = P(None, axis)
   specs = splash_mask_info.MaskInfo(tiles, tiles, tiles, P(), P(axis))
 

@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maskdiff.distributed.mesh import AXES, BATCH_AXES, pad_length
+from maskdiff.distributed.mesh import (
+  AXES,
+  BATCH_AXES,
+  STATE_AXES,
+  pad_length,
+)
 from maskdiff.model.products import rows_first
 
 
@@ -70,7 +75,7 @@ SPECS = {
   'scalar': P(),
   'tokens': P(BATCH_AXES, 'sequence'),  # [B, L]
   'states': P(BATCH_AXES, 'sequence', None),  # [B, L, D]
-  'head': P('fsdp', 'tensor'),  # [D, V]
+  'head': P(STATE_AXES, 'tensor'),  # [D, V]
 }
 
 
@@ -79,12 +84,12 @@ def _sum_over_devices(output, x):
     return jax.lax.psum(x, AXES)
   if output != 'head':
     return jax.lax.psum(x, 'tensor')
-  x = jax.lax.psum_scatter(x, 'fsdp', tiled=True)
+  x = jax.lax.psum_scatter(x, STATE_AXES, tiled=True)
   x = jax.lax.psum_scatter(x, 'tensor', scatter_dimension=1, tiled=True)
   # Without the barrier XLA moves the reduction out of the loop over
   # microbatches, and the loop carries the whole unreduced gradient.
   x = jax.lax.optimization_barrier(x)
-  return jax.lax.psum(x, ('replica', 'sequence'))
+  return jax.lax.psum(x, 'replica')
 
 
 def over_selected(body, start, selected, chunk, part, parts):

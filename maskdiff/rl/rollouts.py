@@ -113,8 +113,9 @@ def cast(sharding, dtype):
 
 def copy_shardings(c, mesh):
   """Returns the shardings of the copy; arguments as for `sampling_copy`."""
+  whole = lambda axis: None if axis == mesh_lib.STATE_AXES else axis
   without_fsdp = lambda s: NamedSharding(
-    mesh, PartitionSpec(*(None if axis == 'fsdp' else axis for axis in s.spec))
+    mesh, PartitionSpec(*map(whole, s.spec))
   )
   shardings = mesh_lib.param_shardings(
     mesh, transformer.axes(c), transformer.shapes(c)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from maskdiff.distributed.mesh import STATE_AXES
+
 # Odd polynomial a x + b x^3 + c x^5 of the singular values. Five iterations
 # take values in [0.01, 1] to [0.68, 1.14] and smaller ones to at most 1.21. The
 # slope at 0 is a^5 = 485.
@@ -29,7 +31,7 @@ EPS = 1e-8  # added to the norm, so that a zero gradient gives a zero update
 RMS = 0.2  # of the update of a matrix
 # Mesh axes over which whole matrices are distributed. Replicas repeat the work,
 # because they may be in different slices.
-MATRIX_AXES = ('fsdp', 'tensor', 'sequence')
+MATRIX_AXES = ('sequence', 'fsdp', 'tensor')
 
 
 class MuonState(NamedTuple):
@@ -206,9 +208,9 @@ def _map_matrices(f, stacks):
   # Each step moves one mesh axis, which is an all-to-all along this axis. For
   # several at once XLA gathers the whole stack.
   steps = [
-    PartitionSpec(None, 'fsdp', 'tensor'),
-    PartitionSpec('fsdp', None, 'tensor'),
-    PartitionSpec(('fsdp', 'tensor'), None, None),
+    PartitionSpec(None, STATE_AXES, 'tensor'),
+    PartitionSpec('sequence', 'fsdp', 'tensor'),
+    PartitionSpec(('sequence', 'fsdp'), None, 'tensor'),
     PartitionSpec(MATRIX_AXES, None, None),
   ]
   for spec in steps:

@@ -188,7 +188,7 @@ def test_the_learning_rate_of_8b_matches_llada(step, rate):
   assert float(plan(step)) == pytest.approx(rate, rel=1e-5)
 
 
-@pytest.mark.parametrize('machine', ['v5e-256', 'v6e-256'])
+@pytest.mark.parametrize('machine', ['v5e-256', 'v6e-256', '32k', '128k'])
 def test_8b_reads_the_same_tokens_on_other_machines(machine):
   c, paper = build(f'8b.py:{machine}'), build('8b.py')
   ends = lambda c: [
@@ -488,7 +488,7 @@ REFUSED = {
   'no file': (['--config=configs/tinny.py', WORKDIR], 'configs/tinny.py'),
   'machine': (
     ['--config=configs/8b.py:v5e-265', WORKDIR],
-    "llada, illada, illada-v6e-256; did you mean 'v5e-256'?",
+    "illada, illada-v6e-256, 32k, 128k; did you mean 'v5e-256'?",
   ),
   'choice': (
     [TINY, WORKDIR, '--config.objective.name=autoregresive'],

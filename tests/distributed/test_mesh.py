@@ -91,11 +91,14 @@ def test_length_is_split_over_sequence(two_by_two_by_two):
   [
     (('embed',), P()),
     (('layers', 'embed'), P()),
-    (('vocab', 'embed'), P('tensor', 'fsdp')),
-    (('layers', 'embed', 'mlp'), P(None, 'fsdp', 'tensor')),
+    (('vocab', 'embed'), P('tensor', ('fsdp', 'sequence'))),
+    (
+      ('layers', 'embed', 'mlp'),
+      P(None, ('fsdp', 'sequence'), 'tensor'),
+    ),
     (
       ('layers', 'heads', 'head_dim', 'embed'),
-      P(None, 'tensor', None, 'fsdp'),
+      P(None, 'tensor', None, ('fsdp', 'sequence')),
     ),
   ],
 )

@@ -272,12 +272,13 @@ def test_auto_is_splash_if_each_part_of_a_row_is_whole_tiles(
     assert attention.fastest(*shapes(labels)) == expected
 
 
-def test_auto_is_xla_for_split_causal_rows_on_a_gpu(on):
+@pytest.mark.parametrize('kv_heads, expected', [(1, 'xla'), (2, 'cudnn')])
+def test_auto_is_xla_for_split_causal_queries_on_a_gpu(on, kv_heads, expected):
   """cuDNN takes the first query of each device to be at the first key."""
   on('gpu')
   with jax.set_mesh(cpu_mesh(sequence=2)):
     labels = masks.causal(jnp.ones((1, 256), bool))
-    assert attention.fastest(*shapes(labels)) == 'xla'
+    assert attention.fastest(*shapes(labels, 4, kv_heads)) == expected
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ as_cudnn = functools.partial(
 def test_call_of_cudnn_equals_xla_with_gradients(make, heads, kv_heads):
   """Without padding and with padding on either side, without a mask."""
   labels = make(padded(24))
-  assert attention._needs_no_mask(labels, labels)
+  assert attention._needs_no_mask(labels, labels, parts=1)
   as_cudnn(labels, heads, kv_heads, 16)
 
 
@@ -376,7 +377,12 @@ def test_call_of_cudnn_equals_xla_in_every_regime(labels):
 
 @pytest.mark.parametrize(
   'sizes',
-  [{'fsdp': 2, 'tensor': 2}, {'sequence': 4}, {'fsdp': 2, 'sequence': 4}],
+  [
+    {'fsdp': 2, 'tensor': 2},
+    {'sequence': 2},  # splits the heads
+    {'sequence': 4},  # splits the queries
+    {'fsdp': 2, 'sequence': 4},
+  ],
 )
 @pytest.mark.parametrize('name', LABELS)
 def test_call_of_cudnn_equals_xla_on_a_mesh(name, sizes):

@@ -183,6 +183,12 @@ def test_splash_equals_xla_with_rows_and_heads_split_over_a_mesh():
 )
 def test_splash_equals_xla_with_queries_split_over_a_mesh(name, documents):
   labels = masks.make_labels(REGIMES[name], padded(L), DOCUMENTS[documents])
+  assert_splash_equals_xla(labels, 4, 1, m=cpu_mesh(sequence=2))
+
+
+@pytest.mark.parametrize('name', REGIMES)
+def test_splash_equals_xla_with_heads_split_over_the_sequence_axis(name):
+  labels = masks.make_labels(REGIMES[name], padded(L), DOCUMENTS['packed'])
   assert_splash_equals_xla(labels, 4, 2, m=cpu_mesh(sequence=2))
 
 

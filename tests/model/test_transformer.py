@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import golden_models
 import jax
@@ -331,7 +332,7 @@ def test_norms_are_whole_and_matrices_are_split_on_every_mesh(sizes):
   m = mesh.make_mesh(**sizes)
   shapes = transformer.shapes(TINY)
   placed = mesh.param_shardings(m, transformer.axes(TINY), shapes)
-  parts = m.shape['fsdp'] * m.shape['tensor']
+  parts = math.prod(m.shape[a] for a in (*mesh.STATE_AXES, 'tensor'))
   for path, sharding in jax.tree_util.tree_leaves_with_path(placed):
     name = path[-1].key
     shape = functools.reduce(lambda t, k: t[k.key], path, shapes).shape

@@ -63,9 +63,9 @@ def test_a_head_costs_a_multiple_of_128_lanes(width, lanes):
 
 
 def test_separate_kernel_for_queries_has_three_products():
-  """It exists if there would be more than 8 partial dq of 4096 keys."""
-  long = {'queries': 2**16, 'keys': 2**16}
-  assert flops('splash_mha_dq_segmented', **long) == 3 * 64**2 * PRODUCT
+  """It exists if there would be more than 32 partial dq of 4096 keys."""
+  long = {'queries': 2**18, 'keys': 2**18}
+  assert flops('splash_mha_dq_segmented', **long) == 3 * 256**2 * PRODUCT
   assert flops('splash_mha_dq_segmented') is None
 
 
