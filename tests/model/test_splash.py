@@ -4,6 +4,7 @@ Pallas emulates the kernel here: slow, but the same program.
 """
 
 import functools
+import re
 import tracemalloc
 
 import jax
@@ -381,7 +382,7 @@ def shape(size, dtype, *spec):
   return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
 
 q = shape((2, 4, 2048, 128), jnp.bfloat16, 'tensor', 'sequence')
-k = shape((2, 2, 2048, 128), jnp.bfloat16, 'tensor')
+k = shape((2, 2, 2048, 128), jnp.bfloat16, 'tensor', 'sequence')
 valid = shape((2, 2048), bool, 'sequence')
 doc = shape((2, 2048), jnp.int32, 'sequence')
 regimes = {
@@ -391,7 +392,7 @@ regimes = {
   'annealed': masks.ANNEALED,
 }
 
-def compile(regime):
+def compile(regime, k):
   def loss(q, k, v, valid, doc):
     labels = masks.make_labels(regime, valid, doc)
     if regime == masks.ANNEALED:
@@ -405,16 +406,24 @@ def compile(regime):
   with jax.set_mesh(m):
     return step.lower(q, k, k, valid, doc).compile().as_text()
 
-print(json.dumps({name: compile(regimes[name]) for name in regimes}))
+hlo = {name: compile(regime, k) for name, regime in regimes.items()}
+hlo['heads'] = compile(masks.BIDIRECTIONAL, q)
+print(json.dumps(hlo))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @needs_libtpu
 def test_split_rows_compile_for_a_pod_without_a_square_array():
-  """Uses the real TPU compiler; `auto` selects splash."""
-  for name, hlo in tpu_compiler.run(COMPILE).items():
+  """Uses the real TPU compiler; `auto` selects splash.
+
+  Two key heads are gathered to four devices. Four are exchanged for positions.
+  """
+  compiled = tpu_compiler.run(COMPILE)
+  gathers = lambda name: re.search(r'= bf16\S* all-gather', compiled[name])
+  assert gathers('bidirectional') and not gathers('heads')
+  assert 'all-to-all(' in compiled['heads']
+  for name, hlo in compiled.items():
     assert 'splash_mha_fwd' in hlo and 'splash_mha_dkv' in hlo, name
     # No scores of all queries, and none of the 512 queries of one device.
     for square in ('2048,2048]', '512,2048]', '2048,512]'):
