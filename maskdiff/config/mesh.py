@@ -16,7 +16,11 @@ KEYS = {
     'Devices over which parameters, optimizer state and rows are sharded. '
     '-1: all remaining devices.',
   ),
-  'sequence': Key(1, 'Devices over which the positions of a row are sharded.'),
+  'sequence': Key(
+    1,
+    'Devices over which the positions of a row are sharded, and with `fsdp` '
+    'the state.',
+  ),
   'tensor': Key(1, 'Tensor parallelism: devices that share each layer.'),
 }
 
