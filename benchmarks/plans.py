@@ -3,7 +3,7 @@
 python benchmarks/plans.py [--only 1b] > table.md
 
 Compiles the train step of each config for TPUs with launch/plan.py and prints
-a Markdown table. Takes half an hour on two cores.
+a Markdown table. Takes an hour on one core.
 """
 
 import argparse
@@ -21,6 +21,11 @@ PLANS = [
   ('8b.py', '', 'v5p:4x4x4', 1),
   ('8b.py:v5e-256', '', 'v5e:16x16', 1),
   ('8b.py:v6e-256', '', 'v6e:16x16', 1),
+  ('8b.py', '', 'tpu7x:4x4x4', 1),
+  ('8b.py:illada', ' (7.62B)', 'v5p:4x4x4', 1),
+  ('8b.py:illada-v6e-256', ' (7.62B)', 'v6e:16x16', 1),
+  ('8b.py:32k', '', 'v5p:4x4x4', 1),
+  ('8b.py:128k', '', 'v5p:4x4x4', 1),
   ('8b_multislice.py', '', 'v5p:4x4x4', 2),
   ('8b_blocks.py', '', 'v5p:4x4x4', 1),
   ('32b.py', ' (32.5B)', 'v5p:4x4x4', 1),
@@ -28,6 +33,7 @@ PLANS = [
   ('1b.py:v6e-8', '', 'v6e:2x4', 1),
   ('1b.py:v6e-1', '', 'v6e:1x1', 1),
   ('1b.py:v5e-1', ' (0.91B)', 'v5e:1x1', 1),
+  ('1b.py:tpu', ' (1.51B)', 'v6e:2x4', 1),
   ('150m.py', '', 'v5e:1x1', 1),
   ('150m.py:v6e-1', '', 'v6e:1x1', 1),
 ]

@@ -6,9 +6,9 @@ python launch/pretrain.py --config configs/150m.py --workdir runs/150m
 epochs. It has not been trained yet.
 
 configs/150m.py:MACHINE sets config.model.remat for a machine, by default one
-chip of v5e; launch/colab.ipynb uses the default on a GPU too. A v6e chip has
-memory for remat=minimal (22.1 GiB), but in the plan remat=minimal is slower:
-0.37 s per step.
+chip of v5e. `gpu` has the least memory, and no plan. A v6e chip has memory for
+remat=minimal (22.1 GiB), but in the plan remat=minimal is slower: 0.37 s per
+step.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5e-1, v5e:1x1: 5.6 of 15.75 GiB per chip, 0.84 s per step, 77,826 tokens/s,
@@ -20,8 +20,9 @@ Plans of launch/plan.py; the time is an optimistic estimate:
 from maskdiff.config import choose, default
 
 MACHINES = {
-  'v5e-1': dict(microbatches=1, remat='full'),
+  'v5e-1': dict(microbatches=2, remat='minimal'),
   'v6e-1': dict(microbatches=1, remat='full'),
+  'gpu': dict(microbatches=1, remat='full'),
 }
 
 

@@ -44,7 +44,7 @@ from maskdiff.config import choose, default
 # microbatch.
 MACHINES = {
   'v5e-8': dict(
-    batch=1280, microbatches=80, remat='attended', chunk=1088, save=25
+    batch=1280, microbatches=80, remat='minimal', chunk=1088, save=25
   ),
   'v6e-8': dict(
     batch=1280, microbatches=20, remat='attended', chunk=2112, save=80

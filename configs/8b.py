@@ -51,11 +51,11 @@ MACHINES['llada'] = MACHINES['v5p-128']
 MACHINES['illada'] = dict(batch=640, microbatches=5, remat='minimal')
 MACHINES['illada-v6e-256'] = dict(batch=512, microbatches=1, remat='attended')
 # Long rows on 64 chips of v5p.
-MACHINES['32k'] = dict(
-  batch=160, microbatches=5, remat='minimal', length=32_768, sequence=4, eval=32
+MACHINES['32k'] = MACHINES['v5p-128'] | dict(
+  batch=160, length=32_768, sequence=4, eval=32, save=100
 )
-MACHINES['128k'] = dict(
-  batch=40, microbatches=5, remat='minimal', length=131_072, sequence=16, eval=8
+MACHINES['128k'] = MACHINES['v5p-128'] | dict(
+  batch=40, length=131_072, sequence=16, eval=8, save=25
 )
 LLADA_TOKENS, ILLADA_TOKENS = 2.3e12, 12e12
 
@@ -120,6 +120,6 @@ def get_config(machine='v5p-128'):
   c.sample.block_length = 32
   c.sample.steps = 128
   c.guard.spike_sigmas = 6.0  # large batches have no spikes by chance
-  c.checkpoint.every_steps = 250  # less than an hour on 64 chips of v5p
+  c.checkpoint.every_steps = plan.get('save', 250)  # less than an hour
   c.checkpoint.keep_every_steps = 10_000
   return c

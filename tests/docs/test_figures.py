@@ -26,17 +26,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / 'docs' / 'from_laptop_to_pod.md').read_text()
 README = (ROOT / 'README.md').read_text()
 SPEED = (ROOT / 'docs' / 'speed.md').read_text()
+TOPOLOGY = r'(?:v\w+|tpu7x):[\dx]+'
 SAID = re.compile(
-  r'(?P<topology>v\w+:[\dx]+): (?P<hbm>[\d.]+) of (?P<room>[\d.]+) GiB per chip'
+  rf'(?:(?P<machine>[\w-]+), )?(?P<topology>{TOPOLOGY}): '
+  r'(?P<hbm>[\d.]+) of (?P<room>[\d.]+) GiB per chip'
   r', (?P<step>[\d.]+) s per step, (?P<speed>[\d,]+) tokens/s'
   r', MFU (?P<mfu>\d+)%;'
   r' [\d.]+ \w+ and (?P<hours>[\d,.]+) chip-hours'
 )
-# Topology of the plan behind each column of the page.
+# The plan behind each column of the page.
 PLANNED = {
-  '150m.py': 'v5e:1x1',
-  '1b.py': 'v5e:2x4',
-  '8b.py': 'v5p:4x4x4',
+  '150m.py': ('v5e-1', 'v5e:1x1'),
+  '1b.py': ('v5e-8', 'v5e:2x4'),
+  '8b.py': ('v5p-128', 'v5p:4x4x4'),
 }
 
 
@@ -69,13 +71,17 @@ def table(text, first):
 
 
 def plans_of(text):
-  """{(config, topology): figures} of a table of plans; figures as in `said`."""
+  """{(config, machine, topology): figures} of a table of plans.
+
+  Figures are as in `said`. The machine of a config without one is None.
+  """
   found = {}
   for config, where, _, hbm, step, speed, mfu, total, _ in table(
     text, '`configs/`'
   )[1:]:
-    topology = re.search(r'v\w+:[\dx]+', where)[0]
-    found[config.partition(':')[0].split()[0], topology] = {
+    topology = re.search(TOPOLOGY, where)[0]
+    file, _, machine = config.split()[0].partition(':')
+    found[file, machine or None, topology] = {
       **dict(zip(('hbm', 'room'), hbm.split(' of '), strict=True)),
       **dict(step=step, speed=speed, mfu=f'{percent(mfu):.0f}'),
       'hours': total.split(', ', 1)[1],
@@ -84,10 +90,13 @@ def plans_of(text):
 
 
 def said(config):
-  """{topology: figures} of a config's docstring."""
+  """{(machine, topology): figures} of a config's docstring.
+
+  The first machine of a file is its default.
+  """
   doc = runpy.run_path(str(ROOT / 'configs' / config))['__doc__']
   return {
-    found.pop('topology'): found
+    (found.pop('machine'), found.pop('topology')): found
     for found in (m.groupdict() for m in SAID.finditer(' '.join(doc.split())))
   }
 
@@ -126,9 +135,12 @@ def state_bytes(name):
 
 def test_the_table_of_plans_equals_the_docstrings():
   plans = plans_of(SPEED)
-  assert len(plans) >= 9
-  for (config, topology), figures in plans.items():
-    assert said(config)[topology] == figures, (config, topology)
+  assert len(plans) == len(table(SPEED, '`configs/`')[1:]) >= 18
+  for (config, machine, topology), figures in plans.items():
+    shown = said(config)
+    default = next(iter(shown))[0]
+    found = shown[machine or default, topology]
+    assert found == figures, (config, machine, topology)
 
 
 def test_the_readme_has_the_plan_of_8b():
@@ -187,8 +199,13 @@ def config_on_its_chips(cell):
   config = get_config(machine) if machine else get_config()
   plans = table(SPEED, '`configs/`')[1:]
   plan = next(row for row in plans if row[0].split()[0] == cell)
-  chip, shape = chips_lib.parse_topology(re.search(r'v\w+:[\dx]+', plan[1])[0])
-  return config, plan, chip, math.prod(shape)
+  return config, plan, *parse_topology(plan[1])
+
+
+def parse_topology(cell):
+  """Returns Chip and number of devices of a cell of the table of plans."""
+  chip, shape = chips_lib.parse_topology(re.search(TOPOLOGY, cell)[0])
+  return chip, math.prod(shape) * chip.devices
 
 
 @pytest.mark.parametrize(
@@ -211,8 +228,9 @@ def test_attention_by_the_matrix_unit_follows_from_the_configs(row):
   assert row[3] == f'{change:+.1%}'
 
 
-def sizes_of_mesh(chips, slices=1):
-  return {'replica': slices, 'fsdp': chips, 'sequence': 1, 'tensor': 1}
+def sizes_of_mesh(devices, slices=1, sequence=1):
+  sizes = {'replica': slices, 'fsdp': devices // sequence}
+  return {**sizes, 'sequence': sequence, 'tensor': 1}
 
 
 def ceiling(c):
@@ -241,9 +259,11 @@ def test_ceilings_follow_from_the_configs(row):
 )
 def test_chunks_of_the_loss_are_nearly_full(row):
   """With 6% fewer tokens per chunk the loop would take another trip."""
-  c, _, _, chips = config_on_its_chips(row[0].split()[0])
+  c = config_on_its_chips(row[0].split()[0])[0]
+  devices = parse_topology(row[1])[1]
   slices = 2 if ' x v' in row[1] else 1
-  trips = lambda: plan_lib.loss_chunks(c, sizes_of_mesh(chips, slices))
+  sizes = sizes_of_mesh(devices, slices, c.mesh.sequence)
+  trips = lambda: plan_lib.loss_chunks(c, sizes)
   now = trips()
   c.objective.loss_chunk_tokens = int(c.objective.loss_chunk_tokens * 0.94)
   assert trips() > now
@@ -313,7 +333,7 @@ def test_page_has_the_figures_of_the_plans(config):
   assert f'{percent(column["MFU"]):.0f}' == plan['mfu']
   assert column['chip-hours for all tokens'] == plan['hours']
   chips = 1
-  for side in PLANNED[config].partition(':')[2].split('x'):
+  for side in PLANNED[config][1].partition(':')[2].split('x'):
     chips *= int(side)
   assert int(column['chips'].split()[0]) == chips
 
