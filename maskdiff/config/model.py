@@ -40,6 +40,12 @@ KEYS = {
     'Attention kernel. splash needs a TPU, cudnn an NVIDIA GPU.',
     ('auto', 'xla', 'splash', 'cudnn'),
   ),
+  'quantization': Key(
+    'none',
+    'int8: matrix products of the layers, and their gradients by activations, '
+    'have operands of 8 bits, rounded anew in each step.',
+    ('none', 'int8'),
+  ),
   'qkv_bias': Key(
     False, 'Add biases to queries, keys and values, as in Qwen2.'
   ),

@@ -267,7 +267,9 @@ def check(folder, workdir=None, ema=False):
   block_length = reference.attention_block(
     published.family.objective, published.model['block_length'], len(tokens)
   )
-  config.model.update(dtype='float32', remat='none', attention='xla')
+  config.model.update(
+    dtype='float32', remat='none', attention='xla', quantization='none'
+  )
   if workdir is not None:
     _check_same_model(published, config, workdir)
   found = np.asarray(logits(config, params, mesh, tokens, block_length))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskdiff.model import lora
+from maskdiff.model import int8, lora
 
 
 def weight(rngs, shape, axes, std):
@@ -83,14 +83,20 @@ class Blocks(nnx.Module):
     setattr(self, f'{matrix}_b', b)
 
 
-def stacked(blocks, dtype):
+def stacked(blocks, dtype, quantization='none'):
   """Returns the weights of layers as a dict, with matrices in a dtype.
 
   Args:
     blocks: Blocks.
     dtype: compute dtype. Norms and biases stay in float32.
+    quantization: with 'int8', the matrices are Int8Matrix; adapters are not.
   """
-  return jax.tree.map(
-    lambda w: w.astype(dtype) if w.ndim > 2 else w,
-    nnx.to_pure_dict(nnx.state(blocks)),
-  )
+
+  def one(name, w):
+    if quantization == 'int8' and name in lora.TARGETS.values():
+      inputs, _ = lora.split_axes(name, range(1, w.ndim))
+      return int8.quantize_matrix(w, inputs, dtype)
+    return w.astype(dtype) if w.ndim > 2 else w
+
+  weights = nnx.to_pure_dict(nnx.state(blocks))
+  return {name: one(name, w) for name, w in weights.items()}

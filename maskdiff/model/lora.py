@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from maskdiff.config import lora
+from maskdiff.model import int8
 from maskdiff.model.products import product
 
 # Names of targets, and of their matrices in transformer.Blocks.
@@ -63,12 +64,13 @@ def project(c, w, matrix, equation, x):
 
   Args:
     c: LoraConfig.
-    w: dict, the weights of a layer; see transformer.Blocks.
+    w: dict, the weights of a layer; see blocks.stacked.
     matrix: name of the matrix.
     equation: einsum of `x` and the matrix, such as 'bld,dhk->bhlk'.
     x: [B, L, D], or as the equation says.
   """
-  y = product(equation, x, w[matrix])
+  quantized = isinstance(w[matrix], int8.Int8Matrix)
+  y = (int8.product if quantized else product)(equation, x, w[matrix])
   if f'{matrix}_a' not in w:
     return y
   operands, result = equation.split('->')

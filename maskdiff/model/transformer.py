@@ -72,6 +72,7 @@ class TransformerConfig:
   dtype: str  # of activations and matrix products; parameters are float32
   remat: str  # a key of REMAT_POLICIES
   attention: str  # auto, xla, splash or cudnn
+  quantization: str = 'none'  # of the products of the layers; see int8.py
   qkv_bias: bool = False  # biases of queries, keys and values (Qwen2, Dream)
   qk_norm: bool = False  # RMS norm of queries and keys per head (Qwen3)
   zero_outputs: bool = False  # at initialization, `o` and `down` are 0
@@ -224,7 +225,7 @@ class Transformer(nnx.Module):
     # Matrices are cast before the scan, so that a mesh gathers the weights of
     # each layer in the compute dtype.
     with jax.named_scope('part(weights: cast and copy)'):
-      layers = stacked(self.blocks, c.dtype)
+      layers = stacked(self.blocks, c.dtype, c.quantization)
 
     def layer(x, xs):
       weights, cached = xs

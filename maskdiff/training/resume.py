@@ -41,6 +41,7 @@ MAY_CHANGE = (
   'model.dtype',
   'model.remat',
   'model.attention',
+  'model.quantization',
   'objective.loss_chunk_tokens',
 )
 
