@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskdiff.distributed.mesh import shard
 from maskdiff.model import products
@@ -48,7 +49,7 @@ def quantize(x, axes):
   largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
   largest = jnp.maximum(largest, SMALLEST)
   integers = jnp.round(x * (127 / largest)).astype(jnp.int8)
-  return integers, jnp.squeeze(largest / 127, axes)
+  return integers, jnp.squeeze(largest * np.float32(1 / 127), axes)
 
 
 def quantize_matrix(w, axes, dtype):

@@ -62,6 +62,11 @@ WARNING = (
   f'peak on {CHIPS} chips and {MFU_OF_MORE_CHIPS:.1%} on {MORE_CHIPS}'
 )
 
+INT8_WARNING = (
+  'config.model.quantization=int8: utilizations are of the peak in bfloat16, '
+  'and their range is from measurements without integers'
+)
+
 
 def band(mfu, chips):
   """Returns the lowest and the highest utilization that measurements suggest.

@@ -102,6 +102,8 @@ def plan_on(config, target):
   low, high = calibration.band(mfu, chips)
   if chips > calibration.CHIPS:
     result['warnings'].append(calibration.WARNING)
+  if config.model.quantization == 'int8':
+    result['warnings'].append(calibration.INT8_WARNING)
   return result | {
     'tokens_per_s': step_tokens / result['step_s'],
     'tokens_per_s_per_chip': step_tokens / result['step_s'] / chips,

@@ -19,9 +19,10 @@ import re
 
 from maskdiff.planner import hlo, hlo_collectives, hlo_loops
 
-# Products of these types run at half of the peak of bfloat16, as TF32 (NVIDIA
-# A100 and H100 data sheets: 156 of 312 and 494.7 of 989.4 TFLOP/s).
-HALF_RATE = ('f32',)
+# Rates of products in multiples of the peak of bfloat16, by type of an operand:
+# TF32, and integers of 8 bits (NVIDIA A100 and H100 data sheets: 156 and 624 of
+# 312 TFLOP/s, 494.7 and 1978.9 of 989.4).
+RATES = {'f32': 0.5, 's8': 2.0}
 # Instructions that read and write nothing.
 FREE = (
   'parameter constant get-tuple-element tuple bitcast after-all '
@@ -102,8 +103,8 @@ def _product_s(module, gpu, computation, i):
   if not count:
     return 0.0
   dtypes = [a.dtype for o in i.operands[:2] for a in hlo.arrays(body[o].type)]
-  half = any(dtype in HALF_RATE for dtype in dtypes)
-  return count / (gpu.peak_flops * (0.5 if half else 1.0))
+  rate = min(RATES.get(dtype, 1.0) for dtype in dtypes)
+  return count / (gpu.peak_flops * rate)
 
 
 def flops(body, i):

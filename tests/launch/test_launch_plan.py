@@ -149,10 +149,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maskdiff import config
 from maskdiff.planner.target import open_target
 
-def on(topology, function, *shapes):
+def on(topology, function, *shapes, dtype=jnp.bfloat16):
   target = open_target(config.default(), topology)
   whole = NamedSharding(target.mesh, PartitionSpec())
-  shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+  shapes = [jax.ShapeDtypeStruct(s, dtype) for s in shapes]
   compiled = jax.jit(function, in_shardings=whole).lower(*shapes).compile()
   return compiled.as_text()
 
@@ -160,10 +160,15 @@ def layers(x, weights):
   step = lambda x, w: (jnp.tanh(x @ w), None)
   return jax.lax.scan(step, x, weights)[0]
 
+def of_integers(a, b):
+  product = jnp.matmul(a, b, preferred_element_type=jnp.int32)
+  return (product.astype(jnp.float32) * 1e-4).astype(jnp.bfloat16)
+
 shape = (4096, 4096)
 topologies = 'v4:2x2x1', 'v5e:1x1', 'v5p:2x2x1', 'v6e:1x1', 'v6e:2x4'
 print(json.dumps({
   'products': {t: on(t, lambda a, b: a @ b, shape, shape) for t in topologies},
+  'integers': on('v5p:2x2x1', of_integers, shape, shape, dtype=jnp.int8),
   'loop': on('v5e:2x4', layers, shape, (12, *shape)),
 }))
 """
@@ -189,6 +194,14 @@ def test_a_large_matrix_product_is_priced_near_the_peak(texts):
     share = 2 * 4096**3 / price(text, topology).total_s / chip.peak_flops
     print(f'{topology}: {share:.1%} of the peak')
     assert 0.7 < share < 1, topology
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_product_of_integers_is_priced_above_the_peak_of_bfloat16(texts):
+  seconds = price(texts['integers'], 'v5p:2x2x1').total_s
+  share = 2 * 4096**3 / seconds / chips.by_kind('TPU v5p').peak_flops
+  assert 1.4 < share < 2
 
 
 @pytest.mark.slow

@@ -137,6 +137,14 @@ def test_synchronous_collective_is_exposed():
   assert traffic.nbytes == pytest.approx(GATHERED)
 
 
+def test_gathered_integers_have_half_the_bytes():
+  """Of bfloat16; the products themselves have the compiler's cycles."""
+  cost = price(gather().replace('bf16', 's8') + work('a', 3))
+  assert cost.exposed_s['ici'] == pytest.approx(0.005 + LATENCY_S / 2)
+  (traffic,) = cost.traffic.values()
+  assert (traffic.dtype, traffic.nbytes) == ('s8', GATHERED / 2)
+
+
 @pytest.mark.parametrize('ms, exposed', [(4, 6), (10, 0), (12, 0)])
 def test_asynchronous_collective_is_exposed_after_the_work(ms, exposed):
   cost = price(

@@ -63,9 +63,9 @@ def test_a_custom_call_of_cublas_is_a_product():
   assert bounds(line, 'cublas-gemm.1')[0] == 2 * 64 * 16 * 32
 
 
-def test_the_longer_of_both_times_counts_and_tf32_has_half_of_the_peak():
+def test_the_longer_of_both_times_counts_and_rates_differ_by_type():
   gpu = roofline.Gpu(peak_flops=1.0, hbm_bandwidth=1e12)
-  for dtype, factor in (('bf16', 1), ('f32', 2)):
+  for dtype, factor in (('bf16', 1), ('f32', 2), ('s8', 0.5)):
     module = program(
       f'  %c = {dtype}[64,32]{{1,0}} convert(%a)\n'
       f'  %d = {dtype}[32,16]{{1,0}} convert(%b)\n'
