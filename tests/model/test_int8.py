@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from maskdiff.model import blocks, int8, masks, products, transformer
+from maskdiff.model.lora import LoraConfig
 
 SIZES = dict(b=2, l=5, d=6, f=8, h=3, g=2, k=4)
 EQUATIONS = [
@@ -126,7 +127,7 @@ def test_zeros_stay_zeros_and_nan_spreads():
 
 
 def test_only_matrices_of_layers_are_quantized():
-  model = tiny.model(lora=tiny.MODEL.lora, qk_norm=True, qkv_bias=True)
+  model = tiny.model(lora=LoraConfig(rank=2), qk_norm=True, qkv_bias=True)
   network = transformer.bind(model, tiny_params(model))
   weights = blocks.stacked(network.blocks, 'bfloat16', 'int8')
   quantized = {n for n, w in weights.items() if isinstance(w, int8.Int8Matrix)}
