@@ -16,7 +16,7 @@ import tpu_compiler
 from tpu_compiler import ENVIRONMENT, ROOT, needs_libtpu
 
 from maskdiff.distributed import chips
-from maskdiff.planner import hlo, hlo_cost
+from maskdiff.planner import calibration, hlo, hlo_cost
 from maskdiff.planner.environment import COMPILER_ENVIRONMENT
 from maskdiff.planner.fields import FIELDS
 from maskdiff.planner.hlo_collectives import Machine
@@ -367,17 +367,26 @@ def test_a_plan_of_policy_optimization(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_plan_of_two_slices(tmp_path):
-  found, _ = planned(
+def test_a_plan_of_two_slices_and_integers(tmp_path):
+  found, text = planned(
     tmp_path,
     '--topology',
     'v5p:2x2x1',
     '--num_slices',
     '2',
     '--config.mesh.replica=2',
+    '--config.model.quantization=int8',
     *SMALL,
     run=functools.partial(launch, evaluation=False),
   )
+  # Matrices of the layers are gathered in both directions.
+  matrices = 2 * (4 * 256 * 256 + 3 * 256 * 512)
+  integers = [c for c in found['collectives'] if c['dtype'] == 's8']
+  assert {c['kind'] for c in integers} == {'all-gather'}
+  gathered = sum(c['gb'] for c in integers) * 1e9
+  assert 0.7 < gathered / (2 * matrices * 3 / 4) < 1.5
+  assert calibration.INT8_WARNING in found['warnings']
+  assert 'of the peak in bfloat16' in text
   assert (found['chips'], found['num_slices']) == (8, 2)
   between = [c for c in found['collectives'] if c['network'] == 'dcn']
   assert between and all(c['axes'] == 'replica' for c in between)
