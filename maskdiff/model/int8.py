@@ -25,7 +25,7 @@ import numpy as np
 from maskdiff.distributed.mesh import shard
 from maskdiff.model import products
 
-SMALLEST = 1e-30  # magnitude below which a slice is stored as 0
+SMALLEST = 1e-30  # least magnitude that becomes 127, for slices of zeros
 
 
 class Int8Matrix(NamedTuple):
