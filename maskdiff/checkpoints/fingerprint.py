@@ -137,4 +137,5 @@ def fingerprints(tree):
 
   The arrays may be donated as soon as this function returns.
   """
-  return jax.tree.map(fingerprint, tree)
+  # A state has several arrays of each shape, and jit traces each shape once.
+  return jax.tree.map(jax.jit(fingerprint), tree)

@@ -194,7 +194,10 @@ def trained(name):
   c, tx = step.step_config(make_config(ALL[name])), optimizer()
   nll = causal_nll if name in EXACT else masked_nll
 
-  @jax.jit
+  # conftest.py disables optimization, but the steps take most of the time.
+  @functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 1}
+  )
   def train(state, tokens):
     update = lambda s, rows: step.train_step(c, tx, s, Rows(rows), KEY)
     state, _ = jax.lax.scan(update, state, tokens)
