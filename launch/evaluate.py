@@ -154,9 +154,10 @@ def evaluate(args):
   if args.form in FORMS and not answered:
     estimator = Estimator(args.form, args.samples, args.strata, args.coupled)
   values = config.parse_pairs(args.sample)
-  model = load.Model(
-    *load.load(args.workdir, args.tensor, args.dtype, args.ema)
+  loaded = load.load(
+    args.workdir, args.tensor, args.dtype, args.ema, args.rope_scaling
   )
+  model = load.Model(*loaded)
   if lines is None:
     lines = [scored.Line(*line) for line in generate(args, model)]
   if answered:
@@ -178,6 +179,7 @@ def evaluate(args):
     'workdir': printable(args.workdir),
     'dtype': model.dtype,
     'ema': args.ema,
+    'rope_scaling': list(model.config.model.rope_scaling),
   }
   if jax.process_index() == 0:
     for row in [*rows, total]:

@@ -64,7 +64,7 @@ def evaluate(args):
   if unknown:
     raise UserError(f'--tasks: lm-eval has no task {", ".join(unknown)}')
   settings = config.parse_pairs(args.model)
-  keys = ('workdir', 'tensor', 'dtype', 'ema')
+  keys = ('workdir', 'tensor', 'dtype', 'ema', 'rope_scaling')
   loaded = {key: getattr(args, key) for key in keys}
   for key in loaded:
     if key in settings:

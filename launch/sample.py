@@ -115,7 +115,7 @@ def sample(args):
   output.check_files(out=args.out, html=args.html)
   prompts, gaps = ([], False) if args.interactive else read_prompts(args)
   run_config, tokenizer, params, mesh = load.load(
-    args.workdir, args.tensor, args.dtype, args.ema
+    args.workdir, args.tensor, args.dtype, args.ema, args.rope_scaling
   )
   network = load.network(run_config, params)
   if args.suppress_mask:

@@ -26,6 +26,7 @@ from maskdiff.config.keys import (
   lookup,
 )
 from maskdiff.config.mesh import validate_mesh
+from maskdiff.config.model import extends, scale_rows
 from maskdiff.config.settings import (
   parse_pairs,
   sample_settings,
@@ -44,6 +45,7 @@ __all__ = [
   'define_load_flags',
   'define_sample_flags',
   'define_training_flags',
+  'extends',
   'flatten',
   'from_dict',
   'lookup',
@@ -51,6 +53,7 @@ __all__ = [
   'require_workdir',
   'run_script',
   'sample_settings',
+  'scale_rows',
   'validate',
   'validate_mesh',
   'with_settings',

@@ -153,7 +153,7 @@ def define_training_flags():
 
 
 def define_load_flags():
-  """Defines --tensor, --dtype and --ema, arguments of interop.load.load."""
+  """Defines --tensor, --dtype, --ema and --rope_scaling of interop.load."""
   flags.DEFINE_integer(
     'tensor',
     1,
@@ -164,6 +164,13 @@ def define_load_flags():
     'dtype', None, WEIGHT_DTYPES, 'Dtype of the weights. Default: as stored.'
   )
   define_ema_flag()
+  flags.DEFINE_list(
+    'rope_scaling',
+    None,
+    'Two numbers, such as 4096,16384: tokens of a training row, and of the '
+    'longest row. Sets config.model.rope_scaling and config.data.length of a '
+    'bidirectional model.',
+  )
 
 
 def define_ema_flag():

@@ -1,6 +1,7 @@
 """Config keys of the network."""
 
 from maskdiff.config.key import Key, are_numbers, require
+from maskdiff.errors import UserError
 
 KEYS = {
   'vocab_size': Key(4096, 'Vocabulary size V.', minimum=1),
@@ -64,8 +65,10 @@ KEYS = {
   ),
   'rope_scaling': Key(
     (),
-    'RoPE scaling of Llama 3.1 as (factor, low_freq_factor, high_freq_factor, '
-    'original context length); (): none.',
+    'RoPE scaling. (tokens of a training row, tokens of the longest row): '
+    'diffusion-aware NTK, for rows longer than those of the training. (factor, '
+    'low_freq_factor, high_freq_factor, original context length): that of '
+    'Llama 3.1. (): none.',
   ),
 }
 
@@ -92,9 +95,79 @@ def check(c):
     '--config.model.predict_next=False',
   )
   require(
-    len(m.rope_scaling) in (0, 4)
+    len(m.rope_scaling) in (0, 2, 4)
     and are_numbers(m.rope_scaling)
     and all(x > 0 for x in m.rope_scaling),
-    f"config.model.rope_scaling={m.rope_scaling}: must be () or Llama 3.1's "
-    '(factor, low_freq_factor, high_freq_factor, length)',
+    f'config.model.rope_scaling={m.rope_scaling}: must be (), (tokens of a '
+    'training row, tokens of the longest row) or '
+    "Llama 3.1's (factor, low_freq_factor, high_freq_factor, length)",
+  )
+  if len(m.rope_scaling) == 2:
+    _check_ntk(c)
+
+
+def _check_ntk(c):
+  """Raises UserError if the NTK scaling does not fit the config."""
+  trained, longest = c.model.rope_scaling
+  name = f'config.model.rope_scaling=({trained}, {longest})'
+  require(
+    4 <= trained < longest and {type(trained), type(longest)} == {int},
+    f'{name}: must be two integers, tokens of a training row (at least 4) and '
+    'tokens of the longest row, which are more',
+  )
+  require(
+    c.data.length <= longest,
+    f'{name} is for rows of at most {longest} tokens, but config.data.length='
+    f'{c.data.length}; set --config.model.rope_scaling="({trained}, '
+    f'{c.data.length})"',
+  )
+  require(
+    c.objective.name == 'masked_diffusion',
+    f'{name} counts relative positions on both sides of a token, for '
+    "bidirectional attention: set config.objective.name='masked_diffusion', "
+    f'not {c.objective.name!r}, or --config.model.rope_scaling="()"',
+  )
+  require(
+    c.model.rope_theta > 1,
+    f'{name} needs config.model.rope_theta above 1, not {c.model.rope_theta}',
+  )
+
+
+def scale_rows(c, scaling):
+  """Sets the NTK scaling of a trained model, and the length of its rows.
+
+  Args:
+    c: ConfigDict of the model, changed in place.
+    scaling: tokens of a training row and of the longest row, two integers or
+      texts; None or () changes nothing.
+
+  Raises:
+    UserError: the numbers are not valid; or the model has Llama 3.1's scaling,
+      or an NTK scaling from other training rows.
+  """
+  if not scaling:
+    return
+  shown = ','.join(map(str, scaling))
+  try:
+    trained, longest = map(int, scaling)
+  except ValueError as error:
+    raise UserError(
+      f'rope_scaling={shown}: must be two integers, tokens of a training row '
+      'and tokens of the longest row, such as 4096,16384'
+    ) from error
+  stored = tuple(c.model.rope_scaling)
+  require(
+    extends(stored, (trained, longest)),
+    f'rope_scaling={shown}: the model has config.model.rope_scaling={stored}, '
+    'and only the second of two numbers can change',
+  )
+  c.model.rope_scaling = (trained, longest)
+  c.data.length = longest
+  check(c)
+
+
+def extends(stored, scaling):
+  """Returns whether a model with the scaling `stored` may get `scaling`."""
+  return len(scaling) == 2 and (
+    not stored or (len(stored) == 2 and stored[0] == scaling[0])
   )

@@ -63,6 +63,7 @@ class MaskDiff(TemplateLM):
     tensor=1,
     dtype=None,
     ema=False,
+    rope_scaling=None,
     batch_size=16,
     max_batch_size=None,
     device=None,
@@ -82,6 +83,7 @@ class MaskDiff(TemplateLM):
       tensor: number of devices among which every layer is split, see load.load.
       dtype: dtype of the weights, float32 or bfloat16; default: as stored.
       ema: take the moving average of the weights instead of the weights.
+      rope_scaling: tokens of a training row and of the longest row, a list.
       batch_size: number of texts sampled together.
       max_batch_size, device: passed by lm-eval, not used.
       sampler: keys of config.sample. They override the settings of a task;
@@ -112,7 +114,9 @@ class MaskDiff(TemplateLM):
     self.estimator = None
     if form != 'left_to_right':
       self.estimator = Estimator(form, samples, strata, coupled)
-    self.model = load.Model(*load.load(workdir, tensor, dtype, ema))
+    self.model = load.Model(
+      *load.load(workdir, tensor, dtype, ema, rope_scaling)
+    )
     config = self.model.config
     # `steps` is checked later, since it depends on a task's gen_length.
     checked = {k: v for k, v in self.sampler_settings.items() if k != 'steps'}
@@ -125,6 +129,7 @@ class MaskDiff(TemplateLM):
       'workdir': str(workdir),
       'dtype': self.model.dtype,
       'ema': ema,
+      'rope_scaling': list(config.model.rope_scaling),
       'seed': seed,
       'guidance': guidance,
       'check_greedy': check_greedy,

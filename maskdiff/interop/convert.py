@@ -317,8 +317,9 @@ def check_tokens(published):
 
 def _check_same_model(published, config, workdir):
   """Raises a UserError if a folder and a config have different models."""
+  of_run = families.exported(config.model)
   values = {
-    f'model.{field}': (published.model[field], config.model[field])
+    f'model.{field}': (published.model[field], of_run[field])
     for field in families.FIELDS
   }
   if published.family.objective == config.objective.name and (

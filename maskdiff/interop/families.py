@@ -22,6 +22,7 @@ import numpy as np
 from maskdiff.errors import UserError, inline
 from maskdiff.files import folder as folder_lib
 from maskdiff.interop import config_keys
+from maskdiff.model import ntk
 
 CONFIG = 'config.json'
 # Number of input axes of each matrix.
@@ -674,6 +675,24 @@ def _rope(family, published, path):
   return theta, numbers
 
 
+def exported(model):
+  """Returns the keys FIELDS of a model as config.json can express them.
+
+  NTK scaling is another rope_theta.
+
+  Args:
+    model: mapping with the keys FIELDS.
+  """
+  fields = {field: model[field] for field in FIELDS}
+  scaling = fields['rope_scaling'] = tuple(fields['rope_scaling'])
+  if len(scaling) == 2:
+    fields['rope_theta'] = ntk.scaled_theta(
+      fields['rope_theta'], fields['head_dim'], *scaling
+    )
+    fields['rope_scaling'] = ()
+  return fields
+
+
 def misfit(family, model):
   """Returns the first config value that a family does not support, or None.
 
@@ -684,11 +703,12 @@ def misfit(family, model):
   Returns:
     str such as 'config.model.qk_norm=True'; None if the family fits.
   """
+  model = exported(model)
   for field in ('qkv_bias', 'qk_norm'):
     if model[field] != getattr(family, field):
       return f'config.model.{field}={model[field]}'
   if model['rope_scaling'] and not family.scales_rope:
-    return f'config.model.rope_scaling={tuple(model["rope_scaling"])}'
+    return f'config.model.rope_scaling={model["rope_scaling"]}'
   if (
     not family.has_head_dim
     and model['head_dim'] * model['heads'] != model['embed']
@@ -722,12 +742,11 @@ def published_config(
       original = None
   base = dict(original or family.template)
   fields = {
-    **{field: model[field] for field in FIELDS},
+    **exported(model),
     'length': length,
     'block_length': block_length,
     'dtype': dtype,
   }
-  fields['rope_scaling'] = tuple(fields['rope_scaling'])
   changed = {f for f in fields if known is None or known[f] != fields[f]}
   if not original:
     base |= {

@@ -68,7 +68,7 @@ class Model:
     )
 
 
-def load(workdir, tensor=1, dtype=None, ema=False):
+def load(workdir, tensor=1, dtype=None, ema=False, rope_scaling=None):
   """Loads the newest intact checkpoint of a run, for sampling and scoring.
 
   Args:
@@ -80,6 +80,7 @@ def load(workdir, tensor=1, dtype=None, ema=False):
       config.model.dtype is bfloat16, bfloat16 parameters take half the memory
       and give the same products.
     ema: load the moving average of the weights (EMA) instead of the weights.
+    rope_scaling: see config.scale_rows.
 
   Returns:
     - `config`: ConfigDict of the run.
@@ -100,6 +101,7 @@ def load(workdir, tensor=1, dtype=None, ema=False):
     _check_tokenizer(tokenizer, config, identity)
     tokenizer = tokenizer_lib.with_missing_ids(tokenizer, config.tokens)
     tokenizer = _without_lengths(tokenizer, config)
+    config_lib.scale_rows(config, rope_scaling)
     return config, tokenizer, *placement.own_copy(params)
   if ema:
     raise weights.no_ema(workdir)
@@ -113,6 +115,7 @@ def load(workdir, tensor=1, dtype=None, ema=False):
   config, params = _load_published(published, mesh_of, dtype)
   hf_config.fill(config, published, tokenizer)
   tokenizer = _without_lengths(tokenizer, config)
+  config_lib.scale_rows(config, rope_scaling)
   return config, tokenizer, *placement.own_copy(params)
 
 
@@ -223,13 +226,14 @@ def warm_start(config, mesh):
     and (size == mask_token.grown_rows(stored.model.vocab_size, mask))
   )
   for field in families.FIELDS:
-    if stored.model[field] != config.model[field] and not (
-      grows and field == 'vocab_size'
+    before, now = stored.model[field], config.model[field]
+    if before != now and not (
+      (grows and field == 'vocab_size')
+      or (field == 'rope_scaling' and config_lib.extends(before, now))
     ):
       raise UserError(
-        f'--config.init_from={path} has config.model.{field}='
-        f'{stored.model[field]!r}, not {config.model[field]!r}: set '
-        f'--config.model.{field}={stored.model[field]!r}, or take the whole '
+        f'--config.init_from={path} has config.model.{field}={before!r}, not '
+        f'{now!r}: set --config.model.{field}={before!r}, or take the whole '
         f'model with --config configs/published.py:{path}'
       )
   if adds:

@@ -52,6 +52,11 @@ def to_peft(workdir, folder, family=None):
         f'{inline(workdir)} has no adapters (config.lora.rank=0): write the '
         'whole model with --to hf'
       )
+    if len(scaling := config.model.rope_scaling) == 2:
+      raise UserError(
+        f'{inline(workdir)} has config.model.rope_scaling={tuple(scaling)}, '
+        'which the base of adapters lacks: write the whole model with --to hf'
+      )
     c = transformer.from_config(config).lora
     published = os.path.join(workdir, hf.PUBLISHED)
     original = None

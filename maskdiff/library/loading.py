@@ -6,7 +6,7 @@ import os
 import jax
 from absl import logging
 
-from maskdiff.config.command_line import WEIGHT_DTYPES
+from maskdiff import config as config_lib
 from maskdiff.distributed import runtime
 from maskdiff.errors import UserError, suggestion
 from maskdiff.files.paths import local_path
@@ -15,7 +15,14 @@ from maskdiff.interop import load as load_lib
 from maskdiff.library import arguments
 
 
-def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
+def load(
+  path,
+  tensor=1,
+  dtype=None,
+  with_tokenizer=True,
+  ema=False,
+  rope_scaling=None,
+):
   """Loads a run or a Hugging Face folder onto all devices.
 
   Each of several processes gets a copy, if its devices have room for one.
@@ -28,6 +35,8 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
       Model without one, whose special ids are those of its config.
     ema: load the moving average of the weights, which runs with
       config.train.ema_decay keep, instead of the weights themselves.
+    rope_scaling: tokens of a training row, and of the longest row: scales the
+      rotary positions of a bidirectional model, as config.model.rope_scaling.
 
   Returns:
     interop.load.Model: config, tokenizer (or None), params, mesh.
@@ -42,10 +51,11 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
       f'there is no folder {path!r}: give the work directory of a run, or a '
       'Hugging Face folder'
     )
-  if dtype is not None and dtype not in WEIGHT_DTYPES:
+  dtypes = config_lib.WEIGHT_DTYPES
+  if dtype is not None and dtype not in dtypes:
     raise UserError(
-      f'dtype={dtype!r}: choose one of {", ".join(WEIGHT_DTYPES)}'
-      + suggestion(dtype, WEIGHT_DTYPES)
+      f'dtype={dtype!r}: choose one of {", ".join(dtypes)}'
+      + suggestion(dtype, dtypes)
     )
   runtime.quiet_without_tpu(os.environ, jax.config.jax_platforms)
   # Orbax warns that the checkpoint is opened read-only, which is intended.
@@ -53,9 +63,11 @@ def load(path, tensor=1, dtype=None, with_tokenizer=True, ema=False):
   logging.set_verbosity(logging.ERROR)
   try:
     if with_tokenizer and hf_tokenizer.has_tokenizer(path):
-      return load_lib.Model(*load_lib.load(path, tensor, dtype, ema))
+      loaded = load_lib.load(path, tensor, dtype, ema, rope_scaling)
+      return load_lib.Model(*loaded)
     mesh_of = functools.partial(placement.mesh_of, tensor=tensor)
     config, params = load_lib.load_params(path, mesh_of, dtype, ema)
+    config_lib.scale_rows(config, rope_scaling)
   finally:
     logging.set_verbosity(verbosity)
   return load_lib.Model(config, None, *placement.own_copy(params))

@@ -17,7 +17,7 @@ from maskdiff.distributed.mesh import (
   pad_length,
   shard,
 )
-from maskdiff.model import lora, masks
+from maskdiff.model import lora, masks, ntk
 
 
 @jax.named_scope('network(layer: elementwise)')
@@ -174,8 +174,10 @@ def rope(pos, head_dim, theta, scaling=()):
     A pair of [B, 1, L, K] float32: the cosines, repeated in both halves, and
     the sines, negated in the first half.
   """
+  if len(scaling) == 2:
+    theta = ntk.scaled_theta(theta, head_dim, *scaling)
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  if scaling:
+  if len(scaling) == 4:
     frequency = scale_frequencies(frequency, *scaling)
   angle = pos[:, None, :, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)

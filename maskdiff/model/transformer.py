@@ -79,8 +79,9 @@ class TransformerConfig:
   # The output at a position predicts the next token. Dream starts from an
   # autoregressive network, so its diffusion model predicts in this way too.
   predict_next: bool = False
-  # () or the arguments of layers.scale_frequencies (Llama 3.1): factor,
-  # low_freq_factor, high_freq_factor, original context length
+  # (); the last arguments of layers.scale_frequencies (Llama 3.1): factor,
+  # low_freq_factor, high_freq_factor, original context length; or those of
+  # ntk.scaled_theta: tokens of a training row, tokens of the longest row
   rope_scaling: tuple[float, ...] = ()
   lora: LoraConfig = LoraConfig()  # adapters
   drafter: DrafterConfig = DrafterConfig()

@@ -23,7 +23,7 @@ def open_model(args, name):
     UserError: the model cannot be loaded, or a flag is not valid.
   """
   config, tokenizer, params, mesh = load.load(
-    args.workdir, args.tensor, args.dtype, args.ema
+    args.workdir, args.tensor, args.dtype, args.ema, args.rope_scaling
   )
   context = config.data.length
   default = context if args.open_length else config.sample.gen_length
