@@ -22,7 +22,7 @@ from maskdiff.errors import InUse, UserError
 from maskdiff.files import lock, new_folder
 from maskdiff.interop import convert, hf, load, reference
 from maskdiff.interop import safetensors as ours
-from maskdiff.model import masks, transformer
+from maskdiff.model import masks, ntk, transformer
 from maskdiff.training import step as step_lib
 
 GOLDEN = golden_models.GOLDEN
@@ -263,6 +263,30 @@ def test_exported_run_has_the_same_logits(tokenizer, tmp_path, name):
   masked = name in ('LLaDAModelLM', 'DreamModel', 'SDARForCausalLM')
   assert config.get('mask_token_id') == (4 if masked else None)
   assert tokenizer_lib.load(out) == tokenizer
+
+
+def test_export_of_a_scaled_run_has_its_theta_and_its_logits(
+  tokenizer, tmp_path
+):
+  """LLaDA's config.json has no scaling of positions, only a base."""
+  workdir, out = tmp_path / 'run', tmp_path / 'out'
+  scaled = {
+    'data.length': 64,
+    'model.tie_embeddings': False,
+    'model.rope_theta': 10.0,
+    'model.rope_scaling': (16, 64),
+  }
+  save_run(tokenizer, workdir, **scaled)
+  convert.to_hf(workdir, out)
+  convert.check(out, workdir)
+  config, *_ = load.load(str(out))
+  expected = ntk.scaled_theta(10.0, 8, 16, 64)
+  assert (config.model.rope_theta, config.model.rope_scaling) == (expected, ())
+  assert config.data.length == 64
+  other = tmp_path / 'other'
+  save_run(tokenizer, other, **scaled | {'model.rope_scaling': ()})
+  with pytest.raises(UserError, match='model.rope_theta=10.0, but .* has 55'):
+    convert.check(out, other)
 
 
 def test_lengths_of_answers_are_exported(tokenizer, tmp_path):

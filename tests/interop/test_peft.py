@@ -26,13 +26,14 @@ from maskdiff.model.trainable import join
 TARGETS = ('query', 'attention_output', 'down')
 
 
-def make_run(path, case, objective=None, **changes):
+def make_run(path, case, objective=None, rope_scaling=(), **changes):
   """Writes a folder and a run with random adapters; returns their paths.
 
   Args:
     path: empty directory.
     case: case of published_folders.MODELS.
     objective: name of the objective of the run; default: the folder's.
+    rope_scaling: config.model.rope_scaling of the run.
     changes: keys of config.lora.
   """
   folder, workdir = path / 'base', path / 'run'
@@ -42,6 +43,7 @@ def make_run(path, case, objective=None, **changes):
   config = hf_config.run_config(published, tokenizer)
   config.init_from = str(folder)
   config.objective.name = objective or config.objective.name
+  config.model.rope_scaling = rope_scaling or config.model.rope_scaling
   config.lora.update({'rank': 3, 'alpha': 5.0} | changes)
   model = transformer.from_config(config)
   _, params = load.load_params(
@@ -113,6 +115,12 @@ def test_export_and_load_merge_the_same_matrices(dtype, tmp_path):
 def test_run_without_adapters_is_refused(tmp_path):
   _, workdir = make_run(tmp_path, 'llada', rank=0)
   with pytest.raises(UserError, match='has no adapters.*with --to hf'):
+    peft.to_peft(str(workdir), str(tmp_path / 'out'))
+
+
+def test_adapters_of_a_scaled_run_are_refused(tmp_path):
+  with pytest.raises(UserError, match='which the base of adapters lacks'):
+    _, workdir = make_run(tmp_path, 'llada', rope_scaling=(16, 64))
     peft.to_peft(str(workdir), str(tmp_path / 'out'))
 
 

@@ -117,6 +117,22 @@ def test_warm_start_from_another_model_names_the_key(folder, rows):
     load.warm_start(config, mesh_lib.make_mesh())
 
 
+def test_warm_start_may_scale_positions_but_not_undo_it(tokenizer, tmp_path):
+  plain, scaled = tmp_path / 'plain', tmp_path / 'scaled'
+  untrained_run.save(plain, tokenizer)
+  config = untrained_run.save(scaled, tokenizer, model_rope_scaling=(16, 32))
+  mesh = mesh_lib.make_mesh()
+  stored = load.load_params(str(plain), mesh)[1]
+  for source, scaling in ((plain, (16, 32)), (scaled, (16, 64))):
+    config.init_from, config.model.rope_scaling = str(source), scaling
+    found = load.warm_start(config, mesh)
+    np.testing.assert_array_equal(found['embed'], stored['embed'])
+  for scaling in ((), (32, 64)):
+    config.model.rope_scaling = scaling
+    with pytest.raises(UserError, match=r'rope_scaling=\(16, 32\), not \('):
+      load.warm_start(config, mesh)
+
+
 def test_only_a_drafter_needs_a_network_that_predicts_next_tokens():
   run = tiny.config({'objective.name': 'drafting', 'drafter.kind': 'medusa'})
   stored = lambda name: tiny.config({'objective.name': name})

@@ -209,6 +209,16 @@ def test_other_tasks_and_forms_run(workdir, flags):
   assert 0 <= total['accuracy'] <= 1
 
 
+def test_rope_scaling_is_for_rows_longer_than_the_training_rows(workdir):
+  lines = [{'prompt': 'x = 1\n' * 20, 'answer': 'self):'}]
+  *_, total = rows_of(
+    evaluate(workdir, lines, '--task=bound', '--rope_scaling=32,128')
+  )
+  assert total['rope_scaling'] == [32, 128]
+  *_, total = rows_of(evaluate(workdir, lines[:0] + PAIRS, '--task=bound'))
+  assert total['rope_scaling'] == []
+
+
 def test_errors_are_one_line(workdir, tmp_path):
   """Errors come before any computation; that of --samples before loading."""
   long = [{'prompt': 'x + ' * 32, 'answer': 'y'}]

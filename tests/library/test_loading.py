@@ -52,6 +52,21 @@ def test_a_run_has_its_config_tokenizer_and_parameters(run):
   assert jax.tree.leaves(run.params)[0].sharding.mesh == run.mesh
 
 
+def test_rows_longer_than_those_of_the_training(run, tokenizer, tmp_path):
+  untrained_run.save(tmp_path, tokenizer)
+  prompt, answer = [7] * 60, tokenizer.encode('x = 1')
+  score = lambda model: maskdiff.log_likelihood(model, [prompt], [answer])
+  with pytest.raises(maskdiff.UserError, match='training rows had 32'):
+    score(run)
+  for with_tokenizer in (True, False):
+    model = maskdiff.load(
+      tmp_path, with_tokenizer=with_tokenizer, rope_scaling=(32, 128)
+    )
+    assert model.network.context == 128
+    assert model.network.config.rope_scaling == (32, 128)
+  assert score(model).log_likelihood < 0
+
+
 def test_a_run_without_a_tokenizer_has_the_ids_of_its_config(
   tokenizer, tmp_path, monkeypatch
 ):
