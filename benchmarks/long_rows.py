@@ -27,7 +27,7 @@ from maskdiff.model import ntk, transformer
 from maskdiff.training import evaluation, inputs, step, train_state
 from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
-TRAINED, LENGTHS = 64, (128, 256, 512)
+TRAINED, LENGTHS = 64, (128, 256)
 STEPS, BATCH, STEPS_PER_CALL = 200, 64, 20
 FIRST_ID, KINDS = 5, 8  # of noise, and then as many of needles
 KEYS = {
@@ -116,7 +116,7 @@ def train(seed):
   return c, state.params
 
 
-def on_needles(c, params, lengths=LENGTHS, batches=16):
+def on_needles(c, params, lengths=LENGTHS, batches=8):
   """Returns lines with bounds on rows of needles.
 
   Args:

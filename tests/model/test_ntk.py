@@ -1,6 +1,7 @@
 """NTK scaling of rotary positions: factors, closed form, one network."""
 
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from maskdiff.config import scale_rows
 from maskdiff.errors import UserError
 from maskdiff.model import masks, ntk, transformer
 
+PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'long_rows.md'
 # Factors on theta in OpenMOSS/LongLLaDA, eval/eval_llada_niah.py, by the tokens
 # of a training row and of the longest row. They count one side of a token.
 PUBLISHED = {
@@ -25,6 +27,20 @@ def test_half_the_lengths_give_the_published_factors(name):
   for length, factor in factors.items():
     theta = ntk.scaled_theta(5e5, 128, trained / 2, length / 2)
     assert math.ceil(theta / 5e5) == factor
+
+
+@pytest.mark.parametrize(('row', 'sides'), [('2T, here', 2), ('T', 1)])
+def test_page_has_the_factors(row, sides):
+  rows = [
+    [cell.strip() for cell in line.strip('|').split('|')]
+    for line in PAGE.read_text().splitlines()
+    if line.startswith('| ')
+  ]
+  found = {name: values for name, *values in rows}
+  for length, shown in zip(found['longest row N'], found[row], strict=True):
+    half = int(length.replace(',', '')) * sides / 2
+    factor = ntk.scaled_theta(5e5, 128, 4096 * sides / 2, half) / 5e5
+    assert f'{factor:.1f}' == shown
 
 
 @pytest.mark.parametrize(
