@@ -143,6 +143,8 @@ def on_text(workdir, lengths):
       config.data.length = length
       config.eval.batch = max(1, tokens // length)
       data = inputs.open_data(config, tokenizer)
+      # Longer samples are several of these rows: the same held-out text.
+      config.data.path = data[0].directory
       (heldout,) = evaluation.open_heldout(config, data, mesh)
       c = step.step_config(config)
       lines += compare(c, params, trained, length, heldout.batches)
@@ -166,6 +168,25 @@ def compare(c, params, trained, length, batches):
       }
     )
   return lines
+
+
+def table(lines):
+  """Returns a Markdown table of bounds, means over seeds.
+
+  Args:
+    lines: lines of results, of one kind of rows.
+  """
+  names = {'none': 'no scaling', 'two-sided': '2T, here', 'one-sided': 'T'}
+  rows = [['tokens of a row', *names.values()], ['---'] * 4]
+  for length in sorted({x['length'] for x in lines}):
+    of = lambda name, length=length: [
+      x['nats_per_token']
+      for x in lines
+      if (x['length'], x['lengths_count']) == (length, name)
+    ]
+    means = [f'{np.mean(of(name)):.2f}' if of(name) else '–' for name in names]
+    rows.append([str(length), *means])
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 if __name__ == '__main__':

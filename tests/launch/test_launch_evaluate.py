@@ -215,8 +215,6 @@ def test_rope_scaling_is_for_rows_longer_than_the_training_rows(workdir):
     evaluate(workdir, lines, '--task=bound', '--rope_scaling=32,128')
   )
   assert total['rope_scaling'] == [32, 128]
-  *_, total = rows_of(evaluate(workdir, lines[:0] + PAIRS, '--task=bound'))
-  assert total['rope_scaling'] == []
 
 
 def test_errors_are_one_line(workdir, tmp_path):

@@ -5,8 +5,17 @@ import sys
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import json_lines  # noqa: E402
 import long_rows  # noqa: E402
+
+
+@pytest.mark.parametrize('name', ['long_rows', 'long_rows_text'])
+def test_page_has_the_results(name):
+  lines = json_lines.read(ROOT / 'benchmarks' / 'results' / f'{name}.jsonl')
+  page = (ROOT / 'docs' / 'long_rows.md').read_text()
+  assert long_rows.table(lines) in page
 
 
 @pytest.mark.slow
