@@ -14,8 +14,9 @@ The token ids are those of LLaDA's tokenizer, a tokenizer.json; for another
 tokenizer set config.tokens. launch/prepare.py copies the tokenizer to the rows.
 
 configs/8b.py:MACHINE sets batch, microbatches and remat for a machine, by
-default 64 chips of v5p with the paper's batch. On 256 chips the batch has 1536
-rows, a fifth more, and the run reads the same number of tokens. The recipe is
+default 64 chips of v5p with the paper's batch. On 256 chips, and on 64 chips of
+Ironwood (tpu7x-128), the batch has 1536 rows, a fifth more, and the run reads
+the same number of tokens. The recipe is
 LLaDA's until another one is shown to learn faster at 150M parameters or more
 (docs/recipes.md). configs/8b.py:llada is and stays this recipe.
 
@@ -24,7 +25,7 @@ configs/8b.py:illada and illada-v6e-256 have the shape of iLLaDA 8B (arXiv
 12T tokens. Its learning rates and its batch are not published; these are
 LLaDA's, with changes after the same shares of the tokens. The id of the mask
 token is that of its sampler; set config.tokens to the ids of bos and eos of the
-tokenizer. These two have not been planned yet.
+tokenizer.
 
 configs/8b.py:32k and 128k have rows of 32,768 and 131,072 tokens, on 64 chips
 of v5p. A batch has as many tokens as the paper's. Four and 16 chips share a
@@ -45,10 +46,11 @@ MACHINES = {
   'v5p-128': dict(batch=1280, microbatches=5, remat='minimal'),
   'v5e-256': dict(batch=1536, microbatches=3, remat='attended'),
   'v6e-256': dict(batch=1536, microbatches=1, remat='attended'),
+  'tpu7x-128': dict(batch=1536, microbatches=3, remat='minimal'),
 }
 MACHINES['llada'] = MACHINES['v5p-128']
 # Rows of 8192 tokens.
-MACHINES['illada'] = dict(batch=640, microbatches=5, remat='minimal')
+MACHINES['illada'] = dict(batch=640, microbatches=5, remat='minimal', save=200)
 MACHINES['illada-v6e-256'] = dict(batch=512, microbatches=1, remat='attended')
 # Long rows on 64 chips of v5p.
 MACHINES['32k'] = MACHINES['v5p-128'] | dict(

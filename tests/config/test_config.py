@@ -188,7 +188,9 @@ def test_the_learning_rate_of_8b_matches_llada(step, rate):
   assert float(plan(step)) == pytest.approx(rate, rel=1e-5)
 
 
-@pytest.mark.parametrize('machine', ['v5e-256', 'v6e-256', '32k', '128k'])
+@pytest.mark.parametrize(
+  'machine', ['v5e-256', 'v6e-256', 'tpu7x-128', '32k', '128k']
+)
 def test_8b_reads_the_same_tokens_on_other_machines(machine):
   c, paper = build(f'8b.py:{machine}'), build('8b.py')
   ends = lambda c: [
