@@ -26,10 +26,10 @@ hidden channels of the feed-forward layers instead of 5634. On a TPU a head of
 batches of v6e-8.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5e-8, v5e:2x4: 7.8 of 15.75 GiB per chip, 79.59 s per step, 65,870 tokens/s,
-    MFU 40%; 81 days and 15,565 chip-hours for all tokens.
-  v6e-8, v6e:2x4: 16.5 of 31.25 GiB per chip, 25.33 s per step, 207,010
-    tokens/s, MFU 27%; 26 days and 4,953 chip-hours for all tokens.
+  v5e-8, v5e:2x4: 13.9 of 15.75 GiB per chip, 75.06 s per step, 69,851 tokens/s,
+    MFU 42%; 76 days and 14,678 chip-hours for all tokens.
+  v6e-8, v6e:2x4: 15.7 of 31.25 GiB per chip, 21.56 s per step, 243,150
+    tokens/s, MFU 32%; 22 days and 4,217 chip-hours for all tokens.
   v6e-1, v6e:1x1: 26.0 of 31.25 GiB per chip, 9.35 s per step, 28,023 tokens/s,
     MFU 29%; 9.5 days and 229 chip-hours for all tokens.
   v5e-1, v5e:1x1: 14.3 of 15.75 GiB per chip, 14.36 s per step, 18,254 tokens/s,

@@ -32,12 +32,22 @@ of v5p. A batch has as many tokens as the paper's. Four and 16 chips share a
 row, and in attention they share its heads.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.08 s per step, 433,990
-    tokens/s, MFU 76%; 61 days and 94,216 chip-hours for all tokens.
+  v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.10 s per step, 433,343
+    tokens/s, MFU 76%; 61 days and 94,357 chip-hours for all tokens.
   v5e-256, v5e:16x16: 10.1 of 15.75 GiB per chip, 10.33 s per step, 608,905
     tokens/s, MFU 62%; 44 days and 268,606 chip-hours for all tokens.
   v6e-256, v6e:16x16: 18.5 of 31.25 GiB per chip, 2.67 s per step, 2,356,629
     tokens/s, MFU 52%; 11 days and 69,402 chip-hours for all tokens.
+  tpu7x-128, tpu7x:4x4x4: 54.9 of 94.75 GiB per chip, 4.33 s per step, 1,453,082
+    tokens/s, MFU 51%; 18 days and 28,139 chip-hours for all tokens.
+  illada, v5p:4x4x4: 55.1 of 95.74 GiB per chip, 15.12 s per step, 346,737
+    tokens/s, MFU 69%; 401 days and 615,260 chip-hours for all tokens.
+  illada-v6e-256, v6e:16x16: 13.8 of 31.25 GiB per chip, 2.26 s per step,
+    1,855,515 tokens/s, MFU 46%; 75 days and 459,890 chip-hours for all tokens.
+  32k, v5p:4x4x4: 57.4 of 95.74 GiB per chip, 33.57 s per step, 156,195
+    tokens/s, MFU 51%; 170 days and 261,780 chip-hours for all tokens.
+  128k, v5p:4x4x4: 60.5 of 95.74 GiB per chip, 99.52 s per step, 52,680
+    tokens/s, MFU 45%; 505 days and 776,169 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default
