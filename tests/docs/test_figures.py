@@ -255,6 +255,20 @@ def test_ceilings_follow_from_the_configs(row):
 
 
 @pytest.mark.parametrize(
+  'row',
+  table(SPEED, '`configs/` | `mesh.sequence`')[1:],
+  ids=lambda row: row[0],
+)
+def test_long_rows_are_those_of_the_plans(row):
+  c, plan, _, _ = config_on_its_chips(row[0])
+  assert row[1:4] == [str(c.mesh.sequence), *plan[3:5]]
+  assert row[5] == plan[6].split()[0]
+  if c.mesh.sequence > 1:
+    at_most = f'{ceiling(c):.1%} for {row[0].partition(":")[2]}'
+    assert at_most in ' '.join(SPEED.split())
+
+
+@pytest.mark.parametrize(
   'row', table(SPEED, '`configs/`')[1:], ids=lambda row: row[0]
 )
 def test_chunks_of_the_loss_are_nearly_full(row):
