@@ -34,8 +34,8 @@ row, and in attention they share its heads.
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5p-128, v5p:4x4x4: 56.4 of 95.74 GiB per chip, 12.10 s per step, 433,343
     tokens/s, MFU 76%; 61 days and 94,357 chip-hours for all tokens.
-  v5e-256, v5e:16x16: 10.1 of 15.75 GiB per chip, 10.33 s per step, 608,905
-    tokens/s, MFU 62%; 44 days and 268,606 chip-hours for all tokens.
+  v5e-256, v5e:16x16: 10.1 of 15.75 GiB per chip, 10.34 s per step, 608,399
+    tokens/s, MFU 62%; 44 days and 268,830 chip-hours for all tokens.
   v6e-256, v6e:16x16: 18.5 of 31.25 GiB per chip, 2.67 s per step, 2,356,629
     tokens/s, MFU 52%; 11 days and 69,402 chip-hours for all tokens.
   tpu7x-128, tpu7x:4x4x4: 54.9 of 94.75 GiB per chip, 4.33 s per step, 1,453,082
