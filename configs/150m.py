@@ -12,7 +12,7 @@ step.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5e-1, v5e:1x1: 11.6 of 15.75 GiB per chip, 0.77 s per step, 85,411 tokens/s,
-    MFU 47%; 1.07 hours and 1.07 chip-hours for all tokens.
+    MFU 46%; 1.07 hours and 1.07 chip-hours for all tokens.
   v6e-1, v6e:1x1: 6.0 of 31.25 GiB per chip, 0.32 s per step, 207,070 tokens/s,
     MFU 24%; 0.44 hours and 0.44 chip-hours for all tokens.
 """
