@@ -36,8 +36,8 @@ Plans of launch/plan.py; the time is an optimistic estimate:
     tokens/s, MFU 76%; 61 days and 94,357 chip-hours for all tokens.
   v5e-256, v5e:16x16: 10.1 of 15.75 GiB per chip, 10.34 s per step, 608,399
     tokens/s, MFU 62%; 44 days and 268,830 chip-hours for all tokens.
-  v6e-256, v6e:16x16: 18.5 of 31.25 GiB per chip, 2.67 s per step, 2,356,629
-    tokens/s, MFU 52%; 11 days and 69,402 chip-hours for all tokens.
+  v6e-256, v6e:16x16: 18.5 of 31.25 GiB per chip, 2.68 s per step, 2,351,171
+    tokens/s, MFU 52%; 11 days and 69,563 chip-hours for all tokens.
   tpu7x-128, tpu7x:4x4x4: 54.9 of 94.75 GiB per chip, 4.33 s per step, 1,453,082
     tokens/s, MFU 51%; 18 days and 28,139 chip-hours for all tokens.
   illada, v5p:4x4x4: 55.1 of 95.74 GiB per chip, 15.12 s per step, 346,737

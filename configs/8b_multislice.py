@@ -8,8 +8,8 @@ slice computes its half of the batch, 10 rows per chip, in one microbatch. To
 fit it, layers store fewer activations than in configs/8b.py.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  two slices of v5p:4x4x4: 61.9 of 95.74 GiB per chip, 6.58 s per step, 796,566
-    tokens/s, MFU 70%; 33 days and 102,663 chip-hours for all tokens.
+  two slices of v5p:4x4x4: 61.9 of 95.74 GiB per chip, 6.59 s per step, 795,638
+    tokens/s, MFU 70%; 33 days and 102,783 chip-hours for all tokens.
 """
 
 import os
