@@ -8,8 +8,8 @@ Batch and tokens are those of configs/8b.py; learning rates are half of its
 rates. None of them has been tried.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5p:4x4x4: 53.1 of 95.74 GiB per chip, 50.70 s per step, 103,413 tokens/s, MFU
-    73%; 257 days and 395,392 chip-hours for all tokens.
+  v5p:4x4x4: 53.1 of 95.74 GiB per chip, 50.72 s per step, 103,372 tokens/s, MFU
+    73%; 258 days and 395,552 chip-hours for all tokens.
 """
 
 import os
