@@ -115,6 +115,10 @@ def test_indivisible_parameter_is_refused(two_by_two_by_two):
   assert 'blocks/up' in message
   assert 'mlp = 7' in message
   assert 'config.mesh.tensor' in message
+  shapes = {'blocks': {'up': jax.ShapeDtypeStruct((2, 6, 8), jnp.float32)}}
+  both = 'embed = 6 is not divisible by mesh.fsdp x mesh.sequence = 4'
+  with pytest.raises(UserError, match=both):
+    mesh.param_shardings(two_by_two_by_two, axes, shapes)
 
 
 def test_shard_outside_a_mesh_is_the_identity():
