@@ -70,10 +70,10 @@ def test_adapters_are_sharded_as_their_matrices():
     m, transformer.axes(config), transformer.shapes(config)
   )['blocks']
   spec = lambda name: tuple(placed[name].spec)
-  assert spec('q_a') == (None, 'fsdp', None)
+  assert spec('q_a') == (None, mesh.STATE_AXES, None)
   assert spec('q_b') == (None, None, 'tensor', None)
   assert spec('o_a') == (None, 'tensor', None, None)
-  assert spec('down_b') == (None, None, 'fsdp')
+  assert spec('down_b') == (None, None, mesh.STATE_AXES)
 
 
 def test_network_starts_as_its_base_to_the_bit():

@@ -36,7 +36,7 @@ def opened(run, **changes):
   """Returns the Model, Network and mesh, with some flags set."""
   flags = dict.fromkeys(SETTINGS) | dict(
     workdir=str(run),
-    **dict(tensor=1, dtype=None, ema=False),
+    **dict(tensor=1, dtype=None, ema=False, rope_scaling=None),
     **dict(open_length=False, suppress_mask=False),
     **dict(chat_template=None, chat_arguments=None),
   )

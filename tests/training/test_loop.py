@@ -502,6 +502,7 @@ def run_script(script, workdir, **changes):
     suppress_mask=False,
     dtype=None,
     ema=False,
+    rope_scaling=None,
     length='given',
     **dict.fromkeys(SETTINGS) | {'gen_length': 4},
   )
