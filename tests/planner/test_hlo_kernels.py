@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from maskdiff.distributed import chips
-from maskdiff.model import masks
+from maskdiff.model import masks, splash
 from maskdiff.planner import hlo, hlo_kernels
 
 # 2 rows, 3 heads, 1024 queries and keys, 128 wide.
@@ -62,10 +62,11 @@ def test_a_head_costs_a_multiple_of_128_lanes(width, lanes):
   assert seconds == hlo_kernels.mxu_seconds(chip, of_lanes, 1e12)
 
 
-def test_separate_kernel_for_queries_has_three_products():
-  """It exists if there would be more than 32 partial dq of 4096 keys."""
-  long = {'queries': 2**18, 'keys': 2**18}
-  assert flops('splash_mha_dq_segmented', **long) == 3 * 256**2 * PRODUCT
+def test_separate_kernel_for_queries_has_three_products(monkeypatch):
+  """It exists if there would be too many partial dq of 4096 keys."""
+  monkeypatch.setattr(splash, 'MAX_PARTIAL_DQ', 8)
+  long = {'queries': 2**16, 'keys': 2**16}
+  assert flops('splash_mha_dq_segmented', **long) == 3 * 64**2 * PRODUCT
   assert flops('splash_mha_dq_segmented') is None
 
 
