@@ -17,15 +17,15 @@ import dataclasses
 import functools
 
 import jax
-import json_lines  # the file beside this one
+import json_lines  # a file beside this one
 import numpy as np
+import steps as steps_lib  # another one
 
 from maskdiff import config as config_lib
 from maskdiff.data.rows import Rows
 from maskdiff.interop import load
-from maskdiff.model import ntk, transformer
+from maskdiff.model import ntk
 from maskdiff.training import evaluation, inputs, step, train_state
-from maskdiff.training.optimizer import OptimizerConfig, make_optimizer
 
 TRAINED, LENGTHS = 64, (128, 256)
 STEPS, BATCH, STEPS_PER_CALL = 200, 64, 20
@@ -98,10 +98,8 @@ def train(seed):
   """Trains a network on rows of needles; returns StepConfig and parameters."""
   config = config_lib.default()
   config.update_from_flattened_dict(KEYS)
-  c, key = step.step_config(config), jax.random.key(seed)
-  tx = make_optimizer(
-    OptimizerConfig(**config.optimizer), STEPS, transformer.axes(c.model)
-  )
+  c, tx = steps_lib.setup(config)
+  key = jax.random.key(seed)
   state = jax.jit(functools.partial(train_state.init, c.model, tx))(key)
 
   @jax.jit

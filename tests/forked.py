@@ -307,7 +307,8 @@ def become(command, environment, folder):
   sys.path[:] = [first, *filter(None, own), *rest]
   sys.argv[:] = ['-c', *command[2:]] if command[0] == '-c' else command
   found = next(filter(os.path.isdir, map(_package_in, sys.path)), None)
-  if not found or _files(found) != _files(_package_in(ROOT)):
+  loaded = _package_in(ROOT)
+  if not found or (found != loaded and _files(found) != _files(loaded)):
     for name in list(sys.modules):
       if name.partition('.')[0] == PACKAGE:
         del sys.modules[name]

@@ -238,8 +238,7 @@ def param_shardings(mesh, axes, shapes):
     for name, size, split in zip(axes, shape.shape, spec, strict=False):
       parts = _size(mesh, split)
       if size % parts:
-        split = (split,) if isinstance(split, str) else split
-        split = [a for a in split if mesh.shape[a] > 1]
+        split = [a for a in _names(split) if mesh.shape[a] > 1]
         over = ' x '.join(f'mesh.{a}' for a in split)
         raise UserError(
           f'parameter {jax.tree_util.keystr(path, simple=True, separator="/")}'
@@ -252,9 +251,13 @@ def param_shardings(mesh, axes, shapes):
 
 
 def _size(mesh, axes):
-  """Returns the number of parts of a dimension that a spec splits."""
-  axes = (axes,) if isinstance(axes, str) else axes or ()
-  return math.prod(mesh.shape[a] for a in axes)
+  """Returns the number of parts into which mesh axes split a dimension."""
+  return math.prod(mesh.shape[a] for a in _names(axes))
+
+
+def _names(axes):
+  """Returns a tuple of the mesh axes of a dimension of a spec."""
+  return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def attention_axes(heads, kv_heads):

@@ -21,10 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maskdiff.distributed import chips
-from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.distributed.mesh import (
   ACTIVATION_RULES,
   BATCH_AXES,
+  attention_axes,
   batch_shards,
   device_kind,
 )
@@ -110,15 +110,14 @@ def _warn_of_unknown_tpu(kind):
 
 def _query_axes(q, k):
   """Returns the mesh axes that split heads and queries in attention."""
-  _, heads, length, _ = mesh_lib.attention_axes(q.shape[1], k.shape[1])[0]
+  _, heads, length, _ = attention_axes(q.shape[1], k.shape[1])[0]
   return ACTIVATION_RULES[heads], length and ACTIVATION_RULES[length]
 
 
 def _parts(q, k):
   """Returns the number of parts into which attention splits the queries."""
-  mesh = jax.sharding.get_abstract_mesh()
   _, length = _query_axes(q, k)
-  return 1 if mesh.empty or not length else mesh.shape[length]
+  return jax.sharding.get_abstract_mesh().shape[length] if length else 1
 
 
 def misfit(kernel, q, k, query, key):

@@ -79,7 +79,7 @@ def block_sizes(mask, queries, keys, chip):
   skips = isinstance(mask, splash_masks.FunctionMask) and not mask.sees_more
   least = SKIPPED_KEYS if skips else keys
   forward = _fit(forward, queries, keys, least)
-  least = max(least, keys // min(SKIPPED_PARTIAL_DQ, MAX_PARTIAL_DQ))
+  least = max(least, keys // SKIPPED_PARTIAL_DQ)
   backward = _fit(backward, queries, keys, least)
   fused = keys // backward.keys <= MAX_PARTIAL_DQ
   return splash_kernel.BlockSizes(

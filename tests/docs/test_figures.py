@@ -12,6 +12,7 @@ import re
 import runpy
 
 import jax
+import page_tables
 import pytest
 
 from maskdiff.distributed import chips as chips_lib
@@ -66,8 +67,14 @@ def table(text, first):
   for line in lines:
     if not line.startswith('|'):
       break
-    rows.append([cell.strip() for cell in line.strip('|').split('|')])
+    rows.append(page_tables.cells(line))
   return [rows[0], *rows[2:]]
+
+
+def every_row(first):
+  """Parametrizes a test by the rows of a table of docs/speed.md."""
+  rows = table(SPEED, first)[1:]
+  return pytest.mark.parametrize('row', rows, ids=lambda row: row[0])
 
 
 def plans_of(text):
@@ -198,26 +205,17 @@ def test_the_page_has_the_calibration():
 
 
 def config_on_its_chips(cell):
-  """Returns config, row of the table of plans, Chip and number of chips."""
+  """Returns config, row of the table of plans, Chip and number of devices."""
   name, _, machine = cell.partition(':')
   get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
   config = get_config(machine) if machine else get_config()
   plans = table(SPEED, '`configs/`')[1:]
   plan = next(row for row in plans if row[0].split()[0] == cell)
-  return config, plan, *parse_topology(plan[1])
+  chip, shape = chips_lib.parse_topology(re.search(TOPOLOGY, plan[1])[0])
+  return config, plan, chip, math.prod(shape) * chip.devices
 
 
-def parse_topology(cell):
-  """Returns Chip and number of devices of a cell of the table of plans."""
-  chip, shape = chips_lib.parse_topology(re.search(TOPOLOGY, cell)[0])
-  return chip, math.prod(shape) * chip.devices
-
-
-@pytest.mark.parametrize(
-  'row',
-  table(SPEED, '`configs/` | kernels at half of the peak, s')[1:],
-  ids=lambda row: row[0],
-)
+@every_row('`configs/` | kernels at half of the peak, s')
 def test_attention_by_the_matrix_unit_follows_from_the_configs(row):
   """Two products forward and five backward, of rows without masked pairs."""
   c, plan, chip, count = config_on_its_chips(row[0])
@@ -250,20 +248,14 @@ def ceiling(c):
   return (6 * (inner + head) + 12 * pairs) / time
 
 
-@pytest.mark.parametrize(
-  'row', table(SPEED, '`configs/` | ceiling')[1:], ids=lambda row: row[0]
-)
+@every_row('`configs/` | ceiling')
 def test_ceilings_follow_from_the_configs(row):
   c, plan, _, _ = config_on_its_chips(row[0])
   mfu, most = percent(plan[6]) / 100, ceiling(c)
   assert row[1:] == [f'{most:.1%}', f'{mfu:.1%}', f'{mfu / most:.2f}']
 
 
-@pytest.mark.parametrize(
-  'row',
-  table(SPEED, '`configs/` | `mesh.sequence`')[1:],
-  ids=lambda row: row[0],
-)
+@every_row('`configs/` | `mesh.sequence`')
 def test_long_rows_are_those_of_the_plans(row):
   c, plan, _, _ = config_on_its_chips(row[0])
   assert row[1:4] == [str(c.mesh.sequence), *plan[3:5]]
@@ -273,13 +265,10 @@ def test_long_rows_are_those_of_the_plans(row):
     assert at_most in ' '.join(SPEED.split())
 
 
-@pytest.mark.parametrize(
-  'row', table(SPEED, '`configs/`')[1:], ids=lambda row: row[0]
-)
+@every_row('`configs/`')
 def test_chunks_of_the_loss_are_nearly_full(row):
   """With 6% fewer tokens per chunk the loop would take another trip."""
-  c = config_on_its_chips(row[0].split()[0])[0]
-  devices = parse_topology(row[1])[1]
+  c, _, _, devices = config_on_its_chips(row[0].split()[0])
   slices = 2 if ' x v' in row[1] else 1
   sizes = sizes_of_mesh(devices, slices, c.mesh.sequence)
   trips = lambda: plan_lib.loss_chunks(c, sizes)
@@ -293,11 +282,7 @@ def test_the_ceiling_of_the_tpu_shape_is_on_the_page():
   assert f'Its ceiling is {ceiling(c):.1%}' in ' '.join(SPEED.split())
 
 
-@pytest.mark.parametrize(
-  'row',
-  table(SPEED, '`configs/` | tokens per chunk, before')[1:],
-  ids=lambda row: row[0],
-)
+@every_row('`configs/` | tokens per chunk, before')
 def test_trips_of_the_loss_follow_from_the_configs(row):
   c, _, _, chips = config_on_its_chips(row[0])
   chunks, trips = row[1:3], row[3:]
@@ -332,9 +317,7 @@ def test_the_step_of_block_diffusion_is_compared_with_two_of_8b():
   assert c.train.microbatches == 2 * other.train.microbatches
 
 
-@pytest.mark.parametrize(
-  'row', table(SPEED, '`configs/`')[1:], ids=lambda x: x[0]
-)
+@every_row('`configs/`')
 def test_checkpoints_are_less_than_an_hour_apart(row):
   name, machine = re.fullmatch(r'(\w+\.py)(?::(\S+))?.*', row[0]).groups()
   get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']

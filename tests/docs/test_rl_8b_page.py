@@ -6,6 +6,7 @@ import runpy
 import sys
 
 import pytest
+from page_tables import cells
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / 'docs' / 'rl_8b.md').read_text()
@@ -16,10 +17,6 @@ import plans_rl  # noqa: E402
 
 CONFIG = runpy.run_path(str(ROOT / 'configs' / 'rl_8b.py'))
 LINES = json_lines.read(plans_rl.RESULTS)
-
-
-def cells(line):
-  return [cell.strip() for cell in line.strip('|').split('|')]
 
 
 def published():

@@ -8,18 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from test_products import EQUATIONS, SIZES
 
 from maskdiff.model import blocks, int8, masks, products, transformer
 from maskdiff.model.lora import LoraConfig
 
-SIZES = dict(b=2, l=5, d=6, f=8, h=3, g=2, k=4)
-EQUATIONS = [
-  'bld,dhk->bhlk',
-  'bld,dgk->bglk',
-  'bhlk,hkd->bld',
-  'bld,df->blf',
-  'blf,fd->bld',
-]
 MODEL = tiny.model(quantization='int8')
 F = np.float32
 

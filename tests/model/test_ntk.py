@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import numpy as np
+import page_tables
 import pytest
 import tiny
 
@@ -32,7 +33,7 @@ def test_half_the_lengths_give_the_published_factors(name):
 @pytest.mark.parametrize(('row', 'sides'), [('2T, here', 2), ('T', 1)])
 def test_page_has_the_factors(row, sides):
   rows = [
-    [cell.strip() for cell in line.strip('|').split('|')]
+    page_tables.cells(line)
     for line in PAGE.read_text().splitlines()
     if line.startswith('| ')
   ]
