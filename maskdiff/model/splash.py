@@ -30,6 +30,10 @@ RESIDUALS = 'attended'
 LANES = 128
 # The kernel takes heads of 64, 128, 192, ... channels. Others are padded.
 HEAD_LANES = 64
+# Queries, keys and values are [..., K, L] in memory. A head of 64 channels then
+# fills all 128 lanes of a vector, in HBM as in the rotation before the kernel.
+# Outputs and their gradients are [..., L, K].
+LAYOUT = splash_kernel.QKVLayout.SEQ_MINOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,9 @@ def block_sizes(mask, queries, keys, chip):
     block_q_dq=None if fused else backward.queries,
     block_kv_dq=None if fused else backward.compute,
     use_fused_bwd_kernel=fused,
+    q_layout=LAYOUT,
+    k_layout=LAYOUT,
+    v_layout=LAYOUT,
   )
 
 

@@ -11,8 +11,10 @@ A second price, `mxu_seconds`, depends on the chip. The scores of a head with
 K < 256 channels use only K rows of a 256 x 256 MXU.
 """
 
+import dataclasses
 import functools
 import math
+import re
 
 from maskdiff.model import splash
 from maskdiff.planner import hlo
@@ -25,6 +27,8 @@ EFFICIENCY = 0.5
 # (backward) with K = 128, and 63.4% and 71.7% with K = 256 (openxla/tokamax,
 # microbenchmarks, 2025-11-13). The shares are means over the two widths.
 MXU_SHARES = {'fwd': 0.66, 'dkv': 0.73, 'dq': 0.73}
+# The metadata of a kernel whose queries and keys are [..., K, L] in memory.
+_SEQUENCE_MINOR = re.compile(r'q_layout\W+2\b')
 
 
 def seconds(chip, flops):
@@ -89,7 +93,14 @@ def _operands(i):
   kernel = next((k for k in ('fwd', 'dkv', 'dq') if k in i.name), None)
   if len(floats) < 2 or len(floats[0].shape) < 3 or not kernel:
     return None, None
+  if _SEQUENCE_MINOR.search(i.attributes):
+    floats = [_transposed(a) for a in floats]
   return kernel, floats
+
+
+def _transposed(array):
+  *lead, a, b = array.shape
+  return dataclasses.replace(array, shape=(*lead, b, a))
 
 
 # A program has several kernels of the same shape.

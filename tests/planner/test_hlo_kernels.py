@@ -12,15 +12,26 @@ PRODUCT = 2 * 2 * 3 * 1024 * 1024 * 128
 BLOCKS = masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime
 
 
-def call(name, queries=1024, keys=1024, width=128):
-  array = lambda length: f'bf16[2,3,{length},{width}]{{3,2,1,0}}'
-  operands = f's8[1,2,2]{{2,1,0}}, {array(queries)}, ' + ', '.join(
-    [array(keys)] * 2
+def call(name, queries=1024, keys=1024, width=128, layout=None):
+  array = lambda *shape: f'bf16[2,3,{shape[0]},{shape[1]}]{{3,2,1,0}}'
+  order = -1 if layout == splash.LAYOUT else 1
+  of_queries, of_keys = (
+    array(*(length, width)[::order]) for length in (queries, keys)
+  )
+  operands = ', '.join(['s8[1,2,2]{2,1,0}', of_queries, of_keys, of_keys])
+  metadata = (
+    ''
+    if layout is None
+    else (
+      'frontend_attributes={kernel_metadata={\n"xprof_metadata":'
+      f'"{{\\"block_q\\": 1024, \\"q_layout\\": {int(layout)}}}"\n}}}}, '
+    )
   )
   return (
-    f'  %{name} = {array(queries)} custom-call(%x), '
+    f'  %{name} = {array(queries, width)} custom-call(%x), '
     'custom_call_target="tpu_custom_call", '
-    f'operand_layout_constraints={{{operands}}}, metadata={{op_name="a"}}\n'
+    f'operand_layout_constraints={{{operands}}}, {metadata}'
+    'metadata={op_name="a"}\n'
   )
 
 
@@ -60,6 +71,17 @@ def test_a_head_costs_a_multiple_of_128_lanes(width, lanes):
   seconds = hlo_kernels.mxu_seconds(chip, instruction(**kernel), 1e12)
   of_lanes = instruction('splash_mha_fwd', width=lanes)
   assert seconds == hlo_kernels.mxu_seconds(chip, of_lanes, 1e12)
+
+
+@pytest.mark.parametrize('layout', splash.splash_kernel.QKVLayout)
+def test_the_layout_of_queries_and_keys_changes_no_flops(layout):
+  kernel = {'queries': 2048, 'keys': 4096, 'width': 64}
+  assert flops('splash_mha_fwd', layout=layout, **kernel) == 16 * PRODUCT
+  call = instruction('splash_mha_fwd', layout=layout, **kernel)
+  plain = instruction('splash_mha_fwd', **kernel)
+  chip = chips.by_kind('TPU v6e')
+  seconds = hlo_kernels.mxu_seconds(chip, call, 1e12)
+  assert seconds == hlo_kernels.mxu_seconds(chip, plain, 1e12)
 
 
 def test_separate_kernel_for_queries_has_three_products(monkeypatch):
