@@ -47,10 +47,10 @@ MACHINES = {
     batch=1280, microbatches=80, remat='minimal', chunk=1088, save=25
   ),
   'v6e-8': dict(
-    batch=1280, microbatches=20, remat='attended', chunk=2112, save=80
+    batch=1280, microbatches=20, remat='attention', chunk=2112, save=80
   ),
   'v6e-1': dict(
-    batch=64, microbatches=16, remat='attended', chunk=2176, save=200
+    batch=64, microbatches=16, remat='attention', chunk=2176, save=200
   ),
   'v5e-1': dict(
     batch=64, microbatches=32, remat='attended', chunk=1088, save=125

@@ -30,10 +30,6 @@ RESIDUALS = 'attended'
 LANES = 128
 # The kernel takes heads of 64, 128, 192, ... channels. Others are padded.
 HEAD_LANES = 64
-# Queries, keys and values are [..., K, L] in memory. A head of 64 channels then
-# fills all 128 lanes of a vector, in HBM as in the rotation before the kernel.
-# Outputs and their gradients are [..., L, K].
-LAYOUT = splash_kernel.QKVLayout.SEQ_MINOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +92,6 @@ def block_sizes(mask, queries, keys, chip):
     block_q_dq=None if fused else backward.queries,
     block_kv_dq=None if fused else backward.compute,
     use_fused_bwd_kernel=fused,
-    q_layout=LAYOUT,
-    k_layout=LAYOUT,
-    v_layout=LAYOUT,
   )
 
 
@@ -264,6 +257,30 @@ def with_numbers(kernel, number):
   return splash_kernel.SplashAttentionKernel(*infos, **kernel.kwargs)
 
 
+def layout(head_dim):
+  """Returns the layout of queries, keys and values in memory.
+
+  Heads whose channels do not fill the lanes of a vector are [..., K, L], so
+  that positions fill them, in HBM as in the rotation before the kernel. Others
+  are [..., L, K], as outputs and their gradients always are.
+  """
+  layouts = splash_kernel.QKVLayout
+  return layouts.SEQ_MINOR if head_dim % LANES else layouts.HEAD_DIM_MINOR
+
+
+def _with_layout(kernel, layout):
+  names = ('q_layout', 'k_layout', 'v_layout')
+  sizes = dataclasses.replace(
+    kernel.kwargs['block_sizes'], **dict.fromkeys(names, layout)
+  )
+  return splash_kernel.SplashAttentionKernel(
+    kernel.fwd_mask_info,
+    kernel.dq_mask_info,
+    kernel.dkv_mask_info,
+    **{**kernel.kwargs, 'block_sizes': sizes},
+  )
+
+
 @jax.named_scope('network(attention besides kernel)')
 def run(kernel, q, k, v, doc_q, doc_k):
   """Runs the kernel on the rows and heads of one device.
@@ -285,5 +302,6 @@ def run(kernel, q, k, v, doc_q, doc_k):
   q = (q.astype(jnp.float32) / math.sqrt(head_dim)).astype(q.dtype)
   padding = [(0, 0), (0, 0), (0, 0), (0, -head_dim % HEAD_LANES)]
   q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
+  kernel = _with_layout(kernel, layout(q.shape[-1]))
   segments = splash_kernel.SegmentIds(doc_q, doc_k)
   return jax.vmap(kernel)(q, k, v, segments)[..., :head_dim]

@@ -466,4 +466,6 @@ def test_heads_of_64_and_192_channels_compile_unpadded():
   for width, hlo in zip((64, 192), tpu_compiler.run(NARROW), strict=True):
     for kernel in 'splash_mha_fwd', 'splash_mha_dkv':
       call = next(x for x in hlo.splitlines() if f'%{kernel}' in x)
-      assert f'bf16[1,256,{width}]' in call
+      # Positions fill the lanes of queries, keys and values; outputs are
+      # [..., L, K].
+      assert f'bf16[1,{width},256]' in call and f'bf16[1,256,{width}]' in call

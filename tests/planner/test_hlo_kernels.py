@@ -14,7 +14,7 @@ BLOCKS = masks.block_diffusion(jnp.ones((1, 1), bool), 32).regime
 
 def call(name, queries=1024, keys=1024, width=128, layout=None):
   array = lambda *shape: f'bf16[2,3,{shape[0]},{shape[1]}]{{3,2,1,0}}'
-  order = -1 if layout == splash.LAYOUT else 1
+  order = -1 if layout == splash.splash_kernel.QKVLayout.SEQ_MINOR else 1
   of_queries, of_keys = (
     array(*(length, width)[::order]) for length in (queries, keys)
   )
