@@ -53,6 +53,13 @@ LARGE_VOCAB = dataclasses.replace(
   WIDE, vocab_size=126_464, embed=512, heads=4, kv_heads=4, mlp=1344
 )
 
+# Models, and for each (prompt, gen_length, block_length, steps).
+CASES = (
+  (SMALL, ((32, 64, 64, 64), (32, 128, 32, 64))),
+  (WIDE, ((32, 64, 32, 16),)),
+  (LARGE_VOCAB, ((128, 64, 32, 8),)),
+)
+
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
@@ -61,11 +68,7 @@ def main():
   print(f'{jax.devices()[0].device_kind}, batch {BATCH}')
   if not importlib.util.find_spec('torch'):
     print('torch is not installed: only the loop is compared')
-  for model, shapes in (
-    (SMALL, ((32, 64, 64, 64), (32, 128, 32, 64))),
-    (WIDE, ((32, 64, 32, 16),)),
-    (LARGE_VOCAB, ((128, 64, 32, 8),)),
-  ):
+  for model, shapes in CASES:
     params = transformer.init(model, jax.random.key(0))
     total, _ = transformer.num_params(model)
     print(f'{total:,} parameters, vocabulary {model.vocab_size:,}')

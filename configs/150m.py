@@ -5,10 +5,10 @@ python launch/pretrain.py --config configs/150m.py --workdir runs/150m
 153,641,984 parameters; 5000 steps of 64 x 1024 tokens are 328M tokens, 35
 epochs. It has not been trained yet.
 
-configs/150m.py:MACHINE sets config.model.remat for a machine, by default one
-chip of v5e. `gpu` has the least memory, and no plan. A v6e chip has memory for
-remat=minimal (22.1 GiB), but in the plan remat=minimal is slower: 0.37 s per
-step.
+configs/150m.py:MACHINE sets microbatches and config.model.remat for a machine,
+by default one chip of v5e. `gpu` has the least memory, and no plan. A v6e chip
+has memory for remat=minimal in one microbatch (22.1 GiB), but in the plan it is
+slower: 0.37 s per step.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
   v5e-1, v5e:1x1: 11.6 of 15.75 GiB per chip, 0.77 s per step, 85,411 tokens/s,
@@ -21,7 +21,7 @@ from maskdiff.config import choose, default
 
 MACHINES = {
   'v5e-1': dict(microbatches=2, remat='minimal', chunk=8448),
-  'v6e-1': dict(microbatches=1, remat='full', chunk=8320),
+  'v6e-1': dict(microbatches=8, remat='attention', chunk=1056),
   'gpu': dict(microbatches=1, remat='full', chunk=8320),
 }
 
