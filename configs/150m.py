@@ -20,8 +20,8 @@ Plans of launch/plan.py; the time is an optimistic estimate:
 from maskdiff.config import choose, default
 
 MACHINES = {
-  'v5e-1': dict(microbatches=2, remat='minimal', chunk=8448),
-  'v6e-1': dict(microbatches=8, remat='attention', chunk=1056),
+  'v5e-1': dict(microbatches=4, remat='minimal', chunk=8448),
+  'v6e-1': dict(microbatches=8, remat='attention', chunk=4352),
   'gpu': dict(microbatches=1, remat='full', chunk=8320),
 }
 

@@ -61,7 +61,7 @@ MACHINES = {
 MACHINES['llada'] = MACHINES['v5p-128']
 # Rows of 8192 tokens.
 MACHINES['illada'] = dict(batch=640, microbatches=5, remat='minimal', save=200)
-MACHINES['illada-v6e-256'] = dict(batch=512, microbatches=1, remat='attended')
+MACHINES['illada-v6e-256'] = dict(batch=512, microbatches=1, remat='attention')
 # Long rows on 64 chips of v5p.
 MACHINES['32k'] = MACHINES['v5p-128'] | dict(
   batch=160, length=32_768, sequence=4, eval=32, save=100

@@ -257,7 +257,7 @@ def with_numbers(kernel, number):
   return splash_kernel.SplashAttentionKernel(*infos, **kernel.kwargs)
 
 
-def layout(head_dim):
+def qkv_layout(head_dim):
   """Returns the layout of queries, keys and values in memory.
 
   Heads whose channels do not fill the lanes of a vector are [..., K, L], so
@@ -302,6 +302,6 @@ def run(kernel, q, k, v, doc_q, doc_k):
   q = (q.astype(jnp.float32) / math.sqrt(head_dim)).astype(q.dtype)
   padding = [(0, 0), (0, 0), (0, 0), (0, -head_dim % HEAD_LANES)]
   q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
-  kernel = _with_layout(kernel, layout(q.shape[-1]))
+  kernel = _with_layout(kernel, qkv_layout(q.shape[-1]))
   segments = splash_kernel.SegmentIds(doc_q, doc_k)
   return jax.vmap(kernel)(q, k, v, segments)[..., :head_dim]
