@@ -26,7 +26,14 @@ import time
 import ml_dtypes
 import numpy as np
 
-from maskdiff.interop import families, hf, safetensors
+from maskdiff.interop import (
+  config_export,
+  config_json,
+  families,
+  hf,
+  safetensors,
+  tensor_layout,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = {
@@ -83,13 +90,15 @@ def make(folder, model):
   """Writes the sparse folder; returns the bytes of its tensors."""
   folder.mkdir()
   family = families.BY_NAME['llada']
-  config = families.published_config(family, model, TOKENS, 4096, 'bfloat16')
-  (folder / families.CONFIG).write_text(json.dumps(config))
+  config = config_export.published_config(
+    family, model, TOKENS, 4096, 'bfloat16'
+  )
+  (folder / config_json.CONFIG).write_text(json.dumps(config))
   shapes = {}
   for name, shape in hf.shapes(model).items():
     layer = shape[1:] if name.startswith('blocks/') else shape
-    for published in families.names(family, name, model['layers']):
-      shapes[published] = families.published_shape(name, layer)
+    for published in tensor_layout.names(family, name, model['layers']):
+      shapes[published] = tensor_layout.published_shape(name, layer)
   files, total = [{}], 0
   for name, shape in shapes.items():
     size = 2 * int(np.prod(shape, dtype=np.int64))

@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from maskdiff.interop import families, hf
+from maskdiff.interop import config_export, families, hf
 from maskdiff.interop.leaves import Leaf
 
 BASE = {
@@ -77,7 +77,7 @@ def make(folder, case='llada', dtype='float32', tokenizer=True, **kwargs):
   """
   family, model = model_of(case)
   folder.mkdir()
-  config = families.published_config(
+  config = config_export.published_config(
     family, model, TOKENS, 64, dtype, block_length=model['block_length']
   )
   (folder / 'config.json').write_text(json.dumps(config))

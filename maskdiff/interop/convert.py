@@ -26,6 +26,8 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, new_folder
 from maskdiff.interop import (
+  config_export,
+  config_json,
   families,
   hf,
   hf_config,
@@ -134,14 +136,14 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
     config, leaves, source = run_leaves.open_workdir(workdir, stack, ema, dtype)
     published_files = os.path.join(workdir, hf.PUBLISHED)
     original = source_family = note = None
-    if os.path.lexists(os.path.join(published_files, families.CONFIG)):
-      original = families.read_config(workdir, hf.PUBLISHED)
+    if os.path.lexists(os.path.join(published_files, config_json.CONFIG)):
+      original = config_json.read_config(workdir, hf.PUBLISHED)
     chosen = choose_family(config, original, family)
     if original is not None:
-      source_family = families.detect(original, published_files)
+      source_family = config_json.detect(original, published_files)
       original = original if source_family == chosen else None
     stored = dtype or leaves['embed'].dtype.name
-    written = families.published_config(
+    written = config_export.published_config(
       chosen,
       config.model,
       config.tokens,
@@ -163,7 +165,7 @@ def to_hf(workdir, folder, dtype=None, family=None, max_bytes=None, ema=False):
         hf.copy_published_files(workdir, new, leave_out, hf.PUBLISHED)
       hf.copy_chat_files(workdir, new)
       if written != original:
-        path = os.path.join(new, families.CONFIG)
+        path = os.path.join(new, config_json.CONFIG)
         with safetensors.writing(path):
           atomic.write(path, as_text(written))
       if tokenizer:
@@ -201,15 +203,15 @@ def choose_family(config, original, name):
   model, o = config.model, config.objective
   if name is not None:
     family = families.BY_NAME[name]
-    if reason := families.misfit(family, model):
+    if reason := config_export.misfit(family, model):
       raise UserError(f'--family {name} does not support {reason}')
     return family
   ordered = families.FAMILIES
   if original:
-    ordered = (families.detect(original, families.CONFIG), *ordered)
+    ordered = (config_json.detect(original, config_json.CONFIG), *ordered)
   reasons = {}
   for family in ordered:
-    reason = families.misfit(family, model)
+    reason = config_export.misfit(family, model)
     if reason is None and family.objective != o.name:
       reason = f'config.objective.name={o.name!r}'
     windows = OBJECTIVES[family.objective].windows
@@ -317,7 +319,7 @@ def check_tokens(published):
 
 def _check_same_model(published, config, workdir):
   """Raises a UserError if a folder and a config have different models."""
-  of_run = families.exported(config.model)
+  of_run = config_export.exported(config.model)
   values = {
     f'model.{field}': (published.model[field], of_run[field])
     for field in families.FIELDS

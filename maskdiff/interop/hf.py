@@ -17,7 +17,13 @@ from maskdiff.data import tokenizer_files
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, reading
 from maskdiff.files import folder as folder_lib
-from maskdiff.interop import config_keys, families, safetensors
+from maskdiff.interop import (
+  config_json,
+  config_keys,
+  families,
+  safetensors,
+  tensor_layout,
+)
 from maskdiff.interop.leaves import PART_BYTES, Leaf
 from maskdiff.model import transformer
 
@@ -38,7 +44,7 @@ class Published(NamedTuple):
     family: families.Family.
     config: contents of config.json, a dict. An absent mask_token_id has the
       default of the published class, if that is an id of the model.
-    model: dict from families.model_of.
+    model: dict from config_json.model_of.
     tensors: dict of safetensors.Tensor by published name.
     leaves: dict of Leaf by name in the parameter tree.
     notes: lines to print for the user.
@@ -65,10 +71,10 @@ def open_folder(folder):
       that may be read or copied is a link to a file outside the folder.
   """
   folder = os.fspath(folder)
-  path = inline(os.path.join(folder, families.CONFIG))
-  config = families.read_config(folder)
-  family = families.detect(config, path)
-  model = families.model_of(family, config, path)
+  path = inline(os.path.join(folder, config_json.CONFIG))
+  config = config_json.read_config(folder)
+  family = config_json.detect(config, path)
+  model = config_json.model_of(family, config, path)
   mask = config_keys.DEFAULTS[family.name].get('mask_token_id')
   if mask is not None and mask < model['vocab_size']:
     config = {'mask_token_id': mask, **config}
@@ -82,8 +88,8 @@ def open_folder(folder):
     stack = name.startswith('blocks/')
     layer_shape = shape[1:] if stack else shape
     layers = [
-      _find(opened, published, families.published_shape(name, layer_shape))
-      for published in families.names(family, name, model['layers'])
+      _find(opened, published, tensor_layout.published_shape(name, layer_shape))
+      for published in tensor_layout.names(family, name, model['layers'])
     ]
     used |= {tensor.name for tensor in layers}
     first = layers[0]
@@ -135,7 +141,7 @@ def check_leaves(leaves, model, where):
 def _find(opened, name, shape):
   """Returns the tensor with a published name, after checking its shape."""
   tensor = opened.tensors.get(name)
-  config = inline(os.path.join(opened.folder, families.CONFIG))
+  config = inline(os.path.join(opened.folder, config_json.CONFIG))
   if tensor is None:
     files = sorted({t.path for t in opened.tensors.values()})
     places = ', '.join(files[:3]) or opened.folder
@@ -161,7 +167,7 @@ def _check_unused(opened, used):
     used: set of the published names of all parameters.
   """
   family, layers = opened.family, opened.model['layers']
-  config = inline(os.path.join(opened.folder, families.CONFIG))
+  config = inline(os.path.join(opened.folder, config_json.CONFIG))
   derived = {p.format(n=n) for p in family.derived for n in range(layers)}
   for name in opened.tensors.keys() - used - derived:
     tensor = opened.tensors[name]
@@ -203,7 +209,7 @@ def _read(name, tensors, shape, stack, index):
     stack: whether the parameter has a layer axis.
     index: tuple of slices.
   """
-  view = lambda tensor: families.from_published(name, tensor.view(), shape)
+  view = lambda tensor: tensor_layout.from_published(name, tensor.view(), shape)
   if not stack:
     return view(tensors[0])[index]
   layers = tensors[index[0]]
@@ -316,10 +322,10 @@ def write_weights(folder, family, leaves, dtype=None, max_bytes=None):
   for name, leaf in leaves.items():
     stack = name.startswith('blocks/')
     layer_shape = leaf.shape[1:] if stack else leaf.shape
-    shape = families.published_shape(name, layer_shape)
+    shape = tensor_layout.published_shape(name, layer_shape)
     to = np.dtype(dtype or leaf.dtype)
     layers = leaf.shape[0] if stack else 1
-    for n, published in enumerate(families.names(family, name, layers)):
+    for n, published in enumerate(tensor_layout.names(family, name, layers)):
       parts = functools.partial(_published_parts, name, leaf, stack, n, to)
       tensors.append(safetensors.New(published, to, shape, parts))
   safetensors.write_folder(folder, tensors, max_bytes or MAX_SHARD_BYTES)
@@ -340,7 +346,7 @@ def _published_parts(name, leaf, stack, n, dtype):
   """
   layer = (slice(n, n + 1),) if stack else ()
   axes = leaf.shape[len(layer) :]
-  inputs = families.LINEAR.get(name)
+  inputs = tensor_layout.LINEAR.get(name)
   cut = inputs or 0  # the first output axis
   size = np.prod(axes, dtype=np.int64) * leaf.dtype.itemsize
   rows = max(1, int(axes[cut] * PART_BYTES // max(1, size)))
@@ -348,5 +354,5 @@ def _published_parts(name, leaf, stack, n, dtype):
     index = [slice(None)] * len(axes)
     index[cut] = slice(start, start + rows)
     part = leaf.read((*layer, *index))
-    part = families.to_published(name, part[0] if stack else part)
+    part = tensor_layout.to_published(name, part[0] if stack else part)
     yield np.ascontiguousarray(part, dtype)

@@ -5,7 +5,7 @@ import os
 from maskdiff import config as config_lib
 from maskdiff.config import data, sample
 from maskdiff.errors import UserError, inline
-from maskdiff.interop import families, hf_tokenizer, mask_token
+from maskdiff.interop import config_json, families, hf_tokenizer, mask_token
 from maskdiff.objectives.table import OBJECTIVES
 
 LENGTH_TOKENS = 'length_tokens'  # our key in config.json, [[length, id], ...]
@@ -32,7 +32,7 @@ def run_config(published, tokenizer, mask_id=None):
     c.tokens.mask_id = mask_id
   if tokenizer is not None:
     fill(c, published, tokenizer)
-  config = inline(os.path.join(published.folder, families.CONFIG))
+  config = inline(os.path.join(published.folder, config_json.CONFIG))
   for name, fix in (
     ('mask_id', 'give the id with --mask_id'),
     ('eos_id', 'add it'),
@@ -157,7 +157,7 @@ def _begins_with_bos(published):
   found = published.config.get(BEGINS_WITH_BOS, published.family.has_bos)
   if not isinstance(found, bool):
     raise UserError(
-      f'{inline(os.path.join(published.folder, families.CONFIG))} has '
+      f'{inline(os.path.join(published.folder, config_json.CONFIG))} has '
       f'{BEGINS_WITH_BOS}={found!r:.60}: must be true or false'
     )
   return found

@@ -5,7 +5,7 @@ import os
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.data import tokenizer_files
 from maskdiff.errors import UserError
-from maskdiff.interop import families, mask_token
+from maskdiff.interop import config_json, mask_token
 
 TOKENIZERS = (tokenizer_files.JSON, tokenizer_files.MODEL)
 
@@ -30,7 +30,7 @@ def open_tokenizer(published, mask_id=None, may_grow=False):
   if not has_tokenizer(folder):
     return None
   tokenizer = tokenizer_lib.load(folder)
-  config = os.path.join(folder, families.CONFIG)
+  config = os.path.join(folder, config_json.CONFIG)
   embed = published.tensors[published.family.names['embed']]
   if tokenizer.vocab_size > embed.shape[0]:
     raise UserError(
@@ -93,7 +93,8 @@ def token_id(config, key, preferred):
     return preferred
   if not all(type(i) is int for i in values):
     raise UserError(
-      f'{families.CONFIG} has {key}={value!r:.40}: set it to the id of a token'
+      f'{config_json.CONFIG} has {key}={value!r:.40}: set it to the id of a '
+      'token'
     )
   return preferred if preferred in values else values[0]
 

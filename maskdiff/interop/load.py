@@ -17,6 +17,7 @@ from maskdiff.distributed import runtime
 from maskdiff.errors import UserError, inline
 from maskdiff.files.paths import local_path
 from maskdiff.interop import (
+  config_json,
   families,
   hf,
   hf_config,
@@ -95,7 +96,7 @@ def load(workdir, tensor=1, dtype=None, ema=False, rope_scaling=None):
       cannot read the checkpoint.
   """
   mesh_of = functools.partial(placement.mesh_of, tensor=tensor)
-  if not families.is_published(workdir):
+  if not config_json.is_published(workdir):
     config, params, identity = _load_workdir(workdir, mesh_of, dtype, ema)
     tokenizer = tokenizer_lib.load(workdir)
     _check_tokenizer(tokenizer, config, identity)
@@ -146,7 +147,7 @@ def load_params(path, mesh, dtype=None, ema=False):
   """
   is_mesh = isinstance(mesh, jax.sharding.Mesh)  # which is callable too
   mesh_of = (lambda config: mesh) if is_mesh else mesh
-  if families.is_published(path):
+  if config_json.is_published(path):
     if ema:
       raise weights.no_ema(path)
     return _load_published(hf.open_folder(path), mesh_of, dtype)
@@ -282,9 +283,9 @@ def _adds_mask_token(path, stored, config):
     tokenizer = tokenizer_lib.load(path)
     if hasattr(tokenizer.processor, 'token_to_id'):  # not SentencePiece
       named.add(tokenizer.mask_id)
-  subfolder = '' if families.is_published(path) else hf.PUBLISHED
-  if os.path.lexists(os.path.join(path, subfolder, families.CONFIG)):
-    named.add(families.read_config(path, subfolder).get('mask_token_id'))
+  subfolder = '' if config_json.is_published(path) else hf.PUBLISHED
+  if os.path.lexists(os.path.join(path, subfolder, config_json.CONFIG)):
+    named.add(config_json.read_config(path, subfolder).get('mask_token_id'))
   return config.tokens.mask_id not in named
 
 

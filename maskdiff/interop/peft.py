@@ -18,13 +18,14 @@ from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.errors import UserError, inline
 from maskdiff.files import atomic, new_folder
 from maskdiff.interop import (
+  config_json,
   convert,
-  families,
   hf,
   hf_tokenizer,
   mask_token,
   run_leaves,
   safetensors,
+  tensor_layout,
 )
 from maskdiff.model import transformer
 
@@ -60,8 +61,8 @@ def to_peft(workdir, folder, family=None):
     c = transformer.from_config(config).lora
     published = os.path.join(workdir, hf.PUBLISHED)
     original = None
-    if os.path.lexists(os.path.join(published, families.CONFIG)):
-      original = families.read_config(workdir, hf.PUBLISHED)
+    if os.path.lexists(os.path.join(published, config_json.CONFIG)):
+      original = config_json.read_config(workdir, hf.PUBLISHED)
     chosen = convert.choose_family(config, original, family)
     content = convert.as_text(adapter_config(c, chosen, config.init_from))
     with new_folder.new_folder(folder) as new:
@@ -134,7 +135,7 @@ def tensors(c, family, leaves):
   found = []
   for matrix in c.matrices:
     a, b = (leaves[f'blocks/{matrix}_{side}'] for side in 'ab')
-    published = families.names(family, f'blocks/{matrix}', a.shape[0])
+    published = tensor_layout.names(family, f'blocks/{matrix}', a.shape[0])
     inputs = int(np.prod(a.shape[1:-1]))
     outputs = int(np.prod(b.shape[2:]))
     for n, name in enumerate(published):

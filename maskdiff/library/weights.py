@@ -8,7 +8,7 @@ import numpy as np
 
 from maskdiff.checkpoints import manifest
 from maskdiff.errors import UserError, suggestion
-from maskdiff.interop import convert, families, hf
+from maskdiff.interop import convert, families, hf, tensor_layout
 
 
 def to_published(model, family=None):
@@ -32,10 +32,10 @@ def to_published(model, family=None):
     stack = name.startswith('blocks/')
     layers = array if stack else [array]
     for published, layer in zip(
-      families.names(family, name, len(layers)), layers, strict=True
+      tensor_layout.names(family, name, len(layers)), layers, strict=True
     ):
       tensors[published] = np.ascontiguousarray(
-        families.to_published(name, layer)
+        tensor_layout.to_published(name, layer)
       )
   return tensors
 
@@ -61,10 +61,10 @@ def from_published(model, tensors, family=None):
     stack = name.startswith('blocks/')
     layer_shape = shape[1:] if stack else shape
     layers = [
-      families.from_published(
+      tensor_layout.from_published(
         name, _take(left, published, name, layer_shape), layer_shape
       )
-      for published in families.names(family, name, shape[0])
+      for published in tensor_layout.names(family, name, shape[0])
     ]
     array = np.stack(layers) if stack else layers[0]
     params[name] = jax.device_put(
@@ -79,7 +79,7 @@ def _take(left, published, name, shape):
   if published not in left:
     raise UserError(f'{published} is missing' + suggestion(published, left))
   tensor = np.asarray(left.pop(published))
-  expected = families.published_shape(name, shape)
+  expected = tensor_layout.published_shape(name, shape)
   if tensor.shape != expected:
     raise UserError(
       f'{published} has shape {list(tensor.shape)}, but the model needs '

@@ -15,7 +15,7 @@ from maskdiff.config import config_file, sample
 from maskdiff.data import pipeline, records
 from maskdiff.errors import UserError, no_checkpoint
 from maskdiff.files.paths import local_path
-from maskdiff.interop import families, hf, hf_config
+from maskdiff.interop import config_json, families, hf, hf_config
 from maskdiff.monitoring import stage_file
 from maskdiff.objectives.table import OBJECTIVES
 from maskdiff.posttraining import (
@@ -221,7 +221,7 @@ def model_config(path, objective=None):
     UserError: the folder has no model.
   """
   folder = str(local_path(path))
-  if families.is_published(folder):
+  if config_json.is_published(folder):
     config = config_lib.default()
     published = hf.open_folder(folder)
     unmasked = objective and not OBJECTIVES[objective].has_mask_token

@@ -15,7 +15,7 @@ from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.files import atomic, json_text, lock
 from maskdiff.files.paths import local_path
-from maskdiff.interop import families, hf, leaves
+from maskdiff.interop import config_json, hf, leaves
 from maskdiff.model import transformer
 from maskdiff.monitoring import stage_file, terminal
 
@@ -73,7 +73,7 @@ def make_workdir(workdir):
 
 def _is_published(workdir):
   try:
-    return families.is_published(workdir)
+    return config_json.is_published(workdir)
   except UserError:  # a planted link, which the run replaces
     return False
 
@@ -157,7 +157,7 @@ def copy_published_files(config, workdir):
   if not config.init_from:
     return
   source = str(local_path(config.init_from))
-  subfolder = '' if families.is_published(source) else hf.PUBLISHED
+  subfolder = '' if config_json.is_published(source) else hf.PUBLISHED
   if os.path.isdir(os.path.join(source, subfolder)):
     target = os.path.join(workdir, hf.PUBLISHED)
     hf.copy_published_files(source, target, subfolder=subfolder)

@@ -13,7 +13,7 @@ from maskdiff.data import pipeline, prepare, row_writer, tokenizer
 from maskdiff.data.rows import Rows
 from maskdiff.errors import UserError
 from maskdiff.files import paths
-from maskdiff.interop import families, hf, load
+from maskdiff.interop import config_json, hf, load
 from maskdiff.training import inputs, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_init_from_is_expanded(home, monkeypatch):
 
   monkeypatch.setattr(load, 'load_params', load_params)
   load.warm_start(c, None)
-  monkeypatch.setattr(families, 'is_published', lambda path: True)
+  monkeypatch.setattr(config_json, 'is_published', lambda path: True)
   monkeypatch.setattr(
     hf, 'copy_published_files', lambda path, *_, **__: seen.append(path)
   )

@@ -7,7 +7,7 @@ import published_folders
 import pytest
 
 from maskdiff.errors import UserError
-from maskdiff.interop import families
+from maskdiff.interop import config_export, config_json, families, tensor_layout
 from maskdiff.interop.families import BY_NAME
 from maskdiff.model import transformer
 from maskdiff.model.transformer import TransformerConfig
@@ -16,7 +16,7 @@ from maskdiff.model.transformer import TransformerConfig
 def config_of(case, **changes):
   family, model = published_folders.model_of(case)
   tokens = published_folders.TOKENS
-  config = families.published_config(
+  config = config_export.published_config(
     family, model, tokens, 64, 'bfloat16', None, model['block_length']
   )
   return {**config, **changes}
@@ -26,8 +26,8 @@ def config_of(case, **changes):
 def test_config_round_trip(case):
   family, model = published_folders.model_of(case)
   config = json.loads(json.dumps(config_of(case)))
-  assert families.detect(config, 'config.json') == family
-  found = families.model_of(family, config, 'config.json')
+  assert config_json.detect(config, 'config.json') == family
+  found = config_json.model_of(family, config, 'config.json')
   assert found == {**model, 'length': 64, 'dtype': 'bfloat16'}
 
 
@@ -41,11 +41,11 @@ def test_unchanged_config_is_kept(case):
     theta = original.pop('rope_theta')
     original['rope_parameters'] = {**scaling, 'rope_theta': theta}
   block_length = model['block_length']
-  written = families.published_config(
+  written = config_export.published_config(
     family, model, {}, 64, 'bfloat16', original, block_length
   )
   assert written == original
-  changed = families.published_config(
+  changed = config_export.published_config(
     family,
     {**model, 'vocab_size': 300},
     {},
@@ -56,7 +56,7 @@ def test_unchanged_config_is_kept(case):
   )
   assert changed['vocab_size'] == 300
   assert changed['torch_dtype'] == 'float32' and 'dtype' not in changed
-  found = families.model_of(family, changed, 'config.json')
+  found = config_json.model_of(family, changed, 'config.json')
   assert found == {**model, 'vocab_size': 300, 'length': 64, 'dtype': 'float32'}
 
 
@@ -84,8 +84,8 @@ def test_published_sizes_of_block_and_masked_diffusion_networks():
   }
   found = []
   for published in (sdar, illada):
-    family = families.detect(published, 'c')
-    model = families.model_of(family, published, 'c')
+    family = config_json.detect(published, 'c')
+    model = config_json.model_of(family, published, 'c')
     fields = {field: model[field] for field in families.FIELDS}
     network = TransformerConfig(
       **fields, dtype='float32', remat='none', attention='xla'
@@ -101,7 +101,7 @@ def test_early_configs_get_defaults():
   config = config_of('llama')
   for key in ('num_key_value_heads', 'rope_theta', 'head_dim', 'torch_dtype'):
     del config[key]
-  found = families.model_of(BY_NAME['llama'], config, 'config.json')
+  found = config_json.model_of(BY_NAME['llama'], config, 'config.json')
   assert found['kv_heads'] == 4 and found['head_dim'] == 4
   assert found['rope_theta'] == 1e4 and found['dtype'] == 'float32'
 
@@ -130,7 +130,7 @@ def test_absent_keys_have_the_defaults_of_the_published_class(name):
   config = {'architectures': [family.architectures[0]]}
   # LLaDA's class has a computation by default that its networks do not use.
   config |= {key: allowed[0] for key, allowed in family.required.items()}
-  found = families.model_of(family, config, 'config.json')
+  found = config_json.model_of(family, config, 'config.json')
   expected = {'tie_embeddings': False, 'rope_theta': 1e4, **DEFAULTS[name]}
   assert {key: found[key] for key in expected} == expected
   assert found['rope_scaling'] == () and found['dtype'] == 'float32'
@@ -141,20 +141,20 @@ def test_absent_key_whose_default_is_not_supported_is_named(key):
   config = config_of('llada')
   del config[key]
   with pytest.raises(UserError, match=f"has no '{key}': its default, "):
-    families.model_of(BY_NAME['llada'], config, 'config.json')
+    config_json.model_of(BY_NAME['llada'], config, 'config.json')
 
 
 def test_null_is_not_an_absent_key():
   config = config_of('llada', n_kv_heads=None, mlp_hidden_size=None)
   config |= {'embedding_size': None, 'vocab_size': 300, 'mlp_ratio': 3}
-  found = families.model_of(BY_NAME['llada'], config, 'config.json')
+  found = config_json.model_of(BY_NAME['llada'], config, 'config.json')
   assert (found['kv_heads'], found['mlp'], found['vocab_size']) == (4, 48, 300)
   config = config_of('qwen2', num_key_value_heads=None)
-  found = families.model_of(BY_NAME['qwen2'], config, 'config.json')
+  found = config_json.model_of(BY_NAME['qwen2'], config, 'config.json')
   assert found['kv_heads'] == 4
   del config['num_key_value_heads']
   with pytest.raises(UserError, match='4 heads are not a multiple of 32'):
-    families.model_of(BY_NAME['qwen2'], config, 'config.json')
+    config_json.model_of(BY_NAME['qwen2'], config, 'config.json')
 
 
 COMPUTATIONS = {
@@ -187,7 +187,7 @@ COMPUTATIONS = {
 def test_key_of_another_computation_is_named(case, key):
   config = config_of(case, **{key: COMPUTATIONS[key]})
   with pytest.raises(UserError, match=f'{key}=.* is not supported'):
-    families.model_of(BY_NAME[case], config, 'config.json')
+    config_json.model_of(BY_NAME[case], config, 'config.json')
 
 
 # As in config.json of Qwen2.5, Dream, Llama 3 and LLaDA.
@@ -227,7 +227,7 @@ HARMLESS = {
 def test_key_that_does_not_change_the_computation_passes(case):
   config = config_of(case, **HARMLESS[case])
   family, model = published_folders.model_of(case)
-  found = families.model_of(family, config, 'config.json')
+  found = config_json.model_of(family, config, 'config.json')
   assert found == {**model, 'length': 64, 'dtype': 'bfloat16'}
 
 
@@ -311,9 +311,9 @@ UNSUPPORTED = {
 )
 def test_unsupported_key_is_named(case, changes, message):
   config = config_of(case, **changes)
-  family = families.detect(config, 'X/config.json')
+  family = config_json.detect(config, 'X/config.json')
   with pytest.raises(UserError, match=message) as raised:
-    families.model_of(family, config, 'X/config.json')
+    config_json.model_of(family, config, 'X/config.json')
   assert 'X/config.json' in str(raised.value)
 
 
@@ -344,7 +344,7 @@ def test_odd_values_are_one_line_that_names_the_key(key):
       continue
     config = config_of('llama', **{key: value})
     with pytest.raises(UserError, match=f'^c: {key}=') as raised:
-      families.model_of(families.detect(config, 'c'), config, 'c')
+      config_json.model_of(config_json.detect(config, 'c'), config, 'c')
     message = str(raised.value)
     assert len(message) < 300 and message.isprintable(), value
 
@@ -361,7 +361,7 @@ UNKNOWN = {
 )
 def test_experts_are_refused(name):
   with pytest.raises(UserError, match=f'{name} is a mixture of experts'):
-    families.detect({'architectures': [name]}, 'X/config.json')
+    config_json.detect({'architectures': [name]}, 'X/config.json')
 
 
 def test_absent_key_without_a_known_default_is_named():
@@ -370,7 +370,7 @@ def test_absent_key_without_a_known_default_is_named():
     config = config_of('illada')
     del config[key]
     with pytest.raises(UserError, match=key):
-      families.model_of(BY_NAME['illada'], config, 'config.json')
+      config_json.model_of(BY_NAME['illada'], config, 'config.json')
 
 
 @pytest.mark.parametrize('name', UNKNOWN)
@@ -379,7 +379,7 @@ def test_unknown_architecture_is_named(name):
     f'X/config.json: architecture {name} is not supported; supported .*: LLaDA'
   )
   with pytest.raises(UserError, match=message):
-    families.detect(UNKNOWN[name], 'X/config.json')
+    config_json.detect(UNKNOWN[name], 'X/config.json')
 
 
 @pytest.mark.parametrize(
@@ -395,8 +395,8 @@ def test_unknown_architecture_is_named(name):
 )
 def test_from_published_is_a_view_and_inverts_to_published(path, shape):
   array = np.random.default_rng(0).normal(size=shape)
-  published = np.ascontiguousarray(families.to_published(path, array))
-  assert published.shape == families.published_shape(path, shape)
-  back = families.from_published(path, published, shape)
+  published = np.ascontiguousarray(tensor_layout.to_published(path, array))
+  assert published.shape == tensor_layout.published_shape(path, shape)
+  back = tensor_layout.from_published(path, published, shape)
   np.testing.assert_array_equal(back, array)
   assert np.shares_memory(back, published)

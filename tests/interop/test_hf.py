@@ -14,9 +14,9 @@ from maskdiff import config as config_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.errors import UserError
 from maskdiff.interop import (
+  config_json,
   config_keys,
   convert,
-  families,
   hf,
   hf_config,
   hf_tokenizer,
@@ -129,7 +129,7 @@ def test_invalid_model_config_is_refused(folder):
     (folder / 'config.json').write_text(text)
     with pytest.raises(UserError, match=message):
       hf.open_folder(folder)
-    assert not families.is_published(folder)
+    assert not config_json.is_published(folder)
   (folder / 'config.json').unlink()
   os.mkfifo(folder / 'config.json')
   with pytest.raises(UserError, match='config.json.* .not a regular file'):

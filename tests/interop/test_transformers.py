@@ -13,9 +13,9 @@ import pytest
 from maskdiff.data import tokenizer as tokenizer_lib
 from maskdiff.distributed import mesh as mesh_lib
 from maskdiff.interop import (
+  config_export,
   config_keys,
   convert,
-  families,
   hf,
   hf_config,
   load,
@@ -118,7 +118,7 @@ def test_transformers_reads_a_new_config(saved, tmp_path):
   model, folder = saved
   published = hf.open_folder(folder)
   config = hf_config.run_config(published, None, mask_id=0)
-  written = families.published_config(
+  written = config_export.published_config(
     published.family, config.model, config.tokens, 256, 'float32'
   )
   out = tmp_path / 'out'
