@@ -11,10 +11,10 @@ has memory for remat=minimal in one microbatch (22.1 GiB), but in the plan it is
 slower: 0.37 s per step.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5e-1, v5e:1x1: 11.6 of 15.75 GiB per chip, 0.77 s per step, 85,411 tokens/s,
-    MFU 46%; 1.07 hours and 1.07 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 6.0 of 31.25 GiB per chip, 0.32 s per step, 207,070 tokens/s,
-    MFU 24%; 0.44 hours and 0.44 chip-hours for all tokens.
+  v5e-1, v5e:1x1: 6.9 of 15.75 GiB per chip, 0.72 s per step, 90,696 tokens/s,
+    MFU 49%; 1 hours and 1 chip-hours for all tokens.
+  v6e-1, v6e:1x1: 3.6 of 31.25 GiB per chip, 0.29 s per step, 224,125 tokens/s,
+    MFU 26%; 0.406 hours and 0.406 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default

@@ -21,21 +21,21 @@ bfloat16 and read 23B tokens. Their learning rate has not been tried with such a
 small batch.
 
 configs/1b.py:tpu has 16 heads of 128 channels instead of 32 of 64, and 5632
-hidden channels of the feed-forward layers instead of 5634. On a TPU a head of
-64 channels costs as much as one of 128. It has 1.51B parameters, and the
-batches of v6e-8.
+hidden channels of the feed-forward layers instead of 5634. The attention
+kernel takes as long for a head of 64 channels as for one of 128. It has 1.51B
+parameters, and the batches of v6e-8.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5e-8, v5e:2x4: 13.9 of 15.75 GiB per chip, 75.06 s per step, 69,851 tokens/s,
-    MFU 42%; 76 days and 14,678 chip-hours for all tokens.
-  v6e-8, v6e:2x4: 15.7 of 31.25 GiB per chip, 21.56 s per step, 243,150
-    tokens/s, MFU 32%; 22 days and 4,217 chip-hours for all tokens.
-  v6e-1, v6e:1x1: 26.0 of 31.25 GiB per chip, 9.35 s per step, 28,023 tokens/s,
-    MFU 29%; 9.5 days and 229 chip-hours for all tokens.
-  v5e-1, v5e:1x1: 14.3 of 15.75 GiB per chip, 14.36 s per step, 18,254 tokens/s,
-    MFU 45%; 15 days and 351 chip-hours for all tokens.
-  tpu, v6e:2x4: 12.9 of 31.25 GiB per chip, 15.83 s per step, 331,131 tokens/s,
-    MFU 44%; 16 days and 3,096 chip-hours for all tokens.
+  v5e-8, v5e:2x4: 13.0 of 15.75 GiB per chip, 71.90 s per step, 72,922 tokens/s,
+    MFU 44%; 73 days and 14,060 chip-hours for all tokens.
+  v6e-8, v6e:2x4: 19.1 of 31.25 GiB per chip, 20.03 s per step, 261,717
+    tokens/s, MFU 34%; 20 days and 3,917 chip-hours for all tokens.
+  v6e-1, v6e:1x1: 27.5 of 31.25 GiB per chip, 8.78 s per step, 29,869 tokens/s,
+    MFU 31%; 8.94 days and 215 chip-hours for all tokens.
+  v5e-1, v5e:1x1: 14.3 of 15.75 GiB per chip, 13.95 s per step, 18,788 tokens/s,
+    MFU 46%; 14 days and 341 chip-hours for all tokens.
+  tpu, v6e:2x4: 17.0 of 31.25 GiB per chip, 15.25 s per step, 343,688 tokens/s,
+    MFU 46%; 16 days and 2,983 chip-hours for all tokens.
 """
 
 from maskdiff.config import choose, default

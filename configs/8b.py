@@ -42,8 +42,8 @@ Plans of launch/plan.py; the time is an optimistic estimate:
     tokens/s, MFU 51%; 18 days and 28,139 chip-hours for all tokens.
   illada, v5p:4x4x4: 55.1 of 95.74 GiB per chip, 15.12 s per step, 346,737
     tokens/s, MFU 69%; 401 days and 615,260 chip-hours for all tokens.
-  illada-v6e-256, v6e:16x16: 13.8 of 31.25 GiB per chip, 2.26 s per step,
-    1,855,515 tokens/s, MFU 46%; 75 days and 459,890 chip-hours for all tokens.
+  illada-v6e-256, v6e:16x16: 19.7 of 31.25 GiB per chip, 2.19 s per step,
+    1,918,694 tokens/s, MFU 48%; 72 days and 444,747 chip-hours for all tokens.
   32k, v5p:4x4x4: 57.4 of 95.74 GiB per chip, 33.57 s per step, 156,195
     tokens/s, MFU 51%; 170 days and 261,780 chip-hours for all tokens.
   128k, v5p:4x4x4: 60.5 of 95.74 GiB per chip, 99.52 s per step, 52,680

@@ -7,8 +7,8 @@ training row has two copies of its 4096 tokens, so a chip computes two rows at
 once, in twice as many microbatches.
 
 Plans of launch/plan.py; the time is an optimistic estimate:
-  v5p-128, v5p:4x4x4: 57.3 of 95.74 GiB per chip, 23.77 s per step, 220,577
-    tokens/s, MFU 70%; 121 days and 185,373 chip-hours for all tokens.
+  v5p-128, v5p:4x4x4: 57.3 of 95.74 GiB per chip, 23.80 s per step, 220,280
+    tokens/s, MFU 70%; 121 days and 185,622 chip-hours for all tokens.
 The step takes 0.98 of the time of two steps of configs/8b.py: all positions are
 computed twice, but attention computes 24 of 64 tiles, fewer than two rows of
 masked diffusion have.

@@ -79,7 +79,8 @@ RULES = {
   # Rows of these configs are long, and fill one device.
   'few rows': Rule(
     r'launch/pretrain\.py .*configs/(150m|1b|published)\.py',
-    '--config.train.batch=2 --config.eval.batch=2',
+    '--config.train.batch=2 --config.train.microbatches=1 '
+    '--config.eval.batch=2',
   ),
   'short rows': Rule(
     r'launch/pretrain\.py .*configs/150m\.py', '--config.data.length=128'
