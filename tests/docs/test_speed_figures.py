@@ -1,6 +1,7 @@
 """Tables of docs/speed.md follow from the configs and the table of plans."""
 
 import copy
+import json
 import math
 import pathlib
 import re
@@ -15,6 +16,7 @@ from maskdiff.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs'
+PROOF = ROOT / 'benchmarks' / 'results' / 'proof'
 SPEED = (ROOT / 'docs' / 'speed.md').read_text()
 TOPOLOGY = r'(?:v\w+|tpu7x):[\dx]+'
 
@@ -157,3 +159,31 @@ def test_checkpoints_are_less_than_an_hour_apart(row):
   c = get_config(machine) if machine else get_config()
   assert c.checkpoint.every_steps * number(row[4]) < 3600
   assert c.checkpoint.keep_every_steps % c.checkpoint.every_steps == 0
+
+
+@every_row(SPEED, 'steps of `configs/proof.py`')
+def test_bounds_with_integers_are_those_of_the_runs(row):
+  bounds = [bound_at(name, int(number(row[0]))) for name in ('masked', 'int8')]
+  assert row[1:3] == [f'{x:.4f}' for x in bounds]
+  assert row[3] == f'{number(row[2]) - number(row[1]):+.4f}'
+
+
+def bound_at(run, step):
+  text = (PROOF / run / 'metrics.jsonl').read_text()
+  lines = map(json.loads, text.splitlines())
+  key = 'eval/loss_nats_per_token'
+  (bound,) = (x[key] for x in lines if x['step'] == step and key in x)
+  return bound
+
+
+def test_runs_with_and_without_integers_have_one_config():
+  """The run without is older, and its config lacks newer keys."""
+  plain, integers = (
+    json.loads((PROOF / name / 'config.json').read_text())
+    for name in ('masked', 'int8')
+  )
+  assert integers['model']['quantization'] == 'int8'
+  assert 'quantization' not in plain['model']
+  for section in ('model', 'objective', 'optimizer', 'data', 'train'):
+    assert plain[section].items() <= integers[section].items()
+  assert plain['seed'] == integers['seed']
